@@ -1,0 +1,289 @@
+"""The Gaussian diffusion process: forward noising, training losses, ancestral and DDIM sampling, likelihood bounds.
+
+Notation: Ho et al. 2020 (DDPM, arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672), Song et al. 2020 (DDIM,
+arXiv 2010.02502). x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) eps.
+"""
+import math
+
+import torch
+
+from .likelihoods import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+
+
+class GaussianDiffusion:
+    """A diffusion process over the kept times of a noise schedule.
+
+    Args:
+        betas: (steps,) float64, the full schedule.
+        timesteps: ascending times to keep. The kept process has the same alphas_cumprod at those times, so its betas
+            are 1 - alphas_cumprod / (alphas_cumprod of the kept time before).
+        predict: what the model's first C channels mean: "eps" or "x_start".
+        variance: "learned_range" (C more channels say where log sigma^2 lies between its bounds), "fixed_small" (the
+            posterior's) or "fixed_large" (beta).
+        loss: "mse", "rescaled_mse", "kl" or "rescaled_kl"; see `training_losses`.
+
+    Attributes: num_timesteps; timestep_map (list of int); betas and alphas_cumprod of the kept process, float64 on the
+    CPU. In every method t (N,) counts kept steps, 0..num_timesteps-1, while the model receives timestep_map[t], and
+    randomness comes from `noise` or `randn_like` where a caller wants to hold it.
+    """
+
+    def __init__(self, betas, timesteps, *, predict="eps", variance="learned_range", loss="mse"):
+        assert predict in ("eps", "x_start"), predict
+        assert variance in ("learned_range", "fixed_small", "fixed_large"), variance
+        assert loss in ("mse", "rescaled_mse", "kl", "rescaled_kl"), loss
+        self.predict, self.variance, self.loss = predict, variance, loss
+        self.timestep_map = list(timesteps)
+        self.num_timesteps = len(self.timestep_map)
+
+        one = torch.ones(1, dtype=torch.float64)
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)[self.timestep_map]
+        previous = torch.cat([one, self.alphas_cumprod[:-1]])
+        self.betas = 1 - self.alphas_cumprod / previous
+
+        # q(x_{t-1} | x_t, x_0): DDPM equations 6 and 7. Its variance is 0 at t = 0, so the log takes that of t = 1.
+        posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+        posterior_log_variance = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
+        if self.num_timesteps == 1:
+            posterior_log_variance = self.betas.log()
+        self._tables = {
+            "timestep_map": torch.tensor(self.timestep_map),
+            "alphas_cumprod": self.alphas_cumprod,
+            "alphas_cumprod_previous": previous,
+            "alphas_cumprod_next": torch.cat([self.alphas_cumprod[1:], 0 * one]),
+            "sqrt_alphas_cumprod": self.alphas_cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - self.alphas_cumprod).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - self.alphas_cumprod).log(),
+            "sqrt_recip_alphas_cumprod": (1 / self.alphas_cumprod).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / self.alphas_cumprod - 1).sqrt(),
+            "posterior_coefficient_x_start": self.betas * previous.sqrt() / (1 - self.alphas_cumprod),
+            "posterior_coefficient_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod),
+            "posterior_log_variance": posterior_log_variance,
+            "log_betas": self.betas.log(),
+            # at t = 0, too, the posterior's of t = 1: ADM's choice, kept for equal likelihoods
+            "fixed_large_log_variance": torch.cat([posterior_log_variance[:1], self.betas[1:].log()]),
+        }
+        self._device_tables = {}
+
+    def _at(self, name, t, like):
+        """Entry t (N,) of a table as float32 (N, 1, ...), from the copy kept on `like`'s device."""
+        if t.device not in self._device_tables:
+            self._device_tables[t.device] = {
+                key: table.to(t.device, torch.float32 if table.is_floating_point() else table.dtype)
+                for key, table in self._tables.items()}
+        values = self._device_tables[t.device][name][t]
+        return values.view(-1, *[1] * (like.ndim - 1)) if like is not None else values
+
+    def _call_model(self, model, x, t, model_kwargs):
+        return model(x, self._at("timestep_map", t, None), **(model_kwargs or {})).float()
+
+    # ------------------------------------------------------------------ forward process
+
+    def q_mean_variance(self, x_start, t):
+        """Mean, variance and log-variance of q(x_t | x_0), each of a shape that broadcasts to x_start (N, ...)."""
+        return (self._at("sqrt_alphas_cumprod", t, x_start) * x_start,
+                1 - self._at("alphas_cumprod", t, x_start),
+                self._at("log_one_minus_alphas_cumprod", t, x_start))
+
+    def q_sample(self, x_start, t, noise=None):
+        """x_t from x_0 (N, ...) at steps t (N,): DDPM equation 4."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return (self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+                + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise)
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        """Mean and log-variance of q(x_{t-1} | x_t, x_0)."""
+        mean = (self._at("posterior_coefficient_x_start", t, x_t) * x_start
+                + self._at("posterior_coefficient_x_t", t, x_t) * x_t)
+        return mean, self._at("posterior_log_variance", t, x_t)
+
+    # ------------------------------------------------------------------ reverse process
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """The model's p(x_{t-1} | x_t), and the x_0 it sees.
+
+        Args:
+            clip_denoised: clamp that x_0 to [-1, 1]. For pixels; latents want False.
+            denoised_fn: applied to that x_0 before the clamp.
+
+        Returns a dict: mean, variance, log_variance, pred_xstart, each of x's shape.
+        """
+        return self._read_output(self._call_model(model, x, t, model_kwargs), x, t, clip_denoised, denoised_fn)
+
+    def _read_output(self, output, x, t, clip_denoised=False, denoised_fn=None):
+        if self.variance == "learned_range":
+            output, fraction = output.chunk(2, dim=1)
+            # improved DDPM, equation 15: v in [-1, 1] between the posterior's log-variance and that of beta
+            fraction = (fraction + 1) / 2
+            log_variance = (fraction * self._at("log_betas", t, x)
+                            + (1 - fraction) * self._at("posterior_log_variance", t, x))
+        elif self.variance == "fixed_large":
+            log_variance = self._at("fixed_large_log_variance", t, x).expand(x.shape)
+        else:
+            log_variance = self._at("posterior_log_variance", t, x).expand(x.shape)
+        assert output.shape == x.shape, f"model output {tuple(output.shape)} for x {tuple(x.shape)}"
+
+        x_start = output if self.predict == "x_start" else self._x_start_from_eps(x, t, output)
+        if denoised_fn is not None:
+            x_start = denoised_fn(x_start)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        mean, _ = self.q_posterior_mean_variance(x_start, x, t)
+        return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x_start)
+
+    def _x_start_from_eps(self, x_t, t, eps):
+        return (self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+                - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps)
+
+    def _eps_from_x_start(self, x_t, t, x_start):
+        return ((self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x_start)
+                / self._at("sqrt_recipm1_alphas_cumprod", t, x_t))
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None,
+                 randn_like=torch.randn_like):
+        """One ancestral step x_t -> x_{t-1}. Draws one standard normal, at t = 0 too, where its weight is 0.
+
+        Returns a dict: sample, pred_xstart.
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        last = (t == 0).view(-1, *[1] * (x.ndim - 1))
+        noise = randn_like(x).masked_fill(last, 0)
+        return dict(sample=out["mean"] + torch.exp(0.5 * out["log_variance"]) * noise,
+                    pred_xstart=out["pred_xstart"])
+
+    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0,
+                    randn_like=torch.randn_like):
+        """One DDIM step x_t -> x_{t-1} (DDIM equation 12); eta 0 is deterministic and draws nothing, eta 1 is DDPM.
+
+        Returns a dict: sample, pred_xstart.
+        """
+        x_start = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+        eps = self._eps_from_x_start(x, t, x_start)
+        alpha = self._at("alphas_cumprod", t, x)
+        previous = self._at("alphas_cumprod_previous", t, x)
+        sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)).sqrt()
+        sample = x_start * previous.sqrt() + (1 - previous - sigma ** 2).sqrt() * eps
+        if eta > 0:
+            sample = sample + sigma * randn_like(x)      # sigma is 0 at t = 0
+        return dict(sample=sample, pred_xstart=x_start)
+
+    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """One step x_t -> x_{t+1} of the deterministic DDIM path run backwards. Returns a dict: sample, pred_xstart."""
+        x_start = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+        eps = self._eps_from_x_start(x, t, x_start)
+        following = self._at("alphas_cumprod_next", t, x)
+        return dict(sample=x_start * following.sqrt() + (1 - following).sqrt() * eps, pred_xstart=x_start)
+
+    # ------------------------------------------------------------------ loops
+
+    def _loop(self, step, model, shape, noise, device, progress, randn_like, options):
+        if device is None:
+            device = noise.device if noise is not None else next(model.parameters()).device
+        x = randn_like(torch.empty(shape, device=device)) if noise is None else noise.to(device)
+        steps = reversed(range(self.num_timesteps))
+        if progress:
+            from tqdm.auto import tqdm
+            steps = tqdm(steps, total=self.num_timesteps, desc="denoising", unit="step")
+        for i in steps:
+            t = torch.full((shape[0],), i, device=device)
+            with torch.no_grad():
+                out = step(model, x, t, randn_like=randn_like, **options)
+            yield out
+            x = out["sample"]
+
+    def p_sample_loop_progressive(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None,
+                                  model_kwargs=None, device=None, progress=False, randn_like=torch.randn_like):
+        """Ancestral sampling from x_T (N, ...), a generator of each step's dict: sample, pred_xstart.
+
+        `noise` is x_T; None draws it. With a fixed global seed the draws are those of the reference implementations:
+        x_T, then one normal of x's shape a step.
+        """
+        return self._loop(self.p_sample, model, shape, noise, device, progress, randn_like,
+                          dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs))
+
+    def p_sample_loop(self, model, shape, noise=None, **options):
+        """The last sample of `p_sample_loop_progressive`, same arguments: x_0 (N, ...)."""
+        return last_sample(self.p_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop_progressive(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None,
+                                     model_kwargs=None, device=None, progress=False, eta=0.0,
+                                     randn_like=torch.randn_like):
+        """DDIM sampling from x_T, a generator of each step's dict: sample, pred_xstart."""
+        return self._loop(self.ddim_sample, model, shape, noise, device, progress, randn_like,
+                          dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, eta=eta))
+
+    def ddim_sample_loop(self, model, shape, noise=None, **options):
+        """The last sample of `ddim_sample_loop_progressive`, same arguments: x_0 (N, ...)."""
+        return last_sample(self.ddim_sample_loop_progressive(model, shape, noise, **options))
+
+    # ------------------------------------------------------------------ losses
+
+    def _variational_bound_terms(self, output, x_start, x_t, t, clip_denoised=False):
+        """One term of the variational bound, in bits a dimension: (N,), with the x_0 that the model sees.
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) at t = 0.
+        """
+        true_mean, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self._read_output(output, x_t, t, clip_denoised)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
+        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, out["mean"], 0.5 * out["log_variance"]))
+        return torch.where(t == 0, nll, kl) / math.log(2), out["pred_xstart"]
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """The loss of each sample at steps t (N,).
+
+        "mse": squared error of the prediction, and with a learned variance plus the bound of the variance alone (the
+        mean detached), weighted by steps/1000 in "rescaled_mse", by 1 in "mse". "kl": the bound of both, in bits a
+        dimension; "rescaled_kl": the same times the number of steps, an estimate of the whole sum.
+
+        Returns a dict of (N,): loss, and for the MSE losses mse, and with a learned variance vb.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        output = self._call_model(model, x_t, t, model_kwargs)
+        if self.loss in ("kl", "rescaled_kl"):
+            bound, _ = self._variational_bound_terms(output, x_start, x_t, t)
+            return dict(loss=bound * (self.num_timesteps if self.loss == "rescaled_kl" else 1))
+
+        terms = {}
+        prediction = output
+        if self.variance == "learned_range":
+            prediction, fraction = output.chunk(2, dim=1)
+            frozen_mean = torch.cat([prediction.detach(), fraction], dim=1)
+            terms["vb"], _ = self._variational_bound_terms(frozen_mean, x_start, x_t, t)
+            if self.loss == "rescaled_mse":
+                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
+        target = x_start if self.predict == "x_start" else noise
+        terms["mse"] = mean_flat((target - prediction) ** 2)
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
+
+    @torch.no_grad()
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, randn_like=torch.randn_like):
+        """The variational bound on -log p(x_0), term by term, in bits a dimension.
+
+        Returns a dict: total_bpd (N,), prior_bpd (N,), and, with steps from the last to the first, vb (N, steps),
+        xstart_mse (N, steps), mse (N, steps) of eps.
+        """
+        vb, xstart_mse, mse = [], [], []
+        for i in reversed(range(self.num_timesteps)):
+            t = torch.full((x_start.shape[0],), i, device=x_start.device)
+            noise = randn_like(x_start)
+            x_t = self.q_sample(x_start, t, noise)
+            output = self._call_model(model, x_t, t, model_kwargs)
+            bound, pred_xstart = self._variational_bound_terms(output, x_start, x_t, t, clip_denoised)
+            vb.append(bound)
+            xstart_mse.append(mean_flat((pred_xstart - x_start) ** 2))
+            mse.append(mean_flat((self._eps_from_x_start(x_t, t, pred_xstart) - noise) ** 2))
+        vb, xstart_mse, mse = (torch.stack(terms, dim=1) for terms in (vb, xstart_mse, mse))
+
+        # the prior term: KL(q(x_T | x_0) || N(0, 1)), a constant near 0 that no model can change
+        mean, _, log_variance = self.q_mean_variance(x_start, torch.full_like(t, self.num_timesteps - 1))
+        zero = torch.zeros_like(x_start)
+        prior_bpd = mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+        return dict(total_bpd=vb.sum(dim=1) + prior_bpd, prior_bpd=prior_bpd, vb=vb, xstart_mse=xstart_mse, mse=mse)
+
+
+def last_sample(steps):
+    for out in steps:
+        pass
+    return out["sample"]

@@ -1,0 +1,349 @@
+"""Diffusion transformers on VAE latents: DiT (class labels), DiTSEM (discrete latent codes), DiTCONT (vectors).
+
+DiT and adaLN-Zero: Peebles & Xie 2023, arXiv 2212.09748. Codes in place of the label: Lavoie et al. 2025,
+arXiv 2507.12318. Parameter names are those of the published DiT checkpoints, which load strictly.
+
+    model = DiT_models["DiTSEM-XL/2"](input_size=32, L=512, V=256)
+    out = model(x, t, y)                                           # (N, 8, 32, 32): eps and variance
+
+Nothing here knows a file, a rank or a flag. Shapes: N samples, T tokens, D width, C latent channels, P patch size,
+L code positions, V tokens per position.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch.utils.checkpoint import checkpoint
+
+
+def modulate(x, shift, scale):
+    """Shift and scale tokens x (N, T, D) by per-sample vectors (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_position_embedding(dim, grid_size):
+    """Fixed 2-D sine-cosine position embedding, (grid_size**2, dim) float32, rows in raster order.
+
+    A quarter of the channels each for sin(column), cos(column), sin(row), cos(row), at wavelengths from 2 pi to
+    20,000 pi in geometric steps (Vaswani et al. 2017, section 3.5, once per axis).
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), frequencies)      # (grid, dim/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                # (grid, dim/2)
+    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)      # (grid^2, dim/2) each
+    return torch.cat([columns, rows], dim=1).float()
+
+
+def drop_condition(embedding, null, drop):
+    """Rows of embedding (N, D) where drop (N,) is True become null (1, D)."""
+    return torch.where(drop.unsqueeze(1), null, embedding)
+
+
+#################################################################################
+#                            Timestep and condition                             #
+#################################################################################
+
+class TimestepEmbedder(nn.Module):
+    """Diffusion time (N,), possibly fractional, to a vector (N, D)."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """Cosines then sines of t (N,) at dim/2 geometric frequencies from 1 down to 1/max_period, (N, dim) float32."""
+        half = dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float().unsqueeze(1) * torch.exp(-math.log(max_period) / half * steps)
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return F.pad(embedding, (0, dim % 2))
+
+    def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):
+            return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size))   # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (N,) to vectors (N, D); the row after the last class is the null label."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def null(self, n):
+        return torch.full((n,), self.num_classes, device=self.embedding_table.weight.device)
+
+    def forward(self, labels, drop=None):
+        if drop is not None:
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)                                # (N, D)
+
+
+class SEMEmbedder(nn.Module):
+    """Codes (N, L), or soft codes (N, L, V), to the mean over positions of the table's rows, (N, D) float32.
+
+    Row V of each position is its null token. The rows are gathered and averaged in one pass, so that neither a
+    one-hot product nor an (N, L, D) intermediate is ever made. Soft codes may carry a weight for the null token as
+    well, (N, L, V+1).
+    """
+
+    def __init__(self, L, V, hidden_size):
+        super().__init__()
+        self.L, self.V = L, V
+        self.embedding_table = nn.Parameter(torch.empty(L, V + 1, hidden_size))
+        self.register_buffer("row_offset", torch.arange(L) * (V + 1), persistent=False)
+
+    def null(self, n):
+        return torch.full((n, self.L), self.V, device=self.embedding_table.device)
+
+    def forward(self, codes, drop=None):
+        with torch.autocast(codes.device.type, enabled=False):
+            table = self.embedding_table.float()
+            if codes.ndim == 3:
+                rows = table[:, :codes.shape[2]].flatten(0, 1)             # (L*V, D)
+                embedding = codes.flatten(1).float() @ rows / self.L
+                if drop is None:
+                    return embedding
+                return drop_condition(embedding, table[:, self.V].mean(0, keepdim=True), drop)
+            codes = codes.long()
+            if drop is not None:
+                codes = torch.where(drop.unsqueeze(1), self.V, codes)
+            return F.embedding_bag(codes + self.row_offset, table.flatten(0, 1), mode="mean")   # (N, D)
+
+
+class LinearEmbedder(nn.Module):
+    """Vectors (N, in_dim) to (N, D) through a linear layer without bias; a learned vector stands for no condition."""
+
+    def __init__(self, in_dim, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Linear(in_dim, hidden_size, bias=False)
+        self.fake_latent = nn.Parameter(torch.empty(1, in_dim))
+
+    def null(self, n):
+        return self.fake_latent.expand(n, -1)
+
+    def forward(self, vectors, drop=None):
+        if drop is not None:
+            vectors = drop_condition(vectors, self.fake_latent, drop)
+        return self.embedding_table(vectors)                               # (N, D)
+
+
+#################################################################################
+#                                    Blocks                                     #
+#################################################################################
+
+def layer_norm(dim):
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = layer_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = layer_norm(hidden_size)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)   # (N, D) each
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))           # (N, T, D)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))         # (N, T, D)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D) to patches (N, T, P*P*out_channels)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+#################################################################################
+#                                    Models                                     #
+#################################################################################
+
+class DiT(nn.Module):
+    """Diffusion transformer conditioned on class labels.
+
+    Args:
+        input_size: height and width of the latent; a multiple of patch_size.
+        class_dropout_prob: share of samples whose condition is replaced by the null condition in training, for
+            classifier-free guidance.
+        learn_sigma: predict, beside eps, where the variance lies between its bounds (twice the output channels).
+    """
+    guided_channels = 3        # classifier-free guidance of the published DiT samples covers the first three channels
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"latent size {input_size} is not a multiple of the patch size {patch_size}")
+        self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.patch_size = patch_size
+        self.class_dropout_prob = class_dropout_prob
+        self.grad_checkpointing = False
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.build_condition_embedder(hidden_size, num_classes)
+        self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, input_size // patch_size)[None])
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def build_condition_embedder(self, hidden_size, num_classes):
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+
+    @property
+    def condition_embedder(self):
+        return self.y_embedder
+
+    def initialize_weights(self):
+        """Xavier weights, N(0, 0.02) embeddings, and zeros where adaLN-Zero wants them: the output starts at exactly 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # the patch embedding as the linear layer it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for parameter in [*self.condition_embedder.parameters(),
+                          self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]:
+            nn.init.normal_(parameter, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
+                self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def set_grad_checkpointing(self, enable=True):
+        """Recompute each block's activations in the backward pass: less memory, about a third more work. Training only."""
+        self.grad_checkpointing = enable
+
+    def null_condition(self, n):
+        """The condition that means "none", n rows of it: the second half of forward_with_cfg's y."""
+        return self.condition_embedder.null(n)
+
+    def unpatchify(self, x):
+        """Patches (N, T, P*P*C) to an image (N, C, H, W)."""
+        n, p, side = x.shape[0], self.patch_size, math.isqrt(x.shape[1])
+        x = x.view(n, side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
+
+    def forward(self, x, t, y, drop=None):
+        """Predict eps, and with learn_sigma the variance, of noisy latents.
+
+        Args:
+            x: (N, C, H, W) noisy latents.
+            t: (N,) diffusion times, 0 to 999.
+            y: the condition: labels (N,) for DiT; codes (N, L) or soft codes (N, L, V) for DiTSEM; vectors
+                (N, in_dim) for DiTCONT.
+            drop: (N,) bool, the samples whose condition is replaced by the null condition. None: drawn with
+                class_dropout_prob in training, none in eval.
+        """
+        if drop is None and self.training and self.class_dropout_prob > 0:
+            drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
+        x = self.x_embedder(x) + self.pos_embed                            # (N, T, D)
+        c = self.t_embedder(t) + self.condition_embedder(y, drop)          # (N, D)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)           # (N, T, D)
+            else:
+                x = block(x, c)                                            # (N, T, D)
+        return self.unpatchify(self.final_layer(x, c))                     # (N, out_channels, H, W)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, t_max=None, channels=None):
+        """Classifier-free guidance (Ho & Salimans 2022): null + cfg_scale * (conditional - null), on a doubled batch.
+
+        Args:
+            x: (2N, C, H, W); the second half is ignored and taken to equal the first.
+            t: (2N,) times.
+            y: conditions of the first half, then null conditions.
+            t_max: samples with t > t_max keep the conditional prediction. None: guidance at every t.
+            channels: how many latent channels guidance covers; None: three for DiT (the published behaviour), all
+                for DiTSEM and DiTCONT. The rest, and the variance, stay each half's own.
+
+        Returns (2N, out_channels, H, W), eps of both halves guided alike.
+        """
+        channels = channels or self.guided_channels or self.in_channels
+        half = x[:x.shape[0] // 2]
+        out = self(torch.cat([half, half]), t, y)
+        conditional, null = out[:, :channels].chunk(2)
+        guided = null + cfg_scale * (conditional - null)
+        if t_max is not None:
+            guided = torch.where(t.chunk(2)[0].view(-1, 1, 1, 1) > t_max, conditional, guided)
+        return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
+
+
+class DiTSEM(DiT):
+    """Diffusion transformer conditioned on a discrete latent code: L tokens, each in 0..V-1 (V is the null token).
+
+    The other arguments are DiT's; num_classes is accepted so that every family is built by the same call, and has no
+    effect.
+    """
+    guided_channels = None     # all
+
+    def __init__(self, *args, L=512, V=256, **kwargs):
+        self.code_shape = L, V
+        super().__init__(*args, **kwargs)
+
+    def build_condition_embedder(self, hidden_size, num_classes):
+        self.sem_embedder = SEMEmbedder(*self.code_shape, hidden_size)
+
+    @property
+    def condition_embedder(self):
+        return self.sem_embedder
+
+
+class DiTCONT(DiT):
+    """Diffusion transformer conditioned on a vector of in_dim floats, such as an encoder's embedding.
+
+    The other arguments are DiT's; num_classes has no effect.
+    """
+    guided_channels = None
+
+    def __init__(self, *args, in_dim=1024, **kwargs):
+        self.in_dim = in_dim
+        super().__init__(*args, **kwargs)
+
+    def build_condition_embedder(self, hidden_size, num_classes):
+        self.y_embedder = LinearEmbedder(self.in_dim, hidden_size)
+
+
+#################################################################################
+#                                    Sizes                                      #
+#################################################################################
+
+# XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: the width and heads of DeiT-Ti at half its depth.
+SIZES = {
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+    "L": dict(depth=24, hidden_size=1024, num_heads=16),
+    "B": dict(depth=12, hidden_size=768, num_heads=12),
+    "S": dict(depth=12, hidden_size=384, num_heads=6),
+    "Ti": dict(depth=6, hidden_size=192, num_heads=3),
+}
+
+DiT_models = {
+    f"{family.__name__}-{size}/{patch_size}": partial(family, patch_size=patch_size, **width)
+    for family in (DiT, DiTSEM, DiTCONT) for size, width in SIZES.items() for patch_size in (2, 4, 8)
+}
