@@ -1,0 +1,143 @@
+"""Weights and run state in and out.
+
+A checkpoint of ours is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors
+(float32), optimizer.pt and meta.json. It is written under another name and renamed, so one that has its name is whole.
+Everything random in training is a function of (seed, position in the data), so meta.json's step is all the run state
+there is beside the tensors.
+
+Read as well: the `.pt` files of the DiT, fast-DiT and DLC repositories (a bare state dict, or one under "ema" and
+"model"), and `.safetensors`.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from models import DiT_models
+
+
+def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None):
+    """Write RESULTS/checkpoints/{meta["step"]:07d}/ whole or not at all. Returns its path."""
+    path = Path(run_dir) / "checkpoints" / f"{meta['step']:07d}"
+    temporary = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    safetensors.torch.save_file(model.state_dict(), temporary / "model.safetensors")
+    safetensors.torch.save_file(ema.state_dict(), temporary / "ema.safetensors")
+    torch.save(dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None),
+               temporary / "optimizer.pt")
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for file in temporary.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+    return path
+
+
+def load_checkpoint(path, model, ema, optimizer, scaler=None):
+    """Read a checkpoint back into the objects that made it."""
+    model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
+    ema.load_state_dict(safetensors.torch.load_file(path / "ema.safetensors"))
+    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def read_meta(path):
+    return json.loads((Path(path) / "meta.json").read_text())
+
+
+def run_checkpoints(run_dir):
+    """The whole checkpoints of one run, oldest first."""
+    return sorted(path.parent for path in Path(run_dir).glob("checkpoints/*/meta.json")
+                  if re.fullmatch(r"\d{7,}", path.parent.name))
+
+
+def newest_checkpoint(results_dir):
+    """The checkpoint last written under results_dir, a run or a folder of runs.
+
+    Raises ValueError where there is none.
+    """
+    found = [path for run in [Path(results_dir), *Path(results_dir).glob("*")] for path in run_checkpoints(run)]
+    if not found:
+        raise ValueError(f"no checkpoint under --results-dir {results_dir}: train with train_diffusion.py first, or name "
+                         "one with --ckpt")
+    return max(found, key=lambda path: ((path / "meta.json").stat().st_mtime, path.name))
+
+
+def load_weights(path, use_ema=True):
+    """A model's state dict and, for a checkpoint of ours, its meta (else {}).
+
+    Args:
+        path: a checkpoint directory, or a `.pt` / `.pth` / `.safetensors` file.
+        use_ema: the EMA weights, where the checkpoint has both.
+
+    Raises ValueError where path is no such thing.
+    """
+    path = Path(path)
+    meta = {}
+    if path.is_dir():
+        if not (path / "meta.json").is_file():
+            raise ValueError(f"{path} is not a checkpoint directory: it has no meta.json")
+        meta = read_meta(path)
+        path = path / ("ema.safetensors" if use_ema else "model.safetensors")
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):      # fast-DiT keeps its arguments beside
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                          # whatever the unpickler or safetensors makes of a broken file
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+    if not path.suffix == ".safetensors":
+        weights = weights.get("ema" if use_ema else "model", weights)
+    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
+
+
+def model_from_weights(weights, path):
+    """The model whose state dict these are, in eval mode, and its name in DiT_models.
+
+    Family, size, patch, L, V, classes and latent size are all read off the tensors' shapes.
+
+    Raises ValueError, naming path, where they are no model of ours.
+    """
+    try:
+        hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+        arguments = dict(
+            in_channels=in_channels, input_size=patch_size * math.isqrt(weights["pos_embed"].shape[1]),
+            learn_sigma=len(weights["final_layer.linear.bias"]) == 2 * in_channels * patch_size ** 2)
+        if "sem_embedder.embedding_table" in weights:
+            family = "DiTSEM"
+            L, rows, _ = weights["sem_embedder.embedding_table"].shape
+            arguments.update(L=L, V=rows - 1)
+        elif "y_embedder.fake_latent" in weights:
+            family = "DiTCONT"
+            arguments.update(in_dim=weights["y_embedder.fake_latent"].shape[1])
+        else:
+            family = "DiT"
+            arguments.update(num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {error})") from None
+    for name, build in DiT_models.items():
+        size = build.keywords
+        if name.startswith(f"{family}-") and (size["hidden_size"], size["depth"], size["patch_size"]) == (
+                hidden_size, depth, patch_size):
+            model = build(**arguments)
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint {path} does not fit {name}: {error}") from None
+            return model.eval(), name
+    raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, which "
+                     "has no name in DiT_models")

@@ -1,0 +1,292 @@
+"""The contract on disk between extraction, training and sampling: latents, codes and labels as packed shards.
+
+FEATURES/ holds `imagenet{S}_features`, `imagenet{S}_sem`, `imagenet{S}_labels` and `imagenet{S}_path` (S: image size in
+pixels), each with one `{shard:06d}.npy` a shard, and `manifest.json`, written last: its presence means complete. Shard k
+covers the dataset indices [k * shard_size, (k + 1) * shard_size), less the images that were skipped. A directory of
+the reference scripts, one `.npy` an image and no manifest, is read as well.
+
+    features = Features("store/features")
+    latents, codes = features.latents.gather(rows), features.codes.gather(rows)      # (n, 4, S/8, S/8), (n, L)
+"""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+FORMAT_VERSION = 1
+SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}      # dimensions of one row of each kind
+
+
+def kind_dir(root, image_size, kind):
+    return Path(root) / f"imagenet{image_size}_{kind}"
+
+
+def write_whole(path, write):
+    """Let write(file) fill a temporary file, then give it its name: a reader sees the whole or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def load_array(path, mmap=True):
+    """A `.npy` without pickled objects. Raises ValueError naming the file."""
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        reason = "holds pickled objects" if "pickle" in str(error) else f"is not a readable .npy ({error})"
+        raise ValueError(f"{path} {reason}") from None
+
+
+def recorded_id(name):
+    """How a manifest names a model: a hub id as it is, a local file or directory by its absolute path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+#################################################################################
+#                                    Writing                                    #
+#################################################################################
+
+class FeatureWriter:
+    """Writes shards in any order from any number of processes, and the manifest at the end.
+
+    `progress/` holds the settings and a record of each finished shard until the manifest takes their place, so a run
+    that was killed goes on after its last whole shard.
+
+    Args:
+        root: FEATURES/.
+        settings: JSON-able dict of all that decides the bytes; becomes part of the manifest. Has image_size.
+
+    Raises ValueError where root holds features made with other settings, naming the difference.
+    """
+
+    def __init__(self, root, settings):
+        self.root, self.settings = Path(root), settings
+        self.progress = self.root / "progress"
+        for path in (self.root / "manifest.json", self.progress / "settings.json"):
+            if path.is_file():
+                there = json.loads(path.read_text())
+                different = [f"{key} {there.get(key)!r} there, {value!r} here"
+                             for key, value in settings.items() if there.get(key) != value]
+                if different:
+                    raise ValueError(f"{self.root} holds features made with other settings: {'; '.join(different)}; "
+                                     "give another --features-path")
+
+    @property
+    def is_complete(self):
+        return (self.root / "manifest.json").is_file()
+
+    def start(self):
+        """Make the folders. Called by one process before any writes."""
+        self.progress.mkdir(parents=True, exist_ok=True)
+        for kind in SAMPLE_NDIM:
+            kind_dir(self.root, self.settings["image_size"], kind).mkdir(exist_ok=True)
+        write_json(self.progress / "settings.json", self.settings)
+
+    def record_path(self, shard):
+        return self.progress / f"{shard:06d}.json"
+
+    def write(self, shard, arrays, skipped):
+        """Write one shard whole: arrays maps kinds to arrays of equal length; skipped lists [image path, reason]."""
+        rows = {len(array) for array in arrays.values()}
+        assert len(rows) == 1, rows
+        for kind, array in arrays.items():
+            path = kind_dir(self.root, self.settings["image_size"], kind) / f"{shard:06d}.npy"
+            write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+        write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
+
+    def finish(self, num_shards):
+        """Write the manifest out of the records of all shards. Returns it. Called by one process after all have written."""
+        records = [json.loads(self.record_path(shard).read_text()) for shard in range(num_shards)]
+        manifest = dict(
+            self.settings, count=sum(record["rows"] for record in records),
+            shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
+            skipped=[item for record in records for item in record["skipped"]])
+        write_json(self.root / "manifest.json", manifest)
+        shutil.rmtree(self.progress)
+        return manifest
+
+
+#################################################################################
+#                                    Reading                                    #
+#################################################################################
+
+class Stack:
+    """The rows of many `.npy` files as one array, gathered through memory maps.
+
+    Args:
+        paths: the files, each (n, ...), or with lone=True one sample each, with or without a leading 1.
+        ends: (len(paths),) the running total of rows; None reads it off the files.
+        sample_ndim: dimensions of one row.
+    """
+
+    def __init__(self, paths, ends=None, sample_ndim=0, lone=False):
+        self.paths, self.sample_ndim, self.lone, self.ends = paths, sample_ndim, lone, None
+        self._open = {}
+        if lone:
+            ends = range(1, len(paths) + 1)
+        elif ends is None:
+            ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
+        self.ends = np.asarray(ends)
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}       # a data loader's process opens its own maps
+
+    def array(self, index):
+        """File number index as an array (n, ...): memory-mapped and kept open, or read where it is one sample."""
+        if index in self._open:
+            return self._open[index]
+        array = load_array(self.paths[index], mmap=not self.lone)
+        if array.ndim == self.sample_ndim:
+            array = array[None]
+        rows = len(array) if self.ends is None else self._first(index + 1) - self._first(index)
+        if array.ndim != self.sample_ndim + 1 or len(array) != rows:
+            raise ValueError(f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of "
+                             f"{self.sample_ndim} dimensions")
+        if not self.lone:
+            self._open[index] = array
+        return array
+
+    def _first(self, index):
+        """The row that file number index begins with."""
+        return int(self.ends[index - 1]) if index else 0
+
+    def locate(self, row):
+        """The file that holds a row, and the row's number within it."""
+        index = int(np.searchsorted(self.ends, row, side="right"))
+        return self.paths[index], int(row) - self._first(index)
+
+    def gather(self, rows, limit=None):
+        """Rows (n,) as one array (n, ...), read file by file in ascending order; checked as check_range does, if asked."""
+        rows = np.asarray(rows)
+        order = np.argsort(rows, kind="stable")
+        files = np.searchsorted(self.ends, rows[order], side="right")
+        arrays = {index: self.array(index) for index in np.unique(files)}
+        first = next(iter(arrays.values()))
+        out = np.empty((len(rows), *first.shape[1:]), np.result_type(*{array.dtype for array in arrays.values()}))
+        for index, array in arrays.items():
+            picked = order[files == index]
+            out[picked] = array[rows[picked] - self._first(index)]
+        if limit is not None:
+            check_range(out, limit, lambda i: self.locate(rows[i]))
+        return out
+
+    def check_range(self, limit):
+        """Raise ValueError, naming file and row, at the first value outside 0..limit-1."""
+        for index, path in enumerate(self.paths):
+            check_range(self.array(index), limit, lambda i: (path, i))
+
+
+def check_range(array, limit, locate):
+    """Raise ValueError at a row with a value outside 0..limit-1; locate(i) is the (file, row) of row i."""
+    if array.dtype.kind not in "ui":
+        raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
+    if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
+        return                                          # this type holds no value outside
+    for start in range(0, len(array), 4096):            # by parts: never a whole file in memory
+        part = array[start:start + 4096]
+        bad = (part < 0) | (part >= limit)
+        if bad.any():
+            i = int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
+            path, row = locate(start + i)
+            raise ValueError(f"{path}, row {row}: value {int(part[i][bad[i]].flat[0])} outside 0..{limit - 1}")
+
+
+class Features:
+    """FEATURES/ for reading: one `Stack` a kind.
+
+    Args:
+        root: FEATURES/.
+        V, num_classes: what a directory of the reference scripts does not say of itself; otherwise None.
+
+    Attributes: latents, codes (None where there are none), labels, paths: each a Stack (paths None for a reference
+    directory); count; image_size; L, V (None without codes); num_classes; manifest (None for a reference directory).
+
+    Raises ValueError where root is missing, half-written, or its parts do not belong together.
+    """
+
+    def __init__(self, root, V=None, num_classes=None):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise ValueError(f"features path {root} does not exist: make it with extract_features_withdlc.py")
+        self.manifest = None
+        if (self.root / "manifest.json").is_file():
+            self.manifest = json.loads((self.root / "manifest.json").read_text())
+            stacks = self._open_shards()
+            for flag, given, there in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
+                if given not in (None, there):
+                    raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave the flag away")
+        elif (self.root / "progress").exists():
+            raise ValueError(f"features path {root} is half-written (no manifest.json): run the same "
+                             "extract_features_withdlc.py command again to complete it")
+        else:
+            stacks = self._open_lone_files()
+            self.V, self.num_classes = V, num_classes or 1000
+        self.latents, self.labels = stacks["features"], stacks["labels"]
+        self.codes, self.paths = stacks.get("sem"), stacks.get("path")
+        self.count = len(self.latents)
+        if not self.count:
+            raise ValueError(f"features path {self.root} has no rows")
+        self.L = self.codes.array(0).shape[1] if self.codes is not None else None
+        self.latent_shape = self.latents.array(0).shape[1:]
+
+    def _open_shards(self):
+        manifest = self.manifest
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"{self.root}: features of format {manifest['format_version']}; this code reads up to "
+                             f"{FORMAT_VERSION}")
+        self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
+        shards = manifest["shards"]
+        ends = np.cumsum([shard["rows"] for shard in shards])
+        stacks = {}
+        for kind in SAMPLE_NDIM.keys() - (() if self.V else {"sem"}):
+            paths = [kind_dir(self.root, self.image_size, kind) / f"{shard['name']}.npy" for shard in shards]
+            there = set(os.listdir(paths[0].parent)) if paths and paths[0].parent.is_dir() else set()
+            for path in paths:
+                if path.name not in there:
+                    raise ValueError(f"{path} is missing, though the manifest lists it")
+            stacks[kind] = Stack(paths, ends, SAMPLE_NDIM[kind])
+        return stacks
+
+    def _open_lone_files(self):
+        sizes = [int(match[1]) for path in self.root.iterdir()
+                 if (match := re.fullmatch(r"imagenet(\d+)_features", path.name))]
+        if len(sizes) != 1:
+            raise ValueError(f"features path {self.root} has " + ("no features: no manifest.json and no "
+                             "imagenet{S}_features" if not sizes else f"no manifest.json and several sizes {sizes}"))
+        self.image_size = sizes[0]
+        directories = {kind: kind_dir(self.root, self.image_size, kind) for kind in ("features", "sem", "labels")}
+        names = {kind: {name for name in os.listdir(directory) if name.endswith(".npy")}
+                 for kind, directory in directories.items() if directory.is_dir()}
+        if not names["features"]:
+            raise ValueError(f"{directories['features']} has no .npy files")
+        for kind in ("labels", *names):
+            unpaired = sorted(names.get(kind, set()) ^ names["features"])
+            if unpaired:
+                raise ValueError(f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
+                                 f"({len(unpaired)} such files)")
+        ordered = sorted(names["features"], key=lambda name: (len(name), name))      # 2.npy before 10.npy
+        return {kind: Stack([directories[kind] / name for name in ordered], None, SAMPLE_NDIM[kind], lone=True)
+                for kind in names}
+
+    def validate(self):
+        """Read every label, and every code whose type could hold a value outside 0..V-1; not one file an image, though.
+
+        Raises ValueError naming file and row.
+        """
+        if self.manifest is not None:
+            self.labels.check_range(self.num_classes)
+            if self.codes is not None:
+                self.codes.check_range(self.V)

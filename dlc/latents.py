@@ -1,0 +1,125 @@
+"""Pixel space <-> latent space: crops, views, the VAE, and back to 8-bit images."""
+import json
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def center_crop(image, size):
+    """The crop of ADM (Dhariwal & Nichol 2021): shorter side to `size`, then the central square.
+
+    Halved with a box filter while still at least twice the size, then resized bicubically.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_rgb(path):
+    """The image at path, RGB. Whatever Pillow raises for a broken file comes through."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def to_tensor(image, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    """A PIL image to (3, H, W) float32, scaled to [0, 1] and normalised."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def vae_id(name):
+    """The directory or hub id that --vae names."""
+    return VAE_ALIASES.get(name, name)
+
+
+def vae_label(name):
+    """The short form of --vae in a folder's name: its alias, or the last part of its path or id."""
+    aliases = {full: alias for alias, full in VAE_ALIASES.items()}
+    return aliases.get(vae_id(name)) or Path(name).name
+
+
+def vae_config(name):
+    """The VAE's configuration, without its weights. Raises ValueError as load_vae does."""
+    if (Path(name) / "config.json").is_file():
+        return json.loads((Path(name) / "config.json").read_text())
+    return _from_hub(AutoencoderKL.load_config, name)
+
+
+def downsampling_factor(name):
+    """Pixels a latent cell, along each axis."""
+    if vae_id(name) in VAE_ALIASES.values():
+        return 8                                    # known without asking the hub
+    return 2 ** (len(vae_config(name)["block_out_channels"]) - 1)
+
+
+def load_vae(name, device="cpu"):
+    """The AutoencoderKL that --vae names, in eval mode, float32.
+
+    Args:
+        name: "ema" or "mse" (Stability AI's fine-tuned decoders), a hub id, or a local directory.
+
+    Raises ValueError, naming what is missing, where it cannot be had.
+    """
+    vae = _from_hub(AutoencoderKL.from_pretrained, name).to(device).eval().requires_grad_(False)
+    if vae.config.latent_channels != 4:
+        raise ValueError(f"--vae {name} has {vae.config.latent_channels} latent channels, wanted 4")
+    return vae
+
+
+def _from_hub(load, name):
+    """load(id) from a local directory, else the hub's local cache, else the hub."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # diffusers passes its hub client a keyword that warns
+        try:
+            return load(vae_id(name), local_files_only=True)
+        except (OSError, ValueError) as error:
+            if Path(name).exists():
+                raise ValueError(f"--vae {name} is not a directory of a diffusers AutoencoderKL: {error}") from None
+        try:
+            huggingface_hub.model_info(vae_id(name), timeout=10)      # answers at once where a download would retry
+            return load(vae_id(name))
+        except Exception as error:                  # whatever the hub's client or its transport raises
+            raise ValueError(f"cannot get config.json of the VAE {vae_id(name)!r}: not in the local cache, and the hub "
+                             f"is out of reach or does not have it ({type(error).__name__}: {error}); --vae takes a "
+                             "local directory too") from None
+
+
+def encode(vae, images, noise=None):
+    """Images (N, 3, S, S) in [-1, 1] to latents (N, 4, S/8, S/8), scaled to about unit variance.
+
+    A draw of the posterior with the given standard normals, or its mean without.
+    """
+    posterior = vae.encode(images).latent_dist
+    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+    return latents * vae.config.scaling_factor
+
+
+def decode(vae, latents):
+    """Scaled latents (N, 4, h, w) to images (N, 3, S, S), about in [-1, 1]."""
+    return vae.decode(latents / vae.config.scaling_factor).sample
+
+
+def to_uint8(images):
+    """Images (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, rounded as DiT's sampler does (127.5 x + 128, cut off)."""
+    return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def image_grid(images, columns):
+    """Images (n, H, W, 3) uint8 NumPy in rows of so many columns, a PIL image; missing places stay black."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    grid = np.zeros((rows * columns, height, width, 3), np.uint8)
+    grid[:n] = images
+    grid = grid.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))

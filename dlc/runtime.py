@@ -1,0 +1,104 @@
+"""Which machine is this: processes, device, threads, precision, logging, and how a user's mistake is reported."""
+import argparse
+import contextlib
+import datetime
+import logging
+import os
+import sys
+import time
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line on standard error, from rank 0 alone, and exit status 2."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)      # a launcher stops every rank at the first that ends: let it be the one that speaks
+            sys.exit(2)
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+    @contextlib.contextmanager
+    def one_line_errors(self):
+        """What a user got wrong, raised below as ValueError or OSError, as `error` reports it. For the checks before work."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(error)
+
+
+def start_processes():
+    """Join the WORLD_SIZE processes of whatever launcher this is into one group: NCCL on GPUs, gloo on the CPU.
+
+    Returns accelerate's PartialState: device, process_index, num_processes, is_main_process, wait_for_everyone().
+
+    Raises ValueError where the group is not as large as the launcher says.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        # accelerate's launchers give every process one thread where the user gave none: take a fair share instead
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(cores_per_process())
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    # one rank may write a large file while the others wait for it
+    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(hours=12))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != world_size:
+        raise ValueError(f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
+                         "start the script with torchrun or accelerate launch")
+    return state
+
+
+def cores_per_process():
+    """This process's share of the cores, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_num_workers():
+    """Data loader processes for this process: its share of the cores, at most 8."""
+    return min(8, cores_per_process())
+
+
+def autocast(device, precision):
+    """The autocast context of "fp32", "bf16" or "fp16" on a device; fp32 is no autocast."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def create_logger(state, log_file=None):
+    """A logger to standard output and, where given, appended to log_file; silent on all ranks but 0."""
+    logger = logging.getLogger("dlc")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = []
+    if not state.is_main_process:
+        logger.addHandler(logging.NullHandler())
+        return logger
+    for handler in [logging.StreamHandler(sys.stdout)] + ([logging.FileHandler(log_file)] if log_file else []):
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+def create_accelerator(logger):
+    """accelerate's Accelerator for the processes of `start_processes`, and its precision: "fp32", "bf16" or "fp16".
+
+    Precision is what `accelerate launch --mixed_precision` asked for; fp16 without a GPU is said to be float32, once.
+    """
+    on_cpu = not torch.cuda.is_available()
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked == "fp16" and on_cpu:
+        logger.warning("warning: fp16 needs a GPU; this run uses float32")
+        asked = "no"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=asked, kwargs_handlers=[
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator, "fp32" if asked == "no" else asked
