@@ -43,7 +43,7 @@ def load_array(path, mmap=True):
     try:
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        reason = "holds pickled objects" if "pickle" in str(error) else f"is not a readable .npy ({error})"
+        reason = "holds pickled objects" if re.search("pickle|Python objects", str(error)) else f"is not a readable .npy ({error})"
         raise ValueError(f"{path} {reason}") from None
 
 

@@ -1,0 +1,14 @@
+# Sourced by demo.sh and test.sh: a complete .venv beside this file, made where it is missing or out of date, and active.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+wanted=$(cat requirements.txt requirements-dev.txt | cksum)
+if [ "$(cat .venv/complete 2>/dev/null)" != "$wanted" ]; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+    echo "setting up .venv (a few minutes, about 6 GB with the CUDA build of torch)"
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+    echo "$wanted" > .venv/complete
+fi
+source .venv/bin/activate
+# threads that wait for work sleep: where other programs want the cores too, spinning ones take many times as long
+export OMP_WAIT_POLICY=PASSIVE

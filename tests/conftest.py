@@ -1,0 +1,95 @@
+"""Tiny models and images, and the launching of the real scripts."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+IMAGE_SIZE, L, V = 64, 6, 300           # V above 256: codes are stored in 16 bits
+
+
+def golden(name):
+    """A file of reference values as tensors, its weights apart."""
+    values = {key: torch.from_numpy(value) for key, value in np.load(ROOT / "tests/goldens" / f"{name}.npz").items()}
+    weights = {key[2:]: values.pop(key) for key in list(values) if key.startswith("w/")}
+    return values, weights
+
+
+def launch(command, cwd, check=True):
+    """Run "python|torchrun|accelerate N script.py flags": N processes, scripts named from the root. Gives the process."""
+    launcher, processes, script, *flags = command
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    prefix = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}",
+                     f"--master_port={port}"],
+        "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "fp16",
+                       "--main_process_port", port, "--num_processes", str(processes)]
+        + (["--multi_gpu"] if processes > 1 else []),
+    }[launcher]
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    env["HF_HUB_OFFLINE"] = "1"
+    result = subprocess.run([*prefix, str(ROOT / script), *map(str, flags)], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
+    if check and result.returncode:
+        pytest.fail(f"{script} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def save_images(folder, per_class=7, classes=("cat", "dog"), seed=0):
+    """Noise images, larger than the crop and of several shapes, in class folders."""
+    generator = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            shape = (70 + index, 150 - index, 3)
+            Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(folder / name / f"{index}.png")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Paths of an untrained VAE (8x, 4 channels) and an untrained SEM encoder at 32x32."""
+    from diffusers import AutoencoderKL
+
+    from dlc.encoder import SEMEncoder, save_encoder
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                  up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4,
+                  layers_per_block=1).save_pretrained(root / "vae")
+    save_encoder(SEMEncoder("vit_tiny_patch16_224", 32, L, V, backbone_args=dict(
+        embed_dim=24, depth=1, num_heads=2, reg_tokens=2)), root / "sem")
+    return root / "vae", root / "sem"
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """14 images in 2 classes, and in their midst, the tenth in order, one file that is no image."""
+    root = tmp_path_factory.mktemp("images")
+    save_images(root)
+    (root / "dog/1_broken.jpg").write_text("not an image")
+    return root
+
+
+def extract_command(launcher, processes, images, features, tiny_models, *flags):
+    return (launcher, processes, "extract_features_withdlc.py", "--model", "DiT-S/2", "--data-path", images,
+            "--features-path", features, "--image-size", IMAGE_SIZE, "--vae", tiny_models[0], "--encoder", tiny_models[1],
+            "--batch-size", 2, "--shard-size", 4, "--num-workers", 1, *flags)
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory, images, tiny_models):
+    """Features of the images, extracted by one process."""
+    path = tmp_path_factory.mktemp("features")
+    launch(extract_command("torchrun", 1, images, path, tiny_models), path)
+    return path

@@ -1,0 +1,234 @@
+"""A user's mistake gets one line on standard error that names it, and exit status 2, before any work."""
+import importlib
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
+
+from dlc.features import kind_dir
+from models import DiT_models
+
+SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp")
+
+
+@pytest.fixture
+def error_of(monkeypatch, capsys, tmp_path):
+    """Call a script's main with flags in an empty directory; gives its one line of complaint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(script).main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2, error
+        assert re.fullmatch(rf"{script}\.py: error: .*\n", error), error
+        return error
+    return call
+
+
+def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=None, features=None, **sizes):
+    """A checkpoint directory of an untrained model."""
+    path.mkdir(parents=True)
+    model = DiT_models[name](input_size=input_size, **(sizes or dict(L=L, V=V)))
+    safetensors.torch.save_file(model.state_dict(), path / "ema.safetensors")
+    meta = dict(step=1, model=name, vae=str(vae) if vae else None)
+    if features:
+        meta["features_path"] = str(features)
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+#################################################################################
+#                                  Extraction                                   #
+#################################################################################
+
+@pytest.fixture
+def extract_error(error_of, images, tiny_models):
+    def call(*flags, data_path=images):
+        return error_of("extract_features_withdlc", "--data-path", data_path, "--image-size", IMAGE_SIZE,
+                        "--vae", tiny_models[0], "--encoder", tiny_models[1], *flags)
+    return call
+
+
+def test_data_folder(extract_error, tmp_path):
+    assert "--data-path nowhere is not a folder" in extract_error(data_path="nowhere")
+    assert "has no class folders" in extract_error(data_path=tmp_path)
+    (tmp_path / "cat").mkdir()
+    assert "no images in them" in extract_error(data_path=tmp_path)
+    assert not (tmp_path / "features").exists()
+
+
+def test_extraction_flags(extract_error, tmp_path):
+    assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100)
+    assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100, "--vae", "ema")
+    assert "use --image-size 64" in extract_error("--image-size", 72, "--model", "DiT-XL/8")
+    error = extract_error("--model", "DiT-XXL/2")
+    assert "DiT-XXL/2 does not exist" in error and "DiTCONT-Ti/8" in error
+    assert "no SEM encoder at pretrained/dlc_encoder.pth" in extract_error("--encoder", "pretrained/dlc_encoder.pth")
+    assert "encoder nowhere does not exist" in extract_error("--encoder", "nowhere")
+    assert f"{tmp_path} is not a directory of a diffusers AutoencoderKL" in extract_error("--vae", tmp_path)
+    assert "--batch-size 0: must be at least 1" in extract_error("--batch-size", 0)
+    assert "unrecognized arguments: --btch-size" in extract_error("--btch-size", 3)
+    assert not (tmp_path / "features").exists()
+
+
+def test_hub_out_of_reach(extract_error):
+    error = extract_error("--vae", "mse")
+    assert "stabilityai/sd-vae-ft-mse" in error and "config.json" in error and "--vae takes a local directory" in error
+
+
+def test_features_of_other_settings(extract_error, features):
+    error = extract_error("--features-path", features, "--shard-size", 4, "--flip", "none", "--global-seed", 3)
+    assert "flip 'random' there, 'none' here; seed 0 there, 3 here" in error
+
+
+#################################################################################
+#                                   Training                                    #
+#################################################################################
+
+def test_features_path(error_of, features, tmp_path):
+    assert "features path nowhere does not exist" in error_of("train_diffusion", "--features-path", "nowhere")
+    assert "has no features" in error_of("train_diffusion", "--features-path", tmp_path)
+    half = tmp_path / "half"
+    shutil.copytree(features, half)
+    (half / "manifest.json").unlink()
+    (half / "progress").mkdir()
+    assert "half-written" in error_of("train_diffusion", "--features-path", half)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("model, kind, value, message", [
+    ("DiTSEM-Ti/2", "sem", V, rf"imagenet64_sem/000002.npy, row 1: value {V} outside 0..{V - 1}"),
+    ("DiT-Ti/2", "labels", 2, r"imagenet64_labels/000002.npy, row 1: value 2 outside 0..1")])
+def test_values_outside_their_range(error_of, features, tmp_path, model, kind, value, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(features, copy)
+    path = kind_dir(copy, IMAGE_SIZE, kind) / "000002.npy"
+    array = np.load(path)
+    array[1] = value
+    np.save(path, array)
+    assert re.search(message, error_of("train_diffusion", "--features-path", copy, "--model", model))
+
+
+def test_pickled_objects(error_of, features, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(features, copy)
+    np.save(kind_dir(copy, IMAGE_SIZE, "sem") / "000000.npy", np.array([None] * 4, dtype=object), allow_pickle=True)
+    assert "holds pickled objects" in error_of("train_diffusion", "--features-path", copy)
+
+
+def test_training_flags(error_of, features):
+    def error(*flags):
+        return error_of("train_diffusion", "--features-path", features, *flags)
+    assert "DiTSEM-XXL/2 does not exist" in error("--model", "DiTSEM-XXL/2")
+    assert "trains on labels (DiT) and on codes (DiTSEM)" in error("--model", "DiTCONT-S/2")
+    assert "--global-batch-size 0" in error("--global-batch-size", 0)
+    assert "--V 7" in error("--V", 7)
+
+
+def test_results_of_another_run(error_of, features, tmp_path):
+    path = save_checkpoint(tmp_path / "results/checkpoints/0000001")
+    meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, num_classes=None, features_count=14,
+                global_batch_size=8, global_seed=0)
+    (path / "meta.json").write_text(json.dumps(meta))
+    error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/4", "--global-batch-size", 4)
+    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; global_batch_size 8 there, 4 here" in error
+
+
+#################################################################################
+#                                   Sampling                                    #
+#################################################################################
+
+@pytest.fixture
+def sample_error(error_of, features, tiny_models, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "results/checkpoints/0000001", vae=tiny_models[0], features=features)
+
+    def call(*flags, ckpt=checkpoint, script="sample_ddp_computed_dlc"):
+        error = error_of(script, "--model", "DiTSEM-Ti/4", "--ckpt", ckpt, *flags)
+        assert not (tmp_path / "samples").exists()
+        return error
+    return call
+
+
+def test_sampling_flags(sample_error):
+    assert "--num-fid-samples 0: must be at least 1" in sample_error("--num-fid-samples", 0)
+    assert "--cfg-scale 0.9: must be at least 1" in sample_error("--cfg-scale", 0.9)
+    assert "--cfg-scale nan" in sample_error("--cfg-scale", "nan")
+    assert "--num-sampling-steps 1001" in sample_error("--num-sampling-steps", 1001)
+    assert "DiTSEM-XXL/2 does not exist" in sample_error("--model", "DiTSEM-XXL/2")
+    assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
+    assert "not conditioned on labels" in sample_error(script="sample_ddp")
+
+
+def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_models):
+    assert "checkpoint nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
+    assert "is of model DiTSEM-Ti/4, not DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    assert "broken.pt cannot be read" in sample_error(ckpt=tmp_path / "broken.pt")
+    (tmp_path / "dir").mkdir()
+    assert "has no meta.json" in sample_error(ckpt=tmp_path / "dir")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert "is not a DiT, DiTSEM or DiTCONT" in sample_error(ckpt=tmp_path / "other.safetensors")
+    label_model = save_checkpoint(tmp_path / "dit", "DiT-Ti/4", num_classes=3)
+    assert "is of model DiT-Ti/4, not DiTSEM-Ti/4" in sample_error(ckpt=label_model)
+    shutil.rmtree(tmp_path / "results")
+    assert "no checkpoint under --results-dir results" in error_of("sample_ddp_computed_dlc")
+
+
+def test_code_sources(sample_error, features, tmp_path):
+    other = save_checkpoint(tmp_path / "other", L=L + 1, V=V)
+    assert f"have L={L}, the checkpoint's model L={L + 1}" in sample_error("--dlc-dir", features, ckpt=other)
+    assert "does not say which features it was trained on" in sample_error(ckpt=other)
+    small = save_checkpoint(tmp_path / "small", L=L, V=2)
+    assert re.search(r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1", sample_error("--dlc-dir", features, ckpt=small))
+    assert "code source nowhere does not exist" in sample_error("--dlc-dir", "nowhere")
+    np.save(tmp_path / "codes.npy", np.array([[None] * L], dtype=object), allow_pickle=True)
+    assert "holds pickled objects" in sample_error("--sem-dir", tmp_path / "codes.npy")
+    np.save(tmp_path / "codes.npy", np.full((3, L), -1))
+    assert "value -1 outside 0..299" in sample_error("--dlc-dir", tmp_path / "codes.npy")
+
+
+#################################################################################
+#                                 All scripts                                   #
+#################################################################################
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_line_under_the_launcher(processes, tmp_path):
+    """Among what torchrun says of a failed child, the line appears once, and nothing is left behind."""
+    save_images(tmp_path / "images", per_class=1)
+    result = launch(("torchrun", processes, "extract_features_withdlc.py", "--data-path", "images", "--image-size", 100),
+                    tmp_path, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("error: --image-size 100 is not a multiple of 8") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_help_and_is_read(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main()
+    assert stopped.value.code == 0
+    flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(flags) > 10
+    sources = "".join(path.read_text() for path in (ROOT / f"{script}.py", ROOT / "dlc/sampling.py"))
+    for flag in flags:
+        name = {"--no-ema": "ema"}.get(flag, flag[2:].replace("-", "_"))
+        assert re.search(rf"args\.{name}\b", sources), f"{flag} is never read"
+
+
+def test_every_python_file_is_clean():
+    from pyflakes.api import checkRecursive
+    from pyflakes.reporter import Reporter
+    sources = [str(path) for path in ROOT.rglob("*.py") if not any(
+        part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    assert len(sources) > 20
+    assert checkRecursive(sources, Reporter(sys.stdout, sys.stdout)) == 0

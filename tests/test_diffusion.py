@@ -1,0 +1,278 @@
+import math
+
+import pytest
+import torch
+from conftest import golden
+
+from diffusion import GaussianDiffusion, create_diffusion, named_betas, spaced_timesteps
+from diffusion.likelihoods import approximate_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
+from models import DiTSEM
+
+VALUES, _ = golden("diffusion")
+
+
+def toy_network(x, t):
+    return torch.tanh(torch.einsum("oc,nchw->nohw", VALUES["W"], x) + 0.2 * t.view(-1, 1, 1, 1) / 1000)
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+#################################################################################
+#                               Reference values                                #
+#################################################################################
+
+def test_schedule_and_forward_process_agree_with_reference():
+    diffusion = create_diffusion("")
+    assert diffusion.betas.dtype == torch.float64
+    close(diffusion.betas, VALUES["betas"], 1e-12)
+    close(diffusion.alphas_cumprod, VALUES["alphas_cumprod"], 1e-12)
+    close(diffusion.q_sample(VALUES["x0"], VALUES["t"], VALUES["noise"]), VALUES["q_sample"])
+
+
+def test_losses_agree_with_reference():
+    losses = create_diffusion("").training_losses(toy_network, VALUES["x0"], VALUES["t"], noise=VALUES["noise"])
+    for name in ("loss", "mse", "vb"):
+        close(losses[name], VALUES[f"loss_{name}"])
+
+
+def test_model_losses_agree_with_reference():
+    values, weights = golden("ditsem")
+    model = DiTSEM(input_size=8, hidden_size=32, depth=2, num_heads=2, L=3, V=4).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        losses = create_diffusion("").training_losses(model, values["x"], values["t"], dict(y=values["y"]),
+                                                      noise=values["noise"])
+    for name in ("loss", "mse", "vb"):
+        close(losses[name], values[name])
+
+
+def test_samplers_agree_with_reference():
+    diffusion = create_diffusion("12")
+    torch.manual_seed(5)
+    close(diffusion.p_sample_loop(toy_network, (2, 4, 4, 4), VALUES["z"], clip_denoised=False), VALUES["ddpm12_seed5"])
+    close(diffusion.ddim_sample_loop(toy_network, (2, 4, 4, 4), VALUES["z"], clip_denoised=False), VALUES["ddim12"])
+
+
+@pytest.mark.parametrize("respacing", ["250", "ddim50", "10,15,20"])
+def test_kept_timesteps_agree_with_reference(respacing):
+    assert create_diffusion(respacing).timestep_map == VALUES[f"timesteps_{respacing}"].tolist()
+
+
+#################################################################################
+#                                 Closed forms                                  #
+#################################################################################
+
+def test_linear_schedule_ends_are_ddpms():
+    betas = named_betas("linear", 1000)
+    assert betas[0].item() == pytest.approx(1e-4) and betas[-1].item() == pytest.approx(0.02)
+    # at another length the noise at the end is about the same
+    assert torch.cumprod(1 - named_betas("linear", 500), 0)[-1].log().item() == pytest.approx(
+        torch.cumprod(1 - betas, 0)[-1].log().item(), rel=0.02)
+
+
+def test_cosine_schedule_is_the_squared_cosine():
+    betas = named_betas("squaredcos_cap_v2", 1000)
+    time = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    cosine = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    close(torch.cumprod(1 - betas, 0)[:990], cosine[:990], 1e-9)
+    assert betas.max() == 0.999
+
+
+@pytest.mark.parametrize("respacing", ["", "7", "ddim50", "10,15,20"])
+def test_respacing_keeps_the_marginals(respacing):
+    full, kept = create_diffusion(""), create_diffusion(respacing)
+    close(kept.alphas_cumprod, full.alphas_cumprod[kept.timestep_map], 1e-12)
+    close(torch.cumprod(1 - kept.betas, 0), kept.alphas_cumprod, 1e-12)
+
+
+def test_respacing_by_sections():
+    assert spaced_timesteps(10, "10") == list(range(10))
+    assert spaced_timesteps(10, "ddim5") == [0, 2, 4, 6, 8]
+    assert spaced_timesteps(10, [2, 1]) == [0, 4, 5]
+    assert spaced_timesteps(1000, "1") == [0]
+
+
+@pytest.mark.parametrize("respacing", ["1001", "0", "ddim300", "ten", "600,1", "ddim"])
+def test_impossible_respacing_is_refused(respacing):
+    with pytest.raises(ValueError, match="respacing"):
+        create_diffusion(respacing)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="'sine' does not exist"):
+        create_diffusion("", noise_schedule="sine")
+
+
+def test_posterior_is_bayes_rule():
+    """The product of q(x_t | x_{t-1}) and q(x_{t-1} | x_0), two Gaussians in x_{t-1}, in precision form."""
+    diffusion = create_diffusion("")
+    x_start, x_t, t = torch.tensor([[0.3]]), torch.tensor([[-0.8]]), 400
+    beta, previous = diffusion.betas[t], diffusion.alphas_cumprod[t - 1]
+    precision = (1 - beta) / beta + 1 / (1 - previous)
+    mean = ((1 - beta).sqrt() * x_t / beta + previous.sqrt() * x_start / (1 - previous)) / precision
+    actual_mean, actual_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, torch.tensor([t]))
+    close(actual_mean, mean.float())
+    close(actual_log_variance.flatten(), -precision.log().float().view(1))
+
+
+def test_kl_is_that_of_torch_distributions():
+    torch.manual_seed(0)
+    mean1, log1, mean2, log2 = torch.randn(4, 100)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean1, (log1 / 2).exp()),
+                                                 torch.distributions.Normal(mean2, (log2 / 2).exp()))
+    close(normal_kl(mean1, log1, mean2, log2), expected)
+
+
+def test_discretized_likelihood_against_the_true_normal():
+    pixels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, scale in ((0.1, 0.05), (-0.97, 0.2), (0.99, 0.02)):
+        likelihood = discretized_gaussian_log_likelihood(
+            pixels, torch.full_like(pixels, mean), torch.full_like(pixels, math.log(scale))).exp()
+        assert likelihood.sum().item() == pytest.approx(1, abs=1e-6)        # all 256 values share all the mass
+        normal = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), scale)
+        above, below = normal.cdf(pixels + 1 / 255), normal.cdf(pixels - 1 / 255)
+        above[-1], below[0] = 1, 0
+        close(likelihood, above - below, 4e-4)                              # twice the error of the tanh formula
+    grid = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    assert (approximate_normal_cdf(grid) - torch.distributions.Normal(0, 1).cdf(grid)).abs().max() < 2e-4
+
+
+def exact_network(x_start):
+    """The network that knows x_0: eps exactly, and the variance at its lower bound."""
+    def network(x, t):
+        alphas = create_diffusion("").alphas_cumprod[t].view(-1, 1, 1, 1).float()
+        eps = (x - alphas.sqrt() * x_start) / (1 - alphas).sqrt()
+        return torch.cat([eps, -torch.ones_like(eps)], dim=1)
+    return network
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+@pytest.mark.parametrize("respacing", ["", "9"])
+def test_a_network_that_knows_x_start_is_led_back_to_it(loop, respacing):
+    diffusion = create_diffusion(respacing)
+    torch.manual_seed(0)
+    x_start = torch.rand(2, 3, 4, 4) * 2 - 1
+    out = getattr(diffusion, loop)(exact_network(x_start), x_start.shape, device="cpu")
+    close(out, x_start, 1e-4)
+
+
+def test_losses_of_a_network_that_knows_x_start_are_zero():
+    torch.manual_seed(0)
+    x_start, t = torch.rand(3, 3, 4, 4) * 2 - 1, torch.tensor([5, 500, 999])
+    for flags in (dict(), dict(rescale_learned_sigmas=True)):
+        losses = create_diffusion("", **flags).training_losses(exact_network(x_start), x_start, t)
+        close(losses["mse"], torch.zeros(3))
+        close(losses["vb"], torch.zeros(3), 1e-4)
+    losses = create_diffusion("", use_kl=True).training_losses(exact_network(x_start), x_start, t)
+    close(losses["loss"] / 1000, torch.zeros(3), 1e-4)
+
+
+def test_loss_weights():
+    torch.manual_seed(0)
+    x_start, noise, t = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.tensor([0, 3, 20, 49])
+    losses = {}
+    for loss in ("mse", "rescaled_mse", "kl", "rescaled_kl"):
+        diffusion = GaussianDiffusion(named_betas("linear", 1000), range(0, 1000, 20), loss=loss)
+        losses[loss] = diffusion.training_losses(toy_network, x_start, t, noise=noise)
+    close(losses["mse"]["loss"], losses["mse"]["mse"] + losses["mse"]["vb"])
+    close(losses["rescaled_mse"]["vb"], losses["mse"]["vb"] * 50 / 1000)
+    close(losses["rescaled_kl"]["loss"], losses["kl"]["loss"] * 50)
+    # the bound itself is the same number, with the mean detached or not
+    close(losses["kl"]["loss"], losses["mse"]["vb"])
+
+
+def test_variance_bound_leaves_the_mean_alone():
+    output = torch.randn(2, 8, 4, 4, requires_grad=True)
+    diffusion = create_diffusion("")
+    losses = diffusion.training_losses(lambda x, t: output, torch.randn(2, 4, 4, 4), torch.tensor([4, 800]))
+    losses["vb"].sum().backward()
+    assert (output.grad[:, :4] == 0).all() and (output.grad[:, 4:] != 0).any()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_fixed_variances(small):
+    diffusion = create_diffusion("", learn_sigma=False, sigma_small=small)
+    x, t = torch.randn(2, 4, 4, 4), torch.tensor([0, 600])
+    out = diffusion.p_mean_variance(lambda x, t: torch.zeros_like(x), x, t)
+    posterior = diffusion.betas * (1 - torch.cat([torch.ones(1), diffusion.alphas_cumprod[:-1]])) / (
+        1 - diffusion.alphas_cumprod)
+    expected = torch.stack([posterior[1], posterior[600] if small else diffusion.betas[600]]).float()
+    close(out["variance"], expected.view(2, 1, 1, 1).expand_as(x))
+    assert set(diffusion.training_losses(lambda x, t: torch.zeros_like(x), x, t)) == {"mse", "loss"}
+
+
+def test_predicting_x_start():
+    diffusion = create_diffusion("5", predict_xstart=True, learn_sigma=False)
+    x_start = torch.rand(2, 4, 4, 4) * 2 - 1
+    close(diffusion.p_sample_loop(lambda x, t: x_start, x_start.shape, device="cpu"), x_start, 1e-4)
+    losses = diffusion.training_losses(lambda x, t: torch.zeros_like(x), x_start, torch.tensor([0, 4]))
+    close(losses["loss"], x_start.square().mean(dim=(1, 2, 3)))
+
+
+def test_clip_and_denoised_fn_act_on_x_start():
+    diffusion = create_diffusion("")
+    x, t = 5 * torch.randn(2, 4, 4, 4), torch.tensor([100, 900])
+    out = diffusion.p_mean_variance(toy_network, x, t, denoised_fn=lambda x_start: 2 * x_start)
+    assert out["pred_xstart"].abs().max() == 1
+    plain = diffusion.p_mean_variance(toy_network, x, t, clip_denoised=False)["pred_xstart"]
+    close(out["pred_xstart"], (2 * plain).clamp(-1, 1))
+
+
+def test_ddim_runs_backwards_along_its_own_path():
+    """Exact network: encoding x_t to x_{t+1} and decoding it again comes back to x_t."""
+    diffusion = create_diffusion("100")
+    x_start = torch.rand(1, 3, 4, 4) * 2 - 1
+    network = exact_network(x_start)
+    x = diffusion.q_sample(x_start, torch.tensor([40]))
+    up = diffusion.ddim_reverse_sample(network, x, torch.tensor([40]))["sample"]
+    close(diffusion.ddim_sample(network, up, torch.tensor([41]))["sample"], x, 1e-4)
+
+
+def test_ddim_at_eta_1_has_the_posterior_variance():
+    diffusion = create_diffusion("50")
+    x, t = torch.randn(1, 3, 4, 4), torch.tensor([30])
+    network = exact_network(torch.zeros(1, 3, 4, 4))
+    steps = [diffusion.ddim_sample(network, x, t, eta=1.0, randn_like=lambda x: torch.full_like(x, value))["sample"]
+             for value in (0.0, 1.0)]
+    close((steps[1] - steps[0]).square(), diffusion.p_mean_variance(network, x, t)["variance"])
+
+
+def test_likelihood_of_a_network_that_knows_x_start():
+    diffusion = create_diffusion("20")
+    torch.manual_seed(0)
+    x_start = torch.randint(0, 256, (2, 3, 8, 8)) / 127.5 - 1
+    out = diffusion.calc_bpd_loop(exact_network(x_start), x_start)
+    assert out["vb"].shape == out["mse"].shape == out["xstart_mse"].shape == (2, 20)
+    close(out["vb"][:, :-1], torch.zeros(2, 19), 1e-3)                      # steps run from the last to the first
+    close(out["mse"], torch.zeros(2, 20), 1e-4)
+    close(out["total_bpd"], out["prior_bpd"] + out["vb"].sum(dim=1))
+    # the prior term in closed form
+    alpha = diffusion.alphas_cumprod[-1]
+    prior = 0.5 * (-(1 - alpha).log() - alpha + alpha * x_start.double() ** 2).mean(dim=(1, 2, 3)) / math.log(2)
+    close(out["prior_bpd"], prior.float())
+
+
+def test_injected_noise_decides_the_sample():
+    diffusion = create_diffusion("6")
+    draws = []
+
+    def randn_like(x):
+        generator = torch.Generator().manual_seed(len(draws))
+        draws.append(x.shape)
+        return torch.randn(x.shape, generator=generator)
+
+    samples = []
+    for _ in range(2):
+        draws.clear()
+        samples.append(diffusion.p_sample_loop(toy_network, (2, 4, 4, 4), device="cpu", randn_like=randn_like))
+        assert len(draws) == 1 + 6                                          # x_T and one a step
+    assert torch.equal(*samples)
+
+
+def test_progressive_loop_ends_in_the_sample():
+    diffusion = create_diffusion("6")
+    steps = list(diffusion.ddim_sample_loop_progressive(toy_network, (1, 4, 4, 4), VALUES["z"][:1]))
+    assert len(steps) == 6
+    assert torch.equal(steps[-1]["sample"], diffusion.ddim_sample_loop(toy_network, (1, 4, 4, 4), VALUES["z"][:1]))

@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pytest
+
+from dlc.features import Features, FeatureWriter, Stack, kind_dir
+
+SETTINGS = dict(format_version=1, image_size=64, L=3, V=5, classes=["a", "b"], vae="x")
+RANDOM = np.random.default_rng(0)
+
+
+def shard(rows):
+    return dict(features=RANDOM.normal(size=(rows, 4, 8, 8)).astype(np.float16),
+                sem=RANDOM.integers(0, 5, (rows, 3)).astype(np.uint8), labels=RANDOM.integers(0, 2, rows),
+                path=np.array([f"a/{'x' * rows}{i}.png" for i in range(rows)], dtype=str))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Four shards, one of them empty, and what was written."""
+    writer = FeatureWriter(tmp_path, SETTINGS)
+    writer.start()
+    shards = [shard(rows) for rows in (3, 5, 0, 2)]
+    for number in (2, 0, 3, 1):                                             # any order
+        writer.write(number, shards[number], [["a/bad.png", "reason"]] if number == 2 else [])
+    writer.finish(4)
+    return tmp_path, {kind: np.concatenate([one[kind] for one in shards]) for kind in shards[0]}
+
+
+def test_round_trip(written):
+    root, arrays = written
+    features = Features(root)
+    features.validate()
+    assert (features.count, features.L, features.V, features.num_classes, features.image_size) == (10, 3, 5, 2, 64)
+    assert features.latent_shape == (4, 8, 8)
+    rows = np.array([9, 0, 4, 4, 7, 2])
+    for stack, kind in ((features.latents, "features"), (features.codes, "sem"), (features.labels, "labels"),
+                        (features.paths, "path")):
+        assert stack.array(1).dtype == arrays[kind].dtype or kind == "path"
+        np.testing.assert_array_equal(stack.gather(rows), arrays[kind][rows])
+        np.testing.assert_array_equal(stack.gather(np.arange(10)), arrays[kind])
+    assert features.manifest["skipped"] == [["a/bad.png", "reason"]]
+    assert not (root / "progress").exists()
+
+
+def test_directory_of_the_reference_scripts(tmp_path):
+    latents = RANDOM.normal(size=(12, 4, 8, 8)).astype(np.float32)
+    codes, labels = RANDOM.integers(0, 9, (12, 3)), RANDOM.integers(0, 1000, 12)
+    for kind, array in (("features", latents), ("sem", codes), ("labels", labels)):
+        directory = kind_dir(tmp_path, 64, kind)
+        directory.mkdir()
+        for index in range(12):
+            lone = array[index] if kind == "features" and index % 2 else array[index:index + 1]   # with or without a 1
+            np.save(directory / f"{index}.npy", lone)
+    features = Features(tmp_path, V=9)
+    rows = np.array([11, 2, 10])                                            # 2.npy comes before 10.npy
+    np.testing.assert_array_equal(features.latents.gather(rows), latents[rows])
+    np.testing.assert_array_equal(features.codes.gather(rows), codes[rows])
+    np.testing.assert_array_equal(features.labels.gather(rows), labels[rows])
+    assert (features.count, features.L, features.num_classes) == (12, 3, 1000)
+    with pytest.raises(ValueError, match=r"imagenet64_sem.*\.npy, row 0: value \d outside 0\.\.3"):
+        Features(tmp_path).codes.gather(np.arange(12), limit=4)
+    (kind_dir(tmp_path, 64, "labels") / "7.npy").unlink()
+    with pytest.raises(ValueError, match="7.npy is not in both"):
+        Features(tmp_path)
+
+
+def test_values_out_of_range_are_named(written):
+    root, arrays = written
+    path = kind_dir(root, 64, "sem") / "000001.npy"
+    codes = np.load(path)
+    codes[2, 1] = 5
+    np.save(path, codes)
+    with pytest.raises(ValueError, match=r"imagenet64_sem/000001.npy, row 2: value 5 outside 0..4"):
+        Features(root).validate()
+    with pytest.raises(ValueError, match=r"imagenet64_sem/000001.npy, row 2: value 5 outside 0..4"):
+        Features(root).codes.gather(np.array([9, 5]), limit=5)
+    np.save(path, codes.astype(float))
+    with pytest.raises(ValueError, match="wanted integers"):
+        Features(root).validate()
+    labels = kind_dir(root, 64, "labels") / "000003.npy"
+    np.save(labels, np.array([0, -1]))
+    with pytest.raises(ValueError, match=r"imagenet64_labels/000003.npy, row 1: value -1 outside 0..1"):
+        Features(root).validate()
+
+
+def test_nothing_half_written_passes_for_whole(written, tmp_path_factory):
+    root, _ = written
+    with pytest.raises(ValueError, match="does not exist"):
+        Features(root / "nowhere")
+    with pytest.raises(ValueError, match="has no features"):
+        Features(tmp_path_factory.mktemp("empty"))
+    half = tmp_path_factory.mktemp("half")
+    writer = FeatureWriter(half, SETTINGS)
+    writer.start()
+    writer.write(0, shard(3), [])
+    with pytest.raises(ValueError, match="half-written"):
+        Features(half)
+    (kind_dir(root, 64, "features") / "000001.npy").unlink()
+    with pytest.raises(ValueError, match="000001.npy is missing"):
+        Features(root)
+
+
+def test_a_shard_of_another_length_is_refused(written):
+    root, _ = written
+    np.save(kind_dir(root, 64, "labels") / "000001.npy", np.zeros(4, int))
+    with pytest.raises(ValueError, match=r"000001.npy has shape \(4,\), wanted 5"):
+        Features(root).validate()
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    np.save(tmp_path / "codes.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="codes.npy holds pickled objects"):
+        Stack([tmp_path / "codes.npy"], sample_ndim=1)
+    (tmp_path / "codes.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="codes.npy is not a readable .npy"):
+        Stack([tmp_path / "codes.npy"], sample_ndim=1)
+
+
+def test_other_settings_are_refused(written):
+    root, _ = written
+    assert FeatureWriter(root, SETTINGS).is_complete
+    with pytest.raises(ValueError, match="vae 'x' there, 'y' here"):
+        FeatureWriter(root, dict(SETTINGS, vae="y"))
+    with pytest.raises(ValueError, match="--V 6: .* says 5"):
+        Features(root, V=6)
+
+
+def test_a_newer_format_is_refused(written):
+    root, _ = written
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(ValueError, match="format 2"):
+        Features(root)

@@ -1,0 +1,182 @@
+import pytest
+import torch
+from conftest import golden
+
+from models import DiT, DiT_models, DiTCONT, DiTSEM, SEMEmbedder
+
+SMALL = dict(input_size=8, hidden_size=32, depth=2, num_heads=2)
+
+
+def scrambled(model):
+    """The model with nothing left at its zero initialisation."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name, build", [("dit", lambda: DiT(num_classes=7, **SMALL)),
+                                         ("ditsem", lambda: DiTSEM(L=3, V=4, **SMALL))])
+def test_agrees_with_reference(name, build):
+    values, weights = golden(name)
+    model = build().eval()
+    torch.testing.assert_close(model.pos_embed, weights["pos_embed"], atol=1e-6, rtol=0)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        out = model(values["x"], values["t"], values["y"])
+        guided = model.forward_with_cfg(values["xc"], values["tc"], values["yc"], float(values["cfg_scale"]))
+        torch.testing.assert_close(out, values["out"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(guided, values["out_cfg"], atol=1e-5, rtol=1e-5)
+        if "soft" in values:
+            soft = model(values["x"], values["t"], values["soft"])
+            torch.testing.assert_close(soft, values["out_soft"], atol=1e-5, rtol=1e-5)
+
+
+CONDITIONS = {
+    DiT: (dict(num_classes=7), lambda n: torch.randint(0, 7, (n,))),
+    DiTSEM: (dict(L=5, V=9), lambda n: torch.randint(0, 9, (n, 5))),
+    DiTCONT: (dict(in_dim=6), lambda n: torch.randn(n, 6)),
+}
+
+
+@pytest.fixture(params=CONDITIONS, ids=lambda family: family.__name__)
+def family(request):
+    keywords, conditions = CONDITIONS[request.param]
+    torch.manual_seed(0)
+    return request.param(**SMALL, **keywords), conditions
+
+
+def test_output_is_exactly_zero_at_initialisation(family):
+    model, conditions = family
+    out = model(torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), conditions(3))
+    assert out.shape == (3, 8, 8, 8)
+    assert (out == 0).all()
+
+
+def test_guidance_at_scale_1_is_the_conditional_pass(family):
+    model, conditions = family
+    scrambled(model)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), conditions(2)
+    doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, model.null_condition(2).to(y.dtype)])
+    with torch.no_grad():
+        plain = model(x, t, y)
+        torch.testing.assert_close(model.forward_with_cfg(*doubled, 1.0)[:2], plain, atol=1e-5, rtol=1e-5)
+        # and beyond t_max at any scale, here the second sample only
+        partly = model.forward_with_cfg(*doubled, 4.0, t_max=500)[:2]
+    torch.testing.assert_close(partly[1], plain[1], atol=1e-5, rtol=1e-5)
+    assert (partly[0] - plain[0]).abs().max() > 1e-2
+
+
+def test_guided_channels():
+    x, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([5, 5])
+    for model, y, guided in ((DiT(num_classes=7, **SMALL), torch.tensor([1, 7]), 3),
+                             (DiTSEM(L=2, V=3, **SMALL), torch.tensor([[0, 1], [3, 3]]), 4)):
+        scrambled(model)
+        with torch.no_grad():
+            conditional, null = model(x, t, y).chunk(2)
+            for channels in (None, 3, 4):
+                out = model.forward_with_cfg(x, t, y, 3.0, channels=channels)[:1]
+                count = channels or guided
+                torch.testing.assert_close(out[:, :count], (null + 3 * (conditional - null))[:, :count],
+                                           atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(out[:, count:], conditional[:, count:], atol=1e-4, rtol=1e-4)
+
+
+def test_condition_dropout_at_0_and_1(family):
+    model, conditions = family
+    scrambled(model)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.arange(4), conditions(4)
+    with torch.no_grad():
+        conditional = model(x, t, y)
+        null = model(x, t, model.null_condition(4).to(y.dtype))
+        assert (conditional - null).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+        model.train()
+        model.class_dropout_prob = 0.0
+        torch.testing.assert_close(model(x, t, y), conditional)
+        model.class_dropout_prob = 1.0
+        torch.testing.assert_close(model(x, t, y), null)
+        drop = torch.tensor([True, False, True, False])
+        mixed = torch.where(drop.view(-1, 1, 1, 1), null, conditional)
+        torch.testing.assert_close(model(x, t, y, drop=drop), mixed)
+        model.eval()
+        torch.testing.assert_close(model(x, t, y), conditional)
+
+
+def test_condition_dropout_rate():
+    model = scrambled(DiT(num_classes=7, class_dropout_prob=0.25, **SMALL)).train()
+    n = 2000
+    x, t = torch.randn(1, 4, 8, 8).expand(n, -1, -1, -1), torch.zeros(n)
+    with torch.no_grad():
+        out = model(x, t, torch.zeros(n, dtype=torch.long))
+        null = model.eval()(x[:1], t[:1], torch.tensor([7]))
+    dropped = ((out - null).abs().amax(dim=(1, 2, 3)) < 1e-4).float().mean()
+    assert abs(dropped - 0.25) < 5 * (0.25 * 0.75 / n) ** 0.5
+
+
+@pytest.mark.parametrize("L, V", [(512, 256), (128, 1024), (32, 4096), (1, 1)])
+def test_code_embedding_is_the_mean_of_table_rows(L, V):
+    torch.manual_seed(0)
+    embedder = SEMEmbedder(L, V, hidden_size=3)
+    torch.nn.init.normal_(embedder.embedding_table)
+    codes = torch.randint(0, V, (4, L))
+    drop = torch.tensor([False, True, False, False])
+    table = embedder.embedding_table.detach().double()
+    expected = torch.stack([sum(table[position, token] for position, token in enumerate(row)) / L
+                            for row in torch.where(drop.unsqueeze(1), V, codes).tolist()]).float()
+    torch.testing.assert_close(embedder(codes, drop), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embedder(codes.to(torch.int32), drop), expected, atol=1e-5, rtol=1e-5)
+    one_hot = torch.nn.functional.one_hot(codes, V).float()
+    torch.testing.assert_close(embedder(one_hot, drop), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_code_embedding_stays_float32_under_autocast():
+    embedder = SEMEmbedder(16, 8, hidden_size=32)
+    torch.nn.init.normal_(embedder.embedding_table)
+    codes = torch.randint(0, 8, (4, 16))
+    soft = torch.randn(4, 16, 8).softmax(dim=2)
+    plain = embedder(codes), embedder(soft)
+    with torch.autocast("cpu", torch.bfloat16):
+        for under, without in zip((embedder(codes), embedder(soft)), plain):
+            assert under.dtype == torch.float32
+            assert torch.equal(under, without)
+
+
+def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
+    import models
+    calls = []
+    recompute = models.checkpoint
+    monkeypatch.setattr(models, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
+    model = scrambled(DiTSEM(L=3, V=4, **SMALL)).train()
+    x, t, y, drop = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)), torch.zeros(2, dtype=bool)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x, t, y, drop).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert len(calls) == len(model.blocks)              # off by default, then once a block
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed)
+    model.eval()(x, t, y)
+    assert len(calls) == len(model.blocks)              # never in eval
+
+
+def test_every_name_builds():
+    assert len(DiT_models) == 45
+    for name, build in DiT_models.items():
+        with torch.device("meta"):
+            model = build(input_size=32)
+        assert model.patch_size == int(name.split("/")[1])
+        assert model.x_embedder.num_patches == (32 // model.patch_size) ** 2
+
+
+@pytest.mark.parametrize("name, millions", [("DiT-XL/2", 675), ("DiT-L/2", 458), ("DiT-B/2", 130), ("DiT-S/2", 33)])
+def test_parameter_counts_are_the_papers(name, millions):      # table 1 of the DiT paper, plus 1001 label rows
+    with torch.device("meta"):
+        model = DiT_models[name](input_size=32)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
+
+
+def test_latent_must_fit_the_patch():
+    with pytest.raises(ValueError, match="not a multiple of the patch size"):
+        DiT(input_size=9, patch_size=2)

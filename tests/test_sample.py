@@ -1,0 +1,149 @@
+"""sample_ddp_computed_dlc.py and sample_ddp.py through their launchers; commands chained by their defaults."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, L, V, extract_command, launch
+from PIL import Image
+
+from diffusion import create_diffusion
+from dlc.features import Features
+from dlc.noise import Stream, normal
+from dlc.sampling import sample_latents
+from models import DiT_models
+
+FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
+
+
+@pytest.fixture(scope="module")
+def workplace(images, tiny_models, tmp_path_factory):
+    """A directory with features/ and, trained on them for a few steps, results/ and results_dit/."""
+    root = tmp_path_factory.mktemp("workplace")
+    launch(extract_command("python", 1, images, "features", tiny_models), root)
+    common = ("--max-steps", 3, "--global-batch-size", 4, "--lr", 0.01, "--ema-decay", 0.5, "--num-workers", 0)
+    launch(("python", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", *common), root)
+    launch(("python", 1, "train.py", "--model", "DiT-Ti/4", "--results-dir", "results_dit", *common), root)
+    launch(("torchrun", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *FLAGS), root)
+    return root
+
+
+def sample_folder(root):
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    return folder
+
+
+def read_npz(root):
+    (path,) = root.glob("*.npz")
+    with np.load(path) as archive:
+        assert archive.files == ["arr_0"]
+        return archive["arr_0"]
+
+
+def test_what_sampling_leaves(workplace, tiny_models):
+    folder = sample_folder(workplace / "samples")
+    assert folder.name == f"DiTSEM-Ti-4-0000003-size-{IMAGE_SIZE}-vae-{tiny_models[0].name}-cfg-1.5-seed-0"
+    assert sorted(path.name for path in folder.glob("*.png")) == [f"{index:06d}.png" for index in range(21)]
+    array = read_npz(workplace / "samples")
+    assert array.shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3) and array.dtype == np.uint8
+    for index in range(21):
+        np.testing.assert_array_equal(array[index], Image.open(folder / f"{index:06d}.png"))
+    assert Image.open(workplace / f"samples/{folder.name}.grid.png").size == (8 * IMAGE_SIZE, 3 * IMAGE_SIZE)
+    record = json.loads((folder / "samples.json").read_text())
+    assert record["checkpoint"] == str(workplace / "results/checkpoints/0000003")
+    assert record["conditions"].startswith(f"codes of {workplace / 'features'}")
+    # every row before any twice
+    assert sorted(record["code_rows"][:14]) == list(range(14))
+    assert record["code_rows"][14:] == record["code_rows"][:7]
+
+
+def test_images_are_the_models(workplace, tiny_models):
+    """Sample 17 by the definition: full guided diffusion with its own noise, the EMA weights, and its row's code."""
+    from safetensors.torch import load_file
+
+    from dlc.latents import decode, load_vae, to_uint8
+    record = json.loads((sample_folder(workplace / "samples") / "samples.json").read_text())
+    code = torch.from_numpy(Features(workplace / "features").codes.gather([record["code_rows"][17]]).astype(np.int64))
+    model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=L, V=V).eval()
+    model.load_state_dict(load_file(workplace / "results/checkpoints/0000003/ema.safetensors"))
+    draws = iter([3, 2, 1, 0])
+    index = torch.tensor([17])
+    guided = create_diffusion("3").p_sample_loop(
+        model.forward_with_cfg, (2, 4, 8, 8), clip_denoised=False, device="cpu",
+        model_kwargs=dict(y=torch.cat([code, torch.full_like(code, V)]), cfg_scale=1.5),
+        randn_like=lambda x: normal(0, Stream.SAMPLE_NOISE, index, (4, 8, 8), draw=next(draws)).repeat(2, 1, 1, 1))
+    vae = load_vae(tiny_models[0])
+    with torch.no_grad():
+        image = to_uint8(decode(vae, guided[:1]))[0].numpy().astype(int)
+    assert np.abs(image - read_npz(workplace / "samples")[17]).max() <= 1
+
+
+def test_two_processes_and_another_batch_size_draw_the_same(workplace):
+    result = launch(("torchrun", 2, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *FLAGS,
+                     "--per-proc-batch-size", 4, "--sample-dir", "two", "--ckpt", "results/checkpoints/0000003",
+                     "--dlc-dir", "features"), workplace)
+    assert "21 of 21 images to draw" in result.stdout
+    one, two = (read_npz(workplace / root).astype(int) for root in ("samples", "two"))
+    assert np.abs(one - two).max() <= 1
+    assert (one != two).mean() < 1e-3
+
+
+def test_the_same_command_again_draws_what_is_missing(workplace):
+    shutil.copytree(workplace / "samples", workplace / "again")
+    folder = sample_folder(workplace / "again")
+    lost = (folder / "000004.png").read_bytes()
+    (folder / "000004.png").unlink()
+    (folder / "000019.png").unlink()
+    (npz,) = (workplace / "again").glob("*.npz")
+    npz.unlink()
+    command = ("python", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *FLAGS, "--sample-dir", "again")
+    assert "2 of 21 images to draw" in launch(command, workplace).stdout
+    difference = np.abs(read_npz(workplace / "again").astype(int) - read_npz(workplace / "samples"))
+    assert difference.max() <= 1
+    assert len(lost) > 0 and (folder / "000004.png").is_file()
+    written = npz.stat().st_mtime_ns
+    assert "0 of 21 images to draw" in launch(command, workplace).stdout
+    assert npz.stat().st_mtime_ns == written
+    refused = launch((*command, "--num-sampling-steps", 4), workplace, check=False)
+    assert refused.returncode == 2
+    assert "num_sampling_steps 3 there, 4 here" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_class_conditional_sampling(workplace):
+    launch(("torchrun", 1, "sample_ddp.py", "--model", "DiT-Ti/4", *FLAGS, "--results-dir", "results_dit",
+            "--sample-dir", "samples_dit", "--cfg-scale", 1), workplace)
+    assert read_npz(workplace / "samples_dit").shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3)
+    record = json.loads((sample_folder(workplace / "samples_dit") / "samples.json").read_text())
+    assert set(record["labels"]) == {0, 1}
+
+
+@pytest.mark.parametrize("name, keywords", [("DiTSEM-Ti/4", dict(L=L, V=V)), ("DiT-Ti/4", dict(num_classes=9))])
+def test_guidance_only_where_it_acts(name, keywords):
+    """Steps beyond t_max, and all at scale 1, run the conditional half alone and give what the full computation gives."""
+    torch.manual_seed(0)
+    model = DiT_models[name](input_size=8, **keywords).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    rows = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    y = torch.randint(0, V, (3, L)) if "SEM" in name else torch.tensor([0, 4, 8])
+    indices, diffusion = torch.tensor([5, 0, 9]), create_diffusion("10")
+
+    def sample(**options):
+        rows.clear()
+        return sample_latents(model, diffusion, y, 0, indices, (4, 8, 8), **options)
+
+    guided_steps = sum(t <= 500 for t in diffusion.timestep_map)
+    part = sample(cfg_scale=2.0, t_max=500)
+    assert sorted(rows) == [3] * (10 - guided_steps) + [6] * guided_steps
+    draws = iter(range(10, -1, -1))
+    full = diffusion.p_sample_loop(
+        model.forward_with_cfg, (6, 4, 8, 8), clip_denoised=False, device="cpu",
+        model_kwargs=dict(y=torch.cat([y, model.null_condition(3)]), cfg_scale=2.0, t_max=500),
+        randn_like=lambda x: normal(0, Stream.SAMPLE_NOISE, indices, (4, 8, 8), draw=next(draws)).repeat(2, 1, 1, 1))
+    torch.testing.assert_close(part, full[:3], atol=1e-4, rtol=1e-4)
+
+    plain = sample(cfg_scale=1.0)
+    assert rows == [3] * 10
+    torch.testing.assert_close(sample(cfg_scale=1 + 1e-6), plain, atol=1e-4, rtol=1e-4)

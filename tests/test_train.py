@@ -1,0 +1,122 @@
+"""train_diffusion.py and train.py through their launchers."""
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import IMAGE_SIZE, launch
+from PIL import Image
+
+from dlc.features import Features
+from dlc.noise import Stream, normal
+from train_diffusion import TrainingBatches, trim_metrics
+
+
+def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):
+    return (launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results,
+            "--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 1, *flags)
+
+
+def metrics(results):
+    return [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(checkpoint):
+    """Every tensor of a checkpoint: weights, EMA, optimizer."""
+    found = {f"{name}/{key}": value for name in ("model", "ema")
+             for key, value in safetensors.torch.load_file(checkpoint / f"{name}.safetensors").items()}
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    found.update({f"optimizer/{index}/{key}": value for index, moments in state.items() for key, value in moments.items()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(features, tmp_path_factory):
+    """Six steps by one process, a checkpoint at each, a preview at the fourth."""
+    results = tmp_path_factory.mktemp("run") / "results"
+    result = launch(train_command(1, features, results, "--max-steps", 6, "--ckpt-every", 1, "--sample-every", 4),
+                    results.parent)
+    return results, result
+
+
+def test_what_a_run_leaves(run, features):
+    results, result = run
+    assert result.stdout.count("warning: fp16 needs a GPU; this run uses float32") == 1
+    assert json.loads((results / "args.json").read_text())["max_steps"] == 6
+    lines = metrics(results)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["epoch"] == 6 * 8 / 14
+    assert "L=6, V=300" in (results / "log.txt").read_text()
+    assert sorted(path.name for path in (results / "checkpoints").iterdir()) == [f"{step:07d}" for step in range(1, 7)]
+    assert Image.open(results / "previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    meta = json.loads((results / "checkpoints/0000006/meta.json").read_text())
+    assert (meta["step"], meta["model"], meta["L"], meta["V"]) == (6, "DiTSEM-Ti/4", 6, 300)
+    assert meta["features_path"] == str(features)
+
+
+def test_first_loss_is_the_mean_square_of_the_noise(run):
+    """adaLN-Zero's output is 0 at the start, so the first MSE is that of the noise of places 0 to 7."""
+    noise = normal(0, Stream.TRAIN_NOISE, torch.arange(8), (4, 8, 8))
+    assert metrics(run[0])[0]["mse"] == pytest.approx(noise.square().mean().item(), rel=1e-5)
+
+
+def test_ema_is_its_closed_form(run):
+    results, _ = run
+    checkpoints = [tensors(results / f"checkpoints/{step:07d}") for step in range(1, 7)]
+    for key in ("blocks.0.attn.qkv.weight", "sem_embedder.embedding_table", "t_embedder.mlp.0.bias"):
+        ema, weights = ([one[f"{name}/{key}"] for one in checkpoints] for name in ("ema", "model"))
+        for before, now, weight in zip(ema, ema[1:], weights[1:]):
+            torch.testing.assert_close(now, 0.9 * before + 0.1 * weight, atol=1e-6, rtol=1e-5)
+        assert now.dtype == torch.float32 and not torch.equal(now, weight)
+
+
+def test_stopped_and_continued_equals_uninterrupted(run, features, tmp_path):
+    results = tmp_path / "results"
+    launch(train_command(1, features, results, "--max-steps", 4), tmp_path)
+    result = launch(train_command(1, features, results, "--max-steps", 6), tmp_path)
+    assert "continued from" in result.stdout and "steps 4 to 6" in result.stdout
+    whole, parts = (tensors(root / "checkpoints/0000006") for root in (run[0], results))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert [line["loss"] for line in metrics(results)] == [line["loss"] for line in metrics(run[0])]
+
+
+def test_two_processes_train_on_the_same(run, features, tmp_path):
+    """train.py is the same door; two processes form one group, write one run, and log the mean of both losses."""
+    results = tmp_path / "results"
+    launch(train_command(2, features, results, "--max-steps", 4, script="train.py"), tmp_path)
+    result = launch(train_command(2, features, results, "--max-steps", 6, "--checkpoint-activations", script="train.py"), tmp_path)
+    assert "4 x 2 processes on cpu = 8, fp32" in result.stdout
+    assert "steps 4 to 6" in result.stdout
+    lines = metrics(results)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in metrics(run[0])], rtol=1e-4)
+    one, two = (safetensors.torch.load_file(root / "checkpoints/0000006/ema.safetensors") for root in (run[0], results))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
+    assert json.loads((results / "args.json").read_text())["max_steps"] == 6
+
+
+def test_every_row_once_an_epoch(features):
+    rows, streams = Features(features), []
+    for world_size in (1, 2, 4):
+        parts = [TrainingBatches(rows, True, 0, 8, rank, world_size) for rank in range(world_size)]
+        stream = [row for step in range(7) for part in parts
+                  for row in part.rows(np.arange(part.local_batch) + step * 8 + part.rank * part.local_batch)]
+        assert len(stream) == 4 * 14
+        for epoch in range(4):
+            assert sorted(stream[epoch * 14:(epoch + 1) * 14]) == list(range(14))
+        streams.append(stream)
+    assert streams[0] == streams[1] == streams[2]
+    places, latents, codes = parts[1][3]
+    assert places.tolist() == [26, 27]
+    np.testing.assert_array_equal(latents, rows.latents.gather(np.array(stream[26:28])))
+    np.testing.assert_array_equal(codes, rows.codes.gather(np.array(stream[26:28])))
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in (1, 2, 3)))
+    trim_metrics(path, 2)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
