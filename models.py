@@ -75,6 +75,7 @@ class TimestepEmbedder(nn.Module):
 
 class LabelEmbedder(nn.Module):
     """Class labels (N,) to vectors (N, D); the row after the last class is the null label."""
+    init_std = 0.02
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -97,6 +98,9 @@ class SEMEmbedder(nn.Module):
     one-hot product nor an (N, L, D) intermediate is ever made. Soft codes may carry a weight for the null token as
     well, (N, L, V+1).
     """
+    # The mean over L shrinks the rows' scale by sqrt(L). From N(0, 1) it is 0.044 at L=512, beside 0.08 of the timestep
+    # embedding; from the labels' N(0, 0.02) it would be 0.0009, and codes are followed only much later.
+    init_std = 1.0
 
     def __init__(self, L, V, hidden_size):
         super().__init__()
@@ -124,6 +128,7 @@ class SEMEmbedder(nn.Module):
 
 class LinearEmbedder(nn.Module):
     """Vectors (N, in_dim) to (N, D) through a linear layer without bias; a learned vector stands for no condition."""
+    init_std = 0.02
 
     def __init__(self, in_dim, hidden_size):
         super().__init__()
@@ -220,7 +225,7 @@ class DiT(nn.Module):
         return self.y_embedder
 
     def initialize_weights(self):
-        """Xavier weights, N(0, 0.02) embeddings, and zeros where adaLN-Zero wants them: the output starts at exactly 0."""
+        """Xavier weights, normal embeddings, and zeros where adaLN-Zero wants them: the output starts at exactly 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -228,9 +233,10 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # the patch embedding as the linear layer it is
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for parameter in [*self.condition_embedder.parameters(),
-                          self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]:
-            nn.init.normal_(parameter, std=0.02)
+        for parameter in self.condition_embedder.parameters():
+            nn.init.normal_(parameter, std=self.condition_embedder.init_std)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
                 self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(layer.weight)

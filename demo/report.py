@@ -1,0 +1,64 @@
+"""The end of demo.sh: how well samples follow the codes of digits that training never saw, as a table and a picture.
+
+    python -m demo.report --features HELDOUT_FEATURES --samples SAMPLES --times TIMES --out PICTURE.png
+
+Sample i was drawn for the code of held-out row i. A support vector machine fitted to the real train scans reads the
+samples, the real held-out digits and their VAE reconstructions.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from demo.digits import DigitReader, load_split
+from dlc.features import Features
+from dlc.latents import decode, image_grid, load_vae, to_uint8
+
+COLUMNS = 20      # two of each digit in the picture
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Print the demo's table and draw its picture.")
+    parser.add_argument("--features", required=True, help="features of the held-out digits")
+    parser.add_argument("--samples", required=True, help="--sample-dir of the sampler, sequential order of codes")
+    parser.add_argument("--times", required=True, help="file of lines: seconds, stage")
+    parser.add_argument("--out", required=True, help="PNG to write: digits, reconstructions, samples")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    features = Features(args.features)
+    rows = np.arange(features.count)
+    labels = features.labels.gather(rows)                   # folders 0 to 9, so the class index is the digit
+    reals, real_labels = load_split("heldout")
+    order = np.argsort(real_labels, kind="stable")          # an ImageFolder lists class by class
+    reals = reals[order]
+    assert (real_labels[order] == labels).all()
+
+    vae = load_vae(features.manifest["vae"])
+    with torch.inference_mode():
+        latents = torch.from_numpy(features.latents.gather(rows)).float()
+        reconstructions = torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
+    (npz,) = Path(args.samples).glob("*.npz")
+    with np.load(npz) as archive:
+        samples = archive["arr_0"]
+
+    read = DigitReader()
+    print("\nstage                          seconds")
+    times = [line.split(maxsplit=1) for line in Path(args.times).read_text().splitlines()]
+    for seconds, stage in times + [(sum(int(seconds) for seconds, _ in times), "all")]:
+        print(f"{stage:30} {seconds:>7}")
+    print(f"\nread as their own digit by a classifier of real ones ({features.count} held out)")
+    for name, images in (("real held-out digits", reals), ("their VAE reconstructions", reconstructions),
+                         ("samples from their codes", samples)):
+        print(f"{name:30} {(read(images) == labels).mean():7.3f}")
+
+    shown = np.concatenate([np.flatnonzero(labels == digit)[:COLUMNS // 10] for digit in range(10)])
+    image_grid(np.concatenate([reals[shown], reconstructions[shown], samples[shown]]), COLUMNS).save(args.out)
+    print(f"\nlook at {args.out}: held-out digits, reconstructions, samples from their codes")
+
+
+if __name__ == "__main__":
+    main()
