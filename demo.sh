@@ -14,15 +14,13 @@ stage() {       # stage "name" command...: run it and note its time
 }
 : > "$out/times.txt"
 
-vae=assets/digits-vae encoder=assets/digits-sem model=DiTSEM-Ti/4
-extract() {
-    torchrun --standalone --nproc_per_node=1 extract_features_withdlc.py --model $model --image-size 64 --flip none \
-        --vae $vae --encoder $encoder --data-path "$out/digits/$1" --features-path "$out/features_$1"
-}
+model=DiTSEM-Ti/4
+extract=(torchrun --standalone --nproc_per_node=1 extract_features_withdlc.py --model $model --image-size 64 --flip none
+         --vae assets/digits-vae --encoder assets/digits-sem)
 
 stage "write the digits" python -m demo.digits "$out/digits"
-stage "extract: train" extract train
-stage "extract: held out" extract heldout
+stage "extract: train" "${extract[@]}" --data-path "$out/digits/train" --features-path "$out/features_train"
+stage "extract: held out" "${extract[@]}" --data-path "$out/digits/heldout" --features-path "$out/features_heldout"
 stage "train" accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     train_diffusion.py --model $model --features-path "$out/features_train" --results-dir "$out/results" \
     --max-steps 2000 --global-batch-size 64 --lr 2e-3 --ema-decay 0.995 --log-every 200

@@ -46,7 +46,7 @@ def main():
         samples = archive["arr_0"]
 
     read = DigitReader()
-    print("\nstage                          seconds")
+    print("\nstage                          seconds, this run")
     times = [line.split(maxsplit=1) for line in Path(args.times).read_text().splitlines()]
     for seconds, stage in times + [(sum(int(seconds) for seconds, _ in times), "all")]:
         print(f"{stage:30} {seconds:>7}")
