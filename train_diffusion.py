@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion
 from dlc.checkpoints import load_checkpoint, read_meta, run_checkpoints, save_checkpoint
-from dlc.features import Features, recorded_id, write_json
+from dlc.features import Features, differences, recorded_id, write_json
 from dlc.latents import decode, image_grid, load_vae, to_uint8
 from dlc.noise import Stream, integers, normal, permutation, uniform
 from dlc.runtime import ArgumentParser, create_accelerator, create_logger, default_num_workers, start_processes
@@ -125,12 +125,9 @@ def main(default_model="DiTSEM-XL/2"):
             features_count=features.count, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
         resume = (run_checkpoints(args.results_dir) or [None])[-1]
         if resume:
-            there = read_meta(resume)
-            different = [f"{key} {there[key]!r} there, {value!r} here" for key, value in identity.items()
-                         if there[key] != value]
+            different = differences(read_meta(resume), identity)
             if different:
-                raise ValueError(f"{args.results_dir} holds another run: {'; '.join(different)}; give another "
-                                 "--results-dir")
+                raise ValueError(f"{args.results_dir} holds another run: {different}; give another --results-dir")
         state = start_processes()
         if args.global_batch_size % state.num_processes:
             raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {state.num_processes} "
@@ -159,6 +156,7 @@ def main(default_model="DiTSEM-XL/2"):
     raw_model = DiT_models[args.model](input_size=latent_size, in_channels=channels, **sizes).to(device)
     raw_model.set_grad_checkpointing(args.checkpoint_activations)
     ema = deepcopy(raw_model).requires_grad_(False).eval()
+    averages, weights = list(ema.parameters()), list(raw_model.parameters())
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.AdamW(raw_model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     diffusion = create_diffusion("")
@@ -218,7 +216,7 @@ def main(default_model="DiTSEM-XL/2"):
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:                                      # by the fp16 scaler
-            update_ema(list(ema.parameters()), list(raw_model.parameters()), None)
+            update_ema(averages, weights, None)
         totals += torch.stack([terms[name].detach().mean() for name in ("loss", "mse", "vb")])
         bar.update()
 

@@ -38,6 +38,12 @@ def write_json(path, value):
     write_whole(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
+def differences(there, here):
+    """What a dict on disk says otherwise than the one here, in words; "" where they agree in all that is here."""
+    return "; ".join(f"{key} {there.get(key)!r} there, {value!r} here"
+                     for key, value in here.items() if there.get(key) != value)
+
+
 def load_array(path, mmap=True):
     """A `.npy` without pickled objects. Raises ValueError naming the file."""
     try:
@@ -74,12 +80,10 @@ class FeatureWriter:
         self.progress = self.root / "progress"
         for path in (self.root / "manifest.json", self.progress / "settings.json"):
             if path.is_file():
-                there = json.loads(path.read_text())
-                different = [f"{key} {there.get(key)!r} there, {value!r} here"
-                             for key, value in settings.items() if there.get(key) != value]
+                different = differences(json.loads(path.read_text()), settings)
                 if different:
-                    raise ValueError(f"{self.root} holds features made with other settings: {'; '.join(different)}; "
-                                     "give another --features-path")
+                    raise ValueError(f"{self.root} holds features made with other settings: {different}; give another "
+                                     "--features-path")
 
     @property
     def is_complete(self):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion
 from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint
-from dlc.features import Features, Stack, recorded_id, write_json, write_whole
+from dlc.features import Features, Stack, differences, recorded_id, write_json, write_whole
 from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
 from dlc.noise import Stream, integers, normal, permutation
 from dlc.runtime import ArgumentParser, PRECISIONS, autocast, create_logger, start_processes
@@ -65,7 +65,6 @@ def sample_latents(model, diffusion, y, seed, indices, latent_shape, cfg_scale=1
         channels: see DiT.forward_with_cfg.
     """
     n = len(indices)
-    steps = diffusion.num_timesteps
     guided_y = torch.cat([y, model.null_condition(n).to(y.dtype)])
 
     def guided(x, t):
@@ -74,12 +73,12 @@ def sample_latents(model, diffusion, y, seed, indices, latent_shape, cfg_scale=1
     def conditional(x, t):
         return model(x, t, y)
 
-    x = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw=steps)
-    for step in reversed(range(steps)):
+    x = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw=0)        # the same for any number of steps
+    for step in reversed(range(diffusion.num_timesteps)):
         predict = guided if cfg_scale != 1 and diffusion.timestep_map[step] <= t_max else conditional
         x = diffusion.p_sample(
             predict, x, torch.full((n,), step, device=x.device), clip_denoised=False,
-            randn_like=lambda _: normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw=step))["sample"]
+            randn_like=lambda _: normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw=step + 1))["sample"]
     return x
 
 
@@ -270,12 +269,9 @@ def run(parser, args, open_conditions):
             t_max=args.t_max, precision=args.precision, tf32=args.tf32, global_seed=args.global_seed)
         record = folder / "samples.json"
         if record.is_file():
-            there = json.loads(record.read_text())
-            different = [f"{key} {there.get(key)!r} there, {value!r} here"
-                         for key, value in settings.items() if there.get(key) != value]
+            different = differences(json.loads(record.read_text()), settings)
             if different:
-                raise ValueError(f"{folder} holds samples made with other settings: {'; '.join(different)}; give another "
-                                 "--sample-dir")
+                raise ValueError(f"{folder} holds samples made with other settings: {different}; give another --sample-dir")
 
     # ---------------------------------------------------------------------- what is missing
     logger = create_logger(state)

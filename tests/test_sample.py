@@ -67,7 +67,7 @@ def test_images_are_the_models(workplace, tiny_models):
     code = torch.from_numpy(Features(workplace / "features").codes.gather([record["code_rows"][17]]).astype(np.int64))
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=L, V=V).eval()
     model.load_state_dict(load_file(workplace / "results/checkpoints/0000003/ema.safetensors"))
-    draws = iter([3, 2, 1, 0])
+    draws = iter([0, 3, 2, 1])                      # x_T, then a draw for each step from the last
     index = torch.tensor([17])
     guided = create_diffusion("3").p_sample_loop(
         model.forward_with_cfg, (2, 4, 8, 8), clip_denoised=False, device="cpu",
@@ -137,7 +137,7 @@ def test_guidance_only_where_it_acts(name, keywords):
     guided_steps = sum(t <= 500 for t in diffusion.timestep_map)
     part = sample(cfg_scale=2.0, t_max=500)
     assert sorted(rows) == [3] * (10 - guided_steps) + [6] * guided_steps
-    draws = iter(range(10, -1, -1))
+    draws = iter([0, *range(10, 0, -1)])
     full = diffusion.p_sample_loop(
         model.forward_with_cfg, (6, 4, 8, 8), clip_denoised=False, device="cpu",
         model_kwargs=dict(y=torch.cat([y, model.null_condition(3)]), cfg_scale=2.0, t_max=500),
