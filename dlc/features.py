@@ -233,8 +233,7 @@ class Features:
                 if given not in (None, there):
                     raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave the flag away")
         elif (self.root / "progress").exists():
-            raise ValueError(f"features path {root} is half-written (no manifest.json): run the same "
-                             "extract_features_withdlc.py command again to complete it")
+            raise ValueError(self._half_written())
         else:
             stacks = self._open_lone_files()
             self.V, self.num_classes = V, num_classes or 1000
@@ -245,6 +244,10 @@ class Features:
             raise ValueError(f"features path {self.root} has no rows")
         self.L = self.codes.array(0).shape[1] if self.codes is not None else None
         self.latent_shape = self.latents.array(0).shape[1:]
+
+    def _half_written(self):
+        return (f"features path {self.root} is half-written (shards, but no manifest.json): run the same "
+                "extract_features_withdlc.py command again to complete it")
 
     def _open_shards(self):
         manifest = self.manifest
@@ -282,6 +285,8 @@ class Features:
                 raise ValueError(f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
                                  f"({len(unpaired)} such files)")
         ordered = sorted(names["features"], key=lambda name: (len(name), name))      # 2.npy before 10.npy
+        if load_array(directories["features"] / ordered[0]).shape[:-3] not in ((), (1,)):
+            raise ValueError(self._half_written())
         return {kind: Stack([directories[kind] / name for name in ordered], None, SAMPLE_NDIM[kind], lone=True)
                 for kind in names}
 

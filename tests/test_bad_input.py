@@ -100,6 +100,7 @@ def test_features_path(error_of, features, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(features, half)
     (half / "manifest.json").unlink()
+    assert "half-written" in error_of("train_diffusion", "--features-path", half)
     (half / "progress").mkdir()
     assert "half-written" in error_of("train_diffusion", "--features-path", half)
     assert not (tmp_path / "results").exists()
