@@ -3,9 +3,9 @@
     torchrun --nnodes=1 --nproc_per_node=N extract_features_withdlc.py --model DiT-XL/2 \\
         --data-path /path/to/imagenet/train --features-path /path/to/store/features
 
-In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: FEATURES/, the contract of dlc/features.py,
-and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again continues; what it
-writes does not depend on the number of processes.
+In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: FEATURES/, the contract of
+dlc/features.py, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
+continues; what it writes does not depend on the number of processes.
 """
 import hashlib
 import time
@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from dlc.latents import (IMAGENET_MEAN, IMAGENET_STD, center_crop, decode, downsampling_factor, encode, image_grid,
                          load_rgb, load_vae, to_tensor, to_uint8, vae_id)
+from dlc.checkpoints import weights_sha256
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
 from dlc.features import FORMAT_VERSION, Features, FeatureWriter, recorded_id
 from dlc.noise import Stream, integers, normal
-from dlc.runtime import ArgumentParser, create_logger, default_num_workers, start_processes
+from dlc.runtime import (ArgumentParser, create_logger, default_num_workers, from_rank_0, number,
+                         start_processes)
 from models import DiT_models
 
 DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
@@ -34,20 +36,22 @@ def parse_args():
     add = parser.add_argument
     add("--data-path", required=True, help="folder with one folder of images a class")
     add("--features-path", "--feature-path", default="features", help="where the features go [%(default)s]")
-    add("--model", default="DiTSEM-XL/2", help="the model to train on them: its patch must divide the latent [%(default)s]")
-    add("--image-size", type=int, default=256, help="height and width of the crop, pixels [%(default)s]")
+    add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL",
+        help="the model to train on them: its patch must divide the latent [%(default)s]")
+    add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help="ema, mse, a local directory or a hub id [%(default)s]")
     add("--encoder", default=DEFAULT_ENCODER, help="SEM encoder: directory or reference checkpoint; none: latents and "
                                                    "labels only [%(default)s]")
-    add("--encoder-backbone", default=DEFAULT_BACKBONE, help="timm model of a reference checkpoint [%(default)s]")
-    add("--L", type=int, default=512, help="code positions of a reference checkpoint [%(default)s]")
-    add("--V", type=int, default=256, help="tokens a position of a reference checkpoint [%(default)s]")
+    add("--encoder-backbone", help=f"timm model of a reference checkpoint [{DEFAULT_BACKBONE}]")
+    add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
+    add("--V", type=number(int, 2, 65536), help="tokens a position of a reference checkpoint [256]")
     add("--flip", choices=["random", "none"], default="random", help="horizontal flips of the VAE's view [%(default)s]")
     add("--dtype", choices=["float16", "float32"], default="float16", help="of the stored latents [%(default)s]")
-    add("--batch-size", type=int, default=32, help="images a process encodes at once [%(default)s]")
-    add("--shard-size", type=int, default=1024, help="dataset indices a shard covers [%(default)s]")
-    add("--num-workers", type=int, default=default_num_workers(), help="image readers a process [%(default)s here]")
-    add("--global-seed", type=int, default=0, help="of flips and posterior draws [%(default)s]")
+    add("--batch-size", type=number(int, 1), default=32, help="images a process encodes at once [%(default)s]")
+    add("--shard-size", type=number(int, 1), default=1024, help="dataset indices a shard covers [%(default)s]")
+    add("--num-workers", type=number(int, 0), default=default_num_workers(),
+        help="image readers a process [%(default)s here]")
+    add("--global-seed", type=number(int, 0), default=0, help="of flips and posterior draws [%(default)s]")
     return parser, parser.parse_args()
 
 
@@ -75,7 +79,7 @@ class Views(Dataset):
 
 
 def collate(items):
-    """Indices, VAE views, encoder views (None without an encoder) of the readable, and [index, reason] of the others."""
+    """Indices, VAE views, encoder views (None without an encoder) of the readable; (index, reason) of the others."""
     good = [item for item in items if item[3] is None]
     skipped = [(item[0], item[3]) for item in items if item[3] is not None]
     if not good:
@@ -103,11 +107,6 @@ def main():
     parser, args = parse_args()
 
     # ---------------------------------------------------------------------- checks
-    for flag in ("image_size", "batch_size", "shard_size", "L", "V"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    if args.model not in DiT_models:
-        parser.error(f"--model {args.model} does not exist; choose from {', '.join(DiT_models)}")
     with parser.one_line_errors():
         classes, paths, labels = list_images(args.data_path)
         relative = [str(Path(path).relative_to(args.data_path)) for path in paths]
@@ -116,11 +115,11 @@ def main():
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {factor}, the VAE's factor")
         patch = DiT_models[args.model].keywords["patch_size"]
         if args.image_size // factor % patch:
-            raise ValueError(f"--image-size {args.image_size}: latents of {args.image_size // factor} are not a multiple "
-                             f"of {args.model}'s patch {patch}; use --image-size {factor * patch} or a multiple of it")
+            raise ValueError(f"--image-size {args.image_size}: its latents, {args.image_size // factor} wide, are not "
+                             f"a multiple of {args.model}'s patch {patch}; use a multiple of {factor * patch}")
         if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
-            raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
-                             "one with --encoder (--encoder none: latents and labels only)")
+            raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or "
+                             "name one with --encoder (--encoder none: latents and labels only)")
 
     # ---------------------------------------------------------------------- models and writer
     with parser.one_line_errors():
@@ -128,32 +127,31 @@ def main():
         vae = load_vae(args.vae, state.device)
         encoder = None
         if args.encoder != "none":
-            encoder = load_encoder(args.encoder, args.encoder_backbone, args.L, args.V).to(state.device)
+            encoder = load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V).to(state.device)
         L, V = (encoder.L, encoder.V) if encoder else (None, None)
-        if V and V > 65536:
-            raise ValueError(f"V={V}: codes are stored in 16 bits, so V is at most 65536")
         settings = dict(
             format_version=FORMAT_VERSION, image_size=args.image_size, shard_size=args.shard_size,
-            vae=recorded_id(vae_id(args.vae)), scaling_factor=vae.config.scaling_factor,
-            latents="sample", dtype=args.dtype,
-            encoder=recorded_id(args.encoder) if encoder else None, L=L, V=V,
+            vae=recorded_id(vae_id(args.vae)), vae_sha256=weights_sha256(vae),
+            scaling_factor=vae.config.scaling_factor, latents="sample", dtype=args.dtype,
+            encoder=recorded_id(args.encoder) if encoder else None,
+            encoder_sha256=weights_sha256(encoder) if encoder else None, L=L, V=V,
             flip=args.flip, seed=args.global_seed, classes=classes, images=len(paths),
             listing_sha256=hashlib.sha256("\n".join(relative).encode("utf-8", "surrogateescape")).hexdigest())
         writer = FeatureWriter(args.features_path, settings)
+        complete = from_rank_0(writer.is_complete)
+        if state.is_main_process and not complete:
+            writer.start()
     logger = create_logger(state)
-    if writer.is_complete:
+    if complete:
         logger.info(f"{args.features_path} is complete; nothing to do")
         return
-    if state.is_main_process:
-        writer.start()
-    state.wait_for_everyone()
 
     # ---------------------------------------------------------------------- extraction, shard by shard
     num_shards = -(-len(paths) // args.shard_size)
     flips = (integers(args.global_seed, Stream.FLIP, torch.arange(len(paths)), 2).numpy() if args.flip == "random"
              else np.zeros(len(paths), np.int64))
     views = Views(paths, flips, args.image_size, encoder.image_size if encoder else None)
-    todo = [shard for shard in range(num_shards) if not writer.record_path(shard).is_file()]
+    todo = from_rank_0([shard for shard in range(num_shards) if not writer.record_path(shard).is_file()])
     logger.info(f"{len(paths):,} images in {len(classes)} classes, {num_shards} shards, {len(todo)} to do, "
                 f"{state.num_processes} processes on {state.device.type}")
     batches = []                                             # a batch never crosses a shard
@@ -165,7 +163,8 @@ def main():
     code_dtype = np.uint8 if V and V <= 256 else np.uint16
     latent_side = args.image_size // factor
     start, done = time.time(), 0
-    empty = dict(features=np.zeros((0, 4, latent_side, latent_side), args.dtype), labels=labels[:0], path=np.zeros(0, "U1"))
+    empty = dict(features=np.zeros((0, 4, latent_side, latent_side), args.dtype), labels=labels[:0],
+                 path=np.zeros(0, "U1"))
     if encoder:
         empty["sem"] = np.zeros((0, L), code_dtype)
     parts, skipped = [empty], []
@@ -175,11 +174,13 @@ def main():
         skipped += [[relative[index], reason] for index, reason in unreadable]
         if indices is not None:
             with torch.inference_mode():
-                noise = normal(args.global_seed, Stream.POSTERIOR, indices.to(state.device), (4, latent_side, latent_side))
-                part = dict(features=encode(vae, crops.to(state.device, non_blocking=True), noise)
-                            .cpu().numpy().astype(args.dtype))
+                noise = normal(args.global_seed, Stream.POSTERIOR, indices.to(state.device),
+                               (4, latent_side, latent_side))
+                latents = encode(vae, crops.to(state.device, non_blocking=True), noise)      # (n, 4, S/8, S/8)
+                part = dict(features=latents.cpu().numpy().astype(args.dtype))
                 if encoder:
-                    part["sem"] = encoder.codes(code_views.to(state.device, non_blocking=True)).cpu().numpy().astype(code_dtype)
+                    codes = encoder.codes(code_views.to(state.device, non_blocking=True))    # (n, L)
+                    part["sem"] = codes.cpu().numpy().astype(code_dtype)
             part["labels"] = labels[indices.numpy()]
             part["path"] = np.array([relative[index] for index in indices.tolist()])
             parts.append(part)
@@ -196,12 +197,15 @@ def main():
     state.wait_for_everyone()
     if state.is_main_process:
         manifest = writer.finish(num_shards)
-        preview = Path(args.features_path) / "preview.png"
+        look = ""
         if manifest["count"]:
+            preview = Path(args.features_path) / "preview.png"
             save_preview(preview, Features(args.features_path), views, relative, vae)
+            look = f"; look at {preview}"
         logger.info(f"done: {manifest['count']:,} images in {num_shards} shards, {len(manifest['skipped'])} skipped "
                     f"{'(listed in manifest.json) ' if manifest['skipped'] else ''}at {args.features_path}; "
-                    f"{rate:.1f} images/s a process; look at {preview}")
+                    f"{rate:.1f} images/s a process{look}")
+    state.destroy_process_group()
 
 
 def save_preview(path, features, views, relative, vae, columns=8):

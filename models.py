@@ -231,7 +231,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # the patch embedding as the linear layer it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # as the linear layer it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         for parameter in self.condition_embedder.parameters():
             nn.init.normal_(parameter, std=self.condition_embedder.init_std)
@@ -243,7 +243,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def set_grad_checkpointing(self, enable=True):
-        """Recompute each block's activations in the backward pass: less memory, about a third more work. Training only."""
+        """Recompute each block's activations in the backward pass: less memory, about a third more work."""
         self.grad_checkpointing = enable
 
     def null_condition(self, n):

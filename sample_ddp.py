@@ -2,7 +2,8 @@
 
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000
 
-In: a checkpoint [the newest under results/], ours or a published DiT-XL-2-256x256.pt. Out: SAMPLES/, see dlc/sampling.py.
+In: a checkpoint [the newest under results/], ours or a published DiT-XL-2-256x256.pt. Out: SAMPLES/, see
+dlc/sampling.py.
 """
 from dlc.sampling import RandomLabels, argument_parser, run
 

@@ -13,14 +13,14 @@ def open_codes(args, model, meta):
         raise ValueError(f"--model {args.model} is not conditioned on codes; sample_ddp.py draws from a DiT")
     source = args.dlc_dir or meta.get("features_path")
     if source is None:
-        raise ValueError("this checkpoint does not say which features it was trained on: name the codes with --dlc-dir")
-    return ComputedCodes(source, model, args.dlc_order, args.global_seed)
+        raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")
+    return ComputedCodes(source, model, meta, args.dlc_order, args.global_seed)
 
 
 def main():
     parser = argument_parser(__doc__, model="DiTSEM-XL/2")
-    parser.add_argument("--dlc-dir", "--sem-dir", help="codes: a features directory, a folder of .npy (n, L), or one such "
-                                                       "file [the features recorded in the checkpoint]")
+    parser.add_argument("--dlc-dir", "--sem-dir", help="codes: a features directory, a folder of .npy (n, L), or one "
+                                                       "such file [the features the checkpoint was trained on]")
     parser.add_argument("--dlc-order", choices=["random", "sequential"], default="random",
                         help="row of sample i: a seeded permutation, or row i; cycling [%(default)s]")
     run(parser, parser.parse_args(), open_codes)

@@ -6,12 +6,14 @@
 In: FEATURES/, which also says L, V, image size and classes. Out: RESULTS/ with args.json, log.txt, metrics.jsonl,
 checkpoints/{step:07d}/ and previews/. The same command run again continues after the newest checkpoint.
 
-The data are one endless row of shuffled epochs, cut into global batches: nothing is repeated or left out within an epoch,
-and a batch may span two. Order, timestep, noise and condition dropout of each place in that row are functions of
-(seed, place) alone, so neither the number of processes nor a restart changes what is trained on.
+The data are one endless row of shuffled epochs, cut into global batches: nothing is repeated or left out within an
+epoch, and a batch may span two. Order, timestep, noise and condition dropout of each place in that row are functions
+of (seed, place) alone, so neither the number of processes nor a restart changes what is trained on.
 """
 import argparse
 import json
+import math
+import sys
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -24,10 +26,11 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion
 from dlc.checkpoints import load_checkpoint, read_meta, run_checkpoints, save_checkpoint
-from dlc.features import Features, differences, recorded_id, write_json
+from dlc.features import Features, differences, recorded_id, write_json, write_whole
 from dlc.latents import decode, image_grid, load_vae, to_uint8
 from dlc.noise import Stream, integers, normal, permutation, uniform
-from dlc.runtime import ArgumentParser, create_accelerator, create_logger, default_num_workers, start_processes
+from dlc.runtime import (ArgumentParser, create_accelerator, create_logger, default_num_workers, number,
+                         start_processes, versions)
 from dlc.sampling import sample_latents
 from models import DiT_models
 
@@ -37,25 +40,26 @@ PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 def parse_args(default_model):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--model", default=default_model, help="name in DiT_models [%(default)s]")
+    add("--model", default=default_model, choices=DiT_models, metavar="MODEL", help="name in DiT_models [%(default)s]")
     add("--features-path", "--feature-path", default="features", help="features to train on [%(default)s]")
     add("--results-dir", default="results", help="where this run goes, and is continued from [%(default)s]")
-    add("--epochs", type=int, default=1400, help="passes over the features [%(default)s]")
-    add("--max-steps", type=int, help="optimizer steps, where that comes first [no limit]")
-    add("--global-batch-size", type=int, default=256, help="samples a step, over all processes [%(default)s]")
-    add("--lr", type=float, default=1e-4, help="AdamW's learning rate, constant [%(default)s]")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay [%(default)s]")
-    add("--ema-decay", type=float, default=0.9999, help="of the averaged weights, a step [%(default)s]")
+    add("--epochs", type=number(int, 1), default=1400, help="passes over the features [%(default)s]")
+    add("--max-steps", type=number(int, 1), help="optimizer steps, where that comes first [no limit]")
+    add("--global-batch-size", type=number(int, 1), default=256, help="samples a step over all processes [%(default)s]")
+    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant [%(default)s]")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's weight decay [%(default)s]")
+    add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="of the averaged weights, a step [%(default)s]")
     add("--checkpoint-activations", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
-    add("--num-workers", type=int, default=default_num_workers(), help="data readers a process [%(default)s here]")
-    add("--global-seed", type=int, default=0, help="of everything random [%(default)s]")
-    add("--log-every", type=int, default=100, help="steps [%(default)s]")
-    add("--ckpt-every", type=int, default=50_000, help="steps; there is one at the end as well [%(default)s]")
-    add("--sample-every", type=int, default=0, help="steps between preview pictures, 0: none [%(default)s]")
+    add("--num-workers", type=number(int, 0), default=default_num_workers(),
+        help="data readers a process [%(default)s here]")
+    add("--global-seed", type=number(int, 0), default=0, help="of everything random [%(default)s]")
+    add("--log-every", type=number(int, 1), default=100, help="steps [%(default)s]")
+    add("--ckpt-every", type=number(int, 1), default=50_000, help="steps; there is one at the end, too [%(default)s]")
+    add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures, 0: none [%(default)s]")
     add("--vae", help="that decodes previews: ema, mse, a directory or a hub id [the features' own]")
-    add("--V", type=int, help="tokens a code position, for features without a manifest")
-    add("--num-classes", type=int, help="classes, for features without a manifest [1000]")
+    add("--V", type=number(int, 2), help="tokens a code position, for features without a manifest")
+    add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
     return parser, parser.parse_args()
 
 
@@ -77,7 +81,7 @@ class TrainingBatches(Dataset):
         rows = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             if epoch not in self.orders:
-                self.orders = {epoch: permutation(self.seed, epoch, self.features.count)}
+                self.orders = {epoch: permutation(self.seed, Stream.TRAIN_ORDER, epoch, self.features.count)}
             rows[epochs == epoch] = self.orders[epoch][offsets[epochs == epoch]]
         return rows
 
@@ -99,11 +103,6 @@ def main(default_model="DiTSEM-XL/2"):
     parser, args = parse_args(default_model)
 
     # ---------------------------------------------------------------------- checks
-    for flag in ("epochs", "global_batch_size", "log_every", "ckpt_every"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    if args.model not in DiT_models:
-        parser.error(f"--model {args.model} does not exist; choose from {', '.join(DiT_models)}")
     if args.model.startswith("DiTCONT"):
         parser.error(f"--model {args.model}: train_diffusion.py trains on labels (DiT) and on codes (DiTSEM)")
     use_codes = args.model.startswith("DiTSEM")
@@ -116,13 +115,15 @@ def main(default_model="DiTSEM-XL/2"):
         patch = DiT_models[args.model].keywords["patch_size"]
         channels, latent_size, _ = features.latent_shape
         if latent_size % patch:
-            raise ValueError(f"latents of {args.features_path} are {latent_size} wide, not a multiple of {args.model}'s "
-                             f"patch {patch}")
+            raise ValueError(f"latents of {args.features_path} are {latent_size} wide, not a multiple of "
+                             f"{args.model}'s patch {patch}")
+        manifest = features.manifest or {}
         # what a run is: a change of any of these would be another run
         identity = dict(
             model=args.model, image_size=features.image_size, L=features.L if use_codes else None,
             V=features.V if use_codes else None, num_classes=None if use_codes else features.num_classes,
-            features_count=features.count, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
+            features_count=features.count, global_batch_size=args.global_batch_size, global_seed=args.global_seed,
+            **{key: manifest.get(key) for key in ("vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256")})
         resume = (run_checkpoints(args.results_dir) or [None])[-1]
         if resume:
             different = differences(read_meta(resume), identity)
@@ -130,27 +131,23 @@ def main(default_model="DiTSEM-XL/2"):
                 raise ValueError(f"{args.results_dir} holds another run: {different}; give another --results-dir")
         state = start_processes()
         if args.global_batch_size % state.num_processes:
-            raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {state.num_processes} "
-                             "processes")
+            raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of the "
+                             f"{state.num_processes} processes")
         if state.is_main_process:
             features.validate()
         vae = None
-        manifest = features.manifest or {}
         if args.sample_every and state.is_main_process:
             vae = load_vae(args.vae or manifest.get("vae") or "ema", state.device)
+        results = Path(args.results_dir)
+        if state.is_main_process:
+            results.mkdir(parents=True, exist_ok=True)
+            write_json(results / "args.json", vars(args))
     state.wait_for_everyone()
 
-    # ---------------------------------------------------------------------- run directory
-    results = Path(args.results_dir)
-    if state.is_main_process:
-        results.mkdir(parents=True, exist_ok=True)
-        write_json(results / "args.json", vars(args))
-    state.wait_for_everyone()
+    # ---------------------------------------------------------------------- model, EMA, optimizer
     logger = create_logger(state, results / "log.txt")
     accelerator, precision = create_accelerator(logger)
     device = accelerator.device
-
-    # ---------------------------------------------------------------------- model, EMA, optimizer
     torch.manual_seed(args.global_seed)                     # the same weights in every process
     sizes = dict(L=features.L, V=features.V) if use_codes else dict(num_classes=features.num_classes)
     raw_model = DiT_models[args.model](input_size=latent_size, in_channels=channels, **sizes).to(device)
@@ -158,11 +155,14 @@ def main(default_model="DiTSEM-XL/2"):
     ema = deepcopy(raw_model).requires_grad_(False).eval()
     averages, weights = list(ema.parameters()), list(raw_model.parameters())
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    # a fused step hides from accelerate whether the fp16 scaler skipped it
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=accelerator.scaler is None)
     diffusion = create_diffusion("")
     first_step = 0
     if resume:
         load_checkpoint(resume, raw_model, ema, optimizer, accelerator.scaler)
+        for group in optimizer.param_groups:                # the flags count, also where they changed
+            group.update(lr=args.lr, weight_decay=args.weight_decay)
         first_step = read_meta(resume)["step"]
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in raw_model.blocks:
@@ -194,9 +194,8 @@ def main(default_model="DiTSEM-XL/2"):
         accelerator.wait_for_everyone()
         if state.is_main_process:
             meta = dict(identity, step=step, features_path=recorded_id(args.features_path), vae=manifest.get("vae"),
-                        precision=precision, lr=args.lr, ema_decay=args.ema_decay, torch=torch.__version__)
-            if "scaling_factor" in manifest:
-                meta["scaling_factor"] = manifest["scaling_factor"]
+                        precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
+                        versions=versions())
             path = save_checkpoint(results, meta, raw_model, ema, optimizer.optimizer, accelerator.scaler)
             logger.info(f"checkpoint {path}")
         accelerator.wait_for_everyone()
@@ -220,20 +219,27 @@ def main(default_model="DiTSEM-XL/2"):
         totals += torch.stack([terms[name].detach().mean() for name in ("loss", "mse", "vb")])
         bar.update()
 
-        if step % args.log_every == 0 or step == last_step:
+        checkpoint_due = step % args.ckpt_every == 0 or step == last_step
+        if step % args.log_every == 0 or checkpoint_due:
             loss, mse, vb = (accelerator.reduce(totals, "mean") / (step - since[1])).tolist()
             rate = (step - since[1]) / (time.time() - since[0])
             line = dict(step=step, epoch=step * batch / features.count, loss=loss, mse=mse, vb=vb,
                         steps_per_second=rate, images_per_second=rate * batch)
             if state.is_main_process:
                 with open(results / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps({key: value if math.isfinite(value) else None      # NaN is no JSON
+                                           for key, value in line.items()}) + "\n")
             logger.info(f"step {step:,}: loss {loss:.4f} (mse {mse:.4f}, vb {vb:.5f}), {rate:.2f} steps/s, "
                         f"{rate * batch:.0f} images/s")
             bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate * batch:.0f}")
+            # under fp16 the scaler skips such steps; elsewhere nothing mends them, and no checkpoint may hold them
+            if accelerator.scaler is None and not math.isfinite(loss):
+                logger.error(f"step {step}: the loss is {loss}; stopped. The last good checkpoint: "
+                             f"{(run_checkpoints(results) or ['none'])[-1]}")
+                sys.exit(1)
             totals.zero_()
             since = time.time(), step
-        if step % args.ckpt_every == 0 or step == last_step:
+        if checkpoint_due:
             save(step)
         if args.sample_every and step % args.sample_every == 0 and state.is_main_process:
             save_preview(results / "previews" / f"{step:07d}.png", ema, features, use_codes, vae, args.global_seed)
@@ -242,10 +248,11 @@ def main(default_model="DiTSEM-XL/2"):
 
 
 def trim_metrics(path, step):
-    """Drop the lines of steps after the checkpoint that a killed run is continued from: they are trained again."""
+    """Drop the lines of steps after the checkpoint that a killed run is continued from, and a last line cut short."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
 def save_preview(path, ema, features, use_codes, vae, seed):

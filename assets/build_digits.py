@@ -12,7 +12,8 @@ The autoencoder minimises the squared error and a small KL term. The encoder lea
 scan: the views of one scan should agree in their tokens and the views of others not (InfoNCE, van den Oord et al. 2018,
 arXiv 1807.03748, with the share of agreeing tokens as similarity), every token should be used, and a decoder that is
 thrown away must find the undistorted scan in the simplicial embedding. No label is used in training; the settings were
-chosen among a handful by their scores on the held-out digits, so the table is a little kinder than fresh digits would be.
+chosen among a handful by their scores on the held-out digits, so the table is a little kinder than fresh digits would
+be.
 
 Measured on the 360 held-out digits, as the table printed at the end:
 
@@ -82,7 +83,7 @@ def to_encoder(images):
 
 
 def distort(images, generator):
-    """Images (n, 3, 64, 64) in 0..1 as another scan of the same hand: turned, sheared, scaled, shifted, warped, dimmed."""
+    """Images (n, 3, 64, 64) in 0..1 as another scan of the same hand: turned, sheared, scaled, moved, warped, dimmed."""
     n = len(images)
 
     def uniform(*shape):
@@ -182,7 +183,7 @@ def build_encoder(images):
         views = torch.cat([distort(batch, generator), distort(batch, generator)])
         embedding = encoder(to_encoder(views))                                         # (2n, L, V)
         usage = embedding.mean(dim=0)                                                  # (L, V)
-        unused = np.log(V) + (usage * (usage + 1e-8).log()).sum(dim=1).mean()          # 0 where all tokens share equally
+        unused = np.log(V) + (usage * (usage + 1e-8).log()).sum(dim=1).mean()          # 0: all tokens share equally
         scans = F.avg_pool2d(batch[:, 0], IMAGE_SIZE // SCAN_SIZE).flatten(1).repeat(2, 1)
         scan_mse = F.mse_loss(scan_decoder(embedding.flatten(1)), scans)
         nce = info_nce(embedding)

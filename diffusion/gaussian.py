@@ -209,7 +209,8 @@ class GaussianDiffusion:
                                      randn_like=torch.randn_like):
         """DDIM sampling from x_T, a generator of each step's dict: sample, pred_xstart."""
         return self._loop(self.ddim_sample, model, shape, noise, device, progress, randn_like,
-                          dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, eta=eta))
+                          dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs,
+                               eta=eta))
 
     def ddim_sample_loop(self, model, shape, noise=None, **options):
         """The last sample of `ddim_sample_loop_progressive`, same arguments: x_0 (N, ...)."""

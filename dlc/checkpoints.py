@@ -9,6 +9,7 @@ Read as well: the `.pt` files of the DiT, fast-DiT and DLC repositories (a bare 
 "model"), and `.safetensors`.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from dlc.features import read_json
 from models import DiT_models
 
 
@@ -52,7 +54,7 @@ def load_checkpoint(path, model, ema, optimizer, scaler=None):
 
 
 def read_meta(path):
-    return json.loads((Path(path) / "meta.json").read_text())
+    return read_json(Path(path) / "meta.json")
 
 
 def run_checkpoints(run_dir):
@@ -61,16 +63,43 @@ def run_checkpoints(run_dir):
                   if re.fullmatch(r"\d{7,}", path.parent.name))
 
 
-def newest_checkpoint(results_dir):
-    """The checkpoint last written under results_dir, a run or a folder of runs.
+def newest_checkpoint(results_dir, model):
+    """The checkpoint of a model (a name in DiT_models) last written under results_dir, a run or a folder of runs.
 
     Raises ValueError where there is none.
     """
     found = [path for run in [Path(results_dir), *Path(results_dir).glob("*")] for path in run_checkpoints(run)]
-    if not found:
-        raise ValueError(f"no checkpoint under --results-dir {results_dir}: train with train_diffusion.py first, or name "
-                         "one with --ckpt")
-    return max(found, key=lambda path: ((path / "meta.json").stat().st_mtime, path.name))
+    names = {path: read_meta(path).get("model") for path in found}
+    of_model = [path for path in found if names[path] == model]
+    if not of_model:
+        others = f" (there are some of {', '.join(sorted(set(map(str, names.values()))))})" if found else ""
+        raise ValueError(f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
+                         "train_diffusion.py first, or name one with --ckpt")
+    return max(of_model, key=lambda path: ((path / "meta.json").stat().st_mtime, path.name))
+
+
+def load_tensors(path):
+    """The dict in a `.safetensors`, or in a `.pt` or `.pth` of plain tensors. Raises ValueError naming the file."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):      # training scripts keep their arguments beside
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                          # whatever the unpickler or safetensors makes of a broken file
+        raise ValueError(f"{path} cannot be read as weights: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, wanted a dict of tensors")
+    return value
+
+
+def weights_sha256(module):
+    """A digest of a module's names and tensors: tells weights apart whatever their file is called."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(path, use_ema=True):
@@ -89,18 +118,10 @@ def load_weights(path, use_ema=True):
             raise ValueError(f"{path} is not a checkpoint directory: it has no meta.json")
         meta = read_meta(path)
         path = path / ("ema.safetensors" if use_ema else "model.safetensors")
-    if not path.is_file():
+    elif not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):      # fast-DiT keeps its arguments beside
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                          # whatever the unpickler or safetensors makes of a broken file
-        raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-    if not path.suffix == ".safetensors":
-        weights = weights.get("ema" if use_ema else "model", weights)
+    weights = load_tensors(path)
+    weights = weights.get("ema" if use_ema else "model", weights)
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
 
 
@@ -127,7 +148,7 @@ def model_from_weights(weights, path):
         else:
             family = "DiT"
             arguments.update(num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1)
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {error})") from None
     for name, build in DiT_models.items():
         size = build.keywords
@@ -139,5 +160,5 @@ def model_from_weights(weights, path):
             except RuntimeError as error:
                 raise ValueError(f"checkpoint {path} does not fit {name}: {error}") from None
             return model.eval(), name
-    raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, which "
-                     "has no name in DiT_models")
+    raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, "
+                     "which has no name in DiT_models")

@@ -20,6 +20,9 @@ import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 
+from dlc.checkpoints import load_tensors
+from dlc.features import differences, read_json
+
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 # parts of a self-supervised checkpoint that serve its training, not the code
 TRAINING_ONLY = ("mask_token", "norm", "head", "sem_out", "sem_cls_norm", "dino_head", "ibot_head")
@@ -77,28 +80,37 @@ def save_encoder(encoder, directory):
     safetensors.torch.save_model(encoder, str(directory / "model.safetensors"))
 
 
-def load_encoder(path, backbone=DEFAULT_BACKBONE, L=512, V=256, image_size=224):
+def load_encoder(path, **given):
     """The encoder at path, in eval mode, float32, on the CPU.
 
     Args:
-        path: a directory made by `save_encoder`, whose config decides all the rest, or a reference checkpoint file.
-        backbone, L, V, image_size: what a checkpoint file does not say of itself.
+        path: a directory made by `save_encoder`, whose config says the rest, or a reference checkpoint file.
+        given: backbone, L, V, which a checkpoint file does not say of itself; None is SEMEncoder's default.
 
-    Raises ValueError where weights are missing, left over or of other shapes: no part is ever left at random.
+    Raises ValueError where weights are missing, left over or of other shapes, no part being ever left at random, and
+    where a directory's config says otherwise than what is given.
     """
     path = Path(path)
+    given = {key: value for key, value in given.items() if value is not None}
     if path.is_dir():
         missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
         if missing:
             raise ValueError(f"encoder {path} has no {' and no '.join(missing)}")
-        encoder = SEMEncoder(**json.loads((path / "config.json").read_text()))
-        weights = safetensors.torch.load_file(path / "model.safetensors")
-    elif path.is_file():
-        encoder = SEMEncoder(backbone, image_size, L, V)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights = convert_reference_weights(weights, encoder.backbone)
-    else:
+        config = read_json(path / "config.json")
+        different = differences(config, given)
+        if different:
+            raise ValueError(f"encoder {path}: {different}; leave the flag away")
+        try:
+            encoder = SEMEncoder(**config)
+        except TypeError as error:
+            raise ValueError(f"{path}/config.json is not a SEM encoder's: {error}") from None
+        weights = load_tensors(path / "model.safetensors")
+    elif not path.is_file():
         raise ValueError(f"encoder {path} does not exist")
+    else:
+        weights = load_tensors(path)
+        encoder = SEMEncoder(**given)
+        weights = convert_reference_weights(weights, encoder.backbone)
 
     wanted = encoder.state_dict()
     missing = sorted(wanted.keys() - weights.keys())
@@ -130,7 +142,7 @@ def convert_reference_weights(checkpoint, backbone):
     if "register_tokens" in weights:
         weights["reg_token"] = weights.pop("register_tokens")
     positions = weights.get("pos_embed")
-    if positions is not None and backbone.no_embed_class:
+    if positions is not None and backbone.no_embed_class and "cls_token" in weights:
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]
         weights["pos_embed"] = resample_abs_pos_embed(positions[:, 1:], backbone.patch_embed.grid_size,
                                                       num_prefix_tokens=0)

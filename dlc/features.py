@@ -1,9 +1,9 @@
 """The contract on disk between extraction, training and sampling: latents, codes and labels as packed shards.
 
-FEATURES/ holds `imagenet{S}_features`, `imagenet{S}_sem`, `imagenet{S}_labels` and `imagenet{S}_path` (S: image size in
-pixels), each with one `{shard:06d}.npy` a shard, and `manifest.json`, written last: its presence means complete. Shard k
-covers the dataset indices [k * shard_size, (k + 1) * shard_size), less the images that were skipped. A directory of
-the reference scripts, one `.npy` an image and no manifest, is read as well.
+FEATURES/ holds `imagenet{S}_features`, `imagenet{S}_sem`, `imagenet{S}_labels` and `imagenet{S}_path` (S: image size
+in pixels), each with one `{shard:06d}.npy` a shard, and `manifest.json`, written last: its presence means complete.
+Shard k covers the dataset indices [k * shard_size, (k + 1) * shard_size), less the images that were skipped. A
+directory of the reference scripts, one `.npy` an image and no manifest, is read as well.
 
     features = Features("store/features")
     latents, codes = features.latents.gather(rows), features.codes.gather(rows)      # (n, 4, S/8, S/8), (n, L)
@@ -15,6 +15,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 FORMAT_VERSION = 1
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}      # dimensions of one row of each kind
@@ -44,13 +46,34 @@ def differences(there, here):
                      for key, value in here.items() if there.get(key) != value)
 
 
-def load_array(path, mmap=True):
-    """A `.npy` without pickled objects. Raises ValueError naming the file."""
+def read_json(path):
+    """The value in a JSON file. Raises ValueError naming the file."""
     try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        reason = "holds pickled objects" if re.search("pickle|Python objects", str(error)) else f"is not a readable .npy ({error})"
-        raise ValueError(f"{path} {reason}") from None
+        return json.loads(Path(path).read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error})") from None
+
+
+def load_array(path, mmap=True):
+    """A `.npy` without pickled objects, memory-mapped or read. Raises ValueError naming the file."""
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several arrays")
+        return map_without_descriptor(path, array) if mmap else array
+    except (ValueError, EOFError, OSError, RuntimeError) as error:
+        if re.search("pickle|Python objects", str(error)):
+            raise ValueError(f"{path} holds pickled objects") from None
+        raise ValueError(f"{path} is not a readable .npy ({error})") from None
+
+
+def map_without_descriptor(path, array):
+    """The same map, held by torch: NumPy's keeps its file open, and a large set has more shards than that allows."""
+    storage = torch.UntypedStorage.from_file(str(path), False, os.path.getsize(path))
+    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[array.offset:]
+    mapped = data[:array.nbytes].view(array.dtype).reshape(array.shape, order="F" if array.flags.fnc else "C")
+    mapped.flags.writeable = False
+    return mapped
 
 
 def recorded_id(name):
@@ -80,7 +103,7 @@ class FeatureWriter:
         self.progress = self.root / "progress"
         for path in (self.root / "manifest.json", self.progress / "settings.json"):
             if path.is_file():
-                different = differences(json.loads(path.read_text()), settings)
+                different = differences(read_json(path), settings)
                 if different:
                     raise ValueError(f"{self.root} holds features made with other settings: {different}; give another "
                                      "--features-path")
@@ -109,8 +132,8 @@ class FeatureWriter:
         write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
 
     def finish(self, num_shards):
-        """Write the manifest out of the records of all shards. Returns it. Called by one process after all have written."""
-        records = [json.loads(self.record_path(shard).read_text()) for shard in range(num_shards)]
+        """Write the manifest out of all shards' records, and return it. Called by one process, after all writing."""
+        records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
         manifest = dict(
             self.settings, count=sum(record["rows"] for record in records),
             shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
@@ -146,7 +169,7 @@ class Stack:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self):
-        return {**self.__dict__, "_open": {}}       # a data loader's process opens its own maps
+        return {**self.__dict__, "_open": {}}       # a process started afresh opens its own maps
 
     def array(self, index):
         """File number index as an array (n, ...): memory-mapped and kept open, or read where it is one sample."""
@@ -173,7 +196,7 @@ class Stack:
         return self.paths[index], int(row) - self._first(index)
 
     def gather(self, rows, limit=None):
-        """Rows (n,) as one array (n, ...), read file by file in ascending order; checked as check_range does, if asked."""
+        """Rows (n,) as one array (n, ...), read file by file in ascending order; with a limit, range-checked as well."""
         rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
@@ -189,7 +212,7 @@ class Stack:
 
     def check_range(self, limit):
         """Raise ValueError, naming file and row, at the first value outside 0..limit-1."""
-        for index, path in enumerate(self.paths):
+        for index, path in enumerate(tqdm(self.paths, desc="checking", unit="file", disable=len(self.paths) < 10_000)):
             check_range(self.array(index), limit, lambda i: (path, i))
 
 
@@ -227,8 +250,11 @@ class Features:
             raise ValueError(f"features path {root} does not exist: make it with extract_features_withdlc.py")
         self.manifest = None
         if (self.root / "manifest.json").is_file():
-            self.manifest = json.loads((self.root / "manifest.json").read_text())
-            stacks = self._open_shards()
+            self.manifest = read_json(self.root / "manifest.json")
+            try:
+                stacks = self._open_shards()
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{self.root}/manifest.json is not a manifest of ours (no {error})") from None
             for flag, given, there in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
                 if given not in (None, there):
                     raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave the flag away")
@@ -244,6 +270,8 @@ class Features:
             raise ValueError(f"features path {self.root} has no rows")
         self.L = self.codes.array(0).shape[1] if self.codes is not None else None
         self.latent_shape = self.latents.array(0).shape[1:]
+        if self.manifest is not None and self.L != self.manifest["L"]:
+            raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest['L']}")
 
     def _half_written(self):
         return (f"features path {self.root} is half-written (shards, but no manifest.json): run the same "
@@ -291,11 +319,10 @@ class Features:
                 for kind in names}
 
     def validate(self):
-        """Read every label, and every code whose type could hold a value outside 0..V-1; not one file an image, though.
+        """Look at every label, and at every code whose type could hold a value outside 0..V-1.
 
         Raises ValueError naming file and row.
         """
-        if self.manifest is not None:
-            self.labels.check_range(self.num_classes)
-            if self.codes is not None:
-                self.codes.check_range(self.V)
+        self.labels.check_range(self.num_classes)
+        if self.codes is not None and self.V is not None:
+            self.codes.check_range(self.V)

@@ -1,5 +1,4 @@
 """Pixel space <-> latent space: crops, views, the VAE, and back to 8-bit images."""
-import json
 import warnings
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+
+from dlc.features import read_json
 
 VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,7 +53,7 @@ def vae_label(name):
 def vae_config(name):
     """The VAE's configuration, without its weights. Raises ValueError as load_vae does."""
     if (Path(name) / "config.json").is_file():
-        return json.loads((Path(name) / "config.json").read_text())
+        return read_json(Path(name) / "config.json")
     return _from_hub(AutoencoderKL.load_config, name)
 
 
@@ -60,7 +61,10 @@ def downsampling_factor(name):
     """Pixels a latent cell, along each axis."""
     if vae_id(name) in VAE_ALIASES.values():
         return 8                                    # known without asking the hub
-    return 2 ** (len(vae_config(name)["block_out_channels"]) - 1)
+    config = vae_config(name)
+    if "block_out_channels" not in config:
+        raise ValueError(f"--vae {name}: its config.json is not an AutoencoderKL's")
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def load_vae(name, device="cpu"):
@@ -83,16 +87,17 @@ def _from_hub(load, name):
         warnings.simplefilter("ignore")             # diffusers passes its hub client a keyword that warns
         try:
             return load(vae_id(name), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:                  # not there, or broken in any way
             if Path(name).exists():
                 raise ValueError(f"--vae {name} is not a directory of a diffusers AutoencoderKL: {error}") from None
+            missing = error
         try:
             huggingface_hub.model_info(vae_id(name), timeout=10)      # answers at once where a download would retry
             return load(vae_id(name))
         except Exception as error:                  # whatever the hub's client or its transport raises
-            raise ValueError(f"cannot get config.json of the VAE {vae_id(name)!r}: not in the local cache, and the hub "
-                             f"is out of reach or does not have it ({type(error).__name__}: {error}); --vae takes a "
-                             "local directory too") from None
+            raise ValueError(f"cannot load the VAE {vae_id(name)!r}: not in the local cache ({missing}) and the hub is "
+                             f"out of reach or does not have it ({type(error).__name__}: {error}); --vae takes a local "
+                             "directory too") from None
 
 
 def encode(vae, images, noise=None):

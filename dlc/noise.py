@@ -20,6 +20,8 @@ class Stream(IntEnum):
     TRAIN_DROP = 4
     SAMPLE_NOISE = 5
     SAMPLE_LABEL = 6
+    TRAIN_ORDER = 7
+    SAMPLE_ORDER = 8
 
 
 LOW = 0xFFFFFFFF
@@ -74,6 +76,6 @@ def uniform(seed, stream, indices):
     return random_words(seed, stream, indices, 1).squeeze(1) / 2**32
 
 
-def permutation(seed, epoch, n):
-    """A random order of range(n), int64 NumPy, a function of (seed, epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+def permutation(seed, stream, epoch, n):
+    """A random order of range(n), int64 NumPy, a function of (seed, stream, epoch)."""
+    return np.random.Generator(np.random.Philox(key=[seed, (int(stream) << 48) + epoch])).permutation(n)

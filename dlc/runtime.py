@@ -2,33 +2,50 @@
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import logging
+import math
 import os
 import sys
 import time
+import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high, never infinite or NaN."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
+        return value
+    parse.__name__ = kind.__name__           # argparse names it where text is no number at all
+    return parse
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line on standard error, from rank 0 alone, and exit status 2."""
+    """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)      # a launcher stops every rank at the first that ends: let it be the one that speaks
-            sys.exit(2)
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # A launcher stops every rank at the first that ends: where rank 0 finds the same mistake, it alone speaks.
+            time.sleep(10)
+        where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
+        self.exit(2, f"{where}: error: {' '.join(str(message).split())}\n")
 
     @contextlib.contextmanager
     def one_line_errors(self):
-        """What a user got wrong, raised below as ValueError or OSError, as `error` reports it. For the checks before work."""
+        """What a user got wrong, raised within as ValueError or OSError, told as `error` does. For the checks."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -44,7 +61,7 @@ def start_processes():
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        # accelerate's launchers give every process one thread where the user gave none: take a fair share instead
+        # 1 is what launchers set where the user set nothing, and cannot be told from a user's own: take a fair share
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(cores_per_process())
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
@@ -55,6 +72,13 @@ def start_processes():
         raise ValueError(f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
                          "start the script with torchrun or accelerate launch")
     return state
+
+
+def from_rank_0(value):
+    """Rank 0's value of a picklable object, in every process: what it saw on a shared disk, say."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def cores_per_process():
@@ -71,6 +95,12 @@ def default_num_workers():
 def autocast(device, precision):
     """The autocast context of "fp32", "bf16" or "fp16" on a device; fp32 is no autocast."""
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def versions():
+    """The versions of what decides numbers, by package."""
+    return {name: importlib.metadata.version(name)
+            for name in ("torch", "torchvision", "accelerate", "diffusers", "timm", "numpy", "Pillow")}
 
 
 def create_logger(state, log_file=None):
@@ -98,6 +128,8 @@ def create_accelerator(logger):
     if asked == "fp16" and on_cpu:
         logger.warning("warning: fp16 needs a GPU; this run uses float32")
         asked = "no"
+    # torch 2.15 warns of this name; the one it wants instead does not exist in 2.6
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=asked, kwargs_handlers=[
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

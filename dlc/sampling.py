@@ -4,7 +4,7 @@ Sample i is the same whatever the number of processes and the batch size: its no
 for, are functions of (global seed, i). A run that was killed draws the missing indices only.
 """
 import argparse
-import json
+import hashlib
 import os
 import platform
 import sys
@@ -12,19 +12,18 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import diffusers
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from diffusion import create_diffusion
-from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint
-from dlc.features import Features, Stack, differences, recorded_id, write_json, write_whole
+from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
+from dlc.features import Features, Stack, differences, read_json, recorded_id, write_json, write_whole
 from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
 from dlc.noise import Stream, integers, normal, permutation
-from dlc.runtime import ArgumentParser, PRECISIONS, autocast, create_logger, start_processes
+from dlc.runtime import (PRECISIONS, ArgumentParser, autocast, create_logger, from_rank_0, number, start_processes,
+                         versions)
 from models import DiT_models
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -34,22 +33,25 @@ def argument_parser(doc, model):
     """The flags that both samplers have."""
     parser = ArgumentParser(doc)
     add = parser.add_argument
-    add("--model", default=model, help="name in DiT_models; must be the checkpoint's [%(default)s]")
-    add("--ckpt", help="checkpoint directory, .pt or .safetensors [the newest under --results-dir]")
+    add("--model", default=model, choices=DiT_models, metavar="MODEL",
+        help="name in DiT_models; must be the checkpoint's [%(default)s]")
+    add("--ckpt", help="checkpoint directory, .pt or .safetensors [the model's newest under --results-dir]")
     add("--results-dir", default="results", help="where to look for it [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="the raw weights in place of the EMA weights")
     add("--sample-dir", default="samples", help="where the folder of PNGs and the .npz go [%(default)s]")
-    add("--num-fid-samples", type=int, default=50000, help="images to draw [%(default)s]")
-    add("--per-proc-batch-size", type=int, default=32, help="images a process draws at once [%(default)s]")
-    add("--num-sampling-steps", type=int, default=250, help="DDPM steps of the 1000 [%(default)s]")
-    add("--cfg-scale", type=float, default=1.5, help="classifier-free guidance, 1: none [%(default)s]")
+    add("--num-fid-samples", type=number(int, 1), default=50000, help="images to draw [%(default)s]")
+    add("--per-proc-batch-size", type=number(int, 1), default=32, help="images a process draws at once [%(default)s]")
+    add("--num-sampling-steps", type=number(int, 1, 1000), default=250, help="DDPM steps of the 1000 [%(default)s]")
+    add("--cfg-scale", type=number(float, 1), default=1.5, help="classifier-free guidance, 1: none [%(default)s]")
     add("--cfg-channels", choices=["3", "all"], help="latent channels it covers [3 for DiT, all for the others]")
-    add("--t-max", type=int, default=999, help="guide only at diffusion times up to this, 0 to 999 [%(default)s]")
-    add("--image-size", type=int, help="pixels; must be the checkpoint's [the checkpoint's]")
-    add("--vae", help="ema, mse, a local directory or a hub id [the one the checkpoint's features were made with, or ema]")
+    add("--t-max", type=number(int, 0, 999), default=999,
+        help="guide only at diffusion times up to this, 0 to 999 [%(default)s]")
+    add("--image-size", type=number(int, 1), help="pixels; must be the checkpoint's [the checkpoint's]")
+    add("--vae", help="ema, mse, a local directory or a hub id [that of the checkpoint's features, or ema]")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the denoising steps [%(default)s]")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs [%(default)s]")
-    add("--global-seed", type=int, default=0, help="of noise, labels and the order of codes [%(default)s]")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 products on GPUs [%(default)s]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add("--global-seed", type=number(int, 0), default=0, help="of noise, labels and the order of codes [%(default)s]")
     return parser
 
 
@@ -93,11 +95,11 @@ class ComputedCodes:
         source: a features directory, a folder of `.npy` files (n, L), or one such file.
         order: "random", a permutation of all rows keyed by the seed, or "sequential".
 
-    Raises ValueError where the source has no codes, or not of the model's length.
+    Raises ValueError where the source has no codes, or not such as the model was trained on.
     """
     name = "code_rows"
 
-    def __init__(self, source, model, order, seed):
+    def __init__(self, source, model, meta, order, seed):
         path = Path(source)
         self.source, self.order_name = recorded_id(str(source)), order
         self.V = model.sem_embedder.V
@@ -108,17 +110,27 @@ class ComputedCodes:
         elif any(path.glob("*.npy")):
             self.codes = Stack(sorted(path.glob("*.npy")), sample_ndim=1)
         else:
-            features = Features(path, V=None if (path / "manifest.json").is_file() else self.V)
+            features = Features(path)
             self.codes = features.codes
             if self.codes is None:
                 raise ValueError(f"features {source} hold no codes")
+            if features.manifest is not None and features.V != self.V:
+                raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
+            encoders = [one.get("encoder_sha256") for one in (features.manifest or {}, meta)]
+            if None not in encoders and len(set(encoders)) > 1:
+                raise ValueError(f"codes of {source} come from another encoder than those the checkpoint was trained on")
+        if not len(self.codes):
+            raise ValueError(f"code source {source} has no rows")
         L = self.codes.array(0).shape[1]
         if L != model.sem_embedder.L:
             raise ValueError(f"codes of {source} have L={L}, the checkpoint's model L={model.sem_embedder.L}")
-        self.order = permutation(seed, 0, len(self.codes)) if order == "random" else np.arange(len(self.codes))
+        self.order = (permutation(seed, Stream.SAMPLE_ORDER, 0, len(self.codes)) if order == "random"
+                      else np.arange(len(self.codes)))
 
     def describe(self):
-        return f"codes of {self.source}, {self.order_name} order"
+        """The source, and a digest of its first codes that tells whether it is still what it was."""
+        digest = hashlib.sha256(self(np.arange(64)).numpy()).hexdigest()[:16]
+        return f"codes of {self.source} in {self.order_name} order, the first 64 of sha256 {digest}"
 
     def values(self, indices):
         """The row of each sample."""
@@ -163,7 +175,7 @@ def read_png(path):
 
 
 def missing_indices(folder, count):
-    there = set(os.listdir(folder))
+    there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
     return [index for index in range(count) if png_path(folder, index).name not in there]
 
 
@@ -184,11 +196,14 @@ def write_npz(path, folder, count, progress=False):
     write_whole(path, write)
 
 
-def npz_shape(path):
-    """The shape of arr_0, read off the header alone."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
-        np.lib.format.read_magic(array)
-        return np.lib.format.read_array_header_1_0(array)[0]
+def npz_rows(path):
+    """How many images path holds, read off its header alone; 0 where it is missing or broken."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
+            np.lib.format.read_magic(array)
+            return np.lib.format.read_array_header_1_0(array)[0][0]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return 0
 
 
 class Decoder:
@@ -229,22 +244,12 @@ def run(parser, args, open_conditions):
     open_conditions(args, model, meta) gives the conditions: ComputedCodes or RandomLabels.
     """
     # ---------------------------------------------------------------------- checks
-    if args.num_fid_samples < 1:
-        parser.error(f"--num-fid-samples {args.num_fid_samples}: must be at least 1")
-    if args.per_proc_batch_size < 1:
-        parser.error(f"--per-proc-batch-size {args.per_proc_batch_size}: must be at least 1")
-    if not args.cfg_scale >= 1:
-        parser.error(f"--cfg-scale {args.cfg_scale}: must be at least 1 (1 is no guidance)")
-    if not 1 <= args.num_sampling_steps <= 1000:
-        parser.error(f"--num-sampling-steps {args.num_sampling_steps}: must be 1 to 1000")
-    if args.model not in DiT_models:
-        parser.error(f"--model {args.model} does not exist; choose from {', '.join(DiT_models)}")
     with parser.one_line_errors():
-        path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir)
+        path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model)
         weights, meta = load_weights(path, args.ema)
         model, name = model_from_weights(weights, path)
         if name != args.model:
-            raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}: use --model {name}")
+            raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
         conditions = open_conditions(args, model, meta)
         for start in range(0, args.num_fid_samples, 4096):      # every code is read and checked before work starts
             conditions(np.arange(start, min(start + 4096, args.num_fid_samples)))
@@ -252,41 +257,45 @@ def run(parser, args, open_conditions):
         device = state.device
         vae_name = args.vae or meta.get("vae") or "ema"
         vae = load_vae(vae_name, device)
-        if meta.get("scaling_factor", vae.config.scaling_factor) != vae.config.scaling_factor:
-            raise ValueError(f"--vae {vae_name} has scaling factor {vae.config.scaling_factor}, the checkpoint's latents "
-                             f"{meta['scaling_factor']}")
+        if (meta.get("scaling_factor") or vae.config.scaling_factor) != vae.config.scaling_factor:
+            raise ValueError(f"--vae {vae_name} has scaling factor {vae.config.scaling_factor}, the checkpoint's "
+                             f"latents {meta['scaling_factor']}")
         latent_size = model.x_embedder.img_size[0]
         image_size = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         if args.image_size not in (None, image_size):
-            raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}x{image_size} images")
+            raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
         ckpt = path.name if path.is_dir() else path.stem
-        folder = Path(args.sample_dir) / (f"{name.replace('/', '-')}-{ckpt}-size-{image_size}-vae-{vae_label(vae_name)}-"
-                                          f"cfg-{args.cfg_scale}-seed-{args.global_seed}")
+        folder = Path(args.sample_dir) / (f"{name.replace('/', '-')}-{ckpt}-size-{image_size}-vae-"
+                                          f"{vae_label(vae_name)}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
         settings = dict(
-            model=name, checkpoint=recorded_id(str(path)), step=meta.get("step"), weights="ema" if args.ema else "raw",
-            conditions=conditions.describe(), image_size=image_size, vae=recorded_id(vae_id(vae_name)), sampler="ddpm",
+            model=name, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model), step=meta.get("step"),
+            weights="ema" if args.ema else "raw", conditions=conditions.describe(), image_size=image_size,
+            vae=recorded_id(vae_id(vae_name)), vae_sha256=weights_sha256(vae), sampler="ddpm",
             num_sampling_steps=args.num_sampling_steps, cfg_scale=args.cfg_scale, cfg_channels=args.cfg_channels,
             t_max=args.t_max, precision=args.precision, tf32=args.tf32, global_seed=args.global_seed)
         record = folder / "samples.json"
         if record.is_file():
-            different = differences(json.loads(record.read_text()), settings)
+            different = differences(read_json(record), settings)
             if different:
-                raise ValueError(f"{folder} holds samples made with other settings: {different}; give another --sample-dir")
+                raise ValueError(f"{folder} holds samples made with other settings: {different}; give another "
+                                 "--sample-dir")
+            drawn = read_json(record)["num_fid_samples"]
+            if drawn > args.num_fid_samples:
+                raise ValueError(f"{folder} is a set of {drawn:,} samples, and its .npz would shrink to "
+                                 f"--num-fid-samples {args.num_fid_samples}: give another --sample-dir")
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
 
     # ---------------------------------------------------------------------- what is missing
     logger = create_logger(state)
     npz = folder.with_name(folder.name + ".npz")
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         everyone = np.arange(args.num_fid_samples)
         write_json(record, dict(
             settings, num_fid_samples=args.num_fid_samples, command=sys.argv, processes=state.num_processes,
             device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-            versions=dict(torch=torch.__version__, diffusers=diffusers.__version__, timm=timm.__version__),
-            **{conditions.name: conditions.values(everyone).tolist()}))
-    state.wait_for_everyone()
-    missing = missing_indices(folder, args.num_fid_samples)
-    state.wait_for_everyone()                           # all have looked before any writes
+            versions=versions(), **{conditions.name: conditions.values(everyone).tolist()}))
+    missing = from_rank_0(missing_indices(folder, args.num_fid_samples) if state.is_main_process else None)
     logger.info(f"{name}, step {meta.get('step', 'unknown')}, {settings['weights']} weights of {path}; "
                 f"{conditions.describe()}; {len(missing):,} of {args.num_fid_samples:,} images to draw, "
                 f"{args.num_sampling_steps} steps, cfg {args.cfg_scale}, on {state.num_processes} x {device.type}")
@@ -294,7 +303,7 @@ def run(parser, args, open_conditions):
     # ---------------------------------------------------------------------- denoise, decode, write
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     model.to(device)
-    if device.type == "cuda":
+    if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
             block.compile()
     diffusion = create_diffusion(str(args.num_sampling_steps))
@@ -304,21 +313,22 @@ def run(parser, args, open_conditions):
     size = args.per_proc_batch_size
     batches = [missing[i:i + size] for i in range(0, len(missing), size)]
     with tqdm(total=len(missing), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
-        for number in range(state.process_index, len(batches), state.num_processes):
-            indices = np.array(batches[number])
+        for first in range(state.process_index, len(batches), state.num_processes):
+            indices = np.array(batches[first])
             with autocast(device, args.precision):
                 latents = sample_latents(
                     model, diffusion, conditions(indices).to(device), args.global_seed,
                     torch.from_numpy(indices).to(device), latent_shape, args.cfg_scale, args.t_max, channels)
             decoder(indices.tolist(), latents)
-            bar.update(sum(map(len, batches[number:number + state.num_processes])))     # the other ranks keep pace
+            bar.update(sum(map(len, batches[first:first + state.num_processes])))     # the other ranks keep pace
         decoder.wait()
     state.wait_for_everyone()
 
     # ---------------------------------------------------------------------- .npz and contact sheet
     if state.is_main_process:
-        if missing or not npz.is_file() or npz_shape(npz)[0] != args.num_fid_samples:
+        if missing or npz_rows(npz) != args.num_fid_samples:
             write_npz(npz, folder, args.num_fid_samples, progress=True)
-            first = [read_png(png_path(folder, index)) for index in range(min(GRID_IMAGES, args.num_fid_samples))]
-            image_grid(np.stack(first), GRID_COLUMNS).save(folder.with_name(folder.name + ".grid.png"))
+        first = [read_png(png_path(folder, index)) for index in range(min(GRID_IMAGES, args.num_fid_samples))]
+        image_grid(np.stack(first), GRID_COLUMNS).save(folder.with_name(folder.name + ".grid.png"))
         logger.info(f"done: {args.num_fid_samples:,} images in {folder} and {npz}; look at {folder}.grid.png")
+    state.destroy_process_group()

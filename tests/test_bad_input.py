@@ -69,13 +69,24 @@ def test_data_folder(extract_error, tmp_path):
 def test_extraction_flags(extract_error, tmp_path):
     assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100)
     assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100, "--vae", "ema")
-    assert "use --image-size 64" in extract_error("--image-size", 72, "--model", "DiT-XL/8")
+    assert "use a multiple of 64" in extract_error("--image-size", 72, "--model", "DiT-XL/8")
     error = extract_error("--model", "DiT-XXL/2")
-    assert "DiT-XXL/2 does not exist" in error and "DiTCONT-Ti/8" in error
+    assert "argument --model: invalid choice: 'DiT-XXL/2'" in error and "DiTCONT-Ti/8" in error
     assert "no SEM encoder at pretrained/dlc_encoder.pth" in extract_error("--encoder", "pretrained/dlc_encoder.pth")
     assert "encoder nowhere does not exist" in extract_error("--encoder", "nowhere")
     assert f"{tmp_path} is not a directory of a diffusers AutoencoderKL" in extract_error("--vae", tmp_path)
-    assert "--batch-size 0: must be at least 1" in extract_error("--batch-size", 0)
+    assert "argument --batch-size: 0: must be at least 1" in extract_error("--batch-size", 0)
+    assert "argument --V: 70000: must be 2 to 65536" in extract_error("--V", 70000)
+    assert "argument --L: invalid int value: 'many'" in extract_error("--L", "many")
+    assert "L 6 there, 512 here" in extract_error("--L", 512)
+    (tmp_path / "config.json").write_text("{}")
+    assert "config.json is not an AutoencoderKL's" in extract_error("--vae", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not readable JSON" in extract_error("--vae", tmp_path)
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    assert "junk.pth cannot be read as weights" in extract_error("--encoder", tmp_path / "junk.pth")
+    (tmp_path / "file").write_text("")
+    assert "file" in extract_error("--features-path", tmp_path / "file")
     assert "unrecognized arguments: --btch-size" in extract_error("--btch-size", 3)
     assert not (tmp_path / "features").exists()
 
@@ -126,22 +137,26 @@ def test_pickled_objects(error_of, features, tmp_path):
     assert "holds pickled objects" in error_of("train_diffusion", "--features-path", copy)
 
 
-def test_training_flags(error_of, features):
+def test_training_flags(error_of, features, tmp_path):
     def error(*flags):
         return error_of("train_diffusion", "--features-path", features, *flags)
-    assert "DiTSEM-XXL/2 does not exist" in error("--model", "DiTSEM-XXL/2")
+    assert "invalid choice: 'DiTSEM-XXL/2'" in error("--model", "DiTSEM-XXL/2")
     assert "trains on labels (DiT) and on codes (DiTSEM)" in error("--model", "DiTCONT-S/2")
-    assert "--global-batch-size 0" in error("--global-batch-size", 0)
+    assert "argument --global-batch-size: 0: must be at least 1" in error("--global-batch-size", 0)
+    assert "argument --lr: -1: must be at least 0" in error("--lr", "-1")
+    (tmp_path / "file").write_text("")
+    assert "file" in error("--results-dir", tmp_path / "file", "--model", "DiTSEM-Ti/2")
     assert "--V 7" in error("--V", 7)
 
 
 def test_results_of_another_run(error_of, features, tmp_path):
     path = save_checkpoint(tmp_path / "results/checkpoints/0000001")
     meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, num_classes=None, features_count=14,
-                global_batch_size=8, global_seed=0)
+                global_batch_size=8, global_seed=0, scaling_factor=0.3)
     (path / "meta.json").write_text(json.dumps(meta))
     error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/4", "--global-batch-size", 4)
     assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; global_batch_size 8 there, 4 here" in error
+    assert "scaling_factor 0.3 there, 0.18215 here" in error
 
 
 #################################################################################
@@ -160,11 +175,12 @@ def sample_error(error_of, features, tiny_models, tmp_path):
 
 
 def test_sampling_flags(sample_error):
-    assert "--num-fid-samples 0: must be at least 1" in sample_error("--num-fid-samples", 0)
-    assert "--cfg-scale 0.9: must be at least 1" in sample_error("--cfg-scale", 0.9)
-    assert "--cfg-scale nan" in sample_error("--cfg-scale", "nan")
-    assert "--num-sampling-steps 1001" in sample_error("--num-sampling-steps", 1001)
-    assert "DiTSEM-XXL/2 does not exist" in sample_error("--model", "DiTSEM-XXL/2")
+    assert "argument --num-fid-samples: 0: must be at least 1" in sample_error("--num-fid-samples", 0)
+    assert "argument --cfg-scale: 0.9: must be at least 1" in sample_error("--cfg-scale", 0.9)
+    for value in ("nan", "inf"):
+        assert f"argument --cfg-scale: {value}" in sample_error("--cfg-scale", value)
+    assert "argument --num-sampling-steps: 1001: must be 1 to 1000" in sample_error("--num-sampling-steps", 1001)
+    assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
     assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
     assert "not conditioned on labels" in sample_error(script="sample_ddp")
 
@@ -173,15 +189,18 @@ def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_model
     assert "checkpoint nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
     assert "is of model DiTSEM-Ti/4, not DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    assert "broken.pt cannot be read" in sample_error(ckpt=tmp_path / "broken.pt")
+    assert "broken.pt cannot be read as weights" in sample_error(ckpt=tmp_path / "broken.pt")
+    torch.save(torch.zeros(3), tmp_path / "lone.pt")
+    assert "lone.pt holds a Tensor" in sample_error(ckpt=tmp_path / "lone.pt")
     (tmp_path / "dir").mkdir()
     assert "has no meta.json" in sample_error(ckpt=tmp_path / "dir")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert "is not a DiT, DiTSEM or DiTCONT" in sample_error(ckpt=tmp_path / "other.safetensors")
     label_model = save_checkpoint(tmp_path / "dit", "DiT-Ti/4", num_classes=3)
     assert "is of model DiT-Ti/4, not DiTSEM-Ti/4" in sample_error(ckpt=label_model)
+    assert "(there are some of DiTSEM-Ti/4)" in error_of("sample_ddp_computed_dlc", "--model", "DiTSEM-S/2")
     shutil.rmtree(tmp_path / "results")
-    assert "no checkpoint under --results-dir results" in error_of("sample_ddp_computed_dlc")
+    assert "no checkpoint of DiTSEM-XL/2 under --results-dir results" in error_of("sample_ddp_computed_dlc")
 
 
 def test_code_sources(sample_error, features, tmp_path):
@@ -189,12 +208,22 @@ def test_code_sources(sample_error, features, tmp_path):
     assert f"have L={L}, the checkpoint's model L={L + 1}" in sample_error("--dlc-dir", features, ckpt=other)
     assert "does not say which features it was trained on" in sample_error(ckpt=other)
     small = save_checkpoint(tmp_path / "small", L=L, V=2)
-    assert re.search(r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1", sample_error("--dlc-dir", features, ckpt=small))
+    assert f"have V={V}, the checkpoint's model V=2" in sample_error("--dlc-dir", features, ckpt=small)
+    assert re.search(r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1",
+                     sample_error("--dlc-dir", kind_dir(features, IMAGE_SIZE, "sem"), ckpt=small))
+    meta = json.loads((small.parent / "results/checkpoints/0000001/meta.json").read_text())
+    stranger = save_checkpoint(tmp_path / "stranger")
+    (stranger / "meta.json").write_text(json.dumps({**meta, "encoder_sha256": "0"}))
+    assert "come from another encoder" in sample_error("--dlc-dir", features, ckpt=stranger)
     assert "code source nowhere does not exist" in sample_error("--dlc-dir", "nowhere")
     np.save(tmp_path / "codes.npy", np.array([[None] * L], dtype=object), allow_pickle=True)
     assert "holds pickled objects" in sample_error("--sem-dir", tmp_path / "codes.npy")
     np.save(tmp_path / "codes.npy", np.full((3, L), -1))
     assert "value -1 outside 0..299" in sample_error("--dlc-dir", tmp_path / "codes.npy")
+    np.save(tmp_path / "codes.npy", np.zeros((0, L), int))
+    assert "has no rows" in sample_error("--dlc-dir", tmp_path / "codes.npy")
+    np.savez(tmp_path / "codes.npz", np.zeros((3, L), int))
+    assert "codes.npz is not a readable .npy" in sample_error("--dlc-dir", tmp_path / "codes.npz")
 
 
 #################################################################################
@@ -220,7 +249,9 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch, capsys):
     assert stopped.value.code == 0
     flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
     assert len(flags) > 10
-    sources = "".join(path.read_text() for path in (ROOT / f"{script}.py", ROOT / "dlc/sampling.py"))
+    sources = (ROOT / f"{script}.py").read_text()
+    if script.startswith("sample"):
+        sources += (ROOT / "dlc/sampling.py").read_text()
     for flag in flags:
         name = {"--no-ema": "ema"}.get(flag, flag[2:].replace("-", "_"))
         assert re.search(rf"args\.{name}\b", sources), f"{flag} is never read"

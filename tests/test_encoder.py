@@ -49,14 +49,14 @@ def test_reference_checkpoint_file(tmp_path):
                     "sem_norm.bias": torch.zeros(12), "mask_token": torch.zeros(1, 384)})
     path = tmp_path / "teacher.pth"
     torch.save({"teacher": {f"backbone.{key}": value for key, value in weights.items()}}, path)
-    encoder = load_encoder(path, "vit_small_patch14_reg4_dinov2", L=4, V=3)
+    encoder = load_encoder(path, backbone="vit_small_patch14_reg4_dinov2", L=4, V=3)
     assert torch.equal(encoder.backbone.cls_token, vit.cls_token)
     with pytest.raises(ValueError, match=r"has other shapes.*L=4, V=5"):
-        load_encoder(path, "vit_small_patch14_reg4_dinov2", L=4, V=5)
+        load_encoder(path, backbone="vit_small_patch14_reg4_dinov2", L=4, V=5)
     del weights["sem_norm.bias"]
     torch.save({"teacher": {f"backbone.{key}": value for key, value in weights.items()}}, path)
     with pytest.raises(ValueError, match="lacks sem_norm.bias"):
-        load_encoder(path, "vit_small_patch14_reg4_dinov2", L=4, V=3)
+        load_encoder(path, backbone="vit_small_patch14_reg4_dinov2", L=4, V=3)
 
 
 def test_save_and_load(tmp_path):
@@ -79,6 +79,11 @@ def test_save_and_load(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no model.safetensors"):
         load_encoder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        load_encoder(tmp_path)
+    with pytest.raises(ValueError, match="L 6 there, 512 here"):
+        load_encoder(tmp_path, L=512)
 
 
 def test_head_reads_the_tokens_before_the_final_norm():

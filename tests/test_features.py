@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -63,6 +65,21 @@ def test_directory_of_the_reference_scripts(tmp_path):
     (kind_dir(tmp_path, 64, "labels") / "7.npy").unlink()
     with pytest.raises(ValueError, match="7.npy is not in both"):
         Features(tmp_path)
+
+
+def test_more_shards_than_open_files(tmp_path):
+    paths = [tmp_path / f"{index}.npy" for index in range(200)]
+    for index, path in enumerate(paths):
+        np.save(path, np.asfortranarray(np.full((3, 2), index)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 50, hard))
+    try:
+        stack = Stack(paths, sample_ndim=1)
+        rows = RANDOM.permutation(600)
+        np.testing.assert_array_equal(stack.gather(rows)[:, 1], rows // 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_values_out_of_range_are_named(written):

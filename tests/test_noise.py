@@ -44,7 +44,8 @@ def test_distributions():
 
 
 def test_permutation():
-    orders = [permutation(0, 0, 100), permutation(0, 1, 100), permutation(1, 0, 100)]
+    orders = [permutation(*key, 100) for key in (
+        (0, Stream.TRAIN_ORDER, 0), (0, Stream.TRAIN_ORDER, 1), (1, Stream.TRAIN_ORDER, 0), (0, Stream.SAMPLE_ORDER, 0))]
     assert all(sorted(order) == list(range(100)) for order in orders)
-    assert (permutation(0, 1, 100) == orders[1]).all()
-    assert (orders[0] != orders[1]).any() and (orders[0] != orders[2]).any()
+    assert (permutation(0, Stream.TRAIN_ORDER, 1, 100) == orders[1]).all()
+    assert len({tuple(order) for order in orders}) == len(orders)

@@ -1,13 +1,16 @@
 """sample_ddp_computed_dlc.py and sample_ddp.py through their launchers; commands chained by their defaults."""
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, L, V, extract_command, launch
 from PIL import Image
 
+import sample_ddp_computed_dlc
 from diffusion import create_diffusion
 from dlc.features import Features
 from dlc.noise import Stream, normal
@@ -108,6 +111,25 @@ def test_the_same_command_again_draws_what_is_missing(workplace):
     refused = launch((*command, "--num-sampling-steps", 4), workplace, check=False)
     assert refused.returncode == 2
     assert "num_sampling_steps 3 there, 4 here" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatch, capsys):
+    """The same command after training anew at the same path must not pass old samples off as the new model's."""
+    shutil.copytree(workplace / "results", workplace / "anew/results")
+    shutil.copytree(workplace / "samples", workplace / "anew/samples")
+    path = workplace / "anew/results/checkpoints/0000003/ema.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["sem_embedder.embedding_table"] += 1
+    safetensors.torch.save_file(weights, path)
+    monkeypatch.chdir(workplace / "anew")
+    for flags, message in (((*FLAGS,), "weights_sha256 "), (("--num-fid-samples", 5, *FLAGS[2:]), "is a set of 21 samples")):
+        monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            sample_ddp_computed_dlc.main()
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+        shutil.copytree(workplace / "results", workplace / "anew/results", dirs_exist_ok=True)
+        record = sample_folder(workplace / "anew/samples") / "samples.json"
+        record.write_text(record.read_text().replace(str(workplace / "results"), str(workplace / "anew/results")))
 
 
 def test_class_conditional_sampling(workplace):

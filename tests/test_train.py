@@ -1,5 +1,6 @@
 """train_diffusion.py and train.py through their launchers."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import IMAGE_SIZE, launch
 from PIL import Image
 
-from dlc.features import Features
+from dlc.features import Features, kind_dir
 from dlc.noise import Stream, normal
 from train_diffusion import TrainingBatches, trim_metrics
 
@@ -98,6 +99,21 @@ def test_two_processes_train_on_the_same(run, features, tmp_path):
     assert json.loads((results / "args.json").read_text())["max_steps"] == 6
 
 
+def test_a_loss_that_is_no_number_stops_the_run(features, tmp_path):
+    """No checkpoint after it; the last good one is named, and no line of metrics is invalid JSON."""
+    copy, results = tmp_path / "copy", tmp_path / "results"
+    shutil.copytree(features, copy)
+    launch(train_command(1, features, results, "--max-steps", 1), tmp_path)
+    for path in kind_dir(copy, IMAGE_SIZE, "features").iterdir():
+        np.save(path, np.full_like(np.load(path), np.nan))
+    result = launch(train_command(1, copy, results, "--max-steps", 3, "--log-every", 100, "--ckpt-every", 2), tmp_path,
+                    check=False)
+    assert result.returncode == 1
+    assert f"step 2: the loss is nan; stopped. The last good checkpoint: {results}/checkpoints/0000001" in result.stdout
+    assert [path.name for path in (results / "checkpoints").iterdir()] == ["0000001"]
+    assert metrics(results)[-1]["loss"] is None
+
+
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
     for world_size in (1, 2, 4):
@@ -117,6 +133,6 @@ def test_every_row_once_an_epoch(features):
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in (1, 2, 3)))
+    path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     trim_metrics(path, 2)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
