@@ -43,6 +43,7 @@ ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))            # the repository, whichever way this script is started
 from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split      # noqa: E402
 from dlc.encoder import SEMEncoder, load_encoder, save_encoder              # noqa: E402
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, to_uint8       # noqa: E402
 
 SEED = 0
 THREADS = 2
@@ -59,9 +60,6 @@ USAGE_WEIGHT, SCAN_WEIGHT = 0.5, 30.0
 # the largest distortion of a view: radians, then shares of half the image's size, then a share of the brightness
 ROTATION, SHEAR, SHIFT, SCALE, WARP, CONTRAST = 0.14, 0.1, 0.084, 0.084, 0.06, 0.2
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
 
 #################################################################################
 #                              Images and training                              #
@@ -72,14 +70,10 @@ def to_float(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def to_uint8(images):
-    """The way back; values outside 0..1 are clipped."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
 def to_encoder(images):
     """Images in 0..1 as the encoder takes them."""
-    return (images - IMAGENET_MEAN) / IMAGENET_STD
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
 
 
 def distort(images, generator):
@@ -140,20 +134,11 @@ def build_vae(images):
 
     train("vae", [vae], loss_of, images, VAE_STEPS, VAE_BATCH, VAE_LR, generator)
     vae.eval()
-    vae.register_to_config(scaling_factor=round(1 / encode(vae, images).std().item(), 3))
+    vae.register_to_config(scaling_factor=1.0)
+    with torch.no_grad():
+        std = torch.cat([encode(vae, chunk * 2 - 1) for chunk in images.split(256)]).std().item()
+    vae.register_to_config(scaling_factor=round(1 / std, 3))
     return vae
-
-
-@torch.no_grad()
-def encode(vae, images):
-    """Images (n, 3, 64, 64) in 0..1 to the posterior's mean (n, 4, 8, 8), not scaled."""
-    return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in images.split(256)])
-
-
-@torch.no_grad()
-def decode(vae, latents):
-    """The way back, to images about 0..1."""
-    return torch.cat([vae.decode(chunk).sample / 2 + 0.5 for chunk in latents.split(256)])
 
 
 #################################################################################
@@ -212,7 +197,8 @@ def quality(vae, encoder):
     images, labels = load_split("heldout")
     reader = DigitReader()
     originals = to_float(images)
-    reconstructions = decode(vae, encode(vae, originals))
+    with torch.no_grad():
+        reconstructions = torch.cat([decode(vae, encode(vae, chunk * 2 - 1)) for chunk in originals.split(180)])
     train_codes, codes = codes_of(encoder, to_float(train_images)), codes_of(encoder, originals)
     one_hot, train_one_hot = F.one_hot(codes, V), F.one_hot(train_codes, V)            # (n, L, V)
     usage = train_one_hot.float().mean(dim=0)                                          # (L, V)
@@ -220,10 +206,10 @@ def quality(vae, encoder):
     neighbour = KNeighborsClassifier(1, metric="hamming").fit(train_codes, train_labels)
     probe = LogisticRegression(max_iter=1000).fit(train_one_hot.flatten(1), train_labels)
     return [
-        ("reconstruction MSE, pixels in 0..1", f"{F.mse_loss(reconstructions, originals).item():.5f}"),
+        ("reconstruction MSE, pixels in 0..1", f"{F.mse_loss(reconstructions / 2 + 0.5, originals).item():.5f}"),
         ("scaling factor of the latents", f"{vae.config.scaling_factor}"),
         ("digit read rightly: originals", f"{(reader(images) == labels).mean():.3f}"),
-        ("digit read rightly: reconstructions", f"{(reader(to_uint8(reconstructions)) == labels).mean():.3f}"),
+        ("digit read rightly: reconstructions", f"{(reader(to_uint8(reconstructions).numpy()) == labels).mean():.3f}"),
         ("digit of the nearest train code", f"{neighbour.score(codes, labels):.3f}"),
         ("digit by a linear probe of the code", f"{probe.score(one_hot.flatten(1), labels):.3f}"),
         ("tokens used by the train codes", f"{(usage > 0).sum()} of {L * V}"),
