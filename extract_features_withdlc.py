@@ -144,6 +144,7 @@ def main():
     logger = create_logger(state)
     if complete:
         logger.info(f"{args.features_path} is complete; nothing to do")
+        state.destroy_process_group()
         return
 
     # ---------------------------------------------------------------------- extraction, shard by shard
