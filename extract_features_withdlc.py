@@ -24,7 +24,7 @@ from dlc.checkpoints import weights_sha256
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
 from dlc.features import FORMAT_VERSION, Features, FeatureWriter, recorded_id
 from dlc.noise import Stream, integers, normal
-from dlc.runtime import (ArgumentParser, create_logger, default_num_workers, from_rank_0, number,
+from dlc.runtime import (SEED, ArgumentParser, create_logger, default_num_workers, from_rank_0, number,
                          start_processes)
 from models import DiT_models
 
@@ -37,7 +37,7 @@ def parse_args():
     add("--data-path", required=True, help="folder with one folder of images a class")
     add("--features-path", "--feature-path", default="features", help="where the features go [%(default)s]")
     add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL",
-        help="the model to train on them: its patch must divide the latent [%(default)s]")
+        help="the model to train on them: warns where its patch does not divide the latents [%(default)s]")
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help="ema, mse, a local directory or a hub id [%(default)s]")
     add("--encoder", default=DEFAULT_ENCODER, help="SEM encoder: directory or reference checkpoint; none: latents and "
@@ -51,7 +51,7 @@ def parse_args():
     add("--shard-size", type=number(int, 1), default=1024, help="dataset indices a shard covers [%(default)s]")
     add("--num-workers", type=number(int, 0), default=default_num_workers(),
         help="image readers a process [%(default)s here]")
-    add("--global-seed", type=number(int, 0), default=0, help="of flips and posterior draws [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="of flips and posterior draws [%(default)s]")
     return parser, parser.parse_args()
 
 
@@ -113,10 +113,6 @@ def main():
         factor = downsampling_factor(args.vae)
         if args.image_size % factor:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {factor}, the VAE's factor")
-        patch = DiT_models[args.model].keywords["patch_size"]
-        if args.image_size // factor % patch:
-            raise ValueError(f"--image-size {args.image_size}: its latents, {args.image_size // factor} wide, are not "
-                             f"a multiple of {args.model}'s patch {patch}; use a multiple of {factor * patch}")
         if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
             raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or "
                              "name one with --encoder (--encoder none: latents and labels only)")
@@ -142,6 +138,10 @@ def main():
         if state.is_main_process and not complete:
             writer.start()
     logger = create_logger(state)
+    patch = DiT_models[args.model].keywords["patch_size"]
+    if args.image_size // factor % patch:
+        logger.warning(f"warning: latents of --image-size {args.image_size} are {args.image_size // factor} wide, not "
+                       f"a multiple of {args.model}'s patch {patch}: it cannot be trained on them")
     if complete:
         logger.info(f"{args.features_path} is complete; nothing to do")
         state.destroy_process_group()

@@ -29,7 +29,7 @@ from dlc.checkpoints import load_checkpoint, read_meta, run_checkpoints, save_ch
 from dlc.features import Features, differences, recorded_id, write_json, write_whole
 from dlc.latents import decode, image_grid, load_vae, to_uint8
 from dlc.noise import Stream, integers, normal, permutation, uniform
-from dlc.runtime import (ArgumentParser, create_accelerator, create_logger, default_num_workers, number,
+from dlc.runtime import (SEED, ArgumentParser, agree, create_accelerator, create_logger, default_num_workers, number,
                          start_processes, versions)
 from dlc.sampling import sample_latents
 from models import DiT_models
@@ -53,7 +53,7 @@ def parse_args(default_model):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
     add("--num-workers", type=number(int, 0), default=default_num_workers(),
         help="data readers a process [%(default)s here]")
-    add("--global-seed", type=number(int, 0), default=0, help="of everything random [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="of everything random [%(default)s]")
     add("--log-every", type=number(int, 1), default=100, help="steps [%(default)s]")
     add("--ckpt-every", type=number(int, 1), default=50_000, help="steps; there is one at the end, too [%(default)s]")
     add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures, 0: none [%(default)s]")
@@ -130,6 +130,7 @@ def main(default_model="DiTSEM-XL/2"):
             if different:
                 raise ValueError(f"{args.results_dir} holds another run: {different}; give another --results-dir")
         state = start_processes()
+        agree("checkpoints and features", (resume and resume.name, identity))
         if args.global_batch_size % state.num_processes:
             raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of the "
                              f"{state.num_processes} processes")
@@ -159,15 +160,16 @@ def main(default_model="DiTSEM-XL/2"):
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=accelerator.scaler is None)
     diffusion = create_diffusion("")
     first_step = 0
-    if resume:
-        load_checkpoint(resume, raw_model, ema, optimizer, accelerator.scaler)
-        for group in optimizer.param_groups:                # the flags count, also where they changed
-            group.update(lr=args.lr, weight_decay=args.weight_decay)
-        first_step = read_meta(resume)["step"]
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in raw_model.blocks:
             block.compile()
     model, optimizer = accelerator.prepare(raw_model.train(), optimizer)
+    if resume:
+        # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
+        load_checkpoint(resume, raw_model, ema, optimizer.optimizer, accelerator.scaler)
+        for group in optimizer.param_groups:                # the flags count, also where they changed
+            group.update(lr=args.lr, weight_decay=args.weight_decay)
+        first_step = read_meta(resume)["step"]
 
     # ---------------------------------------------------------------------- data
     batch = args.global_batch_size
@@ -201,7 +203,7 @@ def main(default_model="DiTSEM-XL/2"):
         accelerator.wait_for_everyone()
 
     # ---------------------------------------------------------------------- steps
-    totals, since = torch.zeros(3, device=device), (time.time(), first_step)
+    totals, since, updates = torch.zeros(3, device=device), (time.time(), first_step), 0
     bar = tqdm(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
     for step, (places, latents, condition) in enumerate(loader, first_step + 1):
         places = places.to(device, non_blocking=True)
@@ -216,6 +218,7 @@ def main(default_model="DiTSEM-XL/2"):
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:                                      # by the fp16 scaler
             update_ema(averages, weights, None)
+            updates += 1
         totals += torch.stack([terms[name].detach().mean() for name in ("loss", "mse", "vb")])
         bar.update()
 
@@ -232,13 +235,13 @@ def main(default_model="DiTSEM-XL/2"):
             logger.info(f"step {step:,}: loss {loss:.4f} (mse {mse:.4f}, vb {vb:.5f}), {rate:.2f} steps/s, "
                         f"{rate * batch:.0f} images/s")
             bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate * batch:.0f}")
-            # under fp16 the scaler skips such steps; elsewhere nothing mends them, and no checkpoint may hold them
-            if accelerator.scaler is None and not math.isfinite(loss):
+            # the fp16 scaler skips such a step now and then; nothing else mends it, and no checkpoint may hold it
+            if not math.isfinite(loss) and (accelerator.scaler is None or updates == 0):
                 logger.error(f"step {step}: the loss is {loss}; stopped. The last good checkpoint: "
                              f"{(run_checkpoints(results) or ['none'])[-1]}")
                 sys.exit(1)
             totals.zero_()
-            since = time.time(), step
+            since, updates = (time.time(), step), 0
         if checkpoint_due:
             save(step)
         if args.sample_every and step % args.sample_every == 0 and state.is_main_process:

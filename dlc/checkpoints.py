@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -47,7 +48,7 @@ def load_checkpoint(path, model, ema, optimizer, scaler=None):
     """Read a checkpoint back into the objects that made it."""
     model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
     ema.load_state_dict(safetensors.torch.load_file(path / "ema.safetensors"))
-    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -85,11 +86,20 @@ def load_tensors(path):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):      # training scripts keep their arguments beside
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, so that optimizer state beside the weights is never read; files before torch 1.6 cannot be
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:                          # whatever the unpickler or safetensors makes of a broken file
         raise ValueError(f"{path} cannot be read as weights: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, wanted a dict of tensors")
+    return value
+
+
+def tensors_of(value, path):
+    """The value, if it is a dict of named tensors. Raises ValueError naming the file it came from."""
+    if not (isinstance(value, dict) and all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                                            for name, tensor in value.items())):
+        raise ValueError(f"{path} does not hold a dict of named tensors")
     return value
 
 
@@ -121,7 +131,7 @@ def load_weights(path, use_ema=True):
     elif not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     weights = load_tensors(path)
-    weights = weights.get("ema" if use_ema else "model", weights)
+    weights = tensors_of(weights.get("ema" if use_ema else "model", weights), path)
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
 
 
@@ -148,7 +158,7 @@ def model_from_weights(weights, path):
         else:
             family = "DiT"
             arguments.update(num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1)
-    except (AttributeError, KeyError, ValueError) as error:
+    except (IndexError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {error})") from None
     for name, build in DiT_models.items():
         size = build.keywords

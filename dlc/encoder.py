@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 
-from dlc.checkpoints import load_tensors
+from dlc.checkpoints import load_tensors, tensors_of
 from dlc.features import differences, read_json
 
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
@@ -109,6 +109,7 @@ def load_encoder(path, **given):
         raise ValueError(f"encoder {path} does not exist")
     else:
         weights = load_tensors(path)
+        weights = tensors_of(weights.get("teacher", weights), path)
         encoder = SEMEncoder(**given)
         weights = convert_reference_weights(weights, encoder.backbone)
 
@@ -125,15 +126,15 @@ def load_encoder(path, **given):
     return encoder.eval()
 
 
-def convert_reference_weights(checkpoint, backbone):
-    """A reference checkpoint's teacher, as SEMEncoder's state dict.
+def convert_reference_weights(teacher, backbone):
+    """The tensors of a reference checkpoint's teacher, as SEMEncoder's state dict.
 
     DINOv2 adds a position embedding to the class token, which timm's register models fold into the token itself, and
     is built for larger images: its patch positions are resized (bicubic, antialiased) to the backbone's grid. Blocks
     saved in chunks (`blocks.2.13.…`) carry their index second.
     """
     weights = {}
-    for key, value in checkpoint.get("teacher", checkpoint).items():
+    for key, value in teacher.items():
         for prefix in ("module.", "_orig_mod.", "backbone."):
             key = key.replace(prefix, "")
         key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)

@@ -37,7 +37,7 @@ def write_whole(path, write):
 
 
 def write_json(path, value):
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def differences(there, here):
@@ -47,11 +47,14 @@ def differences(there, here):
 
 
 def read_json(path):
-    """The value in a JSON file. Raises ValueError naming the file."""
+    """The dict in a JSON file. Raises ValueError naming the file."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
+    return value
 
 
 def load_array(path, mmap=True):
@@ -62,9 +65,19 @@ def load_array(path, mmap=True):
             raise ValueError("an archive of several arrays")
         return map_without_descriptor(path, array) if mmap else array
     except (ValueError, EOFError, OSError, RuntimeError) as error:
-        if re.search("pickle|Python objects", str(error)):
+        if re.search("pickle|Python objects", str(error)) and path_begins_as_npy(path):
             raise ValueError(f"{path} holds pickled objects") from None
         raise ValueError(f"{path} is not a readable .npy ({error})") from None
+
+
+def path_begins_as_npy(path):
+    with open(path, "rb") as file:
+        return file.read(6) == b"\x93NUMPY"
+
+
+def file_order(path):
+    """A sorting key by which 2.npy comes before 10.npy."""
+    return len(path.name), path.name
 
 
 def map_without_descriptor(path, array):
@@ -157,7 +170,7 @@ class Stack:
     """
 
     def __init__(self, paths, ends=None, sample_ndim=0, lone=False):
-        self.paths, self.sample_ndim, self.lone, self.ends = paths, sample_ndim, lone, None
+        self.paths, self.sample_ndim, self.lone, self.ends, self.row_shape = paths, sample_ndim, lone, None, None
         self._open = {}
         if lone:
             ends = range(1, len(paths) + 1)
@@ -182,6 +195,10 @@ class Stack:
         if array.ndim != self.sample_ndim + 1 or len(array) != rows:
             raise ValueError(f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of "
                              f"{self.sample_ndim} dimensions")
+        self.row_shape = self.row_shape or array.shape[1:]
+        if array.shape[1:] != self.row_shape:
+            raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, {self.paths[0]} of "
+                             f"{self.row_shape}")
         if not self.lone:
             self._open[index] = array
         return array
@@ -196,7 +213,7 @@ class Stack:
         return self.paths[index], int(row) - self._first(index)
 
     def gather(self, rows, limit=None):
-        """Rows (n,) as one array (n, ...), read file by file in ascending order; with a limit, range-checked as well."""
+        """Rows (n,) as one array (n, ...), read file by file in ascending order; with a limit, range-checked too."""
         rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
@@ -282,6 +299,8 @@ class Features:
         if manifest["format_version"] > FORMAT_VERSION:
             raise ValueError(f"{self.root}: features of format {manifest['format_version']}; this code reads up to "
                              f"{FORMAT_VERSION}")
+        if manifest["latents"] != "sample":
+            raise ValueError(f"{self.root}: latents of kind {manifest['latents']!r}, wanted 'sample'")
         self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
         shards = manifest["shards"]
         ends = np.cumsum([shard["rows"] for shard in shards])
@@ -312,17 +331,19 @@ class Features:
             if unpaired:
                 raise ValueError(f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
                                  f"({len(unpaired)} such files)")
-        ordered = sorted(names["features"], key=lambda name: (len(name), name))      # 2.npy before 10.npy
-        if load_array(directories["features"] / ordered[0]).shape[:-3] not in ((), (1,)):
+        paths = {kind: sorted((directories[kind] / name for name in names[kind]), key=file_order) for kind in names}
+        if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: Stack([directories[kind] / name for name in ordered], None, SAMPLE_NDIM[kind], lone=True)
-                for kind in names}
+        return {kind: Stack(paths[kind], None, SAMPLE_NDIM[kind], lone=True) for kind in names}
 
     def validate(self):
         """Look at every label, and at every code whose type could hold a value outside 0..V-1.
 
         Raises ValueError naming file and row.
         """
+        if self.manifest is not None:
+            for index in range(len(self.latents.paths)):
+                self.latents.array(index)                   # opening it checks its rows and their shape
         self.labels.check_range(self.num_classes)
         if self.codes is not None and self.V is not None:
             self.codes.check_range(self.V)

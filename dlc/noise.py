@@ -1,8 +1,9 @@
 """Random numbers that belong to samples: each is a pure function of (seed, stream, sample index, draw).
 
-No state, so nothing to save, and no dependence on rank, batch size or device: any subset of samples, drawn anywhere in
-any order, gets the same numbers. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy
-as 1, 2, 3"), computed for a whole batch with integer tensor operations on whatever device `indices` is on.
+No state, so nothing to save, and no dependence on rank or batch size, nor, up to rounding, on the device: any subset of
+samples, drawn anywhere in any order, gets the same numbers. The generator is Philox4x32-10 (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"), computed for a whole batch with integer tensor operations on whatever
+device `indices` is on.
 """
 import math
 from enum import IntEnum
@@ -78,4 +79,5 @@ def uniform(seed, stream, indices):
 
 def permutation(seed, stream, epoch, n):
     """A random order of range(n), int64 NumPy, a function of (seed, stream, epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, (int(stream) << 48) + epoch])).permutation(n)
+    key = np.array([seed, (int(stream) << 48) + epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)

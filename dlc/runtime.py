@@ -12,21 +12,24 @@ import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from low to high, never infinite or NaN."""
+    """An argparse type: an int or float from low to high, never infinite or NaN (which no comparison holds for)."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not (low <= value <= high and value != math.inf):
             raise argparse.ArgumentTypeError(
                 f"{text}: must be {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
         return value
     parse.__name__ = kind.__name__           # argparse names it where text is no number at all
     return parse
+
+
+SEED = number(int, 0, 2**63 - 1)         # the argparse type of --global-seed
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -79,6 +82,12 @@ def from_rank_0(value):
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+def agree(what, value):
+    """Raise ValueError in every process where one does not see rank 0's value, on another disk, say."""
+    if any(gather_object([from_rank_0(value) != value])):
+        raise ValueError(f"the processes do not see the same {what}: is every path on a disk that all of them share?")
 
 
 def cores_per_process():

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion
 from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
-from dlc.features import Features, Stack, differences, read_json, recorded_id, write_json, write_whole
+from dlc.features import (Features, Stack, differences, file_order, load_array, read_json, recorded_id, write_json,
+                          write_whole)
 from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
 from dlc.noise import Stream, integers, normal, permutation
-from dlc.runtime import (PRECISIONS, ArgumentParser, autocast, create_logger, from_rank_0, number, start_processes,
-                         versions)
+from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, create_logger, from_rank_0, number,
+                         start_processes, versions)
 from models import DiT_models
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -51,7 +52,7 @@ def argument_parser(doc, model):
     add("--precision", choices=PRECISIONS, default="fp32", help="of the denoising steps [%(default)s]")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 products on GPUs [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
-    add("--global-seed", type=number(int, 0), default=0, help="of noise, labels and the order of codes [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="of noise, labels and the order of codes [%(default)s]")
     return parser
 
 
@@ -108,7 +109,9 @@ class ComputedCodes:
         elif not path.is_dir():
             raise ValueError(f"code source {source} does not exist")
         elif any(path.glob("*.npy")):
-            self.codes = Stack(sorted(path.glob("*.npy")), sample_ndim=1)
+            files = sorted(path.glob("*.npy"), key=file_order)
+            lone = load_array(files[0]).shape[:-1] in ((), (1,))
+            self.codes = Stack(files, sample_ndim=1, lone=lone)
         else:
             features = Features(path)
             self.codes = features.codes
@@ -118,7 +121,7 @@ class ComputedCodes:
                 raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
             encoders = [one.get("encoder_sha256") for one in (features.manifest or {}, meta)]
             if None not in encoders and len(set(encoders)) > 1:
-                raise ValueError(f"codes of {source} come from another encoder than those the checkpoint was trained on")
+                raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
         if not len(self.codes):
             raise ValueError(f"code source {source} has no rows")
         L = self.codes.array(0).shape[1]
@@ -248,6 +251,7 @@ def run(parser, args, open_conditions):
         path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model)
         weights, meta = load_weights(path, args.ema)
         model, name = model_from_weights(weights, path)
+        del weights                                     # as large as the model
         if name != args.model:
             raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
         conditions = open_conditions(args, model, meta)
@@ -257,6 +261,10 @@ def run(parser, args, open_conditions):
         device = state.device
         vae_name = args.vae or meta.get("vae") or "ema"
         vae = load_vae(vae_name, device)
+        vae_sha256 = weights_sha256(vae)
+        if args.vae is None and meta.get("vae_sha256") not in (None, vae_sha256):
+            raise ValueError(f"the VAE at {vae_name} is not the one that the checkpoint's features were made with; "
+                             "name one with --vae")
         if (meta.get("scaling_factor") or vae.config.scaling_factor) != vae.config.scaling_factor:
             raise ValueError(f"--vae {vae_name} has scaling factor {vae.config.scaling_factor}, the checkpoint's "
                              f"latents {meta['scaling_factor']}")
@@ -270,9 +278,10 @@ def run(parser, args, open_conditions):
         settings = dict(
             model=name, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model), step=meta.get("step"),
             weights="ema" if args.ema else "raw", conditions=conditions.describe(), image_size=image_size,
-            vae=recorded_id(vae_id(vae_name)), vae_sha256=weights_sha256(vae), sampler="ddpm",
+            vae=recorded_id(vae_id(vae_name)), vae_sha256=vae_sha256, sampler="ddpm",
             num_sampling_steps=args.num_sampling_steps, cfg_scale=args.cfg_scale, cfg_channels=args.cfg_channels,
             t_max=args.t_max, precision=args.precision, tf32=args.tf32, global_seed=args.global_seed)
+        agree("checkpoint, codes and VAE", settings)
         record = folder / "samples.json"
         if record.is_file():
             different = differences(read_json(record), settings)

@@ -69,7 +69,6 @@ def test_data_folder(extract_error, tmp_path):
 def test_extraction_flags(extract_error, tmp_path):
     assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100)
     assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100, "--vae", "ema")
-    assert "use a multiple of 64" in extract_error("--image-size", 72, "--model", "DiT-XL/8")
     error = extract_error("--model", "DiT-XXL/2")
     assert "argument --model: invalid choice: 'DiT-XXL/2'" in error and "DiTCONT-Ti/8" in error
     assert "no SEM encoder at pretrained/dlc_encoder.pth" in extract_error("--encoder", "pretrained/dlc_encoder.pth")
@@ -77,6 +76,7 @@ def test_extraction_flags(extract_error, tmp_path):
     assert f"{tmp_path} is not a directory of a diffusers AutoencoderKL" in extract_error("--vae", tmp_path)
     assert "argument --batch-size: 0: must be at least 1" in extract_error("--batch-size", 0)
     assert "argument --V: 70000: must be 2 to 65536" in extract_error("--V", 70000)
+    assert "argument --global-seed: 9223372036854775808: must be 0 to" in extract_error("--global-seed", 2**63)
     assert "argument --L: invalid int value: 'many'" in extract_error("--L", "many")
     assert "L 6 there, 512 here" in extract_error("--L", 512)
     (tmp_path / "config.json").write_text("{}")

@@ -62,6 +62,14 @@ def test_files_of_other_repositories(tmp_path, name, sizes):
         assert weights_sha256(loaded) == weights_sha256(expected)
 
 
+@pytest.mark.parametrize("value", [{1: torch.zeros(1)}, {"ema": torch.zeros(1)}, {"model": 3}, [torch.zeros(1)],
+                                   {"pos_embed": torch.zeros(3)}, {"x_embedder.proj.weight": torch.zeros(2, 2)}])
+def test_other_files_are_refused(tmp_path, value):
+    torch.save(value, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt"):
+        model_from_weights(load_weights(tmp_path / "other.pt")[0], tmp_path / "other.pt")
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -31,9 +31,8 @@ def test_checkpoint_layouts(rename):
     _, weights = golden("sem_encoder")
     encoder = reference_encoder()
     expected = convert_reference_weights(weights, encoder.backbone)
-    checkpoint = {"teacher": {**{rename(key): value for key, value in weights.items()},
-                              "dino_head.mlp.0.weight": torch.zeros(1)}}
-    converted = convert_reference_weights(checkpoint, encoder.backbone)
+    teacher = {**{rename(key): value for key, value in weights.items()}, "dino_head.mlp.0.weight": torch.zeros(1)}
+    converted = convert_reference_weights(teacher, encoder.backbone)
     assert converted.keys() == expected.keys() == encoder.state_dict().keys()
     assert all(torch.equal(converted[key], expected[key]) for key in expected)
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from dlc.features import Features, FeatureWriter, Stack, kind_dir
+from dlc.sampling import ComputedCodes
+from models import DiT_models
 
-SETTINGS = dict(format_version=1, image_size=64, L=3, V=5, classes=["a", "b"], vae="x")
+SETTINGS = dict(format_version=1, latents="sample", image_size=64, L=3, V=5, classes=["a", "b"], vae="x")
 RANDOM = np.random.default_rng(0)
 
 
@@ -125,13 +127,41 @@ def test_a_shard_of_another_length_is_refused(written):
         Features(root).validate()
 
 
+def test_a_shard_of_another_width_is_refused(written):
+    """NumPy would spread a row of one value over the whole row."""
+    root, arrays = written
+    np.save(kind_dir(root, 64, "sem") / "000001.npy", arrays["sem"][3:8, :1])
+    with pytest.raises(ValueError, match=r"000001.npy has rows of shape \(1,\), .*000000.npy of \(3,\)"):
+        Features(root).codes.gather(np.arange(10))
+    np.save(kind_dir(root, 64, "features") / "000003.npy", np.zeros((2, 4, 4, 4), np.float16))
+    with pytest.raises(ValueError, match=r"000003.npy has rows of shape \(4, 4, 4\)"):
+        Features(root).validate()
+
+
+def test_a_folder_of_lone_codes_is_in_numeric_order(tmp_path):
+    for index in range(12):
+        np.save(tmp_path / f"{index}.npy", np.array([[index, 0, 0]]))
+    model = DiT_models["DiTSEM-Ti/8"](input_size=8, L=3, V=12)
+    codes = ComputedCodes(tmp_path, model, {}, "sequential", 0)
+    assert codes(np.arange(14))[:, 0].tolist() == [*range(12), 0, 1]
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    writer = FeatureWriter(tmp_path, dict(SETTINGS, classes=["a", "b\udcff"]))
+    writer.start()
+    writer.write(0, shard(2), [["b\udcff/x.png", "reason"]])
+    writer.finish(1)
+    assert Features(tmp_path).manifest["classes"] == ["a", "b\udcff"]
+
+
 def test_pickled_objects_are_refused(tmp_path):
     np.save(tmp_path / "codes.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="codes.npy holds pickled objects"):
         Stack([tmp_path / "codes.npy"], sample_ndim=1)
-    (tmp_path / "codes.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="codes.npy is not a readable .npy"):
-        Stack([tmp_path / "codes.npy"], sample_ndim=1)
+    for junk in (b"", b"xy", b"junk" * 100):
+        (tmp_path / "codes.npy").write_bytes(junk)
+        with pytest.raises(ValueError, match="codes.npy is not a readable .npy"):
+            Stack([tmp_path / "codes.npy"], sample_ndim=1)
 
 
 def test_other_settings_are_refused(written):
@@ -143,9 +173,12 @@ def test_other_settings_are_refused(written):
         Features(root, V=6)
 
 
-def test_a_newer_format_is_refused(written):
+def test_other_manifests_are_refused(written):
     root, _ = written
     manifest = json.loads((root / "manifest.json").read_text())
-    (root / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(ValueError, match="format 2"):
-        Features(root)
+    for text, message in ((json.dumps({**manifest, "format_version": 2}), "format 2"),
+                          (json.dumps({**manifest, "latents": "moments"}), "latents of kind 'moments'"),
+                          ("{}", "not a manifest of ours"), ("[]", "wanted an object"), ("{", "not readable JSON")):
+        (root / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=f"(manifest.json|{root}).*{message}"):
+            Features(root)
