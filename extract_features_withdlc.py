@@ -24,7 +24,7 @@ from dlc.checkpoints import weights_sha256
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
 from dlc.features import FORMAT_VERSION, Features, FeatureWriter, recorded_id
 from dlc.noise import Stream, integers, normal
-from dlc.runtime import (SEED, ArgumentParser, create_logger, default_num_workers, from_rank_0, number,
+from dlc.runtime import (SEED, ArgumentParser, agree, create_logger, default_num_workers, from_rank_0, number,
                          start_processes)
 from models import DiT_models
 
@@ -133,6 +133,7 @@ def main():
             encoder_sha256=weights_sha256(encoder) if encoder else None, L=L, V=V,
             flip=args.flip, seed=args.global_seed, classes=classes, images=len(paths),
             listing_sha256=hashlib.sha256("\n".join(relative).encode("utf-8", "surrogateescape")).hexdigest())
+        agree("images, VAE and encoder", settings)
         writer = FeatureWriter(args.features_path, settings)
         complete = from_rank_0(writer.is_complete)
         if state.is_main_process and not complete:

@@ -10,5 +10,6 @@ if [ "$(cat .venv/complete 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > .venv/complete
 fi
 source .venv/bin/activate
-# OpenMP threads that find no work spin for long by default; where another program wants the core, that is 10 to 40 times slower
+# OpenMP threads that find no work spin for long by default; where another program wants the core, that made steps 10 to
+# 40 times slower
 export GOMP_SPINCOUNT=1000

@@ -5,8 +5,8 @@ A checkpoint of ours is a directory `checkpoints/{step:07d}/` of model.safetenso
 Everything random in training is a function of (seed, position in the data), so meta.json's step is all the run state
 there is beside the tensors.
 
-Read as well: the `.pt` files of the DiT, fast-DiT and DLC repositories (a bare state dict, or one under "ema" and
-"model"), and `.safetensors`.
+Read as well: `.pt` files such as DiT and fast-DiT write (a bare state dict, or one under "ema" and "model"), and
+`.safetensors`.
 """
 import argparse
 import hashlib
@@ -39,7 +39,6 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None):
     for file in temporary.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
     return path
 

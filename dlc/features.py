@@ -170,8 +170,8 @@ class Stack:
     """
 
     def __init__(self, paths, ends=None, sample_ndim=0, lone=False):
-        self.paths, self.sample_ndim, self.lone, self.ends, self.row_shape = paths, sample_ndim, lone, None, None
-        self._open = {}
+        self.paths, self.sample_ndim, self.lone, self.ends = paths, sample_ndim, lone, None
+        self._open, self._first_opened = {}, None
         if lone:
             ends = range(1, len(paths) + 1)
         elif ends is None:
@@ -195,10 +195,10 @@ class Stack:
         if array.ndim != self.sample_ndim + 1 or len(array) != rows:
             raise ValueError(f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of "
                              f"{self.sample_ndim} dimensions")
-        self.row_shape = self.row_shape or array.shape[1:]
-        if array.shape[1:] != self.row_shape:
-            raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, {self.paths[0]} of "
-                             f"{self.row_shape}")
+        self._first_opened = self._first_opened or (self.paths[index], array.shape[1:])
+        if array.shape[1:] != self._first_opened[1]:
+            raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, "
+                             "{} of {}".format(*self._first_opened))
         if not self.lone:
             self._open[index] = array
         return array

@@ -306,7 +306,7 @@ def run(parser, args, open_conditions):
             versions=versions(), **{conditions.name: conditions.values(everyone).tolist()}))
     missing = from_rank_0(missing_indices(folder, args.num_fid_samples) if state.is_main_process else None)
     logger.info(f"{name}, step {meta.get('step', 'unknown')}, {settings['weights']} weights of {path}; "
-                f"{conditions.describe()}; {len(missing):,} of {args.num_fid_samples:,} images to draw, "
+                f"{settings['conditions']}; {len(missing):,} of {args.num_fid_samples:,} images to draw, "
                 f"{args.num_sampling_steps} steps, cfg {args.cfg_scale}, on {state.num_processes} x {device.type}")
 
     # ---------------------------------------------------------------------- denoise, decode, write

@@ -51,6 +51,20 @@ def test_shards_do_not_depend_on_the_number_of_processes(features, images, tiny_
     assert re.search(r"done: 14 images in 4 shards, 1 skipped .*" + str(tmp_path), result.stdout)
 
 
+def test_without_an_encoder(features, images, tiny_models, tmp_path):
+    """Latents and labels alone; and, the flips left away, every crop as it is."""
+    flags = ("--encoder", "none", "--flip", "none", "--dtype", "float32")
+    launch(extract_command("python", 1, images, tmp_path, tiny_models, *flags), tmp_path)
+    rows = Features(tmp_path)
+    rows.validate()
+    assert (rows.count, rows.codes, rows.L, rows.V) == (14, None, None, None)
+    assert rows.latents.array(0).dtype == np.float32
+    flipped = integers(0, Stream.FLIP, torch.arange(15), 2).numpy()[np.arange(15) != 9].astype(bool)      # 9 is broken
+    same = [np.allclose(one, two, atol=2e-3, rtol=2e-3) for one, two in zip(
+        rows.latents.gather(np.arange(14)), Features(features).latents.gather(np.arange(14)))]
+    assert 0 < flipped.sum() < 14 and same == (~flipped).tolist()
+
+
 def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_path):
     shutil.copytree(features, tmp_path, dirs_exist_ok=True)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -114,6 +114,18 @@ def test_a_loss_that_is_no_number_stops_the_run(features, tmp_path):
     assert metrics(results)[-1]["loss"] is None
 
 
+def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
+    """One file an image, codes in int64, no manifest: the same run."""
+    rows = Features(features)
+    for kind, stack in (("features", rows.latents), ("sem", rows.codes), ("labels", rows.labels)):
+        kind_dir(tmp_path, IMAGE_SIZE, kind).mkdir()
+        for index in range(rows.count):
+            array = stack.gather([index])
+            np.save(kind_dir(tmp_path, IMAGE_SIZE, kind) / f"{index}.npy", array.astype(np.int64) if kind == "sem" else array)
+    launch(train_command(1, tmp_path, tmp_path / "results", "--max-steps", 2, "--V", 300), tmp_path)
+    assert [line["loss"] for line in metrics(tmp_path / "results")] == [line["loss"] for line in metrics(run[0])[:2]]
+
+
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
     for world_size in (1, 2, 4):
