@@ -8,7 +8,8 @@ checkpoints/{step:07d}/ and previews/. The same command run again continues afte
 
 The data are one endless row of shuffled epochs, cut into global batches: nothing is repeated or left out within an
 epoch, and a batch may span two. Order, timestep, noise and condition dropout of each place in that row are functions
-of (seed, place) alone, so neither the number of processes nor a restart changes what is trained on.
+of (seed, place) alone, and so is the draw of the VAE's posterior where the features hold its moments: neither the
+number of processes nor a restart changes what is trained on.
 """
 import argparse
 import json
@@ -122,8 +123,8 @@ def main(default_model="DiTSEM-XL/2"):
         identity = dict(
             model=args.model, image_size=features.image_size, L=features.L if use_codes else None,
             V=features.V if use_codes else None, num_classes=None if use_codes else features.num_classes,
-            features_count=features.count, global_batch_size=args.global_batch_size, global_seed=args.global_seed,
-            **{key: manifest.get(key) for key in ("vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256")})
+            features_count=features.count, latents=features.latent_kind, global_batch_size=args.global_batch_size, global_seed=args.global_seed,
+            **{key: manifest.get(key) for key in ("vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256", "flip")})
         resume = (run_checkpoints(args.results_dir) or [None])[-1]
         if resume:
             different = differences(read_meta(resume), identity)
@@ -208,6 +209,9 @@ def main(default_model="DiTSEM-XL/2"):
     for step, (places, latents, condition) in enumerate(loader, first_step + 1):
         places = places.to(device, non_blocking=True)
         x = latents.to(device, non_blocking=True).float()                       # (n, 4, S/8, S/8)
+        if features.latent_kind == "moments":                                   # a fresh draw in each epoch
+            mean, std = x.chunk(2, dim=1)
+            x = mean + std * normal(args.global_seed, Stream.TRAIN_POSTERIOR, places, mean.shape[1:])
         y = condition.to(device, non_blocking=True)                             # (n, L) codes or (n,) labels
         t = integers(args.global_seed, Stream.TRAIN_TIMESTEP, places, diffusion.num_timesteps)
         noise = normal(args.global_seed, Stream.TRAIN_NOISE, places, x.shape[1:])
@@ -265,7 +269,7 @@ def save_preview(path, ema, features, use_codes, vae, seed):
     y = torch.from_numpy((features.codes if use_codes else features.labels).gather(rows).astype(np.int64)).to(device)
     samples = sample_latents(ema, create_diffusion(str(PREVIEW_STEPS)), y, seed, torch.from_numpy(rows).to(device),
                              features.latent_shape, PREVIEW_CFG)
-    stored = torch.from_numpy(features.latents.gather(rows)).to(device).float()
+    stored = torch.from_numpy(features.latents.gather(rows)[:, :features.latent_shape[0]]).to(device).float()
     with torch.inference_mode():
         images = to_uint8(decode(vae, torch.cat([stored, samples]))).cpu().numpy()
     path.parent.mkdir(exist_ok=True)

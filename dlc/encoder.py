@@ -58,7 +58,11 @@ class SEMEncoder(nn.Module):
         self.sem_norm = nn.LayerNorm(L * V, eps=1e-6)
 
     def logits(self, images):
-        """Images (N, 3, image_size, image_size), normalised with ImageNet's mean and std, to (N, L, V) float32."""
+        """Images (N, 3, image_size, image_size), normalised with ImageNet's mean and std, to (N, L, V) float32.
+
+        The backbone may have been cast to bfloat16 or float16; the head always is float32.
+        """
+        images = images.to(next(self.backbone.parameters()).dtype)
         tokens = self.backbone.forward_features(images)[:, :self.backbone.num_prefix_tokens]
         with torch.autocast(images.device.type, enabled=False):
             return self.sem_norm(self.sem_embed(tokens.flatten(1).float())).unflatten(1, (self.L, self.V))

@@ -7,33 +7,50 @@ directory of the reference scripts, one `.npy` an image and no manifest, is read
 
     features = Features("store/features")
     latents, codes = features.latents.gather(rows), features.codes.gather(rows)      # (n, 4, S/8, S/8), (n, L)
+
+    python -m dlc.features info|check|pack|import-hf --help      # to look at, check and convert them
 """
 import json
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}      # dimensions of one row of each kind
+LATENTS = ("sample", "mean", "moments")                              # of the VAE's posterior; moments: mean, then std
 
 
 def kind_dir(root, image_size, kind):
     return Path(root) / f"imagenet{image_size}_{kind}"
 
 
+def code_dtype(V):
+    """The type that codes of V tokens are stored in."""
+    return np.uint8 if V <= 256 else np.uint16
+
+
 def write_whole(path, write):
-    """Let write(file) fill a temporary file, then give it its name: a reader sees the whole or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Let write(file) fill a temporary file, then give it its name: a reader sees the whole or nothing.
+
+    Raises OSError, naming the file, where the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error})") from error
 
 
 def write_json(path, value):
@@ -102,41 +119,69 @@ class FeatureWriter:
     """Writes shards in any order from any number of processes, and the manifest at the end.
 
     `progress/` holds the settings and a record of each finished shard until the manifest takes their place, so a run
-    that was killed goes on after its last whole shard.
+    that was killed goes on after its last whole shard. `.lock` keeps a second launch out meanwhile.
 
     Args:
         root: FEATURES/.
         settings: JSON-able dict of all that decides the bytes; becomes part of the manifest. Has image_size.
-
-    Raises ValueError where root holds features made with other settings, naming the difference.
     """
 
     def __init__(self, root, settings):
         self.root, self.settings = Path(root), settings
         self.progress = self.root / "progress"
-        for path in (self.root / "manifest.json", self.progress / "settings.json"):
-            if path.is_file():
-                different = differences(read_json(path), settings)
-                if different:
-                    raise ValueError(f"{self.root} holds features made with other settings: {different}; give another "
-                                     "--features-path")
+        self.lock = FileLock(self.root / ".lock")
 
-    @property
-    def is_complete(self):
-        return (self.root / "manifest.json").is_file()
+    def start(self, patience=20):
+        """Take the directory, and make its folders. Called by one process of a launch, before any writes.
 
-    def start(self):
-        """Make the folders. Called by one process before any writes."""
-        self.progress.mkdir(parents=True, exist_ok=True)
+        Returns True where there is something to do, False where the features are complete.
+
+        Args:
+            patience: seconds to wait for another launch, which may be one just killed that has not wholly ended.
+
+        Raises ValueError where another launch holds the directory, and where it holds features made with other
+        settings, naming the difference.
+        """
+        if not self._is_complete():
+            self.progress.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=patience)
+            except Timeout:
+                raise ValueError(f"another process is writing features to {self.root}: wait for it, or give another "
+                                 f"path (if none is, remove {self.root / '.lock'})") from None
+        if self._is_complete():                                 # maybe by the launch that was waited for
+            self._clear()
+            return False
+        for temporary in self.root.rglob(".*.tmp"):             # of a run that was killed
+            temporary.unlink(missing_ok=True)
         for kind in SAMPLE_NDIM:
             kind_dir(self.root, self.settings["image_size"], kind).mkdir(exist_ok=True)
         write_json(self.progress / "settings.json", self.settings)
+        return True
+
+    def _is_complete(self):
+        for path in (self.root / "manifest.json", self.progress / "settings.json"):
+            if path.is_file():
+                different = differences(read_json(path), self.settings)
+                if different:
+                    raise ValueError(f"{self.root} holds features made with other settings: {different}; give another "
+                                     "path")
+        return (self.root / "manifest.json").is_file()
+
+    def _clear(self):
+        """Leave the directory with nothing but features in it."""
+        shutil.rmtree(self.progress, ignore_errors=True)
+        self.lock.release()
+        (self.root / ".lock").unlink(missing_ok=True)
 
     def record_path(self, shard):
         return self.progress / f"{shard:06d}.json"
 
     def write(self, shard, arrays, skipped):
-        """Write one shard whole: arrays maps kinds to arrays of equal length; skipped lists [image path, reason]."""
+        """Write one shard whole: arrays maps kinds to arrays of equal length; skipped lists [image path, reason].
+
+        Raises OSError, naming the file, where the disk does not take it.
+        """
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, rows
         for kind, array in arrays.items():
@@ -152,7 +197,7 @@ class FeatureWriter:
             shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
             skipped=[item for record in records for item in record["skipped"]])
         write_json(self.root / "manifest.json", manifest)
-        shutil.rmtree(self.progress)
+        self._clear()
         return manifest
 
 
@@ -177,6 +222,7 @@ class Stack:
         elif ends is None:
             ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
         self.ends = np.asarray(ends)
+        self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)       # the row each file begins with
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -191,7 +237,7 @@ class Stack:
         array = load_array(self.paths[index], mmap=not self.lone)
         if array.ndim == self.sample_ndim:
             array = array[None]
-        rows = len(array) if self.ends is None else self._first(index + 1) - self._first(index)
+        rows = len(array) if self.ends is None else int(self.ends[index] - self._starts[index])
         if array.ndim != self.sample_ndim + 1 or len(array) != rows:
             raise ValueError(f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of "
                              f"{self.sample_ndim} dimensions")
@@ -203,26 +249,22 @@ class Stack:
             self._open[index] = array
         return array
 
-    def _first(self, index):
-        """The row that file number index begins with."""
-        return int(self.ends[index - 1]) if index else 0
-
     def locate(self, row):
         """The file that holds a row, and the row's number within it."""
         index = int(np.searchsorted(self.ends, row, side="right"))
-        return self.paths[index], int(row) - self._first(index)
+        return self.paths[index], int(row - self._starts[index])
 
     def gather(self, rows, limit=None):
-        """Rows (n,) as one array (n, ...), read file by file in ascending order; with a limit, range-checked too."""
+        """Rows (n,) as one array (n, ...), read in ascending order; with a limit, range-checked too."""
         rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
-        arrays = {index: self.array(index) for index in np.unique(files)}
+        places = zip(order.tolist(), files.tolist(), (rows[order] - self._starts[files]).tolist())
+        arrays = {index: self.array(index) for index in np.unique(files).tolist()}
         first = next(iter(arrays.values()))
         out = np.empty((len(rows), *first.shape[1:]), np.result_type(*{array.dtype for array in arrays.values()}))
-        for index, array in arrays.items():
-            picked = order[files == index]
-            out[picked] = array[rows[picked] - self._first(index)]
+        for i, file, row in places:             # random rows lie in as many files: a copy each is fastest
+            out[i] = arrays[file][row]
         if limit is not None:
             check_range(out, limit, lambda i: self.locate(rows[i]))
         return out
@@ -248,6 +290,14 @@ def check_range(array, limit, locate):
             raise ValueError(f"{path}, row {row}: value {int(part[i][bad[i]].flat[0])} outside 0..{limit - 1}")
 
 
+def shard_stacks(root, manifest):
+    """The `Stack` of each kind that a manifest lists, no file of them opened yet."""
+    shards = manifest["shards"]
+    ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
+    return {kind: Stack([kind_dir(root, manifest["image_size"], kind) / f"{shard['name']}.npy" for shard in shards],
+                        ends, ndim) for kind, ndim in SAMPLE_NDIM.items() if kind != "sem" or manifest["V"]}
+
+
 class Features:
     """FEATURES/ for reading: one `Stack` a kind.
 
@@ -256,7 +306,8 @@ class Features:
         V, num_classes: what a directory of the reference scripts does not say of itself; otherwise None.
 
     Attributes: latents, codes (None where there are none), labels, paths: each a Stack (paths None for a reference
-    directory); count; image_size; L, V (None without codes); num_classes; manifest (None for a reference directory).
+    directory); count; image_size; L, V (None without codes); num_classes; latent_kind, one of LATENTS; latent_shape,
+    (4, S/8, S/8) for all of them, though a row of moments has 8 channels; manifest (None for a reference directory).
 
     Raises ValueError where root is missing, half-written, or its parts do not belong together.
     """
@@ -286,32 +337,30 @@ class Features:
         if not self.count:
             raise ValueError(f"features path {self.root} has no rows")
         self.L = self.codes.array(0).shape[1] if self.codes is not None else None
-        self.latent_shape = self.latents.array(0).shape[1:]
+        self.latent_kind = self.manifest["latents"] if self.manifest else "sample"
+        channels, *sides = self.latents.array(0).shape[1:]
+        self.latent_shape = (channels // 2 if self.latent_kind == "moments" else channels, *sides)
         if self.manifest is not None and self.L != self.manifest["L"]:
             raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest['L']}")
 
     def _half_written(self):
-        return (f"features path {self.root} is half-written (shards, but no manifest.json): run the same "
-                "extract_features_withdlc.py command again to complete it")
+        return (f"features path {self.root} is half-written (shards, but no manifest.json): run the "
+                "command that writes it again to complete it")
 
     def _open_shards(self):
         manifest = self.manifest
         if manifest["format_version"] > FORMAT_VERSION:
             raise ValueError(f"{self.root}: features of format {manifest['format_version']}; this code reads up to "
                              f"{FORMAT_VERSION}")
-        if manifest["latents"] != "sample":
-            raise ValueError(f"{self.root}: latents of kind {manifest['latents']!r}, wanted 'sample'")
+        if manifest["latents"] not in LATENTS:
+            raise ValueError(f"{self.root}: latents of kind {manifest['latents']!r}, wanted one of {', '.join(LATENTS)}")
         self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
-        shards = manifest["shards"]
-        ends = np.cumsum([shard["rows"] for shard in shards])
-        stacks = {}
-        for kind in SAMPLE_NDIM.keys() - (() if self.V else {"sem"}):
-            paths = [kind_dir(self.root, self.image_size, kind) / f"{shard['name']}.npy" for shard in shards]
-            there = set(os.listdir(paths[0].parent)) if paths and paths[0].parent.is_dir() else set()
-            for path in paths:
+        stacks = shard_stacks(self.root, manifest)
+        for stack in stacks.values():
+            there = set(os.listdir(stack.paths[0].parent)) if stack.paths and stack.paths[0].parent.is_dir() else set()
+            for path in stack.paths:
                 if path.name not in there:
                     raise ValueError(f"{path} is missing, though the manifest lists it")
-            stacks[kind] = Stack(paths, ends, SAMPLE_NDIM[kind])
         return stacks
 
     def _open_lone_files(self):
@@ -347,3 +396,8 @@ class Features:
         self.labels.check_range(self.num_classes)
         if self.codes is not None and self.V is not None:
             self.codes.check_range(self.V)
+
+
+if __name__ == "__main__":
+    from dlc.feature_tools import main
+    main()

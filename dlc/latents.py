@@ -17,8 +17,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def center_crop(image, size):
     """The crop of ADM (Dhariwal & Nichol 2021): shorter side to `size`, then the central square.
 
-    Halved with a box filter while still at least twice the size, then resized bicubically.
+    Halved with a box filter while still at least twice the size, then resized bicubically. An image over 64 times as
+    long as wide is first cut to its middle: resized whole, a line of 1 x 50,000 pixels would fill the memory.
     """
+    longest = 64 * min(image.size)
+    if max(image.size) > longest:
+        left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
+        image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -28,15 +33,32 @@ def center_crop(image, size):
 
 
 def load_rgb(path):
-    """The image at path, RGB. Whatever Pillow raises for a broken file comes through."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    """The image at path, RGB, as torchvision's loader gives it: transparency is left away, not blended.
+
+    Grey of 16 bits, which Pillow would cut off at 255, is brought to 8 by its high byte, as Pillow brings colour.
+
+    Raises ValueError for an image past Pillow's limit of pixels and for grey without a known range. What Pillow raises
+    for a broken file, and the system for one out of reach, comes through.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    with image:
+        pixels = image.width * image.height
+        if pixels > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{pixels:,} pixels, more than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}")
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"{image.format} of mode {image.mode}: what is white in it is not known")
+        # Pillow warns where a palette's transparency is dropped in one step
+        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def to_tensor(image, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-    """A PIL image to (3, H, W) float32, scaled to [0, 1] and normalised."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+def normalize(pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    """Pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 on their device: scaled to [0, 1], less mean, over std."""
+    mean, std = (torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (mean, std))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def vae_id(name):
@@ -100,14 +122,18 @@ def _from_hub(load, name):
                              "directory too") from None
 
 
-def encode(vae, images, noise=None):
-    """Images (N, 3, S, S) in [-1, 1] to latents (N, 4, S/8, S/8), scaled to about unit variance.
+def posterior(vae, images):
+    """Images (N, 3, S, S) in [-1, 1] to the mean and standard deviation of their scaled latents.
 
-    A draw of the posterior with the given standard normals, or its mean without.
+    Each (N, 4, S/8, S/8) float32, whatever the precision of the VAE's weights.
     """
-    posterior = vae.encode(images).latent_dist
-    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-    return latents * vae.config.scaling_factor
+    there = vae.encode(images.to(vae.encoder.conv_in.weight.dtype)).latent_dist
+    return there.mean.float() * vae.config.scaling_factor, there.std.float() * vae.config.scaling_factor
+
+
+def encode(vae, images):
+    """Images (N, 3, S, S) in [-1, 1] to latents (N, 4, S/8, S/8), the posterior's mean, of about unit variance."""
+    return posterior(vae, images)[0]
 
 
 def decode(vae, latents):

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 6
     TRAIN_ORDER = 7
     SAMPLE_ORDER = 8
+    TRAIN_POSTERIOR = 9
 
 
 LOW = 0xFFFFFFFF

@@ -35,8 +35,9 @@ SEED = number(int, 0, 2**63 - 1)         # the argparse type of --global-seed
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **kwargs)
 
     def error(self, message):
         rank = os.environ.get("RANK", "0")

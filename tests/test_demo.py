@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from demo.digits import DigitReader, load_split, write_image_folder
 from dlc.encoder import load_encoder
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, load_vae, to_tensor, to_uint8
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, load_vae, normalize, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_vae_keeps_the_digits_legible(splits):
     images, labels = splits[1]
     vae = load_vae(str(ROOT / "assets/digits-vae"))
     with torch.inference_mode():
-        latents = encode(vae, torch.stack([to_tensor(image) for image in images]))
+        latents = encode(vae, normalize(torch.from_numpy(images)))
         reconstructions = to_uint8(decode(vae, latents)).numpy()
     assert latents.shape == (360, 4, 8, 8)
     assert 0.8 < latents.std() < 1.2
@@ -42,7 +42,7 @@ def test_vae_keeps_the_digits_legible(splits):
 def test_codes_say_which_digit_it_is(splits):
     encoder = load_encoder(ROOT / "assets/digits-sem")
     with torch.inference_mode():
-        codes = [torch.cat([encoder.codes(torch.stack([to_tensor(image, IMAGENET_MEAN, IMAGENET_STD) for image in part]))
+        codes = [torch.cat([encoder.codes(normalize(torch.from_numpy(part), IMAGENET_MEAN, IMAGENET_STD))
                             for part in np.array_split(images, 4)]).numpy() for images, _ in splits]
     nearest = KNeighborsClassifier(1, metric="hamming").fit(codes[0], splits[0][1])
     assert nearest.score(codes[1], splits[1][1]) > 0.95

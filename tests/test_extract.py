@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from dlc.encoder import load_encoder
 from dlc.features import Features, kind_dir
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_vae, to_tensor
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_vae, normalize
 from dlc.noise import Stream, integers, normal
 
 
@@ -37,10 +37,10 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
         if integers(0, Stream.FLIP, torch.tensor([index]), 2).item():
             crop = ImageOps.mirror(crop)
         with torch.inference_mode():
-            posterior = vae.encode(to_tensor(crop)[None]).latent_dist
+            posterior = vae.encode(normalize(torch.from_numpy(np.array(crop))[None])).latent_dist
             noise = normal(0, Stream.POSTERIOR, torch.tensor([index]), (4, 8, 8))
             latent = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
-            code = encoder.codes(to_tensor(center_crop(image, 32), IMAGENET_MEAN, IMAGENET_STD)[None])
+            code = encoder.codes(normalize(torch.from_numpy(np.array(center_crop(image, 32)))[None], IMAGENET_MEAN, IMAGENET_STD))
         np.testing.assert_allclose(rows.latents.gather([row])[0], latent[0].numpy(), atol=2e-3, rtol=2e-3)
         np.testing.assert_array_equal(rows.codes.gather([row])[0], code[0].numpy())
 
@@ -48,7 +48,7 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
 def test_shards_do_not_depend_on_the_number_of_processes(features, images, tiny_models, tmp_path):
     result = launch(extract_command("torchrun", 2, images, tmp_path, tiny_models), tmp_path)
     assert contents(tmp_path) == contents(features)
-    assert re.search(r"done: 14 images in 4 shards, 1 skipped .*" + str(tmp_path), result.stdout)
+    assert re.search(r"done: 14 rows of 15 images in 4 shards, 1 skipped .*" + str(tmp_path), result.stdout)
 
 
 def test_without_an_encoder(features, images, tiny_models, tmp_path):

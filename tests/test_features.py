@@ -1,11 +1,16 @@
 import json
 import os
 import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from dlc.features import Features, FeatureWriter, Stack, kind_dir
+from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir, write_whole
 from dlc.sampling import ComputedCodes
 from models import DiT_models
 
@@ -67,6 +72,44 @@ def test_directory_of_the_reference_scripts(tmp_path):
     (kind_dir(tmp_path, 64, "labels") / "7.npy").unlink()
     with pytest.raises(ValueError, match="7.npy is not in both"):
         Features(tmp_path)
+
+
+def test_moments_have_the_latents_shape(tmp_path):
+    writer = FeatureWriter(tmp_path, dict(SETTINGS, latents="moments"))
+    writer.start()
+    writer.write(0, dict(shard(3), features=np.zeros((3, 8, 16, 16), np.float16)), [])
+    writer.finish(1)
+    assert (Features(tmp_path).latent_kind, Features(tmp_path).latent_shape) == ("moments", (4, 16, 16))
+
+
+def test_one_launch_at_a_time(tmp_path):
+    """A second one waits a while, then says so; or finds the work done. What a killed one left behind is swept."""
+    first, second = FeatureWriter(tmp_path, SETTINGS), FeatureWriter(tmp_path, SETTINGS)
+    assert first.start()
+    first.write(0, shard(3), [])
+    with pytest.raises(ValueError, match="another process is writing features to .*another path"):
+        second.start(patience=0.1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second.start)
+        time.sleep(0.3)
+        assert not waiting.done()
+        first.finish(1)
+        assert waiting.result() is False
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json"} | {f"imagenet64_{kind}" for kind in SAMPLE_NDIM}
+
+    (tmp_path / "manifest.json").unlink()
+    left = kind_dir(tmp_path, 64, "sem") / ".000001.npy.0123.tmp"
+    left.write_bytes(b"half")
+    assert FeatureWriter(tmp_path, SETTINGS).start() and not left.exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    def no_space(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=r"cannot write .*codes.npy .*No space left"):
+        write_whole(tmp_path / "codes.npy", no_space)
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_shards_than_open_files(tmp_path):
@@ -166,9 +209,9 @@ def test_pickled_objects_are_refused(tmp_path):
 
 def test_other_settings_are_refused(written):
     root, _ = written
-    assert FeatureWriter(root, SETTINGS).is_complete
+    assert not FeatureWriter(root, SETTINGS).start()                        # complete
     with pytest.raises(ValueError, match="vae 'x' there, 'y' here"):
-        FeatureWriter(root, dict(SETTINGS, vae="y"))
+        FeatureWriter(root, dict(SETTINGS, vae="y")).start()
     with pytest.raises(ValueError, match="--V 6: .* says 5"):
         Features(root, V=6)
 
@@ -177,8 +220,44 @@ def test_other_manifests_are_refused(written):
     root, _ = written
     manifest = json.loads((root / "manifest.json").read_text())
     for text, message in ((json.dumps({**manifest, "format_version": 2}), "format 2"),
-                          (json.dumps({**manifest, "latents": "moments"}), "latents of kind 'moments'"),
+                          (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
                           ("{}", "not a manifest of ours"), ("[]", "wanted an object"), ("{", "not readable JSON")):
         (root / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=f"(manifest.json|{root}).*{message}"):
             Features(root)
+
+
+def sparse_features(root, count, per=1024):
+    """Features of so many rows that take no room on the disk: each file its header, and a hole."""
+    writer = FeatureWriter(root, dict(format_version=1, latents="sample", image_size=256, L=512, V=256, classes=["a"]))
+    writer.start()
+    shards = range(-(-count // per))
+    for number in shards:
+        rows = min(per, count - number * per)
+        for kind, shape, dtype in (("features", (4, 32, 32), "<f2"), ("sem", (512,), "|u1"), ("labels", (), "<i8"),
+                                   ("path", (), "<U40")):
+            with open(kind_dir(root, 256, kind) / f"{number:06d}.npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=(rows, *shape)))
+                file.truncate(file.tell() + rows * int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        (writer.progress / f"{number:06d}.json").write_text(json.dumps(dict(rows=rows, skipped=[])))
+    writer.finish(len(shards))
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """ImageNet's 1,281,167 rows, opened and read from, take no more than 10,000 do."""
+    script = """if True:
+        import resource, sys
+        import numpy as np
+        from dlc.features import Features
+        Features(sys.argv[1]).latents.gather(np.arange(256))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        features = Features(sys.argv[2])
+        features.latents.gather(np.linspace(0, features.count - 1, 256).astype(int))
+        print(features.count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    sparse_features(tmp_path / "small", 10_000)
+    sparse_features(tmp_path / "large", 1_281_167)
+    out = subprocess.run([sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], cwd=ROOT, check=True,
+                         capture_output=True, text=True).stdout
+    count, grown_kib = map(int, out.split())
+    assert count == 1_281_167 and grown_kib < 32 * 1024, grown_kib         # the rows are 11 GB

@@ -1,0 +1,148 @@
+"""The parts of extraction: images and their views, the two networks, and work done in threads but kept in order."""
+import errno
+import os
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize, posterior
+from dlc.noise import Stream, integers
+from dlc.runtime import PRECISIONS, cores_per_process
+
+
+#################################################################################
+#                                    Images                                     #
+#################################################################################
+
+def list_images(data_path):
+    """ImageFolder's classes, paths and labels. Raises ValueError where there is nothing to extract."""
+    root = Path(data_path)
+    if not root.is_dir():
+        raise ValueError(f"--data-path {data_path} is not a folder")
+    if not any(path.is_dir() for path in root.iterdir()):
+        raise ValueError(f"--data-path {data_path} has no class folders: images go into one folder a class")
+    folder = ImageFolder(root, allow_empty=True)
+    if not folder.samples:
+        raise ValueError(f"--data-path {data_path} has class folders but no images in them")
+    paths, labels = zip(*folder.samples)
+    return folder.classes, list(paths), np.array(labels, dtype=np.int64)
+
+
+def flips_of(policy, count, seed):
+    """Whether each row of each image is flipped: (count, 1) bool, or (count, 2) for the policy "both"."""
+    if policy == "both":
+        return np.tile([False, True], (count, 1))
+    if policy == "none":
+        return np.zeros((count, 1), bool)
+    return integers(seed, Stream.FLIP, torch.arange(count), 2).bool().unsqueeze(1).numpy()
+
+
+class Views(Dataset):
+    """Both views of each image, 8-bit: the VAE's crop, one for each of `flips`, and the encoder's, never flipped."""
+
+    def __init__(self, paths, flips, image_size, code_size):
+        self.paths, self.flips, self.image_size, self.code_size = paths, flips, image_size, code_size
+
+    def crops(self, image, index):
+        crop = center_crop(image, self.image_size)
+        return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
+
+    def __getitem__(self, index):
+        """The index, crops (k, S, S, 3), the encoder's view (s, s, 3) or None, None; or the index, error, is broken."""
+        try:
+            image = load_rgb(self.paths[index])
+            code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
+            return index, self.crops(image, index), code_view, None
+        except Exception as error:                          # Pillow's readers raise all kinds
+            return index, None, None, (f"{type(error).__name__}: {error}", is_broken(self.paths[index], error))
+
+
+def is_broken(path, error):
+    """Whether an error is the image's own, to be skipped, rather than the disk's or the memory's, which may pass."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)        # a link to nowhere
+    return not isinstance(error, MemoryError)
+
+
+def collate(items):
+    """Indices (n,), crops (n, k, S, S, 3) and encoder views (n, s, s, 3) or None of the readable; what of the others.
+
+    The last: a list of (index, error, is broken).
+    """
+    good = [item[:3] for item in items if item[3] is None]
+    unreadable = [(item[0], *item[3]) for item in items if item[3] is not None]
+    if not good:
+        return None, None, None, unreadable
+    indices, crops, code_views = zip(*good)
+    return (torch.tensor(indices), torch.from_numpy(np.stack(crops)),
+            torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None, unreadable)
+
+
+#################################################################################
+#                                   Networks                                    #
+#################################################################################
+
+class Networks:
+    """Crops to latents and views to codes on a device, in the given precision, by batches of one size where compiled.
+
+    On the CPU every operation runs on one thread, and batches side by side (`threads`): the sums that a convolution
+    takes depend on how many threads share it, and cores each at a batch of its own get more done.
+
+    Args:
+        vae, encoder (or None): float32, on the CPU; are changed in place.
+        precision: a key of PRECISIONS, for the VAE's encoder and the SEM encoder's backbone.
+        pad_to: images a batch is filled up to, so that one shape is compiled; None where nothing is compiled.
+    """
+
+    def __init__(self, vae, encoder, device, precision="fp32", pad_to=None):
+        self.vae, self.encoder, self.device, self.pad_to = vae.to(device), encoder, device, pad_to
+        self.threads = 2 if device.type == "cuda" else cores_per_process()    # 2: the GPU always has work waiting
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        dtype = PRECISIONS[precision]
+        for part in (vae.encoder, vae.quant_conv):
+            part.to(dtype=dtype, memory_format=torch.channels_last)
+        if encoder:
+            encoder.to(device).backbone.to(dtype)
+        if pad_to:
+            vae.encoder.compile()
+            for block in encoder.backbone.blocks if encoder else ():
+                block.compile()
+
+    def _run(self, network, pixels):
+        """network(pixels) of a batch of the size it was compiled for."""
+        n = len(pixels)
+        with torch.inference_mode():
+            pixels = pixels.to(self.device, non_blocking=True)
+            if self.pad_to:
+                pixels = pixels[torch.arange(self.pad_to, device=self.device).clamp(max=n - 1)]
+            return network(pixels)[:n]
+
+    def moments(self, crops):
+        """Crops (n, k, S, S, 3) uint8 to the scaled posterior's mean and std (n, k, 2, 4, S/8, S/8), float32."""
+        def network(pixels):
+            images = normalize(pixels.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+            return torch.stack(posterior(self.vae, images), dim=1).unflatten(0, pixels.shape[:2])
+        return self._run(network, crops)
+
+    def codes(self, views):
+        """Views (n, s, s, 3) uint8 to codes (n, L) int64."""
+        return self._run(lambda pixels: self.encoder.codes(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)), views)
+
+
+def in_order(pool, function, items, ahead):
+    """function(item) of each item in turn, computed by the pool's threads for up to `ahead` items ahead."""
+    futures = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()

@@ -1,0 +1,326 @@
+"""Look at features, check them, and convert other layouts to them.
+
+    python -m dlc.features info FEATURES              what they are, in words; FEATURES/codes.png
+    python -m dlc.features check FEATURES             every shard and value; exit 1 with a list of what is wrong
+    python -m dlc.features pack OLD NEW --V 256       one .npy an image (the reference scripts' layout) into shards
+    python -m dlc.features import-hf DIR NEW --V 256  a Hugging Face dataset saved to disk into shards
+"""
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, check_range, code_dtype, read_json,
+                          shard_stacks, write_whole)
+from dlc.runtime import ArgumentParser, number
+
+PART = 4096                 # rows looked at together, so that no file need fit in memory
+
+
+def parts(stack, what):
+    """The arrays of a Stack's files, cut into parts, with a progress bar."""
+    for index in tqdm(range(len(stack.paths)), desc=what, unit="file", delay=2):
+        array = stack.array(index)
+        for start in range(0, len(array), PART):
+            yield array[start:start + PART]
+
+
+def needs_V(V, has_codes):
+    if has_codes and V is None:
+        raise ValueError("there are codes, and no manifest.json to say V: give --V, the tokens a position can have")
+
+
+#################################################################################
+#                                     info                                      #
+#################################################################################
+
+def latent_statistics(features):
+    """Mean and standard deviation (4,) of each channel over all rows; of moments, of a draw of the posterior."""
+    total = squares = 0
+    for part in parts(features.latents, "latents"):
+        part = part.astype(np.float32)
+        total += part.sum(axis=(0, 2, 3), dtype=np.float64)
+        squares += np.square(part).sum(axis=(0, 2, 3), dtype=np.float64)
+    values = features.count * np.prod(features.latent_shape[1:])
+    mean, squares = total / values, squares / values
+    if features.latent_kind == "moments":           # E[draw^2] = E[mean^2] + E[std^2]
+        mean, squares = mean[:4], squares[:4] + squares[4:]
+    return mean, np.sqrt(squares - mean**2)
+
+
+def code_usage(features):
+    """How often each position has each token (L, V) int64, and how many rows have the code of a row before them.
+
+    Codes are compared by a random linear hash to 64 bits. Two flips of one image count as one row.
+    """
+    counts = np.zeros(features.L * features.V, np.int64)
+    weights = np.random.default_rng(0).integers(0, 2**63, features.L, dtype=np.uint64) * 2 + 1
+    hashes = []
+    for part in parts(features.codes, "codes"):
+        counts += np.bincount((part + np.arange(features.L) * features.V).ravel(), minlength=len(counts))
+        hashes.append(part.astype(np.uint64) @ weights)
+    hashes = np.concatenate(hashes)
+    if (features.manifest or {}).get("flip") == "both":
+        hashes = hashes[::2]
+    return counts.reshape(features.L, features.V), len(hashes) - len(np.unique(hashes))
+
+
+def usage_picture(counts):
+    """Token usage (L, V) as a picture: positions down, tokens across, dead tokens red, others dark to bright."""
+    L, V = counts.shape
+    relative = counts * V / counts.sum(axis=1, keepdims=True)                  # 1: as often as any other token
+    bright = np.clip(np.log2(np.maximum(relative, 1e-9)) / 8 + 0.5, 0, 1)
+    pixels = np.repeat((30 + 225 * bright[..., None]).astype(np.uint8), 3, axis=2)
+    pixels[counts == 0] = (170, 20, 20)
+    height, width = (max(1, 512 // side) for side in (L, V))
+    pixels = pixels.repeat(height, axis=0).repeat(width, axis=1)
+    caption = [f"{L} positions (down) x {V} tokens (across)", "black: 1/16 of even use; white: 16 times; red: never"]
+    picture = Image.new("RGB", (max(pixels.shape[1], 340), pixels.shape[0] + 34), "white")
+    picture.paste(Image.fromarray(pixels), (0, 34))
+    for line, text in enumerate(caption):
+        ImageDraw.Draw(picture).text((4, 3 + 14 * line), text, fill="black")
+    return picture
+
+
+def info(args):
+    features = Features(args.path, args.V, args.num_classes)
+    needs_V(features.V, features.codes is not None)
+    manifest, size = features.manifest, features.image_size
+    if manifest is None:
+        print(f"{args.path}: {features.count:,} rows at {size}x{size}, one .npy each (no manifest.json)")
+    else:
+        print(f"{args.path}: {features.count:,} rows of {manifest['images']:,} images at {size}x{size} in "
+              f"{len(manifest['shards']):,} shards, {len(manifest['skipped']):,} images skipped")
+        for path, reason in manifest["skipped"][:10]:
+            print(f"  skipped {path!r}: {reason}")
+        known = [f"{key} {manifest[key]}" for key in ("vae", "scaling_factor", "encoder", "precision", "flip", "seed")
+                 if manifest.get(key) is not None]
+        if known:
+            print("made with: " + ", ".join(known))
+
+    mean, std = latent_statistics(features)
+    print(f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each channel "
+          f"mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}")
+    for channel in np.flatnonzero(~((std > 0.5) & (std < 2))):
+        print(f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
+              "multiplied by the VAE's scaling factor, once?")
+
+    features.labels.check_range(features.num_classes)
+    labels = np.bincount(np.concatenate([np.asarray(part) for part in parts(features.labels, "labels")]))
+    print(f"labels: {features.num_classes} classes, {np.count_nonzero(labels)} of them with rows, "
+          f"{labels[labels > 0].min():,} to {labels.max():,} each")
+
+    if features.codes is None:
+        print("codes: none")
+        return
+    features.codes.check_range(features.V)
+    counts, duplicates = code_usage(features)
+    usage = counts / counts.sum(axis=1, keepdims=True)                                       # (L, V)
+    perplexity = np.exp(-(usage * np.log(np.maximum(usage, 1e-300))).sum(axis=1))            # (L,)
+    dead = (counts == 0).sum()
+    print(f"codes: L={features.L}, V={features.V}, {features.codes.array(0).dtype}; perplexity of a position: mean "
+          f"{perplexity.mean():.1f}, least {perplexity.min():.1f} (position {perplexity.argmin()}), most "
+          f"{perplexity.max():.1f}")
+    print(f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "
+          f"image{'s have' if duplicates != 1 else ' has'} the code of one before")
+    picture = Path(args.path) / "codes.png"
+    write_whole(picture, lambda file: usage_picture(counts).save(file, "png"))
+    print(f"token usage: {picture}")
+
+
+#################################################################################
+#                                     check                                     #
+#################################################################################
+
+def problems(root, V=None, num_classes=None):
+    """What is wrong with FEATURES/, a line each: files, shapes, types, values, and what the manifest says of them."""
+    manifest_path = Path(root) / "manifest.json"
+    if manifest_path.is_file():
+        manifest = read_json(manifest_path)
+        try:
+            stacks = shard_stacks(root, manifest)
+            V, num_classes, count = manifest["V"], len(manifest["classes"]), manifest["count"]
+            dtypes = dict(features=manifest["dtype"], labels="int64", **(dict(sem=code_dtype(V)) if V else {}))
+            widths = dict(features=8 if manifest["latents"] == "moments" else 4, sem=manifest["L"])
+        except (KeyError, TypeError) as error:
+            yield f"{manifest_path} is not a manifest of ours (no {error})"
+            return
+        listed = sum(shard["rows"] for shard in manifest["shards"])
+        if listed != count:
+            yield f"{manifest_path} counts {count} rows, its shards {listed}"
+        for stack in stacks.values():
+            known = {path.name for path in stack.paths}
+            for path in sorted(stack.paths[0].parent.glob("*.npy")) if stack.paths else ():
+                if path.name not in known:
+                    yield f"{path} is not in the manifest"
+    else:
+        try:
+            features = Features(root, V, num_classes)
+        except ValueError as error:
+            yield str(error)
+            return
+        num_classes, dtypes, widths = features.num_classes, {}, {}
+        stacks = dict(features=features.latents, labels=features.labels)
+        if features.codes is not None:
+            stacks["sem"] = features.codes
+    limits = dict(labels=num_classes, sem=V)
+    for kind, stack in stacks.items():
+        for index in tqdm(range(len(stack.paths)), desc=kind, unit="file", delay=2):
+            path = stack.paths[index]
+            if not path.is_file():
+                yield f"{path} is missing"
+                continue
+            try:
+                array = stack.array(index)
+                if limits.get(kind):
+                    check_range(array, limits[kind], lambda i: (path, i))
+            except ValueError as error:
+                yield str(error)
+                continue
+            if kind in dtypes and array.dtype != dtypes[kind]:
+                yield f"{path} has values of type {array.dtype}, the manifest says {np.dtype(dtypes[kind])}"
+            if kind in widths and array.shape[1] != widths[kind]:
+                yield f"{path} has rows of shape {array.shape[1:]}, by the manifest their first dimension is {widths[kind]}"
+            if kind == "path" and array.dtype.kind != "U":
+                yield f"{path} has values of type {array.dtype}, wanted unicode"
+            if kind == "features":
+                if array.dtype.kind != "f":
+                    yield f"{path} has values of type {array.dtype}, wanted floats"
+                    continue
+                for start in range(0, len(array), PART):
+                    finite = np.isfinite(array[start:start + PART]).all(axis=(1, 2, 3))
+                    if not finite.all():
+                        yield f"{path}, row {start + int(np.argmin(finite))}: a latent that is not finite"
+                        break
+
+
+def check(args):
+    wrong = list(problems(args.path, args.V, args.num_classes))
+    for line in wrong:
+        print(line)
+    if wrong:
+        sys.exit(1)
+    print(f"{args.path}: nothing wrong with its {Features(args.path, args.V, args.num_classes).count:,} rows")
+
+
+#################################################################################
+#                              pack and import-hf                               #
+#################################################################################
+
+def write_shards(new, count, names, read, shard_size, **settings):
+    """Write rows 0..count-1 into shards at `new`; read(rows) gives the arrays of an index range, one a kind.
+
+    Of the settings of an extraction, what is not known of other layouts is None.
+    """
+    unknown = dict.fromkeys(("vae", "vae_sha256", "scaling_factor", "encoder", "encoder_sha256", "precision", "flip",
+                             "seed"))
+    settings = dict(unknown, format_version=FORMAT_VERSION, latents="sample", shard_size=shard_size, images=count,
+                    listing_sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(), **settings)
+    writer = FeatureWriter(new, settings)
+    if not writer.start():
+        print(f"{new} is complete; nothing to do")
+        return
+    shards = range(-(-count // shard_size))
+    for shard in tqdm(shards, desc="packing", unit="shard", delay=2):
+        if not writer.record_path(shard).is_file():
+            rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
+            writer.write(shard, read(rows), [])
+    writer.finish(len(shards))
+    print(f"done: {count:,} rows in {len(shards):,} shards at {new}")
+
+
+def pack(args):
+    old = Features(args.old, args.V, args.num_classes)
+    if old.manifest is not None:
+        raise ValueError(f"{args.old} has a manifest.json: it is packed already")
+    needs_V(args.V, old.codes is not None)
+    names = [path.name for path in old.latents.paths]
+    dtype = args.dtype or str(old.latents.array(0).dtype)
+
+    def read(rows):
+        arrays = dict(features=old.latents.gather(rows).astype(dtype), path=np.array([names[row] for row in rows]),
+                      labels=old.labels.gather(rows, limit=old.num_classes).astype(np.int64))
+        if old.codes is not None:
+            arrays["sem"] = old.codes.gather(rows, limit=old.V).astype(code_dtype(old.V))
+        return arrays
+
+    write_shards(args.new, old.count, names, read, args.shard_size, image_size=old.image_size, dtype=dtype, L=old.L,
+                 V=old.V if old.codes is not None else None, classes=[str(i) for i in range(old.num_classes)])
+
+
+def import_hf(args):
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("import-hf needs the package datasets: pip install datasets") from None
+    try:
+        data = datasets.load_from_disk(args.directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{args.directory} is not a dataset saved to disk ({error})") from None
+    if isinstance(data, datasets.DatasetDict):
+        if args.split not in data:
+            raise ValueError(f"{args.directory} has no split {args.split!r}: --split one of {', '.join(data)}")
+        data = data[args.split]
+    for column in ("features", "labels"):
+        if column not in data.column_names:
+            raise ValueError(f"{args.directory} has no column {column!r}, only {', '.join(data.column_names)}")
+    data = data.select_columns(["features", "labels"]).with_format("numpy")
+    if not len(data):
+        raise ValueError(f"{args.directory} has no rows")
+
+    first = data[:1]
+    latent_shape = first["features"].shape[-3:]
+    if first["features"].size != np.prod(latent_shape) or len(latent_shape) != 3:
+        raise ValueError(f"{args.directory}: column 'features' has rows of shape {first['features'].shape[1:]}, wanted "
+                         "latents (channels, height, width)")
+    L = first["labels"].size if first["labels"].ndim > 1 else None             # a number a row is a class, not a code
+    needs_V(args.V, L is not None)
+    num_classes = 1 if L else args.num_classes or 1000
+    dtype = args.dtype or str(first["features"].dtype)
+
+    def read(rows):
+        part = data[rows.start:rows.stop]
+        arrays = dict(features=part["features"].reshape(-1, *latent_shape).astype(dtype),
+                      path=np.array([str(row) for row in rows]))
+        values = part["labels"].reshape(len(rows), *([L] if L else []))
+        check_range(values, args.V if L else num_classes, lambda i: (f"{args.directory}, column 'labels'", rows[i]))
+        if L:
+            return dict(arrays, sem=values.astype(code_dtype(args.V)), labels=np.zeros(len(rows), np.int64))
+        return dict(arrays, labels=values.astype(np.int64))
+
+    write_shards(args.new, len(data), [str(Path(args.directory).resolve())], read, args.shard_size, dtype=dtype, L=L,
+                 image_size=latent_shape[-1] * args.factor, V=args.V if L else None,
+                 classes=["all"] if L else [str(i) for i in range(num_classes)])
+
+
+def main():
+    parser = ArgumentParser(__doc__, prog="python -m dlc.features")
+    tools = parser.add_subparsers(required=True, metavar="info|check|pack|import-hf")
+
+    def tool(function, name, help):
+        one = tools.add_parser(name, doc=help, help=help)
+        one.set_defaults(function=function)
+        one.add_argument("--V", type=number(int, 2, 65536), help="tokens a code position, where no manifest says so")
+        one.add_argument("--num-classes", type=number(int, 1), help="classes, where no manifest says so [1000]")
+        return one
+
+    for function, help in ((info, "say what features are, and draw how their codes use the tokens, FEATURES/codes.png"),
+                           (check, "look at every shard and value; exit 1 with a list of what is wrong")):
+        tool(function, function.__name__, help).add_argument("path", help="features directory")
+    one = tool(pack, "pack", "one .npy an image, as the reference scripts write them, into shards")
+    two = tool(import_hf, "import-hf", "a Hugging Face dataset saved to disk, columns features (latents) and labels "
+                                       "(codes, or classes), into shards")
+    one.add_argument("old", help="features directory of one .npy an image")
+    two.add_argument("directory", help="what Dataset.save_to_disk wrote")
+    two.add_argument("--split", default="train", help="of a dataset that has several [%(default)s]")
+    two.add_argument("--factor", type=number(int, 1), default=8, help="pixels a latent cell [%(default)s]")
+    for packing in (one, two):
+        packing.add_argument("new", help="features directory to write")
+        packing.add_argument("--shard-size", type=number(int, 1), default=1024, help="rows a shard [%(default)s]")
+        packing.add_argument("--dtype", choices=["float16", "float32"], help="of the stored latents [as they are]")
+    args = parser.parse_args()
+    with parser.one_line_errors():
+        args.function(args)
