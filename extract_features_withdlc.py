@@ -179,20 +179,20 @@ def main():
         networks.moments(torch.zeros(1, flips.shape[1], args.image_size, args.image_size, 3, dtype=torch.uint8))
         if encoder:
             networks.codes(torch.zeros(1, encoder.image_size, encoder.image_size, 3, dtype=torch.uint8))
-    with ThreadPoolExecutor(networks.threads) as encoding, ThreadPoolExecutor(1) as writing:
-        try:
+    try:
+        with ThreadPoolExecutor(networks.threads) as encoding, ThreadPoolExecutor(1) as writing:
             encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
             for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
                 pass
-        except OSError as error:
-            parser.error(f"{error}; what is done is kept: run the same command again")
-    bar.close()
-    rate = sum(map(len, batches)) / (time.time() - start)
+        bar.close()
+        rate = sum(map(len, batches)) / (time.time() - start)
+        state.wait_for_everyone()
+        manifest = writer.finish(num_shards) if state.is_main_process else None
+    except OSError as error:
+        parser.error(f"{error}; what is done is kept: run the same command again")
 
-    # ---------------------------------------------------------------------- manifest and preview
-    state.wait_for_everyone()
+    # ---------------------------------------------------------------------- preview
     if state.is_main_process:
-        manifest = writer.finish(num_shards)
         look = ""
         if manifest["count"]:
             preview = Path(args.features_path) / "preview.png"

@@ -10,6 +10,7 @@ directory of the reference scripts, one `.npy` an image and no manifest, is read
 
     python -m dlc.features info|check|pack|import-hf --help      # to look at, check and convert them
 """
+import io
 import json
 import os
 import re
@@ -186,7 +187,9 @@ class FeatureWriter:
         assert len(rows) == 1, rows
         for kind, array in arrays.items():
             path = kind_dir(self.root, self.settings["image_size"], kind) / f"{shard:06d}.npy"
-            write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+            buffer = io.BytesIO()               # np.save into a file itself does not see that a disk is full
+            np.save(buffer, array, allow_pickle=False)
+            write_whole(path, lambda file: file.write(buffer.getbuffer()))
         write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
 
     def finish(self, num_shards):

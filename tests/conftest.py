@@ -1,5 +1,6 @@
 """Tiny models and images, and the launching of the real scripts."""
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -23,8 +24,11 @@ def golden(name):
     return values, weights
 
 
-def launch(command, cwd, check=True):
-    """Run "python|torchrun|accelerate N script.py flags": N processes, scripts named from the root. Gives the process."""
+def launch(command, cwd, check=True, wait=True, largest_file=None):
+    """Run "python|torchrun|accelerate N script.py flags": N processes, scripts named from the root. Gives the process.
+
+    largest_file: bytes that the disk takes of one file.
+    """
     launcher, processes, script, *flags = command
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,8 +43,12 @@ def launch(command, cwd, check=True):
     }[launcher]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     env["HF_HUB_OFFLINE"] = "1"
-    result = subprocess.run([*prefix, str(ROOT / script), *map(str, flags)], cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
+    limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
+    kwargs = dict(preexec_fn=limit, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    arguments = [*prefix, str(ROOT / script), *map(str, flags)]
+    if not wait:
+        return subprocess.Popen(arguments, **kwargs)
+    result = subprocess.run(arguments, timeout=600, **kwargs)
     if check and result.returncode:
         pytest.fail(f"{script} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result

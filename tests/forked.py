@@ -1,0 +1,76 @@
+"""Processes of the real scripts forked from one that has everything imported: so dozens can be killed in a minute.
+
+`start` gives a script N ranks, as torchrun would, each a process of its own that may be killed at any moment.
+"""
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+
+from conftest import ROOT
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc",
+                                "torch.distributed", "diffusers.models.autoencoders.autoencoder_kl"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _run(script, arguments, environment, output):
+    multiprocessing.set_start_method("fork", force=True)    # as in a process started afresh; here it would be forkserver
+    os.setpgid(0, 0)                                        # with its data loader's workers, a group
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [script, *arguments]
+    importlib.import_module(script).main()
+
+
+class Run:
+    """The ranks of one launch, their output in the file `output`."""
+
+    def __init__(self, script, arguments, output, processes=1):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.output = output
+        self.ranks = []
+        for rank in range(processes):
+            environment = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1",
+                               MASTER_PORT=str(port), **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)),
+                               **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
+            if processes == 1:
+                environment = {key: environment[key] for key in ("HF_HUB_OFFLINE", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
+            self.ranks.append(context.Process(target=_run, args=(script, [*map(str, arguments)], environment, str(output))))
+        for rank in self.ranks:
+            rank.start()
+
+    def said(self):
+        return self.output.read_text()
+
+    def wait(self, seconds=120):
+        """Whether all ranks ended well in that time."""
+        deadline = time.time() + seconds
+        for rank in self.ranks:
+            rank.join(max(0, deadline - time.time()))
+        return all(rank.exitcode == 0 for rank in self.ranks)
+
+    def kill(self, first, grace=0.1):
+        """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would; and to their workers.
+
+        Returns whether the first was still running.
+        """
+        alive = self.ranks[first].is_alive()
+        for rank in [self.ranks[first], *self.ranks]:
+            try:
+                os.killpg(rank.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            if rank is self.ranks[first]:
+                time.sleep(grace if len(self.ranks) > 1 else 0)
+        for rank in self.ranks:
+            rank.join()
+        return alive

@@ -1,0 +1,118 @@
+"""Real processes killed at random moments: the same command again, and the bytes are those of a run left alone."""
+import itertools
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import extract_command, launch, save_images
+from forked import Run
+from test_extract import contents
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("many_images")
+    save_images(root, per_class=60)
+    (root / "dog/1_broken.jpg").write_text("not an image")
+    return root
+
+
+@pytest.fixture
+def extraction(many_images, tiny_models, tmp_path):
+    """extraction(folder, flags…, processes=N): a started run into that folder of tmp_path."""
+    outputs = (tmp_path / f"output_{number}.txt" for number in itertools.count())
+
+    def start(name, *flags, processes=1):
+        arguments = extract_command("", 1, many_images, tmp_path / name, tiny_models, *flags)[3:]
+        return Run("extract_features_withdlc", arguments, next(outputs), processes)
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, many_images, tiny_models):
+    """The files of a run left alone."""
+    path = tmp_path_factory.mktemp("whole")
+    launch(extract_command("torchrun", 1, many_images, path, tiny_models), path)
+    return contents(path)
+
+
+def shards_done(features):
+    """The files of the shards whose record says that they are done, and when they were written."""
+    return {path: path.stat().st_mtime_ns for record in (features / "progress").glob("0*.json")
+            for path in features.glob(f"imagenet64_*/{record.stem}.npy")}
+
+
+def test_extraction_killed_at_random_moments(whole, extraction, tmp_path):
+    """At least 20 kills of the only rank, the first or the second; a shard recorded as done is never done again."""
+    seconds = []
+    for name in ("warm", "timed"):
+        start = time.time()
+        run = extraction(name)
+        assert run.wait(), run.said()
+        seconds.append(time.time() - start)
+    chance = random.Random(0)
+    kills = midway = finished = 0
+    while kills < 25 or midway < 10 or not finished:
+        name = f"features_{finished}"
+        done = shards_done(tmp_path / name)
+        run = extraction(name, "--num-workers", chance.randint(0, 2), processes=chance.choice([1, 2]))
+        if not run.wait(chance.uniform(0.1, seconds[1])) and run.kill(chance.randrange(len(run.ranks))):
+            kills += 1
+            midway += len(shards_done(tmp_path / name)) > len(done)
+        else:
+            assert run.wait(), run.said()
+            assert contents(tmp_path / name) == whole
+            finished += 1
+        assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+    print(f"{kills} kills survived, {midway} of them after new shards were done; {finished} extractions finished")
+
+
+def test_a_rank_killed_under_torchrun(whole, many_images, tiny_models, tmp_path):
+    """torchrun ends with the rank that was killed, and run again finishes."""
+    command = extract_command("torchrun", 2, many_images, tmp_path, tiny_models)
+    process = launch(command, tmp_path, wait=False)
+    while not (ranks := children(process.pid)) or len(shards_done(tmp_path)) < 8:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(ranks[1], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode
+    launch(command, tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_full_disk(whole, many_images, tiny_models, tmp_path):
+    """One line that names the file and says how to go on; and so it does, once there is room."""
+    # without workers, whose batches go through shared memory and would meet the limit, too
+    command = extract_command("python", 1, many_images, tmp_path, tiny_models, "--num-workers", 0)
+    result = launch(command, tmp_path, check=False, largest_file=1500)      # bytes; a shard of latents has 2,176
+    error = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
+    assert re.search(r"cannot write .*imagenet64_features/00000\d.npy \(.*\); what is done is kept: run the same", error[0])
+    assert not list(tmp_path.rglob("*.tmp"))
+    launch(command, tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def test_launches_at_once(whole, extraction, tmp_path):
+    """One works, the others wait and find it done; one with other settings is refused."""
+    runs = [extraction("features") for _ in range(3)]
+    for run in runs:
+        assert run.wait(), run.said()
+    assert sorted("nothing to do" in run.said() for run in runs) == [False, True, True]
+    assert contents(tmp_path / "features") == whole
+
+    first = extraction("seed_0")
+    while not (tmp_path / "seed_0/progress/settings.json").is_file():
+        assert not first.wait(0.01), first.said()
+    other = extraction("seed_0", "--global-seed", 1)
+    assert not other.wait() and "seed 0 there, 1 here" in other.said() and other.said().count("\n") == 1
+    assert first.wait() and contents(tmp_path / "seed_0") == whole
