@@ -201,7 +201,7 @@ def main():
         logger.info(f"done: {manifest['count']:,} rows of {len(paths):,} images in {num_shards} shards, "
                     f"{len(manifest['skipped'])} skipped "
                     f"{'(listed in manifest.json) ' if manifest['skipped'] else ''}at {args.features_path}; "
-                    f"{rate:.1f} images/s a process{look}")
+                    f"{rate:.2f} images/s a process{look}")
     state.destroy_process_group()
 
 

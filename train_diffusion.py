@@ -100,6 +100,12 @@ class TrainingBatches(Dataset):
         return torch.from_numpy(places), torch.from_numpy(latents), torch.from_numpy(condition)
 
 
+def draw_posterior(moments, seed, places):
+    """Latents (n, 4, h, w) drawn from moments (n, 8, h, w), anew at each place in the row of epochs."""
+    mean, std = moments.chunk(2, dim=1)
+    return mean + std * normal(seed, Stream.TRAIN_POSTERIOR, places, mean.shape[1:])
+
+
 def main(default_model="DiTSEM-XL/2"):
     parser, args = parse_args(default_model)
 
@@ -209,9 +215,8 @@ def main(default_model="DiTSEM-XL/2"):
     for step, (places, latents, condition) in enumerate(loader, first_step + 1):
         places = places.to(device, non_blocking=True)
         x = latents.to(device, non_blocking=True).float()                       # (n, 4, S/8, S/8)
-        if features.latent_kind == "moments":                                   # a fresh draw in each epoch
-            mean, std = x.chunk(2, dim=1)
-            x = mean + std * normal(args.global_seed, Stream.TRAIN_POSTERIOR, places, mean.shape[1:])
+        if features.latent_kind == "moments":
+            x = draw_posterior(x, args.global_seed, places)
         y = condition.to(device, non_blocking=True)                             # (n, L) codes or (n,) labels
         t = integers(args.global_seed, Stream.TRAIN_TIMESTEP, places, diffusion.num_timesteps)
         noise = normal(args.global_seed, Stream.TRAIN_NOISE, places, x.shape[1:])

@@ -1,11 +1,14 @@
 """extract_features_withdlc.py through its launcher."""
+import itertools
 import json
 import re
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from conftest import IMAGE_SIZE, L, V, extract_command, launch
+from forked import Run
 from PIL import Image, ImageOps
 
 from dlc.encoder import load_encoder
@@ -45,10 +48,92 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
         np.testing.assert_array_equal(rows.codes.gather([row])[0], code[0].numpy())
 
 
-def test_shards_do_not_depend_on_the_number_of_processes(features, images, tiny_models, tmp_path):
-    result = launch(extract_command("torchrun", 2, images, tmp_path, tiny_models), tmp_path)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shards_do_not_depend_on_the_number_of_processes(processes, features, images, tiny_models, tmp_path):
+    result = launch(extract_command("torchrun", processes, images, tmp_path, tiny_models), tmp_path)
     assert contents(tmp_path) == contents(features)
     assert re.search(r"done: 14 rows of 15 images in 4 shards, 1 skipped .*" + str(tmp_path), result.stdout)
+
+
+@pytest.fixture
+def extract(images, tiny_models, tmp_path):
+    """extract(flags…): the features of a run of its own, in a folder of its own, and what was said."""
+    numbers = itertools.count()
+
+    def run(*flags, processes=1):
+        path = tmp_path / str(next(numbers))
+        process = Run("extract_features_withdlc", extract_command("", 1, images, path, tiny_models, *flags)[3:],
+                      tmp_path / "output.txt", processes)
+        assert process.wait(), process.said()
+        rows = Features(path)
+        rows.validate()
+        return rows, process.said()
+    return run
+
+
+def everything(rows):
+    all_rows = np.arange(rows.count)
+    return [stack.gather(all_rows) for stack in (rows.latents, rows.codes, rows.labels, rows.paths)]
+
+
+@pytest.mark.parametrize("flags", [(), ("--posterior", "moments", "--flip", "both"), ("--precision", "bf16")], ids=str)
+def test_nor_do_they_depend_on_workers_and_threads(flags, extract, monkeypatch):
+    """The same bytes from one core and from two, from none, one and three readers; by 1, 2 and 3 processes."""
+    one = contents(extract("--num-workers", 0, *flags)[0].root)
+    for workers, processes in ((1, 2), (3, 1), (0, 3)):
+        assert contents(extract("--num-workers", workers, *flags, processes=processes)[0].root) == one
+
+
+def test_flips_and_posteriors(extract):
+    """Of `both`, the even rows are those of `none`, and `random` takes one of the two; moments give back the sample."""
+    kinds = ("--dtype", "float32", "--posterior")
+    none, codes, labels, paths = everything(extract(*kinds, "mean", "--flip", "none")[0])
+    both, *others = everything(extract(*kinds, "mean", "--flip", "both")[0])
+    assert len(both) == 28
+    np.testing.assert_array_equal(both[::2], none)
+    assert not np.isclose(both[1::2], none).all(axis=(1, 2, 3)).any()
+    for two, one in zip(others, (codes, labels, paths)):                    # the code is that of the image as it is
+        np.testing.assert_array_equal(two, one.repeat(2, axis=0))
+
+    indices = torch.tensor([index for index in range(15) if index != 9])    # 9 is broken
+    flipped = integers(0, Stream.FLIP, indices, 2).numpy()
+    chosen = both.reshape(14, 2, 4, 8, 8)[np.arange(14), flipped]
+    np.testing.assert_allclose(everything(extract(*kinds, "mean")[0])[0], chosen, rtol=1e-5, atol=1e-6)
+
+    rows = extract(*kinds, "moments")[0]
+    moments = everything(rows)[0]
+    assert moments.shape == (14, 8, 8, 8) and rows.latent_shape == (4, 8, 8) and rows.latent_kind == "moments"
+    np.testing.assert_allclose(moments[:, :4], chosen, rtol=1e-5, atol=1e-6)
+    noise = normal(0, Stream.POSTERIOR, indices, (4, 8, 8)).numpy()
+    np.testing.assert_allclose(everything(extract(*kinds, "sample")[0])[0], moments[:, :4] + moments[:, 4:] * noise,
+                               rtol=1e-5, atol=1e-6)
+
+    draws = everything(extract(*kinds, "sample", "--flip", "both")[0])[0].reshape(14, 2, 4, 8, 8)
+    both_moments = everything(extract(*kinds, "moments", "--flip", "both")[0])[0].reshape(14, 2, 2, 4, 8, 8)
+    noise = (draws - both_moments[:, :, 0]) / both_moments[:, :, 1]
+    assert abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.1         # a draw for each flip
+    assert 0.9 < noise.std() < 1.1
+
+
+def test_precision_says_what_it_changes(extract):
+    exact, _ = extract("--dtype", "float32")
+    assert "against fp32" not in _
+    rough, said = extract("--dtype", "float32", "--precision", "bf16", processes=2)
+    latents, codes = everything(exact)[:2]
+    rough_latents, rough_codes = everything(rough)[:2]
+    assert 0 < np.abs(rough_latents - latents).max() < 0.1 * np.abs(latents).max()
+    changed = re.search(r"bf16 changes (\d+) of 12 tokens \(.*%\) of the first 2 images against fp32", said)
+    assert int(changed[1]) == (rough_codes[:2] != codes[:2]).sum()
+    assert rough.manifest["precision"] == "bf16"
+
+
+def test_compiled_and_filled_up_batches_are_the_same(extract):
+    """Compiled for batches of 8, of which shards of 4 and the broken image leave 4 and 3 (on the CPU: the same path)."""
+    plain, compiled = (everything(extract("--batch-size", 8, "--dtype", "float32", *flags)[0])
+                       for flags in ((), ("--compile",)))
+    np.testing.assert_allclose(compiled[0], plain[0], rtol=1e-3, atol=1e-4)
+    for one, two in zip(compiled[1:], plain[1:]):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_without_an_encoder(features, images, tiny_models, tmp_path):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from benchmarks.loading import IMAGENET, sparse_features
 from conftest import ROOT
 
 from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir, write_whole
@@ -227,22 +228,6 @@ def test_other_manifests_are_refused(written):
             Features(root)
 
 
-def sparse_features(root, count, per=1024):
-    """Features of so many rows that take no room on the disk: each file its header, and a hole."""
-    writer = FeatureWriter(root, dict(format_version=1, latents="sample", image_size=256, L=512, V=256, classes=["a"]))
-    writer.start()
-    shards = range(-(-count // per))
-    for number in shards:
-        rows = min(per, count - number * per)
-        for kind, shape, dtype in (("features", (4, 32, 32), "<f2"), ("sem", (512,), "|u1"), ("labels", (), "<i8"),
-                                   ("path", (), "<U40")):
-            with open(kind_dir(root, 256, kind) / f"{number:06d}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=(rows, *shape)))
-                file.truncate(file.tell() + rows * int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        (writer.progress / f"{number:06d}.json").write_text(json.dumps(dict(rows=rows, skipped=[])))
-    writer.finish(len(shards))
-
-
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """ImageNet's 1,281,167 rows, opened and read from, take no more than 10,000 do."""
     script = """if True:
@@ -256,8 +241,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         print(features.count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
     sparse_features(tmp_path / "small", 10_000)
-    sparse_features(tmp_path / "large", 1_281_167)
+    sparse_features(tmp_path / "large", IMAGENET)
     out = subprocess.run([sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], cwd=ROOT, check=True,
                          capture_output=True, text=True).stdout
     count, grown_kib = map(int, out.split())
-    assert count == 1_281_167 and grown_kib < 32 * 1024, grown_kib         # the rows are 11 GB
+    assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib         # the rows are 11 GB

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import IMAGE_SIZE, launch
+from conftest import IMAGE_SIZE, extract_command, launch
+from forked import Run
 from PIL import Image
 
 from dlc.features import Features, kind_dir
 from dlc.noise import Stream, normal
-from train_diffusion import TrainingBatches, trim_metrics
+from train_diffusion import TrainingBatches, draw_posterior, trim_metrics
 
 
 def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):
@@ -148,3 +149,32 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     trim_metrics(path, 2)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+
+
+def test_moments_are_drawn_anew_in_each_epoch():
+    moments = torch.stack([torch.full((8, 8, 8), 2.0), torch.zeros(8, 8, 8)]).repeat(3, 1, 1, 1)
+    places = torch.tensor([0, 1, 14, 15, 28, 29])                           # rows 0 and 1 in three epochs of 14
+    x = draw_posterior(moments, 0, places)
+    assert x.shape == (6, 4, 8, 8)
+    torch.testing.assert_close(x[::2], 2 + 2 * normal(0, Stream.TRAIN_POSTERIOR, places[::2], (4, 8, 8)))
+    assert (x[1::2] == 0).all() and not torch.equal(x[0], x[2]) and not torch.equal(x[2], x[4])
+    torch.testing.assert_close(draw_posterior(moments[2:4], 0, places[2:4]), x[2:4], atol=0, rtol=0)
+
+
+def test_training_on_moments_and_both_flips(images, tiny_models, tmp_path):
+    """Losses do not depend on the number of processes, and continue those of a run that was stopped."""
+    def run(script, arguments, **kwargs):
+        process = Run(script, arguments, tmp_path / "output.txt", **kwargs)
+        assert process.wait(), process.said()
+    run("extract_features_withdlc", extract_command("", 1, images, tmp_path / "features", tiny_models,
+                                                    "--posterior", "moments", "--flip", "both")[3:])
+    command = [train_command(1, tmp_path / "features", tmp_path / name, "--max-steps", 6, "--sample-every", 6)[3:]
+               for name in ("one", "two", "stopped")]
+    run("train_diffusion", command[0])
+    run("train_diffusion", command[1], processes=2)
+    run("train_diffusion", [2 if flag == 6 else flag for flag in command[2]])
+    run("train_diffusion", command[2])
+    one, two, stopped = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two", "stopped"))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert one == stopped and len(one) == 6
+    assert Image.open(tmp_path / "one/previews/0000006.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)

@@ -1,0 +1,111 @@
+"""Images a second of extraction: decoding alone, each network alone, both, and the script as a whole.
+
+    python -m benchmarks.extraction --precision bf16
+
+Photograph-like JPEGs of 500x375 pixels, the Stable Diffusion VAE at 256x256 and a ViT-L/14 with registers under a SEM
+head of L=512, V=256, both with random weights (a rate does not depend on them). The networks share one device, so what
+the whole is measured against is the slower of decoding and both networks; on a CPU decoding shares it as well.
+"""
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks.record import record
+from dlc.encoder import SEMEncoder, load_encoder, save_encoder
+from dlc.extraction import Networks, Views, collate, flips_of, in_order
+from dlc.latents import load_vae
+from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers
+
+DECODED = 10        # times each image is decoded for its rate
+ON_GPU = torch.cuda.is_available()
+SD_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+              up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4)
+
+
+def write_photographs(root, count):
+    """JPEGs with the size on disk of ImageNet's, about 110 kB."""
+    random = np.random.default_rng(0)
+    (root / "class").mkdir(parents=True)
+    for index in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize((500, 375))
+        noise = random.normal(0, 12, (375, 500, 3))
+        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(
+            root / "class" / f"{index:06d}.jpg", quality=90)
+    return sum(path.stat().st_size for path in (root / "class").iterdir()) / count
+
+
+def images_per_second(work, batches, threads):
+    """work(batch) for each of the batches, in threads as extraction does it, after one to warm up; the rate."""
+    work(batches[0])
+    if ON_GPU:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        done = sum(in_order(pool, lambda batch: work(batch) or len(batch[0]), batches, threads))
+    return done / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4096 if ON_GPU else 48, help="images [4096 on GPUs, 48 on CPUs]")
+    parser.add_argument("--batch-size", type=int, default=32 if ON_GPU else 4, help="images a batch [32, on CPUs 4]")
+    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="image readers [%(default)s]")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of both networks [%(default)s]")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU, help="[on GPUs]")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        bytes_an_image = write_photographs(root / "images", args.images)
+        torch.manual_seed(0)
+        AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
+        save_encoder(SEMEncoder(), root / "sem")
+        vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
+
+        paths = sorted(map(str, (root / "images/class").iterdir()))
+        views = Views(paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
+        batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
+        loader = iter(DataLoader(views, batch_sampler=(1 + DECODED) * batches, collate_fn=collate,
+                                 num_workers=args.num_workers))
+        loaded = [next(loader) for _ in batches]
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
+
+        device = torch.device("cuda" if ON_GPU else "cpu")
+        networks = Networks(vae, encoder, device, args.precision, args.batch_size if args.compile else None)
+        parts = {"VAE": lambda batch: networks.moments(batch[1]).cpu() is None,
+                 "encoder": lambda batch: networks.codes(batch[2]).cpu() is None}
+        parts["both networks"] = lambda batch: parts["VAE"](batch) or parts["encoder"](batch)
+        for name, work in parts.items():
+            rates[name] = images_per_second(work, loaded, networks.threads)
+        del networks, vae, encoder, loaded
+
+        result = subprocess.run(
+            [sys.executable, "extract_features_withdlc.py", "--data-path", root / "images", "--features-path",
+             root / "features", "--vae", root / "vae", "--encoder", root / "sem", "--precision", args.precision,
+             "--batch-size", str(args.batch_size), "--num-workers", str(args.num_workers),
+             "--compile" if args.compile else "--no-compile"],
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        rates["the whole"] = float(re.search(r"([\d.]+) images/s a process", result.stdout)[1])
+
+    slowest = min(rates["decoding"], rates["both networks"])
+    record(f"extraction-{args.precision}", [
+        {"part": name, "images/s": round(rate, 3), "of the slowest": round(rate / slowest, 3)}
+        for name, rate in rates.items()], images=args.images, bytes_an_image=round(bytes_an_image),
+        batch_size=args.batch_size, num_workers=args.num_workers, cores=cores_per_process())
+
+
+if __name__ == "__main__":
+    main()
