@@ -56,6 +56,41 @@ def images_per_second(work, batches, threads):
     return done / (time.perf_counter() - start)
 
 
+def rates_of_the_parts(root, args):
+    """Images a second of decoding, the VAE, the encoder, and both networks."""
+    vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
+    paths = sorted(map(str, (root / "images/class").iterdir()))
+    views = Views(paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
+    batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
+    loader = iter(DataLoader(views, batch_sampler=(1 + DECODED) * batches, collate_fn=collate,
+                             num_workers=args.num_workers))
+    loaded = [next(loader) for _ in batches]
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
+
+    networks = Networks(vae, encoder, torch.device("cuda" if ON_GPU else "cpu"), args.precision,
+                        args.batch_size if args.compile else None)
+    parts = {"VAE": lambda batch: networks.moments(batch[1]).cpu() is None,
+             "encoder": lambda batch: networks.codes(batch[2]).cpu() is None}
+    parts["both networks"] = lambda batch: parts["VAE"](batch) or parts["encoder"](batch)
+    for name, work in parts.items():
+        rates[name] = images_per_second(work, loaded, networks.threads)
+    return rates
+
+
+def rate_of_the_whole(root, args):
+    """Images a second by the script's own account, which leaves out its start."""
+    result = subprocess.run(
+        [sys.executable, "extract_features_withdlc.py", "--data-path", root / "images", "--features-path",
+         root / "features", "--vae", root / "vae", "--encoder", root / "sem", "--precision", args.precision,
+         "--batch-size", str(args.batch_size), "--num-workers", str(args.num_workers),
+         "--compile" if args.compile else "--no-compile"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    return float(re.search(r"([\d.]+) images/s a process", result.stdout)[1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4096 if ON_GPU else 48, help="images [4096 on GPUs, 48 on CPUs]")
@@ -70,35 +105,7 @@ def main():
         torch.manual_seed(0)
         AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
         save_encoder(SEMEncoder(), root / "sem")
-        vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
-
-        paths = sorted(map(str, (root / "images/class").iterdir()))
-        views = Views(paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
-        batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
-        loader = iter(DataLoader(views, batch_sampler=(1 + DECODED) * batches, collate_fn=collate,
-                                 num_workers=args.num_workers))
-        loaded = [next(loader) for _ in batches]
-        start = time.perf_counter()
-        for _ in loader:
-            pass
-        rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
-
-        device = torch.device("cuda" if ON_GPU else "cpu")
-        networks = Networks(vae, encoder, device, args.precision, args.batch_size if args.compile else None)
-        parts = {"VAE": lambda batch: networks.moments(batch[1]).cpu() is None,
-                 "encoder": lambda batch: networks.codes(batch[2]).cpu() is None}
-        parts["both networks"] = lambda batch: parts["VAE"](batch) or parts["encoder"](batch)
-        for name, work in parts.items():
-            rates[name] = images_per_second(work, loaded, networks.threads)
-        del networks, vae, encoder, loaded
-
-        result = subprocess.run(
-            [sys.executable, "extract_features_withdlc.py", "--data-path", root / "images", "--features-path",
-             root / "features", "--vae", root / "vae", "--encoder", root / "sem", "--precision", args.precision,
-             "--batch-size", str(args.batch_size), "--num-workers", str(args.num_workers),
-             "--compile" if args.compile else "--no-compile"],
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-        rates["the whole"] = float(re.search(r"([\d.]+) images/s a process", result.stdout)[1])
+        rates = {**rates_of_the_parts(root, args), "the whole": rate_of_the_whole(root, args)}
 
     slowest = min(rates["decoding"], rates["both networks"])
     record(f"extraction-{args.precision}", [
