@@ -26,7 +26,7 @@ def machine():
                 cores=len(os.sched_getaffinity(0)),
                 memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
                 python=platform.python_version(), **versions(),
-                commit=git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""))
+                commit=git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results") else ""))
 
 
 def record(name, rows, **more):
