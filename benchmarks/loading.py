@@ -57,7 +57,8 @@ def both_layouts(root, count, per_shard=1024):
         writer.write(number, arrays, [])
         for kind in ("features", "sem"):
             for row in range(rows):
-                np.save(kind_dir(root / "files", 256, kind) / f"{number * per_shard + row}.npy", arrays[kind][row:row + 1])
+                path = kind_dir(root / "files", 256, kind) / f"{number * per_shard + row}.npy"
+                np.save(path, arrays[kind][row:row + 1])
     writer.finish(-(-count // per_shard))
     os.sync()
 

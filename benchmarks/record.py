@@ -22,11 +22,12 @@ def machine():
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True).stdout.strip()
 
+    changed = git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
     return dict(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, cpu=cpu[0],
                 cores=len(os.sched_getaffinity(0)),
                 memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
                 python=platform.python_version(), **versions(),
-                commit=git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results") else ""))
+                commit=git("rev-parse", "--short", "HEAD") + ("+" if changed else ""))
 
 
 def record(name, rows, **more):

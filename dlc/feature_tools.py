@@ -102,8 +102,8 @@ def info(args):
             print("made with: " + ", ".join(known))
 
     mean, std = latent_statistics(features)
-    print(f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each channel "
-          f"mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}")
+    print(f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
+          f"channel mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}")
     for channel in np.flatnonzero(~((std > 0.5) & (std < 2))):
         print(f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
               "multiplied by the VAE's scaling factor, once?")
@@ -183,7 +183,7 @@ def problems(root, V=None, num_classes=None):
             if kind in dtypes and array.dtype != dtypes[kind]:
                 yield f"{path} has values of type {array.dtype}, the manifest says {np.dtype(dtypes[kind])}"
             if kind in widths and array.shape[1] != widths[kind]:
-                yield f"{path} has rows of shape {array.shape[1:]}, by the manifest their first dimension is {widths[kind]}"
+                yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {widths[kind]}"
             if kind == "path" and array.dtype.kind != "U":
                 yield f"{path} has values of type {array.dtype}, wanted unicode"
             if kind == "features":

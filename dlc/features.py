@@ -356,7 +356,8 @@ class Features:
             raise ValueError(f"{self.root}: features of format {manifest['format_version']}; this code reads up to "
                              f"{FORMAT_VERSION}")
         if manifest["latents"] not in LATENTS:
-            raise ValueError(f"{self.root}: latents of kind {manifest['latents']!r}, wanted one of {', '.join(LATENTS)}")
+            raise ValueError(f"{self.root}: latents of kind {manifest['latents']!r}, wanted one of "
+                             f"{', '.join(LATENTS)}")
         self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
         stacks = shard_stacks(self.root, manifest)
         for stack in stacks.values():

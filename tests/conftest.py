@@ -91,8 +91,8 @@ def images(tmp_path_factory):
 
 def extract_command(launcher, processes, images, features, tiny_models, *flags):
     return (launcher, processes, "extract_features_withdlc.py", "--model", "DiT-S/2", "--data-path", images,
-            "--features-path", features, "--image-size", IMAGE_SIZE, "--vae", tiny_models[0], "--encoder", tiny_models[1],
-            "--batch-size", 2, "--shard-size", 4, "--num-workers", 1, *flags)
+            "--features-path", features, "--image-size", IMAGE_SIZE, "--vae", tiny_models[0], "--encoder",
+            tiny_models[1], "--batch-size", 2, "--shard-size", 4, "--num-workers", 1, *flags)
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,12 @@ import time
 from conftest import ROOT
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc",
-                                "torch.distributed", "diffusers.models.autoencoders.autoencoder_kl"])
+context.set_forkserver_preload(["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _run(script, arguments, environment, output):
-    multiprocessing.set_start_method("fork", force=True)    # as in a process started afresh; here it would be forkserver
+    multiprocessing.set_start_method("fork", force=True)    # a forked server's children would start workers by it
     os.setpgid(0, 0)                                        # with its data loader's workers, a group
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -39,12 +38,12 @@ class Run:
         self.output = output
         self.ranks = []
         for rank in range(processes):
-            environment = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1",
-                               MASTER_PORT=str(port), **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)),
-                               **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
-            if processes == 1:
-                environment = {key: environment[key] for key in ("HF_HUB_OFFLINE", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
-            self.ranks.append(context.Process(target=_run, args=(script, [*map(str, arguments)], environment, str(output))))
+            environment = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1")
+            if processes > 1:
+                environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
+                                   LOCAL_WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
+            self.ranks.append(context.Process(
+                target=_run, args=(script, [*map(str, arguments)], environment, str(output))))
         for rank in self.ranks:
             rank.start()
 
@@ -59,18 +58,19 @@ class Run:
         return all(rank.exitcode == 0 for rank in self.ranks)
 
     def kill(self, first, grace=0.1):
-        """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would; and to their workers.
+        """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would do it.
 
-        Returns whether the first was still running.
+        Their data loaders' workers go with them. Returns whether the first was still running.
         """
         alive = self.ranks[first].is_alive()
-        for rank in [self.ranks[first], *self.ranks]:
+        self.ranks[first].kill()
+        if len(self.ranks) > 1:
+            time.sleep(grace)
+        for rank in self.ranks:
+            rank.kill()
             try:
                 os.killpg(rank.pid, signal.SIGKILL)
-            except ProcessLookupError:
+            except ProcessLookupError:                      # no workers, or no group yet
                 pass
-            if rank is self.ranks[first]:
-                time.sleep(grace if len(self.ranks) > 1 else 0)
-        for rank in self.ranks:
             rank.join()
         return alive

@@ -99,6 +99,32 @@ def test_hub_out_of_reach(extract_error):
 def test_features_of_other_settings(extract_error, features):
     error = extract_error("--features-path", features, "--shard-size", 4, "--flip", "none", "--global-seed", 3)
     assert "flip 'random' there, 'none' here; seed 0 there, 3 here" in error
+    for flags, message in ((("--posterior", "moments"), "latents 'sample' there, 'moments' here"),
+                           (("--dtype", "float32"), "dtype 'float16' there, 'float32' here"),
+                           (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"),
+                           (("--flip", "both"), "flip 'random' there, 'both' here"),
+                           (("--encoder", "none"), "L 6 there, None here; V 300 there, None here"),
+                           (("--image-size", 32), "image_size 64 there, 32 here"),
+                           ((), "shard_size 4 there, 1024 here")):
+        assert message in extract_error("--features-path", features, *flags)
+
+
+def test_features_of_other_images_or_networks(extract_error, images, tiny_models, features, tmp_path):
+    """Told by what they are, not by where they lie."""
+    same = ("--features-path", features, "--shard-size", 4)
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/cat/3.png").rename(tmp_path / "images/cat/3b.png")
+    error = extract_error(*same, data_path=tmp_path / "images")
+    assert "listing_sha256" in error and "images 15" not in error
+    (tmp_path / "images/cat/3b.png").unlink()
+    assert "images 15 there, 14 here" in extract_error(*same, data_path=tmp_path / "images")
+    for flag, name, file in (("--vae", "vae", "diffusion_pytorch_model.safetensors"),
+                             ("--encoder", "sem", "model.safetensors")):
+        shutil.copytree(tiny_models[flag == "--encoder"], tmp_path / name)
+        weights = safetensors.torch.load_file(tmp_path / name / file)
+        next(iter(weights.values())).view(-1)[0] += 1
+        safetensors.torch.save_file(weights, tmp_path / name / file, metadata=dict(format="pt"))
+        assert f"{flag[2:]}_sha256" in extract_error(*same, flag, tmp_path / name)
 
 
 #################################################################################

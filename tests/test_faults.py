@@ -96,7 +96,7 @@ def test_a_full_disk(whole, many_images, tiny_models, tmp_path):
     result = launch(command, tmp_path, check=False, largest_file=1500)      # bytes; a shard of latents has 2,176
     error = [line for line in result.stderr.splitlines() if "error:" in line]
     assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
-    assert re.search(r"cannot write .*imagenet64_features/00000\d.npy \(.*\); what is done is kept: run the same", error[0])
+    assert re.search(r"cannot write .*_features/00000\d.npy \(.*\); what is done is kept: run the same", error[0])
     assert not list(tmp_path.rglob("*.tmp"))
     launch(command, tmp_path)
     assert contents(tmp_path) == whole

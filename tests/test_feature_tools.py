@@ -42,8 +42,9 @@ def packed(root, codes, std=1.0, **settings):
     starts = range(0, len(codes), 20)
     for shard, start in enumerate(starts):
         part = codes[start:start + 20]
+        names = np.array([f"a/{start + i}" for i in range(len(part))])
         writer.write(shard, dict(features=std * latents[start:start + 20], sem=part.astype(np.uint8),
-                                 labels=np.arange(len(part)) % 2, path=np.array([f"a/{i}" for i in range(len(part))])), [])
+                                 labels=np.arange(len(part)) % 2, path=names), [])
     writer.finish(len(starts))
     return std * latents
 
@@ -129,7 +130,8 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     assert status == 1
     found = [line.replace(f"{tmp_path}/", "") for line in out.splitlines()]
     wanted = ("manifest.json counts 101 rows, its shards 100", "features/000009.npy is not in the manifest",
-              "features/000000.npy, row 7: a latent that is not finite", "features/000002.npy has rows of shape (2, 4, 4)",
+              "features/000000.npy, row 7: a latent that is not finite",
+              "features/000002.npy has rows of shape (2, 4, 4)",
               "features/000003.npy has values of type float16, the manifest says float32",
               "sem/000000.npy, row 6: value 5 outside 0..4", "sem/000001.npy is missing",
               "labels/000002.npy, row 5: value 2 outside 0..1", "labels/000003.npy has shape (19,), wanted 20 row(s)",
@@ -194,7 +196,8 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     datasets = pytest.importorskip("datasets")
     latents = RANDOM.normal(size=(30, 1, 4, 8, 8)).astype(np.float32)
     codes = RANDOM.integers(0, 300, (30, 16))
-    typed = datasets.Features(features=datasets.Array4D((1, 4, 8, 8), "float32"), labels=datasets.Sequence(datasets.Value("int64")))
+    typed = datasets.Features(features=datasets.Array4D((1, 4, 8, 8), "float32"),
+                              labels=datasets.Sequence(datasets.Value("int64")))
     for name, data in (("typed", datasets.Dataset.from_dict(dict(features=latents, labels=codes), features=typed)),
                        ("lists", datasets.DatasetDict(train=datasets.Dataset.from_dict(
                            dict(features=latents[:, 0].tolist(), labels=codes.tolist(), other=list(range(30))))))):

@@ -96,7 +96,7 @@ def test_one_launch_at_a_time(tmp_path):
         assert not waiting.done()
         first.finish(1)
         assert waiting.result() is False
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json"} | {f"imagenet64_{kind}" for kind in SAMPLE_NDIM}
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(f"imagenet64_{kind}" for kind in SAMPLE_NDIM)}
 
     (tmp_path / "manifest.json").unlink()
     left = kind_dir(tmp_path, 64, "sem") / ".000001.npy.0123.tmp"
