@@ -93,7 +93,7 @@ def rate_of_the_whole(root, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4096 if ON_GPU else 48, help="images [4096 on GPUs, 48 on CPUs]")
+    parser.add_argument("--images", type=int, default=4096 if ON_GPU else 96, help="images [4096 on GPUs, 96 on CPUs]")
     parser.add_argument("--batch-size", type=int, default=32 if ON_GPU else 4, help="images a batch [32, on CPUs 4]")
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="image readers [%(default)s]")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of both networks [%(default)s]")
