@@ -180,7 +180,7 @@ def main():
         if encoder:
             networks.codes(torch.zeros(1, encoder.image_size, encoder.image_size, 3, dtype=torch.uint8))
     try:
-        with ThreadPoolExecutor(networks.threads) as encoding, ThreadPoolExecutor(1) as writing:
+        with networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
             encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
             for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
                 pass

@@ -3,8 +3,8 @@
     python -m benchmarks.extraction --precision bf16
 
 Photograph-like JPEGs of 500x375 pixels, the Stable Diffusion VAE at 256x256 and a ViT-L/14 with registers under a SEM
-head of L=512, V=256, both with random weights (a rate does not depend on them). The networks share one device, so what
-the whole is measured against is the slower of decoding and both networks; on a CPU decoding shares it as well.
+head of L=512, V=256, both with random weights (a rate does not depend on them). The networks share one device, so the
+bound of the whole is the slower of decoding and both networks; on a CPU decoding takes its share of the cores, too.
 """
 import argparse
 import re
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +44,14 @@ def write_photographs(root, count):
     return sum(path.stat().st_size for path in (root / "class").iterdir()) / count
 
 
-def images_per_second(work, batches, threads):
+def images_per_second(work, batches, networks):
     """work(batch) for each of the batches, in threads as extraction does it, after one to warm up; the rate."""
     work(batches[0])
     if ON_GPU:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        done = sum(in_order(pool, lambda batch: work(batch) or len(batch[0]), batches, threads))
+    with networks.pool() as pool:
+        done = sum(in_order(pool, lambda batch: work(batch) or len(batch[0]), batches, networks.threads))
     return done / (time.perf_counter() - start)
 
 
@@ -76,7 +75,7 @@ def rates_of_the_parts(root, args):
              "encoder": lambda batch: networks.codes(batch[2]).cpu() is None}
     parts["both networks"] = lambda batch: parts["VAE"](batch) or parts["encoder"](batch)
     for name, work in parts.items():
-        rates[name] = images_per_second(work, loaded, networks.threads)
+        rates[name] = images_per_second(work, loaded, networks)
     return rates
 
 
@@ -107,9 +106,9 @@ def main():
         save_encoder(SEMEncoder(), root / "sem")
         rates = {**rates_of_the_parts(root, args), "the whole": rate_of_the_whole(root, args)}
 
-    slowest = min(rates["decoding"], rates["both networks"])
+    bound = min(rates["decoding"], rates["both networks"])
     record(f"extraction-{args.precision}", [
-        {"part": name, "images/s": round(rate, 3), "of the slowest": round(rate / slowest, 3)}
+        {"part": name, "images/s": round(rate, 3), "times the bound": round(rate / bound, 3)}
         for name, rate in rates.items()], images=args.images, bytes_an_image=round(bytes_an_image),
         batch_size=args.batch_size, num_workers=args.num_workers, cores=cores_per_process())
 

@@ -2,6 +2,7 @@
 import errno
 import os
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ class Networks:
             vae.encoder.compile()
             for block in encoder.backbone.blocks if encoder else ():
                 block.compile()
+
+    def pool(self):
+        """The threads that work on batches side by side."""
+        on_gpu = self.device.type == "cuda"             # a thread's own device would be the first one
+        return ThreadPoolExecutor(self.threads, initializer=torch.cuda.set_device if on_gpu else None,
+                                  initargs=(self.device,) if on_gpu else ())
 
     def _run(self, network, pixels):
         """network(pixels) of a batch of the size it was compiled for."""
