@@ -103,16 +103,20 @@ def main():
     if args.image_size // factor % patch:
         logger.warning(f"warning: latents of --image-size {args.image_size} are {args.image_size // factor} wide, not "
                        f"a multiple of {args.model}'s patch {patch}: it cannot be trained on them")
+    num_shards = -(-len(paths) // args.shard_size)
+    flips = flips_of(args.flip, len(paths), args.global_seed)                                # (images, k)
+    views = Views(paths, flips, args.image_size, encoder.image_size if encoder else None)
+    preview = Path(args.features_path) / "preview.png"
     if not incomplete:
         logger.info(f"{args.features_path} is complete; nothing to do")
+        if state.is_main_process and not preview.exists():
+            with parser.one_line_errors():
+                save_preview(preview, args.features_path, views, relative, vae)
         state.destroy_process_group()
         return
 
     # ---------------------------------------------------------------------- what there is to do
-    num_shards = -(-len(paths) // args.shard_size)
-    flips = flips_of(args.flip, len(paths), args.global_seed)                                # (images, k)
-    views = Views(paths, flips, args.image_size, encoder.image_size if encoder else None)
-    todo = from_rank_0([shard for shard in range(num_shards) if not writer.record_path(shard).is_file()])
+    todo = from_rank_0([shard for shard in range(num_shards) if not writer.is_done(shard)])
     logger.info(f"{len(paths):,} images in {len(classes)} classes, {num_shards} shards, {len(todo)} to do, "
                 f"{state.num_processes} processes on {state.device.type}, {args.precision}")
     batches = []                                             # a batch never crosses a shard
@@ -142,7 +146,8 @@ def main():
         batch, (indices, crops, code_views, unreadable) = item
         for index, error, broken in unreadable:
             if args.strict or not broken:
-                raise OSError(f"cannot read {paths[index]!r} ({error}): mend or remove it")
+                raise OSError(f"cannot read {paths[index]!r} ({error}): mend it"
+                              f"{', or leave --strict away' if broken else ''}")
         skipped = [[relative[index], error] for index, error, _ in unreadable]
         if indices is None:
             return batch, empty, skipped
@@ -172,13 +177,13 @@ def main():
                 yield shard, {kind: np.concatenate([part[kind] for part in parts]) for kind in empty}, skipped
                 parts, skipped = [empty], []
 
-    start = time.time()
-    bar = tqdm(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
-               desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
     if args.compile and batches:        # before there are threads, of which only one may compile
         networks.moments(torch.zeros(1, flips.shape[1], args.image_size, args.image_size, 3, dtype=torch.uint8))
         if encoder:
             networks.codes(torch.zeros(1, encoder.image_size, encoder.image_size, 3, dtype=torch.uint8))
+    start = time.time()
+    bar = tqdm(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
+               desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
     try:
         with networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
             encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
@@ -193,15 +198,12 @@ def main():
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
-        look = ""
-        if manifest["count"]:
-            preview = Path(args.features_path) / "preview.png"
-            save_preview(preview, Features(args.features_path), views, relative, vae)
-            look = f"; look at {preview}"
+        with parser.one_line_errors():                          # none of the images may have been read
+            save_preview(preview, args.features_path, views, relative, vae)
         logger.info(f"done: {manifest['count']:,} rows of {len(paths):,} images in {num_shards} shards, "
                     f"{len(manifest['skipped'])} skipped "
                     f"{'(listed in manifest.json) ' if manifest['skipped'] else ''}at {args.features_path}; "
-                    f"{rate:.2f} images/s a process{look}")
+                    f"{rate:.2f} images/s a process; look at {preview}")
     state.destroy_process_group()
 
 
@@ -210,8 +212,9 @@ def first_views(views, batches):
     return collate([views[index] for index in batches[0]])[2] if batches else None
 
 
-def save_preview(path, features, views, relative, vae, columns=8):
+def save_preview(path, features_path, views, relative, vae, columns=8):
     """Eight crops, spread over the rows, over what the VAE makes of their stored latents."""
+    features = Features(features_path)
     rows = np.unique(np.linspace(0, features.count - 1, columns).astype(int))
     index_of = {name: index for index, name in enumerate(relative)}
     copy = rows % views.flips.shape[1]

@@ -65,7 +65,7 @@ class Views(Dataset):
 
 def is_broken(path, error):
     """Whether an error is the image's own, to be skipped, rather than the disk's or the memory's, which may pass."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # a seek to where a file says
         return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)        # a link to nowhere
     return not isinstance(error, MemoryError)
 
@@ -103,12 +103,11 @@ class Networks:
     def __init__(self, vae, encoder, device, precision="fp32", pad_to=None):
         self.vae, self.encoder, self.device, self.pad_to = vae.to(device), encoder, device, pad_to
         self.threads = 2 if device.type == "cuda" else cores_per_process()    # 2: the GPU always has work waiting
-        if device.type == "cpu":
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)        # on GPUs, too: pinning's thread sets it, and compiled code would be made anew
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
         dtype = PRECISIONS[precision]
-        for part in (vae.encoder, vae.quant_conv):
+        for part in filter(None, (vae.encoder, vae.quant_conv)):
             part.to(dtype=dtype, memory_format=torch.channels_last)
         if encoder:
             encoder.to(device).backbone.to(dtype)

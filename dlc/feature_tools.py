@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, check_range, code_dtype, read_json,
-                          shard_stacks, write_whole)
+                          recorded_id, shard_stacks, write_whole)
 from dlc.runtime import ArgumentParser, number
 
 PART = 4096                 # rows looked at together, so that no file need fit in memory
@@ -60,7 +60,7 @@ def code_usage(features):
     weights = np.random.default_rng(0).integers(0, 2**63, features.L, dtype=np.uint64) * 2 + 1
     hashes = []
     for part in parts(features.codes, "codes"):
-        counts += np.bincount((part + np.arange(features.L) * features.V).ravel(), minlength=len(counts))
+        counts += np.bincount((part.astype(np.int64) + np.arange(features.L) * features.V).ravel(), minlength=len(counts))
         hashes.append(part.astype(np.uint64) @ weights)
     hashes = np.concatenate(hashes)
     if (features.manifest or {}).get("flip") == "both":
@@ -109,7 +109,7 @@ def info(args):
               "multiplied by the VAE's scaling factor, once?")
 
     features.labels.check_range(features.num_classes)
-    labels = np.bincount(np.concatenate([np.asarray(part) for part in parts(features.labels, "labels")]))
+    labels = np.bincount(np.concatenate([part.astype(np.int64) for part in parts(features.labels, "labels")]))
     print(f"labels: {features.num_classes} classes, {np.count_nonzero(labels)} of them with rows, "
           f"{labels[labels > 0].min():,} to {labels.max():,} each")
 
@@ -149,6 +149,8 @@ def problems(root, V=None, num_classes=None):
             yield f"{manifest_path} is not a manifest of ours (no {error})"
             return
         listed = sum(shard["rows"] for shard in manifest["shards"])
+        if not count:
+            yield f"{manifest_path} has no rows"
         if listed != count:
             yield f"{manifest_path} counts {count} rows, its shards {listed}"
         for stack in stacks.values():
@@ -162,6 +164,7 @@ def problems(root, V=None, num_classes=None):
         except ValueError as error:
             yield str(error)
             return
+        needs_V(V, features.codes is not None)
         num_classes, dtypes, widths = features.num_classes, {}, {}
         stacks = dict(features=features.latents, labels=features.labels)
         if features.codes is not None:
@@ -210,14 +213,19 @@ def check(args):
 #                              pack and import-hf                               #
 #################################################################################
 
-def write_shards(new, count, names, read, shard_size, **settings):
-    """Write rows 0..count-1 into shards at `new`; read(rows) gives the arrays of an index range, one a kind.
+def write_shards(args, source, count, channels, names, read, **settings):
+    """Write rows 0..count-1 into shards at args.new; read(rows) gives the arrays of an index range, one a kind.
 
     Of the settings of an extraction, what is not known of other layouts is None.
+
+    Raises ValueError where the latents have other than four channels.
     """
+    if channels != 4:
+        raise ValueError(f"{source} has latents of {channels} channels, wanted 4")
+    new, shard_size = args.new, args.shard_size
     unknown = dict.fromkeys(("vae", "vae_sha256", "scaling_factor", "encoder", "encoder_sha256", "precision", "flip",
                              "seed"))
-    settings = dict(unknown, format_version=FORMAT_VERSION, latents="sample", shard_size=shard_size, images=count,
+    settings = dict(unknown, format_version=FORMAT_VERSION, latents="sample", shard_size=shard_size, source=source, images=count,
                     listing_sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(), **settings)
     writer = FeatureWriter(new, settings)
     if not writer.start():
@@ -225,7 +233,7 @@ def write_shards(new, count, names, read, shard_size, **settings):
         return
     shards = range(-(-count // shard_size))
     for shard in tqdm(shards, desc="packing", unit="shard", delay=2):
-        if not writer.record_path(shard).is_file():
+        if not writer.is_done(shard):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
             writer.write(shard, read(rows), [])
     writer.finish(len(shards))
@@ -247,23 +255,25 @@ def pack(args):
             arrays["sem"] = old.codes.gather(rows, limit=old.V).astype(code_dtype(old.V))
         return arrays
 
-    write_shards(args.new, old.count, names, read, args.shard_size, image_size=old.image_size, dtype=dtype, L=old.L,
-                 V=old.V if old.codes is not None else None, classes=[str(i) for i in range(old.num_classes)])
+    write_shards(args, recorded_id(args.old), old.count, old.latent_shape[0], names, read, image_size=old.image_size,
+                 dtype=dtype, L=old.L, V=old.V if old.codes is not None else None,
+                 classes=[str(i) for i in range(old.num_classes)])
 
 
 def import_hf(args):
     try:
-        import datasets
+        from datasets import DatasetDict, load_from_disk
     except ImportError:
         raise ValueError("import-hf needs the package datasets: pip install datasets") from None
     try:
-        data = datasets.load_from_disk(args.directory)
+        data = load_from_disk(args.directory)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{args.directory} is not a dataset saved to disk ({error})") from None
-    if isinstance(data, datasets.DatasetDict):
+    source = recorded_id(args.directory)
+    if isinstance(data, DatasetDict):
         if args.split not in data:
             raise ValueError(f"{args.directory} has no split {args.split!r}: --split one of {', '.join(data)}")
-        data = data[args.split]
+        data, source = data[args.split], f"{source}, split {args.split}"
     for column in ("features", "labels"):
         if column not in data.column_names:
             raise ValueError(f"{args.directory} has no column {column!r}, only {', '.join(data.column_names)}")
@@ -279,7 +289,7 @@ def import_hf(args):
     L = first["labels"].size if first["labels"].ndim > 1 else None             # a number a row is a class, not a code
     needs_V(args.V, L is not None)
     num_classes = 1 if L else args.num_classes or 1000
-    dtype = args.dtype or str(first["features"].dtype)
+    dtype = args.dtype or "float32"
 
     def read(rows):
         part = data[rows.start:rows.stop]
@@ -291,7 +301,7 @@ def import_hf(args):
             return dict(arrays, sem=values.astype(code_dtype(args.V)), labels=np.zeros(len(rows), np.int64))
         return dict(arrays, labels=values.astype(np.int64))
 
-    write_shards(args.new, len(data), [str(Path(args.directory).resolve())], read, args.shard_size, dtype=dtype, L=L,
+    write_shards(args, source, len(data), latent_shape[0], [source], read, dtype=dtype, L=L,
                  image_size=latent_shape[-1] * args.factor, V=args.V if L else None,
                  classes=["all"] if L else [str(i) for i in range(num_classes)])
 
@@ -317,10 +327,10 @@ def main():
     two.add_argument("directory", help="what Dataset.save_to_disk wrote")
     two.add_argument("--split", default="train", help="of a dataset that has several [%(default)s]")
     two.add_argument("--factor", type=number(int, 1), default=8, help="pixels a latent cell [%(default)s]")
-    for packing in (one, two):
+    for packing, dtype in ((one, "as they are"), (two, "float32")):
         packing.add_argument("new", help="features directory to write")
         packing.add_argument("--shard-size", type=number(int, 1), default=1024, help="rows a shard [%(default)s]")
-        packing.add_argument("--dtype", choices=["float16", "float32"], help="of the stored latents [as they are]")
+        packing.add_argument("--dtype", choices=["float16", "float32"], help=f"of the stored latents [{dtype}]")
     args = parser.parse_args()
     with parser.one_line_errors():
         args.function(args)

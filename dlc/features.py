@@ -10,12 +10,14 @@ directory of the reference scripts, one `.npy` an image and no manifest, is read
 
     python -m dlc.features info|check|pack|import-hf --help      # to look at, check and convert them
 """
+import contextlib
 import io
 import json
 import os
 import re
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
+MAX_OPEN = 8192             # maps that a Stack keeps open; Linux allows a process 65,530 of them
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}      # dimensions of one row of each kind
 LATENTS = ("sample", "mean", "moments")                              # of the VAE's posterior; moments: mean, then std
 
@@ -49,9 +52,20 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error})") from error
+
+
+def sync_directory(path):
+    """Bring a directory's names to the disk, so that they outlive a crash of the machine in the order they were made."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path, value):
@@ -143,20 +157,28 @@ class FeatureWriter:
         Raises ValueError where another launch holds the directory, and where it holds features made with other
         settings, naming the difference.
         """
+        directories = [kind_dir(self.root, self.settings["image_size"], kind) for kind in SAMPLE_NDIM]
         if not self._is_complete():
+            if not (self.progress / "settings.json").is_file() and any(
+                    True for directory in directories for _ in directory.glob("*.npy")):
+                raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
             self.progress.mkdir(parents=True, exist_ok=True)
             try:
                 self.lock.acquire(timeout=patience)
             except Timeout:
                 raise ValueError(f"another process is writing features to {self.root}: wait for it, or give another "
-                                 f"path (if none is, remove {self.root / '.lock'})") from None
+                                 "path") from None
+            except NotImplementedError:
+                warnings.warn(f"the file system of {self.root} has no locks: see that one launch at a time writes there")
         if self._is_complete():                                 # maybe by the launch that was waited for
+            missing_file(shard_stacks(self.root, read_json(self.root / "manifest.json")))
             self._clear()
             return False
-        for temporary in self.root.rglob(".*.tmp"):             # of a run that was killed
-            temporary.unlink(missing_ok=True)
-        for kind in SAMPLE_NDIM:
-            kind_dir(self.root, self.settings["image_size"], kind).mkdir(exist_ok=True)
+        for directory in directories:
+            directory.mkdir(exist_ok=True)
+        for directory in (self.root, self.progress, *directories):      # what a run that was killed left
+            for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
+                temporary.unlink(missing_ok=True)
         write_json(self.progress / "settings.json", self.settings)
         return True
 
@@ -173,10 +195,22 @@ class FeatureWriter:
         """Leave the directory with nothing but features in it."""
         shutil.rmtree(self.progress, ignore_errors=True)
         self.lock.release()
-        (self.root / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                      # not there, or on a disk that is only read
+            (self.root / ".lock").unlink()
 
     def record_path(self, shard):
         return self.progress / f"{shard:06d}.json"
+
+    def is_done(self, shard):
+        """Whether a shard is on the disk: its record and, should a crash of the machine have undone them, its files."""
+        return self.record_path(shard).is_file() and all(
+            self.shard_path(kind, shard).is_file() for kind in self._kinds())
+
+    def _kinds(self):
+        return [kind for kind in SAMPLE_NDIM if kind != "sem" or self.settings["V"]]
+
+    def shard_path(self, kind, shard):
+        return kind_dir(self.root, self.settings["image_size"], kind) / f"{shard:06d}.npy"
 
     def write(self, shard, arrays, skipped):
         """Write one shard whole: arrays maps kinds to arrays of equal length; skipped lists [image path, reason].
@@ -186,15 +220,21 @@ class FeatureWriter:
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, rows
         for kind, array in arrays.items():
-            path = kind_dir(self.root, self.settings["image_size"], kind) / f"{shard:06d}.npy"
             buffer = io.BytesIO()               # np.save into a file itself does not see that a disk is full
             np.save(buffer, array, allow_pickle=False)
-            write_whole(path, lambda file: file.write(buffer.getbuffer()))
+            write_whole(self.shard_path(kind, shard), lambda file: file.write(buffer.getbuffer()))
         write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
 
     def finish(self, num_shards):
-        """Write the manifest out of all shards' records, and return it. Called by one process, after all writing."""
-        records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
+        """Write the manifest out of all shards' records, and return it. Called by one process, after all writing.
+
+        Raises OSError where a record cannot be read, or the manifest not be written.
+        """
+        os.listdir(self.progress)               # a network disk may remember that a record was not there
+        try:
+            records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
+        except ValueError as error:
+            raise OSError(str(error)) from None
         manifest = dict(
             self.settings, count=sum(record["rows"] for record in records),
             shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
@@ -249,6 +289,8 @@ class Stack:
             raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, "
                              "{} of {}".format(*self._first_opened))
         if not self.lone:
+            if len(self._open) == MAX_OPEN:
+                self._open.clear()
             self._open[index] = array
         return array
 
@@ -299,6 +341,15 @@ def shard_stacks(root, manifest):
     ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
     return {kind: Stack([kind_dir(root, manifest["image_size"], kind) / f"{shard['name']}.npy" for shard in shards],
                         ends, ndim) for kind, ndim in SAMPLE_NDIM.items() if kind != "sem" or manifest["V"]}
+
+
+def missing_file(stacks):
+    """Raise ValueError at the first file of the stacks that is not there."""
+    for stack in stacks.values():
+        there = set(os.listdir(stack.paths[0].parent)) if stack.paths and stack.paths[0].parent.is_dir() else set()
+        for path in stack.paths:
+            if path.name not in there:
+                raise ValueError(f"{path} is missing, though the manifest lists it")
 
 
 class Features:
@@ -360,11 +411,7 @@ class Features:
                              f"{', '.join(LATENTS)}")
         self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
         stacks = shard_stacks(self.root, manifest)
-        for stack in stacks.values():
-            there = set(os.listdir(stack.paths[0].parent)) if stack.paths and stack.paths[0].parent.is_dir() else set()
-            for path in stack.paths:
-                if path.name not in there:
-                    raise ValueError(f"{path} is missing, though the manifest lists it")
+        missing_file(stacks)
         return stacks
 
     def _open_lone_files(self):

@@ -62,6 +62,7 @@ class Run:
 
         Their data loaders' workers go with them. Returns whether the first was still running.
         """
+        assert all(rank.exitcode in (None, 0) for rank in self.ranks), self.said()
         alive = self.ranks[first].is_alive()
         self.ranks[first].kill()
         if len(self.ranks) > 1:

@@ -177,7 +177,7 @@ def test_training_flags(error_of, features, tmp_path):
 
 def test_results_of_another_run(error_of, features, tmp_path):
     path = save_checkpoint(tmp_path / "results/checkpoints/0000001")
-    meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, num_classes=None, features_count=14,
+    meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, num_classes=None, features_count=14, latents="sample", flip="random",
                 global_batch_size=8, global_seed=0, scaling_factor=0.3)
     (path / "meta.json").write_text(json.dumps(meta))
     error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/4", "--global-batch-size", 4)

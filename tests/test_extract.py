@@ -169,7 +169,17 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     assert "4 shards, 2 to do" in result.stdout
     assert contents(tmp_path) == contents(features)
     assert untouched.stat().st_mtime_ns == before
+    (tmp_path / "preview.png").unlink()                                     # as if killed before it was drawn
     assert "is complete; nothing to do" in launch(command, tmp_path).stdout
+    assert Image.open(tmp_path / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+
+
+def test_nothing_that_can_be_read(tiny_models, tmp_path):
+    (tmp_path / "images/cat").mkdir(parents=True)
+    (tmp_path / "images/cat/0.png").write_text("")
+    result = launch(extract_command("python", 1, tmp_path / "images", tmp_path / "features", tiny_models), tmp_path,
+                    check=False)
+    assert result.returncode == 2 and "has no rows" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_center_crop_is_adms():

@@ -60,7 +60,8 @@ def test_extraction_killed_at_random_moments(whole, extraction, tmp_path):
         name = f"features_{finished}"
         done = shards_done(tmp_path / name)
         run = extraction(name, "--num-workers", chance.randint(0, 2), processes=chance.choice([1, 2]))
-        if not run.wait(chance.uniform(0.1, seconds[1])) and run.kill(chance.randrange(len(run.ranks))):
+        if not run.wait(chance.uniform(0.1, seconds[1])) and run.kill(
+                chance.randrange(len(run.ranks)), grace=chance.choice([0, 0.1, 0.5])):
             kills += 1
             midway += len(shards_done(tmp_path / name)) > len(done)
         else:

@@ -1,6 +1,7 @@
 """python -m dlc.features: info, check, pack, import-hf."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,7 @@ def test_check_finds_nothing_wrong_with_what_is_right(features, tmp_path, capsys
     result = tool("check", features)
     assert result.returncode == 0 and result.stdout == f"{features}: nothing wrong with its 14 rows\n"
     lone_files(tmp_path)
+    assert "give --V" in call(capsys, "check", tmp_path)[2]
     assert call(capsys, "check", tmp_path, "--V", 256)[:2] == (0, f"{tmp_path}: nothing wrong with its 30 rows\n")
 
 
@@ -162,6 +164,9 @@ def test_pack(tmp_path, capsys):
         return err
     assert "give --V" in refused(tmp_path / "old", tmp_path / "x")
     assert "is packed already" in refused(tmp_path / "new", tmp_path / "x")
+    shutil.copytree(tmp_path / "old", tmp_path / "other")
+    assert "source " in refused(tmp_path / "other", tmp_path / "new", "--V", 256, "--shard-size", 8)
+    assert "holds .npy files that this did not write" in refused(tmp_path / "old", tmp_path / "old", "--V", 256)
     assert "V 256 there, 300 here" in refused(tmp_path / "old", tmp_path / "new", "--V", 300, "--shard-size", 8)
     assert "outside 0..99" in refused(tmp_path / "old", tmp_path / "x", "--V", 100)
     (kind_dir(tmp_path / "old", 64, "sem") / "7.npy").unlink()
@@ -220,6 +225,7 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     assert new.codes is None and new.num_classes == 7
 
     def refused(*arguments):
+        capsys.readouterr()                                                 # what datasets shows while it saves
         status, _, err = call(capsys, "import-hf", *arguments)
         assert status == 2 and err.count("\n") == 1
         return err
@@ -227,8 +233,10 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     assert "outside 0..9" in refused(tmp_path / "typed", tmp_path / "x", "--V", 10)
     assert "is not a dataset saved to disk" in refused(tmp_path / "nowhere", tmp_path / "x")
     assert "no split 'test': --split one of train" in refused(tmp_path / "lists", tmp_path / "x", "--split", "test")
+    datasets.Dataset.from_dict(dict(features=np.zeros((2, 16, 8, 8)), labels=[0, 1])).save_to_disk(tmp_path / "deep")
+    assert "latents of 16 channels, wanted 4" in refused(tmp_path / "deep", tmp_path / "x")
+    assert "split train" in refused(tmp_path / "lists", tmp_path / "typed_new", "--V", 300, "--shard-size", 8)
     datasets.Dataset.from_dict(dict(image=[1])).save_to_disk(tmp_path / "other")
-    capsys.readouterr()
     assert "has no column 'features', only image" in refused(tmp_path / "other", tmp_path / "x")
 
 

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from filelock import FileLock
+
 from benchmarks.loading import IMAGENET, sparse_features
 from conftest import ROOT
 
@@ -99,9 +101,61 @@ def test_one_launch_at_a_time(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(f"imagenet64_{kind}" for kind in SAMPLE_NDIM)}
 
     (tmp_path / "manifest.json").unlink()
-    left = kind_dir(tmp_path, 64, "sem") / ".000001.npy.0123.tmp"
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress/settings.json").write_text(json.dumps(SETTINGS))
+    left = kind_dir(tmp_path, 64, "sem") / ".000001.npy.0123456789abcdef0123456789abcdef.tmp"
     left.write_bytes(b"half")
     assert FeatureWriter(tmp_path, SETTINGS).start() and not left.exists()
+
+
+def test_what_others_wrote_is_left_alone(tmp_path):
+    """A directory with files that have no record here, and hidden files that are not this writer's."""
+    (tmp_path / "imagenet64_features").mkdir()
+    np.save(tmp_path / "imagenet64_features/0.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="holds .npy files that this did not write"):
+        FeatureWriter(tmp_path, SETTINGS).start()
+    (tmp_path / "imagenet64_features/0.npy").unlink()
+    others = [tmp_path / ".other.tmp", tmp_path / "elsewhere/.000001.npy.0123456789abcdef0123456789abcdef.tmp"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    assert FeatureWriter(tmp_path, SETTINGS).start() and all(path.exists() for path in others)
+
+
+def test_a_shard_whose_files_went_is_not_done(tmp_path):
+    """As after a crash of the machine; and of a complete directory, the missing file is named."""
+    writer = FeatureWriter(tmp_path, SETTINGS)
+    writer.start()
+    writer.write(0, shard(3), [])
+    assert writer.is_done(0) and not writer.is_done(1)
+    path = kind_dir(tmp_path, 64, "labels") / "000000.npy"
+    content = path.read_bytes()
+    path.unlink()
+    assert not writer.is_done(0)
+    path.write_bytes(content)
+    writer.finish(1)
+    path.unlink()
+    with pytest.raises(ValueError, match="labels/000000.npy is missing, though the manifest lists it"):
+        FeatureWriter(tmp_path, SETTINGS).start()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def acquire(lock, timeout):
+        raise NotImplementedError
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match="has no locks: see that one launch at a time writes there"):
+        assert FeatureWriter(tmp_path, SETTINGS).start()
+
+
+def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlc.features.MAX_OPEN", 4)
+    paths = [tmp_path / f"{index}.npy" for index in range(9)]
+    for index, path in enumerate(paths):
+        np.save(path, np.full((3, 2), index))
+    stack = Stack(paths, sample_ndim=1)
+    rows = RANDOM.permutation(27)
+    np.testing.assert_array_equal(stack.gather(rows)[:, 1], rows // 3)
+    assert len(stack._open) <= 4
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
