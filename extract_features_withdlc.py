@@ -9,6 +9,7 @@ continues; what it writes does not depend on the number of processes and workers
 """
 import argparse
 import hashlib
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +22,15 @@ from tqdm import tqdm
 from dlc.checkpoints import weights_sha256
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
 from dlc.extraction import Networks, Views, collate, flips_of, in_order, list_images
-from dlc.features import FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype, recorded_id, write_whole
+from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype, recorded_id, write_whole
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
 from dlc.noise import Stream, normal
-from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, create_logger, default_num_workers, from_rank_0, number,
-                         start_processes)
+from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, create_logger, default_num_workers, from_rank_0,
+                         number, start_processes)
 from models import DiT_models
 
 DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
+COMPARED_BATCHES = 8        # in which a lower precision's tokens are compared with fp32's
 ON_GPU = torch.cuda.is_available()
 
 
@@ -49,11 +51,11 @@ def parse_args():
     add("--flip", choices=["random", "none", "both"], default="random",
         help="horizontal flips of the VAE's view; both: two rows an image, as it is, then flipped [%(default)s]")
     add("--posterior", choices=LATENTS, default="sample",
-        help="what is stored of the VAE's posterior; moments: its mean and std, of which training draws anew in each "
-             "epoch [%(default)s]")
-    add("--dtype", choices=["float16", "float32"], default="float16", help="of the stored latents [%(default)s]")
+        help="what is stored of the VAE's posterior; moments: its mean and std, from which training draws a fresh "
+             "sample each epoch [%(default)s]")
+    add("--dtype", choices=DTYPES, default="float16", help="of the stored latents [%(default)s]")
     add("--precision", choices=PRECISIONS, default="fp32",
-        help="of both networks' weights and activations; fp32 is without TF32 [%(default)s]")
+        help="of both networks, weights and activations (fp32: TF32 off) [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU,
         help="torch.compile both networks [on GPUs]")
     add("--batch-size", type=number(int, 1), default=32 if ON_GPU else 4,
@@ -71,18 +73,23 @@ def main():
 
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
-        classes, paths, labels = list_images(args.data_path)
-        relative = [str(Path(path).relative_to(args.data_path)) for path in paths]
+        data_path, features_path = Path(args.data_path).resolve(), Path(args.features_path).resolve()
+        if features_path == data_path or data_path in features_path.parents:
+            raise ValueError(f"--features-path {args.features_path} lies in --data-path {args.data_path}, whose "
+                             "folders are the classes: give another")
         factor = downsampling_factor(args.vae)
         if args.image_size % factor:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {factor}, the VAE's factor")
         if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
             raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or "
                              "name one with --encoder (--encoder none: latents and labels only)")
+        state = start_processes()
+        logger = create_logger(state)
+        logger.info(f"listing {args.data_path}")
+        classes, paths, labels = from_rank_0(list_images(args.data_path) if state.is_main_process else None)
 
     # ---------------------------------------------------------------------- models and writer
     with parser.one_line_errors():
-        state = start_processes()
         vae, encoder = load_vae(args.vae), None
         if args.encoder != "none":
             encoder = load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
@@ -94,24 +101,23 @@ def main():
             encoder=recorded_id(args.encoder) if encoder else None,
             encoder_sha256=weights_sha256(encoder) if encoder else None, L=L, V=V, precision=args.precision,
             flip=args.flip, seed=args.global_seed, classes=classes, images=len(paths),
-            listing_sha256=hashlib.sha256("\n".join(relative).encode("utf-8", "surrogateescape")).hexdigest())
-        agree("images, VAE and encoder", settings)
+            listing_sha256=hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest())
+        agree("VAE and encoder", settings)
         writer = FeatureWriter(args.features_path, settings)
         incomplete = from_rank_0(state.is_main_process and writer.start())
-    logger = create_logger(state)
     patch = DiT_models[args.model].keywords["patch_size"]
     if args.image_size // factor % patch:
         logger.warning(f"warning: latents of --image-size {args.image_size} are {args.image_size // factor} wide, not "
                        f"a multiple of {args.model}'s patch {patch}: it cannot be trained on them")
     num_shards = -(-len(paths) // args.shard_size)
     flips = flips_of(args.flip, len(paths), args.global_seed)                                # (images, k)
-    views = Views(paths, flips, args.image_size, encoder.image_size if encoder else None)
+    views = Views(args.data_path, paths, flips, args.image_size, encoder.image_size if encoder else None)
     preview = Path(args.features_path) / "preview.png"
     if not incomplete:
         logger.info(f"{args.features_path} is complete; nothing to do")
         if state.is_main_process and not preview.exists():
             with parser.one_line_errors():
-                save_preview(preview, args.features_path, views, relative, vae)
+                save_preview(preview, args.features_path, views, paths, vae)
         state.destroy_process_group()
         return
 
@@ -125,14 +131,17 @@ def main():
         batches += [list(indices[i:i + args.batch_size]) for i in range(0, len(indices), args.batch_size)]
     loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
                         pin_memory=state.device.type == "cuda")
-    first = first_views(views, batches) if encoder and args.precision != "fp32" and state.is_main_process else None
-    if first is not None:
-        exact = Networks(vae, encoder, state.device).codes(first)
+    to_compare = []                                          # code views, to say what a lower precision changes
+    if encoder and args.precision != "fp32" and state.is_main_process:
+        loaded = (collate([views[index] for index in batch])[2] for batch in batches[:COMPARED_BATCHES])
+        to_compare = [code_views for code_views in loaded if code_views is not None]
+    if to_compare:                                           # in fp32 first: the networks are then cast in place
+        exact = torch.cat([Networks(vae, encoder, state.device).codes(code_views) for code_views in to_compare])
     networks = Networks(vae, encoder, state.device, args.precision, args.batch_size if args.compile else None)
-    if first is not None:
-        changed = int((networks.codes(first) != exact).sum())
+    if to_compare:
+        changed = int((torch.cat([networks.codes(code_views) for code_views in to_compare]) != exact).sum())
         logger.info(f"{args.precision} changes {changed:,} of {exact.numel():,} tokens ({changed / exact.numel():.2%}) "
-                    f"of the first {len(first)} images against fp32")
+                    f"of the first {len(exact)} images against fp32")
 
     # ---------------------------------------------------------------------- extraction, shard by shard
     latent_shape = (4, args.image_size // factor, args.image_size // factor)
@@ -146,9 +155,9 @@ def main():
         batch, (indices, crops, code_views, unreadable) = item
         for index, error, broken in unreadable:
             if args.strict or not broken:
-                raise OSError(f"cannot read {paths[index]!r} ({error}): mend it"
-                              f"{', or leave --strict away' if broken else ''}")
-        skipped = [[relative[index], error] for index, error, _ in unreadable]
+                raise OSError(f"cannot read {views.path(index)!r} ({error}): mend it"
+                              f"{', or leave out --strict' if broken else ''}")
+        skipped = [[paths[index], error] for index, error, _ in unreadable]
         if indices is None:
             return batch, empty, skipped
         copies = crops.shape[1]
@@ -161,7 +170,7 @@ def main():
                                                 for copy in range(copies)], dim=1)
         rows = dict(features=latents.flatten(0, 1).cpu().numpy().astype(args.dtype),
                     labels=labels[indices.numpy()].repeat(copies),
-                    path=np.array([relative[index] for index in indices.tolist()]).repeat(copies))
+                    path=np.array([paths[index] for index in indices.tolist()]).repeat(copies))
         if encoder:
             rows["sem"] = networks.codes(code_views).cpu().numpy().astype(code_dtype(V)).repeat(copies, axis=0)
         return batch, rows, skipped
@@ -185,40 +194,41 @@ def main():
     bar = tqdm(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
                desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
     try:
-        with networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
+        with bar, networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
             encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
             for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
                 pass
-        bar.close()
         rate = sum(map(len, batches)) / (time.time() - start)
         state.wait_for_everyone()
         manifest = writer.finish(num_shards) if state.is_main_process else None
     except OSError as error:
         parser.error(f"{error}; what is done is kept: run the same command again")
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: lower --batch-size; what is done is kept")
+    except KeyboardInterrupt:
+        logger.info("stopped; what is done is kept: run the same command again")
+        sys.exit(130)
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
         with parser.one_line_errors():                          # none of the images may have been read
-            save_preview(preview, args.features_path, views, relative, vae)
+            save_preview(preview, args.features_path, views, paths, vae)
         logger.info(f"done: {manifest['count']:,} rows of {len(paths):,} images in {num_shards} shards, "
                     f"{len(manifest['skipped'])} skipped "
                     f"{'(listed in manifest.json) ' if manifest['skipped'] else ''}at {args.features_path}; "
                     f"{rate:.2f} images/s a process; look at {preview}")
+        if len(manifest["skipped"]) > 0.01 * len(paths):
+            logger.warning(f"warning: {len(manifest['skipped']) / len(paths):.0%} of the images were skipped")
     state.destroy_process_group()
 
 
-def first_views(views, batches):
-    """The encoder's views of the first batch, or None where none can be read."""
-    return collate([views[index] for index in batches[0]])[2] if batches else None
-
-
-def save_preview(path, features_path, views, relative, vae, columns=8):
+def save_preview(path, features_path, views, paths, vae, columns=8):
     """Eight crops, spread over the rows, over what the VAE makes of their stored latents."""
     features = Features(features_path)
     rows = np.unique(np.linspace(0, features.count - 1, columns).astype(int))
-    index_of = {name: index for index, name in enumerate(relative)}
+    index_of = {name: index for index, name in enumerate(paths)}
     copy = rows % views.flips.shape[1]
-    crops = [views.crops(load_rgb(views.paths[index_of[name]]), index_of[name])[copy[i]]
+    crops = [views.crops(load_rgb(views.path(index_of[name])), index_of[name])[copy[i]]
              for i, name in enumerate(features.paths.gather(rows))]
     stored = features.latents.gather(rows)[:, :features.latent_shape[0]]                     # of moments, the mean
     with torch.inference_mode():

@@ -51,15 +51,16 @@ def images_per_second(work, batches, networks):
         torch.cuda.synchronize()
     start = time.perf_counter()
     with networks.pool() as pool:
-        done = sum(in_order(pool, lambda batch: work(batch) or len(batch[0]), batches, networks.threads))
-    return done / (time.perf_counter() - start)
+        for _ in in_order(pool, work, batches, networks.threads):
+            pass
+    return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
 def rates_of_the_parts(root, args):
     """Images a second of decoding, the VAE, the encoder, and both networks."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
-    paths = sorted(map(str, (root / "images/class").iterdir()))
-    views = Views(paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
+    paths = sorted(path.name for path in (root / "images/class").iterdir())
+    views = Views(root / "images/class", paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
     batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
     loader = iter(DataLoader(views, batch_sampler=(1 + DECODED) * batches, collate_fn=collate,
                              num_workers=args.num_workers))
@@ -71,10 +72,18 @@ def rates_of_the_parts(root, args):
 
     networks = Networks(vae, encoder, torch.device("cuda" if ON_GPU else "cpu"), args.precision,
                         args.batch_size if args.compile else None)
-    parts = {"VAE": lambda batch: networks.moments(batch[1]).cpu() is None,
-             "encoder": lambda batch: networks.codes(batch[2]).cpu() is None}
-    parts["both networks"] = lambda batch: parts["VAE"](batch) or parts["encoder"](batch)
-    for name, work in parts.items():
+
+    def vae_alone(batch):
+        networks.moments(batch[1]).cpu()
+
+    def encoder_alone(batch):
+        networks.codes(batch[2]).cpu()
+
+    def both(batch):
+        vae_alone(batch)
+        encoder_alone(batch)
+
+    for name, work in (("VAE", vae_alone), ("encoder", encoder_alone), ("both networks", both)):
         rates[name] = images_per_second(work, loaded, networks)
     return rates
 

@@ -23,7 +23,8 @@ from dlc.features import Features, FeatureWriter, kind_dir
 from train_diffusion import TrainingBatches
 
 IMAGENET = 1_281_167                                # images in its training set
-SETTINGS = dict(format_version=1, latents="sample", image_size=256, L=512, V=256, classes=["a"])
+SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=256, images=0, L=512, V=256,
+                classes=["a"])
 
 
 def sparse_features(root, count, per_shard=1024):

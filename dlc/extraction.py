@@ -21,17 +21,20 @@ from dlc.runtime import PRECISIONS, cores_per_process
 #################################################################################
 
 def list_images(data_path):
-    """ImageFolder's classes, paths and labels. Raises ValueError where there is nothing to extract."""
+    """ImageFolder's classes, the images' paths relative to data_path, and labels (n,).
+
+    Raises ValueError where there is nothing to extract.
+    """
     root = Path(data_path)
     if not root.is_dir():
         raise ValueError(f"--data-path {data_path} is not a folder")
     if not any(path.is_dir() for path in root.iterdir()):
         raise ValueError(f"--data-path {data_path} has no class folders: images go into one folder a class")
-    folder = ImageFolder(root, allow_empty=True)
+    folder = ImageFolder(str(root), allow_empty=True)
     if not folder.samples:
         raise ValueError(f"--data-path {data_path} has class folders but no images in them")
     paths, labels = zip(*folder.samples)
-    return folder.classes, list(paths), np.array(labels, dtype=np.int64)
+    return folder.classes, [path[len(str(root)) + 1:] for path in paths], np.array(labels, dtype=np.int64)
 
 
 def flips_of(policy, count, seed):
@@ -46,8 +49,13 @@ def flips_of(policy, count, seed):
 class Views(Dataset):
     """Both views of each image, 8-bit: the VAE's crop, one for each of `flips`, and the encoder's, never flipped."""
 
-    def __init__(self, paths, flips, image_size, code_size):
-        self.paths, self.flips, self.image_size, self.code_size = paths, flips, image_size, code_size
+    def __init__(self, root, paths, flips, image_size, code_size):
+        # one array: of a list, each reader would come to hold a copy of a million strings, for counting references
+        self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
+        self.flips, self.image_size, self.code_size = flips, image_size, code_size
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def crops(self, image, index):
         crop = center_crop(image, self.image_size)
@@ -56,11 +64,12 @@ class Views(Dataset):
     def __getitem__(self, index):
         """The index, crops (k, S, S, 3), the encoder's view (s, s, 3) or None, None; or the index, error, is broken."""
         try:
-            image = load_rgb(self.paths[index])
+            image = load_rgb(self.path(index))
             code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
             return index, self.crops(image, index), code_view, None
         except Exception as error:                          # Pillow's readers raise all kinds
-            return index, None, None, (f"{type(error).__name__}: {error}", is_broken(self.paths[index], error))
+            reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
+            return index, None, None, (reason, is_broken(self.path(index), error))
 
 
 def is_broken(path, error):

@@ -7,13 +7,14 @@
 """
 import hashlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, check_range, code_dtype, read_json,
+from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, Stack, check_range, code_dtype, read_manifest,
                           recorded_id, shard_stacks, write_whole)
 from dlc.runtime import ArgumentParser, number
 
@@ -60,7 +61,8 @@ def code_usage(features):
     weights = np.random.default_rng(0).integers(0, 2**63, features.L, dtype=np.uint64) * 2 + 1
     hashes = []
     for part in parts(features.codes, "codes"):
-        counts += np.bincount((part.astype(np.int64) + np.arange(features.L) * features.V).ravel(), minlength=len(counts))
+        places = part.astype(np.int64) + np.arange(features.L) * features.V
+        counts += np.bincount(places.ravel(), minlength=len(counts))
         hashes.append(part.astype(np.uint64) @ weights)
     hashes = np.concatenate(hashes)
     if (features.manifest or {}).get("flip") == "both":
@@ -104,7 +106,9 @@ def info(args):
     mean, std = latent_statistics(features)
     print(f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
           f"channel mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}")
-    for channel in np.flatnonzero(~((std > 0.5) & (std < 2))):
+    if not np.isfinite(std).all():
+        print("warning: there are latents that are not finite: check says where")
+    for channel in np.flatnonzero((std <= 0.5) | (std >= 2)):
         print(f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
               "multiplied by the VAE's scaling factor, once?")
 
@@ -138,46 +142,43 @@ def info(args):
 def problems(root, V=None, num_classes=None):
     """What is wrong with FEATURES/, a line each: files, shapes, types, values, and what the manifest says of them."""
     manifest_path = Path(root) / "manifest.json"
-    if manifest_path.is_file():
-        manifest = read_json(manifest_path)
-        try:
+    dtypes, widths = {}, {}
+    try:
+        if manifest_path.is_file():
+            manifest = read_manifest(root)
             stacks = shard_stacks(root, manifest)
-            V, num_classes, count = manifest["V"], len(manifest["classes"]), manifest["count"]
+            V, num_classes = manifest["V"], len(manifest["classes"])
             dtypes = dict(features=manifest["dtype"], labels="int64", **(dict(sem=code_dtype(V)) if V else {}))
             widths = dict(features=8 if manifest["latents"] == "moments" else 4, sem=manifest["L"])
-        except (KeyError, TypeError) as error:
-            yield f"{manifest_path} is not a manifest of ours (no {error})"
-            return
+        else:
+            features = Features(root, V, num_classes)
+            needs_V(V, features.codes is not None)
+            stacks = dict(features=features.latents, labels=features.labels, sem=features.codes)
+            num_classes = features.num_classes
+    except ValueError as error:
+        yield str(error)
+        return
+    if manifest_path.is_file():
         listed = sum(shard["rows"] for shard in manifest["shards"])
-        if not count:
-            yield f"{manifest_path} has no rows"
-        if listed != count:
-            yield f"{manifest_path} counts {count} rows, its shards {listed}"
+        if not listed or listed != manifest["count"]:
+            yield f"{manifest_path} counts {manifest['count']} rows, its shards {listed}"
         for stack in stacks.values():
             known = {path.name for path in stack.paths}
             for path in sorted(stack.paths[0].parent.glob("*.npy")) if stack.paths else ():
                 if path.name not in known:
                     yield f"{path} is not in the manifest"
-    else:
-        try:
-            features = Features(root, V, num_classes)
-        except ValueError as error:
-            yield str(error)
-            return
-        needs_V(V, features.codes is not None)
-        num_classes, dtypes, widths = features.num_classes, {}, {}
-        stacks = dict(features=features.latents, labels=features.labels)
-        if features.codes is not None:
-            stacks["sem"] = features.codes
     limits = dict(labels=num_classes, sem=V)
     for kind, stack in stacks.items():
-        for index in tqdm(range(len(stack.paths)), desc=kind, unit="file", delay=2):
+        shapes = {}
+        for index in tqdm(range(len(stack.paths) if stack else 0), desc=kind, unit="file", delay=2):
             path = stack.paths[index]
             if not path.is_file():
                 yield f"{path} is missing"
                 continue
             try:
-                array = stack.array(index)
+                # apart from the others, lest all be held against the first
+                array = Stack([path], [stack.rows(index)], stack.sample_ndim, stack.lone).array(0)
+                shapes[path] = array.shape[1:]
                 if limits.get(kind):
                     check_range(array, limits[kind], lambda i: (path, i))
             except ValueError as error:
@@ -189,15 +190,18 @@ def problems(root, V=None, num_classes=None):
                 yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {widths[kind]}"
             if kind == "path" and array.dtype.kind != "U":
                 yield f"{path} has values of type {array.dtype}, wanted unicode"
-            if kind == "features":
-                if array.dtype.kind != "f":
-                    yield f"{path} has values of type {array.dtype}, wanted floats"
-                    continue
+            if kind == "features" and array.dtype.kind != "f":
+                yield f"{path} has values of type {array.dtype}, wanted floats"
+            elif kind == "features":
                 for start in range(0, len(array), PART):
                     finite = np.isfinite(array[start:start + PART]).all(axis=(1, 2, 3))
                     if not finite.all():
                         yield f"{path}, row {start + int(np.argmin(finite))}: a latent that is not finite"
                         break
+        usual = Counter(shapes.values()).most_common(1)
+        for path, shape in shapes.items():
+            if shape != usual[0][0] and shape[0] == widths.get(kind, shape[0]):
+                yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
 
 
 def check(args):
@@ -225,7 +229,8 @@ def write_shards(args, source, count, channels, names, read, **settings):
     new, shard_size = args.new, args.shard_size
     unknown = dict.fromkeys(("vae", "vae_sha256", "scaling_factor", "encoder", "encoder_sha256", "precision", "flip",
                              "seed"))
-    settings = dict(unknown, format_version=FORMAT_VERSION, latents="sample", shard_size=shard_size, source=source, images=count,
+    settings = dict(unknown, format_version=FORMAT_VERSION, latents="sample", shard_size=shard_size, source=source,
+                    images=count,
                     listing_sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(), **settings)
     writer = FeatureWriter(new, settings)
     if not writer.start():
@@ -293,9 +298,13 @@ def import_hf(args):
 
     def read(rows):
         part = data[rows.start:rows.stop]
-        arrays = dict(features=part["features"].reshape(-1, *latent_shape).astype(dtype),
-                      path=np.array([str(row) for row in rows]))
-        values = part["labels"].reshape(len(rows), *([L] if L else []))
+        try:
+            latents = part["features"].reshape(len(rows), *latent_shape).astype(dtype)
+            values = part["labels"].reshape(len(rows), *([L] if L else []))
+        except ValueError:
+            raise ValueError(f"{args.directory}, rows {rows.start} to {rows.stop - 1}: not all have latents "
+                             f"{latent_shape} and {f'{L} tokens' if L else 'one label'}") from None
+        arrays = dict(features=latents, path=np.array([str(row) for row in rows]))
         check_range(values, args.V if L else num_classes, lambda i: (f"{args.directory}, column 'labels'", rows[i]))
         if L:
             return dict(arrays, sem=values.astype(code_dtype(args.V)), labels=np.zeros(len(rows), np.int64))
@@ -308,13 +317,14 @@ def import_hf(args):
 
 def main():
     parser = ArgumentParser(__doc__, prog="python -m dlc.features")
-    tools = parser.add_subparsers(required=True, metavar="info|check|pack|import-hf")
+    tools = parser.add_subparsers(required=True, dest="command", metavar="info|check|pack|import-hf")
 
     def tool(function, name, help):
         one = tools.add_parser(name, doc=help, help=help)
         one.set_defaults(function=function)
-        one.add_argument("--V", type=number(int, 2, 65536), help="tokens a code position, where no manifest says so")
-        one.add_argument("--num-classes", type=number(int, 1), help="classes, where no manifest says so [1000]")
+        one.add_argument("--V", type=number(int, 2, 65536),
+                         help="tokens per code position: needed where there are codes and no manifest")
+        one.add_argument("--num-classes", type=number(int, 1), help="classes, where there is no manifest [1000]")
         return one
 
     for function, help in ((info, "say what features are, and draw how their codes use the tokens, FEATURES/codes.png"),
@@ -326,7 +336,7 @@ def main():
     one.add_argument("old", help="features directory of one .npy an image")
     two.add_argument("directory", help="what Dataset.save_to_disk wrote")
     two.add_argument("--split", default="train", help="of a dataset that has several [%(default)s]")
-    two.add_argument("--factor", type=number(int, 1), default=8, help="pixels a latent cell [%(default)s]")
+    two.add_argument("--factor", type=number(int, 1), default=8, help="pixels per latent cell [%(default)s]")
     for packing, dtype in ((one, "as they are"), (two, "float32")):
         packing.add_argument("new", help="features directory to write")
         packing.add_argument("--shard-size", type=number(int, 1), default=1024, help="rows a shard [%(default)s]")

@@ -26,6 +26,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
+NAMES_ONLY = ("vae", "encoder")     # settings that say where a model lay, not what it was
+DTYPES = ("float16", "float32")                                      # of stored latents
 MAX_OPEN = 8192             # maps that a Stack keeps open; Linux allows a process 65,530 of them
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}      # dimensions of one row of each kind
 LATENTS = ("sample", "mean", "moments")                              # of the VAE's posterior; moments: mean, then std
@@ -59,7 +61,7 @@ def write_whole(path, write):
 
 
 def sync_directory(path):
-    """Bring a directory's names to the disk, so that they outlive a crash of the machine in the order they were made."""
+    """Bring a directory's names to the disk, so that they outlive a crash of the machine."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -74,7 +76,12 @@ def write_json(path, value):
 
 def differences(there, here):
     """What a dict on disk says otherwise than the one here, in words; "" where they agree in all that is here."""
-    return "; ".join(f"{key} {there.get(key)!r} there, {value!r} here"
+    def short(value):
+        text = repr(value)
+        if len(text) <= 60:
+            return text
+        return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
+    return "; ".join(f"{key} {short(there.get(key))} there, {short(value)} here"
                      for key, value in here.items() if there.get(key) != value)
 
 
@@ -164,14 +171,14 @@ class FeatureWriter:
                 raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
             self.progress.mkdir(parents=True, exist_ok=True)
             try:
-                self.lock.acquire(timeout=patience)
+                self._lock(patience)
             except Timeout:
                 raise ValueError(f"another process is writing features to {self.root}: wait for it, or give another "
                                  "path") from None
             except NotImplementedError:
-                warnings.warn(f"the file system of {self.root} has no locks: see that one launch at a time writes there")
+                warnings.warn(f"the disk of {self.root} has no locks: see that one launch at a time writes there")
         if self._is_complete():                                 # maybe by the launch that was waited for
-            missing_file(shard_stacks(self.root, read_json(self.root / "manifest.json")))
+            missing_file(shard_stacks(self.root, read_manifest(self.root)))
             self._clear()
             return False
         for directory in directories:
@@ -182,11 +189,22 @@ class FeatureWriter:
         write_json(self.progress / "settings.json", self.settings)
         return True
 
+    def _lock(self, patience):
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that writes to {self.root}", flush=True)
+            self.lock.acquire(timeout=patience)
+
     def _is_complete(self):
+        """Whether there is a manifest. Raises ValueError where that, or shards without one, are of other settings."""
+        deciding = {key: value for key, value in self.settings.items() if key not in NAMES_ONLY}
         for path in (self.root / "manifest.json", self.progress / "settings.json"):
-            if path.is_file():
-                different = differences(read_json(path), self.settings)
+            if path.is_file() and (path.parent == self.root or any(self.progress.glob("0*.json"))):
+                different = differences(read_json(path), deciding)
                 if different:
+                    if "listing_sha256" in different:
+                        different += " (the names of the images)"
                     raise ValueError(f"{self.root} holds features made with other settings: {different}; give another "
                                      "path")
         return (self.root / "manifest.json").is_file()
@@ -280,7 +298,7 @@ class Stack:
         array = load_array(self.paths[index], mmap=not self.lone)
         if array.ndim == self.sample_ndim:
             array = array[None]
-        rows = len(array) if self.ends is None else int(self.ends[index] - self._starts[index])
+        rows = len(array) if self.ends is None else self.rows(index)
         if array.ndim != self.sample_ndim + 1 or len(array) != rows:
             raise ValueError(f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of "
                              f"{self.sample_ndim} dimensions")
@@ -293,6 +311,10 @@ class Stack:
                 self._open.clear()
             self._open[index] = array
         return array
+
+    def rows(self, index):
+        """How many rows file number index holds."""
+        return int(self.ends[index] - self._starts[index])
 
     def locate(self, row):
         """The file that holds a row, and the row's number within it."""
@@ -335,6 +357,28 @@ def check_range(array, limit, locate):
             raise ValueError(f"{path}, row {row}: value {int(part[i][bad[i]].flat[0])} outside 0..{limit - 1}")
 
 
+def read_manifest(root):
+    """FEATURES/manifest.json. Raises ValueError where it is not one that this code can read."""
+    path = Path(root) / "manifest.json"
+    manifest = read_json(path)
+    types = dict(format_version=int, image_size=int, count=int, images=int, latents=str, dtype=str, classes=list,
+                 shards=list, skipped=list, L=(int, type(None)), V=(int, type(None)))
+    for key, kind in types.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise ValueError(f"{path} is not a manifest of ours: {key} is "
+                             + (repr(manifest[key]) if key in manifest else "missing"))
+    for shard in manifest["shards"]:
+        if not (isinstance(shard, dict) and isinstance(shard.get("name"), str)
+                and isinstance(shard.get("rows"), int) and shard["rows"] >= 0):
+            raise ValueError(f"{path} is not a manifest of ours: a shard is {shard!r}")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{path} is of format {manifest['format_version']}; this code reads up to {FORMAT_VERSION}")
+    if manifest["latents"] not in LATENTS or manifest["dtype"] not in DTYPES:
+        raise ValueError(f"{path} has latents of kind {manifest['latents']!r} and type {manifest['dtype']!r}, wanted "
+                         f"{', '.join(LATENTS)} and {', '.join(DTYPES)}")
+    return manifest
+
+
 def shard_stacks(root, manifest):
     """The `Stack` of each kind that a manifest lists, no file of them opened yet."""
     shards = manifest["shards"]
@@ -372,11 +416,8 @@ class Features:
             raise ValueError(f"features path {root} does not exist: make it with extract_features_withdlc.py")
         self.manifest = None
         if (self.root / "manifest.json").is_file():
-            self.manifest = read_json(self.root / "manifest.json")
-            try:
-                stacks = self._open_shards()
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{self.root}/manifest.json is not a manifest of ours (no {error})") from None
+            self.manifest = read_manifest(self.root)
+            stacks = self._open_shards()
             for flag, given, there in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
                 if given not in (None, there):
                     raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave the flag away")
@@ -403,12 +444,6 @@ class Features:
 
     def _open_shards(self):
         manifest = self.manifest
-        if manifest["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"{self.root}: features of format {manifest['format_version']}; this code reads up to "
-                             f"{FORMAT_VERSION}")
-        if manifest["latents"] not in LATENTS:
-            raise ValueError(f"{self.root}: latents of kind {manifest['latents']!r}, wanted one of "
-                             f"{', '.join(LATENTS)}")
         self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
         stacks = shard_stacks(self.root, manifest)
         missing_file(stacks)
@@ -449,6 +484,6 @@ class Features:
             self.codes.check_range(self.V)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":          # the tools import this file, so they are another
     from dlc.feature_tools import main
     main()

@@ -33,7 +33,7 @@ def center_crop(image, size):
 
 
 def load_rgb(path):
-    """The image at path, RGB, as torchvision's loader gives it: transparency is left away, not blended.
+    """The image at path, RGB, as torchvision's loader gives it: transparency is dropped, not blended.
 
     Grey of 16 bits, which Pillow would cut off at 255, is brought to 8 by its high byte, as Pillow brings colour.
 
@@ -41,12 +41,12 @@ def load_rgb(path):
     for a broken file, and the system for one out of reach, comes through.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)      # at twice the limit, it is an error anyway
+        try:
+            image = Image.open(path)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}") from None
     with image:
-        pixels = image.width * image.height
-        if pixels > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{pixels:,} pixels, more than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}")
         if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):

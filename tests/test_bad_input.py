@@ -60,10 +60,16 @@ def extract_error(error_of, images, tiny_models):
 
 def test_data_folder(extract_error, tmp_path):
     assert "--data-path nowhere is not a folder" in extract_error(data_path="nowhere")
-    assert "has no class folders" in extract_error(data_path=tmp_path)
-    (tmp_path / "cat").mkdir()
-    assert "no images in them" in extract_error(data_path=tmp_path)
+    (tmp_path / "data").mkdir()
+    assert "has no class folders" in extract_error(data_path=tmp_path / "data")
+    (tmp_path / "data/cat").mkdir()
+    assert "no images in them" in extract_error(data_path=tmp_path / "data")
     assert not (tmp_path / "features").exists()
+
+
+def test_features_within_the_data(extract_error, images):
+    for path in (images, images / "features", images / "cat/../features/x"):
+        assert "--features-path" in extract_error("--features-path", path) and not (images / "features").exists()
 
 
 def test_extraction_flags(extract_error, tmp_path):

@@ -106,7 +106,7 @@ def test_check_finds_nothing_wrong_with_what_is_right(features, tmp_path, capsys
     result = tool("check", features)
     assert result.returncode == 0 and result.stdout == f"{features}: nothing wrong with its 14 rows\n"
     lone_files(tmp_path)
-    assert "give --V" in call(capsys, "check", tmp_path)[2]
+    assert "give --V" in call(capsys, "check", tmp_path)[1]
     assert call(capsys, "check", tmp_path, "--V", 256)[:2] == (0, f"{tmp_path}: nothing wrong with its 30 rows\n")
 
 
@@ -141,6 +141,25 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     for line in wanted:
         assert [one for one in found if line in one], line
     assert len(found) == len(wanted), found
+
+
+def test_check_of_what_is_no_manifest(tmp_path, capsys):
+    """Exit 1 with the reason; and a first shard that is wrong is not what the others are held against."""
+    packed(tmp_path, RANDOM.integers(0, 5, (60, 3)))
+    path = kind_dir(tmp_path, 32, "features") / "000000.npy"
+    np.save(path, np.load(path)[..., :2])
+    status, out, _ = call(capsys, "check", tmp_path)
+    assert status == 1 and out == f"{path} has rows of shape (4, 4, 2), most files (4, 4, 4)\n"
+    np.save(path, np.full((20, 4, 4, 4), np.nan, np.float32))
+    assert "latents that are not finite: check says where" in call(capsys, "info", tmp_path)[1]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for text, message in (("junk", "not readable JSON"), (json.dumps({**manifest, "V": "5"}), "V is '5'"),
+                          (json.dumps({**manifest, "dtype": "foo"}), "type 'foo'"),
+                          (json.dumps({**manifest, "shards": [], "count": 0}), "counts 0 rows")):
+        (tmp_path / "manifest.json").write_text(text)
+        status, out, _ = call(capsys, "check", tmp_path)
+        assert status == 1 and message in out, out
+    assert call(capsys, "check", tmp_path / "nowhere")[0] == 1
 
 
 def test_pack(tmp_path, capsys):
@@ -235,6 +254,9 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     assert "no split 'test': --split one of train" in refused(tmp_path / "lists", tmp_path / "x", "--split", "test")
     datasets.Dataset.from_dict(dict(features=np.zeros((2, 16, 8, 8)), labels=[0, 1])).save_to_disk(tmp_path / "deep")
     assert "latents of 16 channels, wanted 4" in refused(tmp_path / "deep", tmp_path / "x")
+    ragged = dict(features=latents[:2, 0].tolist(), labels=[[1, 2], [1]])
+    datasets.Dataset.from_dict(ragged).save_to_disk(tmp_path / "ragged")
+    assert "rows 0 to 1: not all have latents" in refused(tmp_path / "ragged", tmp_path / "x", "--V", 10)
     assert "split train" in refused(tmp_path / "lists", tmp_path / "typed_new", "--V", 300, "--shard-size", 8)
     datasets.Dataset.from_dict(dict(image=[1])).save_to_disk(tmp_path / "other")
     assert "has no column 'features', only image" in refused(tmp_path / "other", tmp_path / "x")

@@ -17,7 +17,8 @@ from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir, 
 from dlc.sampling import ComputedCodes
 from models import DiT_models
 
-SETTINGS = dict(format_version=1, latents="sample", image_size=64, L=3, V=5, classes=["a", "b"], vae="x")
+SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"],
+                images=10, vae_sha256="x")
 RANDOM = np.random.default_rng(0)
 
 
@@ -265,16 +266,31 @@ def test_pickled_objects_are_refused(tmp_path):
 def test_other_settings_are_refused(written):
     root, _ = written
     assert not FeatureWriter(root, SETTINGS).start()                        # complete
-    with pytest.raises(ValueError, match="vae 'x' there, 'y' here"):
-        FeatureWriter(root, dict(SETTINGS, vae="y")).start()
+    with pytest.raises(ValueError, match="vae_sha256 'x' there, 'y' here"):
+        FeatureWriter(root, dict(SETTINGS, vae_sha256="y")).start()
+    assert not FeatureWriter(root, dict(SETTINGS, vae="elsewhere")).start()          # where it lies does not count
     with pytest.raises(ValueError, match="--V 6: .* says 5"):
         Features(root, V=6)
+
+
+def test_settings_without_shards_do_not_count(tmp_path):
+    """A mistaken flag, mended before anything was written; and what differs is told briefly."""
+    assert FeatureWriter(tmp_path, dict(SETTINGS, V=6)).start()
+    writer = FeatureWriter(tmp_path, dict(SETTINGS, classes=[f"n{i:08d}" for i in range(1000)], listing_sha256="0" * 64))
+    assert writer.start(patience=30)
+    writer.write(0, shard(3), [])
+    with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of the im"):
+        FeatureWriter(tmp_path, dict(SETTINGS, listing_sha256="1" * 64)).start()
 
 
 def test_other_manifests_are_refused(written):
     root, _ = written
     manifest = json.loads((root / "manifest.json").read_text())
     for text, message in ((json.dumps({**manifest, "format_version": 2}), "format 2"),
+                          (json.dumps({**manifest, "count": "3"}), "count is '3'"),
+                          (json.dumps({key: value for key, value in manifest.items() if key != "images"}),
+                           "images is missing"),
+                          (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
                           (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
                           ("{}", "not a manifest of ours"), ("[]", "wanted an object"), ("{", "not readable JSON")):
         (root / "manifest.json").write_text(text)
