@@ -49,7 +49,7 @@ def parse_args():
     add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
     add("--V", type=number(int, 2, 65536), help="tokens a position of a reference checkpoint [256]")
     add("--flip", choices=["random", "none", "both"], default="random",
-        help="horizontal flips of the VAE's view; both: two rows an image, as it is, then flipped [%(default)s]")
+        help="horizontal flips of the VAE's view; both: two rows per image, as it is, then flipped [%(default)s]")
     add("--posterior", choices=LATENTS, default="sample",
         help="what is stored of the VAE's posterior; moments: its mean and std, from which training draws a fresh "
              "sample each epoch [%(default)s]")
@@ -151,7 +151,7 @@ def main():
         empty["sem"] = np.zeros((0, L), code_dtype(V))
 
     def encode_batch(item):
-        """A batch of the loader as arrays, one a kind, of k rows an image; and the [path, error] of what is skipped."""
+        """A batch of the loader as arrays, one a kind, of k rows per image; and the [path, error] of what is skipped."""
         batch, (indices, crops, code_views, unreadable) = item
         for index, error, broken in unreadable:
             if args.strict or not broken:

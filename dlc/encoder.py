@@ -103,7 +103,7 @@ def load_encoder(path, **given):
         config = read_json(path / "config.json")
         different = differences(config, given)
         if different:
-            raise ValueError(f"encoder {path}: {different}; leave the flag away")
+            raise ValueError(f"encoder {path}: {different}; leave out the flag")
         try:
             encoder = SEMEncoder(**config)
         except TypeError as error:

@@ -2,7 +2,7 @@
 
     python -m dlc.features info FEATURES              what they are, in words; FEATURES/codes.png
     python -m dlc.features check FEATURES             every shard and value; exit 1 with a list of what is wrong
-    python -m dlc.features pack OLD NEW --V 256       one .npy an image (the reference scripts' layout) into shards
+    python -m dlc.features pack OLD NEW --V 256       one .npy per image (the reference scripts' layout) into shards
     python -m dlc.features import-hf DIR NEW --V 256  a Hugging Face dataset saved to disk into shards
 """
 import hashlib
@@ -330,10 +330,10 @@ def main():
     for function, help in ((info, "say what features are, and draw how their codes use the tokens, FEATURES/codes.png"),
                            (check, "look at every shard and value; exit 1 with a list of what is wrong")):
         tool(function, function.__name__, help).add_argument("path", help="features directory")
-    one = tool(pack, "pack", "one .npy an image, as the reference scripts write them, into shards")
+    one = tool(pack, "pack", "one .npy per image, as the reference scripts write them, into shards")
     two = tool(import_hf, "import-hf", "a Hugging Face dataset saved to disk, columns features (latents) and labels "
                                        "(codes, or classes), into shards")
-    one.add_argument("old", help="features directory of one .npy an image")
+    one.add_argument("old", help="features directory of one .npy per image")
     two.add_argument("directory", help="what Dataset.save_to_disk wrote")
     two.add_argument("--split", default="train", help="of a dataset that has several [%(default)s]")
     two.add_argument("--factor", type=number(int, 1), default=8, help="pixels per latent cell [%(default)s]")

@@ -3,7 +3,7 @@
 FEATURES/ holds `imagenet{S}_features`, `imagenet{S}_sem`, `imagenet{S}_labels` and `imagenet{S}_path` (S: image size
 in pixels), each with one `{shard:06d}.npy` a shard, and `manifest.json`, written last: its presence means complete.
 Shard k covers the dataset indices [k * shard_size, (k + 1) * shard_size), less the images that were skipped. A
-directory of the reference scripts, one `.npy` an image and no manifest, is read as well.
+directory of the reference scripts, one `.npy` per image and no manifest, is read as well.
 
     features = Features("store/features")
     latents, codes = features.latents.gather(rows), features.codes.gather(rows)      # (n, 4, S/8, S/8), (n, L)
@@ -420,7 +420,7 @@ class Features:
             stacks = self._open_shards()
             for flag, given, there in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
                 if given not in (None, there):
-                    raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave the flag away")
+                    raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave out the flag")
         elif (self.root / "progress").exists():
             raise ValueError(self._half_written())
         else:
