@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.record import record
 from dlc.features import Features, FeatureWriter, kind_dir
-from train_diffusion import TrainingBatches
+from dlc.training import TrainingBatches
 
 IMAGENET = 1_281_167                                # images in its training set
 SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=256, images=0, L=512, V=256,
@@ -145,7 +145,8 @@ def main():
                 table.append({"layout": layout, "cache": cache, "samples/s": round(best), "disk MB": round(read),
                               "times one file an image": round(best / rates["one file an image"], 1)})
         for workers in (1, 2):
-            data = TrainingBatches(Features(root / "shards"), True, 0, args.batch, 0, 1)
+            features = Features(root / "shards")
+            data = TrainingBatches(features, features.codes, features.V, 0, args.batch)
             loader = iter(DataLoader(data, sampler=range(10 * len(batches)), batch_size=None, num_workers=workers))
             for _ in range(20):
                 next(loader)

@@ -25,15 +25,18 @@ from dlc.features import read_json
 from models import DiT_models
 
 
-def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None):
-    """Write RESULTS/checkpoints/{meta["step"]:07d}/ whole or not at all. Returns its path."""
+def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None):
+    """Write RESULTS/checkpoints/{meta["step"]:07d}/ whole or not at all. Returns its path.
+
+    sums: a tensor, what has been summed up for the log since its last line.
+    """
     path = Path(run_dir) / "checkpoints" / f"{meta['step']:07d}"
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     safetensors.torch.save_file(model.state_dict(), temporary / "model.safetensors")
     safetensors.torch.save_file(ema.state_dict(), temporary / "ema.safetensors")
-    torch.save(dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None),
+    torch.save(dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None, sums=sums),
                temporary / "optimizer.pt")
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for file in temporary.iterdir():
@@ -44,13 +47,43 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None):
 
 
 def load_checkpoint(path, model, ema, optimizer, scaler=None):
-    """Read a checkpoint back into the objects that made it."""
+    """Read a checkpoint back into the objects that made it. Returns its sums."""
     model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
     ema.load_state_dict(safetensors.torch.load_file(path / "ema.safetensors"))
     state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+    return state["sums"]
+
+
+def remove_old_checkpoints(run_dir, keep):
+    """Remove all but the newest `keep` checkpoints of a run; one that is being removed no longer counts as whole."""
+    for path in run_checkpoints(run_dir)[:-keep]:
+        going = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+        shutil.rmtree(going)
+
+
+def load_pretrained(path, model):
+    """Weights alone into a model to train, as far as they fit. Returns a line that says what was taken and what not.
+
+    Raises ValueError where path holds no weights, or none that fit.
+    """
+    weights, _ = load_weights(path)
+    wanted = model.state_dict()
+    fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
+    if not fit:
+        raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
+    model.load_state_dict(fit, strict=False)
+    said = [f"{len(fit)} of {len(wanted)} tensors from {path}"]
+    said += [f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
+             for key in weights if key in wanted and key not in fit]
+    for what, keys in (("left out", weights.keys() - wanted.keys()), ("new", wanted.keys() - weights.keys())):
+        if keys:
+            said.append(f"{what}: {', '.join(sorted(keys)[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}")
+    return "; ".join(said)
 
 
 def read_meta(path):
@@ -171,3 +204,38 @@ def model_from_weights(weights, path):
             return model.eval(), name
     raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, "
                      "which has no name in DiT_models")
+
+
+def info(path):
+    """A checkpoint in words, a list of lines. Raises ValueError where path is none."""
+    weights, meta = load_weights(path)
+    model, name = model_from_weights(weights, path)
+    lines = [f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters"]
+    if not meta:
+        return [*lines, "a file of weights, which says nothing else of itself"]
+    size = sum(file.stat().st_size for file in Path(path).iterdir())
+    lines += [f"step {meta['step']:,}, {size / 1e9:.2f} GB", "trained on: " + ", ".join(
+        f"{key} {meta[key]}" for key in ("features_path", "image_size", "L", "V", "num_classes", "in_dim", "vae")
+        if meta.get(key) is not None)]
+    lines.append("with: " + ", ".join(f"{key} {meta[key]}" for key in (
+        "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed") if key in meta))
+    lines.append("by: " + ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()))
+    with torch.no_grad():
+        difference = [(ema - raw).norm() / raw.norm() for ema, raw in zip(
+            weights.values(), load_weights(path, use_ema=False)[0].values()) if raw.norm() > 0]
+    lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm, on average")
+    return lines
+
+
+def main():
+    from dlc.runtime import ArgumentParser
+    parser = ArgumentParser("Say what a checkpoint is.", prog="python -m dlc.checkpoints")
+    parser.add_argument("command", choices=["info"])
+    parser.add_argument("path", help="checkpoint directory, .pt or .safetensors")
+    args = parser.parse_args()
+    with parser.one_line_errors():
+        print("\n".join(info(args.path)))
+
+
+if __name__ == "__main__":
+    main()

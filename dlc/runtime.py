@@ -128,10 +128,13 @@ def create_logger(state, log_file=None):
     return logger
 
 
-def create_accelerator(logger):
+def create_accelerator(logger, report_to=None, run_dir=None):
     """accelerate's Accelerator for the processes of `start_processes`, and its precision: "fp32", "bf16" or "fp16".
 
-    Precision is what `accelerate launch --mixed_precision` asked for; fp16 without a GPU is said to be float32, once.
+    Args:
+        report_to: "tensorboard" or "wandb", where `accelerator.log` writes; for tensorboard into run_dir.
+
+    Raises ValueError where that package is not there. Precision is what `accelerate launch --mixed_precision` asked for; fp16 without a GPU is said to be float32, once.
     """
     on_cpu = not torch.cuda.is_available()
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -141,6 +144,11 @@ def create_accelerator(logger):
     # torch 2.15 warns of this name; the one it wants instead does not exist in 2.6
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=asked, kwargs_handlers=[
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        log_with=report_to, project_dir=run_dir)
+    if report_to:
+        if not accelerator.log_with:
+            raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
+        accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator, "fp32" if asked == "no" else asked

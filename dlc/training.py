@@ -1,0 +1,175 @@
+"""The parts of training that are neither model nor maths: its batches, the request to stop, and the record it leaves."""
+import json
+import math
+import signal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
+
+from dlc.features import write_whole
+from dlc.noise import Stream, normal, permutation
+
+QUARTERS = 4                # of the diffusion times, whose losses are told apart
+
+
+#################################################################################
+#                                     Data                                      #
+#################################################################################
+
+class TrainingBatches(Dataset):
+    """One process's part of each step's global batch; item `step` is gathered at once from the memory maps.
+
+    Places in the endless row of epochs: step `first_step` covers the global_batch places from `first_place` on, and so
+    forth. Of each step's places every process takes an equal run, cut into `accumulation` micro-batches.
+
+    Args:
+        features: a `Features`.
+        condition: the `Stack` to take conditions from.
+        limit: codes or labels are 0..limit-1; None for vectors.
+    """
+
+    def __init__(self, features, condition, limit, seed, global_batch, rank=0, world_size=1, first_step=0,
+                 first_place=0):
+        self.features, self.condition, self.limit, self.seed = features, condition, limit, seed
+        self.global_batch, self.local_batch, self.rank = global_batch, global_batch // world_size, rank
+        self.first_step, self.first_place = first_step, first_place
+        self.orders = {}                                    # the current epoch's
+
+    def first_of(self, step):
+        """The place that a step begins with."""
+        return self.first_place + (step - self.first_step) * self.global_batch
+
+    def rows(self, places):
+        """The feature row at each place."""
+        epochs, offsets = places // self.features.count, places % self.features.count
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            if epoch not in self.orders:
+                self.orders = {epoch: permutation(self.seed, Stream.TRAIN_ORDER, epoch, self.features.count)}
+            rows[epochs == epoch] = self.orders[epoch][offsets[epochs == epoch]]
+        return rows
+
+    def __getitem__(self, step):
+        """Places (n,), latents as stored (n, 4 or 8, S/8, S/8), conditions (n, ...)."""
+        first = self.first_of(step) + self.rank * self.local_batch
+        places = np.arange(first, first + self.local_batch)
+        rows = self.rows(places)
+        condition = self.condition.gather(rows, limit=self.limit)
+        # uint16 codes as int32: torch can do little with uint16
+        condition = condition.astype(np.int32) if condition.dtype == np.uint16 else condition
+        return torch.from_numpy(places), torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
+
+
+def draw_posterior(moments, seed, places):
+    """Latents (n, 4, h, w) drawn from moments (n, 8, h, w), anew at each place in the row of epochs."""
+    mean, std = moments.chunk(2, dim=1)
+    return mean + std * normal(seed, Stream.TRAIN_POSTERIOR, places, mean.shape[1:])
+
+
+#################################################################################
+#                                Request to stop                                #
+#################################################################################
+
+class StopRequest:
+    """SIGTERM and SIGUSR1, which clusters send before they take a machine away, as a request to stop after a step.
+
+    The processes get the signal at different moments and must stop after the same step, so at each step they tell each
+    other on the CPU, and read what was told at the step before: nobody waits.
+    """
+
+    def __init__(self, num_processes):
+        self.signal, self.told, self.telling = None, None, None
+        self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.signal = number
+
+    def agreed(self):
+        """The signal's name once every process is to stop, else None. Called by all after each step."""
+        number = self.signal or 0
+        if self.group is not None:
+            told, telling = self.told, self.telling
+            self.told = torch.tensor([number])
+            self.telling = dist.all_reduce(self.told, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            number = 0
+            if telling is not None:
+                telling.wait()
+                number = told.item()
+        return signal.Signals(number).name if number else None
+
+
+#################################################################################
+#                                    Record                                     #
+#################################################################################
+
+def loss_sums(terms, t, num_timesteps):
+    """What a batch adds to the sums of `loss_means`: (3 + 2 * QUARTERS,), without a device sync.
+
+    Args:
+        terms: dict of (n,): loss, mse, vb.
+        t: (n,) diffusion times, of num_timesteps.
+    """
+    quarters = t * QUARTERS // num_timesteps == torch.arange(QUARTERS, device=t.device).unsqueeze(1)        # (4, n)
+    mse = terms["mse"].detach()
+    return torch.cat([torch.stack([terms[name].detach().sum() for name in ("loss", "mse", "vb")]),
+                      (quarters * mse).sum(dim=1), quarters.sum(dim=1)])
+
+
+def loss_means(sums):
+    """A dict of the means that sums of `loss_sums` stand for; a quarter without samples has NaN."""
+    loss, mse, vb, *quarters = sums.tolist()
+    counts = quarters[QUARTERS:]
+    n = sum(counts) or math.nan
+    return dict(loss=loss / n, mse=mse / n, vb=vb / n, mse_by_quarter_of_t=[
+        total / (count or math.nan) for total, count in zip(quarters, counts)])
+
+
+def append_metrics(path, line):
+    """Append a dict to a file of JSON lines; what is not finite, which JSON does not know, becomes null."""
+    def known(value):
+        if isinstance(value, list):
+            return [known(one) for one in value]
+        return value if not isinstance(value, float) or math.isfinite(value) else None
+    with open(path, "a") as file:
+        file.write(json.dumps({key: known(value) for key, value in line.items()}) + "\n")
+
+
+def read_metrics(path):
+    """The dicts of a file of JSON lines, without a last line cut short."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def trim_metrics(path, step):
+    """Drop the lines of steps after the checkpoint that a run is continued from."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    if path.is_file():
+        write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+
+
+def draw_losses(metrics, path, width=800, height=400):
+    """A picture of the logged losses over the steps, from the dicts of `read_metrics`; nothing where there is none."""
+    points = [(line["step"], line["loss"]) for line in metrics if line["loss"] is not None]
+    if not points:
+        return
+    steps, losses = np.array(points).T
+    low, high = losses.min(), np.quantile(losses, 0.98)         # the first few are far above the rest
+    left, top, right, bottom = 60, 20, width - 20, height - 40
+    x = left + (right - left) * (steps - steps[0]) / max(1, steps[-1] - steps[0])
+    y = bottom - (bottom - top) * np.clip((losses - low) / max(high - low, 1e-12), 0, 1)
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left, top, right, bottom), outline="gray")
+    draw.line(list(zip(x.tolist(), y.tolist())), fill=(31, 90, 180), width=2)
+    for value, at in ((high, top), (low, bottom)):
+        draw.text((4, at - 6), f"{value:.4f}", fill="black")
+    draw.text((left, bottom + 6), f"step {int(steps[0]):,}", fill="black")
+    draw.text((right - 90, bottom + 6), f"step {int(steps[-1]):,}", fill="black")
+    draw.text((left + 4, 4), f"loss, last {losses[-1]:.4f}", fill="black")
+    write_whole(path, lambda file: picture.save(file, "png"))

@@ -1,0 +1,305 @@
+"""Training resumed, killed, asked to stop, changed: in processes forked from one that has everything imported."""
+import itertools
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, ROOT, V
+from forked import Run
+from PIL import Image
+from test_train import metrics, tensors, train_command
+
+from diffusion import create_diffusion
+from dlc.checkpoints import info, read_meta, run_checkpoints
+from dlc.features import Features, FeatureWriter
+from dlc.noise import Stream, integers, normal, uniform
+from dlc.training import TrainingBatches, draw_losses, loss_means, loss_sums
+from models import DiT_models
+
+
+@pytest.fixture
+def train(features, tmp_path):
+    """train(name, flags…, processes=N): a started run into that folder of tmp_path."""
+    outputs = (tmp_path / f"output_{number}.txt" for number in itertools.count())
+
+    def start(name, *flags, processes=1, script="train_diffusion"):
+        return Run(script, train_command(1, features, tmp_path / name, *flags)[3:], next(outputs), processes)
+    return start
+
+
+@pytest.fixture
+def trained(train):
+    """The same, ended well; gives what it said."""
+    def run(*args, **kwargs):
+        process = train(*args, **kwargs)
+        assert process.wait(), process.said()
+        return process.said()
+    return run
+
+
+def same_run(one, two, step):
+    """Whether two runs are the same to the bit: weights, EMA, optimizer state and lines of metrics, but for the rates."""
+    first, second = (tensors(root / f"checkpoints/{step:07d}") for root in (one, two))
+    lines = [[{key: value for key, value in line.items() if "per_second" not in key} for line in metrics(root)]
+             for root in (one, two)]
+    return (first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+            and lines[0] == lines[1])
+
+
+@pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 4), (2, 1), (2, 2)])
+def test_stopped_in_an_epoch_and_between_lines(processes, accumulation, trained, tmp_path):
+    """10 steps; or 5, which ends within the third epoch and between two lines of the log, and 5 more."""
+    flags = ("--log-every", 3, "--grad-accum", accumulation, "--grad-clip", 1)
+    trained("whole", "--max-steps", 10, *flags, processes=processes)
+    assert "nothing to do" not in trained("parts", "--max-steps", 5, *flags, processes=processes)
+    assert "steps 5 to 10" in trained("parts", "--max-steps", 10, *flags, processes=processes)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [3, 6, 9]
+    assert same_run(tmp_path / "whole", tmp_path / "parts", 10)
+
+
+def test_parts_and_processes_train_alike(trained, tmp_path):
+    """The losses of one process, of two, of one in parts, and of a run whose number of processes changed."""
+    trained("one", "--max-steps", 6)
+    trained("two", "--max-steps", 6, "--grad-accum", 2, processes=2)
+    trained("parts", "--max-steps", 6, "--grad-accum", 4)
+    trained("changed", "--max-steps", 3, "--log-every", 2, processes=2)
+    trained("changed", "--max-steps", 6, "--log-every", 2)
+    losses = {name: [line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two", "parts", "changed")}
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-5)
+    np.testing.assert_allclose(losses["parts"], losses["one"], rtol=1e-5)
+    np.testing.assert_allclose(losses["changed"], np.reshape(losses["one"], (3, 2)).mean(axis=1), rtol=1e-5)
+
+
+def test_killed_at_random_moments(trained, train, tmp_path):
+    """At least 20 kills with a checkpoint at each step, so many in the midst of writing one; the end is the same."""
+    flags = ("--max-steps", 12, "--ckpt-every", 1)
+    trained("warm", "--max-steps", 1)
+    whole = {}
+    for processes in (1, 2):
+        start = time.time()
+        trained(f"whole_{processes}", *flags, processes=processes)
+        whole[processes] = time.time() - start
+    chance = random.Random(0)
+    kills = midway = writing = 0
+    finished = {1: 0, 2: 0}
+    while kills < 20 or midway < 8 or not all(finished.values()):
+        processes = 1 + (sum(finished.values()) % 2)
+        name = f"run_{sum(finished.values())}"
+        before = run_checkpoints(tmp_path / name)
+        run = train(name, *flags, processes=processes)
+        if kills < 20 + 10 * (midway < 8) and not run.wait(chance.uniform(0.2, whole[processes])) and run.kill(
+                chance.randrange(processes)):
+            kills += 1
+            midway += len(run_checkpoints(tmp_path / name)) > len(before)
+            writing += any((tmp_path / name).glob("checkpoints/*.tmp"))
+        else:
+            assert run.wait(), run.said()
+            assert same_run(tmp_path / f"whole_{processes}", tmp_path / name, 12)
+            finished[processes] += 1
+    print(f"{kills} kills survived, {midway} of them after new checkpoints, {writing} in the midst of one; "
+          f"{sum(finished.values())} runs finished")
+
+
+@pytest.mark.parametrize("processes, which", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_asked_to_stop(processes, which, trained, train, tmp_path):
+    """One process gets the signal; all end well after the same step, and the same command goes on to the same end."""
+    flags = ("--max-steps", 40, "--log-every", 7)
+    trained("whole", *flags, processes=processes)
+    run = train("asked", *flags, processes=processes)
+    while not metrics_lines(tmp_path / "asked"):
+        assert not run.wait(0.01), run.said()
+    os.kill(run.ranks[-1].pid, which)
+    assert run.wait(), run.said()
+    step = read_meta(run_checkpoints(tmp_path / "asked")[-1])["step"]
+    assert f"stopped by {which.name} after step {step}; the same command continues" in run.said()
+    assert 7 <= step < 40
+    trained("asked", *flags, processes=processes)
+    assert same_run(tmp_path / "whole", tmp_path / "asked", 40)
+
+
+def metrics_lines(run):
+    return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").is_file() else 0
+
+
+def test_checkpoints_to_keep(trained, tmp_path):
+    """The newest whole ones; a half-written one is neither counted nor loaded."""
+    (tmp_path / "run/checkpoints/0000009.tmp").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/0000009.tmp/meta.json").write_text("{}")
+    trained("run", "--max-steps", 5, "--ckpt-every", 1, "--ckpt-total-limit", 2)
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005"]
+    trained("run", "--max-steps", 6, "--ckpt-every", 1, "--ckpt-total-limit", 3)
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005", "0000006"]
+
+
+def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
+    """Another global batch goes on at the place in the data where the first one stopped."""
+    trained("run", "--max-steps", 3)
+    other = ("--global-batch-size", 4, "--global-seed", 1, "--max-steps", 5)
+    run = train("run", *other)
+    assert not run.wait()
+    assert "global_batch_size 8 there, 4 here; global_seed 0 there, 1 here; give another --results-dir, or --allow-change" \
+        in run.said() and "Traceback" not in run.said()
+    said = trained("run", *other, "--allow-change")
+    assert "warning: changed since: global_batch_size 8 there, 4 here" in said
+    assert read_meta(tmp_path / "run/checkpoints/0000005")["place"] == 3 * 8 + 2 * 4
+    assert metrics(tmp_path / "run")[-1]["epoch"] == 32 / 14
+    rows = Features(features)
+    places, _, _ = TrainingBatches(rows, rows.codes, V, 1, 4, first_step=3, first_place=24)[4]
+    assert places.tolist() == [28, 29, 30, 31]
+    run = train("run", "--model", "DiTSEM-Ti/2", "--allow-change")
+    assert not run.wait() and "model 'DiTSEM-Ti/4' there, 'DiTSEM-Ti/2' here; give another --results-dir" in run.said()
+
+
+def test_first_step_by_hand(trained, features, tmp_path):
+    """Losses by quarter of t and the gradient's norm, and AdamW's first moment of the clipped gradient."""
+    trained("run", "--max-steps", 1, "--grad-clip", 0.5, "--grad-accum", 2)
+    torch.manual_seed(0)
+    model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
+    rows = Features(features)
+    places, x, y = TrainingBatches(rows, rows.codes, rows.V, 0, 8)[0]
+    t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
+    terms = create_diffusion("").training_losses(
+        model, x.float(), t, dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1),
+        normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8)))
+    terms["loss"].mean().backward()
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
+    line = metrics(tmp_path / "run")[0]
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line["skipped_steps"] == 0 and line["scaler_scale"] is None
+    for quarter, mse in enumerate(line["mse_by_quarter_of_t"]):
+        of_quarter = terms["mse"][(t >= 250 * quarter) & (t < 250 * (quarter + 1))]
+        assert mse == (pytest.approx(of_quarter.mean().item(), rel=1e-5) if len(of_quarter) else None)
+    state = tensors(tmp_path / "run/checkpoints/0000001")
+    moments = torch.stack([value.norm() for key, value in state.items() if key.endswith("exp_avg")]).norm().item()
+    assert moments == pytest.approx(0.1 * min(norm, 0.5), rel=1e-4)
+
+
+def test_sums_are_means():
+    terms = {name: torch.rand(50) for name in ("loss", "mse", "vb")}
+    t = torch.randint(0, 750, (50,))                                        # none of the last quarter
+    sums = sum(loss_sums({name: values[i:i + 10] for name, values in terms.items()}, t[i:i + 10], 1000)
+               for i in range(0, 50, 10))
+    means = loss_means(sums)
+    for name in terms:
+        assert means[name] == pytest.approx(terms[name].mean().item(), rel=1e-5)
+    quarters = means["mse_by_quarter_of_t"]
+    assert quarters[1] == pytest.approx(terms["mse"][(t >= 250) & (t < 500)].mean().item(), rel=1e-5)
+    assert np.isnan(quarters[3])
+
+
+def test_ema_warms_up(trained, tmp_path):
+    """The first steps' decay is (1 + step) / (10 + step), and does not depend on when checkpoints are written."""
+    trained("run", "--max-steps", 4, "--ckpt-every", 1, "--ema-warmup")
+    trained("rarely", "--max-steps", 4, "--ema-warmup")
+    assert same_run(tmp_path / "run", tmp_path / "rarely", 4)
+    checkpoints = [tensors(path) for path in run_checkpoints(tmp_path / "run")]
+    key = "t_embedder.mlp.0.weight"
+    for step, (before, now) in enumerate(zip(checkpoints, checkpoints[1:]), 2):
+        decay = min(0.9, (1 + step) / (10 + step))
+        torch.testing.assert_close(now[f"ema/{key}"], decay * before[f"ema/{key}"] + (1 - decay) * now[f"model/{key}"])
+
+
+def test_begun_with_other_weights(trained, train, tmp_path):
+    """What fits is taken; tables of another size, what is left out and what is new are told."""
+    trained("first", "--max-steps", 2)
+    first = tmp_path / "first/checkpoints/0000002"
+    said = trained("second", "--max-steps", 1, "--lr", 0, "--pretrained-path", first)
+    assert f"tensors from {first}" in said and "not taken" not in said
+    for key, value in tensors(tmp_path / "second/checkpoints/0000001").items():
+        if key.startswith(("model/", "ema/")):
+            assert torch.equal(value, tensors(first)[f"ema/{key.split('/')[1]}"]), key
+    torch.manual_seed(0)
+    other = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=9).state_dict()
+    other["extra"] = other.pop("t_embedder.mlp.0.bias")
+    torch.save(other, tmp_path / "other.pt")
+    said = trained("third", "--max-steps", 1, "--pretrained-path", tmp_path / "other.pt")
+    assert "sem_embedder.embedding_table not taken: (6, 10, 192) there, (6, 301, 192) here" in said
+    assert "left out: extra" in said and "new: sem_embedder" not in said and "t_embedder.mlp.0.bias" in said
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    run = train("fourth", "--pretrained-path", tmp_path / "junk.pt")
+    assert not run.wait() and "junk.pt cannot be read as weights" in run.said() and "Traceback" not in run.said()
+
+
+def test_steps_that_the_scaler_skips(train, tmp_path):
+    """They are counted, leave the EMA alone, and end the run where there are too many in a row."""
+    run = train("run", "--max-steps", 9, "--max-nonfinite", 3, "--ckpt-every", 2, script="skipping")
+    assert not run.wait()
+    assert "step 7: 3 steps in a row without a finite gradient; stopped. The last good checkpoint: " in run.said()
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 1, 1]
+    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, False, True, True]
+    two, four, six = (tensors(path) for path in run_checkpoints(tmp_path / "run"))
+    key = "ema/t_embedder.mlp.0.weight"
+    assert torch.equal(four[key], six[key]) and not torch.equal(two[key], four[key])
+
+
+def test_vectors_as_conditions(trained, train, features, tmp_path):
+    """A DiTCONT on vectors in two shards; previews; and what does not fit."""
+    vectors = np.random.default_rng(0).normal(size=(14, 5)).astype(np.float16)
+    (tmp_path / "vectors").mkdir()
+    for name, part in (("0.npy", vectors[:9]), ("1.npy", vectors[9:])):
+        np.save(tmp_path / "vectors" / name, part)
+    flags = ("--model", "DiTCONT-Ti/4", "--condition-path", tmp_path / "vectors")
+    said = trained("run", "--max-steps", 4, "--sample-every", 4, *flags)
+    assert "in_dim=5" in said
+    assert Image.open(tmp_path / "run/previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    trained("two", "--max-steps", 2, *flags, processes=2)
+    trained("two", "--max-steps", 4, *flags, processes=2)
+    np.testing.assert_allclose([line["loss"] for line in metrics(tmp_path / "two")],
+                               [line["loss"] for line in metrics(tmp_path / "run")], rtol=1e-5)
+    assert any("in_dim 5" in line for line in info(tmp_path / "run/checkpoints/0000004"))
+
+    def refused(*flags):
+        run = train("x", *flags)
+        assert not run.wait() and "Traceback" not in run.said()
+        return run.said()
+    assert "is trained on vectors: give --condition-path" in refused("--model", "DiTCONT-Ti/4")
+    assert "--condition-path is for DiTCONT models" in refused("--condition-path", tmp_path / "vectors")
+    np.save(tmp_path / "vectors/2.npy", vectors[:1])
+    assert "has 15 rows, the features 14" in refused(*flags)
+
+
+def test_loss_curve_is_the_committed_one(tmp_path):
+    """20 steps on made-up features. A change that moves it changes what is trained, and must say so."""
+    writer = FeatureWriter(tmp_path / "features", dict(
+        format_version=1, image_size=64, latents="sample", L=4, V=8, classes=["a"]))
+    writer.start()
+    generator = np.random.Generator(np.random.Philox(0))
+    writer.write(0, dict(features=generator.standard_normal((40, 4, 8, 8)).astype(np.float32), labels=np.zeros(40, int),
+                         sem=generator.integers(0, 8, (40, 4)).astype(np.uint8), path=np.full(40, "a/0.png")), [])
+    writer.finish(1)
+    run = Run("train_diffusion", train_command(1, tmp_path / "features", tmp_path / "run", "--max-steps", 20)[3:],
+              tmp_path / "output.txt")
+    assert run.wait(), run.said()
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    np.testing.assert_allclose(losses, json.loads((ROOT / "tests/assets/loss_curve.json").read_text()), rtol=1e-4)
+    assert Image.open(tmp_path / "run/loss.png").size == (800, 400)
+
+
+def test_picture_of_the_losses(tmp_path):
+    draw_losses([dict(step=1, loss=None)], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    draw_losses([dict(step=step, loss=1 / step) for step in range(1, 100)], tmp_path / "loss.png")
+    blue = np.argwhere((np.array(Image.open(tmp_path / "loss.png"))[..., 2] > 150)
+                       & (np.array(Image.open(tmp_path / "loss.png"))[..., 0] < 100))
+    left, right = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
+    assert left[0] < 40 and right[0] > 340 and right[1] - left[1] > 700     # falls, over the whole width
+
+
+def test_what_a_checkpoint_is(trained, tmp_path):
+    trained("run", "--max-steps", 2)
+    lines = info(tmp_path / "run/checkpoints/0000002")
+    assert "DiTSEM-Ti/4, 4.5 M parameters" in lines[0] and "step 2" in lines[1]
+    assert "L 6, V 300" in lines[2] and "global_batch_size 8" in lines[3] and "EMA weights differ" in lines[-1]
+
+
+def test_reports_need_their_packages(train, tmp_path):
+    pytest.importorskip("accelerate")
+    run = train("run", "--report-to", "wandb")
+    if run.wait():
+        pytest.skip("wandb is here")
+    assert "--report-to wandb needs its package: pip install wandb" in run.said() and "Traceback" not in run.said()
