@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion
 from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, run_checkpoints,
-                             save_checkpoint)
+                             save_checkpoint, whole)
 from dlc.features import Features, Stack, differences, file_order, recorded_id, write_json
 from dlc.latents import decode, image_grid, load_vae, to_uint8
 from dlc.noise import Stream, integers, normal, uniform
@@ -37,7 +37,7 @@ from dlc.runtime import (SEED, ArgumentParser, agree, create_accelerator, create
                          start_processes, versions)
 from dlc.sampling import sample_latents
 from dlc.training import (StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior, loss_means,
-                          loss_sums, read_metrics, trim_metrics)
+                          local, loss_sums, read_metrics, shard, trim_metrics)
 from models import DiT_models
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
@@ -154,7 +154,8 @@ def main(default_model="DiTSEM-XL/2"):
             write_json(results / "args.json", vars(args))
         state.wait_for_everyone()
         logger = create_logger(state, results / "log.txt")
-        accelerator, precision = create_accelerator(logger, args.report_to, results)
+        accelerator, precision, sharded = create_accelerator(logger, args.report_to, results)
+        sharded = sharded and state.num_processes > 1
         device = accelerator.device
         torch.manual_seed(args.global_seed)                 # the same weights in every process
         raw_model = DiT_models[args.model](input_size=latent_size, in_channels=channels, **sizes).to(device)
@@ -163,14 +164,21 @@ def main(default_model="DiTSEM-XL/2"):
     # ---------------------------------------------------------------------- model, EMA, optimizer
     raw_model.set_grad_checkpointing(args.checkpoint_activations)
     ema = deepcopy(raw_model).requires_grad_(False).eval()
-    averages, weights = list(ema.parameters()), list(raw_model.parameters())
-    # a fused step hides from accelerate whether the fp16 scaler skipped it
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=accelerator.scaler is None)
-    diffusion = create_diffusion("")
+    parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in raw_model.blocks:
             block.compile()
-    model, optimizer = accelerator.prepare(raw_model.train(), optimizer)
+    if sharded:
+        for module in (raw_model, ema):
+            shard(module, device)
+    weights = list(raw_model.parameters())
+    averages, averaged = local(ema.parameters()), local(weights)
+    # a fused step hides from accelerate whether the fp16 scaler skipped it
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=accelerator.scaler is None)
+    diffusion = create_diffusion("")
+    raw_model.train()
+    model = raw_model if sharded else accelerator.prepare(raw_model)            # DDP and autocast
+    optimizer = accelerator.prepare(optimizer)
     sums, logged, skipped = torch.zeros(11, device=device), 0, 0                # since the step last logged
     first_step = first_place = 0
     if resume:
@@ -193,14 +201,13 @@ def main(default_model="DiTSEM-XL/2"):
                               state.num_processes, first_step, first_place)
     loader = DataLoader(batches, sampler=range(first_step, last_step), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda")
-    parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     part = batch // state.num_processes // args.grad_accum
     for line in (
             f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
             + ", ".join(f"{key}={value}" for key, value in sizes.items()),
             f"data: {features.count:,} rows of {args.features_path}, {features.count / batch:.1f} steps an epoch",
             f"batch: {part} x {state.num_processes} processes on {device.type} x {args.grad_accum} parts = {batch}",
-            f"precision: {precision}",
+            f"precision: {precision}" + (", sharded (FSDP)" if sharded else ""),
             f"run: steps {first_step:,} to {last_step:,} in {args.results_dir}",
             begun_with and f"weights: {begun_with}",
             resume and f"continued from {resume}",
@@ -214,23 +221,18 @@ def main(default_model="DiTSEM-XL/2"):
 
     def save(step):
         everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()                        # (processes, 11)
+        meta = dict(model_identity, **data_identity, step=step, place=batches.first_of(step), logged=logged,
+                    skipped=skipped, features_path=recorded_id(args.features_path), vae=manifest.get("vae"),
+                    precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
+                    versions=versions())
+        path = save_checkpoint(results, meta, raw_model, ema, optimizer.optimizer, accelerator.scaler, everyones_sums,
+                               write=state.is_main_process)
         if state.is_main_process:
-            meta = dict(model_identity, **data_identity, step=step, place=batches.first_of(step), logged=logged,
-                        skipped=skipped, features_path=recorded_id(args.features_path), vae=manifest.get("vae"),
-                        precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
-                        versions=versions())
-            path = save_checkpoint(results, meta, raw_model, ema, optimizer.optimizer, accelerator.scaler,
-                                   everyones_sums)
             logger.info(f"checkpoint {path}")
             if args.ckpt_total_limit:
                 remove_old_checkpoints(results, args.ckpt_total_limit)
             draw_losses(read_metrics(metrics), results / "loss.png")
         accelerator.wait_for_everyone()
-
-    def stop(reason):
-        logger.error(f"{reason}; stopped. The last good checkpoint: {(run_checkpoints(results) or ['none'])[-1]}")
-        accelerator.end_training()
-        sys.exit(1)
 
     # ---------------------------------------------------------------------- steps
     stop_request = StopRequest(state.num_processes)
@@ -250,11 +252,15 @@ def main(default_model="DiTSEM-XL/2"):
             drop = uniform(args.global_seed, Stream.TRAIN_DROP, places) < raw_model.class_dropout_prob
             # gradients are exchanged once a step, after the last part
             last = index == args.grad_accum - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                terms = diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise)
+            if sharded:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or sharded else accelerator.no_sync(model):
+                with accelerator.autocast() if sharded else contextlib.nullcontext():
+                    terms = diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise)
                 accelerator.backward(terms["loss"].mean() / args.grad_accum)
             measured = measured + loss_sums(terms, t, diffusion.num_timesteps)
         log_due = step % args.log_every == 0
+        grad_norm = torch.tensor(math.nan)                                      # where nobody asks
         if args.grad_clip or log_due or step == last_step:
             accelerator.unscale_gradients(optimizer)
             grad_norm = get_total_norm([weight.grad for weight in weights])
@@ -266,26 +272,27 @@ def main(default_model="DiTSEM-XL/2"):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         else:
             decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
-            get_ema_multi_avg_fn(decay)(averages, weights, None)
+            get_ema_multi_avg_fn(decay)(averages, averaged, None)
             sums += measured
             skipped_in_a_row = 0
         bar.update()
 
         signal_name = stop_request.agreed()
         checkpoint_due = step % args.ckpt_every == 0 or step == last_step or signal_name
+        failed = None
         if log_due or checkpoint_due:
             means = loss_means(accelerator.reduce(sums, "sum"))
             # the fp16 scaler skips such a step; nothing else mends it, and no checkpoint may hold it
             if not math.isfinite(means["loss"]) and skipped < step - logged:
-                stop(f"step {step}: the loss is {means['loss']}")
-        if skipped_in_a_row >= args.max_nonfinite:
-            stop(f"step {step}: {skipped_in_a_row} steps in a row without a finite gradient")
-        if log_due or step == last_step:
+                failed = f"step {step}: the loss is {means['loss']}"
+        if log_due or step == last_step or failed:
             rate = (step - since[1]) / (time.time() - since[0])
-            line = dict(step=step, epoch=batches.first_of(step) / features.count, **means, grad_norm=grad_norm.item(),
+            grad_norm = whole(grad_norm).item()
+            line = dict(step=step, epoch=batches.first_of(step) / features.count, **means, grad_norm=grad_norm,
                         skipped_steps=skipped, scaler_scale=accelerator.scaler.get_scale() if accelerator.scaler else None,
+                        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                         lr=args.lr, steps_per_second=rate, images_per_second=rate * batch)
-            if state.is_main_process and log_due:
+            if state.is_main_process and (log_due or failed):
                 append_metrics(metrics, line)
             if args.report_to:
                 accelerator.log({key: value for key, value in line.items() if isinstance(value, (int, float))}, step)
@@ -296,10 +303,16 @@ def main(default_model="DiTSEM-XL/2"):
         if log_due:                                 # so that a run that ends in between and goes on has the same lines
             sums.zero_()
             since, logged, skipped = (time.time(), step), step, 0
+        if skipped_in_a_row >= args.max_nonfinite:
+            failed = f"step {step}: {skipped_in_a_row} steps in a row without a finite gradient"
+        if failed:
+            logger.error(f"{failed}; stopped. The last good checkpoint: {(run_checkpoints(results) or ['none'])[-1]}")
+            accelerator.end_training()
+            sys.exit(1)
         if checkpoint_due:
             save(step)
-        if args.sample_every and step % args.sample_every == 0 and state.is_main_process:
-            save_preview(results / "previews" / f"{step:07d}.png", ema, features, condition, vae, args.global_seed)
+        if args.sample_every and step % args.sample_every == 0 and (state.is_main_process or sharded):
+            save_preview(results / "previews" / f"{step:07d}.png", ema, features, condition, vae, args.global_seed, device)
         if signal_name and step < last_step:
             logger.info(f"stopped by {signal_name} after step {step:,}; the same command continues")
             break
@@ -307,14 +320,18 @@ def main(default_model="DiTSEM-XL/2"):
     accelerator.end_training()
 
 
-def save_preview(path, ema, features, condition, vae, seed):
-    """A picture: the first rows' latents decoded, over EMA samples for their conditions, noise always the same."""
+def save_preview(path, ema, features, condition, vae, seed, device):
+    """A picture: the first rows' latents decoded, over EMA samples for their conditions, noise always the same.
+
+    Of a sharded EMA every process calls this; the one with a VAE draws the picture.
+    """
     rows = np.arange(min(PREVIEW_SAMPLES, features.count))
-    device = vae.device
     y = condition.gather(rows)
     y = torch.from_numpy(y.astype(np.float32 if y.dtype.kind == "f" else np.int64)).to(device)
     samples = sample_latents(ema, create_diffusion(str(PREVIEW_STEPS)), y, seed, torch.from_numpy(rows).to(device),
                              features.latent_shape, PREVIEW_CFG)
+    if vae is None:
+        return
     stored = torch.from_numpy(features.latents.gather(rows)[:, :features.latent_shape[0]]).to(device).float()
     with torch.inference_mode():
         images = to_uint8(decode(vae, torch.cat([stored, samples]))).cpu().numpy()

@@ -20,23 +20,30 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dlc.features import read_json
 from models import DiT_models
 
 
-def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None):
+def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None, write=True):
     """Write RESULTS/checkpoints/{meta["step"]:07d}/ whole or not at all. Returns its path.
 
-    sums: a tensor, what has been summed up for the log since its last line.
+    Args:
+        model, ema, optimizer: where they are sharded every process calls this, and their parts are brought together.
+        sums: a tensor, what has been summed up for the log since its last line.
+        write: whether this is the process that writes.
     """
+    states = [whole(module.state_dict(), write) for module in (model, ema, optimizer)]
+    if not write:
+        return None
     path = Path(run_dir) / "checkpoints" / f"{meta['step']:07d}"
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    safetensors.torch.save_file(model.state_dict(), temporary / "model.safetensors")
-    safetensors.torch.save_file(ema.state_dict(), temporary / "ema.safetensors")
-    torch.save(dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None, sums=sums),
+    safetensors.torch.save_file(states[0], temporary / "model.safetensors")
+    safetensors.torch.save_file(states[1], temporary / "ema.safetensors")
+    torch.save(dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
                temporary / "optimizer.pt")
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for file in temporary.iterdir():
@@ -46,11 +53,33 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
     return path
 
 
+def whole(state, keep=True):
+    """A state dict with its sharded tensors brought together, on the CPU; only kept where `keep` says so."""
+    if isinstance(state, dict):
+        return {key: whole(value, keep) for key, value in state.items()}
+    if isinstance(state, DTensor):
+        together = state.full_tensor()
+        return together.cpu() if keep else None
+    return state
+
+
+def sharded_like(tensor, other):
+    """A tensor that every process has whole, sharded as `other` is, or as it is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
 def load_checkpoint(path, model, ema, optimizer, scaler=None):
     """Read a checkpoint back into the objects that made it. Returns its sums."""
-    model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
-    ema.load_state_dict(safetensors.torch.load_file(path / "ema.safetensors"))
+    for module, name in ((model, "model"), (ema, "ema")):
+        weights = safetensors.torch.load_file(path / f"{name}.safetensors")
+        module.load_state_dict({key: sharded_like(weights[key], value) for key, value in module.state_dict().items()})
     state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in state["optimizer"]["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = sharded_like(moments[key], parameters[index])
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])

@@ -129,14 +129,18 @@ def create_logger(state, log_file=None):
 
 
 def create_accelerator(logger, report_to=None, run_dir=None):
-    """accelerate's Accelerator for the processes of `start_processes`, and its precision: "fp32", "bf16" or "fp16".
+    """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
+
+    Returns the Accelerator, the precision "fp32", "bf16" or "fp16", and whether to shard (`--use_fsdp`).
 
     Args:
         report_to: "tensorboard" or "wandb", where `accelerator.log` writes; for tensorboard into run_dir.
 
-    Raises ValueError where that package is not there. Precision is what `accelerate launch --mixed_precision` asked for; fp16 without a GPU is said to be float32, once.
+    Raises ValueError where that package is not there, and for fp16 with sharding. Precision is what `accelerate launch --mixed_precision` asked for; fp16 without a GPU is said to be float32, once.
     """
     on_cpu = not torch.cuda.is_available()
+    # sharding is ours: accelerate does it on no CPU, and knows of no EMA
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked == "fp16" and on_cpu:
         logger.warning("warning: fp16 needs a GPU; this run uses float32")
@@ -151,4 +155,6 @@ def create_accelerator(logger, report_to=None, run_dir=None):
             raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
         accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return accelerator, "fp32" if asked == "no" else asked
+    if sharded and asked == "fp16":
+        raise ValueError("--mixed_precision fp16 does not go with FSDP: use bf16")
+    return accelerator, "fp32" if asked == "no" else asked, sharded

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from dlc.features import write_whole
@@ -67,6 +70,23 @@ def draw_posterior(moments, seed, places):
     """Latents (n, 4, h, w) drawn from moments (n, 8, h, w), anew at each place in the row of epochs."""
     mean, std = moments.chunk(2, dim=1)
     return mean + std * normal(seed, Stream.TRAIN_POSTERIOR, places, mean.shape[1:])
+
+
+#################################################################################
+#                                   Sharding                                    #
+#################################################################################
+
+def shard(model, device):
+    """Shard a model's parameters over the processes, in place, block by block (FSDP2, torch's fully_shard)."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+
+
+@torch.no_grad()
+def local(parameters):
+    """What of each parameter lies in this process: all of it, or its shard."""
+    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
 
 
 #################################################################################

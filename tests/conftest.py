@@ -25,7 +25,7 @@ def golden(name):
 
 
 def launch(command, cwd, check=True, wait=True, largest_file=None):
-    """Run "python|torchrun|accelerate N script.py flags": N processes, scripts named from the root. Gives the process.
+    """Run "python|torchrun|accelerate|fsdp N script.py flags": N processes, scripts named from the root. Gives the process.
 
     largest_file: bytes that the disk takes of one file.
     """
@@ -40,6 +40,9 @@ def launch(command, cwd, check=True, wait=True, largest_file=None):
         "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "fp16",
                        "--main_process_port", port, "--num_processes", str(processes)]
         + (["--multi_gpu"] if processes > 1 else []),
+        "fsdp": [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+                 str(ROOT / "train_options/fsdp.yaml"), "--mixed_precision", "no", "--main_process_port", port,
+                 "--num_processes", str(processes)],
     }[launcher]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     env["HF_HUB_OFFLINE"] = "1"

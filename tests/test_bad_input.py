@@ -173,7 +173,7 @@ def test_training_flags(error_of, features, tmp_path):
     def error(*flags):
         return error_of("train_diffusion", "--features-path", features, *flags)
     assert "invalid choice: 'DiTSEM-XXL/2'" in error("--model", "DiTSEM-XXL/2")
-    assert "trains on labels (DiT) and on codes (DiTSEM)" in error("--model", "DiTCONT-S/2")
+    assert "DiTCONT-S/2 is trained on vectors: give --condition-path" in error("--model", "DiTCONT-S/2")
     assert "argument --global-batch-size: 0: must be at least 1" in error("--global-batch-size", 0)
     assert "argument --lr: -1: must be at least 0" in error("--lr", "-1")
     (tmp_path / "file").write_text("")
@@ -183,12 +183,16 @@ def test_training_flags(error_of, features, tmp_path):
 
 def test_results_of_another_run(error_of, features, tmp_path):
     path = save_checkpoint(tmp_path / "results/checkpoints/0000001")
-    meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, num_classes=None, features_count=14, latents="sample", flip="random",
-                global_batch_size=8, global_seed=0, scaling_factor=0.3)
+    meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, features_count=14, latents="sample",
+                flip="random", global_batch_size=8, global_seed=0, scaling_factor=0.3)
     (path / "meta.json").write_text(json.dumps(meta))
-    error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/4", "--global-batch-size", 4)
-    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; global_batch_size 8 there, 4 here" in error
-    assert "scaling_factor 0.3 there, 0.18215 here" in error
+
+    def error(*flags):
+        return error_of("train_diffusion", "--features-path", features, "--global-batch-size", 4, *flags)
+    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in error("--model", "DiTSEM-Ti/4")
+    changed = error("--model", "DiTSEM-Ti/2")
+    assert "global_batch_size 8 there, 4 here" in changed and "scaling_factor 0.3 there, 0.18215 here" in changed
+    assert "--allow-change to continue that one so" in changed
 
 
 #################################################################################

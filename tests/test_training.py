@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, ROOT, V
+from conftest import IMAGE_SIZE, ROOT, V, launch
 from forked import Run
 from PIL import Image
 from test_train import metrics, tensors, train_command
 
 from diffusion import create_diffusion
-from dlc.checkpoints import info, read_meta, run_checkpoints
+from dlc.checkpoints import info, load_weights, model_from_weights, read_meta, run_checkpoints
 from dlc.features import Features, FeatureWriter
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.training import TrainingBatches, draw_losses, loss_means, loss_sums
@@ -230,8 +230,8 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
     run = train("run", "--max-steps", 9, "--max-nonfinite", 3, "--ckpt-every", 2, script="skipping")
     assert not run.wait()
     assert "step 7: 3 steps in a row without a finite gradient; stopped. The last good checkpoint: " in run.said()
-    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 1, 1]
-    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, False, True, True]
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 1, 1, 1]
+    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, False, True, True, True]
     two, four, six = (tensors(path) for path in run_checkpoints(tmp_path / "run"))
     key = "ema/t_embedder.mlp.0.weight"
     assert torch.equal(four[key], six[key]) and not torch.equal(two[key], four[key])
@@ -266,7 +266,7 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
 def test_loss_curve_is_the_committed_one(tmp_path):
     """20 steps on made-up features. A change that moves it changes what is trained, and must say so."""
     writer = FeatureWriter(tmp_path / "features", dict(
-        format_version=1, image_size=64, latents="sample", L=4, V=8, classes=["a"]))
+        format_version=1, image_size=64, latents="sample", dtype="float32", L=4, V=8, classes=["a"], images=40))
     writer.start()
     generator = np.random.Generator(np.random.Philox(0))
     writer.write(0, dict(features=generator.standard_normal((40, 4, 8, 8)).astype(np.float32), labels=np.zeros(40, int),
@@ -303,3 +303,30 @@ def test_reports_need_their_packages(train, tmp_path):
     if run.wait():
         pytest.skip("wandb is here")
     assert "--report-to wandb needs its package: pip install wandb" in run.said() and "Traceback" not in run.said()
+
+
+def test_sharded(trained, features, tmp_path):
+    """FSDP by the configuration file that is shipped, on two CPU processes: the losses of one process; its checkpoints
+    load as any other, are continued sharded and whole, and previews are drawn."""
+    def sharded(*flags):
+        command = train_command(2, features, tmp_path / "sharded", "--grad-clip", 1, *flags)
+        result = launch(("fsdp", *command[1:]), tmp_path, check=False)
+        if "no attribute 'record_event'" in result.stderr:
+            pytest.skip("this torch has no FSDP on the CPU")
+        assert result.returncode == 0, result.stderr
+        assert "precision: fp32, sharded (FSDP)" in result.stdout
+    sharded("--max-steps", 3, "--grad-accum", 2)
+    sharded("--max-steps", 6, "--sample-every", 6)
+    trained("one", "--max-steps", 6, "--grad-clip", 1, "--sample-every", 6)
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([line[key] for line in metrics(tmp_path / "sharded")],
+                                   [line[key] for line in metrics(tmp_path / "one")], rtol=1e-4)
+    shards, one = (tensors(tmp_path / f"{name}/checkpoints/0000006") for name in ("sharded", "one"))
+    assert shards.keys() == one.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(shards[key], value, atol=1e-4, rtol=1e-3)
+    weights, meta = load_weights(tmp_path / "sharded/checkpoints/0000006")
+    assert model_from_weights(weights, "sharded")[1] == meta["model"] == "DiTSEM-Ti/4"
+    pictures = [np.array(Image.open(tmp_path / f"{name}/previews/0000006.png")).astype(int) for name in ("sharded", "one")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 3
+    assert "steps 6 to 8" in trained("sharded", "--max-steps", 8, "--grad-clip", 1)
