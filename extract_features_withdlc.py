@@ -151,7 +151,7 @@ def main():
         empty["sem"] = np.zeros((0, L), code_dtype(V))
 
     def encode_batch(item):
-        """A batch of the loader as arrays, one a kind, of k rows per image; and the [path, error] of what is skipped."""
+        """A loaded batch as arrays, one a kind, of k rows per image; and the [path, error] of what is skipped."""
         batch, (indices, crops, code_views, unreadable) = item
         for index, error, broken in unreadable:
             if args.strict or not broken:

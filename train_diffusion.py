@@ -36,8 +36,8 @@ from dlc.noise import Stream, integers, normal, uniform
 from dlc.runtime import (SEED, ArgumentParser, agree, create_accelerator, create_logger, default_num_workers, number,
                          start_processes, versions)
 from dlc.sampling import sample_latents
-from dlc.training import (StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior, loss_means,
-                          local, loss_sums, read_metrics, shard, trim_metrics)
+from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
+                          loss_means, local, loss_sums, read_metrics, shard, trim_metrics)
 from models import DiT_models
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
@@ -54,8 +54,8 @@ def parse_args(default_model):
     add("--epochs", type=number(int, 1), default=1400, help="passes over the features [%(default)s]")
     add("--max-steps", type=number(int, 1), help="optimizer steps, where that comes first [no limit]")
     add("--global-batch-size", type=number(int, 1), default=256, help="samples a step over all processes [%(default)s]")
-    add("--grad-accum", type=number(int, 1), default=1, help="parts a process cuts its batch into, one after the other: "
-                                                             "less memory [%(default)s]")
+    add("--grad-accum", type=number(int, 1), default=1,
+        help="parts a process cuts its batch into, one after the other: less memory [%(default)s]")
     add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant [%(default)s]")
     add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's weight decay [%(default)s]")
     add("--grad-clip", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any [%(default)s]")
@@ -179,7 +179,7 @@ def main(default_model="DiTSEM-XL/2"):
     raw_model.train()
     model = raw_model if sharded else accelerator.prepare(raw_model)            # DDP and autocast
     optimizer = accelerator.prepare(optimizer)
-    sums, logged, skipped = torch.zeros(11, device=device), 0, 0                # since the step last logged
+    sums, logged, skipped = torch.zeros(3 + 2 * QUARTERS, device=device), 0, 0    # since the step last logged
     first_step = first_place = 0
     if resume:
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
@@ -220,7 +220,7 @@ def main(default_model="DiTSEM-XL/2"):
         trim_metrics(metrics, first_step)
 
     def save(step):
-        everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()                        # (processes, 11)
+        everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()            # (processes, 3 + 2 * QUARTERS)
         meta = dict(model_identity, **data_identity, step=step, place=batches.first_of(step), logged=logged,
                     skipped=skipped, features_path=recorded_id(args.features_path), vae=manifest.get("vae"),
                     precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
@@ -289,7 +289,8 @@ def main(default_model="DiTSEM-XL/2"):
             rate = (step - since[1]) / (time.time() - since[0])
             grad_norm = whole(grad_norm).item()
             line = dict(step=step, epoch=batches.first_of(step) / features.count, **means, grad_norm=grad_norm,
-                        skipped_steps=skipped, scaler_scale=accelerator.scaler.get_scale() if accelerator.scaler else None,
+                        skipped_steps=skipped,
+                        scaler_scale=accelerator.scaler.get_scale() if accelerator.scaler else None,
                         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                         lr=args.lr, steps_per_second=rate, images_per_second=rate * batch)
             if state.is_main_process and (log_due or failed):
@@ -312,7 +313,7 @@ def main(default_model="DiTSEM-XL/2"):
         if checkpoint_due:
             save(step)
         if args.sample_every and step % args.sample_every == 0 and (state.is_main_process or sharded):
-            save_preview(results / "previews" / f"{step:07d}.png", ema, features, condition, vae, args.global_seed, device)
+            save_preview(results / f"previews/{step:07d}.png", ema, features, condition, vae, args.global_seed, device)
         if signal_name and step < last_step:
             logger.info(f"stopped by {signal_name} after step {step:,}; the same command continues")
             break

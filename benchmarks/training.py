@@ -9,7 +9,7 @@ its shapes and without recomputation, over what a large matrix product reaches o
 """
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.record import record
 from diffusion import create_diffusion
-from dlc.features import FeatureWriter
+from dlc.features import FeatureWriter, code_dtype
 from dlc.runtime import PRECISIONS, autocast
 from models import DiT_models
 
@@ -69,23 +69,27 @@ def write_features(path, args, count):
     writer.start()
     random = np.random.default_rng(0)
     writer.write(0, dict(features=random.standard_normal((count, 4, 32, 32)).astype(np.float16),
-                         sem=random.integers(0, args.V, (count, args.L)).astype(np.uint8 if args.V <= 256 else np.uint16),
+                         sem=random.integers(0, args.V, (count, args.L)).astype(code_dtype(args.V)),
                          labels=np.zeros(count, np.int64), path=np.full(count, "a/0.png")), [])
     writer.finish(1)
 
 
 def train(features, results, args, checkpointing, compiled, precision):
-    """Steps a second and losses of the script, and the peak of its memory in GiB."""
+    """Steps a second and losses of the script, and the peak of its memory in GiB: the GPU's, or all of it on a CPU."""
     steps = args.warmup + args.steps
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
                "--dynamo_backend", "no", "--mixed_precision", {"fp32": "no"}.get(precision, precision),
                "train_diffusion.py", "--model", args.model, "--features-path", features, "--results-dir", results,
                "--global-batch-size", args.batch, "--max-steps", steps, "--log-every", 1,
                "--compile" if compiled else "--no-compile", *(["--checkpoint-activations"] if checkpointing else [])]
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True, text=True)
+    with open(features.with_name("output.txt"), "w") as output:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)             # the memory of this run alone
+    if status:
+        raise RuntimeError(features.with_name("output.txt").read_text())
     lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     seconds = [1 / line["steps_per_second"] for line in lines[args.warmup:]]
-    memory = lines[-1].get("peak_memory_gib") or resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    memory = lines[-1]["peak_memory_gib"] or usage.ru_maxrss / 2**20
     return 1 / float(np.median(seconds)), [line["loss"] for line in lines], memory
 
 
@@ -140,7 +144,8 @@ def main():
         write_features(root / "features", args, max(512, args.batch))
         for number, (name, (checkpointing, compiled, half)) in enumerate(ROWS.items()):
             precision = "bf16" if half else "fp32"
-            rate, losses, memory = train(root / "features", root / str(number), args, checkpointing, compiled, precision)
+            rate, losses, memory = train(root / "features", root / str(number), args, checkpointing, compiled,
+                                         precision)
             alone = float(subprocess.run([sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--alone", name],
                                          cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1])
             first_losses = first_losses or losses

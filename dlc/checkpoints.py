@@ -252,7 +252,7 @@ def info(path):
     with torch.no_grad():
         difference = [(ema - raw).norm() / raw.norm() for ema, raw in zip(
             weights.values(), load_weights(path, use_ema=False)[0].values()) if raw.norm() > 0]
-    lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm, on average")
+    lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm")
     return lines
 
 

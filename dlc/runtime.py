@@ -131,12 +131,13 @@ def create_logger(state, log_file=None):
 def create_accelerator(logger, report_to=None, run_dir=None):
     """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
 
-    Returns the Accelerator, the precision "fp32", "bf16" or "fp16", and whether to shard (`--use_fsdp`).
+    Returns the Accelerator, the precision "fp32", "bf16" or "fp16" of `--mixed_precision` (fp16 without a GPU is said
+    to be float32, once), and whether to shard, as an FSDP configuration asks.
 
     Args:
         report_to: "tensorboard" or "wandb", where `accelerator.log` writes; for tensorboard into run_dir.
 
-    Raises ValueError where that package is not there, and for fp16 with sharding. Precision is what `accelerate launch --mixed_precision` asked for; fp16 without a GPU is said to be float32, once.
+    Raises ValueError where that package is not there, and for fp16 with sharding.
     """
     on_cpu = not torch.cuda.is_available()
     # sharding is ours: accelerate does it on no CPU, and knows of no EMA

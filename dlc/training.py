@@ -1,4 +1,4 @@
-"""The parts of training that are neither model nor maths: its batches, the request to stop, and the record it leaves."""
+"""The parts of training that are neither model nor maths: batches, sharding, the request to stop, the record."""
 import json
 import math
 import signal
@@ -63,7 +63,7 @@ class TrainingBatches(Dataset):
         condition = self.condition.gather(rows, limit=self.limit)
         # uint16 codes as int32: torch can do little with uint16
         condition = condition.astype(np.int32) if condition.dtype == np.uint16 else condition
-        return torch.from_numpy(places), torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
+        return tuple(map(torch.from_numpy, (places, self.features.latents.gather(rows), condition)))
 
 
 def draw_posterior(moments, seed, places):

@@ -17,13 +17,14 @@ context.set_forkserver_preload(["extract_features_withdlc", "train_diffusion", "
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _run(script, arguments, environment, output):
+def _run(script, arguments, environment, output, cwd):
     multiprocessing.set_start_method("fork", force=True)    # a forked server's children would start workers by it
     os.setpgid(0, 0)                                        # with its data loader's workers, a group
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.chdir(cwd)
     sys.argv = [script, *arguments]
     importlib.import_module(script).main()
 
@@ -31,7 +32,7 @@ def _run(script, arguments, environment, output):
 class Run:
     """The ranks of one launch, their output in the file `output`."""
 
-    def __init__(self, script, arguments, output, processes=1):
+    def __init__(self, script, arguments, output, processes=1, cwd="."):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -43,7 +44,7 @@ class Run:
                 environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
                                    LOCAL_WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
             self.ranks.append(context.Process(
-                target=_run, args=(script, [*map(str, arguments)], environment, str(output))))
+                target=_run, args=(script, [*map(str, arguments)], environment, str(output), str(cwd))))
         for rank in self.ranks:
             rank.start()
 

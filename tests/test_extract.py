@@ -49,9 +49,9 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
         np.testing.assert_array_equal(rows.codes.gather([row])[0], code[0].numpy())
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_shards_do_not_depend_on_the_number_of_processes(processes, features, images, tiny_models, tmp_path):
-    result = launch(extract_command("torchrun", processes, images, tmp_path, tiny_models), tmp_path)
+@pytest.mark.parametrize("launcher, processes", [("torchrun", 2), ("forked", 3)])
+def test_shards_do_not_depend_on_the_number_of_processes(launcher, processes, features, images, tiny_models, tmp_path):
+    result = launch(extract_command(launcher, processes, images, tmp_path, tiny_models), tmp_path)
     assert contents(tmp_path) == contents(features)
     assert re.search(r"done: 14 rows of 15 images in 4 shards, 1 skipped .*" + str(tmp_path), result.stdout)
 
@@ -138,9 +138,9 @@ def test_compiled_and_filled_up_batches_are_the_same(extract):
 
 
 def test_without_an_encoder(features, images, tiny_models, tmp_path):
-    """Latents and labels alone; and, the flips left away, every crop as it is."""
+    """Latents and labels alone; and, the flips left out, every crop as it is."""
     flags = ("--encoder", "none", "--flip", "none", "--dtype", "float32")
-    launch(extract_command("python", 1, images, tmp_path, tiny_models, *flags), tmp_path)
+    launch(extract_command("forked", 1, images, tmp_path, tiny_models, *flags), tmp_path)
     rows = Features(tmp_path)
     rows.validate()
     assert (rows.count, rows.codes, rows.L, rows.V) == (14, None, None, None)
@@ -164,7 +164,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     untouched = kind_dir(tmp_path, IMAGE_SIZE, "features") / "000000.npy"
     before = untouched.stat().st_mtime_ns
     kind_dir(tmp_path, IMAGE_SIZE, "features").joinpath("000003.npy").unlink()
-    command = extract_command("python", 1, images, tmp_path, tiny_models)
+    command = extract_command("forked", 1, images, tmp_path, tiny_models)
     result = launch(command, tmp_path)
     assert "4 shards, 2 to do" in result.stdout
     assert contents(tmp_path) == contents(features)
@@ -177,7 +177,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
 def test_nothing_that_can_be_read(tiny_models, tmp_path):
     (tmp_path / "images/cat").mkdir(parents=True)
     (tmp_path / "images/cat/0.png").write_text("")
-    result = launch(extract_command("python", 1, tmp_path / "images", tmp_path / "features", tiny_models), tmp_path,
+    result = launch(extract_command("forked", 1, tmp_path / "images", tmp_path / "features", tiny_models), tmp_path,
                     check=False)
     assert result.returncode == 2 and "has no rows" in result.stderr and "Traceback" not in result.stderr
 

@@ -141,6 +141,28 @@ def test_code_embedding_stays_float32_under_autocast():
             assert torch.equal(under, without)
 
 
+def test_what_stays_float32_under_autocast():
+    """Norms, the residual stream, the sum of timestep and code embedding; products alone are in 16 bits."""
+    model, dtypes = scrambled(DiTSEM(L=3, V=4, **SMALL)), {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            dtypes.setdefault(name, set()).update([inputs[0].dtype, output.dtype])
+        return hook
+    for block in model.blocks:
+        block.register_forward_hook(watch("residual stream"))
+        block.adaLN_modulation[0].register_forward_hook(watch("condition"))
+        block.norm1.register_forward_hook(watch("norm"))
+        block.attn.qkv.register_forward_hook(watch("products"))
+    model.final_layer.norm_final.register_forward_hook(watch("norm"))
+    model.t_embedder.mlp[2].register_forward_hook(watch("time"))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)))
+    assert torch.bfloat16 in dtypes.pop("products")
+    assert dtypes.keys() == {"residual stream", "condition", "norm", "time"}
+    assert all(seen == {torch.float32} for seen in dtypes.values()), dtypes
+
+
 def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
     import models
     calls = []

@@ -43,7 +43,7 @@ def trained(train):
 
 
 def same_run(one, two, step):
-    """Whether two runs are the same to the bit: weights, EMA, optimizer state and lines of metrics, but for the rates."""
+    """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates."""
     first, second = (tensors(root / f"checkpoints/{step:07d}") for root in (one, two))
     lines = [[{key: value for key, value in line.items() if "per_second" not in key} for line in metrics(root)]
              for root in (one, two)]
@@ -142,8 +142,8 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
     other = ("--global-batch-size", 4, "--global-seed", 1, "--max-steps", 5)
     run = train("run", *other)
     assert not run.wait()
-    assert "global_batch_size 8 there, 4 here; global_seed 0 there, 1 here; give another --results-dir, or --allow-change" \
-        in run.said() and "Traceback" not in run.said()
+    assert "global_batch_size 8 there, 4 here; global_seed 0 there, 1 here; give another --results-dir, or " \
+        "--allow-change" in run.said() and "Traceback" not in run.said()
     said = trained("run", *other, "--allow-change")
     assert "warning: changed since: global_batch_size 8 there, 4 here" in said
     assert read_meta(tmp_path / "run/checkpoints/0000005")["place"] == 3 * 8 + 2 * 4
@@ -327,6 +327,7 @@ def test_sharded(trained, features, tmp_path):
         torch.testing.assert_close(shards[key], value, atol=1e-4, rtol=1e-3)
     weights, meta = load_weights(tmp_path / "sharded/checkpoints/0000006")
     assert model_from_weights(weights, "sharded")[1] == meta["model"] == "DiTSEM-Ti/4"
-    pictures = [np.array(Image.open(tmp_path / f"{name}/previews/0000006.png")).astype(int) for name in ("sharded", "one")]
+    pictures = [np.array(Image.open(tmp_path / f"{name}/previews/0000006.png")).astype(int)
+                for name in ("sharded", "one")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 3
     assert "steps 6 to 8" in trained("sharded", "--max-steps", 8, "--grad-clip", 1)
