@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def modulate(x, shift, scale):
-    """Shift and scale tokens x (N, T, D) by per-sample vectors (N, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Shift and scale tokens x (N, T, D) by per-sample vectors (N, D), in x's precision: 1 + scale keeps its bits."""
+    return x * (1 + scale.unsqueeze(1).to(x.dtype)) + shift.unsqueeze(1)
 
 
 def sincos_position_embedding(dim, grid_size):

@@ -14,6 +14,7 @@ number of processes nor a restart changes what is trained on.
 """
 import argparse
 import contextlib
+import hashlib
 import math
 import sys
 import time
@@ -28,8 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusion import create_diffusion
-from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, run_checkpoints,
-                             save_checkpoint, whole)
+from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, remove_unfinished,
+                             run_checkpoints, save_checkpoint, whole)
 from dlc.features import Features, Stack, differences, file_order, recorded_id, write_json
 from dlc.latents import decode, image_grid, load_vae, to_uint8
 from dlc.noise import Stream, integers, normal, uniform
@@ -37,7 +38,7 @@ from dlc.runtime import (SEED, ArgumentParser, agree, create_accelerator, create
                          start_processes, versions)
 from dlc.sampling import sample_latents
 from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
-                          loss_means, local, loss_sums, read_metrics, shard, trim_metrics)
+                          ignore_stop_signals, loss_means, local, loss_sums, read_metrics, shard, trim_metrics)
 from models import DiT_models
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
@@ -102,6 +103,9 @@ def open_condition(args, features):
         if not paths:
             raise ValueError(f"--condition-path {args.condition_path} is not a folder of .npy files")
         vectors = Stack(paths, sample_ndim=1)
+        if vectors.array(0).dtype.kind != "f":
+            raise ValueError(f"--condition-path {args.condition_path} holds values of type {vectors.array(0).dtype}, "
+                             "wanted floats")
         if len(vectors) != features.count:
             raise ValueError(f"--condition-path {args.condition_path} has {len(vectors)} rows, the features "
                              f"{features.count}")
@@ -124,10 +128,12 @@ def main(default_model="DiTSEM-XL/2"):
         manifest = features.manifest or {}
         # what a run is: with another model it is another run, with other data or batches only if that is said
         model_identity = dict(model=args.model, image_size=features.image_size, **sizes)
+        vectors = condition.gather(np.arange(min(64, features.count))) if args.condition_path else None
         data_identity = dict(
             features_count=features.count, latents=features.latent_kind, global_batch_size=args.global_batch_size,
             global_seed=args.global_seed, **{key: manifest.get(key) for key in (
-                "vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256", "flip")})
+                "vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256", "flip")},
+            first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest())
         resume, meta, changed = (run_checkpoints(args.results_dir) or [None])[-1], {}, ""
         if resume:
             meta = read_meta(resume)
@@ -151,7 +157,6 @@ def main(default_model="DiTSEM-XL/2"):
         results = Path(args.results_dir)
         if state.is_main_process:
             results.mkdir(parents=True, exist_ok=True)
-            write_json(results / "args.json", vars(args))
         state.wait_for_everyone()
         logger = create_logger(state, results / "log.txt")
         accelerator, precision, sharded = create_accelerator(logger, args.report_to, results)
@@ -160,6 +165,8 @@ def main(default_model="DiTSEM-XL/2"):
         torch.manual_seed(args.global_seed)                 # the same weights in every process
         raw_model = DiT_models[args.model](input_size=latent_size, in_channels=channels, **sizes).to(device)
         begun_with = load_pretrained(args.pretrained_path, raw_model) if args.pretrained_path and not resume else None
+        if state.is_main_process:
+            write_json(results / "args.json", vars(args))
 
     # ---------------------------------------------------------------------- model, EMA, optimizer
     raw_model.set_grad_checkpointing(args.checkpoint_activations)
@@ -171,8 +178,7 @@ def main(default_model="DiTSEM-XL/2"):
     if sharded:
         for module in (raw_model, ema):
             shard(module, device)
-    weights = list(raw_model.parameters())
-    averages, averaged = local(ema.parameters()), local(weights)
+    weights, averages = list(raw_model.parameters()), list(ema.parameters())
     # a fused step hides from accelerate whether the fp16 scaler skipped it
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=accelerator.scaler is None)
     diffusion = create_diffusion("")
@@ -200,7 +206,7 @@ def main(default_model="DiTSEM-XL/2"):
     batches = TrainingBatches(features, condition, limit, args.global_seed, batch, state.process_index,
                               state.num_processes, first_step, first_place)
     loader = DataLoader(batches, sampler=range(first_step, last_step), batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals)
     part = batch // state.num_processes // args.grad_accum
     for line in (
             f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -210,6 +216,7 @@ def main(default_model="DiTSEM-XL/2"):
             f"precision: {precision}" + (", sharded (FSDP)" if sharded else ""),
             f"run: steps {first_step:,} to {last_step:,} in {args.results_dir}",
             begun_with and f"weights: {begun_with}",
+            resume and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
             resume and f"continued from {resume}",
             changed and f"warning: changed since: {changed}",
             first_step >= last_step and "nothing to do: raise --max-steps or --epochs to train on"):
@@ -218,6 +225,7 @@ def main(default_model="DiTSEM-XL/2"):
     metrics = results / "metrics.jsonl"
     if state.is_main_process:
         trim_metrics(metrics, first_step)
+        remove_unfinished(results)
 
     def save(step):
         everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()            # (processes, 3 + 2 * QUARTERS)
@@ -236,7 +244,7 @@ def main(default_model="DiTSEM-XL/2"):
 
     # ---------------------------------------------------------------------- steps
     stop_request = StopRequest(state.num_processes)
-    since, skipped_in_a_row = (time.time(), first_step), 0
+    since, skipped_in_a_row, put_off = (time.time(), first_step), 0, False
     bar = tqdm(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
     for step, loaded in enumerate(loader, first_step + 1):
         measured = 0
@@ -272,19 +280,26 @@ def main(default_model="DiTSEM-XL/2"):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         else:
             decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
-            get_ema_multi_avg_fn(decay)(averages, averaged, None)
+            get_ema_multi_avg_fn(decay)(local(averages), local(weights), None)
             sums += measured
             skipped_in_a_row = 0
         bar.update()
 
         signal_name = stop_request.agreed()
-        checkpoint_due = step % args.ckpt_every == 0 or step == last_step or signal_name
+        # in a row of skipped steps, of which the run may yet die, a checkpoint is put off
+        wanted = put_off or step % args.ckpt_every == 0
+        put_off = wanted and skipped_in_a_row > 0
+        checkpoint_due = (wanted and not put_off) or step == last_step or signal_name
         failed = None
         if log_due or checkpoint_due:
             means = loss_means(accelerator.reduce(sums, "sum"))
             # the fp16 scaler skips such a step; nothing else mends it, and no checkpoint may hold it
             if not math.isfinite(means["loss"]) and skipped < step - logged:
                 failed = f"step {step}: the loss is {means['loss']}"
+        if checkpoint_due and not failed:               # a gradient may be infinite though the loss is not
+            norms = torch.stack(torch._foreach_norm(local(weights)))
+            if accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
+                failed = f"step {step}: there are weights that are not finite"
         if log_due or step == last_step or failed:
             rate = (step - since[1]) / (time.time() - since[0])
             grad_norm = whole(grad_norm).item()
@@ -295,8 +310,10 @@ def main(default_model="DiTSEM-XL/2"):
                         lr=args.lr, steps_per_second=rate, images_per_second=rate * batch)
             if state.is_main_process and (log_due or failed):
                 append_metrics(metrics, line)
-            if args.report_to:
-                accelerator.log({key: value for key, value in line.items() if isinstance(value, (int, float))}, step)
+            if args.report_to and log_due:
+                quarters = {f"mse_quarter_{i}": mse for i, mse in enumerate(means["mse_by_quarter_of_t"], 1)}
+                accelerator.log({key: value for key, value in {**line, **quarters}.items()
+                                 if isinstance(value, (int, float))}, step)
             logger.info(f"step {step:,}: loss {means['loss']:.4f} (mse {means['mse']:.4f}, vb {means['vb']:.5f}), "
                         f"grad norm {line['grad_norm']:.3f}, {rate:.2f} steps/s, {rate * batch:.0f} images/s"
                         + (f", {skipped} steps skipped" if skipped else ""))
@@ -313,7 +330,11 @@ def main(default_model="DiTSEM-XL/2"):
         if checkpoint_due:
             save(step)
         if args.sample_every and step % args.sample_every == 0 and (state.is_main_process or sharded):
+            if sharded:                             # FSDP would keep its outermost part from one preview to the next
+                ema.unshard()
             save_preview(results / f"previews/{step:07d}.png", ema, features, condition, vae, args.global_seed, device)
+            if sharded:
+                ema.reshard()
         if signal_name and step < last_step:
             logger.info(f"stopped by {signal_name} after step {step:,}; the same command continues")
             break

@@ -2,8 +2,8 @@
 
 A checkpoint of ours is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors
 (float32), optimizer.pt and meta.json. It is written under another name and renamed, so one that has its name is whole.
-Everything random in training is a function of (seed, position in the data), so meta.json's step is all the run state
-there is beside the tensors.
+Everything random in training is a function of (seed, position in the data), so there is no generator's state: meta.json
+says the step and the place in the data, optimizer.pt holds the sums of the log's next line, too.
 
 Read as well: `.pt` files such as DiT and fast-DiT write (a bare state dict, or one under "ema" and "model"), and
 `.safetensors`.
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dlc.features import read_json
+from dlc.features import read_json, sync_directory
 from models import DiT_models
 
 
@@ -31,7 +31,7 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
 
     Args:
         model, ema, optimizer: where they are sharded every process calls this, and their parts are brought together.
-        sums: a tensor, what has been summed up for the log since its last line.
+        sums: a tensor (processes, …), what each has summed up for the log since its last line.
         write: whether this is the process that writes.
     """
     states = [whole(module.state_dict(), write) for module in (model, ema, optimizer)]
@@ -49,7 +49,9 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
     for file in temporary.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
+    sync_directory(temporary)
     os.replace(temporary, path)
+    sync_directory(path.parent)             # before older ones may go
     return path
 
 
@@ -76,6 +78,8 @@ def load_checkpoint(path, model, ema, optimizer, scaler=None):
         weights = safetensors.torch.load_file(path / f"{name}.safetensors")
         module.load_state_dict({key: sharded_like(weights[key], value) for key, value in module.state_dict().items()})
     state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+        group["fused"] = own["fused"]           # another precision may want it otherwise
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, moments in state["optimizer"]["state"].items():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -83,7 +87,7 @@ def load_checkpoint(path, model, ema, optimizer, scaler=None):
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    return state["sums"]
+    return state["sums"] if state["sums"] is None else state["sums"].clone()      # not a view of the mapped file
 
 
 def remove_old_checkpoints(run_dir, keep):
@@ -92,7 +96,13 @@ def remove_old_checkpoints(run_dir, keep):
         going = path.with_name(f"{path.name}.tmp")
         shutil.rmtree(going, ignore_errors=True)
         os.replace(path, going)
-        shutil.rmtree(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_unfinished(run_dir):
+    """Remove what a run that was killed had begun to write or to remove."""
+    for path in Path(run_dir).glob("checkpoints/*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_pretrained(path, model):
@@ -108,7 +118,8 @@ def load_pretrained(path, model):
     model.load_state_dict(fit, strict=False)
     said = [f"{len(fit)} of {len(wanted)} tensors from {path}"]
     said += [f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
-             for key in weights if key in wanted and key not in fit]
+             for key in sorted((key for key in weights if key in wanted and key not in fit),
+                               key=lambda key: "embedding_table" not in key)[:5]]
     for what, keys in (("left out", weights.keys() - wanted.keys()), ("new", wanted.keys() - weights.keys())):
         if keys:
             said.append(f"{what}: {', '.join(sorted(keys)[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}")
@@ -121,8 +132,8 @@ def read_meta(path):
 
 def run_checkpoints(run_dir):
     """The whole checkpoints of one run, oldest first."""
-    return sorted(path.parent for path in Path(run_dir).glob("checkpoints/*/meta.json")
-                  if re.fullmatch(r"\d{7,}", path.parent.name))
+    return sorted((path.parent for path in Path(run_dir).glob("checkpoints/*/meta.json")
+                   if re.fullmatch(r"\d{7,}", path.parent.name)), key=lambda path: int(path.name))
 
 
 def newest_checkpoint(results_dir, model):

@@ -29,6 +29,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+PATIENCE = datetime.timedelta(hours=12)  # of processes with one another: one may write a large file meanwhile
 SEED = number(int, 0, 2**63 - 1)         # the argparse type of --global-seed
 
 
@@ -69,8 +70,7 @@ def start_processes():
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(cores_per_process())
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    # one rank may write a large file while the others wait for it
-    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(hours=12))
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != world_size:
         raise ValueError(f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "

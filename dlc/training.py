@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from dlc.features import write_whole
 from dlc.noise import Stream, normal, permutation
+from dlc.runtime import PATIENCE
 
 QUARTERS = 4                # of the diffusion times, whose losses are told apart
 
@@ -26,7 +27,7 @@ class TrainingBatches(Dataset):
     """One process's part of each step's global batch; item `step` is gathered at once from the memory maps.
 
     Places in the endless row of epochs: step `first_step` covers the global_batch places from `first_place` on, and so
-    forth. Of each step's places every process takes an equal run, cut into `accumulation` micro-batches.
+    forth. Of each step's places every process takes an equal run.
 
     Args:
         features: a `Features`.
@@ -93,6 +94,15 @@ def local(parameters):
 #                                Request to stop                                #
 #################################################################################
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def ignore_stop_signals(worker):
+    """For a data loader's workers: launchers signal the whole process group, and a step needs its data to end."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """SIGTERM and SIGUSR1, which clusters send before they take a machine away, as a request to stop after a step.
 
@@ -102,8 +112,8 @@ class StopRequest:
 
     def __init__(self, num_processes):
         self.signal, self.told, self.telling = None, None, None
-        self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):

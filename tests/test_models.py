@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import golden
 
-from models import DiT, DiT_models, DiTCONT, DiTSEM, SEMEmbedder
+from models import DiT, DiT_models, DiTCONT, DiTSEM, SEMEmbedder, modulate
 
 SMALL = dict(input_size=8, hidden_size=32, depth=2, num_heads=2)
 
@@ -161,6 +161,9 @@ def test_what_stays_float32_under_autocast():
     assert torch.bfloat16 in dtypes.pop("products")
     assert dtypes.keys() == {"residual stream", "condition", "norm", "time"}
     assert all(seen == {torch.float32} for seen in dtypes.values()), dtypes
+    x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 8).bfloat16(), 1e-3 * torch.randn(2, 8).bfloat16()
+    exact = x * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)
+    assert torch.equal(modulate(x, shift, scale), exact)                    # in bfloat16, 1 + scale would be 1
 
 
 def test_activation_checkpointing_changes_memory_not_results(monkeypatch):

@@ -1,8 +1,10 @@
 """Training resumed, killed, asked to stop, changed: in processes forked from one that has everything imported."""
+import importlib.util
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -105,15 +107,17 @@ def test_killed_at_random_moments(trained, train, tmp_path):
           f"{sum(finished.values())} runs finished")
 
 
-@pytest.mark.parametrize("processes, which", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
-def test_asked_to_stop(processes, which, trained, train, tmp_path):
-    """One process gets the signal; all end well after the same step, and the same command goes on to the same end."""
+@pytest.mark.parametrize("processes, which, send", [(1, signal.SIGTERM, os.killpg), (2, signal.SIGUSR1, os.kill),
+                                                    (2, signal.SIGTERM, os.killpg)])
+def test_asked_to_stop(processes, which, send, trained, train, tmp_path):
+    """One process, or its whole group with the data loader's workers, as launchers do it, gets the signal: all end well
+    after the same step, and the same command goes on to the same end."""
     flags = ("--max-steps", 40, "--log-every", 7)
     trained("whole", *flags, processes=processes)
     run = train("asked", *flags, processes=processes)
     while not metrics_lines(tmp_path / "asked"):
         assert not run.wait(0.01), run.said()
-    os.kill(run.ranks[-1].pid, which)
+    send(run.ranks[-1].pid, which)
     assert run.wait(), run.said()
     step = read_meta(run_checkpoints(tmp_path / "asked")[-1])["step"]
     assert f"stopped by {which.name} after step {step}; the same command continues" in run.said()
@@ -128,10 +132,11 @@ def metrics_lines(run):
 
 def test_checkpoints_to_keep(trained, tmp_path):
     """The newest whole ones; a half-written one is neither counted nor loaded."""
-    (tmp_path / "run/checkpoints/0000009.tmp").mkdir(parents=True)
-    (tmp_path / "run/checkpoints/0000009.tmp/meta.json").write_text("{}")
+    half = tmp_path / "run/checkpoints/0000009.tmp"
+    half.mkdir(parents=True)
+    (half / "meta.json").write_text("{}")
     trained("run", "--max-steps", 5, "--ckpt-every", 1, "--ckpt-total-limit", 2)
-    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005"]
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005"] and not half.exists()
     trained("run", "--max-steps", 6, "--ckpt-every", 1, "--ckpt-total-limit", 3)
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005", "0000006"]
 
@@ -232,9 +237,23 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
     assert "step 7: 3 steps in a row without a finite gradient; stopped. The last good checkpoint: " in run.said()
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 1, 1, 1]
     assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, False, True, True, True]
-    two, four, six = (tensors(path) for path in run_checkpoints(tmp_path / "run"))
-    key = "ema/t_embedder.mlp.0.weight"
-    assert torch.equal(four[key], six[key]) and not torch.equal(two[key], four[key])
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002", "0000004"]      # 6 was put off
+    run = train("every", "--max-steps", 4, "--ckpt-every", 1, script="skipping")
+    assert run.wait(), run.said()
+    assert [path.name for path in run_checkpoints(tmp_path / "every")] == ["0000001", "0000002", "0000004"]
+    run = train("last", "--max-steps", 3, "--ckpt-every", 1, script="skipping")
+    assert run.wait(), run.said()
+    two, three = (tensors(path) for path in run_checkpoints(tmp_path / "last")[-2:])
+    assert all(torch.equal(two[key], three[key]) for key in two if key.startswith("ema/"))
+
+
+def test_weights_that_are_not_finite(train, tmp_path):
+    """A gradient may be NaN though the loss is not: no checkpoint holds what AdamW makes of it."""
+    run = train("run", "--max-steps", 9, "--ckpt-every", 2, "--log-every", 9, "--ckpt-total-limit", 1,
+                script="broken_gradient")
+    assert not run.wait() and "Traceback" not in run.said()
+    assert re.search("step 4: .*stopped. The last good checkpoint: .*/0000002", run.said())
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002"]
 
 
 def test_vectors_as_conditions(trained, train, features, tmp_path):
@@ -261,6 +280,12 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
     assert "--condition-path is for DiTCONT models" in refused("--condition-path", tmp_path / "vectors")
     np.save(tmp_path / "vectors/2.npy", vectors[:1])
     assert "has 15 rows, the features 14" in refused(*flags)
+    (tmp_path / "vectors/2.npy").unlink()
+    np.save(tmp_path / "vectors/0.npy", vectors[:9] + 1)
+    run = train("run", "--max-steps", 6, *flags)
+    assert not run.wait() and "first_vectors_sha256" in run.said() and "--allow-change" in run.said()
+    np.save(tmp_path / "vectors/0.npy", vectors[:9].astype(int))
+    assert "holds values of type int64, wanted floats" in refused(*flags)
 
 
 def test_loss_curve_is_the_committed_one(tmp_path):
@@ -297,11 +322,20 @@ def test_what_a_checkpoint_is(trained, tmp_path):
     assert "L 6, V 300" in lines[2] and "global_batch_size 8" in lines[3] and "EMA weights differ" in lines[-1]
 
 
-def test_reports_need_their_packages(train, tmp_path):
-    pytest.importorskip("accelerate")
-    run = train("run", "--report-to", "wandb")
-    if run.wait():
-        pytest.skip("wandb is here")
+def test_reports(trained, train, tmp_path):
+    """The numbers of metrics.jsonl in TensorBoard's files; and one line where a package is not there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    trained("run", "--max-steps", 3, "--report-to", "tensorboard", processes=2)
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    reported = EventAccumulator(str(events.parent))
+    reported.Reload()
+    assert [scalar.step for scalar in reported.Scalars("loss")] == [1, 2, 3]
+    np.testing.assert_allclose([scalar.value for scalar in reported.Scalars("loss")],
+                               [line["loss"] for line in metrics(tmp_path / "run")], rtol=1e-6)
+    if importlib.util.find_spec("wandb"):
+        return
+    run = train("other", "--report-to", "wandb")
+    assert not run.wait()
     assert "--report-to wandb needs its package: pip install wandb" in run.said() and "Traceback" not in run.said()
 
 
@@ -316,8 +350,8 @@ def test_sharded(trained, features, tmp_path):
         assert result.returncode == 0, result.stderr
         assert "precision: fp32, sharded (FSDP)" in result.stdout
     sharded("--max-steps", 3, "--grad-accum", 2)
-    sharded("--max-steps", 6, "--sample-every", 6)
-    trained("one", "--max-steps", 6, "--grad-clip", 1, "--sample-every", 6)
+    sharded("--max-steps", 6, "--sample-every", 1)
+    trained("one", "--max-steps", 6, "--grad-clip", 1, "--sample-every", 1)
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([line[key] for line in metrics(tmp_path / "sharded")],
                                    [line[key] for line in metrics(tmp_path / "one")], rtol=1e-4)
@@ -327,7 +361,8 @@ def test_sharded(trained, features, tmp_path):
         torch.testing.assert_close(shards[key], value, atol=1e-4, rtol=1e-3)
     weights, meta = load_weights(tmp_path / "sharded/checkpoints/0000006")
     assert model_from_weights(weights, "sharded")[1] == meta["model"] == "DiTSEM-Ti/4"
-    pictures = [np.array(Image.open(tmp_path / f"{name}/previews/0000006.png")).astype(int)
-                for name in ("sharded", "one")]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 3
+    for step in (4, 5, 6):
+        two, one = (np.array(Image.open(tmp_path / f"{name}/previews/{step:07d}.png")).astype(int)
+                    for name in ("sharded", "one"))
+        assert np.abs(two - one).max() <= 3, step
     assert "steps 6 to 8" in trained("sharded", "--max-steps", 8, "--grad-clip", 1)
