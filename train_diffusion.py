@@ -233,8 +233,11 @@ def main(default_model="DiTSEM-XL/2"):
                     skipped=skipped, features_path=recorded_id(args.features_path), vae=manifest.get("vae"),
                     precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
                     versions=versions())
-        path = save_checkpoint(results, meta, raw_model, ema, optimizer.optimizer, accelerator.scaler, everyones_sums,
-                               write=state.is_main_process)
+        try:
+            path = save_checkpoint(results, meta, raw_model, ema, optimizer.optimizer, accelerator.scaler,
+                                   everyones_sums, write=state.is_main_process)
+        except OSError as error:
+            parser.error(f"{error}: make room, then run the same command again; the last whole checkpoint is kept")
         if state.is_main_process:
             logger.info(f"checkpoint {path}")
             if args.ckpt_total_limit:

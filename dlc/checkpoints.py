@@ -20,6 +20,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dlc.features import read_json, sync_directory
@@ -33,6 +34,8 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
         model, ema, optimizer: where they are sharded every process calls this, and their parts are brought together.
         sums: a tensor (processes, …), what each has summed up for the log since its last line.
         write: whether this is the process that writes.
+
+    Raises OSError, naming the checkpoint, where the disk does not take it.
     """
     states = [whole(module.state_dict(), write) for module in (model, ema, optimizer)]
     if not write:
@@ -41,16 +44,20 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    safetensors.torch.save_file(states[0], temporary / "model.safetensors")
-    safetensors.torch.save_file(states[1], temporary / "ema.safetensors")
-    torch.save(dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
-               temporary / "optimizer.pt")
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    sync_directory(temporary)
-    os.replace(temporary, path)
+    try:
+        safetensors.torch.save_file(states[0], temporary / "model.safetensors")
+        safetensors.torch.save_file(states[1], temporary / "ema.safetensors")
+        torch.save(dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
+                   temporary / "optimizer.pt")
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:       # whatever the writers make of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write checkpoint {path} ({error})") from error
     sync_directory(path.parent)             # before older ones may go
     return path
 

@@ -79,7 +79,7 @@ def test_parts_and_processes_train_alike(trained, tmp_path):
 
 def test_killed_at_random_moments(trained, train, tmp_path):
     """At least 20 kills with a checkpoint at each step, so many in the midst of writing one; the end is the same."""
-    flags = ("--max-steps", 12, "--ckpt-every", 1)
+    flags = ("--max-steps", 12, "--ckpt-every", 1, "--ckpt-total-limit", 3)
     trained("warm", "--max-steps", 1)
     whole = {}
     for processes in (1, 2):
@@ -92,12 +92,12 @@ def test_killed_at_random_moments(trained, train, tmp_path):
     while kills < 20 or midway < 8 or not all(finished.values()):
         processes = 1 + (sum(finished.values()) % 2)
         name = f"run_{sum(finished.values())}"
-        before = run_checkpoints(tmp_path / name)
+        before = run_checkpoints(tmp_path / name)[-1:]
         run = train(name, *flags, processes=processes)
         if kills < 20 + 10 * (midway < 8) and not run.wait(chance.uniform(0.2, whole[processes])) and run.kill(
                 chance.randrange(processes)):
             kills += 1
-            midway += len(run_checkpoints(tmp_path / name)) > len(before)
+            midway += run_checkpoints(tmp_path / name)[-1:] != before
             writing += any((tmp_path / name).glob("checkpoints/*.tmp"))
         else:
             assert run.wait(), run.said()
@@ -139,6 +139,17 @@ def test_checkpoints_to_keep(trained, tmp_path):
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005"] and not half.exists()
     trained("run", "--max-steps", 6, "--ckpt-every", 1, "--ckpt-total-limit", 3)
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005", "0000006"]
+
+
+def test_a_disk_that_is_full(trained, features, tmp_path):
+    """One line, nothing half-written, and the same command goes on once there is room."""
+    trained("run", "--max-steps", 1)
+    command = train_command(1, features, tmp_path / "run", "--max-steps", 2, "--num-workers", 0)
+    result = launch(("python", *command[1:]), tmp_path, check=False, largest_file=1_000_000)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search("error: cannot write checkpoint .*0000002 .*make room, then run the same command", result.stderr)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["0000001"]
+    assert "steps 1 to 2" in trained("run", "--max-steps", 2)
 
 
 def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
