@@ -90,17 +90,20 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_full_disk(whole, many_images, tiny_models, tmp_path):
+def test_a_full_disk(many_images, tiny_models, tmp_path):
     """One line that names the file and says how to go on; and so it does, once there is room."""
-    # without workers, whose batches go through shared memory and would meet the limit, too
-    command = extract_command("python", 1, many_images, tmp_path, tiny_models, "--num-workers", 0)
-    result = launch(command, tmp_path, check=False, largest_file=1500)      # bytes; a shard of latents has 2,176
+    def command(launcher, name):
+        # without workers, whose batches go through shared memory and would meet the limit, too
+        return extract_command(launcher, 1, many_images, tmp_path / name, tiny_models, "--num-workers", 0,
+                               "--shard-size", 100)
+    result = launch(command("python", "full"), tmp_path, check=False, largest_file=20_000)      # latents are 51,328
     error = [line for line in result.stderr.splitlines() if "error:" in line]
     assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
     assert re.search(r"cannot write .*_features/00000\d.npy \(.*\); what is done is kept: run the same", error[0])
-    assert not list(tmp_path.rglob("*.tmp"))
-    launch(command, tmp_path)
-    assert contents(tmp_path) == whole
+    assert not list((tmp_path / "full").rglob("*.tmp"))
+    for name in ("full", "other"):
+        launch(command("forked", name), tmp_path)
+    assert contents(tmp_path / "full") == contents(tmp_path / "other")
 
 
 def test_launches_at_once(whole, extraction, tmp_path):
