@@ -269,8 +269,14 @@ class DiT(nn.Module):
         """
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
+        return self.denoise(x, self.t_embedder(t) + self.condition_embedder(y, drop))
+
+    def denoise(self, x, c):
+        """forward for time and condition that are embedded and added already: c (N, D).
+
+        A sampler embeds the condition once for all steps, and each time once for all samples.
+        """
         x = self.x_embedder(x) + self.pos_embed                            # (N, T, D)
-        c = self.t_embedder(t) + self.condition_embedder(y, drop)          # (N, D)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, c, use_reentrant=False)           # (N, T, D)
@@ -278,14 +284,15 @@ class DiT(nn.Module):
                 x = block(x, c)                                            # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))                     # (N, out_channels, H, W)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, t_max=None, channels=None):
+    def forward_with_cfg(self, x, t, y, cfg_scale, t_max=None, channels=None, t_min=None):
         """Classifier-free guidance (Ho & Salimans 2022): null + cfg_scale * (conditional - null), on a doubled batch.
 
         Args:
             x: (2N, C, H, W); the second half is ignored and taken to equal the first.
             t: (2N,) times.
             y: conditions of the first half, then null conditions.
-            t_max: samples with t > t_max keep the conditional prediction. None: guidance at every t.
+            t_max, t_min: samples with t > t_max or t < t_min keep the conditional prediction (Kynkäänniemi et al.
+                2024, arXiv 2404.07724). None: no such bound.
             channels: how many latent channels guidance covers; None: three for DiT (the published behaviour), all
                 for DiTSEM and DiTCONT. The rest, and the variance, stay each half's own.
 
@@ -296,8 +303,11 @@ class DiT(nn.Module):
         out = self(torch.cat([half, half]), t, y)
         conditional, null = out[:, :channels].chunk(2)
         guided = null + cfg_scale * (conditional - null)
+        t = t.chunk(2)[0].view(-1, 1, 1, 1)
         if t_max is not None:
-            guided = torch.where(t.chunk(2)[0].view(-1, 1, 1, 1) > t_max, conditional, guided)
+            guided = torch.where(t > t_max, conditional, guided)
+        if t_min is not None:
+            guided = torch.where(t < t_min, conditional, guided)
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
 
 

@@ -5,7 +5,8 @@
 In: a checkpoint [the newest under results/] and codes [those of the features it was trained on]. Out: SAMPLES/, see
 dlc/sampling.py. The same command run again draws what is missing; the images do not depend on the number of processes.
 """
-from dlc.sampling import ComputedCodes, argument_parser, run
+from dlc.conditions import ComputedCodes
+from dlc.sampling import argument_parser, run
 
 
 def open_codes(args, model, meta):
@@ -19,8 +20,9 @@ def open_codes(args, model, meta):
 
 def main():
     parser = argument_parser(__doc__, model="DiTSEM-XL/2")
-    parser.add_argument("--dlc-dir", "--sem-dir", help="codes: a features directory, a folder of .npy (n, L), or one "
-                                                       "such file [the features the checkpoint was trained on]")
+    parser.add_argument("--dlc-dir", "--sem-dir", help="codes: a features directory, a folder of .npy or of .pt files "
+                                                       "(n, L) or (n, k, L), or one such file [the features the "
+                                                       "checkpoint was trained on]")
     parser.add_argument("--dlc-order", choices=["random", "sequential"], default="random",
                         help="row of sample i: a seeded permutation, or row i; cycling [%(default)s]")
     run(parser, parser.parse_args(), open_codes)

@@ -36,7 +36,7 @@ from dlc.latents import decode, image_grid, load_vae, to_uint8
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.runtime import (SEED, ArgumentParser, agree, create_accelerator, create_logger, default_num_workers, number,
                          start_processes, versions)
-from dlc.sampling import sample_latents
+from dlc.sampling import create_sampler, sample_latents
 from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
                           ignore_stop_signals, loss_means, local, loss_sums, read_metrics, shard, trim_metrics)
 from models import DiT_models
@@ -353,7 +353,7 @@ def save_preview(path, ema, features, condition, vae, seed, device):
     rows = np.arange(min(PREVIEW_SAMPLES, features.count))
     y = condition.gather(rows)
     y = torch.from_numpy(y.astype(np.float32 if y.dtype.kind == "f" else np.int64)).to(device)
-    samples = sample_latents(ema, create_diffusion(str(PREVIEW_STEPS)), y, seed, torch.from_numpy(rows).to(device),
+    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y, seed, torch.from_numpy(rows).to(device),
                              features.latent_shape, PREVIEW_CFG)
     if vae is None:
         return

@@ -60,6 +60,34 @@ def write_whole(path, write):
         raise OSError(f"cannot write {path} ({error})") from error
 
 
+def remove_temporaries(directory, name=""):
+    """Remove what a process that was killed in write_whole left: of files whose names begin so."""
+    for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
+        if temporary.name.startswith(f".{name}"):
+            temporary.unlink(missing_ok=True)
+
+
+def hold(lock, patience):
+    """Take a FileLock that keeps a second launch out of the directory it lies in.
+
+    Args:
+        patience: seconds to wait for another launch, which may be one just killed that has not wholly ended.
+
+    Raises ValueError where another launch keeps it.
+    """
+    directory = Path(lock.lock_file).parent
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that writes to {directory}", flush=True)
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise ValueError(f"another process is writing to {directory}: wait for it, or give another path") from None
+    except NotImplementedError:
+        warnings.warn(f"the disk of {directory} has no locks: see that one launch at a time writes there")
+
+
 def sync_directory(path):
     """Bring a directory's names to the disk, so that they outlive a crash of the machine."""
     if os.name == "posix":
@@ -170,31 +198,17 @@ class FeatureWriter:
                     True for directory in directories for _ in directory.glob("*.npy")):
                 raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
             self.progress.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock(patience)
-            except Timeout:
-                raise ValueError(f"another process is writing features to {self.root}: wait for it, or give another "
-                                 "path") from None
-            except NotImplementedError:
-                warnings.warn(f"the disk of {self.root} has no locks: see that one launch at a time writes there")
+            hold(self.lock, patience)
         if self._is_complete():                                 # maybe by the launch that was waited for
             missing_file(shard_stacks(self.root, read_manifest(self.root)))
             self._clear()
             return False
         for directory in directories:
             directory.mkdir(exist_ok=True)
-        for directory in (self.root, self.progress, *directories):      # what a run that was killed left
-            for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
-                temporary.unlink(missing_ok=True)
+        for directory in (self.root, self.progress, *directories):
+            remove_temporaries(directory)
         write_json(self.progress / "settings.json", self.settings)
         return True
-
-    def _lock(self, patience):
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that writes to {self.root}", flush=True)
-            self.lock.acquire(timeout=patience)
 
     def _is_complete(self):
         """Whether there is a manifest. Raises ValueError where that, or shards without one, are of other settings."""
@@ -273,10 +287,11 @@ class Stack:
         paths: the files, each (n, ...), or with lone=True one sample each, with or without a leading 1.
         ends: (len(paths),) the running total of rows; None reads it off the files.
         sample_ndim: dimensions of one row.
+        load: load(path, mmap) gives the array of a file.
     """
 
-    def __init__(self, paths, ends=None, sample_ndim=0, lone=False):
-        self.paths, self.sample_ndim, self.lone, self.ends = paths, sample_ndim, lone, None
+    def __init__(self, paths, ends=None, sample_ndim=0, lone=False, load=load_array):
+        self.paths, self.sample_ndim, self.lone, self.ends, self.load = paths, sample_ndim, lone, None, load
         self._open, self._first_opened = {}, None
         if lone:
             ends = range(1, len(paths) + 1)
@@ -295,7 +310,7 @@ class Stack:
         """File number index as an array (n, ...): memory-mapped and kept open, or read where it is one sample."""
         if index in self._open:
             return self._open[index]
-        array = load_array(self.paths[index], mmap=not self.lone)
+        array = self.load(self.paths[index], mmap=not self.lone)
         if array.ndim == self.sample_ndim:
             array = array[None]
         rows = len(array) if self.ends is None else self.rows(index)

@@ -2,32 +2,33 @@
 
 Sample i is the same whatever the number of processes and the batch size: its noise, and the code or label it is drawn
 for, are functions of (global seed, i). A run that was killed draws the missing indices only.
+
+    python -m dlc.sampling check FILE.npz [--grid]      # what is in it, and whether anything is wrong with it
 """
 import argparse
-import hashlib
-import os
+import datetime
 import platform
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from diffusers import DPMSolverMultistepScheduler
+from filelock import FileLock
 from tqdm import tqdm
 
-from diffusion import create_diffusion
+from diffusion import create_diffusion, named_betas
 from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
-from dlc.features import (Features, Stack, differences, file_order, load_array, read_json, recorded_id, write_json,
-                          write_whole)
+from dlc.features import differences, hold, read_json, recorded_id, remove_temporaries, write_json
 from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
-from dlc.noise import Stream, integers, normal, permutation
+from dlc.noise import Stream, normal
 from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, create_logger, from_rank_0, number,
                          start_processes, versions)
+from dlc.sample_files import (check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz)
 from models import DiT_models
 
-GRID_IMAGES, GRID_COLUMNS = 64, 8
+DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmsolver++": 25}
 
 
 def argument_parser(doc, model):
@@ -41,200 +42,230 @@ def argument_parser(doc, model):
     add("--no-ema", dest="ema", action="store_false", help="the raw weights in place of the EMA weights")
     add("--sample-dir", default="samples", help="where the folder of PNGs and the .npz go [%(default)s]")
     add("--num-fid-samples", type=number(int, 1), default=50000, help="images to draw [%(default)s]")
-    add("--per-proc-batch-size", type=number(int, 1), default=32, help="images a process draws at once [%(default)s]")
-    add("--num-sampling-steps", type=number(int, 1, 1000), default=250, help="DDPM steps of the 1000 [%(default)s]")
+    add("--per-proc-batch-size", type=number(int, 1), default=32,
+        help="images a process draws at once, at most [%(default)s]")
+    add("--sampler", choices=DEFAULT_STEPS, default="ddpm", help="[%(default)s]")
+    add("--num-sampling-steps", type=number(int, 1, 1000),
+        help=f"steps of the 1000 [{', '.join(f'{name}: {steps}' for name, steps in DEFAULT_STEPS.items())}]")
+    add("--eta", type=number(float, 0, 1), help="noise of --sampler ddim, 0: none, 1: as DDPM's [0]")
     add("--cfg-scale", type=number(float, 1), default=1.5, help="classifier-free guidance, 1: none [%(default)s]")
     add("--cfg-channels", choices=["3", "all"], help="latent channels it covers [3 for DiT, all for the others]")
-    add("--t-max", type=number(int, 0, 999), default=999,
-        help="guide only at diffusion times up to this, 0 to 999 [%(default)s]")
+    add("--t-min", type=number(int, 0, 999), default=0, help="guide from this diffusion time, 0 to 999 [%(default)s]")
+    add("--t-max", type=number(int, 0, 999), default=999, help="to this; outside, the null half is not computed "
+                                                               "[%(default)s]")
     add("--image-size", type=number(int, 1), help="pixels; must be the checkpoint's [the checkpoint's]")
     add("--vae", help="ema, mse, a local directory or a hub id [that of the checkpoint's features, or ema]")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the denoising steps [%(default)s]")
+    add("--vae-precision", choices=PRECISIONS, default="fp32", help="of the VAE's decoder [%(default)s]")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 products on GPUs [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add("--cuda-graphs", action="store_true",
+        help="record a step's kernels and launch them as one: for small models and batches on GPUs [no]")
+    add("--progressive", type=number(int, 2), metavar="K",
+        help="save a strip of K pictures of how sample 0 is denoised [none]")
     add("--global-seed", type=SEED, default=0, help="of noise, labels and the order of codes [%(default)s]")
     return parser
 
 
+#################################################################################
+#                                   Samplers                                    #
+#################################################################################
+
+class DiffusionSampler:
+    """DDPM's ancestral steps or, with eta given, DDIM's, at evenly spaced times, both ends included."""
+
+    def __init__(self, steps, eta=None, learn_sigma=True):
+        self.diffusion, self.eta = create_diffusion(str(steps), learn_sigma=learn_sigma), eta
+        self.times = self.diffusion.timestep_map[::-1]
+
+    def step(self, number, x, output, noise):
+        t = torch.full((len(x),), len(self.times) - 1 - number, device=x.device)
+        keywords = dict(clip_denoised=False, randn_like=lambda _: noise())
+        if self.eta is None:
+            out = self.diffusion.p_sample(lambda *_: output, x, t, **keywords)
+        else:
+            out = self.diffusion.ddim_sample(lambda *_: output, x, t, eta=self.eta, **keywords)
+        return out["sample"], out["pred_xstart"]
+
+
+class DPMSolver:
+    """DPM-Solver++ of second order, multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers has it."""
+
+    def __init__(self, steps):
+        if steps > 999:
+            raise ValueError("--num-sampling-steps: --sampler dpmsolver++ has at most 999")
+        self.scheduler = DPMSolverMultistepScheduler(trained_betas=named_betas("linear", 1000).numpy())
+        self.scheduler.set_timesteps(steps)
+        self.times = self.scheduler.timesteps.tolist()
+
+    def step(self, number, x, output, noise):
+        if number == 0:
+            self.scheduler.set_timesteps(len(self.times))           # forgets the samples before
+            self.scheduler.set_begin_index(0)
+        eps = output[:, :x.shape[1]]                                # it has no use for a learned variance
+        x = self.scheduler.step(eps, self.times[number], x, return_dict=False)[0]
+        return x, self.scheduler.model_outputs[-1]
+
+
+def create_sampler(name, steps=None, eta=None, learn_sigma=True):
+    """A sampler by its name: "ddpm", "ddim" or "dpmsolver++".
+
+    It has `times`, the model's time at each step, descending; and step(number, x, output, noise), from x at
+    times[number] and the model's output there to the next x and the x_0 seen on the way; noise() gives a standard
+    normal of x's shape.
+
+    Raises ValueError for what the sampler does not have.
+    """
+    if eta is not None and name != "ddim":
+        raise ValueError(f"--eta {eta}: --sampler {name} has none, ddim has")
+    steps = steps or DEFAULT_STEPS[name]
+    if name == "dpmsolver++":
+        return DPMSolver(steps)
+    return DiffusionSampler(steps, (eta or 0.0) if name == "ddim" else None, learn_sigma)
+
+
 @torch.inference_mode()
-def sample_latents(model, diffusion, y, seed, indices, latent_shape, cfg_scale=1.0, t_max=999, channels=None):
-    """Draw latents (N, *latent_shape) for conditions y by ancestral sampling.
+def sample_latents(model, sampler, y, seed, indices, latent_shape, cfg_scale=1.0, t_min=0, t_max=999, channels=None,
+                   denoise=None, on_step=None):
+    """Draw latents (N, *latent_shape) for conditions y.
 
     Args:
         model: a DiT, DiTSEM or DiTCONT in eval mode.
+        sampler: see create_sampler.
         y: N conditions, on the model's device.
         seed, indices: each sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
-        cfg_scale: guidance; at 1 and beyond t_max the null half is not computed at all.
+        cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
         channels: see DiT.forward_with_cfg.
+        denoise: stands for model.denoise.
+        on_step: called with each step's number, the x it gives and the x_0 that the model sees.
     """
-    n = len(indices)
-    guided_y = torch.cat([y, model.null_condition(n).to(y.dtype)])
+    n, denoise = len(indices), denoise or model.denoise
+    channels = channels or model.guided_channels or model.in_channels
 
-    def guided(x, t):
-        return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), guided_y, cfg_scale, channels=channels)[:n]
+    def normals(draw):
+        return normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw)
 
-    def conditional(x, t):
-        return model(x, t, y)
-
-    x = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw=0)        # the same for any number of steps
-    for step in reversed(range(diffusion.num_timesteps)):
-        predict = guided if cfg_scale != 1 and diffusion.timestep_map[step] <= t_max else conditional
-        x = diffusion.p_sample(
-            predict, x, torch.full((n,), step, device=x.device), clip_denoised=False,
-            randn_like=lambda _: normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw=step + 1))["sample"]
+    # what depends on neither x nor the other: the condition's part once for all steps, the time's once for all samples
+    condition = model.condition_embedder(y)                                                 # (N, D)
+    null = model.condition_embedder(model.null_condition(1).to(y.dtype))                    # (1, D)
+    times = model.t_embedder(torch.tensor(sampler.times, device=condition.device))          # (steps, D)
+    x = normals(0)                                                  # the same for any number of steps
+    for number, time in enumerate(sampler.times):
+        if cfg_scale != 1 and t_min <= time <= t_max:
+            both = torch.cat([condition, null.expand(n, -1)])
+            conditional, unconditional = denoise(torch.cat([x, x]), times[number] + both).float().chunk(2)
+            guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
+            output = torch.cat([guided, conditional[:, channels:]], dim=1)
+        else:
+            output = denoise(x, times[number] + condition).float()
+        x, x_start = sampler.step(number, x, output, lambda: normals(len(sampler.times) - number))
+        if on_step is not None:
+            on_step(number, x, x_start)
     return x
 
 
-#################################################################################
-#                           What each sample is drawn for                       #
-#################################################################################
+class CudaGraphs:
+    """A function of CUDA tensors, its kernels recorded once for each shape of the inputs and then launched as one.
 
-class ComputedCodes:
-    """Codes out of a file or folder: sample i gets row order(i), cycling where there are more samples than rows.
-
-    Args:
-        source: a features directory, a folder of `.npy` files (n, L), or one such file.
-        order: "random", a permutation of all rows keyed by the seed, or "sequential".
-
-    Raises ValueError where the source has no codes, or not such as the model was trained on.
+    What it returns is overwritten by the next call.
     """
-    name = "code_rows"
 
-    def __init__(self, source, model, meta, order, seed):
-        path = Path(source)
-        self.source, self.order_name = recorded_id(str(source)), order
-        self.V = model.sem_embedder.V
-        if path.is_file():
-            self.codes = Stack([path], sample_ndim=1)
-        elif not path.is_dir():
-            raise ValueError(f"code source {source} does not exist")
-        elif any(path.glob("*.npy")):
-            files = sorted(path.glob("*.npy"), key=file_order)
-            lone = load_array(files[0]).shape[:-1] in ((), (1,))
-            self.codes = Stack(files, sample_ndim=1, lone=lone)
-        else:
-            features = Features(path)
-            self.codes = features.codes
-            if self.codes is None:
-                raise ValueError(f"features {source} hold no codes")
-            if features.manifest is not None and features.V != self.V:
-                raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
-            encoders = [one.get("encoder_sha256") for one in (features.manifest or {}, meta)]
-            if None not in encoders and len(set(encoders)) > 1:
-                raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
-        if not len(self.codes):
-            raise ValueError(f"code source {source} has no rows")
-        L = self.codes.array(0).shape[1]
-        if L != model.sem_embedder.L:
-            raise ValueError(f"codes of {source} have L={L}, the checkpoint's model L={model.sem_embedder.L}")
-        self.order = (permutation(seed, Stream.SAMPLE_ORDER, 0, len(self.codes)) if order == "random"
-                      else np.arange(len(self.codes)))
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
 
-    def describe(self):
-        """The source, and a digest of its first codes that tells whether it is still what it was."""
-        digest = hashlib.sha256(self(np.arange(64)).numpy()).hexdigest()[:16]
-        return f"codes of {self.source} in {self.order_name} order, the first 64 of sha256 {digest}"
-
-    def values(self, indices):
-        """The row of each sample."""
-        return self.order[indices % len(self.order)]
-
-    def __call__(self, indices):
-        """Codes (N, L) of the samples. Raises ValueError, naming file and row, for a value outside 0..V-1."""
-        return torch.from_numpy(self.codes.gather(self.values(indices), limit=self.V).astype(np.int64))
+    def __call__(self, *inputs):
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self.recorded:
+            fixed = [value.clone() for value in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):                                  # compiles, and chooses kernels
+                    self.function(*fixed)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = self.function(*fixed)
+            self.recorded[shapes] = fixed, graph, output
+        fixed, graph, output = self.recorded[shapes]
+        for place, value in zip(fixed, inputs):
+            place.copy_(value)
+        graph.replay()
+        return output
 
 
-class RandomLabels:
-    """A uniformly random class for each sample."""
-    name = "labels"
-
-    def __init__(self, model, seed):
-        self.num_classes, self.seed = model.y_embedder.num_classes, seed
-
-    def describe(self):
-        return f"random labels of {self.num_classes} classes"
-
-    def values(self, indices):
-        return self(indices).numpy()
-
-    def __call__(self, indices):
-        return integers(self.seed, Stream.SAMPLE_LABEL, torch.from_numpy(indices), self.num_classes)
+def lower_precision(model, precision):
+    """Hold the weights that autocast would cast at every step in that precision: the same results, less memory."""
+    for part in (model.x_embedder, model.blocks, model.final_layer):
+        part.to(PRECISIONS[precision])
 
 
 #################################################################################
-#                                     Files                                     #
+#                                    Decoding                                   #
 #################################################################################
-
-def png_path(folder, index):
-    return folder / f"{index:06d}.png"
-
-
-def save_png(path, image):
-    write_whole(path, lambda file: Image.fromarray(image).save(file, format="png"))
-
-
-def read_png(path):
-    return np.array(Image.open(path))
-
-
-def missing_indices(folder, count):
-    there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
-    return [index for index in range(count) if png_path(folder, index).name not in there]
-
-
-def write_npz(path, folder, count, progress=False):
-    """Stream PNGs 0..count-1 into path as arr_0 (count, S, S, 3) uint8, a few images in memory at a time."""
-    def write(file):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
-                archive.open("arr_0.npy", "w", force_zip64=True) as array, ThreadPoolExecutor() as pool:
-            shape = (count, *read_png(png_path(folder, 0)).shape)
-            header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
-            np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
-            for start in tqdm(range(0, count, 256), desc="writing .npz", unit="x256", disable=not progress):
-                paths = [png_path(folder, index) for index in range(start, min(start + 256, count))]
-                for name, image in zip(paths, pool.map(read_png, paths)):
-                    if image.shape != shape[1:] or image.dtype != np.uint8:
-                        raise ValueError(f"{name} has shape {image.shape}, wanted {shape[1:]}")
-                    array.write(image.tobytes())
-    write_whole(path, write)
-
-
-def npz_rows(path):
-    """How many images path holds, read off its header alone; 0 where it is missing or broken."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
-            np.lib.format.read_magic(array)
-            return np.lib.format.read_array_header_1_0(array)[0][0]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return 0
-
 
 class Decoder:
-    """Latents to PNG files, behind the denoising of the next batch: copies and PNG work run in other threads."""
+    """Latents to PNG files behind the denoising of the next batch: on GPUs in a thread and a stream of its own.
 
-    def __init__(self, vae, folder):
-        self.vae, self.folder = vae, folder
-        self.pool = ThreadPoolExecutor()
-        self.pending = []
+    On the CPU, where both would share the cores, only the writing is behind. Images are decoded a few at a time, so
+    that memory does not grow with the batch, and one at a time on the CPU, where that is faster.
+
+    Args:
+        precision: of the VAE, "fp32", "bf16" or "fp16".
+        after_first: called once, when the first batch is written.
+    """
+
+    def __init__(self, vae, folder, precision="fp32", after_first=None):
+        self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
+        self.on_gpu = vae.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if self.on_gpu else None
+        self.thread, self.pool, self.pending, self.after_first = ThreadPoolExecutor(1), ThreadPoolExecutor(), None, after_first
+
+    def images(self, latents):
+        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy."""
+        with torch.inference_mode(), autocast(latents.device, self.precision):
+            return torch.cat([to_uint8(decode(self.vae, part).float()).cpu()
+                              for part in latents.split(16 if self.on_gpu else 1)]).numpy()
 
     def __call__(self, indices, latents):
-        with torch.inference_mode():
-            images = to_uint8(decode(self.vae, latents)).to("cpu", non_blocking=True)
-        copied = torch.cuda.Event() if latents.is_cuda else None
-        if copied:
-            copied.record()
-        self.wait()                                     # at most one batch behind
-        self.pending = [self.pool.submit(self._save, index, image, copied) for index, image in zip(indices, images)]
+        """Write latents (N, 4, h, w) as the PNGs of indices, soon."""
+        self.wait()                                                 # at most one batch behind
+        if self.on_gpu:
+            ready = torch.cuda.Event()
+            ready.record()
+            self.pending = self.thread.submit(self._decode_and_write, indices, latents, ready)
+        else:
+            self.pending = self.thread.submit(self._write, indices, self.images(latents))
 
-    def _save(self, index, image, copied):
-        if copied:
-            copied.synchronize()
-        save_png(png_path(self.folder, index), image.numpy())
+    def _decode_and_write(self, indices, latents, ready):
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            images = self.images(latents)
+        self._write(indices, images)
+
+    def _write(self, indices, images):
+        list(self.pool.map(save_png, [png_path(self.folder, index) for index in indices], images))
+        if self.after_first:
+            self.after_first()
+            self.after_first = None
 
     def wait(self):
-        for future in self.pending:
-            future.result()
-        self.pending = []
+        """Until all is written. Raises what went wrong with it."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+
+def save_strip(path, pictures, sampler, draw, decoder):
+    """A strip of how one sample is denoised: what the model takes for the image, from the first step to the last.
+
+    draw(on_step) draws that sample; pictures is how many steps are shown.
+    """
+    shown = set(np.linspace(0, len(sampler.times) - 1, pictures).round().astype(int).tolist())
+    seen = []
+    draw(lambda number, x, x_start: seen.append(x_start) if number in shown else None)
+    images = decoder.images(torch.cat(seen))
+    save_png(path, image_grid(images, len(images)))
 
 
 #################################################################################
@@ -244,21 +275,28 @@ class Decoder:
 def run(parser, args, open_conditions):
     """Draw args.num_fid_samples images into a folder of PNGs and one .npz.
 
-    open_conditions(args, model, meta) gives the conditions: ComputedCodes or RandomLabels.
+    open_conditions(args, model, meta) gives the conditions: ComputedCodes or ClassLabels.
     """
     # ---------------------------------------------------------------------- checks
+    count = args.num_fid_samples
     with parser.one_line_errors():
+        if args.t_min > args.t_max:
+            raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
         path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model)
         weights, meta = load_weights(path, args.ema)
         model, name = model_from_weights(weights, path)
         del weights                                     # as large as the model
         if name != args.model:
             raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
+        sampler = create_sampler(args.sampler, args.num_sampling_steps, args.eta,
+                                 learn_sigma=model.out_channels > model.in_channels)
         conditions = open_conditions(args, model, meta)
-        for start in range(0, args.num_fid_samples, 4096):      # every code is read and checked before work starts
-            conditions(np.arange(start, min(start + 4096, args.num_fid_samples)))
+        for start in range(0, count, 4096):             # every code is read and checked before work starts
+            conditions(np.arange(start, min(start + 4096, count)))
         state = start_processes()
         device = state.device
+        if args.cuda_graphs and device.type != "cuda":
+            raise ValueError("--cuda-graphs needs a GPU")
         vae_name = args.vae or meta.get("vae") or "ema"
         vae = load_vae(vae_name, device)
         vae_sha256 = weights_sha256(vae)
@@ -272,72 +310,129 @@ def run(parser, args, open_conditions):
         image_size = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         if args.image_size not in (None, image_size):
             raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
+        channels = {None: model.guided_channels, "3": 3, "all": None}[args.cfg_channels] or model.in_channels
         ckpt = path.name if path.is_dir() else path.stem
         folder = Path(args.sample_dir) / (f"{name.replace('/', '-')}-{ckpt}-size-{image_size}-vae-"
                                           f"{vae_label(vae_name)}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
         settings = dict(
             model=name, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model), step=meta.get("step"),
             weights="ema" if args.ema else "raw", conditions=conditions.describe(), image_size=image_size,
-            vae=recorded_id(vae_id(vae_name)), vae_sha256=vae_sha256, sampler="ddpm",
-            num_sampling_steps=args.num_sampling_steps, cfg_scale=args.cfg_scale, cfg_channels=args.cfg_channels,
-            t_max=args.t_max, precision=args.precision, tf32=args.tf32, global_seed=args.global_seed)
+            vae=recorded_id(vae_id(vae_name)), vae_sha256=vae_sha256, vae_precision=args.vae_precision,
+            sampler=args.sampler, num_sampling_steps=len(sampler.times), eta=args.eta, cfg_scale=args.cfg_scale,
+            cfg_channels=channels, t_min=args.t_min, t_max=args.t_max, precision=args.precision, tf32=args.tf32,
+            global_seed=args.global_seed)
         agree("checkpoint, codes and VAE", settings)
-        record = folder / "samples.json"
+        record, lock, earlier = folder / "samples.json", FileLock(folder / ".lock"), {}
         if record.is_file():
-            different = differences(read_json(record), settings)
+            earlier = read_json(record)
+            different = differences(earlier, settings)
             if different:
                 raise ValueError(f"{folder} holds samples made with other settings: {different}; give another "
                                  "--sample-dir")
-            drawn = read_json(record)["num_fid_samples"]
-            if drawn > args.num_fid_samples:
-                raise ValueError(f"{folder} is a set of {drawn:,} samples, and its .npz would shrink to "
-                                 f"--num-fid-samples {args.num_fid_samples}: give another --sample-dir")
+            if earlier["num_fid_samples"] > count:
+                raise ValueError(f"{folder} is a set of {earlier['num_fid_samples']:,} samples, and its .npz would "
+                                 f"shrink to --num-fid-samples {count}: give another --sample-dir")
+        elif folder.is_dir() and any(folder.glob("*.png")):
+            raise ValueError(f"{folder} holds images but no samples.json to say what they are; give another "
+                             "--sample-dir")
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
+            hold(lock, patience=20)
+        state.wait_for_everyone()
 
     # ---------------------------------------------------------------------- what is missing
     logger = create_logger(state)
-    npz = folder.with_name(folder.name + ".npz")
+    npz, grid = (folder.with_name(folder.name + end) for end in (".npz", ".grid.png"))
+    missing = None
     if state.is_main_process:
-        everyone = np.arange(args.num_fid_samples)
-        write_json(record, dict(
-            settings, num_fid_samples=args.num_fid_samples, command=sys.argv, processes=state.num_processes,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-            versions=versions(), **{conditions.name: conditions.values(everyone).tolist()}))
-    missing = from_rank_0(missing_indices(folder, args.num_fid_samples) if state.is_main_process else None)
+        remove_temporaries(folder)
+        remove_temporaries(folder.parent, folder.name)
+        missing = missing_indices(folder, count)
+        if missing:
+            npz.unlink(missing_ok=True)
+            this_run = dict(
+                command=sys.argv, date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                images=len(missing), processes=state.num_processes, per_proc_batch_size=args.per_proc_batch_size,
+                device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+                versions=versions())
+            write_json(record, dict(settings, num_fid_samples=count, runs=[*earlier.get("runs", []), this_run],
+                                    **{conditions.name: conditions.values(np.arange(count)).tolist()}))
+    missing = from_rank_0(missing)
     logger.info(f"{name}, step {meta.get('step', 'unknown')}, {settings['weights']} weights of {path}; "
-                f"{settings['conditions']}; {len(missing):,} of {args.num_fid_samples:,} images to draw, "
-                f"{args.num_sampling_steps} steps, cfg {args.cfg_scale}, on {state.num_processes} x {device.type}")
+                f"{settings['conditions']}; {len(missing):,} of {count:,} images to draw, {args.sampler} "
+                f"{len(sampler.times)} steps, cfg {args.cfg_scale}, on {state.num_processes} x {device.type}")
 
     # ---------------------------------------------------------------------- denoise, decode, write
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    lower_precision(model, args.precision)
     model.to(device)
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
-            block.compile()
-    diffusion = create_diffusion(str(args.num_sampling_steps))
-    channels = {None: None, "3": 3, "all": model.in_channels}[args.cfg_channels]
-    latent_shape = (model.in_channels, latent_size, latent_size)
-    decoder = Decoder(vae, folder)
-    size = args.per_proc_batch_size
+            block.compile(dynamic=False)
+    denoise = CudaGraphs(model.denoise) if args.cuda_graphs else model.denoise
+    decoder = Decoder(vae, folder, args.vae_precision,
+                      (lambda: save_grid(grid, folder, count)) if state.is_main_process else None)
+    # Batches of one size, the last one filled up: a sample's rounding does not depend on which others are drawn with
+    # it, now or in a run that goes on, and nothing is compiled twice.
+    rounds = -(-count // (args.per_proc_batch_size * state.num_processes))
+    size = -(-count // (rounds * state.num_processes))
     batches = [missing[i:i + size] for i in range(0, len(missing), size)]
-    with tqdm(total=len(missing), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
-        for first in range(state.process_index, len(batches), state.num_processes):
-            indices = np.array(batches[first])
-            with autocast(device, args.precision):
-                latents = sample_latents(
-                    model, diffusion, conditions(indices).to(device), args.global_seed,
-                    torch.from_numpy(indices).to(device), latent_shape, args.cfg_scale, args.t_max, channels)
-            decoder(indices.tolist(), latents)
-            bar.update(sum(map(len, batches[first:first + state.num_processes])))     # the other ranks keep pace
-        decoder.wait()
+
+    def draw(indices, denoise=denoise, on_step=None):
+        with autocast(device, args.precision):
+            return sample_latents(
+                model, sampler, conditions(indices).to(device), args.global_seed, torch.from_numpy(indices).to(device),
+                (model.in_channels, latent_size, latent_size), args.cfg_scale, args.t_min, args.t_max, channels,
+                denoise, on_step)
+
+    try:
+        if args.progressive and state.is_main_process:
+            with torch.compiler.set_stance("force_eager"):          # one image: not worth compiling for
+                save_strip(folder.with_name(folder.name + ".progressive.png"), args.progressive, sampler,
+                           lambda on_step: draw(np.arange(1), model.denoise, on_step), decoder)
+        with tqdm(total=count, initial=count - len(missing), unit="img", desc="sampling",
+                  disable=not state.is_main_process, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} "
+                  "[{elapsed}<{remaining}, {rate_fmt}]") as bar:
+            for first in range(state.process_index, len(batches), state.num_processes):
+                indices = np.array(batches[first])
+                images = sum(map(len, batches[first:first + state.num_processes]))      # the other ranks keep pace
+                latents = draw(np.resize(indices, size),
+                               on_step=lambda *_: bar.update(images / len(sampler.times)))
+                decoder(indices.tolist(), latents[:len(indices)])
+            decoder.wait()
+    except OSError as error:
+        parser.error(f"{error}; what is drawn is kept: run the same command again")
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: lower --per-proc-batch-size; what is drawn is kept")
+    except KeyboardInterrupt:
+        logger.info("stopped; what is drawn is kept: run the same command again")
+        sys.exit(130)
     state.wait_for_everyone()
 
     # ---------------------------------------------------------------------- .npz and contact sheet
     if state.is_main_process:
-        if missing or npz_rows(npz) != args.num_fid_samples:
-            write_npz(npz, folder, args.num_fid_samples, progress=True)
-        first = [read_png(png_path(folder, index)) for index in range(min(GRID_IMAGES, args.num_fid_samples))]
-        image_grid(np.stack(first), GRID_COLUMNS).save(folder.with_name(folder.name + ".grid.png"))
-        logger.info(f"done: {args.num_fid_samples:,} images in {folder} and {npz}; look at {folder}.grid.png")
+        with parser.one_line_errors():
+            if npz_rows(npz) != count:
+                write_npz(npz, folder, count, progress=True)
+            save_grid(grid, folder, count)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        logger.info(f"done: {count:,} images in {folder} and {npz}; look at {grid}")
     state.destroy_process_group()
+
+
+def main():
+    parser = ArgumentParser("Say what an .npz of samples holds and whether anything is wrong with it (exit 1).",
+                            prog="python -m dlc.sampling")
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("path", help="the .npz")
+    parser.add_argument("--grid", action="store_true", help="write a contact sheet of its first images beside it")
+    args = parser.parse_args()
+    with parser.one_line_errors():
+        lines, wrong = check(args.path, args.grid, progress=True)
+    print("\n".join(lines + [f"wrong: {line}" for line in wrong]))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

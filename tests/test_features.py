@@ -14,7 +14,7 @@ from benchmarks.loading import IMAGENET, sparse_features
 from conftest import ROOT
 
 from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir, write_whole
-from dlc.sampling import ComputedCodes
+from dlc.conditions import ComputedCodes
 from models import DiT_models
 
 SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"],
@@ -91,7 +91,7 @@ def test_one_launch_at_a_time(tmp_path):
     first, second = FeatureWriter(tmp_path, SETTINGS), FeatureWriter(tmp_path, SETTINGS)
     assert first.start()
     first.write(0, shard(3), [])
-    with pytest.raises(ValueError, match="another process is writing features to .*another path"):
+    with pytest.raises(ValueError, match="another process is writing to .*another path"):
         second.start(patience=0.1)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(second.start)

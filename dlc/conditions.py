@@ -1,0 +1,123 @@
+"""What each sample is drawn for: a row of computed codes, or a class. A function of (global seed, sample index)."""
+import hashlib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlc.features import Features, Stack, file_order, load_array, recorded_id
+from dlc.noise import Stream, integers, permutation
+
+
+def load_codes(path, mmap=True):
+    """The array in a `.npy` or the tensor in a `.pt`, memory-mapped where it can be: (n, L), or (L,) as it is.
+
+    Several codes an image, (n, k, L), become n * k rows. Raises ValueError naming the file.
+    """
+    if path.suffix != ".pt":
+        array = load_array(path, mmap)
+    else:
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        except Exception as error:                      # whatever the unpickler makes of a broken file
+            raise ValueError(f"{path} cannot be read as a tensor: {error}") from None
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise ValueError(f"{path} has values of type {tensor.dtype}, wanted integers")
+        array = tensor.numpy()
+    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+
+
+def open_codes(source):
+    """The `Stack` of codes at source, and the `Features` they are of, or None.
+
+    Args:
+        source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
+
+    Raises ValueError where there are none.
+    """
+    path, features = Path(source), None
+    if path.is_file():
+        codes = Stack([path], sample_ndim=1, load=load_codes)
+    elif not path.is_dir():
+        raise ValueError(f"code source {source} does not exist")
+    else:
+        files = sorted([*path.glob("*.npy"), *path.glob("*.pt")], key=file_order)
+        if len({file.suffix for file in files}) > 1:
+            raise ValueError(f"code source {source} holds both .npy and .pt files: keep those meant, or name one file")
+        if files:
+            lone = load_codes(files[0]).shape[:-1] in ((), (1,))
+            codes = Stack(files, sample_ndim=1, lone=lone, load=load_codes)
+        else:
+            features = Features(path)
+            codes = features.codes
+            if codes is None:
+                raise ValueError(f"features {source} hold no codes")
+    if not len(codes):
+        raise ValueError(f"code source {source} has no rows")
+    return codes, features
+
+
+class ComputedCodes:
+    """Codes out of a file or folder: sample i gets row order(i), cycling where there are more samples than rows.
+
+    Args:
+        source: as in `open_codes`.
+        meta: of the model's checkpoint, to compare the encoders.
+        order: "random", a permutation of all rows keyed by the seed, or "sequential".
+
+    Raises ValueError where the source has no codes, or not such as the model was trained on.
+    """
+    name = "code_rows"
+
+    def __init__(self, source, model, meta, order, seed):
+        self.source, self.order_name = recorded_id(str(source)), order
+        self.V = model.sem_embedder.V
+        self.codes, features = open_codes(source)
+        if features is not None and features.manifest is not None:
+            if features.V != self.V:
+                raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
+            encoders = [one.get("encoder_sha256") for one in (features.manifest, meta)]
+            if None not in encoders and len(set(encoders)) > 1:
+                raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
+        L = self.codes.array(0).shape[1]
+        if L != model.sem_embedder.L:
+            raise ValueError(f"codes of {source} have L={L}, the checkpoint's model L={model.sem_embedder.L}")
+        self.order = (permutation(seed, Stream.SAMPLE_ORDER, 0, len(self.codes)) if order == "random"
+                      else np.arange(len(self.codes)))
+
+    def describe(self):
+        """The source, its rows, and a digest of the first codes that tells whether they are still what they were."""
+        digest = hashlib.sha256(self(np.arange(64)).numpy()).hexdigest()[:16]
+        return (f"{len(self.order):,} codes of {self.source} in {self.order_name} order, the first 64 of sha256 "
+                f"{digest}")
+
+    def values(self, indices):
+        """The row of each sample."""
+        return self.order[indices % len(self.order)]
+
+    def __call__(self, indices):
+        """Codes (N, L) of the samples. Raises ValueError, naming file and row, for a value outside 0..V-1."""
+        return torch.from_numpy(self.codes.gather(self.values(indices), limit=self.V).astype(np.int64))
+
+
+class ClassLabels:
+    """A class for each sample: "random", or "equal" to its index modulo the number of classes, so often each."""
+    name = "labels"
+
+    def __init__(self, model, sampling, seed):
+        self.num_classes, self.sampling, self.seed = model.y_embedder.num_classes, sampling, seed
+
+    def describe(self):
+        return f"{self.sampling} labels of {self.num_classes} classes"
+
+    def values(self, indices):
+        return self(indices).numpy()
+
+    def __call__(self, indices):
+        indices = torch.from_numpy(indices)
+        if self.sampling == "equal":
+            return indices % self.num_classes
+        return integers(self.seed, Stream.SAMPLE_LABEL, indices, self.num_classes)

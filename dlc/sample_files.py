@@ -1,0 +1,152 @@
+"""Samples on the disk: PNGs named by index, the .npz that ADM's evaluation reads, and a check of such a file.
+
+    python -m dlc.sampling check FILE.npz [--grid]
+"""
+import hashlib
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dlc.features import write_whole
+from dlc.latents import image_grid
+
+GRID_IMAGES, GRID_COLUMNS = 64, 8
+ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
+FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from fewer their covariance is singular
+
+
+def png_path(folder, index):
+    return folder / f"{index:06d}.png"
+
+
+def save_png(path, image):
+    """Write image, (H, W, 3) uint8 NumPy or PIL, whole or not at all. Raises OSError naming the file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    write_whole(path, lambda file: image.save(file, format="png"))
+
+
+def read_png(path):
+    """The image, (H, W, 3) uint8. Raises ValueError naming the file, where it cannot be read."""
+    try:
+        return np.array(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is missing or no whole PNG ({error}): delete it and run the same command again "
+                         "to draw it") from None
+
+
+def missing_indices(folder, count):
+    """Which of 0..count-1 have no PNG in folder, ascending."""
+    there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
+    return [index for index in range(count) if png_path(folder, index).name not in there]
+
+
+def save_grid(path, folder, count):
+    """A contact sheet of the first images of 0..count-1, those that there are, as a PNG."""
+    there = [png_path(folder, index) for index in range(min(GRID_IMAGES, count)) if png_path(folder, index).is_file()]
+    if there:
+        save_png(path, image_grid(np.stack([read_png(one) for one in there]), GRID_COLUMNS))
+
+
+def write_npz(path, folder, count, progress=False):
+    """Stream PNGs 0..count-1 into path as arr_0 (count, S, S, 3) uint8, in index order.
+
+    A few hundred images are in memory at a time. Raises ValueError, naming it, where one is missing, broken or of
+    another size; path is then not written.
+    """
+    def write(file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
+                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, ThreadPoolExecutor() as pool, \
+                tqdm(total=count, desc="writing .npz", unit="img", disable=not progress) as bar:
+            shape = (count, *read_png(png_path(folder, 0)).shape)
+            header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
+            np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
+            for start in range(0, count, ROWS_AT_ONCE):
+                paths = [png_path(folder, index) for index in range(start, min(start + ROWS_AT_ONCE, count))]
+                for name, image in zip(paths, pool.map(read_png, paths)):
+                    if image.shape != shape[1:]:
+                        raise ValueError(f"{name} has shape {image.shape}, wanted {shape[1:]}")
+                    array.write(image.tobytes())
+                    bar.update()
+    write_whole(path, write)
+
+
+def open_array(archive, name="arr_0.npy"):
+    """An array within an open .npz as a stream of its bytes behind the header: (stream, shape, dtype)."""
+    stream = archive.open(name)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(stream)
+    if fortran_order or dtype.hasobject:
+        raise ValueError(f"{name} is {'in Fortran order' if fortran_order else 'of pickled objects'}, not a stream of "
+                         "images")
+    return stream, shape, dtype
+
+
+def npz_rows(path):
+    """How many images path holds, read off its header alone; 0 where it is missing or broken."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return open_array(archive)[1][0]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return 0
+
+
+def check(path, grid=False, progress=False):
+    """What an .npz of samples holds, in words, and what is wrong with it: two lists of lines.
+
+    Its images are read in turn, a few hundred in memory at a time.
+
+    Args:
+        grid: write a contact sheet of the first images beside it, as FILE.grid.png.
+
+    Raises ValueError where path is no such file, and OSError where the disk does not take the contact sheet.
+    """
+    path, wrong = Path(path), []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [Path(name).stem for name in archive.namelist()]
+            if "arr_0" not in names:
+                raise ValueError(f"its keys are {', '.join(names)}, wanted arr_0")
+            stream, shape, dtype = open_array(archive)
+            lines = [f"{path}: keys {', '.join(names)}; arr_0 of {dtype}, shape {shape}"]
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+                return lines, [f"arr_0 is {dtype} of shape {shape}, wanted uint8 (N, H, W, 3)"]
+            low, high, total, blank, seen, duplicates = 255, 0, 0.0, [], {}, []
+            size, first = int(np.prod(shape[1:])), []
+            for index in tqdm(range(shape[0]), desc="checking", unit="img", disable=not progress):
+                data = stream.read(size)
+                if len(data) < size:
+                    raise ValueError(f"it ends within image {index} of {shape[0]}")
+                image = np.frombuffer(data, np.uint8).reshape(shape[1:])
+                if index < GRID_IMAGES:
+                    first.append(image)
+                low, high, total = min(low, image.min()), max(high, image.max()), total + image.mean()
+                if (image == image[0, 0]).all():
+                    blank.append(index)
+                twin = seen.setdefault(hashlib.blake2b(data, digest_size=16).digest(), index)
+                if twin != index:
+                    duplicates.append((twin, index))
+            if stream.read(1):
+                raise ValueError(f"there is more in it than its {shape[0]} images")
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole .npz of samples ({error})") from None
+    lines.append(f"values {low} to {high}, mean {total / shape[0]:.1f}")
+    if blank:
+        wrong.append(f"{len(blank)} images of one colour: {', '.join(map(str, blank[:5]))}"
+                     f"{', …' if len(blank) > 5 else ''}")
+    if duplicates:
+        pairs = ", ".join(f"{one} = {other}" for one, other in duplicates[:5])
+        wrong.append(f"{len(duplicates)} images twice: {pairs}{', …' if len(duplicates) > 5 else ''}")
+    if shape[0] < FEWEST_FOR_FID:
+        lines.append(f"warning: FID of {shape[0]:,} images says little: it wants {FEWEST_FOR_FID:,} or more (papers: "
+                     "50,000)")
+    if grid:
+        sheet = path.with_suffix(".grid.png")
+        save_png(sheet, image_grid(np.stack(first), GRID_COLUMNS))
+        lines.append(f"look at {sheet}")
+    return lines, wrong

@@ -1,0 +1,78 @@
+"""Sampling killed at random moments: the same command draws what is missing, and the .npz is that of a run left alone."""
+import json
+import random
+import time
+
+import pytest
+from conftest import launch
+from forked import Run
+from test_sample import sample_folder, workplace  # noqa: F401 (a fixture)
+
+FLAGS = ("--model", "DiTSEM-Ti/4", "--num-fid-samples", 22, "--num-sampling-steps", 12, "--per-proc-batch-size", 2,
+         "--progressive", 3)
+
+
+def contents(root):
+    """The bytes of every picture, and of the .npz; nothing else may be left."""
+    folder = sample_folder(root)
+    assert {path.name for path in folder.iterdir()} == {f"{index:06d}.png" for index in range(22)} | {"samples.json"}
+    assert {path.name for path in root.iterdir()} == {
+        folder.name, *(f"{folder.name}.{end}" for end in ("npz", "grid.png", "progressive.png"))}
+    return {path.name: path.read_bytes() for path in [*folder.glob("*.png"), *root.glob("*.npz"), *root.glob("*.png")]}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):     # noqa: F811
+    """12 kills each of one process, and of either of two: in all, 24 survived."""
+    def start(name):
+        return Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / name],
+                   tmp_path / f"{time.time_ns()}.txt", processes, workplace)
+
+    for name in ("warm", "whole"):
+        began = time.time()
+        run = start(name)
+        assert run.wait(), run.said()
+        seconds = time.time() - began
+    whole = contents(tmp_path / "whole")
+    chance = random.Random(processes)
+    kills = midway = finished = 0
+    while kills < 12 or midway < 4 or not finished:
+        root = tmp_path / f"samples_{finished}"
+        before = {path: path.stat().st_mtime_ns for path in root.glob("*/*.png")}
+        run = start(root.name)
+        if not run.wait(chance.uniform(0.1, seconds)) and run.kill(
+                chance.randrange(processes), grace=chance.choice([0, 0.1, 0.5])):
+            kills += 1
+            midway += len(before) < len(list(root.glob("*/*.png"))) < 22
+        else:
+            assert run.wait(), run.said()
+            assert contents(root) == whole
+            runs = json.loads((sample_folder(root) / "samples.json").read_text())["runs"]
+            assert runs[0]["images"] == 22 and runs[-1]["processes"] == processes
+            finished += 1
+        assert all(path.stat().st_mtime_ns == drawn for path, drawn in before.items())      # none is drawn again
+    print(f"{kills} kills survived, {midway} of them between the first image and the last; {finished} runs finished")
+
+
+def test_a_full_disk(workplace, tmp_path):                                      # noqa: F811
+    """One line that names the file, and the same command goes on once there is room."""
+    command = ("python", 1, "sample_ddp_computed_dlc.py", *FLAGS[:-2], "--sample-dir", tmp_path / "samples")
+    result = launch(command, workplace, check=False, largest_file=20_000)       # the .npz is larger, a PNG is not
+    error = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
+    assert "cannot write" in error[0] and ".npz" in error[0]
+    assert len(list((tmp_path / "samples").glob("*/*.png"))) == 22 and not list(tmp_path.rglob("*.npz"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert "0 of 22 images to draw" in launch(command, workplace).stdout
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+def test_launches_at_once(workplace, tmp_path):                                 # noqa: F811
+    """One draws, the other waits and finds it done."""
+    runs = [Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / "samples"], tmp_path / f"{number}.txt",
+                1, workplace) for number in range(2)]
+    for run in runs:
+        assert run.wait(), run.said()
+    drawn = sorted(int(run.said().split(" of 22 images to draw")[0].split()[-1]) for run in runs)
+    assert drawn == [0, 22]
+    contents(tmp_path / "samples")

@@ -1,0 +1,203 @@
+"""PNGs, the .npz and its check, and where codes and labels come from; no network in any of it."""
+import struct
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import L, V
+from PIL import Image
+
+from dlc.conditions import ClassLabels, ComputedCodes, open_codes
+from dlc.sample_files import check, missing_indices, npz_rows, png_path, save_png, write_npz
+from dlc.sampling import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """300 PNGs of noise, more than are read at once."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images):
+        save_png(png_path(tmp_path / "images", index), image)
+    return tmp_path / "images", images
+
+
+def streamed(path, rows):
+    """arr_0 as ADM's evaluator streams it: a member of a zip, a version 1 header, then so many rows a read."""
+    parts = []
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
+        assert member.read(8) == b"\x93NUMPY\x01\x00"
+        header = eval(member.read(struct.unpack("<H", member.read(2))[0]))          # a dict's literal
+        assert header["descr"] == "|u1" and header["fortran_order"] is False
+        count, *shape = header["shape"]
+        for start in range(0, count, rows):
+            n = min(rows, count - start)
+            parts.append(np.frombuffer(member.read(n * int(np.prod(shape))), np.uint8).reshape(n, *shape))
+        assert member.read(1) == b""
+    return np.concatenate(parts)
+
+
+def test_npz_is_the_images_in_order(folder, tmp_path):
+    path = tmp_path / "images.npz"
+    write_npz(path, folder[0], 300)
+    with np.load(path) as archive:
+        assert archive.files == ["arr_0"]
+        np.testing.assert_array_equal(archive["arr_0"], folder[1])
+    np.testing.assert_array_equal(streamed(path, 64), folder[1])
+    assert npz_rows(path) == 300
+    first = path.read_bytes()
+    write_npz(path, folder[0], 300)
+    assert path.read_bytes() == first                       # no time of day in it
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda path: path.unlink(), "000123.png is missing or no whole PNG"),
+    (lambda path: path.write_bytes(path.read_bytes()[:60]), "000123.png is missing or no whole PNG"),
+    (lambda path: save_png(path, np.zeros((8, 9, 3), np.uint8)), r"000123.png has shape \(8, 9, 3\), wanted \(8, 8, 3\)"),
+])
+def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path, harm, message):
+    harm(png_path(folder[0], 123))
+    with pytest.raises(ValueError, match=message):
+        write_npz(tmp_path / "images.npz", folder[0], 300)
+    assert not list(tmp_path.glob("*.npz")) and npz_rows(tmp_path / "images.npz") == 0
+
+
+def test_missing_indices(folder):
+    png_path(folder[0], 7).unlink()
+    png_path(folder[0], 9).write_bytes(b"")
+    assert missing_indices(folder[0], 302) == [7, 9, 300, 301]
+
+
+def test_check(folder, tmp_path):
+    path = tmp_path / "images.npz"
+    write_npz(path, folder[0], 300)
+    lines, wrong = check(path, grid=True)
+    assert lines[0] == f"{path}: keys arr_0; arr_0 of uint8, shape (300, 8, 8, 3)"
+    assert lines[1] == f"values 0 to 255, mean {folder[1].mean():.1f}"
+    assert lines[2].startswith("warning: FID of 300 images") and not wrong
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "images.grid.png"))[:8, 8:16], folder[1][1])
+
+    odd = folder[1].copy()
+    odd[5], odd[299] = (1, 2, 3), odd[17]
+    np.savez(path, odd, more=np.zeros(3))
+    lines, wrong = check(path)
+    assert "arr_0" in lines[0] and "more" in lines[0]
+    assert wrong == ["1 images of one colour: 5", "1 images twice: 17 = 299"]
+    np.savez(path, np.zeros((2048, 8, 8, 3)))
+    assert "wanted uint8" in check(path)[1][0]
+    np.savez(path, np.tile(folder[1], (7, 1, 1, 1))[:2048])
+    assert not any("warning" in line for line in check(path)[0])
+
+
+def test_check_of_what_is_no_whole_file(folder, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "images.npz"
+    write_npz(path, folder[0], 300)
+    whole = path.read_bytes()
+
+    def command():
+        monkeypatch.setattr("sys.argv", ["check", "check", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr()
+
+    assert command()[0] == 0
+    for harmed in (whole[:-30], whole[:300] + bytes([whole[300] ^ 1]) + whole[301:], b"", b"text"):
+        path.write_bytes(harmed)
+        code, said = command()
+        assert code == 2 and said.err.splitlines()[-1].startswith("python -m dlc.sampling: error: ")
+        assert str(path) in said.err
+    np.savez(path, other=folder[1])
+    assert "its keys are other, wanted arr_0" in command()[1].err
+    np.savez(path, np.zeros((3, 8, 8, 3), np.uint8))
+    code, said = command()
+    assert code == 1 and "wrong: 3 images of one colour" in said.out
+    path.unlink()
+    assert command()[0] == 2
+
+
+#################################################################################
+#                               Codes and labels                                #
+#################################################################################
+
+MODEL = types.SimpleNamespace(sem_embedder=types.SimpleNamespace(L=L, V=V))
+CODES = np.random.default_rng(0).integers(0, V, (24, L))
+
+
+def of(source, order="sequential", seed=0):
+    return ComputedCodes(source, MODEL, {}, order, seed)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_codes_from_every_kind_of_source(tmp_path, suffix):
+    def save(path, codes):
+        if suffix == ".npy":
+            np.save(path, codes)
+        else:
+            torch.save(torch.from_numpy(codes), path)
+
+    save(tmp_path / f"one{suffix}", CODES)
+    save(tmp_path / f"several_an_image{suffix}", CODES.reshape(6, 4, L))
+    for name, parts in (("parts", np.split(CODES, [10])), ("lone", CODES), ("of_several", CODES.reshape(2, 3, 4, L))):
+        (tmp_path / name).mkdir()
+        for number, part in enumerate(parts):
+            save(tmp_path / name / f"{number}{suffix}", part)
+    indices = np.array([0, 23, 24, 5, 47])
+    for name in (f"one{suffix}", f"several_an_image{suffix}", "parts", "lone", "of_several"):
+        codes = of(tmp_path / name)
+        np.testing.assert_array_equal(codes(indices), CODES[indices % 24], err_msg=name)
+        random = of(tmp_path / name, "random", seed=3)
+        rows = random.values(np.arange(48))
+        assert sorted(rows[:24]) == list(range(24)) and (rows[:24] == rows[24:]).all()
+        np.testing.assert_array_equal(random(np.arange(24)), CODES[rows[:24]])
+        assert (rows != of(tmp_path / name, "random", seed=4).values(np.arange(48))).any()
+        assert "24 codes" in codes.describe() and codes.describe() != random.describe()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this was run",)
+
+
+@pytest.mark.parametrize("value, message", [
+    (torch.full((3, L), V), f"codes.pt, row 0: value {V} outside 0..{V - 1}"),
+    (torch.full((3, 2, L), -1), f"codes.pt, row 0: value -1 outside 0..{V - 1}"),
+    (torch.zeros(3, L), "codes.pt has values of type torch.float32, wanted integers"),
+    ([torch.zeros(3, L)], "codes.pt holds a list, wanted a tensor"),
+    (torch.zeros(3, L + 1, dtype=torch.int64), f"have L={L + 1}, the checkpoint's model L={L}"),
+    (torch.zeros(0, L, dtype=torch.int64), "has no rows"),
+    (torch.zeros(2, 2, 2, L, dtype=torch.int64), "codes.pt has shape"),
+    (Evil(), "codes.pt cannot be read as a tensor"),
+])
+def test_codes_that_are_refused(tmp_path, value, message, capsys):
+    torch.save(value, tmp_path / "codes.pt")
+    for source in (tmp_path / "codes.pt", tmp_path):
+        with pytest.raises(ValueError, match=message):
+            of(source)(np.arange(3))
+    assert "this was run" not in capsys.readouterr().out
+
+
+def test_sources_that_are_none(tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="broken.pt cannot be read as a tensor"):
+        open_codes(tmp_path / "broken.pt")
+    np.save(tmp_path / "codes.npy", CODES)
+    with pytest.raises(ValueError, match="both .npy and .pt"):
+        open_codes(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        open_codes(tmp_path / "nothing")
+    np.save(tmp_path / "objects.npy", np.array([Evil()]))
+    with pytest.raises(ValueError, match="objects.npy holds pickled objects"):
+        open_codes(tmp_path / "objects.npy")
+
+
+def test_labels():
+    model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
+    indices = np.arange(5000)
+    equal, random = (ClassLabels(model, sampling, 0) for sampling in ("equal", "random"))
+    assert np.bincount(equal.values(indices)).tolist() == [500] * 10
+    counts = np.bincount(random.values(indices), minlength=10)
+    assert len(counts) == 10 and counts.std() > 5 and counts.min() > 400
+    assert (random.values(indices)[[7, 4000]] == random.values(np.array([7, 4000]))).all()
+    assert (random.values(indices) != ClassLabels(model, "random", 1).values(indices)).any()
