@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dlc.checkpoints import weights_sha256
-from dlc.encoder import DEFAULT_BACKBONE, load_encoder
-from dlc.extraction import Networks, Views, collate, flips_of, in_order, list_images
+from dlc.extraction import (Networks, Views, add_encoder_flags, collate, flips_of, in_order, list_images,
+                            open_encoder)
 from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype, recorded_id, write_whole
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
 from dlc.noise import Stream, normal
@@ -29,7 +29,6 @@ from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, create_logger,
                          number, start_processes)
 from models import DiT_models
 
-DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
 COMPARED_BATCHES = 8        # in which a lower precision's tokens are compared with fp32's
 ON_GPU = torch.cuda.is_available()
 
@@ -43,11 +42,7 @@ def parse_args():
         help="the model to train on them: warns where its patch does not divide the latents [%(default)s]")
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help="ema, mse, a local directory or a hub id [%(default)s]")
-    add("--encoder", default=DEFAULT_ENCODER, help="SEM encoder: directory or reference checkpoint; none: latents and "
-                                                   "labels only [%(default)s]")
-    add("--encoder-backbone", help=f"timm model of a reference checkpoint [{DEFAULT_BACKBONE}]")
-    add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
-    add("--V", type=number(int, 2, 65536), help="tokens a position of a reference checkpoint [256]")
+    add_encoder_flags(add, otherwise="; none: latents and labels only")
     add("--flip", choices=["random", "none", "both"], default="random",
         help="horizontal flips of the VAE's view; both: two rows per image, as it is, then flipped [%(default)s]")
     add("--posterior", choices=LATENTS, default="sample",
@@ -80,9 +75,7 @@ def main():
         factor = downsampling_factor(args.vae)
         if args.image_size % factor:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {factor}, the VAE's factor")
-        if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
-            raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or "
-                             "name one with --encoder (--encoder none: latents and labels only)")
+        encoder = None if args.encoder == "none" else open_encoder(args)
         state = start_processes()
         logger = create_logger(state)
         logger.info(f"listing {args.data_path}")
@@ -90,9 +83,7 @@ def main():
 
     # ---------------------------------------------------------------------- models and writer
     with parser.one_line_errors():
-        vae, encoder = load_vae(args.vae), None
-        if args.encoder != "none":
-            encoder = load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
+        vae = load_vae(args.vae)
         L, V = (encoder.L, encoder.V) if encoder else (None, None)
         settings = dict(
             format_version=FORMAT_VERSION, image_size=args.image_size, shard_size=args.shard_size,

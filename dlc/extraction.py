@@ -11,9 +11,12 @@ from PIL import ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from dlc.encoder import DEFAULT_BACKBONE, load_encoder
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize, posterior
 from dlc.noise import Stream, integers
-from dlc.runtime import PRECISIONS, cores_per_process
+from dlc.runtime import PRECISIONS, cores_per_process, number
+
+DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
 
 
 #################################################################################
@@ -91,6 +94,27 @@ def collate(items):
     indices, crops, code_views = zip(*good)
     return (torch.tensor(indices), torch.from_numpy(np.stack(crops)),
             torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None, unreadable)
+
+
+#################################################################################
+#                                   Encoders                                    #
+#################################################################################
+
+def add_encoder_flags(add, otherwise=""):
+    """The flags by which a script's user names a SEM encoder. otherwise: a word on what else --encoder takes."""
+    add("--encoder", default=DEFAULT_ENCODER, help=f"SEM encoder: directory or reference checkpoint{otherwise} "
+                                                   "[%(default)s]")
+    add("--encoder-backbone", help=f"timm model of a reference checkpoint [{DEFAULT_BACKBONE}]")
+    add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
+    add("--V", type=number(int, 2, 65536), help="tokens a position of a reference checkpoint [256]")
+
+
+def open_encoder(args):
+    """The encoder that those flags name, as `load_encoder` gives it. Raises ValueError as it does."""
+    if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
+        raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
+                         "one with --encoder")
+    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
 
 
 #################################################################################

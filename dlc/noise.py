@@ -24,6 +24,7 @@ class Stream(IntEnum):
     TRAIN_ORDER = 7
     SAMPLE_ORDER = 8
     TRAIN_POSTERIOR = 9
+    COMPOSE = 10
 
 
 LOW = 0xFFFFFFFF

@@ -78,8 +78,8 @@ class DiffusionSampler:
         self.diffusion, self.eta = create_diffusion(str(steps), learn_sigma=learn_sigma), eta
         self.times = self.diffusion.timestep_map[::-1]
 
-    def step(self, number, x, output, noise):
-        t = torch.full((len(x),), len(self.times) - 1 - number, device=x.device)
+    def step(self, step, x, output, noise):
+        t = torch.full((len(x),), len(self.times) - 1 - step, device=x.device)
         keywords = dict(clip_denoised=False, randn_like=lambda _: noise())
         if self.eta is None:
             out = self.diffusion.p_sample(lambda *_: output, x, t, **keywords)
@@ -98,20 +98,20 @@ class DPMSolver:
         self.scheduler.set_timesteps(steps)
         self.times = self.scheduler.timesteps.tolist()
 
-    def step(self, number, x, output, noise):
-        if number == 0:
+    def step(self, step, x, output, noise):
+        if step == 0:
             self.scheduler.set_timesteps(len(self.times))           # forgets the samples before
             self.scheduler.set_begin_index(0)
         eps = output[:, :x.shape[1]]                                # it has no use for a learned variance
-        x = self.scheduler.step(eps, self.times[number], x, return_dict=False)[0]
+        x = self.scheduler.step(eps, self.times[step], x, return_dict=False)[0]
         return x, self.scheduler.model_outputs[-1]
 
 
 def create_sampler(name, steps=None, eta=None, learn_sigma=True):
     """A sampler by its name: "ddpm", "ddim" or "dpmsolver++".
 
-    It has `times`, the model's time at each step, descending; and step(number, x, output, noise), from x at
-    times[number] and the model's output there to the next x and the x_0 seen on the way; noise() gives a standard
+    It has `times`, the model's time at each step, descending; and step(step, x, output, noise), from x at
+    times[step] and the model's output there to the next x and the x_0 seen on the way; noise() gives a standard
     normal of x's shape.
 
     Raises ValueError for what the sampler does not have.
@@ -150,17 +150,17 @@ def sample_latents(model, sampler, y, seed, indices, latent_shape, cfg_scale=1.0
     null = model.condition_embedder(model.null_condition(1).to(y.dtype))                    # (1, D)
     times = model.t_embedder(torch.tensor(sampler.times, device=condition.device))          # (steps, D)
     x = normals(0)                                                  # the same for any number of steps
-    for number, time in enumerate(sampler.times):
+    for step, time in enumerate(sampler.times):
         if cfg_scale != 1 and t_min <= time <= t_max:
             both = torch.cat([condition, null.expand(n, -1)])
-            conditional, unconditional = denoise(torch.cat([x, x]), times[number] + both).float().chunk(2)
+            conditional, unconditional = denoise(torch.cat([x, x]), times[step] + both).float().chunk(2)
             guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
             output = torch.cat([guided, conditional[:, channels:]], dim=1)
         else:
-            output = denoise(x, times[number] + condition).float()
-        x, x_start = sampler.step(number, x, output, lambda: normals(len(sampler.times) - number))
+            output = denoise(x, times[step] + condition).float()
+        x, x_start = sampler.step(step, x, output, lambda: normals(len(sampler.times) - step))
         if on_step is not None:
-            on_step(number, x, x_start)
+            on_step(step, x, x_start)
     return x
 
 
@@ -263,7 +263,7 @@ def save_strip(path, pictures, sampler, draw, decoder):
     """
     shown = set(np.linspace(0, len(sampler.times) - 1, pictures).round().astype(int).tolist())
     seen = []
-    draw(lambda number, x, x_start: seen.append(x_start) if number in shown else None)
+    draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
     images = decoder.images(torch.cat(seen))
     save_png(path, image_grid(images, len(images)))
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 IMAGE_SIZE, L, V = 64, 6, 300           # V above 256: codes are stored in 16 bits
+SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
 
 
 def golden(name):
@@ -113,3 +114,20 @@ def features(tmp_path_factory, images, tiny_models):
     path = tmp_path_factory.mktemp("features")
     launch(extract_command("torchrun", 1, images, path, tiny_models), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def workplace(images, tiny_models, tmp_path_factory):
+    """A directory with features/ and, trained on them for a few steps, results/ and results_dit/."""
+    root = tmp_path_factory.mktemp("workplace")
+    launch(extract_command("forked", 1, images, "features", tiny_models), root)
+    common = ("--max-steps", 3, "--global-batch-size", 4, "--lr", 0.01, "--ema-decay", 0.5, "--num-workers", 0)
+    launch(("forked", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", *common), root)
+    launch(("forked", 1, "train.py", "--model", "DiT-Ti/4", "--results-dir", "results_dit", *common), root)
+    launch(("torchrun", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS), root)
+    return root
+
+
+def sample_folder(root):
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    return folder

@@ -14,7 +14,8 @@ from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 from dlc.features import kind_dir
 from models import DiT_models
 
-SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp")
+SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp",
+           "compose_dlc")
 
 
 @pytest.fixture
@@ -216,6 +217,11 @@ def test_sampling_flags(sample_error):
     for value in ("nan", "inf"):
         assert f"argument --cfg-scale: {value}" in sample_error("--cfg-scale", value)
     assert "argument --num-sampling-steps: 1001: must be 1 to 1000" in sample_error("--num-sampling-steps", 1001)
+    assert "--eta 0.5: --sampler ddpm has none" in sample_error("--eta", 0.5)
+    assert "--sampler dpmsolver++ has at most 999" in sample_error(
+        "--sampler", "dpmsolver++", "--num-sampling-steps", 1000)
+    assert "--t-min 500 is above --t-max 400" in sample_error("--t-min", 500, "--t-max", 400)
+    assert "argument --progressive: 1: must be at least 2" in sample_error("--progressive", 1)
     assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
     assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
     assert "not conditioned on labels" in sample_error(script="sample_ddp")
@@ -285,9 +291,7 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch, capsys):
     assert stopped.value.code == 0
     flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
     assert len(flags) > 10
-    sources = (ROOT / f"{script}.py").read_text()
-    if script.startswith("sample"):
-        sources += (ROOT / "dlc/sampling.py").read_text()
+    sources = "".join((ROOT / name).read_text() for name in (f"{script}.py", "dlc/sampling.py", "dlc/extraction.py"))
     for flag in flags:
         name = {"--no-ema": "ema"}.get(flag, flag[2:].replace("-", "_"))
         assert re.search(rf"args\.{name}\b", sources), f"{flag} is never read"

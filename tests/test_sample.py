@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import IMAGE_SIZE, L, V, extract_command, launch
+from conftest import IMAGE_SIZE, L, SAMPLE_FLAGS, V, launch, sample_folder
 from PIL import Image
 
 import sample_ddp_computed_dlc
@@ -15,25 +15,6 @@ from diffusion import create_diffusion
 from dlc.features import Features
 from dlc.noise import Stream, normal
 from models import DiT_models
-
-FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
-
-
-@pytest.fixture(scope="module")
-def workplace(images, tiny_models, tmp_path_factory):
-    """A directory with features/ and, trained on them for a few steps, results/ and results_dit/."""
-    root = tmp_path_factory.mktemp("workplace")
-    launch(extract_command("forked", 1, images, "features", tiny_models), root)
-    common = ("--max-steps", 3, "--global-batch-size", 4, "--lr", 0.01, "--ema-decay", 0.5, "--num-workers", 0)
-    launch(("forked", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", *common), root)
-    launch(("forked", 1, "train.py", "--model", "DiT-Ti/4", "--results-dir", "results_dit", *common), root)
-    launch(("torchrun", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *FLAGS), root)
-    return root
-
-
-def sample_folder(root):
-    (folder,) = (path for path in root.iterdir() if path.is_dir())
-    return folder
 
 
 def read_npz(root):
@@ -82,7 +63,7 @@ def test_images_are_the_models(workplace, tiny_models):
 
 
 def test_two_processes_and_another_batch_size_draw_the_same(workplace):
-    result = launch(("torchrun", 2, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *FLAGS,
+    result = launch(("torchrun", 2, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS,
                      "--per-proc-batch-size", 4, "--sample-dir", "two", "--ckpt", "results/checkpoints/0000003",
                      "--dlc-dir", "features"), workplace)
     assert "21 of 21 images to draw" in result.stdout
@@ -99,7 +80,7 @@ def test_the_same_command_again_draws_what_is_missing(workplace):
     (folder / "000019.png").unlink()
     (npz,) = (workplace / "again").glob("*.npz")
     npz.unlink()
-    command = ("python", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *FLAGS, "--sample-dir", "again")
+    command = ("python", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", "again")
     assert "2 of 21 images to draw" in launch(command, workplace).stdout
     difference = np.abs(read_npz(workplace / "again").astype(int) - read_npz(workplace / "samples"))
     assert difference.max() <= 1
@@ -121,7 +102,7 @@ def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatc
     weights["sem_embedder.embedding_table"] += 1
     safetensors.torch.save_file(weights, path)
     monkeypatch.chdir(workplace / "anew")
-    for flags, message in (((*FLAGS,), "weights_sha256 "), (("--num-fid-samples", 5, *FLAGS[2:]), "is a set of 21 samples")):
+    for flags, message in (((*SAMPLE_FLAGS,), "weights_sha256 "), (("--num-fid-samples", 5, *SAMPLE_FLAGS[2:]), "is a set of 21 samples")):
         monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, flags)])
         with pytest.raises(SystemExit) as stopped:
             sample_ddp_computed_dlc.main()
@@ -132,7 +113,7 @@ def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatc
 
 
 def test_class_conditional_sampling(workplace):
-    launch(("torchrun", 1, "sample_ddp.py", "--model", "DiT-Ti/4", *FLAGS, "--results-dir", "results_dit",
+    launch(("torchrun", 1, "sample_ddp.py", "--model", "DiT-Ti/4", *SAMPLE_FLAGS, "--results-dir", "results_dit",
             "--sample-dir", "samples_dit", "--cfg-scale", 1), workplace)
     assert read_npz(workplace / "samples_dit").shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3)
     record = json.loads((sample_folder(workplace / "samples_dit") / "samples.json").read_text())

@@ -4,9 +4,8 @@ import random
 import time
 
 import pytest
-from conftest import launch
+from conftest import launch, sample_folder
 from forked import Run
-from test_sample import sample_folder, workplace  # noqa: F401 (a fixture)
 
 FLAGS = ("--model", "DiTSEM-Ti/4", "--num-fid-samples", 22, "--num-sampling-steps", 12, "--per-proc-batch-size", 2,
          "--progressive", 3)
@@ -22,7 +21,7 @@ def contents(root):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):     # noqa: F811
+def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):
     """12 kills each of one process, and of either of two: in all, 24 survived."""
     def start(name):
         return Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / name],
@@ -54,7 +53,7 @@ def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):     
     print(f"{kills} kills survived, {midway} of them between the first image and the last; {finished} runs finished")
 
 
-def test_a_full_disk(workplace, tmp_path):                                      # noqa: F811
+def test_a_full_disk(workplace, tmp_path):
     """One line that names the file, and the same command goes on once there is room."""
     command = ("python", 1, "sample_ddp_computed_dlc.py", *FLAGS[:-2], "--sample-dir", tmp_path / "samples")
     result = launch(command, workplace, check=False, largest_file=20_000)       # the .npz is larger, a PNG is not
@@ -67,7 +66,7 @@ def test_a_full_disk(workplace, tmp_path):                                      
     assert len(list(tmp_path.rglob("*.npz"))) == 1
 
 
-def test_launches_at_once(workplace, tmp_path):                                 # noqa: F811
+def test_launches_at_once(workplace, tmp_path):
     """One draws, the other waits and finds it done."""
     runs = [Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / "samples"], tmp_path / f"{number}.txt",
                 1, workplace) for number in range(2)]

@@ -1,0 +1,104 @@
+"""compose_dlc.py: each token from one source, in the asked-for shares, and what it does not take."""
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import L, V, launch
+
+import compose_dlc
+from compose_dlc import choose, compose
+from dlc.conditions import open_codes
+from dlc.encoder import load_encoder
+from dlc.features import Features
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+
+
+def test_choose():
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.0])
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.9999, 1 - 2**-32], dtype=torch.float64)
+    assert choose(weights.expand(5, 4), uniform).tolist() == [1, 1, 2, 2, 2]
+
+
+def test_tokens_come_from_the_sources_by_weight():
+    sources = torch.stack([torch.arange(32), torch.arange(32) + 100, torch.arange(32) + 200])
+    weights = torch.tensor([1.0, 0.0, 3.0])
+    codes, source = compose(sources, weights, 400, seed=0)
+    assert torch.equal(codes, sources[source, torch.arange(32)]) and not (source == 1).any()
+    assert abs((source == 2).double().mean() - 0.75) < 0.02
+    assert len({tuple(row) for row in codes.tolist()}) == 400
+    few, _ = compose(sources, weights, 7, seed=0)
+    assert torch.equal(few, codes[:7])                      # code i is (seed, i)'s
+    assert not torch.equal(compose(sources, weights, 7, seed=1)[0], few)
+
+
+def test_sem_draws_from_the_mean_of_the_distributions():
+    torch.manual_seed(0)
+    distributions = torch.softmax(2 * torch.randn(2, 3, 5), dim=2)                         # K, L, V
+    weights = torch.tensor([1.0, 2.0])
+    codes, source = compose(distributions, weights, 30_000, seed=0)
+    seen = torch.nn.functional.one_hot(codes, 5).double().mean(0)
+    torch.testing.assert_close(seen, (distributions[0] + 2 * distributions[1]).double() / 3, atol=0.015, rtol=0)
+    one = torch.nn.functional.one_hot(codes[source[:, 1] == 0, 1], 5).double().mean(0)
+    torch.testing.assert_close(one, distributions[0, 1].double(), atol=0.02, rtol=0)
+    # towards temperature 0 only the sources' own tokens are left
+    cold, source = compose(torch.softmax(distributions / 1e-4, dim=2), weights, 50, seed=0)
+    assert torch.equal(cold, distributions.argmax(dim=2)[source, torch.arange(3)])
+
+
+def test_the_script(images, features, tiny_models, tmp_path):
+    """From images and from rows, to codes that the sampler's --dlc-dir reads, and the count of tokens of each source."""
+    files = [images / "cat/0.png", images / "dog/3.png"]
+    result = launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30), tmp_path)
+    counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", result.stdout, re.MULTILINE)]
+    assert len(counts) == 2 and sum(counts) == 30 * L and min(counts) > 60
+    composed = np.load(tmp_path / "composed.npy")
+    assert composed.shape == (30, L) and composed.dtype == np.uint16
+    encoder = load_encoder(tiny_models[1])
+    views = np.stack([np.array(center_crop(load_rgb(path), 32)) for path in files])
+    with torch.inference_mode():
+        codes = encoder.codes(normalize(torch.from_numpy(views), IMAGENET_MEAN, IMAGENET_STD)).numpy()
+    assert ((composed == codes[0]) | (composed == codes[1])).all()
+    assert (composed == codes[0]).all(0).sum() == (codes[0] == codes[1]).sum()
+    assert len(open_codes(tmp_path / "composed.npy")[0]) == 30
+
+    # the features' rows of the same images: cat/0.png is row 0, dog/3.png row 10
+    paths = Features(features).paths.gather([0, 10])
+    assert paths.tolist() == ["cat/0.png", "dog/3.png"]
+    launch(("python", 1, "compose_dlc.py", "--features-path", features, "--rows", 0, 10, "--num", 30,
+            "--out", "rows.npy"), tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), composed)
+
+    for temp, own in ((1e-4, True), (1, False)):
+        launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30, "--mode", "sem",
+                "--temp", temp, "--out", "sem.npy"), tmp_path)
+        sem = np.load(tmp_path / "sem.npy")
+        assert sem.shape == (30, L) and sem.max() < V
+        assert ((sem == codes[0]) | (sem == codes[1])).all() == own
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "name the sources as image files, or by --features-path with --rows"),
+    (["{cat}", "--features-path", "{features}", "--rows", "0", "1"], "name the sources"),
+    (["--features-path", "{features}"], "name the sources"),
+    (["{cat}"], "two or more sources"),
+    (["{cat}", "{cat}", "--weights", "1"], "--weights: give one for each of the 2 sources"),
+    (["{cat}", "{cat}", "--weights", "0", "0"], "not all 0"),
+    (["{cat}", "{cat}", "--temp", "1"], "--temp is of --mode sem"),
+    (["{cat}", "{cat}", "--out", "codes.txt"], "--out codes.txt: wanted a .npy"),
+    (["{cat}", "{broken}", "--encoder", "{encoder}"], "cannot read the image {broken}"),
+    (["{cat}", "{cat}"], "no SEM encoder at pretrained/dlc_encoder.pth"),
+    (["--features-path", "{features}", "--rows", "0", "99"], "--rows 99: features {features} have rows 0 to 13"),
+    (["--features-path", "{features}", "--rows", "0", "1", "--mode", "sem"], "--mode sem needs images"),
+    (["--features-path", "nowhere", "--rows", "0", "1"], "nowhere does not exist"),
+])
+def test_what_it_refuses(arguments, message, images, features, tiny_models, tmp_path, monkeypatch, capsys):
+    names = dict(cat=images / "cat/0.png", broken=images / "dog/1_broken.jpg", features=features, encoder=tiny_models[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compose", *(argument.format(**names) for argument in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        compose_dlc.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.format(**names) in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
