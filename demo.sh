@@ -24,8 +24,17 @@ stage "extract: held out" "${extract[@]}" --data-path "$out/digits/heldout" --fe
 stage "train" accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     train_diffusion.py --model $model --features-path "$out/features_train" --results-dir "$out/results" \
     --max-steps 2000 --global-batch-size 64 --lr 2e-3 --ema-decay 0.995 --log-every 200
-stage "sample" torchrun --standalone --nproc_per_node=1 sample_ddp_computed_dlc.py --model $model \
-    --results-dir "$out/results" --sample-dir "$out/samples" --dlc-dir "$out/features_heldout" --dlc-order sequential \
-    --num-fid-samples 360 --num-sampling-steps 50 --per-proc-batch-size 120
+sample=(torchrun --standalone --nproc_per_node=1 sample_ddp_computed_dlc.py --model $model --dlc-order sequential
+        --results-dir "$out/results" --num-sampling-steps 50 --per-proc-batch-size 120)
+stage "sample" "${sample[@]}" --sample-dir "$out/samples" --dlc-dir "$out/features_heldout" --num-fid-samples 360
+
+# codes composed of two held-out digits, three quarters, half and a quarter of the tokens from the first
+sources=("$out/digits/heldout/0/0252.png" "$out/digits/heldout/6/0197.png")
+mkdir -p "$out/composed_codes"
+for share in 75 50 25; do
+    stage "compose: $share%" python compose_dlc.py "${sources[@]}" --encoder assets/digits-sem --num 12 \
+        --weights $share $((100 - share)) --out "$out/composed_codes/$((100 - share)).npy"
+done
+stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" --num-fid-samples 36
 python -m demo.report --features "$out/features_heldout" --samples "$out/samples" --times "$out/times.txt" \
-    --out "$out/demo.png"
+    --out "$out/demo.png" --composed "$out/composed" --sources "${sources[@]}" --composed-out "$out/composed.png"

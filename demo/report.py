@@ -1,21 +1,25 @@
 """The end of demo.sh: how well samples follow the codes of digits that training never saw, as a table and a picture.
 
     python -m demo.report --features HELDOUT_FEATURES --samples SAMPLES --times TIMES --out PICTURE.png
+        --composed SAMPLES --sources DIGIT.png DIGIT.png --composed-out PICTURE.png
 
 Sample i was drawn for the code of held-out row i. A support vector machine fitted to the real train scans reads the
-samples, the real held-out digits and their VAE reconstructions.
+samples, the real held-out digits and their VAE reconstructions. The second picture has the samples from composed codes,
+a row for each 12, between the two digits that the codes are of.
 """
 import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from demo.digits import DigitReader, load_split
 from dlc.features import Features
 from dlc.latents import decode, image_grid, load_vae, to_uint8
 
 COLUMNS = 20      # two of each digit in the picture
+COMPOSED = 12     # codes composed for each of the weights
 
 
 def parse_args():
@@ -24,7 +28,24 @@ def parse_args():
     parser.add_argument("--samples", required=True, help="--sample-dir of the sampler, sequential order of codes")
     parser.add_argument("--times", required=True, help="file of lines: seconds, stage")
     parser.add_argument("--out", required=True, help="PNG to write: digits, reconstructions, samples")
+    parser.add_argument("--composed", required=True, help="--sample-dir of the samples from composed codes")
+    parser.add_argument("--sources", nargs=2, required=True, help="the two digits that those are of")
+    parser.add_argument("--composed-out", required=True, help="PNG to write: composed samples between their sources")
     return parser.parse_args()
+
+
+def read_samples(directory):
+    (npz,) = Path(directory).glob("*.npz")
+    with np.load(npz) as archive:
+        return archive["arr_0"]
+
+
+def draw_composed(samples, sources, path):
+    """A row for each COMPOSED samples, between the two images that they were composed of."""
+    rows = samples.reshape(-1, COMPOSED, *samples.shape[1:])
+    first, last = (np.broadcast_to(np.array(Image.open(source)), (len(rows), 1, *samples.shape[1:]))
+                   for source in sources)
+    image_grid(np.concatenate([first, rows, last], axis=1).reshape(-1, *samples.shape[1:]), COMPOSED + 2).save(path)
 
 
 def main():
@@ -41,9 +62,7 @@ def main():
     with torch.inference_mode():
         latents = torch.from_numpy(features.latents.gather(rows)).float()
         reconstructions = torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
-    (npz,) = Path(args.samples).glob("*.npz")
-    with np.load(npz) as archive:
-        samples = archive["arr_0"]
+    samples = read_samples(args.samples)
 
     read = DigitReader()
     print("\nstage                          seconds, this run")
@@ -57,7 +76,9 @@ def main():
 
     shown = np.concatenate([np.flatnonzero(labels == digit)[:COLUMNS // 10] for digit in range(10)])
     image_grid(np.concatenate([reals[shown], reconstructions[shown], samples[shown]]), COLUMNS).save(args.out)
+    draw_composed(read_samples(args.composed), args.sources, args.composed_out)
     print(f"\nlook at {args.out}: held-out digits, reconstructions, samples from their codes")
+    print(f"and at {args.composed_out}: samples from codes composed of the digits to their left and right")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,10 @@ def missing_indices(folder, count):
 
 def save_grid(path, folder, count):
     """A contact sheet of the first images of 0..count-1, those that there are, as a PNG."""
-    there = [png_path(folder, index) for index in range(min(GRID_IMAGES, count)) if png_path(folder, index).is_file()]
-    if there:
-        save_png(path, image_grid(np.stack([read_png(one) for one in there]), GRID_COLUMNS))
+    paths = [png_path(folder, index) for index in range(min(GRID_IMAGES, count))]
+    images = [read_png(one) for one in paths if one.is_file()]
+    if images:
+        save_png(path, image_grid(np.stack(images), GRID_COLUMNS))
 
 
 def write_npz(path, folder, count, progress=False):

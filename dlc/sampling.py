@@ -219,7 +219,8 @@ class Decoder:
         self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
         self.on_gpu = vae.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_gpu else None
-        self.thread, self.pool, self.pending, self.after_first = ThreadPoolExecutor(1), ThreadPoolExecutor(), None, after_first
+        self.thread, self.pool, self.pending = ThreadPoolExecutor(1), ThreadPoolExecutor(), None
+        self.after_first = after_first
 
     def images(self, latents):
         """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy."""
@@ -400,6 +401,7 @@ def run(parser, args, open_conditions):
                                on_step=lambda *_: bar.update(images / len(sampler.times)))
                 decoder(indices.tolist(), latents[:len(indices)])
             decoder.wait()
+            bar.update(count - bar.n)                               # what adding fractions left
     except OSError as error:
         parser.error(f"{error}; what is drawn is kept: run the same command again")
     except torch.OutOfMemoryError:

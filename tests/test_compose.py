@@ -51,7 +51,7 @@ def test_the_script(images, features, tiny_models, tmp_path):
     """From images and from rows, to codes that the sampler's --dlc-dir reads, and the count of tokens of each source."""
     files = [images / "cat/0.png", images / "dog/3.png"]
     result = launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30), tmp_path)
-    counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", result.stdout, re.MULTILINE)]
+    counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", result.stdout, re.M)]
     assert len(counts) == 2 and sum(counts) == 30 * L and min(counts) > 60
     composed = np.load(tmp_path / "composed.npy")
     assert composed.shape == (30, L) and composed.dtype == np.uint16
@@ -94,7 +94,8 @@ def test_the_script(images, features, tiny_models, tmp_path):
     (["--features-path", "nowhere", "--rows", "0", "1"], "nowhere does not exist"),
 ])
 def test_what_it_refuses(arguments, message, images, features, tiny_models, tmp_path, monkeypatch, capsys):
-    names = dict(cat=images / "cat/0.png", broken=images / "dog/1_broken.jpg", features=features, encoder=tiny_models[1])
+    names = dict(cat=images / "cat/0.png", broken=images / "dog/1_broken.jpg", features=features,
+                 encoder=tiny_models[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compose", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(SystemExit) as stopped:

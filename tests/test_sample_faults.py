@@ -1,4 +1,4 @@
-"""Sampling killed at random moments: the same command draws what is missing, and the .npz is that of a run left alone."""
+"""Sampling killed at random moments: the same command draws what is missing; the .npz is a lone run's."""
 import json
 import random
 import time

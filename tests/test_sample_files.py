@@ -55,7 +55,8 @@ def test_npz_is_the_images_in_order(folder, tmp_path):
 @pytest.mark.parametrize("harm, message", [
     (lambda path: path.unlink(), "000123.png is missing or no whole PNG"),
     (lambda path: path.write_bytes(path.read_bytes()[:60]), "000123.png is missing or no whole PNG"),
-    (lambda path: save_png(path, np.zeros((8, 9, 3), np.uint8)), r"000123.png has shape \(8, 9, 3\), wanted \(8, 8, 3\)"),
+    (lambda path: save_png(path, np.zeros((8, 9, 3), np.uint8)),
+     r"000123.png has shape \(8, 9, 3\), wanted \(8, 8, 3\)"),
 ])
 def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path, harm, message):
     harm(png_path(folder[0], 123))
