@@ -36,6 +36,13 @@ def test_what_sampling_leaves(workplace, tiny_models):
     record = json.loads((folder / "samples.json").read_text())
     assert record["checkpoint"] == str(workplace / "results/checkpoints/0000003")
     assert record["conditions"].startswith(f"14 codes of {workplace / 'features'}")
+    assert len(record["weights_sha256"]) == 64 and record["weights"] == "ema" and record["step"] == 3
+    assert [record[key] for key in ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "t_min", "t_max",
+                                    "precision", "vae_precision", "num_fid_samples")] == [
+        "ddpm", 3, 1.5, 4, 0, 999, "fp32", "fp32", 21]
+    assert record["vae"] == str(tiny_models[0]) and len(record["vae_sha256"]) == 64
+    (run,) = record["runs"]
+    assert run["images"] == 21 and "DiTSEM-Ti/4" in run["command"] and run["versions"]["numpy"] == np.__version__
     # every row before any twice
     assert sorted(record["code_rows"][:14]) == list(range(14))
     assert record["code_rows"][14:] == record["code_rows"][:7]
@@ -62,14 +69,18 @@ def test_images_are_the_models(workplace, tiny_models):
     assert np.abs(image - read_npz(workplace / "samples")[17]).max() <= 1
 
 
-def test_two_processes_and_another_batch_size_draw_the_same(workplace):
-    result = launch(("torchrun", 2, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS,
-                     "--per-proc-batch-size", 4, "--sample-dir", "two", "--ckpt", "results/checkpoints/0000003",
-                     "--dlc-dir", "features"), workplace)
+@pytest.mark.parametrize("launcher, processes, batch", [("torchrun", 2, 4), ("forked", 3, 5), ("forked", 1, 8)])
+def test_processes_and_batch_size_do_not_matter(workplace, tmp_path, launcher, processes, batch):
+    result = launch((launcher, processes, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS,
+                     "--per-proc-batch-size", batch, "--sample-dir", tmp_path / "samples", "--ckpt",
+                     "results/checkpoints/0000003", "--dlc-dir", "features"), workplace)
     assert "21 of 21 images to draw" in result.stdout
-    one, two = (read_npz(workplace / root).astype(int) for root in ("samples", "two"))
-    assert np.abs(one - two).max() <= 1
-    assert (one != two).mean() < 1e-3
+    here, there = (read_npz(root).astype(int) for root in (tmp_path / "samples", workplace / "samples"))
+    assert np.abs(here - there).max() <= 1
+    assert (here != there).mean() < 1e-3
+    rows = [json.loads((sample_folder(root) / "samples.json").read_text())["code_rows"]
+            for root in (tmp_path / "samples", workplace / "samples")]
+    assert rows[0] == rows[1]
 
 
 def test_the_same_command_again_draws_what_is_missing(workplace):
@@ -112,9 +123,51 @@ def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatc
         record.write_text(record.read_text().replace(str(workplace / "results"), str(workplace / "anew/results")))
 
 
+def test_other_settings_are_refused(workplace, monkeypatch, capsys):
+    """Every flag that decides the images, into the folder of another value: one line that names the difference."""
+    monkeypatch.chdir(workplace)
+    for flags, message in (
+            (("--sampler", "ddim"), "sampler 'ddpm' there, 'ddim' here"),
+            (("--no-ema",), "weights 'ema' there, 'raw' here"), (("--t-min", 1), "t_min 0 there, 1 here"),
+            (("--t-max", 998), "t_max 999 there, 998 here"), (("--cfg-channels", 3), "cfg_channels 4 there, 3 here"),
+            (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"), (("--no-tf32",), "tf32 True there"),
+            (("--vae-precision", "bf16"), "vae_precision 'fp32' there"), (("--dlc-order", "sequential"), "conditions ")):
+        monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, (*SAMPLE_FLAGS, *flags))])
+        with pytest.raises(SystemExit) as stopped:
+            sample_ddp_computed_dlc.main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in said and said.count("\n") == 1
+    folder = sample_folder(workplace / "samples")
+    shutil.copytree(folder, workplace / "without/samples" / folder.name)
+    (workplace / "without/samples" / folder.name / "samples.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, SAMPLE_FLAGS), "--sample-dir",
+                                      "without/samples"])
+    with pytest.raises(SystemExit):
+        sample_ddp_computed_dlc.main()
+    assert "holds images but no samples.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    ("--sampler", "ddim", "--eta", 0.3), ("--sampler", "dpmsolver++", "--precision", "bf16", "--vae-precision", "bf16")])
+def test_a_strip_of_the_denoising(workplace, tmp_path, flags):
+    """As many pictures as asked for, the last of which is sample 0; and a grid from the first batch on."""
+    launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--num-fid-samples", 2,
+            "--num-sampling-steps", 6, "--progressive", 4, *flags, "--sample-dir", tmp_path), workplace)
+    (path,) = tmp_path.glob("*.progressive.png")
+    strip = np.array(Image.open(path)).astype(int)
+    assert strip.shape == (IMAGE_SIZE, 4 * IMAGE_SIZE, 3)
+    first = np.array(Image.open(sample_folder(tmp_path) / "000000.png")).astype(int)
+    difference = np.abs(strip[:, -IMAGE_SIZE:] - first)
+    assert (difference.max() <= 1) if "bf16" not in flags else (difference.mean() < 2)
+    assert np.abs(strip[:, :IMAGE_SIZE] - first).mean() > 2 * difference.mean()
+
+
 def test_class_conditional_sampling(workplace):
-    launch(("torchrun", 1, "sample_ddp.py", "--model", "DiT-Ti/4", *SAMPLE_FLAGS, "--results-dir", "results_dit",
-            "--sample-dir", "samples_dit", "--cfg-scale", 1), workplace)
-    assert read_npz(workplace / "samples_dit").shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3)
-    record = json.loads((sample_folder(workplace / "samples_dit") / "samples.json").read_text())
-    assert set(record["labels"]) == {0, 1}
+    """Random labels, and each class equally often."""
+    for sampling, labels in (("random", {0, 1}), ("equal", [0, 1] * 10 + [0])):
+        launch(("torchrun" if sampling == "random" else "forked", 1, "sample_ddp.py", "--model", "DiT-Ti/4",
+                *SAMPLE_FLAGS, "--results-dir", "results_dit", "--sample-dir", f"dit_{sampling}", "--cfg-scale", 1,
+                "--label-sampling", sampling), workplace)
+        assert read_npz(workplace / f"dit_{sampling}").shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3)
+        record = json.loads((sample_folder(workplace / f"dit_{sampling}") / "samples.json").read_text())
+        assert type(labels)(record["labels"]) == labels and record["cfg_channels"] == 3
