@@ -2,4 +2,4 @@
 from train_diffusion import main
 
 if __name__ == "__main__":
-    main(default_model="DiT-XL/2")
+    main(model="DiT-XL/2")

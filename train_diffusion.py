@@ -3,14 +3,15 @@
     accelerate launch --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 --features-path /path/to/features
     accelerate launch --multi_gpu --num_processes N --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 ...
 
-In: FEATURES/, which also says L, V, image size and classes. Out: RESULTS/ with args.json, log.txt, metrics.jsonl,
-loss.png, checkpoints/{step:07d}/ and previews/. The same command run again continues after the newest checkpoint;
-SIGTERM or SIGUSR1 ends it with one.
+In: FEATURES/, which also says L, V, image size and classes, or a folder of images (--data-path), whose latents and
+codes are then made as training goes, which is slower. Out: RESULTS/ with args.json, log.txt, metrics.jsonl, loss.png,
+checkpoints/{step:07d}/ and previews/. The same command run again continues after the newest checkpoint; SIGTERM or
+SIGUSR1 ends it with one.
 
 The data are one endless row of shuffled epochs, cut into global batches: nothing is repeated or left out within an
 epoch, and a batch may span two. Order, timestep, noise and condition dropout of each place in that row are functions
-of (seed, place) alone, and so is the draw of the VAE's posterior where the features hold its moments: neither the
-number of processes nor a restart changes what is trained on.
+of (seed, place) alone, and so are flips of images and the draw of the VAE's posterior where it is drawn here: neither
+the number of processes nor a restart changes what is trained on.
 """
 import argparse
 import contextlib
@@ -31,24 +32,34 @@ from tqdm import tqdm
 from diffusion import create_diffusion
 from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, remove_unfinished,
                              run_checkpoints, save_checkpoint, whole)
-from dlc.features import Features, Stack, differences, file_order, recorded_id, write_json
-from dlc.latents import decode, image_grid, load_vae, to_uint8
+from dlc.features import Features, differences, recorded_id, write_json
+from dlc.images import FLIPS, Encode, ImageBatches, Images
+from dlc.latents import load_vae
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.runtime import (SEED, ArgumentParser, agree, create_accelerator, create_logger, default_num_workers, number,
-                         start_processes, versions)
-from dlc.sampling import create_sampler, sample_latents
+from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, asked_precision, create_accelerator, create_logger,
+                         default_num_workers, number, start_processes, versions)
 from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
-                          ignore_stop_signals, loss_means, local, loss_sums, read_metrics, shard, trim_metrics)
+                          ignore_stop_signals, loss_means, local, loss_sums, open_vectors, read_metrics, save_preview,
+                          shard, trim_metrics)
 from models import DiT_models
 
-PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
+PREVIEW_SAMPLES = 8
 
 
-def parse_args(default_model):
+def argument_parser(**defaults):
+    """The flags. Other defaults than theirs are what the files of train_options/ state."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--model", default=default_model, choices=DiT_models, metavar="MODEL", help="name in DiT_models [%(default)s]")
-    add("--features-path", "--feature-path", default="features", help="features to train on [%(default)s]")
+    add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL", help="name in DiT_models [%(default)s]")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--features-path", "--feature-path", default="features",
+                      help="features to train on [%(default)s]")
+    data.add_argument("--data-path", help="or a folder with one folder of images a class [none]")
+    add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
+    add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew each epoch [random]")
+    add("--encoder", help="with --data-path: SEM encoder that makes a DiTSEM's codes, a directory or a reference "
+                          "checkpoint [none]")
+    add("--L", type=number(int, 1), help="with --data-path: code positions of a reference checkpoint [512]")
     add("--condition-path", help="folder of .npy vectors (n, in_dim), a row of them for each row of the features, in "
                                  "order: what a DiTCONT is trained on")
     add("--results-dir", default="results", help="where this run goes, and is continued from [%(default)s]")
@@ -69,6 +80,9 @@ def parse_args(default_model):
                                                     "were")
     add("--checkpoint-activations", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add("--precision", choices=[*PRECISIONS, "amp"],
+        help="of the model, autocast; amp: the launcher's 16 bits or else bf16 [the launcher's --mixed_precision]")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 products on GPUs [%(default)s]")
     add("--num-workers", type=number(int, 0), default=default_num_workers(),
         help="data readers a process [%(default)s here]")
     add("--global-seed", type=SEED, default=0, help="of everything random [%(default)s]")
@@ -77,21 +91,45 @@ def parse_args(default_model):
     add("--ckpt-every", type=number(int, 1), default=50_000, help="steps; there is one at the end, too [%(default)s]")
     add("--ckpt-total-limit", type=number(int, 1), help="checkpoints to keep, the newest ones [all]")
     add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures, 0: none [%(default)s]")
-    add("--vae", help="that decodes previews: ema, mse, a directory or a hub id [the features' own]")
-    add("--V", type=number(int, 2), help="tokens a code position, for features without a manifest")
+    add("--vae", help="ema, mse, a directory or a hub id: that decodes previews, with --data-path also encodes [the "
+                      "features' own, or ema]")
+    add("--V", type=number(int, 2), help="tokens a code position, for features without a manifest and an --encoder "
+                                         "that is a reference checkpoint")
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
-    return parser, parser.parse_args()
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def open_data(args, state):
+    """The `Features` or `Images` to train on. Raises ValueError where they cannot be had, or flags do not fit them."""
+    if not args.data_path:
+        if args.features_path is None:
+            raise ValueError("this trains on images: give --data-path")
+        for flag, given in (("image-size", args.image_size), ("flip", args.flip), ("encoder", args.encoder),
+                            ("L", args.L)):
+            if given is not None:
+                raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
+        return Features(args.features_path, args.V, args.num_classes)
+    if args.num_classes:
+        raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
+    if args.model.startswith("DiTSEM") != bool(args.encoder):
+        raise ValueError(f"{args.model} is trained on codes: with --data-path it needs an --encoder"
+                         if not args.encoder else f"--encoder is for DiTSEM models, not {args.model}")
+    if not args.encoder and (args.L or args.V):
+        raise ValueError("--L and --V say what an --encoder is, and there is none")
+    return Images(args.data_path, args.image_size or 256, args.vae or "ema", args.encoder, args.L, args.V,
+                  args.flip or "random", state.is_main_process)
 
 
 def open_condition(args, features):
     """What the model is conditioned on: a Stack, its limit (see TrainingBatches), and the model's own arguments.
 
-    Raises ValueError where the features do not have it.
+    The Stack is None where codes are made from images. Raises ValueError where the features do not have it.
     """
     if args.condition_path and not args.model.startswith("DiTCONT"):
         raise ValueError(f"--condition-path is for DiTCONT models, not {args.model}")
     if args.model.startswith("DiTSEM"):
-        if features.codes is None:
+        if features.codes is None and not args.encoder:
             raise ValueError(f"features path {args.features_path} holds no codes, which {args.model} is trained on")
         if features.V is None:
             raise ValueError(f"{args.features_path} has no manifest.json to say V: give --V")
@@ -99,31 +137,25 @@ def open_condition(args, features):
     if args.model.startswith("DiTCONT"):
         if not args.condition_path:
             raise ValueError(f"{args.model} is trained on vectors: give --condition-path")
-        paths = sorted(Path(args.condition_path).glob("*.npy"), key=file_order)
-        if not paths:
-            raise ValueError(f"--condition-path {args.condition_path} is not a folder of .npy files")
-        vectors = Stack(paths, sample_ndim=1)
-        if vectors.array(0).dtype.kind != "f":
-            raise ValueError(f"--condition-path {args.condition_path} holds values of type {vectors.array(0).dtype}, "
-                             "wanted floats")
-        if len(vectors) != features.count:
-            raise ValueError(f"--condition-path {args.condition_path} has {len(vectors)} rows, the features "
-                             f"{features.count}")
+        vectors = open_vectors(args.condition_path, features.count)
         return vectors, None, dict(in_dim=vectors.array(0).shape[1])
     return features.labels, features.num_classes, dict(num_classes=features.num_classes)
 
 
-def main(default_model="DiTSEM-XL/2"):
-    parser, args = parse_args(default_model)
+def main(**defaults):
+    parser = argument_parser(**defaults)
+    args = parser.parse_args()
 
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
-        features = Features(args.features_path, args.V, args.num_classes)
+        precision = asked_precision(args.precision)
+        state = start_processes()
+        features, data_path = open_data(args, state), args.data_path or args.features_path
         condition, limit, sizes = open_condition(args, features)
         patch = DiT_models[args.model].keywords["patch_size"]
         channels, latent_size, _ = features.latent_shape
         if latent_size % patch:
-            raise ValueError(f"latents of {args.features_path} are {latent_size} wide, not a multiple of "
+            raise ValueError(f"latents of {data_path} are {latent_size} wide, not a multiple of "
                              f"{args.model}'s patch {patch}")
         manifest = features.manifest or {}
         # what a run is: with another model it is another run, with other data or batches only if that is said
@@ -144,22 +176,22 @@ def main(default_model="DiTSEM-XL/2"):
             if changed and not args.allow_change:
                 raise ValueError(f"{args.results_dir} holds another run: {changed}; give another --results-dir, or "
                                  "--allow-change to continue that one so")
-        state = start_processes()
         agree("checkpoints and features", (resume and resume.name, model_identity, data_identity))
         if args.global_batch_size % (state.num_processes * args.grad_accum):
             raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of "
                              f"{state.num_processes} processes x {args.grad_accum} parts (--grad-accum)")
         if state.is_main_process:
             features.validate()
+        encode = Encode(features, state.device) if args.data_path else None
         vae = None
         if args.sample_every and state.is_main_process:
-            vae = load_vae(args.vae or manifest.get("vae") or "ema", state.device)
+            vae = encode.vae if encode else load_vae(args.vae or manifest.get("vae") or "ema", state.device)
         results = Path(args.results_dir)
         if state.is_main_process:
             results.mkdir(parents=True, exist_ok=True)
         state.wait_for_everyone()
         logger = create_logger(state, results / "log.txt")
-        accelerator, precision, sharded = create_accelerator(logger, args.report_to, results)
+        accelerator, precision, sharded = create_accelerator(logger, precision, args.tf32, args.report_to, results)
         sharded = sharded and state.num_processes > 1
         device = accelerator.device
         torch.manual_seed(args.global_seed)                 # the same weights in every process
@@ -203,15 +235,17 @@ def main(default_model="DiTSEM-XL/2"):
     last_step = first_step + max(0, -(-(args.epochs * features.count - first_place) // batch))
     if args.max_steps is not None:
         last_step = min(last_step, args.max_steps)
-    batches = TrainingBatches(features, condition, limit, args.global_seed, batch, state.process_index,
-                              state.num_processes, first_step, first_place)
+    batches = (ImageBatches if encode else TrainingBatches)(
+        features, condition, limit, args.global_seed, batch, state.process_index, state.num_processes, first_step,
+        first_place)
     loader = DataLoader(batches, sampler=range(first_step, last_step), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals)
     part = batch // state.num_processes // args.grad_accum
     for line in (
             f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
             + ", ".join(f"{key}={value}" for key, value in sizes.items()),
-            f"data: {features.count:,} rows of {args.features_path}, {features.count / batch:.1f} steps an epoch",
+            f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
+            f"{features.count / batch:.1f} steps an epoch",
             f"batch: {part} x {state.num_processes} processes on {device.type} x {args.grad_accum} parts = {batch}",
             f"precision: {precision}" + (", sharded (FSDP)" if sharded else ""),
             f"run: steps {first_step:,} to {last_step:,} in {args.results_dir}",
@@ -230,7 +264,8 @@ def main(default_model="DiTSEM-XL/2"):
     def save(step):
         everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()            # (processes, 3 + 2 * QUARTERS)
         meta = dict(model_identity, **data_identity, step=step, place=batches.first_of(step), logged=logged,
-                    skipped=skipped, features_path=recorded_id(args.features_path), vae=manifest.get("vae"),
+                    skipped=skipped, vae=manifest.get("vae"),
+                    **{"data_path" if encode else "features_path": recorded_id(data_path)},
                     precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
                     versions=versions())
         try:
@@ -250,13 +285,17 @@ def main(default_model="DiTSEM-XL/2"):
     since, skipped_in_a_row, put_off = (time.time(), first_step), 0, False
     bar = tqdm(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
     for step, loaded in enumerate(loader, first_step + 1):
+        if isinstance(loaded, str):                     # of an image that cannot be read
+            parser.error(f"step {step:,}: {loaded}")
         measured = 0
         for index, (places, latents, y) in enumerate(zip(*(tensor.split(part) for tensor in loaded))):
-            places = places.to(device, non_blocking=True)
-            x = latents.to(device, non_blocking=True).float()                   # (n, 4, S/8, S/8)
-            if features.latent_kind == "moments":
+            places, x, y = (tensor.to(device, non_blocking=True) for tensor in (places, latents, y))
+            if encode:
+                x, y = encode(x, y)
+            x = x.float()                                                       # (n, 4, S/8, S/8)
+            if features.latent_kind in ("moments", "images"):
                 x = draw_posterior(x, args.global_seed, places)
-            y = y.to(device, non_blocking=True)                                 # (n, L) codes, (n,) labels, or vectors
+            # y: (n, L) codes, (n,) labels, or vectors
             y = y.float() if y.is_floating_point() else y
             t = integers(args.global_seed, Stream.TRAIN_TIMESTEP, places, diffusion.num_timesteps)
             noise = normal(args.global_seed, Stream.TRAIN_NOISE, places, x.shape[1:])
@@ -335,7 +374,9 @@ def main(default_model="DiTSEM-XL/2"):
         if args.sample_every and step % args.sample_every == 0 and (state.is_main_process or sharded):
             if sharded:                             # FSDP would keep its outermost part from one preview to the next
                 ema.unshard()
-            save_preview(results / f"previews/{step:07d}.png", ema, features, condition, vae, args.global_seed, device)
+            with parser.one_line_errors():
+                latents, y = first_rows(batches, encode, device)
+            save_preview(results / f"previews/{step:07d}.png", ema, latents, y, vae, args.global_seed)
             if sharded:
                 ema.reshard()
         if signal_name and step < last_step:
@@ -345,23 +386,13 @@ def main(default_model="DiTSEM-XL/2"):
     accelerator.end_training()
 
 
-def save_preview(path, ema, features, condition, vae, seed, device):
-    """A picture: the first rows' latents decoded, over EMA samples for their conditions, noise always the same.
-
-    Of a sharded EMA every process calls this; the one with a VAE draws the picture.
-    """
-    rows = np.arange(min(PREVIEW_SAMPLES, features.count))
-    y = condition.gather(rows)
-    y = torch.from_numpy(y.astype(np.float32 if y.dtype.kind == "f" else np.int64)).to(device)
-    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y, seed, torch.from_numpy(rows).to(device),
-                             features.latent_shape, PREVIEW_CFG)
-    if vae is None:
-        return
-    stored = torch.from_numpy(features.latents.gather(rows)[:, :features.latent_shape[0]]).to(device).float()
-    with torch.inference_mode():
-        images = to_uint8(decode(vae, torch.cat([stored, samples]))).cpu().numpy()
-    path.parent.mkdir(exist_ok=True)
-    image_grid(images, len(rows)).save(path)
+def first_rows(batches, encode, device):
+    """Latents (n, 4, S/8, S/8), of moments the mean, and conditions (n, ...) of the first rows, on a device."""
+    rows = np.arange(min(PREVIEW_SAMPLES, batches.features.count))
+    latents, y = (tensor.to(device) for tensor in batches.gather(rows))
+    if encode:
+        latents, y = encode(latents, y)
+    return latents[:, :batches.features.latent_shape[0]].float(), y.float() if y.is_floating_point() else y.long()
 
 
 if __name__ == "__main__":

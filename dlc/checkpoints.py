@@ -262,7 +262,8 @@ def info(path):
         return [*lines, "a file of weights, which says nothing else of itself"]
     size = sum(file.stat().st_size for file in Path(path).iterdir())
     lines += [f"step {meta['step']:,}, {size / 1e9:.2f} GB", "trained on: " + ", ".join(
-        f"{key} {meta[key]}" for key in ("features_path", "image_size", "L", "V", "num_classes", "in_dim", "vae")
+        f"{key} {meta[key]}" for key in ("features_path", "data_path", "image_size", "L", "V", "num_classes", "in_dim",
+                                         "vae")
         if meta.get(key) is not None)]
     lines.append("with: " + ", ".join(f"{key} {meta[key]}" for key in (
         "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed") if key in meta))

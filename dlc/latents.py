@@ -57,7 +57,8 @@ def load_rgb(path):
 
 def normalize(pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
     """Pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 on their device: scaled to [0, 1], less mean, over std."""
-    mean, std = (torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (mean, std))
+    # filled in place: copied there from the CPU, they would make the CPU wait for the GPU
+    mean, std = (torch.stack([torch.full((1, 1), one, device=pixels.device) for one in value]) for value in (mean, std))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SAMPLE_ORDER = 8
     TRAIN_POSTERIOR = 9
     COMPOSE = 10
+    TRAIN_FLIP = 11
 
 
 LOW = 0xFFFFFFFF

@@ -128,13 +128,33 @@ def create_logger(state, log_file=None):
     return logger
 
 
-def create_accelerator(logger, report_to=None, run_dir=None):
-    """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
-
-    Returns the Accelerator, the precision "fp32", "bf16" or "fp16" of `--mixed_precision` (fp16 without a GPU is said
-    to be float32, once), and whether to shard, as an FSDP configuration asks.
+def asked_precision(precision=None):
+    """What --precision and the launcher's --mixed_precision ask for between them: "fp32", "bf16" or "fp16".
 
     Args:
+        precision: one of these, or "amp": 16 bits, the launcher's or else bf16; None leaves it to the launcher, whose
+            "no" is also what launchers say where the user said nothing.
+
+    Raises ValueError where they contradict each other.
+    """
+    launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision == "amp":
+        return "bf16" if launchers == "no" else launchers
+    if precision and launchers not in ("no", precision):
+        raise ValueError(f"the launcher's --mixed_precision {launchers} contradicts --precision {precision}, which the "
+                         "files of train_options/ set, too: leave one of them out")
+    return precision or ("fp32" if launchers == "no" else launchers)
+
+
+def create_accelerator(logger, precision, tf32=True, report_to=None, run_dir=None):
+    """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
+
+    Returns the Accelerator, the precision (fp16 without a GPU becomes fp32, and that is said once), and whether to
+    shard, as an FSDP configuration asks.
+
+    Args:
+        precision: as `asked_precision` gives it.
+        tf32: whether float32 products and convolutions on GPUs may round their factors to TF32.
         report_to: "tensorboard" or "wandb", where `accelerator.log` writes; for tensorboard into run_dir.
 
     Raises ValueError where that package is not there, and for fp16 with sharding.
@@ -142,20 +162,19 @@ def create_accelerator(logger, report_to=None, run_dir=None):
     on_cpu = not torch.cuda.is_available()
     # sharding is ours: accelerate does it on no CPU, and knows of no EMA
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked == "fp16" and on_cpu:
+    if precision == "fp16" and on_cpu:
         logger.warning("warning: fp16 needs a GPU; this run uses float32")
-        asked = "no"
+        precision = "fp32"
     # torch 2.15 warns of this name; the one it wants instead does not exist in 2.6
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=asked, kwargs_handlers=[
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        log_with=report_to, project_dir=run_dir)
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=report_to, project_dir=run_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
     if report_to:
         if not accelerator.log_with:
             raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
         accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if sharded and asked == "fp16":
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if sharded and precision == "fp16":
         raise ValueError("--mixed_precision fp16 does not go with FSDP: use bf16")
-    return accelerator, "fp32" if asked == "no" else asked, sharded
+    return accelerator, precision, sharded

@@ -2,6 +2,7 @@
 import json
 import math
 import signal
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,11 +13,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from dlc.features import write_whole
+from diffusion import create_diffusion
+from dlc.features import Stack, file_order, write_whole
+from dlc.latents import decode, image_grid, to_uint8
 from dlc.noise import Stream, normal, permutation
 from dlc.runtime import PATIENCE
+from dlc.sampling import create_sampler, sample_latents
 
 QUARTERS = 4                # of the diffusion times, whose losses are told apart
+PREVIEW_STEPS, PREVIEW_CFG = 50, 1.5
 
 
 #################################################################################
@@ -60,11 +65,27 @@ class TrainingBatches(Dataset):
         """Places (n,), latents as stored (n, 4 or 8, S/8, S/8), conditions (n, ...)."""
         first = self.first_of(step) + self.rank * self.local_batch
         places = np.arange(first, first + self.local_batch)
-        rows = self.rows(places)
+        return torch.from_numpy(places), *self.gather(self.rows(places))
+
+    def gather(self, rows):
+        """Latents and conditions of feature rows, tensors."""
         condition = self.condition.gather(rows, limit=self.limit)
         # uint16 codes as int32: torch can do little with uint16
         condition = condition.astype(np.int32) if condition.dtype == np.uint16 else condition
-        return tuple(map(torch.from_numpy, (places, self.features.latents.gather(rows), condition)))
+        return torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
+
+
+def open_vectors(path, count):
+    """The `Stack` of a folder of `.npy` (n, in_dim), count rows in all. Raises ValueError where it is not that."""
+    paths = sorted(Path(path).glob("*.npy"), key=file_order)
+    if not paths:
+        raise ValueError(f"--condition-path {path} is not a folder of .npy files")
+    vectors = Stack(paths, sample_ndim=1)
+    if vectors.array(0).dtype.kind != "f":
+        raise ValueError(f"--condition-path {path} holds values of type {vectors.array(0).dtype}, wanted floats")
+    if len(vectors) != count:
+        raise ValueError(f"--condition-path {path} has {len(vectors)} rows, the data {count}")
+    return vectors
 
 
 def draw_posterior(moments, seed, places):
@@ -181,6 +202,22 @@ def trim_metrics(path, step):
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     if path.is_file():
         write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+
+
+def save_preview(path, ema, latents, y, vae, seed):
+    """A picture: latents decoded, over EMA samples for their conditions y, noise always the same.
+
+    Of a sharded EMA every process calls this; the one with a VAE draws the picture.
+    """
+    indices = torch.arange(len(latents), device=latents.device)
+    diffusion = create_diffusion(str(PREVIEW_STEPS))
+    samples = sample_latents(ema, diffusion, y, seed, indices, latents.shape[1:], PREVIEW_CFG)
+    if vae is None:
+        return
+    with torch.inference_mode():
+        images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
+    path.parent.mkdir(exist_ok=True)
+    image_grid(images, len(latents)).save(path)
 
 
 def draw_losses(metrics, path, width=800, height=400):

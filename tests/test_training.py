@@ -290,7 +290,7 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
     assert "is trained on vectors: give --condition-path" in refused("--model", "DiTCONT-Ti/4")
     assert "--condition-path is for DiTCONT models" in refused("--condition-path", tmp_path / "vectors")
     np.save(tmp_path / "vectors/2.npy", vectors[:1])
-    assert "has 15 rows, the features 14" in refused(*flags)
+    assert "has 15 rows, the data 14" in refused(*flags)
     (tmp_path / "vectors/2.npy").unlink()
     np.save(tmp_path / "vectors/0.npy", vectors[:9] + 1)
     run = train("run", "--max-steps", 6, *flags)

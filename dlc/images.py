@@ -1,0 +1,121 @@
+"""Training on images themselves: a folder of them in the place of features, latents and codes made as they are needed.
+
+Images are decoded by the data loader's readers; the VAE and, for codes, the SEM encoder run on the training's device,
+without gradients. Both compute in float32 whatever the training's precision is, so that it changes neither the latents
+nor, by an argmax that falls otherwise, the codes: they are those of extraction.
+"""
+import hashlib
+
+import torch
+
+from dlc.checkpoints import weights_sha256
+from dlc.encoder import load_encoder
+from dlc.extraction import Views, collate, flips_of, list_images
+from dlc.features import recorded_id
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, load_vae, normalize, posterior, vae_id
+from dlc.noise import Stream, integers
+from dlc.runtime import from_rank_0
+from dlc.training import TrainingBatches
+
+FLIPS = ("random", "none")
+
+
+class Column:
+    """Values in memory, one a row (n,), gathered as a `Stack` is."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def gather(self, rows, limit=None):
+        return self.values[rows]
+
+
+class Images:
+    """What training asks of `Features`, of a folder with one folder of images a class.
+
+    Row i is image i of `list_images`, which the first process reads for all. latent_kind is "images": a row of a batch
+    is an image yet, of which `Encode` makes the moments.
+
+    Args:
+        image_size: height and width of the crop, pixels.
+        vae: what --vae takes.
+        encoder: a directory or a reference checkpoint, the latter with L and V where they are not 512 and 256; None
+            where no codes are wanted.
+        flip: one of FLIPS; random: drawn anew at each place in the row of epochs.
+
+    Raises ValueError where there are no images, or networks cannot be had or do not fit the image size.
+    """
+    latent_kind = "images"
+
+    def __init__(self, data_path, image_size, vae, encoder=None, L=None, V=None, flip="random", is_main_process=True):
+        self.image_size, self.flip = image_size, flip
+        self.vae, self.encoder = load_vae(vae), load_encoder(encoder, L=L, V=V) if encoder else None
+        self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if image_size % factor:
+            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+        self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
+        classes, paths, labels = from_rank_0(list_images(data_path) if is_main_process else None)
+        self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
+        self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
+                           self.encoder.image_size if encoder else None)
+        self.manifest = dict(
+            vae=recorded_id(vae_id(vae)), vae_sha256=weights_sha256(self.vae),
+            scaling_factor=self.vae.config.scaling_factor, flip=flip,
+            encoder_sha256=weights_sha256(self.encoder) if encoder else None,
+            listing_sha256=hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest())
+
+    def __getstate__(self):
+        return {**self.__dict__, "vae": None, "encoder": None}      # a reader that is started afresh needs no networks
+
+    def validate(self):
+        """Nothing: to look at every image takes as long as an epoch, so each is looked at in the first."""
+
+
+class ImageBatches(TrainingBatches):
+    """`TrainingBatches` of Images: crops in place of latents and, where the condition is None, the encoder's views.
+
+    An item is one line of text, in place of tensors, where an image cannot be read.
+    """
+
+    def __getitem__(self, step):
+        """Places (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
+        try:
+            places, crops, condition = super().__getitem__(step)
+        except OSError as error:                # as data: raised, it would come with its traceback as its text
+            return str(error)
+        if self.features.flip == "random":
+            flipped = integers(self.seed, Stream.TRAIN_FLIP, places, 2).bool()
+            crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)
+        return places, crops, condition
+
+    def gather(self, rows):
+        """Crops and conditions or views of images, none flipped. Raises OSError, naming it, for one out of reach."""
+        views = self.features.views
+        _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
+        if unreadable:
+            index, error, _ = unreadable[0]
+            raise OSError(f"cannot read {views.path(index)!r} ({error}): mend it, or take it away and give "
+                          "--allow-change; extraction leaves such images out")
+        condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
+        return crops.squeeze(1), condition
+
+
+class Encode:
+    """The networks of Images, moved to a device: what ImageBatches give to what TrainingBatches of moments give."""
+
+    def __init__(self, images, device):
+        self.vae = images.vae.to(device)
+        self.vae.encoder.to(memory_format=torch.channels_last)
+        self.encoder = images.encoder.to(device).requires_grad_(False) if images.encoder else None
+
+    @torch.no_grad()
+    def __call__(self, crops, condition):
+        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is."""
+        moments = torch.cat(posterior(self.vae, normalize(crops)), dim=1)
+        if self.encoder:
+            condition = self.encoder.codes(normalize(condition, IMAGENET_MEAN, IMAGENET_STD))
+        return moments, condition

@@ -1,0 +1,139 @@
+"""Training on a folder of images: what it trains on is what extraction would have stored."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, extract_command, launch, save_images
+from forked import Run
+from PIL import Image
+from test_train import metrics, train_command
+from test_training import same_run
+
+from dlc.checkpoints import info
+from dlc.images import ImageBatches, Images
+from dlc.latents import center_crop, load_rgb
+from dlc.noise import Stream, integers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """14 images in 2 classes, all of them readable."""
+    path = tmp_path_factory.mktemp("images")
+    save_images(path)
+    return path
+
+
+@pytest.fixture
+def train(folder, tiny_models, tmp_path):
+    """train(name, flags…, processes=N, model=…): a run on the folder into that one of tmp_path, ended well or, with
+    fails=True, not; gives what it said."""
+    def run(name, *flags, processes=1, model="DiTSEM-Ti/4", data=folder, fails=False):
+        command = train_command(1, "", tmp_path / name, "--model", model, "--data-path", data, "--image-size",
+                                IMAGE_SIZE, "--vae", tiny_models[0], *flags)
+        if model.startswith("DiTSEM"):
+            command += ("--encoder", tiny_models[1])
+        at = command.index("--features-path")
+        process = Run("train_diffusion", command[3:at] + command[at + 2:], tmp_path / f"{name}.txt", processes)
+        assert process.wait() != fails, process.said()
+        assert "Traceback" not in process.said()
+        return process.said()
+    return run
+
+
+def losses(run):
+    return [line["loss"] for line in metrics(run)]
+
+
+@pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4"])
+def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path):
+    """Of the posterior's moments, unflipped; by one process, by two, in parts, and by one stopped and continued."""
+    launch(("forked", *extract_command("", 1, folder, tmp_path / "features", tiny_models, "--posterior", "moments",
+                                       "--dtype", "float32", "--flip", "none")[1:]), tmp_path)
+    launch(train_command(1, tmp_path / "features", tmp_path / "on_features", "--model", model, "--max-steps", 6,
+                         launcher="forked"), tmp_path)
+    flags = ("--flip", "none", "--max-steps", 6)
+    said = train("one", *flags, model=model)
+    assert f"data: 14 images of {folder}, 1.8 steps an epoch" in said
+    train("two", *flags, "--grad-accum", 2, processes=2, model=model)
+    train("stopped", *flags, "--max-steps", 3, "--sample-every", 3, model=model)
+    train("stopped", *flags, model=model)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "on_features"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "on_features"), rtol=1e-5)
+    assert same_run(tmp_path / "one", tmp_path / "stopped", 6)
+    assert Image.open(tmp_path / "stopped/previews/0000003.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+
+
+def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
+    """By place alone, whatever the number of processes; and the labels are those of the images."""
+    images = Images(folder, IMAGE_SIZE, tiny_models[0])
+    batches = ImageBatches(images, images.labels, 2, 0, 14)
+    parts = [ImageBatches(images, images.labels, 2, 0, 14, rank, 2) for rank in (0, 1)]
+    seen = {}
+    for epoch in range(4):
+        places, crops, labels = batches[epoch]
+        for one, two in zip((places, crops, labels), zip(*(part[epoch] for part in parts))):
+            assert torch.equal(one, torch.cat(two))
+        flips = integers(0, Stream.TRAIN_FLIP, places, 2).tolist()
+        for row, crop, label, flip in zip(batches.rows(places.numpy()), crops, labels, flips):
+            there = np.array(center_crop(load_rgb(images.views.path(row)), IMAGE_SIZE))
+            np.testing.assert_array_equal(crop, there[:, ::-1] if flip else there)
+            assert label == row // 7
+            seen.setdefault(row, set()).add(flip)
+    assert sum(flips == {0, 1} for flips in seen.values()) > 7
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tmp_path):
+    """Both samplers draw from it; other images, and features, are refused."""
+    train("labels", "--max-steps", 1, model="DiT-Ti/4")
+    train("codes", "--max-steps", 1)
+    meta = json.loads((tmp_path / "codes/checkpoints/0000001/meta.json").read_text())
+    assert (meta["L"], meta["V"], meta["data_path"], meta["vae"]) == (6, 300, str(folder), str(tiny_models[0]))
+    assert meta["encoder_sha256"] and meta["listing_sha256"] and meta["flip"] == "random"
+    assert any(f"data_path {folder}" in line for line in info(tmp_path / "codes/checkpoints/0000001"))
+
+    def sample(script, model, run, *flags, check=True):
+        return launch(("forked", 1, script, "--model", model, "--results-dir", run, "--num-fid-samples", 2,
+                       "--num-sampling-steps", 2, *flags), tmp_path, check=check)
+    assert "done: 2 images" in sample("sample_ddp.py", "DiT-Ti/4", "labels").stdout
+    result = sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", check=False)
+    assert result.returncode == 2 and "name codes with --dlc-dir" in result.stdout
+    np.save(tmp_path / "codes.npy", np.zeros((2, 6), int))
+    assert "done: 2 images" in sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", "--dlc-dir", "codes.npy").stdout
+
+    shutil.copytree(folder, tmp_path / "others")
+    (tmp_path / "others/cat/3.png").rename(tmp_path / "others/cat/3b.png")
+    said = train("codes", "--max-steps", 2, data=tmp_path / "others", fails=True)
+    assert "listing_sha256" in said and "give another --results-dir, or --allow-change" in said
+    assert "flip 'random' there, 'none' here" in train("codes", "--flip", "none", "--max-steps", 2, fails=True)
+    assert "steps 1 to 2" in train("codes", "--max-steps", 2, "--allow-change", data=tmp_path / "others")
+
+
+def test_an_image_that_cannot_be_read(train, images, tmp_path):
+    """One line that names it, when its turn comes."""
+    for readers in (0, 1):
+        said = train("run", "--max-steps", 9, "--num-workers", readers, data=images, fails=True)
+        assert f"cannot read '{images}/dog/1_broken.jpg' (UnidentifiedImageError: cannot identify image file): mend it" in said
+
+
+def test_flags(train, folder, tmp_path):
+    assert "--encoder is for DiTSEM models, not DiT-Ti/4" in train("x", "--encoder", "x", model="DiT-Ti/4", fails=True)
+    assert "DiTCONT-Ti/4 is trained on vectors" in train("x", model="DiTCONT-Ti/4", fails=True)
+    assert "--image-size 60 is not a multiple of 8" in train("x", "--image-size", 60, fails=True)
+    assert "latents of" in train("x", "--image-size", 56, fails=True)
+    assert "L 6 there, 7 here; leave out the flag" in train("x", "--L", 7, fails=True)
+    assert "--L and --V say what an --encoder is" in train("x", "--L", 7, model="DiT-Ti/4", fails=True)
+    assert "--num-classes does not go with --data-path" in train("x", "--num-classes", 3, fails=True)
+    assert "is not a folder" in train("x", data="nowhere", fails=True)
+    assert "not allowed with argument" in train("x", "--features-path", "features", fails=True)
+
+    def refused(*flags):
+        result = launch(("forked", 1, "train_diffusion.py", *flags), tmp_path, check=False)
+        assert result.returncode == 2 and "Traceback" not in result.stdout
+        return result.stdout
+    assert "DiTSEM-Ti/4 is trained on codes: with --data-path it needs an --encoder" in refused(
+        "--data-path", folder, "--model", "DiTSEM-Ti/4")
+    for flag, value in (("--image-size", 64), ("--flip", "none"), ("--encoder", "x"), ("--L", 6)):
+        assert f"{flag} goes with --data-path" in refused(flag, value)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "results").exists()
