@@ -78,7 +78,8 @@ def argument_parser(**defaults):
     add("--pretrained-path", help="weights to begin with: a checkpoint directory, .pt or .safetensors [none]")
     add("--allow-change", action="store_true", help="continue though global batch, features or seed are not what they "
                                                     "were")
-    add("--checkpoint-activations", action="store_true", help="recompute activations in the backward pass: less memory")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="recompute activations in the backward pass: less memory [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
     add("--precision", choices=[*PRECISIONS, "amp"],
         help="of the model, autocast; amp: the launcher's 16 bits or else bf16 [the launcher's --mixed_precision]")

@@ -100,7 +100,8 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tm
     result = sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", check=False)
     assert result.returncode == 2 and "name codes with --dlc-dir" in result.stdout
     np.save(tmp_path / "codes.npy", np.zeros((2, 6), int))
-    assert "done: 2 images" in sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", "--dlc-dir", "codes.npy").stdout
+    result = sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", "--dlc-dir", "codes.npy")
+    assert "done: 2 images" in result.stdout
 
     shutil.copytree(folder, tmp_path / "others")
     (tmp_path / "others/cat/3.png").rename(tmp_path / "others/cat/3b.png")
@@ -114,7 +115,7 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
     """One line that names it, when its turn comes."""
     for readers in (0, 1):
         said = train("run", "--max-steps", 9, "--num-workers", readers, data=images, fails=True)
-        assert f"cannot read '{images}/dog/1_broken.jpg' (UnidentifiedImageError: cannot identify image file): mend it" in said
+        assert f"cannot read '{images}/dog/1_broken.jpg' (UnidentifiedImageError: cannot identify image" in said
 
 
 def test_flags(train, folder, tmp_path):

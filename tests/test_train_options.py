@@ -1,0 +1,180 @@
+"""The files of train_options/: each variant, the launch recipes, and the flags they set."""
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from conftest import IMAGE_SIZE, ROOT, extract_command, launch, save_images
+from forked import Run
+from test_train import metrics, train_command
+
+from dlc.runtime import asked_precision
+from train_diffusion import argument_parser, main
+
+VARIANTS = sorted(path.stem for path in (ROOT / "train_options").glob("train_*.py"))
+RECIPES = sorted(path.name for path in (ROOT / "train_options").glob("*.sh"))
+
+
+@pytest.fixture(scope="module")
+def both_data(tiny_models, tmp_path_factory):
+    """14 images, and features of them that hold the same."""
+    root = tmp_path_factory.mktemp("data")
+    save_images(root / "images")
+    launch(("forked", *extract_command("", 1, root / "images", root / "features", tiny_models, "--posterior", "moments",
+                                       "--dtype", "float32", "--flip", "none")[1:]), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags_of(both_data, tiny_models):
+    """flags_of(variant, results): what a variant is launched with, on images or on features."""
+    def flags(variant, results, *more):
+        command = list(train_command(1, both_data / "features", results, "--max-steps", 3, *more)[3:])
+        if "images" in options(variant)["reads"]:
+            at = command.index("--features-path")
+            command[at:at + 2] = ["--data-path", both_data / "images", "--image-size", IMAGE_SIZE, "--vae",
+                                  tiny_models[0], "--encoder", tiny_models[1], "--flip", "none"]
+        return list(map(str, command))
+    return flags
+
+
+def options(variant):
+    """A variant's options, with what the rest are by default, and whether it reads images or features."""
+    args = vars(argument_parser(**importlib.import_module(f"train_options.{variant}").OPTIONS).parse_args([]))
+    return dict(args, reads="features" if args["features_path"] else "images")
+
+
+def test_each_variant_differs_in_one_option():
+    every = {name: options(name) for name in VARIANTS}
+    assert VARIANTS == ["train_amp", "train_baseline", "train_fast", "train_features", "train_original",
+                        "train_tf32_disabled"]
+    assert every["train_fast"] == dict(vars(argument_parser().parse_args([])), precision="amp", reads="features")
+    for name, other, changed in (
+            ("baseline", "original", {"checkpoint_activations"}), ("amp", "baseline", {"precision"}),
+            ("features", "baseline", {"features_path", "reads"}), ("tf32_disabled", "features", {"tf32"})):
+        one, two = every[f"train_{name}"], every[f"train_{other}"]
+        assert one.keys() == two.keys() and {key for key in one if one[key] != two[key]} == changed
+
+
+@pytest.fixture(scope="module")
+def runs(flags_of, tmp_path_factory):
+    """Each variant's few steps: what it said, and its losses."""
+    root = tmp_path_factory.mktemp("runs")
+    said, losses = {}, {}
+    for name in VARIANTS:
+        run = Run("variant", [f"train_options.{name}", *flags_of(name, root / name)], root / f"{name}.txt")
+        assert run.wait(), run.said()
+        said[name], losses[name] = run.said(), [line["loss"] for line in metrics(root / name)]
+        written = json.loads((root / name / "args.json").read_text())
+        assert all(written[key] == options(name)[key] for key in ("precision", "tf32", "checkpoint_activations"))
+    return said, losses
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_alike(name, runs):
+    """The losses are those of the first, to what 16 bits are worth."""
+    said, losses = runs
+    precision = {"train_amp": "bf16", "train_fast": "bf16"}.get(name, "fp32")
+    assert f"precision: {precision}" in said[name]
+    assert ("14 images" if options(name)["reads"] == "images" else "14 rows") in said[name]
+    np.testing.assert_allclose(losses[name], losses["train_original"], rtol=1e-2 if precision == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("how", [[str(ROOT / "train_options/train_amp.py")], ["-m", "train_options.train_amp"]])
+def test_launched_by_path_and_as_a_module(how, flags_of, tmp_path):
+    """From anywhere, and from the repository's root."""
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *how,
+         *flags_of("train_amp", tmp_path / "run")], cwd=ROOT if how[0] == "-m" else tmp_path, env=env, text=True,
+        capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert "precision: bf16" in result.stdout and len(metrics(tmp_path / "run")) == 3
+
+
+def test_precisions(monkeypatch):
+    for launchers, flag, wanted in (("no", None, "fp32"), ("no", "fp32", "fp32"), ("no", "amp", "bf16"),
+                                    ("no", "fp16", "fp16"), ("fp16", None, "fp16"), ("fp16", "amp", "fp16"),
+                                    ("bf16", "bf16", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+        assert asked_precision(flag) == wanted
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert asked_precision("amp") == "bf16" and asked_precision() == "fp32"
+
+
+@pytest.mark.parametrize("variant, launchers, message", [
+    ("train_baseline", "fp16", "the launcher's --mixed_precision fp16 contradicts --precision fp32"),
+    ("train_amp", "no", "this trains on images: give --data-path")])
+def test_what_contradicts_a_variant(variant, launchers, message, tmp_path, monkeypatch, capsys):
+    """One line, and no run."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+    monkeypatch.setattr(sys, "argv", [variant])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(**importlib.import_module(f"train_options.{variant}").OPTIONS)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+#################################################################################
+#                                   Recipes                                     #
+#################################################################################
+
+def stand_in(folder, name, text):
+    """A program of that name."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def run_recipe(name, programs, *flags, **variables):
+    """Run a recipe with these programs before all others, from the root."""
+    path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    slurm = dict(SLURM_JOB_NODELIST="here", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2")
+    return subprocess.run(["bash", ROOT / "train_options" / name, *map(str, flags)], cwd=ROOT, text=True, timeout=300,
+                          env={**os.environ, **slurm, "PATH": path, **variables}, capture_output=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_give_flags_that_exist(name, tmp_path):
+    """The launcher's and the script's own; and each says what it should reach, in how long, and its source."""
+    text = (ROOT / "train_options" / name).read_text()
+    assert subprocess.run(["bash", "-n", ROOT / "train_options" / name]).returncode == 0
+    assert "What it should reach: " in text and (
+        "Source: " in text and "In how long: " in text or "as dlc512_4gpu.sh" in text)
+    stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
+    stand_in(tmp_path, "srun", 'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"')
+    for program in ("accelerate", "python"):
+        stand_in(tmp_path, program, 'printf "%s\\n" "$@"')
+    result = run_recipe(name, tmp_path, "--max-steps", 5)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    if words[0] == "launch":
+        launched = launch_command_parser().parse_args(words[1:])
+        assert launched.mixed_precision in ("fp16", "bf16")
+    script = next(index for index, word in enumerate(words) if word.endswith("train_diffusion.py"))
+    args = argument_parser().parse_args(words[script + 1:])
+    assert (args.global_batch_size, args.lr, args.ema_decay, args.max_steps) == (256, 1e-4, 0.9999, 5)
+    assert args.model == ("DiT-XL/2" if name == "dit_xl2_400k.sh" else "DiTSEM-XL/2")
+
+
+def test_slurm_example_trains(both_data, flags_of, tmp_path):
+    """Two tasks, as a stand-in for srun starts them, form one group."""
+    stand_in(tmp_path / "bin", "scontrol", "echo 127.0.0.1")
+    stand_in(tmp_path / "bin", "srun",
+             'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    result = run_recipe("slurm_multinode.sh", tmp_path / "bin", *flags_of("train_features", tmp_path / "run"),
+                        MASTER_PORT=port)
+    assert result.returncode == 0, result.stderr
+    assert "batch: 4 x 2 processes" in result.stdout and "precision: bf16" in result.stdout
+    assert len(metrics(tmp_path / "run")) == 3

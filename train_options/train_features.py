@@ -1,0 +1,17 @@
+"""train_baseline on features in place of images: neither decoding nor a VAE (nor an encoder) at each step.
+
+    accelerate launch train_options/train_features.py --features-path /path/to/store/features
+    accelerate launch -m train_options.train_features --features-path /path/to/store/features
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))              # launched by its path, it finds the rest
+
+from train_diffusion import main
+from train_options.train_baseline import OPTIONS as BASELINE
+
+OPTIONS = dict(BASELINE, features_path="features")
+
+if __name__ == "__main__":
+    main(**OPTIONS)
