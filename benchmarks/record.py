@@ -31,7 +31,10 @@ def machine():
 
 
 def record(name, rows, **more):
-    """Print rows (dicts of one set of keys) as a table, and write them to results/{name}-{cpu or gpu}.json."""
+    """Print rows (dicts of one set of keys) as a table, and write them to results/{name}-{cpu or gpu}.json.
+
+    Returns that path.
+    """
     here = machine()
     path = RESULTS / f"{name}-{'gpu' if here['gpu'] else 'cpu'}.json"
     columns = list(rows[0])
@@ -45,3 +48,4 @@ def record(name, rows, **more):
         benchmark=name, command=" ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         date=datetime.date.today().isoformat(), machine=here, **more, rows=rows), indent=1) + "\n")
     print(f"written to {path}")
+    return path
