@@ -47,9 +47,16 @@ def options(row):
     """All options of a row: the variant's, and the flags after its name."""
     variant, *flags = row.split()
     found = argument_parser(**importlib.import_module(f"train_options.{variant}").OPTIONS).parse_args(flags)
-    found.compile = ON_GPU if found.compile is None else found.compile
     found.precision = "bf16" if found.precision == "amp" else found.precision
     return found
+
+
+def described(row, on_gpu=ON_GPU):
+    """What a row's options are, by the columns of the table."""
+    chosen = options(row)
+    return {"": row, "data": "images" if chosen.features_path is None else "features",
+            "checkpointing": chosen.checkpoint_activations, "precision": chosen.precision,
+            "TF32": on_gpu and chosen.tf32, "compiled": on_gpu if chosen.compile is None else chosen.compile}
 
 
 def run(*command, output):
@@ -129,7 +136,7 @@ def model_alone(row, model, batch, args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = chosen.tf32
     module, conditions = build(model, args)
     module.to(device).train().set_grad_checkpointing(chosen.checkpoint_activations)
-    if chosen.compile:
+    if described(row)["compiled"]:
         for block in module.blocks:
             block.compile()
     diffusion = create_diffusion("")
@@ -152,7 +159,6 @@ def model_alone(row, model, batch, args):
 
 def measure(row, model, batch, data, root, args, flops, peak):
     """A row of the table, and its losses."""
-    chosen = options(row)
     rate, losses, memory = train(row, model, batch, data, root, args)
     outside = None
     if rate:
@@ -160,11 +166,8 @@ def measure(row, model, batch, data, root, args, flops, peak):
                         row, output=root / "output.txt")
         outside = None if failed else 1000 / rate - 1000 * float((root / "output.txt").read_text().split()[-1])
     return {
-        "": row, "model": model, "batch": batch, "data": "images" if chosen.features_path is None else "features",
-        "checkpointing": chosen.checkpoint_activations, "precision": chosen.precision, "TF32": ON_GPU and chosen.tf32,
-        "compiled": chosen.compile, "steps/s": rate, "images/s": rate and rate * batch,
-        "MFU": rate and rate * batch * flops / peak, "memory GiB": memory,
-        "outside ms": outside}, losses
+        "": row, "model": model, "batch": batch, **described(row), "steps/s": rate, "images/s": rate and rate * batch,
+        "MFU": rate and rate * batch * flops / peak, "memory GiB": memory, "outside ms": outside}, losses
 
 
 def peak_of(chosen):
