@@ -8,7 +8,6 @@ dlc/features.py, and FEATURES/preview.png: eight crops over their VAE reconstruc
 continues; what it writes does not depend on the number of processes and workers.
 """
 import argparse
-import hashlib
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from dlc.checkpoints import weights_sha256
 from dlc.extraction import (Networks, Views, add_encoder_flags, collate, flips_of, in_order, list_images,
-                            open_encoder)
+                            listing_sha256, open_encoder)
 from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype, recorded_id, write_whole
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
 from dlc.noise import Stream, normal
@@ -92,7 +91,7 @@ def main():
             encoder=recorded_id(args.encoder) if encoder else None,
             encoder_sha256=weights_sha256(encoder) if encoder else None, L=L, V=V, precision=args.precision,
             flip=args.flip, seed=args.global_seed, classes=classes, images=len(paths),
-            listing_sha256=hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest())
+            listing_sha256=listing_sha256(paths))
         agree("VAE and encoder", settings)
         writer = FeatureWriter(args.features_path, settings)
         incomplete = from_rank_0(state.is_main_process and writer.start())

@@ -1,5 +1,6 @@
 """The parts of extraction: images and their views, the two networks, and work done in threads but kept in order."""
 import errno
+import hashlib
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,11 @@ def list_images(data_path):
         raise ValueError(f"--data-path {data_path} has class folders but no images in them")
     paths, labels = zip(*folder.samples)
     return folder.classes, [path[len(str(root)) + 1:] for path in paths], np.array(labels, dtype=np.int64)
+
+
+def listing_sha256(paths):
+    """A digest of a listing, which tells whether images were added, taken away or renamed."""
+    return hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def flips_of(policy, count, seed):

@@ -2,17 +2,16 @@
 
 Images are decoded by the data loader's readers; the VAE and, for codes, the SEM encoder run on the training's device,
 without gradients. Both compute in float32 whatever the training's precision is, so that it changes neither the latents
-nor, by an argmax that falls otherwise, the codes: they are those of extraction.
+nor, by an argmax that falls otherwise, the codes: they are those of extraction (on GPUs to what TF32 is worth,
+unless --no-tf32).
 """
-import hashlib
-
 import torch
 
 from dlc.checkpoints import weights_sha256
 from dlc.encoder import load_encoder
-from dlc.extraction import Views, collate, flips_of, list_images
+from dlc.extraction import Views, collate, flips_of, list_images, listing_sha256
 from dlc.features import recorded_id
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, load_vae, normalize, posterior, vae_id
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
 from dlc.noise import Stream, integers
 from dlc.runtime import from_rank_0
 from dlc.training import TrainingBatches
@@ -21,13 +20,10 @@ FLIPS = ("random", "none")
 
 
 class Column:
-    """Values in memory, one a row (n,), gathered as a `Stack` is."""
+    """Values in memory, one a row, gathered as those of a `Stack` are; they are in range by their making."""
 
     def __init__(self, values):
         self.values = values
-
-    def __len__(self):
-        return len(self.values)
 
     def gather(self, rows, limit=None):
         return self.values[rows]
@@ -36,8 +32,8 @@ class Column:
 class Images:
     """What training asks of `Features`, of a folder with one folder of images a class.
 
-    Row i is image i of `list_images`, which the first process reads for all. latent_kind is "images": a row of a batch
-    is an image yet, of which `Encode` makes the moments.
+    Row i is image i of `list_images`, which the first process reads for all. latent_kind is "images": batches are of
+    crops, and `Encode` makes the moments of them.
 
     Args:
         image_size: height and width of the crop, pixels.
@@ -52,21 +48,20 @@ class Images:
 
     def __init__(self, data_path, image_size, vae, encoder=None, L=None, V=None, flip="random", is_main_process=True):
         self.image_size, self.flip = image_size, flip
-        self.vae, self.encoder = load_vae(vae), load_encoder(encoder, L=L, V=V) if encoder else None
-        self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = downsampling_factor(vae)
         if image_size % factor:
             raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
         classes, paths, labels = from_rank_0(list_images(data_path) if is_main_process else None)
         self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
+        self.vae, self.encoder = load_vae(vae), load_encoder(encoder, L=L, V=V) if encoder else None
+        self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
+        self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
         self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
                            self.encoder.image_size if encoder else None)
         self.manifest = dict(
             vae=recorded_id(vae_id(vae)), vae_sha256=weights_sha256(self.vae),
             scaling_factor=self.vae.config.scaling_factor, flip=flip,
-            encoder_sha256=weights_sha256(self.encoder) if encoder else None,
-            listing_sha256=hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest())
+            encoder_sha256=weights_sha256(self.encoder) if encoder else None, listing_sha256=listing_sha256(paths))
 
     def __getstate__(self):
         return {**self.__dict__, "vae": None, "encoder": None}      # a reader that is started afresh needs no networks

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from diffusion import create_diffusion
 from dlc.features import Stack, file_order, write_whole
 from dlc.latents import decode, image_grid, to_uint8
 from dlc.noise import Stream, normal, permutation
@@ -210,8 +209,7 @@ def save_preview(path, ema, latents, y, vae, seed):
     Of a sharded EMA every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
-    diffusion = create_diffusion(str(PREVIEW_STEPS))
-    samples = sample_latents(ema, diffusion, y, seed, indices, latents.shape[1:], PREVIEW_CFG)
+    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y, seed, indices, latents.shape[1:], PREVIEW_CFG)
     if vae is None:
         return
     with torch.inference_mode():

@@ -46,14 +46,16 @@ def losses(run):
     return [line["loss"] for line in metrics(run)]
 
 
-@pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4"])
+@pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4", "DiTCONT-Ti/4"])
 def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path):
     """Of the posterior's moments, unflipped; by one process, by two, in parts, and by one stopped and continued."""
     launch(("forked", *extract_command("", 1, folder, tmp_path / "features", tiny_models, "--posterior", "moments",
                                        "--dtype", "float32", "--flip", "none")[1:]), tmp_path)
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(14, 5)).astype(np.float32))
+    conditions = ("--condition-path", tmp_path) if model.startswith("DiTCONT") else ()
     launch(train_command(1, tmp_path / "features", tmp_path / "on_features", "--model", model, "--max-steps", 6,
-                         launcher="forked"), tmp_path)
-    flags = ("--flip", "none", "--max-steps", 6)
+                         *conditions, launcher="forked"), tmp_path)
+    flags = ("--flip", "none", "--max-steps", 6, *conditions)
     said = train("one", *flags, model=model)
     assert f"data: 14 images of {folder}, 1.8 steps an epoch" in said
     train("two", *flags, "--grad-accum", 2, processes=2, model=model)
@@ -90,7 +92,7 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tm
     train("codes", "--max-steps", 1)
     meta = json.loads((tmp_path / "codes/checkpoints/0000001/meta.json").read_text())
     assert (meta["L"], meta["V"], meta["data_path"], meta["vae"]) == (6, 300, str(folder), str(tiny_models[0]))
-    assert meta["encoder_sha256"] and meta["listing_sha256"] and meta["flip"] == "random"
+    assert (meta["latents"], meta["flip"]) == ("images", "random") and meta["encoder_sha256"] and meta["listing_sha256"]
     assert any(f"data_path {folder}" in line for line in info(tmp_path / "codes/checkpoints/0000001"))
 
     def sample(script, model, run, *flags, check=True):
