@@ -51,11 +51,12 @@ def random_words(seed, stream, indices, count, draw=0):
         seed: the run's global seed, int.
         stream: a `Stream`.
         indices: (N,) int64, the samples' own numbers.
-        draw: int, numbers the repeated draws of one sample, such as the steps of a sampler.
+        draw: int or (N,) int64, numbers the repeated draws of one sample, such as the steps of a sampler.
     """
     block = torch.arange(-(-count // 4), device=indices.device)
     index = indices.unsqueeze(1)
-    counter = (block, torch.full_like(block, draw), index & LOW, (index >> 32) * 256 + int(stream))
+    draws = draw.unsqueeze(1) if isinstance(draw, torch.Tensor) else torch.full_like(block, draw)
+    counter = (block, draws, index & LOW, (index >> 32) * 256 + int(stream))
     words = philox(torch.broadcast_tensors(*counter), (seed & LOW, seed >> 32 & LOW))
     return torch.stack(words, dim=2).flatten(1)[:, :count]
 

@@ -7,9 +7,11 @@ for, are functions of (global seed, i). A run that was killed draws the missing 
 """
 import argparse
 import datetime
+import math
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from dlc.sample_files import (check, missing_indices, npz_rows, png_path, save_g
 from models import DiT_models
 
 DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmsolver++": 25}
+NOISE_AT_ONCE = 2**21       # numbers, of several steps: the many small kernels that make them are launched for all
 
 
 def argument_parser(doc, model):
@@ -139,26 +142,33 @@ def sample_latents(model, sampler, y, seed, indices, latent_shape, cfg_scale=1.0
         denoise: stands for model.denoise.
         on_step: called with each step's number, the x it gives and the x_0 that the model sees.
     """
-    n, denoise = len(indices), denoise or model.denoise
+    n, steps, denoise = len(indices), len(sampler.times), denoise or model.denoise
     channels = channels or model.guided_channels or model.in_channels
+    at_once, drawn = max(1, NOISE_AT_ONCE // (n * math.prod(latent_shape))), {}
 
-    def normals(draw):
-        return normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape, draw)
+    def noise(step):
+        first = step - step % at_once
+        if first not in drawn:
+            drawn.clear()
+            draws = steps - torch.arange(first, min(first + at_once, steps), device=indices.device)
+            drawn[first] = normal(seed, Stream.SAMPLE_NOISE, indices.repeat(len(draws)), latent_shape,
+                                  draws.repeat_interleave(n)).unflatten(0, (len(draws), n))
+        return drawn[first][step - first]
 
     # what depends on neither x nor the other: the condition's part once for all steps, the time's once for all samples
     condition = model.condition_embedder(y)                                                 # (N, D)
-    null = model.condition_embedder(model.null_condition(1).to(y.dtype))                    # (1, D)
+    null = model.condition_embedder(model.null_condition(1).to(y.dtype)).expand(n, -1)      # (N, D)
+    both = torch.cat([condition, null])                                                     # (2N, D)
     times = model.t_embedder(torch.tensor(sampler.times, device=condition.device))          # (steps, D)
-    x = normals(0)                                                  # the same for any number of steps
+    x = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)    # the same for any number of steps
     for step, time in enumerate(sampler.times):
         if cfg_scale != 1 and t_min <= time <= t_max:
-            both = torch.cat([condition, null.expand(n, -1)])
             conditional, unconditional = denoise(torch.cat([x, x]), times[step] + both).float().chunk(2)
             guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
             output = torch.cat([guided, conditional[:, channels:]], dim=1)
         else:
             output = denoise(x, times[step] + condition).float()
-        x, x_start = sampler.step(step, x, output, lambda: normals(len(sampler.times) - step))
+        x, x_start = sampler.step(step, x, output, partial(noise, step))
         if on_step is not None:
             on_step(step, x, x_start)
     return x

@@ -66,12 +66,12 @@ def test_the_script(images, features, tiny_models, tmp_path):
     # the features' rows of the same images: cat/0.png is row 0, dog/3.png row 10
     paths = Features(features).paths.gather([0, 10])
     assert paths.tolist() == ["cat/0.png", "dog/3.png"]
-    launch(("python", 1, "compose_dlc.py", "--features-path", features, "--rows", 0, 10, "--num", 30,
+    launch(("forked", 1, "compose_dlc.py", "--features-path", features, "--rows", 0, 10, "--num", 30,
             "--out", "rows.npy"), tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), composed)
 
     for temp, own in ((1e-4, True), (1, False)):
-        launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30, "--mode", "sem",
+        launch(("forked", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30, "--mode", "sem",
                 "--temp", temp, "--out", "sem.npy"), tmp_path)
         sem = np.load(tmp_path / "sem.npy")
         assert sem.shape == (30, L) and sem.max() < V

@@ -18,6 +18,9 @@ def test_numbers_belong_to_the_sample():
     some = torch.tensor([41, 3, 17])
     for shape in ((4, 8, 8), (3,), ()):
         assert torch.equal(normal(7, Stream.POSTERIOR, everyone, shape)[some], normal(7, Stream.POSTERIOR, some, shape))
+    draws = torch.tensor([4, 0, 9])                         # of several steps at once: as one by one
+    assert torch.equal(normal(7, Stream.SAMPLE_NOISE, some, (4, 8), draws), torch.stack(
+        [normal(7, Stream.SAMPLE_NOISE, some[i:i + 1], (4, 8), int(draws[i]))[0] for i in range(3)]))
     assert torch.equal(integers(7, Stream.SAMPLE_LABEL, everyone, 10)[some], integers(7, Stream.SAMPLE_LABEL, some, 10))
 
 

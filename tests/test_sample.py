@@ -91,7 +91,7 @@ def test_the_same_command_again_draws_what_is_missing(workplace):
     (folder / "000019.png").unlink()
     (npz,) = (workplace / "again").glob("*.npz")
     npz.unlink()
-    command = ("python", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", "again")
+    command = ("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", "again")
     assert "2 of 21 images to draw" in launch(command, workplace).stdout
     difference = np.abs(read_npz(workplace / "again").astype(int) - read_npz(workplace / "samples"))
     assert difference.max() <= 1

@@ -6,6 +6,7 @@ import torch
 from conftest import L, V
 
 from diffusion import create_diffusion
+from dlc import sampling
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS
 from dlc.sampling import CudaGraphs, DPMSolver, create_sampler, lower_precision, sample_latents
@@ -94,6 +95,17 @@ def test_samplers_on_a_distribution_that_is_known():
     assert error["dpmsolver++", 25] < error["ddim", 25] / 3
     assert error["dpmsolver++", 25] < error["dpmsolver++", 10] / 5      # second order: by 2.5 squared
     assert abs(solve(create_sampler("ddpm", 250), x, std).std() / std - 1) < 0.03
+
+
+def test_noise_drawn_for_several_steps_at_once_is_that_of_each(monkeypatch):
+    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+
+    def sample(numbers):
+        monkeypatch.setattr(sampling, "NOISE_AT_ONCE", numbers)
+        return sample_latents(model, create_sampler("ddpm", 7), y, 0, INDICES, SHAPE, 1.5)
+
+    one = sample(1)
+    assert torch.equal(sample(3 * 256 * 3), one) and torch.equal(sample(10**6), one)       # 3 steps at once, and all
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++"])
