@@ -30,6 +30,7 @@ from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, crea
 from dlc.sample_files import (check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz)
 from models import DiT_models
 
+NAMES_ONLY = ("checkpoint", "vae")      # settings that say where weights lay, not what they were
 DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmsolver++": 25}
 NOISE_AT_ONCE = 2**21       # numbers, of several steps: the many small kernels that make them are launched for all
 
@@ -336,7 +337,7 @@ def run(parser, args, open_conditions):
         record, lock, earlier = folder / "samples.json", FileLock(folder / ".lock"), {}
         if record.is_file():
             earlier = read_json(record)
-            different = differences(earlier, settings)
+            different = differences(earlier, {key: value for key, value in settings.items() if key not in NAMES_ONLY})
             if different:
                 raise ValueError(f"{folder} holds samples made with other settings: {different}; give another "
                                  "--sample-dir")

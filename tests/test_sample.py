@@ -113,14 +113,13 @@ def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatc
     weights["sem_embedder.embedding_table"] += 1
     safetensors.torch.save_file(weights, path)
     monkeypatch.chdir(workplace / "anew")
-    for flags, message in (((*SAMPLE_FLAGS,), "weights_sha256 "), (("--num-fid-samples", 5, *SAMPLE_FLAGS[2:]), "is a set of 21 samples")):
+    for flags, message in ((SAMPLE_FLAGS, "weights_sha256 "),
+                           (("--num-fid-samples", 5, *SAMPLE_FLAGS[2:]), "is a set of 21 samples")):
         monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, flags)])
         with pytest.raises(SystemExit) as stopped:
             sample_ddp_computed_dlc.main()
         assert stopped.value.code == 2 and message in capsys.readouterr().err
         shutil.copytree(workplace / "results", workplace / "anew/results", dirs_exist_ok=True)
-        record = sample_folder(workplace / "anew/samples") / "samples.json"
-        record.write_text(record.read_text().replace(str(workplace / "results"), str(workplace / "anew/results")))
 
 
 def test_other_settings_are_refused(workplace, monkeypatch, capsys):
