@@ -30,6 +30,7 @@ class Report:
         title: begins the paragraph in README.md.
         columns: of the table in README.md, headings to keys of the rows; empty: those of the rows. The whole table is
             in benchmarks/README.md.
+        about: told after the title, a format string for the result of the first device that is measured.
         shares: keys whose values are shares of 1, told in percent.
         words: a function of one result that tells it in a sentence, in README.md in place of the table.
         unmeasured: a function of "cpu" or "gpu", the rows that are told as long as that is not measured.
@@ -37,6 +38,7 @@ class Report:
     """
     title: str
     columns: dict = field(default_factory=dict)
+    about: str = ""
     shares: tuple = ()
     words: Callable = None
     unmeasured: Callable = lambda device: [{}]
@@ -68,7 +70,8 @@ REPORTS = {
             "MFU": "MFU", "memory, GiB": "memory GiB", "loss differs by": "loss differs by"},
         shares=("MFU",),
         unmeasured=lambda device: [train_options.described(row, device == "gpu") for row in train_options.ROWS]),
-    "memory": Report("Memory of training by batch, computed from what autograd saves", devices=("cpu",)),
+    "memory": Report("Memory of training by batch, computed from what autograd saves", devices=("cpu",),
+                     about=" ({model}, bf16)"),
     "loading": Report("Loading features", words=loading_words),
     "extraction-fp32": Report("Extraction in fp32", words=extraction_words),
     "extraction-bf16": Report("Extraction in bf16", words=extraction_words),
@@ -145,7 +148,9 @@ def performance():
                             f"{device.upper()}: {MISSING}.")
             lines += [*wrapped(f"**{report.title}.** {' '.join(told)}"), ""]
         else:
-            lines += [f"**{report.title}**", "", *table(name, report.columns), ""]
+            results = list(filter(None, (read_result(name, device) for device in report.devices)))
+            about = report.about.format(**results[0]) if results else ""
+            lines += [f"**{report.title}**{about}", "", *table(name, report.columns), ""]
     return lines[:-1]
 
 

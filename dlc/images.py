@@ -17,6 +17,7 @@ from dlc.runtime import from_rank_0
 from dlc.training import TrainingBatches
 
 FLIPS = ("random", "none")
+ENCODED_AT_ONCE = 32        # images: of more, the VAE's activations would take as much memory as training itself
 
 
 class Column:
@@ -110,7 +111,9 @@ class Encode:
     @torch.no_grad()
     def __call__(self, crops, condition):
         """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is."""
-        moments = torch.cat(posterior(self.vae, normalize(crops)), dim=1)
+        moments = torch.cat([torch.cat(posterior(self.vae, normalize(part)), dim=1)
+                             for part in crops.split(ENCODED_AT_ONCE)])
         if self.encoder:
-            condition = self.encoder.codes(normalize(condition, IMAGENET_MEAN, IMAGENET_STD))
+            condition = torch.cat([self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD))
+                                   for part in condition.split(ENCODED_AT_ONCE)])
         return moments, condition

@@ -12,7 +12,7 @@ from test_train import metrics, train_command
 from test_training import same_run
 
 from dlc.checkpoints import info
-from dlc.images import ImageBatches, Images
+from dlc.images import Encode, ImageBatches, Images
 from dlc.latents import center_crop, load_rgb
 from dlc.noise import Stream, integers
 
@@ -84,6 +84,18 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
             assert label == row // 7
             seen.setdefault(row, set()).add(flip)
     assert sum(flips == {0, 1} for flips in seen.values()) > 7
+
+
+def test_encoded_in_parts(folder, tiny_models, monkeypatch):
+    """Which bounds the memory, and changes nothing."""
+    images = Images(folder, IMAGE_SIZE, *tiny_models)
+    _, crops, views = ImageBatches(images, None, None, 0, 8)[0]
+    encode = Encode(images, torch.device("cpu"))
+    moments, codes = encode(crops, views)
+    assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad
+    monkeypatch.setattr("dlc.images.ENCODED_AT_ONCE", 3)
+    torch.testing.assert_close(encode(crops, views)[0], moments)
+    assert torch.equal(encode(crops, views)[1], codes)
 
 
 def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tmp_path):

@@ -6,8 +6,8 @@
 # A task a GPU and no launcher in between, so that the signal which SLURM sends ten minutes before the time is up
 # reaches the training itself: it writes a checkpoint and ends. The same submission continues; of jobs of one name only
 # one runs at a time, so several can wait in line.
-# What it should reach: as dlc512_4gpu.sh, the global batch being the same. In how long: not measured yet; 16 images a GPU
-# are few to keep it busy, so expect less than four times the rate that is told there.
+# What it should reach: as dlc512_4gpu.sh, the global batch being the same. In how long: not measured yet; 16 images a
+# GPU are few to keep it busy, so expect less than four times the rate that is told there.
 #SBATCH --job-name=dlc-dit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
