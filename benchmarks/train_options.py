@@ -15,7 +15,6 @@ device in that precision.
 import argparse
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -41,6 +40,12 @@ ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
 ROWS = ["train_original", "train_baseline", "train_amp", "train_features", "train_tf32_disabled",
         "train_fast --checkpoint-activations --no-compile", "train_fast --no-compile", "train_fast"]
+# runs a command into a file and says its status and peak memory, kiB: a process begins with the peak of the one that
+# starts it, and this one is small
+OBSERVER = """import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "w"), stderr=subprocess.STDOUT)
+_, status, usage = os.wait4(process.pid, 0)
+print(status, usage.ru_maxrss)"""
 
 
 def options(row):
@@ -64,14 +69,13 @@ def run(*command, output):
 
     Raises RuntimeError, with what it said, where it ends badly for another reason.
     """
-    with open(output, "w") as file:
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=file,
-                                   stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)             # the memory of this run alone
+    observer = [sys.executable, "-c", OBSERVER, output, sys.executable, *map(str, command)]
+    observed = subprocess.run(observer, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    status, peak = map(int, observed.split())
     said = output.read_text()
     if status and not any(sign in said for sign in ("OutOfMemoryError", "CUDA out of memory", "SIGKILL")):
         raise RuntimeError(said)
-    return "out of memory" if status else None, usage.ru_maxrss / 2**20
+    return "out of memory" if status else None, peak / 2**20
 
 
 def make_data(root, args):

@@ -66,6 +66,8 @@ def test_out_of_memory_is_told(tmp_path):
     run = train_options.run
     failed, _ = run("-c", "import torch; raise torch.OutOfMemoryError('CUDA')", output=tmp_path / "output.txt")
     assert failed == "out of memory"
+    none, peak = run("-c", "bytearray(2**27)", output=tmp_path / "output.txt")
+    assert none is None and 0.125 < peak < 0.25                 # its own, not that of this large process
     with pytest.raises(RuntimeError, match="another"):
         run("-c", "raise ValueError('another')", output=tmp_path / "output.txt")
     rows = [{"": "small", "model": "m", "batch": 8, "data": "images", "images/s": 5.0, "memory GiB": 2.0},
