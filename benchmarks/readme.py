@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-from benchmarks import train_options
+from benchmarks import sampling, train_options
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,12 @@ def extraction_words(result):
             f"{rates['decoding'] / result['num_workers']:.0f} images/s")
 
 
+def npz_words(result):
+    write, check = result["rows"]
+    return (f"{write['images']:,} images of 256x256 are written at {write['images/s']:.0f} images/s in "
+            f"{write['memory GiB']:.2f} GiB of memory, and checked at {check['images/s']:.0f}")
+
+
 REPORTS = {
     "train_options": Report(
         "Training, option by option", {
@@ -75,8 +81,15 @@ REPORTS = {
     "loading": Report("Loading features", words=loading_words),
     "extraction-fp32": Report("Extraction in fp32", words=extraction_words),
     "extraction-bf16": Report("Extraction in bf16", words=extraction_words),
-    "sampling": Report("Sampling", shares=("share of peak",)),
-    "npz": Report("The .npz for FID"),
+    "sampling": Report(
+        "Sampling", {
+            "": "", "precision": "precision", "steps": "steps", "guided": "guided", "images/s": "images/s",
+            "times the first": "times the first", "share of peak": "share of peak", "grey levels off": "differs by"},
+        shares=("share of peak", "within 1"),
+        unmeasured=lambda device: [{"": sampling.ANCESTORS, "precision": "fp32"}] + [
+            {"": name, "precision": precision} for name, precision, flags, _ in sampling.ROWS
+            if device == "gpu" or "--cuda-graphs" not in flags]),
+    "npz": Report("The .npz for FID", words=npz_words, devices=("cpu",)),
 }
 
 

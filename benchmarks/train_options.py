@@ -39,7 +39,7 @@ from train_diffusion import argument_parser
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
 ROWS = ["train_original", "train_baseline", "train_amp", "train_features", "train_tf32_disabled",
-        "train_fast --checkpoint-activations --no-compile", "train_fast --no-compile", "train_fast"]
+        "train_fast --checkpoint-activations --no-compile", "train_fast --no-compile", "train_fast --compile"]
 # runs a command into a file and says its status and peak memory, kiB: a process begins with the peak of the one that
 # starts it, and this one is small
 OBSERVER = """import os, subprocess, sys
