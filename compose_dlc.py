@@ -40,12 +40,13 @@ def compose(sources, weights, num, seed):
     Returns codes (num, L) int64, and which source each token is from, (num, L) int64.
     """
     K, L = sources.shape[:2]
-    words = random_words(seed, Stream.COMPOSE, torch.arange(num), 2 * L).double() / 2**32
-    source = choose(weights.expand(num, L, K), words[:, :L])                               # (num, L)
-    positions = torch.arange(L)
-    if sources.ndim == 2:
-        return sources[source, positions], source
-    return choose(sources[source, positions], words[:, L:]), source                        # of (num, L, V)
+    positions, parts = torch.arange(L), []
+    for indices in torch.arange(num).split(256):                # with V, all at once would fill the memory
+        words = random_words(seed, Stream.COMPOSE, indices, 2 * L).double() / 2**32
+        source = choose(weights.expand(len(indices), L, K), words[:, :L])                  # (n, L)
+        taken = sources[source, positions]                                                 # (n, L) or (n, L, V)
+        parts.append((taken if sources.ndim == 2 else choose(taken, words[:, L:]), source))
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def parse_args():

@@ -12,7 +12,7 @@ from dlc.sampling import argument_parser, run
 def open_labels(args, model, meta):
     if not args.model.startswith("DiT-"):
         raise ValueError(f"--model {args.model} is not conditioned on labels; sample_ddp_computed_dlc.py draws from a "
-                         "DiTSEM")
+                         "DiTSEM, and dlc.sampling.sample_latents from any model")
     return ClassLabels(model, args.label_sampling, args.global_seed)
 
 

@@ -11,7 +11,8 @@ from dlc.sampling import argument_parser, run
 
 def open_codes(args, model, meta):
     if not args.model.startswith("DiTSEM"):
-        raise ValueError(f"--model {args.model} is not conditioned on codes; sample_ddp.py draws from a DiT")
+        raise ValueError(f"--model {args.model} is not conditioned on codes; sample_ddp.py draws from a DiT, and "
+                         "dlc.sampling.sample_latents from any model")
     source = args.dlc_dir or meta.get("features_path")
     if source is None:
         raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")

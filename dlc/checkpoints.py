@@ -192,11 +192,13 @@ def weights_sha256(module):
 
 
 def load_weights(path, use_ema=True):
-    """A model's state dict and, for a checkpoint of ours, its meta (else {}).
+    """A model's state dict, and its meta: that of a checkpoint of ours, and `weights`, which they are.
+
+    These are "ema", "raw", or "as in the file", which does not say.
 
     Args:
         path: a checkpoint directory, or a `.pt` / `.pth` / `.safetensors` file.
-        use_ema: the EMA weights, where the checkpoint has both.
+        use_ema: the EMA weights rather than the raw ones, of a checkpoint that tells them apart.
 
     Raises ValueError where path is no such thing.
     """
@@ -209,8 +211,14 @@ def load_weights(path, use_ema=True):
         path = path / ("ema.safetensors" if use_ema else "model.safetensors")
     elif not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
-    weights = load_tensors(path)
-    weights = tensors_of(weights.get("ema" if use_ema else "model", weights), path)
+    weights, kind = load_tensors(path), "ema" if use_ema else "raw"
+    if not meta:
+        name, other = ("ema", "model") if use_ema else ("model", "ema")
+        if name not in weights and other in weights:
+            raise ValueError(f"{path} has no {kind} weights, only {other!r}: "
+                             f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
+        weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
+    weights, meta = tensors_of(weights, path), dict(meta, weights=kind)
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
 
 
@@ -258,7 +266,7 @@ def info(path):
     weights, meta = load_weights(path)
     model, name = model_from_weights(weights, path)
     lines = [f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters"]
-    if not meta:
+    if "step" not in meta:
         return [*lines, "a file of weights, which says nothing else of itself"]
     size = sum(file.stat().st_size for file in Path(path).iterdir())
     lines += [f"step {meta['step']:,}, {size / 1e9:.2f} GB", "trained on: " + ", ".join(

@@ -10,6 +10,9 @@ from dlc.features import Features, Stack, file_order, load_array, recorded_id
 from dlc.noise import Stream, integers, permutation
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
+
+
 def load_codes(path, mmap=True):
     """The array in a `.npy` or the tensor in a `.pt`, memory-mapped where it can be: (n, L), or (L,) as it is.
 
@@ -24,9 +27,11 @@ def load_codes(path, mmap=True):
             raise ValueError(f"{path} cannot be read as a tensor: {error}") from None
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise ValueError(f"{path} has values of type {tensor.dtype}, wanted integers")
+        if tensor.layout != torch.strided or tensor.dtype not in INTEGERS:
+            raise ValueError(f"{path} has values of type {tensor.dtype}, {tensor.layout}, wanted integers, dense")
         array = tensor.numpy()
+    if array.ndim not in (1, 2, 3) or not array.shape[-1]:
+        raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
     return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
 
 
@@ -48,7 +53,8 @@ def open_codes(source):
         if len({file.suffix for file in files}) > 1:
             raise ValueError(f"code source {source} holds both .npy and .pt files: keep those meant, or name one file")
         if files:
-            lone = load_codes(files[0]).shape[:-1] in ((), (1,))
+            # files of one code each need not all be opened now, and there may be a million
+            lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
             codes = Stack(files, sample_ndim=1, lone=lone, load=load_codes)
         else:
             features = Features(path)
@@ -58,6 +64,14 @@ def open_codes(source):
     if not len(codes):
         raise ValueError(f"code source {source} has no rows")
     return codes, features
+
+
+def conditions_sha256(conditions, count):
+    """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it."""
+    digest = hashlib.sha256()
+    for start in range(0, count, 4096):
+        digest.update(conditions(np.arange(start, min(start + 4096, count))).numpy())
+    return digest.hexdigest()
 
 
 class ComputedCodes:
@@ -89,10 +103,7 @@ class ComputedCodes:
                       else np.arange(len(self.codes)))
 
     def describe(self):
-        """The source, its rows, and a digest of the first codes that tells whether they are still what they were."""
-        digest = hashlib.sha256(self(np.arange(64)).numpy()).hexdigest()[:16]
-        return (f"{len(self.order):,} codes of {self.source} in {self.order_name} order, the first 64 of sha256 "
-                f"{digest}")
+        return f"{len(self.order):,} codes of {self.source} in {self.order_name} order"
 
     def values(self, indices):
         """The row of each sample."""

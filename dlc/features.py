@@ -45,7 +45,8 @@ def code_dtype(V):
 def write_whole(path, write):
     """Let write(file) fill a temporary file, then give it its name: a reader sees the whole or nothing.
 
-    Raises OSError, naming the file, where the disk does not take it.
+    What interrupts it, an exception of write or a key, leaves nothing. Raises OSError, naming the file, where the disk
+    does not take it.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -55,9 +56,11 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error})") from error
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path} ({error})") from error
+        raise
 
 
 def remove_temporaries(directory, name=""):
@@ -86,6 +89,13 @@ def hold(lock, patience):
         raise ValueError(f"another process is writing to {directory}: wait for it, or give another path") from None
     except NotImplementedError:
         warnings.warn(f"the disk of {directory} has no locks: see that one launch at a time writes there")
+
+
+def let_go(lock):
+    """Release a FileLock and leave no file of it: first of all, or one that waits would take a file that is no more."""
+    with contextlib.suppress(OSError):                          # not there, or on a disk that is only read
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def sync_directory(path):
@@ -226,9 +236,7 @@ class FeatureWriter:
     def _clear(self):
         """Leave the directory with nothing but features in it."""
         shutil.rmtree(self.progress, ignore_errors=True)
-        self.lock.release()
-        with contextlib.suppress(OSError):                      # not there, or on a disk that is only read
-            (self.root / ".lock").unlink()
+        let_go(self.lock)
 
     def record_path(self, shard):
         return self.progress / f"{shard:06d}.json"

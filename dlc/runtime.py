@@ -85,6 +85,20 @@ def from_rank_0(value):
     return values[0]
 
 
+def done_by_rank_0(state, work):
+    """work() in rank 0, its value in every process; the ValueError or OSError it raises, too, as a ValueError."""
+    value, error = None, None
+    if state.is_main_process:
+        try:
+            value = work()
+        except (ValueError, OSError) as raised:
+            error = str(raised)
+    value, error = from_rank_0((value, error))
+    if error:
+        raise ValueError(error)
+    return value
+
+
 def agree(what, value):
     """Raise ValueError in every process where one does not see rank 0's value, on another disk, say."""
     if any(gather_object([from_rank_0(value) != value])):

@@ -16,6 +16,7 @@ from dlc.features import write_whole
 from dlc.latents import image_grid
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
+PNG_END = b"IEND\xaeB`\x82"
 ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
 FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from fewer their covariance is singular
 
@@ -39,10 +40,20 @@ def read_png(path):
                          "to draw it") from None
 
 
+def is_whole(path):
+    """Whether a PNG has its end."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - len(PNG_END)))
+        return file.read() == PNG_END
+
+
 def missing_indices(folder, count):
-    """Which of 0..count-1 have no PNG in folder, ascending."""
-    there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
-    return [index for index in range(count) if png_path(folder, index).name not in there]
+    """Which of 0..count-1 have no whole PNG in folder, ascending."""
+    there = {entry.name for entry in os.scandir(folder)}
+    paths = [png_path(folder, index) for index in range(count)]
+    with ThreadPoolExecutor(16) as pool:                        # of a network disk, each takes a while to answer
+        whole = pool.map(lambda path: path.name in there and is_whole(path), paths)
+        return [index for index, found in enumerate(whole) if not found]
 
 
 def save_grid(path, folder, count):

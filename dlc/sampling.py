@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion, named_betas
 from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
-from dlc.features import differences, hold, read_json, recorded_id, remove_temporaries, write_json
+from dlc.conditions import conditions_sha256
+from dlc.features import differences, hold, let_go, read_json, recorded_id, remove_temporaries, write_json
 from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
 from dlc.noise import Stream, normal
-from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, create_logger, from_rank_0, number,
+from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, create_logger, done_by_rank_0, number,
                          start_processes, versions)
 from dlc.sample_files import (check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz)
 from models import DiT_models
 
-NAMES_ONLY = ("checkpoint", "vae")      # settings that say where weights lay, not what they were
+NAMES_ONLY = ("checkpoint", "weights", "vae")      # settings that say where weights lay, not what they were
 DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmsolver++": 25}
 NOISE_AT_ONCE = 2**21       # numbers, of several steps: the many small kernels that make them are launched for all
 
@@ -49,7 +50,7 @@ def argument_parser(doc, model):
     add("--per-proc-batch-size", type=number(int, 1), default=32,
         help="images a process draws at once, at most [%(default)s]")
     add("--sampler", choices=DEFAULT_STEPS, default="ddpm", help="[%(default)s]")
-    add("--num-sampling-steps", type=number(int, 1, 1000),
+    add("--num-sampling-steps", type=number(int, 2, 1000),
         help=f"steps of the 1000 [{', '.join(f'{name}: {steps}' for name, steps in DEFAULT_STEPS.items())}]")
     add("--eta", type=number(float, 0, 1), help="noise of --sampler ddim, 0: none, 1: as DDPM's [0]")
     add("--cfg-scale", type=number(float, 1), default=1.5, help="classifier-free guidance, 1: none [%(default)s]")
@@ -94,6 +95,7 @@ class DiffusionSampler:
 
 class DPMSolver:
     """DPM-Solver++ of second order, multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers has it."""
+    eta = None
 
     def __init__(self, steps):
         if steps > 999:
@@ -230,14 +232,25 @@ class Decoder:
         self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
         self.on_gpu = vae.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_gpu else None
-        self.thread, self.pool, self.pending = ThreadPoolExecutor(1), ThreadPoolExecutor(), None
-        self.after_first = after_first
+        # a thread's own device would be the first one
+        self.thread = (ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,)) if self.on_gpu
+                       else ThreadPoolExecutor(1))
+        self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
     def images(self, latents):
-        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy."""
-        with torch.inference_mode(), autocast(latents.device, self.precision):
-            return torch.cat([to_uint8(decode(self.vae, part).float()).cpu()
-                              for part in latents.split(16 if self.on_gpu else 1)]).numpy()
+        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy. Raises ValueError where one is not finite."""
+        n, part = len(latents), 16 if self.on_gpu else 1
+        # parts of one size, the last one filled up: rounding does not depend on how many there are
+        latents = latents[torch.arange(-(-n // part) * part, device=latents.device).clamp(max=n - 1)]
+        images = []
+        for some in latents.split(part):
+            with torch.inference_mode(), autocast(latents.device, self.precision):
+                decoded = decode(self.vae, some).float()
+                if not decoded.isfinite().all():
+                    raise ValueError("there are samples that are not finite numbers: try --precision bf16 or fp32, and "
+                                     "the same of --vae-precision")
+                images.append(to_uint8(decoded).cpu())
+        return torch.cat(images)[:n].numpy()
 
     def __call__(self, indices, latents):
         """Write latents (N, 4, h, w) as the PNGs of indices, soon."""
@@ -273,7 +286,7 @@ def save_strip(path, pictures, sampler, draw, decoder):
 
     draw(on_step) draws that sample; pictures is how many steps are shown.
     """
-    shown = set(np.linspace(0, len(sampler.times) - 1, pictures).round().astype(int).tolist())
+    shown = np.linspace(0, len(sampler.times) - 1, pictures).round().astype(int).tolist()
     seen = []
     draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
     images = decoder.images(torch.cat(seen))
@@ -302,9 +315,10 @@ def run(parser, args, open_conditions):
             raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
         sampler = create_sampler(args.sampler, args.num_sampling_steps, args.eta,
                                  learn_sigma=model.out_channels > model.in_channels)
+        if (args.progressive or 0) > len(sampler.times):
+            raise ValueError(f"--progressive {args.progressive}: there are {len(sampler.times)} steps to show")
         conditions = open_conditions(args, model, meta)
-        for start in range(0, count, 4096):             # every code is read and checked before work starts
-            conditions(np.arange(start, min(start + 4096, count)))
+        digest = conditions_sha256(conditions, count)
         state = start_processes()
         device = state.device
         if args.cuda_graphs and device.type != "cuda":
@@ -328,69 +342,35 @@ def run(parser, args, open_conditions):
                                           f"{vae_label(vae_name)}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
         settings = dict(
             model=name, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model), step=meta.get("step"),
-            weights="ema" if args.ema else "raw", conditions=conditions.describe(), image_size=image_size,
+            weights=meta["weights"], conditions=conditions.describe(), image_size=image_size,
             vae=recorded_id(vae_id(vae_name)), vae_sha256=vae_sha256, vae_precision=args.vae_precision,
-            sampler=args.sampler, num_sampling_steps=len(sampler.times), eta=args.eta, cfg_scale=args.cfg_scale,
+            sampler=args.sampler, num_sampling_steps=len(sampler.times), eta=sampler.eta, cfg_scale=args.cfg_scale,
             cfg_channels=channels, t_min=args.t_min, t_max=args.t_max, precision=args.precision, tf32=args.tf32,
             global_seed=args.global_seed)
-        agree("checkpoint, codes and VAE", settings)
-        record, lock, earlier = folder / "samples.json", FileLock(folder / ".lock"), {}
-        if record.is_file():
-            earlier = read_json(record)
-            different = differences(earlier, {key: value for key, value in settings.items() if key not in NAMES_ONLY})
-            if different:
-                raise ValueError(f"{folder} holds samples made with other settings: {different}; give another "
-                                 "--sample-dir")
-            if earlier["num_fid_samples"] > count:
-                raise ValueError(f"{folder} is a set of {earlier['num_fid_samples']:,} samples, and its .npz would "
-                                 f"shrink to --num-fid-samples {count}: give another --sample-dir")
-        elif folder.is_dir() and any(folder.glob("*.png")):
-            raise ValueError(f"{folder} holds images but no samples.json to say what they are; give another "
-                             "--sample-dir")
-        if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            hold(lock, patience=20)
-        state.wait_for_everyone()
-
-    # ---------------------------------------------------------------------- what is missing
+        agree("checkpoint, codes and VAE", (settings, digest))
+        npz, grid, strip = (folder.with_name(folder.name + end) for end in (".npz", ".grid.png", ".progressive.png"))
+        lock = FileLock(folder / ".lock")
+        this_run = dict(
+            command=sys.argv, date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            processes=state.num_processes, per_proc_batch_size=args.per_proc_batch_size,
+            device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+            versions=versions())
+        missing = done_by_rank_0(
+            state, lambda: open_folder(folder, lock, npz, settings, conditions, count, digest, this_run))
     logger = create_logger(state)
-    npz, grid = (folder.with_name(folder.name + end) for end in (".npz", ".grid.png"))
-    missing = None
-    if state.is_main_process:
-        remove_temporaries(folder)
-        remove_temporaries(folder.parent, folder.name)
-        missing = missing_indices(folder, count)
-        if missing:
-            npz.unlink(missing_ok=True)
-            this_run = dict(
-                command=sys.argv, date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-                images=len(missing), processes=state.num_processes, per_proc_batch_size=args.per_proc_batch_size,
-                device=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-                versions=versions())
-            write_json(record, dict(settings, num_fid_samples=count, runs=[*earlier.get("runs", []), this_run],
-                                    **{conditions.name: conditions.values(np.arange(count)).tolist()}))
-    missing = from_rank_0(missing)
     logger.info(f"{name}, step {meta.get('step', 'unknown')}, {settings['weights']} weights of {path}; "
                 f"{settings['conditions']}; {len(missing):,} of {count:,} images to draw, {args.sampler} "
                 f"{len(sampler.times)} steps, cfg {args.cfg_scale}, on {state.num_processes} x {device.type}")
 
     # ---------------------------------------------------------------------- denoise, decode, write
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    lower_precision(model, args.precision)
-    model.to(device)
-    if args.compile if args.compile is not None else device.type == "cuda":
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    denoise = CudaGraphs(model.denoise) if args.cuda_graphs else model.denoise
-    decoder = Decoder(vae, folder, args.vae_precision,
-                      (lambda: save_grid(grid, folder, count)) if state.is_main_process else None)
     # Batches of one size, the last one filled up: a sample's rounding does not depend on which others are drawn with
     # it, now or in a run that goes on, and nothing is compiled twice.
     rounds = -(-count // (args.per_proc_batch_size * state.num_processes))
     size = -(-count // (rounds * state.num_processes))
     batches = [missing[i:i + size] for i in range(0, len(missing), size)]
 
-    def draw(indices, denoise=denoise, on_step=None):
+    def draw(indices, denoise, on_step):
         with autocast(device, args.precision):
             return sample_latents(
                 model, sampler, conditions(indices).to(device), args.global_seed, torch.from_numpy(indices).to(device),
@@ -398,40 +378,102 @@ def run(parser, args, open_conditions):
                 denoise, on_step)
 
     try:
+        lower_precision(model, args.precision)
+        model.to(device)
+        if args.compile if args.compile is not None else device.type == "cuda":
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        denoise = CudaGraphs(model.denoise) if args.cuda_graphs else model.denoise
+        decoder = Decoder(vae, folder, args.vae_precision,
+                          partial(save_grid, grid, folder, count) if state.is_main_process else None)
         if args.progressive and state.is_main_process:
             with torch.compiler.set_stance("force_eager"):          # one image: not worth compiling for
-                save_strip(folder.with_name(folder.name + ".progressive.png"), args.progressive, sampler,
-                           lambda on_step: draw(np.arange(1), model.denoise, on_step), decoder)
+                save_strip(strip, args.progressive, sampler, partial(draw, np.arange(1), model.denoise), decoder)
         with tqdm(total=count, initial=count - len(missing), unit="img", desc="sampling",
                   disable=not state.is_main_process, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} "
                   "[{elapsed}<{remaining}, {rate_fmt}]") as bar:
             for first in range(state.process_index, len(batches), state.num_processes):
                 indices = np.array(batches[first])
                 images = sum(map(len, batches[first:first + state.num_processes]))      # the other ranks keep pace
-                latents = draw(np.resize(indices, size),
-                               on_step=lambda *_: bar.update(images / len(sampler.times)))
+                latents = draw(np.resize(indices, size), denoise,
+                               lambda *_: bar.update(images / len(sampler.times)))
                 decoder(indices.tolist(), latents[:len(indices)])
             decoder.wait()
             bar.update(count - bar.n)                               # what adding fractions left
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"{error}; what is drawn is kept: run the same command again")
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: lower --per-proc-batch-size; what is drawn is kept")
     except KeyboardInterrupt:
         logger.info("stopped; what is drawn is kept: run the same command again")
         sys.exit(130)
-    state.wait_for_everyone()
+    try:
+        state.wait_for_everyone()
+    except RuntimeError:
+        parser.error("another process ended early, and said why; what is drawn is kept: run the same command again")
 
     # ---------------------------------------------------------------------- .npz and contact sheet
     if state.is_main_process:
-        with parser.one_line_errors():
-            if npz_rows(npz) != count:
-                write_npz(npz, folder, count, progress=True)
-            save_grid(grid, folder, count)
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        try:
+            with parser.one_line_errors():
+                if npz_rows(npz) != count:
+                    write_npz(npz, folder, count, progress=True)
+                save_grid(grid, folder, count)
+        except KeyboardInterrupt:
+            logger.info("stopped before the .npz was whole: run the same command again")
+            sys.exit(130)
+        let_go(lock)
         logger.info(f"done: {count:,} images in {folder} and {npz}; look at {grid}")
     state.destroy_process_group()
+
+
+def open_folder(folder, lock, npz, settings, conditions, count, digest, this_run):
+    """Take a folder for samples 0..count-1, and note in its samples.json what is about to draw the missing ones.
+
+    Returns the missing indices. Raises ValueError where another launch has the folder, and where what lies there is of
+    other settings or conditions (digest: their conditions_sha256), or more than count.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hold(lock, patience=20)
+    try:
+        earlier = compare_with_earlier(folder, settings, conditions, count, digest)
+    except ValueError:
+        let_go(lock)
+        raise
+    remove_temporaries(folder)
+    remove_temporaries(folder.parent, folder.name + ".")
+    missing = missing_indices(folder, count)
+    if missing or not earlier:
+        npz.unlink(missing_ok=True)                     # of fewer images, or of some that are no more
+        write_json(folder / "samples.json", dict(
+            settings, num_fid_samples=count, conditions_sha256=digest,
+            runs=[*earlier.get("runs", []), dict(this_run, images=len(missing))],
+            **{conditions.name: conditions.values(np.arange(count)).tolist()}))
+    return missing
+
+
+def compare_with_earlier(folder, settings, conditions, count, digest):
+    """What samples.json says of the images that lie in folder already, {} where there are none.
+
+    Raises ValueError where they are not of these settings and conditions, or are more than count.
+    """
+    if not (folder / "samples.json").is_file():
+        if any(folder.glob("*.png")):
+            raise ValueError(f"{folder} holds images but no samples.json to say what they are; give another "
+                             "--sample-dir")
+        return {}
+    earlier = read_json(folder / "samples.json")
+    drawn = earlier.get("num_fid_samples", 0)
+    different = differences(earlier, {key: value for key, value in settings.items() if key not in NAMES_ONLY})
+    if not different and drawn <= count:
+        there = digest if drawn == count else conditions_sha256(conditions, drawn)
+        different = differences(earlier, dict(conditions_sha256=there))
+    if different:
+        raise ValueError(f"{folder} holds samples made with other settings: {different}; give another --sample-dir")
+    if drawn > count:
+        raise ValueError(f"{folder} is a set of {drawn:,} samples, and its .npz would shrink to --num-fid-samples "
+                         f"{count}: give another --sample-dir")
+    return earlier
 
 
 def main():

@@ -216,12 +216,13 @@ def test_sampling_flags(sample_error):
     assert "argument --cfg-scale: 0.9: must be at least 1" in sample_error("--cfg-scale", 0.9)
     for value in ("nan", "inf"):
         assert f"argument --cfg-scale: {value}" in sample_error("--cfg-scale", value)
-    assert "argument --num-sampling-steps: 1001: must be 1 to 1000" in sample_error("--num-sampling-steps", 1001)
+    assert "argument --num-sampling-steps: 1001: must be 2 to 1000" in sample_error("--num-sampling-steps", 1001)
     assert "--eta 0.5: --sampler ddpm has none" in sample_error("--eta", 0.5)
     assert "--sampler dpmsolver++ has at most 999" in sample_error(
         "--sampler", "dpmsolver++", "--num-sampling-steps", 1000)
     assert "--t-min 500 is above --t-max 400" in sample_error("--t-min", 500, "--t-max", 400)
     assert "argument --progressive: 1: must be at least 2" in sample_error("--progressive", 1)
+    assert "--progressive 8: there are 4 steps" in sample_error("--progressive", 8, "--num-sampling-steps", 4)
     assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
     assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
     assert "not conditioned on labels" in sample_error(script="sample_ddp")
@@ -291,7 +292,8 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch, capsys):
     assert stopped.value.code == 0
     flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
     assert len(flags) > 10
-    sources = "".join((ROOT / name).read_text() for name in (f"{script}.py", "dlc/sampling.py", "dlc/extraction.py"))
+    shared = {"extract": "dlc/extraction.py", "sample": "dlc/sampling.py", "compose": "dlc/extraction.py"}
+    sources = "".join((ROOT / name).read_text() for name in (f"{script}.py", shared.get(script.split("_")[0], "train.py")))
     for flag in flags:
         name = {"--no-ema": "ema"}.get(flag, flag[2:].replace("-", "_"))
         assert re.search(rf"args\.{name}\b", sources), f"{flag} is never read"

@@ -58,7 +58,8 @@ def test_files_of_other_repositories(tmp_path, name, sizes):
     for file, use_ema, expected in (("bare.pt", True, model), ("training.pt", False, model), ("training.pt", True, ema)):
         weights, meta = load_weights(tmp_path / file, use_ema)
         loaded, found = model_from_weights(weights, file)
-        assert found == name and meta == {} and not loaded.training
+        kind = "as in the file" if file == "bare.pt" else "ema" if use_ema else "raw"
+        assert found == name and meta == dict(weights=kind) and not loaded.training
         assert weights_sha256(loaded) == weights_sha256(expected)
 
 

@@ -84,24 +84,51 @@ def test_processes_and_batch_size_do_not_matter(workplace, tmp_path, launcher, p
 
 
 def test_the_same_command_again_draws_what_is_missing(workplace):
+    """Images that are gone, cut short or empty are drawn again and the .npz written anew; then there is nothing to do."""
     shutil.copytree(workplace / "samples", workplace / "again")
     folder = sample_folder(workplace / "again")
-    lost = (folder / "000004.png").read_bytes()
-    (folder / "000004.png").unlink()
+    whole = (folder / "000004.png").read_bytes()
+    (folder / "000004.png").write_bytes(whole[:-20])
+    (folder / "000011.png").write_bytes(b"")
     (folder / "000019.png").unlink()
     (npz,) = (workplace / "again").glob("*.npz")
-    npz.unlink()
-    command = ("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", "again")
-    assert "2 of 21 images to draw" in launch(command, workplace).stdout
+    npz.write_bytes(npz.read_bytes().replace(np.array(Image.open(folder / "000002.png")).tobytes()[:99], bytes(99)))
+    (folder / f".000019.png.{'0' * 32}.tmp").write_text("of a process that was killed")
+    other = workplace / "again" / f".{folder.name}0.npz.{'0' * 32}.tmp"         # what seed 10 is about to write
+    other.write_text("")
+    command = ("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir",
+               "again")
+    assert "3 of 21 images to draw" in launch(command, workplace).stdout
     difference = np.abs(read_npz(workplace / "again").astype(int) - read_npz(workplace / "samples"))
     assert difference.max() <= 1
-    assert len(lost) > 0 and (folder / "000004.png").is_file()
+    assert other.is_file() and not list(folder.glob(".*"))
+    runs = json.loads((folder / "samples.json").read_text())["runs"]
+    assert [run["images"] for run in runs] == [21, 3]
     written = npz.stat().st_mtime_ns
     assert "0 of 21 images to draw" in launch(command, workplace).stdout
     assert npz.stat().st_mtime_ns == written
-    refused = launch((*command, "--num-sampling-steps", 4), workplace, check=False)
-    assert refused.returncode == 2
-    assert "num_sampling_steps 3 there, 4 here" in refused.stderr and refused.stderr.count("\n") == 1
+    assert len(json.loads((folder / "samples.json").read_text())["runs"]) == 2
+    more = launch((*command, "--num-fid-samples", 23), workplace)
+    assert "2 of 23 images to draw" in more.stdout and read_npz(workplace / "again").shape[0] == 23
+
+
+def test_codes_that_changed_are_noticed(workplace, monkeypatch, capsys):
+    """One code of those drawn is another now, and more are asked for."""
+    monkeypatch.chdir(workplace)
+    codes = np.random.default_rng(0).integers(0, V, (80, L))
+    np.save("changing.npy", codes)
+    command = ["--model", "DiTSEM-Ti/4", "--dlc-dir", "changing.npy", "--num-sampling-steps", 2, "--sample-dir",
+               "changing", "--cfg-scale", 1, "--dlc-order", "sequential", "--num-fid-samples"]
+    launch(("forked", 1, "sample_ddp_computed_dlc.py", *command, 70), workplace)
+    codes[70] = (codes[70] + 1) % V
+    np.save("changing.npy", codes)                          # not drawn yet
+    assert "5 of 75" in launch(("forked", 1, "sample_ddp_computed_dlc.py", *command, 75), workplace).stdout
+    codes[68] = (codes[68] + 1) % V
+    np.save("changing.npy", codes)
+    monkeypatch.setattr(sys, "argv", ["sample", *map(str, command), "80"])
+    with pytest.raises(SystemExit):
+        sample_ddp_computed_dlc.main()
+    assert "conditions_sha256 " in capsys.readouterr().err
 
 
 def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatch, capsys):
@@ -127,7 +154,7 @@ def test_other_settings_are_refused(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for flags, message in (
             (("--sampler", "ddim"), "sampler 'ddpm' there, 'ddim' here"),
-            (("--no-ema",), "weights 'ema' there, 'raw' here"), (("--t-min", 1), "t_min 0 there, 1 here"),
+            (("--no-ema",), "weights_sha256 "), (("--t-min", 1), "t_min 0 there, 1 here"),
             (("--t-max", 998), "t_max 999 there, 998 here"), (("--cfg-channels", 3), "cfg_channels 4 there, 3 here"),
             (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"), (("--no-tf32",), "tf32 True there"),
             (("--vae-precision", "bf16"), "vae_precision 'fp32' there"), (("--dlc-order", "sequential"), "conditions ")):

@@ -66,6 +66,22 @@ def test_a_full_disk(workplace, tmp_path):
     assert len(list(tmp_path.rglob("*.npz"))) == 1
 
 
+def test_another_launch_of_other_settings(workplace, tmp_path):
+    """It waits, and is refused by what the first one has noted by then: one line a process, and no set is mixed."""
+    def start(name, processes, steps):
+        return Run("sample_ddp_computed_dlc", [*FLAGS, "--num-sampling-steps", steps, "--sample-dir", tmp_path / "samples"],
+                   tmp_path / name, processes, workplace)
+
+    first = start("first.txt", 1, 40)
+    while not list(tmp_path.glob("samples/*/.lock")):
+        assert not first.wait(0.01), first.said()
+    other = start("other.txt", 2, 5)
+    assert not other.wait() and [rank.exitcode for rank in other.ranks] == [2, 2]
+    assert other.said().count("num_sampling_steps 40 there, 5 here") == 2 and "Traceback" not in other.said()
+    assert first.wait(), first.said()
+    contents(tmp_path / "samples")
+
+
 def test_launches_at_once(workplace, tmp_path):
     """One draws, the other waits and finds it done."""
     runs = [Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / "samples"], tmp_path / f"{number}.txt",

@@ -7,9 +7,10 @@ from conftest import L, V
 
 from diffusion import create_diffusion
 from dlc import sampling
+from dlc.latents import load_vae
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS
-from dlc.sampling import CudaGraphs, DPMSolver, create_sampler, lower_precision, sample_latents
+from dlc.sampling import CudaGraphs, Decoder, DPMSolver, create_sampler, lower_precision, sample_latents
 from models import DiT_models
 
 SHAPE, INDICES = (4, 8, 8), torch.tensor([5, 0, 9])
@@ -121,6 +122,16 @@ def test_a_sample_belongs_to_its_index(name):
     assert sampler.times == sorted(sampler.times, reverse=True) and sampler.times[0] == 999
     if name != "ddpm":
         torch.testing.assert_close(seen[-1], alone, atol=0.2, rtol=0.1)
+
+
+def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
+    decoder = Decoder(load_vae(tiny_models[0]), tmp_path)
+    latents = torch.zeros(3, *SHAPE)
+    assert decoder.images(latents).shape == (3, 64, 64, 3)
+    latents[1, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite numbers: try --precision bf16 or fp32"):
+        decoder([0, 1, 2], latents)
+    assert not list(tmp_path.iterdir())
 
 
 def test_default_steps_and_what_is_refused():
