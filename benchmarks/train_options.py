@@ -240,8 +240,6 @@ def main():
             for batch in args.batch:
                 first, first_losses = None, None
                 for name in args.rows:
-                    if name == "train_fast --no-compile" and not ON_GPU:
-                        continue                                # what train_fast is there
                     chosen = options(name)
                     row, losses = measure(name, model, batch, data, root, args, flops,
                                           peaks[chosen.precision, chosen.tf32])
