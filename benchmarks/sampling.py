@@ -121,7 +121,7 @@ def main():
     add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="a DiTSEM [%(default)s here]")
     add("--L", type=int, default=512, help="code positions [%(default)s]")
     add("--V", type=int, default=256, help="tokens a position [%(default)s]")
-    add("--batch", type=int, default=64 if ON_GPU else 8, help="images at once [%(default)s here]")
+    add("--batch", type=int, default=64 if ON_GPU else 4, help="images at once [%(default)s here]")
     add("--batches", type=int, default=3 if ON_GPU else 2,
         help="batches a row, of which the first is not counted [%(default)s here]")
     args = parser.parse_args()
