@@ -24,8 +24,8 @@ from dlc.extraction import (Networks, Views, add_encoder_flags, collate, flips_o
 from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype, recorded_id, write_whole
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
 from dlc.noise import Stream, normal
-from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, create_logger, default_num_workers, from_rank_0,
-                         number, start_processes)
+from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, create_logger, default_num_workers, done_by_rank_0,
+                         from_rank_0, number, start_processes)
 from models import DiT_models
 
 COMPARED_BATCHES = 8        # in which a lower precision's tokens are compared with fp32's
@@ -41,7 +41,7 @@ def parse_args():
         help="the model to train on them: warns where its patch does not divide the latents [%(default)s]")
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help="ema, mse, a local directory or a hub id [%(default)s]")
-    add_encoder_flags(add, otherwise="; none: latents and labels only")
+    add_encoder_flags(add, more="; none: latents and labels only")
     add("--flip", choices=["random", "none", "both"], default="random",
         help="horizontal flips of the VAE's view; both: two rows per image, as it is, then flipped [%(default)s]")
     add("--posterior", choices=LATENTS, default="sample",
@@ -78,7 +78,7 @@ def main():
         state = start_processes()
         logger = create_logger(state)
         logger.info(f"listing {args.data_path}")
-        classes, paths, labels = from_rank_0(list_images(args.data_path) if state.is_main_process else None)
+        classes, paths, labels = done_by_rank_0(state, lambda: list_images(args.data_path))
 
     # ---------------------------------------------------------------------- models and writer
     with parser.one_line_errors():
@@ -94,7 +94,7 @@ def main():
             listing_sha256=listing_sha256(paths))
         agree("VAE and encoder", settings)
         writer = FeatureWriter(args.features_path, settings)
-        incomplete = from_rank_0(state.is_main_process and writer.start())
+        incomplete = done_by_rank_0(state, writer.start)
     patch = DiT_models[args.model].keywords["patch_size"]
     if args.image_size // factor % patch:
         logger.warning(f"warning: latents of --image-size {args.image_size} are {args.image_size // factor} wide, not "

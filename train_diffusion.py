@@ -32,6 +32,7 @@ from tqdm import tqdm
 from diffusion import create_diffusion
 from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, remove_unfinished,
                              run_checkpoints, save_checkpoint, whole)
+from dlc.extraction import add_encoder_flags
 from dlc.features import Features, differences, recorded_id, write_json
 from dlc.images import FLIPS, Encode, ImageBatches, Images
 from dlc.latents import load_vae
@@ -57,9 +58,7 @@ def argument_parser(**defaults):
     data.add_argument("--data-path", help="or a folder with one folder of images a class [none]")
     add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew each epoch [random]")
-    add("--encoder", help="with --data-path: SEM encoder that makes a DiTSEM's codes, a directory or a reference "
-                          "checkpoint [none]")
-    add("--L", type=number(int, 1), help="with --data-path: code positions of a reference checkpoint [512]")
+    add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes")
     add("--condition-path", help="folder of .npy vectors (n, in_dim), a row of them for each row of the features, in "
                                  "order: what a DiTCONT is trained on")
     add("--results-dir", default="results", help="where this run goes, and is continued from [%(default)s]")
@@ -94,10 +93,10 @@ def argument_parser(**defaults):
     add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures, 0: none [%(default)s]")
     add("--vae", help="ema, mse, a directory or a hub id: that decodes previews, with --data-path also encodes [the "
                       "features' own, or ema]")
-    add("--V", type=number(int, 2), help="tokens a code position, for features without a manifest and an --encoder "
-                                         "that is a reference checkpoint")
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
     parser.set_defaults(**defaults)
+    if defaults:
+        parser.epilog = "defaults of this variant: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
     return parser
 
 
@@ -107,7 +106,7 @@ def open_data(args, state):
         if args.features_path is None:
             raise ValueError("this trains on images: give --data-path")
         for flag, given in (("image-size", args.image_size), ("flip", args.flip), ("encoder", args.encoder),
-                            ("L", args.L)):
+                            ("encoder-backbone", args.encoder_backbone), ("L", args.L)):
             if given is not None:
                 raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
         return Features(args.features_path, args.V, args.num_classes)
@@ -116,10 +115,10 @@ def open_data(args, state):
     if args.model.startswith("DiTSEM") != bool(args.encoder):
         raise ValueError(f"{args.model} is trained on codes: with --data-path it needs an --encoder"
                          if not args.encoder else f"--encoder is for DiTSEM models, not {args.model}")
-    if not args.encoder and (args.L or args.V):
-        raise ValueError("--L and --V say what an --encoder is, and there is none")
-    return Images(args.data_path, args.image_size or 256, args.vae or "ema", args.encoder, args.L, args.V,
-                  args.flip or "random", state.is_main_process)
+    if not args.encoder and (args.L or args.V or args.encoder_backbone):
+        raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
+    return Images(state, args.data_path, args.image_size or 256, args.vae or "ema", args.encoder, args.L, args.V,
+                  args.encoder_backbone, args.flip or "random")
 
 
 def open_condition(args, features):
@@ -287,6 +286,7 @@ def main(**defaults):
     bar = tqdm(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
     for step, loaded in enumerate(loader, first_step + 1):
         if isinstance(loaded, str):                     # of an image that cannot be read
+            bar.close()
             parser.error(f"step {step:,}: {loaded}")
         measured = 0
         for index, (places, latents, y) in enumerate(zip(*(tensor.split(part) for tensor in loaded))):

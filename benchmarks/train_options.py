@@ -4,11 +4,13 @@
 
 The images are photograph-like JPEGs and the VAE and encoder have random weights (a rate does not depend on them), or
 all are given; the features are extracted from these images, unflipped, as float32 moments of the posterior, so that
-every row trains on the same. `loss differs by` is the largest relative difference of a step's loss from that of the
+every row trains on the same. `loss differs by` is the largest relative difference of a logged loss from that of the
 first row.
 
-Steps are those of metrics.jsonl after the first, so data, optimizer, EMA and logging are in them; `outside` is what a
-step takes beyond the model's forward and backward pass on a batch that lies ready, on images VAE and encoder as well.
+The rate is that of the second of two lines of metrics.jsonl, so data, optimizer, EMA and logging are in it, and
+compiling is not; `outside` is what a step takes beyond the model's forward and backward pass on a batch that lies
+ready, on images VAE and encoder as well.
+
 MFU: the model's FLOPs, from its shapes and without recomputation, over what a large matrix product reaches on the same
 device in that precision.
 """
@@ -48,6 +50,10 @@ _, status, usage = os.wait4(process.pid, 0)
 print(status, usage.ru_maxrss)"""
 
 
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+                 "MemoryError", "can't allocate memory", "SIGKILL")
+
+
 def options(row):
     """All options of a row: the variant's, and the flags after its name."""
     variant, *flags = row.split()
@@ -73,7 +79,7 @@ def run(*command, output):
     observed = subprocess.run(observer, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     status, peak = map(int, observed.split())
     said = output.read_text()
-    if status and not any(sign in said for sign in ("OutOfMemoryError", "CUDA out of memory", "SIGKILL")):
+    if status and not any(sign in said for sign in OUT_OF_MEMORY):
         raise RuntimeError(said)
     return "out of memory" if status else None, peak / 2**20
 
@@ -110,15 +116,14 @@ def train(row, model, batch, data, root, args):
     failed, memory = run(
         "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend", "no",
         "--mixed_precision", "no", f"train_options/{variant}.py", "--model", model, "--results-dir", results,
-        "--global-batch-size", batch, "--max-steps", args.warmup + args.steps, "--log-every", 1, "--num-workers",
+        "--global-batch-size", batch, "--max-steps", 2 * args.steps, "--log-every", args.steps, "--num-workers",
         args.num_workers, *source, *flags, output=root / "output.txt")
     if failed:
         shutil.rmtree(results, ignore_errors=True)
         return None, None, failed
     lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(results)                                      # its checkpoint may be of 13 GB
-    seconds = [1 / line["steps_per_second"] for line in lines[args.warmup:]]
-    return 1 / float(np.median(seconds)), [line["loss"] for line in lines], lines[-1]["peak_memory_gib"] or memory
+    return lines[-1]["steps_per_second"], [line["loss"] for line in lines], lines[-1]["peak_memory_gib"] or memory
 
 
 def build(model, args):
@@ -149,7 +154,7 @@ def model_alone(row, model, batch, args):
     y = conditions(batch).to(device)
     drop = torch.zeros(batch, dtype=torch.bool, device=device)
     seconds = []
-    for _ in range(args.warmup + args.steps):
+    for _ in range(2 * args.steps):
         synchronize()
         start = time.perf_counter()
         with autocast(device, chosen.precision):
@@ -158,7 +163,7 @@ def model_alone(row, model, batch, args):
         synchronize()
         seconds.append(time.perf_counter() - start)
         module.zero_grad()
-    return float(np.median(seconds[args.warmup:]))
+    return float(np.mean(seconds[args.steps:]))
 
 
 def measure(row, model, batch, data, root, args, flops, peak):
@@ -215,8 +220,7 @@ def main():
         metavar="MODEL", help="names in DiT_models [%(default)s here]")
     add("--batch", nargs="+", type=int, default=[128, 256] if ON_GPU else [8], help="images a step [%(default)s here]")
     add("--rows", nargs="+", default=ROWS, help="variants, each with its flags in quotes [all of them]")
-    add("--warmup", type=int, default=10 if ON_GPU else 3, help="steps not counted [%(default)s here]")
-    add("--steps", type=int, default=30 if ON_GPU else 8, help="steps counted [%(default)s here]")
+    add("--steps", type=int, default=30 if ON_GPU else 6, help="steps counted, as many before them not [%(default)s here]")
     add("--images", type=int, default=2048 if ON_GPU else 64, help="synthetic images [%(default)s here]")
     add("--image-size", type=int, default=256, help="pixels [%(default)s]")
     add("--data-path", help="folder of images [synthetic]")

@@ -106,13 +106,13 @@ def collate(items):
 #                                   Encoders                                    #
 #################################################################################
 
-def add_encoder_flags(add, otherwise=""):
-    """The flags by which a script's user names a SEM encoder. otherwise: a word on what else --encoder takes."""
-    add("--encoder", default=DEFAULT_ENCODER, help=f"SEM encoder: directory or reference checkpoint{otherwise} "
-                                                   "[%(default)s]")
+def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
+    """The flags by which a script's user names a SEM encoder. more: words on what else it is or takes."""
+    add("--encoder", default=default, help=f"SEM encoder: directory or reference checkpoint{more} [%(default)s]")
     add("--encoder-backbone", help=f"timm model of a reference checkpoint [{DEFAULT_BACKBONE}]")
     add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
-    add("--V", type=number(int, 2, 65536), help="tokens a position of a reference checkpoint [256]")
+    add("--V", type=number(int, 2, 65536), help="tokens a position, of a reference checkpoint [256] or of features "
+                                                "without a manifest")
 
 
 def open_encoder(args):

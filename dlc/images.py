@@ -13,7 +13,7 @@ from dlc.extraction import Views, collate, flips_of, list_images, listing_sha256
 from dlc.features import recorded_id
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
 from dlc.noise import Stream, integers
-from dlc.runtime import from_rank_0
+from dlc.runtime import done_by_rank_0
 from dlc.training import TrainingBatches
 
 FLIPS = ("random", "none")
@@ -39,22 +39,25 @@ class Images:
     Args:
         image_size: height and width of the crop, pixels.
         vae: what --vae takes.
-        encoder: a directory or a reference checkpoint, the latter with L and V where they are not 512 and 256; None
-            where no codes are wanted.
+        state: of the processes, one of which lists the images for all.
+        encoder: a directory or a reference checkpoint, the latter with L, V and backbone where they are not the
+            defaults; None where no codes are wanted.
         flip: one of FLIPS; random: drawn anew at each place in the row of epochs.
 
     Raises ValueError where there are no images, or networks cannot be had or do not fit the image size.
     """
     latent_kind = "images"
 
-    def __init__(self, data_path, image_size, vae, encoder=None, L=None, V=None, flip="random", is_main_process=True):
+    def __init__(self, state, data_path, image_size, vae, encoder=None, L=None, V=None, backbone=None, flip="random"):
         self.image_size, self.flip = image_size, flip
         factor = downsampling_factor(vae)
         if image_size % factor:
             raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        classes, paths, labels = from_rank_0(list_images(data_path) if is_main_process else None)
+        classes, paths, labels = done_by_rank_0(state, lambda: list_images(data_path))
         self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
-        self.vae, self.encoder = load_vae(vae), load_encoder(encoder, L=L, V=V) if encoder else None
+        self.vae, self.encoder = load_vae(vae), None
+        if encoder:
+            self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
         self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
@@ -93,9 +96,9 @@ class ImageBatches(TrainingBatches):
         views = self.features.views
         _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
-            index, error, _ = unreadable[0]
-            raise OSError(f"cannot read {views.path(index)!r} ({error}): mend it, or take it away and give "
-                          "--allow-change; extraction leaves such images out")
+            what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
+            raise OSError(f"cannot read {what}: mend what is broken, or take it away (a run that has checkpoints then "
+                          "continues with --allow-change); features are extracted without such images")
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
         return crops.squeeze(1), condition
 

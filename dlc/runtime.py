@@ -152,11 +152,13 @@ def asked_precision(precision=None):
     Raises ValueError where they contradict each other.
     """
     launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launchers not in ("no", "fp16", "bf16"):
+        raise ValueError(f"the launcher's --mixed_precision {launchers}: this trains in fp16, bf16 or, by no, in fp32")
     if precision == "amp":
         return "bf16" if launchers == "no" else launchers
     if precision and launchers not in ("no", precision):
         raise ValueError(f"the launcher's --mixed_precision {launchers} contradicts --precision {precision}, which the "
-                         "files of train_options/ set, too: leave one of them out")
+                         "files of train_options/ set, too: launch with --mixed_precision no, or leave the flag out")
     return precision or ("fp32" if launchers == "no" else launchers)
 
 

@@ -51,7 +51,7 @@ def test_table_of_training_options(monkeypatch, tiny_models, tmp_path):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     save_images(tmp_path / "images")
     call(train_options, monkeypatch, "--model", "DiTSEM-Ti/4", "--batch", 2, "--rows", "train_original",
-         "train_features", "--warmup", 1, "--steps", 2, "--image-size", IMAGE_SIZE, "--data-path", tmp_path / "images",
+         "train_features", "--steps", 2, "--image-size", IMAGE_SIZE, "--data-path", tmp_path / "images",
          "--vae", tiny_models[0], "--encoder", tiny_models[1], "--num-workers", 1)
     result = json.loads((tmp_path / "train_options-cpu.json").read_text())
     assert [(row[""], row["data"], row["checkpointing"]) for row in result["rows"]] == [

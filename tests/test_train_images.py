@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import IMAGE_SIZE, extract_command, launch, save_images
 from forked import Run
 from PIL import Image
@@ -69,7 +70,7 @@ def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path)
 
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
     """By place alone, whatever the number of processes; and the labels are those of the images."""
-    images = Images(folder, IMAGE_SIZE, tiny_models[0])
+    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, tiny_models[0])
     batches = ImageBatches(images, images.labels, 2, 0, 14)
     parts = [ImageBatches(images, images.labels, 2, 0, 14, rank, 2) for rank in (0, 1)]
     seen = {}
@@ -86,9 +87,19 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
     assert sum(flips == {0, 1} for flips in seen.values()) > 7
 
 
+def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
+    """Flipped or not, as in extraction."""
+    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
+    batches = ImageBatches(images, None, None, 0, 14)
+    places, _, views = batches[0]
+    assert 0 < integers(0, Stream.TRAIN_FLIP, places, 2).sum() < 14
+    for row, view in zip(batches.rows(places.numpy()), views):
+        np.testing.assert_array_equal(view, np.array(center_crop(load_rgb(images.views.path(row)), 32)))
+
+
 def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     """Which bounds the memory, and changes nothing."""
-    images = Images(folder, IMAGE_SIZE, *tiny_models)
+    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
     _, crops, views = ImageBatches(images, None, None, 0, 8)[0]
     encode = Encode(images, torch.device("cpu"))
     moments, codes = encode(crops, views)
@@ -130,6 +141,10 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
     for readers in (0, 1):
         said = train("run", "--max-steps", 9, "--num-workers", readers, data=images, fails=True)
         assert f"cannot read '{images}/dog/1_broken.jpg' (UnidentifiedImageError: cannot identify image" in said
+    broken = shutil.copytree(images, tmp_path / "broken")
+    (broken / "cat/2.png").write_text("not an image either")
+    said = train("both", "--max-steps", 1, "--global-batch-size", 15, data=broken, fails=True)
+    assert "1_broken.jpg' (" in said and "cat/2.png' (" in said and said.count("error:") == 1
 
 
 def test_flags(train, folder, tmp_path):
@@ -140,7 +155,8 @@ def test_flags(train, folder, tmp_path):
     assert "L 6 there, 7 here; leave out the flag" in train("x", "--L", 7, fails=True)
     assert "--L and --V say what an --encoder is" in train("x", "--L", 7, model="DiT-Ti/4", fails=True)
     assert "--num-classes does not go with --data-path" in train("x", "--num-classes", 3, fails=True)
-    assert "is not a folder" in train("x", data="nowhere", fails=True)
+    said = train("x", data="nowhere", fails=True, processes=2)          # that rank 0 alone sees
+    assert said.count("error: --data-path nowhere is not a folder") == 2
     assert "not allowed with argument" in train("x", "--features-path", "features", fails=True)
 
     def refused(*flags):

@@ -86,6 +86,14 @@ def test_every_variant_trains_alike(name, runs):
     np.testing.assert_allclose(losses[name], losses["train_original"], rtol=1e-2 if precision == "bf16" else 1e-5)
 
 
+def test_flags_reach_what_they_are_of(flags_of, tmp_path):
+    for flags, said in (((), "compiled: 0 blocks; checkpointing: False; TF32: True, True"),
+                        (("--compile", "--checkpoint-activations", "--no-tf32"),
+                         "compiled: 6 blocks; checkpointing: True; TF32: False, False")):
+        run = Run("spying", flags_of("train_fast", tmp_path / str(len(flags)), *flags), tmp_path / "said.txt")
+        assert run.wait() and said in run.said(), run.said()
+
+
 @pytest.mark.parametrize("how", [[str(ROOT / "train_options/train_amp.py")], ["-m", "train_options.train_amp"]])
 def test_launched_by_path_and_as_a_module(how, flags_of, tmp_path):
     """From anywhere, and from the repository's root."""
@@ -104,6 +112,9 @@ def test_precisions(monkeypatch):
                                     ("bf16", "bf16", "bf16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
         assert asked_precision(flag) == wanted
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="--mixed_precision fp8: this trains in fp16, bf16"):
+        asked_precision("amp")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert asked_precision("amp") == "bf16" and asked_precision() == "fp32"
 
@@ -137,7 +148,7 @@ def stand_in(folder, name, text):
 def run_recipe(name, programs, *flags, **variables):
     """Run a recipe with these programs before all others, from the root."""
     path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    slurm = dict(SLURM_JOB_NODELIST="here", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2")
+    slurm = dict(SLURM_JOB_NODELIST="here", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="1")
     return subprocess.run(["bash", ROOT / "train_options" / name, *map(str, flags)], cwd=ROOT, text=True, timeout=300,
                           env={**os.environ, **slurm, "PATH": path, **variables}, capture_output=True)
 
@@ -150,7 +161,8 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
     assert "What it should reach: " in text and (
         "Source: " in text and "In how long: " in text or "as dlc512_4gpu.sh" in text)
     stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
-    stand_in(tmp_path, "srun", 'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"')
+    stand_in(tmp_path, "srun", '[ "$1 $2" = "--cpus-per-task=1 --kill-on-bad-exit=1" ] && shift 2\n'
+                               'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"')
     for program in ("accelerate", "python"):
         stand_in(tmp_path, program, 'printf "%s\\n" "$@"')
     result = run_recipe(name, tmp_path, "--max-steps", 5)
@@ -158,9 +170,11 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
     words = result.stdout.splitlines()
     if words[0] == "launch":
         launched = launch_command_parser().parse_args(words[1:])
+        assert launched.multi_gpu == (int(launched.num_processes) > 1)
         assert launched.mixed_precision in ("fp16", "bf16")
     script = next(index for index, word in enumerate(words) if word.endswith("train_diffusion.py"))
     args = argument_parser().parse_args(words[script + 1:])
+    assert name != "slurm_multinode.sh" or args.num_workers == 1            # a reader for each of the task's cores
     assert (args.global_batch_size, args.lr, args.ema_decay, args.max_steps) == (256, 1e-4, 0.9999, 5)
     assert args.model == ("DiT-XL/2" if name == "dit_xl2_400k.sh" else "DiTSEM-XL/2")
 
@@ -169,7 +183,7 @@ def test_slurm_example_trains(both_data, flags_of, tmp_path):
     """Two tasks, as a stand-in for srun starts them, form one group."""
     stand_in(tmp_path / "bin", "scontrol", "echo 127.0.0.1")
     stand_in(tmp_path / "bin", "srun",
-             'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2')
+             'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2')
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -19,6 +19,8 @@
 set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' task \
+# srun takes no --cpus-per-task from sbatch, and lets the other tasks wait where one has ended badly
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' task \
     python train_diffusion.py --model DiTSEM-XL/2 --features-path "${FEATURES:-features}" \
-    --results-dir "${RESULTS:-results}" --precision bf16 --global-batch-size 256 --ckpt-total-limit 5 "$@"
+    --results-dir "${RESULTS:-results}" --precision bf16 --global-batch-size 256 --ckpt-total-limit 5 \
+    --num-workers "$SLURM_CPUS_PER_TASK" "$@"
