@@ -153,7 +153,7 @@ def test_flags(train, folder, tmp_path):
     assert "--image-size 60 is not a multiple of 8" in train("x", "--image-size", 60, fails=True)
     assert "latents of" in train("x", "--image-size", 56, fails=True)
     assert "L 6 there, 7 here; leave out the flag" in train("x", "--L", 7, fails=True)
-    assert "--L and --V say what an --encoder is" in train("x", "--L", 7, model="DiT-Ti/4", fails=True)
+    assert "--encoder-backbone say what an --encoder is" in train("x", "--L", 7, model="DiT-Ti/4", fails=True)
     assert "--num-classes does not go with --data-path" in train("x", "--num-classes", 3, fails=True)
     said = train("x", data="nowhere", fails=True, processes=2)          # that rank 0 alone sees
     assert said.count("error: --data-path nowhere is not a folder") == 2
