@@ -67,17 +67,17 @@ def test_a_full_disk(workplace, tmp_path):
 
 
 def test_another_launch_of_other_settings(workplace, tmp_path):
-    """It waits, and is refused by what the first one has noted by then: one line a process, and no set is mixed."""
-    def start(name, processes, steps):
+    """It waits, and is refused by what the first one has noted by then: one line, and no set is mixed."""
+    def start(name, steps):
         return Run("sample_ddp_computed_dlc", [*FLAGS, "--num-sampling-steps", steps, "--sample-dir", tmp_path / "samples"],
-                   tmp_path / name, processes, workplace)
+                   tmp_path / name, 1, workplace)
 
-    first = start("first.txt", 1, 40)
+    first = start("first.txt", 40)
     while not list(tmp_path.glob("samples/*/.lock")):
         assert not first.wait(0.01), first.said()
-    other = start("other.txt", 2, 5)
-    assert not other.wait() and [rank.exitcode for rank in other.ranks] == [2, 2]
-    assert other.said().count("num_sampling_steps 40 there, 5 here") == 2 and "Traceback" not in other.said()
+    other = start("other.txt", 5)
+    assert not other.wait() and other.ranks[0].exitcode == 2
+    assert "num_sampling_steps 40 there, 5 here" in other.said() and "Traceback" not in other.said()
     assert first.wait(), first.said()
     contents(tmp_path / "samples")
 
