@@ -61,7 +61,7 @@ def parse_args():
     add("--weights", type=number(float, 0), nargs="+", help="how often each source is taken [all alike]")
     add("--temp", type=number(float, 1e-6), help="--mode sem: temperature of the distributions [the encoder's]")
     add("--num", type=number(int, 1), default=16, help="codes to compose [%(default)s]")
-    add("--global-seed", type=SEED, default=0, help="[%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="of all draws [%(default)s]")
     add("--out", default="composed.npy", help=".npy to write, (num, L) [%(default)s]")
     return parser, parser.parse_args()
 

@@ -28,7 +28,7 @@ from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_labe
 from dlc.noise import Stream, normal
 from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, create_logger, done_by_rank_0, number,
                          start_processes, versions)
-from dlc.sample_files import (check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz)
+from dlc.sample_files import check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz
 from models import DiT_models
 
 NAMES_ONLY = ("checkpoint", "weights", "vae")      # settings that say where weights lay, not what they were
@@ -49,7 +49,8 @@ def argument_parser(doc, model):
     add("--num-fid-samples", type=number(int, 1), default=50000, help="images to draw [%(default)s]")
     add("--per-proc-batch-size", type=number(int, 1), default=32,
         help="images a process draws at once, at most [%(default)s]")
-    add("--sampler", choices=DEFAULT_STEPS, default="ddpm", help="[%(default)s]")
+    add("--sampler", choices=DEFAULT_STEPS, default="ddpm",
+        help="DDPM's ancestral steps, DDIM, or DPM-Solver++ of second order [%(default)s]")
     add("--num-sampling-steps", type=number(int, 2, 1000),
         help=f"steps of the 1000 [{', '.join(f'{name}: {steps}' for name, steps in DEFAULT_STEPS.items())}]")
     add("--eta", type=number(float, 0, 1), help="noise of --sampler ddim, 0: none, 1: as DDPM's [0]")
