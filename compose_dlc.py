@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dlc.cli import SEED, ArgumentParser, number
 from dlc.extraction import add_encoder_flags, open_encoder
-from dlc.features import Features, code_dtype, write_whole
+from dlc.disk import write_whole
+from dlc.features import Features, code_dtype
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
 from dlc.noise import Stream, random_words
-from dlc.runtime import SEED, ArgumentParser, number
 
 
 def choose(weights, uniform):

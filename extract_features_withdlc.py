@@ -16,16 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dlc.checkpoints import weights_sha256
+from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.extraction import (Networks, Views, add_encoder_flags, collate, flips_of, in_order, list_images,
                             listing_sha256, open_encoder)
-from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype, recorded_id, write_whole
+from dlc.disk import recorded_id, write_whole
+from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
 from dlc.noise import Stream, normal
-from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, create_logger, default_num_workers, done_by_rank_0,
-                         from_rank_0, number, start_processes)
+from dlc.runtime import (PRECISIONS, agree, create_logger, default_num_workers, done_by_rank_0, from_rank_0,
+                         start_processes)
 from models import DiT_models
 
 COMPARED_BATCHES = 8        # in which a lower precision's tokens are compared with fp32's
@@ -181,7 +182,7 @@ def main():
         if encoder:
             networks.codes(torch.zeros(1, encoder.image_size, encoder.image_size, 3, dtype=torch.uint8))
     start = time.time()
-    bar = tqdm(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
+    bar = progress(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
                desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
     try:
         with bar, networks.pool() as encoding, ThreadPoolExecutor(1) as writing:

@@ -27,18 +27,19 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from diffusion import create_diffusion
 from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, remove_unfinished,
                              run_checkpoints, save_checkpoint, whole)
+from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.extraction import add_encoder_flags
-from dlc.features import Features, differences, recorded_id, write_json
+from dlc.disk import differences, recorded_id, write_json
+from dlc.features import Features
 from dlc.images import FLIPS, Encode, ImageBatches, Images
 from dlc.latents import load_vae
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, asked_precision, create_accelerator, create_logger,
-                         default_num_workers, number, start_processes, versions)
+from dlc.runtime import (PRECISIONS, agree, asked_precision, create_accelerator, create_logger, default_num_workers,
+                         start_processes, versions)
 from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
                           ignore_stop_signals, loss_means, local, loss_sums, open_vectors, read_metrics, save_preview,
                           shard, trim_metrics)
@@ -283,7 +284,7 @@ def main(**defaults):
     # ---------------------------------------------------------------------- steps
     stop_request = StopRequest(state.num_processes)
     since, skipped_in_a_row, put_off = (time.time(), first_step), 0, False
-    bar = tqdm(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
+    bar = progress(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
     for step, loaded in enumerate(loader, first_step + 1):
         if isinstance(loaded, str):                     # of an image that cannot be read
             bar.close()

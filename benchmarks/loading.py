@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from benchmarks.record import record
+from dlc.cli import progress
 from dlc.features import Features, FeatureWriter, kind_dir
 from dlc.training import TrainingBatches
 
@@ -50,7 +50,7 @@ def both_layouts(root, count, per_shard=1024):
     writer.start()
     for kind in ("features", "sem"):
         kind_dir(root / "files", 256, kind).mkdir(parents=True)
-    for number in tqdm(range(-(-count // per_shard)), desc="writing", unit="shard"):
+    for number in progress(range(-(-count // per_shard)), desc="writing", unit="shard"):
         rows = min(per_shard, count - number * per_shard)
         arrays = dict(features=random.standard_normal((rows, 4, 32, 32), dtype=np.float32).astype(np.float16),
                       sem=random.integers(0, 256, (rows, 512), dtype=np.uint8), labels=np.zeros(rows, np.int64),

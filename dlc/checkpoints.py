@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dlc.features import read_json, sync_directory
+from dlc.disk import read_json, sync
 from models import DiT_models
 
 
@@ -51,14 +51,13 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
                    temporary / "optimizer.pt")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        sync_directory(temporary)
+            sync(file)
+        sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:       # whatever the writers make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write checkpoint {path} ({error})") from error
-    sync_directory(path.parent)             # before older ones may go
+    sync(path.parent)             # before older ones may go
     return path
 
 
@@ -284,7 +283,7 @@ def info(path):
 
 
 def main():
-    from dlc.runtime import ArgumentParser
+    from dlc.cli import ArgumentParser
     parser = ArgumentParser("Say what a checkpoint is.", prog="python -m dlc.checkpoints")
     parser.add_argument("command", choices=["info"])
     parser.add_argument("path", help="checkpoint directory, .pt or .safetensors")

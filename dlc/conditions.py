@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.features import Features, Stack, file_order, load_array, recorded_id
+from dlc.disk import recorded_id
+from dlc.features import Features, Stack, file_order, load_array
 from dlc.noise import Stream, integers, permutation
 
 

@@ -21,7 +21,7 @@ import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 
 from dlc.checkpoints import load_tensors, tensors_of
-from dlc.features import differences, read_json
+from dlc.disk import differences, read_json
 
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 # parts of a self-supervised checkpoint that serve its training, not the code

@@ -12,10 +12,11 @@ from PIL import ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from dlc.cli import number
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize, posterior
 from dlc.noise import Stream, integers
-from dlc.runtime import PRECISIONS, cores_per_process, number
+from dlc.runtime import PRECISIONS, cores_per_process
 
 DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
 

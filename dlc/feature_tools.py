@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
+from dlc.cli import ArgumentParser, number, progress
+from dlc.disk import recorded_id, write_whole
 from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, Stack, check_range, code_dtype, read_manifest,
-                          recorded_id, shard_stacks, write_whole)
-from dlc.runtime import ArgumentParser, number
+                          shard_stacks)
 
 PART = 4096                 # rows looked at together, so that no file need fit in memory
 
 
 def parts(stack, what):
     """The arrays of a Stack's files, cut into parts, with a progress bar."""
-    for index in tqdm(range(len(stack.paths)), desc=what, unit="file", delay=2):
+    for index in progress(range(len(stack.paths)), desc=what, unit="file", delay=2):
         array = stack.array(index)
         for start in range(0, len(array), PART):
             yield array[start:start + PART]
@@ -170,7 +170,7 @@ def problems(root, V=None, num_classes=None):
     limits = dict(labels=num_classes, sem=V)
     for kind, stack in stacks.items():
         shapes = {}
-        for index in tqdm(range(len(stack.paths) if stack else 0), desc=kind, unit="file", delay=2):
+        for index in progress(range(len(stack.paths) if stack else 0), desc=kind, unit="file", delay=2):
             path = stack.paths[index]
             if not path.is_file():
                 yield f"{path} is missing"
@@ -237,7 +237,7 @@ def write_shards(args, source, count, channels, names, read, **settings):
         print(f"{new} is complete; nothing to do")
         return
     shards = range(-(-count // shard_size))
-    for shard in tqdm(shards, desc="packing", unit="shard", delay=2):
+    for shard in progress(shards, desc="packing", unit="shard", delay=2):
         if not writer.is_done(shard):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
             writer.write(shard, read(rows), [])

@@ -10,20 +10,17 @@ directory of the reference scripts, one `.npy` per image and no manifest, is rea
 
     python -m dlc.features info|check|pack|import-hf --help      # to look at, check and convert them
 """
-import contextlib
 import io
-import json
 import os
 import re
 import shutil
-import uuid
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from tqdm import tqdm
+
+from dlc.cli import progress
+from dlc.disk import DirectoryLock, differences, read_json, remove_temporaries, write_json, write_whole
 
 FORMAT_VERSION = 1
 NAMES_ONLY = ("vae", "encoder")     # settings that say where a model lay, not what it was
@@ -40,98 +37,6 @@ def kind_dir(root, image_size, kind):
 def code_dtype(V):
     """The type that codes of V tokens are stored in."""
     return np.uint8 if V <= 256 else np.uint16
-
-
-def write_whole(path, write):
-    """Let write(file) fill a temporary file, then give it its name: a reader sees the whole or nothing.
-
-    What interrupts it, an exception of write or a key, leaves nothing. Raises OSError, naming the file, where the disk
-    does not take it.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path} ({error})") from error
-        raise
-
-
-def remove_temporaries(directory, name=""):
-    """Remove what a process that was killed in write_whole left: of files whose names begin so."""
-    for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
-        if temporary.name.startswith(f".{name}"):
-            temporary.unlink(missing_ok=True)
-
-
-def hold(lock, patience):
-    """Take a FileLock that keeps a second launch out of the directory it lies in.
-
-    Args:
-        patience: seconds to wait for another launch, which may be one just killed that has not wholly ended.
-
-    Raises ValueError where another launch keeps it.
-    """
-    directory = Path(lock.lock_file).parent
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that writes to {directory}", flush=True)
-            lock.acquire(timeout=patience)
-    except Timeout:
-        raise ValueError(f"another process is writing to {directory}: wait for it, or give another path") from None
-    except NotImplementedError:
-        warnings.warn(f"the disk of {directory} has no locks: see that one launch at a time writes there")
-
-
-def let_go(lock):
-    """Release a FileLock and leave no file of it: first of all, or one that waits would take a file that is no more."""
-    with contextlib.suppress(OSError):                          # not there, or on a disk that is only read
-        Path(lock.lock_file).unlink()
-    lock.release()
-
-
-def sync_directory(path):
-    """Bring a directory's names to the disk, so that they outlive a crash of the machine."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def differences(there, here):
-    """What a dict on disk says otherwise than the one here, in words; "" where they agree in all that is here."""
-    def short(value):
-        text = repr(value)
-        if len(text) <= 60:
-            return text
-        return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
-    return "; ".join(f"{key} {short(there.get(key))} there, {short(value)} here"
-                     for key, value in here.items() if there.get(key) != value)
-
-
-def read_json(path):
-    """The dict in a JSON file. Raises ValueError naming the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
-    return value
 
 
 def load_array(path, mmap=True):
@@ -166,11 +71,6 @@ def map_without_descriptor(path, array):
     return mapped
 
 
-def recorded_id(name):
-    """How a manifest names a model: a hub id as it is, a local file or directory by its absolute path."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
 #################################################################################
 #                                    Writing                                    #
 #################################################################################
@@ -189,15 +89,12 @@ class FeatureWriter:
     def __init__(self, root, settings):
         self.root, self.settings = Path(root), settings
         self.progress = self.root / "progress"
-        self.lock = FileLock(self.root / ".lock")
+        self.lock = DirectoryLock(self.root)
 
-    def start(self, patience=20):
+    def start(self):
         """Take the directory, and make its folders. Called by one process of a launch, before any writes.
 
         Returns True where there is something to do, False where the features are complete.
-
-        Args:
-            patience: seconds to wait for another launch, which may be one just killed that has not wholly ended.
 
         Raises ValueError where another launch holds the directory, and where it holds features made with other
         settings, naming the difference.
@@ -208,7 +105,7 @@ class FeatureWriter:
                     True for directory in directories for _ in directory.glob("*.npy")):
                 raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
             self.progress.mkdir(parents=True, exist_ok=True)
-            hold(self.lock, patience)
+            self.lock.acquire()
         if self._is_complete():                                 # maybe by the launch that was waited for
             missing_file(shard_stacks(self.root, read_manifest(self.root)))
             self._clear()
@@ -236,7 +133,7 @@ class FeatureWriter:
     def _clear(self):
         """Leave the directory with nothing but features in it."""
         shutil.rmtree(self.progress, ignore_errors=True)
-        let_go(self.lock)
+        self.lock.release()
 
     def record_path(self, shard):
         return self.progress / f"{shard:06d}.json"
@@ -361,7 +258,7 @@ class Stack:
 
     def check_range(self, limit):
         """Raise ValueError, naming file and row, at the first value outside 0..limit-1."""
-        for index, path in enumerate(tqdm(self.paths, desc="checking", unit="file", disable=len(self.paths) < 10_000)):
+        for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
             check_range(self.array(index), limit, lambda i: (path, i))
 
 

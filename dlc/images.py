@@ -10,7 +10,7 @@ import torch
 from dlc.checkpoints import weights_sha256
 from dlc.encoder import load_encoder
 from dlc.extraction import Views, collate, flips_of, list_images, listing_sha256
-from dlc.features import recorded_id
+from dlc.disk import recorded_id
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0

@@ -1,13 +1,9 @@
-"""Which machine is this: processes, device, threads, precision, logging, and how a user's mistake is reported."""
-import argparse
-import contextlib
+"""Which machine is this: processes, device, threads, precision, logging."""
 import datetime
 import importlib.metadata
 import logging
-import math
 import os
 import sys
-import time
 import warnings
 
 import torch
@@ -17,44 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from low to high, never infinite or NaN (which no comparison holds for)."""
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and value != math.inf):
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
-        return value
-    parse.__name__ = kind.__name__           # argparse names it where text is no number at all
-    return parse
-
-
 PATIENCE = datetime.timedelta(hours=12)  # of processes with one another: one may write a large file meanwhile
-SEED = number(int, 0, 2**63 - 1)         # the argparse type of --global-seed
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
-
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         **kwargs)
-
-    def error(self, message):
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            # A launcher stops every rank at the first that ends: where rank 0 finds the same mistake, it alone speaks.
-            time.sleep(10)
-        where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
-        self.exit(2, f"{where}: error: {' '.join(str(message).split())}\n")
-
-    @contextlib.contextmanager
-    def one_line_errors(self):
-        """What a user got wrong, raised within as ValueError or OSError, told as `error` does. For the checks."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(error)
 
 
 def start_processes():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from dlc.features import write_whole
+from dlc.cli import progress as progress_bar
+from dlc.disk import write_whole
 from dlc.latents import image_grid
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -73,7 +73,7 @@ def write_npz(path, folder, count, progress=False):
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
                 archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, ThreadPoolExecutor() as pool, \
-                tqdm(total=count, desc="writing .npz", unit="img", disable=not progress) as bar:
+                progress_bar(total=count, desc="writing .npz", unit="img", disable=not progress) as bar:
             shape = (count, *read_png(png_path(folder, 0)).shape)
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
             np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
@@ -130,7 +130,7 @@ def check(path, grid=False, progress=False):
                 return lines, [f"arr_0 is {dtype} of shape {shape}, wanted uint8 (N, H, W, 3)"]
             low, high, total, blank, seen, duplicates = 255, 0, 0.0, [], {}, []
             size, first = int(np.prod(shape[1:])), []
-            for index in tqdm(range(shape[0]), desc="checking", unit="img", disable=not progress):
+            for index in progress_bar(range(shape[0]), desc="checking", unit="img", disable=not progress):
                 data = stream.read(size)
                 if len(data) < size:
                     raise ValueError(f"it ends within image {index} of {shape[0]}")

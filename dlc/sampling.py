@@ -17,17 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from filelock import FileLock
-from tqdm import tqdm
 
 from diffusion import create_diffusion, named_betas
+from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
 from dlc.conditions import conditions_sha256
-from dlc.features import differences, hold, let_go, read_json, recorded_id, remove_temporaries, write_json
+from dlc.disk import DirectoryLock, differences, read_json, recorded_id, remove_temporaries, write_json
 from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
 from dlc.noise import Stream, normal
-from dlc.runtime import (PRECISIONS, SEED, ArgumentParser, agree, autocast, create_logger, done_by_rank_0, number,
-                         start_processes, versions)
+from dlc.runtime import PRECISIONS, agree, autocast, create_logger, done_by_rank_0, start_processes, versions
 from dlc.sample_files import check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz
 from models import DiT_models
 
@@ -350,7 +348,7 @@ def run(parser, args, open_conditions):
             global_seed=args.global_seed)
         agree("checkpoint, codes and VAE", (settings, digest))
         npz, grid, strip = (folder.with_name(folder.name + end) for end in (".npz", ".grid.png", ".progressive.png"))
-        lock = FileLock(folder / ".lock")
+        lock = DirectoryLock(folder)
         this_run = dict(
             command=sys.argv, date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             processes=state.num_processes, per_proc_batch_size=args.per_proc_batch_size,
@@ -390,7 +388,7 @@ def run(parser, args, open_conditions):
         if args.progressive and state.is_main_process:
             with torch.compiler.set_stance("force_eager"):          # one image: not worth compiling for
                 save_strip(strip, args.progressive, sampler, partial(draw, np.arange(1), model.denoise), decoder)
-        with tqdm(total=count, initial=count - len(missing), unit="img", desc="sampling",
+        with progress(total=count, initial=count - len(missing), unit="img", desc="sampling",
                   disable=not state.is_main_process, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} "
                   "[{elapsed}<{remaining}, {rate_fmt}]") as bar:
             for first in range(state.process_index, len(batches), state.num_processes):
@@ -423,7 +421,7 @@ def run(parser, args, open_conditions):
         except KeyboardInterrupt:
             logger.info("stopped before the .npz was whole: run the same command again")
             sys.exit(130)
-        let_go(lock)
+        lock.release()
         logger.info(f"done: {count:,} images in {folder} and {npz}; look at {grid}")
     state.destroy_process_group()
 
@@ -435,11 +433,11 @@ def open_folder(folder, lock, npz, settings, conditions, count, digest, this_run
     other settings or conditions (digest: their conditions_sha256), or more than count.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    hold(lock, patience=20)
+    lock.acquire()
     try:
         earlier = compare_with_earlier(folder, settings, conditions, count, digest)
     except ValueError:
-        let_go(lock)
+        lock.release()
         raise
     remove_temporaries(folder)
     remove_temporaries(folder.parent, folder.name + ".")

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from dlc.features import Stack, file_order, write_whole
+from dlc.disk import write_whole
+from dlc.features import Stack, file_order
 from dlc.latents import decode, image_grid, to_uint8
 from dlc.noise import Stream, normal, permutation
 from dlc.runtime import PATIENCE

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -8,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from benchmarks.loading import IMAGENET, sparse_features
 from conftest import ROOT
 
-from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir, write_whole
+from dlc.disk import write_whole
+from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir
 from dlc.conditions import ComputedCodes
 from models import DiT_models
 
@@ -86,13 +87,15 @@ def test_moments_have_the_latents_shape(tmp_path):
     assert (Features(tmp_path).latent_kind, Features(tmp_path).latent_shape) == ("moments", (4, 16, 16))
 
 
-def test_one_launch_at_a_time(tmp_path):
+def test_one_launch_at_a_time(tmp_path, monkeypatch):
     """A second one waits a while, then says so; or finds the work done. What a killed one left behind is swept."""
     first, second = FeatureWriter(tmp_path, SETTINGS), FeatureWriter(tmp_path, SETTINGS)
     assert first.start()
     first.write(0, shard(3), [])
+    monkeypatch.setattr("dlc.disk.LOCK_PATIENCE", 0.1)
     with pytest.raises(ValueError, match="another process is writing to .*another path"):
-        second.start(patience=0.1)
+        second.start()
+    monkeypatch.undo()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(second.start)
         time.sleep(0.3)
@@ -140,12 +143,31 @@ def test_a_shard_whose_files_went_is_not_done(tmp_path):
         FeatureWriter(tmp_path, SETTINGS).start()
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def acquire(lock, timeout):
-        raise NotImplementedError
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    with pytest.warns(UserWarning, match="has no locks: see that one launch at a time writes there"):
-        assert FeatureWriter(tmp_path, SETTINGS).start()
+@pytest.mark.parametrize("call, number", [("fcntl.flock", errno.ENOLCK), ("fcntl.flock", errno.ENOSYS),
+                                          ("os.fsync", errno.EINVAL), ("os.fsync", errno.ENOTSUP)])
+def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number):
+    """The work goes on, with one warning; nothing is left behind."""
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(call, fail)
+    monkeypatch.setattr("dlc.cli.WARNED", set())
+    writer = FeatureWriter(tmp_path, SETTINGS)
+    assert writer.start()
+    for index in range(2):
+        writer.write(index, shard(3), [])
+    writer.finish(2)
+    assert Features(tmp_path).count == 6 and not (tmp_path / ".lock").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert len({line.split("(")[0].split(" cannot ")[-1] for line in said}) == len(said) <= 2, said
+    assert said and all(line.startswith(f"warning: the disk of {tmp_path}") for line in said)
+
+
+def test_a_disk_that_fails_to_sync_is_no_such_disk(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="cannot write .*settings.json .*Input/output error"):
+        FeatureWriter(tmp_path, SETTINGS).start()
 
 
 def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
@@ -277,7 +299,7 @@ def test_settings_without_shards_do_not_count(tmp_path):
     """A mistaken flag, mended before anything was written; and what differs is told briefly."""
     assert FeatureWriter(tmp_path, dict(SETTINGS, V=6)).start()
     writer = FeatureWriter(tmp_path, dict(SETTINGS, classes=[f"n{i:08d}" for i in range(1000)], listing_sha256="0" * 64))
-    assert writer.start(patience=30)
+    assert writer.start()
     writer.write(0, shard(3), [])
     with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of the im"):
         FeatureWriter(tmp_path, dict(SETTINGS, listing_sha256="1" * 64)).start()

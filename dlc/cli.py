@@ -1,0 +1,158 @@
+"""The command line: flags, errors in one line, warnings said once, and progress. Imports nothing heavy."""
+import argparse
+import contextlib
+import functools
+import math
+import os
+import re
+import sys
+import time
+
+LONGEST_LINE = 300          # characters of an error
+PLAIN_SECONDS = 30          # between two lines of progress where standard error is no terminal
+WARNED = set()              # subjects that this process has warned of
+
+
+def printable(text):
+    """The text without control characters, by which a file's name or content could steer the terminal."""
+    return "".join(character if character.isprintable() else "?" if character > " " else " " for character in
+                   re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", str(text)))
+
+
+def one_line(text, limit=LONGEST_LINE):
+    """The text as one printable line; of one that is too long, the middle is left out: its end says what to do."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= limit else f"{line[:limit * 3 // 5]} … {line[-limit * 2 // 5 + 3:]}"
+
+
+def warn_once(subject, message):
+    """Print a warning to standard error: on rank 0 only, and only the first one on its subject."""
+    if subject not in WARNED and os.environ.get("RANK", "0") == "0":
+        WARNED.add(subject)
+        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+#################################################################################
+#                                     Flags                                     #
+#################################################################################
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high, never infinite or NaN (which no comparison holds for)."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and value != math.inf):
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
+        return value
+    parse.__name__ = kind.__name__           # argparse names it where text is no number at all
+    return parse
+
+
+SEED = number(int, 0, 2**63 - 1)             # the argparse type of --global-seed
+
+
+def path_or_name(text):
+    """The argparse type of every flag without another: ~ expanded, which shells leave alone in --flag=~/x.
+
+    An empty value, which an unset shell variable gives, would mean the current folder: it is refused.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a value (is a shell variable unset?)")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: no such user's home folder (write ./{text} for a file of that name)")
+    return expanded
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **kwargs)
+        self.register("type", None, path_or_name)
+
+    def error(self, message):
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # A launcher stops every rank at the first that ends: where rank 0 finds the same mistake, it alone speaks.
+            time.sleep(10)
+        where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
+        self.exit(2, f"{where}: error: {one_line(message)}\n")
+
+    def interrupted(self, kept):
+        """End after Ctrl-C, with one line that says what is kept."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped; {kept}", file=sys.stderr, flush=True)
+        self.exit(130)
+
+    @contextlib.contextmanager
+    def one_line_errors(self):
+        """Report a user's mistake, raised within as ValueError or OSError, by `error`. For checks before the work."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(error)
+        except KeyboardInterrupt:
+            self.interrupted("nothing was begun")
+
+
+#################################################################################
+#                                   Progress                                    #
+#################################################################################
+
+def progress(iterable=None, *, bar_format=None, **kwargs):
+    """tqdm in a terminal; elsewhere the same numbers as a plain line at most every 30 s, and one at the end.
+
+    Takes tqdm's arguments: total, initial, desc, unit, delay (seconds; work that ends sooner shows nothing), disable.
+    bar_format is for terminals only.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        return tqdm(iterable, bar_format=bar_format, **kwargs)
+    return plain_progress()(iterable, **kwargs)
+
+
+@functools.cache
+def plain_progress():
+    """The class of progress in plain lines, made when first wanted: not every command imports tqdm."""
+    from tqdm import tqdm
+
+    class PlainProgress(tqdm):
+        monitor_interval = 0        # no thread: each update looks at the clock
+
+        def __init__(self, iterable=None, delay=0, **kwargs):
+            # tqdm itself prints nothing before `delay` is over, so the first line is that of the first 30 s
+            super().__init__(iterable, delay=1e-3, mininterval=PLAIN_SECONDS, miniters=0, file=sys.stderr, **kwargs)
+            self.shortest, self.printed = delay, None
+
+        def display(self, msg=None, pos=None):
+            """Print the line. tqdm calls this when the interval is over; nothing may be drawn in place."""
+            values = self.format_dict
+            done, total, seconds, initial = (values[key] or 0 for key in ("n", "total", "elapsed", "initial"))
+            rate = values["rate"] or ((done - initial) / seconds if seconds else 0)
+            share = f"/{total:,.0f}" if total else ""
+            left = f", {tqdm.format_interval(max(0, total - done) / rate)} left" if rate and total else ""
+            postfix = f", {values['postfix']}" if values["postfix"] else ""
+            percent = f" ({done / total:.0%})" if total else ""
+            print(f"{self.desc or 'progress'}: {done:,.0f}{share} {self.unit}{percent}, {rate:.3g} {self.unit}/s, "
+                  f"{tqdm.format_interval(seconds)} elapsed{left}{postfix}", file=sys.stderr, flush=True)
+            self.printed = done
+
+        def set_postfix(self, ordered_dict=None, refresh=True, **kwargs):
+            super().set_postfix(ordered_dict, refresh=False, **kwargs)
+
+        def close(self):
+            if not self.disable:
+                if self.printed != self.n and self.format_dict["elapsed"] >= self.shortest:
+                    self._ema_dt = lambda: None                 # the last line tells the mean rate, as tqdm's does
+                    self.display()
+                self.disable = True
+
+        def moveto(self, n):
+            pass
+
+        def clear(self, nolock=False):
+            pass
+
+    return PlainProgress
