@@ -29,20 +29,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from diffusion import create_diffusion
-from dlc.checkpoints import (load_checkpoint, load_pretrained, read_meta, remove_old_checkpoints, remove_unfinished,
-                             run_checkpoints, save_checkpoint, whole)
+from dlc.checkpoints import (load_checkpoint, load_pretrained, newest_of_run, read_meta, remove_old_checkpoints,
+                             remove_unfinished, run_checkpoints, save_checkpoint, whole)
 from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.extraction import add_encoder_flags
-from dlc.disk import differences, recorded_id, write_json
+from dlc.disk import DirectoryLock, differences, recorded_id, write_json
 from dlc.features import Features
 from dlc.images import FLIPS, Encode, ImageBatches, Images
 from dlc.latents import load_vae
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.runtime import (PRECISIONS, agree, asked_precision, create_accelerator, create_logger, default_num_workers,
-                         start_processes, versions)
+from dlc.runtime import (PRECISIONS, agree, asked_precision, asked_to_compile, create_accelerator, create_logger,
+                         default_num_workers, done_by_rank_0, start_processes, unused_launcher_settings, versions)
 from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
                           ignore_stop_signals, loss_means, local, loss_sums, open_vectors, read_metrics, save_preview,
-                          shard, trim_metrics)
+                          shard, steps_from, trim_metrics)
 from models import DiT_models
 
 PREVIEW_SAMPLES = 8
@@ -146,10 +146,21 @@ def open_condition(args, features):
 def main(**defaults):
     parser = argument_parser(**defaults)
     args = parser.parse_args()
+    lock = DirectoryLock(args.results_dir)
+    try:
+        with parser.kept_on_error("what is done is kept", "--global-batch-size, or raise --grad-accum", (OSError,)):
+            train(parser, args, lock)
+    finally:
+        lock.release()
 
+
+def train(parser, args, lock):
+    """The run that args ask for. lock: the results folder's, which is taken before anything in it is looked at."""
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         precision = asked_precision(args.precision)
+        compiled = asked_to_compile(args.compile, torch.cuda.is_available())
+        unused = unused_launcher_settings(args.grad_accum, args.checkpoint_activations)
         state = start_processes()
         features, data_path = open_data(args, state), args.data_path or args.features_path
         condition, limit, sizes = open_condition(args, features)
@@ -167,7 +178,8 @@ def main(**defaults):
             global_seed=args.global_seed, **{key: manifest.get(key) for key in (
                 "vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256", "flip")},
             first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest())
-        resume, meta, changed = (run_checkpoints(args.results_dir) or [None])[-1], {}, ""
+        done_by_rank_0(state, lock.acquire)
+        resume, meta, changed = newest_of_run(args.results_dir, ["meta.json"]), {}, ""
         if resume:
             meta = read_meta(resume)
             different = differences(meta, model_identity)
@@ -177,6 +189,7 @@ def main(**defaults):
             if changed and not args.allow_change:
                 raise ValueError(f"{args.results_dir} holds another run: {changed}; give another --results-dir, or "
                                  "--allow-change to continue that one so")
+            newest_of_run(args.results_dir)                 # raises where it is damaged
         agree("checkpoints and features", (resume and resume.name, model_identity, data_identity))
         if args.global_batch_size % (state.num_processes * args.grad_accum):
             raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of "
@@ -188,9 +201,6 @@ def main(**defaults):
         if args.sample_every and state.is_main_process:
             vae = encode.vae if encode else load_vae(args.vae or manifest.get("vae") or "ema", state.device)
         results = Path(args.results_dir)
-        if state.is_main_process:
-            results.mkdir(parents=True, exist_ok=True)
-        state.wait_for_everyone()
         logger = create_logger(state, results / "log.txt")
         accelerator, precision, sharded = create_accelerator(logger, precision, args.tf32, args.report_to, results)
         sharded = sharded and state.num_processes > 1
@@ -198,14 +208,17 @@ def main(**defaults):
         torch.manual_seed(args.global_seed)                 # the same weights in every process
         raw_model = DiT_models[args.model](input_size=latent_size, in_channels=channels, **sizes).to(device)
         begun_with = load_pretrained(args.pretrained_path, raw_model) if args.pretrained_path and not resume else None
+        metrics = results / "metrics.jsonl"
         if state.is_main_process:
             write_json(results / "args.json", vars(args))
+            trim_metrics(metrics, meta.get("step", 0))
+            remove_unfinished(results)
 
     # ---------------------------------------------------------------------- model, EMA, optimizer
     raw_model.set_grad_checkpointing(args.checkpoint_activations)
     ema = deepcopy(raw_model).requires_grad_(False).eval()
     parameters = sum(parameter.numel() for parameter in raw_model.parameters())
-    if args.compile if args.compile is not None else device.type == "cuda":
+    if compiled:
         for block in raw_model.blocks:
             block.compile()
     if sharded:
@@ -254,13 +267,10 @@ def main(**defaults):
             resume and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
             resume and f"continued from {resume}",
             changed and f"warning: changed since: {changed}",
+            *(f"warning: {line}" for line in unused),
             first_step >= last_step and "nothing to do: raise --max-steps or --epochs to train on"):
         if line:
             logger.info(line)
-    metrics = results / "metrics.jsonl"
-    if state.is_main_process:
-        trim_metrics(metrics, first_step)
-        remove_unfinished(results)
 
     def save(step):
         everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()            # (processes, 3 + 2 * QUARTERS)
@@ -278,14 +288,21 @@ def main(**defaults):
             logger.info(f"checkpoint {path}")
             if args.ckpt_total_limit:
                 remove_old_checkpoints(results, args.ckpt_total_limit)
-            draw_losses(read_metrics(metrics), results / "loss.png")
+            record(draw_losses, read_metrics(metrics), results / "loss.png")
         accelerator.wait_for_everyone()
+
+    def record(write, *values):
+        """write(*values), or where the disk does not take it, ask for a stop: a checkpoint may find room yet."""
+        try:
+            write(*values)
+        except OSError as error:
+            stop_request.ask(f"{error}: make room")
 
     # ---------------------------------------------------------------------- steps
     stop_request = StopRequest(state.num_processes)
     since, skipped_in_a_row, put_off = (time.time(), first_step), 0, False
     bar = progress(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
-    for step, loaded in enumerate(loader, first_step + 1):
+    for step, loaded in enumerate(steps_from(loader, batches, range(first_step, last_step), stop_request), first_step + 1):
         if isinstance(loaded, str):                     # of an image that cannot be read
             bar.close()
             parser.error(f"step {step:,}: {loaded}")
@@ -353,7 +370,7 @@ def main(**defaults):
                         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                         lr=args.lr, steps_per_second=rate, images_per_second=rate * batch)
             if state.is_main_process and (log_due or failed):
-                append_metrics(metrics, line)
+                record(append_metrics, metrics, line)
             if args.report_to and log_due:
                 quarters = {f"mse_quarter_{i}": mse for i, mse in enumerate(means["mse_by_quarter_of_t"], 1)}
                 accelerator.log({key: value for key, value in {**line, **quarters}.items()
@@ -378,14 +395,18 @@ def main(**defaults):
                 ema.unshard()
             with parser.one_line_errors():
                 latents, y = first_rows(batches, encode, device)
-            save_preview(results / f"previews/{step:07d}.png", ema, latents, y, vae, args.global_seed)
+            record(save_preview, results / f"previews/{step:07d}.png", ema, latents, y, vae, args.global_seed)
             if sharded:
                 ema.reshard()
         if signal_name and step < last_step:
-            logger.info(f"stopped by {signal_name} after step {step:,}; the same command continues")
+            if not stop_request.reason:
+                logger.info(f"stopped by {signal_name} after step {step:,}; the same command continues")
             break
     bar.close()
     accelerator.end_training()
+    if stop_request.reason:
+        parser.error(f"{stop_request.reason}, then run the same command again; what is done is kept: "
+                     f"{newest_of_run(results)}")
 
 
 def first_rows(batches, encode, device):

@@ -9,6 +9,7 @@ Read as well: `.pt` files such as DiT and fast-DiT write (a bare state dict, or 
 `.safetensors`.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dlc.disk import read_json, sync
 from models import DiT_models
+
+CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
 
 
 def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None, write=True):
@@ -137,24 +140,80 @@ def read_meta(path):
 
 
 def run_checkpoints(run_dir):
-    """The whole checkpoints of one run, oldest first."""
-    return sorted((path.parent for path in Path(run_dir).glob("checkpoints/*/meta.json")
-                   if re.fullmatch(r"\d{7,}", path.parent.name)), key=lambda path: int(path.name))
+    """The checkpoints of one run by step, oldest first. A name without .tmp is given to whole ones only."""
+    return sorted((path for path in Path(run_dir).glob("checkpoints/*")
+                   if re.fullmatch(r"\d{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
 
 
-def newest_checkpoint(results_dir, model):
-    """The checkpoint of a model (a name in DiT_models) last written under results_dir, a run or a folder of runs.
+def damage(path, files=CHECKPOINT_FILES):
+    """What is wrong with a checkpoint that was whole once, in words, "" where nothing is.
 
-    Raises ValueError where there is none.
+    A crash of the machine, or a copy that was cut off, leaves files short or missing: their frames tell, nothing large
+    is read.
+
+    Args:
+        files: those that are wanted of it; one that was stripped of the others will do.
     """
-    found = [path for run in [Path(results_dir), *Path(results_dir).glob("*")] for path in run_checkpoints(run)]
-    names = {path: read_meta(path).get("model") for path in found}
-    of_model = [path for path in found if names[path] == model]
+    try:
+        for name in files:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if name == "meta.json":
+                read_meta(path)
+            elif name.endswith(".safetensors"):
+                with safe_open(path / name, framework="pt"):        # compares the header with the file's size
+                    pass
+            elif not zipfile.is_zipfile(path / name):               # a zip's directory is at its end
+                return f"{name} is cut short"
+    except SafetensorError as error:
+        return f"{name} is cut short or overwritten: {error}"
+    except (ValueError, OSError) as error:
+        return str(error).replace(f"{path}{os.sep}", "")
+    return ""
+
+
+def newest_of_run(run_dir, files=CHECKPOINT_FILES):
+    """The checkpoint of the highest step of a run, None where there is none.
+
+    Raises ValueError where it is damaged (see `damage`), naming the one before it that is whole.
+    """
+    checkpoints = run_checkpoints(run_dir)
+    if not checkpoints:
+        return None
+    reason = damage(checkpoints[-1], files)
+    if reason:
+        before = next((path for path in reversed(checkpoints[:-1]) if not damage(path, files)), None)
+        raise ValueError(f"checkpoint {checkpoints[-1]} is damaged ({reason}): remove it; " + (
+            f"the newest whole one before it is {before.name}" if before else "there is no whole one before it"))
+    return checkpoints[-1]
+
+
+def newest_checkpoint(results_dir, model, use_ema=True):
+    """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
+
+    Within a run it is the one of the highest step, since a copy may change the files' times; between runs, the one last
+    written.
+
+    Raises ValueError where there is none, or where its meta.json or the weights that are wanted are damaged.
+    """
+    runs, written = {}, {}
+    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
+        checkpoints = run_checkpoints(run)
+        if checkpoints:
+            meta = checkpoints[-1] / "meta.json"
+            written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
+            runs[run] = "an unknown model (damaged)"
+        for path in reversed(checkpoints):
+            with contextlib.suppress(ValueError):                   # of a damaged one, the one before says the model
+                runs[run] = read_meta(path).get("model")
+                break
+    of_model = [run for run, name in runs.items() if name == model]
     if not of_model:
-        others = f" (there are some of {', '.join(sorted(set(map(str, names.values()))))})" if found else ""
+        others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
         raise ValueError(f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
                          "train_diffusion.py first, or name one with --ckpt")
-    return max(of_model, key=lambda path: ((path / "meta.json").stat().st_mtime, path.name))
+    weights = "ema.safetensors" if use_ema else "model.safetensors"
+    return newest_of_run(max(of_model, key=written.get), ("meta.json", weights))
 
 
 def load_tensors(path):

@@ -96,6 +96,36 @@ class ArgumentParser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.interrupted("nothing was begun")
 
+    @contextlib.contextmanager
+    def kept_on_error(self, kept, lower, mistakes=(ValueError, OSError)):
+        """Report what ends the work itself in one line that says what is kept: a full disk or memory, Ctrl-C, a killed
+        data reader.
+
+        Args:
+            kept: what that is, as "what is drawn is kept".
+            lower: the flag that makes the work need less memory.
+            mistakes: exceptions whose own words are the line.
+        """
+        again = f"{kept}: run the same command again"
+        try:
+            yield
+        except mistakes as error:
+            self.error(f"{error}; {again}")
+        except KeyboardInterrupt:
+            self.interrupted(again)
+        except (RuntimeError, MemoryError) as error:
+            if is_killed_reader(error):
+                self.error(f"a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
+                           f"--num-workers; {again}")
+            if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+                self.error(f"the memory is full: lower {lower}; {again}")
+            raise
+
+
+def is_killed_reader(error):
+    """Whether an exception is torch's on a data loader's worker process that died of a signal."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
 
 #################################################################################
 #                                   Progress                                    #

@@ -83,7 +83,7 @@ class DirectoryLock:
         self.path, self.file = Path(directory) / ".lock", None
 
     def acquire(self, patience=None):
-        """Take the lock. On a disk without locks, warn once and go on.
+        """Take the lock, in a directory that is made where missing. On a disk without locks, warn once and go on.
 
         Args:
             patience: seconds to wait for another launch, which may have been killed and not be gone yet
@@ -101,7 +101,11 @@ class DirectoryLock:
             time.sleep(0.05)
 
     def _try(self):
-        file = open(self.path, "ab+")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(self.path, "ab+")
+        except FileNotFoundError:               # the launch before has just removed the directory, too
+            return False
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "no flock on this system")
@@ -123,12 +127,12 @@ class DirectoryLock:
         return held
 
     def release(self):
-        """Give the lock up and remove its file; without effect where it is not held."""
+        """Give the lock up, and remove its file and an empty directory; without effect where it is not held."""
         if self.file is None:
             return
-        # removed before it is released: afterwards, it could be the file of a launch that waited
         with contextlib.suppress(OSError):
-            self.path.unlink()
+            self.path.unlink()      # before it is released: afterwards, it could be the file of a launch that waited
+            self.path.parent.rmdir()
         self.file.close()
         self.file = None
 

@@ -306,7 +306,7 @@ def run(parser, args, open_conditions):
     with parser.one_line_errors():
         if args.t_min > args.t_max:
             raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
-        path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model)
+        path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model, args.ema)
         weights, meta = load_weights(path, args.ema)
         model, name = model_from_weights(weights, path)
         del weights                                     # as large as the model

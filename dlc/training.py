@@ -1,6 +1,8 @@
 """The parts of training that are neither model nor maths: batches, sharding, the request to stop, the record."""
+import errno
 import json
 import math
+import os
 import signal
 from pathlib import Path
 
@@ -13,12 +15,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+from dlc.cli import is_killed_reader, warn_once
 from dlc.disk import write_whole
 from dlc.features import Stack, file_order
 from dlc.latents import decode, image_grid, to_uint8
 from dlc.noise import Stream, normal, permutation
 from dlc.runtime import PATIENCE
+from dlc.sample_files import save_png
 from dlc.sampling import create_sampler, sample_latents
+from dlc.signals import on_first_signal
 
 QUARTERS = 4                # of the diffusion times, whose losses are told apart
 PREVIEW_STEPS, PREVIEW_CFG = 50, 1.5
@@ -115,7 +120,8 @@ def local(parameters):
 #                                Request to stop                                #
 #################################################################################
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ASKED = 1000                # beside the signals' numbers: a process asked to stop for a reason of its own
 
 
 def ignore_stop_signals(worker):
@@ -125,23 +131,29 @@ def ignore_stop_signals(worker):
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1, which clusters send before they take a machine away, as a request to stop after a step.
+    """A request to stop after a step: Ctrl-C; SIGTERM and SIGUSR1, which clusters send before they take a machine away; or
+    `ask`, in any process.
 
     The processes get the signal at different moments and must stop after the same step, so at each step they tell each
     other on the CPU, and read what was told at the step before: nobody waits.
+
+    Attributes: reason, what this process asked to stop for, None where it did not.
     """
 
     def __init__(self, num_processes):
-        self.signal, self.told, self.telling = None, None, None
+        self.signal, self.reason, self.told, self.telling = None, None, None, None
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        on_first_signal(STOP_SIGNALS, self._receive)
 
-    def _receive(self, number, frame):
-        self.signal = number
+    def _receive(self, number):
+        self.signal = self.signal or number
+
+    def ask(self, reason):
+        """Stop all processes after this step or the next, with a checkpoint: for an error that leaves time for one."""
+        self.signal, self.reason = ASKED, self.reason or reason
 
     def agreed(self):
-        """The signal's name once every process is to stop, else None. Called by all after each step."""
+        """What all processes are to stop for, a signal's name or "an error", else None. Called by all after each step."""
         number = self.signal or 0
         if self.group is not None:
             told, telling = self.told, self.telling
@@ -151,7 +163,7 @@ class StopRequest:
             if telling is not None:
                 telling.wait()
                 number = told.item()
-        return signal.Signals(number).name if number else None
+        return None if not number else "an error" if number == ASKED else signal.Signals(number).name
 
 
 #################################################################################
@@ -180,21 +192,65 @@ def loss_means(sums):
         total / (count or math.nan) for total, count in zip(quarters, counts)])
 
 
+def steps_from(loader, batches, steps, stop_request):
+    """The loader's batch of each of these steps; should one of its readers be killed, batches read here from then on.
+
+    The kernel kills a reader where memory is short. All processes then stop with a checkpoint, but until they have
+    agreed on it this one must take part in their steps.
+    """
+    iterator = iter(loader)
+    # torch raises this in the midst of whatever runs; without its handler it is noticed where a batch is waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for step in steps:
+        if stop_request.reason is None:
+            try:
+                yield next(iterator)
+                continue
+            except RuntimeError as error:
+                if not is_killed_reader(error):
+                    raise
+                stop_request.ask("a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
+                                 "--num-workers")
+        yield batches[step]
+
+
 def append_metrics(path, line):
-    """Append a dict to a file of JSON lines; what is not finite, which JSON does not know, becomes null."""
+    """Append a dict to a file of JSON lines; what is not finite, which JSON does not know, becomes null.
+
+    Raises OSError, naming the file, where the disk does not take it; no part of the line is then left.
+    """
     def known(value):
         if isinstance(value, list):
             return [known(one) for one in value]
         return value if not isinstance(value, float) or math.isfinite(value) else None
-    with open(path, "a") as file:
-        file.write(json.dumps({key: known(value) for key, value in line.items()}) + "\n")
+    text = json.dumps({key: known(value) for key, value in line.items()}) + "\n"
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(text.encode()) < len(text):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error})") from error
 
 
 def read_metrics(path):
-    """The dicts of a file of JSON lines, without a last line cut short."""
+    """The dicts of a file of JSON lines. Damaged lines, which a crash of the machine may leave, are left out."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    lines, damaged = [], 0
+    for text in path.read_text(errors="replace").split("\n")[:-1]:         # a last line cut short is none
+        try:
+            line = json.loads(text.strip("\0"))
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            damaged += 1
+    if damaged:
+        warn_once(f"metrics {path}", f"{path}: {damaged} damaged lines, such as a crash of the machine leaves, are left out")
+    return lines
 
 
 def trim_metrics(path, step):
@@ -216,12 +272,12 @@ def save_preview(path, ema, latents, y, vae, seed):
     with torch.inference_mode():
         images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
     path.parent.mkdir(exist_ok=True)
-    image_grid(images, len(latents)).save(path)
+    save_png(path, image_grid(images, len(latents)))
 
 
 def draw_losses(metrics, path, width=800, height=400):
     """A picture of the logged losses over the steps, from the dicts of `read_metrics`; nothing where there is none."""
-    points = [(line["step"], line["loss"]) for line in metrics if line["loss"] is not None]
+    points = [(line["step"], line["loss"]) for line in metrics if isinstance(line.get("loss"), float)]
     if not points:
         return
     steps, losses = np.array(points).T

@@ -108,7 +108,7 @@ def test_killed_at_random_moments(trained, train, tmp_path):
 
 
 @pytest.mark.parametrize("processes, which, send", [(1, signal.SIGTERM, os.killpg), (2, signal.SIGUSR1, os.kill),
-                                                    (2, signal.SIGTERM, os.killpg)])
+                                                    (2, signal.SIGTERM, os.killpg), (1, signal.SIGINT, os.killpg)])
 def test_asked_to_stop(processes, which, send, trained, train, tmp_path):
     """One process, or its whole group with the data loader's workers, as launchers do it, gets the signal: all end well
     after the same step, and the same command goes on to the same end."""

@@ -1,0 +1,320 @@
+"""Training on disks and machines that fail: one line that says what happened and what is kept, and the way on."""
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import launch
+from forked import Run
+from test_train import metrics, train_command
+from test_training import metrics_lines, same_run
+
+from dlc.checkpoints import newest_checkpoint, newest_of_run, run_checkpoints
+
+
+@pytest.fixture
+def train(features, tmp_path):
+    """train(name, flags…, fault=…, processes=N): a started run into that folder of tmp_path."""
+    outputs = (tmp_path / f"output_{number}.txt" for number in itertools.count())
+
+    def start(name, *flags, processes=1, fault=None):
+        flags = train_command(1, features, tmp_path / name, *flags)[3:]
+        script, flags = ("faulty", [fault, "train_diffusion", *flags]) if fault else ("train_diffusion", flags)
+        return Run(script, flags, next(outputs), processes)
+    return start
+
+
+@pytest.fixture
+def trained(train):
+    """The same, ended well; gives what it said."""
+    def run(*args, **kwargs):
+        process = train(*args, **kwargs)
+        assert process.wait(), process.said()
+        return process.said()
+    return run
+
+
+@pytest.fixture
+def failed(train):
+    """The same, ended with one line of an error, which it gives."""
+    def run(*args, **kwargs):
+        process = train(*args, **kwargs)
+        assert not process.wait()
+        return the_error(process)
+    return run
+
+
+def the_error(process):
+    errors = [line for line in process.said().splitlines() if "error: " in line]
+    assert len(errors) == 1 and "Traceback" not in process.said(), process.said()
+    assert process.ranks[0].exitcode == 2
+    return errors[0]
+
+
+def wait_for_lines(process, run, count=1):
+    while metrics_lines(run) < count:
+        assert not process.wait(0.01), process.said()
+
+
+#################################################################################
+#                               Two launches, copies                            #
+#################################################################################
+
+def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
+    """It waits a little, then says so; the first one's checkpoints and lines are those of a run left alone."""
+    flags = ("--max-steps", 30, "--ckpt-every", 5)
+    first = train("run", *flags)
+    wait_for_lines(first, tmp_path / "run")
+    second = train("run", *flags, fault="impatient")
+    assert not second.wait()
+    assert re.search(f"another process is writing to {tmp_path}/run: wait for it, or give another path", the_error(second))
+    assert first.wait(), first.said()
+    trained("alone", *flags)
+    assert same_run(tmp_path / "run", tmp_path / "alone", 30)
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def test_a_launch_that_waited_continues(trained, train, tmp_path):
+    first = train("run", "--max-steps", 20)
+    wait_for_lines(first, tmp_path / "run")
+    assert "steps 20 to 22" in trained("run", "--max-steps", 22)
+    assert first.ranks[0].exitcode == 0
+    trained("alone", "--max-steps", 20)
+    trained("alone", "--max-steps", 22)
+    assert same_run(tmp_path / "run", tmp_path / "alone", 22)
+
+
+@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+def test_disks_that_can_do_less(fault, warning, trained, tmp_path):
+    said = trained("run", "--max-steps", 2, "--ckpt-every", 1, fault=fault)
+    assert said.count("warning: the disk of") == 1 and warning in said
+    assert len(run_checkpoints(tmp_path / "run")) == 2
+
+
+def test_newest_is_the_highest_step_of_the_newest_run(trained, tmp_path):
+    """A copy may have lost the files' times, or turned them round."""
+    for name in ("one", "two"):
+        trained(f"runs/{name}", "--max-steps", 3, "--ckpt-every", 1)
+    runs = {name: run_checkpoints(tmp_path / "runs" / name) for name in ("one", "two")}
+    for times in ({"one": (300, 200, 100), "two": (90, 80, 70)}, {"one": (100, 100, 100), "two": (50, 50, 50)}):
+        for name, paths in runs.items():
+            for path, seconds in zip(paths, times[name]):
+                for file in (*path.iterdir(), path):
+                    os.utime(file, (seconds, seconds))
+        assert newest_checkpoint(tmp_path / "runs", "DiTSEM-Ti/4") == runs["one"][-1]
+        assert newest_checkpoint(tmp_path / "runs/two", "DiTSEM-Ti/4") == runs["two"][-1]
+
+
+#################################################################################
+#                                     Damage                                    #
+#################################################################################
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (lambda path: cut_short(path / "model.safetensors"), "model.safetensors is cut short"),
+    (lambda path: cut_short(path / "ema.safetensors"), "ema.safetensors is cut short"),
+    (lambda path: cut_short(path / "optimizer.pt"), "optimizer.pt is cut short"),
+    (lambda path: (path / "optimizer.pt").write_bytes(b""), "optimizer.pt is cut short"),
+    (lambda path: (path / "meta.json").write_bytes(b"\0" * 500), "meta.json is not readable JSON"),
+    *[(lambda path, name=name: (path / name).unlink(), f"{name} is missing")
+      for name in ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")]])
+def test_a_damaged_newest_checkpoint(harm, reason, run_of_three, failed, train, tmp_path):
+    """Training names it and the whole one before it; with it gone, that is what continues."""
+    shutil.copytree(run_of_three, tmp_path / "run")
+    one, two, three = run_checkpoints(tmp_path / "run")
+    harm(three)
+    assert re.search(rf"checkpoint {three} is damaged \(.*{reason}.*\): remove it; the newest whole one before it is 0000002$",
+                     failed("run", "--max-steps", 4))
+    harm(two)
+    with pytest.raises(ValueError, match=f"the newest whole one before it is 0000001"):
+        newest_of_run(tmp_path / "run")
+    shutil.rmtree(two)
+    shutil.rmtree(one)
+    with pytest.raises(ValueError, match="there is no whole one before it"):
+        newest_of_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def run_of_three(features, tmp_path_factory):
+    root = tmp_path_factory.mktemp("three")
+    launch(("forked", *train_command(1, features, root / "run", "--max-steps", 3, "--ckpt-every", 1)[1:]), root)
+    return root / "run"
+
+
+def test_sampling_wants_the_weights_alone(run_of_three, tmp_path):
+    """Of a run stripped of its optimizer state the newest is drawn from; cut short weights are named."""
+    shutil.copytree(run_of_three, tmp_path / "run")
+    for path in run_checkpoints(tmp_path / "run"):
+        (path / "optimizer.pt").unlink()
+        (path / "model.safetensors").unlink()
+    three = run_checkpoints(tmp_path / "run")[-1]
+    assert newest_checkpoint(tmp_path / "run", "DiTSEM-Ti/4") == three
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        newest_checkpoint(tmp_path / "run", "DiTSEM-Ti/4", use_ema=False)
+    cut_short(three / "ema.safetensors")
+    result = launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--results-dir", "run"), tmp_path,
+                    check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and not (tmp_path / "samples").exists()
+    assert re.search("error: checkpoint .*0000003 is damaged .* whole one before it is 0000002$", result.stderr, re.M)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 300 + b"\n", b"\0" * 300, b'{"step": 2, "lo\n', b"[1]\n{}\n", b"\xff\xfe\n",
+                                    b'{"step": "two"}\n', b"[" * 100_000 + b"\n"])
+def test_lines_damaged_by_a_crash(damage, run_of_three, trained, tmp_path):
+    """They are left out, with one warning; the run continues and its own lines stay."""
+    shutil.copytree(run_of_three, tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run/metrics.jsonl").write_bytes(b"".join([lines[0], lines[1], damage, lines[2]]))
+    said = trained("run", "--max-steps", 4)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert said.count("damaged lines") == (0 if damage == b"\0" * 300 else 1) and (tmp_path / "run/loss.png").is_file()
+
+
+#################################################################################
+#                            Full disks, killed readers                         #
+#################################################################################
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_path):
+    """A checkpoint is tried, one line says what happened, and the same command goes on to the same end."""
+    flags = ("--max-steps", 10, "--log-every", 4)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "run/log.txt").symlink_to("/dev/full")
+    process = train("run", *flags, processes=processes)
+    assert not process.wait()
+    error = the_error(process)
+    assert re.search(r"cannot write .*metrics.jsonl \(.*No space left on device\): make room, then run the same command "
+                     r"again; what is done is kept: .*run/checkpoints/000000[456]$", error), error
+    assert process.said().count("log.txt (") == 1                       # a warning; the log ends nothing
+    for name in ("metrics.jsonl", "log.txt"):
+        (tmp_path / "run" / name).unlink()
+    trained("run", *flags, processes=processes)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [8]
+    trained("alone", *flags, processes=processes)
+    (tmp_path / "run/metrics.jsonl").write_bytes((tmp_path / "alone/metrics.jsonl").read_bytes())
+    assert same_run(tmp_path / "run", tmp_path / "alone", 10)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
+    """Nothing is lost: a checkpoint, one line, and the same command goes on to the same end."""
+    flags = ("--max-steps", 60, "--num-workers", 2)
+    process = train("run", *flags, processes=processes)
+    wait_for_lines(process, tmp_path / "run", 2)
+    os.kill(int(Path(f"/proc/{process.ranks[0].pid}/task/{process.ranks[0].pid}/children").read_text().split()[0]),
+            signal.SIGKILL)
+    assert not process.wait()
+    assert re.search("a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; what "
+                     "is done is kept: .*/checkpoints/", the_error(process))
+    step = int(run_checkpoints(tmp_path / "run")[-1].name)
+    assert 2 <= step < 60 and metrics_lines(tmp_path / "run") == step
+    trained("run", *flags, processes=processes)
+    trained("alone", *flags, processes=processes)
+    assert same_run(tmp_path / "run", tmp_path / "alone", 60)
+
+
+#################################################################################
+#                                Signals and waiting                            #
+#################################################################################
+
+def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
+    """Rank 0 hangs in a collective, since the other one was stopped: the first signal waits for a step, not the second."""
+    process = train("run", "--max-steps", 5000, processes=2)
+    wait_for_lines(process, tmp_path / "run")
+    first, other = process.ranks
+    os.kill(other.pid, signal.SIGSTOP)
+    try:
+        time.sleep(1)
+        os.kill(first.pid, signal.SIGINT)
+        first.join(1)
+        assert first.is_alive()
+        os.kill(first.pid, signal.SIGINT)
+        first.join(5)
+    finally:
+        other.kill()
+        other.join()
+    assert first.exitcode == 130 and "ended at once by a second SIGINT" in process.said()
+    assert "Traceback" not in process.said()
+
+
+def test_a_process_that_waits_says_where(features, tmp_path):
+    """Of two processes one is never started."""
+    run = Run("faulty", ["said_soon", "train_diffusion", *train_command(1, features, tmp_path / "run")[3:]],
+              tmp_path / "output.txt", 2)
+    lone, never = run.ranks
+    never.kill()
+    deadline = time.time() + 60
+    while time.time() < deadline and not (run.output.exists() and "still waits" in run.said()):
+        time.sleep(0.1)
+    assert re.search(r"rank 0 still waits for all 2 processes to meet at 127.0.0.1:\d+: was every one started", run.said())
+    for rank in (lone, never):
+        rank.kill()
+        rank.join()
+
+
+#################################################################################
+#                         The launcher's configuration                          #
+#################################################################################
+
+def train_with(environment, features, results, *flags, check=True, script="train_diffusion.py"):
+    command = train_command(1, features, results, "--max-steps", 2, *flags, launcher="python", script=script)
+    return launch(command, results.parent, check=check, environment=environment)
+
+
+@pytest.mark.parametrize("environment, message", [
+    (dict(ACCELERATE_USE_DEEPSPEED="true"), "asks for DeepSpeed: shard with FSDP"),
+    (dict(ACCELERATE_USE_MEGATRON_LM="true"), "asks for Megatron-LM"),
+    (dict(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_TP_SIZE="2"), "PARALLELISM_CONFIG_TP_SIZE 2"),
+    (dict(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true"), "leave out fsdp_offload_params"),
+    (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="NO_SHARD"), "fsdp_sharding_strategy FULL_SHARD"),
+    (dict(ACCELERATE_MIXED_PRECISION="fp8"), "--mixed_precision fp8: this trains in fp16, bf16"),
+    (dict(ACCELERATE_DYNAMO_BACKEND="cudagraphs"), "the dynamo backend cudagraphs"),
+    (dict(ACCELERATE_DYNAMO_BACKEND="inductor", ACCELERATE_DYNAMO_MODE="max-autotune"), "in mode max-autotune")], ids=str)
+def test_what_cannot_be_honoured(environment, message, features, tmp_path):
+    result = train_with(environment, features, tmp_path / "run", check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and message in result.stderr, result.stderr
+    assert result.stderr.count("error: ") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_environment_never_overrides_a_flag(features, tmp_path):
+    """With dynamo, accumulation and FSDP's activation checkpointing on: nothing is compiled, the losses are the same."""
+    environment = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
+                       ACCELERATE_USE_FSDP="true", FSDP_ACTIVATION_CHECKPOINTING="true", ACCELERATE_USE_CPU="true")
+    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="tests/spying.py").stdout
+    assert "compiled: 0 blocks; checkpointing: False" in said
+    assert "accelerate's 4 gradient accumulation steps are not used: --grad-accum 1 is" in said
+    assert "fsdp_activation_checkpointing is not used" in said
+    train_with({}, features, tmp_path / "alone")
+    assert same_run(tmp_path / "run", tmp_path / "alone", 2)
+    environment = dict(ACCELERATE_DYNAMO_BACKEND="inductor")
+    said = train_with(environment, features, tmp_path / "compiled", script="tests/spying.py").stdout
+    assert "compiled: 6 blocks" in said                     # no flag says otherwise
+
+
+@pytest.mark.parametrize("flag", ["--features-path", "--results-dir", "--vae", "--pretrained-path"])
+def test_empty_values(flag, features, tmp_path):
+    """Of an unset variable: not the current folder."""
+    result = train_with({}, features, tmp_path / "run", f"{flag}=", check=False)
+    assert result.returncode == 2 and "is empty: give a value (is a shell variable unset?)" in result.stderr
+    assert flag in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_home_folders(features, tmp_path):
+    """In --flag=~/x shells leave ~ alone."""
+    home = tmp_path / "home"
+    shutil.copytree(features, home / "features")
+    train_with(dict(HOME=str(home)), "~/features", tmp_path / "x", "--results-dir=~/run")
+    assert len(run_checkpoints(home / "run")) == 1 and not (tmp_path / "~").exists()
+    assert json.loads((home / "run/args.json").read_text())["results_dir"] == str(home / "run")
+    result = train_with({}, "~nobody-here/features", tmp_path / "x", check=False)
+    assert result.returncode == 2 and "no such user's home folder" in result.stderr
