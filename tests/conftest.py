@@ -1,5 +1,7 @@
 """Tiny models and images, and the launching of the real scripts."""
+import importlib
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -100,6 +102,23 @@ def images(tmp_path_factory):
     save_images(root)
     (root / "dog/1_broken.jpg").write_text("not an image")
     return root
+
+
+@pytest.fixture
+def error_of(monkeypatch, capsys, tmp_path):
+    """Call a script's main with flags in an empty directory; gives its one line of complaint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(script).main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2, error
+        assert re.fullmatch(rf"{script}\.py: error: .*\n", error), error
+        return error
+    return call
 
 
 def extract_command(launcher, processes, images, features, tiny_models, *flags):

@@ -18,23 +18,6 @@ SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_d
            "compose_dlc")
 
 
-@pytest.fixture
-def error_of(monkeypatch, capsys, tmp_path):
-    """Call a script's main with flags in an empty directory; gives its one line of complaint."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(script, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            importlib.import_module(script).main()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2, error
-        assert re.fullmatch(rf"{script}\.py: error: .*\n", error), error
-        return error
-    return call
-
-
 def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=None, features=None, **sizes):
     """A checkpoint directory of an untrained model."""
     path.mkdir(parents=True)
