@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from dlc.checkpoints import weights_sha256
 from dlc.cli import SEED, ArgumentParser, number, progress
-from dlc.extraction import (Networks, Views, add_encoder_flags, collate, flips_of, in_order, list_images,
-                            listing_sha256, open_encoder)
+from dlc.extraction import Networks, Views, add_encoder_flags, collate, flips_of, in_order, open_encoder
 from dlc.disk import recorded_id, write_whole
 from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
+from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, normal
 from dlc.runtime import (PRECISIONS, agree, create_logger, default_num_workers, done_by_rank_0, from_rank_0,
                          start_processes)
@@ -79,7 +79,9 @@ def main():
         state = start_processes()
         logger = create_logger(state)
         logger.info(f"listing {args.data_path}")
-        classes, paths, labels = done_by_rank_0(state, lambda: list_images(args.data_path))
+        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(args.data_path))
+        for remark in remarks:
+            logger.warning(f"warning: {remark}")
 
     # ---------------------------------------------------------------------- models and writer
     with parser.one_line_errors():

@@ -9,11 +9,13 @@ import torch
 
 from dlc.checkpoints import weights_sha256
 from dlc.encoder import load_encoder
-from dlc.extraction import Views, collate, flips_of, list_images, listing_sha256
+from dlc.extraction import Views, collate, flips_of
+from dlc.cli import warn_once
 from dlc.disk import recorded_id
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0
+from dlc.listing import list_images, listing_sha256
 from dlc.training import TrainingBatches
 
 FLIPS = ("random", "none")
@@ -53,7 +55,9 @@ class Images:
         factor = downsampling_factor(vae)
         if image_size % factor:
             raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        classes, paths, labels = done_by_rank_0(state, lambda: list_images(data_path))
+        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(data_path))
+        for remark in remarks:
+            warn_once(remark, remark)
         self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
         self.vae, self.encoder = load_vae(vae), None
         if encoder:
