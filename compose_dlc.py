@@ -95,6 +95,10 @@ def read_images(args):
         except Exception as error:                          # Pillow's readers raise all kinds
             raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
     logits = encoder.logits(normalize(torch.from_numpy(np.stack(views)), IMAGENET_MEAN, IMAGENET_STD))
+    finite = logits.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        name = args.images[int(finite.int().argmin())]
+        raise ValueError(f"the encoder's logits of {name} are not finite numbers: try another --encoder")
     if args.mode == "tokens":
         return logits.argmax(dim=2), encoder.V
     return torch.softmax(logits / (args.temp or encoder.temperature), dim=2), encoder.V

@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader
 
 from dlc.checkpoints import weights_sha256
 from dlc.cli import SEED, ArgumentParser, number, progress
-from dlc.extraction import (Networks, Views, add_encoder_flags, collate, flips_of, in_order, list_images,
-                            listing_sha256, open_encoder)
+from dlc.extraction import Networks, Views, add_encoder_flags, collate, flips_of, in_order, open_encoder
 from dlc.disk import recorded_id, write_whole
-from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, code_dtype
+from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, NotFinite, as_stored, code_dtype
 from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
+from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, normal
 from dlc.runtime import (PRECISIONS, agree, create_logger, default_num_workers, done_by_rank_0, from_rank_0,
                          start_processes)
 from models import DiT_models
 
+NOT_FINITE = "try --precision bf16 or fp32"         # what to do about latents or logits that are not numbers
 COMPARED_BATCHES = 8        # in which a lower precision's tokens are compared with fp32's
 ON_GPU = torch.cuda.is_available()
 
@@ -79,7 +80,9 @@ def main():
         state = start_processes()
         logger = create_logger(state)
         logger.info(f"listing {args.data_path}")
-        classes, paths, labels = done_by_rank_0(state, lambda: list_images(args.data_path))
+        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(args.data_path))
+        for remark in remarks:
+            logger.warning(f"warning: {remark}")
 
     # ---------------------------------------------------------------------- models and writer
     with parser.one_line_errors():
@@ -159,11 +162,16 @@ def main():
             there = indices.to(state.device)
             latents = mean + std * torch.stack([normal(args.global_seed, Stream.POSTERIOR, there, latent_shape, copy)
                                                 for copy in range(copies)], dim=1)
-        rows = dict(features=latents.flatten(0, 1).cpu().numpy().astype(args.dtype),
-                    labels=labels[indices.numpy()].repeat(copies),
-                    path=np.array([paths[index] for index in indices.tolist()]).repeat(copies))
+        names = np.array([paths[index] for index in indices.tolist()])
+        rows = dict(features=as_stored(latents.flatten(0, 1).cpu().numpy(), args.dtype,
+                                       lambda row: repr(str(names[row // copies])), NOT_FINITE),
+                    labels=labels[indices.numpy()].repeat(copies), path=names.repeat(copies))
         if encoder:
-            rows["sem"] = networks.codes(code_views).cpu().numpy().astype(code_dtype(V)).repeat(copies, axis=0)
+            codes = networks.codes(code_views).cpu().numpy()
+            if (codes < 0).any():
+                name = str(names[(codes < 0).any(axis=1).argmax()])
+                raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {NOT_FINITE}")
+            rows["sem"] = codes.astype(code_dtype(V)).repeat(copies, axis=0)
         return batch, rows, skipped
 
     def whole_shards(encoded):
@@ -194,6 +202,8 @@ def main():
         manifest = writer.finish(num_shards) if state.is_main_process else None
     except OSError as error:
         parser.error(f"{error}; what is done is kept: run the same command again")
+    except NotFinite as error:
+        parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: lower --batch-size; what is done is kept")
     except KeyboardInterrupt:

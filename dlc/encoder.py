@@ -72,8 +72,12 @@ class SEMEncoder(nn.Module):
         return torch.softmax(self.logits(images) / self.temperature, dim=2)
 
     def codes(self, images):
-        """The discrete latent code: (N, L) int64."""
-        return self.logits(images).argmax(dim=2)
+        """The discrete latent code: (N, L) int64; -1, which is no token, where the logits are not finite numbers.
+
+        A mark in place of an error, for which a GPU would have to be waited for. The argmax would be 0.
+        """
+        logits = self.logits(images)
+        return logits.argmax(dim=2).masked_fill(~logits.isfinite().all(dim=2), -1)
 
 
 def save_encoder(encoder, directory):

@@ -1,6 +1,5 @@
 """The parts of extraction: images and their views, the two networks, and work done in threads but kept in order."""
 import errno
-import hashlib
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
 from dlc.cli import number
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
@@ -24,28 +22,6 @@ DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
 #################################################################################
 #                                    Images                                     #
 #################################################################################
-
-def list_images(data_path):
-    """ImageFolder's classes, the images' paths relative to data_path, and labels (n,).
-
-    Raises ValueError where there is nothing to extract.
-    """
-    root = Path(data_path)
-    if not root.is_dir():
-        raise ValueError(f"--data-path {data_path} is not a folder")
-    if not any(path.is_dir() for path in root.iterdir()):
-        raise ValueError(f"--data-path {data_path} has no class folders: images go into one folder a class")
-    folder = ImageFolder(str(root), allow_empty=True)
-    if not folder.samples:
-        raise ValueError(f"--data-path {data_path} has class folders but no images in them")
-    paths, labels = zip(*folder.samples)
-    return folder.classes, [path[len(str(root)) + 1:] for path in paths], np.array(labels, dtype=np.int64)
-
-
-def listing_sha256(paths):
-    """A digest of a listing, which tells whether images were added, taken away or renamed."""
-    return hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
-
 
 def flips_of(policy, count, seed):
     """Whether each row of each image is flipped: (count, 1) bool, or (count, 2) for the policy "both"."""

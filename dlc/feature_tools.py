@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 
 from dlc.cli import ArgumentParser, number, progress
 from dlc.disk import recorded_id, write_whole
-from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, Stack, check_range, code_dtype, read_manifest,
-                          shard_stacks)
+from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, Stack, as_stored, check_range, code_dtype,
+                          read_manifest, shard_stacks)
 
 PART = 4096                 # rows looked at together, so that no file need fit in memory
 
@@ -220,9 +220,10 @@ def check(args):
 def write_shards(args, source, count, channels, names, read, **settings):
     """Write rows 0..count-1 into shards at args.new; read(rows) gives the arrays of an index range, one a kind.
 
-    Of the settings of an extraction, what is not known of other layouts is None.
+    The latents become what settings["dtype"] says. Of the settings of an extraction, what is not known of other layouts
+    is None.
 
-    Raises ValueError where the latents have other than four channels.
+    Raises ValueError where the latents have other than four channels, or one is not finite in that type.
     """
     if channels != 4:
         raise ValueError(f"{source} has latents of {channels} channels, wanted 4")
@@ -240,7 +241,10 @@ def write_shards(args, source, count, channels, names, read, **settings):
     for shard in progress(shards, desc="packing", unit="shard", delay=2):
         if not writer.is_done(shard):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
-            writer.write(shard, read(rows), [])
+            arrays = read(rows)
+            arrays["features"] = as_stored(arrays["features"], settings["dtype"], lambda i: f"{source}, row {rows[i]}",
+                                           "mend that row, or take it out")
+            writer.write(shard, arrays, [])
     writer.finish(len(shards))
     print(f"done: {count:,} rows in {len(shards):,} shards at {new}")
 
@@ -254,7 +258,7 @@ def pack(args):
     dtype = args.dtype or str(old.latents.array(0).dtype)
 
     def read(rows):
-        arrays = dict(features=old.latents.gather(rows).astype(dtype), path=np.array([names[row] for row in rows]),
+        arrays = dict(features=old.latents.gather(rows), path=np.array([names[row] for row in rows]),
                       labels=old.labels.gather(rows, limit=old.num_classes).astype(np.int64))
         if old.codes is not None:
             arrays["sem"] = old.codes.gather(rows, limit=old.V).astype(code_dtype(old.V))
@@ -299,7 +303,7 @@ def import_hf(args):
     def read(rows):
         part = data[rows.start:rows.stop]
         try:
-            latents = part["features"].reshape(len(rows), *latent_shape).astype(dtype)
+            latents = part["features"].reshape(len(rows), *latent_shape)
             values = part["labels"].reshape(len(rows), *([L] if L else []))
         except ValueError:
             raise ValueError(f"{args.directory}, rows {rows.start} to {rows.stop - 1}: not all have latents "

@@ -39,6 +39,26 @@ def code_dtype(V):
     return np.uint8 if V <= 256 else np.uint16
 
 
+class NotFinite(ValueError):
+    """Latents or codes that no training could use: not numbers, or too large for the type they are stored in."""
+
+
+def as_stored(latents, dtype, locate, advice):
+    """Latents (n, ...) in the type they are stored in.
+
+    Raises NotFinite where one is not finite in it, naming the first by locate(row), with advice on what is no number.
+    """
+    with np.errstate(over="ignore"):
+        stored = latents.astype(dtype)
+    finite = np.isfinite(stored)
+    if not finite.all():
+        row = int(np.argmin(finite.reshape(len(stored), -1).all(axis=1)))
+        if np.isfinite(latents[row].astype(np.float64)).all():
+            raise NotFinite(f"latents of {locate(row)} are too large for {dtype}: give --dtype float32")
+        raise NotFinite(f"latents of {locate(row)} are not finite numbers: {advice}")
+    return stored
+
+
 def load_array(path, mmap=True):
     """A `.npy` without pickled objects, memory-mapped or read. Raises ValueError naming the file."""
     try:

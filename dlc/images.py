@@ -5,13 +5,17 @@ without gradients. Both compute in float32 whatever the training's precision is,
 nor, by an argmax that falls otherwise, the codes: they are those of extraction (on GPUs to what TF32 is worth,
 unless --no-tf32).
 """
+import math
+
 import torch
 
 from dlc.checkpoints import weights_sha256
+from dlc.cli import warn_once
 from dlc.encoder import load_encoder
-from dlc.extraction import Views, collate, flips_of, list_images, listing_sha256
+from dlc.extraction import Views, collate, flips_of
 from dlc.disk import recorded_id
 from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
+from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0
 from dlc.training import TrainingBatches
@@ -53,7 +57,9 @@ class Images:
         factor = downsampling_factor(vae)
         if image_size % factor:
             raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        classes, paths, labels = done_by_rank_0(state, lambda: list_images(data_path))
+        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(data_path))
+        for remark in remarks:
+            warn_once(remark, remark)
         self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
         self.vae, self.encoder = load_vae(vae), None
         if encoder:
@@ -113,10 +119,16 @@ class Encode:
 
     @torch.no_grad()
     def __call__(self, crops, condition):
-        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is."""
+        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is.
+
+        Where the encoder's logits are not finite numbers, the moments are NaN.
+        """
         moments = torch.cat([torch.cat(posterior(self.vae, normalize(part)), dim=1)
                              for part in crops.split(ENCODED_AT_ONCE)])
         if self.encoder:
             condition = torch.cat([self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD))
                                    for part in condition.split(ENCODED_AT_ONCE)])
+            # no code: NaN latents in its place, at which the loss's check ends the run
+            moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
+            condition = condition.clamp(min=0)
         return moments, condition

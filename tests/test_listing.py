@@ -1,0 +1,312 @@
+"""Listing images: a sane folder as torchvision does; of any other, what is left out, met twice or empty is said."""
+import errno
+import os
+import shutil
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+from conftest import IMAGE_SIZE, extract_command, launch, save_images
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from dlc import cli
+from dlc.features import Features
+from dlc.images import Images
+from dlc.listing import ENDINGS, list_images, listing_sha256
+
+
+def make(root, *names):
+    """Files of these names, in folders made for them; a name that ends in / is a folder."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("")
+    return root
+
+
+def torchvisions(root):
+    folder = ImageFolder(str(root), allow_empty=True)
+    return folder.classes, [os.path.relpath(path, root) for path, _ in folder.samples], folder.targets
+
+
+def same_as_torchvisions(root):
+    classes, paths, labels, _ = list_images(root)
+    there = torchvisions(root)
+    assert (classes, paths, labels.tolist()) == there and labels.dtype == np.int64
+    assert len(paths) == len(labels)
+    return paths
+
+
+def only_line(root):
+    (line,) = list_images(root)[3]
+    assert len(line) < 300 and line.isprintable()
+    return line
+
+
+#################################################################################
+#                               As torchvision's                                #
+#################################################################################
+
+def test_a_sane_folder_is_listed_as_torchvision_does(tmp_path):
+    """Classes, order, labels; nested folders, whose order is that of their paths' text; and nothing is said."""
+    assert set(ENDINGS) == set(IMG_EXTENSIONS)
+    make(tmp_path, "n02/b.png", "n02/a.JPEG", "n02/10.jpg", "n02/9.jpg", "n02/B.WebP", "n01/x.tif", "N01/x.TIFF",
+         "a/b/1.png", "a/b/c/1.png", "a/b c/1.png", "a/b-c/1.png", "a/b.c/1.png", "a/z.png", "a/b/C/1.png",
+         "10/1.bmp", "9/1.ppm", "9/1.pgm", "with space/two\nlines.png", "ünï/çà 猫 🐈.png", "ünï/çà.png", "é/1.png",
+         "folder.png/named as an image.jpg/1.png", "z~/İ.JPG", "z~/ſ.jpg", "#tag/1.png", "@user/1.png", "$/1.png")
+    (tmp_path / os.fsdecode(b"not utf-8 \xff")).mkdir()
+    (tmp_path / os.fsdecode(b"not utf-8 \xff") / os.fsdecode(b"\xfe.png")).write_text("")
+    paths = same_as_torchvisions(tmp_path)
+    assert len(paths) == 28 and list_images(tmp_path)[3] == []
+    assert listing_sha256(paths) == listing_sha256(torchvisions(tmp_path)[1])
+
+
+def test_the_root_may_be_written_in_any_way(tmp_path, monkeypatch):
+    make(tmp_path, "data/cat/1.png", "data/dog/1.png")
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    for root in ("data", "data/", "./data", "data/../data", tmp_path / "data", f"{tmp_path}//data/", "link"):
+        assert list_images(root)[:2] == (["cat", "dog"], ["cat/1.png", "dog/1.png"])
+    monkeypatch.chdir("data")
+    assert list_images(".")[1] == ["cat/1.png", "dog/1.png"]
+
+
+def test_links_are_followed(tmp_path):
+    """To images and folders, within the data path, where what is met twice is said, and out of it."""
+    make(tmp_path / "elsewhere", "1.png", "sub/2.png", "whole class/3.png")
+    root = make(tmp_path / "data", "cat/1.png", "dog/1.png", "cat/sub/2.png")
+    (root / "dog/out.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (root / "dog/sub").symlink_to(tmp_path / "elsewhere/sub", target_is_directory=True)
+    (root / "fox").symlink_to(tmp_path / "elsewhere/whole class", target_is_directory=True)
+    (root / "dog/link to nowhere.png").symlink_to("nowhere.png")            # skipped, with the reason, when it is read
+    (root / "dog/link to itself.jpg").symlink_to("link to itself.jpg")
+    same_as_torchvisions(root)
+    assert list_images(root)[3] == []
+
+    (root / "dog/in.png").symlink_to("../cat/1.png")
+    (root / "dog/out again.png").symlink_to(tmp_path / "elsewhere/1.png")
+    same_as_torchvisions(root)
+    assert "2 images met twice, by links, and kept (dog/in.png, dog/out.png)" in only_line(root)
+    (root / "all cats").symlink_to("cat", target_is_directory=True)         # a class of the same images
+    same_as_torchvisions(root)
+    assert "4 images met twice, by links, and kept (" in only_line(root)
+
+
+#################################################################################
+#                                 What is left out                              #
+#################################################################################
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found",
+                                  "System Volume Information", "__pycache__", "#recycle"])
+def test_hidden_and_system_folders_are_no_classes(name, tmp_path):
+    """At the top and within a class; and they may be closed."""
+    make(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png", f"dog/{name}/2.png", f"dog/deep/{name}/3.png",
+         "dog/deep/1.png")
+    classes, paths, labels, _ = list_images(tmp_path)
+    assert (classes, paths) == (["cat", "dog"], ["cat/1.png", "dog/1.png", "dog/deep/1.png"])
+    assert labels.tolist() == [0, 1, 1]
+    line = only_line(tmp_path)
+    assert "left out 3 hidden or system folders (" in line and name[-10:] in line
+
+
+def test_hidden_and_system_files_are_no_images(tmp_path):
+    make(tmp_path, "cat/1.png", "cat/._1.png", "cat/.2.jpg", "cat/.DS_Store", "cat/Thumbs.db", "cat/desktop.ini",
+         ".DS_Store")
+    assert list_images(tmp_path)[1] == ["cat/1.png"]
+    line = only_line(tmp_path)
+    assert "left out 2 hidden files named as images (cat/.2.jpg, cat/._1.png)" in line
+    assert "left out 4 hidden or system files (.DS_Store, cat/.DS_Store, cat/Thumbs.db, …)" in line
+
+
+def test_other_endings_are_counted(tmp_path):
+    """Those of images first."""
+    make(tmp_path, "cat/1.png", "README.md", *(f"cat/{i}.GIF" for i in range(12)),
+         *(f"dog/sub/{i}.jfif" for i in range(3)), "dog/1.avif",
+         "dog/README", "dog/LICENSE", "dog/dot.", "dog/1.png", *(f"dog/{i}.txt" for i in range(20)))
+    assert list_images(tmp_path)[1] == ["cat/1.png", "dog/1.png"]
+    assert "left out 12 .gif, 3 .jfif, 1 .avif, 20 .txt, 3 without an ending, 1 of other endings" in only_line(tmp_path)
+
+
+def test_images_outside_the_class_folders(tmp_path):
+    make(tmp_path, "cat/1.png", "1.png", "2.JPG")
+    (tmp_path / "3.png").symlink_to("cat/1.png")
+    assert list_images(tmp_path)[1] == ["cat/1.png"]
+    assert "left out 3 images outside the class folders (1.png, 2.JPG, 3.png)" in only_line(tmp_path)
+
+
+def test_empty_classes_stay_classes(tmp_path):
+    make(tmp_path, "ant/", "bee/notes.txt", "cat/1.png", "dog/sub/", "eel/")
+    same_as_torchvisions(tmp_path)
+    assert list_images(tmp_path)[2].tolist() == [2]
+    assert "left out 1 .txt; 4 empty classes (ant, bee, dog, …)" in only_line(tmp_path)
+
+
+def test_folders_that_link_back(tmp_path):
+    """To a class, to the root, to one another, and above the root: each is cut where it begins anew."""
+    root = make(tmp_path / "data", "cat/1.png", "cat/deep/2.png", "dog/1.png")
+    for link, target in (("cat/deep/back", ".."), ("cat/root", ".."), ("cat/self", "."), ("cat/dog", "../dog"),
+                         ("dog/cat", "../cat"), ("all", ".")):
+        (root / link).symlink_to(target, target_is_directory=True)
+    classes, paths, _, _ = list_images(root)
+    assert classes == ["cat", "dog"] and len(paths) == 6            # cat's two and dog's one, from either side
+    said = " ".join(list_images(root)[3])
+    assert "folders met twice, links to ones that they lie in (all, cat/" in said
+    assert "3 images met twice, by links, and kept" in said
+    shutil.rmtree(root / "dog")
+    (root / "cat/dog").unlink()
+    (root / "cat/above").symlink_to(tmp_path, target_is_directory=True)
+    classes, paths, _, _ = list_images(root)
+    assert classes == ["cat"] and paths == ["cat/1.png", "cat/deep/2.png"]
+
+
+def test_links_to_nowhere_and_what_is_no_file(tmp_path):
+    make(tmp_path, "cat/1.png")
+    (tmp_path / "cat/sub").symlink_to("nowhere")
+    (tmp_path / "cat/loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "cat/pipe.png")                            # opened, it would never end
+    assert list_images(tmp_path)[1] == ["cat/1.png"]
+    line = only_line(tmp_path)
+    assert "left out 2 links to nowhere (cat/loop, cat/sub)" in line
+    assert "left out 1 that is no file (cat/pipe.png)" in line
+
+
+def test_classes_of_one_name(tmp_path):
+    """By Unicode: as a letter with its accent, and as a letter and an accent."""
+    make(tmp_path, "caf\u00e9/1.png", "cafe\u0301/1.png", "cafe/1.png")
+    same_as_torchvisions(tmp_path)
+    assert "2 classes whose names look the same (caf" in only_line(tmp_path)
+
+
+def test_lines_are_short_and_few(tmp_path):
+    """Of everything at once, and long names with control characters."""
+    root = tmp_path / ("long\x1b[31m" * 20)
+    make(root, "cat/1.png")
+    for kind in ("", ".", "cat/", "cat/."):
+        make(root, *(f"{kind}{'x' * 150}\n{i}.{ending}" for i in range(5) for ending in ("png", "gif", f"{i}" * 90)))
+    make(root, *(f"{'y' * 150}\x07{i}/" for i in range(2000)), *(f".{'z' * 150}{i}/" for i in range(9)))
+    lines = list_images(root)[3]
+    assert 2 <= len(lines) <= 3 and "2,000 empty classes" in lines[-1]
+    assert all(len(line) <= 268 and line.isprintable() and line.startswith("--data-path …") for line in lines)
+
+
+#################################################################################
+#                               What stops a listing                            #
+#################################################################################
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("folder", ["cat", "cat/deep", "."])
+def test_a_folder_that_the_disk_does_not_give(code, folder, tmp_path, monkeypatch):
+    make(tmp_path, "ant/1.png", "cat/1.png", "cat/deep/2.png", "dog/1.png")
+    scandir = os.scandir
+
+    def failing(path):
+        if os.path.relpath(path, tmp_path) == folder:
+            raise OSError(code, os.strerror(code), str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError) as raised:
+        list_images(tmp_path)
+    assert str(tmp_path / folder) in str(raised.value) and os.strerror(code) in str(raised.value)
+
+
+def test_a_folder_that_breaks_off(tmp_path, monkeypatch):
+    """The disk fails between two names: the error names no file itself."""
+    make(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png")
+    scandir = os.scandir
+
+    class Breaking:
+        def __init__(self, path):
+            self.path, self.entries = path, scandir(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.entries.close()
+
+        def __iter__(self):
+            for index, entry in enumerate(self.entries):
+                if index and str(self.path).endswith("cat"):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                yield entry
+    monkeypatch.setattr(os, "scandir", Breaking)
+    with pytest.raises(OSError, match=f"cannot list '{tmp_path}/cat' \\(Input/output error\\)"):
+        list_images(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may look into every folder")
+@pytest.mark.parametrize("mode", [0o000, 0o300])
+def test_a_closed_folder(mode, tmp_path):
+    make(tmp_path, "cat/1.png", "dog/1.png")
+    (tmp_path / "cat").chmod(mode)
+    with pytest.raises(OSError, match=f"cannot list '{tmp_path}/cat' \\(Permission denied\\)"):
+        list_images(tmp_path)
+    (tmp_path / "cat").chmod(0o700)
+
+
+@pytest.mark.parametrize("target, reason", [("nowhere", "No such file"), ("cat", "Too many levels"),
+                                            ("dog/1.png/x", "Not a directory")])
+def test_a_class_that_is_a_link_to_nowhere(target, reason, tmp_path):
+    """As where the disk that holds it is not mounted: without it, every label after it would shift."""
+    make(tmp_path, "ant/1.png", "dog/1.png")
+    (tmp_path / "cat").symlink_to(target)
+    with pytest.raises(OSError, match=f"cannot list '{tmp_path}/cat' \\({reason}"):
+        list_images(tmp_path)
+
+
+def test_nothing_to_list(tmp_path):
+    def refused(root):
+        with pytest.raises(ValueError) as raised:
+            list_images(root)
+        return str(raised.value)
+    assert "nowhere is not a folder" in refused(tmp_path / "nowhere")
+    assert "file is not a folder" in refused(make(tmp_path, "file") / "file")
+    flat = make(tmp_path / "flat", "1.png", "2.png", ".hidden/1.png")
+    assert "has no class folders: images go into one folder a class; left out 2 images outside" in refused(flat)
+    other = make(tmp_path / "other", "cat/1.gif", "cat/2.gif", "cat/3.avif", "dog/")
+    assert "class folders but no images in them (.jpg " in refused(other)
+    assert refused(other).endswith("); left out 2 .gif, 1 .avif")
+
+
+#################################################################################
+#                               Through the scripts                             #
+#################################################################################
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory):
+    """Two classes of two images, and what lies among them."""
+    root = tmp_path_factory.mktemp("data") / "messy"
+    save_images(root, per_class=2)
+    make(root, ".ipynb_checkpoints/0-checkpoint.png", "bee/", "cat/._0.png", "cat/anim.gif")
+    return root
+
+
+SAID = ("left out 1 .gif; left out 1 hidden or system folder (.ipynb_checkpoints); left out 1 hidden file named as an "
+        "image (cat/._0.png); 1 empty class (bee)")
+
+
+def test_extraction_says_it_once(messy, tiny_models, tmp_path):
+    result = launch(extract_command("forked", 2, messy, tmp_path / "features", tiny_models), tmp_path)
+    assert result.stdout.count(SAID) == 1 and "warning: --data-path" in result.stdout
+    features = Features(tmp_path / "features")
+    assert features.manifest["classes"] == ["bee", "cat", "dog"] and not features.manifest["skipped"]
+    assert features.paths.gather(np.arange(4)).tolist() == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+    assert features.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
+
+
+def test_a_class_that_cannot_be_read_stops_extraction(messy, tiny_models, tmp_path):
+    root = shutil.copytree(messy, tmp_path / "data")
+    (root / "cow").symlink_to("cow")
+    result = launch(extract_command("forked", 1, root, tmp_path / "features", tiny_models), tmp_path, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert f"error: cannot list '{root}/cow' (Too many levels of symbolic links)" in result.stdout
+    assert not (tmp_path / "features").exists()
+
+
+def test_training_on_images_has_the_same_listing(messy, tiny_models, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "WARNED", set())
+    images = Images(PartialState(cpu=True), messy, IMAGE_SIZE, tiny_models[0])
+    assert images.num_classes == 3 and images.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
+    assert capsys.readouterr().err.count(SAID) == 1
