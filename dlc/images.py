@@ -11,7 +11,8 @@ from dlc.checkpoints import weights_sha256
 from dlc.encoder import load_encoder
 from dlc.extraction import Views, collate, flips_of, list_images, listing_sha256
 from dlc.disk import recorded_id
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
+from dlc.latents import (IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, in_batches, load_vae, normalize, posterior,
+                         vae_id)
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0
 from dlc.training import TrainingBatches
@@ -114,9 +115,10 @@ class Encode:
     @torch.no_grad()
     def __call__(self, crops, condition):
         """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is."""
-        moments = torch.cat([torch.cat(posterior(self.vae, normalize(part)), dim=1)
-                             for part in crops.split(ENCODED_AT_ONCE)])
+        parts = -(-len(crops) // ENCODED_AT_ONCE)
+        size = -(-len(crops) // parts)                  # all alike, so that the last one is hardly filled up
+        moments = in_batches(lambda part: torch.cat(posterior(self.vae, normalize(part)), dim=1), crops, size)
         if self.encoder:
-            condition = torch.cat([self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD))
-                                   for part in condition.split(ENCODED_AT_ONCE)])
+            condition = in_batches(lambda part: self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD)),
+                                   condition, size)
         return moments, condition

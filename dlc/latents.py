@@ -123,6 +123,26 @@ def _from_hub(load, name):
                              "directory too") from None
 
 
+def in_batches(network, rows, size, places=None):
+    """network(rows), of each row (n, ...), computed in batches of one size and each row at its own place in its batch.
+
+    How a network rounds a row depends on the batch's size and, on some machines, on the row's place. So that it depends
+    on nothing else, the places that no row has are filled with copies of another.
+
+    Args:
+        places: (n,) int64 on the CPU, ascending, out of an endless row of places that batches are cut from; None: from
+            0 on, without a gap.
+    """
+    places = torch.arange(len(rows)) if places is None else places
+    numbers, outputs = places // size, []
+    for number in numbers.unique().tolist():
+        own = (numbers == number).nonzero().squeeze(1)
+        filled = own[:1].repeat(size)
+        filled[places[own] % size] = own
+        outputs.append(network(rows[filled])[places[own] % size])
+    return torch.cat(outputs)
+
+
 def posterior(vae, images):
     """Images (N, 3, S, S) in [-1, 1] to the mean and standard deviation of their scaled latents.
 
