@@ -1,4 +1,5 @@
 """Tiny models and images, and the launching of the real scripts."""
+import importlib
 import os
 import resource
 import socket
@@ -13,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT, STANDINS = Path(__file__).parents[1], Path(__file__).parent / "standins"
+sys.path[:0] = [str(ROOT), str(STANDINS)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
+importlib.import_module("rounding").install()
 
 IMAGE_SIZE, L, V = 64, 6, 300           # V above 256: codes are stored in 16 bits
 SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
