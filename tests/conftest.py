@@ -96,6 +96,22 @@ def tiny_models(tmp_path_factory):
     return root / "vae", root / "sem"
 
 
+def encoder_logits(encoder, paths):
+    """Of images, all in one batch: (n, L, V)."""
+    from dlc.encoder import load_encoder
+    from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+    encoder = load_encoder(encoder)
+    views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])
+    with torch.inference_mode():
+        return encoder.logits(normalize(torch.from_numpy(views), IMAGENET_MEAN, IMAGENET_STD))
+
+
+def assert_codes(codes, logits):
+    """Codes (n, L) computed in other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
+    chosen = logits.gather(2, torch.from_numpy(np.asarray(codes).astype(np.int64)).unsqueeze(2)).squeeze(2)
+    assert (chosen > logits.amax(dim=2) - 1e-4).all()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """14 images in 2 classes, and in their midst, the tenth in order, one file that is no image."""
