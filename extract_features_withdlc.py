@@ -159,10 +159,10 @@ def main():
         mean, std = moments.unbind(2)
         latents = moments.flatten(2, 3) if args.posterior == "moments" else mean
         if args.posterior == "sample":
-            there = torch.tensor(batch, device=state.device)
+            there = torch.arange(batch[0], batch[-1] + 1, device=state.device)
             noise = torch.stack([normal(args.global_seed, Stream.POSTERIOR, there, latent_shape, copy)
                                  for copy in range(copies)], dim=1)
-            latents = mean + std * noise[places]
+            latents = mean + std * torch.stack([noise[place] for place in places])
         rows = dict(features=latents.flatten(0, 1).cpu().numpy().astype(args.dtype),
                     labels=labels[indices.numpy()].repeat(copies),
                     path=np.array([paths[index] for index in indices.tolist()]).repeat(copies))

@@ -2,8 +2,8 @@
 
 Images are decoded by the data loader's readers; the VAE and, for codes, the SEM encoder run on the training's device,
 without gradients. Both compute in float32 whatever the training's precision is, so that it changes neither the latents
-nor, by an argmax that falls otherwise, the codes: they are those of extraction (on GPUs to what TF32 is worth,
-unless --no-tf32).
+nor, by an argmax that falls otherwise, the codes: they are those of extraction but for rounding (on GPUs to what TF32
+is worth, unless --no-tf32).
 """
 import torch
 

@@ -133,14 +133,15 @@ def in_batches(network, rows, size, places=None):
         places: (n,) int64 on the CPU, ascending, out of an endless row of places that batches are cut from; None: from
             0 on, without a gap.
     """
-    places = torch.arange(len(rows)) if places is None else places
-    numbers, outputs = places // size, []
-    for number in numbers.unique().tolist():
-        own = (numbers == number).nonzero().squeeze(1)
-        filled = own[:1].repeat(size)
-        filled[places[own] % size] = own
-        outputs.append(network(rows[filled])[places[own] % size])
-    return torch.cat(outputs)
+    batches, outputs = {}, []
+    for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
+        batches.setdefault(place // size, {})[place % size] = row
+    for own in batches.values():                        # place in the batch -> row
+        first = next(iter(own.values()))
+        # stacked, not indexed by a tensor: copied to the GPU, it would make the CPU wait
+        output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))
+        outputs += [output[place] for place in own]
+    return torch.stack(outputs)
 
 
 def posterior(vae, images):

@@ -238,9 +238,9 @@ class Decoder:
         self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
     def images(self, latents, places=None):
-        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy. Raises ValueError where one is not finite.
+        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
 
-        places: see `in_batches`.
+        Raises ValueError where one is not finite.
         """
         def network(some):
             decoded = decode(self.vae, some).float()
@@ -249,10 +249,11 @@ class Decoder:
                                  "the same of --vae-precision")
             return to_uint8(decoded).cpu()
         with torch.inference_mode(), autocast(latents.device, self.precision):
-            return in_batches(network, latents, 16 if self.on_gpu else 1, places).numpy()
+            rows = latents if places is None else latents[places]
+            return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
 
     def __call__(self, indices, latents, places=None):
-        """Write latents (N, 4, h, w), from those places in their batch, as the PNGs of indices, soon."""
+        """Write latents (N, 4, h, w), all or those at places, as the PNGs of indices, soon."""
         self.wait()                                                 # at most one batch behind
         if self.on_gpu:
             ready = torch.cuda.Event()
@@ -399,8 +400,7 @@ def run(parser, args, open_conditions):
                 images = np.isin(missing // size, batches[first:first + state.num_processes]).sum()
                 latents = draw(np.arange(start, start + size).clip(max=count - 1), denoise,
                                lambda *_: bar.update(images / len(sampler.times)))
-                places = torch.from_numpy(indices - start)
-                decoder(indices.tolist(), latents[places], places)
+                decoder(indices.tolist(), latents, torch.from_numpy(indices - start))
             decoder.wait()
             bar.update(count - bar.n)                               # what adding fractions left
     except (OSError, ValueError) as error:
