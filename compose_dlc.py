@@ -19,7 +19,7 @@ from dlc.cli import SEED, ArgumentParser, number
 from dlc.extraction import add_encoder_flags, open_encoder
 from dlc.disk import write_whole
 from dlc.features import Features, code_dtype
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, in_batches, load_rgb, normalize
 from dlc.noise import Stream, random_words
 
 
@@ -94,7 +94,9 @@ def read_images(args):
             views.append(np.array(center_crop(load_rgb(path), encoder.image_size)))
         except Exception as error:                          # Pillow's readers raise all kinds
             raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
-    logits = encoder.logits(normalize(torch.from_numpy(np.stack(views)), IMAGENET_MEAN, IMAGENET_STD))
+    # one by one: an image's code does not depend on what it is composed with
+    logits = in_batches(lambda view: encoder.logits(normalize(view, IMAGENET_MEAN, IMAGENET_STD)),
+                        torch.from_numpy(np.stack(views)), 1)
     finite = logits.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         name = args.images[int(finite.int().argmin())]

@@ -5,7 +5,7 @@
 
 In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: FEATURES/, the contract of
 dlc/features.py, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
-continues; what it writes does not depend on the number of processes and workers.
+continues; what it writes does not depend on the number of processes and workers, nor a row on its neighbours.
 """
 import argparse
 import sys
@@ -127,13 +127,16 @@ def main():
                         pin_memory=state.device.type == "cuda")
     to_compare = []                                          # code views, to say what a lower precision changes
     if encoder and args.precision != "fp32" and state.is_main_process:
-        loaded = (collate([views[index] for index in batch])[2] for batch in batches[:COMPARED_BATCHES])
-        to_compare = [code_views for code_views in loaded if code_views is not None]
+        for batch in batches[:COMPARED_BATCHES]:
+            indices, _, code_views, _ = collate([views[index] for index in batch])
+            if indices is not None:
+                to_compare.append((code_views, indices - batch[0]))
     if to_compare:                                           # in fp32 first: the networks are then cast in place
-        exact = torch.cat([Networks(vae, encoder, state.device).codes(code_views) for code_views in to_compare])
-    networks = Networks(vae, encoder, state.device, args.precision, args.batch_size if args.compile else None)
+        full = Networks(vae, encoder, state.device, args.batch_size)
+        exact = torch.cat([full.codes(*compared) for compared in to_compare])
+    networks = Networks(vae, encoder, state.device, args.batch_size, args.precision, args.compile)
     if to_compare:
-        changed = int((torch.cat([networks.codes(code_views) for code_views in to_compare]) != exact).sum())
+        changed = int((torch.cat([networks.codes(*compared) for compared in to_compare]) != exact).sum())
         logger.info(f"{args.precision} changes {changed:,} of {exact.numel():,} tokens ({changed / exact.numel():.2%}) "
                     f"of the first {len(exact)} images against fp32")
 
@@ -154,20 +157,21 @@ def main():
         skipped = [[paths[index], error] for index, error, _ in unreadable]
         if indices is None:
             return batch, empty, skipped
-        copies = crops.shape[1]
-        moments = networks.moments(crops)                                         # (n, k, 2, 4, S/8, S/8)
+        copies, places = crops.shape[1], indices - batch[0]     # of an image that cannot be read, the place stays
+        moments = networks.moments(crops, places)                                 # (n, k, 2, 4, S/8, S/8)
         mean, std = moments.unbind(2)
         latents = moments.flatten(2, 3) if args.posterior == "moments" else mean
         if args.posterior == "sample":
-            there = indices.to(state.device)
-            latents = mean + std * torch.stack([normal(args.global_seed, Stream.POSTERIOR, there, latent_shape, copy)
-                                                for copy in range(copies)], dim=1)
+            there = torch.arange(batch[0], batch[-1] + 1, device=state.device)
+            noise = torch.stack([normal(args.global_seed, Stream.POSTERIOR, there, latent_shape, copy)
+                                 for copy in range(copies)], dim=1)
+            latents = mean + std * torch.stack([noise[place] for place in places])
         names = np.array([paths[index] for index in indices.tolist()])
         rows = dict(features=as_stored(latents.flatten(0, 1).cpu().numpy(), args.dtype,
                                        lambda row: repr(str(names[row // copies])), NOT_FINITE),
                     labels=labels[indices.numpy()].repeat(copies), path=names.repeat(copies))
         if encoder:
-            codes = networks.codes(code_views).cpu().numpy()
+            codes = networks.codes(code_views, places).cpu().numpy()
             if (codes < 0).any():
                 name = str(names[(codes < 0).any(axis=1).argmax()])
                 raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {NOT_FINITE}")

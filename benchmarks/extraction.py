@@ -70,8 +70,8 @@ def rates_of_the_parts(root, args):
         pass
     rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
 
-    networks = Networks(vae, encoder, torch.device("cuda" if ON_GPU else "cpu"), args.precision,
-                        args.batch_size if args.compile else None)
+    networks = Networks(vae, encoder, torch.device("cuda" if ON_GPU else "cpu"), args.batch_size, args.precision,
+                        args.compile)
 
     def vae_alone(batch):
         networks.moments(batch[1]).cpu()

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dlc.cli import number
 from dlc.encoder import DEFAULT_BACKBONE, load_encoder
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize, posterior
+from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, in_batches, load_rgb, normalize, posterior
 from dlc.noise import Stream, integers
 from dlc.runtime import PRECISIONS, cores_per_process
 
@@ -105,19 +105,19 @@ def open_encoder(args):
 #################################################################################
 
 class Networks:
-    """Crops to latents and views to codes on a device, in the given precision, by batches of one size where compiled.
+    """Crops to latents and views to codes on a device, in the given precision, by batches of one size.
 
     On the CPU every operation runs on one thread, and batches side by side (`threads`): the sums that a convolution
     takes depend on how many threads share it, and cores each at a batch of its own get more done.
 
     Args:
         vae, encoder (or None): float32, on the CPU; are changed in place.
+        batch_size: images that every batch is filled up to.
         precision: a key of PRECISIONS, for the VAE's encoder and the SEM encoder's backbone.
-        pad_to: images a batch is filled up to, so that one shape is compiled; None where nothing is compiled.
     """
 
-    def __init__(self, vae, encoder, device, precision="fp32", pad_to=None):
-        self.vae, self.encoder, self.device, self.pad_to = vae.to(device), encoder, device, pad_to
+    def __init__(self, vae, encoder, device, batch_size, precision="fp32", compile=False):
+        self.vae, self.encoder, self.device, self.batch_size = vae.to(device), encoder, device, batch_size
         self.threads = 2 if device.type == "cuda" else cores_per_process()    # 2: the GPU always has work waiting
         torch.set_num_threads(1)        # on GPUs, too: pinning's thread sets it, and compiled code would be made anew
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -127,7 +127,7 @@ class Networks:
             part.to(dtype=dtype, memory_format=torch.channels_last)
         if encoder:
             encoder.to(device).backbone.to(dtype)
-        if pad_to:
+        if compile:
             vae.encoder.compile()
             for block in encoder.backbone.blocks if encoder else ():
                 block.compile()
@@ -138,25 +138,24 @@ class Networks:
         return ThreadPoolExecutor(self.threads, initializer=torch.cuda.set_device if on_gpu else None,
                                   initargs=(self.device,) if on_gpu else ())
 
-    def _run(self, network, pixels):
-        """network(pixels) of a batch of the size it was compiled for."""
-        n = len(pixels)
+    def _run(self, network, pixels, places):
         with torch.inference_mode():
-            pixels = pixels.to(self.device, non_blocking=True)
-            if self.pad_to:
-                pixels = pixels[torch.arange(self.pad_to, device=self.device).clamp(max=n - 1)]
-            return network(pixels)[:n]
+            return in_batches(network, pixels.to(self.device, non_blocking=True), self.batch_size, places)
 
-    def moments(self, crops):
-        """Crops (n, k, S, S, 3) uint8 to the scaled posterior's mean and std (n, k, 2, 4, S/8, S/8), float32."""
+    def moments(self, crops, places=None):
+        """Crops (n, k, S, S, 3) uint8 to the scaled posterior's mean and std (n, k, 2, 4, S/8, S/8), float32.
+
+        places: see `in_batches`.
+        """
         def network(pixels):
             images = normalize(pixels.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
             return torch.stack(posterior(self.vae, images), dim=1).unflatten(0, pixels.shape[:2])
-        return self._run(network, crops)
+        return self._run(network, crops, places)
 
-    def codes(self, views):
-        """Views (n, s, s, 3) uint8 to codes (n, L) int64."""
-        return self._run(lambda pixels: self.encoder.codes(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)), views)
+    def codes(self, views, places=None):
+        """Views (n, s, s, 3) uint8 to codes (n, L) int64. places: see `in_batches`."""
+        return self._run(lambda pixels: self.encoder.codes(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)), views,
+                         places)
 
 
 def in_order(pool, function, items, ahead):

@@ -2,8 +2,8 @@
 
 Images are decoded by the data loader's readers; the VAE and, for codes, the SEM encoder run on the training's device,
 without gradients. Both compute in float32 whatever the training's precision is, so that it changes neither the latents
-nor, by an argmax that falls otherwise, the codes: they are those of extraction (on GPUs to what TF32 is worth,
-unless --no-tf32).
+nor, by an argmax that falls otherwise, the codes: they are those of extraction but for rounding (on GPUs to what TF32
+is worth, unless --no-tf32).
 """
 import math
 
@@ -14,7 +14,8 @@ from dlc.cli import warn_once
 from dlc.encoder import load_encoder
 from dlc.extraction import Views, collate, flips_of
 from dlc.disk import recorded_id
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, load_vae, normalize, posterior, vae_id
+from dlc.latents import (IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, in_batches, load_vae, normalize, posterior,
+                         vae_id)
 from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0
@@ -123,11 +124,12 @@ class Encode:
 
         Where the encoder's logits are not finite numbers, the moments are NaN.
         """
-        moments = torch.cat([torch.cat(posterior(self.vae, normalize(part)), dim=1)
-                             for part in crops.split(ENCODED_AT_ONCE)])
+        parts = -(-len(crops) // ENCODED_AT_ONCE)
+        size = -(-len(crops) // parts)                  # all alike, so that the last one is hardly filled up
+        moments = in_batches(lambda part: torch.cat(posterior(self.vae, normalize(part)), dim=1), crops, size)
         if self.encoder:
-            condition = torch.cat([self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD))
-                                   for part in condition.split(ENCODED_AT_ONCE)])
+            condition = in_batches(lambda part: self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD)),
+                                   condition, size)
             # no code: NaN latents in its place, at which the loss's check ends the run
             moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
             condition = condition.clamp(min=0)

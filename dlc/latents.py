@@ -123,6 +123,27 @@ def _from_hub(load, name):
                              "directory too") from None
 
 
+def in_batches(network, rows, size, places=None):
+    """network(rows), of each row (n, ...), computed in batches of one size and each row at its own place in its batch.
+
+    How a network rounds a row depends on the batch's size and, on some machines, on the row's place. So that it depends
+    on nothing else, the places that no row has are filled with copies of another.
+
+    Args:
+        places: (n,) int64 on the CPU, ascending, out of an endless row of places that batches are cut from; None: from
+            0 on, without a gap.
+    """
+    batches, outputs = {}, []
+    for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
+        batches.setdefault(place // size, {})[place % size] = row
+    for own in batches.values():                        # place in the batch -> row
+        first = next(iter(own.values()))
+        # stacked, not indexed by a tensor: copied to the GPU, it would make the CPU wait
+        output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))
+        outputs += [output[place] for place in own]
+    return torch.stack(outputs)
+
+
 def posterior(vae, images):
     """Images (N, 3, S, S) in [-1, 1] to the mean and standard deviation of their scaled latents.
 

@@ -1,7 +1,7 @@
 """Random numbers that belong to samples: each is a pure function of (seed, stream, sample index, draw).
 
-No state, so nothing to save, and no dependence on rank or batch size, nor, up to rounding, on the device: any subset of
-samples, drawn anywhere in any order, gets the same numbers. The generator is Philox4x32-10 (Salmon et al. 2011,
+No state, so nothing to save, and no dependence on rank nor, up to the rounding of normals, on batch size and device: any
+subset of samples, drawn anywhere in any order, gets the same numbers. The generator is Philox4x32-10 (Salmon et al. 2011,
 "Parallel random numbers: as easy as 1, 2, 3"), computed for a whole batch with integer tensor operations on whatever
 device `indices` is on.
 """

@@ -1,7 +1,8 @@
 """The engine of both samplers: noise keyed by sample index, guidance, decoding, PNGs, and the .npz for FID.
 
-Sample i is the same whatever the number of processes and the batch size: its noise, and the code or label it is drawn
-for, are functions of (global seed, i). A run that was killed draws the missing indices only.
+Sample i is the same, but for rounding, whatever the number of processes and the batch size: its noise, and the code or
+label it is drawn for, are functions of (global seed, i). A run that was killed draws the batches that have a missing
+index, at the same places in them, so that it ends with the bytes of one that was left alone.
 
     python -m dlc.sampling check FILE.npz [--grid]      # what is in it, and whether anything is wrong with it
 """
@@ -23,7 +24,7 @@ from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
 from dlc.conditions import conditions_sha256
 from dlc.disk import DirectoryLock, differences, read_json, recorded_id, remove_temporaries, write_json
-from dlc.latents import decode, image_grid, load_vae, to_uint8, vae_id, vae_label
+from dlc.latents import decode, image_grid, in_batches, load_vae, to_uint8, vae_id, vae_label
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS, agree, autocast, create_logger, done_by_rank_0, start_processes, versions
 from dlc.sample_files import check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz
@@ -236,35 +237,35 @@ class Decoder:
                        else ThreadPoolExecutor(1))
         self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
-    def images(self, latents):
-        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy. Raises ValueError where one is not finite."""
-        n, part = len(latents), 16 if self.on_gpu else 1
-        # parts of one size, the last one filled up: rounding does not depend on how many there are
-        latents = latents[torch.arange(-(-n // part) * part, device=latents.device).clamp(max=n - 1)]
-        images = []
-        for some in latents.split(part):
-            with torch.inference_mode(), autocast(latents.device, self.precision):
-                decoded = decode(self.vae, some).float()
-                if not decoded.isfinite().all():
-                    raise ValueError("there are samples that are not finite numbers: try --precision bf16 or fp32, and "
-                                     "the same of --vae-precision")
-                images.append(to_uint8(decoded).cpu())
-        return torch.cat(images)[:n].numpy()
+    def images(self, latents, places=None):
+        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
 
-    def __call__(self, indices, latents):
-        """Write latents (N, 4, h, w) as the PNGs of indices, soon."""
+        Raises ValueError where one is not finite.
+        """
+        def network(some):
+            decoded = decode(self.vae, some).float()
+            if not decoded.isfinite().all():
+                raise ValueError("there are samples that are not finite numbers: try --precision bf16 or fp32, and "
+                                 "the same of --vae-precision")
+            return to_uint8(decoded).cpu()
+        with torch.inference_mode(), autocast(latents.device, self.precision):
+            rows = latents if places is None else latents[places]
+            return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
+
+    def __call__(self, indices, latents, places=None):
+        """Write latents (N, 4, h, w), all or those at places, as the PNGs of indices, soon."""
         self.wait()                                                 # at most one batch behind
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
-            self.pending = self.thread.submit(self._decode_and_write, indices, latents, ready)
+            self.pending = self.thread.submit(self._decode_and_write, indices, latents, places, ready)
         else:
-            self.pending = self.thread.submit(self._write, indices, self.images(latents))
+            self.pending = self.thread.submit(self._write, indices, self.images(latents, places))
 
-    def _decode_and_write(self, indices, latents, ready):
+    def _decode_and_write(self, indices, latents, places, ready):
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(ready)
-            images = self.images(latents)
+            images = self.images(latents, places)
         self._write(indices, images)
 
     def _write(self, indices, images):
@@ -363,11 +364,12 @@ def run(parser, args, open_conditions):
 
     # ---------------------------------------------------------------------- denoise, decode, write
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    # Batches of one size, the last one filled up: a sample's rounding does not depend on which others are drawn with
-    # it, now or in a run that goes on, and nothing is compiled twice.
+    # Batches of one size, cut by index, of which those with a missing sample are drawn, whole: a sample's rounding does
+    # not depend on which others are missing, now or in a run that goes on, and nothing is compiled twice.
     rounds = -(-count // (args.per_proc_batch_size * state.num_processes))
     size = -(-count // (rounds * state.num_processes))
-    batches = [missing[i:i + size] for i in range(0, len(missing), size)]
+    missing = np.array(missing, dtype=np.int64)
+    batches = np.unique(missing // size)
 
     def draw(indices, denoise, on_step):
         with autocast(device, args.precision):
@@ -392,11 +394,13 @@ def run(parser, args, open_conditions):
                   disable=not state.is_main_process, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} "
                   "[{elapsed}<{remaining}, {rate_fmt}]") as bar:
             for first in range(state.process_index, len(batches), state.num_processes):
-                indices = np.array(batches[first])
-                images = sum(map(len, batches[first:first + state.num_processes]))      # the other ranks keep pace
-                latents = draw(np.resize(indices, size), denoise,
+                start = batches[first] * size
+                indices = missing[missing // size == batches[first]]
+                # the other ranks keep pace
+                images = np.isin(missing // size, batches[first:first + state.num_processes]).sum()
+                latents = draw(np.arange(start, start + size).clip(max=count - 1), denoise,
                                lambda *_: bar.update(images / len(sampler.times)))
-                decoder(indices.tolist(), latents[:len(indices)])
+                decoder(indices.tolist(), latents, torch.from_numpy(indices - start))
             decoder.wait()
             bar.update(count - bar.n)                               # what adding fractions left
     except (OSError, ValueError) as error:

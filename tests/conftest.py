@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT, STANDINS = Path(__file__).parents[1], Path(__file__).parent / "standins"
+sys.path[:0] = [str(ROOT), str(STANDINS)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
+importlib.import_module("rounding").install()
 
 IMAGE_SIZE, L, V = 64, 6, 300           # V above 256: codes are stored in 16 bits
 SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
@@ -57,7 +59,7 @@ def launch(command, cwd, check=True, wait=True, largest_file=None, environment=N
                  "--num_processes", str(processes)],
     }[launcher]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    env.update(environment or {}, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
+    env.update(environment or {}, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join([str(ROOT), env["PYTHONPATH"]]))
     limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
     kwargs = dict(preexec_fn=limit, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     arguments = [*prefix, str(ROOT / script), *map(str, flags)]
@@ -93,6 +95,22 @@ def tiny_models(tmp_path_factory):
     save_encoder(SEMEncoder("vit_tiny_patch16_224", 32, L, V, backbone_args=dict(
         embed_dim=24, depth=1, num_heads=2, reg_tokens=2)), root / "sem")
     return root / "vae", root / "sem"
+
+
+def encoder_logits(encoder, paths):
+    """Of images, all in one batch: (n, L, V)."""
+    from dlc.encoder import load_encoder
+    from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+    encoder = load_encoder(encoder)
+    views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])
+    with torch.inference_mode():
+        return encoder.logits(normalize(torch.from_numpy(views), IMAGENET_MEAN, IMAGENET_STD))
+
+
+def assert_codes(codes, logits):
+    """Codes (n, L) computed in other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
+    chosen = logits.gather(2, torch.from_numpy(np.asarray(codes).astype(np.int64)).unsqueeze(2)).squeeze(2)
+    assert (chosen > logits.amax(dim=2) - 1e-4).all()
 
 
 @pytest.fixture(scope="session")

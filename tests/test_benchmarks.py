@@ -57,7 +57,7 @@ def test_table_of_training_options(monkeypatch, tiny_models, tmp_path):
     assert [(row[""], row["data"], row["checkpointing"]) for row in result["rows"]] == [
         ("train_original", "images", False), ("train_features", "features", True)]
     for row in result["rows"]:
-        assert row["loss differs by"] < 1e-5 and row["images/s"] == pytest.approx(2 * row["steps/s"])
+        assert row["loss differs by"] < 1e-4 and row["images/s"] == pytest.approx(2 * row["steps/s"])
         assert 0 < row["MFU"] < 1 and 0 < row["memory GiB"] < 8
     assert Image.open(tmp_path / "train_options-cpu.png").width == 1000
 

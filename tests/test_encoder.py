@@ -20,7 +20,7 @@ def test_agrees_with_reference():
     with torch.no_grad():
         images = values["x"].float()
         torch.testing.assert_close(encoder(images), values["sem"], atol=1e-5, rtol=1e-5)
-        assert torch.equal(encoder.codes(images), values["dlc"])
+        assert torch.equal(encoder.codes(images), values["dlc"])            # whose tokens are clear by 1e-3
 
 
 @pytest.mark.parametrize("rename", [

@@ -7,13 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, L, V, extract_command, launch
+from conftest import IMAGE_SIZE, L, V, assert_codes, encoder_logits, extract_command, launch
 from forked import Run
 from PIL import Image, ImageOps
 
-from dlc.encoder import load_encoder
 from dlc.features import Features, kind_dir
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_vae, normalize
+from dlc.latents import center_crop, in_batches, load_vae, normalize
 from dlc.noise import Stream, integers, normal
 
 
@@ -31,7 +30,7 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
     assert Image.open(features / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
 
     # row 3 and, after the broken file, row 13: index 14 of the data set
-    vae, encoder = load_vae(tiny_models[0]), load_encoder(tiny_models[1])
+    vae = load_vae(tiny_models[0])
     for row, index, name in ((3, 3, "cat/3.png"), (13, 14, "dog/6.png")):
         assert rows.paths.gather([row])[0] == name
         assert rows.labels.gather([row])[0] == ("cat", "dog").index(name[:3])
@@ -43,10 +42,8 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
             posterior = vae.encode(normalize(torch.from_numpy(np.array(crop))[None])).latent_dist
             noise = normal(0, Stream.POSTERIOR, torch.tensor([index]), (4, 8, 8))
             latent = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
-            view = torch.from_numpy(np.array(center_crop(image, 32)))[None]
-            code = encoder.codes(normalize(view, IMAGENET_MEAN, IMAGENET_STD))
         np.testing.assert_allclose(rows.latents.gather([row])[0], latent[0].numpy(), atol=2e-3, rtol=2e-3)
-        np.testing.assert_array_equal(rows.codes.gather([row])[0], code[0].numpy())
+        assert_codes(rows.codes.gather([row]), encoder_logits(tiny_models[1], [images / name]))
 
 
 @pytest.mark.parametrize("launcher, processes", [("torchrun", 2), ("forked", 3)])
@@ -61,9 +58,9 @@ def extract(images, tiny_models, tmp_path):
     """extract(flags…): the features of a run of its own, in a folder of its own, and what was said."""
     numbers = itertools.count()
 
-    def run(*flags, processes=1):
+    def run(*flags, processes=1, data=images):
         path = tmp_path / str(next(numbers))
-        process = Run("extract_features_withdlc", extract_command("", 1, images, path, tiny_models, *flags)[3:],
+        process = Run("extract_features_withdlc", extract_command("", 1, data, path, tiny_models, *flags)[3:],
                       tmp_path / "output.txt", processes)
         assert process.wait(), process.said()
         rows = Features(path)
@@ -91,7 +88,7 @@ def test_flips_and_posteriors(extract):
     none, codes, labels, paths = everything(extract(*kinds, "mean", "--flip", "none")[0])
     both, *others = everything(extract(*kinds, "mean", "--flip", "both")[0])
     assert len(both) == 28
-    np.testing.assert_array_equal(both[::2], none)
+    np.testing.assert_allclose(both[::2], none, rtol=1e-5, atol=1e-6)       # four crops a batch, and two
     assert not np.isclose(both[1::2], none).all(axis=(1, 2, 3)).any()
     for two, one in zip(others, (codes, labels, paths)):                    # the code is that of the image as it is
         np.testing.assert_array_equal(two, one.repeat(2, axis=0))
@@ -128,13 +125,50 @@ def test_precision_says_what_it_changes(extract):
     assert rough.manifest["precision"] == "bf16"
 
 
-def test_compiled_and_filled_up_batches_are_the_same(extract):
+def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_models):
     """Compiled for batches of 8, of which shards of 4 and the broken image leave 4 and 3."""
     plain, compiled = (everything(extract("--batch-size", 8, "--dtype", "float32", *flags)[0])
                        for flags in ((), ("--compile",)))
     np.testing.assert_allclose(compiled[0], plain[0], rtol=1e-3, atol=1e-4)
-    for one, two in zip(compiled[1:], plain[1:]):
+    for one, two in zip(compiled[2:], plain[2:]):
         np.testing.assert_array_equal(one, two)
+    logits = encoder_logits(tiny_models[1], [images / path for path in plain[3]])
+    for codes in (compiled[1], plain[1]):
+        assert_codes(codes, logits)
+
+
+@pytest.mark.parametrize("flags", [(), ("--flip", "both", "--posterior", "moments")], ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, tmp_path):
+    """With two images of a batch of four broken, the third and fourth have the same bytes; and so the last of a shard
+    with an image fewer."""
+    flags = ("--batch-size", 4, "--dtype", "float32", *flags)
+    whole = everything(extract(*flags)[0])
+    fewer = tmp_path / "fewer"
+    shutil.copytree(images, fewer)
+    for name in ("cat/1.png", "cat/4.png", "cat/5.png"):        # 1, 4 and 5; the last shard is 12 to 14
+        (fewer / name).write_text("not an image")
+    (fewer / "dog/6.png").unlink()
+    rows = everything(extract(*flags, data=fewer)[0])
+    copies = len(whole[0]) // 14
+    kept = np.array([index for index in range(14) if index not in (1, 4, 5, 13)])
+    for one, two in zip(rows, whole):
+        np.testing.assert_array_equal(one, two.reshape(14, copies, *two.shape[1:])[kept].reshape(one.shape))
+
+
+def test_batches_of_one_size():
+    """Each row at its own place, holes filled with other rows, and no batch without a row."""
+    seen = []
+
+    def network(batch):
+        seen.append(batch[:, 0].tolist())
+        return batch * 10
+
+    rows = torch.arange(1, 6).unsqueeze(1).expand(-1, 2)
+    assert torch.equal(in_batches(network, rows, 4), rows * 10)
+    assert seen == [[1, 2, 3, 4], [5, 5, 5, 5]]
+    seen.clear()
+    assert torch.equal(in_batches(network, rows, 3, torch.tensor([1, 2, 6, 8, 9])), rows * 10)
+    assert seen == [[1, 1, 2], [3, 3, 4], [5, 5, 5]]
 
 
 def test_without_an_encoder(features, images, tiny_models, tmp_path):

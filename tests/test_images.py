@@ -191,12 +191,13 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
                          ("ünï/bad cut.jpg", "truncated"), ("z/bad link.png", "No such file")):
         assert re.search(reason, skipped[name])
 
-    # the same picture, wherever it lies and whatever it is called, has the same row
+    # the same picture, wherever it lies and whatever it is called, has the same row, to a step of float16: its place in
+    # its batch is another
     def row(name):
         return features.latents.gather([names.index(name)])[0]
     for name in ("a b/two\nlines.png", "ünï/çà 猫 🐈.png", "z/link.png", "z/really a png.jpg", "linked class/same.png"):
-        np.testing.assert_array_equal(row(name), row("z/same.png"))
-    assert not np.array_equal(row("a b/same.png"), row("z/same.png"))      # one basename, two classes
+        np.testing.assert_allclose(row(name), row("z/same.png"), rtol=2e-3, atol=1e-6)
+    assert np.abs(row("a b/same.png") - row("z/same.png")).max() > 0.01    # one basename, two classes
 
 
 def test_strict_stops_at_the_first(zoo, tiny_models, tmp_path):

@@ -112,6 +112,23 @@ def test_the_same_command_again_draws_what_is_missing(workplace):
     assert "2 of 23 images to draw" in more.stdout and read_npz(workplace / "again").shape[0] == 23
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_drawn_again_has_the_same_bytes(workplace, tmp_path, processes):
+    """Wherever in its batch it lies, and whichever others are missing."""
+    command = ("forked", processes, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS,
+               "--per-proc-batch-size", 6, "--sample-dir", tmp_path)
+    launch(command, workplace)
+    folder = sample_folder(tmp_path)
+    whole = {path: path.read_bytes() for path in [*folder.glob("*.png"), *tmp_path.glob("*.npz")]}
+    missing = (2, 3, 7, 12, 20)
+    for index in missing:
+        (folder / f"{index:06d}.png").unlink()
+    there = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert f"{len(missing)} of 21 images to draw" in launch(command, workplace).stdout
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert all(path.stat().st_mtime_ns == drawn for path, drawn in there.items())
+
+
 def test_codes_that_changed_are_noticed(workplace, monkeypatch, capsys):
     """One code of those drawn is another now, and more are asked for."""
     monkeypatch.chdir(workplace)

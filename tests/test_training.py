@@ -72,9 +72,10 @@ def test_parts_and_processes_train_alike(trained, tmp_path):
     trained("changed", "--max-steps", 3, "--log-every", 2, processes=2)
     trained("changed", "--max-steps", 6, "--log-every", 2)
     losses = {name: [line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two", "parts", "changed")}
-    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-5)
-    np.testing.assert_allclose(losses["parts"], losses["one"], rtol=1e-5)
-    np.testing.assert_allclose(losses["changed"], np.reshape(losses["one"], (3, 2)).mean(axis=1), rtol=1e-5)
+    # products of fewer rows round otherwise
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-4)
+    np.testing.assert_allclose(losses["parts"], losses["one"], rtol=1e-4)
+    np.testing.assert_allclose(losses["changed"], np.reshape(losses["one"], (3, 2)).mean(axis=1), rtol=1e-4)
 
 
 def test_killed_at_random_moments(trained, train, tmp_path):
@@ -280,7 +281,7 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
     trained("two", "--max-steps", 2, *flags, processes=2)
     trained("two", "--max-steps", 4, *flags, processes=2)
     np.testing.assert_allclose([line["loss"] for line in metrics(tmp_path / "two")],
-                               [line["loss"] for line in metrics(tmp_path / "run")], rtol=1e-5)
+                               [line["loss"] for line in metrics(tmp_path / "run")], rtol=1e-4)    # of fewer rows
     assert any("in_dim 5" in line for line in info(tmp_path / "run/checkpoints/0000004"))
 
     def refused(*flags):
