@@ -8,7 +8,6 @@ dlc/features.py, and FEATURES/preview.png: eight crops over their VAE reconstruc
 continues; what it writes does not depend on the number of processes and workers, nor a row on its neighbours.
 """
 import argparse
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, normal
 from dlc.runtime import (PRECISIONS, agree, create_logger, default_num_workers, done_by_rank_0, from_rank_0,
                          start_processes)
+from dlc.signals import ignore_signals
 from models import DiT_models
 
 NOT_FINITE = "try --precision bf16 or fp32"         # what to do about latents or logits that are not numbers
@@ -123,7 +123,7 @@ def main():
     for shard in todo[state.process_index::state.num_processes]:
         indices = range(shard * args.shard_size, min((shard + 1) * args.shard_size, len(paths)))
         batches += [list(indices[i:i + args.batch_size]) for i in range(0, len(indices), args.batch_size)]
-    loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
+    loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers, worker_init_fn=ignore_signals,
                         pin_memory=state.device.type == "cuda")
     to_compare = []                                          # code views, to say what a lower precision changes
     if encoder and args.precision != "fp32" and state.is_main_process:
@@ -196,23 +196,17 @@ def main():
     start = time.time()
     bar = progress(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
                desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
-    try:
-        with bar, networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
-            encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
-            for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
-                pass
+    with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
+        try:
+            with bar, networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
+                encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
+                for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
+                    pass
+        except NotFinite as error:
+            parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
         rate = sum(map(len, batches)) / (time.time() - start)
         state.wait_for_everyone()
         manifest = writer.finish(num_shards) if state.is_main_process else None
-    except OSError as error:
-        parser.error(f"{error}; what is done is kept: run the same command again")
-    except NotFinite as error:
-        parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
-    except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: lower --batch-size; what is done is kept")
-    except KeyboardInterrupt:
-        logger.info("stopped; what is done is kept: run the same command again")
-        sys.exit(130)
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import hashlib
 import math
-import sys
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -41,8 +40,9 @@ from dlc.noise import Stream, integers, normal, uniform
 from dlc.runtime import (PRECISIONS, agree, asked_precision, asked_to_compile, create_accelerator, create_logger,
                          default_num_workers, done_by_rank_0, start_processes, unused_launcher_settings, versions)
 from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
-                          ignore_stop_signals, loss_means, local, loss_sums, open_vectors, read_metrics, save_preview,
+                          loss_means, local, loss_sums, open_vectors, read_metrics, save_preview,
                           shard, steps_from, trim_metrics)
+from dlc.signals import ignore_signals
 from models import DiT_models
 
 PREVIEW_SAMPLES = 8
@@ -253,7 +253,7 @@ def train(parser, args, lock):
         features, condition, limit, args.global_seed, batch, state.process_index, state.num_processes, first_step,
         first_place)
     loader = DataLoader(batches, sampler=range(first_step, last_step), batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals)
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     part = batch // state.num_processes // args.grad_accum
     for line in (
             f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -387,7 +387,7 @@ def train(parser, args, lock):
         if failed:
             logger.error(f"{failed}; stopped. The last good checkpoint: {(run_checkpoints(results) or ['none'])[-1]}")
             accelerator.end_training()
-            sys.exit(1)
+            parser.exit(1)
         if checkpoint_due:
             save(step)
         if args.sample_every and step % args.sample_every == 0 and (state.is_main_process or sharded):

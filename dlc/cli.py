@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import functools
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -79,6 +80,12 @@ class ArgumentParser(argparse.ArgumentParser):
             time.sleep(10)
         where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
         self.exit(2, f"{where}: error: {one_line(message)}\n")
+
+    def exit(self, status=0, message=None):
+        """End the script. Data readers ignore the signal by which multiprocessing would end them, and then wait for."""
+        for reader in multiprocessing.active_children():
+            reader.kill()
+        super().exit(status, message)
 
     def interrupted(self, kept):
         """End after Ctrl-C, with one line that says what is kept."""

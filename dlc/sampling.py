@@ -378,7 +378,7 @@ def run(parser, args, open_conditions):
                 (model.in_channels, latent_size, latent_size), args.cfg_scale, args.t_min, args.t_max, channels,
                 denoise, on_step)
 
-    try:
+    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):
         lower_precision(model, args.precision)
         model.to(device)
         if args.compile if args.compile is not None else device.type == "cuda":
@@ -403,13 +403,6 @@ def run(parser, args, open_conditions):
                 decoder(indices.tolist(), latents, torch.from_numpy(indices - start))
             decoder.wait()
             bar.update(count - bar.n)                               # what adding fractions left
-    except (OSError, ValueError) as error:
-        parser.error(f"{error}; what is drawn is kept: run the same command again")
-    except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: lower --per-proc-batch-size; what is drawn is kept")
-    except KeyboardInterrupt:
-        logger.info("stopped; what is drawn is kept: run the same command again")
-        sys.exit(130)
     try:
         state.wait_for_everyone()
     except RuntimeError:
@@ -417,14 +410,10 @@ def run(parser, args, open_conditions):
 
     # ---------------------------------------------------------------------- .npz and contact sheet
     if state.is_main_process:
-        try:
-            with parser.one_line_errors():
-                if npz_rows(npz) != count:
-                    write_npz(npz, folder, count, progress=True)
-                save_grid(grid, folder, count)
-        except KeyboardInterrupt:
-            logger.info("stopped before the .npz was whole: run the same command again")
-            sys.exit(130)
+        with parser.kept_on_error("what is drawn is kept", "--num-fid-samples"):
+            if npz_rows(npz) != count:
+                write_npz(npz, folder, count, progress=True)
+            save_grid(grid, folder, count)
         lock.release()
         logger.info(f"done: {count:,} images in {folder} and {npz}; look at {grid}")
     state.destroy_process_group()

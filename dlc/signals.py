@@ -1,9 +1,11 @@
 """SIGINT, SIGTERM and SIGUSR1 as requests: the first one is reacted to, a second SIGINT or SIGTERM ends the process."""
 import os
 import signal
+import sys
 import threading
 import time
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENDING = (signal.SIGINT, signal.SIGTERM)        # whose second one ends; clusters may repeat SIGUSR1 as they like
 ECHO_SECONDS = 2                                # torchrun passes Ctrl-C on to ranks that have it from the terminal
 
@@ -27,6 +29,15 @@ def on_first_signal(numbers, react):
 
     for number in numbers:
         signal.signal(number, receive)
+
+
+def ignore_signals(worker):
+    """A data loader's worker_init_fn: launchers and terminals signal the whole process group, but the main process decides
+    when its readers end, and may need their batches until then."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    # an error in reading comes back as data; what is printed else is that the main process closed a connection
+    sys.excepthook = lambda *error: None
 
 
 def _start_watcher():

@@ -23,7 +23,7 @@ from dlc.noise import Stream, normal, permutation
 from dlc.runtime import PATIENCE
 from dlc.sample_files import save_png
 from dlc.sampling import create_sampler, sample_latents
-from dlc.signals import on_first_signal
+from dlc.signals import STOPPING, on_first_signal
 
 QUARTERS = 4                # of the diffusion times, whose losses are told apart
 PREVIEW_STEPS, PREVIEW_CFG = 50, 1.5
@@ -120,14 +120,7 @@ def local(parameters):
 #                                Request to stop                                #
 #################################################################################
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ASKED = 1000                # beside the signals' numbers: a process asked to stop for a reason of its own
-
-
-def ignore_stop_signals(worker):
-    """For a data loader's workers: launchers signal the whole process group, and a step needs its data to end."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -143,7 +136,7 @@ class StopRequest:
     def __init__(self, num_processes):
         self.signal, self.reason, self.told, self.telling = None, None, None, None
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
-        on_first_signal(STOP_SIGNALS, self._receive)
+        on_first_signal(STOPPING, self._receive)
 
     def _receive(self, number):
         self.signal = self.signal or number

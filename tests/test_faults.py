@@ -121,3 +121,44 @@ def test_launches_at_once(whole, extraction, tmp_path):
     assert not other.wait() and "error: " in other.said() and "seed 0 there, 1 here" in other.said()
     assert "Traceback" not in other.said()
     assert first.wait() and contents(tmp_path / "seed_0") == whole
+
+
+@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+def test_disks_that_can_do_less(fault, warning, whole, many_images, tiny_models, tmp_path):
+    """One warning, and the features are those of any disk."""
+    arguments = extract_command("", 1, many_images, tmp_path / "features", tiny_models)[3:]
+    run = Run("faulty", [fault, "extract_features_withdlc", *arguments], tmp_path / "output.txt")
+    assert run.wait(), run.said()
+    assert run.said().count("warning: the disk of") == 1 and warning in run.said()
+    assert contents(tmp_path / "features") == whole
+
+
+def wait_for_shard(run, features):
+    while not list((features / "progress").glob("0*.json")):
+        assert not run.wait(0.01), run.said()
+
+
+def one_line(run, status, beginning):
+    """The line that says how a run ended; no traceback, and what was done is kept."""
+    assert not run.wait() and run.ranks[0].exitcode == status and "Traceback" not in run.said(), run.said()
+    (line,) = [line for line in run.said().splitlines() if "what is done is kept: run the same command again" in line]
+    assert beginning in line
+
+
+def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
+    run = extraction("features", "--num-workers", 1)
+    wait_for_shard(run, tmp_path / "features")
+    os.kill(children(run.ranks[0].pid)[0], signal.SIGKILL)
+    one_line(run, 2, "error: a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num-workers")
+    run = extraction("features")
+    assert run.wait() and contents(tmp_path / "features") == whole
+
+
+def test_interrupted(whole, extraction, tmp_path):
+    """Ctrl-C ends it with one line; what is done is kept."""
+    run = extraction("features")
+    wait_for_shard(run, tmp_path / "features")
+    os.kill(run.ranks[0].pid, signal.SIGINT)
+    one_line(run, 130, "stopped; ")
+    run = extraction("features")
+    assert run.wait() and contents(tmp_path / "features") == whole

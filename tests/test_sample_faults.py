@@ -1,6 +1,8 @@
 """Sampling killed at random moments: the same command draws what is missing; the .npz is a lone run's."""
 import json
+import os
 import random
+import signal
 import time
 
 import pytest
@@ -90,4 +92,29 @@ def test_launches_at_once(workplace, tmp_path):
         assert run.wait(), run.said()
     drawn = sorted(int(run.said().split(" of 22 images to draw")[0].split()[-1]) for run in runs)
     assert drawn == [0, 22]
+    contents(tmp_path / "samples")
+
+
+@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+def test_disks_that_can_do_less(fault, warning, workplace, tmp_path):
+    run = Run("faulty", [fault, "sample_ddp_computed_dlc", *FLAGS, "--sample-dir", tmp_path / "samples"],
+              tmp_path / "output.txt", 1, workplace)
+    assert run.wait(), run.said()
+    assert run.said().count("warning: the disk of") == 1 and warning in run.said()
+    assert len(contents(tmp_path / "samples")) == 25
+
+
+def test_interrupted(workplace, tmp_path):
+    """Ctrl-C ends it with one line, and the same command draws what is missing."""
+    def start():
+        return Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / "samples"],
+                   tmp_path / f"{time.time_ns()}.txt", 1, workplace)
+    run = start()
+    while not list(tmp_path.glob("samples/*/*.png")):
+        assert not run.wait(0.01), run.said()
+    os.kill(run.ranks[0].pid, signal.SIGINT)
+    assert not run.wait() and run.ranks[0].exitcode == 130 and "Traceback" not in run.said(), run.said()
+    assert run.said().count("stopped; what is drawn is kept: run the same command again") == 1
+    run = start()
+    assert run.wait(), run.said()
     contents(tmp_path / "samples")
