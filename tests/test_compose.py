@@ -1,4 +1,5 @@
 """compose_dlc.py: each token from one source, in the asked-for shares, and what it does not take."""
+import argparse
 import re
 import sys
 
@@ -75,6 +76,15 @@ def test_the_script(images, features, tiny_models, tmp_path):
         sem = np.load(tmp_path / "sem.npy")
         assert sem.shape == (30, L) and sem.max() < V
         assert ((sem == codes[0]) | (sem == codes[1])).all() == own
+
+
+def test_a_source_does_not_depend_on_the_others(images, tiny_models):
+    def read(*names):
+        return compose_dlc.read_images(argparse.Namespace(
+            images=[images / name for name in names], encoder=tiny_models[1], encoder_backbone=None, L=None, V=None,
+            mode="sem", temp=None))[0]
+    two, three = read("cat/0.png", "dog/3.png"), read("dog/3.png", "cat/1.png", "cat/0.png")
+    assert torch.equal(two[0], three[2]) and torch.equal(two[1], three[0])
 
 
 @pytest.mark.parametrize("arguments, message", [

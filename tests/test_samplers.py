@@ -137,6 +137,15 @@ def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_decoding_does_not_depend_on_which_are_wanted(tiny_models, tmp_path):
+    decoder = Decoder(load_vae(tiny_models[0]), tmp_path)
+    latents = torch.randn(37, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for decoder.on_gpu in (False, True):                                    # one at a time, and 16
+        everything = decoder.images(latents)
+        for wanted in (torch.tensor([3, 17, 20, 36]), torch.tensor([36])):
+            assert (decoder.images(latents, wanted) == everything[wanted]).all()
+
+
 def test_default_steps_and_what_is_refused():
     assert [len(create_sampler(name).times) for name in ("ddpm", "ddim", "dpmsolver++")] == [250, 50, 25]
     for arguments, message in ((("ddpm", 10, 0.5), "--eta 0.5: --sampler ddpm has none"),
