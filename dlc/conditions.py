@@ -27,7 +27,7 @@ def load_codes(path, mmap=True):
             raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
         fault = storage_fault(tensor)
         if fault or tensor.dtype not in INTEGERS:
-            raise ValueError(f"{path} has values of type {tensor.dtype}, {'and ' + fault if fault else 'wanted integers'}")
+            raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
         array = tensor.numpy()
     if array.ndim not in (1, 2, 3) or not array.shape[-1]:
         raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")

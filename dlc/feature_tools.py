@@ -270,7 +270,7 @@ def pack(args):
 
 
 def check_dataset(directory):
-    """Raise ValueError where a dataset saved to disk names files outside it, or has columns that would have us open some.
+    """Raise ValueError where a dataset saved to disk names files outside it, or has columns that would open some.
 
     Columns of images, for one, hold paths and URLs, which datasets opens when they are read. Their kinds are named in
     dataset_info.json, and once more in each Arrow file.
@@ -290,7 +290,7 @@ def check_dataset(directory):
             unknown = {kind for key, column in kinds.items() for kind in column_kinds(column) if kind not in (
                 PLAIN_COLUMNS if key in ("features", "labels") else PLAIN_COLUMNS + OTHER_COLUMNS)}
             if unknown:
-                raise ValueError(f"{folder} has columns of the kind {one_line(min(unknown), 60)}, wanted numbers and "
+                raise ValueError(f"columns of the kind {one_line(min(unknown), 60)}, wanted numbers and "
                                  "lists of them")
 
 
@@ -299,7 +299,7 @@ def plain_names(path, key, name_of):
     names = [name_of(entry) for entry in read_json(path)[key]]
     for name in names:
         if not is_plain_name(name):
-            raise ValueError(f"{path} names {one_line(repr(name)[:1000], 80)}, wanted names in its own folder")
+            raise ValueError(f"{path.name} names {one_line(repr(name)[:1000], 80)}, wanted names in its own folder")
     return names
 
 

@@ -23,7 +23,8 @@ VAE_CONFIG = dict(
     down_block_types=list_of(one_of("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), 1, 6),
     up_block_types=list_of(one_of("UpDecoderBlock2D", "AttnUpDecoderBlock2D"), 1, 6),
     layers_per_block=whole_number(1, 16), norm_num_groups=whole_number(1, 1024),
-    act_fn=one_of("silu", "swish", "mish", "gelu", "relu"), sample_size=whole_number(1, 65536), scaling_factor=real_number(1e-30, 1e30), shift_factor=or_null(NUMBER),
+    act_fn=one_of("silu", "swish", "mish", "gelu", "relu"), sample_size=whole_number(1, 65536),
+    scaling_factor=real_number(1e-30, 1e30), shift_factor=or_null(NUMBER),
     latents_mean=or_null(list_of(NUMBER)), latents_std=or_null(list_of(NUMBER)), force_upcast=SWITCH,
     use_quant_conv=SWITCH, use_post_quant_conv=SWITCH, mid_block_add_attention=SWITCH)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -140,15 +141,14 @@ def load_vae(name, device="cpu"):
     weights = {current_vae_name(key): value for key, value in check_tensors(load_tensors(path), path).items()}
     try:
         with torch.device("meta"):                  # no memory is taken before the shapes agree
-            outline = AutoencoderKL(**config).state_dict()
+            vae = AutoencoderKL(**config)
     except Exception as error:                      # such as of channels that the groups do not divide
         raise ValueError(f"--vae {name}: diffusers cannot build an AutoencoderKL from its config.json "
                          f"({one_line(error, 100)})") from None
-    different = differences_from(outline, weights)
+    different = differences_from(vae.state_dict(), weights)
     if different:
         raise ValueError(f"--vae {name}: {path} {different}")
-    vae = AutoencoderKL(**config)
-    vae.load_state_dict(weights)
+    vae.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -21,7 +21,7 @@ from dlc.latents import image_grid
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 PNG_END = b"IEND\xaeB`\x82"
-LARGEST_IMAGE = 2**26       # bytes of an image in an .npz: 4,700 pixels square
+LARGEST_IMAGE = 2**24       # bytes of an image in an .npz: 2,300 pixels square
 ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
 FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from fewer their covariance is singular
 
@@ -107,7 +107,8 @@ def open_array(archive, name="arr_0.npy"):
     if fortran_order or dtype.hasobject:
         raise ValueError(f"{name} is {'in Fortran order' if fortran_order else 'of pickled objects'}, not a stream of "
                          "images")
-    if math.prod(shape) * dtype.itemsize > entry.file_size or math.prod(shape[1:]) * dtype.itemsize > LARGEST_IMAGE:
+    image, there = math.prod(shape[1:]) * dtype.itemsize, entry.file_size - stream.tell()
+    if image > LARGEST_IMAGE or math.prod(shape) * dtype.itemsize > there:
         raise ValueError(f"{name} claims shape {one_line(shape, 60)}, more than it has or than images are")
     return stream, shape, dtype
 
@@ -148,7 +149,7 @@ def check(path, grid=False, progress=False):
                 if len(data) < size:
                     raise ValueError(f"it ends within image {index} of {shape[0]}")
                 image = np.frombuffer(data, np.uint8).reshape(shape[1:])
-                if index < GRID_IMAGES:
+                if grid and index < GRID_IMAGES:
                     first.append(image)
                 low, high, total = min(low, image.min()), max(high, image.max()), total + image.mean()
                 if (image == image[0, 0]).all():
