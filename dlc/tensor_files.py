@@ -27,7 +27,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|argparse Namespace|__builtin__ set|torch (Size|device)|"
     r"torch (\w+Storage|(b?float|complex|u?int|bool)\w*)|torch\.storage UntypedStorage|"
-    r"torch\.serialization _get_layout|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|meta_tensor_no_storage)")
+    r"torch\.serialization _get_layout|"
+    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|meta_tensor_no_storage)")
 
 
 def load_tensors(path):

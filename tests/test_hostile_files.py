@@ -1,5 +1,6 @@
 """Files that may come from anyone: nothing in them is run, nothing they name is opened or fetched, and one line says why
 they are refused, before memory is taken for what they claim."""
+import importlib
 import json
 import os
 import re
@@ -607,6 +608,31 @@ def test_npz_that_inflates_without_end(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2**22
+
+
+#################################################################################
+#                              Through the commands                             #
+#################################################################################
+
+@pytest.mark.parametrize("script", ["info", "sample", "extract", "vae"])
+def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Call(os.system, "touch touched"), tmp_path / "evil.pt")
+    (tmp_path / "meta.json").write_text("[" * 100_000)
+    change_json(sem / "config.json", lambda config: config["backbone_args"].update(checkpoint_path="evil.pt"))
+    change_json(vae / "config.json", lambda config: config.update(in_channels=1))
+    module, *flags = dict(
+        info=("dlc.checkpoints", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
+        extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", "ema"),
+        vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae))[script]
+    monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(module).main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and len(error) < 360 and "trust" not in error, error
+    assert dict(info="names posix.system", sample="not readable JSON", extract="no key checkpoint_path",
+                vae="has 1 in channels")[script] in error
+    assert not (tmp_path / "touched").exists()
 
 
 #################################################################################
