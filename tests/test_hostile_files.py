@@ -1,5 +1,5 @@
-"""Files that may come from anyone: nothing in them is run, nothing they name is opened or fetched, and one line says why
-they are refused, before memory is taken for what they claim."""
+"""Files that may come from anyone: nothing in them is run, nothing they name is opened or fetched, and one line says
+why they are refused, before memory is taken for what they claim."""
 import importlib
 import json
 import os
@@ -81,7 +81,8 @@ def rezip(path, compression=zipfile.ZIP_STORED, change=None):
 def claim(path, entry, size):
     """Have a zip's directory say that an entry has so many bytes."""
     content = bytearray(path.read_bytes())
-    at = content.rindex(f"{path.stem}/{entry}".encode()) - 46                # the directory comes last, a header before each name
+    # the directory comes last, a header before each name
+    at = content.rindex(f"{path.stem}/{entry}".encode()) - 46
     assert content[at:at + 4] == b"PK\x01\x02"
     content[at + 20:at + 28] = struct.pack("<II", size, size)
     path.write_bytes(content)
@@ -146,8 +147,8 @@ def test_files_that_are_kept(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.long)).sum().backward()
     optimizer.step()
-    torch.save(dict(model=dict(model.named_parameters(), pos_embed=model.pos_embed), opt=optimizer.state_dict(), steps={3},
-                    args=argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)), tmp_path / "one.pt")
+    torch.save(dict(model=dict(model.named_parameters(), pos_embed=model.pos_embed), opt=optimizer.state_dict(),
+                    steps={3}, args=argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)), tmp_path / "one.pt")
     computed = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -177,13 +178,15 @@ def test_files_of_safetensors(tmp_path, content):
 def test_a_bomb_takes_no_memory(tmp_path):
     """A file of 0.3 MB that inflates to 256 MB: in C++, where only the process's own memory tells."""
     torch.save({}, tmp_path / "bomb.pt")
-    rezip(tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED, lambda name, content: bytes(2**28 * name.endswith("pkl")) or content)
+    rezip(tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED,
+          lambda name, content: bytes(2**28 * name.endswith("pkl")) or content)
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
     code = ("import resource, sys; from dlc.tensor_files import load_tensors\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "try: load_tensors(sys.argv[1])\n"
             "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "bomb.pt"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "bomb.pt"], cwd=ROOT, capture_output=True,
+                            text=True)
     assert int(result.stdout) < 20_000, result.stderr                   # KiB
 
 
@@ -236,7 +239,8 @@ def test_bad_tensors(tmp_path, tiny_models, loader, kind):
     elif loader == "teacher":
         # positions and class token are added and resized before they are compared
         name, path, load = "pos_embed" if "-d" in kind else "cls_token", tmp_path / "teacher.pth", load_encoder
-        weights = {"cls_token": torch.zeros(1, 1, 8), "pos_embed": torch.zeros(1, 17, 8), "sem_norm.bias": torch.zeros(3)}
+        weights = {"cls_token": torch.zeros(1, 1, 8), "pos_embed": torch.zeros(1, 17, 8),
+                   "sem_norm.bias": torch.zeros(3)}
     else:
         shutil.copytree(tiny_models[0], tmp_path / "vae")
         path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
@@ -289,7 +293,8 @@ def test_models_without_conditions():
 def test_a_run_that_continues(tmp_path):
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters())
-    for weights, message in (({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan}, "tensor pos_embed has values"),
+    for weights, message in (({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan},
+                              "tensor pos_embed has values"),
                              ({"pos_embed": WEIGHTS["pos_embed"]}, "lacks"),
                              ({**WEIGHTS, "pos_embed": torch.zeros(2)}, "has other shapes: pos_embed")):
         safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
@@ -358,8 +363,8 @@ def test_backbones_by_flag(tmp_path, monkeypatch, backbone):
     assert "timm cannot build the encoder" in refusal(load_encoder, tmp_path / "teacher.pth", backbone=backbone)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "vgg11", "convnext_tiny", "mixer_s16_224",
-                                      "vit_base_patch16_siglip_224", "vit_tiny_patch16_224.nothing", "efficientnet_b0"])
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "vgg11", "convnext_tiny",
+                                      "mixer_s16_224", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224.nothing", "efficientnet_b0"])
 def test_models_that_are_no_such_transformer(sem, backbone):
     config = json.loads((sem / "config.json").read_text())
     (sem / "config.json").write_text(json.dumps(dict(config, backbone=backbone, backbone_args={})))
@@ -389,7 +394,8 @@ def vae(tmp_path, tiny_models):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(latent_channels=16), "has 16 latent channels, wanted 4"), (dict(in_channels=1), "has 1 in channels, wanted 3"),
+    (dict(latent_channels=16), "has 16 latent channels, wanted 4"),
+    (dict(in_channels=1), "has 1 in channels, wanted 3"),
     (dict(out_channels=1), "has 1 out channels, wanted 3"), (dict(latent_channels=10**12), "latent_channels is"),
     (dict(shift_factor=0.1), "shifts its latents (shift_factor"), (dict(latents_mean=[0, 0, 0, 0.0]), "(latents_mean"),
     (dict(latents_std=[1.0] * 4), "(latents_std"), (dict(scaling_factor=0), "scaling_factor is 0"),
@@ -400,9 +406,12 @@ def vae(tmp_path, tiny_models):
     (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"), (dict(pretrained="x"), "the key pretrained"),
     (dict(_class_name="UNet2DModel"), "not an AutoencoderKL's"), (dict(_class_name=["a"]), "not an AutoencoderKL's"),
     (dict(block_out_channels=[]), "block_out_channels is []"), (dict(block_out_channels=8), "block_out_channels is 8"),
-    (dict(block_out_channels=[8] * 100), "block_out_channels is"), (dict(block_out_channels=[8] * 3), "as many entries"),
-    (dict(block_out_channels=[9] * 4), "diffusers cannot build"), (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
-    (dict(down_block_types=["os.system"] * 4), "down_block_types is"), (dict(down_block_types="Down"), "down_block_types is"),
+    (dict(block_out_channels=[8] * 100), "block_out_channels is"),
+    (dict(block_out_channels=[8] * 3), "as many entries"),
+    (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
+    (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
+    (dict(down_block_types=["os.system"] * 4), "down_block_types is"),
+    (dict(down_block_types="Down"), "down_block_types is"),
     (dict(up_block_types=["UpDecoderBlock2D"]), "as many entries"), (dict(act_fn="evil"), "act_fn is 'evil'"),
     (dict(layers_per_block=10**9), "layers_per_block is"), (dict(layers_per_block=2), "lacks"),
     (dict(norm_num_groups=0), "norm_num_groups is 0"), (dict(use_quant_conv=False), "has unknown"),
@@ -476,12 +485,13 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
 @pytest.mark.parametrize("text, message", [
     *[(json.dumps({key: value}), f"meta.json: {key} is") for key, values in dict(
         step=[None, "3", -1, 1.5, True, [], 10**30], place=[None, "0"], logged=["x"], skipped=[{}], model=[3, []],
-        vae=[3, ["ema"], {}, True], versions=["2.6", [], None, {"torch": 2}], L=["6", 0, None, True], V=[-1], num_classes=[0.5],
-        in_dim=["x"], image_size=[0, "256"], scaling_factor=["x", 0, -1, [], True], vae_sha256=[1], encoder_sha256=[{}],
+        vae=[3, ["ema"], {}, True], versions=["2.6", [], None, {"torch": 2}], L=["6", 0, None, True], V=[-1],
+        num_classes=[0.5], in_dim=["x"], image_size=[0, "256"], scaling_factor=["x", 0, -1, [], True], vae_sha256=[1], encoder_sha256=[{}],
         listing_sha256=[[]], features_path=[3], data_path=[False], global_batch_size=["8"], global_seed=[-1], lr=["x"],
         precision=[None], flip=[1], ema_decay=[None]).items() for value in values],
     ('{"lr": NaN}', "lr is nan"), ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
-    ("[" * 100_000, "not readable JSON"), ('{"step": ' + "[" * 100_000, "not readable JSON"), ("[]", "holds a JSON list"),
+    ("[" * 100_000, "not readable JSON"), ('{"step": ' + "[" * 100_000, "not readable JSON"),
+    ("[]", "holds a JSON list"),
     ("{", "not readable JSON"), ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "vae is"),
     ('{"step": ' + "9" * 5000 + "}", "meta.json"),
 ], ids=lambda value: value[:40])
@@ -502,12 +512,14 @@ def test_meta_that_says_little_or_more(tmp_path):
     *[(dict(shards=[dict(name=name, rows=4)]), "a shard is") for name in (
         "../outside", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x", "a\0b", "\x1b[31m", 3, None, ["a"])],
     *[(dict(shards=[dict(name="000000", rows=rows)]), "a shard is") for rows in (-1, "4", 1.5, None, True, 10**30)],
-    (dict(shards=[dict(name="000000", rows=10**12)]), "says 1,000,000,000,000 rows"), (dict(shards=["000000"]), "shards is"),
+    (dict(shards=[dict(name="000000", rows=10**12)]), "says 1,000,000,000,000 rows"),
+    (dict(shards=["000000"]), "shards is"),
     (dict(shards={}), "shards is"), (dict(shards=None), "shards is"),
     *[({key: value}, f"{key} is") for key, values in dict(
-        count=["4", True, -1, None], image_size=[0, "64", 64.0, True, 10**40], images=[None], L=["6", 0, True], V=["300", 10**9],
-        classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"], vae=[3, ["ema"], {}], vae_sha256=[3],
-        scaling_factor=["x", 0, -1, [0.1]], encoder_sha256=[3], listing_sha256=[[]], flip=[3, True], seed=["0", -1, 1.5],
+        count=["4", True, -1, None], image_size=[0, "64", 64.0, True, 10**40], images=[None], L=["6", 0, True],
+        V=["300", 10**9], classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"], vae=[3, ["ema"], {}], vae_sha256=[3],
+        scaling_factor=["x", 0, -1, [0.1]], encoder_sha256=[3], listing_sha256=[[]], flip=[3, True],
+        seed=["0", -1, 1.5],
         precision=[[]], latents=[3, None], dtype=[16], format_version=["1", None, True]).items() for value in values],
     (dict(latents="\x1b[31m" + "x" * 999), "latents of kind"), (dict(dtype="x" * 999), "type"),
 ], ids=lambda value: repr(value)[:60])
@@ -543,12 +555,13 @@ BAD_NPY = [
     (npy(described("(-1,)"), bytes(60)), "shape"), (npy(described("(True,)"), bytes(60)), "shape"),
     (npy(described("(1,) * 10**9"), bytes(60)), "not a readable"),
     (npy(described(str((1,) * 60)), bytes(60)), "shape"), (npy(described("[4]"), bytes(60)), "not a readable"),
-    (npy(described("(1,)", "'|V0'"), bytes(60)), "values of type"), (npy(described("(1,)", "[('a', '<f4')]"), bytes(60)),
-                                                                     "values of type"),
+    (npy(described("(1,)", "'|V0'"), bytes(60)), "values of type"),
+    (npy(described("(1,)", "[('a', '<f4')]"), bytes(60)), "values of type"),
     (npy(described("(1,)", "'<M8[s]'"), bytes(60)), "values of type"),
     (npy(described("(1,)", "'|O'"), bytes(60)), "holds pickled objects"),
     (npy(b"(" * 9000), "not a readable"), (npy(b"[" * 60_000), "header of 60,000 bytes"),
-    (npy(b"{}", version=(2, 0), length=2**32 - 1), "header of 4,294,967,295 bytes"), (npy(b"{}", version=(3, 0)), "version"),
+    (npy(b"{}", version=(2, 0), length=2**32 - 1), "header of 4,294,967,295 bytes"),
+    (npy(b"{}", version=(3, 0)), "version"),
     (npy(b"{}", version=(9, 9)), "not a readable"), (b"", "not a readable"), (b"\x93NUMPY", "not a readable"),
     (npy("{'descr': '\x1b[31m', 'fortran_order': False, 'shape': (1,)}"), "not a readable"),
 ]
@@ -578,7 +591,8 @@ def test_npy_that_are_kept(tmp_path, array):
     *[(content, "not a whole .npz of samples") for content, _ in BAD_NPY],
     (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
     (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
-    (npy(described("()"), bytes(8)), "wanted uint8"), (npy(described("(2, 8, 8, 3)"), bytes(2 * 8 * 8 * 3 + 1)), "there is more"),
+    (npy(described("()"), bytes(8)), "wanted uint8"),
+    (npy(described("(2, 8, 8, 3)"), bytes(2 * 8 * 8 * 3 + 1)), "there is more"),
 ], ids=lambda value: "")
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_npz(tmp_path, content, message, compression):
@@ -654,12 +668,15 @@ def change_json(path, change):
 
 
 @pytest.mark.parametrize("file, change, message", [
-    ("state.json", lambda state: state["_data_files"][0].update(filename="../outside.arrow"), "names '../outside.arrow'"),
+    ("state.json", lambda state: state["_data_files"][0].update(filename="../outside.arrow"),
+     "names '../outside.arrow'"),
     ("state.json", lambda state: state["_data_files"][0].update(filename="/etc/passwd"), "names '/etc/passwd'"),
     ("state.json", lambda state: state["_data_files"][0].update(filename=3), "names 3"),
     ("state.json", lambda state: state.clear(), "is not a dataset saved to disk"),
-    ("dataset_info.json", lambda info: info["features"].update(features={"_type": "Image"}), "columns of the kind Image"),
-    ("dataset_info.json", lambda info: info["features"].update(labels={"feature": {"_type": "Audio"}, "_type": "Sequence"}),
+    ("dataset_info.json", lambda info: info["features"].update(features={"_type": "Image"}),
+     "columns of the kind Image"),
+    ("dataset_info.json", lambda info: info["features"].update(labels={"feature": {"_type": "Audio"},
+                                                                       "_type": "Sequence"}),
      "columns of the kind Audio"),
     ("dataset_info.json", lambda info: info["features"].update(more={"_type": "\x1b[31mpopen" + "x" * 999}),
      "columns of the kind popen"),
