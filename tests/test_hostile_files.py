@@ -148,7 +148,8 @@ def test_files_that_are_kept(tmp_path):
     model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.long)).sum().backward()
     optimizer.step()
     torch.save(dict(model=dict(model.named_parameters(), pos_embed=model.pos_embed), opt=optimizer.state_dict(),
-                    steps={3}, args=argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)), tmp_path / "one.pt")
+                    steps={3}, args=argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)),
+               tmp_path / "one.pt")
     computed = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -364,7 +365,8 @@ def test_backbones_by_flag(tmp_path, monkeypatch, backbone):
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "vgg11", "convnext_tiny",
-                                      "mixer_s16_224", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224.nothing", "efficientnet_b0"])
+                                      "mixer_s16_224", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224.nothing",
+                                      "efficientnet_b0"])
 def test_models_that_are_no_such_transformer(sem, backbone):
     config = json.loads((sem / "config.json").read_text())
     (sem / "config.json").write_text(json.dumps(dict(config, backbone=backbone, backbone_args={})))
@@ -486,7 +488,8 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
     *[(json.dumps({key: value}), f"meta.json: {key} is") for key, values in dict(
         step=[None, "3", -1, 1.5, True, [], 10**30], place=[None, "0"], logged=["x"], skipped=[{}], model=[3, []],
         vae=[3, ["ema"], {}, True], versions=["2.6", [], None, {"torch": 2}], L=["6", 0, None, True], V=[-1],
-        num_classes=[0.5], in_dim=["x"], image_size=[0, "256"], scaling_factor=["x", 0, -1, [], True], vae_sha256=[1], encoder_sha256=[{}],
+        num_classes=[0.5], in_dim=["x"], image_size=[0, "256"], scaling_factor=["x", 0, -1, [], True], vae_sha256=[1],
+        encoder_sha256=[{}],
         listing_sha256=[[]], features_path=[3], data_path=[False], global_batch_size=["8"], global_seed=[-1], lr=["x"],
         precision=[None], flip=[1], ema_decay=[None]).items() for value in values],
     ('{"lr": NaN}', "lr is nan"), ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
@@ -517,7 +520,8 @@ def test_meta_that_says_little_or_more(tmp_path):
     (dict(shards={}), "shards is"), (dict(shards=None), "shards is"),
     *[({key: value}, f"{key} is") for key, values in dict(
         count=["4", True, -1, None], image_size=[0, "64", 64.0, True, 10**40], images=[None], L=["6", 0, True],
-        V=["300", 10**9], classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"], vae=[3, ["ema"], {}], vae_sha256=[3],
+        V=["300", 10**9], classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"], vae=[3, ["ema"], {}],
+        vae_sha256=[3],
         scaling_factor=["x", 0, -1, [0.1]], encoder_sha256=[3], listing_sha256=[[]], flip=[3, True],
         seed=["0", -1, 1.5],
         precision=[[]], latents=[3, None], dtype=[16], format_version=["1", None, True]).items() for value in values],
