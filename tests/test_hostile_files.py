@@ -520,7 +520,8 @@ def test_meta_that_says_little_or_more(tmp_path):
     (dict(shards={}), "shards is"), (dict(shards=None), "shards is"),
     *[({key: value}, f"{key} is") for key, values in dict(
         count=["4", True, -1, None], image_size=[0, "64", 64.0, True, 10**40], images=[None], L=["6", 0, True],
-        V=["300", 10**9], classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"], vae=[3, ["ema"], {}],
+        V=["300", 10**9], classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"],
+        vae=[3, ["ema"], {}],
         vae_sha256=[3],
         scaling_factor=["x", 0, -1, [0.1]], encoder_sha256=[3], listing_sha256=[[]], flip=[3, True],
         seed=["0", -1, 1.5],
