@@ -8,7 +8,6 @@ says the step and the place in the data, optimizer.pt holds the sums of the log'
 Read as well: `.pt` files such as DiT and fast-DiT write (a bare state dict, or one under "ema" and "model"), and
 `.safetensors`.
 """
-import argparse
 import contextlib
 import hashlib
 import json
@@ -24,10 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dlc.disk import read_json, sync
+from dlc.disk import TEXT, check_values, or_null, read_json, real_number, sync, whole_number
+from dlc.tensor_files import check_tensors, differences_from, load_tensors, read_torch
 from models import DiT_models
 
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
+RESUMED = ("step", "place", "logged", "skipped")        # keys of meta.json without which a run cannot continue
 
 
 def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None, write=True):
@@ -82,11 +83,18 @@ def sharded_like(tensor, other):
 
 
 def load_checkpoint(path, model, ema, optimizer, scaler=None):
-    """Read a checkpoint back into the objects that made it. Returns its sums."""
+    """Read a checkpoint back into the objects that made it. Returns its sums.
+
+    Raises ValueError, naming the file, where weights are damaged or not those of the model.
+    """
     for module, name in ((model, "model"), (ema, "ema")):
-        weights = safetensors.torch.load_file(path / f"{name}.safetensors")
-        module.load_state_dict({key: sharded_like(weights[key], value) for key, value in module.state_dict().items()})
-    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+        file, ours = path / f"{name}.safetensors", module.state_dict()
+        weights = check_tensors(load_tensors(file), file)
+        different = differences_from(ours, weights)
+        if different:
+            raise ValueError(f"{file} {different}")
+        module.load_state_dict({key: sharded_like(weights[key], value) for key, value in ours.items()})
+    state = read_torch(path / "optimizer.pt", "an optimizer's state")
     for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
         group["fused"] = own["fused"]           # another precision may want it otherwise
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -135,8 +143,23 @@ def load_pretrained(path, model):
     return "; ".join(said)
 
 
+# Every key of meta.json. Each may be missing: `load_weights` reads checkpoints that say less.
+COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
+META = dict(
+    step=COUNT, place=COUNT, logged=COUNT, skipped=COUNT, model=ID, image_size=SIZE, L=SIZE, V=SIZE, num_classes=SIZE,
+    in_dim=SIZE, features_count=SIZE, latents=TEXT, global_batch_size=SIZE, global_seed=COUNT, vae=ID, vae_sha256=ID,
+    scaling_factor=or_null(real_number(1e-30)), encoder_sha256=ID, listing_sha256=ID, flip=ID, first_vectors_sha256=ID,
+    data_path=ID, features_path=ID, precision=TEXT, lr=real_number(0), weight_decay=real_number(0),
+    ema_decay=real_number(0), versions=(
+        lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()), "texts by name"))
+
+
 def read_meta(path):
-    return read_json(Path(path) / "meta.json")
+    """A checkpoint's meta.json. Raises ValueError, naming file and key, for a value of another kind than ours."""
+    path = Path(path) / "meta.json"
+    meta = read_json(path)
+    check_values(path, meta, META)
+    return meta
 
 
 def run_checkpoints(run_dir):
@@ -159,7 +182,10 @@ def damage(path, files=CHECKPOINT_FILES):
             if not (path / name).is_file():
                 return f"{name} is missing"
             if name == "meta.json":
-                read_meta(path)
+                meta = read_meta(path)
+                unsaid = [key for key in RESUMED if "optimizer.pt" in files and key not in meta]
+                if unsaid:
+                    return f"meta.json does not say {unsaid[0]}"
             elif name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):        # compares the header with the file's size
                     pass
@@ -216,30 +242,6 @@ def newest_checkpoint(results_dir, model, use_ema=True):
     return newest_of_run(max(of_model, key=written.get), ("meta.json", weights))
 
 
-def load_tensors(path):
-    """The dict in a `.safetensors`, or in a `.pt` or `.pth` of plain tensors. Raises ValueError naming the file."""
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):      # training scripts keep their arguments beside
-            # mapped, so that optimizer state beside the weights is never read; files before torch 1.6 cannot be
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:                          # whatever the unpickler or safetensors makes of a broken file
-        raise ValueError(f"{path} cannot be read as weights: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, wanted a dict of tensors")
-    return value
-
-
-def tensors_of(value, path):
-    """The value, if it is a dict of named tensors. Raises ValueError naming the file it came from."""
-    if not (isinstance(value, dict) and all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                                            for name, tensor in value.items())):
-        raise ValueError(f"{path} does not hold a dict of named tensors")
-    return value
-
-
 def weights_sha256(module):
     """A digest of a module's names and tensors: tells weights apart whatever their file is called."""
     digest = hashlib.sha256()
@@ -276,47 +278,57 @@ def load_weights(path, use_ema=True):
             raise ValueError(f"{path} has no {kind} weights, only {other!r}: "
                              f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
         weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
-    weights, meta = tensors_of(weights, path), dict(meta, weights=kind)
+    weights, meta = check_tensors(weights, path), dict(meta, weights=kind)
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
 
 
 def model_from_weights(weights, path):
     """The model whose state dict these are, in eval mode, and its name in DiT_models.
 
-    Family, size, patch, L, V, classes and latent size are all read off the tensors' shapes.
+    Family, size, patch, L, V, classes and latent size are all read off the tensors' shapes, and all shapes compared
+    before memory is taken for the model.
 
     Raises ValueError, naming path, where they are no model of ours.
     """
-    try:
-        hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-        depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-        arguments = dict(
-            in_channels=in_channels, input_size=patch_size * math.isqrt(weights["pos_embed"].shape[1]),
-            learn_sigma=len(weights["final_layer.linear.bias"]) == 2 * in_channels * patch_size ** 2)
-        if "sem_embedder.embedding_table" in weights:
-            family = "DiTSEM"
-            L, rows, _ = weights["sem_embedder.embedding_table"].shape
-            arguments.update(L=L, V=rows - 1)
-        elif "y_embedder.fake_latent" in weights:
-            family = "DiTCONT"
-            arguments.update(in_dim=weights["y_embedder.fake_latent"].shape[1])
-        else:
-            family = "DiT"
-            arguments.update(num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1)
-    except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {error})") from None
+    def shape(name, ndim):
+        if name not in weights or weights[name].ndim != ndim:
+            raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
+        return tuple(weights[name].shape)
+
+    hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
+    # not by the highest number, which may be any
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    arguments = dict(
+        in_channels=in_channels, input_size=patch_size * math.isqrt(shape("pos_embed", 3)[1]),
+        learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2)
+    if "sem_embedder.embedding_table" in weights:
+        family = "DiTSEM"
+        L, rows, _ = shape("sem_embedder.embedding_table", 3)
+        arguments.update(L=L, V=rows - 1)
+    elif "y_embedder.fake_latent" in weights:
+        family = "DiTCONT"
+        arguments.update(in_dim=shape("y_embedder.fake_latent", 2)[1])
+    else:
+        family = "DiT"
+        arguments.update(num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1)
     for name, build in DiT_models.items():
         size = build.keywords
         if name.startswith(f"{family}-") and (size["hidden_size"], size["depth"], size["patch_size"]) == (
                 hidden_size, depth, patch_size):
-            model = build(**arguments)
-            try:
-                model.load_state_dict(weights)
-            except RuntimeError as error:
-                raise ValueError(f"checkpoint {path} does not fit {name}: {error}") from None
-            return model.eval(), name
-    raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, "
-                     "which has no name in DiT_models")
+            break
+    else:
+        raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, "
+                         "which has no name in DiT_models")
+    if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
+        raise ValueError(f"checkpoint {path} does not fit {name}: by its shapes, "
+                         + ", ".join(f"{key} is {value}" for key, value in arguments.items()))
+    with torch.device("meta"):
+        different = differences_from(build(**arguments).state_dict(), weights)
+    if different:
+        raise ValueError(f"checkpoint {path} does not fit {name}: it {different}")
+    model = build(**arguments)
+    model.load_state_dict(weights)
+    return model.eval(), name
 
 
 def info(path):

@@ -1,6 +1,5 @@
 """What each sample is drawn for: a row of computed codes, or a class. A function of (global seed, sample index)."""
 import hashlib
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from dlc.disk import recorded_id
 from dlc.features import Features, Stack, file_order, load_array
 from dlc.noise import Stream, integers, permutation
+from dlc.tensor_files import read_torch, storage_fault
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
@@ -22,14 +22,12 @@ def load_codes(path, mmap=True):
     if path.suffix != ".pt":
         array = load_array(path, mmap)
     else:
-        try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-        except Exception as error:                      # whatever the unpickler makes of a broken file
-            raise ValueError(f"{path} cannot be read as a tensor: {error}") from None
+        tensor = read_torch(path, "a tensor")
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
-        if tensor.layout != torch.strided or tensor.dtype not in INTEGERS:
-            raise ValueError(f"{path} has values of type {tensor.dtype}, {tensor.layout}, wanted integers, dense")
+        fault = storage_fault(tensor)
+        if fault or tensor.dtype not in INTEGERS:
+            raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
         array = tensor.numpy()
     if array.ndim not in (1, 2, 3) or not array.shape[-1]:
         raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")

@@ -12,7 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
-from dlc.cli import warn_once
+from dlc.cli import one_line, warn_once
 
 try:
     import fcntl
@@ -154,6 +154,55 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+# What a value out of JSON has to be: whether it is, and the words for it.
+TEXT = (lambda value: isinstance(value, str)), "text"
+SWITCH = (lambda value: isinstance(value, bool)), "true or false"
+
+
+def whole_number(low, high=2**63 - 1):
+    return (lambda value: type(value) is int and low <= value <= high,
+            f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"))
+
+
+def real_number(low, high=1e300):
+    """Never NaN or infinite, which Python's JSON has as well."""
+    return (lambda value: type(value) in (int, float) and low <= value <= high,
+            f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"))
+
+
+def or_null(kind):
+    fits, words = kind
+    return (lambda value: value is None or fits(value)), f"{words} or null"
+
+
+def list_of(kind, least=0, most=2**63):
+    fits, words = kind
+    return (lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
+            f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}")
+
+
+def one_of(*values):
+    return (lambda value: isinstance(value, str) and value in values), f"one of {', '.join(values)}"
+
+
+def check_values(where, values, kinds, needed=()):
+    """Raise ValueError, naming where and key, for a value that is not of its kind, and where a needed one is missing.
+
+    Keys without a kind are passed over.
+    """
+    for key, (fits, words) in kinds.items():
+        if key in values and not fits(values[key]):
+            raise ValueError(f"{where}: {key} is {one_line(repr(values[key])[:1000], 60)}, wanted {words}")
+        if key in needed and key not in values:
+            raise ValueError(f"{where}: {key} is missing, wanted {words}")
+
+
+def is_plain_name(text):
+    """Whether a text out of a file names an entry of a folder, not a way out of it."""
+    return (isinstance(text, str) and text.isprintable() and text not in ("", ".", "..")
+            and not set("/\\:") & set(text))
 
 
 def differences(there, here):

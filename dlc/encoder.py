@@ -11,6 +11,7 @@ Two forms of weights are read: a directory with `config.json` and `model.safeten
 the training checkpoint of the reference implementation, DINOv2 key names under `{"teacher": {"backbone.…"}}`.
 """
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,36 +21,48 @@ import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 
-from dlc.checkpoints import load_tensors, tensors_of
-from dlc.disk import differences, read_json
+from dlc.cli import one_line
+from dlc.disk import (SWITCH, TEXT, check_values, differences, or_null, read_json, real_number, whole_number)
+from dlc.tensor_files import check_tensors, differences_from, load_tensors, shown
 
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 # parts of a self-supervised checkpoint that serve its training, not the code
 TRAINING_ONLY = ("mask_token", "norm", "head", "sem_out", "sem_cls_norm", "dino_head", "ibot_head")
+# What a configuration may hold, and within which bounds; no key by which timm opens a file, asks a hub or imports.
+BACKBONE_ARGS = dict(
+    patch_size=whole_number(1, 256), embed_dim=whole_number(1, 16384), depth=whole_number(1, 256),
+    num_heads=whole_number(1, 1024), mlp_ratio=real_number(0.01, 64), reg_tokens=whole_number(0, 1024),
+    class_token=SWITCH, no_embed_class=SWITCH, pre_norm=SWITCH, qkv_bias=SWITCH, qk_norm=SWITCH,
+    init_values=or_null(real_number(0, 100)))
+CONFIG = dict(
+    backbone=TEXT, image_size=whole_number(1, 4096), L=whole_number(1, 65536), V=whole_number(2, 65536),
+    temperature=real_number(1e-6), backbone_args=or_null(((lambda value: isinstance(value, dict)), "an object")))
 
 
 class SEMEncoder(nn.Module):
     """A timm Vision Transformer and a SEM head.
 
     Args:
-        backbone: name of any timm Vision Transformer with a class or register token.
+        backbone: name of any timm Vision Transformer with a class or register token; never a file or a hub's id.
         image_size: height and width of its input, in pixels.
         L, V: positions of the code, and tokens to choose from at each.
         temperature: of the softmax in `forward`; the code does not depend on it.
-        backbone_args: further keywords of timm.create_model, such as patch_size or embed_dim.
+        backbone_args: what is other than the backbone's own, such as patch_size or embed_dim; keys of BACKBONE_ARGS.
 
-    Raises ValueError for a backbone that timm does not have, or that has no such tokens.
+    Raises ValueError for arguments out of bounds and for a backbone that timm does not have or that has no such tokens.
     """
 
     def __init__(self, backbone=DEFAULT_BACKBONE, image_size=224, L=512, V=256, temperature=1.0, backbone_args=None):
         super().__init__()
         self.config = dict(backbone=backbone, image_size=image_size, L=L, V=V, temperature=temperature,
                            backbone_args=backbone_args or {})
+        check_config("encoder", self.config)
         try:
             self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, img_size=image_size,
-                                              **(backbone_args or {}))
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"timm cannot build the encoder {backbone!r}: {error}") from None
+                                              **self.config["backbone_args"])
+        except Exception as error:                      # timm's models raise all kinds
+            raise ValueError(f"timm cannot build the encoder {backbone!r} from its config: "
+                             f"{one_line(error, 100)}") from None
         if not getattr(self.backbone, "num_prefix_tokens", 0):
             raise ValueError(f"{backbone!r} has no class or register tokens to read a code from")
         self.backbone.norm = nn.Identity()
@@ -80,6 +93,19 @@ class SEMEncoder(nn.Module):
         return logits.argmax(dim=2).masked_fill(~logits.isfinite().all(dim=2), -1)
 
 
+def check_config(path, config):
+    """Raise ValueError, naming path and key, for a configuration that is no SEMEncoder's or out of bounds."""
+    backbone, more = config.get("backbone", DEFAULT_BACKBONE), config.get("backbone_args") or {}
+    check_values(path, config, CONFIG)                  # first: of another type, those two cannot be looked into
+    for where, values, kinds in ((path, config, CONFIG), (f"{path}, backbone_args", more, BACKBONE_ARGS)):
+        unknown = sorted(values.keys() - kinds.keys())
+        if unknown:
+            raise ValueError(f"{where}: a SEM encoder has no key {shown(unknown[0])}, only {', '.join(kinds)}")
+    check_values(f"{path}, backbone_args", more, BACKBONE_ARGS)
+    if not re.fullmatch(r"\w+(\.\w+)?", backbone) or not timm.is_model(backbone):
+        raise ValueError(f"{path}: timm cannot build the encoder {shown(repr(backbone))}: it has no such model")
+
+
 def save_encoder(encoder, directory):
     """Write config.json and model.safetensors into directory, made where missing."""
     directory = Path(directory)
@@ -108,54 +134,64 @@ def load_encoder(path, **given):
         different = differences(config, given)
         if different:
             raise ValueError(f"encoder {path}: {different}; leave out the flag")
-        try:
-            encoder = SEMEncoder(**config)
-        except TypeError as error:
-            raise ValueError(f"{path}/config.json is not a SEM encoder's: {error}") from None
-        weights = load_tensors(path / "model.safetensors")
+        check_config(path / "config.json", config)
+        weights = check_tensors(load_tensors(path / "model.safetensors"), path / "model.safetensors")
     elif not path.is_file():
         raise ValueError(f"encoder {path} does not exist")
     else:
-        weights = load_tensors(path)
-        weights = tensors_of(weights.get("teacher", weights), path)
-        encoder = SEMEncoder(**given)
-        weights = convert_reference_weights(weights, encoder.backbone)
-
-    wanted = encoder.state_dict()
-    missing = sorted(wanted.keys() - weights.keys())
-    left_over = sorted(weights.keys() - wanted.keys())
-    misshapen = [f"{key} {tuple(weights[key].shape)}, wanted {tuple(wanted[key].shape)}"
-                 for key in wanted.keys() & weights.keys() if weights[key].shape != wanted[key].shape]
-    for what, keys in (("lacks", missing), ("has unknown", left_over), ("has other shapes:", sorted(misshapen))):
-        if keys:
-            raise ValueError(f"encoder {path} {what} {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''} "
-                             f"(backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})")
+        config, teacher = given, load_tensors(path)
+        teacher = teacher.get("teacher", teacher)
+        if isinstance(teacher, dict):
+            teacher = {key: value for key, value in teacher.items() if not serves_training_only(key)}
+        names = set(map(reference_name, check_tensors(teacher, path)))
+        if not any(name.startswith("sem_") for name in names) or "reg_token" in names:
+            what = "has timm's tensor names" if "reg_token" in names else "has no SEM head (sem_embed, sem_norm)"
+            raise ValueError(f"encoder {path} {what}: wanted a reference checkpoint of a SEM encoder, with DINOv2's "
+                             "names, or a directory of config.json and model.safetensors")
+    with torch.device("meta"):                          # no memory is taken before the shapes agree
+        outline = SEMEncoder(**config)
+    if not path.is_dir():
+        weights = convert_reference_weights(teacher, outline.backbone)
+    different = differences_from(outline.state_dict(), weights)
+    if different:
+        raise ValueError(f"encoder {path} {different} (backbone {outline.config['backbone']}, L={outline.L}, "
+                         f"V={outline.V})")
+    encoder = SEMEncoder(**config)
     encoder.load_state_dict(weights)
     return encoder.eval()
+
+
+def reference_name(key):
+    """A tensor's name in a reference checkpoint without what wraps it: DDP, torch.compile, or blocks in chunks.
+
+    Blocks saved in chunks (`blocks.2.13.…`) carry their index second.
+    """
+    for prefix in ("module.", "_orig_mod.", "backbone."):
+        key = str(key).replace(prefix, "")
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+
+
+def serves_training_only(key):
+    return reference_name(key).split(".")[0] in TRAINING_ONLY
 
 
 def convert_reference_weights(teacher, backbone):
     """The tensors of a reference checkpoint's teacher, as SEMEncoder's state dict.
 
     DINOv2 adds a position embedding to the class token, which timm's register models fold into the token itself, and
-    is built for larger images: its patch positions are resized (bicubic, antialiased) to the backbone's grid. Blocks
-    saved in chunks (`blocks.2.13.…`) carry their index second.
+    is built for larger images: its patch positions are resized (bicubic, antialiased) to the backbone's grid. Positions
+    of another shape than DINOv2's, (1, 1 + n * n, D), are left as they are.
     """
-    weights = {}
-    for key, value in teacher.items():
-        for prefix in ("module.", "_orig_mod.", "backbone."):
-            key = key.replace(prefix, "")
-        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
-        if key.split(".")[0] not in TRAINING_ONLY:
-            weights[key] = value
+    weights = {reference_name(key): value for key, value in teacher.items() if not serves_training_only(key)}
     if "register_tokens" in weights:
         weights["reg_token"] = weights.pop("register_tokens")
-    positions = weights.get("pos_embed")
-    if positions is not None and backbone.no_embed_class and "cls_token" in weights:
-        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
-        weights["pos_embed"] = resample_abs_pos_embed(positions[:, 1:], backbone.patch_embed.grid_size,
-                                                      num_prefix_tokens=0)
-    elif positions is not None:
-        weights["pos_embed"] = resample_abs_pos_embed(positions, backbone.patch_embed.grid_size,
-                                                      num_prefix_tokens=1)
+    positions, token = weights.get("pos_embed"), weights.get("cls_token")
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if grid and positions is not None and positions.ndim == 3 and len(positions) == 1 and positions.numel() and (
+            positions.shape[1] > 1 and math.isqrt(positions.shape[1] - 1)**2 == positions.shape[1] - 1):
+        folded = getattr(backbone, "no_embed_class", False) and token is not None
+        if folded and token.shape == positions[:, :1].shape:
+            weights["cls_token"] = token + positions[:, :1]
+        weights["pos_embed"] = resample_abs_pos_embed(positions[:, 1:] if folded else positions, grid,
+                                                      num_prefix_tokens=0 if folded else 1)
     return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in weights.items()}

@@ -6,6 +6,7 @@
     python -m dlc.features import-hf DIR NEW --V 256  a Hugging Face dataset saved to disk into shards
 """
 import hashlib
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,11 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dlc.cli import ArgumentParser, number, progress
-from dlc.disk import recorded_id, write_whole
+from dlc.cli import ArgumentParser, number, one_line, progress
+from dlc.disk import is_plain_name, read_json, recorded_id, write_whole
 from dlc.features import (FORMAT_VERSION, Features, FeatureWriter, Stack, as_stored, check_range, code_dtype,
                           read_manifest, shard_stacks)
 
+# Kinds of columns of datasets: those that are read here, and those that may stand beside them, unread.
+PLAIN_COLUMNS = ("Value", "ClassLabel", "Sequence", "List", "LargeList", "Array2D", "Array3D", "Array4D", "Array5D")
+OTHER_COLUMNS = ("Image", "Audio", "Video", "Translation", "TranslationVariableLanguages")
 PART = 4096                 # rows looked at together, so that no file need fit in memory
 
 
@@ -269,15 +273,65 @@ def pack(args):
                  classes=[str(i) for i in range(old.num_classes)])
 
 
+def check_dataset(directory):
+    """Raise ValueError where a dataset saved to disk names files outside it, or has columns that would open some.
+
+    Columns of images, for one, hold paths and URLs, which datasets opens when they are read. Their kinds are named in
+    dataset_info.json, and once more in each Arrow file.
+    """
+    import pyarrow
+    root = Path(directory)
+    folders = [root] if (root / "state.json").is_file() else []
+    if (root / "dataset_dict.json").is_file():
+        folders += [root / name for name in plain_names(root / "dataset_dict.json", "splits", lambda split: split)]
+    for folder in folders:
+        columns = [read_json(folder / "dataset_info.json").get("features")]
+        for name in plain_names(folder / "state.json", "_data_files", lambda entry: entry.get("filename")):
+            with pyarrow.memory_map(str(folder / name)) as source:
+                metadata = pyarrow.ipc.open_stream(source).schema.metadata or {}
+            columns.append(json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features"))
+        for kinds in filter(None, columns):
+            unknown = {kind for key, column in kinds.items() for kind in column_kinds(column) if kind not in (
+                PLAIN_COLUMNS if key in ("features", "labels") else PLAIN_COLUMNS + OTHER_COLUMNS)}
+            if unknown:
+                raise ValueError(f"columns of the kind {one_line(min(unknown), 60)}, wanted numbers and "
+                                 "lists of them")
+
+
+def plain_names(path, key, name_of):
+    """The names that a JSON file lists under a key. Raises ValueError where one leads out of the file's folder."""
+    names = [name_of(entry) for entry in read_json(path)[key]]
+    for name in names:
+        if not is_plain_name(name):
+            raise ValueError(f"{path.name} names {one_line(repr(name)[:1000], 80)}, wanted names in its own folder")
+    return names
+
+
+def column_kinds(column):
+    """Every kind that a column's description names, at any depth."""
+    kinds, left = set(), [column]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            kinds |= {str(one["_type"])} if "_type" in one else set()
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+    return kinds
+
+
 def import_hf(args):
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError:
         raise ValueError("import-hf needs the package datasets: pip install datasets") from None
+    if not Path(args.directory).is_dir():                       # datasets would take it for a place on the net, too
+        raise ValueError(f"{args.directory} is not a dataset saved to disk: no such directory")
     try:
+        check_dataset(args.directory)
         data = load_from_disk(args.directory)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{args.directory} is not a dataset saved to disk ({error})") from None
+    except Exception as error:                                  # datasets and Arrow raise all kinds
+        raise ValueError(f"{args.directory} is not a dataset saved to disk ({one_line(error, 150)})") from None
     source = recorded_id(args.directory)
     if isinstance(data, DatasetDict):
         if args.split not in data:

@@ -11,6 +11,7 @@ directory of the reference scripts, one `.npy` per image and no manifest, is rea
     python -m dlc.features info|check|pack|import-hf --help      # to look at, check and convert them
 """
 import io
+import math
 import os
 import re
 import shutil
@@ -19,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.cli import progress
-from dlc.disk import DirectoryLock, differences, read_json, remove_temporaries, write_json, write_whole
+from dlc.cli import one_line, progress
+from dlc.disk import (TEXT, DirectoryLock, check_values, differences, is_plain_name, list_of, or_null, read_json,
+                      real_number, remove_temporaries, whole_number, write_json, write_whole)
 
 FORMAT_VERSION = 1
 NAMES_ONLY = ("vae", "encoder")     # settings that say where a model lay, not what it was
 DTYPES = ("float16", "float32")                                      # of stored latents
+LONGEST_HEADER = 10_000     # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
 MAX_OPEN = 8192             # maps that a Stack keeps open; Linux allows a process 65,530 of them
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}      # dimensions of one row of each kind
 LATENTS = ("sample", "mean", "moments")                              # of the VAE's posterior; moments: mean, then std
@@ -60,35 +63,59 @@ def as_stored(latents, dtype, locate, advice):
 
 
 def load_array(path, mmap=True):
-    """A `.npy` without pickled objects, memory-mapped or read. Raises ValueError naming the file."""
+    """A `.npy` without pickled objects, memory-mapped or read. Raises ValueError naming the file.
+
+    A header that claims more than the file holds is refused before memory is taken. The map is held by torch: NumPy's
+    keeps its file open, and a large set has more shards than that allows.
+    """
     try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of several arrays")
-        return map_without_descriptor(path, array) if mmap else array
+        with open(path, "rb") as file:
+            shape, fortran_order, dtype = read_npy_header(file)
+            if dtype.hasobject:
+                raise ValueError("pickled objects")
+            count, offset, size = math.prod(shape), file.tell(), os.fstat(file.fileno()).st_size
+            if count * dtype.itemsize > size - offset:
+                raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {size - offset:,} follow")
+            if not mmap:
+                data = np.fromfile(file, dtype, count)
+        if mmap:
+            storage = torch.UntypedStorage.from_file(str(path), False, size)
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset:offset + count * dtype.itemsize]
+            data = data.view(dtype)
+            data.flags.writeable = False
+        return data.reshape(shape, order="F" if fortran_order else "C")
     except (ValueError, EOFError, OSError, RuntimeError) as error:
-        if re.search("pickle|Python objects", str(error)) and path_begins_as_npy(path):
+        if str(error) == "pickled objects":
             raise ValueError(f"{path} holds pickled objects") from None
-        raise ValueError(f"{path} is not a readable .npy ({error})") from None
+        raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
 
 
-def path_begins_as_npy(path):
-    with open(path, "rb") as file:
-        return file.read(6) == b"\x93NUMPY"
+def read_npy_header(stream):
+    """Shape, whether in Fortran order, and dtype of the .npy that a stream begins with; leaves it behind the header.
+
+    Raises ValueError for what is no header of plain numbers or text, without reading more than its longest.
+    """
+    try:
+        version = np.lib.format.read_magic(stream)
+        length = stream.read(2 if version == (1, 0) else 4)
+        if version not in ((1, 0), (2, 0)) or int.from_bytes(length, "little") > LONGEST_HEADER:
+            raise ValueError(f"version {version}, a header of {int.from_bytes(length, 'little'):,} bytes")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
+    except (ValueError, OSError):
+        raise
+    except Exception:                       # Python's parser, which NumPy asks, raises all kinds
+        raise ValueError("a header that cannot be read") from None
+    if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
+        raise ValueError(f"shape {one_line(shape, 60)}")
+    if dtype.kind not in "biufcUO" or not dtype.itemsize:
+        raise ValueError(f"values of type {one_line(dtype, 60)}")
+    return shape, fortran_order, dtype
 
 
 def file_order(path):
     """A sorting key by which 2.npy comes before 10.npy."""
     return len(path.name), path.name
-
-
-def map_without_descriptor(path, array):
-    """The same map, held by torch: NumPy's keeps its file open, and a large set has more shards than that allows."""
-    storage = torch.UntypedStorage.from_file(str(path), False, os.path.getsize(path))
-    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[array.offset:]
-    mapped = data[:array.nbytes].view(array.dtype).reshape(array.shape, order="F" if array.flags.fnc else "C")
-    mapped.flags.writeable = False
-    return mapped
 
 
 #################################################################################
@@ -297,25 +324,41 @@ def check_range(array, limit, locate):
             raise ValueError(f"{path}, row {row}: value {int(part[i][bad[i]].flat[0])} outside 0..{limit - 1}")
 
 
+# Every key of manifest.json that is read, of what kind, and which a manifest cannot do without.
+ROWS, ID = whole_number(0, 2**40), or_null(TEXT)
+OBJECT = (lambda value: isinstance(value, dict)), "an object"
+PATH_AND_REASON = (lambda value: isinstance(value, list) and [type(one) for one in value] == [str, str],
+                   "a path and a reason")
+MANIFEST = dict(
+    format_version=whole_number(1), image_size=whole_number(1, 2**20), count=ROWS, images=ROWS, latents=TEXT,
+    dtype=TEXT, classes=list_of(TEXT), shards=list_of(OBJECT), skipped=list_of(PATH_AND_REASON),
+    L=or_null(whole_number(1, 2**32)), V=or_null(whole_number(1, 65536)), vae=ID, vae_sha256=ID, encoder=ID,
+    encoder_sha256=ID, listing_sha256=ID, scaling_factor=or_null(real_number(1e-30)), precision=ID, flip=ID,
+    seed=or_null(whole_number(0)))
+NEEDED = ("format_version", "image_size", "count", "images", "latents", "dtype", "classes", "shards", "skipped", "L",
+          "V")
+
+
 def read_manifest(root):
     """FEATURES/manifest.json. Raises ValueError where it is not one that this code can read."""
     path = Path(root) / "manifest.json"
     manifest = read_json(path)
-    types = dict(format_version=int, image_size=int, count=int, images=int, latents=str, dtype=str, classes=list,
-                 shards=list, skipped=list, L=(int, type(None)), V=(int, type(None)))
-    for key, kind in types.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise ValueError(f"{path} is not a manifest of ours: {key} is "
-                             + (repr(manifest[key]) if key in manifest else "missing"))
+    check_values(f"{path} is not a manifest of ours", manifest, MANIFEST, NEEDED)
     for shard in manifest["shards"]:
-        if not (isinstance(shard, dict) and isinstance(shard.get("name"), str)
-                and isinstance(shard.get("rows"), int) and shard["rows"] >= 0):
-            raise ValueError(f"{path} is not a manifest of ours: a shard is {shard!r}")
+        if not (is_plain_name(shard.get("name")) and ROWS[0](shard.get("rows"))):
+            raise ValueError(f"{path} is not a manifest of ours: a shard is {one_line(repr(shard)[:1000], 80)}, wanted "
+                             "a plain name and a number of rows")
+        labels = kind_dir(root, manifest["image_size"], "labels") / f"{shard['name']}.npy"
+        # a row takes a byte at least, so that nothing made for each row can outgrow the files
+        if labels.is_file() and shard["rows"] > labels.stat().st_size:
+            raise ValueError(f"{path} says {shard['rows']:,} rows of {labels}, which has "
+                             f"{labels.stat().st_size:,} bytes")
     if manifest["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path} is of format {manifest['format_version']}; this code reads up to {FORMAT_VERSION}")
     if manifest["latents"] not in LATENTS or manifest["dtype"] not in DTYPES:
-        raise ValueError(f"{path} has latents of kind {manifest['latents']!r} and type {manifest['dtype']!r}, wanted "
-                         f"{', '.join(LATENTS)} and {', '.join(DTYPES)}")
+        kind, dtype = (one_line(repr(manifest[key])[:1000], 40) for key in ("latents", "dtype"))
+        raise ValueError(f"{path} has latents of kind {kind} and type {dtype}, wanted {', '.join(LATENTS)} and "
+                         f"{', '.join(DTYPES)}")
     return manifest
 
 

@@ -1,4 +1,6 @@
 """Pixel space <-> latent space: crops, views, the VAE, and back to 8-bit images."""
+import contextlib
+import re
 import warnings
 from pathlib import Path
 
@@ -8,9 +10,23 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dlc.disk import read_json
+from dlc.cli import one_line
+from dlc.disk import SWITCH, check_values, list_of, one_of, or_null, read_json, real_number, whole_number
+from dlc.tensor_files import check_tensors, differences_from, load_tensors
 
 VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What a VAE's config.json may hold, and within which bounds: the arguments of diffusers' AutoencoderKL.
+CHANNELS, NUMBER = whole_number(1, 8192), real_number(-1e30, 1e30)
+VAE_CONFIG = dict(
+    in_channels=CHANNELS, out_channels=CHANNELS, latent_channels=CHANNELS, block_out_channels=list_of(CHANNELS, 1, 6),
+    down_block_types=list_of(one_of("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), 1, 6),
+    up_block_types=list_of(one_of("UpDecoderBlock2D", "AttnUpDecoderBlock2D"), 1, 6),
+    layers_per_block=whole_number(1, 16), norm_num_groups=whole_number(1, 1024),
+    act_fn=one_of("silu", "swish", "mish", "gelu", "relu"), sample_size=whole_number(1, 65536),
+    scaling_factor=real_number(1e-30, 1e30), shift_factor=or_null(NUMBER),
+    latents_mean=or_null(list_of(NUMBER)), latents_std=or_null(list_of(NUMBER)), force_upcast=SWITCH,
+    use_quant_conv=SWITCH, use_post_quant_conv=SWITCH, mid_block_add_attention=SWITCH)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -74,53 +90,102 @@ def vae_label(name):
 
 
 def vae_config(name):
-    """The VAE's configuration, without its weights. Raises ValueError as load_vae does."""
-    if (Path(name) / "config.json").is_file():
-        return read_json(Path(name) / "config.json")
-    return _from_hub(AutoencoderKL.load_config, name)
+    """The VAE's configuration, checked, without its weights: a dict of AutoencoderKL's arguments.
+
+    Raises ValueError, naming file and key, for one that this program would compute something else with.
+    """
+    path = vae_file(name, ("config.json",))
+    config = read_json(path)
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "block_out_channels" not in config:
+        raise ValueError(f"--vae {name}: its config.json is not an AutoencoderKL's")
+    # keys with a leading underscore say where it came from; one that is null says nothing
+    config = {key: value for key, value in config.items() if not key.startswith("_") and (
+        key in VAE_CONFIG or value is not None)}
+    unknown = sorted(config.keys() - VAE_CONFIG.keys())
+    if unknown:
+        raise ValueError(f"--vae {name}: its config.json has the key {one_line(unknown[0][:1000], 80)}, which an "
+                         "AutoencoderKL does not have")
+    check_values(path, config, VAE_CONFIG)
+    for key in ("down_block_types", "up_block_types"):
+        if len(config.get(key, [None])) != len(config["block_out_channels"]):
+            raise ValueError(f"{path}: {key} has not as many entries as block_out_channels")
+    for key, wanted in (("latent_channels", 4), ("in_channels", 3), ("out_channels", 3)):
+        if config.get(key, wanted) != wanted:
+            raise ValueError(f"--vae {name} has {config[key]} {key.replace('_', ' ')}, wanted {wanted}")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key):
+            raise ValueError(f"--vae {name} shifts its latents ({key} in config.json), which nothing here does: wanted "
+                             "one with a scaling factor alone")
+    return config
 
 
 def downsampling_factor(name):
     """Pixels a latent cell, along each axis."""
     if vae_id(name) in VAE_ALIASES.values():
         return 8                                    # known without asking the hub
-    config = vae_config(name)
-    if "block_out_channels" not in config:
-        raise ValueError(f"--vae {name}: its config.json is not an AutoencoderKL's")
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(vae_config(name)["block_out_channels"]) - 1)
 
 
 def load_vae(name, device="cpu"):
     """The AutoencoderKL that --vae names, in eval mode, float32.
 
+    It is built here rather than by diffusers' own loader, which opens what else a config or an index names.
+
     Args:
         name: "ema" or "mse" (Stability AI's fine-tuned decoders), a hub id, or a local directory.
 
-    Raises ValueError, naming what is missing, where it cannot be had.
+    Raises ValueError, naming what is missing or wrong, where it cannot be had.
     """
-    vae = _from_hub(AutoencoderKL.from_pretrained, name).to(device).eval().requires_grad_(False)
-    if vae.config.latent_channels != 4:
-        raise ValueError(f"--vae {name} has {vae.config.latent_channels} latent channels, wanted 4")
-    return vae
+    config = vae_config(name)
+    path = vae_file(name, VAE_WEIGHTS)
+    weights = {current_vae_name(key): value for key, value in check_tensors(load_tensors(path), path).items()}
+    try:
+        with torch.device("meta"):                  # no memory is taken before the shapes agree
+            vae = AutoencoderKL(**config)
+    except Exception as error:                      # such as of channels that the groups do not divide
+        raise ValueError(f"--vae {name}: diffusers cannot build an AutoencoderKL from its config.json "
+                         f"({one_line(error, 100)})") from None
+    different = differences_from(vae.state_dict(), weights)
+    if different:
+        raise ValueError(f"--vae {name}: {path} {different}")
+    vae.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    return vae.to(device).eval().requires_grad_(False)
 
 
-def _from_hub(load, name):
-    """load(id) from a local directory, else the hub's local cache, else the hub."""
+def current_vae_name(key):
+    """The name of a VAE's tensor as diffusers has it since 0.17; Stability AI's files are older."""
+    old = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+    new = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+    return f"{old[1]}.{new[old[2]]}.{old[3]}" if old else key
+
+
+def vae_file(name, files):
+    """The path of the first of `files` that --vae's directory, the hub's local cache, or else the hub has.
+
+    Raises ValueError where none has any.
+    """
+    folder = Path(vae_id(name))
+    if folder.exists():
+        for file in files:
+            if (folder / file).is_file():
+                return folder / file
+        raise ValueError(f"--vae {name} is not a directory of a diffusers AutoencoderKL: it has no "
+                         f"{' or '.join(files)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # diffusers passes its hub client a keyword that warns
+        warnings.simplefilter("ignore")
+        for file in files:
+            with contextlib.suppress(Exception):    # not there, or no name that a hub could have
+                return Path(huggingface_hub.hf_hub_download(vae_id(name), file, local_files_only=True))
         try:
-            return load(vae_id(name), local_files_only=True)
-        except Exception as error:                  # not there, or broken in any way
-            if Path(name).exists():
-                raise ValueError(f"--vae {name} is not a directory of a diffusers AutoencoderKL: {error}") from None
-            missing = error
-        try:
-            huggingface_hub.model_info(vae_id(name), timeout=10)      # answers at once where a download would retry
-            return load(vae_id(name))
-        except Exception as error:                  # whatever the hub's client or its transport raises
-            raise ValueError(f"cannot load the VAE {vae_id(name)!r}: not in the local cache ({missing}) and the hub is "
-                             f"out of reach or does not have it ({type(error).__name__}: {error}); --vae takes a local "
-                             "directory too") from None
+            there = {one.rfilename for one in huggingface_hub.model_info(vae_id(name), timeout=10).siblings}
+            for file in files:
+                if file in there:
+                    return Path(huggingface_hub.hf_hub_download(vae_id(name), file))
+            error = f"has no {' or '.join(files)}"
+        except Exception as raised:                 # whatever the hub's client or its transport raises
+            error = f"is out of reach or does not have it ({type(raised).__name__})"
+    raise ValueError(f"cannot load the VAE {one_line(repr(vae_id(name)), 100)}: {files[0]} is not in the local cache, "
+                     f"and the hub {error}; --vae takes a local directory too")
 
 
 def in_batches(network, rows, size, places=None):

@@ -3,20 +3,25 @@
     python -m dlc.sampling check FILE.npz [--grid]
 """
 import hashlib
+import math
 import os
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dlc.cli import one_line
 from dlc.cli import progress as progress_bar
 from dlc.disk import write_whole
+from dlc.features import read_npy_header
 from dlc.latents import image_grid
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 PNG_END = b"IEND\xaeB`\x82"
+LARGEST_IMAGE = 2**24       # bytes of an image in an .npz: 2,300 pixels square
 ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
 FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from fewer their covariance is singular
 
@@ -88,14 +93,23 @@ def write_npz(path, folder, count, progress=False):
 
 
 def open_array(archive, name="arr_0.npy"):
-    """An array within an open .npz as a stream of its bytes behind the header: (stream, shape, dtype)."""
-    stream = archive.open(name)
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(stream)
+    """An array within an open .npz as a stream of its bytes behind the header: (stream, shape, dtype).
+
+    Of the stream no more is inflated than is asked for, and an image is never more than LARGEST_IMAGE.
+
+    Raises ValueError for what is not such a stream, or not of as many bytes as its shape says.
+    """
+    entry = archive.getinfo(name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):       # others inflate without a limit
+        raise ValueError(f"{name} is compressed in another way than NumPy's")
+    stream = archive.open(entry)
+    shape, fortran_order, dtype = read_npy_header(stream)
     if fortran_order or dtype.hasobject:
         raise ValueError(f"{name} is {'in Fortran order' if fortran_order else 'of pickled objects'}, not a stream of "
                          "images")
+    image, there = math.prod(shape[1:]) * dtype.itemsize, entry.file_size - stream.tell()
+    if image > LARGEST_IMAGE or math.prod(shape) * dtype.itemsize > there:
+        raise ValueError(f"{name} claims shape {one_line(shape, 60)}, more than it has or than images are")
     return stream, shape, dtype
 
 
@@ -104,7 +118,7 @@ def npz_rows(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return open_array(archive)[1][0]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:                           # whatever a zip's reader makes of a broken file
         return 0
 
 
@@ -123,9 +137,9 @@ def check(path, grid=False, progress=False):
         with zipfile.ZipFile(path) as archive:
             names = [Path(name).stem for name in archive.namelist()]
             if "arr_0" not in names:
-                raise ValueError(f"its keys are {', '.join(names)}, wanted arr_0")
+                raise ValueError(f"its keys are {one_line(', '.join(names), 100)}, wanted arr_0")
             stream, shape, dtype = open_array(archive)
-            lines = [f"{path}: keys {', '.join(names)}; arr_0 of {dtype}, shape {shape}"]
+            lines = [f"{path}: keys {one_line(', '.join(names), 100)}; arr_0 of {dtype}, shape {shape}"]
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
                 return lines, [f"arr_0 is {dtype} of shape {shape}, wanted uint8 (N, H, W, 3)"]
             low, high, total, blank, seen, duplicates = 255, 0, 0.0, [], {}, []
@@ -135,7 +149,7 @@ def check(path, grid=False, progress=False):
                 if len(data) < size:
                     raise ValueError(f"it ends within image {index} of {shape[0]}")
                 image = np.frombuffer(data, np.uint8).reshape(shape[1:])
-                if index < GRID_IMAGES:
+                if grid and index < GRID_IMAGES:
                     first.append(image)
                 low, high, total = min(low, image.min()), max(high, image.max()), total + image.mean()
                 if (image == image[0, 0]).all():
@@ -145,7 +159,7 @@ def check(path, grid=False, progress=False):
                     duplicates.append((twin, index))
             if stream.read(1):
                 raise ValueError(f"there is more in it than its {shape[0]} images")
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole .npz of samples ({error})") from None
     lines.append(f"values {low} to {high}, mean {total / shape[0]:.1f}")
     if blank:
