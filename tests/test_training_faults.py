@@ -266,9 +266,12 @@ def test_a_process_that_waits_says_where(features, tmp_path):
 #                         The launcher's configuration                          #
 #################################################################################
 
-def train_with(environment, features, results, *flags, check=True, script="train_diffusion.py"):
-    command = train_command(1, features, results, "--max-steps", 2, *flags, launcher="python", script=script)
-    return launch(command, results.parent, check=check, environment=environment)
+def train_with(environment, features, results, *flags, script="train_diffusion"):
+    """What a run of two steps says, in an environment of these variables, too."""
+    run = Run(script, train_command(1, features, results, "--max-steps", 2, *flags)[3:],
+              results.parent / f"{time.time_ns()}.txt", cwd=results.parent, environment=environment)
+    assert run.wait(), run.said()
+    return run.said()
 
 
 @pytest.mark.parametrize("environment, message", [
@@ -291,14 +294,14 @@ def test_the_environment_never_overrides_a_flag(features, tmp_path):
     """With dynamo, accumulation and FSDP's activation checkpointing on: nothing is compiled, the losses are the same."""
     environment = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
                        ACCELERATE_USE_FSDP="true", FSDP_ACTIVATION_CHECKPOINTING="true", ACCELERATE_USE_CPU="true")
-    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="tests/spying.py").stdout
+    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="spying")
     assert "compiled: 0 blocks; checkpointing: False" in said
     assert "accelerate's 4 gradient accumulation steps are not used: --grad-accum 1 is" in said
     assert "fsdp_activation_checkpointing is not used" in said
     train_with({}, features, tmp_path / "alone")
     assert same_run(tmp_path / "run", tmp_path / "alone", 2)
     environment = dict(ACCELERATE_DYNAMO_BACKEND="inductor")
-    said = train_with(environment, features, tmp_path / "compiled", script="tests/spying.py").stdout
+    said = train_with(environment, features, tmp_path / "compiled", script="spying")
     assert "compiled: 6 blocks" in said                     # no flag says otherwise
 
 
