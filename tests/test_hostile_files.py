@@ -200,6 +200,7 @@ BAD_TENSORS = {
             "has values that are NaN or infinite"),
     "infinite": (lambda tensor: torch.full_like(tensor, -torch.inf), "has values that are NaN or infinite"),
     "half NaN": (lambda tensor: torch.full_like(tensor, torch.nan, dtype=torch.float16), "NaN or infinite"),
+    "infinite as float32": (lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64), "NaN or infinite"),
     "int64": (lambda tensor: tensor.long(), "is of type torch.int64"),
     "bool": (lambda tensor: tensor.bool(), "is of type torch.bool"),
     "complex": (lambda tensor: tensor.to(torch.complex64), "is of type torch.complex64"),
