@@ -66,7 +66,12 @@ def parse_args():
 
 def main():
     parser, args = parse_args()
+    with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
+        extract(parser, args)
 
+
+def extract(parser, args):
+    """The features that args ask for."""
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         data_path, features_path = Path(args.data_path).resolve(), Path(args.features_path).resolve()
@@ -110,7 +115,7 @@ def main():
     if not incomplete:
         logger.info(f"{args.features_path} is complete; nothing to do")
         if state.is_main_process and not preview.exists():
-            with parser.one_line_errors():
+            with parser.one_line_errors("the features are complete"):
                 save_preview(preview, args.features_path, views, paths, vae)
         state.destroy_process_group()
         return
@@ -196,21 +201,20 @@ def main():
     start = time.time()
     bar = progress(total=sum(map(len, batches)), unit="img", disable=not state.is_main_process,
                desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
-    with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
-        try:
-            with bar, networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
-                encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
-                for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
-                    pass
-        except NotFinite as error:
-            parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
-        rate = sum(map(len, batches)) / (time.time() - start)
-        state.wait_for_everyone()
-        manifest = writer.finish(num_shards) if state.is_main_process else None
+    try:
+        with bar, networks.pool() as encoding, ThreadPoolExecutor(1) as writing:
+            encoded = in_order(encoding, encode_batch, zip(batches, loader), networks.threads)
+            for _ in in_order(writing, lambda shard: writer.write(*shard), whole_shards(encoded), 1):
+                pass
+    except NotFinite as error:
+        parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
+    rate = sum(map(len, batches)) / (time.time() - start)
+    state.wait_for_everyone()
+    manifest = writer.finish(num_shards) if state.is_main_process else None
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
-        with parser.one_line_errors():                          # none of the images may have been read
+        with parser.one_line_errors("the features are complete"):       # none of the images may have been read
             save_preview(preview, args.features_path, views, paths, vae)
         logger.info(f"done: {manifest['count']:,} rows of {len(paths):,} images in {num_shards} shards, "
                     f"{len(manifest['skipped'])} skipped "

@@ -235,7 +235,12 @@ def train(parser, args, lock):
     first_step = first_place = 0
     if resume:
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
-        saved = load_checkpoint(resume, raw_model, ema, optimizer.optimizer, accelerator.scaler)
+        with parser.one_line_errors():
+            try:
+                saved = load_checkpoint(resume, raw_model, ema, optimizer.optimizer, accelerator.scaler)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {resume} is damaged ({error}): remove it to continue from the one "
+                                 "before") from None
         for group in optimizer.param_groups:                # the flags count, also where they changed
             group.update(lr=args.lr, weight_decay=args.weight_decay)
         first_step, first_place, logged, skipped = (meta[key] for key in ("step", "place", "logged", "skipped"))
@@ -303,7 +308,7 @@ def train(parser, args, lock):
     since, skipped_in_a_row, put_off = (time.time(), first_step), 0, False
     bar = progress(total=last_step, initial=first_step, unit="step", desc="training", disable=not state.is_main_process)
     for step, loaded in enumerate(steps_from(loader, batches, range(first_step, last_step), stop_request), first_step + 1):
-        if isinstance(loaded, str):                     # of an image that cannot be read
+        if isinstance(loaded, str):                     # of a file or image that cannot be read
             bar.close()
             parser.error(f"step {step:,}: {loaded}")
         measured = 0

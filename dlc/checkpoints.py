@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dlc.cli import one_line
 from dlc.disk import TEXT, check_values, or_null, read_json, real_number, sync, whole_number
-from dlc.tensor_files import check_tensors, differences_from, load_tensors, read_torch
+from dlc.tensor_files import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 from models import DiT_models
 
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
@@ -85,7 +86,7 @@ def sharded_like(tensor, other):
 def load_checkpoint(path, model, ema, optimizer, scaler=None):
     """Read a checkpoint back into the objects that made it. Returns its sums.
 
-    Raises ValueError, naming the file, where weights are damaged or not those of the model.
+    Raises ValueError, naming the file, where weights or the optimizer's state are damaged or not those of the model.
     """
     for module, name in ((model, "model"), (ema, "ema")):
         file, ours = path / f"{name}.safetensors", module.state_dict()
@@ -95,16 +96,24 @@ def load_checkpoint(path, model, ema, optimizer, scaler=None):
             raise ValueError(f"{file} {different}")
         module.load_state_dict({key: sharded_like(weights[key], value) for key, value in ours.items()})
     state = read_torch(path / "optimizer.pt", "an optimizer's state")
-    for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-        group["fused"] = own["fused"]           # another precision may want it otherwise
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, moments in state["optimizer"]["state"].items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = sharded_like(moments[key], parameters[index])
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return state["sums"] if state["sums"] is None else state["sums"].clone()      # not a view of the mapped file
+    try:
+        for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+            group["fused"] = own["fused"]       # another precision may want it otherwise
+        for index, moments in state["optimizer"]["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                fault = tensor_fault(moments[key])
+                if fault or moments[key].shape != parameters[index].shape:
+                    raise ValueError(f"{key} of parameter {index} {fault or 'has another shape'}")
+                moments[key] = sharded_like(moments[key], parameters[index])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        sums = state["sums"]
+        return sums if sums is None else sums.clone()               # not a view of the mapped file
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:      # of whatever else lies there
+        raise ValueError(f"{path / 'optimizer.pt'} is no optimizer's state of this model "
+                         f"({one_line(repr(error), 100)})") from None
 
 
 def remove_old_checkpoints(run_dir, keep):
@@ -165,7 +174,7 @@ def read_meta(path):
 def run_checkpoints(run_dir):
     """The checkpoints of one run by step, oldest first. A name without .tmp is given to whole ones only."""
     return sorted((path for path in Path(run_dir).glob("checkpoints/*")
-                   if re.fullmatch(r"\d{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
+                   if re.fullmatch(r"[0-9]{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
 
 
 def damage(path, files=CHECKPOINT_FILES):
@@ -346,9 +355,13 @@ def info(path):
     lines.append("with: " + ", ".join(f"{key} {meta[key]}" for key in (
         "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed") if key in meta))
     lines.append("by: " + ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()))
+    raw = load_weights(path, use_ema=False)[0]
+    different = differences_from(weights, raw)
+    if different:
+        raise ValueError(f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it {different}")
     with torch.no_grad():
-        difference = [(ema - raw).norm() / raw.norm() for ema, raw in zip(
-            weights.values(), load_weights(path, use_ema=False)[0].values()) if raw.norm() > 0]
+        norms = [((ema - raw[name]).norm(), raw[name].norm()) for name, ema in weights.items()]
+    difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]
     lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm")
     return lines
 
@@ -360,7 +373,7 @@ def main():
     parser.add_argument("path", help="checkpoint directory, .pt or .safetensors")
     args = parser.parse_args()
     with parser.one_line_errors():
-        print("\n".join(info(args.path)))
+        print("\n".join(one_line(line, 2000) for line in info(args.path)))
 
 
 if __name__ == "__main__":

@@ -101,11 +101,11 @@ def info(args):
         print(f"{args.path}: {features.count:,} rows of {manifest['images']:,} images at {size}x{size} in "
               f"{len(manifest['shards']):,} shards, {len(manifest['skipped']):,} images skipped")
         for path, reason in manifest["skipped"][:10]:
-            print(f"  skipped {path!r}: {reason}")
+            print("  " + one_line(f"skipped {path!r}: {reason}"))
         known = [f"{key} {manifest[key]}" for key in ("vae", "scaling_factor", "encoder", "precision", "flip", "seed")
                  if manifest.get(key) is not None]
         if known:
-            print("made with: " + ", ".join(known))
+            print(one_line("made with: " + ", ".join(known), 2000))
 
     mean, std = latent_statistics(features)
     print(f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
@@ -183,7 +183,7 @@ def problems(root, V=None, num_classes=None):
                 # apart from the others, lest all be held against the first
                 array = Stack([path], [stack.rows(index)], stack.sample_ndim, stack.lone).array(0)
                 shapes[path] = array.shape[1:]
-                if limits.get(kind):
+                if limits.get(kind) is not None:
                     check_range(array, limits[kind], lambda i: (path, i))
             except ValueError as error:
                 yield str(error)

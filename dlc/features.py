@@ -69,6 +69,8 @@ def load_array(path, mmap=True):
     keeps its file open, and a large set has more shards than that allows.
     """
     try:
+        if not os.path.isfile(path):                    # a pipe would be waited at for ever
+            raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
         with open(path, "rb") as file:
             shape, fortran_order, dtype = read_npy_header(file)
             if dtype.hasobject:
@@ -88,6 +90,14 @@ def load_array(path, mmap=True):
         if str(error) == "pickled objects":
             raise ValueError(f"{path} holds pickled objects") from None
         raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
+
+
+def load_floats(path, mmap=True):
+    """The same, of floats that torch knows."""
+    array = load_array(path, mmap)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(f"{path} has values of type {array.dtype}, wanted floats of 16, 32 or 64 bits")
+    return array
 
 
 def read_npy_header(stream):
@@ -367,7 +377,8 @@ def shard_stacks(root, manifest):
     shards = manifest["shards"]
     ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
     return {kind: Stack([kind_dir(root, manifest["image_size"], kind) / f"{shard['name']}.npy" for shard in shards],
-                        ends, ndim) for kind, ndim in SAMPLE_NDIM.items() if kind != "sem" or manifest["V"]}
+                        ends, ndim, load=load_floats if kind == "features" else load_array)
+            for kind, ndim in SAMPLE_NDIM.items() if kind != "sem" or manifest["V"]}
 
 
 def missing_file(stacks):
@@ -452,7 +463,8 @@ class Features:
         paths = {kind: sorted((directories[kind] / name for name in names[kind]), key=file_order) for kind in names}
         if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: Stack(paths[kind], None, SAMPLE_NDIM[kind], lone=True) for kind in names}
+        return {kind: Stack(paths[kind], None, SAMPLE_NDIM[kind], True,
+                            load_floats if kind == "features" else load_array) for kind in names}
 
     def validate(self):
         """Look at every label, and at every code whose type could hold a value outside 0..V-1.

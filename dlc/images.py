@@ -89,10 +89,10 @@ class ImageBatches(TrainingBatches):
 
     def __getitem__(self, step):
         """Places (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
-        try:
-            places, crops, condition = super().__getitem__(step)
-        except OSError as error:                # as data: raised, it would come with its traceback as its text
-            return str(error)
+        item = super().__getitem__(step)
+        if isinstance(item, str):
+            return item
+        places, crops, condition = item
         if self.features.flip == "random":
             flipped = integers(self.seed, Stream.TRAIN_FLIP, places, 2).bool()
             crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)

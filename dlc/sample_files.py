@@ -133,6 +133,8 @@ def check(path, grid=False, progress=False):
     Raises ValueError where path is no such file, and OSError where the disk does not take the contact sheet.
     """
     path, wrong = Path(path), []
+    if not path.is_file():                      # a pipe would be waited at for ever, /dev/zero fill the memory
+        raise ValueError(f"{path} is not a whole .npz of samples (it {'is no file' if path.exists() else 'does not exist'})")
     try:
         with zipfile.ZipFile(path) as archive:
             names = [Path(name).stem for name in archive.namelist()]

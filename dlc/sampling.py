@@ -302,6 +302,12 @@ def run(parser, args, open_conditions):
 
     open_conditions(args, model, meta) gives the conditions: ComputedCodes or ClassLabels.
     """
+    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size", ()):
+        draw_images(parser, args, open_conditions)
+
+
+def draw_images(parser, args, open_conditions):
+    """What `run` does, its mistakes in one line, whatever else ends it not yet."""
     # ---------------------------------------------------------------------- checks
     count = args.num_fid_samples
     with parser.one_line_errors():

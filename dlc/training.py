@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dlc.cli import is_killed_reader, warn_once
 from dlc.disk import write_whole
-from dlc.features import Stack, file_order
+from dlc.features import Stack, file_order, load_floats
 from dlc.latents import decode, image_grid, to_uint8
 from dlc.noise import Stream, normal, permutation
 from dlc.runtime import PATIENCE
@@ -67,10 +67,17 @@ class TrainingBatches(Dataset):
         return rows
 
     def __getitem__(self, step):
-        """Places (n,), latents as stored (n, 4 or 8, S/8, S/8), conditions (n, ...)."""
+        """Places (n,), latents as stored (n, 4 or 8, S/8, S/8), conditions (n, ...).
+
+        One line of text in place of tensors where a file or image cannot be read: raised in a reader, an error would
+        come with that one's traceback as its text.
+        """
         first = self.first_of(step) + self.rank * self.local_batch
         places = np.arange(first, first + self.local_batch)
-        return torch.from_numpy(places), *self.gather(self.rows(places))
+        try:
+            return torch.from_numpy(places), *self.gather(self.rows(places))
+        except (ValueError, OSError) as error:
+            return str(error)
 
     def gather(self, rows):
         """Latents and conditions of feature rows, tensors."""
@@ -85,9 +92,7 @@ def open_vectors(path, count):
     paths = sorted(Path(path).glob("*.npy"), key=file_order)
     if not paths:
         raise ValueError(f"--condition-path {path} is not a folder of .npy files")
-    vectors = Stack(paths, sample_ndim=1)
-    if vectors.array(0).dtype.kind != "f":
-        raise ValueError(f"--condition-path {path} holds values of type {vectors.array(0).dtype}, wanted floats")
+    vectors = Stack(paths, sample_ndim=1, load=load_floats)
     if len(vectors) != count:
         raise ValueError(f"--condition-path {path} has {len(vectors)} rows, the data {count}")
     return vectors

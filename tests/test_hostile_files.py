@@ -20,7 +20,7 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dlc.checkpoints import load_checkpoint, load_pretrained, load_weights, model_from_weights, read_meta
+from dlc.checkpoints import info, load_checkpoint, load_pretrained, load_weights, model_from_weights, read_meta
 from dlc.conditions import open_codes
 from dlc.encoder import SEMEncoder, load_encoder
 from dlc.feature_tools import main as features_tool
@@ -200,6 +200,7 @@ BAD_TENSORS = {
             "has values that are NaN or infinite"),
     "infinite": (lambda tensor: torch.full_like(tensor, -torch.inf), "has values that are NaN or infinite"),
     "half NaN": (lambda tensor: torch.full_like(tensor, torch.nan, dtype=torch.float16), "NaN or infinite"),
+    "infinite as float32": (lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64), "NaN or infinite"),
     "int64": (lambda tensor: tensor.long(), "is of type torch.int64"),
     "bool": (lambda tensor: tensor.bool(), "is of type torch.bool"),
     "complex": (lambda tensor: tensor.to(torch.complex64), "is of type torch.complex64"),
@@ -718,3 +719,26 @@ def test_datasets_whose_arrow_files_name_other_columns(tmp_path, monkeypatch, ca
     (tmp_path / "dict").mkdir()
     (tmp_path / "dict/dataset_dict.json").write_text(json.dumps(dict(splits=["../images"])))
     assert "names '../images'" in import_error(monkeypatch, capsys, tmp_path / "dict", tmp_path / "new")
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe, at which a reader would wait for ever, or a device, which has no end."""
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "endless.npz").symlink_to("/dev/zero")
+    for read, name in ((load_array, "pipe.npy"), (check, "pipe.npy"), (check, "endless.npz"), (open_codes, "")):
+        assert "it is no file" in refusal(read, tmp_path / name)
+
+
+def test_info_of_hostile_checkpoints(tmp_path):
+    model = DiT_models["DiT-Ti/4"](input_size=8, num_classes=2)
+    weights = model.state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "ema.safetensors")
+    (tmp_path / "meta.json").write_text(json.dumps(dict(step=1, features_path="\x1b[31m" + "z" * 5000, versions={})))
+    for raw, message in ((dict(weights, more=torch.zeros(1)), "has unknown more"), ({}, "lacks ")):
+        safetensors.torch.save_file(raw, tmp_path / "model.safetensors")
+        assert message in refusal(info, tmp_path)
+    safetensors.torch.save_file({name: tensor * 0 for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    assert info(tmp_path)
+    said = subprocess.run([sys.executable, "-m", "dlc.checkpoints", "info", tmp_path], cwd=ROOT, capture_output=True,
+                          text=True, check=True).stdout
+    assert "\x1b" not in said and max(map(len, said.splitlines())) <= 2001
