@@ -239,7 +239,8 @@ def train(parser, args, lock):
             try:
                 saved = load_checkpoint(resume, raw_model, ema, optimizer.optimizer, accelerator.scaler)
             except ValueError as error:
-                raise ValueError(f"checkpoint {resume} is damaged ({error}): remove it to continue from the one "
+                reason = str(error).replace(f"{resume}/", "")
+                raise ValueError(f"checkpoint {resume} is damaged ({reason}): remove it to continue from the one "
                                  "before") from None
         for group in optimizer.param_groups:                # the flags count, also where they changed
             group.update(lr=args.lr, weight_decay=args.weight_decay)

@@ -358,7 +358,8 @@ def info(path):
     raw = load_weights(path, use_ema=False)[0]
     different = differences_from(weights, raw)
     if different:
-        raise ValueError(f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it {different}")
+        raise ValueError(f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it "
+                         f"{different}")
     with torch.no_grad():
         norms = [((ema - raw[name]).norm(), raw[name].norm()) for name, ema in weights.items()]
     difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]

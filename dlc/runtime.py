@@ -140,10 +140,10 @@ def start_processes():
     try:
         with said_when_waiting():
             state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"the processes cannot be joined by what the launcher's variables say (WORLD_SIZE, RANK, "
                          f"LOCAL_RANK, MASTER_ADDR, ACCELERATE_…): {one_line(error, 150)}") from None
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != world_size:
         raise ValueError(f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
                          "start the script with torchrun or accelerate launch")
