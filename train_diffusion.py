@@ -311,6 +311,8 @@ def train(parser, args, lock):
     for step, loaded in enumerate(steps_from(loader, batches, range(first_step, last_step), stop_request), first_step + 1):
         if isinstance(loaded, str):                     # of a file or image that cannot be read
             bar.close()
+            if state.num_processes == 1 and step - 1 > first_step:      # of several, the others are in the step already
+                save(step - 1)
             parser.error(f"step {step:,}: {loaded}")
         measured = 0
         for index, (places, latents, y) in enumerate(zip(*(tensor.split(part) for tensor in loaded))):

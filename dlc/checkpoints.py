@@ -288,7 +288,10 @@ def load_weights(path, use_ema=True):
                              f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
         weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
     weights, meta = check_tensors(weights, path), dict(meta, weights=kind)
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
+    plain = {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}
+    if len(plain) < len(weights):
+        raise ValueError(f"{path} holds tensors of one name twice, with and without module. or _orig_mod. before it")
+    return plain, meta
 
 
 def model_from_weights(weights, path):

@@ -85,3 +85,12 @@ def test_meta_is_readable(tmp_path):
     model = tiny()
     path = save_checkpoint(tmp_path, dict(step=1, lr=1e-4), model, model, torch.optim.AdamW(model.parameters()))
     assert json.loads((path / "meta.json").read_text()) == dict(step=1, lr=1e-4)
+
+
+def test_a_name_twice(tmp_path):
+    """With and without a wrapper's prefix: neither is taken for the other in silence."""
+    weights = tiny().state_dict()
+    name = next(iter(weights))
+    torch.save({**weights, f"module.{name}": weights[name] + 1}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="twice.pt holds tensors of one name twice"):
+        load_weights(tmp_path / "twice.pt")
