@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from dlc.cli import SEED, ArgumentParser, number
-from dlc.extraction import add_encoder_flags, open_encoder
 from dlc.disk import write_whole
+from dlc.encoder import add_encoder_flags, open_encoder
 from dlc.features import Features, code_dtype
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, in_batches, load_rgb, normalize
+from dlc.images import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
 from dlc.noise import Stream, random_words
+from dlc.runtime import in_batches
 
 
 def choose(weights, uniform):

@@ -4,7 +4,7 @@
         --data-path /path/to/imagenet/train --features-path /path/to/store/features
 
 In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: FEATURES/, the contract of
-dlc/features.py, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
+dlc/features/, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
 continues; what it writes does not depend on the number of processes and workers, nor a row on its neighbours.
 """
 import argparse
@@ -16,17 +16,27 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dlc.checkpoints import weights_sha256
+from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import SEED, ArgumentParser, number, progress
-from dlc.extraction import Networks, Views, add_encoder_flags, collate, flips_of, in_order, open_encoder
 from dlc.disk import recorded_id, write_whole
-from dlc.features import DTYPES, FORMAT_VERSION, LATENTS, Features, FeatureWriter, NotFinite, as_stored, code_dtype
-from dlc.latents import decode, downsampling_factor, image_grid, load_rgb, load_vae, to_uint8, vae_id
+from dlc.encoder import add_encoder_flags, open_encoder
+from dlc.extraction import Networks, in_order
+from dlc.features import FORMAT_VERSION, Features, FeatureWriter, NotFinite, as_stored, code_dtype
+from dlc.features.manifest import DTYPES, LATENTS
+from dlc.images import Views, collate, flips_of, image_grid, load_rgb, to_uint8
 from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, normal
-from dlc.runtime import (PRECISIONS, agree, create_logger, default_num_workers, done_by_rank_0, from_rank_0,
-                         start_processes)
+from dlc.runtime import (
+    PRECISIONS,
+    agree,
+    create_logger,
+    default_num_workers,
+    done_by_rank_0,
+    from_rank_0,
+    start_processes,
+)
 from dlc.signals import ignore_signals
+from dlc.vae import decode, downsampling_factor, load_vae, vae_id
 from models import DiT_models
 
 NOT_FINITE = "try --precision bf16 or fp32"         # what to do about latents or logits that are not numbers

@@ -3,10 +3,10 @@
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000
 
 In: a checkpoint [the newest under results/], ours or a published DiT-XL-2-256x256.pt. Out: SAMPLES/, see
-dlc/sampling.py.
+dlc/sampling/.
 """
-from dlc.conditions import ClassLabels
-from dlc.sampling import argument_parser, run
+from dlc.sampling.command import argument_parser, run
+from dlc.sampling.conditions import ClassLabels
 
 
 def open_labels(args, model, meta):

@@ -3,10 +3,10 @@
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp_computed_dlc.py --model DiTSEM-XL/2 --num-fid-samples 50000
 
 In: a checkpoint [the newest under results/] and codes [those of the features it was trained on]. Out: SAMPLES/, see
-dlc/sampling.py. The same command run again draws what is missing; the images do not depend on the number of processes.
+dlc/sampling/. The same command run again draws what is missing; the images do not depend on the number of processes.
 """
-from dlc.conditions import ComputedCodes
-from dlc.sampling import argument_parser, run
+from dlc.sampling.command import argument_parser, run
+from dlc.sampling.conditions import ComputedCodes
 
 
 def open_codes(args, model, meta):

@@ -28,21 +28,50 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from diffusion import create_diffusion
-from dlc.checkpoints import (load_checkpoint, load_pretrained, newest_of_run, read_meta, remove_old_checkpoints,
-                             remove_unfinished, run_checkpoints, save_checkpoint, whole)
+from dlc.checkpoints.run import (
+    load_checkpoint,
+    newest_of_run,
+    read_meta,
+    remove_old_checkpoints,
+    remove_unfinished,
+    run_checkpoints,
+    save_checkpoint,
+    whole,
+)
+from dlc.checkpoints.weights import load_pretrained
 from dlc.cli import SEED, ArgumentParser, number, progress
-from dlc.extraction import add_encoder_flags
 from dlc.disk import DirectoryLock, differences, recorded_id, write_json
+from dlc.encoder import add_encoder_flags
 from dlc.features import Features
-from dlc.images import FLIPS, Encode, ImageBatches, Images
-from dlc.latents import load_vae
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.runtime import (PRECISIONS, agree, asked_precision, asked_to_compile, create_accelerator, create_logger,
-                         default_num_workers, done_by_rank_0, start_processes, unused_launcher_settings, versions)
-from dlc.training import (QUARTERS, StopRequest, TrainingBatches, append_metrics, draw_losses, draw_posterior,
-                          loss_means, local, loss_sums, open_vectors, read_metrics, save_preview,
-                          shard, steps_from, trim_metrics)
+from dlc.runtime import (
+    PRECISIONS,
+    agree,
+    asked_precision,
+    asked_to_compile,
+    create_accelerator,
+    create_logger,
+    default_num_workers,
+    done_by_rank_0,
+    start_processes,
+    unused_launcher_settings,
+    versions,
+)
 from dlc.signals import ignore_signals
+from dlc.training.batches import TrainingBatches, draw_posterior, open_vectors, steps_from
+from dlc.training.images import FLIPS, Encode, ImageBatches, Images
+from dlc.training.record import (
+    QUARTERS,
+    append_metrics,
+    draw_losses,
+    loss_means,
+    loss_sums,
+    read_metrics,
+    save_preview,
+    trim_metrics,
+)
+from dlc.training.run import StopRequest, local, shard
+from dlc.vae import load_vae
 from models import DiT_models
 
 PREVIEW_SAMPLES = 8

@@ -41,9 +41,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))            # the repository, whichever way this script is started
-from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split      # noqa: E402
-from dlc.encoder import SEMEncoder, load_encoder, save_encoder              # noqa: E402
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, to_uint8       # noqa: E402
+from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split  # noqa: E402
+from dlc.encoder import SEMEncoder, load_encoder, save_encoder  # noqa: E402
+from dlc.images import IMAGENET_MEAN, IMAGENET_STD, to_uint8
+from dlc.vae import decode, encode
 
 SEED = 0
 THREADS = 2

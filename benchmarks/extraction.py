@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks.record import record
 from dlc.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.extraction import Networks, Views, collate, flips_of, in_order
-from dlc.latents import load_vae
+from dlc.extraction import Networks, in_order
+from dlc.images import Views, collate, flips_of
 from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers
+from dlc.vae import load_vae
 
 DECODED = 10        # times each image is decoded for its rate
 ON_GPU = torch.cuda.is_available()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from benchmarks.record import record
 from dlc.cli import progress
 from dlc.features import Features, FeatureWriter, kind_dir
-from dlc.training import TrainingBatches
+from dlc.training.batches import TrainingBatches
 
 IMAGENET = 1_281_167                                # images in its training set
 SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=256, images=0, L=512, V=256,

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.record import record
-from dlc.sample_files import check, npz_rows, png_path, read_png, save_png, write_npz
+from dlc.images import read_png, save_png
+from dlc.sampling.files import check, npz_rows, png_path, write_npz
 
 
 def write_pngs(folder, count, different):

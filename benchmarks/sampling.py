@@ -27,12 +27,13 @@ from benchmarks.extraction import SD_VAE
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
-from dlc.checkpoints import load_weights, model_from_weights
-from dlc.latents import decode, load_vae, to_uint8
+from dlc.checkpoints.weights import load_weights, model_from_weights
+from dlc.images import read_png, save_png, to_uint8
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS, autocast
-from dlc.sample_files import png_path, read_png, save_png
-from dlc.sampling import create_sampler
+from dlc.sampling.files import png_path
+from dlc.sampling.latents import create_sampler
+from dlc.vae import decode, load_vae
 from models import DiT_models
 
 ROOT = Path(__file__).parents[1]

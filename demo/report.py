@@ -16,7 +16,8 @@ from PIL import Image
 
 from demo.digits import DigitReader, load_split
 from dlc.features import Features
-from dlc.latents import decode, image_grid, load_vae, to_uint8
+from dlc.images import image_grid, to_uint8
+from dlc.vae import decode, load_vae
 
 COLUMNS = 20      # two of each digit in the picture
 COMPOSED = 12     # codes composed for each of the weights

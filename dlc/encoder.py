@@ -21,10 +21,11 @@ import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 
-from dlc.cli import one_line
-from dlc.disk import (SWITCH, TEXT, check_values, differences, or_null, read_json, real_number, whole_number)
-from dlc.tensor_files import check_tensors, differences_from, load_tensors, shown
+from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, shown
+from dlc.cli import number, one_line
+from dlc.disk import SWITCH, TEXT, check_values, differences, or_null, read_json, real_number, whole_number
 
+DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 # parts of a self-supervised checkpoint that serve its training, not the code
 TRAINING_ONLY = ("mask_token", "norm", "head", "sem_out", "sem_cls_norm", "dino_head", "ibot_head")
@@ -195,3 +196,24 @@ def convert_reference_weights(teacher, backbone):
         weights["pos_embed"] = resample_abs_pos_embed(positions[:, 1:] if folded else positions, grid,
                                                       num_prefix_tokens=0 if folded else 1)
     return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in weights.items()}
+
+
+#################################################################################
+#                                     Flags                                     #
+#################################################################################
+
+def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
+    """The flags by which a script's user names a SEM encoder. more: words on what else it is or takes."""
+    add("--encoder", default=default, help=f"SEM encoder: directory or reference checkpoint{more} [%(default)s]")
+    add("--encoder-backbone", help=f"timm model of a reference checkpoint [{DEFAULT_BACKBONE}]")
+    add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
+    add("--V", type=number(int, 2, 65536), help="tokens a position, of a reference checkpoint [256] or of features "
+                                                "without a manifest")
+
+
+def open_encoder(args):
+    """The encoder that those flags name, as `load_encoder` gives it. Raises ValueError as it does."""
+    if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
+        raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
+                         "one with --encoder")
+    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)

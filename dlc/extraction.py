@@ -1,108 +1,13 @@
-"""The parts of extraction: images and their views, the two networks, and work done in threads but kept in order."""
-import errno
-import os
+"""Extraction's parts: the two networks, and work done in threads but kept in order."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import ImageOps
-from torch.utils.data import Dataset
 
-from dlc.cli import number
-from dlc.encoder import DEFAULT_BACKBONE, load_encoder
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, in_batches, load_rgb, normalize, posterior
-from dlc.noise import Stream, integers
-from dlc.runtime import PRECISIONS, cores_per_process
+from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dlc.runtime import PRECISIONS, cores_per_process, in_batches
+from dlc.vae import posterior
 
-DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
-
-
-#################################################################################
-#                                    Images                                     #
-#################################################################################
-
-def flips_of(policy, count, seed):
-    """Whether each row of each image is flipped: (count, 1) bool, or (count, 2) for the policy "both"."""
-    if policy == "both":
-        return np.tile([False, True], (count, 1))
-    if policy == "none":
-        return np.zeros((count, 1), bool)
-    return integers(seed, Stream.FLIP, torch.arange(count), 2).bool().unsqueeze(1).numpy()
-
-
-class Views(Dataset):
-    """Both views of each image, 8-bit: the VAE's crop, one for each of `flips`, and the encoder's, never flipped."""
-
-    def __init__(self, root, paths, flips, image_size, code_size):
-        # one array: of a list, each reader would come to hold a copy of a million strings, for counting references
-        self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
-        self.flips, self.image_size, self.code_size = flips, image_size, code_size
-
-    def path(self, index):
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
-
-    def crops(self, image, index):
-        crop = center_crop(image, self.image_size)
-        return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
-
-    def __getitem__(self, index):
-        """The index, crops (k, S, S, 3), the encoder's view (s, s, 3) or None, None; or the index, error, is broken."""
-        try:
-            image = load_rgb(self.path(index))
-            code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
-            return index, self.crops(image, index), code_view, None
-        except Exception as error:                          # Pillow's readers raise all kinds
-            reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
-            return index, None, None, (reason, is_broken(self.path(index), error))
-
-
-def is_broken(path, error):
-    """Whether an error is the image's own, to be skipped, rather than the disk's or the memory's, which may pass."""
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # a seek to where a file says
-        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)        # a link to nowhere
-    return not isinstance(error, MemoryError)
-
-
-def collate(items):
-    """Indices (n,), crops (n, k, S, S, 3) and encoder views (n, s, s, 3) or None of the readable; what of the others.
-
-    The last: a list of (index, error, is broken).
-    """
-    good = [item[:3] for item in items if item[3] is None]
-    unreadable = [(item[0], *item[3]) for item in items if item[3] is not None]
-    if not good:
-        return None, None, None, unreadable
-    indices, crops, code_views = zip(*good)
-    return (torch.tensor(indices), torch.from_numpy(np.stack(crops)),
-            torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None, unreadable)
-
-
-#################################################################################
-#                                   Encoders                                    #
-#################################################################################
-
-def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
-    """The flags by which a script's user names a SEM encoder. more: words on what else it is or takes."""
-    add("--encoder", default=default, help=f"SEM encoder: directory or reference checkpoint{more} [%(default)s]")
-    add("--encoder-backbone", help=f"timm model of a reference checkpoint [{DEFAULT_BACKBONE}]")
-    add("--L", type=number(int, 1), help="code positions of a reference checkpoint [512]")
-    add("--V", type=number(int, 2, 65536), help="tokens a position, of a reference checkpoint [256] or of features "
-                                                "without a manifest")
-
-
-def open_encoder(args):
-    """The encoder that those flags name, as `load_encoder` gives it. Raises ValueError as it does."""
-    if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
-        raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
-                         "one with --encoder")
-    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
-
-
-#################################################################################
-#                                   Networks                                    #
-#################################################################################
 
 class Networks:
     """Crops to latents and views to codes on a device, in the given precision, by batches of one size.

@@ -11,8 +11,12 @@ import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast_object_list,
-                              gather_object)
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 
 from dlc.cli import one_line, printable, warn_once
 from dlc.signals import on_first_signal
@@ -277,3 +281,24 @@ def create_accelerator(logger, precision, tf32=True, report_to=None, run_dir=Non
     if sharded and precision == "fp16":
         raise ValueError("--mixed_precision fp16 does not go with FSDP: use bf16")
     return accelerator, precision, sharded
+
+
+def in_batches(network, rows, size, places=None):
+    """network(rows), of each row (n, ...), computed in batches of one size and each row at its own place in its batch.
+
+    How a network rounds a row depends on the batch's size and, on some machines, on the row's place. So that it depends
+    on nothing else, the places that no row has are filled with copies of another.
+
+    Args:
+        places: (n,) int64 on the CPU, ascending, out of an endless row of places that batches are cut from; None: from
+            0 on, without a gap.
+    """
+    batches, outputs = {}, []
+    for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
+        batches.setdefault(place // size, {})[place % size] = row
+    for own in batches.values():                        # place in the batch -> row
+        first = next(iter(own.values()))
+        # stacked, not indexed by a tensor: copied to the GPU, it would make the CPU wait
+        output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))
+        outputs += [output[place] for place in own]
+    return torch.stack(outputs)

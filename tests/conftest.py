@@ -100,7 +100,7 @@ def tiny_models(tmp_path_factory):
 def encoder_logits(encoder, paths):
     """Of images, all in one batch: (n, L, V)."""
     from dlc.encoder import load_encoder
-    from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+    from dlc.images import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
     encoder = load_encoder(encoder)
     views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])
     with torch.inference_mode():

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from dlc.checkpoints import (load_checkpoint, load_weights, model_from_weights, newest_checkpoint, run_checkpoints,
-                             save_checkpoint, weights_sha256)
+from dlc.checkpoints.run import load_checkpoint, newest_checkpoint, run_checkpoints, save_checkpoint
+from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
 from models import DiT_models
 
 

@@ -10,8 +10,8 @@ from conftest import L, V, assert_codes, encoder_logits, launch
 
 import compose_dlc
 from compose_dlc import choose, compose
-from dlc.conditions import open_codes
 from dlc.features import Features
+from dlc.sampling.conditions import open_codes
 
 
 def test_choose():

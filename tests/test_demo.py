@@ -8,7 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from demo.digits import DigitReader, load_split, write_image_folder
 from dlc.encoder import load_encoder
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, load_vae, normalize, to_uint8
+from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
+from dlc.vae import decode, encode, load_vae
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ from forked import Run
 from PIL import Image, ImageOps
 
 from dlc.features import Features, kind_dir
-from dlc.latents import center_crop, in_batches, load_vae, normalize
+from dlc.images import center_crop, normalize
 from dlc.noise import Stream, integers, normal
+from dlc.runtime import in_batches
+from dlc.vae import load_vae
 
 
 def contents(root):

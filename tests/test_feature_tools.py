@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import L, ROOT, V
+from conftest import ROOT, L, V
 from PIL import Image
 
 from dlc import feature_tools

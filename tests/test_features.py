@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
-from benchmarks.loading import IMAGENET, sparse_features
 from conftest import ROOT
 
+from benchmarks.loading import IMAGENET, sparse_features
 from dlc.disk import write_whole
 from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir
-from dlc.conditions import ComputedCodes
+from dlc.sampling.conditions import ComputedCodes
 from models import DiT_models
 
 SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"],
@@ -171,7 +170,7 @@ def test_a_disk_that_fails_to_sync_is_no_such_disk(tmp_path, monkeypatch):
 
 
 def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlc.features.MAX_OPEN", 4)
+    monkeypatch.setattr("dlc.features.rows.MAX_OPEN", 4)
     paths = [tmp_path / f"{index}.npy" for index in range(9)]
     for index, path in enumerate(paths):
         np.save(path, np.full((3, 2), index))

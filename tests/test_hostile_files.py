@@ -20,14 +20,16 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dlc.checkpoints import load_checkpoint, load_pretrained, load_weights, model_from_weights, read_meta
-from dlc.conditions import open_codes
+from dlc.checkpoints.run import load_checkpoint, read_meta
+from dlc.checkpoints.tensor_files import load_tensors
+from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
-from dlc.feature_tools import main as features_tool
-from dlc.features import Features, load_array, read_manifest
-from dlc.latents import downsampling_factor, load_vae
-from dlc.sample_files import check, npz_rows
-from dlc.tensor_files import load_tensors
+from dlc.features import Features, read_manifest
+from dlc.features.__main__ import main as features_tool
+from dlc.features.rows import load_array
+from dlc.sampling.conditions import open_codes
+from dlc.sampling.files import check, npz_rows
+from dlc.vae import downsampling_factor, load_vae
 from models import DiT_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -12,8 +12,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dlc import cli
 from dlc.features import Features
-from dlc.images import Images
 from dlc.listing import ENDINGS, list_images, listing_sha256
+from dlc.training.images import Images
 
 
 def make(root, *names):

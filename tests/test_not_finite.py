@@ -12,8 +12,8 @@ from test_train import metrics
 
 from dlc.encoder import load_encoder, save_encoder
 from dlc.features import Features, NotFinite, as_stored, kind_dir
-from dlc.images import Encode, ImageBatches, Images
-from dlc.training import draw_posterior
+from dlc.training.batches import draw_posterior
+from dlc.training.images import Encode, ImageBatches, Images
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import IMAGE_SIZE, L, SAMPLE_FLAGS, V, launch, sample_folder
+from conftest import IMAGE_SIZE, SAMPLE_FLAGS, L, V, launch, sample_folder
 from PIL import Image
 
 import sample_ddp_computed_dlc
@@ -52,7 +52,8 @@ def test_images_are_the_models(workplace, tiny_models):
     """Sample 17 by the definition: full guided diffusion with its own noise, the EMA weights, and its row's code."""
     from safetensors.torch import load_file
 
-    from dlc.latents import decode, load_vae, to_uint8
+    from dlc.images import to_uint8
+    from dlc.vae import decode, load_vae
     record = json.loads((sample_folder(workplace / "samples") / "samples.json").read_text())
     code = torch.from_numpy(Features(workplace / "features").codes.gather([record["code_rows"][17]]).astype(np.int64))
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=L, V=V).eval()

@@ -9,9 +9,10 @@ import torch
 from conftest import L, V
 from PIL import Image
 
-from dlc.conditions import ClassLabels, ComputedCodes, open_codes
-from dlc.sample_files import check, missing_indices, npz_rows, png_path, save_png, write_npz
-from dlc.sampling import main
+from dlc.images import save_png
+from dlc.sampling.__main__ import main
+from dlc.sampling.conditions import ClassLabels, ComputedCodes, open_codes
+from dlc.sampling.files import check, missing_indices, npz_rows, png_path, write_npz
 
 
 @pytest.fixture

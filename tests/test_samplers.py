@@ -7,10 +7,11 @@ from conftest import L, V
 
 from diffusion import create_diffusion
 from dlc import sampling
-from dlc.latents import load_vae
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS
-from dlc.sampling import CudaGraphs, Decoder, DPMSolver, create_sampler, lower_precision, sample_latents
+from dlc.sampling.decoder import Decoder
+from dlc.sampling.latents import CudaGraphs, DPMSolver, create_sampler, lower_precision, sample_latents
+from dlc.vae import load_vae
 from models import DiT_models
 
 SHAPE, INDICES = (4, 8, 8), torch.tensor([5, 0, 9])

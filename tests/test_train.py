@@ -12,7 +12,8 @@ from PIL import Image
 
 from dlc.features import Features, kind_dir
 from dlc.noise import Stream, normal
-from dlc.training import TrainingBatches, draw_posterior, trim_metrics
+from dlc.training.batches import TrainingBatches, draw_posterior
+from dlc.training.record import trim_metrics
 
 
 def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):

@@ -12,10 +12,10 @@ from PIL import Image
 from test_train import metrics, train_command
 from test_training import same_run
 
-from dlc.checkpoints import info
-from dlc.images import Encode, ImageBatches, Images
-from dlc.latents import center_crop, load_rgb
+from dlc.checkpoints.weights import info
+from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, integers
+from dlc.training.images import Encode, ImageBatches, Images
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     moments, codes = encode(crops, views)
     assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad
     assert_codes(codes, logits)
-    monkeypatch.setattr("dlc.images.ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr("dlc.training.images.ENCODED_AT_ONCE", 3)
     sizes, encode_batch = [], encode.vae.encode
     monkeypatch.setattr(encode.vae, "encode", lambda batch: sizes.append(len(batch)) or encode_batch(batch))
     in_parts, codes = encode(crops, views)

@@ -17,10 +17,12 @@ from PIL import Image
 from test_train import alike, metrics, tensors, train_command
 
 from diffusion import create_diffusion
-from dlc.checkpoints import info, load_weights, model_from_weights, read_meta, run_checkpoints
+from dlc.checkpoints.run import read_meta, run_checkpoints
+from dlc.checkpoints.weights import info, load_weights, model_from_weights
 from dlc.features import Features, FeatureWriter
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.training import TrainingBatches, draw_losses, loss_means, loss_sums
+from dlc.training.batches import TrainingBatches
+from dlc.training.record import draw_losses, loss_means, loss_sums
 from models import DiT_models
 
 

@@ -14,7 +14,7 @@ from forked import Run
 from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
-from dlc.checkpoints import newest_checkpoint, newest_of_run, run_checkpoints
+from dlc.checkpoints.run import newest_checkpoint, newest_of_run, run_checkpoints
 
 
 @pytest.fixture

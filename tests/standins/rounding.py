@@ -12,7 +12,7 @@ FLOAT32 = 2e-6              # relative, seen between a batch of one and of two o
 
 def rounded(rows):
     """Rows (n, ...) times 1 + noise, which is a function of n, the row's place and the element's place in the row."""
-    import torch                                            # not above: most processes do without
+    import torch  # not above: most processes do without
     n, device = len(rows), rows.device
     element = torch.arange(rows[0].numel(), device=device).view(1, *rows.shape[1:])
     place = torch.arange(n, device=device).view(-1, *[1] * (rows.ndim - 1))

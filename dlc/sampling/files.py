@@ -11,16 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dlc.cli import one_line
 from dlc.cli import progress as progress_bar
 from dlc.disk import write_whole
-from dlc.features import read_npy_header
-from dlc.latents import image_grid
+from dlc.features.rows import read_npy_header
+from dlc.images import image_grid, is_whole, read_png, save_png
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
-PNG_END = b"IEND\xaeB`\x82"
 LARGEST_IMAGE = 2**24       # bytes of an image in an .npz: 2,300 pixels square
 ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
 FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from fewer their covariance is singular
@@ -28,28 +26,6 @@ FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from few
 
 def png_path(folder, index):
     return folder / f"{index:06d}.png"
-
-
-def save_png(path, image):
-    """Write image, (H, W, 3) uint8 NumPy or PIL, whole or not at all. Raises OSError naming the file."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    write_whole(path, lambda file: image.save(file, format="png"))
-
-
-def read_png(path):
-    """The image, (H, W, 3) uint8. Raises ValueError naming the file, where it cannot be read."""
-    try:
-        return np.array(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is missing or no whole PNG ({error}): delete it and run the same command again "
-                         "to draw it") from None
-
-
-def is_whole(path):
-    """Whether a PNG has its end."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - len(PNG_END)))
-        return file.read() == PNG_END
 
 
 def missing_indices(folder, count):

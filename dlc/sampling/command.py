@@ -8,31 +8,35 @@ index, at the same places in them, so that it ends with the bytes of one that wa
 """
 import argparse
 import datetime
-import math
 import platform
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
-from diffusion import create_diffusion, named_betas
+from dlc.checkpoints.run import newest_checkpoint
+from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
 from dlc.cli import SEED, ArgumentParser, number, progress
-from dlc.checkpoints import load_weights, model_from_weights, newest_checkpoint, weights_sha256
-from dlc.conditions import conditions_sha256
 from dlc.disk import DirectoryLock, differences, read_json, recorded_id, remove_temporaries, write_json
-from dlc.latents import decode, image_grid, in_batches, load_vae, to_uint8, vae_id, vae_label
-from dlc.noise import Stream, normal
-from dlc.runtime import PRECISIONS, agree, autocast, create_logger, done_by_rank_0, start_processes, versions
-from dlc.sample_files import check, missing_indices, npz_rows, png_path, save_grid, save_png, write_npz
+from dlc.runtime import (
+    PRECISIONS,
+    agree,
+    autocast,
+    create_logger,
+    done_by_rank_0,
+    start_processes,
+    versions,
+)
+from dlc.sampling.conditions import conditions_sha256
+from dlc.sampling.decoder import Decoder, save_strip
+from dlc.sampling.files import missing_indices, npz_rows, save_grid, write_npz
+from dlc.sampling.latents import DEFAULT_STEPS, CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.vae import load_vae, vae_id, vae_label
 from models import DiT_models
 
 NAMES_ONLY = ("checkpoint", "weights", "vae")      # settings that say where weights lay, not what they were
-DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "dpmsolver++": 25}
-NOISE_AT_ONCE = 2**21       # numbers, of several steps: the many small kernels that make them are launched for all
 
 
 def argument_parser(doc, model):
@@ -71,231 +75,6 @@ def argument_parser(doc, model):
     add("--global-seed", type=SEED, default=0, help="of noise, labels and the order of codes [%(default)s]")
     return parser
 
-
-#################################################################################
-#                                   Samplers                                    #
-#################################################################################
-
-class DiffusionSampler:
-    """DDPM's ancestral steps or, with eta given, DDIM's, at evenly spaced times, both ends included."""
-
-    def __init__(self, steps, eta=None, learn_sigma=True):
-        self.diffusion, self.eta = create_diffusion(str(steps), learn_sigma=learn_sigma), eta
-        self.times = self.diffusion.timestep_map[::-1]
-
-    def step(self, step, x, output, noise):
-        t = torch.full((len(x),), len(self.times) - 1 - step, device=x.device)
-        keywords = dict(clip_denoised=False, randn_like=lambda _: noise())
-        if self.eta is None:
-            out = self.diffusion.p_sample(lambda *_: output, x, t, **keywords)
-        else:
-            out = self.diffusion.ddim_sample(lambda *_: output, x, t, eta=self.eta, **keywords)
-        return out["sample"], out["pred_xstart"]
-
-
-class DPMSolver:
-    """DPM-Solver++ of second order, multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers has it."""
-    eta = None
-
-    def __init__(self, steps):
-        if steps > 999:
-            raise ValueError("--num-sampling-steps: --sampler dpmsolver++ has at most 999")
-        self.scheduler = DPMSolverMultistepScheduler(trained_betas=named_betas("linear", 1000).numpy())
-        self.scheduler.set_timesteps(steps)
-        self.times = self.scheduler.timesteps.tolist()
-
-    def step(self, step, x, output, noise):
-        if step == 0:
-            self.scheduler.set_timesteps(len(self.times))           # forgets the samples before
-            self.scheduler.set_begin_index(0)
-        eps = output[:, :x.shape[1]]                                # it has no use for a learned variance
-        x = self.scheduler.step(eps, self.times[step], x, return_dict=False)[0]
-        return x, self.scheduler.model_outputs[-1]
-
-
-def create_sampler(name, steps=None, eta=None, learn_sigma=True):
-    """A sampler by its name: "ddpm", "ddim" or "dpmsolver++".
-
-    It has `times`, the model's time at each step, descending; and step(step, x, output, noise), from x at
-    times[step] and the model's output there to the next x and the x_0 seen on the way; noise() gives a standard
-    normal of x's shape.
-
-    Raises ValueError for what the sampler does not have.
-    """
-    if eta is not None and name != "ddim":
-        raise ValueError(f"--eta {eta}: --sampler {name} has none, ddim has")
-    steps = steps or DEFAULT_STEPS[name]
-    if name == "dpmsolver++":
-        return DPMSolver(steps)
-    return DiffusionSampler(steps, (eta or 0.0) if name == "ddim" else None, learn_sigma)
-
-
-@torch.inference_mode()
-def sample_latents(model, sampler, y, seed, indices, latent_shape, cfg_scale=1.0, t_min=0, t_max=999, channels=None,
-                   denoise=None, on_step=None):
-    """Draw latents (N, *latent_shape) for conditions y.
-
-    Args:
-        model: a DiT, DiTSEM or DiTCONT in eval mode.
-        sampler: see create_sampler.
-        y: N conditions, on the model's device.
-        seed, indices: each sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
-        cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
-        channels: see DiT.forward_with_cfg.
-        denoise: stands for model.denoise.
-        on_step: called with each step's number, the x it gives and the x_0 that the model sees.
-    """
-    n, steps, denoise = len(indices), len(sampler.times), denoise or model.denoise
-    channels = channels or model.guided_channels or model.in_channels
-    at_once, drawn = max(1, NOISE_AT_ONCE // (n * math.prod(latent_shape))), {}
-
-    def noise(step):
-        first = step - step % at_once
-        if first not in drawn:
-            drawn.clear()
-            draws = steps - torch.arange(first, min(first + at_once, steps), device=indices.device)
-            drawn[first] = normal(seed, Stream.SAMPLE_NOISE, indices.repeat(len(draws)), latent_shape,
-                                  draws.repeat_interleave(n)).unflatten(0, (len(draws), n))
-        return drawn[first][step - first]
-
-    # what depends on neither x nor the other: the condition's part once for all steps, the time's once for all samples
-    condition = model.condition_embedder(y)                                                 # (N, D)
-    null = model.condition_embedder(model.null_condition(1).to(y.dtype)).expand(n, -1)      # (N, D)
-    both = torch.cat([condition, null])                                                     # (2N, D)
-    times = model.t_embedder(torch.tensor(sampler.times, device=condition.device))          # (steps, D)
-    x = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)    # the same for any number of steps
-    for step, time in enumerate(sampler.times):
-        if cfg_scale != 1 and t_min <= time <= t_max:
-            conditional, unconditional = denoise(torch.cat([x, x]), times[step] + both).float().chunk(2)
-            guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
-            output = torch.cat([guided, conditional[:, channels:]], dim=1)
-        else:
-            output = denoise(x, times[step] + condition).float()
-        x, x_start = sampler.step(step, x, output, partial(noise, step))
-        if on_step is not None:
-            on_step(step, x, x_start)
-    return x
-
-
-class CudaGraphs:
-    """A function of CUDA tensors, its kernels recorded once for each shape of the inputs and then launched as one.
-
-    What it returns is overwritten by the next call.
-    """
-
-    def __init__(self, function):
-        self.function, self.recorded = function, {}
-
-    def __call__(self, *inputs):
-        shapes = tuple(value.shape for value in inputs)
-        if shapes not in self.recorded:
-            fixed = [value.clone() for value in inputs]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):                                  # compiles, and chooses kernels
-                    self.function(*fixed)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self.function(*fixed)
-            self.recorded[shapes] = fixed, graph, output
-        fixed, graph, output = self.recorded[shapes]
-        for place, value in zip(fixed, inputs):
-            place.copy_(value)
-        graph.replay()
-        return output
-
-
-def lower_precision(model, precision):
-    """Hold the weights that autocast would cast at every step in that precision: the same results, less memory."""
-    for part in (model.x_embedder, model.blocks, model.final_layer):
-        part.to(PRECISIONS[precision])
-
-
-#################################################################################
-#                                    Decoding                                   #
-#################################################################################
-
-class Decoder:
-    """Latents to PNG files behind the denoising of the next batch: on GPUs in a thread and a stream of its own.
-
-    On the CPU, where both would share the cores, only the writing is behind. Images are decoded a few at a time, so
-    that memory does not grow with the batch, and one at a time on the CPU, where that is faster.
-
-    Args:
-        precision: of the VAE, "fp32", "bf16" or "fp16".
-        after_first: called once, when the first batch is written.
-    """
-
-    def __init__(self, vae, folder, precision="fp32", after_first=None):
-        self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
-        self.on_gpu = vae.device.type == "cuda"
-        self.stream = torch.cuda.Stream() if self.on_gpu else None
-        # a thread's own device would be the first one
-        self.thread = (ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,)) if self.on_gpu
-                       else ThreadPoolExecutor(1))
-        self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
-
-    def images(self, latents, places=None):
-        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
-
-        Raises ValueError where one is not finite.
-        """
-        def network(some):
-            decoded = decode(self.vae, some).float()
-            if not decoded.isfinite().all():
-                raise ValueError("there are samples that are not finite numbers: try --precision bf16 or fp32, and "
-                                 "the same of --vae-precision")
-            return to_uint8(decoded).cpu()
-        with torch.inference_mode(), autocast(latents.device, self.precision):
-            rows = latents if places is None else latents[places]
-            return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
-
-    def __call__(self, indices, latents, places=None):
-        """Write latents (N, 4, h, w), all or those at places, as the PNGs of indices, soon."""
-        self.wait()                                                 # at most one batch behind
-        if self.on_gpu:
-            ready = torch.cuda.Event()
-            ready.record()
-            self.pending = self.thread.submit(self._decode_and_write, indices, latents, places, ready)
-        else:
-            self.pending = self.thread.submit(self._write, indices, self.images(latents, places))
-
-    def _decode_and_write(self, indices, latents, places, ready):
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(ready)
-            images = self.images(latents, places)
-        self._write(indices, images)
-
-    def _write(self, indices, images):
-        list(self.pool.map(save_png, [png_path(self.folder, index) for index in indices], images))
-        if self.after_first:
-            self.after_first()
-            self.after_first = None
-
-    def wait(self):
-        """Until all is written. Raises what went wrong with it."""
-        if self.pending:
-            self.pending.result()
-            self.pending = None
-
-
-def save_strip(path, pictures, sampler, draw, decoder):
-    """A strip of how one sample is denoised: what the model takes for the image, from the first step to the last.
-
-    draw(on_step) draws that sample; pictures is how many steps are shown.
-    """
-    shown = np.linspace(0, len(sampler.times) - 1, pictures).round().astype(int).tolist()
-    seen = []
-    draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
-    images = decoder.images(torch.cat(seen))
-    save_png(path, image_grid(images, len(images)))
-
-
-#################################################################################
-#                                     Run                                       #
-#################################################################################
 
 def run(parser, args, open_conditions):
     """Draw args.num_fid_samples images into a folder of PNGs and one .npz.
@@ -466,20 +245,3 @@ def compare_with_earlier(folder, settings, conditions, count, digest):
         raise ValueError(f"{folder} is a set of {drawn:,} samples, and its .npz would shrink to --num-fid-samples "
                          f"{count}: give another --sample-dir")
     return earlier
-
-
-def main():
-    parser = ArgumentParser("Say what an .npz of samples holds and whether anything is wrong with it (exit 1).",
-                            prog="python -m dlc.sampling")
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("path", help="the .npz")
-    parser.add_argument("--grid", action="store_true", help="write a contact sheet of its first images beside it")
-    args = parser.parse_args()
-    with parser.one_line_errors():
-        lines, wrong = check(args.path, args.grid, progress=True)
-    print("\n".join(lines + [f"wrong: {line}" for line in wrong]))
-    sys.exit(1 if wrong else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import recorded_id
-from dlc.features import Features, Stack, file_order, load_array
+from dlc.features.rows import Stack, file_order, load_array
+from dlc.features.store import Features
 from dlc.noise import Stream, integers, permutation
-from dlc.tensor_files import read_torch, storage_fault
-
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 

@@ -1,18 +1,16 @@
-"""Pixel space <-> latent space: crops, views, the VAE, and back to 8-bit images."""
+"""Images <-> latents: the only place that knows a VAE's channels, factor and scale, and how one is loaded."""
 import contextlib
 import re
 import warnings
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 
+from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
 from dlc.cli import one_line
 from dlc.disk import SWITCH, check_values, list_of, one_of, or_null, read_json, real_number, whole_number
-from dlc.tensor_files import check_tensors, differences_from, load_tensors
 
 VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -27,55 +25,6 @@ VAE_CONFIG = dict(
     scaling_factor=real_number(1e-30, 1e30), shift_factor=or_null(NUMBER),
     latents_mean=or_null(list_of(NUMBER)), latents_std=or_null(list_of(NUMBER)), force_upcast=SWITCH,
     use_quant_conv=SWITCH, use_post_quant_conv=SWITCH, mid_block_add_attention=SWITCH)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def center_crop(image, size):
-    """The crop of ADM (Dhariwal & Nichol 2021): shorter side to `size`, then the central square.
-
-    Halved with a box filter while still at least twice the size, then resized bicubically. An image over 64 times as
-    long as wide is first cut to its middle: resized whole, a line of 1 x 50,000 pixels would fill the memory.
-    """
-    longest = 64 * min(image.size)
-    if max(image.size) > longest:
-        left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
-        image = image.crop((left, top, image.width - left, image.height - top))
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def load_rgb(path):
-    """The image at path, RGB, as torchvision's loader gives it: transparency is dropped, not blended.
-
-    Grey of 16 bits, which Pillow would cut off at 255, is brought to 8 by its high byte, as Pillow brings colour.
-
-    Raises ValueError for an image past Pillow's limit of pixels and for grey without a known range. What Pillow raises
-    for a broken file, and the system for one out of reach, comes through.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)      # at twice the limit, it is an error anyway
-        try:
-            image = Image.open(path)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise ValueError(f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}") from None
-    with image:
-        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"{image.format} of mode {image.mode}: what is white in it is not known")
-        # Pillow warns where a palette's transparency is dropped in one step
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-
-
-def normalize(pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-    """Pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 on their device: scaled to [0, 1], less mean, over std."""
-    # filled in place: copied there from the CPU, they would make the CPU wait for the GPU
-    mean, std = (torch.stack([torch.full((1, 1), one, device=pixels.device) for one in value]) for value in (mean, std))
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def vae_id(name):
@@ -188,27 +137,6 @@ def vae_file(name, files):
                      f"and the hub {error}; --vae takes a local directory too")
 
 
-def in_batches(network, rows, size, places=None):
-    """network(rows), of each row (n, ...), computed in batches of one size and each row at its own place in its batch.
-
-    How a network rounds a row depends on the batch's size and, on some machines, on the row's place. So that it depends
-    on nothing else, the places that no row has are filled with copies of another.
-
-    Args:
-        places: (n,) int64 on the CPU, ascending, out of an endless row of places that batches are cut from; None: from
-            0 on, without a gap.
-    """
-    batches, outputs = {}, []
-    for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
-        batches.setdefault(place // size, {})[place % size] = row
-    for own in batches.values():                        # place in the batch -> row
-        first = next(iter(own.values()))
-        # stacked, not indexed by a tensor: copied to the GPU, it would make the CPU wait
-        output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))
-        outputs += [output[place] for place in own]
-    return torch.stack(outputs)
-
-
 def posterior(vae, images):
     """Images (N, 3, S, S) in [-1, 1] to the mean and standard deviation of their scaled latents.
 
@@ -226,18 +154,3 @@ def encode(vae, images):
 def decode(vae, latents):
     """Scaled latents (N, 4, h, w) to images (N, 3, S, S), about in [-1, 1]."""
     return vae.decode(latents / vae.config.scaling_factor).sample
-
-
-def to_uint8(images):
-    """Images (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, rounded as DiT's sampler does (127.5 x + 128, cut off)."""
-    return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
-
-
-def image_grid(images, columns):
-    """Images (n, H, W, 3) uint8 NumPy in rows of so many columns, a PIL image; missing places stay black."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    grid = np.zeros((rows * columns, height, width, 3), np.uint8)
-    grid[:n] = images
-    grid = grid.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
-    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))

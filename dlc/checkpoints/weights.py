@@ -1,0 +1,144 @@
+"""Models out of files of weights: our checkpoints, and `.pt` files such as DiT and fast-DiT write (a bare state dict, or
+one under "ema" and "model"), and `.safetensors`.
+"""
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from dlc.checkpoints.run import read_meta
+from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
+from models import DiT_models
+
+
+def load_weights(path, use_ema=True):
+    """A model's state dict, and its meta: that of a checkpoint of ours, and `weights`, which they are.
+
+    These are "ema", "raw", or "as in the file", which does not say.
+
+    Args:
+        path: a checkpoint directory, or a `.pt` / `.pth` / `.safetensors` file.
+        use_ema: the EMA weights rather than the raw ones, of a checkpoint that tells them apart.
+
+    Raises ValueError where path is no such thing.
+    """
+    path = Path(path)
+    meta = {}
+    if path.is_dir():
+        if not (path / "meta.json").is_file():
+            raise ValueError(f"{path} is not a checkpoint directory: it has no meta.json")
+        meta = read_meta(path)
+        path = path / ("ema.safetensors" if use_ema else "model.safetensors")
+    elif not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    weights, kind = load_tensors(path), "ema" if use_ema else "raw"
+    if not meta:
+        name, other = ("ema", "model") if use_ema else ("model", "ema")
+        if name not in weights and other in weights:
+            raise ValueError(f"{path} has no {kind} weights, only {other!r}: "
+                             f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
+        weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
+    weights, meta = check_tensors(weights, path), dict(meta, weights=kind)
+    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
+
+
+def model_from_weights(weights, path):
+    """The model whose state dict these are, in eval mode, and its name in DiT_models.
+
+    Family, size, patch, L, V, classes and latent size are all read off the tensors' shapes, and all shapes compared
+    before memory is taken for the model.
+
+    Raises ValueError, naming path, where they are no model of ours.
+    """
+    def shape(name, ndim):
+        if name not in weights or weights[name].ndim != ndim:
+            raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
+        return tuple(weights[name].shape)
+
+    hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
+    # not by the highest number, which may be any
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    arguments = dict(
+        in_channels=in_channels, input_size=patch_size * math.isqrt(shape("pos_embed", 3)[1]),
+        learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2)
+    if "sem_embedder.embedding_table" in weights:
+        family = "DiTSEM"
+        L, rows, _ = shape("sem_embedder.embedding_table", 3)
+        arguments.update(L=L, V=rows - 1)
+    elif "y_embedder.fake_latent" in weights:
+        family = "DiTCONT"
+        arguments.update(in_dim=shape("y_embedder.fake_latent", 2)[1])
+    else:
+        family = "DiT"
+        arguments.update(num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1)
+    for name, build in DiT_models.items():
+        size = build.keywords
+        if name.startswith(f"{family}-") and (size["hidden_size"], size["depth"], size["patch_size"]) == (
+                hidden_size, depth, patch_size):
+            break
+    else:
+        raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, "
+                         "which has no name in DiT_models")
+    if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
+        raise ValueError(f"checkpoint {path} does not fit {name}: by its shapes, "
+                         + ", ".join(f"{key} is {value}" for key, value in arguments.items()))
+    with torch.device("meta"):
+        different = differences_from(build(**arguments).state_dict(), weights)
+    if different:
+        raise ValueError(f"checkpoint {path} does not fit {name}: it {different}")
+    model = build(**arguments)
+    model.load_state_dict(weights)
+    return model.eval(), name
+
+
+def load_pretrained(path, model):
+    """Weights alone into a model to train, as far as they fit. Returns a line that says what was taken and what not.
+
+    Raises ValueError where path holds no weights, or none that fit.
+    """
+    weights, _ = load_weights(path)
+    wanted = model.state_dict()
+    fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
+    if not fit:
+        raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
+    model.load_state_dict(fit, strict=False)
+    said = [f"{len(fit)} of {len(wanted)} tensors from {path}"]
+    said += [f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
+             for key in sorted((key for key in weights if key in wanted and key not in fit),
+                               key=lambda key: "embedding_table" not in key)[:5]]
+    for what, keys in (("left out", weights.keys() - wanted.keys()), ("new", wanted.keys() - weights.keys())):
+        if keys:
+            said.append(f"{what}: {', '.join(sorted(keys)[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}")
+    return "; ".join(said)
+
+
+def weights_sha256(module):
+    """A digest of a module's names and tensors: tells weights apart whatever their file is called."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def info(path):
+    """A checkpoint in words, a list of lines. Raises ValueError where path is none."""
+    weights, meta = load_weights(path)
+    model, name = model_from_weights(weights, path)
+    lines = [f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters"]
+    if "step" not in meta:
+        return [*lines, "a file of weights, which says nothing else of itself"]
+    size = sum(file.stat().st_size for file in Path(path).iterdir())
+    lines += [f"step {meta['step']:,}, {size / 1e9:.2f} GB", "trained on: " + ", ".join(
+        f"{key} {meta[key]}" for key in ("features_path", "data_path", "image_size", "L", "V", "num_classes", "in_dim",
+                                         "vae")
+        if meta.get(key) is not None)]
+    lines.append("with: " + ", ".join(f"{key} {meta[key]}" for key in (
+        "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed") if key in meta))
+    lines.append("by: " + ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()))
+    with torch.no_grad():
+        difference = [(ema - raw).norm() / raw.norm() for ema, raw in zip(
+            weights.values(), load_weights(path, use_ema=False)[0].values()) if raw.norm() > 0]
+    lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm")
+    return lines
