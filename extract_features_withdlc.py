@@ -109,7 +109,7 @@ def main():
         agree("VAE and encoder", settings)
         writer = FeatureWriter(args.features_path, settings)
         incomplete = done_by_rank_0(state, writer.start)
-    patch = DiT_models[args.model].keywords["patch_size"]
+    patch = DiT_models[args.model].patch_size
     if args.image_size // factor % patch:
         logger.warning(f"warning: latents of --image-size {args.image_size} are {args.image_size // factor} wide, not "
                        f"a multiple of {args.model}'s patch {patch}: it cannot be trained on them")

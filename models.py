@@ -10,13 +10,12 @@ Nothing here knows a file, a rank or a flag. Shapes: N samples, T tokens, D widt
 L code positions, V tokens per position.
 """
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -156,6 +155,8 @@ class DiTBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        from timm.layers import Mlp                 # here: timm takes longer to import than torch, and --help needs none
+        from timm.models.vision_transformer import Attention
         super().__init__()
         self.norm1 = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
@@ -196,10 +197,13 @@ class DiT(nn.Module):
             classifier-free guidance.
         learn_sigma: predict, beside eps, where the variance lies between its bounds (twice the output channels).
     """
+    conditioning = "labels"    # what y is; the sizes it brings to the constructor are read off the tensor `table`
+    table, table_ndim = "y_embedder.embedding_table.weight", 2
     guided_channels = 3        # classifier-free guidance of the published DiT samples covers the first three channels
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        from timm.layers import PatchEmbed
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not a multiple of the patch size {patch_size}")
@@ -216,6 +220,11 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+
+    @staticmethod
+    def sizes_of(shape):
+        """The constructor's keywords that the shape of `table` tells."""
+        return dict(num_classes=shape[0] - 1)
 
     def build_condition_embedder(self, hidden_size, num_classes):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -317,11 +326,16 @@ class DiTSEM(DiT):
     The other arguments are DiT's; num_classes is accepted so that every family is built by the same call, and has no
     effect.
     """
+    conditioning, table, table_ndim = "codes", "sem_embedder.embedding_table", 3
     guided_channels = None     # all
 
     def __init__(self, *args, L=512, V=256, **kwargs):
         self.code_shape = L, V
         super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def sizes_of(shape):
+        return dict(L=shape[0], V=shape[1] - 1)
 
     def build_condition_embedder(self, hidden_size, num_classes):
         self.sem_embedder = SEMEmbedder(*self.code_shape, hidden_size)
@@ -336,11 +350,16 @@ class DiTCONT(DiT):
 
     The other arguments are DiT's; num_classes has no effect.
     """
+    conditioning, table, table_ndim = "vectors", "y_embedder.fake_latent", 2
     guided_channels = None
 
     def __init__(self, *args, in_dim=1024, **kwargs):
         self.in_dim = in_dim
         super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def sizes_of(shape):
+        return dict(in_dim=shape[1])
 
     def build_condition_embedder(self, hidden_size, num_classes):
         self.y_embedder = LinearEmbedder(self.in_dim, hidden_size)
@@ -350,16 +369,33 @@ class DiTCONT(DiT):
 #                                    Sizes                                      #
 #################################################################################
 
-# XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: the width and heads of DeiT-Ti at half its depth.
-SIZES = {
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
-    "L": dict(depth=24, hidden_size=1024, num_heads=16),
-    "B": dict(depth=12, hidden_size=768, num_heads=12),
-    "S": dict(depth=12, hidden_size=384, num_heads=6),
-    "Ti": dict(depth=6, hidden_size=192, num_heads=3),
-}
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a name in DiT_models stands for: a family and a size. Called with the sizes of the data, it builds the model."""
+    family: type
+    patch_size: int
+    depth: int
+    hidden_size: int
+    num_heads: int
 
-DiT_models = {
-    f"{family.__name__}-{size}/{patch_size}": partial(family, patch_size=patch_size, **width)
-    for family in (DiT, DiTSEM, DiTCONT) for size, width in SIZES.items() for patch_size in (2, 4, 8)
+    @property
+    def conditioning(self):
+        return self.family.conditioning
+
+    def __call__(self, **sizes):
+        return self.family(patch_size=self.patch_size, depth=self.depth, hidden_size=self.hidden_size,
+                           num_heads=self.num_heads, **sizes)
+
+
+# XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: the width and heads of DeiT-Ti at half its depth.
+SIZES = {          # depth, hidden_size, num_heads
+    "XL": (28, 1152, 16),
+    "L": (24, 1024, 16),
+    "B": (12, 768, 12),
+    "S": (12, 384, 6),
+    "Ti": (6, 192, 3),
 }
+FAMILIES = (DiT, DiTSEM, DiTCONT)
+
+DiT_models = {f"{family.__name__}-{size}/{patch_size}": ModelSpec(family, patch_size, *widths)
+              for family in FAMILIES for size, widths in SIZES.items() for patch_size in (2, 4, 8)}

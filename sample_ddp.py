@@ -6,11 +6,12 @@ In: a checkpoint [the newest under results/], ours or a published DiT-XL-2-256x2
 dlc/sampling/.
 """
 from dlc.sampling.command import argument_parser, run
+from models import DiT_models
 from dlc.sampling.conditions import ClassLabels
 
 
 def open_labels(args, model, meta):
-    if not args.model.startswith("DiT-"):
+    if DiT_models[args.model].conditioning != "labels":
         raise ValueError(f"--model {args.model} is not conditioned on labels; sample_ddp_computed_dlc.py draws from a "
                          "DiTSEM, and dlc.sampling.sample_latents from any model")
     return ClassLabels(model, args.label_sampling, args.global_seed)

@@ -6,11 +6,12 @@ In: a checkpoint [the newest under results/] and codes [those of the features it
 dlc/sampling/. The same command run again draws what is missing; the images do not depend on the number of processes.
 """
 from dlc.sampling.command import argument_parser, run
+from models import DiT_models
 from dlc.sampling.conditions import ComputedCodes
 
 
 def open_codes(args, model, meta):
-    if not args.model.startswith("DiTSEM"):
+    if DiT_models[args.model].conditioning != "codes":
         raise ValueError(f"--model {args.model} is not conditioned on codes; sample_ddp.py draws from a DiT, and "
                          "dlc.sampling.sample_latents from any model")
     source = args.dlc_dir or meta.get("features_path")

@@ -142,7 +142,7 @@ def open_data(args, state):
         return Features(args.features_path, args.V, args.num_classes)
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
-    if args.model.startswith("DiTSEM") != bool(args.encoder):
+    if (DiT_models[args.model].conditioning == "codes") != bool(args.encoder):
         raise ValueError(f"{args.model} is trained on codes: with --data-path it needs an --encoder"
                          if not args.encoder else f"--encoder is for DiTSEM models, not {args.model}")
     if not args.encoder and (args.L or args.V or args.encoder_backbone):
@@ -156,15 +156,16 @@ def open_condition(args, features):
 
     The Stack is None where codes are made from images. Raises ValueError where the features do not have it.
     """
-    if args.condition_path and not args.model.startswith("DiTCONT"):
+    conditioning = DiT_models[args.model].conditioning
+    if args.condition_path and conditioning != "vectors":
         raise ValueError(f"--condition-path is for DiTCONT models, not {args.model}")
-    if args.model.startswith("DiTSEM"):
+    if conditioning == "codes":
         if features.codes is None and not args.encoder:
             raise ValueError(f"features path {args.features_path} holds no codes, which {args.model} is trained on")
         if features.V is None:
             raise ValueError(f"{args.features_path} has no manifest.json to say V: give --V")
         return features.codes, features.V, dict(L=features.L, V=features.V)
-    if args.model.startswith("DiTCONT"):
+    if conditioning == "vectors":
         if not args.condition_path:
             raise ValueError(f"{args.model} is trained on vectors: give --condition-path")
         vectors = open_vectors(args.condition_path, features.count)
@@ -193,7 +194,7 @@ def train(parser, args, lock):
         state = start_processes()
         features, data_path = open_data(args, state), args.data_path or args.features_path
         condition, limit, sizes = open_condition(args, features)
-        patch = DiT_models[args.model].keywords["patch_size"]
+        patch = DiT_models[args.model].patch_size
         channels, latent_size, _ = features.latent_shape
         if latent_size % patch:
             raise ValueError(f"latents of {data_path} are {latent_size} wide, not a multiple of "

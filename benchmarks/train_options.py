@@ -94,7 +94,7 @@ def make_data(root, args):
         AutoencoderKL(**SD_VAE).save_pretrained(vae)
     if not args.encoder:
         save_encoder(SEMEncoder(), encoder)
-    with_codes = any(model.startswith("DiTSEM") for model in args.model)
+    with_codes = any(DiT_models[model].conditioning == "codes" for model in args.model)
     if not args.features_path:
         failed, _ = run("extract_features_withdlc.py", "--data-path", images, "--features-path", root / "features",
                         "--image-size", args.image_size, "--vae", vae, "--encoder", encoder if with_codes else "none",
@@ -111,7 +111,7 @@ def train(row, model, batch, data, root, args):
     variant, *flags = row.split()
     source = data["features"]
     if options(row).features_path is None:
-        source = data["images"] + (data["encoder"] if model.startswith("DiTSEM") else [])
+        source = data["images"] + (data["encoder"] if DiT_models[model].conditioning == "codes" else [])
     results = root / "results"
     failed, memory = run(
         "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend", "no",
@@ -128,7 +128,7 @@ def train(row, model, batch, data, root, args):
 
 def build(model, args):
     """The model, and random conditions of a batch (n, ...) for it."""
-    if model.startswith("DiTSEM"):
+    if DiT_models[model].conditioning == "codes":
         L, V = code_shape(args)
         return DiT_models[model](input_size=args.image_size // 8, L=L, V=V), lambda n: torch.randint(V, (n, L))
     return DiT_models[model](input_size=args.image_size // 8), lambda n: torch.randint(1000, (n,))

@@ -16,10 +16,8 @@ import re
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
 import torch.nn as nn
-from timm.layers import resample_abs_pos_embed
 
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, shown
 from dlc.cli import number, one_line
@@ -58,6 +56,7 @@ class SEMEncoder(nn.Module):
         self.config = dict(backbone=backbone, image_size=image_size, L=L, V=V, temperature=temperature,
                            backbone_args=backbone_args or {})
         check_config("encoder", self.config)
+        import timm                                     # here: it takes longer to import than torch
         try:
             self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, img_size=image_size,
                                               **self.config["backbone_args"])
@@ -103,6 +102,7 @@ def check_config(path, config):
         if unknown:
             raise ValueError(f"{where}: a SEM encoder has no key {shown(unknown[0])}, only {', '.join(kinds)}")
     check_values(f"{path}, backbone_args", more, BACKBONE_ARGS)
+    import timm
     if not re.fullmatch(r"\w+(\.\w+)?", backbone) or not timm.is_model(backbone):
         raise ValueError(f"{path}: timm cannot build the encoder {shown(repr(backbone))}: it has no such model")
 
@@ -183,6 +183,7 @@ def convert_reference_weights(teacher, backbone):
     is built for larger images: its patch positions are resized (bicubic, antialiased) to the backbone's grid. Positions
     of another shape than DINOv2's, (1, 1 + n * n, D), are left as they are.
     """
+    from timm.layers import resample_abs_pos_embed
     weights = {reference_name(key): value for key, value in teacher.items() if not serves_training_only(key)}
     if "register_tokens" in weights:
         weights["reg_token"] = weights.pop("register_tokens")

@@ -10,13 +10,6 @@ import threading
 import warnings
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    gather_object,
-)
 
 from dlc.cli import one_line, printable, warn_once
 from dlc.signals import on_first_signal
@@ -130,6 +123,7 @@ def start_processes():
 
     Raises ValueError where the group is not as large as the launcher says, and as refuse_launcher does.
     """
+    from accelerate import PartialState             # here, as all that takes long: --help and mistaken flags need none of it
     refuse_launcher()
     on_first_signal([signal.SIGINT], _interrupt)
     on_cpu = is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
@@ -149,6 +143,7 @@ def start_processes():
 
 def from_rank_0(value):
     """Rank 0's value of a picklable object, in every process: what it saw on a shared disk, say."""
+    from accelerate.utils import broadcast_object_list
     values = [value]
     broadcast_object_list(values)
     return values[0]
@@ -170,6 +165,7 @@ def done_by_rank_0(state, work):
 
 def agree(what, value):
     """Raise ValueError in every process where one does not see rank 0's value, on another disk, say."""
+    from accelerate.utils import gather_object
     if any(gather_object([from_rank_0(value) != value])):
         raise ValueError(f"the processes do not see the same {what}: is every path on a disk that all of them share?")
 
@@ -258,6 +254,8 @@ def create_accelerator(logger, precision, tf32=True, report_to=None, run_dir=Non
 
     Raises ValueError where that package is not there, and for fp16 with sharding.
     """
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
     on_cpu = PartialState().device.type == "cpu"
     # sharding is ours: accelerate does it on no CPU, and knows of no EMA
     sharded = is_on("ACCELERATE_USE_FSDP")

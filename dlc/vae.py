@@ -4,9 +4,7 @@ import re
 import warnings
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from diffusers import AutoencoderKL
 
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
 from dlc.cli import one_line
@@ -85,6 +83,7 @@ def load_vae(name, device="cpu"):
 
     Raises ValueError, naming what is missing or wrong, where it cannot be had.
     """
+    from diffusers import AutoencoderKL             # here: it takes longer to import than torch
     config = vae_config(name)
     path = vae_file(name, VAE_WEIGHTS)
     weights = {current_vae_name(key): value for key, value in check_tensors(load_tensors(path), path).items()}
@@ -120,6 +119,7 @@ def vae_file(name, files):
                 return folder / file
         raise ValueError(f"--vae {name} is not a directory of a diffusers AutoencoderKL: it has no "
                          f"{' or '.join(files)}")
+    import huggingface_hub
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for file in files:

@@ -6,7 +6,7 @@ import torch
 from conftest import L, V
 
 from diffusion import create_diffusion
-from dlc import sampling
+from dlc.sampling import latents as sampling
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS
 from dlc.sampling.decoder import Decoder

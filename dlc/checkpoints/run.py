@@ -16,7 +16,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, read_torch
 from dlc.disk import TEXT, check_values, or_null, read_json, real_number, sync, whole_number
@@ -80,7 +79,7 @@ def whole(state, keep=True):
     """A state dict with its sharded tensors brought together, on the CPU; only kept where `keep` says so."""
     if isinstance(state, dict):
         return {key: whole(value, keep) for key, value in state.items()}
-    if isinstance(state, DTensor):
+    if hasattr(state, "full_tensor"):                   # of FSDP's
         together = state.full_tensor()
         return together.cpu() if keep else None
     return state
@@ -88,8 +87,9 @@ def whole(state, keep=True):
 
 def sharded_like(tensor, other):
     """A tensor that every process has whole, sharded as `other` is, or as it is."""
-    if not isinstance(other, DTensor):
+    if not hasattr(other, "full_tensor"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dlc.checkpoints.run import read_meta
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
-from models import DiT_models
+from models import FAMILIES, DiT_models
 
 
 def load_weights(path, use_ema=True):
@@ -62,24 +62,15 @@ def model_from_weights(weights, path):
     arguments = dict(
         in_channels=in_channels, input_size=patch_size * math.isqrt(shape("pos_embed", 3)[1]),
         learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2)
-    if "sem_embedder.embedding_table" in weights:
-        family = "DiTSEM"
-        L, rows, _ = shape("sem_embedder.embedding_table", 3)
-        arguments.update(L=L, V=rows - 1)
-    elif "y_embedder.fake_latent" in weights:
-        family = "DiTCONT"
-        arguments.update(in_dim=shape("y_embedder.fake_latent", 2)[1])
-    else:
-        family = "DiT"
-        arguments.update(num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1)
+    # from the last: a DiTCONT's linear layer is called as a DiT's table
+    family = next((family for family in reversed(FAMILIES) if family.table in weights), FAMILIES[0])
+    arguments.update(family.sizes_of(shape(family.table, family.table_ndim)))
     for name, build in DiT_models.items():
-        size = build.keywords
-        if name.startswith(f"{family}-") and (size["hidden_size"], size["depth"], size["patch_size"]) == (
-                hidden_size, depth, patch_size):
+        if (build.family, build.hidden_size, build.depth, build.patch_size) == (family, hidden_size, depth, patch_size):
             break
     else:
-        raise ValueError(f"checkpoint {path} is a {family} of depth {depth}, width {hidden_size}, patch {patch_size}, "
-                         "which has no name in DiT_models")
+        raise ValueError(f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
+                         f"{patch_size}, which has no name in DiT_models")
     if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
         raise ValueError(f"checkpoint {path} does not fit {name}: by its shapes, "
                          + ", ".join(f"{key} is {value}" for key, value in arguments.items()))

@@ -3,9 +3,6 @@ import signal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from dlc.runtime import PATIENCE
 from dlc.signals import STOPPING, on_first_signal
@@ -15,6 +12,8 @@ ASKED = 1000                # beside the signals' numbers: a process asked to st
 
 def shard(model, device):
     """Shard a model's parameters over the processes, in place, block by block (FSDP2, torch's fully_shard)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh)
@@ -23,7 +22,7 @@ def shard(model, device):
 @torch.no_grad()
 def local(parameters):
     """What of each parameter lies in this process: all of it, or its shard."""
-    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+    return [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
 
 
 class StopRequest:
