@@ -90,6 +90,9 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)                                # (N, D)
 
 
+CODE_INITS = ("unit", "dlc")
+
+
 class SEMEmbedder(nn.Module):
     """Codes (N, L), or soft codes (N, L, V), to the mean over positions of the table's rows, (N, D) float32.
 
@@ -329,9 +332,19 @@ class DiTSEM(DiT):
     conditioning, table, table_ndim = "codes", "sem_embedder.embedding_table", 3
     guided_channels = None     # all
 
-    def __init__(self, *args, L=512, V=256, **kwargs):
-        self.code_shape = L, V
+    def __init__(self, *args, L=512, V=256, code_init="unit", **kwargs):
+        self.code_shape, self.code_init = (L, V), code_init
         super().__init__(*args, **kwargs)
+
+    def initialize_weights(self):
+        """As DiT's. code_init "unit": the code table is N(0, 1). "dlc", as the DLC project starts it: N(0, 1/D), and
+        one null row for all L positions."""
+        super().initialize_weights()
+        if self.code_init == "dlc":
+            with torch.no_grad():
+                table = self.sem_embedder.embedding_table                  # (L, V+1, D)
+                table *= table.shape[2] ** -0.5
+                table[:, -1] = table[0, -1].clone()
 
     @staticmethod
     def sizes_of(shape):

@@ -14,7 +14,7 @@ def open_codes(args, model, meta):
     if DiT_models[args.model].conditioning != "codes":
         raise ValueError(f"--model {args.model} is not conditioned on codes; sample_ddp.py draws from a DiT, and "
                          "dlc.sampling.sample_latents from any model")
-    source = args.dlc_dir or meta.get("features_path")
+    source = args.dlc_dir or meta.features_path
     if source is None:
         raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")
     return ComputedCodes(source, model, meta, args.dlc_order, args.global_seed)

@@ -146,7 +146,7 @@ def main():
                               "times one file an image": round(best / rates["one file an image"], 1)})
         for workers in (1, 2):
             features = Features(root / "shards")
-            data = TrainingBatches(features, features.codes, features.V, 0, args.batch)
+            data = TrainingBatches(features, features.codes, features.V, seed=0, global_batch=args.batch)
             loader = iter(DataLoader(data, sampler=range(10 * len(batches)), batch_size=None, num_workers=workers))
             for _ in range(20):
                 next(loader)

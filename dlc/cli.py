@@ -65,12 +65,20 @@ def path_or_name(text):
     return expanded
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default in brackets, unless its help ends with one, as of a default that depends on the data."""
+
+    def _get_help_string(self, action):
+        text = action.help
+        stated = action.default is None or action.default is False or text.endswith("]") or not action.option_strings
+        return text if stated or action.default == argparse.SUPPRESS else f"{text} [%(default)s]"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
 
     def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         **kwargs)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.register("type", None, path_or_name)
 
     def error(self, message):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize
-from dlc.runtime import PRECISIONS, cores_per_process, in_batches
+from dlc.runtime import PRECISIONS, cores_per_process, in_batches, set_numerics
 from dlc.vae import posterior
 
 
@@ -25,8 +25,7 @@ class Networks:
         self.vae, self.encoder, self.device, self.batch_size = vae.to(device), encoder, device, batch_size
         self.threads = 2 if device.type == "cuda" else cores_per_process()    # 2: the GPU always has work waiting
         torch.set_num_threads(1)        # on GPUs, too: pinning's thread sets it, and compiled code would be made anew
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
+        set_numerics(tf32=False, deterministic=True)
         dtype = PRECISIONS[precision]
         for part in filter(None, (vae.encoder, vae.quant_conv)):
             part.to(dtype=dtype, memory_format=torch.channels_last)

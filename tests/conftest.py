@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT, STANDINS = Path(__file__).parents[1], Path(__file__).parent / "standins"
-sys.path[:0] = [str(ROOT), str(STANDINS)]
+TESTS = Path(__file__).parent
+ROOT, HELPERS, STANDINS = TESTS.parent, TESTS / "helpers", TESTS / "standins"
+sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
 importlib.import_module("rounding").install()
 

@@ -307,6 +307,6 @@ def test_a_class_that_cannot_be_read_stops_extraction(messy, tiny_models, tmp_pa
 
 def test_training_on_images_has_the_same_listing(messy, tiny_models, monkeypatch, capsys):
     monkeypatch.setattr(cli, "WARNED", set())
-    images = Images(PartialState(cpu=True), messy, IMAGE_SIZE, tiny_models[0])
+    images = Images(PartialState(cpu=True), messy, image_size=IMAGE_SIZE, vae=tiny_models[0])
     assert images.num_classes == 3 and images.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
     assert capsys.readouterr().err.count(SAID) == 1

@@ -85,7 +85,7 @@ def test_two_processes_train_on_the_same(run, features, tmp_path):
     results = tmp_path / "results"
     launch(train_command(2, features, results, "--max-steps", 4, script="train.py"), tmp_path)
     result = launch(train_command(2, features, results, "--max-steps", 6, "--checkpoint-activations", script="train.py"), tmp_path)
-    assert "batch: 4 x 2 processes on cpu x 1 parts = 8" in result.stdout and "precision: fp32" in result.stdout
+    assert "batch: 4 x 2 processes on cpu x 1 micro-batches = 8" in result.stdout and "precision: fp32" in result.stdout
     assert "steps 4 to 6" in result.stdout
     lines = metrics(results)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -126,7 +126,7 @@ def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
     for world_size in (1, 2, 4):
-        parts = [TrainingBatches(rows, rows.codes, rows.V, 0, 8, rank, world_size) for rank in range(world_size)]
+        parts = [TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=rank, world_size=world_size) for rank in range(world_size)]
         stream = [row for step in range(7) for part in parts
                   for row in part.rows(np.arange(part.local_batch) + step * 8 + part.rank * part.local_batch)]
         assert len(stream) == 4 * 14
@@ -134,8 +134,9 @@ def test_every_row_once_an_epoch(features):
             assert sorted(stream[epoch * 14:(epoch + 1) * 14]) == list(range(14))
         streams.append(stream)
     assert streams[0] == streams[1] == streams[2]
-    places, latents, codes = TrainingBatches(rows, rows.codes, rows.V, 0, 8, 1, 4)[3]      # in the middle, without what comes before
-    assert places.tolist() == [26, 27]
+    # a batch in the middle, without those before it
+    indices, latents, codes = TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=1, world_size=4)[3]
+    assert indices.tolist() == [26, 27]
     np.testing.assert_array_equal(latents, rows.latents.gather(np.array(stream[26:28])))
     np.testing.assert_array_equal(codes, rows.codes.gather(np.array(stream[26:28])))
 

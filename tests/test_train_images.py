@@ -70,9 +70,9 @@ def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path)
 
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
     """By place alone, whatever the number of processes; and the labels are those of the images."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, tiny_models[0])
-    batches = ImageBatches(images, images.labels, 2, 0, 14)
-    parts = [ImageBatches(images, images.labels, 2, 0, 14, rank, 2) for rank in (0, 1)]
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0])
+    batches = ImageBatches(images, images.labels, 2, seed=0, global_batch=14)
+    parts = [ImageBatches(images, images.labels, 2, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)]
     seen = {}
     for epoch in range(4):
         places, crops, labels = batches[epoch]
@@ -89,8 +89,8 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
 
 def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
     """Flipped or not, as in extraction."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
-    batches = ImageBatches(images, None, None, 0, 14)
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
+    batches = ImageBatches(images, None, None, seed=0, global_batch=14)
     places, _, views = batches[0]
     assert 0 < integers(0, Stream.TRAIN_FLIP, places, 2).sum() < 14
     for row, view in zip(batches.rows(places.numpy()), views):
@@ -99,8 +99,8 @@ def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
 
 def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     """Which bounds the memory, and changes nothing but the rounding."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
-    batches = ImageBatches(images, None, None, 0, 8)
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
+    batches = ImageBatches(images, None, None, seed=0, global_batch=8)
     places, crops, views = batches[0]
     logits = encoder_logits(tiny_models[1], [images.views.path(row) for row in batches.rows(places.numpy())])
     encode = Encode(images, torch.device("cpu"))

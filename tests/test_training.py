@@ -17,12 +17,13 @@ from PIL import Image
 from test_train import alike, metrics, tensors, train_command
 
 from diffusion import create_diffusion
-from dlc.checkpoints.run import read_meta, run_checkpoints
+from dlc.checkpoints.meta import read_meta
+from dlc.checkpoints.run import run_checkpoints
 from dlc.checkpoints.weights import info, load_weights, model_from_weights
 from dlc.features import Features, FeatureWriter
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches
-from dlc.training.record import draw_losses, loss_means, loss_sums
+from dlc.training.record import Losses, draw_losses
 from models import DiT_models
 
 
@@ -122,7 +123,7 @@ def test_asked_to_stop(processes, which, send, trained, train, tmp_path):
         assert not run.wait(0.01), run.said()
     send(run.ranks[-1].pid, which)
     assert run.wait(), run.said()
-    step = read_meta(run_checkpoints(tmp_path / "asked")[-1])["step"]
+    step = read_meta(run_checkpoints(tmp_path / "asked")[-1]).step
     assert f"stopped by {which.name} after step {step}; the same command continues" in run.said()
     assert 7 <= step < 40
     trained("asked", *flags, processes=processes)
@@ -165,10 +166,10 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
         "--allow-change" in run.said() and "Traceback" not in run.said()
     said = trained("run", *other, "--allow-change")
     assert "warning: changed since: global_batch_size 8 there, 4 here" in said
-    assert read_meta(tmp_path / "run/checkpoints/0000005")["place"] == 3 * 8 + 2 * 4
+    assert read_meta(tmp_path / "run/checkpoints/0000005").place == 3 * 8 + 2 * 4
     assert metrics(tmp_path / "run")[-1]["epoch"] == 32 / 14
     rows = Features(features)
-    places, _, _ = TrainingBatches(rows, rows.codes, V, 1, 4, first_step=3, first_place=24)[4]
+    places, _, _ = TrainingBatches(rows, rows.codes, V, seed=1, global_batch=4, first_step=3, first_index=24)[4]
     assert places.tolist() == [28, 29, 30, 31]
     run = train("run", "--model", "DiTSEM-Ti/2", "--allow-change")
     assert not run.wait() and "model 'DiTSEM-Ti/4' there, 'DiTSEM-Ti/2' here; give another --results-dir" in run.said()
@@ -180,7 +181,7 @@ def test_first_step_by_hand(trained, features, tmp_path):
     torch.manual_seed(0)
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
     rows = Features(features)
-    places, x, y = TrainingBatches(rows, rows.codes, rows.V, 0, 8)[0]
+    places, x, y = TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8)[0]
     t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
     terms = create_diffusion("").training_losses(
         model, x.float(), t, dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1),
@@ -201,9 +202,10 @@ def test_first_step_by_hand(trained, features, tmp_path):
 def test_sums_are_means():
     terms = {name: torch.rand(50) for name in ("loss", "mse", "vb")}
     t = torch.randint(0, 750, (50,))                                        # none of the last quarter
-    sums = sum(loss_sums({name: values[i:i + 10] for name, values in terms.items()}, t[i:i + 10], 1000)
+    losses = Losses(("loss", "mse", "vb"), by_quarter="mse")
+    sums = sum(losses.sums({name: values[i:i + 10] for name, values in terms.items()}, t[i:i + 10], 1000)
                for i in range(0, 50, 10))
-    means = loss_means(sums)
+    means = losses.means(sums)
     for name in terms:
         assert means[name] == pytest.approx(terms[name].mean().item(), rel=1e-5)
     quarters = means["mse_by_quarter_of_t"]
@@ -372,7 +374,7 @@ def test_sharded(trained, features, tmp_path):
     shards, one = (tensors(tmp_path / f"{name}/checkpoints/0000006") for name in ("sharded", "one"))
     assert shards.keys() == one.keys() and alike(shards, one)
     weights, meta = load_weights(tmp_path / "sharded/checkpoints/0000006")
-    assert model_from_weights(weights, "sharded")[1] == meta["model"] == "DiTSEM-Ti/4"
+    assert model_from_weights(weights, "sharded")[1] == meta.model == "DiTSEM-Ti/4"
     for step in (4, 5, 6):
         two, one = (np.array(Image.open(tmp_path / f"{name}/previews/{step:07d}.png")).astype(int)
                     for name in ("sharded", "one"))

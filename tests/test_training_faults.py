@@ -291,14 +291,14 @@ def test_the_environment_never_overrides_a_flag(features, tmp_path):
     """With dynamo, accumulation and FSDP's activation checkpointing on: nothing is compiled, the losses are the same."""
     environment = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
                        ACCELERATE_USE_FSDP="true", FSDP_ACTIVATION_CHECKPOINTING="true", ACCELERATE_USE_CPU="true")
-    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="tests/spying.py").stdout
+    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="tests/helpers/spying.py").stdout
     assert "compiled: 0 blocks; checkpointing: False" in said
     assert "accelerate's 4 gradient accumulation steps are not used: --grad-accum 1 is" in said
     assert "fsdp_activation_checkpointing is not used" in said
     train_with({}, features, tmp_path / "alone")
     assert same_run(tmp_path / "run", tmp_path / "alone", 2)
     environment = dict(ACCELERATE_DYNAMO_BACKEND="inductor")
-    said = train_with(environment, features, tmp_path / "compiled", script="tests/spying.py").stdout
+    said = train_with(environment, features, tmp_path / "compiled", script="tests/helpers/spying.py").stdout
     assert "compiled: 6 blocks" in said                     # no flag says otherwise
 
 

@@ -1,9 +1,9 @@
-"""A run's checkpoints: written whole, listed, read back, and what is wrong with a damaged one.
+"""A run's checkpoints: written whole, listed, loaded, and checked for damage.
 
-A checkpoint of ours is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors
-(float32), optimizer.pt and meta.json. It is written under another name and renamed, so one that has its name is whole.
-Everything random in training is a function of (seed, position in the data), so there is no generator's state: meta.json
-says the step and the place in the data, optimizer.pt holds the sums of the log's next line, too.
+A checkpoint is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors (float32),
+optimizer.pt and meta.json. It is written under a temporary name and renamed, so one that has its final name is whole.
+There is no RNG state, since everything random in training is a function of (seed, global sample index): meta.json has
+the step and that index. optimizer.pt also holds the sums of the log's next line.
 """
 import contextlib
 import json
@@ -17,44 +17,28 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, read_torch
-from dlc.disk import TEXT, check_values, or_null, read_json, real_number, sync, whole_number
+from dlc.disk import sync
 
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
-RESUMED = ("step", "place", "logged", "skipped")        # keys of meta.json without which a run cannot continue
-# Every key of meta.json. Each may be missing: `load_weights` reads checkpoints that say less.
-COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
-META = dict(
-    step=COUNT, place=COUNT, logged=COUNT, skipped=COUNT, model=ID, image_size=SIZE, L=SIZE, V=SIZE, num_classes=SIZE,
-    in_dim=SIZE, features_count=SIZE, latents=TEXT, global_batch_size=SIZE, global_seed=COUNT, vae=ID, vae_sha256=ID,
-    scaling_factor=or_null(real_number(1e-30)), encoder_sha256=ID, listing_sha256=ID, flip=ID, first_vectors_sha256=ID,
-    data_path=ID, features_path=ID, precision=TEXT, lr=real_number(0), weight_decay=real_number(0),
-    ema_decay=real_number(0), versions=(
-        lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()), "texts by name"))
 
 
-def read_meta(path):
-    """A checkpoint's meta.json. Raises ValueError, naming file and key, for a value of another kind than ours."""
-    path = Path(path) / "meta.json"
-    meta = read_json(path)
-    check_values(path, meta, META)
-    return meta
-
-
-def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None, write=True):
-    """Write RESULTS/checkpoints/{meta["step"]:07d}/ whole or not at all. Returns its path.
+def save_checkpoint(run_dir, meta: RunMeta, *, model, ema, optimizer, scaler=None, sums=None,
+                    write: bool = True) -> Path | None:
+    """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
 
     Args:
-        model, ema, optimizer: where they are sharded every process calls this, and their parts are brought together.
-        sums: a tensor (processes, …), what each has summed up for the log since its last line.
-        write: whether this is the process that writes.
+        model, ema, optimizer: if they are sharded, every process must call this, since gathering them is collective.
+        sums: a tensor (processes, …): what each process has summed for the log since the last line.
+        write: whether this process writes; True in one process only.
 
-    Raises OSError, naming the checkpoint, where the disk does not take it.
+    Raises OSError, naming the checkpoint, if the disk does not take it.
     """
-    states = [whole(module.state_dict(), write) for module in (model, ema, optimizer)]
+    states = [gather_full(module.state_dict(), write) for module in (model, ema, optimizer)]
     if not write:
         return None
-    path = Path(run_dir) / "checkpoints" / f"{meta['step']:07d}"
+    path = Path(run_dir) / "checkpoints" / f"{meta.step:07d}"
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -63,7 +47,7 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
         safetensors.torch.save_file(states[1], temporary / "ema.safetensors")
         torch.save(dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
                    temporary / "optimizer.pt")
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
@@ -75,28 +59,31 @@ def save_checkpoint(run_dir, meta, model, ema, optimizer, scaler=None, sums=None
     return path
 
 
-def whole(state, keep=True):
-    """A state dict with its sharded tensors brought together, on the CPU; only kept where `keep` says so."""
+def gather_full(state, keep: bool = True):
+    """A state dict whose sharded tensors are gathered to full ones on the CPU.
+
+    Every process must take part; those with keep=False get None in the place of each tensor.
+    """
     if isinstance(state, dict):
-        return {key: whole(value, keep) for key, value in state.items()}
-    if hasattr(state, "full_tensor"):                   # of FSDP's
-        together = state.full_tensor()
-        return together.cpu() if keep else None
+        return {key: gather_full(value, keep) for key, value in state.items()}
+    if hasattr(state, "full_tensor"):                   # FSDP's DTensor
+        full = state.full_tensor()
+        return full.cpu() if keep else None
     return state
 
 
-def sharded_like(tensor, other):
-    """A tensor that every process has whole, sharded as `other` is, or as it is."""
+def distribute_like(tensor, other):
+    """A full tensor, sharded as `other` is; unchanged if `other` is not sharded."""
     if not hasattr(other, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
-def load_checkpoint(path, model, ema, optimizer, scaler=None):
-    """Read a checkpoint back into the objects that made it. Returns its sums.
+def load_checkpoint(path, *, model, ema, optimizer, scaler=None):
+    """Load a checkpoint into the objects that it was saved from. Returns its sums.
 
-    Raises ValueError, naming the file, where weights are damaged or not those of the model.
+    Raises ValueError, naming the file, if weights are damaged or are not of this model.
     """
     for module, name in ((model, "model"), (ema, "ema")):
         file, ours = path / f"{name}.safetensors", module.state_dict()
@@ -104,22 +91,22 @@ def load_checkpoint(path, model, ema, optimizer, scaler=None):
         different = differences_from(ours, weights)
         if different:
             raise ValueError(f"{file} {different}")
-        module.load_state_dict({key: sharded_like(weights[key], value) for key, value in ours.items()})
+        module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
     state = read_torch(path / "optimizer.pt", "an optimizer's state")
     for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-        group["fused"] = own["fused"]           # another precision may want it otherwise
+        group["fused"] = own["fused"]           # depends on the precision, which may have changed
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, moments in state["optimizer"]["state"].items():
         for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = sharded_like(moments[key], parameters[index])
+            moments[key] = distribute_like(moments[key], parameters[index])
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state["sums"] if state["sums"] is None else state["sums"].clone()      # not a view of the mapped file
 
 
-def remove_old_checkpoints(run_dir, keep):
-    """Remove all but the newest `keep` checkpoints of a run; one that is being removed no longer counts as whole."""
+def remove_old_checkpoints(run_dir, keep: int):
+    """Remove all but the newest `keep` checkpoints of a run. Each is renamed first: half removed, it is not whole."""
     for path in run_checkpoints(run_dir)[:-keep]:
         going = path.with_name(f"{path.name}.tmp")
         shutil.rmtree(going, ignore_errors=True)
@@ -128,25 +115,25 @@ def remove_old_checkpoints(run_dir, keep):
 
 
 def remove_unfinished(run_dir):
-    """Remove what a run that was killed had begun to write or to remove."""
+    """Remove checkpoints that a killed run was writing or removing."""
     for path in Path(run_dir).glob("checkpoints/*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def run_checkpoints(run_dir):
-    """The checkpoints of one run by step, oldest first. A name without .tmp is given to whole ones only."""
+def run_checkpoints(run_dir) -> list[Path]:
+    """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
     return sorted((path for path in Path(run_dir).glob("checkpoints/*")
                    if re.fullmatch(r"\d{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
 
 
-def damage(path, files=CHECKPOINT_FILES):
-    """What is wrong with a checkpoint that was whole once, in words, "" where nothing is.
+def damage(path, files=CHECKPOINT_FILES) -> str:
+    """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
 
-    A crash of the machine, or a copy that was cut off, leaves files short or missing: their frames tell, nothing large
-    is read.
+    A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that, so
+    no tensor is read.
 
     Args:
-        files: those that are wanted of it; one that was stripped of the others will do.
+        files: the files that the caller needs; a checkpoint may have been stripped of the others.
     """
     try:
         for name in files:
@@ -154,9 +141,8 @@ def damage(path, files=CHECKPOINT_FILES):
                 return f"{name} is missing"
             if name == "meta.json":
                 meta = read_meta(path)
-                unsaid = [key for key in RESUMED if "optimizer.pt" in files and key not in meta]
-                if unsaid:
-                    return f"meta.json does not say {unsaid[0]}"
+                if "optimizer.pt" in files and meta.missing():
+                    return f"meta.json does not say {meta.missing()}"
             elif name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):        # compares the header with the file's size
                     pass
@@ -169,10 +155,10 @@ def damage(path, files=CHECKPOINT_FILES):
     return ""
 
 
-def newest_of_run(run_dir, files=CHECKPOINT_FILES):
-    """The checkpoint of the highest step of a run, None where there is none.
+def newest_of_run(run_dir, files=CHECKPOINT_FILES) -> Path | None:
+    """The checkpoint of the highest step of a run; None if there is none.
 
-    Raises ValueError where it is damaged (see `damage`), naming the one before it that is whole.
+    Raises ValueError if it is damaged (see `damage`), naming the newest whole one before it.
     """
     checkpoints = run_checkpoints(run_dir)
     if not checkpoints:
@@ -185,13 +171,37 @@ def newest_of_run(run_dir, files=CHECKPOINT_FILES):
     return checkpoints[-1]
 
 
-def newest_checkpoint(results_dir, model, use_ema=True):
+def resume_point(run_dir, identity: dict, settings: dict, allow_change: bool) -> tuple[Path | None, RunMeta, str]:
+    """The checkpoint to resume a run from, its meta, and what of the settings changed since, in words.
+
+    Without checkpoints that is None, the meta of step 0, and "".
+
+    Args: fields of RunMeta.
+        identity: what makes another run if it differs.
+        settings: what may differ if allow_change is set.
+
+    Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
+    """
+    path = newest_of_run(run_dir, ["meta.json"])
+    if path is None:
+        return None, RunMeta(step=0, place=0, logged=0, skipped=0), ""
+    meta = read_meta(path)
+    different, changed = meta.differences(identity), meta.differences(settings)
+    if different:
+        raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
+    if changed and not allow_change:
+        raise ValueError(f"{run_dir} holds another run: {changed}; give another --results-dir, or --allow-change to "
+                         "continue that one so")
+    newest_of_run(run_dir)
+    return path, meta, changed
+
+
+def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
     """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
 
-    Within a run it is the one of the highest step, since a copy may change the files' times; between runs, the one last
-    written.
+    Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
 
-    Raises ValueError where there is none, or where its meta.json or the weights that are wanted are damaged.
+    Raises ValueError if there is none, or if its meta.json or the wanted weights are damaged.
     """
     runs, written = {}, {}
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
@@ -201,8 +211,8 @@ def newest_checkpoint(results_dir, model, use_ema=True):
             written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
             runs[run] = "an unknown model (damaged)"
         for path in reversed(checkpoints):
-            with contextlib.suppress(ValueError):                   # of a damaged one, the one before says the model
-                runs[run] = read_meta(path).get("model")
+            with contextlib.suppress(ValueError):                   # if damaged, the one before it tells the model
+                runs[run] = read_meta(path).model
                 break
     of_model = [run for run, name in runs.items() if name == model]
     if not of_model:

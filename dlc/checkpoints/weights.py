@@ -1,55 +1,58 @@
-"""Models out of files of weights: our checkpoints, and `.pt` files such as DiT and fast-DiT write (a bare state dict, or
-one under "ema" and "model"), and `.safetensors`.
+"""Models out of files of weights: our checkpoints, `.safetensors`, and `.pt` files as DiT and fast-DiT write them.
+
+Those are a bare state dict, or one under "ema" and "model".
 """
+import dataclasses
 import hashlib
 import math
 from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.run import read_meta
+from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
 from models import FAMILIES, DiT_models
 
 
-def load_weights(path, use_ema=True):
-    """A model's state dict, and its meta: that of a checkpoint of ours, and `weights`, which they are.
-
-    These are "ema", "raw", or "as in the file", which does not say.
+def load_weights(path, use_ema: bool = True) -> tuple[dict, RunMeta]:
+    """A model's state dict, and the meta of its checkpoint: of a lone file nothing is recorded but `weights`.
 
     Args:
         path: a checkpoint directory, or a `.pt` / `.pth` / `.safetensors` file.
-        use_ema: the EMA weights rather than the raw ones, of a checkpoint that tells them apart.
+        use_ema: the EMA weights rather than the raw ones, if the checkpoint has both.
 
-    Raises ValueError where path is no such thing.
+    Raises ValueError if path is none of these.
     """
     path = Path(path)
-    meta = {}
-    if path.is_dir():
+    is_ours = path.is_dir()
+    if is_ours:
         if not (path / "meta.json").is_file():
             raise ValueError(f"{path} is not a checkpoint directory: it has no meta.json")
         meta = read_meta(path)
         path = path / ("ema.safetensors" if use_ema else "model.safetensors")
-    elif not path.is_file():
+    elif path.is_file():
+        meta = RunMeta()
+    else:
         raise ValueError(f"checkpoint {path} does not exist")
     weights, kind = load_tensors(path), "ema" if use_ema else "raw"
-    if not meta:
+    if not is_ours:
         name, other = ("ema", "model") if use_ema else ("model", "ema")
         if name not in weights and other in weights:
             raise ValueError(f"{path} has no {kind} weights, only {other!r}: "
                              f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
         weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
-    weights, meta = check_tensors(weights, path), dict(meta, weights=kind)
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}, meta
+    weights = check_tensors(weights, path)
+    return ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()},
+            dataclasses.replace(meta, weights=kind))
 
 
-def model_from_weights(weights, path):
+def model_from_weights(weights: dict, path):
     """The model whose state dict these are, in eval mode, and its name in DiT_models.
 
-    Family, size, patch, L, V, classes and latent size are all read off the tensors' shapes, and all shapes compared
-    before memory is taken for the model.
+    Family, size, patch size, L, V, classes and latent size are read off the tensors' shapes. All shapes are compared
+    before memory is allocated for the model.
 
-    Raises ValueError, naming path, where they are no model of ours.
+    Raises ValueError, naming path, if they are no model of ours.
     """
     def shape(name, ndim):
         if name not in weights or weights[name].ndim != ndim:
@@ -65,28 +68,28 @@ def model_from_weights(weights, path):
     # from the last: a DiTCONT's linear layer is called as a DiT's table
     family = next((family for family in reversed(FAMILIES) if family.table in weights), FAMILIES[0])
     arguments.update(family.sizes_of(shape(family.table, family.table_ndim)))
-    for name, build in DiT_models.items():
-        if (build.family, build.hidden_size, build.depth, build.patch_size) == (family, hidden_size, depth, patch_size):
-            break
-    else:
+    size = family, hidden_size, depth, patch_size
+    name = next((name for name, spec in DiT_models.items()
+                 if (spec.family, spec.hidden_size, spec.depth, spec.patch_size) == size), None)
+    if name is None:
         raise ValueError(f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
                          f"{patch_size}, which has no name in DiT_models")
     if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
         raise ValueError(f"checkpoint {path} does not fit {name}: by its shapes, "
                          + ", ".join(f"{key} is {value}" for key, value in arguments.items()))
     with torch.device("meta"):
-        different = differences_from(build(**arguments).state_dict(), weights)
+        different = differences_from(DiT_models[name](**arguments).state_dict(), weights)
     if different:
         raise ValueError(f"checkpoint {path} does not fit {name}: it {different}")
-    model = build(**arguments)
+    model = DiT_models[name](**arguments)
     model.load_state_dict(weights)
     return model.eval(), name
 
 
-def load_pretrained(path, model):
-    """Weights alone into a model to train, as far as they fit. Returns a line that says what was taken and what not.
+def load_pretrained(path, model) -> str:
+    """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
-    Raises ValueError where path holds no weights, or none that fit.
+    Raises ValueError if path holds no weights, or none that fit.
     """
     weights, _ = load_weights(path)
     wanted = model.state_dict()
@@ -104,8 +107,8 @@ def load_pretrained(path, model):
     return "; ".join(said)
 
 
-def weights_sha256(module):
-    """A digest of a module's names and tensors: tells weights apart whatever their file is called."""
+def weights_sha256(module) -> str:
+    """A digest of a module's tensors and their names: it tells weights apart, whatever their file is called."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -113,21 +116,24 @@ def weights_sha256(module):
     return digest.hexdigest()
 
 
-def info(path):
-    """A checkpoint in words, a list of lines. Raises ValueError where path is none."""
+def info(path) -> list[str]:
+    """Lines that say what a checkpoint is. Raises ValueError if path is none."""
     weights, meta = load_weights(path)
     model, name = model_from_weights(weights, path)
     lines = [f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters"]
-    if "step" not in meta:
+    if meta.step is None:
         return [*lines, "a file of weights, which says nothing else of itself"]
+
+    def recorded(*names):
+        return ", ".join(f"{name} {getattr(meta, name)}" for name in names if getattr(meta, name) is not None)
+
     size = sum(file.stat().st_size for file in Path(path).iterdir())
-    lines += [f"step {meta['step']:,}, {size / 1e9:.2f} GB", "trained on: " + ", ".join(
-        f"{key} {meta[key]}" for key in ("features_path", "data_path", "image_size", "L", "V", "num_classes", "in_dim",
-                                         "vae")
-        if meta.get(key) is not None)]
-    lines.append("with: " + ", ".join(f"{key} {meta[key]}" for key in (
-        "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed") if key in meta))
-    lines.append("by: " + ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()))
+    lines += [
+        f"step {meta.step:,}, {size / 1e9:.2f} GB",
+        "trained on: " + recorded("features_path", "data_path", "image_size", "L", "V", "code_init", "num_classes",
+                                  "in_dim", "vae"),
+        "with: " + recorded("global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed"),
+        "by: " + ", ".join(f"{name} {version}" for name, version in (meta.versions or {}).items())]
     with torch.no_grad():
         difference = [(ema - raw).norm() / raw.norm() for ema, raw in zip(
             weights.values(), load_weights(path, use_ema=False)[0].values()) if raw.norm() > 0]

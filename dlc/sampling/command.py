@@ -26,6 +26,7 @@ from dlc.runtime import (
     autocast,
     create_logger,
     done_by_rank_0,
+    set_numerics,
     start_processes,
     versions,
 )
@@ -102,15 +103,15 @@ def run(parser, args, open_conditions):
         device = state.device
         if args.cuda_graphs and device.type != "cuda":
             raise ValueError("--cuda-graphs needs a GPU")
-        vae_name = args.vae or meta.get("vae") or "ema"
+        vae_name = args.vae or meta.vae or "ema"
         vae = load_vae(vae_name, device)
         vae_sha256 = weights_sha256(vae)
-        if args.vae is None and meta.get("vae_sha256") not in (None, vae_sha256):
+        if args.vae is None and meta.vae_sha256 not in (None, vae_sha256):
             raise ValueError(f"the VAE at {vae_name} is not the one that the checkpoint's features were made with; "
                              "name one with --vae")
-        if (meta.get("scaling_factor") or vae.config.scaling_factor) != vae.config.scaling_factor:
+        if (meta.scaling_factor or vae.config.scaling_factor) != vae.config.scaling_factor:
             raise ValueError(f"--vae {vae_name} has scaling factor {vae.config.scaling_factor}, the checkpoint's "
-                             f"latents {meta['scaling_factor']}")
+                             f"latents {meta.scaling_factor}")
         latent_size = model.x_embedder.img_size[0]
         image_size = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         if args.image_size not in (None, image_size):
@@ -120,8 +121,8 @@ def run(parser, args, open_conditions):
         folder = Path(args.sample_dir) / (f"{name.replace('/', '-')}-{ckpt}-size-{image_size}-vae-"
                                           f"{vae_label(vae_name)}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
         settings = dict(
-            model=name, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model), step=meta.get("step"),
-            weights=meta["weights"], conditions=conditions.describe(), image_size=image_size,
+            model=name, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model), step=meta.step,
+            weights=meta.weights, conditions=conditions.describe(), image_size=image_size,
             vae=recorded_id(vae_id(vae_name)), vae_sha256=vae_sha256, vae_precision=args.vae_precision,
             sampler=args.sampler, num_sampling_steps=len(sampler.times), eta=sampler.eta, cfg_scale=args.cfg_scale,
             cfg_channels=channels, t_min=args.t_min, t_max=args.t_max, precision=args.precision, tf32=args.tf32,
@@ -137,12 +138,12 @@ def run(parser, args, open_conditions):
         missing = done_by_rank_0(
             state, lambda: open_folder(folder, lock, npz, settings, conditions, count, digest, this_run))
     logger = create_logger(state)
-    logger.info(f"{name}, step {meta.get('step', 'unknown')}, {settings['weights']} weights of {path}; "
+    logger.info(f"{name}, step {'unknown' if meta.step is None else meta.step}, {settings['weights']} weights of {path}; "
                 f"{settings['conditions']}; {len(missing):,} of {count:,} images to draw, {args.sampler} "
                 f"{len(sampler.times)} steps, cfg {args.cfg_scale}, on {state.num_processes} x {device.type}")
 
     # ---------------------------------------------------------------------- denoise, decode, write
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    set_numerics(args.tf32)
     # Batches of one size, cut by index, of which those with a missing sample are drawn, whole: a sample's rounding does
     # not depend on which others are missing, now or in a run that goes on, and nothing is compiled twice.
     rounds = -(-count // (args.per_proc_batch_size * state.num_processes))

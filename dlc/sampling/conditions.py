@@ -92,7 +92,7 @@ class ComputedCodes:
         if features is not None and features.manifest is not None:
             if features.V != self.V:
                 raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
-            encoders = [one.get("encoder_sha256") for one in (features.manifest, meta)]
+            encoders = [features.manifest.get("encoder_sha256"), meta.encoder_sha256]
             if None not in encoders and len(set(encoders)) > 1:
                 raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
         L = self.codes.array(0).shape[1]

@@ -1,9 +1,8 @@
-"""Training on images themselves: a folder of them in the place of features, latents and codes made as they are needed.
+"""Training on images: a folder of them takes the place of features, and latents and codes are made as training goes.
 
-Images are decoded by the data loader's readers; the VAE and, for codes, the SEM encoder run on the training's device,
-without gradients. Both compute in float32 whatever the training's precision is, so that it changes neither the latents
-nor, by an argmax that falls otherwise, the codes: they are those of extraction but for rounding (on GPUs to what TF32
-is worth, unless --no-tf32).
+The data loader's workers decode the images. The VAE and, for codes, the SEM encoder run on the training device, without
+gradients and in float32: the training precision must change neither the latents nor an argmax, and so a code. Latents
+and codes equal those of extraction but for rounding (on GPUs that of TF32, which --no-tf32 turns off).
 """
 import math
 
@@ -17,15 +16,18 @@ from dlc.images import IMAGENET_MEAN, IMAGENET_STD, Views, collate, flips_of, no
 from dlc.listing import list_images, listing_sha256
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0, in_batches
-from dlc.training.batches import TrainingBatches
+from dlc.training.batches import TrainingBatches, Unreadable
 from dlc.vae import downsampling_factor, load_vae, posterior, vae_id
 
 FLIPS = ("random", "none")
-ENCODED_AT_ONCE = 32        # images: of more, the VAE's activations would take as much memory as training itself
+ENCODED_AT_ONCE = 32        # images: with more, the VAE's activations would take as much memory as training
 
 
 class Column:
-    """Values in memory, one a row, gathered as those of a `Stack` are; they are in range by their making."""
+    """Values in memory, one per row, with the interface of a `Stack`.
+
+    No range check: the labels come from list_images.
+    """
 
     def __init__(self, values):
         self.values = values
@@ -35,24 +37,24 @@ class Column:
 
 
 class Images:
-    """What training asks of `Features`, of a folder with one folder of images a class.
+    """A folder of images, one subfolder per class, with the interface of `Features` that training uses.
 
-    Row i is image i of `list_images`, which the first process reads for all. latent_kind is "images": batches are of
-    crops, and `Encode` makes the moments of them.
+    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `Encode` turns into moments.
 
     Args:
+        state: of the processes; rank 0 lists the images for all.
         image_size: height and width of the crop, pixels.
-        vae: what --vae takes.
-        state: of the processes, one of which lists the images for all.
-        encoder: a directory or a reference checkpoint, the latter with L, V and backbone where they are not the
-            defaults; None where no codes are wanted.
-        flip: one of FLIPS; random: drawn anew at each place in the row of epochs.
+        vae: as --vae takes it.
+        encoder: a directory, or a reference checkpoint with L, V and backbone unless they are the defaults; None for no
+            codes.
+        flip: one of FLIPS; random: drawn anew at each sample index.
 
-    Raises ValueError where there are no images, or networks cannot be had or do not fit the image size.
+    Raises ValueError if there are no images, or if a network cannot be loaded or does not fit the image size.
     """
     latent_kind = "images"
 
-    def __init__(self, state, data_path, image_size, vae, encoder=None, L=None, V=None, backbone=None, flip="random"):
+    def __init__(self, state, data_path, *, image_size: int, vae: str, encoder: str | None = None, L: int | None = None,
+                 V: int | None = None, backbone: str | None = None, flip: str = "random"):
         self.image_size, self.flip = image_size, flip
         factor = downsampling_factor(vae)
         if image_size % factor:
@@ -74,43 +76,43 @@ class Images:
             encoder_sha256=weights_sha256(self.encoder) if encoder else None, listing_sha256=listing_sha256(paths))
 
     def __getstate__(self):
-        return {**self.__dict__, "vae": None, "encoder": None}      # a reader that is started afresh needs no networks
+        return {**self.__dict__, "vae": None, "encoder": None}      # a spawned worker gets a pickle: no networks in it
 
     def validate(self):
-        """Nothing: to look at every image takes as long as an epoch, so each is looked at in the first."""
+        """Nothing: checking every image takes as long as an epoch, so each is checked when its turn comes."""
 
 
 class ImageBatches(TrainingBatches):
-    """`TrainingBatches` of Images: crops in place of latents and, where the condition is None, the encoder's views.
+    """`TrainingBatches` of Images: crops instead of latents and, if the condition is None, views for the encoder.
 
-    An item is one line of text, in place of tensors, where an image cannot be read.
+    An item is `Unreadable`, instead of tensors, if an image cannot be read.
     """
 
-    def __getitem__(self, step):
-        """Places (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
+    def __getitem__(self, step: int):
+        """Sample indices (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
         try:
-            places, crops, condition = super().__getitem__(step)
-        except OSError as error:                # as data: raised, it would come with its traceback as its text
-            return str(error)
+            indices, crops, condition = super().__getitem__(step)
+        except OSError as error:
+            return Unreadable(str(error))
         if self.features.flip == "random":
-            flipped = integers(self.seed, Stream.TRAIN_FLIP, places, 2).bool()
+            flipped = integers(self.seed, Stream.TRAIN_FLIP, indices, 2).bool()
             crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)
-        return places, crops, condition
+        return indices, crops, condition
 
     def gather(self, rows):
-        """Crops and conditions or views of images, none flipped. Raises OSError, naming it, for one out of reach."""
+        """Crops, and conditions or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
         views = self.features.views
         _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
-            raise OSError(f"cannot read {what}: mend what is broken, or take it away (a run that has checkpoints then "
-                          "continues with --allow-change); features are extracted without such images")
+            raise OSError(f"cannot read {what}: mend or remove it (a run that has checkpoints then continues with "
+                          "--allow-change); extraction leaves such images out by itself")
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
         return crops.squeeze(1), condition
 
 
 class Encode:
-    """The networks of Images, moved to a device: what ImageBatches give to what TrainingBatches of moments give."""
+    """The networks of Images on a device: turns a batch of images into the (moments, codes) of a batch of features."""
 
     def __init__(self, images, device):
         self.vae = images.vae.to(device)
@@ -119,17 +121,17 @@ class Encode:
 
     @torch.no_grad()
     def __call__(self, crops, condition):
-        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is.
+        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L).
 
-        Where the encoder's logits are not finite numbers, the moments are NaN.
+        Without an encoder the condition is returned as it is. The moments of a sample are NaN if its logits of the encoder are not finite.
         """
-        parts = -(-len(crops) // ENCODED_AT_ONCE)
-        size = -(-len(crops) // parts)                  # all alike, so that the last one is hardly filled up
-        moments = in_batches(lambda part: torch.cat(posterior(self.vae, normalize(part)), dim=1), crops, size)
+        batches = -(-len(crops) // ENCODED_AT_ONCE)
+        size = -(-len(crops) // batches)                # equal sizes, so that the last one has little padding
+        moments = in_batches(lambda batch: torch.cat(posterior(self.vae, normalize(batch)), dim=1), crops, size)
         if self.encoder:
-            condition = in_batches(lambda part: self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD)),
+            condition = in_batches(lambda batch: self.encoder.codes(normalize(batch, IMAGENET_MEAN, IMAGENET_STD)),
                                    condition, size)
-            # no code: NaN latents in its place, at which the loss's check ends the run
+            # a sample without a code gets NaN latents, on which the check of the loss ends the run
             moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
             condition = condition.clamp(min=0)
         return moments, condition

@@ -1,8 +1,10 @@
-"""What a run of training writes of itself: loss means, metrics.jsonl, loss.png, previews."""
+"""What a run of training writes of itself: loss means, metrics.jsonl, loss.png."""
 import errno
 import json
 import math
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,44 +12,56 @@ from PIL import Image, ImageDraw
 
 from dlc.cli import warn_once
 from dlc.disk import write_whole
-from dlc.images import image_grid, save_png, to_uint8
-from dlc.sampling.latents import create_sampler, sample_latents
-from dlc.vae import decode
 
-QUARTERS = 4                # of the diffusion times, whose losses are told apart
-PREVIEW_STEPS, PREVIEW_CFG = 50, 1.5
+QUARTERS = 4                # of the time t; losses differ much between them
 
 
-def loss_sums(terms, t, num_timesteps):
-    """What a batch adds to the sums of `loss_means`: (3 + 2 * QUARTERS,), without a device sync.
+@dataclass(frozen=True)
+class Losses:
+    """Which losses a trainer logs: means over the samples since the last line, summed up without a device sync.
 
-    Args:
-        terms: dict of (n,): loss, mse, vb.
-        t: (n,) diffusion times, of num_timesteps.
+    Attributes:
+        names: keys of the dict that the loss function returns, "loss" first.
+        by_quarter: the one that is also logged by quarter of t.
     """
-    quarters = t * QUARTERS // num_timesteps == torch.arange(QUARTERS, device=t.device).unsqueeze(1)        # (4, n)
-    mse = terms["mse"].detach()
-    return torch.cat([torch.stack([terms[name].detach().sum() for name in ("loss", "mse", "vb")]),
-                      (quarters * mse).sum(dim=1), quarters.sum(dim=1)])
+    names: tuple[str, ...]
+    by_quarter: str
+
+    def zeros(self, device: torch.device) -> torch.Tensor:
+        return torch.zeros(len(self.names) + 2 * QUARTERS, device=device)
+
+    def sums(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+        """What a batch adds to the sums, (len(names) + 2 * QUARTERS,).
+
+        Args:
+            terms: (n,) values by name.
+            t: (n,) times in 0..num_timesteps, without the end.
+        """
+        quarters = t * QUARTERS // num_timesteps == torch.arange(QUARTERS, device=t.device).unsqueeze(1)    # (4, n)
+        return torch.cat([torch.stack([terms[name].detach().sum() for name in self.names]),
+                          (quarters * terms[self.by_quarter].detach()).sum(dim=1), quarters.sum(dim=1)])
+
+    def means(self, sums: torch.Tensor) -> dict:
+        """The means by name, and a list of those by quarter; NaN for a quarter without samples."""
+        totals, quarters = sums.tolist()[:len(self.names)], sums.tolist()[len(self.names):]
+        counts = quarters[QUARTERS:]
+        n = sum(counts) or math.nan
+        return {**{name: total / n for name, total in zip(self.names, totals)},
+                f"{self.by_quarter}_by_quarter_of_t": [
+                    total / (count or math.nan) for total, count in zip(quarters, counts)]}
+
+    def words(self, means: dict) -> str:
+        return f"loss {means['loss']:.4f} ({', '.join(f'{name} {means[name]:.5f}' for name in self.names[1:])})"
 
 
-def loss_means(sums):
-    """A dict of the means that sums of `loss_sums` stand for; a quarter without samples has NaN."""
-    loss, mse, vb, *quarters = sums.tolist()
-    counts = quarters[QUARTERS:]
-    n = sum(counts) or math.nan
-    return dict(loss=loss / n, mse=mse / n, vb=vb / n, mse_by_quarter_of_t=[
-        total / (count or math.nan) for total, count in zip(quarters, counts)])
+def append_metrics(path: Path, line: dict):
+    """Append a dict to a file of JSON lines. NaN and infinities, which JSON does not have, become null.
 
-
-def append_metrics(path, line):
-    """Append a dict to a file of JSON lines; what is not finite, which JSON does not know, becomes null.
-
-    Raises OSError, naming the file, where the disk does not take it; no part of the line is then left.
+    Raises OSError, naming the file, if the disk does not take the line; no part of it is left then.
     """
     def known(value):
         if isinstance(value, list):
-            return [known(one) for one in value]
+            return [known(item) for item in value]
         return value if not isinstance(value, float) or math.isfinite(value) else None
     text = json.dumps({key: known(value) for key, value in line.items()}) + "\n"
     try:
@@ -60,12 +74,12 @@ def append_metrics(path, line):
         raise OSError(f"cannot write {path} ({error})") from error
 
 
-def read_metrics(path):
-    """The dicts of a file of JSON lines. Damaged lines, which a crash of the machine may leave, are left out."""
+def read_metrics(path: Path) -> list[dict]:
+    """The dicts of a file of JSON lines, without damaged lines, which a crash of the machine may leave."""
     if not path.is_file():
         return []
     lines, damaged = [], 0
-    for text in path.read_text(errors="replace").split("\n")[:-1]:         # a last line cut short is none
+    for text in path.read_text(errors="replace").split("\n")[:-1]:         # a last line without its end is dropped
         try:
             line = json.loads(text.strip("\0"))
         except (ValueError, RecursionError):
@@ -75,39 +89,28 @@ def read_metrics(path):
         else:
             damaged += 1
     if damaged:
-        warn_once(f"metrics {path}", f"{path}: {damaged} damaged lines, such as a crash of the machine leaves, are left out")
+        warn_once(f"metrics {path}",
+                  f"{path}: {damaged} damaged lines, such as a crash of the machine leaves, are left out")
     return lines
 
 
-def trim_metrics(path, step):
-    """Drop the lines of steps after the checkpoint that a run is continued from."""
+def trim_metrics(path: Path, step: int):
+    """Drop the lines after the step from which a run resumes."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     if path.is_file():
         write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
 
 
-def save_preview(path, ema, latents, y, vae, seed):
-    """A picture: latents decoded, over EMA samples for their conditions y, noise always the same.
+def draw_losses(metrics: list[dict], path: Path, width: int = 800, height: int = 400):
+    """Plot the logged losses over the steps, from the dicts of `read_metrics`; without any, write nothing.
 
-    Of a sharded EMA every process calls this; the one with a VAE draws the picture.
+    Losses above the 98th percentile, which are the first few, are clipped.
     """
-    indices = torch.arange(len(latents), device=latents.device)
-    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y, seed, indices, latents.shape[1:], PREVIEW_CFG)
-    if vae is None:
-        return
-    with torch.inference_mode():
-        images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
-    path.parent.mkdir(exist_ok=True)
-    save_png(path, image_grid(images, len(latents)))
-
-
-def draw_losses(metrics, path, width=800, height=400):
-    """A picture of the logged losses over the steps, from the dicts of `read_metrics`; nothing where there is none."""
     points = [(line["step"], line["loss"]) for line in metrics if isinstance(line.get("loss"), float)]
     if not points:
         return
     steps, losses = np.array(points).T
-    low, high = losses.min(), np.quantile(losses, 0.98)         # the first few are far above the rest
+    low, high = losses.min(), np.quantile(losses, 0.98)
     left, top, right, bottom = 60, 20, width - 20, height - 40
     x = left + (right - left) * (steps - steps[0]) / max(1, steps[-1] - steps[0])
     y = bottom - (bottom - top) * np.clip((losses - low) / max(high - low, 1e-12), 0, 1)

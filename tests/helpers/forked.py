@@ -1,6 +1,6 @@
-"""Processes of the real scripts forked from one that has everything imported: so dozens can be killed in a minute.
+"""Processes of the real scripts, forked from one that has everything imported, so that dozens can be killed per minute.
 
-`start` gives a script N ranks, as torchrun would, each a process of its own that may be killed at any moment.
+`Run` gives a script N ranks, as torchrun would, each a process of its own that may be killed at any moment.
 """
 import importlib
 import multiprocessing
