@@ -42,6 +42,7 @@ from dlc.checkpoints.weights import load_pretrained
 from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.disk import DirectoryLock, differences, recorded_id, write_json
 from dlc.encoder import add_encoder_flags
+from dlc.extraction import PixelEncoder
 from dlc.features import Features
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.runtime import (
@@ -59,7 +60,7 @@ from dlc.runtime import (
 )
 from dlc.signals import ignore_signals
 from dlc.training.batches import TrainingBatches, draw_posterior, open_vectors, steps_from
-from dlc.training.images import FLIPS, Encode, ImageBatches, Images
+from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.record import (
     QUARTERS,
     append_metrics,
@@ -71,7 +72,7 @@ from dlc.training.record import (
     trim_metrics,
 )
 from dlc.training.run import StopRequest, local, shard
-from dlc.vae import load_vae
+from dlc.vae import check_decodes, load_vae
 from models import DiT_models
 
 PREVIEW_SAMPLES = 8
@@ -152,9 +153,9 @@ def open_data(args, state):
 
 
 def open_condition(args, features):
-    """What the model is conditioned on: a Stack, its limit (see TrainingBatches), and the model's own arguments.
+    """What the model is conditioned on: NpyRows, its limit (see TrainingBatches), and the model's own arguments.
 
-    The Stack is None where codes are made from images. Raises ValueError where the features do not have it.
+    The rows are None where codes are made from images. Raises ValueError where the features do not have it.
     """
     conditioning = DiT_models[args.model].conditioning
     if args.condition_path and conditioning != "vectors":
@@ -199,14 +200,13 @@ def train(parser, args, lock):
         if latent_size % patch:
             raise ValueError(f"latents of {data_path} are {latent_size} wide, not a multiple of "
                              f"{args.model}'s patch {patch}")
-        manifest = features.manifest or {}
+        source = features.source()
         # what a run is: with another model it is another run, with other data or batches only if that is said
         model_identity = dict(model=args.model, image_size=features.image_size, **sizes)
         vectors = condition.gather(np.arange(min(64, features.count))) if args.condition_path else None
         data_identity = dict(
             features_count=features.count, latents=features.latent_kind, global_batch_size=args.global_batch_size,
-            global_seed=args.global_seed, **{key: manifest.get(key) for key in (
-                "vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256", "flip")},
+            global_seed=args.global_seed, **{key: value for key, value in source.items() if key != "vae"},
             first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest())
         done_by_rank_0(state, lock.acquire)
         resume, meta, changed = newest_of_run(args.results_dir, ["meta.json"]), {}, ""
@@ -215,7 +215,7 @@ def train(parser, args, lock):
             different = differences(meta, model_identity)
             if different:
                 raise ValueError(f"{args.results_dir} holds another run: {different}; give another --results-dir")
-            changed = differences(meta, data_identity)
+            changed = differences({"shift_factor": 0.0, **meta}, data_identity)     # before it was recorded: no shift
             if changed and not args.allow_change:
                 raise ValueError(f"{args.results_dir} holds another run: {changed}; give another --results-dir, or "
                                  "--allow-change to continue that one so")
@@ -226,10 +226,11 @@ def train(parser, args, lock):
                              f"{state.num_processes} processes x {args.grad_accum} parts (--grad-accum)")
         if state.is_main_process:
             features.validate()
-        encode = Encode(features, state.device) if args.data_path else None
+        encode = PixelEncoder(features.vae, features.encoder, state.device) if args.data_path else None
         vae = None
         if args.sample_every and state.is_main_process:
-            vae = encode.vae if encode else load_vae(args.vae or manifest.get("vae") or "ema", state.device)
+            vae = encode.vae if encode else load_vae(args.vae or source["vae"] or "ema", state.device)
+            check_decodes(vae, args.vae or source["vae"] or "ema", channels, source, "the features")
         results = Path(args.results_dir)
         logger = create_logger(state, results / "log.txt")
         accelerator, precision, sharded = create_accelerator(logger, precision, args.tf32, args.report_to, results)
@@ -305,7 +306,7 @@ def train(parser, args, lock):
     def save(step):
         everyones_sums = accelerator.gather(sums.unsqueeze(0)).cpu()            # (processes, 3 + 2 * QUARTERS)
         meta = dict(model_identity, **data_identity, step=step, place=batches.first_of(step), logged=logged,
-                    skipped=skipped, vae=manifest.get("vae"),
+                    skipped=skipped, vae=source["vae"],
                     **{"data_path" if encode else "features_path": recorded_id(data_path)},
                     precision=precision, lr=args.lr, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
                     versions=versions())

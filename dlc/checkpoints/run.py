@@ -27,7 +27,8 @@ COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
 META = dict(
     step=COUNT, place=COUNT, logged=COUNT, skipped=COUNT, model=ID, image_size=SIZE, L=SIZE, V=SIZE, num_classes=SIZE,
     in_dim=SIZE, features_count=SIZE, latents=TEXT, global_batch_size=SIZE, global_seed=COUNT, vae=ID, vae_sha256=ID,
-    scaling_factor=or_null(real_number(1e-30)), encoder_sha256=ID, listing_sha256=ID, flip=ID, first_vectors_sha256=ID,
+    scaling_factor=or_null(real_number(1e-30)), shift_factor=real_number(-1e30, 1e30), encoder_sha256=ID,
+    listing_sha256=ID, flip=ID, first_vectors_sha256=ID,
     data_path=ID, features_path=ID, precision=TEXT, lr=real_number(0), weight_decay=real_number(0),
     ema_decay=real_number(0), versions=(
         lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()), "texts by name"))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dlc.cli import is_killed_reader
-from dlc.features.rows import Stack, file_order
+from dlc.features.rows import NpyRows, file_order
 from dlc.noise import Stream, normal, permutation
 
 
@@ -19,7 +19,7 @@ class TrainingBatches(Dataset):
 
     Args:
         features: a `Features`.
-        condition: the `Stack` to take conditions from.
+        condition: the `NpyRows` to take conditions from.
         limit: codes or labels are 0..limit-1; None for vectors.
     """
 
@@ -59,11 +59,11 @@ class TrainingBatches(Dataset):
 
 
 def open_vectors(path, count):
-    """The `Stack` of a folder of `.npy` (n, in_dim), count rows in all. Raises ValueError where it is not that."""
+    """The `NpyRows` of a folder of `.npy` (n, in_dim), count rows in all. Raises ValueError where it is not that."""
     paths = sorted(Path(path).glob("*.npy"), key=file_order)
     if not paths:
         raise ValueError(f"--condition-path {path} is not a folder of .npy files")
-    vectors = Stack(paths, sample_ndim=1)
+    vectors = NpyRows(paths, sample_ndim=1)
     if vectors.array(0).dtype.kind != "f":
         raise ValueError(f"--condition-path {path} holds values of type {vectors.array(0).dtype}, wanted floats")
     if len(vectors) != count:

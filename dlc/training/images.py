@@ -5,27 +5,24 @@ without gradients. Both compute in float32 whatever the training's precision is,
 nor, by an argmax that falls otherwise, the codes: they are those of extraction but for rounding (on GPUs to what TF32
 is worth, unless --no-tf32).
 """
-import math
-
 import torch
 
-from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import warn_once
-from dlc.disk import recorded_id
 from dlc.encoder import load_encoder
-from dlc.images import IMAGENET_MEAN, IMAGENET_STD, Views, collate, flips_of, normalize
-from dlc.listing import list_images, listing_sha256
+from dlc.extraction import data_settings
+from dlc.features import Manifest
+from dlc.images import Views, collate, flips_of
+from dlc.listing import list_images
 from dlc.noise import Stream, integers
-from dlc.runtime import done_by_rank_0, in_batches
+from dlc.runtime import done_by_rank_0
 from dlc.training.batches import TrainingBatches
-from dlc.vae import downsampling_factor, load_vae, posterior, vae_id
+from dlc.vae import downsampling_factor, latent_shape, load_vae
 
 FLIPS = ("random", "none")
-ENCODED_AT_ONCE = 32        # images: of more, the VAE's activations would take as much memory as training itself
 
 
 class Column:
-    """Values in memory, one a row, gathered as those of a `Stack` are; they are in range by their making."""
+    """Values in memory, one a row, gathered as those of `NpyRows` are; they are in range by their making."""
 
     def __init__(self, values):
         self.values = values
@@ -38,7 +35,7 @@ class Images:
     """What training asks of `Features`, of a folder with one folder of images a class.
 
     Row i is image i of `list_images`, which the first process reads for all. latent_kind is "images": batches are of
-    crops, and `Encode` makes the moments of them.
+    crops, and `PixelEncoder` makes the moments of them.
 
     Args:
         image_size: height and width of the crop, pixels.
@@ -65,16 +62,17 @@ class Images:
         if encoder:
             self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
-        self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
+        self.latent_shape = latent_shape(self.vae, image_size)
         self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
                            self.encoder.image_size if encoder else None)
-        self.manifest = dict(
-            vae=recorded_id(vae_id(vae)), vae_sha256=weights_sha256(self.vae),
-            scaling_factor=self.vae.config.scaling_factor, flip=flip,
-            encoder_sha256=weights_sha256(self.encoder) if encoder else None, listing_sha256=listing_sha256(paths))
+        self.manifest = Manifest(image_size=image_size, latents="moments", dtype="float32", flip=flip, classes=classes,
+                                 **data_settings(vae, self.vae, encoder, self.encoder, paths))
 
     def __getstate__(self):
         return {**self.__dict__, "vae": None, "encoder": None}      # a reader that is started afresh needs no networks
+
+    def source(self):
+        return self.manifest.source()
 
     def validate(self):
         """Nothing: to look at every image takes as long as an epoch, so each is looked at in the first."""
@@ -107,29 +105,3 @@ class ImageBatches(TrainingBatches):
                           "continues with --allow-change); features are extracted without such images")
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
         return crops.squeeze(1), condition
-
-
-class Encode:
-    """The networks of Images, moved to a device: what ImageBatches give to what TrainingBatches of moments give."""
-
-    def __init__(self, images, device):
-        self.vae = images.vae.to(device)
-        self.vae.encoder.to(memory_format=torch.channels_last)
-        self.encoder = images.encoder.to(device).requires_grad_(False) if images.encoder else None
-
-    @torch.no_grad()
-    def __call__(self, crops, condition):
-        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is.
-
-        Where the encoder's logits are not finite numbers, the moments are NaN.
-        """
-        parts = -(-len(crops) // ENCODED_AT_ONCE)
-        size = -(-len(crops) // parts)                  # all alike, so that the last one is hardly filled up
-        moments = in_batches(lambda part: torch.cat(posterior(self.vae, normalize(part)), dim=1), crops, size)
-        if self.encoder:
-            condition = in_batches(lambda part: self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD)),
-                                   condition, size)
-            # no code: NaN latents in its place, at which the loss's check ends the run
-            moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
-            condition = condition.clamp(min=0)
-        return moments, condition
