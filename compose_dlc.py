@@ -19,7 +19,7 @@ from dlc.cli import SEED, ArgumentParser, number
 from dlc.disk import write_whole
 from dlc.encoder import add_encoder_flags, open_encoder
 from dlc.features import Features, code_dtype
-from dlc.images import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, random_words
 from dlc.runtime import in_batches
 
@@ -96,8 +96,7 @@ def read_images(args):
         except Exception as error:                          # Pillow's readers raise all kinds
             raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
     # one by one: an image's code does not depend on what it is composed with
-    logits = in_batches(lambda view: encoder.logits(normalize(view, IMAGENET_MEAN, IMAGENET_STD)),
-                        torch.from_numpy(np.stack(views)), 1)
+    logits = in_batches(encoder.encode_pixels, torch.from_numpy(np.stack(views)), 1)
     finite = logits.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         name = args.images[int(finite.int().argmin())]

@@ -20,15 +20,16 @@ from diffusion import create_diffusion
 from dlc.cli import ArgumentParser, number
 from dlc.disk import recorded_id
 from dlc.encoder import add_encoder_flags
+from dlc.extraction import PixelEncoder
 from dlc.features import Features
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches, draw_posterior, open_vectors
 from dlc.training.flags import add_run_flags
-from dlc.training.images import FLIPS, Encode, ImageBatches, Images
+from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.preview import first_rows, save_preview
 from dlc.training.record import Losses
 from dlc.training.run import Run
-from dlc.vae import load_vae
+from dlc.vae import check_decodes, load_vae
 from models import CODE_INITS, DiT_models
 
 LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")
@@ -87,9 +88,9 @@ def open_data(args, state):
 
 
 def open_condition(args, features):
-    """What the model is conditioned on: a Stack, its limit (see TrainingBatches), and the model's own arguments.
+    """What the model is conditioned on: NpyRows, its limit (see TrainingBatches), and the model's own arguments.
 
-    The Stack is None if codes are made from images. Raises ValueError if the features do not have the condition.
+    The rows are None if codes are made from images. Raises ValueError if the features do not have the condition.
     """
     conditioning = DiT_models[args.model].conditioning
     if args.condition_path and conditioning != "vectors":
@@ -112,12 +113,10 @@ def open_condition(args, features):
 
 def data_settings(args, features, condition):
     """What the features are, as RunMeta records and compares it."""
-    manifest = features.manifest or {}
     vectors = condition.gather(np.arange(min(64, features.count))) if args.condition_path else None
     return dict(
         features_count=features.count, latents=features.latent_kind,
-        **{key: manifest.get(key) for key in (
-            "vae_sha256", "scaling_factor", "encoder_sha256", "listing_sha256", "flip")},
+        **{key: value for key, value in features.source().items() if key != "vae"},
         first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest())
 
 
@@ -148,15 +147,18 @@ def train(parser, args, run):
         if latent_size % spec.patch_size:
             raise ValueError(f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
                              f"{spec.patch_size}")
-        own_vae = (features.manifest or {}).get("vae")
+        source = features.source()
         run.claim(identity=dict(model=args.model, image_size=features.image_size, **sizes),
                   settings=data_settings(args, features, condition),
-                  notes={"vae": own_vae, "data_path" if args.data_path else "features_path": recorded_id(data_path)})
+                  notes={"vae": source["vae"], "data_path" if args.data_path else "features_path": recorded_id(data_path)})
         if is_main:
             features.validate()
-        encode, vae = Encode(features, run.device) if args.data_path else None, None
+        encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
+        vae = None
         if args.sample_every and is_main:
-            vae = encode.vae if encode else load_vae(args.vae or own_vae or "ema", run.device)
+            vae_name = args.vae or source["vae"] or "ema"
+            vae = encode.vae if encode else load_vae(vae_name, run.device)
+            check_decodes(vae, vae_name, channels, source, "the features")
         draw_latents = features.latent_kind in ("moments", "images")
 
         # ---------------------------------------------------------------------- model

@@ -1,10 +1,11 @@
-"""Images a second of extraction: decoding alone, each network alone, both, and the script as a whole.
+"""Images per second of extraction: decoding alone, each network alone, both networks, and the whole script.
 
     python -m benchmarks.extraction --precision bf16
 
-Photograph-like JPEGs of 500x375 pixels, the Stable Diffusion VAE at 256x256 and a ViT-L/14 with registers under a SEM
-head of L=512, V=256, both with random weights (a rate does not depend on them). The networks share one device, so the
-bound of the whole is the slower of decoding and both networks; on a CPU decoding takes its share of the cores, too.
+The images are photograph-like JPEGs of 500x375 pixels. The networks are the Stable Diffusion VAE at 256x256 and a
+ViT-L/14 with registers under a SEM head of L=512, V=256, both with random weights, on which a rate does not depend. The
+networks share one device, so the whole is bounded by the slower of decoding and both networks. On a CPU, decoding
+competes with them for the cores.
 """
 import argparse
 import re
@@ -22,19 +23,19 @@ from torch.utils.data import DataLoader
 
 from benchmarks.record import record
 from dlc.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.extraction import Networks, in_order
+from dlc.extraction import PixelEncoder, encoding_pool, encoding_threads, in_order, set_exact_numerics
 from dlc.images import Views, collate, flips_of
 from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers
 from dlc.vae import load_vae
 
-DECODED = 10        # times each image is decoded for its rate
+DECODED = 10        # times that each image is decoded to measure the rate
 ON_GPU = torch.cuda.is_available()
 SD_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
               up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4)
 
 
 def write_photographs(root, count):
-    """JPEGs with the size on disk of ImageNet's, about 110 kB."""
+    """Write JPEGs of about 110 kB, as large as ImageNet's. Returns their mean size in bytes."""
     random = np.random.default_rng(0)
     (root / "class").mkdir(parents=True)
     for index in range(count):
@@ -45,20 +46,20 @@ def write_photographs(root, count):
     return sum(path.stat().st_size for path in (root / "class").iterdir()) / count
 
 
-def images_per_second(work, batches, networks):
-    """work(batch) for each of the batches, in threads as extraction does it, after one to warm up; the rate."""
+def images_per_second(work, batches, device):
+    """The rate of work(batch) over the batches, in threads as in extraction, after one batch to warm up."""
     work(batches[0])
     if ON_GPU:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with networks.pool() as pool:
-        for _ in in_order(pool, work, batches, networks.threads):
+    with encoding_pool(device) as pool:
+        for _ in in_order(pool, work, batches, encoding_threads(device)):
             pass
     return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
 def rates_of_the_parts(root, args):
-    """Images a second of decoding, the VAE, the encoder, and both networks."""
+    """Images per second of decoding, the VAE, the encoder, and both networks."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
     paths = sorted(path.name for path in (root / "images/class").iterdir())
     views = Views(root / "images/class", paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
@@ -71,26 +72,27 @@ def rates_of_the_parts(root, args):
         pass
     rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
 
-    networks = Networks(vae, encoder, torch.device("cuda" if ON_GPU else "cpu"), args.batch_size, args.precision,
-                        args.compile)
+    set_exact_numerics()
+    device = torch.device("cuda" if ON_GPU else "cpu")
+    encoder = PixelEncoder(vae, encoder, device, args.precision, args.compile)
 
     def vae_alone(batch):
-        networks.moments(batch[1]).cpu()
+        encoder.moments(batch[1], args.batch_size).cpu()
 
     def encoder_alone(batch):
-        networks.codes(batch[2]).cpu()
+        encoder.codes(batch[2], args.batch_size).cpu()
 
     def both(batch):
         vae_alone(batch)
         encoder_alone(batch)
 
     for name, work in (("VAE", vae_alone), ("encoder", encoder_alone), ("both networks", both)):
-        rates[name] = images_per_second(work, loaded, networks)
+        rates[name] = images_per_second(work, loaded, device)
     return rates
 
 
 def rate_of_the_whole(root, args):
-    """Images a second by the script's own account, which leaves out its start."""
+    """Images per second as the script reports them, without its start-up."""
     result = subprocess.run(
         [sys.executable, "extract_features_withdlc.py", "--data-path", root / "images", "--features-path",
          root / "features", "--vae", root / "vae", "--encoder", root / "sem", "--precision", args.precision,
@@ -103,10 +105,14 @@ def rate_of_the_whole(root, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4096 if ON_GPU else 96, help="images [4096 on GPUs, 96 on CPUs]")
-    parser.add_argument("--batch-size", type=int, default=32 if ON_GPU else 4, help="images a batch [32, on CPUs 4]")
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="image readers [%(default)s]")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of both networks [%(default)s]")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU, help="[on GPUs]")
+    parser.add_argument("--batch-size", type=int, default=32 if ON_GPU else 4,
+                        help="images per batch [32 on GPUs, 4 on CPUs]")
+    parser.add_argument("--num-workers", type=int, default=default_num_workers(),
+                        help="data loader workers [%(default)s]")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
+                        help="precision of both networks [%(default)s]")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU,
+                        help="torch.compile both networks [only on GPUs]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)

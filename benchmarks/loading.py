@@ -1,9 +1,9 @@
-"""How fast batches of features load: shards and one file an image, warm and cold, and how fast a large set opens.
+"""How fast batches of features load, from shards and from one file per image, warm and cold; how fast features open.
 
     python -m benchmarks.loading
 
-One file an image is read as the reference scripts read it: np.load of each sample, then stacked. Cold is after the
-kernel was told to drop the files' pages; `disk MB` says what then was really read.
+One file per image is read as in the reference scripts: np.load of each sample, then a stack. Cold means after the
+kernel was asked to drop the files' pages; `disk MB` is what was then read from the disk.
 """
 import argparse
 import gc
@@ -19,17 +19,16 @@ from torch.utils.data import DataLoader
 
 from benchmarks.record import record
 from dlc.cli import progress
-from dlc.features import Features, FeatureWriter, kind_dir
+from dlc.features import Features, FeatureWriter, Manifest, kind_dir
 from dlc.training.batches import TrainingBatches
 
 IMAGENET = 1_281_167                                # images in its training set
-SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=256, images=0, L=512, V=256,
-                classes=["a"])
+MANIFEST = Manifest(latents="sample", dtype="float16", image_size=256, images=0, L=512, V=256, classes=["a"])
 
 
 def sparse_features(root, count, per_shard=1024):
-    """Features of so many rows that take no room on the disk: each file a header, and a hole."""
-    writer = FeatureWriter(root, SETTINGS)
+    """Write features that take no room on the disk: each file is a header and a hole."""
+    writer = FeatureWriter(root, MANIFEST)
     writer.start()
     shards = range(-(-count // per_shard))
     for number in shards:
@@ -44,9 +43,9 @@ def sparse_features(root, count, per_shard=1024):
 
 
 def both_layouts(root, count, per_shard=1024):
-    """The same random rows as shards in root/shards and one .npy each in root/files."""
+    """Write the same random rows as shards in root/shards, and as one .npy each in root/files."""
     random = np.random.default_rng(0)
-    writer = FeatureWriter(root / "shards", SETTINGS)
+    writer = FeatureWriter(root / "shards", MANIFEST)
     writer.start()
     for kind in ("features", "sem"):
         kind_dir(root / "files", 256, kind).mkdir(parents=True)
@@ -78,7 +77,7 @@ def shards(root):
 
 
 def drop_pages(root):
-    gc.collect()                                    # maps that are still open would keep their pages
+    gc.collect()                                    # open maps would keep their pages
     for path in root.rglob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -97,9 +96,9 @@ def samples_per_second(gather, batches):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32_768, help="rows of the timed set [%(default)s]")
-    parser.add_argument("--batch", type=int, default=256, help="rows a batch [%(default)s]")
-    parser.add_argument("--dir", help="where the sets are made for the time being [the system's]")
+    parser.add_argument("--rows", type=int, default=32_768, help="rows of the features that are timed [%(default)s]")
+    parser.add_argument("--batch", type=int, default=256, help="rows per batch [%(default)s]")
+    parser.add_argument("--dir", help="folder for the temporary features [the system's]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as root:
         root = Path(root)
@@ -136,7 +135,7 @@ def main():
                         drop_pages(path)
                     gather = reader(path)
                     if cache == "warm":
-                        samples_per_second(gather, batches)             # so that it is
+                        samples_per_second(gather, batches)             # warms the cache
                     read_before = disk_megabytes()
                     rate = samples_per_second(gather, batches)
                     if rate > best:

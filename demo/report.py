@@ -59,7 +59,7 @@ def main():
     reals = reals[order]
     assert (real_labels[order] == labels).all()
 
-    vae = load_vae(features.manifest["vae"])
+    vae = load_vae(features.manifest.vae)
     with torch.inference_mode():
         latents = torch.from_numpy(features.latents.gather(rows)).float()
         reconstructions = torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()

@@ -101,11 +101,11 @@ def tiny_models(tmp_path_factory):
 def encoder_logits(encoder, paths):
     """Of images, all in one batch: (n, L, V)."""
     from dlc.encoder import load_encoder
-    from dlc.images import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+    from dlc.images import center_crop, load_rgb
     encoder = load_encoder(encoder)
     views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])
     with torch.inference_mode():
-        return encoder.logits(normalize(torch.from_numpy(views), IMAGENET_MEAN, IMAGENET_STD))
+        return encoder.encode_pixels(torch.from_numpy(views))
 
 
 def assert_codes(codes, logits):

@@ -27,8 +27,8 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
     rows.validate()
     assert (rows.count, rows.image_size, rows.L, rows.V, rows.num_classes) == (14, IMAGE_SIZE, L, V, 2)
     assert rows.codes.array(0).dtype == np.uint16 and rows.latents.array(0).dtype == np.float16
-    assert [shard["rows"] for shard in rows.manifest["shards"]] == [4, 4, 3, 3]
-    assert [path for path, _ in rows.manifest["skipped"]] == ["dog/1_broken.jpg"]
+    assert [shard["rows"] for shard in rows.manifest.shards] == [4, 4, 3, 3]
+    assert [path for path, _ in rows.manifest.skipped] == ["dog/1_broken.jpg"]
     assert Image.open(features / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
 
     # row 3 and, after the broken file, row 13: index 14 of the data set
@@ -124,7 +124,7 @@ def test_precision_says_what_it_changes(extract):
     assert 0 < np.abs(rough_latents - latents).max() < 0.1 * np.abs(latents).max()
     changed = re.search(r"bf16 changes (\d+) of 84 tokens \(.*%\) of the first 14 images against fp32", said)
     assert int(changed[1]) == (rough_codes != codes).sum()
-    assert rough.manifest["precision"] == "bf16"
+    assert rough.manifest.precision == "bf16"
 
 
 def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_models):

@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, L, V
 from PIL import Image
 
-from dlc import feature_tools
-from dlc.features import Features, FeatureWriter, kind_dir
+from dlc.features import Features, FeatureWriter, Manifest, kind_dir
+from dlc.features.__main__ import main
+from dlc.features.inspection import code_usage, latent_statistics
 
 RANDOM = np.random.default_rng(0)
 
@@ -26,7 +27,7 @@ def call(capsys, *arguments):
     status = 0
     try:
         sys.argv = ["features", *map(str, arguments)]
-        feature_tools.main()
+        main()
     except SystemExit as end:
         status = end.code
     printed = capsys.readouterr()
@@ -35,11 +36,11 @@ def call(capsys, *arguments):
 
 def packed(root, codes, std=1.0, **settings):
     """Features in shards of at most 20 rows."""
-    settings = {**dict(format_version=1, image_size=32, latents="sample", dtype="float32", L=codes.shape[1], V=5,
-                       classes=["a", "b"], images=len(codes), flip="none"), **settings}
-    writer = FeatureWriter(root, settings)
+    manifest = Manifest(**{**dict(image_size=32, latents="sample", dtype="float32", L=codes.shape[1], V=5,
+                                  classes=["a", "b"], images=len(codes), flip="none"), **settings})
+    writer = FeatureWriter(root, manifest)
     writer.start()
-    latents = RANDOM.normal(size=(len(codes), 8 if settings["latents"] == "moments" else 4, 4, 4)).astype(np.float32)
+    latents = RANDOM.normal(size=(len(codes), manifest.stored_channels, 4, 4)).astype(np.float32)
     starts = range(0, len(codes), 20)
     for shard, start in enumerate(starts):
         part = codes[start:start + 20]
@@ -76,10 +77,10 @@ def test_statistics_are_those_of_the_whole(tmp_path, capsys):
     codes[:, 1] = 2                                                         # position 1 says nothing
     codes[40] = codes[3]
     latents = packed(tmp_path, codes, std=3.0)
-    mean, std = feature_tools.latent_statistics(Features(tmp_path))
+    mean, std = latent_statistics(Features(tmp_path))
     np.testing.assert_allclose(mean, latents.mean(axis=(0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(std, latents.std(axis=(0, 2, 3)), rtol=1e-5)
-    counts, duplicates = feature_tools.code_usage(Features(tmp_path))
+    counts, duplicates = code_usage(Features(tmp_path))
     np.testing.assert_array_equal(counts, [np.bincount(codes[:, i], minlength=5) for i in range(3)])
     assert duplicates == 50 - len(np.unique(codes, axis=0)) > 0
 
@@ -95,7 +96,7 @@ def test_statistics_are_those_of_the_whole(tmp_path, capsys):
 def test_moments_and_both_flips_are_understood(tmp_path, capsys):
     codes = RANDOM.integers(0, 5, (20, 8)).repeat(2, axis=0)
     stored = packed(tmp_path, codes, latents="moments", flip="both", images=20)
-    _, std = feature_tools.latent_statistics(Features(tmp_path))
+    _, std = latent_statistics(Features(tmp_path))
     draws = stored[:, :4, None] + stored[:, 4:, None] * RANDOM.normal(size=(40, 4, 500, 4, 4))
     np.testing.assert_allclose(std, draws.std(axis=(0, 2, 3, 4)), rtol=0.02)
     status, out, _ = call(capsys, "info", tmp_path)

@@ -184,7 +184,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
     rezip(tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED,
           lambda name, content: bytes(2**28 * name.endswith("pkl")) or content)
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
-    code = ("import resource, sys; from dlc.tensor_files import load_tensors\n"
+    code = ("import resource, sys; from dlc.checkpoints.tensor_files import load_tensors\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "try: load_tensors(sys.argv[1])\n"
             "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")

@@ -174,16 +174,16 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
     assert "Warning" not in result.stderr, result.stderr
     features = Features(tmp_path)
     features.validate()
-    assert features.manifest["classes"] == ["a b", "linked class", "z", "ünï"]
-    files = [path for name in features.manifest["classes"] for path in sorted((zoo / name).iterdir())
+    assert features.manifest.classes == ["a b", "linked class", "z", "ünï"]
+    files = [path for name in features.manifest.classes for path in sorted((zoo / name).iterdir())
              if path.suffix.lower() in (".png", ".jpg")]
     names = features.paths.gather(np.arange(features.count)).tolist()
     assert names == [str(path.relative_to(zoo)) for path in files if "bad" not in path.name]
     assert "a b/two\nlines.png" in names and "ünï/çà 猫 🐈.png" in names
-    assert [features.manifest["classes"].index(name.split("/")[0]) for name in names] == features.labels.gather(
+    assert [features.manifest.classes.index(name.split("/")[0]) for name in names] == features.labels.gather(
         np.arange(features.count)).tolist()
 
-    skipped = dict(features.manifest["skipped"])
+    skipped = dict(features.manifest.skipped)
     assert set(skipped) == {str(path.relative_to(zoo)) for path in files if "bad" in path.name}
     for name, reason in (("z/bad text.jpg", "cannot identify"), ("z/bad empty.png", "cannot identify"),
                          ("z/bad huge.png", "more pixels than Pillow's limit of 89,478,485"), ("z/bad cut.png", "truncated"),

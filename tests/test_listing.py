@@ -291,7 +291,7 @@ def test_extraction_says_it_once(messy, tiny_models, tmp_path):
     result = launch(extract_command("forked", 2, messy, tmp_path / "features", tiny_models), tmp_path)
     assert result.stdout.count(SAID) == 1 and "warning: --data-path" in result.stdout
     features = Features(tmp_path / "features")
-    assert features.manifest["classes"] == ["bee", "cat", "dog"] and not features.manifest["skipped"]
+    assert features.manifest.classes == ["bee", "cat", "dog"] and not features.manifest.skipped
     assert features.paths.gather(np.arange(4)).tolist() == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
     assert features.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
 

@@ -11,9 +11,10 @@ from test_feature_tools import call, lone_files
 from test_train import metrics
 
 from dlc.encoder import load_encoder, save_encoder
+from dlc.extraction import PixelEncoder
 from dlc.features import Features, NotFinite, as_stored, kind_dir
 from dlc.training.batches import draw_posterior
-from dlc.training.images import Encode, ImageBatches, Images
+from dlc.training.images import ImageBatches, Images
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_training_on_images_sees_them(folder, tiny_models):
     """NaN latents stand for a code that is none, and so does the loss; the other images are as they were."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
     _, crops, views = ImageBatches(images, None, None, seed=0, global_batch=6)[0]
-    encode = Encode(images, torch.device("cpu"))
+    encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)
     assert moments.isfinite().all()
     embed = encode.encoder.backbone.patch_embed.forward

@@ -13,9 +13,10 @@ from test_train import metrics, train_command
 from test_training import same_run
 
 from dlc.checkpoints.weights import info
+from dlc.extraction import PixelEncoder
 from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, integers
-from dlc.training.images import Encode, ImageBatches, Images
+from dlc.training.images import ImageBatches, Images
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,11 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     batches = ImageBatches(images, None, None, seed=0, global_batch=8)
     places, crops, views = batches[0]
     logits = encoder_logits(tiny_models[1], [images.views.path(row) for row in batches.rows(places.numpy())])
-    encode = Encode(images, torch.device("cpu"))
+    encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)
     assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad
     assert_codes(codes, logits)
-    monkeypatch.setattr("dlc.training.images.ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr("dlc.extraction.ENCODED_AT_ONCE", 3)
     sizes, encode_batch = [], encode.vae.encode
     monkeypatch.setattr(encode.vae, "encode", lambda batch: sizes.append(len(batch)) or encode_batch(batch))
     in_parts, codes = encode(crops, views)

@@ -48,6 +48,7 @@ class RunMeta:
     global_seed: int | None = key(COUNT)
     vae_sha256: str | None = key(ID)
     scaling_factor: float | None = key(or_null(real_number(1e-30)))
+    shift_factor: float | None = key(or_null(real_number(-1e30, 1e30)), since=1)
     encoder_sha256: str | None = key(ID)
     listing_sha256: str | None = key(ID)
     flip: str | None = key(ID)
@@ -81,8 +82,10 @@ class RunMeta:
                   if version and field["since"] <= version and not field["optional"]]
         check_values(where, values, {name: keys[name]["kind"] for name in needed}, needed)
         values = {name: value for name, value in values.items() if name in keys}
-        if version < 1 and "V" in values:
-            values.setdefault("code_init", "unit")      # the only start that there was
+        if version < 1:
+            values.setdefault("shift_factor", 0.0)      # of all VAEs that were taken then
+            if "V" in values:
+                values.setdefault("code_init", "unit")  # the only start that there was
         return cls(**values)
 
     def to_json(self) -> dict:

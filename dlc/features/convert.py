@@ -1,5 +1,4 @@
-"""Other layouts of features into shards: the commands pack and import-hf."""
-import hashlib
+"""Convert other layouts of features to shards: the commands pack and import-hf."""
 import json
 from pathlib import Path
 
@@ -8,32 +7,35 @@ import numpy as np
 from dlc.cli import one_line, progress
 from dlc.disk import is_plain_name, read_json, recorded_id
 from dlc.features.inspection import needs_V
-from dlc.features.manifest import FORMAT_VERSION
+from dlc.features.manifest import Manifest
 from dlc.features.rows import check_range
-from dlc.features.store import Features, FeatureWriter, as_stored, code_dtype
+from dlc.features.store import Features, FeatureWriter, as_stored
+from dlc.listing import listing_sha256
 
-# Kinds of columns of datasets: those that are read here, and those that may stand beside them, unread.
+# Types of dataset columns: those that are read here, and those that are allowed beside them, unread.
 PLAIN_COLUMNS = ("Value", "ClassLabel", "Sequence", "List", "LargeList", "Array2D", "Array3D", "Array4D", "Array5D")
 OTHER_COLUMNS = ("Image", "Audio", "Video", "Translation", "TranslationVariableLanguages")
 
 
-def write_shards(args, source, count, channels, names, read, **settings):
-    """Write rows 0..count-1 into shards at args.new; read(rows) gives the arrays of an index range, one a kind.
+def write_shards(args, source, count, latent_shape, names, read, **keys):
+    """Write rows 0..count-1 as shards to args.new.
 
-    The latents become what settings["dtype"] says. Of the settings of an extraction, what is not known of other layouts
-    is None.
+    Args:
+        source: the id of what is converted.
+        latent_shape: (C, h, w).
+        names: the names by which the source's rows are told apart.
+        read: a function read(rows) of an index range that returns the arrays by kind.
+        keys: the other keys of the `Manifest` that are known; the latents are cast to its dtype.
 
-    Raises ValueError where the latents have other than four channels, or one is not finite in that type.
+    Raises ValueError if latents are not square, or not finite in that type.
     """
-    if channels != 4:
-        raise ValueError(f"{source} has latents of {channels} channels, wanted 4")
     new, shard_size = args.new, args.shard_size
-    unknown = dict.fromkeys(("vae", "vae_sha256", "scaling_factor", "encoder", "encoder_sha256", "precision", "flip",
-                             "seed"))
-    settings = dict(unknown, format_version=FORMAT_VERSION, latents="sample", shard_size=shard_size, source=source,
-                    images=count,
-                    listing_sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(), **settings)
-    writer = FeatureWriter(new, settings)
+    if latent_shape[1] != latent_shape[2]:
+        raise ValueError(f"{source} has latents of shape {tuple(latent_shape)}, wanted (channels, height, width) with "
+                         "height and width alike")
+    manifest = Manifest(latents="sample", latent_channels=int(latent_shape[0]), shard_size=shard_size, images=count,
+                        converted_from=source, listing_sha256=listing_sha256(names), **keys)
+    writer = FeatureWriter(new, manifest)
     if not writer.start():
         print(f"{new} is complete; nothing to do")
         return
@@ -42,14 +44,17 @@ def write_shards(args, source, count, channels, names, read, **settings):
         if not writer.is_done(shard):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
             arrays = read(rows)
-            arrays["features"] = as_stored(arrays["features"], settings["dtype"], lambda i: f"{source}, row {rows[i]}",
+            arrays["features"] = as_stored(arrays["features"], manifest.dtype,
+                                           lambda row, rows=rows: f"{source}, row {rows[row]}",
                                            "mend that row, or take it out")
+            arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
             writer.write(shard, arrays, [])
     writer.finish(len(shards))
     print(f"done: {count:,} rows in {len(shards):,} shards at {new}")
 
 
 def pack(args):
+    """The command pack: one .npy per image, as the reference scripts write them, to shards."""
     old = Features(args.old, args.V, args.num_classes)
     if old.manifest is not None:
         raise ValueError(f"{args.old} has a manifest.json: it is packed already")
@@ -59,21 +64,21 @@ def pack(args):
 
     def read(rows):
         arrays = dict(features=old.latents.gather(rows), path=np.array([names[row] for row in rows]),
-                      labels=old.labels.gather(rows, limit=old.num_classes).astype(np.int64))
+                      labels=old.labels.gather(rows, limit=old.num_classes))
         if old.codes is not None:
-            arrays["sem"] = old.codes.gather(rows, limit=old.V).astype(code_dtype(old.V))
+            arrays["sem"] = old.codes.gather(rows, limit=old.V)
         return arrays
 
-    write_shards(args, recorded_id(args.old), old.count, old.latent_shape[0], names, read, image_size=old.image_size,
+    write_shards(args, recorded_id(args.old), old.count, old.latent_shape, names, read, image_size=old.image_size,
                  dtype=dtype, L=old.L, V=old.V if old.codes is not None else None,
                  classes=[str(i) for i in range(old.num_classes)])
 
 
 def check_dataset(directory):
-    """Raise ValueError where a dataset saved to disk names files outside it, or has columns that would open some.
+    """Raise ValueError if a dataset saved to disk names files outside it, or has columns that open other files.
 
-    Columns of images, for one, hold paths and URLs, which datasets opens when they are read. Their kinds are named in
-    dataset_info.json, and once more in each Arrow file.
+    Columns of images, for example, hold paths and URLs, which datasets opens when the columns are read. The types of
+    columns are named in dataset_info.json, and again in each Arrow file.
     """
     import pyarrow
     root = Path(directory)
@@ -95,7 +100,7 @@ def check_dataset(directory):
 
 
 def plain_names(path, key, name_of):
-    """The names that a JSON file lists under a key. Raises ValueError where one leads out of the file's folder."""
+    """The names that a JSON file lists under a key. Raises ValueError if one leads out of the file's folder."""
     names = [name_of(entry) for entry in read_json(path)[key]]
     for name in names:
         if not is_plain_name(name):
@@ -104,29 +109,33 @@ def plain_names(path, key, name_of):
 
 
 def column_kinds(column):
-    """Every kind that a column's description names, at any depth."""
+    """Every type that a column's description names, at any depth."""
     kinds, left = set(), [column]
     while left:
-        one = left.pop()
-        if isinstance(one, dict):
-            kinds |= {str(one["_type"])} if "_type" in one else set()
-            left += one.values()
-        elif isinstance(one, list):
-            left += one
+        part = left.pop()
+        if isinstance(part, dict):
+            kinds |= {str(part["_type"])} if "_type" in part else set()
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
     return kinds
 
 
-def import_hf(args):
+def open_dataset(args):
+    """The columns features and labels of a saved dataset, in NumPy format, and its id.
+
+    Raises ValueError if it is not a dataset saved to disk, or has no such columns or rows.
+    """
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError:
         raise ValueError("import-hf needs the package datasets: pip install datasets") from None
-    if not Path(args.directory).is_dir():                       # datasets would take it for a place on the net, too
+    if not Path(args.directory).is_dir():                       # datasets would look for it on the network
         raise ValueError(f"{args.directory} is not a dataset saved to disk: no such directory")
     try:
         check_dataset(args.directory)
         data = load_from_disk(args.directory)
-    except Exception as error:                                  # datasets and Arrow raise all kinds
+    except Exception as error:                                  # datasets and Arrow raise many types
         raise ValueError(f"{args.directory} is not a dataset saved to disk ({one_line(error, 150)})") from None
     source = recorded_id(args.directory)
     if isinstance(data, DatasetDict):
@@ -139,31 +148,36 @@ def import_hf(args):
     data = data.select_columns(["features", "labels"]).with_format("numpy")
     if not len(data):
         raise ValueError(f"{args.directory} has no rows")
+    return data, source
 
+
+def import_hf(args):
+    """The command import-hf: a Hugging Face dataset saved to disk, to shards."""
+    data, source = open_dataset(args)
     first = data[:1]
     latent_shape = first["features"].shape[-3:]
     if first["features"].size != np.prod(latent_shape) or len(latent_shape) != 3:
         raise ValueError(f"{args.directory}: column 'features' has rows of shape {first['features'].shape[1:]}, wanted "
                          "latents (channels, height, width)")
-    L = first["labels"].size if first["labels"].ndim > 1 else None             # a number a row is a class, not a code
+    L = first["labels"].size if first["labels"].ndim > 1 else None       # one number per row is a class, not a code
     needs_V(args.V, L is not None)
     num_classes = 1 if L else args.num_classes or 1000
     dtype = args.dtype or "float32"
 
     def read(rows):
-        part = data[rows.start:rows.stop]
+        block = data[rows.start:rows.stop]
         try:
-            latents = part["features"].reshape(len(rows), *latent_shape)
-            values = part["labels"].reshape(len(rows), *([L] if L else []))
+            latents = block["features"].reshape(len(rows), *latent_shape)
+            values = block["labels"].reshape(len(rows), *([L] if L else []))
         except ValueError:
             raise ValueError(f"{args.directory}, rows {rows.start} to {rows.stop - 1}: not all have latents "
                              f"{latent_shape} and {f'{L} tokens' if L else 'one label'}") from None
         arrays = dict(features=latents, path=np.array([str(row) for row in rows]))
         check_range(values, args.V if L else num_classes, lambda i: (f"{args.directory}, column 'labels'", rows[i]))
         if L:
-            return dict(arrays, sem=values.astype(code_dtype(args.V)), labels=np.zeros(len(rows), np.int64))
-        return dict(arrays, labels=values.astype(np.int64))
+            return dict(arrays, sem=values, labels=np.zeros(len(rows)))
+        return dict(arrays, labels=values)
 
-    write_shards(args, source, len(data), latent_shape[0], [source], read, dtype=dtype, L=L,
+    write_shards(args, source, len(data), latent_shape, [source], read, dtype=dtype, L=L,
                  image_size=latent_shape[-1] * args.factor, V=args.V if L else None,
                  classes=["all"] if L else [str(i) for i in range(num_classes)])

@@ -1,4 +1,4 @@
-"""Rows of many `.npy` files as one array, gathered through memory maps, and the checks of what a file claims to hold."""
+"""Many `.npy` files read as one array of rows, through memory maps, with checks of what each file claims to hold."""
 import io
 import math
 import os
@@ -9,14 +9,15 @@ import torch
 from dlc.cli import one_line, progress
 
 LONGEST_HEADER = 10_000     # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
-MAX_OPEN = 8192             # maps that a Stack keeps open; Linux allows a process 65,530 of them
+MAX_OPEN = 8192             # maps that NpyRows keep open; Linux allows a process 65,530 of them
 
 
 def load_array(path, mmap=True):
-    """A `.npy` without pickled objects, memory-mapped or read. Raises ValueError naming the file.
+    """The array in a `.npy` file, memory-mapped or read. Raises ValueError naming the file.
 
-    A header that claims more than the file holds is refused before memory is taken. The map is held by torch: NumPy's
-    keeps its file open, and a large set has more shards than that allows.
+    Pickled objects are refused, and so is a header that claims more bytes than the file holds, before memory is
+    allocated for them. torch maps the file because np.memmap would hold a file descriptor per shard, and large sets
+    have more shards than a process may have descriptors.
     """
     try:
         with open(path, "rb") as file:
@@ -41,9 +42,9 @@ def load_array(path, mmap=True):
 
 
 def read_npy_header(stream):
-    """Shape, whether in Fortran order, and dtype of the .npy that a stream begins with; leaves it behind the header.
+    """Read the header of a `.npy`: shape, whether in Fortran order, and dtype. The stream then stands at the data.
 
-    Raises ValueError for what is no header of plain numbers or text, without reading more than its longest.
+    Raises ValueError for any header but one of plain numbers or text. No more than LONGEST_HEADER bytes are read.
     """
     try:
         version = np.lib.format.read_magic(stream)
@@ -54,7 +55,7 @@ def read_npy_header(stream):
         shape, fortran_order, dtype = read(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
     except (ValueError, OSError):
         raise
-    except Exception:                       # Python's parser, which NumPy asks, raises all kinds
+    except Exception:                       # NumPy calls Python's parser, which raises many types
         raise ValueError("a header that cannot be read") from None
     if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
         raise ValueError(f"shape {one_line(shape, 60)}")
@@ -64,18 +65,19 @@ def read_npy_header(stream):
 
 
 def file_order(path):
-    """A sorting key by which 2.npy comes before 10.npy."""
+    """The sorting key of numbered files: 2.npy comes before 10.npy."""
     return len(path.name), path.name
 
 
-class Stack:
+class NpyRows:
     """The rows of many `.npy` files as one array, gathered through memory maps.
 
     Args:
-        paths: the files, each (n, ...), or with lone=True one sample each, with or without a leading 1.
-        ends: (len(paths),) the running total of rows; None reads it off the files.
-        sample_ndim: dimensions of one row.
-        load: load(path, mmap) gives the array of a file.
+        paths: the files, each of shape (n, ...).
+        ends: (len(paths),) cumulative row counts; None reads them from the files.
+        sample_ndim: number of dimensions of one row.
+        lone: whether each file holds one sample, with or without a leading dimension of 1.
+        load: a function load(path, mmap) that returns the array in a file.
     """
 
     def __init__(self, paths, ends=None, sample_ndim=0, lone=False, load=load_array):
@@ -86,16 +88,16 @@ class Stack:
         elif ends is None:
             ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
         self.ends = np.asarray(ends)
-        self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)       # the row each file begins with
+        self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)       # the first row of each file
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self):
-        return {**self.__dict__, "_open": {}}       # a process started afresh opens its own maps
+        return {**self.__dict__, "_open": {}}       # memory maps cannot be pickled: a spawned worker opens its own
 
     def array(self, index):
-        """File number index as an array (n, ...): memory-mapped and kept open, or read where it is one sample."""
+        """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read."""
         if index in self._open:
             return self._open[index]
         array = self.load(self.paths[index], mmap=not self.lone)
@@ -116,16 +118,16 @@ class Stack:
         return array
 
     def rows(self, index):
-        """How many rows file number index holds."""
+        """The number of rows in file number `index`."""
         return int(self.ends[index] - self._starts[index])
 
     def locate(self, row):
-        """The file that holds a row, and the row's number within it."""
+        """The file that holds a row, and the index of the row within the file."""
         index = int(np.searchsorted(self.ends, row, side="right"))
         return self.paths[index], int(row - self._starts[index])
 
     def gather(self, rows, limit=None):
-        """Rows (n,) as one array (n, ...), read in ascending order; with a limit, range-checked too."""
+        """Rows (n,) as one array (n, ...), read in ascending order. With a limit, values must lie in 0..limit-1."""
         rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
@@ -133,25 +135,25 @@ class Stack:
         arrays = {index: self.array(index) for index in np.unique(files).tolist()}
         first = next(iter(arrays.values()))
         out = np.empty((len(rows), *first.shape[1:]), np.result_type(*{array.dtype for array in arrays.values()}))
-        for i, file, row in places:             # random rows lie in as many files: a copy each is fastest
+        for i, file, row in places:             # random rows are in different files: one copy per row is fastest
             out[i] = arrays[file][row]
         if limit is not None:
             check_range(out, limit, lambda i: self.locate(rows[i]))
         return out
 
     def check_range(self, limit):
-        """Raise ValueError, naming file and row, at the first value outside 0..limit-1."""
+        """Raise ValueError, naming file and row, for the first value outside 0..limit-1."""
         for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
-            check_range(self.array(index), limit, lambda i: (path, i))
+            check_range(self.array(index), limit, lambda i, path=path: (path, i))
 
 
 def check_range(array, limit, locate):
-    """Raise ValueError at a row with a value outside 0..limit-1; locate(i) is the (file, row) of row i."""
+    """Raise ValueError for the first value outside 0..limit-1; locate(i) gives the (file, row) of row i."""
     if array.dtype.kind not in "ui":
         raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
     if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
-        return                                          # this type holds no value outside
-    for start in range(0, len(array), 4096):            # by parts: never a whole file in memory
+        return                                          # no value of this type is out of range
+    for start in range(0, len(array), 4096):            # in blocks, so that a file need not fit in memory
         part = array[start:start + 4096]
         bad = (part < 0) | (part >= limit)
         if bad.any():

@@ -3,28 +3,28 @@ import io
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dlc.disk import DirectoryLock, differences, read_json, remove_temporaries, write_json, write_whole
-from dlc.features.manifest import NAMES_ONLY, SAMPLE_NDIM, kind_dir, read_manifest
-from dlc.features.rows import Stack, file_order, load_array
-
-
-def code_dtype(V):
-    """The type that codes of V tokens are stored in."""
-    return np.uint8 if V <= 256 else np.uint16
+from dlc.disk import DirectoryLock, differences, read_json, remove_temporaries, write_bytes, write_json
+from dlc.features.manifest import SAMPLE_NDIM, Manifest, kind_dir, read_manifest
+from dlc.features.rows import NpyRows, file_order, load_array
 
 
 class NotFinite(ValueError):
-    """Latents or codes that no training could use: not numbers, or too large for the type they are stored in."""
+    """Latents or codes that training cannot use: NaN, infinite, or too large for the type they are stored in."""
 
 
 def as_stored(latents, dtype, locate, advice):
-    """Latents (n, ...) in the type they are stored in.
+    """Latents (n, ...) cast to the type they are stored in.
 
-    Raises NotFinite where one is not finite in it, naming the first by locate(row), with advice on what is no number.
+    Args:
+        locate: locate(row) names a row in an error.
+        advice: what to do about a latent that is NaN or infinite before the cast, for the error.
+
+    Raises NotFinite for the first row that is not finite in that type.
     """
     with np.errstate(over="ignore"):
         stored = latents.astype(dtype)
@@ -45,51 +45,51 @@ def as_stored(latents, dtype, locate, advice):
 class FeatureWriter:
     """Writes shards in any order from any number of processes, and the manifest at the end.
 
-    `progress/` holds the settings and a record of each finished shard until the manifest takes their place, so a run
-    that was killed goes on after its last whole shard. `.lock` keeps a second launch out meanwhile.
+    Until the manifest is written, `progress/` holds the settings and one record per finished shard, so a run that was
+    killed continues after its last whole shard. `.lock` keeps a second launch out.
 
     Args:
         root: FEATURES/.
-        settings: JSON-able dict of all that decides the bytes; becomes part of the manifest. Has image_size.
+        manifest: the `Manifest`, still without rows.
     """
 
-    def __init__(self, root, settings):
-        self.root, self.settings = Path(root), settings
+    def __init__(self, root: str | Path, manifest: Manifest):
+        self.root, self.manifest = Path(root), manifest
         self.progress = self.root / "progress"
         self.lock = DirectoryLock(self.root)
 
-    def start(self):
-        """Take the directory, and make its folders. Called by one process of a launch, before any writes.
+    def start(self) -> bool:
+        """Lock the directory and create its folders. One process of a launch calls this, before any process writes.
 
-        Returns True where there is something to do, False where the features are complete.
+        Returns True if there is something to do, False if the features are complete.
 
-        Raises ValueError where another launch holds the directory, and where it holds features made with other
-        settings, naming the difference.
+        Raises ValueError if another launch holds the lock, or if the directory holds features made with other
+        settings; the error names the difference.
         """
-        directories = [kind_dir(self.root, self.settings["image_size"], kind) for kind in SAMPLE_NDIM]
+        directories = [kind_dir(self.root, self.manifest.image_size, kind) for kind in SAMPLE_NDIM]
         if not self._is_complete():
             if not (self.progress / "settings.json").is_file() and any(
                     True for directory in directories for _ in directory.glob("*.npy")):
                 raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
             self.progress.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
-        if self._is_complete():                                 # maybe by the launch that was waited for
-            missing_file(shard_stacks(self.root, read_manifest(self.root)))
+        if self._is_complete():                                 # perhaps by the launch that held the lock
+            refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
             self._clear()
             return False
         for directory in directories:
             directory.mkdir(exist_ok=True)
         for directory in (self.root, self.progress, *directories):
             remove_temporaries(directory)
-        write_json(self.progress / "settings.json", self.settings)
+        write_json(self.progress / "settings.json", self.manifest.to_json())
         return True
 
     def _is_complete(self):
-        """Whether there is a manifest. Raises ValueError where that, or shards without one, are of other settings."""
-        deciding = {key: value for key, value in self.settings.items() if key not in NAMES_ONLY}
+        """Whether there is a manifest. Raises ValueError if it, or unfinished shards, were made with other settings."""
         for path in (self.root / "manifest.json", self.progress / "settings.json"):
-            if path.is_file() and (path.parent == self.root or any(self.progress.glob("0*.json"))):
-                different = differences(read_json(path), deciding)
+            finished = path.parent == self.root
+            if path.is_file() and (finished or any(self.progress.glob("0*.json"))):
+                different = differences(Manifest.from_json(path, finished).identity(), self.manifest.identity())
                 if different:
                     if "listing_sha256" in different:
                         different += " (the names of the images)"
@@ -105,45 +105,46 @@ class FeatureWriter:
     def record_path(self, shard):
         return self.progress / f"{shard:06d}.json"
 
-    def is_done(self, shard):
-        """Whether a shard is on the disk: its record and, should a crash of the machine have undone them, its files."""
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard is written: its record is there and, in case a crash of the machine lost them, its files."""
         return self.record_path(shard).is_file() and all(
-            self.shard_path(kind, shard).is_file() for kind in self._kinds())
-
-    def _kinds(self):
-        return [kind for kind in SAMPLE_NDIM if kind != "sem" or self.settings["V"]]
+            self.shard_path(kind, shard).is_file() for kind in self.manifest.kinds)
 
     def shard_path(self, kind, shard):
-        return kind_dir(self.root, self.settings["image_size"], kind) / f"{shard:06d}.npy"
+        return kind_dir(self.root, self.manifest.image_size, kind) / f"{shard:06d}.npy"
 
     def write(self, shard, arrays, skipped):
-        """Write one shard whole: arrays maps kinds to arrays of equal length; skipped lists [image path, reason].
+        """Write one shard, whole or not at all.
 
-        Raises OSError, naming the file, where the disk does not take it.
+        Args:
+            arrays: arrays of equal length, by kind.
+            skipped: the skipped images, [path, reason] each.
+
+        Raises OSError, naming the file, if the disk fails.
         """
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, rows
         for kind, array in arrays.items():
-            buffer = io.BytesIO()               # np.save into a file itself does not see that a disk is full
-            np.save(buffer, array, allow_pickle=False)
-            write_whole(self.shard_path(kind, shard), lambda file: file.write(buffer.getbuffer()))
+            content = io.BytesIO()              # np.save into a file does not notice a full disk
+            np.save(content, array, allow_pickle=False)
+            write_bytes(self.shard_path(kind, shard), content.getbuffer())
         write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
 
-    def finish(self, num_shards):
-        """Write the manifest out of all shards' records, and return it. Called by one process, after all writing.
+    def finish(self, num_shards: int) -> Manifest:
+        """Write the manifest from the records of all shards, and return it. One process calls this, after all writing.
 
-        Raises OSError where a record cannot be read, or the manifest not be written.
+        Raises OSError if a record cannot be read or the manifest cannot be written.
         """
-        os.listdir(self.progress)               # a network disk may remember that a record was not there
+        os.listdir(self.progress)               # a network disk may have cached that a record was not there
         try:
             records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
         except ValueError as error:
             raise OSError(str(error)) from None
-        manifest = dict(
-            self.settings, count=sum(record["rows"] for record in records),
+        manifest = replace(
+            self.manifest, count=sum(record["rows"] for record in records),
             shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
             skipped=[item for record in records for item in record["skipped"]])
-        write_json(self.root / "manifest.json", manifest)
+        write_json(self.root / "manifest.json", manifest.to_json())
         self._clear()
         return manifest
 
@@ -153,75 +154,91 @@ class FeatureWriter:
 #################################################################################
 
 
-def shard_stacks(root, manifest):
-    """The `Stack` of each kind that a manifest lists, no file of them opened yet."""
-    shards = manifest["shards"]
-    ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
-    return {kind: Stack([kind_dir(root, manifest["image_size"], kind) / f"{shard['name']}.npy" for shard in shards],
-                        ends, ndim) for kind, ndim in SAMPLE_NDIM.items() if kind != "sem" or manifest["V"]}
+def shard_rows(root, manifest):
+    """The `NpyRows` of each kind that a manifest lists, by kind. No file is opened yet."""
+    ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
+    return {kind: NpyRows([kind_dir(root, manifest.image_size, kind) / f"{shard['name']}.npy"
+                           for shard in manifest.shards], ends, SAMPLE_NDIM[kind]) for kind in manifest.kinds}
 
 
-def missing_file(stacks):
-    """Raise ValueError at the first file of the stacks that is not there."""
-    for stack in stacks.values():
-        there = set(os.listdir(stack.paths[0].parent)) if stack.paths and stack.paths[0].parent.is_dir() else set()
-        for path in stack.paths:
-            if path.name not in there:
+def refuse_missing_files(rows_by_kind):
+    """Raise ValueError for the first file of some `NpyRows` that is not there."""
+    for rows in rows_by_kind.values():
+        folder = rows.paths[0].parent if rows.paths else None
+        names = set(os.listdir(folder)) if folder and folder.is_dir() else set()
+        for path in rows.paths:
+            if path.name not in names:
                 raise ValueError(f"{path} is missing, though the manifest lists it")
 
 
 class Features:
-    """FEATURES/ for reading: one `Stack` a kind.
+    """FEATURES/ for reading.
 
     Args:
         root: FEATURES/.
-        V, num_classes: what a directory of the reference scripts does not say of itself; otherwise None.
+        V, num_classes: what a directory of the reference scripts does not record; otherwise None.
 
-    Attributes: latents, codes (None where there are none), labels, paths: each a Stack (paths None for a reference
-    directory); count; image_size; L, V (None without codes); num_classes; latent_kind, one of LATENTS; latent_shape,
-    (4, S/8, S/8) for all of them, though a row of moments has 8 channels; manifest (None for a reference directory).
+    Attributes:
+        latents, codes, labels, paths: `NpyRows`; codes are None if there are none, paths in a reference directory.
+        count: number of rows.
+        image_size: pixels.
+        L, V: None without codes.
+        num_classes.
+        latent_kind: one of LATENTS.
+        latent_shape: (C, S/f, S/f), also for moments, whose rows have 2C channels; f is the VAE's factor.
+        manifest: the `Manifest`, or None for a reference directory.
 
-    Raises ValueError where root is missing, half-written, or its parts do not belong together.
+    Raises ValueError if root is missing or half-written, or if its parts contradict each other.
     """
 
-    def __init__(self, root, V=None, num_classes=None):
-        self.root = Path(root)
+    def __init__(self, root: str | Path, V: int | None = None, num_classes: int | None = None):
+        self.root, self.manifest = Path(root), None
         if not self.root.is_dir():
             raise ValueError(f"features path {root} does not exist: make it with extract_features_withdlc.py")
-        self.manifest = None
         if (self.root / "manifest.json").is_file():
-            self.manifest = read_manifest(self.root)
-            stacks = self._open_shards()
-            for flag, given, there in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
-                if given not in (None, there):
-                    raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {there}; leave out the flag")
+            rows = self._open_shards(V, num_classes)
         elif (self.root / "progress").exists():
             raise ValueError(self._half_written())
         else:
-            stacks = self._open_lone_files()
+            rows = self._open_lone_files()
             self.V, self.num_classes = V, num_classes or 1000
-        self.latents, self.labels = stacks["features"], stacks["labels"]
-        self.codes, self.paths = stacks.get("sem"), stacks.get("path")
+        self.latents, self.labels = rows["features"], rows["labels"]
+        self.codes, self.paths = rows.get("sem"), rows.get("path")
         self.count = len(self.latents)
         if not self.count:
             raise ValueError(f"features path {self.root} has no rows")
         self.L = self.codes.array(0).shape[1] if self.codes is not None else None
-        self.latent_kind = self.manifest["latents"] if self.manifest else "sample"
-        channels, *sides = self.latents.array(0).shape[1:]
-        self.latent_shape = (channels // 2 if self.latent_kind == "moments" else channels, *sides)
-        if self.manifest is not None and self.L != self.manifest["L"]:
-            raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest['L']}")
+        self.latent_kind = self.manifest.latents if self.manifest else "sample"
+        self.latent_shape = self.latents.array(0).shape[1:]
+        if self.manifest is not None:
+            self._compare_with_manifest()
+
+    def _compare_with_manifest(self):
+        channels, *sides = self.latent_shape
+        if channels != self.manifest.stored_channels:
+            raise ValueError(f"{self.root}: latents have {channels} channels, by manifest.json they have "
+                             f"{self.manifest.stored_channels}")
+        if self.L != self.manifest.L:
+            raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest.L}")
+        self.latent_shape = (self.manifest.latent_channels, *sides)
+
+    def source(self) -> dict:
+        """What a training run records of its data, see `Manifest.source`; of a reference directory nothing is known."""
+        return self.manifest.source() if self.manifest else Manifest.unknown_source()
 
     def _half_written(self):
         return (f"features path {self.root} is half-written (shards, but no manifest.json): run the "
                 "command that writes it again to complete it")
 
-    def _open_shards(self):
-        manifest = self.manifest
-        self.image_size, self.V, self.num_classes = manifest["image_size"], manifest["V"], len(manifest["classes"])
-        stacks = shard_stacks(self.root, manifest)
-        missing_file(stacks)
-        return stacks
+    def _open_shards(self, V, num_classes):
+        self.manifest = manifest = read_manifest(self.root)
+        self.image_size, self.V, self.num_classes = manifest.image_size, manifest.V, len(manifest.classes)
+        rows = shard_rows(self.root, manifest)
+        refuse_missing_files(rows)
+        for flag, given, recorded in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
+            if given not in (None, recorded):
+                raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {recorded}; leave out the flag")
+        return rows
 
     def _open_lone_files(self):
         sizes = [int(match[1]) for path in self.root.iterdir()
@@ -243,16 +260,16 @@ class Features:
         paths = {kind: sorted((directories[kind] / name for name in names[kind]), key=file_order) for kind in names}
         if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: Stack(paths[kind], None, SAMPLE_NDIM[kind], lone=True) for kind in names}
+        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True) for kind in names}
 
     def validate(self):
-        """Look at every label, and at every code whose type could hold a value outside 0..V-1.
+        """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.
 
         Raises ValueError naming file and row.
         """
         if self.manifest is not None:
             for index in range(len(self.latents.paths)):
-                self.latents.array(index)                   # opening it checks its rows and their shape
+                self.latents.array(index)                   # opening a file checks its shape
         self.labels.check_range(self.num_classes)
         if self.codes is not None and self.V is not None:
             self.codes.check_range(self.V)

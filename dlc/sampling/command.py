@@ -34,7 +34,7 @@ from dlc.sampling.conditions import conditions_sha256
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.files import missing_indices, npz_rows, save_grid, write_npz
 from dlc.sampling.latents import DEFAULT_STEPS, CudaGraphs, create_sampler, lower_precision, sample_latents
-from dlc.vae import load_vae, vae_id, vae_label
+from dlc.vae import check_decodes, load_vae, pixels_per_cell, vae_id, vae_label
 from models import DiT_models
 
 NAMES_ONLY = ("checkpoint", "weights", "vae")      # settings that say where weights lay, not what they were
@@ -109,11 +109,9 @@ def run(parser, args, open_conditions):
         if args.vae is None and meta.vae_sha256 not in (None, vae_sha256):
             raise ValueError(f"the VAE at {vae_name} is not the one that the checkpoint's features were made with; "
                              "name one with --vae")
-        if (meta.scaling_factor or vae.config.scaling_factor) != vae.config.scaling_factor:
-            raise ValueError(f"--vae {vae_name} has scaling factor {vae.config.scaling_factor}, the checkpoint's "
-                             f"latents {meta.scaling_factor}")
+        check_decodes(vae, vae_name, model.in_channels, vars(meta), "the checkpoint's latents")
         latent_size = model.x_embedder.img_size[0]
-        image_size = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        image_size = latent_size * pixels_per_cell(vae)
         if args.image_size not in (None, image_size):
             raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
         channels = {None: model.guided_channels, "3": 3, "all": None}[args.cfg_channels] or model.in_channels

@@ -7,7 +7,7 @@ import torch
 
 from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import recorded_id
-from dlc.features.rows import Stack, file_order, load_array
+from dlc.features.rows import NpyRows, file_order, load_array
 from dlc.features.store import Features
 from dlc.noise import Stream, integers, permutation
 
@@ -35,7 +35,7 @@ def load_codes(path, mmap=True):
 
 
 def open_codes(source):
-    """The `Stack` of codes at source, and the `Features` they are of, or None.
+    """The `NpyRows` of codes at source, and the `Features` they are of, or None.
 
     Args:
         source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
@@ -44,7 +44,7 @@ def open_codes(source):
     """
     path, features = Path(source), None
     if path.is_file():
-        codes = Stack([path], sample_ndim=1, load=load_codes)
+        codes = NpyRows([path], sample_ndim=1, load=load_codes)
     elif not path.is_dir():
         raise ValueError(f"code source {source} does not exist")
     else:
@@ -54,7 +54,7 @@ def open_codes(source):
         if files:
             # files of one code each need not all be opened now, and there may be a million
             lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
-            codes = Stack(files, sample_ndim=1, lone=lone, load=load_codes)
+            codes = NpyRows(files, sample_ndim=1, lone=lone, load=load_codes)
         else:
             features = Features(path)
             codes = features.codes
@@ -92,7 +92,7 @@ class ComputedCodes:
         if features is not None and features.manifest is not None:
             if features.V != self.V:
                 raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
-            encoders = [features.manifest.get("encoder_sha256"), meta.encoder_sha256]
+            encoders = [features.manifest.encoder_sha256, meta.encoder_sha256]
             if None not in encoders and len(set(encoders)) > 1:
                 raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
         L = self.codes.array(0).shape[1]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dlc.cli import is_killed_reader
-from dlc.features.rows import Stack, file_order
+from dlc.features.rows import NpyRows, file_order
 from dlc.noise import Stream, normal, permutation
 from dlc.signals import ignore_signals
 
@@ -32,7 +32,7 @@ class TrainingBatches(Dataset):
 
     Args:
         features: a `Features`.
-        condition: the `Stack` that conditions are taken from.
+        condition: the `NpyRows` that conditions are taken from.
         limit: codes or labels are in 0..limit-1; None for vectors.
         first_step, first_index: where the run resumes: this step begins with this sample index.
     """
@@ -76,12 +76,12 @@ class TrainingBatches(Dataset):
         return torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
 
 
-def open_vectors(path, count: int) -> Stack:
-    """The `Stack` of a folder of `.npy` (n, in_dim) with `count` rows in all. Raises ValueError if it is not that."""
+def open_vectors(path, count: int) -> NpyRows:
+    """The `NpyRows` of a folder of `.npy` (n, in_dim) with `count` rows in all. Raises ValueError if it is not that."""
     paths = sorted(Path(path).glob("*.npy"), key=file_order)
     if not paths:
         raise ValueError(f"--condition-path {path} is not a folder of .npy files")
-    vectors = Stack(paths, sample_ndim=1)
+    vectors = NpyRows(paths, sample_ndim=1)
     if vectors.array(0).dtype.kind != "f":
         raise ValueError(f"--condition-path {path} holds values of type {vectors.array(0).dtype}, wanted floats")
     if len(vectors) != count:

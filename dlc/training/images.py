@@ -4,27 +4,24 @@ The data loader's workers decode the images. The VAE and, for codes, the SEM enc
 gradients and in float32: the training precision must change neither the latents nor an argmax, and so a code. Latents
 and codes equal those of extraction but for rounding (on GPUs that of TF32, which --no-tf32 turns off).
 """
-import math
-
 import torch
 
-from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import warn_once
-from dlc.disk import recorded_id
 from dlc.encoder import load_encoder
-from dlc.images import IMAGENET_MEAN, IMAGENET_STD, Views, collate, flips_of, normalize
-from dlc.listing import list_images, listing_sha256
+from dlc.extraction import data_settings
+from dlc.features import Manifest
+from dlc.images import Views, collate, flips_of
+from dlc.listing import list_images
 from dlc.noise import Stream, integers
-from dlc.runtime import done_by_rank_0, in_batches
+from dlc.runtime import done_by_rank_0
 from dlc.training.batches import TrainingBatches, Unreadable
-from dlc.vae import downsampling_factor, load_vae, posterior, vae_id
+from dlc.vae import downsampling_factor, latent_shape, load_vae
 
 FLIPS = ("random", "none")
-ENCODED_AT_ONCE = 32        # images: with more, the VAE's activations would take as much memory as training
 
 
 class Column:
-    """Values in memory, one per row, with the interface of a `Stack`.
+    """Values in memory, one per row, with the interface of a `NpyRows`.
 
     No range check: the labels come from list_images.
     """
@@ -39,7 +36,7 @@ class Column:
 class Images:
     """A folder of images, one subfolder per class, with the interface of `Features` that training uses.
 
-    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `Encode` turns into moments.
+    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `PixelEncoder` turns into moments.
 
     Args:
         state: of the processes; rank 0 lists the images for all.
@@ -67,16 +64,17 @@ class Images:
         if encoder:
             self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
-        self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
+        self.latent_shape = latent_shape(self.vae, image_size)
         self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
                            self.encoder.image_size if encoder else None)
-        self.manifest = dict(
-            vae=recorded_id(vae_id(vae)), vae_sha256=weights_sha256(self.vae),
-            scaling_factor=self.vae.config.scaling_factor, flip=flip,
-            encoder_sha256=weights_sha256(self.encoder) if encoder else None, listing_sha256=listing_sha256(paths))
+        self.manifest = Manifest(image_size=image_size, latents="moments", dtype="float32", flip=flip, classes=classes,
+                                 **data_settings(vae, self.vae, encoder, self.encoder, paths))
 
     def __getstate__(self):
         return {**self.__dict__, "vae": None, "encoder": None}      # a spawned worker gets a pickle: no networks in it
+
+    def source(self):
+        return self.manifest.source()
 
     def validate(self):
         """Nothing: checking every image takes as long as an epoch, so each is checked when its turn comes."""
@@ -109,29 +107,3 @@ class ImageBatches(TrainingBatches):
                           "--allow-change); extraction leaves such images out by itself")
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
         return crops.squeeze(1), condition
-
-
-class Encode:
-    """The networks of Images on a device: turns a batch of images into the (moments, codes) of a batch of features."""
-
-    def __init__(self, images, device):
-        self.vae = images.vae.to(device)
-        self.vae.encoder.to(memory_format=torch.channels_last)
-        self.encoder = images.encoder.to(device).requires_grad_(False) if images.encoder else None
-
-    @torch.no_grad()
-    def __call__(self, crops, condition):
-        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L).
-
-        Without an encoder the condition is returned as it is. The moments of a sample are NaN if its logits of the encoder are not finite.
-        """
-        batches = -(-len(crops) // ENCODED_AT_ONCE)
-        size = -(-len(crops) // batches)                # equal sizes, so that the last one has little padding
-        moments = in_batches(lambda batch: torch.cat(posterior(self.vae, normalize(batch)), dim=1), crops, size)
-        if self.encoder:
-            condition = in_batches(lambda batch: self.encoder.codes(normalize(batch, IMAGENET_MEAN, IMAGENET_STD)),
-                                   condition, size)
-            # a sample without a code gets NaN latents, on which the check of the loss ends the run
-            moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
-            condition = condition.clamp(min=0)
-        return moments, condition
