@@ -1,4 +1,5 @@
 """README.md and docs/: short enough, no dead links, no flag that does not exist, every key on disk described."""
+import ast
 import importlib
 import json
 import re
@@ -57,6 +58,22 @@ def test_flags_exist(monkeypatch):
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text()))
         assert named <= known, (page.name, named - known)
+
+
+def test_messages_are_quoted_as_they_are():
+    """What docs/troubleshooting.md quotes as a symptom is in the sources, but for values, for which … stands."""
+    texts = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts.add("".join(part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "…"
+                              for part in parts))
+    symptoms = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    quotes = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+ [^`]+)`", symptom)]
+    assert len(quotes) > 20
+    for quote in quotes:
+        for part in filter(None, map(str.strip, quote.split("…"))):
+            assert any(part in text for text in texts), quote
 
 
 def test_every_key_is_described(workplace):
