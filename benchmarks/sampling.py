@@ -1,10 +1,10 @@
-"""Images a second of sampling: the ancestors' way, and sample_ddp_computed_dlc.py with one option after the other.
+"""Images per second of sampling: a baseline, then sample_ddp_computed_dlc.py with one option after the other.
 
     python -m benchmarks.sampling
 
-The ancestors' way: eager float32, the doubled batch at every step, each batch decoded and written before the next is
-begun; here by the diffusion's own loop with the samples' own noise, so that its images can be compared. The script's
-rate is read off the times at which it wrote its PNGs, the first batch (which compiles) left out.
+The baseline does as the reference scripts do: eager float32, the doubled batch at every step, each batch decoded and
+written before the next begins. It uses the diffusion's own loop with the samples' own noise, so that its images can be
+compared. The script's rate is read off the times at which it wrote its PNGs, without the first batch, which compiles.
 
 The model is trained for a few steps on random latents, so that what it draws stays within bounds; the VAE has the shape
 of Stable Diffusion's and random weights (a rate does not depend on them). `share of peak`: the FLOPs of the model's
@@ -43,19 +43,19 @@ STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)         # the interval holds h
 TRAINING_STEPS = 100
 
 FULL, HALF = "full guidance", "guidance in half the steps"
-ANCESTORS = "the ancestors' way"
+BASELINE = "baseline"
 ROWS = [                    # name, precision, flags, the row whose images these should be
-    (FULL, "fp32", [], (ANCESTORS, "fp32")),
-    (FULL, "bf16", [], (ANCESTORS, "fp32")),
-    (FULL, "fp16", [], (ANCESTORS, "fp32")),
-    (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (ANCESTORS, "fp32")),
+    (FULL, "fp32", [], (BASELINE, "fp32")),
+    (FULL, "bf16", [], (BASELINE, "fp32")),
+    (FULL, "fp16", [], (BASELINE, "fp32")),
+    (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (BASELINE, "fp32")),
     (HALF, "fp32", ["--t-min", INTERVAL[0], "--t-max", INTERVAL[1]], None),
     (HALF, "bf16", ["--t-min", INTERVAL[0], "--t-max", INTERVAL[1]], (HALF, "fp32")),
     ("DDIM-50", "fp32", ["--sampler", "ddim"], None),
     ("DDIM-50", "bf16", ["--sampler", "ddim"], ("DDIM-50", "fp32")),
     ("DPM-Solver++-25", "fp32", ["--sampler", "dpmsolver++"], None),
     ("DPM-Solver++-25", "bf16", ["--sampler", "dpmsolver++"], ("DPM-Solver++-25", "fp32")),
-    (f"{FULL}, CUDA graphs", "bf16", ["--cuda-graphs"], (ANCESTORS, "fp32")),       # on GPUs alone
+    (f"{FULL}, CUDA graphs", "bf16", ["--cuda-graphs"], (BASELINE, "fp32")),       # on GPUs alone
 ]
 
 
@@ -78,7 +78,7 @@ def rough_checkpoint(path, args):
 
 
 @torch.no_grad()
-def ancestors_way(root, folder, args):
+def draw_baseline(root, folder, args):
     """Images a second, after the first batch."""
     model, _ = model_from_weights(load_weights(root / "model.safetensors")[0], root)
     model, vae = model.to(DEVICE), load_vae(str(root / "vae"), DEVICE)
@@ -154,8 +154,8 @@ def main():
         AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
         rough_checkpoint(root, args)
         ddpm = create_sampler("ddpm", STEPS)
-        rate = ancestors_way(root, root / "ancestors", args)
-        add_row(ANCESTORS, "fp32", rate, root / "ancestors", ddpm, STEPS, None)
+        rate = draw_baseline(root, root / "baseline", args)
+        add_row(BASELINE, "fp32", rate, root / "baseline", ddpm, STEPS, None)
         for number, (name, precision, flags, reference) in enumerate(ROWS):
             if "--cuda-graphs" in flags and not ON_GPU:
                 continue

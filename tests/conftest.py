@@ -1,5 +1,6 @@
 """Tiny models and images, and the launching of the real scripts."""
 import importlib
+import inspect
 import os
 import re
 import resource
@@ -21,8 +22,35 @@ sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
 importlib.import_module("rounding").install()
 
+# The names by which tests start processes: pytest_collection_modifyitems marks what refers to one of them as slow.
+STARTERS = ("launch", "Run", "subprocess", "multiprocessing")
+
 IMAGE_SIZE, L, V = 64, 6, 300           # V above 256: codes are stored in 16 bits
 SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
+
+
+def starts_processes(function, seen):
+    """Whether a function of the tests refers to one of STARTERS, itself or through other functions of the tests."""
+    function = inspect.unwrap(function)
+    if not inspect.isfunction(function) or function in seen or Path(function.__code__.co_filename).parent != TESTS:
+        return False
+    seen.add(function)
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += filter(inspect.iscode, code.co_consts)                 # functions and lambdas within it
+    return not names.isdisjoint(STARTERS) or any(
+        starts_processes(function.__globals__[name], seen) for name in names if name in function.__globals__)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as slow each test that starts a process, by its own code or by that of a fixture it uses."""
+    for item in items:
+        fixtures = [definition.func for definitions in item._fixtureinfo.name2fixturedefs.values()
+                    for definition in definitions]
+        if any(starts_processes(function, set()) for function in (item.function, *fixtures)):
+            item.add_marker(pytest.mark.slow)
 
 
 def golden(name):
@@ -109,7 +137,7 @@ def encoder_logits(encoder, paths):
 
 
 def assert_codes(codes, logits):
-    """Codes (n, L) computed in other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
+    """Codes (n, L) of other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
     chosen = logits.gather(2, torch.from_numpy(np.asarray(codes).astype(np.int64)).unsqueeze(2)).squeeze(2)
     assert (chosen > logits.amax(dim=2) - 1e-4).all()
 

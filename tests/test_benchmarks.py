@@ -1,5 +1,6 @@
 """The benchmarks' own parts: that they run, and that the pages say what the results say."""
 import json
+import re
 import sys
 
 import numpy as np
@@ -16,16 +17,27 @@ def call(module, monkeypatch, *flags):
 
 
 def test_pages_say_what_the_results_say(monkeypatch, capsys):
-    """Every figure between the marks is made by python -m benchmarks.readme; GPUs are not measured yet."""
+    """Every figure between the marks is made by python -m benchmarks.readme, and every benchmark has its block."""
     with pytest.raises(SystemExit) as stopped:
         call(readme, monkeypatch, "--check")
     assert not stopped.value.code, capsys.readouterr().out
-    blocks = [path.read_text() for path in (ROOT / "README.md", ROOT / "benchmarks/README.md")]
-    assert blocks[0].count("<!-- begin ") == 1
-    for name, report in readme.REPORTS.items():
-        assert f"**{report.title}" in blocks[0] and f"<!-- begin {name} (" in blocks[1]
-    if not any(readme.RESULTS.glob("*-gpu.json")):
-        assert " ".join(blocks[0].split()).count(f"GPU: {readme.MISSING}") >= len(train_options.ROWS) + 4
+    blocks = [re.findall(r"<!-- begin (\S+)", (ROOT / page).read_text()) for page in readme.PAGES]
+    assert blocks == [["figures"], list(readme.DEVICES)]
+    lines = readme.figures()
+    assert len([line for line in lines if line.startswith("- ")]) == 5
+    assert " ".join(lines).count("2 CPU cores") == 4 or list(readme.RESULTS.glob("*-gpu.json"))
+
+
+def test_figures_are_those_of_a_gpu_where_there_is_one(monkeypatch, tmp_path):
+    for path in readme.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        (tmp_path / path.name).write_text(json.dumps(result))
+        if path.name == "sampling-cpu.json":
+            result["machine"]["gpu"] = "H1"
+            result["rows"][-1]["images/s"] = 1234.5
+            (tmp_path / "sampling-gpu.json").write_text(json.dumps(result))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "- Sampling: 1,230 images/s" in " ".join(readme.figures()) and readme.figures()[-1].endswith("(H1).")
 
 
 def test_a_result_changes_the_page(monkeypatch, tmp_path):
@@ -46,6 +58,7 @@ def test_a_result_changes_the_page(monkeypatch, tmp_path):
         readme.filled(page)
 
 
+@pytest.mark.slow
 def test_table_of_training_options(monkeypatch, tiny_models, tmp_path):
     """The real benchmark, two of its rows on tiny data: both train the same, and there is a picture."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
@@ -62,6 +75,7 @@ def test_table_of_training_options(monkeypatch, tiny_models, tmp_path):
     assert Image.open(tmp_path / "train_options-cpu.png").width == 1000
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_told(tmp_path):
     run = train_options.run
     failed, _ = run("-c", "import torch; raise torch.OutOfMemoryError('CUDA')", output=tmp_path / "output.txt")

@@ -27,6 +27,7 @@ def test_image_folder_is_the_split(splits, tmp_path):
         np.testing.assert_array_equal(folder, splits[1][0][splits[1][1] == digit])
 
 
+@pytest.mark.slow
 def test_vae_keeps_the_digits_legible(splits):
     images, labels = splits[1]
     vae = load_vae(str(ROOT / "assets/digits-vae"))

@@ -186,6 +186,7 @@ def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
     assert len(calls) == len(model.blocks)              # never in eval
 
 
+@pytest.mark.slow
 def test_every_name_builds():
     assert len(DiT_models) == 45
     for name, build in DiT_models.items():

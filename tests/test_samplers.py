@@ -182,6 +182,7 @@ def test_weights_in_16_bits_give_what_autocast_gives(precision):
     assert 0 < (exact - autocast).abs().mean() < 0.1 * exact.std()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_those_that_run_under_guidance():
     """Compiled, the guided and the unguided steps give what they gave, and no step runs the eager block."""
     model, y = random_model(MODELS[0][0], **MODELS[0][1])
