@@ -37,8 +37,9 @@ def write_pngs(folder, count, different):
 def measure(work, root, args):
     """Images a second and the peak of memory, in GiB, of one part in a process of its own."""
     start = time.perf_counter()
-    said = subprocess.run([sys.executable, "-m", "benchmarks.npz", "--images", str(args.images), "--work", work, "--root",
-                           root], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run([sys.executable, "-m", "benchmarks.npz", "--images", str(args.images), "--work", work,
+                           "--root", root],
+                          cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
     return {"": work, "images": args.images, "images/s": args.images / (time.perf_counter() - start),
             "memory GiB": int(said.split()[-1]) / 2**20}
 

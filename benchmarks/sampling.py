@@ -93,7 +93,7 @@ def draw_baseline(root, folder, args):
         y = torch.cat([codes[indices], model.null_condition(args.batch)])
         latents = diffusion.p_sample_loop(
             model.forward_with_cfg, (2 * args.batch, 4, 32, 32), clip_denoised=False, device=DEVICE,
-            model_kwargs=dict(y=y, cfg_scale=CFG_SCALE), randn_like=lambda x: normal(
+            model_kwargs=dict(y=y, cfg_scale=CFG_SCALE), randn_like=lambda x, indices=indices, draws=draws: normal(
                 0, Stream.SAMPLE_NOISE, indices, (4, 32, 32), next(draws)).repeat(2, 1, 1, 1))[:args.batch]
         for index, image in zip(indices.tolist(), to_uint8(decode(vae, latents)).cpu().numpy()):
             save_png(png_path(folder, index), image)

@@ -220,7 +220,8 @@ def main():
         metavar="MODEL", help="names in DiT_models [%(default)s here]")
     add("--batch", nargs="+", type=int, default=[128, 256] if ON_GPU else [8], help="images a step [%(default)s here]")
     add("--rows", nargs="+", default=ROWS, help="variants, each with its flags in quotes [all of them]")
-    add("--steps", type=int, default=30 if ON_GPU else 6, help="steps counted, as many before them not [%(default)s here]")
+    add("--steps", type=int, default=30 if ON_GPU else 6,
+        help="measured steps, after a warm-up of as many [%(default)s here]")
     add("--images", type=int, default=2048 if ON_GPU else 64, help="synthetic images [%(default)s here]")
     add("--image-size", type=int, default=256, help="pixels [%(default)s]")
     add("--data-path", help="folder of images [synthetic]")
