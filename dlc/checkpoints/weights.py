@@ -1,5 +1,5 @@
-"""Models out of files of weights: our checkpoints, and `.pt` files such as DiT and fast-DiT write (a bare state dict, or
-one under "ema" and "model"), and `.safetensors`.
+"""Models from files of weights: our checkpoints, `.safetensors`, and `.pt` files as DiT and fast-DiT write them (a bare
+state dict, or several under "ema" and "model").
 """
 import hashlib
 import math
@@ -13,15 +13,15 @@ from models import FAMILIES, DiT_models
 
 
 def load_weights(path, use_ema=True):
-    """A model's state dict, and its meta: that of a checkpoint of ours, and `weights`, which they are.
+    """A model's state dict, and its meta: meta.json of a checkpoint of ours, and the key `weights`.
 
-    These are "ema", "raw", or "as in the file", which does not say.
+    `weights` is "ema", "raw", or "as in the file" if the file does not distinguish them.
 
     Args:
-        path: a checkpoint directory, or a `.pt` / `.pth` / `.safetensors` file.
-        use_ema: the EMA weights rather than the raw ones, of a checkpoint that tells them apart.
+        path: a checkpoint directory, or a `.pt`, `.pth` or `.safetensors` file.
+        use_ema: load the EMA weights rather than the raw ones, if the file distinguishes them.
 
-    Raises ValueError where path is no such thing.
+    Raises ValueError if path is neither.
     """
     path = Path(path)
     meta = {}
@@ -44,12 +44,12 @@ def load_weights(path, use_ema=True):
 
 
 def model_from_weights(weights, path):
-    """The model whose state dict these are, in eval mode, and its name in DiT_models.
+    """The model with this state dict, in eval mode, and its name in DiT_models.
 
-    Family, size, patch, L, V, classes and latent size are all read off the tensors' shapes, and all shapes compared
-    before memory is taken for the model.
+    Family, size, patch, L, V, classes, and the latents' channels and size are all read from the tensors' shapes. All
+    shapes are compared before memory is allocated for the model.
 
-    Raises ValueError, naming path, where they are no model of ours.
+    Raises ValueError, naming path, if the weights fit no model in DiT_models.
     """
     def shape(name, ndim):
         if name not in weights or weights[name].ndim != ndim:
@@ -57,23 +57,23 @@ def model_from_weights(weights, path):
         return tuple(weights[name].shape)
 
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
-    # not by the highest number, which may be any
+    # counted, because the highest number in a file could be any
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     arguments = dict(
         in_channels=in_channels, input_size=patch_size * math.isqrt(shape("pos_embed", 3)[1]),
         learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2)
-    # from the last: a DiTCONT's linear layer is called as a DiT's table
+    # in reverse, because a DiTCONT's linear layer has the same name as a DiT's table
     family = next((family for family in reversed(FAMILIES) if family.table in weights), FAMILIES[0])
     arguments.update(family.sizes_of(shape(family.table, family.table_ndim)))
-    for name, build in DiT_models.items():
-        if (build.family, build.hidden_size, build.depth, build.patch_size) == (family, hidden_size, depth, patch_size):
-            break
-    else:
+    name = next((name for name, build in DiT_models.items() if (
+        build.family, build.hidden_size, build.depth, build.patch_size) == (family, hidden_size, depth, patch_size)), None)
+    if name is None:
         raise ValueError(f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
                          f"{patch_size}, which has no name in DiT_models")
     if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
         raise ValueError(f"checkpoint {path} does not fit {name}: by its shapes, "
                          + ", ".join(f"{key} is {value}" for key, value in arguments.items()))
+    build = DiT_models[name]
     with torch.device("meta"):
         different = differences_from(build(**arguments).state_dict(), weights)
     if different:
@@ -84,9 +84,9 @@ def model_from_weights(weights, path):
 
 
 def load_pretrained(path, model):
-    """Weights alone into a model to train, as far as they fit. Returns a line that says what was taken and what not.
+    """Load the weights that fit into a model to train. Returns a line that says which were taken and which were not.
 
-    Raises ValueError where path holds no weights, or none that fit.
+    Raises ValueError if path holds no weights, or none that fit.
     """
     weights, _ = load_weights(path)
     wanted = model.state_dict()
@@ -105,7 +105,7 @@ def load_pretrained(path, model):
 
 
 def weights_sha256(module):
-    """A digest of a module's names and tensors: tells weights apart whatever their file is called."""
+    """A digest of a module's names and tensors, which identifies weights whatever their file is called."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -114,7 +114,7 @@ def weights_sha256(module):
 
 
 def info(path):
-    """A checkpoint in words, a list of lines. Raises ValueError where path is none."""
+    """A description of a checkpoint, a list of lines. Raises ValueError if path is not a checkpoint."""
     weights, meta = load_weights(path)
     model, name = model_from_weights(weights, path)
     lines = [f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters"]
