@@ -243,6 +243,11 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     new = Features(tmp_path / "classes_new")
     np.testing.assert_array_equal(new.labels.gather(np.arange(30)), labels)
     assert new.codes is None and new.num_classes == 7
+    deep = RANDOM.normal(size=(2, 16, 8, 8))
+    datasets.Dataset.from_dict(dict(features=deep, labels=[0, 1])).save_to_disk(tmp_path / "deep")
+    assert call(capsys, "import-hf", tmp_path / "deep", tmp_path / "deep_new")[0] == 0
+    np.testing.assert_allclose(Features(tmp_path / "deep_new").latents.gather([0, 1]), deep, rtol=1e-6)
+    assert Features(tmp_path / "deep_new").latent_shape == (16, 8, 8)
 
     def refused(*arguments):
         capsys.readouterr()                                                 # what datasets shows while it saves
@@ -253,8 +258,10 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     assert "outside 0..9" in refused(tmp_path / "typed", tmp_path / "x", "--V", 10)
     assert "is not a dataset saved to disk" in refused(tmp_path / "nowhere", tmp_path / "x")
     assert "no split 'test': --split one of train" in refused(tmp_path / "lists", tmp_path / "x", "--split", "test")
-    datasets.Dataset.from_dict(dict(features=np.zeros((2, 16, 8, 8)), labels=[0, 1])).save_to_disk(tmp_path / "deep")
-    assert "latents of 16 channels, wanted 4" in refused(tmp_path / "deep", tmp_path / "x")
+    last = dict(features=np.zeros((2, 8, 8, 4)), labels=[0, 1])
+    datasets.Dataset.from_dict(last).save_to_disk(tmp_path / "channels_last")
+    assert "latents of shape (8, 8, 4), wanted (channels, height, width)" in refused(
+        tmp_path / "channels_last", tmp_path / "x")
     ragged = dict(features=latents[:2, 0].tolist(), labels=[[1, 2], [1]])
     datasets.Dataset.from_dict(ragged).save_to_disk(tmp_path / "ragged")
     assert "rows 0 to 1: not all have latents" in refused(tmp_path / "ragged", tmp_path / "x", "--V", 10)

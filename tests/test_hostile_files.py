@@ -398,10 +398,11 @@ def vae(tmp_path, tiny_models):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(latent_channels=16), "has 16 latent channels, wanted 4"),
+    (dict(latent_channels=16), "has other shapes"), (dict(shift_factor="0.1"), "shift_factor is '0.1'"),
+    (dict(shift_factor=float("nan")), "shift_factor is nan"),
     (dict(in_channels=1), "has 1 in channels, wanted 3"),
     (dict(out_channels=1), "has 1 out channels, wanted 3"), (dict(latent_channels=10**12), "latent_channels is"),
-    (dict(shift_factor=0.1), "shifts its latents (shift_factor"), (dict(latents_mean=[0, 0, 0, 0.0]), "(latents_mean"),
+    (dict(latents_mean=[0, 0, 0, 0.0]), "(latents_mean"),
     (dict(latents_std=[1.0] * 4), "(latents_std"), (dict(scaling_factor=0), "scaling_factor is 0"),
     (dict(scaling_factor=-1), "scaling_factor is -1"), (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
     (dict(scaling_factor=float("inf")), "scaling_factor is inf"), (dict(scaling_factor="1"), "scaling_factor is '1'"),
@@ -527,7 +528,8 @@ def test_meta_that_says_little_or_more(tmp_path):
         vae_sha256=[3],
         scaling_factor=["x", 0, -1, [0.1]], encoder_sha256=[3], listing_sha256=[[]], flip=[3, True],
         seed=["0", -1, 1.5],
-        precision=[[]], latents=[3, None], dtype=[16], format_version=["1", None, True]).items() for value in values],
+        precision=[[]], shard_size=[0, "4"], source=[3], latent_channels=["4", 0, None], shift_factor=["0", None, []],
+        latents=[3, None], dtype=[16], format_version=["1", None, True]).items() for value in values],
     (dict(latents="\x1b[31m" + "x" * 999), "latents of kind"), (dict(dtype="x" * 999), "type"),
 ], ids=lambda value: repr(value)[:60])
 def test_manifests(features, tmp_path, change, message):

@@ -1,10 +1,10 @@
-"""Tensors out of files that may come from anyone: nothing in them is run, and they get no more memory than they hold.
+"""Tensors from untrusted files: no code in them is run, and they are given no more memory than they hold.
 
     weights = check_tensors(load_tensors("model.safetensors"), "model.safetensors")
 
 Every file of torch or safetensors that this program opens goes through here: weights of models, VAEs and encoders, the
-optimizer's state of a run that continues, codes in a `.pt`. What is wrong with one is said in our words: those of the
-libraries are long, and some advise to read the file unsafely.
+optimizer's state of a resumed run, codes in a `.pt`. Errors are in our words, because those of the libraries are long,
+and some advise the user to load the file unsafely.
 """
 import argparse
 import pickletools
@@ -18,12 +18,12 @@ import torch
 
 from dlc.cli import one_line
 
-# Bytes of what names a file's tensors: the pickle in torch's zip, the header of a .safetensors. A DiT-XL/2's training
-# checkpoint with weights, EMA and optimizer has 0.2 MB of it. As objects, a hostile one takes some 70 times its size.
+# Bytes of the index of a file's tensors: the pickle in torch's zip, the header of a .safetensors. That of a training
+# checkpoint of a DiT-XL/2, with weights, EMA and optimizer, has 0.2 MB. A hostile one grows about 70-fold as objects.
 LARGEST_INDEX = 2**22
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The names in a pickle of tensors and plain values, arguments of training scripts among them. torch admits more where
-# weights_only is set, and other packages add to that; bytearray(10**12), for one, fills the memory.
+# The names in a pickle of tensors and plain values, including the arguments of training scripts. With weights_only,
+# torch admits more, and other packages add to it: bytearray(10**12), for example, would fill the memory.
 ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|argparse Namespace|__builtin__ set|torch (Size|device)|"
     r"torch (\w+Storage|(b?float|complex|u?int|bool)\w*)|torch\.storage UntypedStorage|"
@@ -32,9 +32,9 @@ ADMITTED = re.compile(
 
 
 def load_tensors(path):
-    """The dict in a `.safetensors`, or in what torch.save wrote, which may hold other than tensors, too.
+    """The dict in a `.safetensors` file or in a file of torch.save, which may also hold values that are not tensors.
 
-    Tensors are mapped: what is not used is never read. Raises ValueError naming the file.
+    Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -49,13 +49,13 @@ def load_tensors(path):
     if header <= LARGEST_INDEX:
         try:
             return safetensors.torch.load_file(path)
-        except Exception:                               # whatever it makes of a broken file
+        except Exception:                               # broken files raise many types
             pass
     raise ValueError(f"{path} cannot be read as weights: it is no .safetensors, or cut off or damaged")
 
 
 def read_torch(path, what="weights"):
-    """The value in a file of torch.save, its tensors mapped. Raises ValueError naming the file and what was wanted."""
+    """The value in a file of torch.save, with memory-mapped tensors. Raises ValueError naming the file and `what`."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
@@ -63,15 +63,15 @@ def read_torch(path, what="weights"):
         fault = archive_fault(path)
         if not fault:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")         # of layouts in beta, which are refused as it is
+                warnings.simplefilter("ignore")         # about layouts in beta, which are refused anyway
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:                                   # whatever the zip's readers and the unpickler make of it
+    except Exception:                                   # zip readers and the unpickler raise many types
         fault = "it is cut off or damaged"
     raise ValueError(f"{path} cannot be read as {what}: {fault}")
 
 
 def archive_fault(path):
-    """What keeps a file from torch.load, in words: what would fill the memory, or is no file of tensors; else None."""
+    """Why a file must not go to torch.load, in words: it would fill the memory, or is no file of tensors. Else None."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -84,7 +84,7 @@ def archive_fault(path):
         return f"its entries claim more than the file's {size:,} bytes"
     if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
         return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors"
-    # as torch.load finds it, whatever the zip's directory says to others
+    # read as torch.load reads it, because other zip readers may find another entry
     for opcode, argument, _ in pickletools.genops(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")):
         if opcode.name == "GLOBAL" and not ADMITTED.fullmatch(argument):
             return (f"it names {shown(argument.replace(' ', '.'))}, and may only hold tensors and plain values: save "
@@ -93,10 +93,10 @@ def archive_fault(path):
 
 
 def check_tensors(tensors, path):
-    """The same dict, if it is one of named tensors that weights can be. Raises ValueError naming file and tensor.
+    """Return the dict if all its values can be weights. Raises ValueError naming file and tensor.
 
-    Weights are floating point, dense, in memory and finite. One value that is not makes all outputs NaN, of which a VAE
-    and an encoder say nothing.
+    Weights are floating point, dense, in memory and finite. A single value that is not finite makes all outputs NaN,
+    which nothing would notice in a VAE or an encoder.
     """
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} does not hold a dict of named tensors")
@@ -111,7 +111,7 @@ def check_tensors(tensors, path):
 
 
 def tensor_fault(tensor):
-    """What keeps a tensor from being a weight, in words, else None."""
+    """Why a tensor cannot be a weight, in words, or None."""
     if tensor.dtype not in FLOATS:
         return f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
     fault = storage_fault(tensor)
@@ -121,18 +121,18 @@ def tensor_fault(tensor):
 
 
 def storage_fault(tensor):
-    """What keeps a tensor from having as many values in memory as its shape says, in words, else None."""
+    """Why a tensor does not have as many values in memory as its shape says, in words, or None."""
     if tensor.layout != torch.strided:
         return f"is {str(tensor.layout).removeprefix('torch.')}, wanted dense"
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device.type}, without values"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"         # repeated by strides of 0
+        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"         # repeated through strides of 0
     return None
 
 
 def differences_from(wanted, weights):
-    """How named tensors differ from those wanted, in names and shapes, in words; "" where they agree."""
+    """How named tensors differ from the wanted ones in names and shapes, in words; "" if they agree."""
     misshapen = [f"{shown(name)} {one_line(tuple(weights[name].shape), 40)}, "
                  f"wanted {tuple(wanted[name].shape)}"
                  for name in sorted(wanted.keys() & weights.keys()) if weights[name].shape != wanted[name].shape]
@@ -147,5 +147,5 @@ def differences_from(wanted, weights):
 
 
 def shown(name):
-    """A name out of a file as an error may show it: printable, and not long."""
+    """A name from a file as errors show it: printable and short."""
     return one_line(str(name)[:1000], 80)
