@@ -20,7 +20,8 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dlc.checkpoints.run import load_checkpoint, read_meta
+from dlc.checkpoints.meta import RunMeta, read_meta
+from dlc.checkpoints.run import load_checkpoint
 from dlc.checkpoints.tensor_files import load_tensors
 from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
@@ -302,11 +303,11 @@ def test_a_run_that_continues(tmp_path):
                              ({**WEIGHTS, "pos_embed": torch.zeros(2)}, "has other shapes: pos_embed")):
         safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
         assert f"model.safetensors{':' * ('tensor' in message)} {message}" in refusal(
-            load_checkpoint, tmp_path, model, model, optimizer)
+            load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer)
     for name in ("model", "ema"):
         safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
     torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
-    assert "cannot be read as an optimizer's state" in refusal(load_checkpoint, tmp_path, model, model, optimizer)
+    assert "cannot be read as an optimizer's state" in refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer)
 
 
 #################################################################################
@@ -494,7 +495,10 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
         num_classes=[0.5], in_dim=["x"], image_size=[0, "256"], scaling_factor=["x", 0, -1, [], True], vae_sha256=[1],
         encoder_sha256=[{}],
         listing_sha256=[[]], features_path=[3], data_path=[False], global_batch_size=["8"], global_seed=[-1], lr=["x"],
-        precision=[None], flip=[1], ema_decay=[None]).items() for value in values],
+        precision=[None], flip=[1], ema_decay=[None], code_init=["x", 1, None],
+        format_version=[0, "1", None, True]).items() for value in values],
+    ('{"format_version": 2}', "format 2, this program knows up to 1: update it"),
+    ('{"format_version": 1}', "meta.json: model is missing"),
     ('{"lr": NaN}', "lr is nan"), ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
     ("[" * 100_000, "not readable JSON"), ('{"step": ' + "[" * 100_000, "not readable JSON"),
     ("[]", "holds a JSON list"),
@@ -511,7 +515,7 @@ def test_meta(tmp_path, text, message):
 def test_meta_that_says_little_or_more(tmp_path):
     for meta in ({}, dict(step=0), dict(more=[[["x"]]], vae=None, scaling_factor=None, model=None)):
         (tmp_path / "meta.json").write_text(json.dumps(meta))
-        assert read_meta(tmp_path) == meta
+        assert read_meta(tmp_path) == RunMeta(step=meta.get("step"))
 
 
 @pytest.mark.parametrize("change, message", [
