@@ -3,6 +3,7 @@
 Notation: Ho et al. 2020 (DDPM, arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672), Song et al. 2020 (DDIM,
 arXiv 2010.02502). x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) eps.
 """
+import collections
 import math
 
 import torch
@@ -285,6 +286,4 @@ class GaussianDiffusion:
 
 
 def last_sample(steps):
-    for out in steps:
-        pass
-    return out["sample"]
+    return collections.deque(steps, maxlen=1).pop()["sample"]
