@@ -12,7 +12,7 @@ from PIL import Image
 from dlc.images import save_png
 from dlc.sampling.__main__ import main
 from dlc.sampling.conditions import ClassLabels, ComputedCodes, open_codes
-from dlc.sampling.files import check, missing_indices, npz_rows, png_path, write_npz
+from dlc.sampling.files import check_npz, missing_indices, npz_rows, png_path, write_npz
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_missing_indices(folder):
 def test_check(folder, tmp_path):
     path = tmp_path / "images.npz"
     write_npz(path, folder[0], 300)
-    lines, wrong = check(path, grid=True)
+    lines, wrong = check_npz(path, grid=True)
     assert lines[0] == f"{path}: keys arr_0; arr_0 of uint8, shape (300, 8, 8, 3)"
     assert lines[1] == f"values 0 to 255, mean {folder[1].mean():.1f}"
     assert lines[2].startswith("warning: FID of 300 images") and not wrong
@@ -85,13 +85,13 @@ def test_check(folder, tmp_path):
     odd = folder[1].copy()
     odd[5], odd[299] = (1, 2, 3), odd[17]
     np.savez(path, odd, more=np.zeros(3))
-    lines, wrong = check(path)
+    lines, wrong = check_npz(path)
     assert "arr_0" in lines[0] and "more" in lines[0]
     assert wrong == ["1 images of one colour: 5", "1 images twice: 17 = 299"]
     np.savez(path, np.zeros((2048, 8, 8, 3)))
-    assert "wanted uint8" in check(path)[1][0]
+    assert "wanted uint8" in check_npz(path)[1][0]
     np.savez(path, np.tile(folder[1], (7, 1, 1, 1))[:2048])
-    assert not any("warning" in line for line in check(path)[0])
+    assert not any("warning" in line for line in check_npz(path)[0])
 
 
 def test_check_of_what_is_no_whole_file(folder, tmp_path, monkeypatch, capsys):

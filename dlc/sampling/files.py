@@ -52,8 +52,8 @@ def write_npz(path, folder, count, progress=False):
     another size; path is then not written.
     """
     def write(file):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
-                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, ThreadPoolExecutor() as pool, \
+        with ThreadPoolExecutor() as pool, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
+                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, \
                 progress_bar(total=count, desc="writing .npz", unit="img", disable=not progress) as bar:
             shape = (count, *read_png(png_path(folder, 0)).shape)
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
@@ -98,7 +98,7 @@ def npz_rows(path):
         return 0
 
 
-def check(path, grid=False, progress=False):
+def check_npz(path, grid: bool = False, progress: bool = False) -> tuple[list[str], list[str]]:
     """What an .npz of samples holds, in words, and what is wrong with it: two lists of lines.
 
     Its images are read in turn, a few hundred in memory at a time.
