@@ -325,7 +325,7 @@ EVIL_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_
 
 @pytest.mark.parametrize("change", [
     *[dict(backbone=name) for name in (
-        "hf-hub:timm/vit_tiny_patch16_224", "hf_hub:x/y", "local-dir:.", "local_dir:.", "./vit", "../x", "/tmp/x",
+        "hf-hub:timm/vit_tiny_patch16_224", "hf_hub:x/y", "local-dir:.", "local_dir:.", "./vit", "../x", "/somewhere/x",
         "timm/vit_tiny_patch16_224", "vit_tiny_patch16_224@main", "vit_tiny_patch16_224?", "", " ", "vit_nothing",
         "vit_tiny_patch16_224.a.b", "vit_tiny_patch16_224\n", "x" * 10**5, "\x1b[31mvit", [], ["vit_tiny_patch16_224"],
         {}, None, 3, True)],
