@@ -185,7 +185,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
     rezip(tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED,
           lambda name, content: bytes(2**28 * name.endswith("pkl")) or content)
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
-    code = ("import resource, sys; from dlc.tensor_files import load_tensors\n"
+    code = ("import resource, sys; from dlc.checkpoints.tensor_files import load_tensors\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "try: load_tensors(sys.argv[1])\n"
             "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
@@ -647,7 +647,7 @@ def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypa
     change_json(sem / "config.json", lambda config: config["backbone_args"].update(checkpoint_path="evil.pt"))
     change_json(vae / "config.json", lambda config: config.update(in_channels=1))
     module, *flags = dict(
-        info=("dlc.checkpoints", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
+        info=("dlc.checkpoints.__main__", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
         extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", "ema"),
         vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae))[script]
     monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])
