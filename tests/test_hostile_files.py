@@ -307,7 +307,8 @@ def test_a_run_that_continues(tmp_path):
     for name in ("model", "ema"):
         safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
     torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
-    assert "cannot be read as an optimizer's state" in refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer)
+    assert "cannot be read as an optimizer's state" in refusal(
+        load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer)
 
 
 #################################################################################
