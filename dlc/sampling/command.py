@@ -131,7 +131,7 @@ def open_vae(args, meta, device):
     digest, scaling = weights_sha256(vae), vae.config.scaling_factor
     if args.vae is None:
         if meta.get("vae_sha256") is None:
-            notes.append(f"the checkpoint does not say which VAE made its latents: {name} is used, and was not compared")
+            notes.append(f"the checkpoint does not say which VAE made its latents: {name} is used, not compared")
         elif meta["vae_sha256"] != digest:
             raise ValueError(f"the VAE at {name} is not the one that the checkpoint's features were made with; "
                              "name one with --vae")
