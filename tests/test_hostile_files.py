@@ -645,7 +645,7 @@ def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypa
     change_json(sem / "config.json", lambda config: config["backbone_args"].update(checkpoint_path="evil.pt"))
     change_json(vae / "config.json", lambda config: config.update(in_channels=1))
     module, *flags = dict(
-        info=("dlc.checkpoints", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
+        info=("dlc.checkpoints.__main__", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
         extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", "ema"),
         vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae))[script]
     monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])

@@ -65,9 +65,8 @@ def model_from_weights(weights, path):
     # in reverse, because a DiTCONT's linear layer has the same name as a DiT's table
     family = next((family for family in reversed(FAMILIES) if family.table in weights), FAMILIES[0])
     arguments.update(family.sizes_of(shape(family.table, family.table_ndim)))
-    sizes = (family, hidden_size, depth, patch_size)
-    name = next((name for name, spec in DiT_models.items()
-                 if (spec.family, spec.hidden_size, spec.depth, spec.patch_size) == sizes), None)
+    name = next((name for name, build in DiT_models.items() if (
+        build.family, build.hidden_size, build.depth, build.patch_size) == (family, hidden_size, depth, patch_size)), None)
     if name is None:
         raise ValueError(f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
                          f"{patch_size}, which has no name in DiT_models")
