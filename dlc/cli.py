@@ -124,22 +124,28 @@ class ArgumentParser(argparse.ArgumentParser):
         again = f"{kept}: run the same command again"
         try:
             yield
-        except mistakes as error:
-            self.error(f"{error}; {again}")
         except KeyboardInterrupt:
             self.interrupted(again)
-        except (RuntimeError, MemoryError) as error:
+        except (*mistakes, RuntimeError, MemoryError, ConnectionError, EOFError) as error:
             if is_killed_reader(error):
-                self.error(f"a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
+                self.error("a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
                            f"--num-workers; {again}")
+            if isinstance(error, mistakes):
+                self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
+            if "by peer" in str(error):                     # gloo's words for a process that is gone
+                self.error(f"another process ended early, and said why; {again}")
             raise
 
 
 def is_killed_reader(error):
-    """Whether an exception is torch's on a data loader's worker process that died of a signal."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    """Whether an exception out of a data loader tells that one of its workers died of a signal.
+
+    torch says so where it waits for a batch; a worker that dies while it hands one over leaves a broken connection.
+    """
+    return isinstance(error, (ConnectionError, EOFError)) or (
+        isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
 
 
 #################################################################################

@@ -204,7 +204,7 @@ def steps_from(loader, batches, steps, stop_request):
             try:
                 yield next(iterator)
                 continue
-            except RuntimeError as error:
+            except (RuntimeError, ConnectionError, EOFError) as error:
                 if not is_killed_reader(error):
                     raise
                 stop_request.ask("a data reader was killed, by the kernel where memory or /dev/shm is short: lower "

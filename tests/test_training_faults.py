@@ -18,6 +18,7 @@ from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
 from dlc.checkpoints import newest_checkpoint, newest_of_run, run_checkpoints
+from dlc.training import steps_from
 
 
 @pytest.fixture
@@ -371,3 +372,22 @@ def test_a_broken_file_among_lone_ones(workers, content, failed, features, tmp_p
     broken.write_bytes(content) if isinstance(content, bytes) else np.save(broken, content)
     line = failed("run", "--features-path", tmp_path / "lone", "--V", 300, "--max-steps", 9, "--num-workers", workers)
     assert re.search(rf"error: step \d+: .*{broken}", line), line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) exited unexpectedly"),
+                                   ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=type)
+def test_batches_go_on_without_a_reader(error):
+    """In whatever way a reader's death shows, the batches still come, and a stop is asked for."""
+    class Stop:
+        reason = None
+
+        def ask(self, reason):
+            self.reason = reason
+
+    def loader():
+        yield "first"
+        raise error
+
+    stop = Stop()
+    assert list(steps_from(loader(), ["first", "second", "third"], range(3), stop)) == ["first", "second", "third"]
+    assert "a data reader was killed" in stop.reason
