@@ -109,7 +109,7 @@ def encoder_logits(encoder, paths):
 
 
 def assert_codes(codes, logits):
-    """Codes (n, L) from other batches than the logits (n, L, V): if two logits nearly tie, either token is right."""
+    """Codes (n, L) computed in other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
     chosen = logits.gather(2, torch.from_numpy(np.asarray(codes).astype(np.int64)).unsqueeze(2)).squeeze(2)
     assert (chosen > logits.amax(dim=2) - 1e-4).all()
 

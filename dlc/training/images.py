@@ -123,7 +123,7 @@ class Encode:
     def __call__(self, crops, condition):
         """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L).
 
-        Without an encoder the condition is returned as it is. A sample whose logits are not finite gets NaN moments.
+        Without an encoder the condition is returned as it is. The moments of a sample are NaN if its logits of the encoder are not finite.
         """
         batches = -(-len(crops) // ENCODED_AT_ONCE)
         size = -(-len(crops) // batches)                # equal sizes, so that the last one has little padding
