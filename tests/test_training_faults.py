@@ -15,6 +15,8 @@ from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
 from dlc.checkpoints.run import newest_checkpoint, newest_of_run, run_checkpoints
+from dlc.cli import is_killed_reader
+from dlc.training.batches import load_batches
 
 
 @pytest.fixture
@@ -223,6 +225,41 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     trained("run", *flags, processes=processes)
     trained("alone", *flags, processes=processes)
     assert same_run(tmp_path / "run", tmp_path / "alone", 60)
+
+
+def test_what_tells_of_a_killed_reader():
+    """torch's own errors, and the connection to it that breaks; not an error that a reader met itself."""
+    for error in (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+                  RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+                  ConnectionResetError(104, "Connection reset by peer"), ConnectionRefusedError(111, "refused"),
+                  EOFError()):
+        assert is_killed_reader(error)
+    caught = "Caught an error in DataLoader worker process 0."
+    for error in (RuntimeError(caught), EOFError(caught), BrokenPipeError(32, "Broken pipe"), OSError(28, "full"),
+                  RuntimeError("out of memory")):
+        assert not is_killed_reader(error)
+
+
+def test_a_connection_to_a_reader_that_breaks(monkeypatch):
+    """The batches from then on are read here, and a stop is asked for."""
+    class Broken:
+        def __init__(self, batches, sampler, **options):
+            self.batches = iter([batches[sampler[0]]])
+
+        def __iter__(self):
+            yield next(self.batches)
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    class Asked:
+        reason = None
+
+        def ask(self, reason):
+            self.reason = reason
+
+    monkeypatch.setattr("dlc.training.batches.DataLoader", Broken)
+    stop = Asked()
+    assert list(load_batches(["a", "b", "c"], range(3), stop, 1, False)) == ["a", "b", "c"]
+    assert "a data reader was killed" in stop.reason
 
 
 #################################################################################

@@ -240,8 +240,8 @@ class Run:
 
     def report(self, step: int):
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
-        stopped_by = self.stop_request.agreed()
-        log_due = step % self.args.log_every == 0
+        args, stopped_by = self.args, self.stop_request.agreed()
+        log_due = step % args.log_every == 0
         checkpoint_due = self._checkpoint_due(step, stopped_by)
         means = failure = None
         if log_due or checkpoint_due:
@@ -252,7 +252,7 @@ class Run:
         if log_due:                             # even after a stop, so that a resumed run has the same lines
             self.sums.zero_()
             self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
-        if self.skipped_in_a_row >= self.args.max_nonfinite:
+        if self.skipped_in_a_row >= args.max_nonfinite:
             failure = f"step {step}: {self.skipped_in_a_row} steps in a row without a finite gradient"
         if failure:
             self.logger.error(f"{failure}; stopped. The last good checkpoint: "
