@@ -111,12 +111,12 @@ class Run:
 
     def start(self):
         """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
-        self.logger = create_logger(self.state, self.folder / "log.txt")
+        args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
-            self.logger, self.precision, self.args.report_to, self.folder)
+            self.logger, self.precision, args.report_to, self.folder)
         self.sharded = sharded and self.state.num_processes > 1
-        set_numerics(self.args.tf32)
-        torch.manual_seed(self.args.global_seed)
+        set_numerics(args.tf32)
+        torch.manual_seed(args.global_seed)
 
     def adopt(self, model: torch.nn.Module, losses: Losses):
         """Train this module: EMA, optimizer, DDP or shards; then resume, or load --pretrained-path.
@@ -142,8 +142,8 @@ class Run:
                 fully_shard_blocks(module, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
         # not fused with fp16: a fused step hides from accelerate whether the scaler skipped it
-        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay,
-                                      fused=self.accelerator.scaler is None)
+        fused = self.accelerator.scaler is None
+        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
