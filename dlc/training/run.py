@@ -242,7 +242,7 @@ class Run:
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
         args, stopped_by = self.args, self.stop_request.agreed()
         log_due = step % args.log_every == 0
-        checkpoint_due = self._checkpoint_due(step, stopped_by)
+        checkpoint_due = self._checkpoint_due(step, stopped_by, args)
         means = failure = None
         if log_due or checkpoint_due:
             means = self.losses.means(self.accelerator.reduce(self.sums, "sum"))
@@ -263,9 +263,9 @@ class Run:
             self._save(step)
         self.stopped_by = stopped_by
 
-    def _checkpoint_due(self, step, stopped_by):
+    def _checkpoint_due(self, step, stopped_by, args):
         # never in the middle of a streak of skipped steps, unless at the end: the run may be about to abort
-        wanted = self.postponed or step % self.args.ckpt_every == 0
+        wanted = self.postponed or step % args.ckpt_every == 0
         self.postponed = wanted and self.skipped_in_a_row > 0
         return (wanted and not self.postponed) or step == self.last_step or stopped_by
 
