@@ -86,7 +86,7 @@ def test_processes_and_batch_size_do_not_matter(workplace, tmp_path, launcher, p
 
 
 def test_the_same_command_again_draws_what_is_missing(workplace):
-    """Images that are gone, cut short or empty are drawn again and the .npz written anew; then there is nothing to do."""
+    """Images that are gone, cut short or empty are drawn again and the .npz is written anew; then nothing is to do."""
     shutil.copytree(workplace / "samples", workplace / "again")
     folder = sample_folder(workplace / "again")
     whole = (folder / "000004.png").read_bytes()
@@ -176,7 +176,8 @@ def test_other_settings_are_refused(workplace, monkeypatch, capsys):
             (("--no-ema",), "weights_sha256 "), (("--t-min", 1), "t_min 0 there, 1 here"),
             (("--t-max", 998), "t_max 999 there, 998 here"), (("--cfg-channels", 3), "cfg_channels 4 there, 3 here"),
             (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"), (("--no-tf32",), "tf32 True there"),
-            (("--vae-precision", "bf16"), "vae_precision 'fp32' there"), (("--dlc-order", "sequential"), "conditions ")):
+            (("--vae-precision", "bf16"), "vae_precision 'fp32' there"),
+            (("--dlc-order", "sequential"), "conditions ")):
         monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, (*SAMPLE_FLAGS, *flags))])
         with pytest.raises(SystemExit) as stopped:
             sample_ddp_computed_dlc.main()
