@@ -124,22 +124,29 @@ class ArgumentParser(argparse.ArgumentParser):
         again = f"{kept}: run the same command again"
         try:
             yield
-        except mistakes as error:
-            self.error(f"{error}; {again}")
         except KeyboardInterrupt:
             self.interrupted(again)
-        except (RuntimeError, MemoryError) as error:
+        except (*mistakes, EOFError, RuntimeError, MemoryError) as error:
             if is_killed_reader(error):
                 self.error(f"a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
                            f"--num-workers; {again}")
+            if isinstance(error, mistakes):
+                self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
             raise
 
 
 def is_killed_reader(error):
-    """Whether an exception is torch's on a data loader's worker process that died of a signal."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    """Whether an exception says that a data loader's worker process died of a signal.
+
+    torch raises a RuntimeError, unless the worker dies while a batch is fetched from it, which breaks their connection.
+    An exception within a worker, which is raised here again, starts with "Caught".
+    """
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return (isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError))
+            and not str(error).startswith("Caught"))
 
 
 #################################################################################

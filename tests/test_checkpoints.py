@@ -64,7 +64,8 @@ def test_files_of_other_repositories(tmp_path, name, sizes):
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     torch.save(dict(model={f"module._orig_mod.{key}": value for key, value in model.state_dict().items()},
                     ema=ema.state_dict(), opt={}, args=argparse.Namespace(lr=1e-4)), tmp_path / "training.pt")
-    for file, use_ema, expected in (("bare.pt", True, model), ("training.pt", False, model), ("training.pt", True, ema)):
+    for file, use_ema, expected in (("bare.pt", True, model), ("training.pt", False, model),
+                                    ("training.pt", True, ema)):
         weights, meta = load_weights(tmp_path / file, use_ema)
         loaded, found = model_from_weights(weights, file)
         kind = "as in the file" if file == "bare.pt" else "ema" if use_ema else "raw"
@@ -91,7 +92,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("values", [
-    dict(L=3, V=4, code_init="dlc", features_path="features"), dict(num_classes=5, data_path="images", scaling_factor=0.18)])
+    dict(L=3, V=4, code_init="dlc", features_path="features"),
+    dict(num_classes=5, data_path="images", scaling_factor=0.18)])
 def test_meta_is_readable_and_read_back(values, tmp_path):
     """Keys that do not apply are left out."""
     model, meta = tiny(), meta_of(1, **values)
@@ -129,8 +131,10 @@ def test_resume_point(tmp_path):
     """Another model is another run; other data need to be allowed."""
     model = tiny()
     identity, settings = dict(model="DiTSEM-Ti/8"), dict(global_seed=0)
-    assert resume_point(tmp_path, identity, settings, False) == (None, RunMeta(step=0, place=0, logged=0, skipped=0), "")
-    path = save_checkpoint(tmp_path, meta_of(2), model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()))
+    begin = RunMeta(step=0, place=0, logged=0, skipped=0)
+    assert resume_point(tmp_path, identity, settings, False) == (None, begin, "")
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = save_checkpoint(tmp_path, meta_of(2), model=model, ema=model, optimizer=optimizer)
     assert resume_point(tmp_path, identity, settings, False) == (path, meta_of(2), "")
     with pytest.raises(ValueError, match="another run: model 'DiTSEM-Ti/8' there, 'DiT-Ti/8' here; give another"):
         resume_point(tmp_path, dict(model="DiT-Ti/8"), settings, True)

@@ -307,7 +307,8 @@ def test_a_run_that_continues(tmp_path):
     for name in ("model", "ema"):
         safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
     torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
-    assert "cannot be read as an optimizer's state" in refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer)
+    assert "cannot be read as an optimizer's state" in refusal(
+        load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer)
 
 
 #################################################################################
@@ -649,7 +650,7 @@ def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypa
     change_json(sem / "config.json", lambda config: config["backbone_args"].update(checkpoint_path="evil.pt"))
     change_json(vae / "config.json", lambda config: config.update(in_channels=1))
     module, *flags = dict(
-        info=("dlc.checkpoints", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
+        info=("dlc.checkpoints.__main__", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
         extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", "ema"),
         vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae))[script]
     monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])

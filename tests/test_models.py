@@ -206,3 +206,18 @@ def test_parameter_counts_are_the_papers(name, millions):      # table 1 of the 
 def test_latent_must_fit_the_patch():
     with pytest.raises(ValueError, match="not a multiple of the patch size"):
         DiT(input_size=9, patch_size=2)
+
+
+def test_starts_of_the_code_table():
+    """"unit": N(0, 1). "dlc": N(0, 1/D), and one null row for all positions. Nothing else differs."""
+    def start(code_init):
+        torch.manual_seed(0)
+        return DiTSEM(L=16, V=64, code_init=code_init, **SMALL).state_dict()
+    unit, dlc = start("unit"), start("dlc")
+    assert unit.keys() == dlc.keys()
+    key = "sem_embedder.embedding_table"
+    assert all(torch.equal(unit[name], dlc[name]) for name in unit if name != key)
+    assert unit[key].std().item() == pytest.approx(1, rel=0.02)
+    assert dlc[key].std().item() == pytest.approx(32**-0.5, rel=0.02)
+    assert (dlc[key][:, 64] == dlc[key][0, 64]).all() and not (unit[key][:, 64] == unit[key][0, 64]).all()
+    assert not (dlc[key][:, 63] == dlc[key][0, 63]).all()

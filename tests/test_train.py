@@ -17,8 +17,9 @@ from dlc.training.record import trim_metrics
 
 
 def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):
-    return (launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results,
-            "--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 1, *flags)
+    return (launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features,
+            "--results-dir", results, "--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9,
+            "--log-every", 1, "--num-workers", 1, *flags)
 
 
 def metrics(results):
@@ -30,13 +31,16 @@ def tensors(checkpoint):
     found = {f"{name}/{key}": value for name in ("model", "ema")
              for key, value in safetensors.torch.load_file(checkpoint / f"{name}.safetensors").items()}
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    found.update({f"optimizer/{index}/{key}": value for index, moments in state.items() for key, value in moments.items()})
+    found.update({f"optimizer/{index}/{key}": value for index, moments in state.items()
+                  for key, value in moments.items()})
     return found
 
 
 def alike(one, two):
-    """Whether tensors of two runs whose batches round otherwise are the same on the whole: AdamW makes steps as large as
-    any other out of gradients that are mere rounding."""
+    """Whether tensors of two runs, whose batches round differently, are the same on the whole.
+
+    AdamW makes full steps even of gradients that are mere rounding.
+    """
     return all((one[key] - two[key]).norm() <= 1e-3 * two[key].norm() for key in two)
 
 
@@ -84,7 +88,8 @@ def test_two_processes_train_on_the_same(run, features, tmp_path):
     """train.py is the same door; two processes form one group, write one run, and log the mean of both losses."""
     results = tmp_path / "results"
     launch(train_command(2, features, results, "--max-steps", 4, script="train.py"), tmp_path)
-    result = launch(train_command(2, features, results, "--max-steps", 6, "--checkpoint-activations", script="train.py"), tmp_path)
+    result = launch(train_command(2, features, results, "--max-steps", 6, "--checkpoint-activations",
+                                  script="train.py"), tmp_path)
     assert "batch: 4 x 2 processes on cpu x 1 micro-batches = 8" in result.stdout and "precision: fp32" in result.stdout
     assert "steps 4 to 6" in result.stdout
     lines = metrics(results)
@@ -117,7 +122,8 @@ def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
         kind_dir(tmp_path, IMAGE_SIZE, kind).mkdir()
         for index in range(rows.count):
             array = stack.gather([index])
-            np.save(kind_dir(tmp_path, IMAGE_SIZE, kind) / f"{index}.npy", array.astype(np.int64) if kind == "sem" else array)
+            np.save(kind_dir(tmp_path, IMAGE_SIZE, kind) / f"{index}.npy",
+                    array.astype(np.int64) if kind == "sem" else array)
     launch(train_command(1, tmp_path, tmp_path / "results", "--max-steps", 2, "--V", 300,
                          launcher="forked"), tmp_path)
     assert [line["loss"] for line in metrics(tmp_path / "results")] == [line["loss"] for line in metrics(run[0])[:2]]
@@ -126,7 +132,8 @@ def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
     for world_size in (1, 2, 4):
-        parts = [TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=rank, world_size=world_size) for rank in range(world_size)]
+        parts = [TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=rank, world_size=world_size)
+                 for rank in range(world_size)]
         stream = [row for step in range(7) for part in parts
                   for row in part.rows(np.arange(part.local_batch) + step * 8 + part.rank * part.local_batch)]
         assert len(stream) == 4 * 14

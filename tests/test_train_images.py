@@ -73,7 +73,8 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
     """By place alone, whatever the number of processes; and the labels are those of the images."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0])
     batches = ImageBatches(images, images.labels, 2, seed=0, global_batch=14)
-    parts = [ImageBatches(images, images.labels, 2, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)]
+    parts = [ImageBatches(images, images.labels, 2, seed=0, global_batch=14, rank=rank, world_size=2)
+             for rank in (0, 1)]
     seen = {}
     for epoch in range(4):
         places, crops, labels = batches[epoch]

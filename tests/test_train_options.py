@@ -62,6 +62,19 @@ def test_each_variant_differs_in_one_option():
         assert one.keys() == two.keys() and {key for key in one if one[key] != two[key]} == changed
 
 
+def test_help_states_defaults():
+    """In brackets after each flag's text, by group; a variant's are its own."""
+    def said(parser):
+        return " ".join(parser.format_help().split())
+    text = said(argument_parser())
+    for group in ("model:", "data:", "optimisation:", "precision and speed:", "run:"):
+        assert f" {group} " in text
+    for words in ("0 disables clipping [0.0]", "name in DiT_models [DiTSEM-XL/2]", "[the launcher's --mixed_precision]",
+                  "float32 products on GPUs [True]", "between log lines [100]", "(1 + step) / (10 + step) precision"):
+        assert words in text
+    assert "about a third more work [True]" in said(argument_parser(checkpoint_activations=True))
+
+
 @pytest.fixture(scope="module")
 def runs(flags_of, tmp_path_factory):
     """Each variant's few steps: what it said, and its losses."""

@@ -175,6 +175,25 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
     assert not run.wait() and "model 'DiTSEM-Ti/4' there, 'DiTSEM-Ti/2' here; give another --results-dir" in run.said()
 
 
+def test_code_init_is_part_of_a_run(trained, train, tmp_path):
+    """A run continues with its start of the code table alone; one from before there was a choice had N(0, 1)."""
+    first = trained("dlc", "--max-steps", 1, "--code-init", "dlc", "--lr", 0)
+    assert "code_init=dlc" in first
+    table = tensors(tmp_path / "dlc/checkpoints/0000001")["model/sem_embedder.embedding_table"]
+    assert table.std().item() == pytest.approx(192**-0.5, rel=0.02) and (table[:, V] == table[0, V]).all()
+    run = train("dlc", "--max-steps", 2)
+    assert not run.wait() and "code_init 'dlc' there, 'unit' here; give another --results-dir" in run.said()
+    trained("unit", "--max-steps", 1)
+    path = tmp_path / "unit/checkpoints/0000001/meta.json"
+    older = json.loads(path.read_text())
+    del older["format_version"], older["code_init"]
+    path.write_text(json.dumps(older))
+    assert "steps 1 to 2" in trained("unit", "--max-steps", 2)
+    assert read_meta(tmp_path / "unit/checkpoints/0000002").code_init == "unit"
+    run = train("labels", "--model", "DiT-Ti/4", "--code-init", "dlc")
+    assert not run.wait() and "--code-init dlc is for DiTSEM models, not DiT-Ti/4" in run.said()
+
+
 def test_first_step_by_hand(trained, features, tmp_path):
     """Losses by quarter of t and the gradient's norm, and AdamW's first moment of the clipped gradient."""
     trained("run", "--max-steps", 1, "--grad-clip", 0.5, "--grad-accum", 2)

@@ -15,6 +15,8 @@ from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
 from dlc.checkpoints.run import newest_checkpoint, newest_of_run, run_checkpoints
+from dlc.cli import is_killed_reader
+from dlc.training.batches import load_batches
 
 
 @pytest.fixture
@@ -72,7 +74,8 @@ def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
     wait_for_lines(first, tmp_path / "run")
     second = train("run", *flags, fault="impatient")
     assert not second.wait()
-    assert re.search(f"another process is writing to {tmp_path}/run: wait for it, or give another path", the_error(second))
+    assert re.search(f"another process is writing to {tmp_path}/run: wait for it, or give another path",
+                     the_error(second))
     assert first.wait(), first.said()
     trained("alone", *flags)
     assert same_run(tmp_path / "run", tmp_path / "alone", 30)
@@ -89,7 +92,8 @@ def test_a_launch_that_waited_continues(trained, train, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "alone", 22)
 
 
-@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"),
+                                            ("no_directory_sync", "cannot sync directories")])
 def test_disks_that_can_do_less(fault, warning, trained, tmp_path):
     said = trained("run", "--max-steps", 2, "--ckpt-every", 1, fault=fault)
     assert said.count("warning: the disk of") == 1 and warning in said
@@ -131,8 +135,8 @@ def test_a_damaged_newest_checkpoint(harm, reason, run_of_three, failed, train, 
     shutil.copytree(run_of_three, tmp_path / "run")
     one, two, three = run_checkpoints(tmp_path / "run")
     harm(three)
-    assert re.search(rf"checkpoint {three} is damaged \(.*{reason}.*\): remove it; the newest whole one before it is 0000002$",
-                     failed("run", "--max-steps", 4))
+    assert re.search(rf"checkpoint {three} is damaged \(.*{reason}.*\): remove it; the newest whole one before it is "
+                     "0000002$", failed("run", "--max-steps", 4))
     harm(two)
     with pytest.raises(ValueError, match="the newest whole one before it is 0000001"):
         newest_of_run(tmp_path / "run")
@@ -160,8 +164,8 @@ def test_sampling_wants_the_weights_alone(run_of_three, tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is missing"):
         newest_checkpoint(tmp_path / "run", "DiTSEM-Ti/4", use_ema=False)
     cut_short(three / "ema.safetensors")
-    result = launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--results-dir", "run"), tmp_path,
-                    check=False)
+    result = launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--results-dir", "run"),
+                    tmp_path, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr and not (tmp_path / "samples").exists()
     assert re.search("error: checkpoint .*0000003 is damaged .* whole one before it is 0000002$", result.stderr, re.M)
 
@@ -193,8 +197,8 @@ def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_p
     process = train("run", *flags, processes=processes)
     assert not process.wait()
     error = the_error(process)
-    assert re.search(r"cannot write .*metrics.jsonl \(.*No space left on device\): make room, then run the same command "
-                     r"again; what is done is kept: .*run/checkpoints/000000[456]$", error), error
+    assert re.search(r"cannot write .*metrics.jsonl \(.*No space left on device\): make room, then run the same "
+                     r"command again; what is done is kept: .*run/checkpoints/000000[456]$", error), error
     assert process.said().count("log.txt (") == 1                       # a warning; the log ends nothing
     for name in ("metrics.jsonl", "log.txt"):
         (tmp_path / "run" / name).unlink()
@@ -214,8 +218,8 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     os.kill(int(Path(f"/proc/{process.ranks[0].pid}/task/{process.ranks[0].pid}/children").read_text().split()[0]),
             signal.SIGKILL)
     assert not process.wait()
-    assert re.search("a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; what "
-                     "is done is kept: .*/checkpoints/", the_error(process))
+    assert re.search("a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; "
+                     "what is done is kept: .*/checkpoints/", the_error(process))
     step = int(run_checkpoints(tmp_path / "run")[-1].name)
     assert 2 <= step < 60 and metrics_lines(tmp_path / "run") == step
     trained("run", *flags, processes=processes)
@@ -223,12 +227,47 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "alone", 60)
 
 
+def test_what_tells_of_a_killed_reader():
+    """torch's own errors, and the connection to it that breaks; not an error that a reader met itself."""
+    for error in (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+                  RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+                  ConnectionResetError(104, "Connection reset by peer"), ConnectionRefusedError(111, "refused"),
+                  EOFError()):
+        assert is_killed_reader(error)
+    caught = "Caught an error in DataLoader worker process 0."
+    for error in (RuntimeError(caught), EOFError(caught), BrokenPipeError(32, "Broken pipe"), OSError(28, "full"),
+                  RuntimeError("out of memory")):
+        assert not is_killed_reader(error)
+
+
+def test_a_connection_to_a_reader_that_breaks(monkeypatch):
+    """The batches from then on are read here, and a stop is asked for."""
+    class Broken:
+        def __init__(self, batches, sampler, **options):
+            self.batches = iter([batches[sampler[0]]])
+
+        def __iter__(self):
+            yield next(self.batches)
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    class Asked:
+        reason = None
+
+        def ask(self, reason):
+            self.reason = reason
+
+    monkeypatch.setattr("dlc.training.batches.DataLoader", Broken)
+    stop = Asked()
+    assert list(load_batches(["a", "b", "c"], range(3), stop, 1, False)) == ["a", "b", "c"]
+    assert "a data reader was killed" in stop.reason
+
+
 #################################################################################
 #                                Signals and waiting                            #
 #################################################################################
 
 def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
-    """Rank 0 hangs in a collective, since the other one was stopped: the first signal waits for a step, not the second."""
+    """Rank 0 hangs in a collective, since the other was stopped: the first signal waits for a step, the second not."""
     process = train("run", "--max-steps", 5000, processes=2)
     wait_for_lines(process, tmp_path / "run")
     first, other = process.ranks
@@ -256,7 +295,8 @@ def test_a_process_that_waits_says_where(features, tmp_path):
     deadline = time.time() + 60
     while time.time() < deadline and not (run.output.exists() and "still waits" in run.said()):
         time.sleep(0.1)
-    assert re.search(r"rank 0 still waits for all 2 processes to meet at 127.0.0.1:\d+: was every one started", run.said())
+    assert re.search(r"rank 0 still waits for all 2 processes to meet at 127.0.0.1:\d+: was every one started",
+                     run.said())
     for rank in (lone, never):
         rank.kill()
         rank.join()
@@ -279,7 +319,8 @@ def train_with(environment, features, results, *flags, check=True, script="train
     (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="NO_SHARD"), "fsdp_sharding_strategy FULL_SHARD"),
     (dict(ACCELERATE_MIXED_PRECISION="fp8"), "--mixed_precision fp8: this trains in fp16, bf16"),
     (dict(ACCELERATE_DYNAMO_BACKEND="cudagraphs"), "the dynamo backend cudagraphs"),
-    (dict(ACCELERATE_DYNAMO_BACKEND="inductor", ACCELERATE_DYNAMO_MODE="max-autotune"), "in mode max-autotune")], ids=str)
+    (dict(ACCELERATE_DYNAMO_BACKEND="inductor", ACCELERATE_DYNAMO_MODE="max-autotune"), "in mode max-autotune"),
+], ids=str)
 def test_what_cannot_be_honoured(environment, message, features, error_of, monkeypatch, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -288,7 +329,7 @@ def test_what_cannot_be_honoured(environment, message, features, error_of, monke
 
 
 def test_the_environment_never_overrides_a_flag(features, tmp_path):
-    """With dynamo, accumulation and FSDP's activation checkpointing on: nothing is compiled, the losses are the same."""
+    """With dynamo, accumulation and FSDP's activation checkpointing on, nothing is compiled and losses are the same."""
     environment = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
                        ACCELERATE_USE_FSDP="true", FSDP_ACTIVATION_CHECKPOINTING="true", ACCELERATE_USE_CPU="true")
     said = train_with(environment, features, tmp_path / "run", "--no-compile", script="tests/helpers/spying.py").stdout

@@ -110,7 +110,7 @@ def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int,
             try:
                 yield next(iterator)
                 continue
-            except RuntimeError as error:
+            except (RuntimeError, ConnectionError, EOFError) as error:
                 if not is_killed_reader(error):
                     raise
                 stop_request.ask("a data reader was killed, by the kernel where memory or /dev/shm is short: lower "

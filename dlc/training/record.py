@@ -50,6 +50,12 @@ class Losses:
                 f"{self.by_quarter}_by_quarter_of_t": [
                     total / (count or math.nan) for total, count in zip(quarters, counts)]}
 
+    def scalars(self, line: dict) -> dict[str, float]:
+        """The numbers of a line of metrics.jsonl, as a tracker takes them: one by one."""
+        quarters = {f"{self.by_quarter}_quarter_{number}": mean
+                    for number, mean in enumerate(line[f"{self.by_quarter}_by_quarter_of_t"], 1)}
+        return {key: value for key, value in {**line, **quarters}.items() if isinstance(value, (int, float))}
+
     def words(self, means: dict) -> str:
         return f"loss {means['loss']:.4f} ({', '.join(f'{name} {means[name]:.5f}' for name in self.names[1:])})"
 

@@ -111,18 +111,17 @@ class Run:
 
     def start(self):
         """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
-        self.logger = create_logger(self.state, self.folder / "log.txt")
+        args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
-            self.logger, self.precision, self.args.report_to, self.folder)
+            self.logger, self.precision, args.report_to, self.folder)
         self.sharded = sharded and self.state.num_processes > 1
-        set_numerics(self.args.tf32)
-        torch.manual_seed(self.args.global_seed)
+        set_numerics(args.tf32)
+        torch.manual_seed(args.global_seed)
 
     def adopt(self, model: torch.nn.Module, losses: Losses):
-        """Train this module, with --pretrained-path from those weights: EMA, optimizer, DDP or shards; then resume.
+        """Train this module: EMA, optimizer, DDP or shards; then resume, or load --pretrained-path.
 
-        Args:
-            model: has `blocks`, which are compiled and sharded one by one, and set_grad_checkpointing(bool).
+        It has `blocks`, which are compiled and sharded one by one, and set_grad_checkpointing(bool).
         """
         args = self.args
         self.module, self.losses, self.pretrained = model, losses, None
@@ -143,8 +142,8 @@ class Run:
                 fully_shard_blocks(module, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
         # not fused with fp16: a fused step hides from accelerate whether the scaler skipped it
-        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay,
-                                      fused=self.accelerator.scaler is None)
+        fused = self.accelerator.scaler is None
+        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -152,10 +151,13 @@ class Run:
         if self.resumed:
             self._load()
 
+    def _trained(self):
+        """What a checkpoint holds the state of."""
+        return dict(model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer, scaler=self.accelerator.scaler)
+
     def _load(self):
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
-        saved = load_checkpoint(self.resumed, model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer,
-                                scaler=self.accelerator.scaler)
+        saved = load_checkpoint(self.resumed, **self._trained())
         for group in self.optimizer.param_groups:           # the flags win, even if they changed
             group.update(lr=self.args.lr, weight_decay=self.args.weight_decay)
         if len(saved) == self.state.num_processes:
@@ -212,12 +214,7 @@ class Run:
                 yield tuple(tensor.to(self.device, non_blocking=True) for tensor in part)
 
     def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int):
-        """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log.
-
-        Args:
-            terms: dict of (n,) with the names of `losses`.
-            t: (n,) times in 0..num_timesteps, by whose quarters a loss is logged.
-        """
+        """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log: see `Losses.sums`."""
         self.accelerator.backward(terms["loss"].mean() / self.args.grad_accum)
         self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
 
@@ -243,9 +240,9 @@ class Run:
 
     def report(self, step: int):
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
-        stopped_by = self.stop_request.agreed()
-        log_due = step % self.args.log_every == 0
-        checkpoint_due = self._checkpoint_due(step, stopped_by)
+        args, stopped_by = self.args, self.stop_request.agreed()
+        log_due = step % args.log_every == 0
+        checkpoint_due = self._checkpoint_due(step, stopped_by, args)
         means = failure = None
         if log_due or checkpoint_due:
             means = self.losses.means(self.accelerator.reduce(self.sums, "sum"))
@@ -255,7 +252,7 @@ class Run:
         if log_due:                             # even after a stop, so that a resumed run has the same lines
             self.sums.zero_()
             self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
-        if self.skipped_in_a_row >= self.args.max_nonfinite:
+        if self.skipped_in_a_row >= args.max_nonfinite:
             failure = f"step {step}: {self.skipped_in_a_row} steps in a row without a finite gradient"
         if failure:
             self.logger.error(f"{failure}; stopped. The last good checkpoint: "
@@ -266,9 +263,9 @@ class Run:
             self._save(step)
         self.stopped_by = stopped_by
 
-    def _checkpoint_due(self, step, stopped_by):
+    def _checkpoint_due(self, step, stopped_by, args):
         # never in the middle of a streak of skipped steps, unless at the end: the run may be about to abort
-        wanted = self.postponed or step % self.args.ckpt_every == 0
+        wanted = self.postponed or step % args.ckpt_every == 0
         self.postponed = wanted and self.skipped_in_a_row > 0
         return (wanted and not self.postponed) or step == self.last_step or stopped_by
 
@@ -294,11 +291,8 @@ class Run:
             lr=self.args.lr, steps_per_second=rate, images_per_second=images_per_second)
         if self.state.is_main_process and (log_due or failure):
             self.record(append_metrics, self.folder / "metrics.jsonl", line)
-        split = self.losses.by_quarter
         if self.args.report_to and log_due:
-            quarters = {f"{split}_quarter_{i}": mean for i, mean in enumerate(means[f"{split}_by_quarter_of_t"], 1)}
-            self.accelerator.log({key: value for key, value in {**line, **quarters}.items()
-                                  if isinstance(value, (int, float))}, step)
+            self.accelerator.log(self.losses.scalars(line), step)
         self.logger.info(f"step {step:,}: {self.losses.words(means)}, grad norm {line['grad_norm']:.3f}, {rate:.2f} "
                          f"steps/s, {images_per_second:.0f} images/s"
                          + (f", {self.skipped} steps skipped" if self.skipped else ""))
@@ -311,9 +305,7 @@ class Run:
                        skipped=self.skipped, precision=self.precision, lr=args.lr, weight_decay=args.weight_decay,
                        ema_decay=args.ema_decay, versions=versions())
         try:
-            path = save_checkpoint(
-                self.folder, meta, model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer,
-                scaler=self.accelerator.scaler, sums=sums, write=self.state.is_main_process)
+            path = save_checkpoint(self.folder, meta, sums=sums, write=self.state.is_main_process, **self._trained())
         except OSError as error:
             self.parser.error(f"{error}: make room, then run the same command again; the last whole checkpoint is kept")
         if self.state.is_main_process:

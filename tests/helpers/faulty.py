@@ -1,4 +1,4 @@
-"""A real script with a fault: `faulty FAULT SCRIPT flags…`, for forked.Run. One system call fails, or a wait is short."""
+"""A real script with a fault: `faulty FAULT SCRIPT flags…`, for forked.Run. A system call fails, or a wait is short."""
 import errno
 import fcntl
 import importlib

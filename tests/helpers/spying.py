@@ -1,4 +1,4 @@
-"""train_diffusion.py that ends by saying which blocks were compiled (and compiles none), and what else flags turn on."""
+"""train_diffusion.py that compiles nothing, and ends by saying which blocks were to be, and what else flags turn on."""
 import torch
 
 import train_diffusion
