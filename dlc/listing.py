@@ -1,8 +1,8 @@
 """List the images of a folder with one subfolder per class: classes, order, labels, and remarks on what is left out.
 
 Of an ordinary folder, classes, order and labels are those of torchvision's ImageFolder. But ImageFolder silently skips
-folders that the disk fails to list, and takes a notebook's .ipynb_checkpoints for a class, which shifts all labels after
-it by one, an error that then stays in the features. Here an error of the disk stops the listing, hidden and system
+folders that the disk fails to list, and it takes a notebook's .ipynb_checkpoints for a class, which shifts all later
+labels by one, an error that then stays in the features. Here an error of the disk stops the listing, hidden and system
 folders and files are left out, and the remarks say what was left out, listed twice or empty.
 """
 import errno
@@ -241,9 +241,10 @@ def folder_identity(root):
 def remarks(walk, empty, alike, names):
     """What was left out, listed twice, empty or alike, in as few lines as possible, each with so many examples."""
     parts, lines = walk.left_out(names), []
-    for examples, singular, plural in ((walk.twice, "image met twice, by links, and kept", "images met twice, by links, and kept"),
-                            (empty, "empty class", "empty classes"),
-                            (alike, "", "classes whose names look the same")):
+    for examples, singular, plural in (
+            (walk.twice, "image met twice, by links, and kept", "images met twice, by links, and kept"),
+            (empty, "empty class", "empty classes"),
+            (alike, "", "classes whose names look the same")):
         if examples.count:
             parts.append(examples.text(singular, plural, names))
     for part in parts:

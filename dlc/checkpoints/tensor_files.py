@@ -127,7 +127,7 @@ def storage_fault(tensor):
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device.type}, without values"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"         # repeated through strides of 0
+        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"         # repeated by strides of 0
     return None
 
 
