@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.record import record
 from dlc.images import read_png, save_png
-from dlc.sampling.files import check, npz_rows, png_path, write_npz
+from dlc.sampling.files import check_npz, npz_rows, png_path, write_npz
 
 
 def write_pngs(folder, count, different):
@@ -59,7 +59,7 @@ def main():
     if args.work == "write":
         write_npz(args.root / "images.npz", args.root / "images", args.images)
     elif args.work == "check":
-        check(args.root / "images.npz")
+        check_npz(args.root / "images.npz")
     if args.work:
         print(peak_kilobytes())
         return

@@ -134,8 +134,8 @@ def main():
 
     def add_row(name, precision, rate, folder, sampler, guided, reference):
         folders[name, precision] = folder
-        passes = len(sampler.times) + guided
-        row = {"": name, "precision": precision, "steps": len(sampler.times), "guided": guided, "images/s": rate,
+        passes = len(sampler.times) + guided                    # Heun's has two evaluations per step
+        row = {"": name, "precision": precision, "steps": sampler.num_steps, "guided": guided, "images/s": rate,
                "times the first": rate / (table[0]["images/s"] if table else rate),
                "share of peak": rate * passes * flops / peaks[precision], "differs by": None, "within 1": None,
                "from": None}

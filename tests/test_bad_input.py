@@ -210,7 +210,22 @@ def test_sampling_flags(sample_error):
     assert "--progressive 8: there are 4 steps" in sample_error("--progressive", 8, "--num-sampling-steps", 4)
     assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
     assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
-    assert "not conditioned on labels" in sample_error(script="sample_ddp")
+    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in sample_error(script="sample_ddp")
+    assert "not conditioned on codes or vectors: draw from it with sample_ddp.py" in sample_error("--model", "DiT-S/2")
+    assert "--condition-path is for models conditioned on vectors" in sample_error("--condition-path", "vectors")
+
+
+def test_flags_of_vectors(sample_error, tmp_path):
+    vectors = save_checkpoint(tmp_path / "vectors", "DiTCONT-Ti/4", in_dim=3)
+
+    def error(*flags):
+        return sample_error("--model", "DiTCONT-Ti/4", *flags, ckpt=vectors)
+
+    assert "DiTCONT-Ti/4 is conditioned on vectors: name them with --condition-path" in error()
+    assert "--dlc-dir is for models conditioned on codes" in error("--dlc-dir", "x")
+    assert "--condition-path nowhere does not exist" in error("--condition-path", "nowhere")
+    np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
+    assert "in_dim=4, the checkpoint's model in_dim=3" in error("--condition-path", tmp_path / "wide.npy")
 
 
 def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_models):

@@ -47,7 +47,7 @@ def test_sem_draws_from_the_mean_of_the_distributions():
 
 
 def test_the_script(images, features, tiny_models, tmp_path):
-    """From images and from rows, to codes that the sampler's --dlc-dir reads, and the count of tokens of each source."""
+    """From images and from rows, to codes for --dlc-dir, and the count of tokens from each source."""
     files = [images / "cat/0.png", images / "dog/3.png"]
     result = launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30), tmp_path)
     counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", result.stdout, re.M)]

@@ -29,7 +29,7 @@ from dlc.features import Features, read_manifest
 from dlc.features.__main__ import main as features_tool
 from dlc.features.rows import load_array
 from dlc.sampling.conditions import open_codes
-from dlc.sampling.files import check, npz_rows
+from dlc.sampling.files import check_npz, npz_rows
 from dlc.vae import downsampling_factor, load_vae
 from models import DiT_models
 
@@ -614,9 +614,9 @@ def test_npz(tmp_path, content, message, compression):
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("arr_0.npy", content)
     try:
-        wrong = check(path)[1]
+        wrong = check_npz(path)[1]
     except ValueError:
-        wrong = [refusal(check, path)]
+        wrong = [refusal(check_npz, path)]
     message = "another way than NumPy's" if compression == zipfile.ZIP_LZMA else message
     assert re.search(message, " ".join(wrong))
     assert npz_rows(path) in (0, 2)
@@ -631,7 +631,7 @@ def test_npz_that_inflates_without_end(tmp_path):
                 for _ in range(192):
                     entry.write(bytes(10**6))
         tracemalloc.start()
-        refusal(check, tmp_path / "bomb.npz")
+        refusal(check_npz, tmp_path / "bomb.npz")
         assert npz_rows(tmp_path / "bomb.npz") == 0
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

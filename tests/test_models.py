@@ -172,7 +172,8 @@ def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
     recompute = models.checkpoint
     monkeypatch.setattr(models, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
     model = scrambled(DiTSEM(L=3, V=4, **SMALL)).train()
-    x, t, y, drop = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)), torch.zeros(2, dtype=bool)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3))
+    drop = torch.zeros(2, dtype=bool)
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)

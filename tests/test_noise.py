@@ -1,6 +1,6 @@
 import torch
 
-from dlc.noise import LOW, Stream, integers, normal, permutation, philox, random_words, uniform
+from dlc.noise import LOW, StepNoise, Stream, integers, normal, permutation, philox, random_words, uniform
 
 
 def test_philox_agrees_with_its_published_vectors():        # Random123's known answers for philox4x32-10
@@ -28,6 +28,17 @@ def test_numbers_belong_to_the_sample():
     assert torch.equal(integers(7, Stream.SAMPLE_LABEL, everyone, 10)[some], integers(7, Stream.SAMPLE_LABEL, some, 10))
 
 
+def test_noise_of_steps(monkeypatch):
+    """Step s of n is draw n - s, in whichever order it is asked for and however many are made at once."""
+    some = torch.tensor([41, 3, 17])
+    for numbers in (1, 3 * 32 * 2, 10**6):                  # one step at once, two, and all
+        monkeypatch.setattr(StepNoise, "AT_ONCE", numbers)
+        noise = StepNoise(7, Stream.SAMPLE_NOISE, some, (4, 8), 5)
+        for step in (0, 1, 4, 2, 2, 3):
+            torch.testing.assert_close(noise(step), normal(7, Stream.SAMPLE_NOISE, some, (4, 8), 5 - step),
+                                       atol=1e-6, rtol=1e-6)
+
+
 def test_seed_stream_draw_and_index_all_count():
     base = dict(seed=0, stream=Stream.FLIP, indices=torch.tensor([5]), count=8, draw=0)
     others = [dict(seed=1), dict(seed=2**32), dict(stream=Stream.POSTERIOR), dict(draw=1),
@@ -52,7 +63,8 @@ def test_distributions():
 
 def test_permutation():
     orders = [permutation(*key, 100) for key in (
-        (0, Stream.TRAIN_ORDER, 0), (0, Stream.TRAIN_ORDER, 1), (1, Stream.TRAIN_ORDER, 0), (0, Stream.SAMPLE_ORDER, 0))]
+        (0, Stream.TRAIN_ORDER, 0), (0, Stream.TRAIN_ORDER, 1), (1, Stream.TRAIN_ORDER, 0),
+        (0, Stream.SAMPLE_ORDER, 0))]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert (permutation(0, Stream.TRAIN_ORDER, 1, 100) == orders[1]).all()
     assert len({tuple(order) for order in orders}) == len(orders)

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, SAMPLE_FLAGS, L, V, launch, sample_folder
 from PIL import Image
+from test_bad_input import save_checkpoint
 
 import sample_ddp_computed_dlc
 from diffusion import create_diffusion
@@ -85,7 +86,7 @@ def test_processes_and_batch_size_do_not_matter(workplace, tmp_path, launcher, p
 
 
 def test_the_same_command_again_draws_what_is_missing(workplace):
-    """Images that are gone, cut short or empty are drawn again and the .npz written anew; then there is nothing to do."""
+    """Images that are gone, cut short or empty are drawn again and the .npz is written anew; then nothing is to do."""
     shutil.copytree(workplace / "samples", workplace / "again")
     folder = sample_folder(workplace / "again")
     whole = (folder / "000004.png").read_bytes()
@@ -175,7 +176,8 @@ def test_other_settings_are_refused(workplace, monkeypatch, capsys):
             (("--no-ema",), "weights_sha256 "), (("--t-min", 1), "t_min 0 there, 1 here"),
             (("--t-max", 998), "t_max 999 there, 998 here"), (("--cfg-channels", 3), "cfg_channels 4 there, 3 here"),
             (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"), (("--no-tf32",), "tf32 True there"),
-            (("--vae-precision", "bf16"), "vae_precision 'fp32' there"), (("--dlc-order", "sequential"), "conditions ")):
+            (("--vae-precision", "bf16"), "vae_precision 'fp32' there"),
+            (("--dlc-order", "sequential"), "conditions ")):
         monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, (*SAMPLE_FLAGS, *flags))])
         with pytest.raises(SystemExit) as stopped:
             sample_ddp_computed_dlc.main()
@@ -192,7 +194,8 @@ def test_other_settings_are_refused(workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ("--sampler", "ddim", "--eta", 0.3), ("--sampler", "dpmsolver++", "--precision", "bf16", "--vae-precision", "bf16")])
+    ("--sampler", "ddim", "--eta", 0.3), ("--sampler", "heun"),
+    ("--sampler", "dpmsolver++", "--precision", "bf16", "--vae-precision", "bf16")])
 def test_a_strip_of_the_denoising(workplace, tmp_path, flags):
     """As many pictures as asked for, the last of which is sample 0; and a grid from the first batch on."""
     launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--num-fid-samples", 2,
@@ -215,3 +218,31 @@ def test_class_conditional_sampling(workplace):
         assert read_npz(workplace / f"dit_{sampling}").shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3)
         record = json.loads((sample_folder(workplace / f"dit_{sampling}") / "samples.json").read_text())
         assert type(labels)(record["labels"]) == labels and record["cfg_channels"] == 3
+
+
+def test_sampling_for_vectors(tiny_models, tmp_path):
+    """A DiTCONT draws for the rows of --condition-path, the same by two processes, and by Heun's method; and is refused
+    vectors that changed."""
+    path = save_checkpoint(tmp_path / "results/checkpoints/0000001", "DiTCONT-Ti/4", vae=tiny_models[0], in_dim=5)
+    weights = safetensors.torch.load_file(path / "ema.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    safetensors.torch.save_file({name: value if name == "pos_embed" else 0.2 * torch.randn(
+        value.shape, generator=generator) for name, value in weights.items()}, path / "ema.safetensors")
+    vectors = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    (tmp_path / "vectors").mkdir()
+    np.save(tmp_path / "vectors/0.npy", vectors)
+    command = ("sample_ddp_computed_dlc.py", "--model", "DiTCONT-Ti/4", "--condition-path", "vectors",
+               "--num-fid-samples", 6, "--num-sampling-steps", 3, "--sampler", "heun", "--cfg-scale", 1.2)
+    for processes in (1, 2):
+        said = launch(("forked", processes, *command, "--sample-dir", f"samples_{processes}"), tmp_path).stdout
+        assert f"4 vectors of {tmp_path / 'vectors'} in random order" in said and "6 of 6 images to draw" in said
+        assert "note: the checkpoint does not say which VAE made its latents" in said
+        assert "note: the checkpoint does not say the scaling factor" in said
+    one, two = (read_npz(tmp_path / f"samples_{processes}").astype(int) for processes in (1, 2))
+    assert np.abs(one - two).max() <= 1 and one.std() > 1
+    record = json.loads((sample_folder(tmp_path / "samples_1") / "samples.json").read_text())
+    assert sorted(record["vector_rows"][:4]) == [0, 1, 2, 3] and record["vector_rows"][4:] == record["vector_rows"][:2]
+    assert (record["sampler"], record["num_sampling_steps"], record["cfg_channels"]) == ("heun", 3, 4)
+    np.save(tmp_path / "vectors/0.npy", vectors + 1)
+    result = launch(("forked", 1, *command, "--sample-dir", "samples_1"), tmp_path, check=False)
+    assert result.returncode == 2 and "conditions_sha256 " in result.stdout and "Traceback" not in result.stdout

@@ -71,8 +71,8 @@ def test_a_full_disk(workplace, tmp_path):
 def test_another_launch_of_other_settings(workplace, tmp_path):
     """It waits, and is refused by what the first one has noted by then: one line, and no set is mixed."""
     def start(name, steps):
-        return Run("sample_ddp_computed_dlc", [*FLAGS, "--num-sampling-steps", steps, "--sample-dir", tmp_path / "samples"],
-                   tmp_path / name, 1, workplace)
+        return Run("sample_ddp_computed_dlc", [*FLAGS, "--num-sampling-steps", steps, "--sample-dir",
+                                               tmp_path / "samples"], tmp_path / name, 1, workplace)
 
     first = start("first.txt", 40)
     while not list(tmp_path.glob("samples/*/.lock")):
@@ -95,7 +95,8 @@ def test_launches_at_once(workplace, tmp_path):
     contents(tmp_path / "samples")
 
 
-@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+@pytest.mark.parametrize("fault, warning", [
+    ("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
 def test_disks_that_can_do_less(fault, warning, workplace, tmp_path):
     run = Run("faulty", [fault, "sample_ddp_computed_dlc", *FLAGS, "--sample-dir", tmp_path / "samples"],
               tmp_path / "output.txt", 1, workplace)

@@ -1,1 +1,1 @@
-"""Images drawn from a model: the engine, what they are drawn for, decoding, files, and the command."""
+"""Sampling: the engine, the conditions, decoding, the files of a set of samples, and the command of both scripts."""

@@ -2,7 +2,7 @@
 import sys
 
 from dlc.cli import ArgumentParser
-from dlc.sampling.files import check
+from dlc.sampling.files import check_npz
 
 
 def main():
@@ -13,7 +13,7 @@ def main():
     parser.add_argument("--grid", action="store_true", help="write a contact sheet of its first images beside it")
     args = parser.parse_args()
     with parser.one_line_errors():
-        lines, wrong = check(args.path, args.grid, progress=True)
+        lines, wrong = check_npz(args.path, args.grid, progress=True)
     print("\n".join(lines + [f"wrong: {line}" for line in wrong]))
     sys.exit(1 if wrong else 0)
 

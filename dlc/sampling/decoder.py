@@ -1,5 +1,7 @@
-"""Latents to PNG files while the next batch is denoised."""
+"""Decode latents and write PNG files while the next batch is denoised."""
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,29 +13,29 @@ from dlc.vae import decode
 
 
 class Decoder:
-    """Latents to PNG files behind the denoising of the next batch: on GPUs in a thread and a stream of its own.
+    """Decodes and writes PNGs while the next batch is denoised: on GPUs in a thread and a CUDA stream of its own.
 
-    On the CPU, where both would share the cores, only the writing is behind. Images are decoded a few at a time, so
-    that memory does not grow with the batch, and one at a time on the CPU, where that is faster.
+    On the CPU, where decoding and denoising would share the cores, only the writing overlaps. Images are decoded 16
+    at a time, so that memory does not grow with the batch, and one at a time on the CPU, where that is faster.
 
     Args:
-        precision: of the VAE, "fp32", "bf16" or "fp16".
-        after_first: called once, when the first batch is written.
+        precision: the VAE's, "fp32", "bf16" or "fp16".
+        after_first: called once, when the first batch has been written.
     """
 
-    def __init__(self, vae, folder, precision="fp32", after_first=None):
+    def __init__(self, vae, folder: Path, precision: str = "fp32", after_first: Callable | None = None):
         self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
         self.on_gpu = vae.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_gpu else None
-        # a thread's own device would be the first one
+        # new threads default to cuda:0
         self.thread = (ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,)) if self.on_gpu
                        else ThreadPoolExecutor(1))
         self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
     def images(self, latents, places=None):
-        """Latents (N, 4, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
+        """Latents (N, C, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
 
-        Raises ValueError where one is not finite.
+        Raises ValueError where a decoded image is not finite.
         """
         def network(some):
             decoded = decode(self.vae, some).float()
@@ -46,8 +48,8 @@ class Decoder:
             return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
 
     def __call__(self, indices, latents, places=None):
-        """Write latents (N, 4, h, w), all or those at places, as the PNGs of indices, soon."""
-        self.wait()                                                 # at most one batch behind
+        """Start to write latents (N, C, h, w), all or those at places, as the PNGs of indices."""
+        self.wait()                                                 # for the batch before: at most one is pending
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
@@ -68,18 +70,18 @@ class Decoder:
             self.after_first = None
 
     def wait(self):
-        """Until all is written. Raises what went wrong with it."""
+        """Wait until all is written. Raises the exception that writing raised."""
         if self.pending:
             self.pending.result()
             self.pending = None
 
 
-def save_strip(path, pictures, sampler, draw, decoder):
-    """A strip of how one sample is denoised: what the model takes for the image, from the first step to the last.
+def save_strip(path: Path, pictures: int, num_steps: int, draw, decoder: Decoder) -> None:
+    """A strip of how one sample is denoised: the model's estimate of the image, from the first step to the last.
 
-    draw(on_step) draws that sample; pictures is how many steps are shown.
+    draw(on_step) draws that sample in num_steps steps, of which as many as there are pictures are shown.
     """
-    shown = np.linspace(0, len(sampler.times) - 1, pictures).round().astype(int).tolist()
+    shown = np.linspace(0, num_steps - 1, pictures).round().astype(int).tolist()
     seen = []
     draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
     images = decoder.images(torch.cat(seen))

@@ -1,4 +1,4 @@
-"""Samples on the disk: PNGs named by index, the .npz that ADM's evaluation reads, and a check of such a file.
+"""Samples on disk: PNGs named by index, the .npz that ADM's evaluation reads, and a check of such a file.
 
     python -m dlc.sampling check FILE.npz [--grid]
 """
@@ -19,41 +19,41 @@ from dlc.features.rows import read_npy_header
 from dlc.images import image_grid, is_whole, read_png, save_png
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
-LARGEST_IMAGE = 2**24       # bytes of an image in an .npz: 2,300 pixels square
+LARGEST_IMAGE = 2**24       # bytes of an image in an .npz: 2,364 x 2,364 pixels
 ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
-FEWEST_FOR_FID = 2048       # the dimensions of the Inception features: from fewer their covariance is singular
+FEWEST_FOR_FID = 2048       # dimensions of the Inception features: the covariance of fewer images is singular
 
 
-def png_path(folder, index):
+def png_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def missing_indices(folder, count):
-    """Which of 0..count-1 have no whole PNG in folder, ascending."""
+def missing_indices(folder: Path, count: int) -> list[int]:
+    """The indices of 0..count-1 that have no whole PNG in folder, ascending."""
     there = {entry.name for entry in os.scandir(folder)}
     paths = [png_path(folder, index) for index in range(count)]
-    with ThreadPoolExecutor(16) as pool:                        # of a network disk, each takes a while to answer
+    with ThreadPoolExecutor(16) as pool:                        # a network disk takes a while to answer each
         whole = pool.map(lambda path: path.name in there and is_whole(path), paths)
         return [index for index, found in enumerate(whole) if not found]
 
 
-def save_grid(path, folder, count):
-    """A contact sheet of the first images of 0..count-1, those that there are, as a PNG."""
+def save_grid(path: Path, folder: Path, count: int) -> None:
+    """Write a contact sheet of those of the first images of 0..count-1 that exist, as a PNG."""
     paths = [png_path(folder, index) for index in range(min(GRID_IMAGES, count))]
     images = [read_png(one) for one in paths if one.is_file()]
     if images:
         save_png(path, image_grid(np.stack(images), GRID_COLUMNS))
 
 
-def write_npz(path, folder, count, progress=False):
+def write_npz(path: Path, folder: Path, count: int, progress: bool = False) -> None:
     """Stream PNGs 0..count-1 into path as arr_0 (count, S, S, 3) uint8, in index order.
 
-    A few hundred images are in memory at a time. Raises ValueError, naming it, where one is missing, broken or of
-    another size; path is then not written.
+    A few hundred images are in memory at a time. Raises ValueError, naming the image, where one is missing, broken or
+    of another size; path is then not written.
     """
     def write(file):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
-                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, ThreadPoolExecutor() as pool, \
+        with ThreadPoolExecutor() as pool, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
+                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, \
                 progress_bar(total=count, desc="writing .npz", unit="img", disable=not progress) as bar:
             shape = (count, *read_png(png_path(folder, 0)).shape)
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
@@ -69,14 +69,14 @@ def write_npz(path, folder, count, progress=False):
 
 
 def open_array(archive, name="arr_0.npy"):
-    """An array within an open .npz as a stream of its bytes behind the header: (stream, shape, dtype).
+    """An array in an open .npz as a stream of the bytes after its header: (stream, shape, dtype).
 
-    Of the stream no more is inflated than is asked for, and an image is never more than LARGEST_IMAGE.
+    No more of the stream is inflated than is read, and an image has at most LARGEST_IMAGE bytes.
 
-    Raises ValueError for what is not such a stream, or not of as many bytes as its shape says.
+    Raises ValueError for what is no such array, or has fewer bytes than its shape says.
     """
     entry = archive.getinfo(name)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):       # others inflate without a limit
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):       # others inflate without limit
         raise ValueError(f"{name} is compressed in another way than NumPy's")
     stream = archive.open(entry)
     shape, fortran_order, dtype = read_npy_header(stream)
@@ -89,8 +89,8 @@ def open_array(archive, name="arr_0.npy"):
     return stream, shape, dtype
 
 
-def npz_rows(path):
-    """How many images path holds, read off its header alone; 0 where it is missing or broken."""
+def npz_rows(path: Path) -> int:
+    """How many images an .npz holds, by its header alone; 0 where the file is missing or broken."""
     try:
         with zipfile.ZipFile(path) as archive:
             return open_array(archive)[1][0]
@@ -98,15 +98,13 @@ def npz_rows(path):
         return 0
 
 
-def check(path, grid=False, progress=False):
-    """What an .npz of samples holds, in words, and what is wrong with it: two lists of lines.
-
-    Its images are read in turn, a few hundred in memory at a time.
+def check_npz(path, grid: bool = False, progress: bool = False) -> tuple[list[str], list[str]]:
+    """What an .npz of samples holds, and what is wrong with it: two lists of lines. One image is in memory at a time.
 
     Args:
         grid: write a contact sheet of the first images beside it, as FILE.grid.png.
 
-    Raises ValueError where path is no such file, and OSError where the disk does not take the contact sheet.
+    Raises ValueError where path is no such file, and OSError where the contact sheet cannot be written.
     """
     path, wrong = Path(path), []
     try:

@@ -29,8 +29,8 @@ def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, s
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
-    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y, seed, indices, latents.shape[1:],
-                             PREVIEW_CFG)
+    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y=y, seed=seed, indices=indices,
+                             latent_shape=latents.shape[1:], cfg_scale=PREVIEW_CFG)
     if vae is None:
         return
     with torch.inference_mode():
