@@ -84,7 +84,12 @@ def check_flags(args):
 
 def main():
     parser, args = parse_args()
+    with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
+        run(parser, args)
 
+
+def run(parser, args):
+    """Extract the features that args ask for."""
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         check_flags(args)
@@ -114,7 +119,7 @@ def main():
     if not incomplete:
         logger.info(f"{args.features_path} is complete; nothing to do")
         if state.is_main_process and not preview.exists():
-            with parser.one_line_errors():
+            with parser.one_line_errors("the features are complete"):
                 save_reconstructions(preview, args.features_path, views, paths, vae)
         state.destroy_process_group()
         return
@@ -135,19 +140,18 @@ def main():
     images, start = sum(map(len, batches)), time.time()
     bar = progress(total=images, unit="img", disable=not state.is_main_process,
                    desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
-    with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
-        try:
-            with bar:
-                extract(encode, zip(batches, loader), writer, len(paths), bar.update)
-        except NotFinite as error:
-            parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
-        rate = images / (time.time() - start)
-        state.wait_for_everyone()
-        manifest = writer.finish(num_shards) if state.is_main_process else None
+    try:
+        with bar:
+            extract(encode, zip(batches, loader), writer, len(paths), bar.update)
+    except NotFinite as error:
+        parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
+    rate = images / (time.time() - start)
+    state.wait_for_everyone()
+    manifest = writer.finish(num_shards) if state.is_main_process else None
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
-        with parser.one_line_errors():                          # all images may have been skipped
+        with parser.one_line_errors("the features are complete"):       # all images may have been skipped
             save_reconstructions(preview, args.features_path, views, paths, vae)
         skipped = len(manifest.skipped)
         logger.info(f"done: {manifest.count:,} rows of {len(paths):,} images in {num_shards} shards, {skipped} skipped "

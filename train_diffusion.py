@@ -148,9 +148,10 @@ def train(parser, args, run):
             raise ValueError(f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
                              f"{spec.patch_size}")
         source = features.source()
+        path_key = "data_path" if args.data_path else "features_path"
         run.claim(identity=dict(model=args.model, image_size=features.image_size, **sizes),
                   settings=data_settings(args, features, condition),
-                  notes={"vae": source["vae"], "data_path" if args.data_path else "features_path": recorded_id(data_path)})
+                  notes={"vae": source["vae"], path_key: recorded_id(data_path)})
         if is_main:
             features.validate()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None

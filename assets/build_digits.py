@@ -78,7 +78,7 @@ def to_encoder(images):
 
 
 def distort(images, generator):
-    """Images (n, 3, 64, 64) in 0..1 as another scan of the same hand: turned, sheared, scaled, moved, warped, dimmed."""
+    """Images (n, 3, 64, 64) in 0..1 as other scans of the same hand: turned, sheared, scaled, moved, warped, dimmed."""
     n = len(images)
 
     def uniform(*shape):

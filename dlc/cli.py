@@ -6,7 +6,9 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 
 LONGEST_LINE = 300          # characters of an error
@@ -91,7 +93,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def exit(self, status=0, message=None):
         """End the script. Data readers ignore the signal by which multiprocessing would end them, and then wait for."""
-        for reader in multiprocessing.active_children():
+        readers = multiprocessing.active_children()
+        if readers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise that they were killed
+        for reader in readers:
             reader.kill()
         super().exit(status, message)
 
@@ -102,14 +107,17 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(130)
 
     @contextlib.contextmanager
-    def one_line_errors(self):
-        """Report a user's mistake, raised within as ValueError or OSError, by `error`. For checks before the work."""
+    def one_line_errors(self, kept="nothing was begun"):
+        """Report a user's mistake, raised within as ValueError or OSError, by `error`. For checks before the work.
+
+        kept: what Ctrl-C is answered with.
+        """
         try:
             yield
         except (ValueError, OSError) as error:
             self.error(error)
         except KeyboardInterrupt:
-            self.interrupted("nothing was begun")
+            self.interrupted(kept)
 
     @contextlib.contextmanager
     def kept_on_error(self, kept, lower, mistakes=(ValueError, OSError)):
@@ -126,7 +134,7 @@ class ArgumentParser(argparse.ArgumentParser):
             yield
         except KeyboardInterrupt:
             self.interrupted(again)
-        except (*mistakes, EOFError, RuntimeError, MemoryError) as error:
+        except (*mistakes, ConnectionError, EOFError, RuntimeError, MemoryError) as error:
             if is_killed_reader(error):
                 self.error(f"a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
                            f"--num-workers; {again}")
@@ -134,6 +142,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
+            if "by peer" in str(error):                     # gloo's words for a process that is gone
+                self.error(f"another process ended early, and said why; {again}")
             raise
 
 

@@ -57,6 +57,9 @@ def refuse_launcher():
     for variable, what in REFUSED.items():
         if is_on(variable) and (is_on("ACCELERATE_USE_FSDP") or not variable.startswith("FSDP_")):
             raise ValueError(f"accelerate's configuration ({variable}) asks for {what}")
+    if environment("ACCELERATE_TORCH_DEVICE"):
+        raise ValueError(f"ACCELERATE_TORCH_DEVICE {os.environ['ACCELERATE_TORCH_DEVICE']} is set: unset it, and "
+                         "choose GPUs by CUDA_VISIBLE_DEVICES or the launcher's --cpu")
     if is_on("ACCELERATE_USE_FSDP"):
         for variable, (values, what) in WANTED.items():
             if environment(variable, values[0]) not in values:
@@ -138,9 +141,13 @@ def start_processes():
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(cores_per_process())
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    with said_when_waiting():
-        state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        with said_when_waiting():
+            state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError("the processes cannot be joined by what the launcher's variables say (WORLD_SIZE, RANK, "
+                         f"LOCAL_RANK, MASTER_ADDR, ACCELERATE_…): {one_line(error, 150)}") from None
     if state.num_processes != world_size:
         raise ValueError(f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
                          "start the script with torchrun or accelerate launch")
@@ -247,7 +254,7 @@ def asked_precision(precision: str | None = None) -> str:
 
     Raises ValueError if they contradict each other.
     """
-    launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    launchers = environment("ACCELERATE_MIXED_PRECISION", "no")
     if launchers not in ("no", "fp16", "bf16"):
         raise ValueError(f"the launcher's --mixed_precision {launchers}: this trains in fp16, bf16 or, by no, in fp32")
     if precision == "amp":

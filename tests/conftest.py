@@ -60,11 +60,11 @@ def golden(name):
     return values, weights
 
 
-def launch(command, cwd, check=True, wait=True, largest_file=None, environment=None):
+def launch(command, cwd, check=True, wait=True, largest_file=None):
     """Run "python|torchrun|accelerate|fsdp N script.py flags", scripts named from the root. Gives the process.
 
     The launcher "forked" is forked.Run, which is seconds faster; there standard output and error are one.
-    largest_file: bytes that the disk takes of one file. environment: variables beside those there are.
+    largest_file: bytes that the disk takes of one file.
     """
     launcher, processes, script, *flags = command
     if launcher == "forked":
@@ -88,7 +88,7 @@ def launch(command, cwd, check=True, wait=True, largest_file=None, environment=N
                  "--num_processes", str(processes)],
     }[launcher]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    env.update(environment or {}, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join([str(ROOT), env["PYTHONPATH"]]))
+    env["HF_HUB_OFFLINE"] = "1"
     limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
     kwargs = dict(preexec_fn=limit, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     arguments = [*prefix, str(ROOT / script), *map(str, flags)]

@@ -175,7 +175,8 @@ def test_results_of_another_run(error_of, features, tmp_path):
 
     def error(*flags):
         return error_of("train_diffusion", "--features-path", features, "--global-batch-size", 4, *flags)
-    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in error("--model", "DiTSEM-Ti/4")
+    other = error("--model", "DiTSEM-Ti/4")
+    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in other
     changed = error("--model", "DiTSEM-Ti/2")
     assert "global_batch_size 8 there, 4 here" in changed and "scaling_factor 0.3 there, 0.18215 here" in changed
     assert "--allow-change to continue that one so" in changed
@@ -210,7 +211,8 @@ def test_sampling_flags(sample_error):
     assert "--progressive 8: there are 4 steps" in sample_error("--progressive", 8, "--num-sampling-steps", 4)
     assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
     assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
-    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in sample_error(script="sample_ddp")
+    other = sample_error(script="sample_ddp")
+    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
     assert "not conditioned on codes or vectors: draw from it with sample_ddp.py" in sample_error("--model", "DiT-S/2")
     assert "--condition-path is for models conditioned on vectors" in sample_error("--condition-path", "vectors")
 
@@ -277,8 +279,8 @@ def test_code_sources(sample_error, features, tmp_path):
 def test_one_line_under_the_launcher(processes, tmp_path):
     """Among what torchrun says of a failed child, the line appears once, and nothing is left behind."""
     save_images(tmp_path / "images", per_class=1)
-    result = launch(("torchrun", processes, "extract_features_withdlc.py", "--data-path", "images", "--image-size", 100),
-                    tmp_path, check=False)
+    flags = ("--data-path", "images", "--image-size", 100)
+    result = launch(("torchrun", processes, "extract_features_withdlc.py", *flags), tmp_path, check=False)
     assert result.returncode != 0
     assert result.stderr.count("error: --image-size 100 is not a multiple of 8") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

@@ -141,3 +141,12 @@ def test_resume_point(tmp_path):
     with pytest.raises(ValueError, match="another run: global_seed 0 there, 1 here; .*--allow-change"):
         resume_point(tmp_path, identity, dict(global_seed=1), False)
     assert resume_point(tmp_path, identity, dict(global_seed=1), True)[2] == "global_seed 0 there, 1 here"
+
+
+def test_a_name_twice(tmp_path):
+    """With and without a wrapper's prefix: neither is taken for the other in silence."""
+    weights = tiny().state_dict()
+    name = next(iter(weights))
+    torch.save({**weights, f"module.{name}": weights[name] + 1}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="twice.pt holds tensors of one name twice"):
+        load_weights(tmp_path / "twice.pt")

@@ -1,9 +1,11 @@
 """Real processes killed at random moments: the same command again, and the bytes are those of a run left alone."""
+import importlib
 import itertools
 import os
 import random
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -123,7 +125,8 @@ def test_launches_at_once(whole, extraction, tmp_path):
     assert first.wait() and contents(tmp_path / "seed_0") == whole
 
 
-@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"),
+                                            ("no_directory_sync", "cannot sync directories")])
 def test_disks_that_can_do_less(fault, warning, whole, many_images, tiny_models, tmp_path):
     """One warning, and the features are those of any disk."""
     arguments = extract_command("", 1, many_images, tmp_path / "features", tiny_models)[3:]
@@ -149,7 +152,7 @@ def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
     run = extraction("features", "--num-workers", 1)
     wait_for_shard(run, tmp_path / "features")
     os.kill(children(run.ranks[0].pid)[0], signal.SIGKILL)
-    one_line(run, 2, "error: a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num-workers")
+    one_line(run, 2, "error: a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num")
     run = extraction("features")
     assert run.wait() and contents(tmp_path / "features") == whole
 
@@ -162,3 +165,26 @@ def test_interrupted(whole, extraction, tmp_path):
     one_line(run, 130, "stopped; ")
     run = extraction("features")
     assert run.wait() and contents(tmp_path / "features") == whole
+
+
+@pytest.mark.parametrize("place, kept", [
+    ("dlc.extraction.Networks.__init__", "what is done is kept: run the same command again"),
+    ("extract_features_withdlc.save_preview", "the features are complete")])
+def test_interrupted_elsewhere(place, kept, images, tiny_models, tmp_path, monkeypatch, capsys):
+    """Ctrl-C between the checks and the work, and after it."""
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(place, interrupt)
+    flags = extract_command("python", 1, images, tmp_path / "features", tiny_models)[3:]
+    monkeypatch.setattr(sys, "argv", ["extract_features_withdlc.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("extract_features_withdlc").main()
+    assert stopped.value.code == 130 and f"stopped; {kept}\n" in capsys.readouterr().err
+
+
+def test_readers_killed_at_the_end(whole, extraction, tmp_path):
+    """Readers that still work when the script ends are killed, which torch would raise as an error of its own."""
+    run = extraction("features", "--num-workers", 2)
+    wait_for_shard(run, tmp_path / "features")
+    os.kill(run.ranks[0].pid, signal.SIGINT)
+    one_line(run, 130, "stopped; ")

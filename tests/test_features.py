@@ -102,7 +102,8 @@ def test_one_launch_at_a_time(tmp_path, monkeypatch):
         assert not waiting.done()
         first.finish(1)
         assert waiting.result() is False
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(f"imagenet64_{kind}" for kind in SAMPLE_NDIM)}
+    folders = (f"imagenet64_{kind}" for kind in SAMPLE_NDIM)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *folders}
 
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "progress").mkdir()
@@ -298,10 +299,11 @@ def test_other_settings_are_refused(written):
 def test_settings_without_shards_do_not_count(tmp_path):
     """A mistaken flag, mended before anything was written; and what differs is told briefly."""
     assert FeatureWriter(tmp_path, replace(MANIFEST, V=6)).start()
-    writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=[f"n{i:08d}" for i in range(1000)], listing_sha256="0" * 64))
+    classes = [f"n{i:08d}" for i in range(1000)]
+    writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))
     assert writer.start()
     writer.write(0, shard(3), [])
-    with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of the im"):
+    with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of"):
         FeatureWriter(tmp_path, replace(MANIFEST, listing_sha256="1" * 64)).start()
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import load_checkpoint
 from dlc.checkpoints.tensor_files import load_tensors
-from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
+from dlc.checkpoints.weights import info, load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
 from dlc.features import Features, read_manifest
 from dlc.features.__main__ import main as features_tool
@@ -203,6 +203,7 @@ BAD_TENSORS = {
             "has values that are NaN or infinite"),
     "infinite": (lambda tensor: torch.full_like(tensor, -torch.inf), "has values that are NaN or infinite"),
     "half NaN": (lambda tensor: torch.full_like(tensor, torch.nan, dtype=torch.float16), "NaN or infinite"),
+    "infinite as float32": (lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64), "NaN or infinite"),
     "int64": (lambda tensor: tensor.long(), "is of type torch.int64"),
     "bool": (lambda tensor: tensor.bool(), "is of type torch.bool"),
     "complex": (lambda tensor: tensor.to(torch.complex64), "is of type torch.complex64"),
@@ -328,7 +329,7 @@ EVIL_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_
 
 @pytest.mark.parametrize("change", [
     *[dict(backbone=name) for name in (
-        "hf-hub:timm/vit_tiny_patch16_224", "hf_hub:x/y", "local-dir:.", "local_dir:.", "./vit", "../x", "/tmp/x",
+        "hf-hub:timm/vit_tiny_patch16_224", "hf_hub:x/y", "local-dir:.", "local_dir:.", "./vit", "../x", "/somewhere/x",
         "timm/vit_tiny_patch16_224", "vit_tiny_patch16_224@main", "vit_tiny_patch16_224?", "", " ", "vit_nothing",
         "vit_tiny_patch16_224.a.b", "vit_tiny_patch16_224\n", "x" * 10**5, "\x1b[31mvit", [], ["vit_tiny_patch16_224"],
         {}, None, 3, True)],
@@ -727,3 +728,26 @@ def test_datasets_whose_arrow_files_name_other_columns(tmp_path, monkeypatch, ca
     (tmp_path / "dict").mkdir()
     (tmp_path / "dict/dataset_dict.json").write_text(json.dumps(dict(splits=["../images"])))
     assert "names '../images'" in import_error(monkeypatch, capsys, tmp_path / "dict", tmp_path / "new")
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe, at which a reader would wait for ever, or a device, which has no end."""
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "endless.npz").symlink_to("/dev/zero")
+    for read, name in ((load_array, "pipe.npy"), (check_npz, "pipe.npy"), (check_npz, "endless.npz"), (open_codes, "")):
+        assert "it is no file" in refusal(read, tmp_path / name)
+
+
+def test_info_of_hostile_checkpoints(tmp_path):
+    model = DiT_models["DiT-Ti/4"](input_size=8, num_classes=2)
+    weights = model.state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "ema.safetensors")
+    (tmp_path / "meta.json").write_text(json.dumps(dict(step=1, features_path="\x1b[31m" + "z" * 5000, versions={})))
+    for raw, message in ((dict(weights, more=torch.zeros(1)), "has unknown more"), ({}, "lacks ")):
+        safetensors.torch.save_file(raw, tmp_path / "model.safetensors")
+        assert message in refusal(info, tmp_path)
+    safetensors.torch.save_file({name: tensor * 0 for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    assert info(tmp_path)
+    said = subprocess.run([sys.executable, "-m", "dlc.checkpoints", "info", tmp_path], cwd=ROOT, capture_output=True,
+                          text=True, check=True).stdout
+    assert "\x1b" not in said and max(map(len, said.splitlines())) <= 2001

@@ -186,7 +186,8 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
     skipped = dict(features.manifest.skipped)
     assert set(skipped) == {str(path.relative_to(zoo)) for path in files if "bad" in path.name}
     for name, reason in (("z/bad text.jpg", "cannot identify"), ("z/bad empty.png", "cannot identify"),
-                         ("z/bad huge.png", "more pixels than Pillow's limit of 89,478,485"), ("z/bad cut.png", "truncated"),
+                         ("z/bad huge.png", "more pixels than Pillow's limit of 89,478,485"),
+                         ("z/bad cut.png", "truncated"),
                          ("ünï/bad cut.jpg", "truncated"), ("z/bad link.png", "No such file")):
         assert re.search(reason, skipped[name])
 
@@ -200,9 +201,11 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
 
 
 def test_strict_stops_at_the_first(zoo, tiny_models, tmp_path):
-    result = launch(extract_command("torchrun", 1, zoo, tmp_path, tiny_models, "--strict", "--shard-size", 3), tmp_path, check=False)
+    command = extract_command("torchrun", 1, zoo, tmp_path, tiny_models, "--strict", "--shard-size", 3)
+    result = launch(command, tmp_path, check=False)
     lines = [line for line in result.stderr.splitlines() if "error: cannot read" in line]
     assert result.returncode and len(lines) == 1
-    assert re.search(r"cannot read '.*linked class/bad cut.png' \(OSError: .*truncated.*\): mend it, or leave out --strict; what is done is kept", lines[0])
+    assert re.search(r"cannot read '.*linked class/bad cut.png' \(OSError: .*truncated.*\): mend it, or leave out "
+                     "--strict; what is done is kept", lines[0])
     assert not (tmp_path / "manifest.json").exists() and (tmp_path / "progress/settings.json").exists()
     assert json.loads((tmp_path / "progress/000000.json").read_text()) == dict(rows=3, skipped=[])

@@ -320,7 +320,7 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
     run = train("run", "--max-steps", 6, *flags)
     assert not run.wait() and "first_vectors_sha256" in run.said() and "--allow-change" in run.said()
     np.save(tmp_path / "vectors/0.npy", vectors[:9].astype(int))
-    assert "holds values of type int64, wanted floats" in refused(*flags)
+    assert "has values of type int64, wanted floats" in refused(*flags)
 
 
 def test_loss_curve_is_the_committed_one(tmp_path):

@@ -8,9 +8,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import launch
 from forked import Run
+from safetensors.torch import load_file, save_file
 from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
@@ -144,6 +147,31 @@ def test_a_damaged_newest_checkpoint(harm, reason, run_of_three, failed, train, 
     shutil.rmtree(one)
     with pytest.raises(ValueError, match="there is no whole one before it"):
         newest_of_run(tmp_path / "run")
+
+
+def edit_optimizer(path, edit):
+    state = torch.load(path / "optimizer.pt")
+    torch.save(edit(state) or state, path / "optimizer.pt")
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (lambda path: save_file({name: tensor * np.nan for name, tensor in load_file(path / "ema.safetensors").items()},
+                            path / "ema.safetensors"), "NaN"),
+    (lambda path: torch.save([1], path / "optimizer.pt"), "optimizer.pt"),
+    (lambda path: edit_optimizer(path, lambda state: {"sums": state["sums"]}), "optimizer.pt"),
+    (lambda path: edit_optimizer(
+        path, lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(np.nan).numel() == 0),
+     "exp_avg of parameter 0"),
+    (lambda path: edit_optimizer(path, lambda state: state["optimizer"].update(param_groups=[])), "optimizer.pt"),
+    (lambda path: edit_optimizer(path, lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(2))),
+     "exp_avg of parameter 0 has another shape")])
+def test_a_newest_checkpoint_damaged_within(harm, reason, run_of_three, failed, tmp_path):
+    """What the files' frames do not tell, is told when they are read."""
+    shutil.copytree(run_of_three, tmp_path / "run")
+    newest = run_checkpoints(tmp_path / "run")[-1]
+    harm(newest)
+    line = failed("run", "--max-steps", 4)
+    assert f"checkpoint {newest} is damaged (" in line and reason in line, line
 
 
 @pytest.fixture(scope="module")
@@ -306,9 +334,12 @@ def test_a_process_that_waits_says_where(features, tmp_path):
 #                         The launcher's configuration                          #
 #################################################################################
 
-def train_with(environment, features, results, *flags, check=True, script="train_diffusion.py"):
-    command = train_command(1, features, results, "--max-steps", 2, *flags, launcher="python", script=script)
-    return launch(command, results.parent, check=check, environment=environment)
+def train_with(environment, features, results, *flags, script="train_diffusion"):
+    """What a run of two steps says, in an environment of these variables, too."""
+    run = Run(script, train_command(1, features, results, "--max-steps", 2, *flags)[3:],
+              results.parent / f"{time.time_ns()}.txt", cwd=results.parent, environment=environment)
+    assert run.wait(), run.said()
+    return run.said()
 
 
 @pytest.mark.parametrize("environment, message", [
@@ -317,6 +348,8 @@ def train_with(environment, features, results, *flags, check=True, script="train
     (dict(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_TP_SIZE="2"), "PARALLELISM_CONFIG_TP_SIZE 2"),
     (dict(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true"), "leave out fsdp_offload_params"),
     (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="NO_SHARD"), "fsdp_sharding_strategy FULL_SHARD"),
+    (dict(ACCELERATE_TORCH_DEVICE="meta"), "ACCELERATE_TORCH_DEVICE meta is set: unset it"),
+    (dict(WORLD_SIZE="x"), "what the launcher's variables say (WORLD_SIZE"),
     (dict(ACCELERATE_MIXED_PRECISION="fp8"), "--mixed_precision fp8: this trains in fp16, bf16"),
     (dict(ACCELERATE_DYNAMO_BACKEND="cudagraphs"), "the dynamo backend cudagraphs"),
     (dict(ACCELERATE_DYNAMO_BACKEND="inductor", ACCELERATE_DYNAMO_MODE="max-autotune"), "in mode max-autotune"),
@@ -332,14 +365,14 @@ def test_the_environment_never_overrides_a_flag(features, tmp_path):
     """With dynamo, accumulation and FSDP's activation checkpointing on, nothing is compiled and losses are the same."""
     environment = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
                        ACCELERATE_USE_FSDP="true", FSDP_ACTIVATION_CHECKPOINTING="true", ACCELERATE_USE_CPU="true")
-    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="tests/helpers/spying.py").stdout
+    said = train_with(environment, features, tmp_path / "run", "--no-compile", script="spying")
     assert "compiled: 0 blocks; checkpointing: False" in said
     assert "accelerate's 4 gradient accumulation steps are not used: --grad-accum 1 is" in said
     assert "fsdp_activation_checkpointing is not used" in said
     train_with({}, features, tmp_path / "alone")
     assert same_run(tmp_path / "run", tmp_path / "alone", 2)
     environment = dict(ACCELERATE_DYNAMO_BACKEND="inductor")
-    said = train_with(environment, features, tmp_path / "compiled", script="tests/helpers/spying.py").stdout
+    said = train_with(environment, features, tmp_path / "compiled", script="spying")
     assert "compiled: 6 blocks" in said                     # no flag says otherwise
 
 
@@ -359,3 +392,24 @@ def test_home_folders(features, error_of, tmp_path):
     assert len(run_checkpoints(home / "run")) == 1 and not (tmp_path / "~").exists()
     assert json.loads((home / "run/args.json").read_text())["results_dir"] == str(home / "run")
     assert "no such user's home folder" in error_of("train_diffusion", "--features-path=~nobody-here/features")
+
+
+#################################################################################
+#                                Broken features                                #
+#################################################################################
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"\x93NUMPY", np.zeros((1, 4, 4, 4), np.float16),
+                                     np.zeros((1, 4, 8, 8), np.complex64), np.zeros((1, 4, 8, 8), np.longdouble)])
+def test_a_broken_file_among_lone_ones(workers, content, failed, features, tmp_path):
+    """One .npy an image, which nobody opens before its step: it is named in one line, also out of a reader."""
+    for kind in ("features", "sem", "labels"):
+        folder = tmp_path / f"lone/imagenet64_{kind}"
+        folder.mkdir(parents=True)
+        files = sorted((features / folder.name).glob("*.npy"))
+        for index, row in enumerate(np.concatenate([np.load(file) for file in files])):
+            np.save(folder / f"{index}.npy", row[None])
+    broken = tmp_path / "lone/imagenet64_features/7.npy"
+    broken.write_bytes(content) if isinstance(content, bytes) else np.save(broken, content)
+    line = failed("run", "--features-path", tmp_path / "lone", "--V", 300, "--max-steps", 9, "--num-workers", workers)
+    assert re.search(rf"error: step \d+: .*{broken}", line), line

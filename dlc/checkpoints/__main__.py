@@ -1,6 +1,6 @@
 """Say what a checkpoint is: python -m dlc.checkpoints info CHECKPOINT"""
 from dlc.checkpoints.weights import info
-from dlc.cli import ArgumentParser
+from dlc.cli import ArgumentParser, one_line
 
 
 def main():
@@ -9,7 +9,7 @@ def main():
     parser.add_argument("path", help="checkpoint directory, .pt or .safetensors")
     args = parser.parse_args()
     with parser.one_line_errors():
-        print("\n".join(info(args.path)))
+        print("\n".join(one_line(line, 2000) for line in info(args.path)))
 
 
 if __name__ == "__main__":

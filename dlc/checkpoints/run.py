@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dlc.checkpoints.meta import RunMeta, read_meta
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, read_torch
+from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
+from dlc.cli import one_line
 from dlc.disk import sync
 
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
@@ -83,8 +84,18 @@ def distribute_like(tensor, other):
 def load_checkpoint(path, *, model, ema, optimizer, scaler=None):
     """Load a checkpoint into the objects that it was saved from. Returns its sums.
 
-    Raises ValueError, naming the file, if weights are damaged or are not of this model.
+    Raises ValueError, naming the checkpoint and the file, if weights or the optimizer's state are damaged or are not of
+    this model.
     """
+    try:
+        return _load(path, model, ema, optimizer, scaler)
+    except ValueError as error:
+        reason = str(error).replace(f"{path}{os.sep}", "")
+        raise ValueError(f"checkpoint {path} is damaged ({reason}): remove it to continue from the one "
+                         "before") from None
+
+
+def _load(path, model, ema, optimizer, scaler):
     for module, name in ((model, "model"), (ema, "ema")):
         file, ours = path / f"{name}.safetensors", module.state_dict()
         weights = check_tensors(load_tensors(file), file)
@@ -93,16 +104,24 @@ def load_checkpoint(path, *, model, ema, optimizer, scaler=None):
             raise ValueError(f"{file} {different}")
         module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
     state = read_torch(path / "optimizer.pt", "an optimizer's state")
-    for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-        group["fused"] = own["fused"]           # depends on the precision, which may have changed
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, moments in state["optimizer"]["state"].items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = distribute_like(moments[key], parameters[index])
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return state["sums"] if state["sums"] is None else state["sums"].clone()      # not a view of the mapped file
+    try:
+        for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+            group["fused"] = own["fused"]       # depends on the precision, which may have changed
+        for index, moments in state["optimizer"]["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                fault = tensor_fault(moments[key])
+                if fault or moments[key].shape != parameters[index].shape:
+                    raise ValueError(f"{key} of parameter {index} {fault or 'has another shape'}")
+                moments[key] = distribute_like(moments[key], parameters[index])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        sums = state["sums"]
+        return sums if sums is None else sums.clone()               # not a view of the mapped file
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:      # whatever the file holds
+        raise ValueError(f"{path / 'optimizer.pt'} is no optimizer's state of this model "
+                         f"({one_line(repr(error), 100)})") from None
 
 
 def remove_old_checkpoints(run_dir, keep: int):
@@ -123,7 +142,7 @@ def remove_unfinished(run_dir):
 def run_checkpoints(run_dir) -> list[Path]:
     """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
     return sorted((path for path in Path(run_dir).glob("checkpoints/*")
-                   if re.fullmatch(r"\d{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
+                   if re.fullmatch(r"[0-9]{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
 
 
 def damage(path, files=CHECKPOINT_FILES) -> str:

@@ -115,7 +115,8 @@ def tensor_fault(tensor):
     if tensor.dtype not in FLOATS:
         return f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
     fault = storage_fault(tensor)
-    if not fault and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+    # as float32, which all of them become: a float64 may hold what is infinite there
+    if not fault and tensor.numel() and not torch.stack(tensor.aminmax()).float().isfinite().all():
         fault = "has values that are NaN or infinite"
     return fault
 

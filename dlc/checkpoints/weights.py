@@ -42,8 +42,10 @@ def load_weights(path, use_ema: bool = True) -> tuple[dict, RunMeta]:
                              f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
         weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
     weights = check_tensors(weights, path)
-    return ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()},
-            dataclasses.replace(meta, weights=kind))
+    plain = {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}
+    if len(plain) < len(weights):
+        raise ValueError(f"{path} holds tensors of one name twice, with and without module. or _orig_mod. before it")
+    return plain, dataclasses.replace(meta, weights=kind)
 
 
 def model_from_weights(weights: dict, path):
@@ -134,8 +136,13 @@ def info(path) -> list[str]:
                                   "in_dim", "vae"),
         "with: " + recorded("global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed"),
         "by: " + ", ".join(f"{name} {version}" for name, version in (meta.versions or {}).items())]
+    raw = load_weights(path, use_ema=False)[0]
+    different = differences_from(weights, raw)
+    if different:
+        raise ValueError(f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it "
+                         f"{different}")
     with torch.no_grad():
-        difference = [(ema - raw).norm() / raw.norm() for ema, raw in zip(
-            weights.values(), load_weights(path, use_ema=False)[0].values()) if raw.norm() > 0]
+        norms = [((ema - raw[name]).norm(), raw[name].norm()) for name, ema in weights.items()]
+    difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]
     lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm")
     return lines

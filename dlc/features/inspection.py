@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dlc.cli import progress
+from dlc.cli import one_line, progress
 from dlc.disk import write_whole
 from dlc.features.manifest import read_manifest
 from dlc.features.rows import NpyRows, check_range
@@ -104,13 +104,13 @@ def print_origin(features):
     print(f"{features.root}: {features.count:,} rows of {manifest.images:,} images at {size}x{size} in "
           f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped")
     for path, reason in manifest.skipped[:10]:
-        print(f"  skipped {path!r}: {reason}")
+        print("  " + one_line(f"skipped {path!r}: {reason}"))
     known = [f"{name} {getattr(manifest, name)}" for name in ("vae", "scaling_factor", "encoder", "precision", "flip",
                                                               "seed") if getattr(manifest, name) is not None]
     if manifest.shift_factor:
         known.append(f"shift_factor {manifest.shift_factor}")
     if known:
-        print("made with: " + ", ".join(known))
+        print(one_line("made with: " + ", ".join(known), 2000))
 
 
 def print_latents(features):
@@ -218,7 +218,7 @@ def file_problems(kind, expected, index, shapes):
         # on its own, because NpyRows hold every file against the first
         array = NpyRows([path], [expected.rows.rows(index)], expected.rows.sample_ndim, expected.rows.lone).array(0)
         shapes[path] = array.shape[1:]
-        if expected.limit:
+        if expected.limit is not None:
             check_range(array, expected.limit, lambda row: (path, row))
     except ValueError as error:
         yield str(error)

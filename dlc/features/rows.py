@@ -20,6 +20,8 @@ def load_array(path, mmap=True):
     have more shards than a process may have descriptors.
     """
     try:
+        if not os.path.isfile(path):                    # opening a pipe would wait for ever
+            raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
         with open(path, "rb") as file:
             shape, fortran_order, dtype = read_npy_header(file)
             if dtype.hasobject:
@@ -39,6 +41,14 @@ def load_array(path, mmap=True):
         if str(error) == "pickled objects":
             raise ValueError(f"{path} holds pickled objects") from None
         raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
+
+
+def load_floats(path, mmap=True):
+    """The same, of floats that torch knows."""
+    array = load_array(path, mmap)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(f"{path} has values of type {array.dtype}, wanted floats of 16, 32 or 64 bits")
+    return array
 
 
 def read_npy_header(stream):

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlc.disk import DirectoryLock, differences, read_json, remove_temporaries, write_bytes, write_json
 from dlc.features.manifest import SAMPLE_NDIM, Manifest, kind_dir, read_manifest
-from dlc.features.rows import NpyRows, file_order, load_array
+from dlc.features.rows import NpyRows, file_order, load_array, load_floats
 
 
 class NotFinite(ValueError):
@@ -158,7 +158,13 @@ def shard_rows(root, manifest):
     """The `NpyRows` of each kind that a manifest lists, by kind. No file is opened yet."""
     ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
     return {kind: NpyRows([kind_dir(root, manifest.image_size, kind) / f"{shard['name']}.npy"
-                           for shard in manifest.shards], ends, SAMPLE_NDIM[kind]) for kind in manifest.kinds}
+                           for shard in manifest.shards], ends, SAMPLE_NDIM[kind], load=loader_of(kind))
+            for kind in manifest.kinds}
+
+
+def loader_of(kind):
+    """What reads a file of a kind of arrays."""
+    return load_floats if kind == "features" else load_array
 
 
 def refuse_missing_files(rows_by_kind):
@@ -260,7 +266,8 @@ class Features:
         paths = {kind: sorted((directories[kind] / name for name in names[kind]), key=file_order) for kind in names}
         if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True) for kind in names}
+        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True, load=loader_of(kind))
+                for kind in names}
 
     def validate(self):
         """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.

@@ -258,6 +258,12 @@ def sample(doc: str, script: str, model: str) -> None:
     """
     parser = sampling_parser(doc, script, model)
     args = parser.parse_args()
+    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size", ()):
+        run(parser, args, script)
+
+
+def run(parser: ArgumentParser, args, script: str) -> None:
+    """Check, draw and finish."""
     with parser.one_line_errors():
         job = prepare(args, script)
     state, record, folder = job.state, job.record, job.folder

@@ -107,6 +107,9 @@ def check_npz(path, grid: bool = False, progress: bool = False) -> tuple[list[st
     Raises ValueError where path is no such file, and OSError where the contact sheet cannot be written.
     """
     path, wrong = Path(path), []
+    if not path.is_file():                      # a pipe would be waited at for ever, /dev/zero fill the memory
+        raise ValueError(f"{path} is not a whole .npz of samples (it "
+                         f"{'is no file' if path.exists() else 'does not exist'})")
     try:
         with zipfile.ZipFile(path) as archive:
             names = [Path(name).stem for name in archive.namelist()]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dlc.cli import is_killed_reader
-from dlc.features.rows import NpyRows, file_order
+from dlc.features.rows import NpyRows, file_order, load_floats
 from dlc.noise import Stream, normal, permutation
 from dlc.signals import ignore_signals
 
@@ -63,10 +63,13 @@ class TrainingBatches(Dataset):
         return rows
 
     def __getitem__(self, step: int):
-        """Sample indices (n,), latents as stored (n, 4 or 8, S/8, S/8), conditions (n, ...)."""
+        """Sample indices (n,), latents as stored (n, C or 2C, S/f, S/f), conditions (n, ...); or `Unreadable`."""
         first = self.first_of(step) + self.rank * self.local_batch
         indices = np.arange(first, first + self.local_batch)
-        return torch.from_numpy(indices), *self.gather(self.rows(indices))
+        try:
+            return torch.from_numpy(indices), *self.gather(self.rows(indices))
+        except (ValueError, OSError) as error:
+            return Unreadable(str(error))
 
     def gather(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents and conditions of feature rows."""
@@ -81,9 +84,7 @@ def open_vectors(path, count: int) -> NpyRows:
     paths = sorted(Path(path).glob("*.npy"), key=file_order)
     if not paths:
         raise ValueError(f"--condition-path {path} is not a folder of .npy files")
-    vectors = NpyRows(paths, sample_ndim=1)
-    if vectors.array(0).dtype.kind != "f":
-        raise ValueError(f"--condition-path {path} holds values of type {vectors.array(0).dtype}, wanted floats")
+    vectors = NpyRows(paths, sample_ndim=1, load=load_floats)
     if len(vectors) != count:
         raise ValueError(f"--condition-path {path} has {len(vectors)} rows, the data {count}")
     return vectors

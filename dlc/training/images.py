@@ -36,7 +36,8 @@ class Column:
 class Images:
     """A folder of images, one subfolder per class, with the interface of `Features` that training uses.
 
-    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `PixelEncoder` turns into moments.
+    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `PixelEncoder` turns into
+    moments.
 
     Args:
         state: of the processes; rank 0 lists the images for all.
@@ -88,10 +89,10 @@ class ImageBatches(TrainingBatches):
 
     def __getitem__(self, step: int):
         """Sample indices (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
-        try:
-            indices, crops, condition = super().__getitem__(step)
-        except OSError as error:
-            return Unreadable(str(error))
+        item = super().__getitem__(step)
+        if isinstance(item, Unreadable):
+            return item
+        indices, crops, condition = item
         if self.features.flip == "random":
             flipped = integers(self.seed, Stream.TRAIN_FLIP, indices, 2).bool()
             crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)

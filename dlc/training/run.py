@@ -149,7 +149,8 @@ class Run:
         self.optimizer = self.accelerator.prepare(optimizer)
         self.sums = losses.zeros(self.device)               # of this process, since the last line of the log
         if self.resumed:
-            self._load()
+            with self.parser.one_line_errors():
+                self._load()
 
     def _trained(self):
         """What a checkpoint holds the state of."""
@@ -190,6 +191,8 @@ class Run:
         for step, batch in enumerate(loaded, self.first_step + 1):
             if isinstance(batch, Unreadable):
                 self.bar.close()
+                if self.state.num_processes == 1 and step - 1 > self.first_step:
+                    self._save(step - 1)                    # of several processes, the others are in this step already
                 self.parser.error(f"step {step:,}: {batch.message}")
             yield step, batch
             if self.stopped_by and step < self.last_step:

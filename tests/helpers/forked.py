@@ -32,19 +32,19 @@ def _run(script, arguments, environment, output, cwd):
 class Run:
     """The ranks of one launch, their output in the file `output`."""
 
-    def __init__(self, script, arguments, output, processes=1, cwd="."):
+    def __init__(self, script, arguments, output, processes=1, cwd=".", environment=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.output = output
         self.ranks = []
         for rank in range(processes):
-            environment = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1")
+            variables = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", **(environment or {}))
             if processes > 1:
-                environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
+                variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
                                    LOCAL_WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
             self.ranks.append(context.Process(
-                target=_run, args=(script, [*map(str, arguments)], environment, str(output), str(cwd))))
+                target=_run, args=(script, [*map(str, arguments)], variables, str(output), str(cwd))))
         for rank in self.ranks:
             rank.start()
 

@@ -18,7 +18,3 @@ def main():
     train_diffusion.main()
     print(f"compiled: {len(compiled)} blocks; checkpointing: {any(checkpointing)}; TF32: "
           f"{torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,105 @@
+"""Progress in a terminal and elsewhere, errors in one line, and what flags take."""
+import argparse
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ROOT
+
+from dlc.cli import LONGEST_LINE, ArgumentParser, one_line, path_or_name, progress
+
+WORK = """
+import time
+from dlc.cli import progress
+with progress(total=16, initial=4, desc="drawing", unit="img") as bar:
+    for _ in range(12):
+        bar.set_postfix(loss="0.5")
+        bar.update(0.5)
+        bar.update(0.5)
+        time.sleep(0.01)
+for _ in progress(range(3), desc="short", unit="file", delay=2):
+    pass
+"""
+
+
+def test_progress_outside_a_terminal(capsys, monkeypatch):
+    """Plain lines of done, of, rate and time left: at most one an interval, and one at the end."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock) / 10)          # each look at the clock is 0.1 s later
+    for _ in progress(range(1000), desc="extracting", unit="img"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.fullmatch(r"extracting: [\d,]+/1,000 img \(\d+%\), \S+ img/s, [\d:]+ elapsed, [\d:]+ left", line)
+               for line in lines), lines
+    seconds = [int(minutes) * 60 + int(rest) for minutes, rest in re.findall(r"(\d+):(\d+) elapsed", "\n".join(lines))]
+    assert len(lines) > 3 and "1,000/1,000 img (100%)" in lines[-1] and lines[-1].endswith("00:00 left")
+    assert all(later - earlier >= 30 for earlier, later in zip(seconds, seconds[1:-1]))
+
+
+def test_progress_of_short_work_is_a_line_at_most(capsys):
+    exec(WORK)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("drawing: 16/16 img (100%), ") and lines[0].endswith("loss=0.5")
+    for _ in progress(range(3), disable=True):
+        pass
+    assert list(progress([])) == [] and "\r" not in capsys.readouterr().err
+
+
+def test_progress_in_a_terminal():
+    """A bar drawn in place."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))          # rows, columns
+    subprocess.run([sys.executable, "-c", WORK], cwd=ROOT, stderr=terminal, check=True, timeout=60)
+    os.set_blocking(main, False)
+    said = b""
+    with contextlib.suppress(BlockingIOError):          # all is read
+        while True:
+            said += os.read(main, 4096)
+    said = said.decode()
+    assert "\r" in said and "16.0/16" in said and "elapsed" not in said
+
+
+def test_one_line():
+    assert one_line("a\n\tb\x1b[31m  c\x07\u202e") == "a b c ?"
+    long = one_line("x" * 10**6 + " do this")
+    assert len(long) <= LONGEST_LINE and long.endswith("do this") and "…" in long
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t", "~nobody-here/x"])
+def test_values_that_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        path_or_name(text)
+
+
+def test_values_that_are_taken(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert path_or_name("~/x") == "/home/of/mine/x"
+    assert path_or_name("a/~b") == "a/~b" and path_or_name("./~x") == "./~x"
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (OSError(28, "No space left on device"), 2, "on device; what is done is kept: run the same command again"),
+    (KeyboardInterrupt(), 130, "stopped; what is done is kept: run the same command again"),
+    (MemoryError(), 2, "the memory is full: lower --batch-size; what is done is kept"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "the memory is full: lower --batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2, "a data reader was killed"),
+    (ConnectionResetError(104, "Connection reset by peer"), 2, "a data reader was killed, by the kernel"),
+    (EOFError(), 2, "a data reader was killed, by the kernel"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), 2, "another process ended early")])
+def test_what_ends_the_work(error, status, said, capsys):
+    with pytest.raises(SystemExit) as stopped, ArgumentParser("", prog="script").kept_on_error(
+            "what is done is kept", "--batch-size"):
+        raise error
+    assert stopped.value.code == status and said in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shape"), ArgumentParser("").kept_on_error("", ""):
+        raise RuntimeError("a shape is wrong")
