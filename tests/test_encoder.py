@@ -27,7 +27,7 @@ def test_agrees_with_reference():
     lambda key: f"backbone.{key}", lambda key: f"module.backbone.{key}", lambda key: f"backbone._orig_mod.{key}",
     lambda key: f"backbone.{key.replace('blocks.', 'blocks.0.')}"])
 def test_checkpoint_layouts(rename):
-    """The layouts that training leaves: wrapped by DDP or torch.compile, or blocks in chunks; with the losses' heads."""
+    """The layouts that training leaves: wrapped by DDP or torch.compile, or blocks in chunks; with losses' heads."""
     _, weights = golden("sem_encoder")
     encoder = reference_encoder()
     expected = convert_reference_weights(weights, encoder.backbone)
@@ -99,9 +99,9 @@ def test_head_reads_the_tokens_before_the_final_norm():
         torch.testing.assert_close(encoder(images), logits.view(2, 5, 7).softmax(dim=2))
 
 
-@pytest.mark.parametrize("backbone, message", [("vit_gigantic", "timm cannot build"), ("resnet18",
-                                                                                             "timm cannot build|no class"),
-                                               ("vit_base_patch16_siglip_224", "no class or register tokens")])
+@pytest.mark.parametrize("backbone, message", [
+    ("vit_gigantic", "timm cannot build"), ("resnet18", "timm cannot build|no class"),
+    ("vit_base_patch16_siglip_224", "no class or register tokens")])
 def test_unfit_backbones_are_refused(backbone, message):
     with pytest.raises(ValueError, match=message):
         SEMEncoder(backbone)
