@@ -168,8 +168,8 @@ def test_interrupted(whole, extraction, tmp_path):
 
 
 @pytest.mark.parametrize("place, kept", [
-    ("dlc.extraction.Networks.__init__", "what is done is kept: run the same command again"),
-    ("extract_features_withdlc.save_preview", "the features are complete")])
+    ("dlc.extraction.PixelEncoder.__init__", "what is done is kept: run the same command again"),
+    ("extract_features_withdlc.save_reconstructions", "the features are complete")])
 def test_interrupted_elsewhere(place, kept, images, tiny_models, tmp_path, monkeypatch, capsys):
     """Ctrl-C between the checks and the work, and after it."""
     def interrupt(*args, **kwargs):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.loading import IMAGENET, sparse_features
+from dlc.checkpoints.meta import RunMeta
 from dlc.disk import write_whole
 from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Manifest, NpyRows, kind_dir
 from dlc.sampling.conditions import ComputedCodes
@@ -264,7 +265,7 @@ def test_a_folder_of_lone_codes_is_in_numeric_order(tmp_path):
     for index in range(12):
         np.save(tmp_path / f"{index}.npy", np.array([[index, 0, 0]]))
     model = DiT_models["DiTSEM-Ti/8"](input_size=8, L=3, V=12)
-    codes = ComputedCodes(tmp_path, model, {}, "sequential", 0)
+    codes = ComputedCodes(tmp_path, model, RunMeta(), "sequential", 0)
     assert codes(np.arange(14))[:, 0].tolist() == [*range(12), 0, 1]
 
 

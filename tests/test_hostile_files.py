@@ -517,7 +517,7 @@ def test_meta(tmp_path, text, message):
 def test_meta_that_says_little_or_more(tmp_path):
     for meta in ({}, dict(step=0), dict(more=[[["x"]]], vae=None, scaling_factor=None, model=None)):
         (tmp_path / "meta.json").write_text(json.dumps(meta))
-        assert read_meta(tmp_path) == RunMeta(step=meta.get("step"))
+        assert read_meta(tmp_path) == RunMeta(step=meta.get("step"), shift_factor=0.0)
 
 
 @pytest.mark.parametrize("change, message", [

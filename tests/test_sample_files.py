@@ -11,6 +11,7 @@ import torch
 from conftest import L, V
 from PIL import Image
 
+from dlc.checkpoints.meta import RunMeta
 from dlc.images import save_png
 from dlc.sampling.__main__ import main
 from dlc.sampling.conditions import (
@@ -140,7 +141,7 @@ CODES = np.random.default_rng(0).integers(0, V, (24, L))
 
 
 def of(source, order="sequential", seed=0):
-    return ComputedCodes(source, MODEL, {}, order, seed)
+    return ComputedCodes(source, MODEL, RunMeta(), order, seed)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
@@ -279,7 +280,7 @@ def test_vectors_that_are_refused(vectors, harm, message):
 def test_what_could_not_be_compared_is_said(tmp_path, features):
     np.save(tmp_path / "codes.npy", CODES)
     assert "the codes do not say which encoder" in of(tmp_path / "codes.npy").notes[0]
-    assert "the checkpoint does not say" in ComputedCodes(features, MODEL, {}, "random", 0).notes[0]
+    assert "the checkpoint does not say" in ComputedCodes(features, MODEL, RunMeta(), "random", 0).notes[0]
 
 
 #################################################################################

@@ -107,7 +107,7 @@ def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_
 
 def test_trained_on_images(deep_vae, images):
     """What is made as training goes is what extraction stores as moments."""
-    folder = Images(PartialState(cpu=True), images, IMAGE_SIZE, str(deep_vae), flip="none")
+    folder = Images(PartialState(cpu=True), images, image_size=IMAGE_SIZE, vae=str(deep_vae), flip="none")
     assert folder.latent_shape == (CHANNELS, 16, 16) and folder.source()["shift_factor"] == SHIFT
     crops, labels = torch.from_numpy(np.stack([folder.views[index][1][0] for index in range(5)])), torch.zeros(5)
     encoder = PixelEncoder(folder.vae, None, torch.device("cpu"))
