@@ -13,7 +13,7 @@ SCRIPTS = ["extract_features_withdlc", "train_diffusion", "sample_ddp", "sample_
 # of torchrun, accelerate launch, docker, pip and the benchmarks
 OTHERS = set("""--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
-    --shm-size --help --rows --batch --images --check --code-init""".split())
+    --shm-size --help --rows --batch --images --check""".split())
 
 
 def test_readme_is_short():
