@@ -14,7 +14,7 @@ from conftest import IMAGE_SIZE, ROOT, extract_command, launch, save_images
 from forked import Run
 from test_train import metrics, train_command
 
-from dlc.runtime import asked_precision
+from dlc.launcher import asked_precision
 from train_diffusion import argument_parser, main
 
 VARIANTS = sorted(path.stem for path in (ROOT / "train_options").glob("train_*.py"))

@@ -27,7 +27,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.run import (
-    gather_full,
     load_checkpoint,
     newest_of_run,
     remove_old_checkpoints,
@@ -39,20 +38,19 @@ from dlc.checkpoints.run import (
 from dlc.checkpoints.weights import load_pretrained
 from dlc.cli import progress
 from dlc.disk import DirectoryLock, write_json
+from dlc.launcher import asked_precision, asked_to_compile, unused_launcher_settings
 from dlc.runtime import (
     agree,
-    asked_precision,
-    asked_to_compile,
     create_accelerator,
     create_logger,
     done_by_rank_0,
     set_numerics,
     start_processes,
-    unused_launcher_settings,
     versions,
 )
 from dlc.training.batches import Unreadable, load_batches
-from dlc.training.record import Losses, append_metrics, draw_losses, read_metrics, trim_metrics
+from dlc.training.log import announce, write_line
+from dlc.training.record import Losses, draw_losses, read_metrics, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 
@@ -180,7 +178,7 @@ class Run:
             0, -(-(args.epochs * batches.rows_per_epoch - self.first_index) // args.global_batch_size))
         if args.max_steps is not None:
             self.last_step = min(self.last_step, args.max_steps)
-        self._announce()
+        announce(self)
         self.stop_request = StopRequest(self.state.num_processes)
         self.skipped_in_a_row, self.postponed, self.stopped_by = 0, False, None
         self.last_line = time.time(), self.first_step
@@ -251,7 +249,7 @@ class Run:
             means = self.losses.means(self.accelerator.reduce(self.sums, "sum"))
             failure = self._not_finite(step, means, checkpoint_due)
         if log_due or step == self.last_step or failure:
-            self._log(step, means, log_due, failure)
+            write_line(self, step, means, log_due, failure)
         if log_due:                             # even after a stop, so that a resumed run has the same lines
             self.sums.zero_()
             self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
@@ -282,25 +280,6 @@ class Run:
             if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
                 return f"step {step}: there are weights that are not finite"
 
-    def _log(self, step, means, log_due, failure):
-        """Write a line to metrics.jsonl, to the tracker and to log.txt."""
-        scaler, rate = self.accelerator.scaler, (step - self.last_line[1]) / (time.time() - self.last_line[0])
-        images_per_second = rate * self.args.global_batch_size
-        line = dict(
-            step=step, epoch=self.batches.first_of(step) / self.batches.rows_per_epoch, **means,
-            grad_norm=gather_full(self.grad_norm).item(), skipped_steps=self.skipped,
-            scaler_scale=scaler.get_scale() if scaler else None,
-            peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None,
-            lr=self.args.lr, steps_per_second=rate, images_per_second=images_per_second)
-        if self.state.is_main_process and (log_due or failure):
-            self.record(append_metrics, self.folder / "metrics.jsonl", line)
-        if self.args.report_to and log_due:
-            self.accelerator.log(self.losses.scalars(line), step)
-        self.logger.info(f"step {step:,}: {self.losses.words(means)}, grad norm {line['grad_norm']:.3f}, {rate:.2f} "
-                         f"steps/s, {images_per_second:.0f} images/s"
-                         + (f", {self.skipped} steps skipped" if self.skipped else ""))
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
-
     def _save(self, step):
         args = self.args
         sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()            # (processes, len(sums))
@@ -317,22 +296,6 @@ class Run:
                 remove_old_checkpoints(self.folder, args.ckpt_total_limit)
             self.record(draw_losses, read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         self.accelerator.wait_for_everyone()
-
-    def _announce(self):
-        args, first, last = self.args, self.first_step, self.last_step
-        for line in (
-                f"batch: {self.micro_batch_size} x {self.state.num_processes} processes on {self.device.type} x "
-                f"{args.grad_accum} micro-batches = {args.global_batch_size}",
-                f"precision: {self.precision}" + (", sharded (FSDP)" if self.sharded else ""),
-                f"run: steps {first:,} to {last:,} in {self.folder}",
-                self.pretrained and f"weights: {self.pretrained}",
-                self.resumed and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
-                self.resumed and f"continued from {self.resumed}",
-                self.changed and f"warning: changed since: {self.changed}",
-                *(f"warning: {line}" for line in self.unused),
-                first >= last and "nothing to do: raise --max-steps or --epochs to train on"):
-            if line:
-                self.logger.info(line)
 
     # ---------------------------------------------------------------------- beside the loop
 
