@@ -11,6 +11,7 @@ draw from the source's SEM distribution there, so that the token is a draw from 
 For example, of a dog and a fern with --weights 3 1, three in four tokens are the dog's. Code i is a function of
 (seed, i).
 """
+
 import io
 from pathlib import Path
 
@@ -46,10 +47,10 @@ def compose(sources: torch.Tensor, weights: torch.Tensor, num: int, seed: int) -
     """
     K, L = sources.shape[:2]
     positions, parts = torch.arange(L), []
-    for indices in torch.arange(num).split(256):                # all of (num, L, V) at once could fill the memory
+    for indices in torch.arange(num).split(256):  # all of (num, L, V) at once could fill the memory
         words = random_words(seed, Stream.COMPOSE, indices, 2 * L).double() / 2**32
-        source = choose(weights.expand(len(indices), L, K), words[:, :L])                  # (n, L)
-        taken = sources[source, positions]                                                 # (n, L) or (n, L, V)
+        source = choose(weights.expand(len(indices), L, K), words[:, :L])  # (n, L)
+        taken = sources[source, positions]  # (n, L) or (n, L, V)
         parts.append((taken if sources.ndim == 2 else choose(taken, words[:, L:]), source))
     return tuple(map(torch.cat, zip(*parts)))
 
@@ -61,8 +62,12 @@ def parse_args():
     add("--features-path", "--feature-path", help="take the sources' codes from these features, not from images")
     add("--rows", type=number(int, 0), nargs="+", help="two or more rows of the features, counted from 0")
     add_encoder_flags(add)
-    add("--mode", choices=["tokens", "sem"], default="tokens", help="take the sources' tokens, or, for images, draw "
-                                                                    "from their SEM distributions [%(default)s]")
+    add(
+        "--mode",
+        choices=["tokens", "sem"],
+        default="tokens",
+        help="take the sources' tokens, or, for images, draw from their SEM distributions [%(default)s]",
+    )
     add("--weights", type=number(float, 0), nargs="+", help="relative frequency of each source [equal]")
     add("--temp", type=number(float, 1e-6), help="--mode sem: temperature of the distributions [the encoder's]")
     add("--num", type=number(int, 1), default=16, help="number of codes to compose [%(default)s]")
@@ -96,7 +101,7 @@ def read_images(args) -> tuple[torch.Tensor, int]:
     for path in args.images:
         try:
             views.append(np.array(center_crop(load_rgb(path), encoder.image_size)))
-        except Exception as error:                          # Pillow's readers raise all kinds
+        except Exception as error:  # Pillow's readers raise all kinds
             raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
     # in batches of 1, so that an image's code does not depend on the other sources
     logits = in_batches(encoder.encode_pixels, torch.from_numpy(np.stack(views)), 1)
@@ -134,8 +139,10 @@ def main():
     shares = torch.bincount(source.flatten(), minlength=len(sources))
     for name, count in zip(args.images or [f"row {row}" for row in args.rows], shares.tolist()):
         print(f"{count:8,} of {source.numel():,} tokens ({count / source.numel():.1%}) from {name}")
-    print(f"{args.num} codes of {codes.shape[1]} tokens in {args.out}: draw from them with sample_ddp_computed_dlc.py "
-          f"--dlc-dir {args.out} --num-fid-samples {args.num}")
+    print(
+        f"{args.num} codes of {codes.shape[1]} tokens in {args.out}: draw from them with sample_ddp_computed_dlc.py "
+        f"--dlc-dir {args.out} --num-fid-samples {args.num}"
+    )
 
 
 if __name__ == "__main__":

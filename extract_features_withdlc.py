@@ -7,6 +7,7 @@ In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: F
 dlc/features/, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
 continues. The stored bytes depend neither on the number of processes and workers nor on a row's neighbours.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ from dlc.signals import ignore_signals
 from dlc.vae import decode, downsampling_factor, load_vae
 from models import DiT_models
 
-COMPARED_BATCHES = 8        # batches in which the tokens of a lower precision are compared with those of fp32
+COMPARED_BATCHES = 8  # batches in which the tokens of a lower precision are compared with those of fp32
 ON_GPU = torch.cuda.is_available()
 
 
@@ -44,28 +45,58 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data-path", required=True, help="images: an ImageFolder-style directory, one subfolder per class")
-    add("--features-path", "--feature-path", default="features",
-        help="directory to write the features to [%(default)s]")
-    add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL",
-        help="warn if latents of this size do not suit the patch of this model [%(default)s]")
+    add(
+        "--features-path", "--feature-path", default="features", help="directory to write the features to [%(default)s]"
+    )
+    add(
+        "--model",
+        default="DiTSEM-XL/2",
+        choices=DiT_models,
+        metavar="MODEL",
+        help="warn if latents of this size do not suit the patch of this model [%(default)s]",
+    )
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help="ema, mse, a local directory or a hub id [%(default)s]")
     add_encoder_flags(add, more="; none: store latents and labels only")
-    add("--flip", choices=["random", "none", "both"], default="random",
-        help="flip the VAE's view horizontally; both: two rows per image, unflipped, then flipped [%(default)s]")
-    add("--posterior", choices=LATENTS, default="sample",
+    add(
+        "--flip",
+        choices=["random", "none", "both"],
+        default="random",
+        help="flip the VAE's view horizontally; both: two rows per image, unflipped, then flipped [%(default)s]",
+    )
+    add(
+        "--posterior",
+        choices=LATENTS,
+        default="sample",
         help="what to store of the VAE's posterior; moments: mean and std, from which training draws a fresh sample "
-             "in each epoch [%(default)s]")
+        "in each epoch [%(default)s]",
+    )
     add("--dtype", choices=DTYPES, default="float16", help="type of the stored latents [%(default)s]")
-    add("--precision", choices=PRECISIONS, default="fp32",
-        help="precision of weights and activations of both networks; TF32 is never used [%(default)s]")
-    add("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU,
-        help="torch.compile both networks [only on GPUs]")
-    add("--batch-size", type=number(int, 1), default=32 if ON_GPU else 4,
-        help="images per batch; on a CPU each core encodes a batch [32 on GPUs, 4 on CPUs]")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="precision of weights and activations of both networks; TF32 is never used [%(default)s]",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=ON_GPU,
+        help="torch.compile both networks [only on GPUs]",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        default=32 if ON_GPU else 4,
+        help="images per batch; on a CPU each core encodes a batch [32 on GPUs, 4 on CPUs]",
+    )
     add("--shard-size", type=number(int, 1), default=1024, help="images per shard [%(default)s]")
-    add("--num-workers", type=number(int, 0), default=default_num_workers(),
-        help="data loader workers per process [%(default)s here]")
+    add(
+        "--num-workers",
+        type=number(int, 0),
+        default=default_num_workers(),
+        help="data loader workers per process [%(default)s here]",
+    )
     add("--strict", action="store_true", help="stop at the first broken image instead of skipping it")
     add("--global-seed", type=SEED, default=0, help="seed of flips and posterior draws [%(default)s]")
     return parser, parser.parse_args()
@@ -75,8 +106,10 @@ def check_flags(args):
     """Raise ValueError for flags that contradict each other."""
     data_path, features_path = Path(args.data_path).resolve(), Path(args.features_path).resolve()
     if features_path == data_path or data_path in features_path.parents:
-        raise ValueError(f"--features-path {args.features_path} lies in --data-path {args.data_path}, whose "
-                         "folders are the classes: give another")
+        raise ValueError(
+            f"--features-path {args.features_path} lies in --data-path {args.data_path}, whose "
+            "folders are the classes: give another"
+        )
     factor = downsampling_factor(args.vae)
     if args.image_size % factor:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of {factor}, the VAE's factor")
@@ -103,17 +136,26 @@ def run(parser, args):
     with parser.one_line_errors():
         vae = load_vae(args.vae)
         manifest = Manifest(
-            image_size=args.image_size, shard_size=args.shard_size, latents=args.posterior, dtype=args.dtype,
-            precision=args.precision, flip=args.flip, seed=args.global_seed, classes=classes,
-            **data_settings(args.vae, vae, args.encoder, encoder, paths))
+            image_size=args.image_size,
+            shard_size=args.shard_size,
+            latents=args.posterior,
+            dtype=args.dtype,
+            precision=args.precision,
+            flip=args.flip,
+            seed=args.global_seed,
+            classes=classes,
+            **data_settings(args.vae, vae, args.encoder, encoder, paths),
+        )
         agree("VAE and encoder", manifest.to_json())
         writer = FeatureWriter(args.features_path, manifest)
         incomplete = done_by_rank_0(state, writer.start)
     patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
     if side % patch:
-        logger.warning(f"warning: latents of --image-size {args.image_size} are {side} wide, not a multiple of "
-                       f"{args.model}'s patch {patch}: it cannot be trained on them")
-    flips = flips_of(args.flip, len(paths), args.global_seed)                                # (images, k)
+        logger.warning(
+            f"warning: latents of --image-size {args.image_size} are {side} wide, not a multiple of "
+            f"{args.model}'s patch {patch}: it cannot be trained on them"
+        )
+    flips = flips_of(args.flip, len(paths), args.global_seed)  # (images, k)
     views = Views(args.data_path, paths, flips, args.image_size, encoder.image_size if encoder else None)
     preview = Path(args.features_path) / "preview.png"
     if not incomplete:
@@ -127,19 +169,31 @@ def run(parser, args):
     # ---------------------------------------------------------------------- extraction, shard by shard
     num_shards = -(-len(paths) // args.shard_size)
     todo = from_rank_0([shard for shard in range(num_shards) if not writer.is_done(shard)])
-    logger.info(f"{len(paths):,} images in {len(classes)} classes, {num_shards} shards, {len(todo)} to do, "
-                f"{state.num_processes} processes on {state.device.type}, {args.precision}")
-    batches = batches_of(todo[state.process_index::state.num_processes], len(paths), args.shard_size, args.batch_size)
-    loader = DataLoader(views, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
-                        worker_init_fn=ignore_signals, pin_memory=state.device.type == "cuda")
+    logger.info(
+        f"{len(paths):,} images in {len(classes)} classes, {num_shards} shards, {len(todo)} to do, "
+        f"{state.num_processes} processes on {state.device.type}, {args.precision}"
+    )
+    batches = batches_of(todo[state.process_index :: state.num_processes], len(paths), args.shard_size, args.batch_size)
+    loader = DataLoader(
+        views,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=state.device.type == "cuda",
+    )
     set_exact_numerics()
     encoder = open_pixel_encoder(args, vae, encoder, state, views, batches, logger)
     encode = BatchEncoder(encoder, views, labels, manifest, args.batch_size, args.strict)
     if args.compile and batches:
         encode.warm_up()
     images, start = sum(map(len, batches)), time.time()
-    bar = progress(total=images, unit="img", disable=not state.is_main_process,
-                   desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}")
+    bar = progress(
+        total=images,
+        unit="img",
+        disable=not state.is_main_process,
+        desc="extracting" if state.num_processes == 1 else f"rank 0 of {state.num_processes}",
+    )
     try:
         with bar:
             extract(encode, zip(batches, loader), writer, len(paths), bar.update)
@@ -151,12 +205,14 @@ def run(parser, args):
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
-        with parser.one_line_errors("the features are complete"):       # all images may have been skipped
+        with parser.one_line_errors("the features are complete"):  # all images may have been skipped
             save_reconstructions(preview, args.features_path, views, paths, vae)
         skipped = len(manifest.skipped)
-        logger.info(f"done: {manifest.count:,} rows of {len(paths):,} images in {num_shards} shards, {skipped} skipped "
-                    f"{'(listed in manifest.json) ' if skipped else ''}at {args.features_path}; "
-                    f"{rate:.2f} images/s a process; look at {preview}")
+        logger.info(
+            f"done: {manifest.count:,} rows of {len(paths):,} images in {num_shards} shards, {skipped} skipped "
+            f"{'(listed in manifest.json) ' if skipped else ''}at {args.features_path}; "
+            f"{rate:.2f} images/s a process; look at {preview}"
+        )
         if skipped > 0.01 * len(paths):
             logger.warning(f"warning: {skipped / len(paths):.0%} of the images were skipped")
     state.destroy_process_group()
@@ -170,13 +226,15 @@ def open_pixel_encoder(args, vae, encoder, state, views, batches, logger):
             indices, _, code_views, _ = collate([views[index] for index in batch])
             if indices is not None:
                 views_and_places.append((code_views, indices - batch[0]))
-    if views_and_places:                                    # in fp32 first: the networks are then cast in place
+    if views_and_places:  # in fp32 first: the networks are then cast in place
         exact = all_codes(PixelEncoder(vae, encoder, state.device), views_and_places, args.batch_size)
     pixel_encoder = PixelEncoder(vae, encoder, state.device, args.precision, args.compile)
     if views_and_places:
         changed = int((all_codes(pixel_encoder, views_and_places, args.batch_size) != exact).sum())
-        logger.info(f"{args.precision} changes {changed:,} of {exact.numel():,} tokens ({changed / exact.numel():.2%}) "
-                    f"of the first {len(exact)} images against fp32")
+        logger.info(
+            f"{args.precision} changes {changed:,} of {exact.numel():,} tokens ({changed / exact.numel():.2%}) "
+            f"of the first {len(exact)} images against fp32"
+        )
     return pixel_encoder
 
 
@@ -186,9 +244,11 @@ def save_reconstructions(path, features_path, views, paths, vae, columns=8):
     rows = np.unique(np.linspace(0, features.count - 1, columns).astype(int))
     index_of = {name: index for index, name in enumerate(paths)}
     copy = rows % views.flips.shape[1]
-    crops = [views.crops(load_rgb(views.path(index_of[name])), index_of[name])[copy[i]]
-             for i, name in enumerate(features.paths.gather(rows))]
-    stored = features.latents.gather(rows)[:, :features.latent_shape[0]]                     # of moments: the mean
+    crops = [
+        views.crops(load_rgb(views.path(index_of[name])), index_of[name])[copy[i]]
+        for i, name in enumerate(features.paths.gather(rows))
+    ]
+    stored = features.latents.gather(rows)[:, : features.latent_shape[0]]  # of moments: the mean
     with torch.inference_mode():
         decoded = to_uint8(decode(vae, torch.from_numpy(stored).to(vae.device, torch.float32))).cpu().numpy()
     blank = np.zeros((columns - len(rows), *decoded.shape[1:]), np.uint8)

@@ -5,6 +5,7 @@
 In: a checkpoint [the newest under results/], ours or a published DiT-XL-2-256x256.pt. Out: SAMPLES/, see
 dlc/sampling/. The same command run again draws what is missing; the images do not depend on the number of processes.
 """
+
 from dlc.sampling.command import sample
 
 

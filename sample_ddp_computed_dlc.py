@@ -7,6 +7,7 @@ In: a checkpoint [the newest under results/] and codes [those of the features it
 SAMPLES/, see dlc/sampling/. The same command run again draws what is missing; the images do not depend on the number of
 processes.
 """
+
 from dlc.sampling.command import sample
 
 

@@ -12,6 +12,7 @@ Row, timestep, noise and condition dropout of each sample are functions of (seed
 flips and draws from the VAE's posterior if they are made here: neither the number of processes nor a restart changes
 what is trained on.
 """
+
 import hashlib
 
 import numpy as np
@@ -40,22 +41,31 @@ def argument_parser(**defaults):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL", help="name in DiT_models")
-    add("--code-init", choices=CODE_INITS, default="unit",
+    add(
+        "--code-init",
+        choices=CODE_INITS,
+        default="unit",
         help="DiTSEM only: start of the code table. unit: N(0, 1). dlc: N(0, 1/D) for width D and one null row for all "
-             "positions, as the DLC project does")
+        "positions, as the DLC project does",
+    )
 
     group = parser.add_argument_group("data")
     add, source = group.add_argument, group.add_mutually_exclusive_group()
     source.add_argument("--features-path", "--feature-path", default="features", help="train on these features")
-    source.add_argument("--data-path",
-                        help="train on images instead: an ImageFolder-style directory (one subfolder per class) [none]")
+    source.add_argument(
+        "--data-path", help="train on images instead: an ImageFolder-style directory (one subfolder per class) [none]"
+    )
     add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
     add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes")
-    add("--condition-path",
-        help="DiTCONT only: folder of .npy files (n, in_dim), rows aligned with the features [none]")
-    add("--vae", help="ema, mse, a directory or a hub id: decodes previews and, with --data-path, encodes the images "
-                      "[the features' own, or ema]")
+    add(
+        "--condition-path", help="DiTCONT only: folder of .npy files (n, in_dim), rows aligned with the features [none]"
+    )
+    add(
+        "--vae",
+        help="ema, mse, a directory or a hub id: decodes previews and, with --data-path, encodes the images "
+        "[the features' own, or ema]",
+    )
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
 
     add = add_run_flags(parser)
@@ -71,20 +81,37 @@ def open_data(args, state):
     if not args.data_path:
         if args.features_path is None:
             raise ValueError("this trains on images: give --data-path")
-        for flag, given in (("image-size", args.image_size), ("flip", args.flip), ("encoder", args.encoder),
-                            ("encoder-backbone", args.encoder_backbone), ("L", args.L)):
+        for flag, given in (
+            ("image-size", args.image_size),
+            ("flip", args.flip),
+            ("encoder", args.encoder),
+            ("encoder-backbone", args.encoder_backbone),
+            ("L", args.L),
+        ):
             if given is not None:
                 raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
         return Features(args.features_path, args.V, args.num_classes)
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
     if (DiT_models[args.model].conditioning == "codes") != bool(args.encoder):
-        raise ValueError(f"{args.model} is trained on codes: with --data-path it needs an --encoder"
-                         if not args.encoder else f"--encoder is for DiTSEM models, not {args.model}")
+        raise ValueError(
+            f"{args.model} is trained on codes: with --data-path it needs an --encoder"
+            if not args.encoder
+            else f"--encoder is for DiTSEM models, not {args.model}"
+        )
     if not args.encoder and (args.L or args.V or args.encoder_backbone):
         raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
-    return Images(state, args.data_path, image_size=args.image_size or 256, vae=args.vae or "ema", encoder=args.encoder,
-                  L=args.L, V=args.V, backbone=args.encoder_backbone, flip=args.flip or "random")
+    return Images(
+        state,
+        args.data_path,
+        image_size=args.image_size or 256,
+        vae=args.vae or "ema",
+        encoder=args.encoder,
+        L=args.L,
+        V=args.V,
+        backbone=args.encoder_backbone,
+        flip=args.flip or "random",
+    )
 
 
 def open_condition(args, features):
@@ -115,24 +142,30 @@ def data_settings(args, features, condition):
     """What the features are, as RunMeta records and compares it."""
     vectors = condition.gather(np.arange(min(64, features.count))) if args.condition_path else None
     return dict(
-        features_count=features.count, latents=features.latent_kind,
+        features_count=features.count,
+        latents=features.latent_kind,
         **{key: value for key, value in features.source().items() if key != "vae"},
-        first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest())
+        first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest(),
+    )
 
 
 def draws(seed, indices, x, num_timesteps, dropout):
     """Of samples with latents x: timesteps (n,), noise (n, 4, S/8, S/8), and whether to drop the condition (n,)."""
-    return (integers(seed, Stream.TRAIN_TIMESTEP, indices, num_timesteps),
-            normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:]),
-            uniform(seed, Stream.TRAIN_DROP, indices) < dropout)
+    return (
+        integers(seed, Stream.TRAIN_TIMESTEP, indices, num_timesteps),
+        normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:]),
+        uniform(seed, Stream.TRAIN_DROP, indices) < dropout,
+    )
 
 
 def main(**defaults):
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
     args = parser.parse_args()
-    with Run(parser, args) as run, parser.kept_on_error(
-            "what is done is kept", "--global-batch-size, or raise --grad-accum", (OSError,)):
+    with (
+        Run(parser, args) as run,
+        parser.kept_on_error("what is done is kept", "--global-batch-size, or raise --grad-accum", (OSError,)),
+    ):
         train(parser, args, run)
 
 
@@ -145,13 +178,17 @@ def train(parser, args, run):
         condition, limit, sizes = open_condition(args, features)
         spec, (channels, latent_size, _) = DiT_models[args.model], features.latent_shape
         if latent_size % spec.patch_size:
-            raise ValueError(f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
-                             f"{spec.patch_size}")
+            raise ValueError(
+                f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
+                f"{spec.patch_size}"
+            )
         source = features.source()
         path_key = "data_path" if args.data_path else "features_path"
-        run.claim(identity=dict(model=args.model, image_size=features.image_size, **sizes),
-                  settings=data_settings(args, features, condition),
-                  notes={"vae": source["vae"], path_key: recorded_id(data_path)})
+        run.claim(
+            identity=dict(model=args.model, image_size=features.image_size, **sizes),
+            settings=data_settings(args, features, condition),
+            notes={"vae": source["vae"], path_key: recorded_id(data_path)},
+        )
         if is_main:
             features.validate()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
@@ -170,24 +207,35 @@ def train(parser, args, run):
 
     # ---------------------------------------------------------------------- run
     batches = (ImageBatches if encode else TrainingBatches)(
-        features, condition, limit, seed=args.global_seed, global_batch=args.global_batch_size,
-        rank=run.state.process_index, world_size=run.state.num_processes, first_step=run.first_step,
-        first_index=run.first_index)
+        features,
+        condition,
+        limit,
+        seed=args.global_seed,
+        global_batch=args.global_batch_size,
+        rank=run.state.process_index,
+        world_size=run.state.num_processes,
+        first_step=run.first_step,
+        first_index=run.first_index,
+    )
     parameters = sum(weight.numel() for weight in model.parameters())
-    run.logger.info(f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
-                    + ", ".join(f"{key}={value}" for key, value in sizes.items()))
-    run.logger.info(f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
-                    f"{features.count / args.global_batch_size:.1f} steps an epoch")
+    run.logger.info(
+        f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
+        + ", ".join(f"{key}={value}" for key, value in sizes.items())
+    )
+    run.logger.info(
+        f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
+        f"{features.count / args.global_batch_size:.1f} steps an epoch"
+    )
 
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):
         for indices, x, y in run.micro_batches(batch):
             if encode:
                 x, y = encode(x, y)
-            x = x.float()                                                       # (n, 4, S/8, S/8)
+            x = x.float()  # (n, 4, S/8, S/8)
             if draw_latents:
                 x = draw_posterior(x, args.global_seed, indices)
-            y = y.float() if y.is_floating_point() else y                       # (n, L), (n,) or (n, in_dim)
+            y = y.float() if y.is_floating_point() else y  # (n, L), (n,) or (n, in_dim)
             t, noise, drop = draws(args.global_seed, indices, x, diffusion.num_timesteps, model.class_dropout_prob)
             terms = diffusion.training_losses(run.model, x, t, dict(y=y, drop=drop), noise)
             run.backward(terms, t, diffusion.num_timesteps)
@@ -198,8 +246,9 @@ def train(parser, args, run):
                 if ema is not None:
                     with parser.one_line_errors():
                         latents, y = first_rows(batches, encode, run.device)
-                    run.record(save_preview, run.folder / f"previews/{step:07d}.png", ema, latents, y, vae,
-                               args.global_seed)
+                    run.record(
+                        save_preview, run.folder / f"previews/{step:07d}.png", ema, latents, y, vae, args.global_seed
+                    )
 
 
 if __name__ == "__main__":

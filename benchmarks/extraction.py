@@ -7,6 +7,7 @@ ViT-L/14 with registers under a SEM head of L=512, V=256, both with random weigh
 networks share one device, so the whole is bounded by the slower of decoding and both networks. On a CPU, decoding
 competes with them for the cores.
 """
+
 import argparse
 import re
 import subprocess
@@ -28,10 +29,15 @@ from dlc.images import Views, collate, flips_of
 from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers
 from dlc.vae import load_vae
 
-DECODED = 10        # times that each image is decoded to measure the rate
+DECODED = 10  # times that each image is decoded to measure the rate
 ON_GPU = torch.cuda.is_available()
-SD_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-              up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4)
+SD_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    latent_channels=4,
+)
 
 
 def write_photographs(root, count):
@@ -42,7 +48,8 @@ def write_photographs(root, count):
         coarse = Image.fromarray(random.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize((500, 375))
         noise = random.normal(0, 12, (375, 500, 3))
         Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(
-            root / "class" / f"{index:06d}.jpg", quality=90)
+            root / "class" / f"{index:06d}.jpg", quality=90
+        )
     return sum(path.stat().st_size for path in (root / "class").iterdir()) / count
 
 
@@ -64,8 +71,9 @@ def rates_of_the_parts(root, args):
     paths = sorted(path.name for path in (root / "images/class").iterdir())
     views = Views(root / "images/class", paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
     batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
-    loader = iter(DataLoader(views, batch_sampler=(1 + DECODED) * batches, collate_fn=collate,
-                             num_workers=args.num_workers))
+    loader = iter(
+        DataLoader(views, batch_sampler=(1 + DECODED) * batches, collate_fn=collate, num_workers=args.num_workers)
+    )
     loaded = [next(loader) for _ in batches]
     start = time.perf_counter()
     for _ in loader:
@@ -94,25 +102,51 @@ def rates_of_the_parts(root, args):
 def rate_of_the_whole(root, args):
     """Images per second as the script reports them, without its start-up."""
     result = subprocess.run(
-        [sys.executable, "extract_features_withdlc.py", "--data-path", root / "images", "--features-path",
-         root / "features", "--vae", root / "vae", "--encoder", root / "sem", "--precision", args.precision,
-         "--batch-size", str(args.batch_size), "--num-workers", str(args.num_workers),
-         "--compile" if args.compile else "--no-compile"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        [
+            sys.executable,
+            "extract_features_withdlc.py",
+            "--data-path",
+            root / "images",
+            "--features-path",
+            root / "features",
+            "--vae",
+            root / "vae",
+            "--encoder",
+            root / "sem",
+            "--precision",
+            args.precision,
+            "--batch-size",
+            str(args.batch_size),
+            "--num-workers",
+            str(args.num_workers),
+            "--compile" if args.compile else "--no-compile",
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(re.search(r"([\d.]+) images/s a process", result.stdout)[1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4096 if ON_GPU else 96, help="images [4096 on GPUs, 96 on CPUs]")
-    parser.add_argument("--batch-size", type=int, default=32 if ON_GPU else 4,
-                        help="images per batch [32 on GPUs, 4 on CPUs]")
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(),
-                        help="data loader workers [%(default)s]")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
-                        help="precision of both networks [%(default)s]")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU,
-                        help="torch.compile both networks [only on GPUs]")
+    parser.add_argument(
+        "--batch-size", type=int, default=32 if ON_GPU else 4, help="images per batch [32 on GPUs, 4 on CPUs]"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=default_num_workers(), help="data loader workers [%(default)s]"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="precision of both networks [%(default)s]"
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=ON_GPU,
+        help="torch.compile both networks [only on GPUs]",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
@@ -123,10 +157,18 @@ def main():
         rates = {**rates_of_the_parts(root, args), "the whole": rate_of_the_whole(root, args)}
 
     bound = min(rates["decoding"], rates["both networks"])
-    record(f"extraction-{args.precision}", [
-        {"part": name, "images/s": round(rate, 3), "times the bound": round(rate / bound, 3)}
-        for name, rate in rates.items()], images=args.images, bytes_an_image=round(bytes_an_image),
-        batch_size=args.batch_size, num_workers=args.num_workers, cores=cores_per_process())
+    record(
+        f"extraction-{args.precision}",
+        [
+            {"part": name, "images/s": round(rate, 3), "times the bound": round(rate / bound, 3)}
+            for name, rate in rates.items()
+        ],
+        images=args.images,
+        bytes_an_image=round(bytes_an_image),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        cores=cores_per_process(),
+    )
 
 
 if __name__ == "__main__":

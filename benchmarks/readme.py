@@ -6,6 +6,7 @@
 A block `<!-- begin NAME (…) -->` … `<!-- end NAME -->` holds the table of the benchmark NAME; the block `figures` holds
 one line per entry of FIGURES. Published numbers to compare with are rows of benchmarks/published.json.
 """
+
 import argparse
 import json
 import re
@@ -18,9 +19,16 @@ from benchmarks.record import RESULTS
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md")
 BOTH = ("cpu", "gpu")
-DEVICES = {"train_options": BOTH, "memory": ("cpu",), "loading": BOTH, "extraction-fp32": BOTH, "extraction-bf16": BOTH,
-           "sampling": BOTH, "npz": ("cpu",)}           # memory is computed; disk and CPU limit npz
-PERCENT = ("MFU", "share of peak", "within 1")          # columns with shares of 1
+DEVICES = {
+    "train_options": BOTH,
+    "memory": ("cpu",),
+    "loading": BOTH,
+    "extraction-fp32": BOTH,
+    "extraction-bf16": BOTH,
+    "sampling": BOTH,
+    "npz": ("cpu",),
+}  # memory is computed; disk and CPU limit npz
+PERCENT = ("MFU", "share of peak", "within 1")  # columns with shares of 1
 
 
 def read_result(name, device):
@@ -58,17 +66,25 @@ def details(name):
             lines += [f"{device.upper()}: not measured yet.", ""]
             continue
         machine = result["machine"]
-        versions = ", ".join(f"{package} {machine[package]}" for package in machine if package not in (
-            "gpu", "cpu", "cores", "memory_gib", "commit"))
-        lines += [*wrapped(
-            f"`{result['command']}`, {result['date']}, commit `{machine['commit']}`, on "
-            f"{machine['gpu'] + ', ' if machine['gpu'] else ''}{machine['cores']} cores of {machine['cpu']}, "
-            f"{machine['memory_gib']} GiB; {versions}."), ""]
+        versions = ", ".join(
+            f"{package} {machine[package]}"
+            for package in machine
+            if package not in ("gpu", "cpu", "cores", "memory_gib", "commit")
+        )
+        lines += [
+            *wrapped(
+                f"`{result['command']}`, {result['date']}, commit `{machine['commit']}`, on "
+                f"{machine['gpu'] + ', ' if machine['gpu'] else ''}{machine['cores']} cores of {machine['cpu']}, "
+                f"{machine['memory_gib']} GiB; {versions}."
+            ),
+            "",
+        ]
         picture = RESULTS / f"{name}-{device}.png"
         if picture.is_file():
             lines += [f"![{name}](results/{picture.name})", ""]
-    rows = [dict(row, on=device_name(result["machine"])) for result in results.values() if result
-            for row in result["rows"]]
+    rows = [
+        dict(row, on=device_name(result["machine"])) for result in results.values() if result for row in result["rows"]
+    ]
     rows += json.loads((Path(__file__).parent / "published.json").read_text()).get(name, [])
     first, *others = dict.fromkeys(key for row in rows for key in row if key != "on") or [""]
     columns = [first, *(["on"] if len(DEVICES[name]) > 1 else []), *others]
@@ -80,20 +96,25 @@ def details(name):
 FIGURES = {
     "train_options": lambda result, rows: (
         f"Training: {rows[-1]['images/s']} images/s with `train_fast` ({rows[-1]['model']}, batch {rows[-1]['batch']}, "
-        f"bf16, compiled), {rows[-1]['times the first']} times `train_original`, which encodes images at each step"),
+        f"bf16, compiled), {rows[-1]['times the first']} times `train_original`, which encodes images at each step"
+    ),
     "memory": lambda result, rows: (
         f"Training memory: {rows[3]['GiB, without activation checkpointing']} GiB for {result['model']} in bf16 with "
         f"{rows[3]['batch on a GPU']} images per GPU, {rows[3]['GiB, with activation checkpointing']} GiB with "
-        "`--checkpoint-activations`"),
+        "`--checkpoint-activations`"
+    ),
     "loading": lambda result, rows: (
         f"Loading features: {rows[-1]['samples/s']} samples/s out of training's loader with two workers; from shards, "
-        f"random rows come {rows[1]['times one file an image']} times as fast as from one file per image"),
+        f"random rows come {rows[1]['times one file an image']} times as fast as from one file per image"
+    ),
     "extraction-bf16": lambda result, rows: (
         f"Extraction: {rows[-1]['images/s']} images/s in bf16 with Stable Diffusion's VAE and a ViT-L/14, "
-        f"{rows[-1]['times the bound']} times what the two networks reach without the rest"),
+        f"{rows[-1]['times the bound']} times what the two networks reach without the rest"
+    ),
     "sampling": lambda result, rows: (
         f"Sampling: {rows[-1]['images/s']} images/s ({result['model']}, DPM-Solver++ with 25 steps, bf16), "
-        f"{rows[-1]['times the first']} times the baseline (250 DDPM steps, fp32)"),
+        f"{rows[-1]['times the first']} times the baseline (250 DDPM steps, fp32)"
+    ),
 }
 
 
@@ -110,11 +131,13 @@ def figures():
 
 def filled(path):
     """A page's text with each marked block made anew. Raises ValueError for a block that nothing fills."""
+
     def block(match):
         name = match[2]
         if name != "figures" and name not in DEVICES:
             raise ValueError(f"{path} has a block {name!r}, which is no benchmark's")
         return "\n".join([match[1], *(figures() if name == "figures" else details(name)), match[3]])
+
     return re.sub(r"(<!-- begin (\S+) .*?-->)\n.*?(<!-- end \2 -->)", block, path.read_text(), flags=re.DOTALL)
 
 

@@ -11,6 +11,7 @@ of Stable Diffusion's and random weights (a rate does not depend on them). `shar
 forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision.
 `differs by`: the mean difference of the PNGs, in grey levels, from those of the row named in `from`.
 """
+
 import argparse
 import subprocess
 import sys
@@ -39,12 +40,12 @@ from models import DiT_models
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)         # the interval holds half of the steps
+STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)  # the interval holds half of the steps
 TRAINING_STEPS = 100
 
 FULL, HALF = "full guidance", "guidance in half the steps"
 BASELINE = "baseline"
-ROWS = [                    # name, precision, flags, the row whose images these should be
+ROWS = [  # name, precision, flags, the row whose images these should be
     (FULL, "fp32", [], (BASELINE, "fp32")),
     (FULL, "bf16", [], (BASELINE, "fp32")),
     (FULL, "fp16", [], (BASELINE, "fp32")),
@@ -55,7 +56,7 @@ ROWS = [                    # name, precision, flags, the row whose images these
     ("DDIM-50", "bf16", ["--sampler", "ddim"], ("DDIM-50", "fp32")),
     ("DPM-Solver++-25", "fp32", ["--sampler", "dpmsolver++"], None),
     ("DPM-Solver++-25", "bf16", ["--sampler", "dpmsolver++"], ("DPM-Solver++-25", "fp32")),
-    (f"{FULL}, CUDA graphs", "bf16", ["--cuda-graphs"], (BASELINE, "fp32")),       # on GPUs alone
+    (f"{FULL}, CUDA graphs", "bf16", ["--cuda-graphs"], (BASELINE, "fp32")),  # on GPUs alone
 ]
 
 
@@ -92,9 +93,15 @@ def draw_baseline(root, folder, args):
         draws = iter([0, *range(STEPS, 0, -1)])
         y = torch.cat([codes[indices], model.null_condition(args.batch)])
         latents = diffusion.p_sample_loop(
-            model.forward_with_cfg, (2 * args.batch, 4, 32, 32), clip_denoised=False, device=DEVICE,
-            model_kwargs=dict(y=y, cfg_scale=CFG_SCALE), randn_like=lambda x, indices=indices, draws=draws: normal(
-                0, Stream.SAMPLE_NOISE, indices, (4, 32, 32), next(draws)).repeat(2, 1, 1, 1))[:args.batch]
+            model.forward_with_cfg,
+            (2 * args.batch, 4, 32, 32),
+            clip_denoised=False,
+            device=DEVICE,
+            model_kwargs=dict(y=y, cfg_scale=CFG_SCALE),
+            randn_like=lambda x, indices=indices, draws=draws: normal(
+                0, Stream.SAMPLE_NOISE, indices, (4, 32, 32), next(draws)
+            ).repeat(2, 1, 1, 1),
+        )[: args.batch]
         for index, image in zip(indices.tolist(), to_uint8(decode(vae, latents)).cpu().numpy()):
             save_png(png_path(folder, index), image)
         synchronize()
@@ -104,16 +111,38 @@ def draw_baseline(root, folder, args):
 def script(root, folder, precision, flags, args):
     """Images a second of the script, after its first batch, and the folder of its PNGs."""
     count = args.batch * args.batches
-    command = [sys.executable, "sample_ddp_computed_dlc.py", "--model", args.model, "--ckpt",
-               root / "model.safetensors", "--dlc-dir", root / "codes.npy", "--dlc-order", "sequential", "--vae",
-               root / "vae", "--sample-dir", folder, "--num-fid-samples", count, "--per-proc-batch-size", args.batch,
-               "--cfg-scale", CFG_SCALE, "--precision", precision, "--compile", *flags]
+    command = [
+        sys.executable,
+        "sample_ddp_computed_dlc.py",
+        "--model",
+        args.model,
+        "--ckpt",
+        root / "model.safetensors",
+        "--dlc-dir",
+        root / "codes.npy",
+        "--dlc-order",
+        "sequential",
+        "--vae",
+        root / "vae",
+        "--sample-dir",
+        folder,
+        "--num-fid-samples",
+        count,
+        "--per-proc-batch-size",
+        args.batch,
+        "--cfg-scale",
+        CFG_SCALE,
+        "--precision",
+        precision,
+        "--compile",
+        *flags,
+    ]
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(ended.stderr)
     (folder,) = (path for path in folder.iterdir() if path.is_dir())
     written = [png_path(folder, index).stat().st_mtime for index in range(count)]
-    return args.batch * (args.batches - 1) / (max(written) - max(written[:args.batch])), folder
+    return args.batch * (args.batches - 1) / (max(written) - max(written[: args.batch])), folder
 
 
 def main():
@@ -123,28 +152,50 @@ def main():
     add("--L", type=int, default=512, help="code positions [%(default)s]")
     add("--V", type=int, default=256, help="tokens a position [%(default)s]")
     add("--batch", type=int, default=64 if ON_GPU else 4, help="images at once [%(default)s here]")
-    add("--batches", type=int, default=3 if ON_GPU else 2,
-        help="batches a row, of which the first is not counted [%(default)s here]")
+    add(
+        "--batches",
+        type=int,
+        default=3 if ON_GPU else 2,
+        help="batches a row, of which the first is not counted [%(default)s here]",
+    )
     args = parser.parse_args()
     if ON_GPU:
-        torch.backends.cuda.matmul.allow_tf32 = True            # as in sampling
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling
     peaks = {precision: peak_flops(precision, 8192 if ON_GPU else 4096) for precision in PRECISIONS}
     flops = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32)
     table, folders = [], {}
 
     def add_row(name, precision, rate, folder, sampler, guided, reference):
         folders[name, precision] = folder
-        passes = len(sampler.times) + guided                    # Heun's has two evaluations per step
-        row = {"": name, "precision": precision, "steps": sampler.num_steps, "guided": guided, "images/s": rate,
-               "times the first": rate / (table[0]["images/s"] if table else rate),
-               "share of peak": rate * passes * flops / peaks[precision], "differs by": None, "within 1": None,
-               "from": None}
+        passes = len(sampler.times) + guided  # Heun's has two evaluations per step
+        row = {
+            "": name,
+            "precision": precision,
+            "steps": sampler.num_steps,
+            "guided": guided,
+            "images/s": rate,
+            "times the first": rate / (table[0]["images/s"] if table else rate),
+            "share of peak": rate * passes * flops / peaks[precision],
+            "differs by": None,
+            "within 1": None,
+            "from": None,
+        }
         if reference:
-            difference = np.abs(np.stack([read_png(png_path(folder, index)).astype(int)
-                                          - read_png(png_path(folders[reference], index))
-                                          for index in range(args.batch * args.batches)]))
-            row.update({"differs by": float(difference.mean()), "within 1": float((difference <= 1).mean()),
-                        "from": ", ".join(reference)})
+            difference = np.abs(
+                np.stack(
+                    [
+                        read_png(png_path(folder, index)).astype(int) - read_png(png_path(folders[reference], index))
+                        for index in range(args.batch * args.batches)
+                    ]
+                )
+            )
+            row.update(
+                {
+                    "differs by": float(difference.mean()),
+                    "within 1": float((difference <= 1).mean()),
+                    "from": ", ".join(reference),
+                }
+            )
         table.append(row)
         print(row, flush=True)
 
@@ -164,8 +215,17 @@ def main():
             bounds = INTERVAL if "--t-min" in flags else (0, 999)
             guided = sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
             add_row(name, precision, rate, folder, sampler, guided, reference)
-    record("sampling", table, model=args.model, L=args.L, V=args.V, batch=args.batch, cfg_scale=CFG_SCALE,
-           forward_gflops=flops / 1e9, peak_tflops={key: peak / 1e12 for key, peak in peaks.items()})
+    record(
+        "sampling",
+        table,
+        model=args.model,
+        L=args.L,
+        V=args.V,
+        batch=args.batch,
+        cfg_scale=CFG_SCALE,
+        forward_gflops=flops / 1e9,
+        peak_tflops={key: peak / 1e12 for key, peak in peaks.items()},
+    )
 
 
 if __name__ == "__main__":

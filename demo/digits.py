@@ -7,6 +7,7 @@ is the position in `sklearn.datasets.load_digits`. The split is fixed and strati
 the same bytes. Nothing is downloaded: the scans come with scikit-learn (Alpaydin & Kaynak 1998, "Optical
 Recognition of Handwritten Digits", UCI).
 """
+
 import argparse
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-IMAGE_SIZE = 64      # pixels
-SCAN_SIZE = 8        # pixels
-INK = 16             # highest grey level of the scans, 0..16
-HELDOUT = 360        # images, about a fifth
+IMAGE_SIZE = 64  # pixels
+SCAN_SIZE = 8  # pixels
+INK = 16  # highest grey level of the scans, 0..16
+HELDOUT = 360  # images, about a fifth
 SPLIT_SEED = 0
 
 
@@ -27,15 +28,17 @@ def load_images():
     """All digits in scikit-learn's order: images (1797, 64, 64, 3) uint8 and labels (1797,) int64."""
     scans, labels = load_digits(return_X_y=True)
     grey = np.rint(scans.reshape(-1, SCAN_SIZE, SCAN_SIZE) * (255 / INK)).astype(np.uint8)
-    images = np.stack([Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-                       for scan in grey])                                  # (n, 64, 64)
+    images = np.stack(
+        [Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for scan in grey]
+    )  # (n, 64, 64)
     return np.repeat(images[..., None], 3, axis=3), labels.astype(np.int64)
 
 
 def split_indices(labels):
     """Indices of the train and held-out images, (1437,) and (360,), each ascending."""
-    train, heldout = train_test_split(np.arange(len(labels)), test_size=HELDOUT, random_state=SPLIT_SEED,
-                                      stratify=labels)
+    train, heldout = train_test_split(
+        np.arange(len(labels)), test_size=HELDOUT, random_state=SPLIT_SEED, stratify=labels
+    )
     return np.sort(train), np.sort(heldout)
 
 
@@ -58,7 +61,7 @@ class DigitReader:
         """Images (n, 64, 64, 3) uint8 back to scans (n, 64) in 0..1: averages over 8x8 pixels."""
         cell = IMAGE_SIZE // SCAN_SIZE
         cells = images.reshape(-1, SCAN_SIZE, cell, SCAN_SIZE, cell, 3)
-        return cells.mean(axis=(2, 4, 5)).reshape(-1, SCAN_SIZE ** 2) / 255
+        return cells.mean(axis=(2, 4, 5)).reshape(-1, SCAN_SIZE**2) / 255
 
     def __call__(self, images):
         """The digits on images (n, 64, 64, 3) uint8: (n,) int64."""

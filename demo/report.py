@@ -7,6 +7,7 @@ Sample i was drawn from the code of held-out row i. A support vector machine fit
 the samples, the real held-out digits and their VAE reconstructions. The second picture shows samples from composed
 codes, 12 per row, between the two digits they are composed of.
 """
+
 import argparse
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from dlc.features import Features
 from dlc.images import image_grid, to_uint8
 from dlc.vae import decode, load_vae
 
-COLUMNS = 20      # of the picture: two per digit
-COMPOSED = 12     # codes per pair of weights
+COLUMNS = 20  # of the picture: two per digit
+COMPOSED = 12  # codes per pair of weights
 
 
 def parse_args():
@@ -44,8 +45,9 @@ def read_samples(directory):
 def draw_composed(samples, sources, path):
     """Draw COMPOSED samples per row, between the two images they are composed of."""
     rows = samples.reshape(-1, COMPOSED, *samples.shape[1:])
-    first, last = (np.broadcast_to(np.array(Image.open(source)), (len(rows), 1, *samples.shape[1:]))
-                   for source in sources)
+    first, last = (
+        np.broadcast_to(np.array(Image.open(source)), (len(rows), 1, *samples.shape[1:])) for source in sources
+    )
     image_grid(np.concatenate([first, rows, last], axis=1).reshape(-1, *samples.shape[1:]), COMPOSED + 2).save(path)
 
 
@@ -53,9 +55,9 @@ def main():
     args = parse_args()
     features = Features(args.features)
     rows = np.arange(features.count)
-    labels = features.labels.gather(rows)                   # folders 0 to 9, so the class index is the digit
+    labels = features.labels.gather(rows)  # folders 0 to 9, so the class index is the digit
     reals, real_labels = load_split("heldout")
-    order = np.argsort(real_labels, kind="stable")          # the listing goes class by class
+    order = np.argsort(real_labels, kind="stable")  # the listing goes class by class
     reals = reals[order]
     assert (real_labels[order] == labels).all()
 
@@ -71,11 +73,14 @@ def main():
     for seconds, stage in times + [(sum(int(seconds) for seconds, _ in times), "all")]:
         print(f"{stage:30} {seconds:>7}")
     print(f"\nshare that a classifier of real digits reads correctly ({features.count} held out)")
-    for name, images in (("real held-out digits", reals), ("their VAE reconstructions", reconstructions),
-                         ("samples from their codes", samples)):
+    for name, images in (
+        ("real held-out digits", reals),
+        ("their VAE reconstructions", reconstructions),
+        ("samples from their codes", samples),
+    ):
         print(f"{name:30} {(read(images) == labels).mean():7.3f}")
 
-    shown = np.concatenate([np.flatnonzero(labels == digit)[:COLUMNS // 10] for digit in range(10)])
+    shown = np.concatenate([np.flatnonzero(labels == digit)[: COLUMNS // 10] for digit in range(10)])
     image_grid(np.concatenate([reals[shown], reconstructions[shown], samples[shown]]), COLUMNS).save(args.out)
     draw_composed(read_samples(args.composed), args.sources, args.composed_out)
     print(f"\nlook at {args.out}: held-out digits, reconstructions, samples from their codes")

@@ -3,6 +3,7 @@
 Some network disks cannot sync a directory, some have no locks. There, one warning is printed and the work goes on. An
 error that means lost data (EIO, ENOSPC, …) is always raised.
 """
+
 import contextlib
 import errno
 import json
@@ -16,11 +17,11 @@ from dlc.cli import one_line, warn_once
 
 try:
     import fcntl
-except ImportError:                 # not a Unix
+except ImportError:  # not a Unix
     fcntl = None
 
-LOCK_PATIENCE = 20                  # seconds to wait for a launch that may have been killed just now
-LARGEST_JSON = 2**28                # bytes; about twice a manifest with a million skipped images
+LOCK_PATIENCE = 20  # seconds to wait for a launch that may have been killed just now
+LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 
@@ -43,8 +44,11 @@ def sync(path):
         if error.errno not in UNSUPPORTED | ({errno.EACCES, errno.EISDIR, errno.EBADF} if is_directory else set()):
             raise
         what = "directories" if is_directory else "files"
-        warn_once(f"sync {what}", f"the disk of {path} cannot sync {what} ({error.strerror}): what was written last "
-                                  "may be lost if the machine crashes")
+        warn_once(
+            f"sync {what}",
+            f"the disk of {path} cannot sync {what} ({error.strerror}): what was written last "
+            "may be lost if the machine crashes",
+        )
 
 
 def write_whole(path, write):
@@ -108,7 +112,7 @@ class DirectoryLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(self.path, "ab+")
-        except FileNotFoundError:               # the previous launch has just removed the directory as well
+        except FileNotFoundError:  # the previous launch has just removed the directory as well
             return False
         try:
             if fcntl is None:
@@ -119,8 +123,11 @@ class DirectoryLock:
         except OSError as error:
             held = error.errno in UNSUPPORTED
             if held:
-                warn_once("locks", f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that "
-                                   "only one launch writes there at a time")
+                warn_once(
+                    "locks",
+                    f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that "
+                    "only one launch writes there at a time",
+                )
             elif error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES):
                 file.close()
                 raise
@@ -135,7 +142,7 @@ class DirectoryLock:
         if self.file is None:
             return
         with contextlib.suppress(OSError):
-            self.path.unlink()      # before the release: a waiter could otherwise lock a file that is then removed
+            self.path.unlink()  # before the release: a waiter could otherwise lock a file that is then removed
             self.path.parent.rmdir()
         self.file.close()
         self.file = None
@@ -166,14 +173,18 @@ SWITCH = (lambda value: isinstance(value, bool)), "true or false"
 
 
 def whole_number(low, high=2**63 - 1):
-    return (lambda value: type(value) is int and low <= value <= high,
-            f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"))
+    return (
+        lambda value: type(value) is int and low <= value <= high,
+        f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"),
+    )
 
 
 def real_number(low, high=1e300):
     """A finite number: Python's JSON also has NaN and infinities."""
-    return (lambda value: type(value) in (int, float) and low <= value <= high,
-            f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"))
+    return (
+        lambda value: type(value) in (int, float) and low <= value <= high,
+        f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"),
+    )
 
 
 def or_null(kind):
@@ -183,8 +194,10 @@ def or_null(kind):
 
 def list_of(kind, least=0, most=2**63):
     fits, words = kind
-    return (lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
-            f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}")
+    return (
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
+        f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}",
+    )
 
 
 def one_of(*values):
@@ -205,21 +218,25 @@ def check_values(where, values, kinds, needed=()):
 
 def is_plain_name(text):
     """Whether a text from a file is the name of an entry of a folder, rather than a path that leads out of it."""
-    return (isinstance(text, str) and text.isprintable() and text not in ("", ".", "..")
-            and not set("/\\:") & set(text))
+    return isinstance(text, str) and text.isprintable() and text not in ("", ".", "..") and not set("/\\:") & set(text)
 
 
 def differences(there, here):
     """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree."""
+
     def short(value):
         text = repr(value)
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):           # a digest
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
             return f"{value[:8]}…"
         if len(text) <= 60:
             return text
         return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
-    return "; ".join(f"{key} {short(there.get(key))} there, {short(value)} here"
-                     for key, value in here.items() if there.get(key) != value)
+
+    return "; ".join(
+        f"{key} {short(there.get(key))} there, {short(value)} here"
+        for key, value in here.items()
+        if there.get(key) != value
+    )
 
 
 def recorded_id(name):

@@ -10,6 +10,7 @@ each group. SEM: Lavoie et al. 2022, arXiv 2204.00616; as an image code: Lavoie 
 Two formats of weights are read: a directory of `config.json` and `model.safetensors`, as `save_encoder` writes it, and
 the training checkpoint of the reference implementation, which has DINOv2's names under `{"teacher": {"backbone.…"}}`.
 """
+
 import json
 import math
 import re
@@ -30,13 +31,27 @@ DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 TRAINING_ONLY = ("mask_token", "norm", "head", "sem_out", "sem_cls_norm", "dino_head", "ibot_head")
 # The keys that a configuration may have, with their bounds. None of them makes timm open a file, ask a hub or import.
 BACKBONE_ARGS = dict(
-    patch_size=whole_number(1, 256), embed_dim=whole_number(1, 16384), depth=whole_number(1, 256),
-    num_heads=whole_number(1, 1024), mlp_ratio=real_number(0.01, 64), reg_tokens=whole_number(0, 1024),
-    class_token=SWITCH, no_embed_class=SWITCH, pre_norm=SWITCH, qkv_bias=SWITCH, qk_norm=SWITCH,
-    init_values=or_null(real_number(0, 100)))
+    patch_size=whole_number(1, 256),
+    embed_dim=whole_number(1, 16384),
+    depth=whole_number(1, 256),
+    num_heads=whole_number(1, 1024),
+    mlp_ratio=real_number(0.01, 64),
+    reg_tokens=whole_number(0, 1024),
+    class_token=SWITCH,
+    no_embed_class=SWITCH,
+    pre_norm=SWITCH,
+    qkv_bias=SWITCH,
+    qk_norm=SWITCH,
+    init_values=or_null(real_number(0, 100)),
+)
 CONFIG = dict(
-    backbone=TEXT, image_size=whole_number(1, 4096), L=whole_number(1, 65536), V=whole_number(2, 65536),
-    temperature=real_number(1e-6), backbone_args=or_null(((lambda value: isinstance(value, dict)), "an object")))
+    backbone=TEXT,
+    image_size=whole_number(1, 4096),
+    L=whole_number(1, 65536),
+    V=whole_number(2, 65536),
+    temperature=real_number(1e-6),
+    backbone_args=or_null(((lambda value: isinstance(value, dict)), "an object")),
+)
 
 
 class SEMEncoder(nn.Module):
@@ -55,16 +70,25 @@ class SEMEncoder(nn.Module):
 
     def __init__(self, backbone=DEFAULT_BACKBONE, image_size=224, L=512, V=256, temperature=1.0, backbone_args=None):
         super().__init__()
-        self.config = dict(backbone=backbone, image_size=image_size, L=L, V=V, temperature=temperature,
-                           backbone_args=backbone_args or {})
+        self.config = dict(
+            backbone=backbone,
+            image_size=image_size,
+            L=L,
+            V=V,
+            temperature=temperature,
+            backbone_args=backbone_args or {},
+        )
         check_config("encoder", self.config)
         import timm  # imported here: slower to import than torch
+
         try:
-            self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, img_size=image_size,
-                                              **self.config["backbone_args"])
-        except Exception as error:                      # timm's models raise many types
-            raise ValueError(f"timm cannot build the encoder {backbone!r} from its config: "
-                             f"{one_line(error, 100)}") from None
+            self.backbone = timm.create_model(
+                backbone, pretrained=False, num_classes=0, img_size=image_size, **self.config["backbone_args"]
+            )
+        except Exception as error:  # timm's models raise many types
+            raise ValueError(
+                f"timm cannot build the encoder {backbone!r} from its config: {one_line(error, 100)}"
+            ) from None
         if not getattr(self.backbone, "num_prefix_tokens", 0):
             raise ValueError(f"{backbone!r} has no class or register tokens to read a code from")
         self.backbone.norm = nn.Identity()
@@ -78,7 +102,7 @@ class SEMEncoder(nn.Module):
         The backbone may have been cast to bfloat16 or float16; the head is always float32.
         """
         images = images.to(next(self.backbone.parameters()).dtype)
-        tokens = self.backbone.forward_features(images)[:, :self.backbone.num_prefix_tokens]
+        tokens = self.backbone.forward_features(images)[:, : self.backbone.num_prefix_tokens]
         with torch.autocast(images.device.type, enabled=False):
             return self.sem_norm(self.sem_embed(tokens.flatten(1).float())).unflatten(1, (self.L, self.V))
 
@@ -106,13 +130,14 @@ def tokens(logits: torch.Tensor) -> torch.Tensor:
 def check_config(path, config):
     """Raise ValueError, naming path and key, for a configuration with unknown keys or with values out of bounds."""
     backbone, more = config.get("backbone", DEFAULT_BACKBONE), config.get("backbone_args") or {}
-    check_values(path, config, CONFIG)                  # first, since what follows relies on the types
+    check_values(path, config, CONFIG)  # first, since what follows relies on the types
     for where, values, kinds in ((path, config, CONFIG), (f"{path}, backbone_args", more, BACKBONE_ARGS)):
         unknown = sorted(values.keys() - kinds.keys())
         if unknown:
             raise ValueError(f"{where}: a SEM encoder has no key {shown(unknown[0])}, only {', '.join(kinds)}")
     check_values(f"{path}, backbone_args", more, BACKBONE_ARGS)
     import timm
+
     if not re.fullmatch(r"\w+(\.\w+)?", backbone) or not timm.is_model(backbone):
         raise ValueError(f"{path}: timm cannot build the encoder {shown(repr(backbone))}: it has no such model")
 
@@ -157,16 +182,19 @@ def load_encoder(path, **given):
         names = set(map(reference_name, check_tensors(teacher, path)))
         if not any(name.startswith("sem_") for name in names) or "reg_token" in names:
             what = "has timm's tensor names" if "reg_token" in names else "has no SEM head (sem_embed, sem_norm)"
-            raise ValueError(f"encoder {path} {what}: wanted a reference checkpoint of a SEM encoder, with DINOv2's "
-                             "names, or a directory of config.json and model.safetensors")
-    with torch.device("meta"):                          # no memory is allocated before the shapes agree
+            raise ValueError(
+                f"encoder {path} {what}: wanted a reference checkpoint of a SEM encoder, with DINOv2's "
+                "names, or a directory of config.json and model.safetensors"
+            )
+    with torch.device("meta"):  # no memory is allocated before the shapes agree
         outline = SEMEncoder(**config)
     if not path.is_dir():
         weights = convert_reference_weights(teacher, outline.backbone)
     different = differences_from(outline.state_dict(), weights)
     if different:
-        raise ValueError(f"encoder {path} {different} (backbone {outline.config['backbone']}, L={outline.L}, "
-                         f"V={outline.V})")
+        raise ValueError(
+            f"encoder {path} {different} (backbone {outline.config['backbone']}, L={outline.L}, V={outline.V})"
+        )
     encoder = SEMEncoder(**config)
     encoder.load_state_dict(weights)
     return encoder.eval()
@@ -194,18 +222,26 @@ def convert_reference_weights(teacher, backbone):
     grid. Positions of another shape than DINOv2's, (1, 1 + n * n, D), are left as they are.
     """
     from timm.layers import resample_abs_pos_embed
+
     weights = {reference_name(key): value for key, value in teacher.items() if not serves_training_only(key)}
     if "register_tokens" in weights:
         weights["reg_token"] = weights.pop("register_tokens")
     positions, token = weights.get("pos_embed"), weights.get("cls_token")
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
-    if grid and positions is not None and positions.ndim == 3 and len(positions) == 1 and positions.numel() and (
-            positions.shape[1] > 1 and math.isqrt(positions.shape[1] - 1)**2 == positions.shape[1] - 1):
+    if (
+        grid
+        and positions is not None
+        and positions.ndim == 3
+        and len(positions) == 1
+        and positions.numel()
+        and (positions.shape[1] > 1 and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1)
+    ):
         folded = getattr(backbone, "no_embed_class", False) and token is not None
         if folded and token.shape == positions[:, :1].shape:
             weights["cls_token"] = token + positions[:, :1]
-        weights["pos_embed"] = resample_abs_pos_embed(positions[:, 1:] if folded else positions, grid,
-                                                      num_prefix_tokens=0 if folded else 1)
+        weights["pos_embed"] = resample_abs_pos_embed(
+            positions[:, 1:] if folded else positions, grid, num_prefix_tokens=0 if folded else 1
+        )
     return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in weights.items()}
 
 
@@ -213,18 +249,24 @@ def convert_reference_weights(teacher, backbone):
 #                                     Flags                                     #
 #################################################################################
 
+
 def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
     add("--encoder", default=default, help=f"SEM encoder: directory or reference checkpoint{more} [%(default)s]")
     add("--encoder-backbone", help=f"timm model that a reference checkpoint is of [{DEFAULT_BACKBONE}]")
     add("--L", type=number(int, 1), help="code positions, if --encoder is a reference checkpoint [512]")
-    add("--V", type=number(int, 2, 65536), help="tokens per code position, if --encoder is a reference checkpoint "
-                                                "[256] or the features have no manifest")
+    add(
+        "--V",
+        type=number(int, 2, 65536),
+        help="tokens per code position, if --encoder is a reference checkpoint [256] or the features have no manifest",
+    )
 
 
 def open_encoder(args):
     """The encoder that those flags name. Raises ValueError as `load_encoder` does."""
     if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
-        raise ValueError(f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
-                         "one with --encoder")
+        raise ValueError(
+            f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
+            "one with --encoder"
+        )
     return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)

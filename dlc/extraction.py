@@ -1,11 +1,12 @@
 """Pixels to latents and codes, and the pipeline that makes shards of them.
 
-    encoder = PixelEncoder(vae, sem_encoder, device)                  # also encodes for training on images
-    moments, codes = encoder.moments(crops, 32), encoder.codes(views, 32)
+encoder = PixelEncoder(vae, sem_encoder, device)                  # also encodes for training on images
+moments, codes = encoder.moments(crops, 32), encoder.codes(views, 32)
 
-    batches = batches_of(range(num_shards), count, shard_size, batch_size)
-    extract(BatchEncoder(encoder, views, labels, manifest, batch_size), zip(batches, loader), writer, count)
+batches = batches_of(range(num_shards), count, shard_size, batch_size)
+extract(BatchEncoder(encoder, views, labels, manifest, batch_size), zip(batches, loader), writer, count)
 """
+
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,8 @@ from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS, cores_per_process, in_batches, set_numerics
 from dlc.vae import latent_settings, latent_shape, posterior, vae_id
 
-NOT_FINITE = "try --precision bf16 or fp32"         # what to do about latents or logits that are NaN or infinite
-ENCODED_AT_ONCE = 32        # images; the VAE's activations of more would take as much memory as training itself
+NOT_FINITE = "try --precision bf16 or fp32"  # what to do about latents or logits that are NaN or infinite
+ENCODED_AT_ONCE = 32  # images; the VAE's activations of more would take as much memory as training itself
 
 
 def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
@@ -36,15 +37,22 @@ def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
         paths: of all images, as `list_images` gives them.
     """
     return dict(
-        vae=recorded_id(vae_id(vae_name)), vae_sha256=weights_sha256(vae), **latent_settings(vae),
+        vae=recorded_id(vae_id(vae_name)),
+        vae_sha256=weights_sha256(vae),
+        **latent_settings(vae),
         encoder=recorded_id(encoder_name) if encoder else None,
-        encoder_sha256=weights_sha256(encoder) if encoder else None, L=encoder.L if encoder else None,
-        V=encoder.V if encoder else None, images=len(paths), listing_sha256=listing_sha256(paths))
+        encoder_sha256=weights_sha256(encoder) if encoder else None,
+        L=encoder.L if encoder else None,
+        V=encoder.V if encoder else None,
+        images=len(paths),
+        listing_sha256=listing_sha256(paths),
+    )
 
 
 #################################################################################
 #                                    Networks                                   #
 #################################################################################
+
 
 def set_exact_numerics():
     """For the whole process: one CPU thread per operation, no TF32, deterministic cuDNN.
@@ -52,7 +60,7 @@ def set_exact_numerics():
     The sums in a convolution depend on how many threads share it. One thread per operation makes them reproducible,
     and batches side by side, a thread each, are faster than threads that share one batch.
     """
-    torch.set_num_threads(1)            # also on GPUs: the pinning thread does so, and a change would recompile
+    torch.set_num_threads(1)  # also on GPUs: the pinning thread does so, and a change would recompile
     set_numerics(tf32=False, deterministic=True)
 
 
@@ -84,16 +92,22 @@ class PixelEncoder:
 
         batch_size, places: see `in_batches`.
         """
+
         def network(pixels):
             images = normalize(pixels.flatten(0, -4)).contiguous(memory_format=torch.channels_last)
             return torch.cat(posterior(self.vae, images), dim=1).unflatten(0, pixels.shape[:-3])
+
         return in_batches(network, crops.to(self.device, non_blocking=True), batch_size, places)
 
     @torch.no_grad()
     def codes(self, views: torch.Tensor, batch_size: int, places=None) -> torch.Tensor:
         """Views (n, s, s, 3) uint8 to codes (n, L) int64, see `tokens`. batch_size, places: see `in_batches`."""
-        return in_batches(lambda pixels: tokens(self.encoder.encode_pixels(pixels)),
-                          views.to(self.device, non_blocking=True), batch_size, places)
+        return in_batches(
+            lambda pixels: tokens(self.encoder.encode_pixels(pixels)),
+            views.to(self.device, non_blocking=True),
+            batch_size,
+            places,
+        )
 
     def __call__(self, crops, condition):
         """Turn a batch of images into the (moments, conditions) that a batch of features with moments would hold.
@@ -102,7 +116,7 @@ class PixelEncoder:
         (n, L); otherwise it is returned as it is. Where the encoder's logits are not finite, the moments are NaN.
         """
         parts = -(-len(crops) // ENCODED_AT_ONCE)
-        size = -(-len(crops) // parts)                  # of equal size, so that little of the last one is padding
+        size = -(-len(crops) // parts)  # of equal size, so that little of the last one is padding
         moments = self.moments(crops, size)
         if self.encoder:
             condition = self.codes(condition, size)
@@ -121,12 +135,13 @@ def all_codes(encoder, batches, batch_size):
 #                                     Shards                                    #
 #################################################################################
 
+
 def batches_of(shards, count: int, shard_size: int, batch_size: int) -> list[list[int]]:
     """The indices of the images of some shards, of `count` images in all, in batches that never cross a shard."""
     batches = []
     for shard in shards:
         indices = range(shard * shard_size, min((shard + 1) * shard_size, count))
-        batches += [list(indices[i:i + batch_size]) for i in range(0, len(indices), batch_size)]
+        batches += [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
     return batches
 
 
@@ -142,8 +157,9 @@ class BatchEncoder:
         strict: raise for an image that is broken, rather than skip it.
     """
 
-    def __init__(self, encoder: PixelEncoder, views, labels: np.ndarray, manifest, batch_size: int,
-                 strict: bool = False):
+    def __init__(
+        self, encoder: PixelEncoder, views, labels: np.ndarray, manifest, batch_size: int, strict: bool = False
+    ):
         self.encoder, self.views, self.labels, self.manifest = encoder, views, labels, manifest
         self.batch_size, self.strict = batch_size, strict
 
@@ -165,15 +181,20 @@ class BatchEncoder:
         batch, (indices, crops, code_views, unreadable) = item
         for index, error, broken in unreadable:
             if self.strict or not broken:
-                raise OSError(f"cannot read {self.views.path(index)!r} ({error}): mend it"
-                              f"{', or leave out --strict' if broken else ''}")
+                raise OSError(
+                    f"cannot read {self.views.path(index)!r} ({error}): mend it"
+                    f"{', or leave out --strict' if broken else ''}"
+                )
         skipped = [[self.views.name(index), error] for index, error, _ in unreadable]
         if indices is None:
             return batch, self.no_rows(), skipped
         copies = crops.shape[1]
         names = np.array([self.views.name(index) for index in indices.tolist()])
-        rows = dict(features=self._latents(batch, indices, crops, names),
-                    labels=self.labels[indices.numpy()].repeat(copies), path=names.repeat(copies))
+        rows = dict(
+            features=self._latents(batch, indices, crops, names),
+            labels=self.labels[indices.numpy()].repeat(copies),
+            path=names.repeat(copies),
+        )
         if self.manifest.V:
             rows["sem"] = self._codes(batch, indices, code_views, names).repeat(copies, axis=0)
         return batch, rows, skipped
@@ -182,23 +203,34 @@ class BatchEncoder:
         """The arrays of a batch without a readable image."""
         sides = latent_shape(self.encoder.vae, self.views.image_size)[1:]
         shapes = dict(features=(self.manifest.stored_channels, *sides), sem=(self.manifest.L,), labels=())
-        return dict({kind: np.zeros((0, *shapes[kind]), dtype) for kind, dtype in self.manifest.dtypes.items()},
-                    path=np.zeros(0, "U1"))
+        return dict(
+            {kind: np.zeros((0, *shapes[kind]), dtype) for kind, dtype in self.manifest.dtypes.items()},
+            path=np.zeros(0, "U1"),
+        )
 
     def _latents(self, batch, indices, crops, names):
         """The stored latents (n * k, …) of crops (n, k, S, S, 3)."""
-        places, copies = indices - batch[0], crops.shape[1]     # the place of an image that cannot be read stays empty
-        latents = self.encoder.moments(crops, self.batch_size, places)                # (n, k, 2C, S/f, S/f)
+        places, copies = indices - batch[0], crops.shape[1]  # the place of an image that cannot be read stays empty
+        latents = self.encoder.moments(crops, self.batch_size, places)  # (n, k, 2C, S/f, S/f)
         if self.manifest.latents != "moments":
-            latents, std = latents.chunk(2, dim=2)                                    # (n, k, C, S/f, S/f) each
+            latents, std = latents.chunk(2, dim=2)  # (n, k, C, S/f, S/f) each
         if self.manifest.latents == "sample":
             # drawn for the whole batch, so that shapes do not depend on which images are readable
             there = torch.arange(batch[0], batch[-1] + 1, device=latents.device)
-            noise = torch.stack([normal(self.manifest.seed, Stream.POSTERIOR, there, tuple(latents.shape[2:]), copy)
-                                 for copy in range(copies)], dim=1)
+            noise = torch.stack(
+                [
+                    normal(self.manifest.seed, Stream.POSTERIOR, there, tuple(latents.shape[2:]), copy)
+                    for copy in range(copies)
+                ],
+                dim=1,
+            )
             latents = latents + std * torch.stack([noise[place] for place in places])
-        return as_stored(latents.flatten(0, 1).cpu().numpy(), self.manifest.dtype,
-                         lambda row: repr(str(names[row // copies])), NOT_FINITE)
+        return as_stored(
+            latents.flatten(0, 1).cpu().numpy(),
+            self.manifest.dtype,
+            lambda row: repr(str(names[row // copies])),
+            NOT_FINITE,
+        )
 
     def _codes(self, batch, indices, code_views, names):
         """The stored codes (n, L) of views (n, s, s, 3)."""
@@ -222,7 +254,7 @@ def whole_shards(encoded, count: int, shard_size: int, on_batch=lambda images: N
         skipped += unreadable
         on_batch(len(batch))
         shard = batch[0] // shard_size
-        if batch[-1] + 1 == min((shard + 1) * shard_size, count):                    # the last batch of its shard
+        if batch[-1] + 1 == min((shard + 1) * shard_size, count):  # the last batch of its shard
             yield shard, {kind: np.concatenate([part[kind] for part in parts]) for kind in rows}, skipped
             parts, skipped = [], []
 
@@ -247,6 +279,7 @@ def extract(encode: BatchEncoder, batches, writer, count: int, on_batch=lambda i
 #                                    Threads                                    #
 #################################################################################
 
+
 def encoding_threads(device):
     """How many batches are encoded side by side: one per core, or two on a GPU, so that it always has work queued."""
     return 2 if device.type == "cuda" else cores_per_process()
@@ -254,9 +287,12 @@ def encoding_threads(device):
 
 def encoding_pool(device):
     """The threads for that."""
-    on_gpu = device.type == "cuda"                      # where new threads default to cuda:0
-    return ThreadPoolExecutor(encoding_threads(device), initializer=torch.cuda.set_device if on_gpu else None,
-                              initargs=(device,) if on_gpu else ())
+    on_gpu = device.type == "cuda"  # where new threads default to cuda:0
+    return ThreadPoolExecutor(
+        encoding_threads(device),
+        initializer=torch.cuda.set_device if on_gpu else None,
+        initargs=(device,) if on_gpu else (),
+    )
 
 
 def in_order(pool, function, items, ahead):

@@ -1,4 +1,5 @@
 """Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; and the views that networks see."""
+
 import errno
 import os
 import warnings
@@ -48,7 +49,7 @@ def load_rgb(path):
     Pillow for broken files, and of the system for files out of reach, are passed on.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)      # at twice the limit Pillow raises
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # at twice the limit Pillow raises
         try:
             image = Image.open(path)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -100,8 +101,9 @@ def read_png(path):
     try:
         return np.array(Image.open(path).convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is missing or no whole PNG ({error}): delete it and run the same command again "
-                         "to draw it") from None
+        raise ValueError(
+            f"{path} is missing or no whole PNG ({error}): delete it and run the same command again to draw it"
+        ) from None
 
 
 def is_whole(path):
@@ -159,15 +161,15 @@ class Views(Dataset):
             image = load_rgb(self.path(index))
             code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
             return index, self.crops(image, index), code_view, None
-        except Exception as error:                          # Pillow's readers raise many types
+        except Exception as error:  # Pillow's readers raise many types
             reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
             return index, None, None, (reason, is_broken(self.path(index), error))
 
 
 def is_broken(path, error):
     """Whether the image itself is at fault, and is to be skipped, not the disk or the memory, whose faults may pass."""
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # EINVAL: a seek to a wrong offset
-        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)        # a dangling link
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a wrong offset
+        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)  # a dangling link
     return not isinstance(error, MemoryError)
 
 
@@ -182,5 +184,9 @@ def collate(items):
     if not good:
         return None, None, None, unreadable
     indices, crops, code_views = zip(*good)
-    return (torch.tensor(indices), torch.from_numpy(np.stack(crops)),
-            torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None, unreadable)
+    return (
+        torch.tensor(indices),
+        torch.from_numpy(np.stack(crops)),
+        torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None,
+        unreadable,
+    )

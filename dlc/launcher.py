@@ -1,4 +1,5 @@
 """What accelerate's launcher asks for through the environment, and what of it goes with our flags."""
+
 import os
 
 # `accelerate launch` passes its configuration through these variables, on which accelerate's classes act by themselves.
@@ -9,7 +10,7 @@ REFUSED = {
     "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism: use --multi_gpu",
     "FSDP_OFFLOAD_PARAMS": "FSDP with parameters offloaded to the CPU: leave out fsdp_offload_params",
 }
-WANTED = {      # accepted values; the first is also the launcher's default
+WANTED = {  # accepted values; the first is also the launcher's default
     "FSDP_SHARDING_STRATEGY": (("full_shard", "1"), "all parameters are sharded: fsdp_sharding_strategy FULL_SHARD"),
     "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard", "1"), "blocks reshard: fsdp_reshard_after_forward true"),
     "FSDP_IGNORED_MODULES": (("none", ""), "all modules are sharded: leave out fsdp_ignored_modules"),
@@ -31,8 +32,10 @@ def refuse_launcher():
         if is_on(variable) and (is_on("ACCELERATE_USE_FSDP") or not variable.startswith("FSDP_")):
             raise ValueError(f"accelerate's configuration ({variable}) asks for {what}")
     if environment("ACCELERATE_TORCH_DEVICE"):
-        raise ValueError(f"ACCELERATE_TORCH_DEVICE {os.environ['ACCELERATE_TORCH_DEVICE']} is set: unset it, and "
-                         "choose GPUs by CUDA_VISIBLE_DEVICES or the launcher's --cpu")
+        raise ValueError(
+            f"ACCELERATE_TORCH_DEVICE {os.environ['ACCELERATE_TORCH_DEVICE']} is set: unset it, and "
+            "choose GPUs by CUDA_VISIBLE_DEVICES or the launcher's --cpu"
+        )
     if is_on("ACCELERATE_USE_FSDP"):
         for variable, (values, what) in WANTED.items():
             if environment(variable, values[0]) not in values:
@@ -40,9 +43,11 @@ def refuse_launcher():
     if is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         for kind in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP"):
             if environment(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") not in ("1", "none"):
-                raise ValueError(f"accelerate's configuration asks for PARALLELISM_CONFIG_{kind}_SIZE "
-                                 f"{os.environ[f'PARALLELISM_CONFIG_{kind}_SIZE']}: use --multi_gpu, or FSDP "
-                                 "(train_options/fsdp.yaml)")
+                raise ValueError(
+                    f"accelerate's configuration asks for PARALLELISM_CONFIG_{kind}_SIZE "
+                    f"{os.environ[f'PARALLELISM_CONFIG_{kind}_SIZE']}: use --multi_gpu, or FSDP "
+                    "(train_options/fsdp.yaml)"
+                )
 
 
 def asked_to_compile(flag: bool | None, on_gpu: bool) -> bool:
@@ -54,8 +59,10 @@ def asked_to_compile(flag: bool | None, on_gpu: bool) -> bool:
         return flag
     backend, mode = environment("ACCELERATE_DYNAMO_BACKEND", "no"), environment("ACCELERATE_DYNAMO_MODE", "default")
     if backend not in ("no", "inductor") or backend == "inductor" and mode not in ("default", "none"):
-        raise ValueError(f"accelerate's configuration asks for the dynamo backend {backend} in mode {mode}, wanted no, "
-                         "or inductor in mode default; --compile and --no-compile override it")
+        raise ValueError(
+            f"accelerate's configuration asks for the dynamo backend {backend} in mode {mode}, wanted no, "
+            "or inductor in mode default; --compile and --no-compile override it"
+        )
     return on_gpu or backend == "inductor"
 
 
@@ -84,6 +91,8 @@ def asked_precision(precision: str | None = None) -> str:
     if precision == "amp":
         return "bf16" if launchers == "no" else launchers
     if precision and launchers not in ("no", precision):
-        raise ValueError(f"the launcher's --mixed_precision {launchers} contradicts --precision {precision}, which the "
-                         "files of train_options/ set, too: launch with --mixed_precision no, or leave the flag out")
+        raise ValueError(
+            f"the launcher's --mixed_precision {launchers} contradicts --precision {precision}, which the "
+            "files of train_options/ set, too: launch with --mixed_precision no, or leave the flag out"
+        )
     return precision or ("fp32" if launchers == "no" else launchers)

@@ -5,6 +5,7 @@ folders that the disk fails to list, and it takes a notebook's .ipynb_checkpoint
 labels by one, an error that then stays in the features. Here an error of the disk stops the listing, hidden and system
 folders and files are left out, and the remarks say what was left out, listed twice or empty.
 """
+
 import errno
 import hashlib
 import os
@@ -17,17 +18,64 @@ import numpy as np
 
 from dlc.cli import LONGEST_LINE, printable
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")       # torchvision's, in any case
-OTHER_IMAGES = {".apng", ".arw", ".avif", ".cr2", ".dcm", ".dib", ".dng", ".eps", ".exr", ".gif", ".heic", ".heif",
-                ".ico", ".j2k", ".jfi", ".jfif", ".jif", ".jp2", ".jpe", ".jpx", ".jxl", ".nef", ".pbm", ".pfm", ".pjp",
-                ".pjpeg", ".pnm", ".psd", ".raw", ".svg", ".tga"}                           # named first in remarks
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's, in any case
+OTHER_IMAGES = {
+    ".apng",
+    ".arw",
+    ".avif",
+    ".cr2",
+    ".dcm",
+    ".dib",
+    ".dng",
+    ".eps",
+    ".exr",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".j2k",
+    ".jfi",
+    ".jfif",
+    ".jif",
+    ".jp2",
+    ".jpe",
+    ".jpx",
+    ".jxl",
+    ".nef",
+    ".pbm",
+    ".pfm",
+    ".pjp",
+    ".pjpeg",
+    ".pnm",
+    ".psd",
+    ".raw",
+    ".svg",
+    ".tga",
+}  # named first in remarks
 # what systems put among a user's files, in lower case; names that begin with a dot are left out as well
-SYSTEM = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "system volume information", "temporary items",
-          "network trash folder", "@eadir", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot",
-          "~snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-DANGLING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)       # of a link: its target is missing, or is the link itself
-LONGEST_ROOT, LONGEST_NAME = 40, 24                         # characters
-NAMES, KINDS = 3, 5                                         # in a remark: examples, and endings counted separately
+SYSTEM = {
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "$recycle.bin",
+    "system volume information",
+    "temporary items",
+    "network trash folder",
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "@__thumb",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+}
+DANGLING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link: its target is missing, or is the link itself
+LONGEST_ROOT, LONGEST_NAME = 40, 24  # characters
+NAMES, KINDS = 3, 5  # in a remark: examples, and endings counted separately
 
 
 class Examples:
@@ -49,7 +97,7 @@ class Examples:
 def shortened(text, limit):
     """The printable text; if it is longer than limit, only its end."""
     text = printable(text)
-    return text if len(text) <= limit else f"…{text[1 - limit:]}"
+    return text if len(text) <= limit else f"…{text[1 - limit :]}"
 
 
 def is_image(name):
@@ -63,12 +111,12 @@ class Walk:
     """
 
     def __init__(self, root):
-        self.root, self.endings = root, Counter()           # of files that are not images
+        self.root, self.endings = root, Counter()  # of files that are not images
         self.outside, self.folders, self.files, self.files_like_images = (Examples() for _ in range(4))
         self.dangling, self.cycles, self.special, self.twice = (Examples() for _ in range(4))
-        self.seen = set()                                   # folders
-        self.links = []                                     # to images: path, (device, inode) of the target
-        self.inodes = []                                    # of the other images: (device, inodes) of each folder
+        self.seen = set()  # folders
+        self.links = []  # to images: path, (device, inode) of the target
+        self.inodes = []  # of the other images: (device, inodes) of each folder
 
     def scan(self, folder, chain):
         """The sorted names of the images in a folder (a path relative to the root), and {path: chain} of its folders.
@@ -86,7 +134,7 @@ class Walk:
                     lower = name.lower()
                     if name[0] == "." or lower in SYSTEM:
                         self._hide(os.path.join(folder, name), entry)
-                    elif entry.is_file(follow_symlinks=False):              # known without another disk access
+                    elif entry.is_file(follow_symlinks=False):  # known without another disk access
                         if lower.endswith(ENDINGS):
                             images.append(name)
                             inodes.append(entry.inode())
@@ -95,8 +143,10 @@ class Walk:
                     elif self._is_image(os.path.join(folder, name), entry, chain, folders, again):
                         images.append(name)
         except OSError as error:
-            raise OSError(f"cannot list {str(error.filename or place)!r} ({error.strerror or error}), without which "
-                          "images or whole classes would be missing: mend it, or take it out of --data-path") from None
+            raise OSError(
+                f"cannot list {str(error.filename or place)!r} ({error.strerror or error}), without which "
+                "images or whole classes would be missing: mend it, or take it out of --data-path"
+            ) from None
         images.sort()
         if again:
             for name in images:
@@ -120,8 +170,8 @@ class Walk:
             if not is_link or error.errno not in DANGLING:
                 raise
             if is_image(path):
-                return True                                 # reading it fails later, and the reason is recorded
-            if len(chain) == 1:                             # perhaps a class on a disk that is not mounted
+                return True  # reading it fails later, and the reason is recorded
+            if len(chain) == 1:  # perhaps a class on a disk that is not mounted
                 raise
             self.dangling.add(path)
             return False
@@ -132,7 +182,7 @@ class Walk:
             else:
                 folders[path] = (*chain, identity)
         elif not stat.S_ISREG(status.st_mode):
-            self.special.add(path)                          # such as a pipe, at which a reader would hang
+            self.special.add(path)  # such as a pipe, at which a reader would hang
         elif is_image(path):
             if not again:
                 self.links.append((path, identity))
@@ -171,14 +221,18 @@ class Walk:
             counts += [f"{rest:,} of other endings"] if rest else []
             parts.append(f"left out {', '.join(counts)}")
         for examples, singular, plural in (
-                (self.outside, "image outside the class folders", "images outside the class folders"),
-                (self.folders, "hidden or system folder", "hidden or system folders"),
-                (self.files_like_images, "hidden file named as an image", "hidden files named as images"),
-                (self.files, "hidden or system file", "hidden or system files"),
-                (self.dangling, "link to nowhere", "links to nowhere"),
-                (self.cycles, "folder met twice, a link to one that it lies in",
-                 "folders met twice, links to ones that they lie in"),
-                (self.special, "that is no file", "that are no files")):
+            (self.outside, "image outside the class folders", "images outside the class folders"),
+            (self.folders, "hidden or system folder", "hidden or system folders"),
+            (self.files_like_images, "hidden file named as an image", "hidden files named as images"),
+            (self.files, "hidden or system file", "hidden or system files"),
+            (self.dangling, "link to nowhere", "links to nowhere"),
+            (
+                self.cycles,
+                "folder met twice, a link to one that it lies in",
+                "folders met twice, links to ones that they lie in",
+            ),
+            (self.special, "that is no file", "that are no files"),
+        ):
             if examples.count:
                 parts.append(f"left out {examples.text(singular, plural, names)}")
         return parts
@@ -202,9 +256,10 @@ def list_images(data_path) -> tuple[list[str], list[str], np.ndarray, list[str]]
     for name in outside:
         walk.outside.add(name)
     if not folders:
-        raise ValueError("; ".join([f"--data-path {root} has no class folders: images go into one folder a class",
-                                    *walk.left_out()]))
-    walk.links, walk.inodes = [], []                        # images outside the classes are not listed
+        raise ValueError(
+            "; ".join([f"--data-path {root} has no class folders: images go into one folder a class", *walk.left_out()])
+        )
+    walk.links, walk.inodes = [], []  # images outside the classes are not listed
     classes = sorted(folders)
     forms = Counter(unicodedata.normalize("NFC", name) for name in classes)
     for name in classes:
@@ -216,8 +271,11 @@ def list_images(data_path) -> tuple[list[str], list[str], np.ndarray, list[str]]
         if forms[unicodedata.normalize("NFC", name)] > 1:
             alike.add(name)
     if not paths:
-        raise ValueError("; ".join([f"--data-path {root} has class folders but no images in them ({' '.join(ENDINGS)})",
-                                    *walk.left_out()]))
+        raise ValueError(
+            "; ".join(
+                [f"--data-path {root} has class folders but no images in them ({' '.join(ENDINGS)})", *walk.left_out()]
+            )
+        )
     walk.resolve_links()
     lines = remarks(walk, empty, alike, NAMES)
     if len(lines) > 1:
@@ -242,13 +300,14 @@ def remarks(walk, empty, alike, names):
     """What was left out, listed twice, empty or alike, in as few lines as possible, each with so many examples."""
     parts, lines = walk.left_out(names), []
     for examples, singular, plural in (
-            (walk.twice, "image met twice, by links, and kept", "images met twice, by links, and kept"),
-            (empty, "empty class", "empty classes"),
-            (alike, "", "classes whose names look the same")):
+        (walk.twice, "image met twice, by links, and kept", "images met twice, by links, and kept"),
+        (empty, "empty class", "empty classes"),
+        (alike, "", "classes whose names look the same"),
+    ):
         if examples.count:
             parts.append(examples.text(singular, plural, names))
     for part in parts:
-        if lines and len(lines[-1]) + 2 + len(part) <= LONGEST_LINE - 32:       # the log puts a date before it
+        if lines and len(lines[-1]) + 2 + len(part) <= LONGEST_LINE - 32:  # the log puts a date before it
             lines[-1] += f"; {part}"
         else:
             lines.append(f"--data-path {shortened(walk.root, LONGEST_ROOT)}: {part}")

@@ -5,6 +5,7 @@ subset of samples gets the same numbers, on any process and in any order. The ge
 2011, "Parallel random numbers: as easy as 1, 2, 3"), computed for a whole batch by integer tensor operations on the
 device of `indices`.
 """
+
 import math
 from enum import IntEnum
 
@@ -14,6 +15,7 @@ import torch
 
 class Stream(IntEnum):
     """The use that numbers are drawn for: no two uses share numbers."""
+
     FLIP = 0
     POSTERIOR = 1
     TRAIN_TIMESTEP = 2
@@ -38,14 +40,19 @@ def philox(counter, key) -> tuple[torch.Tensor, ...]:
     for _ in range(10):
         # the product of two 32-bit words has 64 bits, which int64 keeps, though as a signed number
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = ((product1 >> 32 & LOW) ^ c1 ^ k0, product1 & LOW,
-                          (product0 >> 32 & LOW) ^ c3 ^ k1, product0 & LOW)
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & LOW) ^ c1 ^ k0,
+            product1 & LOW,
+            (product0 >> 32 & LOW) ^ c3 ^ k1,
+            product0 & LOW,
+        )
         k0, k1 = k0 + 0x9E3779B9 & LOW, k1 + 0xBB67AE85 & LOW
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, stream: Stream, indices: torch.Tensor, count: int,
-                 draw: int | torch.Tensor = 0) -> torch.Tensor:
+def random_words(
+    seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
+) -> torch.Tensor:
     """Independent 32-bit words for each sample: (N, count) int64 in [0, 2**32).
 
     Args:
@@ -62,8 +69,7 @@ def random_words(seed: int, stream: Stream, indices: torch.Tensor, count: int,
     return torch.stack(words, dim=2).flatten(1)[:, :count]
 
 
-def normal(seed: int, stream: Stream, indices: torch.Tensor, shape,
-           draw: int | torch.Tensor = 0) -> torch.Tensor:
+def normal(seed: int, stream: Stream, indices: torch.Tensor, shape, draw: int | torch.Tensor = 0) -> torch.Tensor:
     """Standard normals (N, *shape), float32, by Box and Muller's transform in float64."""
     count = math.prod(shape)
     words = random_words(seed, stream, indices, count + count % 2, draw).double()
@@ -80,21 +86,23 @@ class StepNoise:
     numbers of several steps are made at once, up to AT_ONCE of them, because the generator's many small kernels take as
     long for one step as for all.
     """
+
     AT_ONCE = 2**21
 
     def __init__(self, seed: int, stream: Stream, indices: torch.Tensor, shape, steps: int):
         self.key, self.indices, self.shape, self.steps = (seed, stream), indices, shape, steps
-        self.chunk = max(1, self.AT_ONCE // (len(indices) * math.prod(shape)))          # steps
-        self.first, self.normals = None, None                                           # (chunk, N, *shape)
+        self.chunk = max(1, self.AT_ONCE // (len(indices) * math.prod(shape)))  # steps
+        self.first, self.normals = None, None  # (chunk, N, *shape)
 
     def __call__(self, step: int) -> torch.Tensor:
         first = step - step % self.chunk
         if first != self.first:
-            self.normals = None                                     # freed before the next are made
+            self.normals = None  # freed before the next are made
             n, last = len(self.indices), min(first + self.chunk, self.steps)
             draws = self.steps - torch.arange(first, last, device=self.indices.device)
-            self.normals = normal(*self.key, self.indices.repeat(len(draws)), self.shape,
-                                  draws.repeat_interleave(n)).unflatten(0, (len(draws), n))
+            self.normals = normal(
+                *self.key, self.indices.repeat(len(draws)), self.shape, draws.repeat_interleave(n)
+            ).unflatten(0, (len(draws), n))
             self.first = first
         return self.normals[step - first]
 

@@ -4,6 +4,7 @@ accelerate gives DDP, the fp16 scaler, the trackers (TensorBoard, wandb) and the
 use. Sharding, checkpoints and data are ours: accelerate shards on no CPU and knows no EMA, and its checkpoints and data
 loaders have no place for a resume that is exact to the bit.
 """
+
 import contextlib
 import datetime
 import importlib.metadata
@@ -21,13 +22,14 @@ from dlc.launcher import is_on, refuse_launcher
 from dlc.signals import on_first_signal
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=12)        # rank 0 may be writing a large file
-SAID_WAITING = 30           # seconds after which a process says that it waits for the others to start
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may be writing a large file
+SAID_WAITING = 30  # seconds after which a process says that it waits for the others to start
 
 
 #################################################################################
 #                                   Processes                                   #
 #################################################################################
+
 
 def _interrupt(number):
     raise KeyboardInterrupt
@@ -36,12 +38,17 @@ def _interrupt(number):
 @contextlib.contextmanager
 def said_when_waiting():
     """If waiting for the other processes takes long, print the address at which this one waits."""
+
     def say():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            print(f"rank {os.environ.get('RANK', '0')} still waits for all {os.environ.get('WORLD_SIZE', '?')} "
-                  f"processes to meet at {address}: was every one started, and does each reach that address?",
-                  file=sys.stderr, flush=True)
+            print(
+                f"rank {os.environ.get('RANK', '0')} still waits for all {os.environ.get('WORLD_SIZE', '?')} "
+                f"processes to meet at {address}: was every one started, and does each reach that address?",
+                file=sys.stderr,
+                flush=True,
+            )
+
     timer = threading.Timer(SAID_WAITING, say)
     timer.daemon = True
     timer.start()
@@ -75,17 +82,22 @@ def start_processes():
             state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
-        raise ValueError("the processes cannot be joined by what the launcher's variables say (WORLD_SIZE, RANK, "
-                         f"LOCAL_RANK, MASTER_ADDR, ACCELERATE_…): {one_line(error, 150)}") from None
+        raise ValueError(
+            "the processes cannot be joined by what the launcher's variables say (WORLD_SIZE, RANK, "
+            f"LOCAL_RANK, MASTER_ADDR, ACCELERATE_…): {one_line(error, 150)}"
+        ) from None
     if state.num_processes != world_size:
-        raise ValueError(f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
-                         "start the script with torchrun or accelerate launch")
+        raise ValueError(
+            f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
+            "start the script with torchrun or accelerate launch"
+        )
     return state
 
 
 def from_rank_0(value):
     """Rank 0's value of a picklable object, in every process: what it saw on a shared disk, for example."""
     from accelerate.utils import broadcast_object_list
+
     values = [value]
     broadcast_object_list(values)
     return values[0]
@@ -108,6 +120,7 @@ def done_by_rank_0(state, work):
 def agree(what: str, value):
     """Raise ValueError in every process if one of them has another value than rank 0, such as from another disk."""
     from accelerate.utils import gather_object
+
     if any(gather_object([from_rank_0(value) != value])):
         raise ValueError(f"the processes do not see the same {what}: is every path on a disk that all of them share?")
 
@@ -141,8 +154,10 @@ def set_numerics(tf32: bool, deterministic: bool = False):
 
 def versions() -> dict[str, str]:
     """The versions of the packages that decide numbers."""
-    return {name: importlib.metadata.version(name)
-            for name in ("torch", "torchvision", "accelerate", "diffusers", "timm", "numpy", "Pillow")}
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "torchvision", "accelerate", "diffusers", "timm", "numpy", "Pillow")
+    }
 
 
 def create_logger(state, log_file=None):
@@ -188,6 +203,7 @@ def create_accelerator(logger, precision: str, report_to: str | None = None, run
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
     on_cpu = PartialState().device.type == "cpu"
     # hidden from accelerate, which would shard in its own way
     sharded = is_on("ACCELERATE_USE_FSDP")
@@ -199,10 +215,15 @@ def create_accelerator(logger, precision: str, report_to: str | None = None, run
     # torch 2.15 warns of this name; the one that it wants instead does not exist in 2.6
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=report_to, project_dir=run_dir,
+        cpu=on_cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=report_to,
+        project_dir=run_dir,
         # both given, so that accelerate does not ask the environment: our flags decide on compiling and accumulation
-        dynamo_backend="no", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
     if report_to:
         if not accelerator.log_with:
             raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
@@ -224,7 +245,7 @@ def in_batches(network, rows: torch.Tensor, size: int, places: torch.Tensor | No
     batches, outputs = {}, []
     for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
         batches.setdefault(place // size, {})[place % size] = row
-    for own in batches.values():                        # place in the batch -> row
+    for own in batches.values():  # place in the batch -> row
         first = next(iter(own.values()))
         # stacked: an index tensor would be copied to the GPU, and the CPU would wait for it
         output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))

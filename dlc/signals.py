@@ -1,4 +1,5 @@
 """SIGINT, SIGTERM and SIGUSR1 as requests to stop: the first is handled, a second SIGINT or SIGTERM ends at once."""
+
 import os
 import signal
 import sys
@@ -6,10 +7,10 @@ import threading
 import time
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ENDING = (signal.SIGINT, signal.SIGTERM)        # a second one ends the process; clusters may repeat SIGUSR1
-ECHO_SECONDS = 2            # torchrun repeats Ctrl-C to its ranks, which already have it from the terminal
+ENDING = (signal.SIGINT, signal.SIGTERM)  # a second one ends the process; clusters may repeat SIGUSR1
+ECHO_SECONDS = 2  # torchrun repeats Ctrl-C to its ranks, which already have it from the terminal
 
-_watched = {}           # time of each signal's first arrival; empty until the watcher runs
+_watched = {}  # time of each signal's first arrival; empty until the watcher runs
 
 
 def on_first_signal(numbers, react):

@@ -1,7 +1,8 @@
 """Images <-> latents: loads a VAE, and alone knows its channels, its downsampling factor, its scale and its shift.
 
-    latents = (z - shift_factor) * scaling_factor       # z: a draw or the mean of the encoder's posterior
+latents = (z - shift_factor) * scaling_factor       # z: a draw or the mean of the encoder's posterior
 """
+
 import contextlib
 import re
 import warnings
@@ -18,14 +19,25 @@ VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.b
 # The keys that a VAE's config.json may have, with their bounds: the arguments of diffusers' AutoencoderKL.
 CHANNELS, NUMBER = whole_number(1, 8192), real_number(-1e30, 1e30)
 VAE_CONFIG = dict(
-    in_channels=CHANNELS, out_channels=CHANNELS, latent_channels=CHANNELS, block_out_channels=list_of(CHANNELS, 1, 6),
+    in_channels=CHANNELS,
+    out_channels=CHANNELS,
+    latent_channels=CHANNELS,
+    block_out_channels=list_of(CHANNELS, 1, 6),
     down_block_types=list_of(one_of("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), 1, 6),
     up_block_types=list_of(one_of("UpDecoderBlock2D", "AttnUpDecoderBlock2D"), 1, 6),
-    layers_per_block=whole_number(1, 16), norm_num_groups=whole_number(1, 1024),
-    act_fn=one_of("silu", "swish", "mish", "gelu", "relu"), sample_size=whole_number(1, 65536),
-    scaling_factor=real_number(1e-30, 1e30), shift_factor=or_null(NUMBER),
-    latents_mean=or_null(list_of(NUMBER)), latents_std=or_null(list_of(NUMBER)), force_upcast=SWITCH,
-    use_quant_conv=SWITCH, use_post_quant_conv=SWITCH, mid_block_add_attention=SWITCH)
+    layers_per_block=whole_number(1, 16),
+    norm_num_groups=whole_number(1, 1024),
+    act_fn=one_of("silu", "swish", "mish", "gelu", "relu"),
+    sample_size=whole_number(1, 65536),
+    scaling_factor=real_number(1e-30, 1e30),
+    shift_factor=or_null(NUMBER),
+    latents_mean=or_null(list_of(NUMBER)),
+    latents_std=or_null(list_of(NUMBER)),
+    force_upcast=SWITCH,
+    use_quant_conv=SWITCH,
+    use_post_quant_conv=SWITCH,
+    mid_block_add_attention=SWITCH,
+)
 
 
 def vae_id(name):
@@ -49,12 +61,17 @@ def vae_config(name):
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or "block_out_channels" not in config:
         raise ValueError(f"--vae {name}: its config.json is not an AutoencoderKL's")
     # keys with a leading underscore say where the file came from; null is the default
-    config = {key: value for key, value in config.items() if not key.startswith("_") and (
-        key in VAE_CONFIG or value is not None)}
+    config = {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and (key in VAE_CONFIG or value is not None)
+    }
     unknown = sorted(config.keys() - VAE_CONFIG.keys())
     if unknown:
-        raise ValueError(f"--vae {name}: its config.json has the key {one_line(unknown[0][:1000], 80)}, which an "
-                         "AutoencoderKL does not have")
+        raise ValueError(
+            f"--vae {name}: its config.json has the key {one_line(unknown[0][:1000], 80)}, which an "
+            "AutoencoderKL does not have"
+        )
     check_values(path, config, VAE_CONFIG)
     for key in ("down_block_types", "up_block_types"):
         if len(config.get(key, [None])) != len(config["block_out_channels"]):
@@ -64,15 +81,17 @@ def vae_config(name):
             raise ValueError(f"--vae {name} has {config[key]} {key.replace('_', ' ')}, wanted 3")
     for key in ("latents_mean", "latents_std"):
         if config.get(key):
-            raise ValueError(f"--vae {name} normalises each latent channel ({key} in config.json), which is not "
-                             "supported: wanted a VAE with a scaling_factor and perhaps a shift_factor")
+            raise ValueError(
+                f"--vae {name} normalises each latent channel ({key} in config.json), which is not "
+                "supported: wanted a VAE with a scaling_factor and perhaps a shift_factor"
+            )
     return config
 
 
 def downsampling_factor(name: str) -> int:
     """Pixels per latent cell along each axis of the VAE that --vae names, read from its configuration alone."""
     if vae_id(name) in VAE_ALIASES.values():
-        return 8                                    # known without asking the hub
+        return 8  # known without asking the hub
     return 2 ** (len(vae_config(name)["block_out_channels"]) - 1)
 
 
@@ -87,15 +106,17 @@ def load_vae(name, device="cpu"):
     Raises ValueError, naming what is missing or wrong, if it cannot be loaded.
     """
     from diffusers import AutoencoderKL  # imported here: slower to import than torch
+
     config = vae_config(name)
     path = vae_file(name, VAE_WEIGHTS)
     weights = {current_vae_name(key): value for key, value in check_tensors(load_tensors(path), path).items()}
     try:
-        with torch.device("meta"):                  # no memory is allocated before the shapes agree
+        with torch.device("meta"):  # no memory is allocated before the shapes agree
             vae = AutoencoderKL(**config)
-    except Exception as error:                      # such as channels that are no multiple of the groups
-        raise ValueError(f"--vae {name}: diffusers cannot build an AutoencoderKL from its config.json "
-                         f"({one_line(error, 100)})") from None
+    except Exception as error:  # such as channels that are no multiple of the groups
+        raise ValueError(
+            f"--vae {name}: diffusers cannot build an AutoencoderKL from its config.json ({one_line(error, 100)})"
+        ) from None
     different = differences_from(vae.state_dict(), weights)
     if different:
         raise ValueError(f"--vae {name}: {path} {different}")
@@ -120,13 +141,15 @@ def vae_file(name, files):
         for file in files:
             if (folder / file).is_file():
                 return folder / file
-        raise ValueError(f"--vae {name} is not a directory of a diffusers AutoencoderKL: it has no "
-                         f"{' or '.join(files)}")
+        raise ValueError(
+            f"--vae {name} is not a directory of a diffusers AutoencoderKL: it has no {' or '.join(files)}"
+        )
     import huggingface_hub
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for file in files:
-            with contextlib.suppress(Exception):    # not cached, or not a valid hub id
+            with contextlib.suppress(Exception):  # not cached, or not a valid hub id
                 return Path(huggingface_hub.hf_hub_download(vae_id(name), file, local_files_only=True))
         try:
             on_hub = {entry.rfilename for entry in huggingface_hub.model_info(vae_id(name), timeout=10).siblings}
@@ -134,20 +157,26 @@ def vae_file(name, files):
                 if file in on_hub:
                     return Path(huggingface_hub.hf_hub_download(vae_id(name), file))
             error = f"has no {' or '.join(files)}"
-        except Exception as raised:                 # the hub's client and its transport raise many types
+        except Exception as raised:  # the hub's client and its transport raise many types
             error = f"is out of reach or does not have it ({type(raised).__name__})"
-    raise ValueError(f"cannot load the VAE {one_line(repr(vae_id(name)), 100)}: {files[0]} is not in the local cache, "
-                     f"and the hub {error}; --vae takes a local directory too")
+    raise ValueError(
+        f"cannot load the VAE {one_line(repr(vae_id(name)), 100)}: {files[0]} is not in the local cache, "
+        f"and the hub {error}; --vae takes a local directory too"
+    )
 
 
 #################################################################################
 #                                    Latents                                    #
 #################################################################################
 
+
 def latent_settings(vae) -> dict:
     """How a VAE's latents are scaled, and how many channels they have, as the manifest records it."""
-    return dict(latent_channels=vae.config.latent_channels, scaling_factor=vae.config.scaling_factor,
-                shift_factor=vae.config.shift_factor or 0.0)
+    return dict(
+        latent_channels=vae.config.latent_channels,
+        scaling_factor=vae.config.scaling_factor,
+        shift_factor=vae.config.shift_factor or 0.0,
+    )
 
 
 def latent_shape(vae, image_size: int) -> tuple[int, int, int]:

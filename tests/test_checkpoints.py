@@ -17,10 +17,29 @@ def tiny(name="DiTSEM-Ti/8", seed=0, **sizes):
 
 def meta_of(step, model="DiTSEM-Ti/8", **values):
     """A meta with all that a run of training knows."""
-    return RunMeta(**{**dict(
-        format_version=FORMAT_VERSION, step=step, model=model, image_size=64, features_count=14, latents="sample",
-        global_batch_size=8, global_seed=0, place=8 * step, logged=step, skipped=0, precision="fp32", lr=1e-4,
-        weight_decay=0.0, ema_decay=0.9, versions={"torch": "2.6"}), **values})
+    return RunMeta(
+        **{
+            **dict(
+                format_version=FORMAT_VERSION,
+                step=step,
+                model=model,
+                image_size=64,
+                features_count=14,
+                latents="sample",
+                global_batch_size=8,
+                global_seed=0,
+                place=8 * step,
+                logged=step,
+                skipped=0,
+                precision="fp32",
+                lr=1e-4,
+                weight_decay=0.0,
+                ema_decay=0.9,
+                versions={"torch": "2.6"},
+            ),
+            **values,
+        }
+    )
 
 
 def test_round_trip(tmp_path):
@@ -55,17 +74,33 @@ def test_only_whole_checkpoints_count(tmp_path):
         newest_checkpoint(tmp_path, "DiT-S/2")
 
 
-@pytest.mark.parametrize("name, sizes", [("DiT-Ti/8", dict(num_classes=5)), ("DiTSEM-Ti/4", dict(L=3, V=4)),
-                                         ("DiTCONT-Ti/2", dict(in_dim=6)),
-                                         ("DiT-Ti/2", dict(num_classes=5, learn_sigma=False))])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("DiT-Ti/8", dict(num_classes=5)),
+        ("DiTSEM-Ti/4", dict(L=3, V=4)),
+        ("DiTCONT-Ti/2", dict(in_dim=6)),
+        ("DiT-Ti/2", dict(num_classes=5, learn_sigma=False)),
+    ],
+)
 def test_files_of_other_repositories(tmp_path, name, sizes):
     """A bare state dict, and a training checkpoint with its arguments beside; wrapped by DDP or torch.compile."""
     model, ema = tiny(name, 0, **sizes), tiny(name, 1, **sizes)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    torch.save(dict(model={f"module._orig_mod.{key}": value for key, value in model.state_dict().items()},
-                    ema=ema.state_dict(), opt={}, args=argparse.Namespace(lr=1e-4)), tmp_path / "training.pt")
-    for file, use_ema, expected in (("bare.pt", True, model), ("training.pt", False, model),
-                                    ("training.pt", True, ema)):
+    torch.save(
+        dict(
+            model={f"module._orig_mod.{key}": value for key, value in model.state_dict().items()},
+            ema=ema.state_dict(),
+            opt={},
+            args=argparse.Namespace(lr=1e-4),
+        ),
+        tmp_path / "training.pt",
+    )
+    for file, use_ema, expected in (
+        ("bare.pt", True, model),
+        ("training.pt", False, model),
+        ("training.pt", True, ema),
+    ):
         weights, meta = load_weights(tmp_path / file, use_ema)
         loaded, found = model_from_weights(weights, file)
         kind = "as in the file" if file == "bare.pt" else "ema" if use_ema else "raw"
@@ -73,8 +108,17 @@ def test_files_of_other_repositories(tmp_path, name, sizes):
         assert weights_sha256(loaded) == weights_sha256(expected)
 
 
-@pytest.mark.parametrize("value", [{1: torch.zeros(1)}, {"ema": torch.zeros(1)}, {"model": 3}, [torch.zeros(1)],
-                                   {"pos_embed": torch.zeros(3)}, {"x_embedder.proj.weight": torch.zeros(2, 2)}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: torch.zeros(1)},
+        {"ema": torch.zeros(1)},
+        {"model": 3},
+        [torch.zeros(1)],
+        {"pos_embed": torch.zeros(3)},
+        {"x_embedder.proj.weight": torch.zeros(2, 2)},
+    ],
+)
 def test_other_files_are_refused(tmp_path, value):
     torch.save(value, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt"):
@@ -85,15 +129,20 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))
+
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="evil.pt cannot be read as weights"):
         load_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("values", [
-    dict(L=3, V=4, code_init="dlc", features_path="features"),
-    dict(num_classes=5, data_path="images", scaling_factor=0.18)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(L=3, V=4, code_init="dlc", features_path="features"),
+        dict(num_classes=5, data_path="images", scaling_factor=0.18),
+    ],
+)
 def test_meta_is_readable_and_read_back(values, tmp_path):
     """Keys that do not apply are left out."""
     model, meta = tiny(), meta_of(1, **values)
@@ -101,7 +150,8 @@ def test_meta_is_readable_and_read_back(values, tmp_path):
     written = json.loads((path / "meta.json").read_text())
     assert written["step"] == 1 and written["lr"] == 1e-4 and written["format_version"] == 1
     assert {"L", "V", "code_init", "num_classes", "in_dim", "data_path", "features_path"} & written.keys() == (
-        values.keys() - {"scaling_factor"})
+        values.keys() - {"scaling_factor"}
+    )
     assert read_meta(path) == meta
 
 
@@ -110,14 +160,17 @@ def test_a_key_that_its_version_has_is_missing_only_by_damage(gone, tmp_path):
     values = {key: value for key, value in meta_of(1).to_json().items() if key != gone}
     with pytest.raises(ValueError, match=f"meta.json: {gone} is missing, wanted"):
         RunMeta.from_json(values, "meta.json")
-    del values["format_version"]                                # from before there were versions: not recorded
+    del values["format_version"]  # from before there were versions: not recorded
     assert getattr(RunMeta.from_json(values, "meta.json"), gone) is None
 
 
 def test_keys_that_came_later_have_their_default():
     """A code table started at N(0, 1) before --code-init, and a model without one has none."""
-    older = {key: value for key, value in meta_of(1, L=3, V=4, code_init="unit").to_json().items()
-             if key not in ("format_version", "code_init")}
+    older = {
+        key: value
+        for key, value in meta_of(1, L=3, V=4, code_init="unit").to_json().items()
+        if key not in ("format_version", "code_init")
+    }
     meta = RunMeta.from_json(older, "meta.json")
     assert meta.code_init == "unit" and meta.missing() is None
     assert meta.differences(dict(L=3, code_init="unit")) == ""

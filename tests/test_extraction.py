@@ -1,4 +1,5 @@
 """The shard pipeline without images or networks: batches, whole shards, and the order of what is written."""
+
 import threading
 
 import numpy as np
@@ -18,14 +19,17 @@ def test_batches_never_cross_a_shard(count, shard_size, batch_size):
     assert sum(batches, []) == list(range(count))
     assert all(len(batch) <= batch_size and batch[0] // shard_size == batch[-1] // shard_size for batch in batches)
     assert batches_of([shards[-1]], count, shard_size, batch_size) == [
-        batch for batch in batches if batch[0] // shard_size == shards[-1]]
+        batch for batch in batches if batch[0] // shard_size == shards[-1]
+    ]
 
 
 def test_batches_are_joined_to_whole_shards():
     """With what was skipped; a batch without a readable image counts; the bar is told of each."""
     batches, seen = batches_of(range(3), 9, 4, 3), []
-    encoded = [(batch, dict(x=np.array([i for i in batch if i % 4 != 3])),
-                [[str(i), "broken"] for i in batch if i % 4 == 3]) for batch in batches]
+    encoded = [
+        (batch, dict(x=np.array([i for i in batch if i % 4 != 3])), [[str(i), "broken"] for i in batch if i % 4 == 3])
+        for batch in batches
+    ]
     shards = list(whole_shards(encoded, 9, 4, seen.append))
     assert [shard for shard, _, _ in shards] == [0, 1, 2] and seen == [3, 1, 3, 1, 1]
     assert [arrays["x"].tolist() for _, arrays, _ in shards] == [[0, 1, 2], [4, 5, 6], [8]]
@@ -38,6 +42,7 @@ def test_work_is_side_by_side_and_its_results_in_order():
 
     def work(item):
         return item, second.set() if item else second.wait(30)
+
     with encoding_pool(CPU) as pool:
         if pool._max_workers > 1:
             assert [item for item, _ in in_order(pool, work, range(2), 2)] == [0, 1]
@@ -46,6 +51,7 @@ def test_work_is_side_by_side_and_its_results_in_order():
 
 class Pixels:
     """In place of the networks: latents whose numbers are the crops' first pixel, with std 0."""
+
     device, vae = CPU, None
 
     def moments(self, crops, batch_size, places=None):
@@ -64,18 +70,21 @@ class Names:
 
 @pytest.mark.parametrize("latents", ["sample", "mean", "moments"])
 def test_extract_writes_every_row(latents, tmp_path):
-    manifest = Manifest(image_size=16, latents=latents, dtype="float32", shard_size=4, L=None, V=None, classes=["a"],
-                        images=9, seed=0)
+    manifest = Manifest(
+        image_size=16, latents=latents, dtype="float32", shard_size=4, L=None, V=None, classes=["a"], images=9, seed=0
+    )
     writer = FeatureWriter(tmp_path, manifest)
     writer.start()
     batches = batches_of(range(3), 9, 4, 3)
     crops = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1, 1).expand(9, 2, 16, 16, 3)
-    kept = [[index for index in batch if index != 5] for batch in batches]                  # number 5 is broken
-    loaded = [(torch.tensor(good), crops[good], None, [(5, "bad", True)] if good != batch else [])
-              for good, batch in zip(kept, batches)]
+    kept = [[index for index in batch if index != 5] for batch in batches]  # number 5 is broken
+    loaded = [
+        (torch.tensor(good), crops[good], None, [(5, "bad", True)] if good != batch else [])
+        for good, batch in zip(kept, batches)
+    ]
     extract(BatchEncoder(Pixels(), Names(), np.arange(9), manifest, 3), zip(batches, loaded), writer, 9)
     assert [path for path, _ in writer.finish(3).skipped] == ["a/5"]
-    features, indices = Features(tmp_path), np.array([0, 1, 2, 3, 4, 6, 7, 8]).repeat(2)    # two crops per image
+    features, indices = Features(tmp_path), np.array([0, 1, 2, 3, 4, 6, 7, 8]).repeat(2)  # two crops per image
     rows = features.latents.gather(np.arange(features.count))
     assert rows.shape == (16, manifest.stored_channels, 2, 2)
     np.testing.assert_array_equal(rows[:, :4], np.broadcast_to(indices[:, None, None, None], (16, 4, 2, 2)))

@@ -19,15 +19,19 @@ from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Manifest, NpyRows
 from dlc.sampling.conditions import ComputedCodes
 from models import DiT_models
 
-MANIFEST = Manifest(latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"], images=10,
-                    vae_sha256="x")
+MANIFEST = Manifest(
+    latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"], images=10, vae_sha256="x"
+)
 RANDOM = np.random.default_rng(0)
 
 
 def shard(rows):
-    return dict(features=RANDOM.normal(size=(rows, 4, 8, 8)).astype(np.float16),
-                sem=RANDOM.integers(0, 5, (rows, 3)).astype(np.uint8), labels=RANDOM.integers(0, 2, rows),
-                path=np.array([f"a/{'x' * rows}{i}.png" for i in range(rows)], dtype=str))
+    return dict(
+        features=RANDOM.normal(size=(rows, 4, 8, 8)).astype(np.float16),
+        sem=RANDOM.integers(0, 5, (rows, 3)).astype(np.uint8),
+        labels=RANDOM.integers(0, 2, rows),
+        path=np.array([f"a/{'x' * rows}{i}.png" for i in range(rows)], dtype=str),
+    )
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def written(tmp_path):
     writer = FeatureWriter(tmp_path, MANIFEST)
     writer.start()
     shards = [shard(rows) for rows in (3, 5, 0, 2)]
-    for number in (2, 0, 3, 1):                                             # any order
+    for number in (2, 0, 3, 1):  # any order
         writer.write(number, shards[number], [["a/bad.png", "reason"]] if number == 2 else [])
     writer.finish(4)
     return tmp_path, {kind: np.concatenate([one[kind] for one in shards]) for kind in shards[0]}
@@ -49,8 +53,12 @@ def test_round_trip(written):
     assert (features.count, features.L, features.V, features.num_classes, features.image_size) == (10, 3, 5, 2, 64)
     assert features.latent_shape == (4, 8, 8)
     rows = np.array([9, 0, 4, 4, 7, 2])
-    for stack, kind in ((features.latents, "features"), (features.codes, "sem"), (features.labels, "labels"),
-                        (features.paths, "path")):
+    for stack, kind in (
+        (features.latents, "features"),
+        (features.codes, "sem"),
+        (features.labels, "labels"),
+        (features.paths, "path"),
+    ):
         assert stack.array(1).dtype == arrays[kind].dtype or kind == "path"
         np.testing.assert_array_equal(stack.gather(rows), arrays[kind][rows])
         np.testing.assert_array_equal(stack.gather(np.arange(10)), arrays[kind])
@@ -65,10 +73,10 @@ def test_directory_of_the_reference_scripts(tmp_path):
         directory = kind_dir(tmp_path, 64, kind)
         directory.mkdir()
         for index in range(12):
-            lone = array[index] if kind == "features" and index % 2 else array[index:index + 1]   # with or without a 1
+            lone = array[index] if kind == "features" and index % 2 else array[index : index + 1]  # with or without a 1
             np.save(directory / f"{index}.npy", lone)
     features = Features(tmp_path, V=9)
-    rows = np.array([11, 2, 10])                                            # 2.npy comes before 10.npy
+    rows = np.array([11, 2, 10])  # 2.npy comes before 10.npy
     np.testing.assert_array_equal(features.latents.gather(rows), latents[rows])
     np.testing.assert_array_equal(features.codes.gather(rows), codes[rows])
     np.testing.assert_array_equal(features.labels.gather(rows), labels[rows])
@@ -145,12 +153,21 @@ def test_a_shard_whose_files_went_is_not_done(tmp_path):
         FeatureWriter(tmp_path, MANIFEST).start()
 
 
-@pytest.mark.parametrize("call, number", [("fcntl.flock", errno.ENOLCK), ("fcntl.flock", errno.ENOSYS),
-                                          ("os.fsync", errno.EINVAL), ("os.fsync", errno.ENOTSUP)])
+@pytest.mark.parametrize(
+    "call, number",
+    [
+        ("fcntl.flock", errno.ENOLCK),
+        ("fcntl.flock", errno.ENOSYS),
+        ("os.fsync", errno.EINVAL),
+        ("os.fsync", errno.ENOTSUP),
+    ],
+)
 def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number):
     """The work goes on, with one warning; nothing is left behind."""
+
     def fail(*args):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(call, fail)
     monkeypatch.setattr("dlc.cli.WARNED", set())
     writer = FeatureWriter(tmp_path, MANIFEST)
@@ -167,6 +184,7 @@ def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number
 def test_a_disk_that_fails_to_sync_is_no_such_disk(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="cannot write .*settings.json .*Input/output error"):
         FeatureWriter(tmp_path, MANIFEST).start()
@@ -187,6 +205,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     def no_space(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError, match=r"cannot write .*codes.npy .*No space left"):
         write_whole(tmp_path / "codes.npy", no_space)
     assert not list(tmp_path.iterdir())
@@ -289,10 +308,10 @@ def test_pickled_objects_are_refused(tmp_path):
 
 def test_other_settings_are_refused(written):
     root, _ = written
-    assert not FeatureWriter(root, MANIFEST).start()                        # complete
+    assert not FeatureWriter(root, MANIFEST).start()  # complete
     with pytest.raises(ValueError, match="vae_sha256 'x' there, 'y' here"):
         FeatureWriter(root, replace(MANIFEST, vae_sha256="y")).start()
-    assert not FeatureWriter(root, replace(MANIFEST, vae="elsewhere")).start()          # where it lies does not count
+    assert not FeatureWriter(root, replace(MANIFEST, vae="elsewhere")).start()  # where it lies does not count
     with pytest.raises(ValueError, match="--V 6: .* says 5"):
         Features(root, V=6)
 
@@ -311,13 +330,16 @@ def test_settings_without_shards_do_not_count(tmp_path):
 def test_other_manifests_are_refused(written):
     root, _ = written
     manifest = json.loads((root / "manifest.json").read_text())
-    for text, message in ((json.dumps({**manifest, "format_version": 3}), "format 3; this code reads up to 2"),
-                          (json.dumps({**manifest, "count": "3"}), "count is '3'"),
-                          (json.dumps({key: value for key, value in manifest.items() if key != "images"}),
-                           "images is missing"),
-                          (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
-                          (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
-                          ("{}", "not a manifest of ours"), ("[]", "wanted an object"), ("{", "not readable JSON")):
+    for text, message in (
+        (json.dumps({**manifest, "format_version": 3}), "format 3; this code reads up to 2"),
+        (json.dumps({**manifest, "count": "3"}), "count is '3'"),
+        (json.dumps({key: value for key, value in manifest.items() if key != "images"}), "images is missing"),
+        (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
+        (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
+        ("{}", "not a manifest of ours"),
+        ("[]", "wanted an object"),
+        ("{", "not readable JSON"),
+    ):
         (root / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=f"(manifest.json|{root}).*{message}"):
             Features(root)
@@ -337,7 +359,12 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     """
     sparse_features(tmp_path / "small", 10_000)
     sparse_features(tmp_path / "large", IMAGENET)
-    out = subprocess.run([sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], cwd=ROOT, check=True,
-                         capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     count, grown_kib = map(int, out.split())
-    assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib         # the rows are 11 GB
+    assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib  # the rows are 11 GB

@@ -1,4 +1,5 @@
 """PNGs, the .npz and its check, and where codes and labels come from; no network in any of it."""
+
 import json
 import struct
 import types
@@ -42,7 +43,7 @@ def streamed(path, rows):
     parts = []
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as member:
         assert member.read(8) == b"\x93NUMPY\x01\x00"
-        header = eval(member.read(struct.unpack("<H", member.read(2))[0]))          # a dict's literal
+        header = eval(member.read(struct.unpack("<H", member.read(2))[0]))  # a dict's literal
         assert header["descr"] == "|u1" and header["fortran_order"] is False
         count, *shape = header["shape"]
         for start in range(0, count, rows):
@@ -62,15 +63,20 @@ def test_npz_is_the_images_in_order(folder, tmp_path):
     assert npz_rows(path) == 300
     first = path.read_bytes()
     write_npz(path, folder[0], 300)
-    assert path.read_bytes() == first                       # no time of day in it
+    assert path.read_bytes() == first  # no time of day in it
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda path: path.unlink(), "000123.png is missing or no whole PNG"),
-    (lambda path: path.write_bytes(path.read_bytes()[:60]), "000123.png is missing or no whole PNG"),
-    (lambda path: save_png(path, np.zeros((8, 9, 3), np.uint8)),
-     r"000123.png has shape \(8, 9, 3\), wanted \(8, 8, 3\)"),
-])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda path: path.unlink(), "000123.png is missing or no whole PNG"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "000123.png is missing or no whole PNG"),
+        (
+            lambda path: save_png(path, np.zeros((8, 9, 3), np.uint8)),
+            r"000123.png has shape \(8, 9, 3\), wanted \(8, 8, 3\)",
+        ),
+    ],
+)
 def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path, harm, message):
     harm(png_path(folder[0], 123))
     with pytest.raises(ValueError, match=message):
@@ -175,19 +181,22 @@ class Evil:
         return print, ("this was run",)
 
 
-@pytest.mark.parametrize("value, message", [
-    (torch.full((3, L), V), f"codes.pt, row 0: value {V} outside 0..{V - 1}"),
-    (torch.full((3, 2, L), -1), f"codes.pt, row 0: value -1 outside 0..{V - 1}"),
-    (torch.zeros(3, L), "codes.pt has values of type torch.float32, .*wanted integers"),
-    (torch.zeros(3, L, dtype=torch.int64).to_sparse(), "codes.pt has values of type torch.int64, .*dense"),
-    (torch.tensor(3), r"codes.pt has shape \(\), wanted"),
-    (torch.zeros(3, 2, 0, dtype=torch.int64), r"codes.pt has shape \(3, 2, 0\), wanted"),
-    ([torch.zeros(3, L)], "codes.pt holds a list, wanted a tensor"),
-    (torch.zeros(3, L + 1, dtype=torch.int64), f"have L={L + 1}, the checkpoint's model L={L}"),
-    (torch.zeros(0, L, dtype=torch.int64), "has no rows"),
-    (torch.zeros(2, 2, 2, L, dtype=torch.int64), "codes.pt has shape"),
-    (Evil(), "codes.pt cannot be read as a tensor"),
-])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.full((3, L), V), f"codes.pt, row 0: value {V} outside 0..{V - 1}"),
+        (torch.full((3, 2, L), -1), f"codes.pt, row 0: value -1 outside 0..{V - 1}"),
+        (torch.zeros(3, L), "codes.pt has values of type torch.float32, .*wanted integers"),
+        (torch.zeros(3, L, dtype=torch.int64).to_sparse(), "codes.pt has values of type torch.int64, .*dense"),
+        (torch.tensor(3), r"codes.pt has shape \(\), wanted"),
+        (torch.zeros(3, 2, 0, dtype=torch.int64), r"codes.pt has shape \(3, 2, 0\), wanted"),
+        ([torch.zeros(3, L)], "codes.pt holds a list, wanted a tensor"),
+        (torch.zeros(3, L + 1, dtype=torch.int64), f"have L={L + 1}, the checkpoint's model L={L}"),
+        (torch.zeros(0, L, dtype=torch.int64), "has no rows"),
+        (torch.zeros(2, 2, 2, L, dtype=torch.int64), "codes.pt has shape"),
+        (Evil(), "codes.pt cannot be read as a tensor"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_codes_that_are_refused(tmp_path, value, message, capsys):
     torch.save(value, tmp_path / "codes.pt")
@@ -260,17 +269,23 @@ def test_vectors_by_their_rows(vectors):
     np.testing.assert_array_equal(ComputedVectors(vectors / "2.npy", CONT, "random", 0)(indices)[0], stored[3])
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda folder: np.save(folder / "10.npy", np.full((3, 5), np.nan)), "10.npy, row 0: .*not finite"),
-    (lambda folder: np.save(folder / "2.npy", np.array([[0, 0, 0, 0, 1e39]])), "2.npy, row 0: .*not finite"),
-    (lambda folder: np.save(folder / "1.npy", np.zeros((3, 5), int)), "values of type int64, wanted floats"),
-    (lambda folder: np.save(folder / "10.npy", np.zeros((3, 6))), "10.npy has rows of shape|10.npy has shape"),
-    (lambda folder: [np.save(file, np.zeros((3, 4))) for file in folder.iterdir()], "in_dim=4, the checkpoint's .*=5"),
-    (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
-    (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
-    (lambda folder: folder.rename(folder.with_name("elsewhere")), "--condition-path .*vectors does not exist"),
-    (lambda folder: np.save(folder / "1.npy", np.array([[None] * 5])), "1.npy holds pickled objects"),
-])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda folder: np.save(folder / "10.npy", np.full((3, 5), np.nan)), "10.npy, row 0: .*not finite"),
+        (lambda folder: np.save(folder / "2.npy", np.array([[0, 0, 0, 0, 1e39]])), "2.npy, row 0: .*not finite"),
+        (lambda folder: np.save(folder / "1.npy", np.zeros((3, 5), int)), "values of type int64, wanted floats"),
+        (lambda folder: np.save(folder / "10.npy", np.zeros((3, 6))), "10.npy has rows of shape|10.npy has shape"),
+        (
+            lambda folder: [np.save(file, np.zeros((3, 4))) for file in folder.iterdir()],
+            "in_dim=4, the checkpoint's .*=5",
+        ),
+        (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
+        (lambda folder: folder.rename(folder.with_name("elsewhere")), "--condition-path .*vectors does not exist"),
+        (lambda folder: np.save(folder / "1.npy", np.array([[None] * 5])), "1.npy holds pickled objects"),
+    ],
+)
 def test_vectors_that_are_refused(vectors, harm, message):
     harm(vectors)
     with pytest.raises(ValueError, match=message):
@@ -288,10 +303,30 @@ def test_what_could_not_be_compared_is_said(tmp_path, features):
 #################################################################################
 
 RECORD = SamplesRecord(
-    model="DiT-Ti/4", checkpoint="/a", weights_sha256="0" * 64, step=None, weights="ema", conditions="labels",
-    image_size=64, vae="ema", vae_sha256="1" * 64, vae_precision="fp32", sampler="heun", num_sampling_steps=25,
-    eta=None, cfg_scale=1.5, cfg_channels=3, t_min=0, t_max=999, precision="fp32", tf32=True, global_seed=0,
-    num_fid_samples=21, conditions_sha256="2" * 64, runs=[dict(images=21)])
+    model="DiT-Ti/4",
+    checkpoint="/a",
+    weights_sha256="0" * 64,
+    step=None,
+    weights="ema",
+    conditions="labels",
+    image_size=64,
+    vae="ema",
+    vae_sha256="1" * 64,
+    vae_precision="fp32",
+    sampler="heun",
+    num_sampling_steps=25,
+    eta=None,
+    cfg_scale=1.5,
+    cfg_channels=3,
+    t_min=0,
+    t_max=999,
+    precision="fp32",
+    tf32=True,
+    global_seed=0,
+    num_fid_samples=21,
+    conditions_sha256="2" * 64,
+    runs=[dict(images=21)],
+)
 KEYS = [one.name for one in fields(SamplesRecord)]
 
 
@@ -318,10 +353,24 @@ def test_record_without_a_key(tmp_path, name):
         SamplesRecord.read(write_record(tmp_path / "samples.json", **{name: ...}))
 
 
-@pytest.mark.parametrize("name, value", [
-    *(("num_fid_samples", value) for value in ("21", None, True, 21.0, 0, -1, [21], {}, 2**70)),
-    ("runs", {}), ("runs", [1]), ("step", "3"), ("tf32", 1), ("eta", 2), ("cfg_scale", "1.5"), ("model", None),
-    ("conditions_sha256", 0), ("t_max", -1), ("format_version", "2"), ("format_version", None), ("format_version", 99)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("num_fid_samples", value) for value in ("21", None, True, 21.0, 0, -1, [21], {}, 2**70)),
+        ("runs", {}),
+        ("runs", [1]),
+        ("step", "3"),
+        ("tf32", 1),
+        ("eta", 2),
+        ("cfg_scale", "1.5"),
+        ("model", None),
+        ("conditions_sha256", 0),
+        ("t_max", -1),
+        ("format_version", "2"),
+        ("format_version", None),
+        ("format_version", 99),
+    ],
+)
 def test_record_with_a_value_of_another_kind(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"samples.json\S* (has )?{name} "):
         SamplesRecord.read(write_record(tmp_path / "samples.json", **{name: value}))
@@ -332,8 +381,11 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
     """By the conditioning's own key; a launch that would draw more goes on, one of other conditions is refused."""
     np.save(tmp_path / "codes.npy", CODES)
     model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
-    conditions = dict(labels=ClassLabels(model, "equal", 0), vectors=ComputedVectors(vectors, CONT, "sequential", 0),
-                      codes=of(tmp_path / "codes.npy"))[conditioning]
+    conditions = dict(
+        labels=ClassLabels(model, "equal", 0),
+        vectors=ComputedVectors(vectors, CONT, "sequential", 0),
+        codes=of(tmp_path / "codes.npy"),
+    )[conditioning]
     record = replace(RECORD, num_fid_samples=4, conditions_sha256=conditions_sha256(conditions, 4), runs=[])
     folder = SampleFolder(tmp_path / "samples")
     assert folder.open(record, conditions, dict(date="now")) == [0, 1, 2, 3]
@@ -345,9 +397,11 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
     assert folder.open(more, conditions, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()
     assert [run["images"] for run in SamplesRecord.read(folder.path / "samples.json").runs] == [4, 6]
-    for changes, message in ((dict(conditions_sha256="3" * 64), "conditions_sha256 "),
-                             (dict(t_min=1), "t_min 0 there, 1 here"),
-                             (dict(num_fid_samples=5), "is a set of 6 samples")):
+    for changes, message in (
+        (dict(conditions_sha256="3" * 64), "conditions_sha256 "),
+        (dict(t_min=1), "t_min 0 there, 1 here"),
+        (dict(num_fid_samples=5), "is a set of 6 samples"),
+    ):
         with pytest.raises(ValueError, match=message):
             folder.open(replace(more, **changes), conditions, {})
         assert not (folder.path / ".lock").exists()

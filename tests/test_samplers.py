@@ -1,4 +1,5 @@
 """sample_latents: guidance where it acts, every sampler against its definition, precision, and what may not matter."""
+
 import math
 
 import numpy as np
@@ -38,9 +39,13 @@ def full_computation(model, y, loop, draws, **cfg):
     """Both halves at every step, by the diffusion's own loop, with the samples' own noise."""
     draws = iter(draws)
     return loop(
-        model.forward_with_cfg, (6, *SHAPE), clip_denoised=False, device="cpu",
+        model.forward_with_cfg,
+        (6, *SHAPE),
+        clip_denoised=False,
+        device="cpu",
         model_kwargs=dict(y=torch.cat([y, model.null_condition(3)]), **cfg),
-        randn_like=lambda x: normal(0, Stream.SAMPLE_NOISE, INDICES, SHAPE, next(draws)).repeat(2, 1, 1, 1))[:3]
+        randn_like=lambda x: normal(0, Stream.SAMPLE_NOISE, INDICES, SHAPE, next(draws)).repeat(2, 1, 1, 1),
+    )[:3]
 
 
 @pytest.mark.parametrize("channels", [None, 3, 4])
@@ -59,8 +64,16 @@ def test_guidance_only_where_it_acts(name, keywords, channels):
     assert 0 < guided < 10
     part = sample(cfg_scale=2.0, t_min=200, t_max=500)
     assert sorted(rows) == [3] * (10 - guided) + [6] * guided
-    full = full_computation(model, y, diffusion.p_sample_loop, [0, *range(10, 0, -1)], cfg_scale=2.0, t_min=200,
-                            t_max=500, channels=channels)
+    full = full_computation(
+        model,
+        y,
+        diffusion.p_sample_loop,
+        [0, *range(10, 0, -1)],
+        cfg_scale=2.0,
+        t_min=200,
+        t_max=500,
+        channels=channels,
+    )
     torch.testing.assert_close(part, full, **CLOSE)
 
     plain = sample(cfg_scale=1.0)
@@ -75,12 +88,16 @@ def test_ddim_is_the_diffusions(eta):
     diffusion = create_diffusion("7")
     ours = draw(model, create_sampler("ddim", 7, eta), y, cfg_scale=1.5)
     full = full_computation(
-        model, y, lambda *args, **kwargs: diffusion.ddim_sample_loop(*args, eta=eta, **kwargs), [0, *range(7, 0, -1)],
-        cfg_scale=1.5)
+        model,
+        y,
+        lambda *args, **kwargs: diffusion.ddim_sample_loop(*args, eta=eta, **kwargs),
+        [0, *range(7, 0, -1)],
+        cfg_scale=1.5,
+    )
     torch.testing.assert_close(ours, full, **CLOSE)
 
 
-LOG_SIGMA = np.log((1 / create_diffusion("").alphas_cumprod - 1).numpy()) / 2        # at the whole times
+LOG_SIGMA = np.log((1 / create_diffusion("").alphas_cumprod - 1).numpy()) / 2  # at the whole times
 
 
 def solve(sampler, x, std):
@@ -92,13 +109,13 @@ def solve(sampler, x, std):
         alpha = 1 / (1 + math.exp(2 * np.interp(time, np.arange(1000), LOG_SIGMA)))
         variance = alpha * std**2 + 1 - alpha
         asked.append(time)
-        expected.append(math.sqrt(alpha) * std**2 / variance * x)           # E[x_0 | x_t]
+        expected.append(math.sqrt(alpha) * std**2 / variance * x)  # E[x_0 | x_t]
         return torch.cat([math.sqrt(1 - alpha) / variance * x, torch.zeros_like(x)], dim=1)
 
     steps, before = 0, 0
     for sample, x_start in sampler(predict, x, lambda step: torch.randn(x.shape, generator=generator)):
         assert sample.shape == x.shape
-        torch.testing.assert_close(x_start, expected[before], atol=1e-3, rtol=1e-3)     # of the step's first evaluation
+        torch.testing.assert_close(x_start, expected[before], atol=1e-3, rtol=1e-3)  # of the step's first evaluation
         steps, before = steps + 1, len(expected)
     assert asked == sampler.times and steps == sampler.num_steps
     return sample
@@ -108,12 +125,23 @@ def test_samplers_on_a_distribution_that_is_known():
     """The deterministic ones follow the probability flow, which scales x; the ancestral one has the right variance."""
     std = 0.5
     x = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
-    error = {(name, steps): float(((solve(create_sampler(name, steps), x, std) / (std * x)) - 1).abs().median())
-             for name, steps in (("ddim", 250), ("ddim", 25), ("dpmsolver++", 25), ("dpmsolver++", 10), ("heun", 25),
-                                 ("heun", 20), ("heun", 40), ("heun", 80), ("ddim", 49))}
+    error = {
+        (name, steps): float(((solve(create_sampler(name, steps), x, std) / (std * x)) - 1).abs().median())
+        for name, steps in (
+            ("ddim", 250),
+            ("ddim", 25),
+            ("dpmsolver++", 25),
+            ("dpmsolver++", 10),
+            ("heun", 25),
+            ("heun", 20),
+            ("heun", 40),
+            ("heun", 80),
+            ("ddim", 49),
+        )
+    }
     assert error["dpmsolver++", 25] < 0.03 and error["ddim", 250] < 0.02
     assert error["dpmsolver++", 25] < error["ddim", 25] / 3
-    assert error["dpmsolver++", 25] < error["dpmsolver++", 10] / 5      # second order: by 2.5 squared
+    assert error["dpmsolver++", 25] < error["dpmsolver++", 10] / 5  # second order: by 2.5 squared
     # Heun's, too: by 2 squared each time, and of as many evaluations more exact than DDIM's first order
     assert 3.5 < error["heun", 20] / error["heun", 40] < 5 and 3.5 < error["heun", 40] / error["heun", 80] < 5
     assert error["heun", 25] < 0.035 < error["ddim", 49]
@@ -129,6 +157,7 @@ def nonlinear(x, time):
 def test_dpm_solver_is_that_of_diffusers(steps):
     """x and x_0 after each step. Theirs computes the schedule's part in float32, ours in float64."""
     from diffusers import DPMSolverMultistepScheduler
+
     reference = DPMSolverMultistepScheduler(trained_betas=named_betas("linear", 1000).numpy())
     reference.set_timesteps(steps)
     ours, theirs = DPMSolver(steps), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
@@ -143,14 +172,14 @@ def test_heun_is_algorithm_1_of_edm():
     """Written out in EDM's own terms, a denoiser D(y; sigma) on y = x / sqrt(alphas_cumprod), and its schedule."""
     sampler, levels = HeunSampler(6), np.exp(LOG_SIGMA)
     low, high, rho = levels[0], levels[-1], 7
-    sigmas = [*((high**(1 / rho) + i / 5 * (low**(1 / rho) - high**(1 / rho)))**rho for i in range(6)), 0.0]
+    sigmas = [*((high ** (1 / rho) + i / 5 * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(6)), 0.0]
 
     def denoiser(y, sigma):
         time = float(np.interp(math.log(sigma), LOG_SIGMA, np.arange(1000)))
         return y - sigma * nonlinear(y / math.sqrt(1 + sigma**2), time)[:, :4]
 
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    y = x * math.sqrt(1 + sigmas[0]**2)
+    y = x * math.sqrt(1 + sigmas[0] ** 2)
     for sigma, following in zip(sigmas, sigmas[1:]):
         slope = (y - denoiser(y, sigma)) / sigma
         ahead = y + (following - sigma) * slope
@@ -174,8 +203,9 @@ def test_a_solver_may_choose_its_times_as_it_goes():
             announced = HeunSampler(steps)
             self.num_steps, self.sigmas, self.step_times = steps, announced.sigmas, announced.step_times
 
-    torch.testing.assert_close(draw(model, Unannounced(4), y, cfg_scale=1.5),
-                               draw(model, HeunSampler(4), y, cfg_scale=1.5), **CLOSE)
+    torch.testing.assert_close(
+        draw(model, Unannounced(4), y, cfg_scale=1.5), draw(model, HeunSampler(4), y, cfg_scale=1.5), **CLOSE
+    )
 
 
 def test_noise_drawn_for_several_steps_at_once_is_that_of_each(monkeypatch):
@@ -186,7 +216,7 @@ def test_noise_drawn_for_several_steps_at_once_is_that_of_each(monkeypatch):
         return draw(model, create_sampler("ddpm", 7), y, cfg_scale=1.5)
 
     one = sample(1)
-    for numbers in (3 * 256 * 3, 10**6):                    # 3 steps at once, and all; logarithms of longer rows
+    for numbers in (3 * 256 * 3, 10**6):  # 3 steps at once, and all; logarithms of longer rows
         torch.testing.assert_close(sample(numbers), one, **CLOSE)
 
 
@@ -196,8 +226,14 @@ def test_a_sample_belongs_to_its_index(name):
     model, y = random_model(MODELS[0][0], **MODELS[0][1])
     sampler, seen = create_sampler(name, 6), []
     both = draw(model, sampler, y, cfg_scale=1.5)
-    alone = draw(model, sampler, y[1:2], indices=INDICES[1:2], cfg_scale=1.5,
-                 on_step=lambda number, x, x_start: seen.append(x_start))
+    alone = draw(
+        model,
+        sampler,
+        y[1:2],
+        indices=INDICES[1:2],
+        cfg_scale=1.5,
+        on_step=lambda number, x, x_start: seen.append(x_start),
+    )
     torch.testing.assert_close(both[1:2], alone, **CLOSE)
     assert len(seen) == sampler.num_steps == 6
     assert sampler.times == sorted(sampler.times, reverse=True) and sampler.times[0] == 999
@@ -218,7 +254,7 @@ def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
 def test_decoding_does_not_depend_on_which_are_wanted(tiny_models, tmp_path):
     decoder = Decoder(load_vae(tiny_models[0]), tmp_path)
     latents = torch.randn(37, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for decoder.on_gpu in (False, True):                                    # one at a time, and 16
+    for decoder.on_gpu in (False, True):  # one at a time, and 16
         everything = decoder.images(latents)
         for wanted in (torch.tensor([3, 17, 20, 36]), torch.tensor([36])):
             assert (decoder.images(latents, wanted) == everything[wanted]).all()
@@ -226,9 +262,15 @@ def test_decoding_does_not_depend_on_which_are_wanted(tiny_models, tmp_path):
 
 def test_default_steps_and_what_is_refused():
     assert {name: create_sampler(name).num_steps for name in SAMPLERS} == {
-        "ddpm": 250, "ddim": 50, "dpmsolver++": 25, "heun": 25}
-    for arguments, message in ((("ddpm", 10, 0.5), "--eta 0.5: --sampler ddpm has none"),
-                               (("dpmsolver++", 1000), "at most 999")):
+        "ddpm": 250,
+        "ddim": 50,
+        "dpmsolver++": 25,
+        "heun": 25,
+    }
+    for arguments, message in (
+        (("ddpm", 10, 0.5), "--eta 0.5: --sampler ddpm has none"),
+        (("dpmsolver++", 1000), "at most 999"),
+    ):
         with pytest.raises(ValueError, match=message):
             create_sampler(*arguments)
     assert len(set(DPMSolver(999).times)) == 999
@@ -273,7 +315,7 @@ def test_compiled_blocks_are_those_that_run_under_guidance():
     compiled = draw(model, create_sampler("ddpm", 6), y, **options)
     torch.testing.assert_close(compiled, eager, **CLOSE)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]      # N rows, and 2N
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # N rows, and 2N
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -286,9 +328,16 @@ def test_cuda_graphs_give_the_same(precision):
 
     def sample(name, denoise, y):
         with torch.autocast("cuda", PRECISIONS[precision], enabled=precision != "fp32"):
-            return draw(model, create_sampler(name, 6), y.cuda(), indices=INDICES.cuda(), cfg_scale=1.5, t_max=500,
-                        denoise=denoise)
+            return draw(
+                model,
+                create_sampler(name, 6),
+                y.cuda(),
+                indices=INDICES.cuda(),
+                cfg_scale=1.5,
+                t_max=500,
+                denoise=denoise,
+            )
 
-    for name, codes in (("ddpm", y), ("heun", y.flip(0))):      # Heun's keeps one output while it asks for the next
+    for name, codes in (("ddpm", y), ("heun", y.flip(0))):  # Heun's keeps one output while it asks for the next
         torch.testing.assert_close(sample(name, graphs, codes), sample(name, None, codes), **CLOSE)
     assert len(graphs.recorded) == 2

@@ -1,4 +1,5 @@
 """VAEs of other than four channels, and with a shift, from extraction to samples."""
+
 import json
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from dlc.noise import Stream, integers
 from dlc.training.images import Images
 from dlc.vae import check_decodes, decode, latent_settings, latent_shape, load_vae, posterior
 
-CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609             # the latter two are those of Stable Diffusion 3
+CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3
 PATHS = ["cat/0.png", "cat/6.png", "dog/6.png"]
 
 
@@ -24,12 +25,21 @@ PATHS = ["cat/0.png", "cat/6.png", "dog/6.png"]
 def deep_vae(tmp_path_factory):
     """A tiny VAE as that of Stable Diffusion 3, of 16 channels, 4 pixels a cell, without the 1x1 convolutions."""
     from diffusers import AutoencoderKL
+
     path = tmp_path_factory.mktemp("deep_vae")
     torch.manual_seed(1)
-    AutoencoderKL(block_out_channels=(8,) * 3, down_block_types=("DownEncoderBlock2D",) * 3,
-                  up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, latent_channels=CHANNELS,
-                  layers_per_block=1, scaling_factor=SCALE, shift_factor=SHIFT, use_quant_conv=False,
-                  use_post_quant_conv=False).save_pretrained(path)
+    AutoencoderKL(
+        block_out_channels=(8,) * 3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=CHANNELS,
+        layers_per_block=1,
+        scaling_factor=SCALE,
+        shift_factor=SHIFT,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(path)
     return path
 
 
@@ -51,8 +61,21 @@ def deep_features(deep_vae, tiny_models, images, tmp_path_factory):
     """deep_features[kind of latents]: features of the images by that VAE, float32."""
     root = tmp_path_factory.mktemp("deep_features")
     for kind in ("mean", "moments"):
-        launch(extract_command("forked", 1, images, root / kind, (deep_vae, tiny_models[1]), "--posterior", kind,
-                               "--dtype", "float32", *(("--flip", "none") if kind == "moments" else ())), root)
+        launch(
+            extract_command(
+                "forked",
+                1,
+                images,
+                root / kind,
+                (deep_vae, tiny_models[1]),
+                "--posterior",
+                kind,
+                "--dtype",
+                "float32",
+                *(("--flip", "none") if kind == "moments" else ()),
+            ),
+            root,
+        )
     return {kind: root / kind for kind in ("mean", "moments")}
 
 
@@ -64,7 +87,7 @@ def test_extracted(deep_features, deep_vae, images):
     assert (written["format_version"], written["latent_channels"], written["shift_factor"]) == (2, CHANNELS, SHIFT)
     vae, names = load_vae(str(deep_vae)), features.paths.gather(np.arange(features.count)).tolist()
     for path in PATHS:
-        index = int(path[4]) + (8 if path.startswith("dog") else 0)         # the broken image is number 9
+        index = int(path[4]) + (8 if path.startswith("dog") else 0)  # the broken image is number 9
         crop = center_crop(Image.open(images / path), IMAGE_SIZE)
         if integers(0, Stream.FLIP, torch.tensor([index]), 2).item():
             crop = ImageOps.mirror(crop)
@@ -77,9 +100,12 @@ def test_extracted(deep_features, deep_vae, images):
 
 def test_inspected(deep_features, monkeypatch, capsys):
     from dlc.features.__main__ import main
+
     for kind, path in deep_features.items():
-        for command, said in (("check", "nothing wrong with its 14 rows"), 
-                              ("info", f"latents: {kind}, float32, (16, 16, 16)")):
+        for command, said in (
+            ("check", "nothing wrong with its 14 rows"),
+            ("info", f"latents: {kind}, float32, (16, 16, 16)"),
+        ):
             monkeypatch.setattr("sys.argv", ["features", command, str(path)])
             main()
             assert said in capsys.readouterr().out
@@ -88,14 +114,40 @@ def test_inspected(deep_features, monkeypatch, capsys):
 @pytest.mark.parametrize("kind", ["mean", "moments"])
 def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_path):
     """The model has 16 channels in, and another VAE than the features' is refused, by training as by sampling."""
-    train = ("forked", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", "--features-path", deep_features[kind],
-             "--max-steps", 2, "--global-batch-size", 4, "--num-workers", 0, "--sample-every", 2)
+    train = (
+        "forked",
+        1,
+        "train_diffusion.py",
+        "--model",
+        "DiTSEM-Ti/4",
+        "--features-path",
+        deep_features[kind],
+        "--max-steps",
+        2,
+        "--global-batch-size",
+        4,
+        "--num-workers",
+        0,
+        "--sample-every",
+        2,
+    )
     launch(train, tmp_path)
     meta = json.loads((tmp_path / "results/checkpoints/0000002/meta.json").read_text())
     assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT, SCALE)
     assert (tmp_path / "results/previews/0000002.png").is_file()
-    sample = ("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--dlc-dir", deep_features[kind],
-              "--num-fid-samples", 2, "--num-sampling-steps", 2)
+    sample = (
+        "forked",
+        1,
+        "sample_ddp_computed_dlc.py",
+        "--model",
+        "DiTSEM-Ti/4",
+        "--dlc-dir",
+        deep_features[kind],
+        "--num-fid-samples",
+        2,
+        "--num-sampling-steps",
+        2,
+    )
     launch(sample, tmp_path)
     assert Image.open(sample_folder(tmp_path / "samples") / "000001.png").size == (IMAGE_SIZE, IMAGE_SIZE)
     other = ("--vae", tiny_models[0])
@@ -122,13 +174,14 @@ def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
     vae = load_vae(str(deep_vae))
     settings = latent_settings(vae)
     check_decodes(vae, "x", CHANNELS, settings, "the latents")
-    check_decodes(vae, "x", CHANNELS, dict(scaling_factor=None), "the latents")          # nothing is known
+    check_decodes(vae, "x", CHANNELS, dict(scaling_factor=None), "the latents")  # nothing is known
     check_decodes(load_vae(str(tiny_models[0])), "x", 4, dict(scaling_factor=0.18215), "the latents")
     for channels, source, message in (
-            (4, settings, "--vae x has 16 latent channels, the latents 4"),
-            (CHANNELS, dict(settings, scaling_factor=0.5), f"has scaling factor {SCALE}, the latents 0.5"),
-            (CHANNELS, dict(settings, shift_factor=0.5), f"has shift factor {SHIFT}, the latents 0.5"),
-            (CHANNELS, dict(scaling_factor=SCALE), f"has shift factor {SHIFT}, the latents 0.0")):
+        (4, settings, "--vae x has 16 latent channels, the latents 4"),
+        (CHANNELS, dict(settings, scaling_factor=0.5), f"has scaling factor {SCALE}, the latents 0.5"),
+        (CHANNELS, dict(settings, shift_factor=0.5), f"has shift factor {SHIFT}, the latents 0.5"),
+        (CHANNELS, dict(scaling_factor=SCALE), f"has shift factor {SHIFT}, the latents 0.0"),
+    ):
         with pytest.raises(ValueError, match=message):
             check_decodes(vae, "x", channels, source, "the latents")
 
@@ -137,15 +190,23 @@ def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
 #                                   Manifests                                   #
 #################################################################################
 
-MANIFEST = Manifest(image_size=32, latents="mean", dtype="float32", L=None, V=None, classes=["a"], images=3,
-                    scaling_factor=0.5)
+MANIFEST = Manifest(
+    image_size=32, latents="mean", dtype="float32", L=None, V=None, classes=["a"], images=3, scaling_factor=0.5
+)
 
 
 def write(root, manifest, channels):
     writer = FeatureWriter(root, manifest)
     if writer.start():
-        writer.write(0, dict(features=np.zeros((3, channels, 4, 4), np.float32), labels=np.zeros(3, np.int64),
-                             path=np.array(["a", "b", "c"])), [])
+        writer.write(
+            0,
+            dict(
+                features=np.zeros((3, channels, 4, 4), np.float32),
+                labels=np.zeros(3, np.int64),
+                path=np.array(["a", "b", "c"]),
+            ),
+            [],
+        )
         writer.finish(1)
 
 
@@ -165,17 +226,22 @@ def test_manifests_of_version_1(tmp_path):
     assert features.latent_shape == (4, 4, 4)
     assert (features.manifest.latent_channels, features.manifest.shift_factor) == (4, 0)
     assert features.manifest.identity() == MANIFEST.identity()
-    assert not FeatureWriter(tmp_path, MANIFEST).start()                    # complete
-    for change, message in ((dict(shift_factor=0.1), "shift_factor 0.0 there, 0.1 here"),
-                            (dict(latent_channels=16), "latent_channels 4 there, 16 here")):
+    assert not FeatureWriter(tmp_path, MANIFEST).start()  # complete
+    for change, message in (
+        (dict(shift_factor=0.1), "shift_factor 0.0 there, 0.1 here"),
+        (dict(latent_channels=16), "latent_channels 4 there, 16 here"),
+    ):
         with pytest.raises(ValueError, match=message):
             FeatureWriter(tmp_path, replace(MANIFEST, **change)).start()
 
     half = tmp_path / "half"
     writer = FeatureWriter(half, MANIFEST)
     writer.start()
-    writer.write(0, dict(features=np.zeros((3, 4, 4, 4), np.float32), labels=np.zeros(3, np.int64),
-                         path=np.array(["a", "b", "c"])), [])
+    writer.write(
+        0,
+        dict(features=np.zeros((3, 4, 4, 4), np.float32), labels=np.zeros(3, np.int64), path=np.array(["a", "b", "c"])),
+        [],
+    )
     writer.lock.release()
     to_version_1(half / "progress/settings.json")
     with pytest.raises(ValueError, match="scaling_factor 0.5 there, 0.25 here"):
@@ -186,12 +252,20 @@ def test_manifests_of_version_1(tmp_path):
     assert Features(half).count == 3
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(latent_channels=None), "latent_channels is None"), (dict(latent_channels="4"), "latent_channels is '4'"),
-    (dict(latent_channels=0), "latent_channels is 0"), (dict(shift_factor="x"), "shift_factor is 'x'"),
-    (dict(shift_factor=None), "shift_factor is None"), (dict(shift_factor=[0.1]), "shift_factor is"),
-    (dict(shard_size=0), "shard_size is 0"), (dict(source=3), "source is 3"),
-    (dict(latent_channels=16), "latents have 4 channels, by manifest.json they have 16")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(latent_channels=None), "latent_channels is None"),
+        (dict(latent_channels="4"), "latent_channels is '4'"),
+        (dict(latent_channels=0), "latent_channels is 0"),
+        (dict(shift_factor="x"), "shift_factor is 'x'"),
+        (dict(shift_factor=None), "shift_factor is None"),
+        (dict(shift_factor=[0.1]), "shift_factor is"),
+        (dict(shard_size=0), "shard_size is 0"),
+        (dict(source=3), "source is 3"),
+        (dict(latent_channels=16), "latents have 4 channels, by manifest.json they have 16"),
+    ],
+)
 def test_new_keys_are_checked(tmp_path, change, message):
     write(tmp_path, MANIFEST, 4)
     path = tmp_path / "manifest.json"
@@ -213,8 +287,15 @@ def test_missing_keys_of_version_2(tmp_path, key):
 
 def test_what_a_run_records_of_its_data(tmp_path):
     manifest = replace(MANIFEST, vae="v", vae_sha256="1", encoder_sha256="2", listing_sha256="3", flip="none")
-    assert manifest.source() == dict(vae="v", vae_sha256="1", scaling_factor=0.5, shift_factor=0.0, encoder_sha256="2",
-                                     listing_sha256="3", flip="none")
+    assert manifest.source() == dict(
+        vae="v",
+        vae_sha256="1",
+        scaling_factor=0.5,
+        shift_factor=0.0,
+        encoder_sha256="2",
+        listing_sha256="3",
+        flip="none",
+    )
     assert Manifest.unknown_source() == dict.fromkeys(manifest.source(), None) | dict(shift_factor=0.0)
     moved = replace(manifest, vae="elsewhere", encoder="elsewhere", count=7)
     assert moved.identity() == manifest.identity() != replace(manifest, vae_sha256="4").identity()

@@ -6,10 +6,11 @@
 This is train_diffusion.py with its defaults, except that the precision is bf16 if the launcher's --mixed_precision sets
 none.
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # so that it can be launched by path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 

@@ -1,12 +1,13 @@
 """The first row of the table of training options: images in, VAE (and encoder) at each step, float32, no option on.
 
-    accelerate launch train_options/train_original.py --model DiT-XL/2 --data-path /path/to/imagenet/train
-    accelerate launch -m train_options.train_original --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch train_options/train_original.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch -m train_options.train_original --model DiT-XL/2 --data-path /path/to/imagenet/train
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # so that it can be launched by path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 

@@ -1,4 +1,5 @@
 """Say what a checkpoint is: python -m dlc.checkpoints info CHECKPOINT"""
+
 from dlc.checkpoints.weights import info
 from dlc.cli import ArgumentParser, one_line
 

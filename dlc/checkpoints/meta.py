@@ -4,6 +4,7 @@ Version 0 has no format_version, and any of its keys may be missing: such a fiel
 From version 1 on, a key that its version has is missing only by damage, which is an error. A key that came later gets
 the default that `from_json` states for it.
 """
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 from dlc.disk import TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
 
 FORMAT_VERSION = 1
-RESUMED = ("step", "place", "logged", "skipped")        # keys without which a run cannot continue
+RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
-VERSIONS = (lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
-            "texts by name")
+VERSIONS = (
+    lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
+    "texts by name",
+)
 
 
 def key(kind, since=0, optional=False):
@@ -32,6 +35,7 @@ def key(kind, since=0, optional=False):
 @dataclass(frozen=True)
 class RunMeta:
     """The keys of meta.json, in the order in which they are written. Another kind of trainer may add its own."""
+
     format_version: int = key(whole_number(1), since=1)
     # what is trained: a run with other values is another run
     model: str | None = key(ID)
@@ -43,7 +47,7 @@ class RunMeta:
     in_dim: int | None = key(SIZE, optional=True)
     # on what: a run continues with other values only by --allow-change
     features_count: int | None = key(SIZE)
-    latents: str | None = key(ID)                                   # a kind of latents, or "images"
+    latents: str | None = key(ID)  # a kind of latents, or "images"
     global_batch_size: int | None = key(SIZE)
     global_seed: int | None = key(COUNT)
     vae_sha256: str | None = key(ID)
@@ -78,12 +82,13 @@ class RunMeta:
         version = values.get("format_version", 0)
         if version > FORMAT_VERSION:
             raise ValueError(f"{where} is of format {version}, this program knows up to {FORMAT_VERSION}: update it")
-        needed = [name for name, field in keys.items()
-                  if version and field["since"] <= version and not field["optional"]]
+        needed = [
+            name for name, field in keys.items() if version and field["since"] <= version and not field["optional"]
+        ]
         check_values(where, values, {name: keys[name]["kind"] for name in needed}, needed)
         values = {name: value for name, value in values.items() if name in keys}
         if version < 1:
-            values.setdefault("shift_factor", 0.0)      # of all VAEs that were taken then
+            values.setdefault("shift_factor", 0.0)  # of all VAEs that were taken then
             if "V" in values:
                 values.setdefault("code_init", "unit")  # the only start that there was
         return cls(**values)
@@ -91,8 +96,11 @@ class RunMeta:
     def to_json(self) -> dict:
         """What meta.json holds: every key, optional ones only where they apply."""
         values = dict(dataclasses.asdict(self), format_version=FORMAT_VERSION)
-        return {name: values[name] for name, field in json_keys().items()
-                if values[name] is not None or not field["optional"]}
+        return {
+            name: values[name]
+            for name, field in json_keys().items()
+            if values[name] is not None or not field["optional"]
+        }
 
     def differences(self, settings: dict) -> str:
         """How the checkpoint differs from these values of some of its keys, in words; "" where it does not."""

@@ -5,6 +5,7 @@ optimizer.pt and meta.json. It is written under a temporary name and renamed, so
 There is no RNG state, since everything random in training is a function of (seed, global sample index): meta.json has
 the step and that index. optimizer.pt also holds the sums of the log's next line.
 """
+
 import contextlib
 import json
 import os
@@ -25,8 +26,9 @@ from dlc.disk import sync
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
 
 
-def save_checkpoint(run_dir, meta: RunMeta, *, model, ema, optimizer, scaler=None, sums=None,
-                    write: bool = True) -> Path | None:
+def save_checkpoint(
+    run_dir, meta: RunMeta, *, model, ema, optimizer, scaler=None, sums=None, write: bool = True
+) -> Path | None:
     """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
 
     Args:
@@ -46,17 +48,19 @@ def save_checkpoint(run_dir, meta: RunMeta, *, model, ema, optimizer, scaler=Non
     try:
         safetensors.torch.save_file(states[0], temporary / "model.safetensors")
         safetensors.torch.save_file(states[1], temporary / "ema.safetensors")
-        torch.save(dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
-                   temporary / "optimizer.pt")
+        torch.save(
+            dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
+            temporary / "optimizer.pt",
+        )
         (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:       # whatever the writers make of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write checkpoint {path} ({error})") from error
-    sync(path.parent)             # before older ones may go
+    sync(path.parent)  # before older ones may go
     return path
 
 
@@ -67,7 +71,7 @@ def gather_full(state, keep: bool = True):
     """
     if isinstance(state, dict):
         return {key: gather_full(value, keep) for key, value in state.items()}
-    if hasattr(state, "full_tensor"):                   # FSDP's DTensor
+    if hasattr(state, "full_tensor"):  # FSDP's DTensor
         full = state.full_tensor()
         return full.cpu() if keep else None
     return state
@@ -78,6 +82,7 @@ def distribute_like(tensor, other):
     if not hasattr(other, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
@@ -91,8 +96,9 @@ def load_checkpoint(path, *, model, ema, optimizer, scaler=None):
         return _load(path, model, ema, optimizer, scaler)
     except ValueError as error:
         reason = str(error).replace(f"{path}{os.sep}", "")
-        raise ValueError(f"checkpoint {path} is damaged ({reason}): remove it to continue from the one "
-                         "before") from None
+        raise ValueError(
+            f"checkpoint {path} is damaged ({reason}): remove it to continue from the one before"
+        ) from None
 
 
 def _load(path, model, ema, optimizer, scaler):
@@ -107,7 +113,7 @@ def _load(path, model, ema, optimizer, scaler):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-            group["fused"] = own["fused"]       # depends on the precision, which may have changed
+            group["fused"] = own["fused"]  # depends on the precision, which may have changed
         for index, moments in state["optimizer"]["state"].items():
             for key in ("exp_avg", "exp_avg_sq"):
                 fault = tensor_fault(moments[key])
@@ -118,10 +124,11 @@ def _load(path, model, ema, optimizer, scaler):
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         sums = state["sums"]
-        return sums if sums is None else sums.clone()               # not a view of the mapped file
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:      # whatever the file holds
-        raise ValueError(f"{path / 'optimizer.pt'} is no optimizer's state of this model "
-                         f"({one_line(repr(error), 100)})") from None
+        return sums if sums is None else sums.clone()  # not a view of the mapped file
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
+        raise ValueError(
+            f"{path / 'optimizer.pt'} is no optimizer's state of this model ({one_line(repr(error), 100)})"
+        ) from None
 
 
 def remove_old_checkpoints(run_dir, keep: int):
@@ -141,8 +148,14 @@ def remove_unfinished(run_dir):
 
 def run_checkpoints(run_dir) -> list[Path]:
     """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
-    return sorted((path for path in Path(run_dir).glob("checkpoints/*")
-                   if re.fullmatch(r"[0-9]{7,}", path.name) and path.is_dir()), key=lambda path: int(path.name))
+    return sorted(
+        (
+            path
+            for path in Path(run_dir).glob("checkpoints/*")
+            if re.fullmatch(r"[0-9]{7,}", path.name) and path.is_dir()
+        ),
+        key=lambda path: int(path.name),
+    )
 
 
 def damage(path, files=CHECKPOINT_FILES) -> str:
@@ -163,9 +176,9 @@ def damage(path, files=CHECKPOINT_FILES) -> str:
                 if "optimizer.pt" in files and meta.missing():
                     return f"meta.json does not say {meta.missing()}"
             elif name.endswith(".safetensors"):
-                with safe_open(path / name, framework="pt"):        # compares the header with the file's size
+                with safe_open(path / name, framework="pt"):  # compares the header with the file's size
                     pass
-            elif not zipfile.is_zipfile(path / name):               # a zip's directory is at its end
+            elif not zipfile.is_zipfile(path / name):  # a zip's directory is at its end
                 return f"{name} is cut short"
     except SafetensorError as error:
         return f"{name} is cut short or overwritten: {error}"
@@ -185,8 +198,10 @@ def newest_of_run(run_dir, files=CHECKPOINT_FILES) -> Path | None:
     reason = damage(checkpoints[-1], files)
     if reason:
         before = next((path for path in reversed(checkpoints[:-1]) if not damage(path, files)), None)
-        raise ValueError(f"checkpoint {checkpoints[-1]} is damaged ({reason}): remove it; " + (
-            f"the newest whole one before it is {before.name}" if before else "there is no whole one before it"))
+        raise ValueError(
+            f"checkpoint {checkpoints[-1]} is damaged ({reason}): remove it; "
+            + (f"the newest whole one before it is {before.name}" if before else "there is no whole one before it")
+        )
     return checkpoints[-1]
 
 
@@ -209,8 +224,10 @@ def resume_point(run_dir, identity: dict, settings: dict, allow_change: bool) ->
     if different:
         raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
     if changed and not allow_change:
-        raise ValueError(f"{run_dir} holds another run: {changed}; give another --results-dir, or --allow-change to "
-                         "continue that one so")
+        raise ValueError(
+            f"{run_dir} holds another run: {changed}; give another --results-dir, or --allow-change to "
+            "continue that one so"
+        )
     newest_of_run(run_dir)
     return path, meta, changed
 
@@ -230,13 +247,15 @@ def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
             written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
             runs[run] = "an unknown model (damaged)"
         for path in reversed(checkpoints):
-            with contextlib.suppress(ValueError):                   # if damaged, the one before it tells the model
+            with contextlib.suppress(ValueError):  # if damaged, the one before it tells the model
                 runs[run] = read_meta(path).model
                 break
     of_model = [run for run, name in runs.items() if name == model]
     if not of_model:
         others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
-        raise ValueError(f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
-                         "train_diffusion.py first, or name one with --ckpt")
+        raise ValueError(
+            f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
+            "train_diffusion.py first, or name one with --ckpt"
+        )
     weights = "ema.safetensors" if use_ema else "model.safetensors"
     return newest_of_run(max(of_model, key=written.get), ("meta.json", weights))

@@ -6,6 +6,7 @@ Every file of torch or safetensors that this program opens goes through here: we
 optimizer's state of a resumed run, codes in a `.pt`. Errors are in our words, because those of the libraries are long,
 and some advise the user to load the file unsafely.
 """
+
 import argparse
 import pickletools
 import re
@@ -28,7 +29,8 @@ ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|argparse Namespace|__builtin__ set|torch (Size|device)|"
     r"torch (\w+Storage|(b?float|complex|u?int|bool)\w*)|torch\.storage UntypedStorage|"
     r"torch\.serialization _get_layout|"
-    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|meta_tensor_no_storage)")
+    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|meta_tensor_no_storage)"
+)
 
 
 def load_tensors(path):
@@ -49,7 +51,7 @@ def load_tensors(path):
     if header <= LARGEST_INDEX:
         try:
             return safetensors.torch.load_file(path)
-        except Exception:                               # broken files raise many types
+        except Exception:  # broken files raise many types
             pass
     raise ValueError(f"{path} cannot be read as weights: it is no .safetensors, or cut off or damaged")
 
@@ -63,9 +65,9 @@ def read_torch(path, what="weights"):
         fault = archive_fault(path)
         if not fault:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")         # about layouts in beta, which are refused anyway
+                warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:                                   # zip readers and the unpickler raise many types
+    except Exception:  # zip readers and the unpickler raise many types
         fault = "it is cut off or damaged"
     raise ValueError(f"{path} cannot be read as {what}: {fault}")
 
@@ -87,8 +89,10 @@ def archive_fault(path):
     # read as torch.load reads it, because other zip readers may find another entry
     for opcode, argument, _ in pickletools.genops(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")):
         if opcode.name == "GLOBAL" and not ADMITTED.fullmatch(argument):
-            return (f"it names {shown(argument.replace(' ', '.'))}, and may only hold tensors and plain values: save "
-                    "the weights alone")
+            return (
+                f"it names {shown(argument.replace(' ', '.'))}, and may only hold tensors and plain values: save "
+                "the weights alone"
+            )
     return None
 
 
@@ -102,8 +106,9 @@ def check_tensors(tensors, path):
         raise ValueError(f"{path} does not hold a dict of named tensors")
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise ValueError(f"{path} does not hold a dict of named tensors: {shown(name)} is a "
-                             f"{type(tensor).__name__}")
+            raise ValueError(
+                f"{path} does not hold a dict of named tensors: {shown(name)} is a {type(tensor).__name__}"
+            )
         fault = tensor_fault(tensor)
         if fault:
             raise ValueError(f"{path}: tensor {shown(name)} {fault}")
@@ -128,22 +133,27 @@ def storage_fault(tensor):
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device.type}, without values"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"         # repeated by strides of 0
+        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"  # repeated by strides of 0
     return None
 
 
 def differences_from(wanted, weights):
     """How named tensors differ from the wanted ones in names and shapes, in words; "" if they agree."""
-    misshapen = [f"{shown(name)} {one_line(tuple(weights[name].shape), 40)}, "
-                 f"wanted {tuple(wanted[name].shape)}"
-                 for name in sorted(wanted.keys() & weights.keys()) if weights[name].shape != wanted[name].shape]
-    for what, items in (("lacks", map(shown, sorted(wanted.keys() - weights.keys()))),
-                        ("has unknown", map(shown, sorted(weights.keys() - wanted.keys()))),
-                        ("has other shapes:", misshapen)):
+    misshapen = [
+        f"{shown(name)} {one_line(tuple(weights[name].shape), 40)}, wanted {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & weights.keys())
+        if weights[name].shape != wanted[name].shape
+    ]
+    for what, items in (
+        ("lacks", map(shown, sorted(wanted.keys() - weights.keys()))),
+        ("has unknown", map(shown, sorted(weights.keys() - wanted.keys()))),
+        ("has other shapes:", misshapen),
+    ):
         items = list(items)
         if items:
-            return one_line(f"{what} {', '.join(items[:2])}{f' and {len(items) - 2} more' if len(items) > 2 else ''}",
-                            170)
+            return one_line(
+                f"{what} {', '.join(items[:2])}{f' and {len(items) - 2} more' if len(items) > 2 else ''}", 170
+            )
     return ""
 
 

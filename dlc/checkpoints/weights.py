@@ -2,6 +2,7 @@
 
 Those are a bare state dict, or one under "ema" and "model".
 """
+
 import dataclasses
 import hashlib
 import math
@@ -38,8 +39,10 @@ def load_weights(path, use_ema: bool = True) -> tuple[dict, RunMeta]:
     if not is_ours:
         name, other = ("ema", "model") if use_ema else ("model", "ema")
         if name not in weights and other in weights:
-            raise ValueError(f"{path} has no {kind} weights, only {other!r}: "
-                             f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those")
+            raise ValueError(
+                f"{path} has no {kind} weights, only {other!r}: "
+                f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those"
+            )
         weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
     weights = check_tensors(weights, path)
     plain = {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}
@@ -56,6 +59,7 @@ def model_from_weights(weights: dict, path):
 
     Raises ValueError, naming path, if they are no model of ours.
     """
+
     def shape(name, ndim):
         if name not in weights or weights[name].ndim != ndim:
             raise ValueError(f"checkpoint {path} is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
@@ -65,20 +69,32 @@ def model_from_weights(weights: dict, path):
     # not by the highest number, which may be any
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     arguments = dict(
-        in_channels=in_channels, input_size=patch_size * math.isqrt(shape("pos_embed", 3)[1]),
-        learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2)
+        in_channels=in_channels,
+        input_size=patch_size * math.isqrt(shape("pos_embed", 3)[1]),
+        learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2,
+    )
     # from the last: a DiTCONT's linear layer is called as a DiT's table
     family = next((family for family in reversed(FAMILIES) if family.table in weights), FAMILIES[0])
     arguments.update(family.sizes_of(shape(family.table, family.table_ndim)))
     size = family, hidden_size, depth, patch_size
-    name = next((name for name, spec in DiT_models.items()
-                 if (spec.family, spec.hidden_size, spec.depth, spec.patch_size) == size), None)
+    name = next(
+        (
+            name
+            for name, spec in DiT_models.items()
+            if (spec.family, spec.hidden_size, spec.depth, spec.patch_size) == size
+        ),
+        None,
+    )
     if name is None:
-        raise ValueError(f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
-                         f"{patch_size}, which has no name in DiT_models")
+        raise ValueError(
+            f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
+            f"{patch_size}, which has no name in DiT_models"
+        )
     if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
-        raise ValueError(f"checkpoint {path} does not fit {name}: by its shapes, "
-                         + ", ".join(f"{key} is {value}" for key, value in arguments.items()))
+        raise ValueError(
+            f"checkpoint {path} does not fit {name}: by its shapes, "
+            + ", ".join(f"{key} is {value}" for key, value in arguments.items())
+        )
     with torch.device("meta"):
         different = differences_from(DiT_models[name](**arguments).state_dict(), weights)
     if different:
@@ -100,9 +116,12 @@ def load_pretrained(path, model) -> str:
         raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
     model.load_state_dict(fit, strict=False)
     said = [f"{len(fit)} of {len(wanted)} tensors from {path}"]
-    said += [f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
-             for key in sorted((key for key in weights if key in wanted and key not in fit),
-                               key=lambda key: "embedding_table" not in key)[:5]]
+    said += [
+        f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
+        for key in sorted(
+            (key for key in weights if key in wanted and key not in fit), key=lambda key: "embedding_table" not in key
+        )[:5]
+    ]
     for what, keys in (("left out", weights.keys() - wanted.keys()), ("new", wanted.keys() - weights.keys())):
         if keys:
             said.append(f"{what}: {', '.join(sorted(keys)[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}")
@@ -132,15 +151,17 @@ def info(path) -> list[str]:
     size = sum(file.stat().st_size for file in Path(path).iterdir())
     lines += [
         f"step {meta.step:,}, {size / 1e9:.2f} GB",
-        "trained on: " + recorded("features_path", "data_path", "image_size", "L", "V", "code_init", "num_classes",
-                                  "in_dim", "vae"),
+        "trained on: "
+        + recorded("features_path", "data_path", "image_size", "L", "V", "code_init", "num_classes", "in_dim", "vae"),
         "with: " + recorded("global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed"),
-        "by: " + ", ".join(f"{name} {version}" for name, version in (meta.versions or {}).items())]
+        "by: " + ", ".join(f"{name} {version}" for name, version in (meta.versions or {}).items()),
+    ]
     raw = load_weights(path, use_ema=False)[0]
     different = differences_from(weights, raw)
     if different:
-        raise ValueError(f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it "
-                         f"{different}")
+        raise ValueError(
+            f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it {different}"
+        )
     with torch.no_grad():
         norms = [((ema - raw[name]).norm(), raw[name].norm()) for name, ema in weights.items()]
     difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]

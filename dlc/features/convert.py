@@ -1,4 +1,5 @@
 """Convert other layouts of features to shards: the commands pack and import-hf."""
+
 import json
 from pathlib import Path
 
@@ -31,10 +32,19 @@ def write_shards(args, source, count, latent_shape, names, read, **keys):
     """
     new, shard_size = args.new, args.shard_size
     if latent_shape[1] != latent_shape[2]:
-        raise ValueError(f"{source} has latents of shape {tuple(latent_shape)}, wanted (channels, height, width) with "
-                         "height and width alike")
-    manifest = Manifest(latents="sample", latent_channels=int(latent_shape[0]), shard_size=shard_size, images=count,
-                        converted_from=source, listing_sha256=listing_sha256(names), **keys)
+        raise ValueError(
+            f"{source} has latents of shape {tuple(latent_shape)}, wanted (channels, height, width) with "
+            "height and width alike"
+        )
+    manifest = Manifest(
+        latents="sample",
+        latent_channels=int(latent_shape[0]),
+        shard_size=shard_size,
+        images=count,
+        converted_from=source,
+        listing_sha256=listing_sha256(names),
+        **keys,
+    )
     writer = FeatureWriter(new, manifest)
     if not writer.start():
         print(f"{new} is complete; nothing to do")
@@ -44,9 +54,12 @@ def write_shards(args, source, count, latent_shape, names, read, **keys):
         if not writer.is_done(shard):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
             arrays = read(rows)
-            arrays["features"] = as_stored(arrays["features"], manifest.dtype,
-                                           lambda row, rows=rows: f"{source}, row {rows[row]}",
-                                           "mend that row, or take it out")
+            arrays["features"] = as_stored(
+                arrays["features"],
+                manifest.dtype,
+                lambda row, rows=rows: f"{source}, row {rows[row]}",
+                "mend that row, or take it out",
+            )
             arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
             writer.write(shard, arrays, [])
     writer.finish(len(shards))
@@ -63,15 +76,28 @@ def pack(args):
     dtype = args.dtype or str(old.latents.array(0).dtype)
 
     def read(rows):
-        arrays = dict(features=old.latents.gather(rows), path=np.array([names[row] for row in rows]),
-                      labels=old.labels.gather(rows, limit=old.num_classes))
+        arrays = dict(
+            features=old.latents.gather(rows),
+            path=np.array([names[row] for row in rows]),
+            labels=old.labels.gather(rows, limit=old.num_classes),
+        )
         if old.codes is not None:
             arrays["sem"] = old.codes.gather(rows, limit=old.V)
         return arrays
 
-    write_shards(args, recorded_id(args.old), old.count, old.latent_shape, names, read, image_size=old.image_size,
-                 dtype=dtype, L=old.L, V=old.V if old.codes is not None else None,
-                 classes=[str(i) for i in range(old.num_classes)])
+    write_shards(
+        args,
+        recorded_id(args.old),
+        old.count,
+        old.latent_shape,
+        names,
+        read,
+        image_size=old.image_size,
+        dtype=dtype,
+        L=old.L,
+        V=old.V if old.codes is not None else None,
+        classes=[str(i) for i in range(old.num_classes)],
+    )
 
 
 def check_dataset(directory):
@@ -81,6 +107,7 @@ def check_dataset(directory):
     columns are named in dataset_info.json, and again in each Arrow file.
     """
     import pyarrow
+
     root = Path(directory)
     folders = [root] if (root / "state.json").is_file() else []
     if (root / "dataset_dict.json").is_file():
@@ -92,11 +119,14 @@ def check_dataset(directory):
                 metadata = pyarrow.ipc.open_stream(source).schema.metadata or {}
             columns.append(json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features"))
         for kinds in filter(None, columns):
-            unknown = {kind for key, column in kinds.items() for kind in column_kinds(column) if kind not in (
-                PLAIN_COLUMNS if key in ("features", "labels") else PLAIN_COLUMNS + OTHER_COLUMNS)}
+            unknown = {
+                kind
+                for key, column in kinds.items()
+                for kind in column_kinds(column)
+                if kind not in (PLAIN_COLUMNS if key in ("features", "labels") else PLAIN_COLUMNS + OTHER_COLUMNS)
+            }
             if unknown:
-                raise ValueError(f"columns of the kind {one_line(min(unknown), 60)}, wanted numbers and "
-                                 "lists of them")
+                raise ValueError(f"columns of the kind {one_line(min(unknown), 60)}, wanted numbers and lists of them")
 
 
 def plain_names(path, key, name_of):
@@ -130,12 +160,12 @@ def open_dataset(args):
         from datasets import DatasetDict, load_from_disk
     except ImportError:
         raise ValueError("import-hf needs the package datasets: pip install datasets") from None
-    if not Path(args.directory).is_dir():                       # datasets would look for it on the network
+    if not Path(args.directory).is_dir():  # datasets would look for it on the network
         raise ValueError(f"{args.directory} is not a dataset saved to disk: no such directory")
     try:
         check_dataset(args.directory)
         data = load_from_disk(args.directory)
-    except Exception as error:                                  # datasets and Arrow raise many types
+    except Exception as error:  # datasets and Arrow raise many types
         raise ValueError(f"{args.directory} is not a dataset saved to disk ({one_line(error, 150)})") from None
     source = recorded_id(args.directory)
     if isinstance(data, DatasetDict):
@@ -157,27 +187,41 @@ def import_hf(args):
     first = data[:1]
     latent_shape = first["features"].shape[-3:]
     if first["features"].size != np.prod(latent_shape) or len(latent_shape) != 3:
-        raise ValueError(f"{args.directory}: column 'features' has rows of shape {first['features'].shape[1:]}, wanted "
-                         "latents (channels, height, width)")
-    L = first["labels"].size if first["labels"].ndim > 1 else None       # one number per row is a class, not a code
+        raise ValueError(
+            f"{args.directory}: column 'features' has rows of shape {first['features'].shape[1:]}, wanted "
+            "latents (channels, height, width)"
+        )
+    L = first["labels"].size if first["labels"].ndim > 1 else None  # one number per row is a class, not a code
     needs_V(args.V, L is not None)
     num_classes = 1 if L else args.num_classes or 1000
     dtype = args.dtype or "float32"
 
     def read(rows):
-        block = data[rows.start:rows.stop]
+        block = data[rows.start : rows.stop]
         try:
             latents = block["features"].reshape(len(rows), *latent_shape)
             values = block["labels"].reshape(len(rows), *([L] if L else []))
         except ValueError:
-            raise ValueError(f"{args.directory}, rows {rows.start} to {rows.stop - 1}: not all have latents "
-                             f"{latent_shape} and {f'{L} tokens' if L else 'one label'}") from None
+            raise ValueError(
+                f"{args.directory}, rows {rows.start} to {rows.stop - 1}: not all have latents "
+                f"{latent_shape} and {f'{L} tokens' if L else 'one label'}"
+            ) from None
         arrays = dict(features=latents, path=np.array([str(row) for row in rows]))
         check_range(values, args.V if L else num_classes, lambda i: (f"{args.directory}, column 'labels'", rows[i]))
         if L:
             return dict(arrays, sem=values, labels=np.zeros(len(rows)))
         return dict(arrays, labels=values)
 
-    write_shards(args, source, len(data), latent_shape, [source], read, dtype=dtype, L=L,
-                 image_size=latent_shape[-1] * args.factor, V=args.V if L else None,
-                 classes=["all"] if L else [str(i) for i in range(num_classes)])
+    write_shards(
+        args,
+        source,
+        len(data),
+        latent_shape,
+        [source],
+        read,
+        dtype=dtype,
+        L=L,
+        image_size=latent_shape[-1] * args.factor,
+        V=args.V if L else None,
+        classes=["all"] if L else [str(i) for i in range(num_classes)],
+    )

@@ -1,4 +1,5 @@
 """Describe features in words, and list what is wrong with them: the commands info and check."""
+
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dlc.features.manifest import read_manifest
 from dlc.features.rows import NpyRows, check_range
 from dlc.features.store import Features, shard_rows
 
-BLOCK = 4096                # rows in memory at a time, so that no file need fit in memory
+BLOCK = 4096  # rows in memory at a time, so that no file need fit in memory
 
 
 def blocks(rows, what):
@@ -21,7 +22,7 @@ def blocks(rows, what):
     for index in progress(range(len(rows.paths)), desc=what, unit="file", delay=2):
         array = rows.array(index)
         for start in range(0, len(array), BLOCK):
-            yield array[start:start + BLOCK]
+            yield array[start : start + BLOCK]
 
 
 def needs_V(V, has_codes):
@@ -43,7 +44,7 @@ def latent_statistics(features):
         squares += np.square(block).sum(axis=(0, 2, 3), dtype=np.float64)
     channels, *sides = features.latent_shape
     mean, squares = (value / (features.count * np.prod(sides)) for value in (total, squares))
-    if features.latent_kind == "moments":           # E[draw^2] = E[mean^2] + E[std^2]
+    if features.latent_kind == "moments":  # E[draw^2] = E[mean^2] + E[std^2]
         mean, squares = mean[:channels], squares[:channels] + squares[channels:]
     return mean, np.sqrt(squares - mean**2)
 
@@ -69,7 +70,7 @@ def code_usage(features):
 def usage_picture(counts):
     """Draw token usage (L, V): positions down, tokens across, dead tokens in red, others from black to white."""
     L, V = counts.shape
-    relative = counts * V / counts.sum(axis=1, keepdims=True)                  # 1: even use
+    relative = counts * V / counts.sum(axis=1, keepdims=True)  # 1: even use
     bright = np.clip(np.log2(np.maximum(relative, 1e-9)) / 8 + 0.5, 0, 1)
     pixels = np.repeat((30 + 225 * bright[..., None]).astype(np.uint8), 3, axis=2)
     pixels[counts == 0] = (170, 20, 20)
@@ -101,12 +102,17 @@ def print_origin(features):
     if manifest is None:
         print(f"{features.root}: {features.count:,} rows at {size}x{size}, one .npy each (no manifest.json)")
         return
-    print(f"{features.root}: {features.count:,} rows of {manifest.images:,} images at {size}x{size} in "
-          f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped")
+    print(
+        f"{features.root}: {features.count:,} rows of {manifest.images:,} images at {size}x{size} in "
+        f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped"
+    )
     for path, reason in manifest.skipped[:10]:
         print("  " + one_line(f"skipped {path!r}: {reason}"))
-    known = [f"{name} {getattr(manifest, name)}" for name in ("vae", "scaling_factor", "encoder", "precision", "flip",
-                                                              "seed") if getattr(manifest, name) is not None]
+    known = [
+        f"{name} {getattr(manifest, name)}"
+        for name in ("vae", "scaling_factor", "encoder", "precision", "flip", "seed")
+        if getattr(manifest, name) is not None
+    ]
     if manifest.shift_factor:
         known.append(f"shift_factor {manifest.shift_factor}")
     if known:
@@ -115,34 +121,44 @@ def print_origin(features):
 
 def print_latents(features):
     mean, std = latent_statistics(features)
-    print(f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
-          f"channel mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}")
+    print(
+        f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
+        f"channel mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}"
+    )
     if not np.isfinite(std).all():
         print("warning: there are latents that are not finite: check says where")
     for channel in np.flatnonzero((std <= 0.5) | (std >= 2)):
-        print(f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
-              "multiplied by the VAE's scaling factor, once?")
+        print(
+            f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
+            "multiplied by the VAE's scaling factor, once?"
+        )
 
 
 def print_labels(features):
     features.labels.check_range(features.num_classes)
     counts = np.bincount(np.concatenate([block.astype(np.int64) for block in blocks(features.labels, "labels")]))
-    print(f"labels: {features.num_classes} classes, {np.count_nonzero(counts)} of them with rows, "
-          f"{counts[counts > 0].min():,} to {counts.max():,} each")
+    print(
+        f"labels: {features.num_classes} classes, {np.count_nonzero(counts)} of them with rows, "
+        f"{counts[counts > 0].min():,} to {counts.max():,} each"
+    )
 
 
 def print_codes(features):
     """Say how codes use their tokens, and draw it as FEATURES/codes.png."""
     features.codes.check_range(features.V)
     counts, duplicates = code_usage(features)
-    usage = counts / counts.sum(axis=1, keepdims=True)                                       # (L, V)
-    perplexity = np.exp(-(usage * np.log(np.maximum(usage, 1e-300))).sum(axis=1))            # (L,)
+    usage = counts / counts.sum(axis=1, keepdims=True)  # (L, V)
+    perplexity = np.exp(-(usage * np.log(np.maximum(usage, 1e-300))).sum(axis=1))  # (L,)
     dead = (counts == 0).sum()
-    print(f"codes: L={features.L}, V={features.V}, {features.codes.array(0).dtype}; perplexity of a position: mean "
-          f"{perplexity.mean():.1f}, least {perplexity.min():.1f} (position {perplexity.argmin()}), most "
-          f"{perplexity.max():.1f}")
-    print(f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "
-          f"image{'s have' if duplicates != 1 else ' has'} the code of one before")
+    print(
+        f"codes: L={features.L}, V={features.V}, {features.codes.array(0).dtype}; perplexity of a position: mean "
+        f"{perplexity.mean():.1f}, least {perplexity.min():.1f} (position {perplexity.argmin()}), most "
+        f"{perplexity.max():.1f}"
+    )
+    print(
+        f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "
+        f"image{'s have' if duplicates != 1 else ' has'} the code of one before"
+    )
     picture = features.root / "codes.png"
     write_whole(picture, lambda file: usage_picture(counts).save(file, "png"))
     print(f"token usage: {picture}")
@@ -156,10 +172,11 @@ def print_codes(features):
 @dataclass(frozen=True)
 class Expected:
     """What the files of one kind should be; None where nothing says."""
+
     rows: NpyRows
-    dtype: np.dtype | None = None           # by the manifest
-    width: int | None = None                # by the manifest: channels of latents, L of codes
-    limit: int | None = None                # values are 0..limit-1
+    dtype: np.dtype | None = None  # by the manifest
+    width: int | None = None  # by the manifest: channels of latents, L of codes
+    limit: int | None = None  # values are 0..limit-1
 
 
 def problems(root, V=None, num_classes=None):
@@ -183,8 +200,10 @@ def expected_by_manifest(root, manifest):
     """The Expected of each kind, by kind."""
     limits = dict(labels=len(manifest.classes), sem=manifest.V)
     widths = dict(features=manifest.stored_channels, sem=manifest.L)
-    return {kind: Expected(rows, manifest.dtypes.get(kind), widths.get(kind), limits.get(kind))
-            for kind, rows in shard_rows(root, manifest).items()}
+    return {
+        kind: Expected(rows, manifest.dtypes.get(kind), widths.get(kind), limits.get(kind))
+        for kind, rows in shard_rows(root, manifest).items()
+    }
 
 
 def expected_of_lone_files(root, V, num_classes):
@@ -239,7 +258,7 @@ def latent_problems(path, array):
         yield f"{path} has values of type {array.dtype}, wanted floats"
         return
     for start in range(0, len(array), BLOCK):
-        finite = np.isfinite(array[start:start + BLOCK]).all(axis=(1, 2, 3))
+        finite = np.isfinite(array[start : start + BLOCK]).all(axis=(1, 2, 3))
         if not finite.all():
             yield f"{path}, row {start + int(np.argmin(finite))}: a latent that is not finite"
             return

@@ -1,4 +1,5 @@
 """Many `.npy` files read as one array of rows, through memory maps, with checks of what each file claims to hold."""
+
 import io
 import math
 import os
@@ -8,8 +9,8 @@ import torch
 
 from dlc.cli import one_line, progress
 
-LONGEST_HEADER = 10_000     # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
-MAX_OPEN = 8192             # maps that NpyRows keep open; Linux allows a process 65,530 of them
+LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
+MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
 
 
 def load_array(path, mmap=True):
@@ -20,7 +21,7 @@ def load_array(path, mmap=True):
     have more shards than a process may have descriptors.
     """
     try:
-        if not os.path.isfile(path):                    # opening a pipe would wait for ever
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
             raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
         with open(path, "rb") as file:
             shape, fortran_order, dtype = read_npy_header(file)
@@ -33,7 +34,7 @@ def load_array(path, mmap=True):
                 data = np.fromfile(file, dtype, count)
         if mmap:
             storage = torch.UntypedStorage.from_file(str(path), False, size)
-            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset:offset + count * dtype.itemsize]
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset : offset + count * dtype.itemsize]
             data = data.view(dtype)
             data.flags.writeable = False
         return data.reshape(shape, order="F" if fortran_order else "C")
@@ -65,7 +66,7 @@ def read_npy_header(stream):
         shape, fortran_order, dtype = read(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
     except (ValueError, OSError):
         raise
-    except Exception:                       # NumPy calls Python's parser, which raises many types
+    except Exception:  # NumPy calls Python's parser, which raises many types
         raise ValueError("a header that cannot be read") from None
     if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
         raise ValueError(f"shape {one_line(shape, 60)}")
@@ -98,13 +99,13 @@ class NpyRows:
         elif ends is None:
             ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
         self.ends = np.asarray(ends)
-        self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)       # the first row of each file
+        self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)  # the first row of each file
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self):
-        return {**self.__dict__, "_open": {}}       # memory maps cannot be pickled: a spawned worker opens its own
+        return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled: a spawned worker opens its own
 
     def array(self, index):
         """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read."""
@@ -115,12 +116,14 @@ class NpyRows:
             array = array[None]
         rows = len(array) if self.ends is None else self.rows(index)
         if array.ndim != self.sample_ndim + 1 or len(array) != rows:
-            raise ValueError(f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of "
-                             f"{self.sample_ndim} dimensions")
+            raise ValueError(
+                f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of {self.sample_ndim} dimensions"
+            )
         self._first_opened = self._first_opened or (self.paths[index], array.shape[1:])
         if array.shape[1:] != self._first_opened[1]:
-            raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, "
-                             "{} of {}".format(*self._first_opened))
+            raise ValueError(
+                f"{self.paths[index]} has rows of shape {array.shape[1:]}, {{}} of {{}}".format(*self._first_opened)
+            )
         if not self.lone:
             if len(self._open) == MAX_OPEN:
                 self._open.clear()
@@ -145,7 +148,7 @@ class NpyRows:
         arrays = {index: self.array(index) for index in np.unique(files).tolist()}
         first = next(iter(arrays.values()))
         out = np.empty((len(rows), *first.shape[1:]), np.result_type(*{array.dtype for array in arrays.values()}))
-        for i, file, row in places:             # random rows are in different files: one copy per row is fastest
+        for i, file, row in places:  # random rows are in different files: one copy per row is fastest
             out[i] = arrays[file][row]
         if limit is not None:
             check_range(out, limit, lambda i: self.locate(rows[i]))
@@ -162,9 +165,9 @@ def check_range(array, limit, locate):
     if array.dtype.kind not in "ui":
         raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
     if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
-        return                                          # no value of this type is out of range
-    for start in range(0, len(array), 4096):            # in blocks, so that a file need not fit in memory
-        part = array[start:start + 4096]
+        return  # no value of this type is out of range
+    for start in range(0, len(array), 4096):  # in blocks, so that a file need not fit in memory
+        part = array[start : start + 4096]
         bad = (part < 0) | (part >= limit)
         if bad.any():
             i = int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))

@@ -1,4 +1,5 @@
 """FEATURES/ for writing and reading: packed shards of latents, codes, labels and paths."""
+
 import io
 import os
 import re
@@ -69,11 +70,12 @@ class FeatureWriter:
         directories = [kind_dir(self.root, self.manifest.image_size, kind) for kind in SAMPLE_NDIM]
         if not self._is_complete():
             if not (self.progress / "settings.json").is_file() and any(
-                    True for directory in directories for _ in directory.glob("*.npy")):
+                True for directory in directories for _ in directory.glob("*.npy")
+            ):
                 raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
             self.progress.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
-        if self._is_complete():                                 # perhaps by the launch that held the lock
+        if self._is_complete():  # perhaps by the launch that held the lock
             refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
             self._clear()
             return False
@@ -93,8 +95,9 @@ class FeatureWriter:
                 if different:
                     if "listing_sha256" in different:
                         different += " (the names of the images)"
-                    raise ValueError(f"{self.root} holds features made with other settings: {different}; give another "
-                                     "path")
+                    raise ValueError(
+                        f"{self.root} holds features made with other settings: {different}; give another path"
+                    )
         return (self.root / "manifest.json").is_file()
 
     def _clear(self):
@@ -108,7 +111,8 @@ class FeatureWriter:
     def is_done(self, shard: int) -> bool:
         """Whether a shard is written: its record is there and, in case a crash of the machine lost them, its files."""
         return self.record_path(shard).is_file() and all(
-            self.shard_path(kind, shard).is_file() for kind in self.manifest.kinds)
+            self.shard_path(kind, shard).is_file() for kind in self.manifest.kinds
+        )
 
     def shard_path(self, kind, shard):
         return kind_dir(self.root, self.manifest.image_size, kind) / f"{shard:06d}.npy"
@@ -125,7 +129,7 @@ class FeatureWriter:
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, rows
         for kind, array in arrays.items():
-            content = io.BytesIO()              # np.save into a file does not notice a full disk
+            content = io.BytesIO()  # np.save into a file does not notice a full disk
             np.save(content, array, allow_pickle=False)
             write_bytes(self.shard_path(kind, shard), content.getbuffer())
         write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
@@ -135,15 +139,17 @@ class FeatureWriter:
 
         Raises OSError if a record cannot be read or the manifest cannot be written.
         """
-        os.listdir(self.progress)               # a network disk may have cached that a record was not there
+        os.listdir(self.progress)  # a network disk may have cached that a record was not there
         try:
             records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
         except ValueError as error:
             raise OSError(str(error)) from None
         manifest = replace(
-            self.manifest, count=sum(record["rows"] for record in records),
+            self.manifest,
+            count=sum(record["rows"] for record in records),
             shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
-            skipped=[item for record in records for item in record["skipped"]])
+            skipped=[item for record in records for item in record["skipped"]],
+        )
         write_json(self.root / "manifest.json", manifest.to_json())
         self._clear()
         return manifest
@@ -157,9 +163,15 @@ class FeatureWriter:
 def shard_rows(root, manifest):
     """The `NpyRows` of each kind that a manifest lists, by kind. No file is opened yet."""
     ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
-    return {kind: NpyRows([kind_dir(root, manifest.image_size, kind) / f"{shard['name']}.npy"
-                           for shard in manifest.shards], ends, SAMPLE_NDIM[kind], load=loader_of(kind))
-            for kind in manifest.kinds}
+    return {
+        kind: NpyRows(
+            [kind_dir(root, manifest.image_size, kind) / f"{shard['name']}.npy" for shard in manifest.shards],
+            ends,
+            SAMPLE_NDIM[kind],
+            load=loader_of(kind),
+        )
+        for kind in manifest.kinds
+    }
 
 
 def loader_of(kind):
@@ -222,8 +234,10 @@ class Features:
     def _compare_with_manifest(self):
         channels, *sides = self.latent_shape
         if channels != self.manifest.stored_channels:
-            raise ValueError(f"{self.root}: latents have {channels} channels, by manifest.json they have "
-                             f"{self.manifest.stored_channels}")
+            raise ValueError(
+                f"{self.root}: latents have {channels} channels, by manifest.json they have "
+                f"{self.manifest.stored_channels}"
+            )
         if self.L != self.manifest.L:
             raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest.L}")
         self.latent_shape = (self.manifest.latent_channels, *sides)
@@ -233,8 +247,10 @@ class Features:
         return self.manifest.source() if self.manifest else Manifest.unknown_source()
 
     def _half_written(self):
-        return (f"features path {self.root} is half-written (shards, but no manifest.json): run the "
-                "command that writes it again to complete it")
+        return (
+            f"features path {self.root} is half-written (shards, but no manifest.json): run the "
+            "command that writes it again to complete it"
+        )
 
     def _open_shards(self, V, num_classes):
         self.manifest = manifest = read_manifest(self.root)
@@ -247,27 +263,40 @@ class Features:
         return rows
 
     def _open_lone_files(self):
-        sizes = [int(match[1]) for path in self.root.iterdir()
-                 if (match := re.fullmatch(r"imagenet(\d+)_features", path.name))]
+        sizes = [
+            int(match[1])
+            for path in self.root.iterdir()
+            if (match := re.fullmatch(r"imagenet(\d+)_features", path.name))
+        ]
         if len(sizes) != 1:
-            raise ValueError(f"features path {self.root} has " + ("no features: no manifest.json and no "
-                             "imagenet{S}_features" if not sizes else f"no manifest.json and several sizes {sizes}"))
+            raise ValueError(
+                f"features path {self.root} has "
+                + (
+                    "no features: no manifest.json and no imagenet{S}_features"
+                    if not sizes
+                    else f"no manifest.json and several sizes {sizes}"
+                )
+            )
         self.image_size = sizes[0]
         directories = {kind: kind_dir(self.root, self.image_size, kind) for kind in ("features", "sem", "labels")}
-        names = {kind: {name for name in os.listdir(directory) if name.endswith(".npy")}
-                 for kind, directory in directories.items() if directory.is_dir()}
+        names = {
+            kind: {name for name in os.listdir(directory) if name.endswith(".npy")}
+            for kind, directory in directories.items()
+            if directory.is_dir()
+        }
         if not names["features"]:
             raise ValueError(f"{directories['features']} has no .npy files")
         for kind in ("labels", *names):
             unpaired = sorted(names.get(kind, set()) ^ names["features"])
             if unpaired:
-                raise ValueError(f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
-                                 f"({len(unpaired)} such files)")
+                raise ValueError(
+                    f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
+                    f"({len(unpaired)} such files)"
+                )
         paths = {kind: sorted((directories[kind] / name for name in names[kind]), key=file_order) for kind in names}
         if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True, load=loader_of(kind))
-                for kind in names}
+        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True, load=loader_of(kind)) for kind in names}
 
     def validate(self):
         """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.
@@ -276,7 +305,7 @@ class Features:
         """
         if self.manifest is not None:
             for index in range(len(self.latents.paths)):
-                self.latents.array(index)                   # opening a file checks its shape
+                self.latents.array(index)  # opening a file checks its shape
         self.labels.check_range(self.num_classes)
         if self.codes is not None and self.V is not None:
             self.codes.check_range(self.V)

@@ -1,4 +1,5 @@
 """Look at an .npz of samples: python -m dlc.sampling check FILE.npz [--grid]"""
+
 import sys
 
 from dlc.cli import ArgumentParser
@@ -6,8 +7,10 @@ from dlc.sampling.files import check_npz
 
 
 def main():
-    parser = ArgumentParser("Say what an .npz of samples holds and whether anything is wrong with it (exit 1).",
-                            prog="python -m dlc.sampling")
+    parser = ArgumentParser(
+        "Say what an .npz of samples holds and whether anything is wrong with it (exit 1).",
+        prog="python -m dlc.sampling",
+    )
     parser.add_argument("command", choices=["check"])
     parser.add_argument("path", help="the .npz")
     parser.add_argument("--grid", action="store_true", help="write a contact sheet of its first images beside it")

@@ -4,6 +4,7 @@ Sample i is the same, but for rounding, whatever the number of processes and the
 label or vector it is drawn for, are functions of (global seed, i). A run that was killed draws the batches that have a
 missing index, with every sample at the same position in its batch, and so ends with the bytes of an uninterrupted run.
 """
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,19 +32,21 @@ from models import DiT_models
 #                                    Checks                                     #
 #################################################################################
 
+
 @dataclass
 class Job:
     """What the checks found out, and drawing needs."""
-    state: object               # accelerate's PartialState
+
+    state: object  # accelerate's PartialState
     checkpoint: Path
     model: torch.nn.Module
     sampler: object
-    conditions: object          # see CONDITIONINGS
+    conditions: object  # see CONDITIONINGS
     vae: torch.nn.Module
     record: SamplesRecord
     folder: SampleFolder
-    missing: np.ndarray         # indices of the images to draw, ascending
-    notes: list[str]            # what could not be compared
+    missing: np.ndarray  # indices of the images to draw, ascending
+    notes: list[str]  # what could not be compared
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -55,8 +58,9 @@ def refuse_model(args, script: str) -> None:
     wanted = DiT_models[args.model].conditioning
     if CONDITIONINGS[wanted].script != script:
         here = " or ".join(name for name, one in CONDITIONINGS.items() if one.script == script)
-        raise ValueError(f"--model {args.model} is not conditioned on {here}: draw from it with "
-                         f"{CONDITIONINGS[wanted].script}")
+        raise ValueError(
+            f"--model {args.model} is not conditioned on {here}: draw from it with {CONDITIONINGS[wanted].script}"
+        )
     for name, one in CONDITIONINGS.items():
         for flag in one.flags:
             if name != wanted and getattr(args, flag.strip("-").replace("-", "_"), None) is not None:
@@ -86,12 +90,15 @@ def open_vae(args, meta, channels, device):
         if meta.vae_sha256 is None:
             notes.append(f"the checkpoint does not say which VAE made its latents: {name} is used, not compared")
         elif meta.vae_sha256 != digest:
-            raise ValueError(f"the VAE at {name} is not the one that the checkpoint's features were made with; "
-                             "name one with --vae")
+            raise ValueError(
+                f"the VAE at {name} is not the one that the checkpoint's features were made with; name one with --vae"
+            )
     check_decodes(vae, name, channels, vars(meta), "the checkpoint's latents")
     if meta.scaling_factor is None:
-        notes.append("the checkpoint does not say the scaling factor of its latents: taken to be "
-                     f"{name}'s, {vae.config.scaling_factor}")
+        notes.append(
+            "the checkpoint does not say the scaling factor of its latents: taken to be "
+            f"{name}'s, {vae.config.scaling_factor}"
+        )
     return vae, name, digest, notes
 
 
@@ -108,8 +115,9 @@ def prepare(args, script: str) -> Job:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
     refuse_model(args, script)
     path, model, meta = open_model(args)
-    sampler = create_sampler(args.sampler, args.num_sampling_steps, args.eta,
-                             learn_sigma=model.out_channels > model.in_channels)
+    sampler = create_sampler(
+        args.sampler, args.num_sampling_steps, args.eta, learn_sigma=model.out_channels > model.in_channels
+    )
     if (args.progressive or 0) > sampler.num_steps:
         raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
@@ -122,37 +130,78 @@ def prepare(args, script: str) -> Job:
     if args.image_size not in (None, image_size):
         raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
     record = SamplesRecord(
-        model=args.model, checkpoint=recorded_id(str(path)), weights_sha256=weights_sha256(model),
-        step=meta.step, weights=meta.weights, conditions=conditions.describe(), image_size=image_size,
-        vae=recorded_id(vae_id(vae_name)), vae_sha256=vae_digest, vae_precision=args.vae_precision,
-        sampler=args.sampler, num_sampling_steps=sampler.num_steps,
-        eta=(args.eta or 0.0) if SAMPLERS[args.sampler].has_eta else None, cfg_scale=args.cfg_scale,
-        cfg_channels=guided_channels(args.cfg_channels, model), t_min=args.t_min, t_max=args.t_max,
-        precision=args.precision, tf32=args.tf32, global_seed=args.global_seed,
-        num_fid_samples=args.num_fid_samples, conditions_sha256=digest, runs=[])
+        model=args.model,
+        checkpoint=recorded_id(str(path)),
+        weights_sha256=weights_sha256(model),
+        step=meta.step,
+        weights=meta.weights,
+        conditions=conditions.describe(),
+        image_size=image_size,
+        vae=recorded_id(vae_id(vae_name)),
+        vae_sha256=vae_digest,
+        vae_precision=args.vae_precision,
+        sampler=args.sampler,
+        num_sampling_steps=sampler.num_steps,
+        eta=(args.eta or 0.0) if SAMPLERS[args.sampler].has_eta else None,
+        cfg_scale=args.cfg_scale,
+        cfg_channels=guided_channels(args.cfg_channels, model),
+        t_min=args.t_min,
+        t_max=args.t_max,
+        precision=args.precision,
+        tf32=args.tf32,
+        global_seed=args.global_seed,
+        num_fid_samples=args.num_fid_samples,
+        conditions_sha256=digest,
+        runs=[],
+    )
     agree("checkpoint, codes and VAE", record)
     ckpt = path.name if path.is_dir() else path.stem
-    folder = SampleFolder(Path(args.sample_dir) / (
-        f"{args.model.replace('/', '-')}-{ckpt}-size-{image_size}-vae-{vae_label(vae_name)}-cfg-{args.cfg_scale}"
-        f"-seed-{args.global_seed}"))
+    folder = SampleFolder(
+        Path(args.sample_dir)
+        / (
+            f"{args.model.replace('/', '-')}-{ckpt}-size-{image_size}-vae-{vae_label(vae_name)}-cfg-{args.cfg_scale}"
+            f"-seed-{args.global_seed}"
+        )
+    )
     launch = this_launch(state, args.per_proc_batch_size)
     missing = done_by_rank_0(state, lambda: folder.open(record, conditions, launch))
-    return Job(state, path, model, sampler, conditions, vae, record, folder, np.array(missing, dtype=np.int64),
-               [*conditions.notes, *notes])
+    return Job(
+        state,
+        path,
+        model,
+        sampler,
+        conditions,
+        vae,
+        record,
+        folder,
+        np.array(missing, dtype=np.int64),
+        [*conditions.notes, *notes],
+    )
 
 
 #################################################################################
 #                                    Drawing                                    #
 #################################################################################
 
+
 def draw_batch(job: Job, indices: np.ndarray, denoise, on_step) -> torch.Tensor:
     """The latents (N, C, h, w) of these samples."""
     device, record = job.state.device, job.record
     with autocast(device, record.precision):
         return sample_latents(
-            job.model, job.sampler, y=job.conditions(indices).to(device), seed=record.global_seed,
-            indices=torch.from_numpy(indices).to(device), latent_shape=job.latent_shape, cfg_scale=record.cfg_scale,
-            t_min=record.t_min, t_max=record.t_max, channels=record.cfg_channels, denoise=denoise, on_step=on_step)
+            job.model,
+            job.sampler,
+            y=job.conditions(indices).to(device),
+            seed=record.global_seed,
+            indices=torch.from_numpy(indices).to(device),
+            latent_shape=job.latent_shape,
+            cfg_scale=record.cfg_scale,
+            t_min=record.t_min,
+            t_max=record.t_max,
+            channels=record.cfg_channels,
+            denoise=denoise,
+            on_step=on_step,
+        )
 
 
 def draw_missing(job: Job, args) -> None:
@@ -171,25 +220,43 @@ def draw_missing(job: Job, args) -> None:
         for block in job.model.blocks:
             block.compile(dynamic=False)
     denoise = CudaGraphs(job.model.denoise) if args.cuda_graphs else job.model.denoise
-    decoder = Decoder(job.vae, folder.path, args.vae_precision,
-                      partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None)
+    decoder = Decoder(
+        job.vae,
+        folder.path,
+        args.vae_precision,
+        partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None,
+    )
     if args.progressive and state.is_main_process:
-        with torch.compiler.set_stance("force_eager"):              # one image: not worth compiling for
-            save_strip(folder.strip, args.progressive, job.sampler.num_steps,
-                       partial(draw_batch, job, np.arange(1), job.model.denoise), decoder)
-    with progress(total=count, initial=count - len(missing), unit="img", desc="sampling",
-                  disable=not state.is_main_process, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} "
-                  "[{elapsed}<{remaining}, {rate_fmt}]") as bar:
+        with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for
+            save_strip(
+                folder.strip,
+                args.progressive,
+                job.sampler.num_steps,
+                partial(draw_batch, job, np.arange(1), job.model.denoise),
+                decoder,
+            )
+    with progress(
+        total=count,
+        initial=count - len(missing),
+        unit="img",
+        desc="sampling",
+        disable=not state.is_main_process,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
         for first in range(state.process_index, len(batches), state.num_processes):
             start = batches[first] * size
             indices = missing[missing // size == batches[first]]
             # the other ranks keep pace
-            images = np.isin(missing // size, batches[first:first + state.num_processes]).sum()
-            latents = draw_batch(job, np.arange(start, start + size).clip(max=count - 1), denoise,
-                                 lambda *_, share=images / job.sampler.num_steps: bar.update(share))
+            images = np.isin(missing // size, batches[first : first + state.num_processes]).sum()
+            latents = draw_batch(
+                job,
+                np.arange(start, start + size).clip(max=count - 1),
+                denoise,
+                lambda *_, share=images / job.sampler.num_steps: bar.update(share),
+            )
             decoder(indices.tolist(), latents, torch.from_numpy(indices - start))
         decoder.wait()
-        bar.update(count - bar.n)                                   # what adding fractions left
+        bar.update(count - bar.n)  # what adding fractions left
 
 
 def finish(job: Job) -> None:
@@ -221,10 +288,12 @@ def run(parser: ArgumentParser, args, script: str) -> None:
         job = prepare(args, script)
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
-    logger.info(f"{record.model}, step {'unknown' if record.step is None else record.step}, {record.weights} weights "
-                f"of {job.checkpoint}; {record.conditions}; {len(job.missing):,} of {record.num_fid_samples:,} images "
-                f"to draw, {record.sampler} {record.num_sampling_steps} steps, cfg {record.cfg_scale}, on "
-                f"{state.num_processes} x {state.device.type}")
+    logger.info(
+        f"{record.model}, step {'unknown' if record.step is None else record.step}, {record.weights} weights "
+        f"of {job.checkpoint}; {record.conditions}; {len(job.missing):,} of {record.num_fid_samples:,} images "
+        f"to draw, {record.sampler} {record.num_sampling_steps} steps, cfg {record.cfg_scale}, on "
+        f"{state.num_processes} x {state.device.type}"
+    )
     for note in job.notes:
         logger.info(f"note: {note}")
     with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):

@@ -1,4 +1,5 @@
 """What each sample is drawn for: a class, a code or a vector, as a function of (global seed, sample index)."""
+
 import hashlib
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def conditions_sha256(conditions, count: int) -> str:
 #                          One class per conditioning                           #
 #################################################################################
 
+
 class RowConditions:
     """Conditions that are rows of files: sample i gets row order(i), cycling where there are fewer rows than samples.
 
@@ -127,16 +129,26 @@ class ComputedCodes(RowConditions):
 
     Raises ValueError where the source has no codes, or not such as the model was trained on.
     """
+
     key, script = "code_rows", "sample_ddp_computed_dlc.py"
     flags, notes = ("--dlc-dir",), ()
 
     @staticmethod
     def add_flags(add) -> None:
-        add("--dlc-dir", "--sem-dir", help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt "
-                                           "files (n, L) or (n, k, L), or one such file [the features it was trained "
-                                           "on]")
-        add("--dlc-order", "--condition-order", choices=["random", "sequential"], default="random",
-            help="row of sample i: entry i of a seeded permutation, or row i; cycling [%(default)s]")
+        add(
+            "--dlc-dir",
+            "--sem-dir",
+            help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt "
+            "files (n, L) or (n, k, L), or one such file [the features it was trained "
+            "on]",
+        )
+        add(
+            "--dlc-order",
+            "--condition-order",
+            choices=["random", "sequential"],
+            default="random",
+            help="row of sample i: entry i of a seeded permutation, or row i; cycling [%(default)s]",
+        )
 
     @classmethod
     def open(cls, args, model, meta) -> "ComputedCodes":
@@ -154,8 +166,10 @@ class ComputedCodes(RowConditions):
             raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
         encoder, models_encoder = manifest and manifest.encoder_sha256, meta.encoder_sha256
         if encoder is None or models_encoder is None:
-            self.notes = [f"{'the codes do' if encoder is None else 'the checkpoint does'} not say which encoder made "
-                          "them: it was not compared"]
+            self.notes = [
+                f"{'the codes do' if encoder is None else 'the checkpoint does'} not say which encoder made "
+                "them: it was not compared"
+            ]
         elif encoder != models_encoder:
             raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
         L = codes.array(0).shape[1]
@@ -174,13 +188,17 @@ class ComputedVectors(RowConditions):
 
     Raises ValueError where the source has no vectors, or of another width than the model's.
     """
+
     key, script = "vector_rows", "sample_ddp_computed_dlc.py"
     flags, notes = ("--condition-path",), ()
 
     @staticmethod
     def add_flags(add) -> None:
-        add("--condition-path", help="DiTCONT only: a folder of .npy files of vectors (n, in_dim), or one such file; "
-                                     "sample i gets a row as --dlc-order says [none]")
+        add(
+            "--condition-path",
+            help="DiTCONT only: a folder of .npy files of vectors (n, in_dim), or one such file; "
+            "sample i gets a row as --dlc-order says [none]",
+        )
 
     @classmethod
     def open(cls, args, model, meta) -> "ComputedVectors":
@@ -197,7 +215,7 @@ class ComputedVectors(RowConditions):
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Vectors (N, in_dim) float32. Raises ValueError, naming file and row, for one that is not finite."""
         rows = self.values(indices)
-        with np.errstate(over="ignore"):                    # of float64, becoming infinite: refused next
+        with np.errstate(over="ignore"):  # of float64, becoming infinite: refused next
             vectors = self.rows.gather(rows).astype(np.float32)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
@@ -208,14 +226,19 @@ class ComputedVectors(RowConditions):
 
 class ClassLabels:
     """A class for each sample: "random", or "equal", its index modulo the number of classes, so each equally often."""
+
     key, script = "labels", "sample_ddp.py"
     flags, notes = ("--label-sampling",), ()
 
     @staticmethod
     def add_flags(add) -> None:
-        add("--label-sampling", choices=["random", "equal"], default="random",
+        add(
+            "--label-sampling",
+            choices=["random", "equal"],
+            default="random",
             help="class of sample i: drawn uniformly, or i modulo the classes, so that each is drawn equally often "
-                 "[%(default)s]")
+            "[%(default)s]",
+        )
 
     @classmethod
     def open(cls, args, model, meta) -> "ClassLabels":

@@ -1,4 +1,5 @@
 """Decode latents and write PNG files while the next batch is denoised."""
+
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +29,11 @@ class Decoder:
         self.on_gpu = vae.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_gpu else None
         # new threads default to cuda:0
-        self.thread = (ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,)) if self.on_gpu
-                       else ThreadPoolExecutor(1))
+        self.thread = (
+            ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,))
+            if self.on_gpu
+            else ThreadPoolExecutor(1)
+        )
         self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
     def images(self, latents, places=None):
@@ -37,19 +41,23 @@ class Decoder:
 
         Raises ValueError where a decoded image is not finite.
         """
+
         def network(some):
             decoded = decode(self.vae, some).float()
             if not decoded.isfinite().all():
-                raise ValueError("there are samples that are not finite numbers: try --precision bf16 or fp32, and "
-                                 "the same of --vae-precision")
+                raise ValueError(
+                    "there are samples that are not finite numbers: try --precision bf16 or fp32, and "
+                    "the same of --vae-precision"
+                )
             return to_uint8(decoded).cpu()
+
         with torch.inference_mode(), autocast(latents.device, self.precision):
             rows = latents if places is None else latents[places]
             return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
 
     def __call__(self, indices, latents, places=None):
         """Start to write latents (N, C, h, w), all or those at places, as the PNGs of indices."""
-        self.wait()                                                 # for the batch before: at most one is pending
+        self.wait()  # for the batch before: at most one is pending
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()

@@ -1,7 +1,8 @@
 """Samples on disk: PNGs named by index, the .npz that ADM's evaluation reads, and a check of such a file.
 
-    python -m dlc.sampling check FILE.npz [--grid]
+python -m dlc.sampling check FILE.npz [--grid]
 """
+
 import hashlib
 import math
 import os
@@ -19,9 +20,9 @@ from dlc.features.rows import read_npy_header
 from dlc.images import image_grid, is_whole, read_png, save_png
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
-LARGEST_IMAGE = 2**24       # bytes of an image in an .npz: 2,364 x 2,364 pixels
-ROWS_AT_ONCE = 256          # images in memory while an .npz is written or read
-FEWEST_FOR_FID = 2048       # dimensions of the Inception features: the covariance of fewer images is singular
+LARGEST_IMAGE = 2**24  # bytes of an image in an .npz: 2,364 x 2,364 pixels
+ROWS_AT_ONCE = 256  # images in memory while an .npz is written or read
+FEWEST_FOR_FID = 2048  # dimensions of the Inception features: the covariance of fewer images is singular
 
 
 def png_path(folder: Path, index: int) -> Path:
@@ -32,7 +33,7 @@ def missing_indices(folder: Path, count: int) -> list[int]:
     """The indices of 0..count-1 that have no whole PNG in folder, ascending."""
     there = {entry.name for entry in os.scandir(folder)}
     paths = [png_path(folder, index) for index in range(count)]
-    with ThreadPoolExecutor(16) as pool:                        # a network disk takes a while to answer each
+    with ThreadPoolExecutor(16) as pool:  # a network disk takes a while to answer each
         whole = pool.map(lambda path: path.name in there and is_whole(path), paths)
         return [index for index, found in enumerate(whole) if not found]
 
@@ -51,10 +52,14 @@ def write_npz(path: Path, folder: Path, count: int, progress: bool = False) -> N
     A few hundred images are in memory at a time. Raises ValueError, naming the image, where one is missing, broken or
     of another size; path is then not written.
     """
+
     def write(file):
-        with ThreadPoolExecutor() as pool, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, \
-                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array, \
-                progress_bar(total=count, desc="writing .npz", unit="img", disable=not progress) as bar:
+        with (
+            ThreadPoolExecutor() as pool,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,
+            progress_bar(total=count, desc="writing .npz", unit="img", disable=not progress) as bar,
+        ):
             shape = (count, *read_png(png_path(folder, 0)).shape)
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
             np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
@@ -65,6 +70,7 @@ def write_npz(path: Path, folder: Path, count: int, progress: bool = False) -> N
                         raise ValueError(f"{name} has shape {image.shape}, wanted {shape[1:]}")
                     array.write(image.tobytes())
                     bar.update()
+
     write_whole(path, write)
 
 
@@ -76,13 +82,14 @@ def open_array(archive, name="arr_0.npy"):
     Raises ValueError for what is no such array, or has fewer bytes than its shape says.
     """
     entry = archive.getinfo(name)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):       # others inflate without limit
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without limit
         raise ValueError(f"{name} is compressed in another way than NumPy's")
     stream = archive.open(entry)
     shape, fortran_order, dtype = read_npy_header(stream)
     if fortran_order or dtype.hasobject:
-        raise ValueError(f"{name} is {'in Fortran order' if fortran_order else 'of pickled objects'}, not a stream of "
-                         "images")
+        raise ValueError(
+            f"{name} is {'in Fortran order' if fortran_order else 'of pickled objects'}, not a stream of images"
+        )
     image, there = math.prod(shape[1:]) * dtype.itemsize, entry.file_size - stream.tell()
     if image > LARGEST_IMAGE or math.prod(shape) * dtype.itemsize > there:
         raise ValueError(f"{name} claims shape {one_line(shape, 60)}, more than it has or than images are")
@@ -94,7 +101,7 @@ def npz_rows(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             return open_array(archive)[1][0]
-    except Exception:                           # whatever a zip's reader makes of a broken file
+    except Exception:  # whatever a zip's reader makes of a broken file
         return 0
 
 
@@ -107,9 +114,10 @@ def check_npz(path, grid: bool = False, progress: bool = False) -> tuple[list[st
     Raises ValueError where path is no such file, and OSError where the contact sheet cannot be written.
     """
     path, wrong = Path(path), []
-    if not path.is_file():                      # a pipe would be waited at for ever, /dev/zero fill the memory
-        raise ValueError(f"{path} is not a whole .npz of samples (it "
-                         f"{'is no file' if path.exists() else 'does not exist'})")
+    if not path.is_file():  # a pipe would be waited at for ever, /dev/zero fill the memory
+        raise ValueError(
+            f"{path} is not a whole .npz of samples (it {'is no file' if path.exists() else 'does not exist'})"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             names = [Path(name).stem for name in archive.namelist()]
@@ -140,14 +148,16 @@ def check_npz(path, grid: bool = False, progress: bool = False) -> tuple[list[st
         raise ValueError(f"{path} is not a whole .npz of samples ({error})") from None
     lines.append(f"values {low} to {high}, mean {total / shape[0]:.1f}")
     if blank:
-        wrong.append(f"{len(blank)} images of one colour: {', '.join(map(str, blank[:5]))}"
-                     f"{', …' if len(blank) > 5 else ''}")
+        wrong.append(
+            f"{len(blank)} images of one colour: {', '.join(map(str, blank[:5]))}{', …' if len(blank) > 5 else ''}"
+        )
     if duplicates:
         pairs = ", ".join(f"{one} = {other}" for one, other in duplicates[:5])
         wrong.append(f"{len(duplicates)} images twice: {pairs}{', …' if len(duplicates) > 5 else ''}")
     if shape[0] < FEWEST_FOR_FID:
-        lines.append(f"warning: FID of {shape[0]:,} images says little: it wants {FEWEST_FOR_FID:,} or more (papers: "
-                     "50,000)")
+        lines.append(
+            f"warning: FID of {shape[0]:,} images says little: it wants {FEWEST_FOR_FID:,} or more (papers: 50,000)"
+        )
     if grid:
         sheet = path.with_suffix(".grid.png")
         save_png(sheet, image_grid(np.stack(first), GRID_COLUMNS))

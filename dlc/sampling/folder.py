@@ -1,4 +1,5 @@
 """The folder of PNGs that one set of samples goes to, and the files beside it."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ class SampleFolder:
     def __init__(self, path: Path):
         self.path, self.lock = path, DirectoryLock(path)
         self.npz, self.grid, self.strip = (
-            path.with_name(path.name + end) for end in (".npz", ".grid.png", ".progressive.png"))
+            path.with_name(path.name + end) for end in (".npz", ".grid.png", ".progressive.png")
+        )
 
     def open(self, record: SamplesRecord, conditions, launch: dict) -> list[int]:
         """Lock the folder for the samples of a record, and note in samples.json that a launch is about to draw some.
@@ -36,10 +38,12 @@ class SampleFolder:
         count = record.num_fid_samples
         missing = missing_indices(self.path, count)
         if missing or earlier is None:
-            self.npz.unlink(missing_ok=True)        # it is of fewer images, or of some that are gone
+            self.npz.unlink(missing_ok=True)  # it is of fewer images, or of some that are gone
             runs = [*(earlier.runs if earlier else []), dict(launch, images=len(missing))]
-            write_json(self.path / "samples.json", {
-                **replace(record, runs=runs).to_json(), conditions.key: conditions.values(np.arange(count)).tolist()})
+            write_json(
+                self.path / "samples.json",
+                {**replace(record, runs=runs).to_json(), conditions.key: conditions.values(np.arange(count)).tolist()},
+            )
         return missing
 
     def compare_with_earlier(self, record: SamplesRecord, conditions) -> SamplesRecord | None:
@@ -50,8 +54,9 @@ class SampleFolder:
         path, count = self.path / "samples.json", record.num_fid_samples
         if not path.is_file():
             if any(self.path.glob("*.png")):
-                raise ValueError(f"{self.path} holds images but no samples.json to say what they are; give another "
-                                 "--sample-dir")
+                raise ValueError(
+                    f"{self.path} holds images but no samples.json to say what they are; give another --sample-dir"
+                )
             return None
         earlier = SamplesRecord.read(path)
         drawn, different = earlier.num_fid_samples, record.difference(earlier)
@@ -59,9 +64,12 @@ class SampleFolder:
             digest = record.conditions_sha256 if drawn == count else conditions_sha256(conditions, drawn)
             different = differences(dict(conditions_sha256=earlier.conditions_sha256), dict(conditions_sha256=digest))
         if different:
-            raise ValueError(f"{self.path} holds samples made with other settings: {different}; give another "
-                             "--sample-dir")
+            raise ValueError(
+                f"{self.path} holds samples made with other settings: {different}; give another --sample-dir"
+            )
         if drawn > count:
-            raise ValueError(f"{self.path} is a set of {drawn:,} samples, and its .npz would shrink to "
-                             f"--num-fid-samples {count}: give another --sample-dir")
+            raise ValueError(
+                f"{self.path} is a set of {drawn:,} samples, and its .npz would shrink to "
+                f"--num-fid-samples {count}: give another --sample-dir"
+            )
         return earlier

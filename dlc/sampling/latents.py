@@ -1,4 +1,5 @@
 """The engine: draw latents for given conditions, with any sampler, guided in an interval of the diffusion times."""
+
 from collections.abc import Callable
 
 import torch
@@ -19,17 +20,31 @@ def create_sampler(name: str, steps: int | None = None, eta: float | None = None
     """
     spec = SAMPLERS[name]
     if eta is not None and not spec.has_eta:
-        raise ValueError(f"--eta {eta}: --sampler {name} has none, "
-                         f"{' and '.join(other for other, one in SAMPLERS.items() if one.has_eta)} has")
+        raise ValueError(
+            f"--eta {eta}: --sampler {name} has none, "
+            f"{' and '.join(other for other, one in SAMPLERS.items() if one.has_eta)} has"
+        )
     if (steps or 0) > spec.most_steps:
         raise ValueError(f"--num-sampling-steps: --sampler {name} has at most {spec.most_steps}")
     return spec.build(steps or spec.default_steps, eta or 0.0, learn_sigma)
 
 
 @torch.inference_mode()
-def sample_latents(model, sampler, *, y: torch.Tensor, seed: int, indices: torch.Tensor, latent_shape,
-                   cfg_scale: float = 1.0, t_min: float = 0, t_max: float = 999, channels: int | None = None,
-                   denoise: Callable | None = None, on_step: Callable | None = None) -> torch.Tensor:
+def sample_latents(
+    model,
+    sampler,
+    *,
+    y: torch.Tensor,
+    seed: int,
+    indices: torch.Tensor,
+    latent_shape,
+    cfg_scale: float = 1.0,
+    t_min: float = 0,
+    t_max: float = 999,
+    channels: int | None = None,
+    denoise: Callable | None = None,
+    on_step: Callable | None = None,
+) -> torch.Tensor:
     """Draw latents (N, *latent_shape) for the conditions y.
 
     Args:
@@ -45,14 +60,14 @@ def sample_latents(model, sampler, *, y: torch.Tensor, seed: int, indices: torch
     n, denoise = len(indices), denoise or model.denoise
     channels = channels or model.guided_channels or model.in_channels
     # embed the conditions once, not per step, and the times once, not per sample
-    condition = model.condition_embedder(y)                                                 # (N, D)
-    null = model.condition_embedder(model.null_condition(1).to(y.dtype)).expand(n, -1)      # (N, D)
-    both = torch.cat([condition, null])                                                     # (2N, D)
+    condition = model.condition_embedder(y)  # (N, D)
+    null = model.condition_embedder(model.null_condition(1).to(y.dtype)).expand(n, -1)  # (N, D)
+    both = torch.cat([condition, null])  # (2N, D)
     times = list(dict.fromkeys(sampler.times))
-    embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=condition.device))))     # (D,) each
+    embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=condition.device))))  # (D,) each
 
     def predict(x, time):
-        if time not in embedded:                        # a solver may choose times as it goes
+        if time not in embedded:  # a solver may choose times as it goes
             embedded[time] = model.t_embedder(torch.tensor([time], device=condition.device))[0]
         if cfg_scale == 1 or not t_min <= time <= t_max:
             return denoise(x, embedded[time] + condition).float()
@@ -61,7 +76,7 @@ def sample_latents(model, sampler, *, y: torch.Tensor, seed: int, indices: torch
         return torch.cat([guided, conditional[:, channels:]], dim=1)
 
     noise = StepNoise(seed, Stream.SAMPLE_NOISE, indices, latent_shape, sampler.num_steps)
-    start = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)        # the same for any number of steps
+    start = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)  # the same for any number of steps
     for step, (x, x_start) in enumerate(sampler(predict, start, noise)):
         if on_step is not None:
             on_step(step, x, x_start)
@@ -81,7 +96,7 @@ class CudaGraphs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(3):                                  # compiles, and chooses kernels
+                for _ in range(3):  # compiles, and chooses kernels
                     self.function(*fixed)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
@@ -92,7 +107,7 @@ class CudaGraphs:
         for buffer, value in zip(fixed, inputs):
             buffer.copy_(value)
         graph.replay()
-        return output.clone()                   # the next replay overwrites it, and solvers keep several outputs
+        return output.clone()  # the next replay overwrites it, and solvers keep several outputs
 
 
 def lower_precision(model, precision: str) -> None:

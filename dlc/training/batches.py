@@ -4,6 +4,7 @@ The data are an endless sequence of shuffled epochs, cut into global batches: no
 epoch, and a batch may span two. The global sample index counts the samples of this sequence. The row at each index is a
 function of (seed, index), so neither a restart nor the number of processes changes what is trained on.
 """
+
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dlc.signals import ignore_signals
 class Unreadable:
     """In the place of a batch: which of its files cannot be read, and what to do. Data, since an exception that comes
     from a data loader's worker has its traceback as its text."""
+
     message: str
 
 
@@ -37,12 +39,23 @@ class TrainingBatches(Dataset):
         first_step, first_index: where the run resumes: this step begins with this sample index.
     """
 
-    def __init__(self, features, condition, limit: int | None, *, seed: int, global_batch: int, rank: int = 0,
-                 world_size: int = 1, first_step: int = 0, first_index: int = 0):
+    def __init__(
+        self,
+        features,
+        condition,
+        limit: int | None,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        first_step: int = 0,
+        first_index: int = 0,
+    ):
         self.features, self.condition, self.limit, self.seed = features, condition, limit, seed
         self.global_batch, self.local_batch, self.rank = global_batch, global_batch // world_size, rank
         self.first_step, self.first_index = first_step, first_index
-        self.orders = {}                                    # only the current epoch's
+        self.orders = {}  # only the current epoch's
 
     @property
     def rows_per_epoch(self) -> int:
@@ -102,8 +115,16 @@ def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int,
     The kernel kills a worker if memory is short. All processes then stop with a checkpoint, but until they have agreed
     on it, this one must take part in their steps.
     """
-    iterator = iter(DataLoader(batches, sampler=steps, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
-                               worker_init_fn=ignore_signals))
+    iterator = iter(
+        DataLoader(
+            batches,
+            sampler=steps,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+        )
+    )
     # torch's handler would raise in the middle of any code; without it, the loss shows where a batch is waited for
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for step in steps:
@@ -114,6 +135,7 @@ def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int,
             except (RuntimeError, ConnectionError, EOFError) as error:
                 if not is_killed_reader(error):
                     raise
-                stop_request.ask("a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
-                                 "--num-workers")
+                stop_request.ask(
+                    "a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num-workers"
+                )
         yield batches[step]

@@ -4,6 +4,7 @@ The data loader's workers decode the images. The VAE and, for codes, the SEM enc
 gradients and in float32: the training precision must change neither the latents nor an argmax, and so a code. Latents
 and codes equal those of extraction but for rounding (on GPUs that of TF32, which --no-tf32 turns off).
 """
+
 import torch
 
 from dlc.cli import warn_once
@@ -49,10 +50,22 @@ class Images:
 
     Raises ValueError if there are no images, or if a network cannot be loaded or does not fit the image size.
     """
+
     latent_kind = "images"
 
-    def __init__(self, state, data_path, *, image_size: int, vae: str, encoder: str | None = None, L: int | None = None,
-                 V: int | None = None, backbone: str | None = None, flip: str = "random"):
+    def __init__(
+        self,
+        state,
+        data_path,
+        *,
+        image_size: int,
+        vae: str,
+        encoder: str | None = None,
+        L: int | None = None,
+        V: int | None = None,
+        backbone: str | None = None,
+        flip: str = "random",
+    ):
         self.image_size, self.flip = image_size, flip
         factor = downsampling_factor(vae)
         if image_size % factor:
@@ -66,13 +79,20 @@ class Images:
             self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = latent_shape(self.vae, image_size)
-        self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
-                           self.encoder.image_size if encoder else None)
-        self.manifest = Manifest(image_size=image_size, latents="moments", dtype="float32", flip=flip, classes=classes,
-                                 **data_settings(vae, self.vae, encoder, self.encoder, paths))
+        self.views = Views(
+            data_path, paths, flips_of("none", len(paths), 0), image_size, self.encoder.image_size if encoder else None
+        )
+        self.manifest = Manifest(
+            image_size=image_size,
+            latents="moments",
+            dtype="float32",
+            flip=flip,
+            classes=classes,
+            **data_settings(vae, self.vae, encoder, self.encoder, paths),
+        )
 
     def __getstate__(self):
-        return {**self.__dict__, "vae": None, "encoder": None}      # a spawned worker gets a pickle: no networks in it
+        return {**self.__dict__, "vae": None, "encoder": None}  # a spawned worker gets a pickle: no networks in it
 
     def source(self):
         return self.manifest.source()
@@ -104,7 +124,9 @@ class ImageBatches(TrainingBatches):
         _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
-            raise OSError(f"cannot read {what}: mend or remove it (a run that has checkpoints then continues with "
-                          "--allow-change); extraction leaves such images out by itself")
+            raise OSError(
+                f"cannot read {what}: mend or remove it (a run that has checkpoints then continues with "
+                "--allow-change); extraction leaves such images out by itself"
+            )
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
         return crops.squeeze(1), condition

@@ -1,4 +1,5 @@
 """Pictures of how a diffusion model in training draws."""
+
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def first_rows(batches, encode, device: torch.device) -> tuple[torch.Tensor, tor
     latents, y = (tensor.to(device) for tensor in batches.gather(rows))
     if encode:
         latents, y = encode(latents, y)
-    return latents[:, :batches.features.latent_shape[0]].float(), y.float() if y.is_floating_point() else y.long()
+    return latents[:, : batches.features.latent_shape[0]].float(), y.float() if y.is_floating_point() else y.long()
 
 
 def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, seed: int):
@@ -29,8 +30,15 @@ def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, s
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
-    samples = sample_latents(ema, create_sampler("ddpm", PREVIEW_STEPS), y=y, seed=seed, indices=indices,
-                             latent_shape=latents.shape[1:], cfg_scale=PREVIEW_CFG)
+    samples = sample_latents(
+        ema,
+        create_sampler("ddpm", PREVIEW_STEPS),
+        y=y,
+        seed=seed,
+        indices=indices,
+        latent_shape=latents.shape[1:],
+        cfg_scale=PREVIEW_CFG,
+    )
     if vae is None:
         return
     with torch.inference_mode():

@@ -1,4 +1,5 @@
 """What a run of training writes of itself: loss means, metrics.jsonl, loss.png."""
+
 import errno
 import json
 import math
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 from dlc.cli import warn_once
 from dlc.disk import write_whole
 
-QUARTERS = 4                # of the time t; losses differ much between them
+QUARTERS = 4  # of the time t; losses differ much between them
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Losses:
         names: keys of the dict that the loss function returns, "loss" first.
         by_quarter: the one that is also logged by quarter of t.
     """
+
     names: tuple[str, ...]
     by_quarter: str
 
@@ -37,23 +39,33 @@ class Losses:
             terms: (n,) values by name.
             t: (n,) times in 0..num_timesteps, without the end.
         """
-        quarters = t * QUARTERS // num_timesteps == torch.arange(QUARTERS, device=t.device).unsqueeze(1)    # (4, n)
-        return torch.cat([torch.stack([terms[name].detach().sum() for name in self.names]),
-                          (quarters * terms[self.by_quarter].detach()).sum(dim=1), quarters.sum(dim=1)])
+        quarters = t * QUARTERS // num_timesteps == torch.arange(QUARTERS, device=t.device).unsqueeze(1)  # (4, n)
+        return torch.cat(
+            [
+                torch.stack([terms[name].detach().sum() for name in self.names]),
+                (quarters * terms[self.by_quarter].detach()).sum(dim=1),
+                quarters.sum(dim=1),
+            ]
+        )
 
     def means(self, sums: torch.Tensor) -> dict:
         """The means by name, and a list of those by quarter; NaN for a quarter without samples."""
-        totals, quarters = sums.tolist()[:len(self.names)], sums.tolist()[len(self.names):]
+        totals, quarters = sums.tolist()[: len(self.names)], sums.tolist()[len(self.names) :]
         counts = quarters[QUARTERS:]
         n = sum(counts) or math.nan
-        return {**{name: total / n for name, total in zip(self.names, totals)},
-                f"{self.by_quarter}_by_quarter_of_t": [
-                    total / (count or math.nan) for total, count in zip(quarters, counts)]}
+        return {
+            **{name: total / n for name, total in zip(self.names, totals)},
+            f"{self.by_quarter}_by_quarter_of_t": [
+                total / (count or math.nan) for total, count in zip(quarters, counts)
+            ],
+        }
 
     def scalars(self, line: dict) -> dict[str, float]:
         """The numbers of a line of metrics.jsonl, as a tracker takes them: one by one."""
-        quarters = {f"{self.by_quarter}_quarter_{number}": mean
-                    for number, mean in enumerate(line[f"{self.by_quarter}_by_quarter_of_t"], 1)}
+        quarters = {
+            f"{self.by_quarter}_quarter_{number}": mean
+            for number, mean in enumerate(line[f"{self.by_quarter}_by_quarter_of_t"], 1)
+        }
         return {key: value for key, value in {**line, **quarters}.items() if isinstance(value, (int, float))}
 
     def words(self, means: dict) -> str:
@@ -65,10 +77,12 @@ def append_metrics(path: Path, line: dict):
 
     Raises OSError, naming the file, if the disk does not take the line; no part of it is left then.
     """
+
     def known(value):
         if isinstance(value, list):
             return [known(item) for item in value]
         return value if not isinstance(value, float) or math.isfinite(value) else None
+
     text = json.dumps({key: known(value) for key, value in line.items()}) + "\n"
     try:
         with open(path, "ab", buffering=0) as file:
@@ -85,7 +99,7 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     lines, damaged = [], 0
-    for text in path.read_text(errors="replace").split("\n")[:-1]:         # a last line without its end is dropped
+    for text in path.read_text(errors="replace").split("\n")[:-1]:  # a last line without its end is dropped
         try:
             line = json.loads(text.strip("\0"))
         except (ValueError, RecursionError):
@@ -95,8 +109,9 @@ def read_metrics(path: Path) -> list[dict]:
         else:
             damaged += 1
     if damaged:
-        warn_once(f"metrics {path}",
-                  f"{path}: {damaged} damaged lines, such as a crash of the machine leaves, are left out")
+        warn_once(
+            f"metrics {path}", f"{path}: {damaged} damaged lines, such as a crash of the machine leaves, are left out"
+        )
     return lines
 
 

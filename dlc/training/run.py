@@ -15,6 +15,7 @@ A trainer calls `Run` and is never called by it; its loop stays its own, and rea
 
 The flags that it reads are those of `add_run_flags`.
 """
+
 import contextlib
 import math
 import time
@@ -101,17 +102,20 @@ class Run:
         self.resumed, meta, self.changed = resume_point(self.folder, identity, settings, args.allow_change)
         agree("checkpoints and features", (self.resumed and self.resumed.name, identity, settings))
         if args.global_batch_size % (processes * args.grad_accum):
-            raise ValueError(f"--global-batch-size {args.global_batch_size} is not a multiple of {processes} processes "
-                             f"x {args.grad_accum} micro-batches (--grad-accum)")
+            raise ValueError(
+                f"--global-batch-size {args.global_batch_size} is not a multiple of {processes} processes "
+                f"x {args.grad_accum} micro-batches (--grad-accum)"
+            )
         self.first_step, self.first_index = meta.step, meta.place
-        self.logged, self.skipped = meta.logged, meta.skipped           # the last line's step; steps skipped since
+        self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
 
     def start(self):
         """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
         args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
-            self.logger, self.precision, args.report_to, self.folder)
+            self.logger, self.precision, args.report_to, self.folder
+        )
         self.sharded = sharded and self.state.num_processes > 1
         set_numerics(args.tf32)
         torch.manual_seed(args.global_seed)
@@ -145,7 +149,7 @@ class Run:
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.sums = losses.zeros(self.device)               # of this process, since the last line of the log
+        self.sums = losses.zeros(self.device)  # of this process, since the last line of the log
         if self.resumed:
             with self.parser.one_line_errors():
                 self._load()
@@ -157,7 +161,7 @@ class Run:
     def _load(self):
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
         saved = load_checkpoint(self.resumed, **self._trained())
-        for group in self.optimizer.param_groups:           # the flags win, even if they changed
+        for group in self.optimizer.param_groups:  # the flags win, even if they changed
             group.update(lr=self.args.lr, weight_decay=self.args.weight_decay)
         if len(saved) == self.state.num_processes:
             self.sums += saved[self.state.process_index].to(self.device)
@@ -175,22 +179,33 @@ class Run:
         """
         args, self.batches = self.args, batches
         self.last_step = self.first_step + max(
-            0, -(-(args.epochs * batches.rows_per_epoch - self.first_index) // args.global_batch_size))
+            0, -(-(args.epochs * batches.rows_per_epoch - self.first_index) // args.global_batch_size)
+        )
         if args.max_steps is not None:
             self.last_step = min(self.last_step, args.max_steps)
         announce(self)
         self.stop_request = StopRequest(self.state.num_processes)
         self.skipped_in_a_row, self.postponed, self.stopped_by = 0, False, None
         self.last_line = time.time(), self.first_step
-        self.bar = progress(total=self.last_step, initial=self.first_step, unit="step", desc="training",
-                            disable=not self.state.is_main_process)
-        loaded = load_batches(batches, range(self.first_step, self.last_step), self.stop_request, args.num_workers,
-                              pin_memory=self.device.type == "cuda")
+        self.bar = progress(
+            total=self.last_step,
+            initial=self.first_step,
+            unit="step",
+            desc="training",
+            disable=not self.state.is_main_process,
+        )
+        loaded = load_batches(
+            batches,
+            range(self.first_step, self.last_step),
+            self.stop_request,
+            args.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
         for step, batch in enumerate(loaded, self.first_step + 1):
             if isinstance(batch, Unreadable):
                 self.bar.close()
                 if self.state.num_processes == 1 and step - 1 > self.first_step:
-                    self._save(step - 1)                    # of several processes, the others are in this step already
+                    self._save(step - 1)  # of several processes, the others are in this step already
                 self.parser.error(f"step {step:,}: {batch.message}")
             yield step, batch
             if self.stopped_by and step < self.last_step:
@@ -200,8 +215,10 @@ class Run:
         self.bar.close()
         self.accelerator.end_training()
         if self.stop_request.reason:
-            self.parser.error(f"{self.stop_request.reason}, then run the same command again; what is done is kept: "
-                              f"{newest_of_run(self.folder)}")
+            self.parser.error(
+                f"{self.stop_request.reason}, then run the same command again; what is done is kept: "
+                f"{newest_of_run(self.folder)}"
+            )
 
     def micro_batches(self, batch):
         """The --grad-accum parts of a batch, on the device. Gradients are all-reduced only after the last one."""
@@ -222,7 +239,7 @@ class Run:
     def update(self, step: int):
         """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step."""
         args = self.args
-        self.grad_norm = torch.tensor(math.nan)             # not computed unless it is used
+        self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             self.accelerator.unscale_gradients(self.optimizer)
             self.grad_norm = get_total_norm([weight.grad for weight in self.weights])
@@ -250,14 +267,15 @@ class Run:
             failure = self._not_finite(step, means, checkpoint_due)
         if log_due or step == self.last_step or failure:
             write_line(self, step, means, log_due, failure)
-        if log_due:                             # even after a stop, so that a resumed run has the same lines
+        if log_due:  # even after a stop, so that a resumed run has the same lines
             self.sums.zero_()
             self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
         if self.skipped_in_a_row >= args.max_nonfinite:
             failure = f"step {step}: {self.skipped_in_a_row} steps in a row without a finite gradient"
         if failure:
-            self.logger.error(f"{failure}; stopped. The last good checkpoint: "
-                              f"{(run_checkpoints(self.folder) or ['none'])[-1]}")
+            self.logger.error(
+                f"{failure}; stopped. The last good checkpoint: {(run_checkpoints(self.folder) or ['none'])[-1]}"
+            )
             self.accelerator.end_training()
             self.parser.exit(1)
         if checkpoint_due:
@@ -275,17 +293,26 @@ class Run:
         # the fp16 scaler skips a step with such a loss; nothing else mends it, and no checkpoint may hold it
         if not math.isfinite(means["loss"]) and self.skipped < step - self.logged:
             return f"step {step}: the loss is {means['loss']}"
-        if checkpoint_due:                      # a gradient may be infinite though the loss is finite
+        if checkpoint_due:  # a gradient may be infinite though the loss is finite
             norms = torch.stack(torch._foreach_norm(local_shards(self.weights)))
             if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
                 return f"step {step}: there are weights that are not finite"
 
     def _save(self, step):
         args = self.args
-        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()            # (processes, len(sums))
-        meta = RunMeta(**self.recorded, step=step, place=self.batches.first_of(step), logged=self.logged,
-                       skipped=self.skipped, precision=self.precision, lr=args.lr, weight_decay=args.weight_decay,
-                       ema_decay=args.ema_decay, versions=versions())
+        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
+        meta = RunMeta(
+            **self.recorded,
+            step=step,
+            place=self.batches.first_of(step),
+            logged=self.logged,
+            skipped=self.skipped,
+            precision=self.precision,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            ema_decay=args.ema_decay,
+            versions=versions(),
+        )
         try:
             path = save_checkpoint(self.folder, meta, sums=sums, write=self.state.is_main_process, **self._trained())
         except OSError as error:
@@ -309,7 +336,7 @@ class Run:
     @contextlib.contextmanager
     def whole_ema(self):
         """The EMA, to draw previews with: in rank 0, and if it is sharded in every process; else None."""
-        if self.sharded:                        # FSDP would keep its outermost module unsharded until the next preview
+        if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
             self.ema.unshard()
         yield self.ema if self.state.is_main_process or self.sharded else None
         if self.sharded:

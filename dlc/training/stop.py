@@ -1,4 +1,5 @@
 """A request to stop a run after a step, on which all processes agree."""
+
 import signal
 
 import torch
@@ -7,7 +8,7 @@ import torch.distributed as dist
 from dlc.runtime import PROCESS_GROUP_TIMEOUT
 from dlc.signals import STOPPING, on_first_signal
 
-ASKED = 1000                # beside the signals' numbers: a process asked to stop for a reason of its own
+ASKED = 1000  # beside the signals' numbers: a process asked to stop for a reason of its own
 
 
 class StopRequest:

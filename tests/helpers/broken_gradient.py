@@ -1,4 +1,5 @@
 """train_diffusion.py whose gradients are NaN at step 4, though the loss is finite."""
+
 import math
 
 from accelerate import Accelerator

@@ -1,4 +1,5 @@
 """A real script with a fault: `faulty FAULT SCRIPT flags…`, for forked.Run. A system call fails, or a wait is short."""
+
 import errno
 import fcntl
 import importlib
@@ -18,13 +19,16 @@ def no_directory_sync():
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(descriptor)
+
     os.fsync = failing
 
 
 def no_locks():
     """As NFS without its lock daemon."""
+
     def failing(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     fcntl.flock = failing
 
 

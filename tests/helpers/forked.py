@@ -2,6 +2,7 @@
 
 `Run` gives a script N ranks, as torchrun would, each a process of its own that may be killed at any moment.
 """
+
 import importlib
 import multiprocessing
 import os
@@ -18,8 +19,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 
 
 def _run(script, arguments, environment, output, cwd):
-    multiprocessing.set_start_method("fork", force=True)    # a forked server's children would start workers by it
-    os.setpgid(0, 0)                                        # with its data loader's workers, a group
+    multiprocessing.set_start_method("fork", force=True)  # a forked server's children would start workers by it
+    os.setpgid(0, 0)  # with its data loader's workers, a group
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -41,10 +42,17 @@ class Run:
         for rank in range(processes):
             variables = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", **(environment or {}))
             if processes > 1:
-                variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
-                                   LOCAL_WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
-            self.ranks.append(context.Process(
-                target=_run, args=(script, [*map(str, arguments)], variables, str(output), str(cwd))))
+                variables.update(
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    WORLD_SIZE=str(processes),
+                    LOCAL_WORLD_SIZE=str(processes),
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                )
+            self.ranks.append(
+                context.Process(target=_run, args=(script, [*map(str, arguments)], variables, str(output), str(cwd)))
+            )
         for rank in self.ranks:
             rank.start()
 
@@ -72,7 +80,7 @@ class Run:
             rank.kill()
             try:
                 os.killpg(rank.pid, signal.SIGKILL)
-            except ProcessLookupError:                      # no workers, or no group yet
+            except ProcessLookupError:  # no workers, or no group yet
                 pass
             rank.join()
         return alive

@@ -1,4 +1,5 @@
 """train_diffusion.py whose optimizer says that it skipped steps 3 and 5 to 7, as the fp16 scaler makes it on a GPU."""
+
 from accelerate.optimizer import AcceleratedOptimizer
 
 import train_diffusion

@@ -1,4 +1,5 @@
 """train_diffusion.py that compiles nothing, and ends by saying which blocks were to be, and what else flags turn on."""
+
 import torch
 
 import train_diffusion
@@ -16,5 +17,7 @@ def main():
 
     DiT.set_grad_checkpointing = noted
     train_diffusion.main()
-    print(f"compiled: {len(compiled)} blocks; checkpointing: {any(checkpointing)}; TF32: "
-          f"{torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}")
+    print(
+        f"compiled: {len(compiled)} blocks; checkpointing: {any(checkpointing)}; TF32: "
+        f"{torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}"
+    )

@@ -1,4 +1,5 @@
 """Runs the module that its first argument names as python -m does, for forked.Run."""
+
 import runpy
 import sys
 
