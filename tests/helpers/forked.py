@@ -11,11 +11,12 @@ import socket
 import sys
 import time
 
-from conftest import ROOT
+from conftest import HELPERS, ROOT
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+context.set_forkserver_preload(["heavy", "extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc"])
+# the server that is forked from looks for what it preloads here
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _run(script, arguments, environment, output, cwd):
