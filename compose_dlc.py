@@ -1,14 +1,17 @@
-"""Compose discrete latent codes out of those of two or more images, to draw samples that are some of each.
+"""Compose new discrete latent codes from those of two or more images, to draw samples that combine them.
 
     python compose_dlc.py dog.jpg fern.jpg --num 16 --out composed.npy
     python compose_dlc.py --features-path features --rows 3 17 --num 16 --out composed.npy
     torchrun --nnodes=1 --nproc_per_node=1 sample_ddp_computed_dlc.py --dlc-dir composed.npy --num-fid-samples 16
 
-In: images and a SEM encoder, or rows of a features directory. Out: codes (num, L) for --dlc-dir, and on standard output
-how many tokens come from each source. Each token is of one source, drawn by the sources' weights: with --mode tokens
-its own token there (Lavoie et al. 2025, arXiv 2507.12318), with --mode sem a draw from its SEM distribution at that
-position, which in all is a draw from the weighted mean of the distributions. Code i is a function of (seed, i).
+In: images and a SEM encoder, or rows of a features directory. Out: codes (num, L) for --dlc-dir; standard output says
+how many tokens come from each source. At each position a source is drawn by --weights, and a token is taken from it:
+with --mode tokens, the source's own token at that position (Lavoie et al. 2025, arXiv 2507.12318); with --mode sem, a
+draw from the source's SEM distribution there, so that the token is a draw from the weighted mean of the distributions.
+For example, of a dog and a fern with --weights 3 1, three in four tokens are the dog's. Code i is a function of
+(seed, i).
 """
+
 import io
 from pathlib import Path
 
@@ -16,36 +19,38 @@ import numpy as np
 import torch
 
 from dlc.cli import SEED, ArgumentParser, number
-from dlc.extraction import add_encoder_flags, open_encoder
 from dlc.disk import write_whole
+from dlc.encoder import add_encoder_flags, open_encoder
 from dlc.features import Features, code_dtype
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, in_batches, load_rgb, normalize
+from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, random_words
+from dlc.runtime import in_batches
 
 
-def choose(weights, uniform):
-    """Which of the weighted choices each uniform number in [0, 1) falls to: weights (..., K), uniform (...), int64."""
+def choose(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Weighted choices by uniform numbers in [0, 1): weights (..., K) and uniform (...) to indices (...) int64."""
     bounds = weights.double().cumsum(dim=-1)
     places = torch.searchsorted(bounds, (uniform * bounds[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
     return places.clamp(max=weights.shape[-1] - 1)
 
 
-def compose(sources, weights, num, seed):
+def compose(sources: torch.Tensor, weights: torch.Tensor, num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw composed codes.
 
     Args:
-        sources: the sources' codes (K, L), whose tokens are taken, or their distributions (K, L, V), to draw from.
-        weights: (K,), how often each is taken; need not sum to 1.
-        num, seed: codes to draw, code i by numbers that are a function of (seed, i).
+        sources: codes (K, L) to take tokens from, or distributions (K, L, V) to draw tokens from.
+        weights: (K,), how often each source is chosen; they need not sum to 1.
+        num: codes to draw.
+        seed: the numbers for code i are a function of (seed, i).
 
-    Returns codes (num, L) int64, and which source each token is from, (num, L) int64.
+    Returns codes (num, L) int64, and the source of each token, (num, L) int64.
     """
     K, L = sources.shape[:2]
     positions, parts = torch.arange(L), []
-    for indices in torch.arange(num).split(256):                # with V, all at once would fill the memory
+    for indices in torch.arange(num).split(256):  # all of (num, L, V) at once could fill the memory
         words = random_words(seed, Stream.COMPOSE, indices, 2 * L).double() / 2**32
-        source = choose(weights.expand(len(indices), L, K), words[:, :L])                  # (n, L)
-        taken = sources[source, positions]                                                 # (n, L) or (n, L, V)
+        source = choose(weights.expand(len(indices), L, K), words[:, :L])  # (n, L)
+        taken = sources[source, positions]  # (n, L) or (n, L, V)
         parts.append((taken if sources.ndim == 2 else choose(taken, words[:, L:]), source))
     return tuple(map(torch.cat, zip(*parts)))
 
@@ -54,21 +59,25 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="two or more image files")
-    add("--features-path", "--feature-path", help="in place of images: features whose codes are the sources")
-    add("--rows", type=number(int, 0), nargs="+", help="two or more rows of them, from 0")
+    add("--features-path", "--feature-path", help="take the sources' codes from these features, not from images")
+    add("--rows", type=number(int, 0), nargs="+", help="two or more rows of the features, counted from 0")
     add_encoder_flags(add)
-    add("--mode", choices=["tokens", "sem"], default="tokens", help="take the sources' tokens, or draw from their SEM "
-                                                                    "distributions (of images) [%(default)s]")
-    add("--weights", type=number(float, 0), nargs="+", help="how often each source is taken [all alike]")
+    add(
+        "--mode",
+        choices=["tokens", "sem"],
+        default="tokens",
+        help="take the sources' tokens, or, for images, draw from their SEM distributions [%(default)s]",
+    )
+    add("--weights", type=number(float, 0), nargs="+", help="relative frequency of each source [equal]")
     add("--temp", type=number(float, 1e-6), help="--mode sem: temperature of the distributions [the encoder's]")
-    add("--num", type=number(int, 1), default=16, help="codes to compose [%(default)s]")
-    add("--global-seed", type=SEED, default=0, help="of all draws [%(default)s]")
-    add("--out", default="composed.npy", help=".npy to write, (num, L) [%(default)s]")
+    add("--num", type=number(int, 1), default=16, help="number of codes to compose [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="seed of all draws [%(default)s]")
+    add("--out", default="composed.npy", help="write the codes (num, L) to this .npy [%(default)s]")
     return parser, parser.parse_args()
 
 
-def check(args):
-    """Raise ValueError for flags that do not go together."""
+def check_sources(args) -> None:
+    """Raise ValueError for flags that do not go together, and for an --out that cannot be written."""
     names = args.rows if args.features_path else args.images
     if bool(args.images) == bool(args.features_path) or bool(args.rows) != bool(args.features_path):
         raise ValueError("name the sources as image files, or by --features-path with --rows")
@@ -77,26 +86,25 @@ def check(args):
     if args.weights and (len(args.weights) != len(names) or not sum(args.weights)):
         raise ValueError(f"--weights: give one for each of the {len(names)} sources, not all 0")
     if args.mode == "sem" and args.features_path:
-        raise ValueError("--mode sem needs images: features hold codes, not the distributions they are of")
+        raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
     if args.temp and args.mode != "sem":
-        raise ValueError("--temp is of --mode sem")
+        raise ValueError("--temp is of --mode sem, and has no effect on tokens")
     if Path(args.out).suffix != ".npy" or not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: wanted a .npy in a folder that is there")
+        raise ValueError(f"--out {args.out}: wanted a .npy in a folder that exists")
 
 
 @torch.inference_mode()
-def read_images(args):
+def read_images(args) -> tuple[torch.Tensor, int]:
     """The images' codes (K, L) or, with --mode sem, distributions (K, L, V); and V."""
     encoder = open_encoder(args)
     views = []
     for path in args.images:
         try:
             views.append(np.array(center_crop(load_rgb(path), encoder.image_size)))
-        except Exception as error:                          # Pillow's readers raise all kinds
+        except Exception as error:  # Pillow's readers raise all kinds
             raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
-    # one by one: an image's code does not depend on what it is composed with
-    logits = in_batches(lambda view: encoder.logits(normalize(view, IMAGENET_MEAN, IMAGENET_STD)),
-                        torch.from_numpy(np.stack(views)), 1)
+    # in batches of 1, so that an image's code does not depend on the other sources
+    logits = in_batches(encoder.encode_pixels, torch.from_numpy(np.stack(views)), 1)
     finite = logits.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         name = args.images[int(finite.int().argmin())]
@@ -106,13 +114,13 @@ def read_images(args):
     return torch.softmax(logits / (args.temp or encoder.temperature), dim=2), encoder.V
 
 
-def read_rows(args):
+def read_rows(args) -> tuple[torch.Tensor, int]:
     """The rows' codes (K, L), and V."""
     features = Features(args.features_path, V=args.V)
     if features.codes is None:
         raise ValueError(f"features {args.features_path} hold no codes")
     if features.V is None:
-        raise ValueError(f"features {args.features_path} do not say how many tokens a position has: give --V")
+        raise ValueError(f"features {args.features_path} do not say V, the tokens per position: give --V")
     if max(args.rows) >= features.count:
         raise ValueError(f"--rows {max(args.rows)}: features {args.features_path} have rows 0 to {features.count - 1}")
     return torch.from_numpy(features.codes.gather(args.rows, limit=features.V).astype(np.int64)), features.V
@@ -121,7 +129,7 @@ def read_rows(args):
 def main():
     parser, args = parse_args()
     with parser.one_line_errors():
-        check(args)
+        check_sources(args)
         sources, V = read_rows(args) if args.features_path else read_images(args)
         weights = torch.tensor(args.weights or [1.0] * len(sources))
         codes, source = compose(sources, weights, args.num, args.global_seed)
@@ -131,8 +139,10 @@ def main():
     shares = torch.bincount(source.flatten(), minlength=len(sources))
     for name, count in zip(args.images or [f"row {row}" for row in args.rows], shares.tolist()):
         print(f"{count:8,} of {source.numel():,} tokens ({count / source.numel():.1%}) from {name}")
-    print(f"{args.num} codes of {codes.shape[1]} tokens in {args.out}: draw from them with sample_ddp_computed_dlc.py "
-          f"--dlc-dir {args.out} --num-fid-samples {args.num}")
+    print(
+        f"{args.num} codes of {codes.shape[1]} tokens in {args.out}: draw from them with sample_ddp_computed_dlc.py "
+        f"--dlc-dir {args.out} --num-fid-samples {args.num}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole pipeline on real data, on the CPU: scikit-learn's handwritten digits in, digits drawn from the codes of
-# held-out ones out. Everything goes to demo_output/; the stages that are done are not run again.
+# Run the whole pipeline on real data, on the CPU: extract, train and sample scikit-learn's handwritten digits.
+# Everything goes to demo_output/. Run it again to continue: stages that are complete are not repeated.
 source "$(dirname "$0")/setup.sh"
 out=demo_output
 mkdir -p "$out"
 
-stage() {       # stage "name" command...: run it and note its time
+stage() {       # stage "name" command...: run the command and record its time
     local name=$1 start=$SECONDS
     shift
     echo; echo "== $name"; echo "\$ $*"
@@ -28,13 +28,14 @@ sample=(torchrun --standalone --nproc_per_node=1 sample_ddp_computed_dlc.py --mo
         --results-dir "$out/results" --num-sampling-steps 50 --per-proc-batch-size 120)
 stage "sample" "${sample[@]}" --sample-dir "$out/samples" --dlc-dir "$out/features_heldout" --num-fid-samples 360
 
-# codes composed of two held-out digits, three quarters, half and a quarter of the tokens from the first
+# compose codes of two held-out digits, with 75%, 50% and 25% of the tokens from the first
 sources=("$out/digits/heldout/0/0252.png" "$out/digits/heldout/6/0197.png")
 mkdir -p "$out/composed_codes"
 for share in 75 50 25; do
     stage "compose: $share%" python compose_dlc.py "${sources[@]}" --encoder assets/digits-sem --num 12 \
         --weights $share $((100 - share)) --out "$out/composed_codes/$((100 - share)).npy"
 done
-stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" --num-fid-samples 36
+stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" \
+    --num-fid-samples 36
 python -m demo.report --features "$out/features_heldout" --samples "$out/samples" --times "$out/times.txt" \
     --out "$out/demo.png" --composed "$out/composed" --sources "${sources[@]}" --composed-out "$out/composed.png"

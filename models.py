@@ -10,13 +10,12 @@ Nothing here knows a file, a rank or a flag. Shapes: N samples, T tokens, D widt
 L code positions, V tokens per position.
 """
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -38,11 +37,6 @@ def sincos_position_embedding(dim, grid_size):
     return torch.cat([columns, rows], dim=1).float()
 
 
-def drop_condition(embedding, null, drop):
-    """Rows of embedding (N, D) where drop (N,) is True become null (1, D)."""
-    return torch.where(drop.unsqueeze(1), null, embedding)
-
-
 #################################################################################
 #                            Timestep and condition                             #
 #################################################################################
@@ -52,12 +46,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
-        self.frequency_embedding_size = frequency_embedding_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
     def timestep_embedding(t, dim, max_period=10000):
@@ -70,7 +60,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t):
         with torch.autocast(t.device.type, enabled=False):
-            return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size))   # (N, D)
+            return self.mlp(self.timestep_embedding(t, self.mlp[0].in_features))   # (N, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -94,9 +84,8 @@ class LabelEmbedder(nn.Module):
 class SEMEmbedder(nn.Module):
     """Codes (N, L), or soft codes (N, L, V), to the mean over positions of the table's rows, (N, D) float32.
 
-    Row V of each position is its null token. The rows are gathered and averaged in one pass, so that neither a
-    one-hot product nor an (N, L, D) intermediate is ever made. Soft codes may carry a weight for the null token as
-    well, (N, L, V+1).
+    Row V of each position is its null token, of which soft codes may carry a weight, too: (N, L, V+1). The rows are
+    gathered and averaged in one pass: neither a one-hot product nor an (N, L, D) intermediate is made.
     """
     # The mean over L shrinks the rows' scale by sqrt(L). From N(0, 1) it is 0.044 at L=512, beside 0.08 of the timestep
     # embedding; from the labels' N(0, 0.02) it would be 0.0009, and codes are followed only much later.
@@ -116,10 +105,9 @@ class SEMEmbedder(nn.Module):
             table = self.embedding_table.float()
             if codes.ndim == 3:
                 rows = table[:, :codes.shape[2]].flatten(0, 1)             # (L*V, D)
-                embedding = codes.flatten(1).float() @ rows / self.L
-                if drop is None:
-                    return embedding
-                return drop_condition(embedding, table[:, self.V].mean(0, keepdim=True), drop)
+                embedding = codes.flatten(1).float() @ rows / self.L       # (N, D)
+                return embedding if drop is None else torch.where(
+                    drop.unsqueeze(1), table[:, self.V].mean(0, keepdim=True), embedding)
             codes = codes.long()
             if drop is not None:
                 codes = torch.where(drop.unsqueeze(1), self.V, codes)
@@ -127,7 +115,7 @@ class SEMEmbedder(nn.Module):
 
 
 class LinearEmbedder(nn.Module):
-    """Vectors (N, in_dim) to (N, D) through a linear layer without bias; a learned vector stands for no condition."""
+    """Vectors (N, in_dim) to (N, D) by a linear layer without bias; a learned vector is the null condition."""
     init_std = 0.02
 
     def __init__(self, in_dim, hidden_size):
@@ -140,7 +128,7 @@ class LinearEmbedder(nn.Module):
 
     def forward(self, vectors, drop=None):
         if drop is not None:
-            vectors = drop_condition(vectors, self.fake_latent, drop)
+            vectors = torch.where(drop.unsqueeze(1), self.fake_latent, vectors)
         return self.embedding_table(vectors)                               # (N, D)
 
 
@@ -148,14 +136,16 @@ class LinearEmbedder(nn.Module):
 #                                    Blocks                                     #
 #################################################################################
 
-def layer_norm(dim):
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+layer_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        # here, because timm takes longer to import than torch, and --help needs neither
+        from timm.layers import Mlp
+        from timm.models.vision_transformer import Attention
         super().__init__()
         self.norm1 = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
@@ -188,41 +178,40 @@ class FinalLayer(nn.Module):
 #################################################################################
 
 class DiT(nn.Module):
-    """Diffusion transformer conditioned on class labels.
+    """Diffusion transformer conditioned on class labels, and the base of the other families.
 
     Args:
         input_size: height and width of the latent; a multiple of patch_size.
-        class_dropout_prob: share of samples whose condition is replaced by the null condition in training, for
-            classifier-free guidance.
+        class_dropout_prob: share of training samples whose condition is replaced by the null condition.
         learn_sigma: predict, beside eps, where the variance lies between its bounds (twice the output channels).
     """
-    guided_channels = 3        # classifier-free guidance of the published DiT samples covers the first three channels
+    conditioning = "labels"         # what y is
+    embedder_name = "y_embedder"    # in the state dict
+    build_embedder = None           # of the other families: hidden_size to their embedder
+    guided_channels = 3             # that classifier-free guidance covers, as in the published samples; None: all
+    table, table_ndim = "y_embedder.embedding_table.weight", 2      # the tensor whose shape tells these arguments
+    sizes_of = staticmethod(lambda shape: dict(num_classes=shape[0] - 1))
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        from timm.layers import PatchEmbed
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not a multiple of the patch size {patch_size}")
-        self.in_channels = in_channels
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.patch_size = patch_size
-        self.class_dropout_prob = class_dropout_prob
-        self.grad_checkpointing = False
-
+        self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
+        self.patch_size, self.class_dropout_prob, self.grad_checkpointing = patch_size, class_dropout_prob, False
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.build_condition_embedder(hidden_size, num_classes)
+        build = self.build_embedder or partial(LabelEmbedder, num_classes)
+        setattr(self, self.embedder_name, build(hidden_size))
         self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, input_size // patch_size)[None])
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
-    def build_condition_embedder(self, hidden_size, num_classes):
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-
     @property
     def condition_embedder(self):
-        return self.y_embedder
+        return getattr(self, self.embedder_name)
 
     def initialize_weights(self):
         """Xavier weights, normal embeddings, and zeros where adaLN-Zero wants them: the output starts at exactly 0."""
@@ -237,17 +226,16 @@ class DiT(nn.Module):
             nn.init.normal_(parameter, std=self.condition_embedder.init_std)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
-                self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for part in (*(block.adaLN_modulation for block in self.blocks), self.final_layer):
+            for parameter in part.parameters():
+                nn.init.zeros_(parameter)
 
     def set_grad_checkpointing(self, enable=True):
         """Recompute each block's activations in the backward pass: less memory, about a third more work."""
         self.grad_checkpointing = enable
 
     def null_condition(self, n):
-        """The condition that means "none", n rows of it: the second half of forward_with_cfg's y."""
+        """n times the condition that means "none"."""
         return self.condition_embedder.null(n)
 
     def unpatchify(self, x):
@@ -261,29 +249,24 @@ class DiT(nn.Module):
 
         Args:
             x: (N, C, H, W) noisy latents.
-            t: (N,) diffusion times, 0 to 999.
-            y: the condition: labels (N,) for DiT; codes (N, L) or soft codes (N, L, V) for DiTSEM; vectors
-                (N, in_dim) for DiTCONT.
-            drop: (N,) bool, the samples whose condition is replaced by the null condition. None: drawn with
-                class_dropout_prob in training, none in eval.
+            t: (N,) diffusion times from 0 to 999, whole or fractional.
+            y: labels (N,) for DiT; codes (N, L) or soft codes (N, L, V) for DiTSEM; vectors (N, in_dim) for DiTCONT.
+            drop: (N,) bool, whose condition becomes the null one [by class_dropout_prob in training, none in eval].
         """
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
         return self.denoise(x, self.t_embedder(t) + self.condition_embedder(y, drop))
 
     def denoise(self, x, c):
-        """forward for time and condition that are embedded and added already: c (N, D).
-
-        A sampler embeds the condition once for all steps, and each time once for all samples.
-        """
-        x = self.x_embedder(x) + self.pos_embed                            # (N, T, D)
+        """forward, given the sum c (N, D) of the embedded time and condition, which a sampler embeds once for many."""
+        recompute = self.grad_checkpointing and self.training
+        x = self.x_embedder(x) + self.pos_embed                                             # (N, T, D)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)           # (N, T, D)
-            else:
-                x = block(x, c)                                            # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c))                     # (N, out_channels, H, W)
+            x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
+        return self.unpatchify(self.final_layer(x, c))                                      # (N, out_channels, H, W)
 
+    # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
+    # dlc/sampling/latents.py, which computes the null half only where guidance acts.
     def forward_with_cfg(self, x, t, y, cfg_scale, t_max=None, channels=None, t_min=None):
         """Classifier-free guidance (Ho & Salimans 2022): null + cfg_scale * (conditional - null), on a doubled batch.
 
@@ -292,9 +275,8 @@ class DiT(nn.Module):
             t: (2N,) times.
             y: conditions of the first half, then null conditions.
             t_max, t_min: samples with t > t_max or t < t_min keep the conditional prediction (Kynkäänniemi et al.
-                2024, arXiv 2404.07724). None: no such bound.
-            channels: how many latent channels guidance covers; None: three for DiT (the published behaviour), all
-                for DiTSEM and DiTCONT. The rest, and the variance, stay each half's own.
+                2024, arXiv 2404.07724) [no bounds].
+            channels: latent channels to guide [guided_channels]; the rest, and the variance, stay each half's own.
 
         Returns (2N, out_channels, H, W), eps of both halves guided alike.
         """
@@ -304,62 +286,65 @@ class DiT(nn.Module):
         conditional, null = out[:, :channels].chunk(2)
         guided = null + cfg_scale * (conditional - null)
         t = t.chunk(2)[0].view(-1, 1, 1, 1)
-        if t_max is not None:
-            guided = torch.where(t > t_max, conditional, guided)
-        if t_min is not None:
-            guided = torch.where(t < t_min, conditional, guided)
+        low, high = -math.inf if t_min is None else t_min, math.inf if t_max is None else t_max
+        guided = torch.where((t < low) | (t > high), conditional, guided)
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
 
 
 class DiTSEM(DiT):
     """Diffusion transformer conditioned on a discrete latent code: L tokens, each in 0..V-1 (V is the null token).
 
-    The other arguments are DiT's; num_classes is accepted so that every family is built by the same call, and has no
-    effect.
+    code_init says how its table starts: "unit", at N(0, 1); "dlc", as in the DLC project, at N(0, 1/D) with one null
+    row for all positions. The other arguments are DiT's; num_classes has no effect: it lets one call build any family.
     """
-    guided_channels = None     # all
+    conditioning, embedder_name, guided_channels = "codes", "sem_embedder", None
+    table, table_ndim = "sem_embedder.embedding_table", 3
+    sizes_of = staticmethod(lambda shape: dict(L=shape[0], V=shape[1] - 1))
 
-    def __init__(self, *args, L=512, V=256, **kwargs):
-        self.code_shape = L, V
+    def __init__(self, *args, L=512, V=256, code_init="unit", **kwargs):
+        self.build_embedder, self.code_init = partial(SEMEmbedder, L, V), code_init
         super().__init__(*args, **kwargs)
 
-    def build_condition_embedder(self, hidden_size, num_classes):
-        self.sem_embedder = SEMEmbedder(*self.code_shape, hidden_size)
-
-    @property
-    def condition_embedder(self):
-        return self.sem_embedder
+    def initialize_weights(self):
+        super().initialize_weights()
+        if self.code_init == "dlc":
+            with torch.no_grad():
+                table = self.sem_embedder.embedding_table                  # (L, V+1, D)
+                table *= table.shape[2] ** -0.5
+                table[:, -1] = table[0, -1].clone()
 
 
 class DiTCONT(DiT):
-    """Diffusion transformer conditioned on a vector of in_dim floats, such as an encoder's embedding.
-
-    The other arguments are DiT's; num_classes has no effect.
-    """
-    guided_channels = None
+    """Diffusion transformer conditioned on a vector of in_dim floats, such as an encoder's embedding."""
+    conditioning, table, table_ndim, guided_channels = "vectors", "y_embedder.fake_latent", 2, None
+    sizes_of = staticmethod(lambda shape: dict(in_dim=shape[1]))
 
     def __init__(self, *args, in_dim=1024, **kwargs):
-        self.in_dim = in_dim
+        self.build_embedder = partial(LinearEmbedder, in_dim)
         super().__init__(*args, **kwargs)
 
-    def build_condition_embedder(self, hidden_size, num_classes):
-        self.y_embedder = LinearEmbedder(self.in_dim, hidden_size)
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A family and a size, what a name in DiT_models stands for. Called with the data's sizes, it builds the model."""
+    family: type
+    patch_size: int
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+    @property
+    def conditioning(self):
+        return self.family.conditioning
+
+    def __call__(self, **sizes):
+        return self.family(patch_size=self.patch_size, depth=self.depth, hidden_size=self.hidden_size,
+                           num_heads=self.num_heads, **sizes)
 
 
-#################################################################################
-#                                    Sizes                                      #
-#################################################################################
+# Depth, hidden_size, num_heads. XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: DeiT-Ti at half its depth.
+SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "Ti": (6, 192, 3)}
+FAMILIES, CODE_INITS = (DiT, DiTSEM, DiTCONT), ("unit", "dlc")
 
-# XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: the width and heads of DeiT-Ti at half its depth.
-SIZES = {
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
-    "L": dict(depth=24, hidden_size=1024, num_heads=16),
-    "B": dict(depth=12, hidden_size=768, num_heads=12),
-    "S": dict(depth=12, hidden_size=384, num_heads=6),
-    "Ti": dict(depth=6, hidden_size=192, num_heads=3),
-}
-
-DiT_models = {
-    f"{family.__name__}-{size}/{patch_size}": partial(family, patch_size=patch_size, **width)
-    for family in (DiT, DiTSEM, DiTCONT) for size, width in SIZES.items() for patch_size in (2, 4, 8)
-}
+DiT_models = {f"{family.__name__}-{size}/{patch_size}": ModelSpec(family, patch_size, *widths)
+              for family in FAMILIES for size, widths in SIZES.items() for patch_size in (2, 4, 8)}

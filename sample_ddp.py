@@ -3,25 +3,14 @@
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000
 
 In: a checkpoint [the newest under results/], ours or a published DiT-XL-2-256x256.pt. Out: SAMPLES/, see
-dlc/sampling.py.
+dlc/sampling/. The same command run again draws what is missing; the images do not depend on the number of processes.
 """
-from dlc.conditions import ClassLabels
-from dlc.sampling import argument_parser, run
 
-
-def open_labels(args, model, meta):
-    if not args.model.startswith("DiT-"):
-        raise ValueError(f"--model {args.model} is not conditioned on labels; sample_ddp_computed_dlc.py draws from a "
-                         "DiTSEM, and dlc.sampling.sample_latents from any model")
-    return ClassLabels(model, args.label_sampling, args.global_seed)
+from dlc.sampling.command import sample
 
 
 def main():
-    parser = argument_parser(__doc__, model="DiT-XL/2")
-    parser.add_argument("--label-sampling", choices=["random", "equal"], default="random",
-                        help="class of sample i: drawn uniformly, or i modulo the classes, so each equally often "
-                             "[%(default)s]")
-    run(parser, parser.parse_args(), open_labels)
+    sample(__doc__, "sample_ddp.py", model="DiT-XL/2")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: a complete .venv beside this file, made where it is missing or out of date, and active.
+# Sourced by demo.sh and test.sh: create .venv beside this file if it is missing or out of date, and activate it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 wanted=$(cat requirements.txt requirements-dev.txt | cksum)
@@ -10,6 +10,5 @@ if [ "$(cat .venv/complete 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > .venv/complete
 fi
 source .venv/bin/activate
-# OpenMP threads that find no work spin for long by default; where another program wants the core, that made steps 10 to
-# 40 times slower
+# Idle OpenMP threads spin by default. If another program wants the core, that makes a step 10 to 40 times slower.
 export GOMP_SPINCOUNT=1000

@@ -27,6 +27,7 @@ Measured on the 360 held-out digits, as the table printed at the end:
     perplexity of a position: mean, least, most  15.3, 14.0, 15.8 of 16
     distinct codes: train, held-out              1433 of 1437, 360 of 360
 """
+
 import sys
 import time
 from pathlib import Path
@@ -40,21 +41,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 ASSETS = Path(__file__).resolve().parent
-sys.path.insert(0, str(ASSETS.parent))            # the repository, whichever way this script is started
-from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split      # noqa: E402
-from dlc.encoder import SEMEncoder, load_encoder, save_encoder              # noqa: E402
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, to_uint8       # noqa: E402
+sys.path.insert(0, str(ASSETS.parent))  # the repository, whichever way this script is started
+from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split  # noqa: E402
+from dlc.encoder import SEMEncoder, load_encoder, save_encoder  # noqa: E402
+from dlc.images import IMAGENET_MEAN, IMAGENET_STD, to_uint8
+from dlc.vae import decode, encode
 
 SEED = 0
 THREADS = 2
 
 VAE_STEPS, VAE_BATCH, VAE_LR = 500, 32, 3e-3
-KL_WEIGHT = 4e-4              # of the KL per latent number, against the squared error per pixel of images in -1..1
+KL_WEIGHT = 4e-4  # of the KL per latent number, against the squared error per pixel of images in -1..1
 
-L, V = 32, 16                 # code positions, tokens at each
+L, V = 32, 16  # code positions, tokens at each
 SEM_STEPS, SEM_BATCH, SEM_LR = 2000, 64, 2e-3
-SEM_TEMPERATURE = 0.2         # of the softmax over V: low, so that the argmax keeps most of what the embedding knows
-NCE_TEMPERATURE = 0.1         # of InfoNCE, over similarities in 0..1
+SEM_TEMPERATURE = 0.2  # of the softmax over V: low, so that the argmax keeps most of what the embedding knows
+NCE_TEMPERATURE = 0.1  # of InfoNCE, over similarities in 0..1
 USAGE_WEIGHT, SCAN_WEIGHT = 0.5, 30.0
 
 # the largest distortion of a view: radians, then shares of half the image's size, then a share of the brightness
@@ -64,6 +66,7 @@ ROTATION, SHEAR, SHIFT, SCALE, WARP, CONTRAST = 0.14, 0.1, 0.084, 0.084, 0.06, 0
 #################################################################################
 #                              Images and training                              #
 #################################################################################
+
 
 def to_float(images):
     """Images (n, 64, 64, 3) uint8 to (n, 3, 64, 64) float32 in 0..1."""
@@ -77,7 +80,7 @@ def to_encoder(images):
 
 
 def distort(images, generator):
-    """Images (n, 3, 64, 64) in 0..1 as another scan of the same hand: turned, sheared, scaled, moved, warped, dimmed."""
+    """Images (n, 3, 64, 64) in 0..1 as other scans of the same hand: turned, sheared, scaled, moved, warped, dimmed."""
     n = len(images)
 
     def uniform(*shape):
@@ -85,9 +88,12 @@ def distort(images, generator):
 
     angle, shear, shift, scale = uniform() * ROTATION, uniform() * SHEAR, uniform(2) * SHIFT, 1 + uniform(2) * SCALE
     cos, sin = angle.cos(), angle.sin()
-    columns = [torch.stack([cos, sin], dim=1) * scale[:, :1],
-               torch.stack([shear * cos - sin, shear * sin + cos], dim=1) * scale[:, 1:], shift]
-    warp = F.interpolate(uniform(2, 4, 4) * WARP, size=images.shape[2:], mode="bicubic")           # (n, 2, 64, 64)
+    columns = [
+        torch.stack([cos, sin], dim=1) * scale[:, :1],
+        torch.stack([shear * cos - sin, shear * sin + cos], dim=1) * scale[:, 1:],
+        shift,
+    ]
+    warp = F.interpolate(uniform(2, 4, 4) * WARP, size=images.shape[2:], mode="bicubic")  # (n, 2, 64, 64)
     grid = F.affine_grid(torch.stack(columns, dim=2), images.shape, align_corners=False) + warp.permute(0, 2, 3, 1)
     brightness = 1 + uniform(1, 1, 1) * CONTRAST
     return (F.grid_sample(images, grid, align_corners=False) * brightness).clamp(0, 1)
@@ -116,14 +122,23 @@ def train(name, modules, loss_of, images, steps, batch_size, lr, generator):
 #                                  Autoencoder                                  #
 #################################################################################
 
+
 def build_vae(images):
     """An AutoencoderKL trained on images (n, 3, 64, 64) in 0..1, its scaling factor measured on them."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, sample_size=IMAGE_SIZE,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4)
-    vae = vae.to(memory_format=torch.channels_last)          # twice as fast on a CPU
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=IMAGE_SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    vae = vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def loss_of(batch):
         pixels = (distort(batch, generator) * 2 - 1).to(memory_format=torch.channels_last)
@@ -145,13 +160,14 @@ def build_vae(images):
 #                                    Encoder                                    #
 #################################################################################
 
+
 def info_nce(views):
     """InfoNCE over simplicial embeddings (2n, L, V); rows i and n + i are views of the same scan.
 
     The similarity of two views is the chance that their tokens agree, averaged over the L positions.
     """
     n2 = len(views)
-    similarity = views.flatten(1) @ views.flatten(1).T / L                             # (2n, 2n)
+    similarity = views.flatten(1) @ views.flatten(1).T / L  # (2n, 2n)
     others = similarity.masked_fill(torch.eye(n2, dtype=torch.bool), -torch.inf)
     return F.cross_entropy(others / NCE_TEMPERATURE, torch.arange(n2).roll(n2 // 2))
 
@@ -160,21 +176,31 @@ def build_encoder(images):
     """A SEMEncoder trained on images (n, 3, 64, 64) in 0..1."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    encoder = SEMEncoder("vit_tiny_patch16_224", IMAGE_SIZE, L, V, SEM_TEMPERATURE,
-                         dict(patch_size=16, embed_dim=96, depth=3, num_heads=3, reg_tokens=4))
-    scan_decoder = nn.Sequential(nn.Linear(L * V, 256), nn.GELU(), nn.Linear(256, SCAN_SIZE ** 2))
+    encoder = SEMEncoder(
+        "vit_tiny_patch16_224",
+        IMAGE_SIZE,
+        L,
+        V,
+        SEM_TEMPERATURE,
+        dict(patch_size=16, embed_dim=96, depth=3, num_heads=3, reg_tokens=4),
+    )
+    scan_decoder = nn.Sequential(nn.Linear(L * V, 256), nn.GELU(), nn.Linear(256, SCAN_SIZE**2))
 
     def loss_of(batch):
         views = torch.cat([distort(batch, generator), distort(batch, generator)])
-        embedding = encoder(to_encoder(views))                                         # (2n, L, V)
-        usage = embedding.mean(dim=0)                                                  # (L, V)
-        unused = np.log(V) + (usage * (usage + 1e-8).log()).sum(dim=1).mean()          # 0: all tokens share equally
+        embedding = encoder(to_encoder(views))  # (2n, L, V)
+        usage = embedding.mean(dim=0)  # (L, V)
+        unused = np.log(V) + (usage * (usage + 1e-8).log()).sum(dim=1).mean()  # 0: all tokens share equally
         scans = F.avg_pool2d(batch[:, 0], IMAGE_SIZE // SCAN_SIZE).flatten(1).repeat(2, 1)
         scan_mse = F.mse_loss(scan_decoder(embedding.flatten(1)), scans)
         nce = info_nce(embedding)
         first, second = embedding.argmax(dim=2).chunk(2)
-        report = {"nce": nce.item(), "unused": unused.item(), "scan mse": scan_mse.item(),
-                  "agreement": (first == second).float().mean().item()}
+        report = {
+            "nce": nce.item(),
+            "unused": unused.item(),
+            "scan mse": scan_mse.item(),
+            "agreement": (first == second).float().mean().item(),
+        }
         return nce + USAGE_WEIGHT * unused + SCAN_WEIGHT * scan_mse, report
 
     train("sem", [encoder, scan_decoder], loss_of, images, SEM_STEPS, SEM_BATCH, SEM_LR, generator)
@@ -191,6 +217,7 @@ def codes_of(encoder, images):
 #                                    Quality                                    #
 #################################################################################
 
+
 def quality(vae, encoder):
     """Rows (what, value) on the held-out digits. The only place where labels are used."""
     train_images, train_labels = load_split("train")
@@ -200,9 +227,9 @@ def quality(vae, encoder):
     with torch.no_grad():
         reconstructions = torch.cat([decode(vae, encode(vae, chunk * 2 - 1)) for chunk in originals.split(180)])
     train_codes, codes = codes_of(encoder, to_float(train_images)), codes_of(encoder, originals)
-    one_hot, train_one_hot = F.one_hot(codes, V), F.one_hot(train_codes, V)            # (n, L, V)
-    usage = train_one_hot.float().mean(dim=0)                                          # (L, V)
-    perplexity = torch.exp(-torch.xlogy(usage, usage).sum(dim=1))                      # (L,)
+    one_hot, train_one_hot = F.one_hot(codes, V), F.one_hot(train_codes, V)  # (n, L, V)
+    usage = train_one_hot.float().mean(dim=0)  # (L, V)
+    perplexity = torch.exp(-torch.xlogy(usage, usage).sum(dim=1))  # (L,)
     neighbour = KNeighborsClassifier(1, metric="hamming").fit(train_codes, train_labels)
     probe = LogisticRegression(max_iter=1000).fit(train_one_hot.flatten(1), train_labels)
     return [
@@ -213,10 +240,14 @@ def quality(vae, encoder):
         ("digit of the nearest train code", f"{neighbour.score(codes, labels):.3f}"),
         ("digit by a linear probe of the code", f"{probe.score(one_hot.flatten(1), labels):.3f}"),
         ("tokens used by the train codes", f"{(usage > 0).sum()} of {L * V}"),
-        ("perplexity of a position: mean, least, most",
-         f"{perplexity.mean():.1f}, {perplexity.min():.1f}, {perplexity.max():.1f} of {V}"),
-        ("distinct codes: train, held-out",
-         f"{len(train_codes.unique(dim=0))} of {len(train_codes)}, {len(codes.unique(dim=0))} of {len(codes)}"),
+        (
+            "perplexity of a position: mean, least, most",
+            f"{perplexity.mean():.1f}, {perplexity.min():.1f}, {perplexity.max():.1f} of {V}",
+        ),
+        (
+            "distinct codes: train, held-out",
+            f"{len(train_codes.unique(dim=0))} of {len(train_codes)}, {len(codes.unique(dim=0))} of {len(codes)}",
+        ),
     ]
 
 

@@ -1,4 +1,5 @@
 """Floating-point operations: of a model, from its shapes, and what a device reaches."""
+
 import time
 
 import torch

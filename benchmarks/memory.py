@@ -6,6 +6,7 @@ Weights, gradients, AdamW's two moments and EMA are 20 bytes a parameter. What t
 measured: the bytes that autograd saves in the forward pass, counted once for each storage, under bf16 autocast on the
 CPU, at two batch sizes. Left out are what a step takes for the time being, and the allocator's fragments.
 """
+
 import argparse
 
 import torch
@@ -36,7 +37,7 @@ def of_a_batch(model, batch, checkpointing):
     codes = torch.zeros(batch, model.sem_embedder.L, dtype=torch.long)
     model.train().set_grad_checkpointing(checkpointing)
     total = saved_bytes(model, torch.randn(batch, 4, 32, 32), torch.zeros(batch), codes)
-    if checkpointing:           # which hides its blocks from the hooks: each block's input, and one block at a time
+    if checkpointing:  # which hides its blocks from the hooks: each block's input, and one block at a time
         tokens, width = model.pos_embed.shape[1:]
         x, c = torch.randn(batch, tokens, width, requires_grad=True), torch.randn(batch, width, requires_grad=True)
         total += len(model.blocks) * x.numel() * 4 + saved_bytes(model.blocks[0], x, c)
@@ -54,15 +55,28 @@ def main():
     per_image, fixed = {}, {}
     for checkpointing in (False, True):
         one, two = (of_a_batch(model, batch, checkpointing) for batch in (1, 2))
-        per_image[checkpointing], fixed[checkpointing] = two - one, 2 * one - two        # fixed: the weights in bf16
-    record("memory", [
-        {"batch on a GPU": batch, **{
-            f"GiB, {'with' if checkpointing else 'without'} activation checkpointing":
-            (states + fixed[checkpointing] + batch * per_image[checkpointing]) / 2**30
-            for checkpointing in (False, True)}}
-        for batch in (8, 16, 32, 64, 128, 256)],
-        model=args.model, L=args.L, V=args.V, states_gib=states / 2**30,
-        mib_an_image={("with" if key else "without"): value / 2**20 for key, value in per_image.items()})
+        per_image[checkpointing], fixed[checkpointing] = two - one, 2 * one - two  # fixed: the weights in bf16
+    record(
+        "memory",
+        [
+            {
+                "batch on a GPU": batch,
+                **{
+                    f"GiB, {'with' if checkpointing else 'without'} activation checkpointing": (
+                        states + fixed[checkpointing] + batch * per_image[checkpointing]
+                    )
+                    / 2**30
+                    for checkpointing in (False, True)
+                },
+            }
+            for batch in (8, 16, 32, 64, 128, 256)
+        ],
+        model=args.model,
+        L=args.L,
+        V=args.V,
+        states_gib=states / 2**30,
+        mib_an_image={("with" if key else "without"): value / 2**20 for key, value in per_image.items()},
+    )
 
 
 if __name__ == "__main__":

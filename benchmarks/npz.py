@@ -5,6 +5,7 @@
 Photograph-like PNGs, of which so few are different as --different says: the others are hard links to them, since the
 disk need not hold 50,000. Memory is the peak of a process that does nothing else, PyTorch's own included.
 """
+
 import argparse
 import os
 import subprocess
@@ -17,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.record import record
-from dlc.sample_files import check, npz_rows, png_path, read_png, save_png, write_npz
+from dlc.images import read_png, save_png
+from dlc.sampling.files import check_npz, npz_rows, png_path, write_npz
 
 
 def write_pngs(folder, count, different):
@@ -26,8 +28,10 @@ def write_pngs(folder, count, different):
     for index in range(count):
         if index < different:
             coarse = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((256, 256))
-            save_png(png_path(folder, index), (np.asarray(coarse) + random.normal(0, 2, (256, 256, 3))).clip(
-                0, 255).astype(np.uint8))
+            save_png(
+                png_path(folder, index),
+                (np.asarray(coarse) + random.normal(0, 2, (256, 256, 3))).clip(0, 255).astype(np.uint8),
+            )
         else:
             os.link(png_path(folder, index % different), png_path(folder, index))
     return sum(png_path(folder, index).stat().st_size for index in range(different)) / different
@@ -36,10 +40,19 @@ def write_pngs(folder, count, different):
 def measure(work, root, args):
     """Images a second and the peak of memory, in GiB, of one part in a process of its own."""
     start = time.perf_counter()
-    said = subprocess.run([sys.executable, "-m", "benchmarks.npz", "--images", str(args.images), "--work", work, "--root",
-                           root], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
-    return {"": work, "images": args.images, "images/s": args.images / (time.perf_counter() - start),
-            "memory GiB": int(said.split()[-1]) / 2**20}
+    said = subprocess.run(
+        [sys.executable, "-m", "benchmarks.npz", "--images", str(args.images), "--work", work, "--root", root],
+        cwd=Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return {
+        "": work,
+        "images": args.images,
+        "images/s": args.images / (time.perf_counter() - start),
+        "memory GiB": int(said.split()[-1]) / 2**20,
+    }
 
 
 def peak_kilobytes():
@@ -51,13 +64,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000, help="rows of the .npz [%(default)s]")
     parser.add_argument("--different", type=int, default=500, help="different images among them [%(default)s]")
-    parser.add_argument("--work", choices=["write", "check"], help=argparse.SUPPRESS)      # in a process of its own
+    parser.add_argument("--work", choices=["write", "check"], help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work == "write":
         write_npz(args.root / "images.npz", args.root / "images", args.images)
     elif args.work == "check":
-        check(args.root / "images.npz")
+        check_npz(args.root / "images.npz")
     if args.work:
         print(peak_kilobytes())
         return

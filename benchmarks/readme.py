@@ -1,217 +1,156 @@
-"""Writes what the benchmarks found into README.md and benchmarks/README.md, between their begin and end marks.
+"""Writes the benchmarks' results into benchmarks/README.md (the tables) and README.md (five figures), between marks.
 
     python -m benchmarks.readme             # after a benchmark has written benchmarks/results/*.json
-    python -m benchmarks.readme --check     # ends with 1 where the text is not what the results say
+    python -m benchmarks.readme --check     # exits with 1 if a page does not say what the results say
 
-A new benchmark is an entry of REPORTS. A result that is not there reads "not measured yet". Figures of others stand in
-benchmarks/published.json, rows with the same columns and one that says on what, and whose.
+A block `<!-- begin NAME (…) -->` … `<!-- end NAME -->` holds the table of the benchmark NAME; the block `figures` holds
+one line per entry of FIGURES. Published numbers to compare with are rows of benchmarks/published.json.
 """
+
 import argparse
 import json
 import re
 import sys
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
-from benchmarks import sampling, train_options
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
-MISSING = "not measured yet"
-
-
-@dataclass
-class Report:
-    """How a benchmark's results are told.
-
-    Args:
-        title: begins the paragraph in README.md.
-        columns: of the table in README.md, headings to keys of the rows; empty: those of the rows. The whole table is
-            in benchmarks/README.md.
-        about: told after the title, a format string for the result of the first device that is measured.
-        shares: keys whose values are shares of 1, told in percent.
-        words: a function of one result that tells it in a sentence, in README.md in place of the table.
-        unmeasured: a function of "cpu" or "gpu", the rows that are told as long as that is not measured.
-        devices: "cpu" and "gpu", or the one that matters.
-    """
-    title: str
-    columns: dict = field(default_factory=dict)
-    about: str = ""
-    shares: tuple = ()
-    words: Callable = None
-    unmeasured: Callable = lambda device: [{}]
-    devices: tuple = ("cpu", "gpu")
-
-
-def loading_words(result):
-    rows = {(row["layout"], row["cache"]): row for row in result["rows"]}
-    times = "times one file an image"
-    warm, cold, loader = rows["shards", "warm"], rows["shards", "cold"], result["rows"][-1]
-    return (f"packed, random rows come {warm[times]:.0f} times as fast as from one file an image out of the page cache "
-            f"and {cold[times]:.0f} times off the disk; that is {rounded(warm['samples/s'])} samples/s by the gather "
-            f"itself, and {rounded(loader['samples/s'])} out of training's loader with two workers")
-
-
-def extraction_words(result):
-    rates = {row["part"]: row["images/s"] for row in result["rows"]}
-    return (f"{rates['the whole']:.2g} images/s with Stable Diffusion's VAE and a ViT-L/14, "
-            f"{rates['the whole'] / rates['both networks']:.0%} of what both networks reach by themselves, which share "
-            f"the device; the VAE alone reaches {rates['VAE']:.2g}. A reader decodes "
-            f"{rates['decoding'] / result['num_workers']:.0f} images/s")
-
-
-def npz_words(result):
-    write, check = result["rows"]
-    return (f"{write['images']:,} images of 256x256 are written at {write['images/s']:.0f} images/s in "
-            f"{write['memory GiB']:.2f} GiB of memory, and checked at {check['images/s']:.0f}")
-
-
-REPORTS = {
-    "train_options": Report(
-        "Training, option by option", {
-            "": "", "model": "model", "batch": "batch", "data": "data", "checkpointing": "checkpointing",
-            "precision": "precision", "compiled": "compiled", "steps/s": "steps/s", "images/s": "images/s",
-            "MFU": "MFU", "memory, GiB": "memory GiB", "loss differs by": "loss differs by"},
-        shares=("MFU",),
-        unmeasured=lambda device: [train_options.described(row, device == "gpu") for row in train_options.ROWS]),
-    "memory": Report("Memory of training by batch, computed from what autograd saves", devices=("cpu",),
-                     about=" ({model}, bf16)"),
-    "loading": Report("Loading features", words=loading_words),
-    "extraction-fp32": Report("Extraction in fp32", words=extraction_words),
-    "extraction-bf16": Report("Extraction in bf16", words=extraction_words),
-    "sampling": Report(
-        "Sampling", {
-            "": "", "precision": "precision", "steps": "steps", "guided": "guided", "images/s": "images/s",
-            "times the first": "times the first", "share of peak": "share of peak", "grey levels off": "differs by"},
-        shares=("share of peak", "within 1"),
-        unmeasured=lambda device: [{"": sampling.ANCESTORS, "precision": "fp32"}] + [
-            {"": name, "precision": precision} for name, precision, flags, _ in sampling.ROWS
-            if device == "gpu" or "--cuda-graphs" not in flags]),
-    "npz": Report("The .npz for FID", words=npz_words, devices=("cpu",)),
-}
+PAGES = ("README.md", "benchmarks/README.md")
+BOTH = ("cpu", "gpu")
+DEVICES = {
+    "train_options": BOTH,
+    "memory": ("cpu",),
+    "loading": BOTH,
+    "extraction-fp32": BOTH,
+    "extraction-bf16": BOTH,
+    "sampling": BOTH,
+    "npz": ("cpu",),
+}  # memory is computed; disk and CPU limit npz
+PERCENT = ("MFU", "share of peak", "within 1")  # columns with shares of 1
 
 
 def read_result(name, device):
-    """A benchmark's JSON on a device, "cpu" or "gpu"; None where it is not measured."""
+    """A benchmark's JSON for a device, "cpu" or "gpu"; None if it is not measured."""
     path = RESULTS / f"{name}-{device}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def device_name(machine):
-    """What a result was measured on, in short."""
     return machine["gpu"] or f"{machine['cores']} CPU cores"
 
 
-def wrapped(paragraph):
-    """Its lines, of the width of the page."""
-    return textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def rounded(value):
-    """A number's three leading digits, without an exponent where it is large."""
-    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def cell(value, key, shares):
+def cell(value, key=""):
     """A value as a table shows it: three digits, shares in percent."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.0%}" if key in shares else rounded(value)
+        if key in PERCENT:
+            return f"{value:.0%}"
+        return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def table(name, columns=None):
-    """The rows of all devices and, last, of others, in Markdown: a list of lines.
-
-    Args:
-        columns: headings to keys; None for all keys of the rows.
-    """
-    report, results = REPORTS[name], {device: read_result(name, device) for device in REPORTS[name].devices}
-    missing = {device: f"{device.upper()}: {MISSING}" for device, result in results.items() if not result}
-    ours = [dict(row, on=device_name(result["machine"])) for result in results.values() if result
-            for row in result["rows"]]
-    theirs = json.loads((Path(__file__).parent / "published.json").read_text()).get(name, [])
-    columns = columns or {key: key for row in ours + theirs for key in row if key != "on"}
-    if not columns:
-        return [", ".join(missing.values()) + "."]
-    (heading, first), *others = columns.items()
-    ours += [dict(row, on=words) for device, words in missing.items() for row in report.unmeasured(device)]
-    on = [("on", "on")] if len(report.devices) > 1 else []
-    columns = dict([(heading, first), *on, *others])
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in ours + theirs:
-        lines.append(f"| {' | '.join(cell(row.get(key), key, report.shares) for key in columns.values())} |")
-    return lines
-
-
-def performance():
-    """The README's section: a paragraph or table a benchmark."""
-    lines = []
-    for name, report in REPORTS.items():
-        if report.words:
-            told = []
-            for device in report.devices:
-                result = read_result(name, device)
-                told.append(f"{device_name(result['machine'])}: {report.words(result)}." if result else
-                            f"{device.upper()}: {MISSING}.")
-            lines += [*wrapped(f"**{report.title}.** {' '.join(told)}"), ""]
-        else:
-            results = list(filter(None, (read_result(name, device) for device in report.devices)))
-            about = report.about.format(**results[0]) if results else ""
-            lines += [f"**{report.title}**{about}", "", *table(name, report.columns), ""]
-    return lines[:-1]
+def wrapped(paragraph, indent=""):
+    return textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
 
 
 def details(name):
-    """One benchmark in benchmarks/README.md: on what it was measured, and the whole table."""
-    lines = []
-    for device in REPORTS[name].devices:
-        result = read_result(name, device)
+    """One benchmark: how and on which machine it was measured, its picture, and the table with published rows last."""
+    results, lines = {device: read_result(name, device) for device in DEVICES[name]}, []
+    for device, result in results.items():
         if not result:
-            continue                                            # its rows say so
+            lines += [f"{device.upper()}: not measured yet.", ""]
+            continue
         machine = result["machine"]
-        device_words = f"{machine['gpu']}, " if machine["gpu"] else ""
-        versions = ", ".join(f"{package} {machine[package]}" for package in machine if package not in (
-            "gpu", "cpu", "cores", "memory_gib", "commit"))
-        lines += [*wrapped(
-            f"`{result['command']}`, {result['date']}, commit `{machine['commit']}`, on {device_words}"
-            f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB; {versions}."), ""]
+        versions = ", ".join(
+            f"{package} {machine[package]}"
+            for package in machine
+            if package not in ("gpu", "cpu", "cores", "memory_gib", "commit")
+        )
+        lines += [
+            *wrapped(
+                f"`{result['command']}`, {result['date']}, commit `{machine['commit']}`, on "
+                f"{machine['gpu'] + ', ' if machine['gpu'] else ''}{machine['cores']} cores of {machine['cpu']}, "
+                f"{machine['memory_gib']} GiB; {versions}."
+            ),
+            "",
+        ]
         picture = RESULTS / f"{name}-{device}.png"
         if picture.is_file():
-            lines += [f"![{REPORTS[name].title}](results/{picture.name})", ""]
-    return lines + table(name)
+            lines += [f"![{name}](results/{picture.name})", ""]
+    rows = [
+        dict(row, on=device_name(result["machine"])) for result in results.values() if result for row in result["rows"]
+    ]
+    rows += json.loads((Path(__file__).parent / "published.json").read_text()).get(name, [])
+    first, *others = dict.fromkeys(key for row in rows for key in row if key != "on") or [""]
+    columns = [first, *(["on"] if len(DEVICES[name]) > 1 else []), *others]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(cell(row.get(key), key) for key in columns)} |" for row in rows]
+
+
+# One line each in README.md: a function of the result and of its rows, the measured values as text.
+FIGURES = {
+    "train_options": lambda result, rows: (
+        f"Training: {rows[-1]['images/s']} images/s with `train_fast` ({rows[-1]['model']}, batch {rows[-1]['batch']}, "
+        f"bf16, compiled), {rows[-1]['times the first']} times `train_original`, which encodes images at each step"
+    ),
+    "memory": lambda result, rows: (
+        f"Training memory: {rows[3]['GiB, without activation checkpointing']} GiB for {result['model']} in bf16 with "
+        f"{rows[3]['batch on a GPU']} images per GPU, {rows[3]['GiB, with activation checkpointing']} GiB with "
+        "`--checkpoint-activations`"
+    ),
+    "loading": lambda result, rows: (
+        f"Loading features: {rows[-1]['samples/s']} samples/s out of training's loader with two workers; from shards, "
+        f"random rows come {rows[1]['times one file an image']} times as fast as from one file per image"
+    ),
+    "extraction-bf16": lambda result, rows: (
+        f"Extraction: {rows[-1]['images/s']} images/s in bf16 with Stable Diffusion's VAE and a ViT-L/14, "
+        f"{rows[-1]['times the bound']} times what the two networks reach without the rest"
+    ),
+    "sampling": lambda result, rows: (
+        f"Sampling: {rows[-1]['images/s']} images/s ({result['model']}, DPM-Solver++ with 25 steps, bf16), "
+        f"{rows[-1]['times the first']} times the baseline (250 DDPM steps, fp32)"
+    ),
+}
+
+
+def figures():
+    """The README's lines, each with the device it was measured on: a GPU if there is a result of one."""
+    lines = []
+    for name, words in FIGURES.items():
+        result = next(filter(None, (read_result(name, device) for device in reversed(DEVICES[name]))))
+        rows = [{key: cell(value, key) for key, value in row.items()} for row in result["rows"]]
+        on = "computed" if name == "memory" else device_name(result["machine"])
+        lines += wrapped(f"- {words(result, rows)} ({on}).", "  ")
+    return lines
 
 
 def filled(path):
-    """A file's text with each marked block made anew. Raises ValueError for a block that nothing fills."""
+    """A page's text with each marked block made anew. Raises ValueError for a block that nothing fills."""
+
     def block(match):
         name = match[2]
-        if name != "performance" and name not in REPORTS:
+        if name != "figures" and name not in DEVICES:
             raise ValueError(f"{path} has a block {name!r}, which is no benchmark's")
-        lines = performance() if name == "performance" else details(name)
-        return "\n".join([match[1], *lines, match[3]])
+        return "\n".join([match[1], *(figures() if name == "figures" else details(name)), match[3]])
+
     return re.sub(r"(<!-- begin (\S+) .*?-->)\n.*?(<!-- end \2 -->)", block, path.read_text(), flags=re.DOTALL)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; end with 1 where something would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     args = parser.parse_args()
-    different = False
-    for path in (ROOT / "README.md", ROOT / "benchmarks/README.md"):
-        text = filled(path)
-        if text != path.read_text():
-            different = True
-            print(f"{path.relative_to(ROOT)}: " + ("is not what the results say: run python -m benchmarks.readme"
-                                                   if args.check else "written"))
-            if not args.check:
-                path.write_text(text)
-    sys.exit(args.check and different)
+    outdated = [page for page in PAGES if filled(ROOT / page) != (ROOT / page).read_text()]
+    for page in outdated:
+        print(f"{page}: {'out of date: run python -m benchmarks.readme' if args.check else 'written'}")
+        if not args.check:
+            (ROOT / page).write_text(filled(ROOT / page))
+    sys.exit(bool(args.check and outdated))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Images a second of sampling: the ancestors' way, and sample_ddp_computed_dlc.py with one option after the other.
+"""Images per second of sampling: a baseline, then sample_ddp_computed_dlc.py with one option after the other.
 
     python -m benchmarks.sampling
 
-The ancestors' way: eager float32, the doubled batch at every step, each batch decoded and written before the next is
-begun; here by the diffusion's own loop with the samples' own noise, so that its images can be compared. The script's
-rate is read off the times at which it wrote its PNGs, the first batch (which compiles) left out.
+The baseline does as the reference scripts do: eager float32, the doubled batch at every step, each batch decoded and
+written before the next begins. It uses the diffusion's own loop with the samples' own noise, so that its images can be
+compared. The script's rate is read off the times at which it wrote its PNGs, without the first batch, which compiles.
 
 The model is trained for a few steps on random latents, so that what it draws stays within bounds; the VAE has the shape
 of Stable Diffusion's and random weights (a rate does not depend on them). `share of peak`: the FLOPs of the model's
 forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision.
 `differs by`: the mean difference of the PNGs, in grey levels, from those of the row named in `from`.
 """
+
 import argparse
 import subprocess
 import sys
@@ -27,34 +28,35 @@ from benchmarks.extraction import SD_VAE
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
-from dlc.checkpoints import load_weights, model_from_weights
-from dlc.latents import decode, load_vae, to_uint8
+from dlc.checkpoints.weights import load_weights, model_from_weights
+from dlc.images import read_png, save_png, to_uint8
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS, autocast
-from dlc.sample_files import png_path, read_png, save_png
-from dlc.sampling import create_sampler
+from dlc.sampling.files import png_path
+from dlc.sampling.latents import create_sampler
+from dlc.vae import decode, load_vae
 from models import DiT_models
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)         # the interval holds half of the steps
+STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)  # the interval holds half of the steps
 TRAINING_STEPS = 100
 
 FULL, HALF = "full guidance", "guidance in half the steps"
-ANCESTORS = "the ancestors' way"
-ROWS = [                    # name, precision, flags, the row whose images these should be
-    (FULL, "fp32", [], (ANCESTORS, "fp32")),
-    (FULL, "bf16", [], (ANCESTORS, "fp32")),
-    (FULL, "fp16", [], (ANCESTORS, "fp32")),
-    (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (ANCESTORS, "fp32")),
+BASELINE = "baseline"
+ROWS = [  # name, precision, flags, the row whose images these should be
+    (FULL, "fp32", [], (BASELINE, "fp32")),
+    (FULL, "bf16", [], (BASELINE, "fp32")),
+    (FULL, "fp16", [], (BASELINE, "fp32")),
+    (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (BASELINE, "fp32")),
     (HALF, "fp32", ["--t-min", INTERVAL[0], "--t-max", INTERVAL[1]], None),
     (HALF, "bf16", ["--t-min", INTERVAL[0], "--t-max", INTERVAL[1]], (HALF, "fp32")),
     ("DDIM-50", "fp32", ["--sampler", "ddim"], None),
     ("DDIM-50", "bf16", ["--sampler", "ddim"], ("DDIM-50", "fp32")),
     ("DPM-Solver++-25", "fp32", ["--sampler", "dpmsolver++"], None),
     ("DPM-Solver++-25", "bf16", ["--sampler", "dpmsolver++"], ("DPM-Solver++-25", "fp32")),
-    (f"{FULL}, CUDA graphs", "bf16", ["--cuda-graphs"], (ANCESTORS, "fp32")),       # on GPUs alone
+    (f"{FULL}, CUDA graphs", "bf16", ["--cuda-graphs"], (BASELINE, "fp32")),  # on GPUs alone
 ]
 
 
@@ -77,7 +79,7 @@ def rough_checkpoint(path, args):
 
 
 @torch.no_grad()
-def ancestors_way(root, folder, args):
+def draw_baseline(root, folder, args):
     """Images a second, after the first batch."""
     model, _ = model_from_weights(load_weights(root / "model.safetensors")[0], root)
     model, vae = model.to(DEVICE), load_vae(str(root / "vae"), DEVICE)
@@ -91,9 +93,15 @@ def ancestors_way(root, folder, args):
         draws = iter([0, *range(STEPS, 0, -1)])
         y = torch.cat([codes[indices], model.null_condition(args.batch)])
         latents = diffusion.p_sample_loop(
-            model.forward_with_cfg, (2 * args.batch, 4, 32, 32), clip_denoised=False, device=DEVICE,
-            model_kwargs=dict(y=y, cfg_scale=CFG_SCALE), randn_like=lambda x: normal(
-                0, Stream.SAMPLE_NOISE, indices, (4, 32, 32), next(draws)).repeat(2, 1, 1, 1))[:args.batch]
+            model.forward_with_cfg,
+            (2 * args.batch, 4, 32, 32),
+            clip_denoised=False,
+            device=DEVICE,
+            model_kwargs=dict(y=y, cfg_scale=CFG_SCALE),
+            randn_like=lambda x, indices=indices, draws=draws: normal(
+                0, Stream.SAMPLE_NOISE, indices, (4, 32, 32), next(draws)
+            ).repeat(2, 1, 1, 1),
+        )[: args.batch]
         for index, image in zip(indices.tolist(), to_uint8(decode(vae, latents)).cpu().numpy()):
             save_png(png_path(folder, index), image)
         synchronize()
@@ -103,16 +111,38 @@ def ancestors_way(root, folder, args):
 def script(root, folder, precision, flags, args):
     """Images a second of the script, after its first batch, and the folder of its PNGs."""
     count = args.batch * args.batches
-    command = [sys.executable, "sample_ddp_computed_dlc.py", "--model", args.model, "--ckpt",
-               root / "model.safetensors", "--dlc-dir", root / "codes.npy", "--dlc-order", "sequential", "--vae",
-               root / "vae", "--sample-dir", folder, "--num-fid-samples", count, "--per-proc-batch-size", args.batch,
-               "--cfg-scale", CFG_SCALE, "--precision", precision, "--compile", *flags]
+    command = [
+        sys.executable,
+        "sample_ddp_computed_dlc.py",
+        "--model",
+        args.model,
+        "--ckpt",
+        root / "model.safetensors",
+        "--dlc-dir",
+        root / "codes.npy",
+        "--dlc-order",
+        "sequential",
+        "--vae",
+        root / "vae",
+        "--sample-dir",
+        folder,
+        "--num-fid-samples",
+        count,
+        "--per-proc-batch-size",
+        args.batch,
+        "--cfg-scale",
+        CFG_SCALE,
+        "--precision",
+        precision,
+        "--compile",
+        *flags,
+    ]
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(ended.stderr)
     (folder,) = (path for path in folder.iterdir() if path.is_dir())
     written = [png_path(folder, index).stat().st_mtime for index in range(count)]
-    return args.batch * (args.batches - 1) / (max(written) - max(written[:args.batch])), folder
+    return args.batch * (args.batches - 1) / (max(written) - max(written[: args.batch])), folder
 
 
 def main():
@@ -122,28 +152,50 @@ def main():
     add("--L", type=int, default=512, help="code positions [%(default)s]")
     add("--V", type=int, default=256, help="tokens a position [%(default)s]")
     add("--batch", type=int, default=64 if ON_GPU else 4, help="images at once [%(default)s here]")
-    add("--batches", type=int, default=3 if ON_GPU else 2,
-        help="batches a row, of which the first is not counted [%(default)s here]")
+    add(
+        "--batches",
+        type=int,
+        default=3 if ON_GPU else 2,
+        help="batches a row, of which the first is not counted [%(default)s here]",
+    )
     args = parser.parse_args()
     if ON_GPU:
-        torch.backends.cuda.matmul.allow_tf32 = True            # as in sampling
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling
     peaks = {precision: peak_flops(precision, 8192 if ON_GPU else 4096) for precision in PRECISIONS}
     flops = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32)
     table, folders = [], {}
 
     def add_row(name, precision, rate, folder, sampler, guided, reference):
         folders[name, precision] = folder
-        passes = len(sampler.times) + guided
-        row = {"": name, "precision": precision, "steps": len(sampler.times), "guided": guided, "images/s": rate,
-               "times the first": rate / (table[0]["images/s"] if table else rate),
-               "share of peak": rate * passes * flops / peaks[precision], "differs by": None, "within 1": None,
-               "from": None}
+        passes = len(sampler.times) + guided  # Heun's has two evaluations per step
+        row = {
+            "": name,
+            "precision": precision,
+            "steps": sampler.num_steps,
+            "guided": guided,
+            "images/s": rate,
+            "times the first": rate / (table[0]["images/s"] if table else rate),
+            "share of peak": rate * passes * flops / peaks[precision],
+            "differs by": None,
+            "within 1": None,
+            "from": None,
+        }
         if reference:
-            difference = np.abs(np.stack([read_png(png_path(folder, index)).astype(int)
-                                          - read_png(png_path(folders[reference], index))
-                                          for index in range(args.batch * args.batches)]))
-            row.update({"differs by": float(difference.mean()), "within 1": float((difference <= 1).mean()),
-                        "from": ", ".join(reference)})
+            difference = np.abs(
+                np.stack(
+                    [
+                        read_png(png_path(folder, index)).astype(int) - read_png(png_path(folders[reference], index))
+                        for index in range(args.batch * args.batches)
+                    ]
+                )
+            )
+            row.update(
+                {
+                    "differs by": float(difference.mean()),
+                    "within 1": float((difference <= 1).mean()),
+                    "from": ", ".join(reference),
+                }
+            )
         table.append(row)
         print(row, flush=True)
 
@@ -153,8 +205,8 @@ def main():
         AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
         rough_checkpoint(root, args)
         ddpm = create_sampler("ddpm", STEPS)
-        rate = ancestors_way(root, root / "ancestors", args)
-        add_row(ANCESTORS, "fp32", rate, root / "ancestors", ddpm, STEPS, None)
+        rate = draw_baseline(root, root / "baseline", args)
+        add_row(BASELINE, "fp32", rate, root / "baseline", ddpm, STEPS, None)
         for number, (name, precision, flags, reference) in enumerate(ROWS):
             if "--cuda-graphs" in flags and not ON_GPU:
                 continue
@@ -163,8 +215,17 @@ def main():
             bounds = INTERVAL if "--t-min" in flags else (0, 999)
             guided = sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
             add_row(name, precision, rate, folder, sampler, guided, reference)
-    record("sampling", table, model=args.model, L=args.L, V=args.V, batch=args.batch, cfg_scale=CFG_SCALE,
-           forward_gflops=flops / 1e9, peak_tflops={key: peak / 1e12 for key, peak in peaks.items()})
+    record(
+        "sampling",
+        table,
+        model=args.model,
+        L=args.L,
+        V=args.V,
+        batch=args.batch,
+        cfg_scale=CFG_SCALE,
+        forward_gflops=flops / 1e9,
+        peak_tflops={key: peak / 1e12 for key, peak in peaks.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ ready, on images VAE and encoder as well.
 MFU: the model's FLOPs, from its shapes and without recomputation, over what a large matrix product reaches on the same
 device in that precision.
 """
+
 import argparse
 import importlib
 import json
@@ -27,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageDraw
 
+from benchmarks.bars import draw_bars
 from benchmarks.extraction import SD_VAE, write_photographs
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
@@ -40,8 +41,16 @@ from train_diffusion import argument_parser
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
-ROWS = ["train_original", "train_baseline", "train_amp", "train_features", "train_tf32_disabled",
-        "train_fast --checkpoint-activations --no-compile", "train_fast --no-compile", "train_fast --compile"]
+ROWS = [
+    "train_original",
+    "train_baseline",
+    "train_amp",
+    "train_features",
+    "train_tf32_disabled",
+    "train_fast --checkpoint-activations --no-compile",
+    "train_fast --no-compile",
+    "train_fast --compile",
+]
 # runs a command into a file and says its status and peak memory, kiB: a process begins with the peak of the one that
 # starts it, and this one is small
 OBSERVER = """import os, subprocess, sys
@@ -50,8 +59,15 @@ _, status, usage = os.wait4(process.pid, 0)
 print(status, usage.ru_maxrss)"""
 
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-                 "MemoryError", "can't allocate memory", "SIGKILL")
+OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MemoryError",
+    "can't allocate memory",
+    "SIGKILL",
+)
 
 
 def options(row):
@@ -65,9 +81,14 @@ def options(row):
 def described(row, on_gpu=ON_GPU):
     """What a row's options are, by the columns of the table."""
     chosen = options(row)
-    return {"": row, "data": "images" if chosen.features_path is None else "features",
-            "checkpointing": chosen.checkpoint_activations, "precision": chosen.precision,
-            "TF32": on_gpu and chosen.tf32, "compiled": on_gpu if chosen.compile is None else chosen.compile}
+    return {
+        "": row,
+        "data": "images" if chosen.features_path is None else "features",
+        "checkpointing": chosen.checkpoint_activations,
+        "precision": chosen.precision,
+        "TF32": on_gpu and chosen.tf32,
+        "compiled": on_gpu if chosen.compile is None else chosen.compile,
+    }
 
 
 def run(*command, output):
@@ -94,16 +115,37 @@ def make_data(root, args):
         AutoencoderKL(**SD_VAE).save_pretrained(vae)
     if not args.encoder:
         save_encoder(SEMEncoder(), encoder)
-    with_codes = any(model.startswith("DiTSEM") for model in args.model)
+    with_codes = any(DiT_models[model].conditioning == "codes" for model in args.model)
     if not args.features_path:
-        failed, _ = run("extract_features_withdlc.py", "--data-path", images, "--features-path", root / "features",
-                        "--image-size", args.image_size, "--vae", vae, "--encoder", encoder if with_codes else "none",
-                        "--posterior", "moments", "--dtype", "float32", "--flip", "none", "--num-workers",
-                        args.num_workers, output=root / "output.txt")
+        failed, _ = run(
+            "extract_features_withdlc.py",
+            "--data-path",
+            images,
+            "--features-path",
+            root / "features",
+            "--image-size",
+            args.image_size,
+            "--vae",
+            vae,
+            "--encoder",
+            encoder if with_codes else "none",
+            "--posterior",
+            "moments",
+            "--dtype",
+            "float32",
+            "--flip",
+            "none",
+            "--num-workers",
+            args.num_workers,
+            output=root / "output.txt",
+        )
         if failed:
             raise RuntimeError((root / "output.txt").read_text())
-    return dict(images=["--data-path", images, "--image-size", args.image_size, "--vae", vae, "--flip", "none"],
-                encoder=["--encoder", encoder], features=["--features-path", args.features_path or root / "features"])
+    return dict(
+        images=["--data-path", images, "--image-size", args.image_size, "--vae", vae, "--flip", "none"],
+        encoder=["--encoder", encoder],
+        features=["--features-path", args.features_path or root / "features"],
+    )
 
 
 def train(row, model, batch, data, root, args):
@@ -111,24 +153,47 @@ def train(row, model, batch, data, root, args):
     variant, *flags = row.split()
     source = data["features"]
     if options(row).features_path is None:
-        source = data["images"] + (data["encoder"] if model.startswith("DiTSEM") else [])
+        source = data["images"] + (data["encoder"] if DiT_models[model].conditioning == "codes" else [])
     results = root / "results"
     failed, memory = run(
-        "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend", "no",
-        "--mixed_precision", "no", f"train_options/{variant}.py", "--model", model, "--results-dir", results,
-        "--global-batch-size", batch, "--max-steps", 2 * args.steps, "--log-every", args.steps, "--num-workers",
-        args.num_workers, *source, *flags, output=root / "output.txt")
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        1,
+        "--num_machines",
+        1,
+        "--dynamo_backend",
+        "no",
+        "--mixed_precision",
+        "no",
+        f"train_options/{variant}.py",
+        "--model",
+        model,
+        "--results-dir",
+        results,
+        "--global-batch-size",
+        batch,
+        "--max-steps",
+        2 * args.steps,
+        "--log-every",
+        args.steps,
+        "--num-workers",
+        args.num_workers,
+        *source,
+        *flags,
+        output=root / "output.txt",
+    )
     if failed:
         shutil.rmtree(results, ignore_errors=True)
         return None, None, failed
     lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(results)                                      # its checkpoint may be of 13 GB
+    shutil.rmtree(results)  # its checkpoint may be of 13 GB
     return lines[-1]["steps_per_second"], [line["loss"] for line in lines], lines[-1]["peak_memory_gib"] or memory
 
 
 def build(model, args):
     """The model, and random conditions of a batch (n, ...) for it."""
-    if model.startswith("DiTSEM"):
+    if DiT_models[model].conditioning == "codes":
         L, V = code_shape(args)
         return DiT_models[model](input_size=args.image_size // 8, L=L, V=V), lambda n: torch.randint(V, (n, L))
     return DiT_models[model](input_size=args.image_size // 8), lambda n: torch.randint(1000, (n,))
@@ -163,7 +228,7 @@ def model_alone(row, model, batch, args):
         synchronize()
         seconds.append(time.perf_counter() - start)
         module.zero_grad()
-    return float(np.mean(seconds[args.steps:]))
+    return float(np.mean(seconds[args.steps :]))
 
 
 def measure(row, model, batch, data, root, args, flops, peak):
@@ -171,56 +236,59 @@ def measure(row, model, batch, data, root, args, flops, peak):
     rate, losses, memory = train(row, model, batch, data, root, args)
     outside = None
     if rate:
-        failed, _ = run("-m", "benchmarks.train_options", *sys.argv[1:], "--model", model, "--batch", batch, "--alone",
-                        row, output=root / "output.txt")
+        failed, _ = run(
+            "-m",
+            "benchmarks.train_options",
+            *sys.argv[1:],
+            "--model",
+            model,
+            "--batch",
+            batch,
+            "--alone",
+            row,
+            output=root / "output.txt",
+        )
         outside = None if failed else 1000 / rate - 1000 * float((root / "output.txt").read_text().split()[-1])
     return {
-        "": row, "model": model, "batch": batch, **described(row), "steps/s": rate, "images/s": rate and rate * batch,
-        "MFU": rate and rate * batch * flops / peak, "memory GiB": memory, "outside ms": outside}, losses
+        "": row,
+        "model": model,
+        "batch": batch,
+        **described(row),
+        "steps/s": rate,
+        "images/s": rate and rate * batch,
+        "MFU": rate and rate * batch * flops / peak,
+        "memory GiB": memory,
+        "outside ms": outside,
+    }, losses
 
 
 def peak_of(chosen):
     """FLOPs a second that the device reaches in a row's precision."""
     torch.backends.cuda.matmul.allow_tf32 = chosen.tf32
     peak = peak_flops(chosen.precision, 8192 if ON_GPU else 4096)
-    torch.cuda.empty_cache()                                    # the rows need the memory; without a GPU, nothing
+    torch.cuda.empty_cache()  # the rows need the memory; without a GPU, nothing
     return peak
-
-
-def draw_bars(rows, path, width=1000, bar=18):
-    """A picture of the rows' images a second, a group for each model and batch."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(f"{row['model']}, batch {row['batch']}", []).append(row)
-    height = 30 + sum(40 + (bar + 6) * len(group) for group in groups.values())
-    most = max([row["images/s"] or 0 for row in rows]) or 1
-    picture = Image.new("RGB", (width, height), "white")
-    draw, left, right, y = ImageDraw.Draw(picture), 310, width - 190, 10
-    draw.text((left, y), "training, images/s (peak memory)", fill="black")
-    for title, group in groups.items():
-        y += 30
-        draw.text((10, y - 6), title, fill=(31, 90, 180))
-        y += 10
-        for row in group:
-            end = left + (right - left) * (row["images/s"] or 0) / most
-            draw.text((24, y + 3), row[""], fill="black")
-            colour = (31, 90, 180) if row["data"] == "features" else (150, 180, 220)
-            draw.rectangle((left, y, end, y + bar), fill=colour)
-            draw.text((end + 6, y + 3), "out of memory" if row["images/s"] is None else
-                      f"{row['images/s']:.3g}  ({row['memory GiB']:.1f} GiB)", fill="black")
-            y += bar + 6
-    draw.text((left, y + 6), "light: from images; dark: from features", fill="black")
-    picture.save(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", default=["DiT-XL/2", "DiTSEM-XL/2"] if ON_GPU else ["DiTSEM-S/2"], choices=DiT_models,
-        metavar="MODEL", help="names in DiT_models [%(default)s here]")
+    add(
+        "--model",
+        nargs="+",
+        default=["DiT-XL/2", "DiTSEM-XL/2"] if ON_GPU else ["DiTSEM-S/2"],
+        choices=DiT_models,
+        metavar="MODEL",
+        help="names in DiT_models [%(default)s here]",
+    )
     add("--batch", nargs="+", type=int, default=[128, 256] if ON_GPU else [8], help="images a step [%(default)s here]")
     add("--rows", nargs="+", default=ROWS, help="variants, each with its flags in quotes [all of them]")
-    add("--steps", type=int, default=30 if ON_GPU else 6, help="steps counted, as many before them not [%(default)s here]")
+    add(
+        "--steps",
+        type=int,
+        default=30 if ON_GPU else 6,
+        help="measured steps, after a warm-up of as many [%(default)s here]",
+    )
     add("--images", type=int, default=2048 if ON_GPU else 64, help="synthetic images [%(default)s here]")
     add("--image-size", type=int, default=256, help="pixels [%(default)s]")
     add("--data-path", help="folder of images [synthetic]")
@@ -228,7 +296,7 @@ def main():
     add("--vae", help="ema, mse, a directory or a hub id [Stable Diffusion's shape, untrained]")
     add("--encoder", help="SEM encoder [ViT-L/14, L=512, V=256, untrained]")
     add("--num-workers", type=int, default=default_num_workers(), help="data readers [%(default)s here]")
-    add("--alone", help=argparse.SUPPRESS)                       # one row's model, in a process of its own
+    add("--alone", help=argparse.SUPPRESS)  # one row's model, in a process of its own
     args = parser.parse_args()
     if args.alone:
         print(model_alone(args.alone, args.model[0], args.batch[0], args))
@@ -245,17 +313,26 @@ def main():
                 first, first_losses = None, None
                 for name in args.rows:
                     chosen = options(name)
-                    row, losses = measure(name, model, batch, data, root, args, flops,
-                                          peaks[chosen.precision, chosen.tf32])
+                    row, losses = measure(
+                        name, model, batch, data, root, args, flops, peaks[chosen.precision, chosen.tf32]
+                    )
                     first, first_losses = first or row["images/s"], first_losses or losses
                     row["times the first"] = row["images/s"] and row["images/s"] / first
                     row["loss differs by"] = losses and float(
-                        np.abs(np.array(losses) / np.array(first_losses) - 1).max())
+                        np.abs(np.array(losses) / np.array(first_losses) - 1).max()
+                    )
                     table.append(row)
                     print(row, flush=True)
-    path = record("train_options", table, image_size=args.image_size, steps=args.steps, model_gflops_an_image=gflops,
-                  peak_tflops={f"{precision}{'' if tf32 else ', no TF32'}": peak / 1e12
-                               for (precision, tf32), peak in peaks.items()})
+    path = record(
+        "train_options",
+        table,
+        image_size=args.image_size,
+        steps=args.steps,
+        model_gflops_an_image=gflops,
+        peak_tflops={
+            f"{precision}{'' if tf32 else ', no TF32'}": peak / 1e12 for (precision, tf32), peak in peaks.items()
+        },
+    )
     draw_bars(table, path.with_suffix(".png"))
 
 

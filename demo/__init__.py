@@ -1,1 +1,1 @@
-"""A demonstration on scikit-learn's handwritten digits that needs two CPU cores and no download."""
+"""A demonstration on scikit-learn's handwritten digits: two CPU cores, no download."""

@@ -3,10 +3,11 @@
     python -m demo.digits DIGITS
 
 writes DIGITS/train/{digit}/{index:04d}.png (1,437 images) and DIGITS/heldout/{digit}/{index:04d}.png (360), where index
-is the place in `sklearn.datasets.load_digits`. The split is fixed and holds each digit in its share; running again
-writes the same bytes. Nothing is downloaded: the scans come with scikit-learn (Alpaydin & Kaynak 1998, "Optical
+is the position in `sklearn.datasets.load_digits`. The split is fixed and stratified by digit; running it again writes
+the same bytes. Nothing is downloaded: the scans come with scikit-learn (Alpaydin & Kaynak 1998, "Optical
 Recognition of Handwritten Digits", UCI).
 """
+
 import argparse
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-IMAGE_SIZE = 64      # pixels
-SCAN_SIZE = 8        # pixels
-INK = 16             # the darkest of the scans' grey levels, 0..16
-HELDOUT = 360        # images, about a fifth
+IMAGE_SIZE = 64  # pixels
+SCAN_SIZE = 8  # pixels
+INK = 16  # highest grey level of the scans, 0..16
+HELDOUT = 360  # images, about a fifth
 SPLIT_SEED = 0
 
 
@@ -27,15 +28,17 @@ def load_images():
     """All digits in scikit-learn's order: images (1797, 64, 64, 3) uint8 and labels (1797,) int64."""
     scans, labels = load_digits(return_X_y=True)
     grey = np.rint(scans.reshape(-1, SCAN_SIZE, SCAN_SIZE) * (255 / INK)).astype(np.uint8)
-    images = np.stack([Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-                       for scan in grey])                                  # (n, 64, 64)
+    images = np.stack(
+        [Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for scan in grey]
+    )  # (n, 64, 64)
     return np.repeat(images[..., None], 3, axis=3), labels.astype(np.int64)
 
 
 def split_indices(labels):
-    """Indices of the train and of the held-out images, (1437,) and (360,), each ascending."""
-    train, heldout = train_test_split(np.arange(len(labels)), test_size=HELDOUT, random_state=SPLIT_SEED,
-                                      stratify=labels)
+    """Indices of the train and held-out images, (1437,) and (360,), each ascending."""
+    train, heldout = train_test_split(
+        np.arange(len(labels)), test_size=HELDOUT, random_state=SPLIT_SEED, stratify=labels
+    )
     return np.sort(train), np.sort(heldout)
 
 
@@ -47,7 +50,7 @@ def load_split(name):
 
 
 class DigitReader:
-    """Reads the digit off an image: a support vector machine on 8x8 pixels, fitted to the train scans."""
+    """Classifies the digit on an image: a support vector machine on 8x8 pixels, fitted to the train scans."""
 
     def __init__(self):
         images, labels = load_split("train")
@@ -55,18 +58,18 @@ class DigitReader:
 
     @staticmethod
     def scans(images):
-        """Images (n, 64, 64, 3) uint8 back to scans (n, 64) in 0..1, by averages of 8x8 pixels."""
+        """Images (n, 64, 64, 3) uint8 back to scans (n, 64) in 0..1: averages over 8x8 pixels."""
         cell = IMAGE_SIZE // SCAN_SIZE
         cells = images.reshape(-1, SCAN_SIZE, cell, SCAN_SIZE, cell, 3)
-        return cells.mean(axis=(2, 4, 5)).reshape(-1, SCAN_SIZE ** 2) / 255
+        return cells.mean(axis=(2, 4, 5)).reshape(-1, SCAN_SIZE**2) / 255
 
     def __call__(self, images):
-        """The digits seen on images (n, 64, 64, 3) uint8: (n,) int64."""
+        """The digits on images (n, 64, 64, 3) uint8: (n,) int64."""
         return self.svc.predict(self.scans(images))
 
 
 def write_image_folder(root):
-    """Write both splits under root as PNG files, one folder a digit; returns how many images."""
+    """Write both splits under root as PNG files, one folder per digit. Returns the number of images."""
     images, labels = load_images()
     for name, indices in zip(("train", "heldout"), split_indices(labels)):
         for index in indices:
@@ -78,7 +81,7 @@ def write_image_folder(root):
 
 def main():
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an image folder.")
-    parser.add_argument("out_dir", help="folder to write; made where missing")
+    parser.add_argument("out_dir", help="write the images into this folder, which is created if missing")
     args = parser.parse_args()
     print(f"{write_image_folder(args.out_dir)} images under {args.out_dir}")
 

@@ -3,6 +3,7 @@
 Notation: Ho et al. 2020 (DDPM, arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672), Song et al. 2020 (DDIM,
 arXiv 2010.02502). x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) eps.
 """
+import collections
 import math
 
 import torch
@@ -59,13 +60,13 @@ class GaussianDiffusion:
             "posterior_coefficient_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod),
             "posterior_log_variance": posterior_log_variance,
             "log_betas": self.betas.log(),
-            # at t = 0, too, the posterior's of t = 1: ADM's choice, kept for equal likelihoods
+            # at t = 0 the posterior's of t = 1: ADM's choice, kept for equal likelihoods
             "fixed_large_log_variance": torch.cat([posterior_log_variance[:1], self.betas[1:].log()]),
         }
         self._device_tables = {}
 
     def _at(self, name, t, like):
-        """Entry t (N,) of a table as float32 (N, 1, ...), from the copy kept on `like`'s device."""
+        """Entry t (N,) of a table as float32 (N, 1, ...), from a copy of the table kept on t's device."""
         if t.device not in self._device_tables:
             self._device_tables[t.device] = {
                 key: table.to(t.device, torch.float32 if table.is_floating_point() else table.dtype)
@@ -99,7 +100,7 @@ class GaussianDiffusion:
     # ------------------------------------------------------------------ reverse process
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """The model's p(x_{t-1} | x_t), and the x_0 it sees.
+        """The model's p(x_{t-1} | x_t), and the x_0 that it predicts.
 
         Args:
             clip_denoised: clamp that x_0 to [-1, 1]. For pixels; latents want False.
@@ -140,7 +141,7 @@ class GaussianDiffusion:
 
     def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None,
                  randn_like=torch.randn_like):
-        """One ancestral step x_t -> x_{t-1}. Draws one standard normal, at t = 0 too, where its weight is 0.
+        """One ancestral step x_t -> x_{t-1}. Draws one standard normal, also at t = 0, where its weight is 0.
 
         Returns a dict: sample, pred_xstart.
         """
@@ -195,7 +196,7 @@ class GaussianDiffusion:
         """Ancestral sampling from x_T (N, ...), a generator of each step's dict: sample, pred_xstart.
 
         `noise` is x_T; None draws it. With a fixed global seed the draws are those of the reference implementations:
-        x_T, then one normal of x's shape a step.
+        x_T, then one normal of x's shape per step.
         """
         return self._loop(self.p_sample, model, shape, noise, device, progress, randn_like,
                           dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs))
@@ -219,7 +220,7 @@ class GaussianDiffusion:
     # ------------------------------------------------------------------ losses
 
     def _variational_bound_terms(self, output, x_start, x_t, t, clip_denoised=False):
-        """One term of the variational bound, in bits a dimension: (N,), with the x_0 that the model sees.
+        """One term of the variational bound, in bits per dimension: (N,), with the x_0 that the model predicts.
 
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) at t = 0.
         """
@@ -233,7 +234,7 @@ class GaussianDiffusion:
         """The loss of each sample at steps t (N,).
 
         "mse": squared error of the prediction, and with a learned variance plus the bound of the variance alone (the
-        mean detached), weighted by steps/1000 in "rescaled_mse", by 1 in "mse". "kl": the bound of both, in bits a
+        mean detached), weighted by steps/1000 in "rescaled_mse", by 1 in "mse". "kl": the bound of both, in bits per
         dimension; "rescaled_kl": the same times the number of steps, an estimate of the whole sum.
 
         Returns a dict of (N,): loss, and for the MSE losses mse, and with a learned variance vb.
@@ -260,7 +261,7 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, randn_like=torch.randn_like):
-        """The variational bound on -log p(x_0), term by term, in bits a dimension.
+        """The variational bound on -log p(x_0), term by term, in bits per dimension.
 
         Returns a dict: total_bpd (N,), prior_bpd (N,), and, with steps from the last to the first, vb (N, steps),
         xstart_mse (N, steps), mse (N, steps) of eps.
@@ -285,6 +286,4 @@ class GaussianDiffusion:
 
 
 def last_sample(steps):
-    for out in steps:
-        pass
-    return out["sample"]
+    return collections.deque(steps, maxlen=1).pop()["sample"]

@@ -1,4 +1,5 @@
 """The command line: flags, errors in one line, warnings said once, and progress. Imports nothing heavy."""
+
 import argparse
 import contextlib
 import functools
@@ -11,21 +12,23 @@ import sys
 import threading
 import time
 
-LONGEST_LINE = 300          # characters of an error
-PLAIN_SECONDS = 30          # between two lines of progress where standard error is no terminal
-WARNED = set()              # subjects that this process has warned of
+LONGEST_LINE = 300  # characters of an error
+PLAIN_SECONDS = 30  # between two lines of progress where standard error is no terminal
+WARNED = set()  # subjects that this process has warned of
 
 
 def printable(text):
     """The text without control characters, by which a file's name or content could steer the terminal."""
-    return "".join(character if character.isprintable() else "?" if character > " " else " " for character in
-                   re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", str(text)))
+    return "".join(
+        character if character.isprintable() else "?" if character > " " else " "
+        for character in re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", str(text))
+    )
 
 
 def one_line(text, limit=LONGEST_LINE):
     """The text as one printable line; of one that is too long, the middle is left out: its end says what to do."""
     line = " ".join(printable(text).split())
-    return line if len(line) <= limit else f"{line[:limit * 3 // 5]} … {line[-limit * 2 // 5 + 3:]}"
+    return line if len(line) <= limit else f"{line[: limit * 3 // 5]} … {line[-limit * 2 // 5 + 3 :]}"
 
 
 def warn_once(subject, message):
@@ -39,19 +42,23 @@ def warn_once(subject, message):
 #                                     Flags                                     #
 #################################################################################
 
+
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high, never infinite or NaN (which no comparison holds for)."""
+
     def parse(text):
         value = kind(text)
         if not (low <= value <= high and value != math.inf):
             raise argparse.ArgumentTypeError(
-                f"{text}: must be {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
+                f"{text}: must be {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}"
+            )
         return value
-    parse.__name__ = kind.__name__           # argparse names it where text is no number at all
+
+    parse.__name__ = kind.__name__  # argparse names it where text is no number at all
     return parse
 
 
-SEED = number(int, 0, 2**63 - 1)             # the argparse type of --global-seed
+SEED = number(int, 0, 2**63 - 1)  # the argparse type of --global-seed
 
 
 def path_or_name(text):
@@ -67,12 +74,20 @@ def path_or_name(text):
     return expanded
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default in brackets, unless its help ends with one, as of a default that depends on the data."""
+
+    def _get_help_string(self, action):
+        text = action.help
+        stated = action.default is None or action.default is False or text.endswith("]") or not action.option_strings
+        return text if stated or action.default == argparse.SUPPRESS else f"{text} [%(default)s]"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
 
     def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         **kwargs)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.register("type", None, path_or_name)
 
     def error(self, message):
@@ -87,7 +102,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """End the script. Data readers ignore the signal by which multiprocessing would end them, and then wait for."""
         readers = multiprocessing.active_children()
         if readers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise that they were killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
         for reader in readers:
             reader.kill()
         super().exit(status, message)
@@ -126,31 +141,38 @@ class ArgumentParser(argparse.ArgumentParser):
             yield
         except KeyboardInterrupt:
             self.interrupted(again)
-        except (*mistakes, RuntimeError, MemoryError, ConnectionError, EOFError) as error:
+        except (*mistakes, ConnectionError, EOFError, RuntimeError, MemoryError) as error:
             if is_killed_reader(error):
-                self.error("a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
-                           f"--num-workers; {again}")
+                self.error(
+                    f"a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
+                    f"--num-workers; {again}"
+                )
             if isinstance(error, mistakes):
                 self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
-            if "by peer" in str(error):                     # gloo's words for a process that is gone
+            if "by peer" in str(error):  # gloo's words for a process that is gone
                 self.error(f"another process ended early, and said why; {again}")
             raise
 
 
 def is_killed_reader(error):
-    """Whether an exception out of a data loader tells that one of its workers died of a signal.
+    """Whether an exception says that a data loader's worker process died of a signal.
 
-    torch says so where it waits for a batch; a worker that dies while it hands one over leaves a broken connection.
+    torch raises a RuntimeError, unless the worker dies while a batch is fetched from it, which breaks their connection.
+    An exception within a worker, which is raised here again, starts with "Caught".
     """
-    return isinstance(error, (ConnectionError, EOFError)) or (
-        isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)) and not str(error).startswith(
+        "Caught"
+    )
 
 
 #################################################################################
 #                                   Progress                                    #
 #################################################################################
+
 
 def progress(iterable=None, *, bar_format=None, **kwargs):
     """tqdm in a terminal; elsewhere the same numbers as a plain line at most every 30 s, and one at the end.
@@ -160,6 +182,7 @@ def progress(iterable=None, *, bar_format=None, **kwargs):
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         return tqdm(iterable, bar_format=bar_format, **kwargs)
     return plain_progress()(iterable, **kwargs)
 
@@ -170,7 +193,7 @@ def plain_progress():
     from tqdm import tqdm
 
     class PlainProgress(tqdm):
-        monitor_interval = 0        # no thread: each update looks at the clock
+        monitor_interval = 0  # no thread: each update looks at the clock
 
         def __init__(self, iterable=None, delay=0, **kwargs):
             # tqdm itself prints nothing before `delay` is over, so the first line is that of the first 30 s
@@ -186,8 +209,12 @@ def plain_progress():
             left = f", {tqdm.format_interval(max(0, total - done) / rate)} left" if rate and total else ""
             postfix = f", {values['postfix']}" if values["postfix"] else ""
             percent = f" ({done / total:.0%})" if total else ""
-            print(f"{self.desc or 'progress'}: {done:,.0f}{share} {self.unit}{percent}, {rate:.3g} {self.unit}/s, "
-                  f"{tqdm.format_interval(seconds)} elapsed{left}{postfix}", file=sys.stderr, flush=True)
+            print(
+                f"{self.desc or 'progress'}: {done:,.0f}{share} {self.unit}{percent}, {rate:.3g} {self.unit}/s, "
+                f"{tqdm.format_interval(seconds)} elapsed{left}{postfix}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.printed = done
 
         def set_postfix(self, ordered_dict=None, refresh=True, **kwargs):
@@ -196,7 +223,7 @@ def plain_progress():
         def close(self):
             if not self.disable:
                 if self.printed != self.n and self.format_dict["elapsed"] >= self.shortest:
-                    self._ema_dt = lambda: None                 # the last line tells the mean rate, as tqdm's does
+                    self._ema_dt = lambda: None  # the last line tells the mean rate, as tqdm's does
                     self.display()
                 self.disable = True
 

@@ -1,8 +1,9 @@
 """Files written whole or not at all, locks against a second launch, and JSON: what every stage needs of a disk.
 
-Disks differ. Some network disks cannot sync a directory, some have no locks: there, a warning is printed once and the
-work goes on. An error that says that data were lost (EIO, ENOSPC, …) is never passed over.
+Some network disks cannot sync a directory, some have no locks. There, one warning is printed and the work goes on. An
+error that means lost data (EIO, ENOSPC, …) is always raised.
 """
+
 import contextlib
 import errno
 import json
@@ -16,18 +17,18 @@ from dlc.cli import one_line, warn_once
 
 try:
     import fcntl
-except ImportError:                 # not a Unix
+except ImportError:  # not a Unix
     fcntl = None
 
-LOCK_PATIENCE = 20                  # seconds to wait for a launch that may just have been killed
-LARGEST_JSON = 2**28                # bytes; the manifest of a million skipped images has about half of that
+LOCK_PATIENCE = 20  # seconds to wait for a launch that may have been killed just now
+LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 
 def sync(path):
-    """Bring a file's bytes, or a directory's names, to the disk, so that they outlive a crash of the machine.
+    """Flush a file's bytes, or a directory's names, to the disk, so that they survive a crash of the machine.
 
-    A disk that cannot do that gets one warning. Raises OSError where it can and fails.
+    On a disk that cannot do this, warn once. Raises OSError if the disk can do it and fails.
     """
     is_directory = os.path.isdir(path)
     if is_directory and os.name != "posix":
@@ -39,18 +40,21 @@ def sync(path):
         finally:
             os.close(descriptor)
     except OSError as error:
-        # a directory that cannot be opened to sync it (EACCES, EISDIR on some mounts) can still hold files
+        # on some mounts a directory cannot be opened for syncing (EACCES, EISDIR), and still holds files
         if error.errno not in UNSUPPORTED | ({errno.EACCES, errno.EISDIR, errno.EBADF} if is_directory else set()):
             raise
         what = "directories" if is_directory else "files"
-        warn_once(f"sync {what}", f"the disk of {path} cannot sync {what} ({error.strerror}): what was written last may "
-                                  "be lost if the machine crashes")
+        warn_once(
+            f"sync {what}",
+            f"the disk of {path} cannot sync {what} ({error.strerror}): what was written last "
+            "may be lost if the machine crashes",
+        )
 
 
 def write_whole(path, write):
-    """Let write(file) fill a temporary file, then rename it to path: a reader sees the whole file or none.
+    """Let write(file) fill a temporary file, then rename it to path, so that readers see the whole file or none.
 
-    An exception in write, or Ctrl-C, leaves nothing behind. Raises OSError, naming the file, if the disk fails.
+    If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the file, if the disk fails.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -66,57 +70,64 @@ def write_whole(path, write):
         raise
 
 
+def write_bytes(path, content):
+    """Write bytes as `write_whole` does."""
+    write_whole(path, lambda file: file.write(content))
+
+
 def remove_temporaries(directory, name=""):
-    """Remove the temporary files of write_whole calls that were killed, for target names that start with `name`."""
+    """Remove the temporary files of killed `write_whole` calls whose targets' names start with `name`."""
     for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
         if temporary.name.startswith(f".{name}"):
             temporary.unlink(missing_ok=True)
 
 
 class DirectoryLock:
-    """Keeps a second launch out of a directory while this process works there: flock on `directory/.lock`.
+    """Keeps a second launch out of a directory while this process works there, by flock on `directory/.lock`.
 
-    The kernel drops the lock when the process dies, however it dies.
+    The kernel releases the lock when the process ends, however it ends.
     """
 
     def __init__(self, directory):
         self.path, self.file = Path(directory) / ".lock", None
 
     def acquire(self, patience=None):
-        """Take the lock, in a directory that is made where missing. On a disk without locks, warn once and go on.
+        """Take the lock; create the directory if it does not exist. On a disk without locks, warn once and go on.
 
         Args:
-            patience: seconds to wait for another launch, which may have been killed and not be gone yet
-                [LOCK_PATIENCE].
+            patience: seconds to wait for another launch, which may be about to die [LOCK_PATIENCE].
 
         Raises ValueError if another launch keeps the lock, OSError if the lock file cannot be opened.
         """
-        deadline, told = time.monotonic() + (LOCK_PATIENCE if patience is None else patience), False
+        deadline, announced = time.monotonic() + (LOCK_PATIENCE if patience is None else patience), False
         while not self._try():
             if time.monotonic() > deadline:
                 raise ValueError(f"another process is writing to {self.path.parent}: wait for it, or give another path")
-            if not told:
+            if not announced:
                 print(f"waiting for another process that writes to {self.path.parent}", flush=True)
-                told = True
+                announced = True
             time.sleep(0.05)
 
     def _try(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(self.path, "ab+")
-        except FileNotFoundError:               # the launch before has just removed the directory, too
+        except FileNotFoundError:  # the previous launch has just removed the directory as well
             return False
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "no flock on this system")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the launch before may have removed the file in the meantime: then this is a lock on nothing
+            # the previous launch may have removed the file in the meantime: this lock would then exclude nobody
             held = os.path.exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         except OSError as error:
             held = error.errno in UNSUPPORTED
             if held:
-                warn_once("locks", f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that only "
-                                   "one launch writes there at a time")
+                warn_once(
+                    "locks",
+                    f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that "
+                    "only one launch writes there at a time",
+                )
             elif error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES):
                 file.close()
                 raise
@@ -127,22 +138,22 @@ class DirectoryLock:
         return held
 
     def release(self):
-        """Give the lock up, and remove its file and an empty directory; without effect where it is not held."""
+        """Release the lock, and remove its file and, if empty, the directory. Does nothing if the lock is not held."""
         if self.file is None:
             return
         with contextlib.suppress(OSError):
-            self.path.unlink()      # before it is released: afterwards, it could be the file of a launch that waited
+            self.path.unlink()  # before the release: a waiter could otherwise lock a file that is then removed
             self.path.parent.rmdir()
         self.file.close()
         self.file = None
 
 
 def write_json(path, value):
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path):
-    """The dict in a JSON file. Raises ValueError naming the file."""
+    """The dict in a JSON file. Raises ValueError, naming the file, if there is none."""
     try:
         if os.path.getsize(path) > LARGEST_JSON:
             raise ValueError(f"{os.path.getsize(path):,} bytes, more than any that this program writes")
@@ -156,20 +167,24 @@ def read_json(path):
     return value
 
 
-# What a value out of JSON has to be: whether it is, and the words for it.
+# Kinds of values in JSON: a test of a value, and words for what it has to be.
 TEXT = (lambda value: isinstance(value, str)), "text"
 SWITCH = (lambda value: isinstance(value, bool)), "true or false"
 
 
 def whole_number(low, high=2**63 - 1):
-    return (lambda value: type(value) is int and low <= value <= high,
-            f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"))
+    return (
+        lambda value: type(value) is int and low <= value <= high,
+        f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"),
+    )
 
 
 def real_number(low, high=1e300):
-    """Never NaN or infinite, which Python's JSON has as well."""
-    return (lambda value: type(value) in (int, float) and low <= value <= high,
-            f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"))
+    """A finite number: Python's JSON also has NaN and infinities."""
+    return (
+        lambda value: type(value) in (int, float) and low <= value <= high,
+        f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"),
+    )
 
 
 def or_null(kind):
@@ -179,8 +194,10 @@ def or_null(kind):
 
 def list_of(kind, least=0, most=2**63):
     fits, words = kind
-    return (lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
-            f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}")
+    return (
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
+        f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}",
+    )
 
 
 def one_of(*values):
@@ -188,9 +205,9 @@ def one_of(*values):
 
 
 def check_values(where, values, kinds, needed=()):
-    """Raise ValueError, naming where and key, for a value that is not of its kind, and where a needed one is missing.
+    """Raise ValueError, naming where and key, for a value of another kind than its key's, and for a missing needed key.
 
-    Keys without a kind are passed over.
+    Keys without a kind are ignored.
     """
     for key, (fits, words) in kinds.items():
         if key in values and not fits(values[key]):
@@ -200,24 +217,28 @@ def check_values(where, values, kinds, needed=()):
 
 
 def is_plain_name(text):
-    """Whether a text out of a file names an entry of a folder, not a way out of it."""
-    return (isinstance(text, str) and text.isprintable() and text not in ("", ".", "..")
-            and not set("/\\:") & set(text))
+    """Whether a text from a file is the name of an entry of a folder, rather than a path that leads out of it."""
+    return isinstance(text, str) and text.isprintable() and text not in ("", ".", "..") and not set("/\\:") & set(text)
 
 
 def differences(there, here):
-    """How a dict on disk differs from the one here, in words; "" where they agree in all keys that are here."""
+    """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree."""
+
     def short(value):
         text = repr(value)
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):           # a digest
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
             return f"{value[:8]}…"
         if len(text) <= 60:
             return text
         return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
-    return "; ".join(f"{key} {short(there.get(key))} there, {short(value)} here"
-                     for key, value in here.items() if there.get(key) != value)
+
+    return "; ".join(
+        f"{key} {short(there.get(key))} there, {short(value)} here"
+        for key, value in here.items()
+        if there.get(key) != value
+    )
 
 
 def recorded_id(name):
-    """How files record a model or folder: a hub id as it is, a local path as an absolute path."""
+    """The name of a model or folder as files record it: a hub id as it is, a local path as an absolute path."""
     return str(Path(name).resolve()) if Path(name).exists() else name

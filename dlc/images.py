@@ -1,136 +1,192 @@
-"""Training on images themselves: a folder of them in the place of features, latents and codes made as they are needed.
+"""Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; and the views that networks see."""
 
-Images are decoded by the data loader's readers; the VAE and, for codes, the SEM encoder run on the training's device,
-without gradients. Both compute in float32 whatever the training's precision is, so that it changes neither the latents
-nor, by an argmax that falls otherwise, the codes: they are those of extraction but for rounding (on GPUs to what TF32
-is worth, unless --no-tf32).
-"""
-import math
+import errno
+import os
+import warnings
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
-from dlc.checkpoints import weights_sha256
-from dlc.cli import warn_once
-from dlc.encoder import load_encoder
-from dlc.extraction import Views, collate, flips_of
-from dlc.disk import recorded_id
-from dlc.latents import (IMAGENET_MEAN, IMAGENET_STD, downsampling_factor, in_batches, load_vae, normalize, posterior,
-                         vae_id)
-from dlc.listing import list_images, listing_sha256
+from dlc.disk import write_whole
 from dlc.noise import Stream, integers
-from dlc.runtime import done_by_rank_0
-from dlc.training import TrainingBatches
 
-FLIPS = ("random", "none")
-ENCODED_AT_ONCE = 32        # images: of more, the VAE's activations would take as much memory as training itself
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PNG_END = b"IEND\xaeB`\x82"
 
 
-class Column:
-    """Values in memory, one a row, gathered as those of a `Stack` are; they are in range by their making."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def gather(self, rows, limit=None):
-        return self.values[rows]
+#################################################################################
+#                                     Pixels                                    #
+#################################################################################
 
 
-class Images:
-    """What training asks of `Features`, of a folder with one folder of images a class.
+def center_crop(image, size):
+    """The crop of ADM (Dhariwal & Nichol 2021): resize the shorter side to `size`, then cut out the central square.
 
-    Row i is image i of `list_images`, which the first process reads for all. latent_kind is "images": batches are of
-    crops, and `Encode` makes the moments of them.
+    The image is halved with a box filter while its shorter side is at least twice the size, then resized bicubically.
+    An image more than 64 times as long as wide is first cut to its middle, because a line of 1 x 50,000 pixels would
+    fill the memory when resized.
+    """
+    longest = 64 * min(image.size)
+    if max(image.size) > longest:
+        left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
+        image = image.crop((left, top, image.width - left, image.height - top))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_rgb(path):
+    """The image at path in RGB, as torchvision's loader gives it: transparency is dropped, not blended.
+
+    Of 16-bit grey the high byte is kept, as Pillow does for 16-bit colour; for grey Pillow would clip at 255.
+
+    Raises ValueError for an image with more pixels than Pillow's limit, and for grey without a known range. Errors of
+    Pillow for broken files, and of the system for files out of reach, are passed on.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # at twice the limit Pillow raises
+        try:
+            image = Image.open(path)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}") from None
+    with image:
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"{image.format} of mode {image.mode}: its white level is not known")
+        # Pillow warns where a palette's transparency is dropped in one step
+        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def normalize(pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    """Pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 on the same device: scaled to [0, 1], minus mean, over std."""
+    # filled on the device: a copy from the CPU would make the CPU wait for the GPU
+    mean, std = (torch.stack([torch.full((1, 1), one, device=pixels.device) for one in value]) for value in (mean, std))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def to_uint8(images):
+    """Images (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, by 127.5 x + 128, clamped, as in DiT's sampler."""
+    return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def image_grid(images, columns):
+    """Lay out images (n, H, W, 3) uint8 NumPy in rows of so many columns, as a PIL image; empty places are black."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    grid = np.zeros((rows * columns, height, width, 3), np.uint8)
+    grid[:n] = images
+    grid = grid.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))
+
+
+#################################################################################
+#                                   PNG files                                   #
+#################################################################################
+
+
+def save_png(path, image):
+    """Write an image, PIL or (H, W, 3) uint8 NumPy, whole or not at all. Raises OSError naming the file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    write_whole(path, lambda file: image.save(file, format="png"))
+
+
+def read_png(path):
+    """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it cannot be read."""
+    try:
+        return np.array(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or no whole PNG ({error}): delete it and run the same command again to draw it"
+        ) from None
+
+
+def is_whole(path):
+    """Whether a PNG ends as a whole one does."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - len(PNG_END)))
+        return file.read() == PNG_END
+
+
+#################################################################################
+#                          Views of a folder of images                          #
+#################################################################################
+
+
+def flips_of(policy, count, seed):
+    """Whether each row of each image is flipped: (count, 1) bool, or (count, 2) for the policy "both".
+
+    The flips of "random" are a function of the seed and the image's index.
+    """
+    if policy == "both":
+        return np.tile([False, True], (count, 1))
+    if policy == "none":
+        return np.zeros((count, 1), bool)
+    return integers(seed, Stream.FLIP, torch.arange(count), 2).bool().unsqueeze(1).numpy()
+
+
+class Views(Dataset):
+    """The 8-bit views of each image of a folder: crops for the VAE and, never flipped, one for the SEM encoder.
 
     Args:
-        image_size: height and width of the crop, pixels.
-        vae: what --vae takes.
-        state: of the processes, one of which lists the images for all.
-        encoder: a directory or a reference checkpoint, the latter with L, V and backbone where they are not the
-            defaults; None where no codes are wanted.
-        flip: one of FLIPS; random: drawn anew at each place in the row of epochs.
-
-    Raises ValueError where there are no images, or networks cannot be had or do not fit the image size.
-    """
-    latent_kind = "images"
-
-    def __init__(self, state, data_path, image_size, vae, encoder=None, L=None, V=None, backbone=None, flip="random"):
-        self.image_size, self.flip = image_size, flip
-        factor = downsampling_factor(vae)
-        if image_size % factor:
-            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(data_path))
-        for remark in remarks:
-            warn_once(remark, remark)
-        self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
-        self.vae, self.encoder = load_vae(vae), None
-        if encoder:
-            self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
-        self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
-        self.latent_shape = (self.vae.config.latent_channels, image_size // factor, image_size // factor)
-        self.views = Views(data_path, paths, flips_of("none", len(paths), 0), image_size,
-                           self.encoder.image_size if encoder else None)
-        self.manifest = dict(
-            vae=recorded_id(vae_id(vae)), vae_sha256=weights_sha256(self.vae),
-            scaling_factor=self.vae.config.scaling_factor, flip=flip,
-            encoder_sha256=weights_sha256(self.encoder) if encoder else None, listing_sha256=listing_sha256(paths))
-
-    def __getstate__(self):
-        return {**self.__dict__, "vae": None, "encoder": None}      # a reader that is started afresh needs no networks
-
-    def validate(self):
-        """Nothing: to look at every image takes as long as an epoch, so each is looked at in the first."""
-
-
-class ImageBatches(TrainingBatches):
-    """`TrainingBatches` of Images: crops in place of latents and, where the condition is None, the encoder's views.
-
-    An item is one line of text, in place of tensors, where an image cannot be read.
+        root, paths: the folder, and the images' paths in it.
+        flips: (images, k) bool, whether each of the k crops is flipped.
+        image_size, code_size: sides of the crops and of the encoder's view, pixels; code_size None: no such view.
     """
 
-    def __getitem__(self, step):
-        """Places (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
-        item = super().__getitem__(step)
-        if isinstance(item, str):
-            return item
-        places, crops, condition = item
-        if self.features.flip == "random":
-            flipped = integers(self.seed, Stream.TRAIN_FLIP, places, 2).bool()
-            crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)
-        return places, crops, condition
+    def __init__(self, root, paths, flips, image_size, code_size):
+        # one array, because reference counts would make each worker copy a list of a million strings
+        self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
+        self.flips, self.image_size, self.code_size = flips, image_size, code_size
 
-    def gather(self, rows):
-        """Crops and conditions or views of images, none flipped. Raises OSError, naming it, for one out of reach."""
-        views = self.features.views
-        _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
-        if unreadable:
-            what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
-            raise OSError(f"cannot read {what}: mend what is broken, or take it away (a run that has checkpoints then "
-                          "continues with --allow-change); features are extracted without such images")
-        condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
-        return crops.squeeze(1), condition
+    def name(self, index):
+        """The path of an image relative to the root."""
+        return os.fsdecode(self.paths[index])
+
+    def path(self, index):
+        return os.path.join(self.root, self.name(index))
+
+    def crops(self, image, index):
+        crop = center_crop(image, self.image_size)
+        return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
+
+    def __getitem__(self, index):
+        """(index, crops (k, S, S, 3), view (s, s, 3) or None, None) or (index, None, None, (error, is broken))."""
+        try:
+            image = load_rgb(self.path(index))
+            code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
+            return index, self.crops(image, index), code_view, None
+        except Exception as error:  # Pillow's readers raise many types
+            reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
+            return index, None, None, (reason, is_broken(self.path(index), error))
 
 
-class Encode:
-    """The networks of Images, moved to a device: what ImageBatches give to what TrainingBatches of moments give."""
+def is_broken(path, error):
+    """Whether the image itself is at fault, and is to be skipped, not the disk or the memory, whose faults may pass."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a wrong offset
+        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)  # a dangling link
+    return not isinstance(error, MemoryError)
 
-    def __init__(self, images, device):
-        self.vae = images.vae.to(device)
-        self.vae.encoder.to(memory_format=torch.channels_last)
-        self.encoder = images.encoder.to(device).requires_grad_(False) if images.encoder else None
 
-    @torch.no_grad()
-    def __call__(self, crops, condition):
-        """Crops (n, S, S, 3) to the posterior's mean, then std (n, 8, S/8, S/8); views to codes (n, L), or as it is.
+def collate(items):
+    """A batch of items of `Views`: of the readable images, indices (n,), crops (n, k, S, S, 3) and views (n, s, s, 3)
+    or None; of the others, a list of (index, error, is broken).
 
-        Where the encoder's logits are not finite numbers, the moments are NaN.
-        """
-        parts = -(-len(crops) // ENCODED_AT_ONCE)
-        size = -(-len(crops) // parts)                  # all alike, so that the last one is hardly filled up
-        moments = in_batches(lambda part: torch.cat(posterior(self.vae, normalize(part)), dim=1), crops, size)
-        if self.encoder:
-            condition = in_batches(lambda part: self.encoder.codes(normalize(part, IMAGENET_MEAN, IMAGENET_STD)),
-                                   condition, size)
-            # no code: NaN latents in its place, at which the loss's check ends the run
-            moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
-            condition = condition.clamp(min=0)
-        return moments, condition
+    Without a readable image the first three are None.
+    """
+    good = [item[:3] for item in items if item[3] is None]
+    unreadable = [(item[0], *item[3]) for item in items if item[3] is not None]
+    if not good:
+        return None, None, None, unreadable
+    indices, crops, code_views = zip(*good)
+    return (
+        torch.tensor(indices),
+        torch.from_numpy(np.stack(crops)),
+        torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None,
+        unreadable,
+    )

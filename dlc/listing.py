@@ -1,10 +1,11 @@
-"""Which images lie in a folder with one folder of images a class, in which order, and what is left out of them.
+"""List the images of a folder with one subfolder per class: classes, order, labels, and remarks on what is left out.
 
-Of a sane folder, classes, order and labels are those of torchvision's ImageFolder. That passes over in silence what the
-disk does not give, and takes a notebook's .ipynb_checkpoints for a class, by which the labels after it shift by one: an
-error that stays in the features. Here an error of the disk stops the listing, hidden and system folders and files are
-left out, and what is left out, met twice or empty is said.
+Of an ordinary folder, classes, order and labels are those of torchvision's ImageFolder. But ImageFolder silently skips
+folders that the disk fails to list, and it takes a notebook's .ipynb_checkpoints for a class, which shifts all later
+labels by one, an error that then stays in the features. Here an error of the disk stops the listing, hidden and system
+folders and files are left out, and the remarks say what was left out, listed twice or empty.
 """
+
 import errno
 import hashlib
 import os
@@ -17,21 +18,68 @@ import numpy as np
 
 from dlc.cli import LONGEST_LINE, printable
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")       # torchvision's, in any case
-OTHER_IMAGES = {".apng", ".arw", ".avif", ".cr2", ".dcm", ".dib", ".dng", ".eps", ".exr", ".gif", ".heic", ".heif",
-                ".ico", ".j2k", ".jfi", ".jfif", ".jif", ".jp2", ".jpe", ".jpx", ".jxl", ".nef", ".pbm", ".pfm", ".pjp",
-                ".pjpeg", ".pnm", ".psd", ".raw", ".svg", ".tga"}                           # told first
-# what systems put among a user's files, in small letters; beside these, every name that begins with a dot
-SYSTEM = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "system volume information", "temporary items",
-          "network trash folder", "@eadir", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot",
-          "~snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)        # a link's target that is not there, or is the link itself
-LONGEST_ROOT, LONGEST_NAME = 40, 24                         # characters
-NAMES, KINDS = 3, 5                                         # examples of a sort, endings told apart
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's, in any case
+OTHER_IMAGES = {
+    ".apng",
+    ".arw",
+    ".avif",
+    ".cr2",
+    ".dcm",
+    ".dib",
+    ".dng",
+    ".eps",
+    ".exr",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".j2k",
+    ".jfi",
+    ".jfif",
+    ".jif",
+    ".jp2",
+    ".jpe",
+    ".jpx",
+    ".jxl",
+    ".nef",
+    ".pbm",
+    ".pfm",
+    ".pjp",
+    ".pjpeg",
+    ".pnm",
+    ".psd",
+    ".raw",
+    ".svg",
+    ".tga",
+}  # named first in remarks
+# what systems put among a user's files, in lower case; names that begin with a dot are left out as well
+SYSTEM = {
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "$recycle.bin",
+    "system volume information",
+    "temporary items",
+    "network trash folder",
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "@__thumb",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+}
+DANGLING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link: its target is missing, or is the link itself
+LONGEST_ROOT, LONGEST_NAME = 40, 24  # characters
+NAMES, KINDS = 3, 5  # in a remark: examples, and endings counted separately
 
 
-class Some:
-    """A count of paths, and the first few of them."""
+class Examples:
+    """A count of paths, and the first few of them in order."""
 
     def __init__(self):
         self.count, self.first = 0, []
@@ -40,16 +88,16 @@ class Some:
         self.count += 1
         self.first = sorted([*self.first, path])[:NAMES]
 
-    def text(self, one, more, names=NAMES):
-        """"1 class (a)", "4 classes (a, b, c, …)", out of the words for one and for more."""
+    def text(self, singular, plural, names=NAMES):
+        """The count with examples, such as "1 class (a)" or "4 classes (a, b, c, …)"."""
         names = [shortened(path, LONGEST_NAME) for path in self.first[:names]] + ["…"] * (self.count > names)
-        return f"{self.count:,} {one if self.count == 1 else more} ({', '.join(names)})"
+        return f"{self.count:,} {singular if self.count == 1 else plural} ({', '.join(names)})"
 
 
 def shortened(text, limit):
-    """The printable text, of one that is too long its end."""
+    """The printable text; if it is longer than limit, only its end."""
     text = printable(text)
-    return text if len(text) <= limit else f"…{text[1 - limit:]}"
+    return text if len(text) <= limit else f"…{text[1 - limit :]}"
 
 
 def is_image(name):
@@ -57,23 +105,23 @@ def is_image(name):
 
 
 class Walk:
-    """A walk through the folders below a root, which notes what it leaves out or meets twice.
+    """A walk through the folders below a root, which records what it leaves out and what it meets twice.
 
-    A folder is known by its device and inode. A chain is a tuple of them, from the root down to a folder.
+    A folder is identified by its device and inode. A chain is a tuple of these, from the root down to a folder.
     """
 
     def __init__(self, root):
-        self.root, self.endings = root, Counter()           # of files that are no images
-        self.outside, self.folders, self.files, self.files_like_images = (Some() for _ in range(4))
-        self.nowhere, self.cycles, self.special, self.twice = (Some() for _ in range(4))
-        self.seen = set()                                   # folders
-        self.links = []                                     # to images: path, (device, inode) of what it leads to
-        self.inodes = []                                    # of the other images: a folder's device, array of inodes
+        self.root, self.endings = root, Counter()  # of files that are not images
+        self.outside, self.folders, self.files, self.files_like_images = (Examples() for _ in range(4))
+        self.dangling, self.cycles, self.special, self.twice = (Examples() for _ in range(4))
+        self.seen = set()  # folders
+        self.links = []  # to images: path, (device, inode) of the target
+        self.inodes = []  # of the other images: (device, inodes) of each folder
 
     def scan(self, folder, chain):
-        """Names of the images in a folder (its path relative to the root), sorted; {path: chain} of the folders in it.
+        """The sorted names of the images in a folder (a path relative to the root), and {path: chain} of its folders.
 
-        Raises OSError, naming it, where the disk does not give a folder or what a link leads to.
+        Raises OSError, naming the path, if the disk fails to list the folder or to follow a link.
         """
         images, folders, inodes = [], {}, array("Q")
         again = chain[-1] in self.seen
@@ -86,7 +134,7 @@ class Walk:
                     lower = name.lower()
                     if name[0] == "." or lower in SYSTEM:
                         self._hide(os.path.join(folder, name), entry)
-                    elif entry.is_file(follow_symlinks=False):              # known without asking the disk once more
+                    elif entry.is_file(follow_symlinks=False):  # known without another disk access
                         if lower.endswith(ENDINGS):
                             images.append(name)
                             inodes.append(entry.inode())
@@ -95,8 +143,10 @@ class Walk:
                     elif self._is_image(os.path.join(folder, name), entry, chain, folders, again):
                         images.append(name)
         except OSError as error:
-            raise OSError(f"cannot list {str(error.filename or place)!r} ({error.strerror or error}), without which "
-                          "images or whole classes would be missing: mend it, or take it out of --data-path") from None
+            raise OSError(
+                f"cannot list {str(error.filename or place)!r} ({error.strerror or error}), without which "
+                "images or whole classes would be missing: mend it, or take it out of --data-path"
+            ) from None
         images.sort()
         if again:
             for name in images:
@@ -105,25 +155,25 @@ class Walk:
         return images, folders
 
     def _hide(self, path, entry):
-        # not looked into: these may hold snapshots of a whole disk, or be closed to all but the system
+        # not searched: such a folder may hold snapshots of a whole disk, or be readable by the system only
         if entry.is_dir(follow_symlinks=False):
             self.folders.add(path)
         else:
             (self.files_like_images if is_image(path) else self.files).add(path)
 
     def _is_image(self, path, entry, chain, folders, again):
-        """Whether what is no plain file is to be listed as an image; a folder goes into `folders`."""
+        """Whether to list an entry that is not a plain file as an image. A folder is added to `folders`."""
         is_link = entry.is_symlink()
         try:
             status = entry.stat()
         except OSError as error:
-            if not is_link or error.errno not in NOWHERE:
+            if not is_link or error.errno not in DANGLING:
                 raise
             if is_image(path):
-                return True                                 # and skipped, with the reason, when it is to be read
-            if len(chain) == 1:                             # a class on a disk that is not mounted, say
+                return True  # reading it fails later, and the reason is recorded
+            if len(chain) == 1:  # perhaps a class on a disk that is not mounted
                 raise
-            self.nowhere.add(path)
+            self.dangling.add(path)
             return False
         identity = status.st_dev, status.st_ino
         if stat.S_ISDIR(status.st_mode):
@@ -132,7 +182,7 @@ class Walk:
             else:
                 folders[path] = (*chain, identity)
         elif not stat.S_ISREG(status.st_mode):
-            self.special.add(path)                          # a pipe, which a reader would wait at for ever
+            self.special.add(path)  # such as a pipe, at which a reader would hang
         elif is_image(path):
             if not again:
                 self.links.append((path, identity))
@@ -142,7 +192,7 @@ class Walk:
         return False
 
     def images(self, folder, chain):
-        """Paths of all images in and below a folder, by the text of their folder's path, then by name."""
+        """The paths of all images in and below a folder, sorted by their folder's path, then by name."""
         found, todo = {}, {folder: chain}
         while todo:
             inner, its_chain = todo.popitem()
@@ -151,8 +201,8 @@ class Walk:
         return [os.path.join(inner, name) for inner in sorted(found) for name in found[inner]]
 
     def resolve_links(self):
-        """Note the links to images that are listed elsewhere, too."""
-        # by the inodes that came with the names: a disk that gives none there hides some of these
+        """Record the links to images that are listed elsewhere as well."""
+        # by the inodes that came with the names; a disk that gives other ones there hides some of these links
         wanted, met = {inode for _, (_, inode) in self.links}, set()
         if wanted:
             met.update((device, inode) for device, inodes in self.inodes for inode in inodes if inode in wanted)
@@ -162,57 +212,54 @@ class Walk:
             met.add(identity)
 
     def left_out(self, names=NAMES):
-        """What was left out, in words, a list of parts; of each sort, so many names."""
+        """What was left out, in words: a list of phrases, each with so many examples."""
         parts = []
         if self.endings:
             kinds = sorted(self.endings.items(), key=lambda kind: (kind[0] not in OTHER_IMAGES, -kind[1], kind[0]))
-            told = [f"{count:,} {shortened(ending, 12) or 'without an ending'}" for ending, count in kinds[:KINDS]]
+            counts = [f"{count:,} {shortened(ending, 12) or 'without an ending'}" for ending, count in kinds[:KINDS]]
             rest = sum(count for _, count in kinds[KINDS:])
-            told += [f"{rest:,} of other endings"] if rest else []
-            parts.append(f"left out {', '.join(told)}")
-        for some, one, more in (
-                (self.outside, "image outside the class folders", "images outside the class folders"),
-                (self.folders, "hidden or system folder", "hidden or system folders"),
-                (self.files_like_images, "hidden file named as an image", "hidden files named as images"),
-                (self.files, "hidden or system file", "hidden or system files"),
-                (self.nowhere, "link to nowhere", "links to nowhere"),
-                (self.cycles, "folder met twice, a link to one that it lies in",
-                 "folders met twice, links to ones that they lie in"),
-                (self.special, "that is no file", "that are no files")):
-            if some.count:
-                parts.append(f"left out {some.text(one, more, names)}")
+            counts += [f"{rest:,} of other endings"] if rest else []
+            parts.append(f"left out {', '.join(counts)}")
+        for examples, singular, plural in (
+            (self.outside, "image outside the class folders", "images outside the class folders"),
+            (self.folders, "hidden or system folder", "hidden or system folders"),
+            (self.files_like_images, "hidden file named as an image", "hidden files named as images"),
+            (self.files, "hidden or system file", "hidden or system files"),
+            (self.dangling, "link to nowhere", "links to nowhere"),
+            (
+                self.cycles,
+                "folder met twice, a link to one that it lies in",
+                "folders met twice, links to ones that they lie in",
+            ),
+            (self.special, "that is no file", "that are no files"),
+        ):
+            if examples.count:
+                parts.append(f"left out {examples.text(singular, plural, names)}")
         return parts
 
 
-def list_images(data_path):
-    """The classes, the images' paths relative to data_path, labels (n,) int64; and lines that say what to know of them.
+def list_images(data_path) -> tuple[list[str], list[str], np.ndarray, list[str]]:
+    """Returns classes, the images' paths relative to data_path, labels (n,) int64, and remarks, a list of lines.
 
-    As torchvision's ImageFolder has them: a class is a folder in data_path, in order of their names; its images are all
-    files in and below it whose names end in one of ENDINGS; links are followed. Empty classes count, too.
+    As in torchvision's ImageFolder, the classes are the folders in data_path, sorted by name; the images of a class are
+    the files in and below its folder whose names end in one of ENDINGS; links are followed; empty classes count.
 
-    Hidden and system folders (a dot in front, or SYSTEM) are no classes, and they and such files are left out. So is a
-    link to a folder that it lies in. The lines, seldom more than one, say what was left out, what is listed twice
-    by links, and which classes are empty.
+    Hidden and system folders and files (a leading dot, or SYSTEM) are left out, and so are links to a folder that they
+    lie in. The remarks, rarely more than one line, say what was left out, what is listed twice through links, and which
+    classes are empty.
 
-    Raises ValueError where there is nothing to list, OSError where the disk does not give a folder.
+    Raises ValueError if there is nothing to list, OSError if the disk fails to list a folder.
     """
     root = os.fspath(data_path)
-    try:
-        status = os.stat(root)
-    except OSError as error:
-        if error.errno not in NOWHERE:
-            raise OSError(f"cannot look at --data-path {root} ({error.strerror or error})") from None
-        status = None
-    if status is None or not stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"--data-path {root} is not a folder")
-    walk, paths, counts, empty, alike = Walk(root), [], [], Some(), Some()
-    outside, folders = walk.scan("", ((status.st_dev, status.st_ino),))
+    walk, paths, counts, empty, alike = Walk(root), [], [], Examples(), Examples()
+    outside, folders = walk.scan("", (folder_identity(root),))
     for name in outside:
         walk.outside.add(name)
     if not folders:
-        raise ValueError("; ".join([f"--data-path {root} has no class folders: images go into one folder a class",
-                                    *walk.left_out()]))
-    walk.links, walk.inodes = [], []                        # those outside are not listed
+        raise ValueError(
+            "; ".join([f"--data-path {root} has no class folders: images go into one folder a class", *walk.left_out()])
+        )
+    walk.links, walk.inodes = [], []  # images outside the classes are not listed
     classes = sorted(folders)
     forms = Counter(unicodedata.normalize("NFC", name) for name in classes)
     for name in classes:
@@ -224,8 +271,11 @@ def list_images(data_path):
         if forms[unicodedata.normalize("NFC", name)] > 1:
             alike.add(name)
     if not paths:
-        raise ValueError("; ".join([f"--data-path {root} has class folders but no images in them ({' '.join(ENDINGS)})",
-                                    *walk.left_out()]))
+        raise ValueError(
+            "; ".join(
+                [f"--data-path {root} has class folders but no images in them ({' '.join(ENDINGS)})", *walk.left_out()]
+            )
+        )
     walk.resolve_links()
     lines = remarks(walk, empty, alike, NAMES)
     if len(lines) > 1:
@@ -233,16 +283,31 @@ def list_images(data_path):
     return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts), lines
 
 
+def folder_identity(root):
+    """Device and inode of --data-path. Raises ValueError if it is no folder, OSError if the disk does not say."""
+    try:
+        status = os.stat(root)
+    except OSError as error:
+        if error.errno not in DANGLING:
+            raise OSError(f"cannot look at --data-path {root} ({error.strerror or error})") from None
+        status = None
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"--data-path {root} is not a folder")
+    return status.st_dev, status.st_ino
+
+
 def remarks(walk, empty, alike, names):
-    """What was left out, met twice, empty or alike, in as few lines as hold it; of each sort, so many names."""
+    """What was left out, listed twice, empty or alike, in as few lines as possible, each with so many examples."""
     parts, lines = walk.left_out(names), []
-    for some, one, more in ((walk.twice, "image met twice, by links, and kept", "images met twice, by links, and kept"),
-                            (empty, "empty class", "empty classes"),
-                            (alike, "", "classes whose names look the same")):
-        if some.count:
-            parts.append(some.text(one, more, names))
+    for examples, singular, plural in (
+        (walk.twice, "image met twice, by links, and kept", "images met twice, by links, and kept"),
+        (empty, "empty class", "empty classes"),
+        (alike, "", "classes whose names look the same"),
+    ):
+        if examples.count:
+            parts.append(examples.text(singular, plural, names))
     for part in parts:
-        if lines and len(lines[-1]) + 2 + len(part) <= LONGEST_LINE - 32:       # a log's date stands before it
+        if lines and len(lines[-1]) + 2 + len(part) <= LONGEST_LINE - 32:  # the log puts a date before it
             lines[-1] += f"; {part}"
         else:
             lines.append(f"--data-path {shortened(walk.root, LONGEST_ROOT)}: {part}")
@@ -250,5 +315,5 @@ def remarks(walk, empty, alike, names):
 
 
 def listing_sha256(paths):
-    """A digest of a listing, which tells whether images were added, taken away or renamed."""
+    """A digest of a listing, which changes when images are added, removed or renamed."""
     return hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,10 +1,11 @@
 """Random numbers that belong to samples: each is a pure function of (seed, stream, sample index, draw).
 
-No state, so nothing to save, and no dependence on rank nor, up to the rounding of normals, on batch size and device: any
-subset of samples, drawn anywhere in any order, gets the same numbers. The generator is Philox4x32-10 (Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3"), computed for a whole batch with integer tensor operations on whatever
-device `indices` is on.
+There is no state to save, and no dependence on rank nor, up to the rounding of normals, on batch size and device: any
+subset of samples gets the same numbers, on any process and in any order. The generator is Philox4x32-10 (Salmon et al.
+2011, "Parallel random numbers: as easy as 1, 2, 3"), computed for a whole batch by integer tensor operations on the
+device of `indices`.
 """
+
 import math
 from enum import IntEnum
 
@@ -13,7 +14,8 @@ import torch
 
 
 class Stream(IntEnum):
-    """One for each use, so that no two uses ever share numbers."""
+    """The use that numbers are drawn for: no two uses share numbers."""
+
     FLIP = 0
     POSTERIOR = 1
     TRAIN_TIMESTEP = 2
@@ -31,27 +33,33 @@ class Stream(IntEnum):
 LOW = 0xFFFFFFFF
 
 
-def philox(counter, key):
-    """Philox4x32-10: four counter words and two key words, int64 tensors holding 32 bits each, to four words."""
+def philox(counter, key) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: from four counter words and two key words to four words, each 32 bits in an int64 tensor."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # the product of two 32-bit words fills 64 bits; int64 keeps all of them, if as a signed number
+        # the product of two 32-bit words has 64 bits, which int64 keeps, though as a signed number
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = ((product1 >> 32 & LOW) ^ c1 ^ k0, product1 & LOW,
-                          (product0 >> 32 & LOW) ^ c3 ^ k1, product0 & LOW)
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & LOW) ^ c1 ^ k0,
+            product1 & LOW,
+            (product0 >> 32 & LOW) ^ c3 ^ k1,
+            product0 & LOW,
+        )
         k0, k1 = k0 + 0x9E3779B9 & LOW, k1 + 0xBB67AE85 & LOW
     return c0, c1, c2, c3
 
 
-def random_words(seed, stream, indices, count, draw=0):
+def random_words(
+    seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
+) -> torch.Tensor:
     """Independent 32-bit words for each sample: (N, count) int64 in [0, 2**32).
 
     Args:
         seed: the run's global seed, int.
         stream: a `Stream`.
-        indices: (N,) int64, the samples' own numbers.
-        draw: int or (N,) int64, numbers the repeated draws of one sample, such as the steps of a sampler.
+        indices: (N,) int64, the samples' indices.
+        draw: int or (N,) int64, which of a sample's repeated draws, such as the steps of a sampler.
     """
     block = torch.arange(-(-count // 4), device=indices.device)
     index = indices.unsqueeze(1)
@@ -61,7 +69,7 @@ def random_words(seed, stream, indices, count, draw=0):
     return torch.stack(words, dim=2).flatten(1)[:, :count]
 
 
-def normal(seed, stream, indices, shape, draw=0):
+def normal(seed: int, stream: Stream, indices: torch.Tensor, shape, draw: int | torch.Tensor = 0) -> torch.Tensor:
     """Standard normals (N, *shape), float32, by Box and Muller's transform in float64."""
     count = math.prod(shape)
     words = random_words(seed, stream, indices, count + count % 2, draw).double()
@@ -71,17 +79,45 @@ def normal(seed, stream, indices, shape, draw=0):
     return normals[:, :count].reshape(-1, *shape).float()
 
 
-def integers(seed, stream, indices, high):
+class StepNoise:
+    """noise(step): the normals (N, *shape) of each of a sampler's steps, 0 to steps - 1.
+
+    It is draw steps - step of (seed, stream, index): draw 0 is x_T, and draw 1 the last step's. For small batches the
+    numbers of several steps are made at once, up to AT_ONCE of them, because the generator's many small kernels take as
+    long for one step as for all.
+    """
+
+    AT_ONCE = 2**21
+
+    def __init__(self, seed: int, stream: Stream, indices: torch.Tensor, shape, steps: int):
+        self.key, self.indices, self.shape, self.steps = (seed, stream), indices, shape, steps
+        self.chunk = max(1, self.AT_ONCE // (len(indices) * math.prod(shape)))  # steps
+        self.first, self.normals = None, None  # (chunk, N, *shape)
+
+    def __call__(self, step: int) -> torch.Tensor:
+        first = step - step % self.chunk
+        if first != self.first:
+            self.normals = None  # freed before the next are made
+            n, last = len(self.indices), min(first + self.chunk, self.steps)
+            draws = self.steps - torch.arange(first, last, device=self.indices.device)
+            self.normals = normal(
+                *self.key, self.indices.repeat(len(draws)), self.shape, draws.repeat_interleave(n)
+            ).unflatten(0, (len(draws), n))
+            self.first = first
+        return self.normals[step - first]
+
+
+def integers(seed: int, stream: Stream, indices: torch.Tensor, high: int) -> torch.Tensor:
     """Uniform integers in [0, high), (N,) int64."""
     return random_words(seed, stream, indices, 1).squeeze(1) * high >> 32
 
 
-def uniform(seed, stream, indices):
+def uniform(seed: int, stream: Stream, indices: torch.Tensor) -> torch.Tensor:
     """Uniform numbers in [0, 1), (N,) float64."""
     return random_words(seed, stream, indices, 1).squeeze(1) / 2**32
 
 
-def permutation(seed, stream, epoch, n):
-    """A random order of range(n), int64 NumPy, a function of (seed, stream, epoch)."""
+def permutation(seed: int, stream: Stream, epoch: int, n: int) -> np.ndarray:
+    """A random order of range(n), (n,) int64 NumPy, a function of (seed, stream, epoch)."""
     key = np.array([seed, (int(stream) << 48) + epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(n)

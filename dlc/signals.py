@@ -1,4 +1,5 @@
-"""SIGINT, SIGTERM and SIGUSR1 as requests: the first one is reacted to, a second SIGINT or SIGTERM ends the process."""
+"""SIGINT, SIGTERM and SIGUSR1 as requests to stop: the first is handled, a second SIGINT or SIGTERM ends at once."""
+
 import os
 import signal
 import sys
@@ -6,17 +7,17 @@ import threading
 import time
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ENDING = (signal.SIGINT, signal.SIGTERM)        # whose second one ends; clusters may repeat SIGUSR1 as they like
-ECHO_SECONDS = 2                                # torchrun passes Ctrl-C on to ranks that have it from the terminal
+ENDING = (signal.SIGINT, signal.SIGTERM)  # a second one ends the process; clusters may repeat SIGUSR1
+ECHO_SECONDS = 2  # torchrun repeats Ctrl-C to its ranks, which already have it from the terminal
 
-_watched = {}           # the time of the first one of each signal; empty until the watcher runs
+_watched = {}  # time of each signal's first arrival; empty until the watcher runs
 
 
 def on_first_signal(numbers, react):
-    """Call react(number) in the main thread at the first of each of these signals, nothing at the later ones.
+    """Call react(number) in the main thread when each of these signals first arrives, and do nothing at later ones.
 
-    A second SIGINT or SIGTERM ends the process at once, in whatever the main thread hangs: it is a thread of its own
-    that learns of it, through the descriptor that the interpreter writes each signal's number to.
+    A second SIGINT or SIGTERM ends the process at once, even if the main thread hangs: a separate thread learns of it
+    through the file descriptor to which the interpreter writes each signal's number.
     """
     if not _watched:
         _start_watcher()
@@ -32,11 +33,11 @@ def on_first_signal(numbers, react):
 
 
 def ignore_signals(worker):
-    """A data loader's worker_init_fn: launchers and terminals signal the whole process group, but the main process decides
-    when its readers end, and may need their batches until then."""
+    """A data loader's worker_init_fn. Launchers and terminals signal the whole process group, but the main process ends
+    its workers itself, and may still need their batches."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    # an error in reading comes back as data; what is printed else is that the main process closed a connection
+    # reading errors come back as data; all else that would be printed is that the main process closed a connection
     sys.excepthook = lambda *error: None
 
 
@@ -44,7 +45,7 @@ def _start_watcher():
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    # a data loader's reader, before it comes to ignore signals, must not write to the same pipe
+    # a data loader's worker that does not ignore signals yet must not write to the same pipe
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     _watched.update(dict.fromkeys(ENDING))
     threading.Thread(target=_watch, args=(readable,), daemon=True, name="second signal").start()

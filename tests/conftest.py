@@ -1,5 +1,7 @@
 """Tiny models and images, and the launching of the real scripts."""
+
 import importlib
+import inspect
 import os
 import re
 import resource
@@ -15,13 +17,43 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT, STANDINS = Path(__file__).parents[1], Path(__file__).parent / "standins"
-sys.path[:0] = [str(ROOT), str(STANDINS)]
+TESTS = Path(__file__).parent
+ROOT, HELPERS, STANDINS = TESTS.parent, TESTS / "helpers", TESTS / "standins"
+sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
 importlib.import_module("rounding").install()
 
-IMAGE_SIZE, L, V = 64, 6, 300           # V above 256: codes are stored in 16 bits
+# The names by which tests start processes: pytest_collection_modifyitems marks what refers to one of them as slow.
+STARTERS = ("launch", "Run", "subprocess", "multiprocessing")
+
+IMAGE_SIZE, L, V = 64, 6, 300  # V above 256: codes are stored in 16 bits
 SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
+
+
+def starts_processes(function, seen):
+    """Whether a function of the tests refers to one of STARTERS, itself or through other functions of the tests."""
+    function = inspect.unwrap(function)
+    if not inspect.isfunction(function) or function in seen or Path(function.__code__.co_filename).parent != TESTS:
+        return False
+    seen.add(function)
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += filter(inspect.iscode, code.co_consts)  # functions and lambdas within it
+    return not names.isdisjoint(STARTERS) or any(
+        starts_processes(function.__globals__[name], seen) for name in names if name in function.__globals__
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as slow each test that starts a process, by its own code or by that of a fixture it uses."""
+    for item in items:
+        fixtures = [
+            definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
+        ]
+        if any(starts_processes(function, set()) for function in (item.function, *fixtures)):
+            item.add_marker(pytest.mark.slow)
 
 
 def golden(name):
@@ -40,6 +72,7 @@ def launch(command, cwd, check=True, wait=True, largest_file=None):
     launcher, processes, script, *flags = command
     if launcher == "forked":
         from forked import Run
+
         run = Run(Path(script).stem, flags, Path(cwd) / f"output_{time.time_ns()}.txt", processes, cwd)
         if not run.wait() and check:
             pytest.fail(f"{script} failed:\n{run.said()}")
@@ -49,14 +82,39 @@ def launch(command, cwd, check=True, wait=True, largest_file=None):
         port = str(probe.getsockname()[1])
     prefix = {
         "python": [sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}",
-                     f"--master_port={port}"],
-        "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "fp16",
-                       "--main_process_port", port, "--num_processes", str(processes)]
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1",
+            f"--nproc_per_node={processes}",
+            f"--master_port={port}",
+        ],
+        "accelerate": [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--mixed_precision",
+            "fp16",
+            "--main_process_port",
+            port,
+            "--num_processes",
+            str(processes),
+        ]
         + (["--multi_gpu"] if processes > 1 else []),
-        "fsdp": [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-                 str(ROOT / "train_options/fsdp.yaml"), "--mixed_precision", "no", "--main_process_port", port,
-                 "--num_processes", str(processes)],
+        "fsdp": [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / "train_options/fsdp.yaml"),
+            "--mixed_precision",
+            "no",
+            "--main_process_port",
+            port,
+            "--num_processes",
+            str(processes),
+        ],
     }[launcher]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     env["HF_HUB_OFFLINE"] = "1"
@@ -87,28 +145,39 @@ def tiny_models(tmp_path_factory):
     from diffusers import AutoencoderKL
 
     from dlc.encoder import SEMEncoder, save_encoder
+
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-                  up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4,
-                  layers_per_block=1).save_pretrained(root / "vae")
-    save_encoder(SEMEncoder("vit_tiny_patch16_224", 32, L, V, backbone_args=dict(
-        embed_dim=24, depth=1, num_heads=2, reg_tokens=2)), root / "sem")
+    AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+    ).save_pretrained(root / "vae")
+    save_encoder(
+        SEMEncoder(
+            "vit_tiny_patch16_224", 32, L, V, backbone_args=dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+        ),
+        root / "sem",
+    )
     return root / "vae", root / "sem"
 
 
 def encoder_logits(encoder, paths):
     """Of images, all in one batch: (n, L, V)."""
     from dlc.encoder import load_encoder
-    from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, center_crop, load_rgb, normalize
+    from dlc.images import center_crop, load_rgb
+
     encoder = load_encoder(encoder)
     views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])
     with torch.inference_mode():
-        return encoder.logits(normalize(torch.from_numpy(views), IMAGENET_MEAN, IMAGENET_STD))
+        return encoder.encode_pixels(torch.from_numpy(views))
 
 
 def assert_codes(codes, logits):
-    """Codes (n, L) computed in other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
+    """Codes (n, L) of other batches than the logits (n, L, V): where two logits nearly tie, either is right."""
     chosen = logits.gather(2, torch.from_numpy(np.asarray(codes).astype(np.int64)).unsqueeze(2)).squeeze(2)
     assert (chosen > logits.amax(dim=2) - 1e-4).all()
 
@@ -136,13 +205,35 @@ def error_of(monkeypatch, capsys, tmp_path):
         assert stopped.value.code == 2, error
         assert re.fullmatch(rf"{script}\.py: error: .*\n", error), error
         return error
+
     return call
 
 
 def extract_command(launcher, processes, images, features, tiny_models, *flags):
-    return (launcher, processes, "extract_features_withdlc.py", "--model", "DiT-S/2", "--data-path", images,
-            "--features-path", features, "--image-size", IMAGE_SIZE, "--vae", tiny_models[0], "--encoder",
-            tiny_models[1], "--batch-size", 2, "--shard-size", 4, "--num-workers", 1, *flags)
+    return (
+        launcher,
+        processes,
+        "extract_features_withdlc.py",
+        "--model",
+        "DiT-S/2",
+        "--data-path",
+        images,
+        "--features-path",
+        features,
+        "--image-size",
+        IMAGE_SIZE,
+        "--vae",
+        tiny_models[0],
+        "--encoder",
+        tiny_models[1],
+        "--batch-size",
+        2,
+        "--shard-size",
+        4,
+        "--num-workers",
+        1,
+        *flags,
+    )
 
 
 @pytest.fixture(scope="session")

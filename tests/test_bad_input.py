@@ -1,8 +1,11 @@
 """A user's mistake gets one line on standard error that names it, and exit status 2, before any work."""
+
+import ast
 import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -14,8 +17,7 @@ from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 from dlc.features import kind_dir
 from models import DiT_models
 
-SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp",
-           "compose_dlc")
+SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc")
 
 
 def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=None, features=None, **sizes):
@@ -34,11 +36,23 @@ def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=No
 #                                  Extraction                                   #
 #################################################################################
 
+
 @pytest.fixture
 def extract_error(error_of, images, tiny_models):
     def call(*flags, data_path=images):
-        return error_of("extract_features_withdlc", "--data-path", data_path, "--image-size", IMAGE_SIZE,
-                        "--vae", tiny_models[0], "--encoder", tiny_models[1], *flags)
+        return error_of(
+            "extract_features_withdlc",
+            "--data-path",
+            data_path,
+            "--image-size",
+            IMAGE_SIZE,
+            "--vae",
+            tiny_models[0],
+            "--encoder",
+            tiny_models[1],
+            *flags,
+        )
+
     return call
 
 
@@ -89,13 +103,15 @@ def test_hub_out_of_reach(extract_error):
 def test_features_of_other_settings(extract_error, features):
     error = extract_error("--features-path", features, "--shard-size", 4, "--flip", "none", "--global-seed", 3)
     assert "flip 'random' there, 'none' here; seed 0 there, 3 here" in error
-    for flags, message in ((("--posterior", "moments"), "latents 'sample' there, 'moments' here"),
-                           (("--dtype", "float32"), "dtype 'float16' there, 'float32' here"),
-                           (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"),
-                           (("--flip", "both"), "flip 'random' there, 'both' here"),
-                           (("--encoder", "none"), "L 6 there, None here; V 300 there, None here"),
-                           (("--image-size", 32), "image_size 64 there, 32 here"),
-                           ((), "shard_size 4 there, 1024 here")):
+    for flags, message in (
+        (("--posterior", "moments"), "latents 'sample' there, 'moments' here"),
+        (("--dtype", "float32"), "dtype 'float16' there, 'float32' here"),
+        (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"),
+        (("--flip", "both"), "flip 'random' there, 'both' here"),
+        (("--encoder", "none"), "L 6 there, None here; V 300 there, None here"),
+        (("--image-size", 32), "image_size 64 there, 32 here"),
+        ((), "shard_size 4 there, 1024 here"),
+    ):
         assert message in extract_error("--features-path", features, *flags)
 
 
@@ -108,8 +124,10 @@ def test_features_of_other_images_or_networks(extract_error, images, tiny_models
     assert "listing_sha256" in error and "images 15" not in error
     (tmp_path / "images/cat/3b.png").unlink()
     assert "images 15 there, 14 here" in extract_error(*same, data_path=tmp_path / "images")
-    for flag, name, file in (("--vae", "vae", "diffusion_pytorch_model.safetensors"),
-                             ("--encoder", "sem", "model.safetensors")):
+    for flag, name, file in (
+        ("--vae", "vae", "diffusion_pytorch_model.safetensors"),
+        ("--encoder", "sem", "model.safetensors"),
+    ):
         shutil.copytree(tiny_models[flag == "--encoder"], tmp_path / name)
         weights = safetensors.torch.load_file(tmp_path / name / file)
         next(iter(weights.values())).view(-1)[0] += 1
@@ -120,6 +138,7 @@ def test_features_of_other_images_or_networks(extract_error, images, tiny_models
 #################################################################################
 #                                   Training                                    #
 #################################################################################
+
 
 def test_features_path(error_of, features, tmp_path):
     assert "features path nowhere does not exist" in error_of("train_diffusion", "--features-path", "nowhere")
@@ -133,9 +152,13 @@ def test_features_path(error_of, features, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("model, kind, value, message", [
-    ("DiTSEM-Ti/2", "sem", V, rf"imagenet64_sem/000002.npy, row 1: value {V} outside 0..{V - 1}"),
-    ("DiT-Ti/2", "labels", 2, r"imagenet64_labels/000002.npy, row 1: value 2 outside 0..1")])
+@pytest.mark.parametrize(
+    "model, kind, value, message",
+    [
+        ("DiTSEM-Ti/2", "sem", V, rf"imagenet64_sem/000002.npy, row 1: value {V} outside 0..{V - 1}"),
+        ("DiT-Ti/2", "labels", 2, r"imagenet64_labels/000002.npy, row 1: value 2 outside 0..1"),
+    ],
+)
 def test_values_outside_their_range(error_of, features, tmp_path, model, kind, value, message):
     copy = tmp_path / "copy"
     shutil.copytree(features, copy)
@@ -156,6 +179,7 @@ def test_pickled_objects(error_of, features, tmp_path):
 def test_training_flags(error_of, features, tmp_path):
     def error(*flags):
         return error_of("train_diffusion", "--features-path", features, *flags)
+
     assert "invalid choice: 'DiTSEM-XXL/2'" in error("--model", "DiTSEM-XXL/2")
     assert "DiTCONT-S/2 is trained on vectors: give --condition-path" in error("--model", "DiTCONT-S/2")
     assert "argument --global-batch-size: 0: must be at least 1" in error("--global-batch-size", 0)
@@ -167,13 +191,26 @@ def test_training_flags(error_of, features, tmp_path):
 
 def test_results_of_another_run(error_of, features, tmp_path):
     path = save_checkpoint(tmp_path / "results/checkpoints/0000001")
-    meta = dict(step=1, model="DiTSEM-Ti/2", image_size=64, L=L, V=V, features_count=14, latents="sample",
-                flip="random", global_batch_size=8, global_seed=0, scaling_factor=0.3)
+    meta = dict(
+        step=1,
+        model="DiTSEM-Ti/2",
+        image_size=64,
+        L=L,
+        V=V,
+        features_count=14,
+        latents="sample",
+        flip="random",
+        global_batch_size=8,
+        global_seed=0,
+        scaling_factor=0.3,
+    )
     (path / "meta.json").write_text(json.dumps(meta))
 
     def error(*flags):
         return error_of("train_diffusion", "--features-path", features, "--global-batch-size", 4, *flags)
-    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in error("--model", "DiTSEM-Ti/4")
+
+    other = error("--model", "DiTSEM-Ti/4")
+    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in other
     changed = error("--model", "DiTSEM-Ti/2")
     assert "global_batch_size 8 there, 4 here" in changed and "scaling_factor 0.3 there, 0.18215 here" in changed
     assert "--allow-change to continue that one so" in changed
@@ -183,6 +220,7 @@ def test_results_of_another_run(error_of, features, tmp_path):
 #                                   Sampling                                    #
 #################################################################################
 
+
 @pytest.fixture
 def sample_error(error_of, features, tiny_models, tmp_path):
     checkpoint = save_checkpoint(tmp_path / "results/checkpoints/0000001", vae=tiny_models[0], features=features)
@@ -191,6 +229,7 @@ def sample_error(error_of, features, tiny_models, tmp_path):
         error = error_of(script, "--model", "DiTSEM-Ti/4", "--ckpt", ckpt, *flags)
         assert not (tmp_path / "samples").exists()
         return error
+
     return call
 
 
@@ -202,13 +241,30 @@ def test_sampling_flags(sample_error):
     assert "argument --num-sampling-steps: 1001: must be 2 to 1000" in sample_error("--num-sampling-steps", 1001)
     assert "--eta 0.5: --sampler ddpm has none" in sample_error("--eta", 0.5)
     assert "--sampler dpmsolver++ has at most 999" in sample_error(
-        "--sampler", "dpmsolver++", "--num-sampling-steps", 1000)
+        "--sampler", "dpmsolver++", "--num-sampling-steps", 1000
+    )
     assert "--t-min 500 is above --t-max 400" in sample_error("--t-min", 500, "--t-max", 400)
     assert "argument --progressive: 1: must be at least 2" in sample_error("--progressive", 1)
     assert "--progressive 8: there are 4 steps" in sample_error("--progressive", 8, "--num-sampling-steps", 4)
     assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
     assert "--image-size 256: checkpoint" in sample_error("--image-size", 256)
-    assert "not conditioned on labels" in sample_error(script="sample_ddp")
+    other = sample_error(script="sample_ddp")
+    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
+    assert "not conditioned on codes or vectors: draw from it with sample_ddp.py" in sample_error("--model", "DiT-S/2")
+    assert "--condition-path is for models conditioned on vectors" in sample_error("--condition-path", "vectors")
+
+
+def test_flags_of_vectors(sample_error, tmp_path):
+    vectors = save_checkpoint(tmp_path / "vectors", "DiTCONT-Ti/4", in_dim=3)
+
+    def error(*flags):
+        return sample_error("--model", "DiTCONT-Ti/4", *flags, ckpt=vectors)
+
+    assert "DiTCONT-Ti/4 is conditioned on vectors: name them with --condition-path" in error()
+    assert "--dlc-dir is for models conditioned on codes" in error("--dlc-dir", "x")
+    assert "--condition-path nowhere does not exist" in error("--condition-path", "nowhere")
+    np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
+    assert "in_dim=4, the checkpoint's model in_dim=3" in error("--condition-path", tmp_path / "wide.npy")
 
 
 def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_models):
@@ -235,8 +291,10 @@ def test_code_sources(sample_error, features, tmp_path):
     assert "does not say which features it was trained on" in sample_error(ckpt=other)
     small = save_checkpoint(tmp_path / "small", L=L, V=2)
     assert f"have V={V}, the checkpoint's model V=2" in sample_error("--dlc-dir", features, ckpt=small)
-    assert re.search(r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1",
-                     sample_error("--dlc-dir", kind_dir(features, IMAGE_SIZE, "sem"), ckpt=small))
+    assert re.search(
+        r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1",
+        sample_error("--dlc-dir", kind_dir(features, IMAGE_SIZE, "sem"), ckpt=small),
+    )
     meta = json.loads((small.parent / "results/checkpoints/0000001/meta.json").read_text())
     stranger = save_checkpoint(tmp_path / "stranger")
     (stranger / "meta.json").write_text(json.dumps({**meta, "encoder_sha256": "0"}))
@@ -256,36 +314,44 @@ def test_code_sources(sample_error, features, tmp_path):
 #                                 All scripts                                   #
 #################################################################################
 
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_line_under_the_launcher(processes, tmp_path):
     """Among what torchrun says of a failed child, the line appears once, and nothing is left behind."""
     save_images(tmp_path / "images", per_class=1)
-    result = launch(("torchrun", processes, "extract_features_withdlc.py", "--data-path", "images", "--image-size", 100),
-                    tmp_path, check=False)
+    flags = ("--data-path", "images", "--image-size", 100)
+    result = launch(("torchrun", processes, "extract_features_withdlc.py", *flags), tmp_path, check=False)
     assert result.returncode != 0
     assert result.stderr.count("error: --image-size 100 is not a multiple of 8") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_has_help_and_is_read(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    with pytest.raises(SystemExit) as stopped:
+def test_every_flag_has_help_and_is_read(script, monkeypatch):
+    """Each destination of the script's parser is read as an attribute of `args` in some source file."""
+    parsers = []
+
+    def parse_args(parser):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr("dlc.cli.ArgumentParser.parse_args", parse_args)
+    with pytest.raises(SystemExit):
         importlib.import_module(script).main()
-    assert stopped.value.code == 0
-    flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
-    assert len(flags) > 10
-    shared = {"extract": "dlc/extraction.py", "sample": "dlc/sampling.py", "compose": "dlc/extraction.py"}
-    sources = "".join((ROOT / name).read_text() for name in (f"{script}.py", shared.get(script.split("_")[0], "train.py")))
-    for flag in flags:
-        name = {"--no-ema": "ema"}.get(flag, flag[2:].replace("-", "_"))
-        assert re.search(rf"args\.{name}\b", sources), f"{flag} is never read"
+    read = {
+        node.attr
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    actions = [action for action in parsers[0]._actions if action.dest != "help"]
+    assert len(actions) > 8
+    for action in actions:
+        assert action.help and action.dest in read, action.option_strings
 
 
-def test_every_python_file_is_clean():
-    from pyflakes.api import checkRecursive
-    from pyflakes.reporter import Reporter
-    sources = [str(path) for path in ROOT.rglob("*.py") if not any(
-        part.startswith(".") for part in path.relative_to(ROOT).parts)]
-    assert len(sources) > 20
-    assert checkRecursive(sources, Reporter(sys.stdout, sys.stdout)) == 0
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
+def test_sources_are_clean(command):
+    """By ruff's rules in pyproject.toml."""
+    result = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout

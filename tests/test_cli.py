@@ -1,4 +1,5 @@
 """Progress in a terminal and elsewhere, errors in one line, and what flags take."""
+
 import argparse
 import contextlib
 import fcntl
@@ -32,12 +33,14 @@ for _ in progress(range(3), desc="short", unit="file", delay=2):
 def test_progress_outside_a_terminal(capsys, monkeypatch):
     """Plain lines of done, of, rate and time left: at most one an interval, and one at the end."""
     clock = iter(range(10**6))
-    monkeypatch.setattr("tqdm.std.time", lambda: next(clock) / 10)          # each look at the clock is 0.1 s later
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock) / 10)  # each look at the clock is 0.1 s later
     for _ in progress(range(1000), desc="extracting", unit="img"):
         pass
     lines = capsys.readouterr().err.splitlines()
-    assert all(re.fullmatch(r"extracting: [\d,]+/1,000 img \(\d+%\), \S+ img/s, [\d:]+ elapsed, [\d:]+ left", line)
-               for line in lines), lines
+    assert all(
+        re.fullmatch(r"extracting: [\d,]+/1,000 img \(\d+%\), \S+ img/s, [\d:]+ elapsed, [\d:]+ left", line)
+        for line in lines
+    ), lines
     seconds = [int(minutes) * 60 + int(rest) for minutes, rest in re.findall(r"(\d+):(\d+) elapsed", "\n".join(lines))]
     assert len(lines) > 3 and "1,000/1,000 img (100%)" in lines[-1] and lines[-1].endswith("00:00 left")
     assert all(later - earlier >= 30 for earlier, later in zip(seconds, seconds[1:-1]))
@@ -55,11 +58,11 @@ def test_progress_of_short_work_is_a_line_at_most(capsys):
 def test_progress_in_a_terminal():
     """A bar drawn in place."""
     main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))          # rows, columns
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
     subprocess.run([sys.executable, "-c", WORK], cwd=ROOT, stderr=terminal, check=True, timeout=60)
     os.set_blocking(main, False)
     said = b""
-    with contextlib.suppress(BlockingIOError):          # all is read
+    with contextlib.suppress(BlockingIOError):  # all is read
         while True:
             said += os.read(main, 4096)
     said = said.decode()
@@ -80,21 +83,28 @@ def test_values_that_are_refused(text):
 
 def test_values_that_are_taken(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/mine")
-    assert path_or_name("~/x") == "/home/of/mine/x" and path_or_name("a/~b") == "a/~b" and path_or_name("./~x") == "./~x"
+    assert path_or_name("~/x") == "/home/of/mine/x"
+    assert path_or_name("a/~b") == "a/~b" and path_or_name("./~x") == "./~x"
 
 
-@pytest.mark.parametrize("error, status, said", [
-    (OSError(28, "No space left on device"), 2, "No space left on device; what is done is kept: run the same command again"),
-    (KeyboardInterrupt(), 130, "stopped; what is done is kept: run the same command again"),
-    (MemoryError(), 2, "the memory is full: lower --batch-size; what is done is kept"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "the memory is full: lower --batch-size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2, "a data reader was killed, by the kernel"),
-    (ConnectionResetError(104, "Connection reset by peer"), 2, "a data reader was killed, by the kernel"),
-    (EOFError(), 2, "a data reader was killed, by the kernel"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), 2, "another process ended early")])
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (OSError(28, "No space left on device"), 2, "on device; what is done is kept: run the same command again"),
+        (KeyboardInterrupt(), 130, "stopped; what is done is kept: run the same command again"),
+        (MemoryError(), 2, "the memory is full: lower --batch-size; what is done is kept"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "the memory is full: lower --batch-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2, "a data reader was killed"),
+        (ConnectionResetError(104, "Connection reset by peer"), 2, "a data reader was killed, by the kernel"),
+        (EOFError(), 2, "a data reader was killed, by the kernel"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), 2, "another process ended early"),
+    ],
+)
 def test_what_ends_the_work(error, status, said, capsys):
-    with pytest.raises(SystemExit) as stopped, ArgumentParser("", prog="script").kept_on_error(
-            "what is done is kept", "--batch-size"):
+    with (
+        pytest.raises(SystemExit) as stopped,
+        ArgumentParser("", prog="script").kept_on_error("what is done is kept", "--batch-size"),
+    ):
         raise error
     assert stopped.value.code == status and said in capsys.readouterr().err
 

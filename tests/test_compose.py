@@ -1,4 +1,5 @@
 """compose_dlc.py: each token from one source, in the asked-for shares, and what it does not take."""
+
 import argparse
 import re
 import sys
@@ -10,8 +11,8 @@ from conftest import L, V, assert_codes, encoder_logits, launch
 
 import compose_dlc
 from compose_dlc import choose, compose
-from dlc.conditions import open_codes
 from dlc.features import Features
+from dlc.sampling.conditions import open_codes
 
 
 def test_choose():
@@ -28,13 +29,13 @@ def test_tokens_come_from_the_sources_by_weight():
     assert abs((source == 2).double().mean() - 0.75) < 0.02
     assert len({tuple(row) for row in codes.tolist()}) == 400
     few, _ = compose(sources, weights, 7, seed=0)
-    assert torch.equal(few, codes[:7])                      # code i is (seed, i)'s
+    assert torch.equal(few, codes[:7])  # code i is (seed, i)'s
     assert not torch.equal(compose(sources, weights, 7, seed=1)[0], few)
 
 
 def test_sem_draws_from_the_mean_of_the_distributions():
     torch.manual_seed(0)
-    distributions = torch.softmax(2 * torch.randn(2, 3, 5), dim=2)                         # K, L, V
+    distributions = torch.softmax(2 * torch.randn(2, 3, 5), dim=2)  # K, L, V
     weights = torch.tensor([1.0, 2.0])
     codes, source = compose(distributions, weights, 30_000, seed=0)
     seen = torch.nn.functional.one_hot(codes, 5).double().mean(0)
@@ -47,7 +48,7 @@ def test_sem_draws_from_the_mean_of_the_distributions():
 
 
 def test_the_script(images, features, tiny_models, tmp_path):
-    """From images and from rows, to codes that the sampler's --dlc-dir reads, and the count of tokens of each source."""
+    """From images and from rows, to codes for --dlc-dir, and the count of tokens from each source."""
     files = [images / "cat/0.png", images / "dog/3.png"]
     result = launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30), tmp_path)
     counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", result.stdout, re.M)]
@@ -62,17 +63,36 @@ def test_the_script(images, features, tiny_models, tmp_path):
     # the features' rows of the same images: cat/0.png is row 0, dog/3.png row 10
     paths = Features(features).paths.gather([0, 10])
     assert paths.tolist() == ["cat/0.png", "dog/3.png"]
-    launch(("forked", 1, "compose_dlc.py", "--features-path", features, "--rows", 0, 10, "--num", 30,
-            "--out", "rows.npy"), tmp_path)
+    launch(
+        ("forked", 1, "compose_dlc.py", "--features-path", features, "--rows", 0, 10, "--num", 30, "--out", "rows.npy"),
+        tmp_path,
+    )
     stored = Features(features).codes.gather([0, 10])
-    assert_codes(stored, encoder_logits(tiny_models[1], files))             # extracted in other batches
+    assert_codes(stored, encoder_logits(tiny_models[1], files))  # extracted in other batches
     of_rows, same = np.load(tmp_path / "rows.npy"), (stored == codes).all(0)
     assert ((of_rows == stored[0]) | (of_rows == stored[1])).all()
     np.testing.assert_array_equal(of_rows[:, same], composed[:, same])
 
     for temp, own in ((1e-4, True), (1, False)):
-        launch(("forked", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30, "--mode", "sem",
-                "--temp", temp, "--out", "sem.npy"), tmp_path)
+        launch(
+            (
+                "forked",
+                1,
+                "compose_dlc.py",
+                *files,
+                "--encoder",
+                tiny_models[1],
+                "--num",
+                30,
+                "--mode",
+                "sem",
+                "--temp",
+                temp,
+                "--out",
+                "sem.npy",
+            ),
+            tmp_path,
+        )
         sem = np.load(tmp_path / "sem.npy")
         assert sem.shape == (30, L) and sem.max() < V
         assert ((sem == codes[0]) | (sem == codes[1])).all() == own
@@ -80,31 +100,44 @@ def test_the_script(images, features, tiny_models, tmp_path):
 
 def test_a_source_does_not_depend_on_the_others(images, tiny_models):
     def read(*names):
-        return compose_dlc.read_images(argparse.Namespace(
-            images=[images / name for name in names], encoder=tiny_models[1], encoder_backbone=None, L=None, V=None,
-            mode="sem", temp=None))[0]
+        return compose_dlc.read_images(
+            argparse.Namespace(
+                images=[images / name for name in names],
+                encoder=tiny_models[1],
+                encoder_backbone=None,
+                L=None,
+                V=None,
+                mode="sem",
+                temp=None,
+            )
+        )[0]
+
     two, three = read("cat/0.png", "dog/3.png"), read("dog/3.png", "cat/1.png", "cat/0.png")
     assert torch.equal(two[0], three[2]) and torch.equal(two[1], three[0])
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "name the sources as image files, or by --features-path with --rows"),
-    (["{cat}", "--features-path", "{features}", "--rows", "0", "1"], "name the sources"),
-    (["--features-path", "{features}"], "name the sources"),
-    (["{cat}"], "two or more sources"),
-    (["{cat}", "{cat}", "--weights", "1"], "--weights: give one for each of the 2 sources"),
-    (["{cat}", "{cat}", "--weights", "0", "0"], "not all 0"),
-    (["{cat}", "{cat}", "--temp", "1"], "--temp is of --mode sem"),
-    (["{cat}", "{cat}", "--out", "codes.txt"], "--out codes.txt: wanted a .npy"),
-    (["{cat}", "{broken}", "--encoder", "{encoder}"], "cannot read the image {broken}"),
-    (["{cat}", "{cat}"], "no SEM encoder at pretrained/dlc_encoder.pth"),
-    (["--features-path", "{features}", "--rows", "0", "99"], "--rows 99: features {features} have rows 0 to 13"),
-    (["--features-path", "{features}", "--rows", "0", "1", "--mode", "sem"], "--mode sem needs images"),
-    (["--features-path", "nowhere", "--rows", "0", "1"], "nowhere does not exist"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name the sources as image files, or by --features-path with --rows"),
+        (["{cat}", "--features-path", "{features}", "--rows", "0", "1"], "name the sources"),
+        (["--features-path", "{features}"], "name the sources"),
+        (["{cat}"], "two or more sources"),
+        (["{cat}", "{cat}", "--weights", "1"], "--weights: give one for each of the 2 sources"),
+        (["{cat}", "{cat}", "--weights", "0", "0"], "not all 0"),
+        (["{cat}", "{cat}", "--temp", "1"], "--temp is of --mode sem"),
+        (["{cat}", "{cat}", "--out", "codes.txt"], "--out codes.txt: wanted a .npy"),
+        (["{cat}", "{broken}", "--encoder", "{encoder}"], "cannot read the image {broken}"),
+        (["{cat}", "{cat}"], "no SEM encoder at pretrained/dlc_encoder.pth"),
+        (["--features-path", "{features}", "--rows", "0", "99"], "--rows 99: features {features} have rows 0 to 13"),
+        (["--features-path", "{features}", "--rows", "0", "1", "--mode", "sem"], "--mode sem needs images"),
+        (["--features-path", "nowhere", "--rows", "0", "1"], "nowhere does not exist"),
+    ],
+)
 def test_what_it_refuses(arguments, message, images, features, tiny_models, tmp_path, monkeypatch, capsys):
-    names = dict(cat=images / "cat/0.png", broken=images / "dog/1_broken.jpg", features=features,
-                 encoder=tiny_models[1])
+    names = dict(
+        cat=images / "cat/0.png", broken=images / "dog/1_broken.jpg", features=features, encoder=tiny_models[1]
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compose", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(SystemExit) as stopped:

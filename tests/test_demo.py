@@ -1,4 +1,5 @@
 """The digits demo's parts: its images, and the assets that assets/build_digits.py made. The whole is `bash demo.sh`."""
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from demo.digits import DigitReader, load_split, write_image_folder
 from dlc.encoder import load_encoder
-from dlc.latents import IMAGENET_MEAN, IMAGENET_STD, decode, encode, load_vae, normalize, to_uint8
+from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
+from dlc.vae import decode, encode, load_vae
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,7 @@ def test_image_folder_is_the_split(splits, tmp_path):
         np.testing.assert_array_equal(folder, splits[1][0][splits[1][1] == digit])
 
 
+@pytest.mark.slow
 def test_vae_keeps_the_digits_legible(splits):
     images, labels = splits[1]
     vae = load_vae(str(ROOT / "assets/digits-vae"))
@@ -42,14 +45,22 @@ def test_vae_keeps_the_digits_legible(splits):
 def test_codes_say_which_digit_it_is(splits):
     encoder = load_encoder(ROOT / "assets/digits-sem")
     with torch.inference_mode():
-        codes = [torch.cat([encoder.codes(normalize(torch.from_numpy(part), IMAGENET_MEAN, IMAGENET_STD))
-                            for part in np.array_split(images, 4)]).numpy() for images, _ in splits]
+        codes = [
+            torch.cat(
+                [
+                    encoder.codes(normalize(torch.from_numpy(part), IMAGENET_MEAN, IMAGENET_STD))
+                    for part in np.array_split(images, 4)
+                ]
+            ).numpy()
+            for images, _ in splits
+        ]
     nearest = KNeighborsClassifier(1, metric="hamming").fit(codes[0], splits[0][1])
     assert nearest.score(codes[1], splits[1][1]) > 0.95
-    assert all(len(np.unique(position)) >= encoder.V // 2 for position in codes[0].T)      # no dead positions
+    assert all(len(np.unique(position)) >= encoder.V // 2 for position in codes[0].T)  # no dead positions
 
 
 def test_assets_are_small():
-    size = sum(path.stat().st_size for folder in ("digits-vae", "digits-sem")
-               for path in (ROOT / "assets" / folder).iterdir())
+    size = sum(
+        path.stat().st_size for folder in ("digits-vae", "digits-sem") for path in (ROOT / "assets" / folder).iterdir()
+    )
     assert size < 4e6

@@ -23,6 +23,7 @@ def close(actual, expected, tolerance=1e-5):
 #                               Reference values                                #
 #################################################################################
 
+
 def test_schedule_and_forward_process_agree_with_reference():
     diffusion = create_diffusion("")
     assert diffusion.betas.dtype == torch.float64
@@ -42,8 +43,9 @@ def test_model_losses_agree_with_reference():
     model = DiTSEM(input_size=8, hidden_size=32, depth=2, num_heads=2, L=3, V=4).eval()
     model.load_state_dict(weights)
     with torch.no_grad():
-        losses = create_diffusion("").training_losses(model, values["x"], values["t"], dict(y=values["y"]),
-                                                      noise=values["noise"])
+        losses = create_diffusion("").training_losses(
+            model, values["x"], values["t"], dict(y=values["y"]), noise=values["noise"]
+        )
     for name in ("loss", "mse", "vb"):
         close(losses[name], values[name])
 
@@ -64,12 +66,14 @@ def test_kept_timesteps_agree_with_reference(respacing):
 #                                 Closed forms                                  #
 #################################################################################
 
+
 def test_linear_schedule_ends_are_ddpms():
     betas = named_betas("linear", 1000)
     assert betas[0].item() == pytest.approx(1e-4) and betas[-1].item() == pytest.approx(0.02)
     # at another length the noise at the end is about the same
     assert torch.cumprod(1 - named_betas("linear", 500), 0)[-1].log().item() == pytest.approx(
-        torch.cumprod(1 - betas, 0)[-1].log().item(), rel=0.02)
+        torch.cumprod(1 - betas, 0)[-1].log().item(), rel=0.02
+    )
 
 
 def test_cosine_schedule_is_the_squared_cosine():
@@ -120,8 +124,9 @@ def test_posterior_is_bayes_rule():
 def test_kl_is_that_of_torch_distributions():
     torch.manual_seed(0)
     mean1, log1, mean2, log2 = torch.randn(4, 100)
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean1, (log1 / 2).exp()),
-                                                 torch.distributions.Normal(mean2, (log2 / 2).exp()))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean1, (log1 / 2).exp()), torch.distributions.Normal(mean2, (log2 / 2).exp())
+    )
     close(normal_kl(mean1, log1, mean2, log2), expected)
 
 
@@ -129,22 +134,25 @@ def test_discretized_likelihood_against_the_true_normal():
     pixels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for mean, scale in ((0.1, 0.05), (-0.97, 0.2), (0.99, 0.02)):
         likelihood = discretized_gaussian_log_likelihood(
-            pixels, torch.full_like(pixels, mean), torch.full_like(pixels, math.log(scale))).exp()
-        assert likelihood.sum().item() == pytest.approx(1, abs=1e-6)        # all 256 values share all the mass
+            pixels, torch.full_like(pixels, mean), torch.full_like(pixels, math.log(scale))
+        ).exp()
+        assert likelihood.sum().item() == pytest.approx(1, abs=1e-6)  # all 256 values share all the mass
         normal = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), scale)
         above, below = normal.cdf(pixels + 1 / 255), normal.cdf(pixels - 1 / 255)
         above[-1], below[0] = 1, 0
-        close(likelihood, above - below, 4e-4)                              # twice the error of the tanh formula
+        close(likelihood, above - below, 4e-4)  # twice the error of the tanh formula
     grid = torch.linspace(-6, 6, 1001, dtype=torch.float64)
     assert (approximate_normal_cdf(grid) - torch.distributions.Normal(0, 1).cdf(grid)).abs().max() < 2e-4
 
 
 def exact_network(x_start):
     """The network that knows x_0: eps exactly, and the variance at its lower bound."""
+
     def network(x, t):
         alphas = create_diffusion("").alphas_cumprod[t].view(-1, 1, 1, 1).float()
         eps = (x - alphas.sqrt() * x_start) / (1 - alphas).sqrt()
         return torch.cat([eps, -torch.ones_like(eps)], dim=1)
+
     return network
 
 
@@ -196,8 +204,11 @@ def test_fixed_variances(small):
     diffusion = create_diffusion("", learn_sigma=False, sigma_small=small)
     x, t = torch.randn(2, 4, 4, 4), torch.tensor([0, 600])
     out = diffusion.p_mean_variance(lambda x, t: torch.zeros_like(x), x, t)
-    posterior = diffusion.betas * (1 - torch.cat([torch.ones(1), diffusion.alphas_cumprod[:-1]])) / (
-        1 - diffusion.alphas_cumprod)
+    posterior = (
+        diffusion.betas
+        * (1 - torch.cat([torch.ones(1), diffusion.alphas_cumprod[:-1]]))
+        / (1 - diffusion.alphas_cumprod)
+    )
     expected = torch.stack([posterior[1], posterior[600] if small else diffusion.betas[600]]).float()
     close(out["variance"], expected.view(2, 1, 1, 1).expand_as(x))
     assert set(diffusion.training_losses(lambda x, t: torch.zeros_like(x), x, t)) == {"mse", "loss"}
@@ -234,8 +245,10 @@ def test_ddim_at_eta_1_has_the_posterior_variance():
     diffusion = create_diffusion("50")
     x, t = torch.randn(1, 3, 4, 4), torch.tensor([30])
     network = exact_network(torch.zeros(1, 3, 4, 4))
-    steps = [diffusion.ddim_sample(network, x, t, eta=1.0, randn_like=lambda x: torch.full_like(x, value))["sample"]
-             for value in (0.0, 1.0)]
+    steps = [
+        diffusion.ddim_sample(network, x, t, eta=1.0, randn_like=lambda x, value=value: x * 0 + value)["sample"]
+        for value in (0.0, 1.0)
+    ]
     close((steps[1] - steps[0]).square(), diffusion.p_mean_variance(network, x, t)["variance"])
 
 
@@ -245,7 +258,7 @@ def test_likelihood_of_a_network_that_knows_x_start():
     x_start = torch.randint(0, 256, (2, 3, 8, 8)) / 127.5 - 1
     out = diffusion.calc_bpd_loop(exact_network(x_start), x_start)
     assert out["vb"].shape == out["mse"].shape == out["xstart_mse"].shape == (2, 20)
-    close(out["vb"][:, :-1], torch.zeros(2, 19), 1e-3)                      # steps run from the last to the first
+    close(out["vb"][:, :-1], torch.zeros(2, 19), 1e-3)  # steps run from the last to the first
     close(out["mse"], torch.zeros(2, 20), 1e-4)
     close(out["total_bpd"], out["prior_bpd"] + out["vb"].sum(dim=1))
     # the prior term in closed form
@@ -267,7 +280,7 @@ def test_injected_noise_decides_the_sample():
     for _ in range(2):
         draws.clear()
         samples.append(diffusion.p_sample_loop(toy_network, (2, 4, 4, 4), device="cpu", randn_like=randn_like))
-        assert len(draws) == 1 + 6                                          # x_T and one a step
+        assert len(draws) == 1 + 6  # x_T and one a step
     assert torch.equal(*samples)
 
 

@@ -20,14 +20,20 @@ def test_agrees_with_reference():
     with torch.no_grad():
         images = values["x"].float()
         torch.testing.assert_close(encoder(images), values["sem"], atol=1e-5, rtol=1e-5)
-        assert torch.equal(encoder.codes(images), values["dlc"])            # whose tokens are clear by 1e-3
+        assert torch.equal(encoder.codes(images), values["dlc"])  # whose tokens are clear by 1e-3
 
 
-@pytest.mark.parametrize("rename", [
-    lambda key: f"backbone.{key}", lambda key: f"module.backbone.{key}", lambda key: f"backbone._orig_mod.{key}",
-    lambda key: f"backbone.{key.replace('blocks.', 'blocks.0.')}"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"backbone.{key}",
+        lambda key: f"module.backbone.{key}",
+        lambda key: f"backbone._orig_mod.{key}",
+        lambda key: f"backbone.{key.replace('blocks.', 'blocks.0.')}",
+    ],
+)
 def test_checkpoint_layouts(rename):
-    """The layouts that training leaves: wrapped by DDP or torch.compile, or blocks in chunks; with heads of the losses."""
+    """The layouts that training leaves: wrapped by DDP or torch.compile, or blocks in chunks; with losses' heads."""
     _, weights = golden("sem_encoder")
     encoder = reference_encoder()
     expected = convert_reference_weights(weights, encoder.backbone)
@@ -40,12 +46,19 @@ def test_checkpoint_layouts(rename):
 def test_reference_checkpoint_file(tmp_path):
     """A whole ViT-S/14 with registers under DINOv2's names, through a file."""
     import timm
+
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=224)
     weights = {key.replace("reg_token", "register_tokens"): value for key, value in vit.state_dict().items()}
     weights["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), weights["pos_embed"]], dim=1)
-    weights.update({"sem_embed.weight": torch.randn(12, 5 * 384), "sem_norm.weight": torch.ones(12),
-                    "sem_norm.bias": torch.zeros(12), "mask_token": torch.zeros(1, 384)})
+    weights.update(
+        {
+            "sem_embed.weight": torch.randn(12, 5 * 384),
+            "sem_norm.weight": torch.ones(12),
+            "sem_norm.bias": torch.zeros(12),
+            "mask_token": torch.zeros(1, 384),
+        }
+    )
     path = tmp_path / "teacher.pth"
     torch.save({"teacher": {f"backbone.{key}": value for key, value in weights.items()}}, path)
     encoder = load_encoder(path, backbone="vit_small_patch14_reg4_dinov2", L=4, V=3)
@@ -87,7 +100,7 @@ def test_save_and_load(tmp_path):
 
 def test_head_reads_the_tokens_before_the_final_norm():
     encoder = SEMEncoder("vit_tiny_patch16_224", 32, L=5, V=7, backbone_args=dict(SMALL, reg_tokens=2)).eval()
-    assert encoder.sem_embed.in_features == 3 * 24                          # class token and two registers
+    assert encoder.sem_embed.in_features == 3 * 24  # class token and two registers
     images = torch.randn(2, 3, 32, 32)
     backbone = encoder.backbone
     with torch.no_grad():
@@ -99,8 +112,14 @@ def test_head_reads_the_tokens_before_the_final_norm():
         torch.testing.assert_close(encoder(images), logits.view(2, 5, 7).softmax(dim=2))
 
 
-@pytest.mark.parametrize("backbone, message", [("vit_gigantic", "timm cannot build"), ("resnet18", "timm cannot build|no class"),
-                                               ("vit_base_patch16_siglip_224", "no class or register tokens")])
+@pytest.mark.parametrize(
+    "backbone, message",
+    [
+        ("vit_gigantic", "timm cannot build"),
+        ("resnet18", "timm cannot build|no class"),
+        ("vit_base_patch16_siglip_224", "no class or register tokens"),
+    ],
+)
 def test_unfit_backbones_are_refused(backbone, message):
     with pytest.raises(ValueError, match=message):
         SEMEncoder(backbone)

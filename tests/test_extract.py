@@ -1,4 +1,5 @@
 """extract_features_withdlc.py through its launcher."""
+
 import itertools
 import json
 import re
@@ -12,8 +13,10 @@ from forked import Run
 from PIL import Image, ImageOps
 
 from dlc.features import Features, kind_dir
-from dlc.latents import center_crop, in_batches, load_vae, normalize
+from dlc.images import center_crop, normalize
 from dlc.noise import Stream, integers, normal
+from dlc.runtime import in_batches
+from dlc.vae import load_vae
 
 
 def contents(root):
@@ -25,8 +28,8 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
     rows.validate()
     assert (rows.count, rows.image_size, rows.L, rows.V, rows.num_classes) == (14, IMAGE_SIZE, L, V, 2)
     assert rows.codes.array(0).dtype == np.uint16 and rows.latents.array(0).dtype == np.float16
-    assert [shard["rows"] for shard in rows.manifest["shards"]] == [4, 4, 3, 3]
-    assert [path for path, _ in rows.manifest["skipped"]] == ["dog/1_broken.jpg"]
+    assert [shard["rows"] for shard in rows.manifest.shards] == [4, 4, 3, 3]
+    assert [path for path, _ in rows.manifest.skipped] == ["dog/1_broken.jpg"]
     assert Image.open(features / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
 
     # row 3 and, after the broken file, row 13: index 14 of the data set
@@ -60,12 +63,17 @@ def extract(images, tiny_models, tmp_path):
 
     def run(*flags, processes=1, data=images):
         path = tmp_path / str(next(numbers))
-        process = Run("extract_features_withdlc", extract_command("", 1, data, path, tiny_models, *flags)[3:],
-                      tmp_path / "output.txt", processes)
+        process = Run(
+            "extract_features_withdlc",
+            extract_command("", 1, data, path, tiny_models, *flags)[3:],
+            tmp_path / "output.txt",
+            processes,
+        )
         assert process.wait(), process.said()
         rows = Features(path)
         rows.validate()
         return rows, process.said()
+
     return run
 
 
@@ -88,12 +96,12 @@ def test_flips_and_posteriors(extract):
     none, codes, labels, paths = everything(extract(*kinds, "mean", "--flip", "none")[0])
     both, *others = everything(extract(*kinds, "mean", "--flip", "both")[0])
     assert len(both) == 28
-    np.testing.assert_allclose(both[::2], none, rtol=1e-5, atol=1e-6)       # four crops a batch, and two
+    np.testing.assert_allclose(both[::2], none, rtol=1e-5, atol=1e-6)  # four crops a batch, and two
     assert not np.isclose(both[1::2], none).all(axis=(1, 2, 3)).any()
-    for two, one in zip(others, (codes, labels, paths)):                    # the code is that of the image as it is
+    for two, one in zip(others, (codes, labels, paths)):  # the code is that of the image as it is
         np.testing.assert_array_equal(two, one.repeat(2, axis=0))
 
-    indices = torch.tensor([index for index in range(15) if index != 9])    # 9 is broken
+    indices = torch.tensor([index for index in range(15) if index != 9])  # 9 is broken
     flipped = integers(0, Stream.FLIP, indices, 2).numpy()
     chosen = both.reshape(14, 2, 4, 8, 8)[np.arange(14), flipped]
     np.testing.assert_allclose(everything(extract(*kinds, "mean")[0])[0], chosen, rtol=1e-5, atol=1e-6)
@@ -103,13 +111,14 @@ def test_flips_and_posteriors(extract):
     assert moments.shape == (14, 8, 8, 8) and rows.latent_shape == (4, 8, 8) and rows.latent_kind == "moments"
     np.testing.assert_allclose(moments[:, :4], chosen, rtol=1e-5, atol=1e-6)
     noise = normal(0, Stream.POSTERIOR, indices, (4, 8, 8)).numpy()
-    np.testing.assert_allclose(everything(extract(*kinds, "sample")[0])[0], moments[:, :4] + moments[:, 4:] * noise,
-                               rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        everything(extract(*kinds, "sample")[0])[0], moments[:, :4] + moments[:, 4:] * noise, rtol=1e-5, atol=1e-6
+    )
 
     draws = everything(extract(*kinds, "sample", "--flip", "both")[0])[0].reshape(14, 2, 4, 8, 8)
     both_moments = everything(extract(*kinds, "moments", "--flip", "both")[0])[0].reshape(14, 2, 2, 4, 8, 8)
     noise = (draws - both_moments[:, :, 0]) / both_moments[:, :, 1]
-    assert abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.1         # a draw for each flip
+    assert abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.1  # a draw for each flip
     assert 0.9 < noise.std() < 1.1
 
 
@@ -122,13 +131,14 @@ def test_precision_says_what_it_changes(extract):
     assert 0 < np.abs(rough_latents - latents).max() < 0.1 * np.abs(latents).max()
     changed = re.search(r"bf16 changes (\d+) of 84 tokens \(.*%\) of the first 14 images against fp32", said)
     assert int(changed[1]) == (rough_codes != codes).sum()
-    assert rough.manifest["precision"] == "bf16"
+    assert rough.manifest.precision == "bf16"
 
 
 def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_models):
     """Compiled for batches of 8, of which shards of 4 and the broken image leave 4 and 3."""
-    plain, compiled = (everything(extract("--batch-size", 8, "--dtype", "float32", *flags)[0])
-                       for flags in ((), ("--compile",)))
+    plain, compiled = (
+        everything(extract("--batch-size", 8, "--dtype", "float32", *flags)[0]) for flags in ((), ("--compile",))
+    )
     np.testing.assert_allclose(compiled[0], plain[0], rtol=1e-3, atol=1e-4)
     for one, two in zip(compiled[2:], plain[2:]):
         np.testing.assert_array_equal(one, two)
@@ -145,7 +155,7 @@ def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, tmp_pat
     whole = everything(extract(*flags)[0])
     fewer = tmp_path / "fewer"
     shutil.copytree(images, fewer)
-    for name in ("cat/1.png", "cat/4.png", "cat/5.png"):        # 1, 4 and 5; the last shard is 12 to 14
+    for name in ("cat/1.png", "cat/4.png", "cat/5.png"):  # 1, 4 and 5; the last shard is 12 to 14
         (fewer / name).write_text("not an image")
     (fewer / "dog/6.png").unlink()
     rows = everything(extract(*flags, data=fewer)[0])
@@ -179,9 +189,11 @@ def test_without_an_encoder(features, images, tiny_models, tmp_path):
     rows.validate()
     assert (rows.count, rows.codes, rows.L, rows.V) == (14, None, None, None)
     assert rows.latents.array(0).dtype == np.float32
-    flipped = integers(0, Stream.FLIP, torch.arange(15), 2).numpy()[np.arange(15) != 9].astype(bool)      # 9 is broken
-    same = [np.allclose(one, two, atol=2e-3, rtol=2e-3) for one, two in zip(
-        rows.latents.gather(np.arange(14)), Features(features).latents.gather(np.arange(14)))]
+    flipped = integers(0, Stream.FLIP, torch.arange(15), 2).numpy()[np.arange(15) != 9].astype(bool)  # 9 is broken
+    same = [
+        np.allclose(one, two, atol=2e-3, rtol=2e-3)
+        for one, two in zip(rows.latents.gather(np.arange(14)), Features(features).latents.gather(np.arange(14)))
+    ]
     assert 0 < flipped.sum() < 14 and same == (~flipped).tolist()
 
 
@@ -192,7 +204,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     settings = {key: value for key, value in manifest.items() if key not in ("count", "shards", "skipped")}
     (tmp_path / "progress").mkdir()
     (tmp_path / "progress/settings.json").write_text(json.dumps(settings))
-    for shard in (0, 2):                                                    # done; 1 and 3 were not
+    for shard in (0, 2):  # done; 1 and 3 were not
         record = dict(rows=manifest["shards"][shard]["rows"], skipped=manifest["skipped"] if shard == 2 else [])
         (tmp_path / f"progress/{shard:06d}.json").write_text(json.dumps(record))
     untouched = kind_dir(tmp_path, IMAGE_SIZE, "features") / "000000.npy"
@@ -203,7 +215,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     assert "4 shards, 2 to do" in result.stdout
     assert contents(tmp_path) == contents(features)
     assert untouched.stat().st_mtime_ns == before
-    (tmp_path / "preview.png").unlink()                                     # as if killed before it was drawn
+    (tmp_path / "preview.png").unlink()  # as if killed before it was drawn
     assert "is complete; nothing to do" in launch(command, tmp_path).stdout
     assert Image.open(tmp_path / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
 
@@ -211,8 +223,9 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
 def test_nothing_that_can_be_read(tiny_models, tmp_path):
     (tmp_path / "images/cat").mkdir(parents=True)
     (tmp_path / "images/cat/0.png").write_text("")
-    result = launch(extract_command("forked", 1, tmp_path / "images", tmp_path / "features", tiny_models), tmp_path,
-                    check=False)
+    result = launch(
+        extract_command("forked", 1, tmp_path / "images", tmp_path / "features", tiny_models), tmp_path, check=False
+    )
     assert result.returncode == 2 and "has no rows" in result.stderr and "Traceback" not in result.stderr
 
 

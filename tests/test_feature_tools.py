@@ -1,4 +1,5 @@
 """python -m dlc.features: info, check, pack, import-hf."""
+
 import json
 import os
 import shutil
@@ -7,18 +8,24 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import L, ROOT, V
+from conftest import ROOT, L, V
 from PIL import Image
 
-from dlc import feature_tools
-from dlc.features import Features, FeatureWriter, kind_dir
+from dlc.features import Features, FeatureWriter, Manifest, kind_dir
+from dlc.features.__main__ import main
+from dlc.features.inspection import code_usage, latent_statistics
 
 RANDOM = np.random.default_rng(0)
 
 
 def tool(*arguments, env=None):
-    return subprocess.run([sys.executable, "-m", "dlc.features", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, "-m", "dlc.features", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def call(capsys, *arguments):
@@ -26,7 +33,7 @@ def call(capsys, *arguments):
     status = 0
     try:
         sys.argv = ["features", *map(str, arguments)]
-        feature_tools.main()
+        main()
     except SystemExit as end:
         status = end.code
     printed = capsys.readouterr()
@@ -35,24 +42,47 @@ def call(capsys, *arguments):
 
 def packed(root, codes, std=1.0, **settings):
     """Features in shards of at most 20 rows."""
-    settings = {**dict(format_version=1, image_size=32, latents="sample", dtype="float32", L=codes.shape[1], V=5,
-                       classes=["a", "b"], images=len(codes), flip="none"), **settings}
-    writer = FeatureWriter(root, settings)
+    manifest = Manifest(
+        **{
+            **dict(
+                image_size=32,
+                latents="sample",
+                dtype="float32",
+                L=codes.shape[1],
+                V=5,
+                classes=["a", "b"],
+                images=len(codes),
+                flip="none",
+            ),
+            **settings,
+        }
+    )
+    writer = FeatureWriter(root, manifest)
     writer.start()
-    latents = RANDOM.normal(size=(len(codes), 8 if settings["latents"] == "moments" else 4, 4, 4)).astype(np.float32)
+    latents = RANDOM.normal(size=(len(codes), manifest.stored_channels, 4, 4)).astype(np.float32)
     starts = range(0, len(codes), 20)
     for shard, start in enumerate(starts):
-        part = codes[start:start + 20]
+        part = codes[start : start + 20]
         names = np.array([f"a/{start + i}" for i in range(len(part))])
-        writer.write(shard, dict(features=std * latents[start:start + 20], sem=part.astype(np.uint8),
-                                 labels=np.arange(len(part)) % 2, path=names), [])
+        writer.write(
+            shard,
+            dict(
+                features=std * latents[start : start + 20],
+                sem=part.astype(np.uint8),
+                labels=np.arange(len(part)) % 2,
+                path=names,
+            ),
+            [],
+        )
     writer.finish(len(starts))
     return std * latents
 
 
 def lone_files(root, count=30, side=8, codes=True):
-    arrays = dict(features=RANDOM.normal(size=(count, 1, 4, side, side)).astype(np.float32),
-                  labels=RANDOM.integers(0, 1000, (count, 1)))
+    arrays = dict(
+        features=RANDOM.normal(size=(count, 1, 4, side, side)).astype(np.float32),
+        labels=RANDOM.integers(0, 1000, (count, 1)),
+    )
     if codes:
         arrays["sem"] = RANDOM.integers(0, 256, (count, 1, 16))
     for kind, array in arrays.items():
@@ -68,18 +98,18 @@ def test_info_says_what_is_there(features):
     assert "14 rows of 15 images at 64x64 in 4 shards, 1 images skipped" in result.stdout
     assert "skipped 'dog/1_broken.jpg': UnidentifiedImageError" in result.stdout
     assert f"codes: L={L}, V={V}, uint16" in result.stdout and "2 of them with rows, 7 to 7 each" in result.stdout
-    assert Image.open(features / "codes.png").size == (340, 34 + L * (512 // L))         # 340: room for the caption
+    assert Image.open(features / "codes.png").size == (340, 34 + L * (512 // L))  # 340: room for the caption
 
 
 def test_statistics_are_those_of_the_whole(tmp_path, capsys):
-    codes = RANDOM.integers(0, 4, (50, 3))                                  # token 4 is dead, everywhere
-    codes[:, 1] = 2                                                         # position 1 says nothing
+    codes = RANDOM.integers(0, 4, (50, 3))  # token 4 is dead, everywhere
+    codes[:, 1] = 2  # position 1 says nothing
     codes[40] = codes[3]
     latents = packed(tmp_path, codes, std=3.0)
-    mean, std = feature_tools.latent_statistics(Features(tmp_path))
+    mean, std = latent_statistics(Features(tmp_path))
     np.testing.assert_allclose(mean, latents.mean(axis=(0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(std, latents.std(axis=(0, 2, 3)), rtol=1e-5)
-    counts, duplicates = feature_tools.code_usage(Features(tmp_path))
+    counts, duplicates = code_usage(Features(tmp_path))
     np.testing.assert_array_equal(counts, [np.bincount(codes[:, i], minlength=5) for i in range(3)])
     assert duplicates == 50 - len(np.unique(codes, axis=0)) > 0
 
@@ -88,14 +118,14 @@ def test_statistics_are_those_of_the_whole(tmp_path, capsys):
     assert f"dead tokens: {(counts == 0).sum()} of 15" in out
     picture = np.array(Image.open(tmp_path / "codes.png"))[34:]
     height, width = 512 // 3, 512 // 5
-    cells = picture[height // 2::height, width // 2::width][:3, :5].astype(int)
-    np.testing.assert_array_equal(cells[..., 0] > cells[..., 1], counts == 0)            # red: never used
+    cells = picture[height // 2 :: height, width // 2 :: width][:3, :5].astype(int)
+    np.testing.assert_array_equal(cells[..., 0] > cells[..., 1], counts == 0)  # red: never used
 
 
 def test_moments_and_both_flips_are_understood(tmp_path, capsys):
     codes = RANDOM.integers(0, 5, (20, 8)).repeat(2, axis=0)
     stored = packed(tmp_path, codes, latents="moments", flip="both", images=20)
-    _, std = feature_tools.latent_statistics(Features(tmp_path))
+    _, std = latent_statistics(Features(tmp_path))
     draws = stored[:, :4, None] + stored[:, 4:, None] * RANDOM.normal(size=(40, 4, 500, 4, 4))
     np.testing.assert_allclose(std, draws.std(axis=(0, 2, 3, 4)), rtol=0.02)
     status, out, _ = call(capsys, "info", tmp_path)
@@ -112,11 +142,14 @@ def test_check_finds_nothing_wrong_with_what_is_right(features, tmp_path, capsys
 
 def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     packed(tmp_path, RANDOM.integers(0, 5, (100, 3)))
+
     def change(kind, shard, function):
         path = kind_dir(tmp_path, 32, kind) / f"{shard:06d}.npy"
         np.save(path, function(np.load(path)))
+
     def put(row, value):
         return lambda array: (array.__setitem__(row, value), array)[1]
+
     kind_dir(tmp_path, 32, "sem").joinpath("000001.npy").unlink()
     kind_dir(tmp_path, 32, "path").joinpath("000004.npy").write_bytes(b"junk")
     change("features", 0, put(7, np.nan))
@@ -131,13 +164,18 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     status, out, _ = call(capsys, "check", tmp_path)
     assert status == 1
     found = [line.replace(f"{tmp_path}/", "") for line in out.splitlines()]
-    wanted = ("manifest.json counts 101 rows, its shards 100", "features/000009.npy is not in the manifest",
-              "features/000000.npy, row 7: a latent that is not finite",
-              "features/000002.npy has rows of shape (2, 4, 4)",
-              "features/000003.npy has values of type float16, the manifest says float32",
-              "sem/000000.npy, row 6: value 5 outside 0..4", "sem/000001.npy is missing",
-              "labels/000002.npy, row 5: value 2 outside 0..1", "labels/000003.npy has shape (19,), wanted 20 row(s)",
-              "path/000004.npy is not a readable .npy")
+    wanted = (
+        "manifest.json counts 101 rows, its shards 100",
+        "features/000009.npy is not in the manifest",
+        "features/000000.npy, row 7: a latent that is not finite",
+        "features/000002.npy has rows of shape (2, 4, 4)",
+        "features/000003.npy has values of type float16, the manifest says float32",
+        "sem/000000.npy, row 6: value 5 outside 0..4",
+        "sem/000001.npy is missing",
+        "labels/000002.npy, row 5: value 2 outside 0..1",
+        "labels/000003.npy has shape (19,), wanted 20 row(s)",
+        "path/000004.npy is not a readable .npy",
+    )
     for line in wanted:
         assert [one for one in found if line in one], line
     assert len(found) == len(wanted), found
@@ -153,9 +191,12 @@ def test_check_of_what_is_no_manifest(tmp_path, capsys):
     np.save(path, np.full((20, 4, 4, 4), np.nan, np.float32))
     assert "latents that are not finite: check says where" in call(capsys, "info", tmp_path)[1]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    for text, message in (("junk", "not readable JSON"), (json.dumps({**manifest, "V": "5"}), "V is '5'"),
-                          (json.dumps({**manifest, "dtype": "foo"}), "type 'foo'"),
-                          (json.dumps({**manifest, "shards": [], "count": 0}), "counts 0 rows")):
+    for text, message in (
+        ("junk", "not readable JSON"),
+        (json.dumps({**manifest, "V": "5"}), "V is '5'"),
+        (json.dumps({**manifest, "dtype": "foo"}), "type 'foo'"),
+        (json.dumps({**manifest, "shards": [], "count": 0}), "counts 0 rows"),
+    ):
         (tmp_path / "manifest.json").write_text(text)
         status, out, _ = call(capsys, "check", tmp_path)
         assert status == 1 and message in out, out
@@ -181,6 +222,7 @@ def test_pack(tmp_path, capsys):
         status, _, err = call(capsys, "pack", *arguments)
         assert status == 2 and err.count("\n") == 1
         return err
+
     assert "give --V" in refused(tmp_path / "old", tmp_path / "x")
     assert "is packed already" in refused(tmp_path / "new", tmp_path / "x")
     shutil.copytree(tmp_path / "old", tmp_path / "other")
@@ -202,6 +244,7 @@ def test_pack_without_codes_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
         if shard == 2:
             raise OSError("no space")
         write(writer, shard, *rest)
+
     monkeypatch.setattr(FeatureWriter, "write", full_disk)
     assert "no space" in call(capsys, *command)[2]
     monkeypatch.setattr(FeatureWriter, "write", write)
@@ -220,11 +263,20 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     datasets = pytest.importorskip("datasets")
     latents = RANDOM.normal(size=(30, 1, 4, 8, 8)).astype(np.float32)
     codes = RANDOM.integers(0, 300, (30, 16))
-    typed = datasets.Features(features=datasets.Array4D((1, 4, 8, 8), "float32"),
-                              labels=datasets.Sequence(datasets.Value("int64")))
-    for name, data in (("typed", datasets.Dataset.from_dict(dict(features=latents, labels=codes), features=typed)),
-                       ("lists", datasets.DatasetDict(train=datasets.Dataset.from_dict(
-                           dict(features=latents[:, 0].tolist(), labels=codes.tolist(), other=list(range(30))))))):
+    typed = datasets.Features(
+        features=datasets.Array4D((1, 4, 8, 8), "float32"), labels=datasets.Sequence(datasets.Value("int64"))
+    )
+    for name, data in (
+        ("typed", datasets.Dataset.from_dict(dict(features=latents, labels=codes), features=typed)),
+        (
+            "lists",
+            datasets.DatasetDict(
+                train=datasets.Dataset.from_dict(
+                    dict(features=latents[:, 0].tolist(), labels=codes.tolist(), other=list(range(30)))
+                )
+            ),
+        ),
+    ):
         data.save_to_disk(tmp_path / name)
         command = ("import-hf", tmp_path / name, tmp_path / f"{name}_new", "--V", 300, "--shard-size", 8)
         status, _, err = call(capsys, *command)
@@ -242,18 +294,27 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     new = Features(tmp_path / "classes_new")
     np.testing.assert_array_equal(new.labels.gather(np.arange(30)), labels)
     assert new.codes is None and new.num_classes == 7
+    deep = RANDOM.normal(size=(2, 16, 8, 8))
+    datasets.Dataset.from_dict(dict(features=deep, labels=[0, 1])).save_to_disk(tmp_path / "deep")
+    assert call(capsys, "import-hf", tmp_path / "deep", tmp_path / "deep_new")[0] == 0
+    np.testing.assert_allclose(Features(tmp_path / "deep_new").latents.gather([0, 1]), deep, rtol=1e-6)
+    assert Features(tmp_path / "deep_new").latent_shape == (16, 8, 8)
 
     def refused(*arguments):
-        capsys.readouterr()                                                 # what datasets shows while it saves
+        capsys.readouterr()  # what datasets shows while it saves
         status, _, err = call(capsys, "import-hf", *arguments)
         assert status == 2 and err.count("\n") == 1
         return err
+
     assert "give --V" in refused(tmp_path / "typed", tmp_path / "x")
     assert "outside 0..9" in refused(tmp_path / "typed", tmp_path / "x", "--V", 10)
     assert "is not a dataset saved to disk" in refused(tmp_path / "nowhere", tmp_path / "x")
     assert "no split 'test': --split one of train" in refused(tmp_path / "lists", tmp_path / "x", "--split", "test")
-    datasets.Dataset.from_dict(dict(features=np.zeros((2, 16, 8, 8)), labels=[0, 1])).save_to_disk(tmp_path / "deep")
-    assert "latents of 16 channels, wanted 4" in refused(tmp_path / "deep", tmp_path / "x")
+    last = dict(features=np.zeros((2, 8, 8, 4)), labels=[0, 1])
+    datasets.Dataset.from_dict(last).save_to_disk(tmp_path / "channels_last")
+    assert "latents of shape (8, 8, 4), wanted (channels, height, width)" in refused(
+        tmp_path / "channels_last", tmp_path / "x"
+    )
     ragged = dict(features=latents[:2, 0].tolist(), labels=[[1, 2], [1]])
     datasets.Dataset.from_dict(ragged).save_to_disk(tmp_path / "ragged")
     assert "rows 0 to 1: not all have latents" in refused(tmp_path / "ragged", tmp_path / "x", "--V", 10)

@@ -6,36 +6,41 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from benchmarks.loading import IMAGENET, sparse_features
 from conftest import ROOT
 
+from benchmarks.loading import IMAGENET, sparse_features
+from dlc.checkpoints.meta import RunMeta
 from dlc.disk import write_whole
-from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Stack, kind_dir
-from dlc.conditions import ComputedCodes
+from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Manifest, NpyRows, kind_dir
+from dlc.sampling.conditions import ComputedCodes
 from models import DiT_models
 
-SETTINGS = dict(format_version=1, latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"],
-                images=10, vae_sha256="x")
+MANIFEST = Manifest(
+    latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"], images=10, vae_sha256="x"
+)
 RANDOM = np.random.default_rng(0)
 
 
 def shard(rows):
-    return dict(features=RANDOM.normal(size=(rows, 4, 8, 8)).astype(np.float16),
-                sem=RANDOM.integers(0, 5, (rows, 3)).astype(np.uint8), labels=RANDOM.integers(0, 2, rows),
-                path=np.array([f"a/{'x' * rows}{i}.png" for i in range(rows)], dtype=str))
+    return dict(
+        features=RANDOM.normal(size=(rows, 4, 8, 8)).astype(np.float16),
+        sem=RANDOM.integers(0, 5, (rows, 3)).astype(np.uint8),
+        labels=RANDOM.integers(0, 2, rows),
+        path=np.array([f"a/{'x' * rows}{i}.png" for i in range(rows)], dtype=str),
+    )
 
 
 @pytest.fixture
 def written(tmp_path):
     """Four shards, one of them empty, and what was written."""
-    writer = FeatureWriter(tmp_path, SETTINGS)
+    writer = FeatureWriter(tmp_path, MANIFEST)
     writer.start()
     shards = [shard(rows) for rows in (3, 5, 0, 2)]
-    for number in (2, 0, 3, 1):                                             # any order
+    for number in (2, 0, 3, 1):  # any order
         writer.write(number, shards[number], [["a/bad.png", "reason"]] if number == 2 else [])
     writer.finish(4)
     return tmp_path, {kind: np.concatenate([one[kind] for one in shards]) for kind in shards[0]}
@@ -48,12 +53,16 @@ def test_round_trip(written):
     assert (features.count, features.L, features.V, features.num_classes, features.image_size) == (10, 3, 5, 2, 64)
     assert features.latent_shape == (4, 8, 8)
     rows = np.array([9, 0, 4, 4, 7, 2])
-    for stack, kind in ((features.latents, "features"), (features.codes, "sem"), (features.labels, "labels"),
-                        (features.paths, "path")):
+    for stack, kind in (
+        (features.latents, "features"),
+        (features.codes, "sem"),
+        (features.labels, "labels"),
+        (features.paths, "path"),
+    ):
         assert stack.array(1).dtype == arrays[kind].dtype or kind == "path"
         np.testing.assert_array_equal(stack.gather(rows), arrays[kind][rows])
         np.testing.assert_array_equal(stack.gather(np.arange(10)), arrays[kind])
-    assert features.manifest["skipped"] == [["a/bad.png", "reason"]]
+    assert features.manifest.skipped == [["a/bad.png", "reason"]]
     assert not (root / "progress").exists()
 
 
@@ -64,10 +73,10 @@ def test_directory_of_the_reference_scripts(tmp_path):
         directory = kind_dir(tmp_path, 64, kind)
         directory.mkdir()
         for index in range(12):
-            lone = array[index] if kind == "features" and index % 2 else array[index:index + 1]   # with or without a 1
+            lone = array[index] if kind == "features" and index % 2 else array[index : index + 1]  # with or without a 1
             np.save(directory / f"{index}.npy", lone)
     features = Features(tmp_path, V=9)
-    rows = np.array([11, 2, 10])                                            # 2.npy comes before 10.npy
+    rows = np.array([11, 2, 10])  # 2.npy comes before 10.npy
     np.testing.assert_array_equal(features.latents.gather(rows), latents[rows])
     np.testing.assert_array_equal(features.codes.gather(rows), codes[rows])
     np.testing.assert_array_equal(features.labels.gather(rows), labels[rows])
@@ -80,7 +89,7 @@ def test_directory_of_the_reference_scripts(tmp_path):
 
 
 def test_moments_have_the_latents_shape(tmp_path):
-    writer = FeatureWriter(tmp_path, dict(SETTINGS, latents="moments"))
+    writer = FeatureWriter(tmp_path, replace(MANIFEST, latents="moments"))
     writer.start()
     writer.write(0, dict(shard(3), features=np.zeros((3, 8, 16, 16), np.float16)), [])
     writer.finish(1)
@@ -89,7 +98,7 @@ def test_moments_have_the_latents_shape(tmp_path):
 
 def test_one_launch_at_a_time(tmp_path, monkeypatch):
     """A second one waits a while, then says so; or finds the work done. What a killed one left behind is swept."""
-    first, second = FeatureWriter(tmp_path, SETTINGS), FeatureWriter(tmp_path, SETTINGS)
+    first, second = FeatureWriter(tmp_path, MANIFEST), FeatureWriter(tmp_path, MANIFEST)
     assert first.start()
     first.write(0, shard(3), [])
     monkeypatch.setattr("dlc.disk.LOCK_PATIENCE", 0.1)
@@ -102,14 +111,15 @@ def test_one_launch_at_a_time(tmp_path, monkeypatch):
         assert not waiting.done()
         first.finish(1)
         assert waiting.result() is False
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(f"imagenet64_{kind}" for kind in SAMPLE_NDIM)}
+    folders = (f"imagenet64_{kind}" for kind in SAMPLE_NDIM)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *folders}
 
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "progress").mkdir()
-    (tmp_path / "progress/settings.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "progress/settings.json").write_text(json.dumps(MANIFEST.to_json()))
     left = kind_dir(tmp_path, 64, "sem") / ".000001.npy.0123456789abcdef0123456789abcdef.tmp"
     left.write_bytes(b"half")
-    assert FeatureWriter(tmp_path, SETTINGS).start() and not left.exists()
+    assert FeatureWriter(tmp_path, MANIFEST).start() and not left.exists()
 
 
 def test_what_others_wrote_is_left_alone(tmp_path):
@@ -117,18 +127,18 @@ def test_what_others_wrote_is_left_alone(tmp_path):
     (tmp_path / "imagenet64_features").mkdir()
     np.save(tmp_path / "imagenet64_features/0.npy", np.zeros(3))
     with pytest.raises(ValueError, match="holds .npy files that this did not write"):
-        FeatureWriter(tmp_path, SETTINGS).start()
+        FeatureWriter(tmp_path, MANIFEST).start()
     (tmp_path / "imagenet64_features/0.npy").unlink()
     others = [tmp_path / ".other.tmp", tmp_path / "elsewhere/.000001.npy.0123456789abcdef0123456789abcdef.tmp"]
     for path in others:
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-    assert FeatureWriter(tmp_path, SETTINGS).start() and all(path.exists() for path in others)
+    assert FeatureWriter(tmp_path, MANIFEST).start() and all(path.exists() for path in others)
 
 
 def test_a_shard_whose_files_went_is_not_done(tmp_path):
     """As after a crash of the machine; and of a complete directory, the missing file is named."""
-    writer = FeatureWriter(tmp_path, SETTINGS)
+    writer = FeatureWriter(tmp_path, MANIFEST)
     writer.start()
     writer.write(0, shard(3), [])
     assert writer.is_done(0) and not writer.is_done(1)
@@ -140,18 +150,27 @@ def test_a_shard_whose_files_went_is_not_done(tmp_path):
     writer.finish(1)
     path.unlink()
     with pytest.raises(ValueError, match="labels/000000.npy is missing, though the manifest lists it"):
-        FeatureWriter(tmp_path, SETTINGS).start()
+        FeatureWriter(tmp_path, MANIFEST).start()
 
 
-@pytest.mark.parametrize("call, number", [("fcntl.flock", errno.ENOLCK), ("fcntl.flock", errno.ENOSYS),
-                                          ("os.fsync", errno.EINVAL), ("os.fsync", errno.ENOTSUP)])
+@pytest.mark.parametrize(
+    "call, number",
+    [
+        ("fcntl.flock", errno.ENOLCK),
+        ("fcntl.flock", errno.ENOSYS),
+        ("os.fsync", errno.EINVAL),
+        ("os.fsync", errno.ENOTSUP),
+    ],
+)
 def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number):
     """The work goes on, with one warning; nothing is left behind."""
+
     def fail(*args):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(call, fail)
     monkeypatch.setattr("dlc.cli.WARNED", set())
-    writer = FeatureWriter(tmp_path, SETTINGS)
+    writer = FeatureWriter(tmp_path, MANIFEST)
     assert writer.start()
     for index in range(2):
         writer.write(index, shard(3), [])
@@ -165,17 +184,18 @@ def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number
 def test_a_disk_that_fails_to_sync_is_no_such_disk(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="cannot write .*settings.json .*Input/output error"):
-        FeatureWriter(tmp_path, SETTINGS).start()
+        FeatureWriter(tmp_path, MANIFEST).start()
 
 
 def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlc.features.MAX_OPEN", 4)
+    monkeypatch.setattr("dlc.features.rows.MAX_OPEN", 4)
     paths = [tmp_path / f"{index}.npy" for index in range(9)]
     for index, path in enumerate(paths):
         np.save(path, np.full((3, 2), index))
-    stack = Stack(paths, sample_ndim=1)
+    stack = NpyRows(paths, sample_ndim=1)
     rows = RANDOM.permutation(27)
     np.testing.assert_array_equal(stack.gather(rows)[:, 1], rows // 3)
     assert len(stack._open) <= 4
@@ -185,6 +205,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     def no_space(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError, match=r"cannot write .*codes.npy .*No space left"):
         write_whole(tmp_path / "codes.npy", no_space)
     assert not list(tmp_path.iterdir())
@@ -198,7 +219,7 @@ def test_more_shards_than_open_files(tmp_path):
     open_now = len(os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 50, hard))
     try:
-        stack = Stack(paths, sample_ndim=1)
+        stack = NpyRows(paths, sample_ndim=1)
         rows = RANDOM.permutation(600)
         np.testing.assert_array_equal(stack.gather(rows)[:, 1], rows // 3)
     finally:
@@ -231,7 +252,7 @@ def test_nothing_half_written_passes_for_whole(written, tmp_path_factory):
     with pytest.raises(ValueError, match="has no features"):
         Features(tmp_path_factory.mktemp("empty"))
     half = tmp_path_factory.mktemp("half")
-    writer = FeatureWriter(half, SETTINGS)
+    writer = FeatureWriter(half, MANIFEST)
     writer.start()
     writer.write(0, shard(3), [])
     with pytest.raises(ValueError, match="half-written"):
@@ -263,58 +284,62 @@ def test_a_folder_of_lone_codes_is_in_numeric_order(tmp_path):
     for index in range(12):
         np.save(tmp_path / f"{index}.npy", np.array([[index, 0, 0]]))
     model = DiT_models["DiTSEM-Ti/8"](input_size=8, L=3, V=12)
-    codes = ComputedCodes(tmp_path, model, {}, "sequential", 0)
+    codes = ComputedCodes(tmp_path, model, RunMeta(), "sequential", 0)
     assert codes(np.arange(14))[:, 0].tolist() == [*range(12), 0, 1]
 
 
 def test_names_that_are_no_utf8(tmp_path):
-    writer = FeatureWriter(tmp_path, dict(SETTINGS, classes=["a", "b\udcff"]))
+    writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=["a", "b\udcff"]))
     writer.start()
     writer.write(0, shard(2), [["b\udcff/x.png", "reason"]])
     writer.finish(1)
-    assert Features(tmp_path).manifest["classes"] == ["a", "b\udcff"]
+    assert Features(tmp_path).manifest.classes == ["a", "b\udcff"]
 
 
 def test_pickled_objects_are_refused(tmp_path):
     np.save(tmp_path / "codes.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="codes.npy holds pickled objects"):
-        Stack([tmp_path / "codes.npy"], sample_ndim=1)
+        NpyRows([tmp_path / "codes.npy"], sample_ndim=1)
     for junk in (b"", b"xy", b"junk" * 100):
         (tmp_path / "codes.npy").write_bytes(junk)
         with pytest.raises(ValueError, match="codes.npy is not a readable .npy"):
-            Stack([tmp_path / "codes.npy"], sample_ndim=1)
+            NpyRows([tmp_path / "codes.npy"], sample_ndim=1)
 
 
 def test_other_settings_are_refused(written):
     root, _ = written
-    assert not FeatureWriter(root, SETTINGS).start()                        # complete
+    assert not FeatureWriter(root, MANIFEST).start()  # complete
     with pytest.raises(ValueError, match="vae_sha256 'x' there, 'y' here"):
-        FeatureWriter(root, dict(SETTINGS, vae_sha256="y")).start()
-    assert not FeatureWriter(root, dict(SETTINGS, vae="elsewhere")).start()          # where it lies does not count
+        FeatureWriter(root, replace(MANIFEST, vae_sha256="y")).start()
+    assert not FeatureWriter(root, replace(MANIFEST, vae="elsewhere")).start()  # where it lies does not count
     with pytest.raises(ValueError, match="--V 6: .* says 5"):
         Features(root, V=6)
 
 
 def test_settings_without_shards_do_not_count(tmp_path):
     """A mistaken flag, mended before anything was written; and what differs is told briefly."""
-    assert FeatureWriter(tmp_path, dict(SETTINGS, V=6)).start()
-    writer = FeatureWriter(tmp_path, dict(SETTINGS, classes=[f"n{i:08d}" for i in range(1000)], listing_sha256="0" * 64))
+    assert FeatureWriter(tmp_path, replace(MANIFEST, V=6)).start()
+    classes = [f"n{i:08d}" for i in range(1000)]
+    writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))
     assert writer.start()
     writer.write(0, shard(3), [])
-    with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of the im"):
-        FeatureWriter(tmp_path, dict(SETTINGS, listing_sha256="1" * 64)).start()
+    with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of"):
+        FeatureWriter(tmp_path, replace(MANIFEST, listing_sha256="1" * 64)).start()
 
 
 def test_other_manifests_are_refused(written):
     root, _ = written
     manifest = json.loads((root / "manifest.json").read_text())
-    for text, message in ((json.dumps({**manifest, "format_version": 2}), "format 2"),
-                          (json.dumps({**manifest, "count": "3"}), "count is '3'"),
-                          (json.dumps({key: value for key, value in manifest.items() if key != "images"}),
-                           "images is missing"),
-                          (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
-                          (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
-                          ("{}", "not a manifest of ours"), ("[]", "wanted an object"), ("{", "not readable JSON")):
+    for text, message in (
+        (json.dumps({**manifest, "format_version": 3}), "format 3; this code reads up to 2"),
+        (json.dumps({**manifest, "count": "3"}), "count is '3'"),
+        (json.dumps({key: value for key, value in manifest.items() if key != "images"}), "images is missing"),
+        (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
+        (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
+        ("{}", "not a manifest of ours"),
+        ("[]", "wanted an object"),
+        ("{", "not readable JSON"),
+    ):
         (root / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=f"(manifest.json|{root}).*{message}"):
             Features(root)
@@ -334,7 +359,12 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     """
     sparse_features(tmp_path / "small", 10_000)
     sparse_features(tmp_path / "large", IMAGENET)
-    out = subprocess.run([sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"], cwd=ROOT, check=True,
-                         capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     count, grown_kib = map(int, out.split())
-    assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib         # the rows are 11 GB
+    assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib  # the rows are 11 GB

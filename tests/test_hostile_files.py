@@ -1,5 +1,6 @@
 """Files that may come from anyone: nothing in them is run, nothing they name is opened or fetched, and one line says
 why they are refused, before memory is taken for what they claim."""
+
 import importlib
 import json
 import os
@@ -20,14 +21,17 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dlc.checkpoints import info, load_checkpoint, load_pretrained, load_weights, model_from_weights, read_meta
-from dlc.conditions import open_codes
+from dlc.checkpoints.meta import RunMeta, read_meta
+from dlc.checkpoints.run import load_checkpoint
+from dlc.checkpoints.tensor_files import load_tensors
+from dlc.checkpoints.weights import info, load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
-from dlc.feature_tools import main as features_tool
-from dlc.features import Features, load_array, read_manifest
-from dlc.latents import downsampling_factor, load_vae
-from dlc.sample_files import check, npz_rows
-from dlc.tensor_files import load_tensors
+from dlc.features import Features, read_manifest
+from dlc.features.__main__ import main as features_tool
+from dlc.features.rows import load_array
+from dlc.sampling.conditions import open_codes
+from dlc.sampling.files import check_npz, npz_rows
+from dlc.vae import downsampling_factor, load_vae
 from models import DiT_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -59,6 +63,7 @@ def model_at(path):
 #                                 Torch's files                                 #
 #################################################################################
 
+
 class Call:
     """Pickled as a call of a function."""
 
@@ -83,8 +88,8 @@ def claim(path, entry, size):
     content = bytearray(path.read_bytes())
     # the directory comes last, a header before each name
     at = content.rindex(f"{path.stem}/{entry}".encode()) - 46
-    assert content[at:at + 4] == b"PK\x01\x02"
-    content[at + 20:at + 28] = struct.pack("<II", size, size)
+    assert content[at : at + 4] == b"PK\x01\x02"
+    content[at + 20 : at + 28] = struct.pack("<II", size, size)
     path.write_bytes(content)
 
 
@@ -96,30 +101,41 @@ def bomb(path):
     rezip(path, zipfile.ZIP_DEFLATED, lambda name, content: bytes(2**26) if name.endswith("data.pkl") else content)
 
 
-@pytest.mark.parametrize("value, harm, message", [
-    ({"a": torch.zeros(9)}, compressed, "compressed entries"),
-    ({"a": torch.zeros(9)}, bomb, "compressed entries"),
-    ({"a": torch.zeros(9)}, lambda path: claim(path, "data/0", 2**31), "claim more than the file's"),
-    ({"a": "x" * 2**23}, None, "more than 4,194,304 bytes beside its tensors"),
-    ({"a": torch.zeros(9)}, lambda path: rezip(path, change=lambda name, content: content + bytes(
-        2**23 * name.endswith("byteorder"))), "more than 4,194,304 bytes beside its tensors"),
-    ({"a": torch.zeros(9)}, lambda path: path.write_bytes(path.read_bytes()[:-200]), "cut off or damaged"),
-    ({"a": torch.zeros(9)}, lambda path: path.write_bytes(b""), "no file of torch.save"),
-    ({"a": torch.zeros(9)}, lambda path: path.write_bytes(b"PK\x03\x04"), "cut off or damaged"),
-    ({"a": torch.zeros(9)}, lambda path: rezip(path, change=lambda name, content: b"\x80\x02}q\x00X\xff"
-                                               if name.endswith("data.pkl") else content), "cut off or damaged"),
-    (Call(bytearray, 10**13), None, "it names __builtin__.bytearray"),
-    (Call(os.system, "touch touched"), None, "it names posix.system"),
-    (Call(eval, "1"), None, "it names __builtin__.eval"),
-    (Call(torch.Tensor, 10**6, 10**6), None, "it names torch.Tensor"),
-    (Call(np.zeros, 3), None, "it names numpy.zeros"),
-    ([torch.zeros(3)], None, "holds a list, wanted a dict of tensors"),
-    (torch.zeros(3), None, "holds a Tensor, wanted a dict of tensors"),
-    ({"a": torch.zeros(1).expand(10**12)}, None, r"tensor a has shape \(1000000000000,\), but fewer values"),
-    ({"a": {"b": torch.zeros(1)}}, None, "dict of named tensors: a is a dict"),
-    ({3: torch.zeros(1)}, None, "dict of named tensors: 3 is a Tensor"),
-    ({"\x1b[31m" + "n" * 5000: torch.full((2,), torch.nan)}, None, "tensor n+ … n+ has values that are NaN"),
-])
+@pytest.mark.parametrize(
+    "value, harm, message",
+    [
+        ({"a": torch.zeros(9)}, compressed, "compressed entries"),
+        ({"a": torch.zeros(9)}, bomb, "compressed entries"),
+        ({"a": torch.zeros(9)}, lambda path: claim(path, "data/0", 2**31), "claim more than the file's"),
+        ({"a": "x" * 2**23}, None, "more than 4,194,304 bytes beside its tensors"),
+        (
+            {"a": torch.zeros(9)},
+            lambda path: rezip(path, change=lambda name, content: content + bytes(2**23 * name.endswith("byteorder"))),
+            "more than 4,194,304 bytes beside its tensors",
+        ),
+        ({"a": torch.zeros(9)}, lambda path: path.write_bytes(path.read_bytes()[:-200]), "cut off or damaged"),
+        ({"a": torch.zeros(9)}, lambda path: path.write_bytes(b""), "no file of torch.save"),
+        ({"a": torch.zeros(9)}, lambda path: path.write_bytes(b"PK\x03\x04"), "cut off or damaged"),
+        (
+            {"a": torch.zeros(9)},
+            lambda path: rezip(
+                path, change=lambda name, content: b"\x80\x02}q\x00X\xff" if name.endswith("data.pkl") else content
+            ),
+            "cut off or damaged",
+        ),
+        (Call(bytearray, 10**13), None, "it names __builtin__.bytearray"),
+        (Call(os.system, "touch touched"), None, "it names posix.system"),
+        (Call(eval, "1"), None, "it names __builtin__.eval"),
+        (Call(torch.Tensor, 10**6, 10**6), None, "it names torch.Tensor"),
+        (Call(np.zeros, 3), None, "it names numpy.zeros"),
+        ([torch.zeros(3)], None, "holds a list, wanted a dict of tensors"),
+        (torch.zeros(3), None, "holds a Tensor, wanted a dict of tensors"),
+        ({"a": torch.zeros(1).expand(10**12)}, None, r"tensor a has shape \(1000000000000,\), but fewer values"),
+        ({"a": {"b": torch.zeros(1)}}, None, "dict of named tensors: a is a dict"),
+        ({3: torch.zeros(1)}, None, "dict of named tensors: 3 is a Tensor"),
+        ({"\x1b[31m" + "n" * 5000: torch.full((2,), torch.nan)}, None, "tensor n+ … n+ has values that are NaN"),
+    ],
+)
 def test_files_of_torch(tmp_path, monkeypatch, value, harm, message):
     monkeypatch.chdir(tmp_path)
     for name in ("file.pt", "file.pth", "pytorch.bin"):
@@ -143,13 +159,20 @@ def test_files_from_before_torch_1_6(tmp_path):
 def test_files_that_are_kept(tmp_path):
     """A training checkpoint with its arguments, parameters and optimizer; without checksums; of another prefix."""
     import argparse
+
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.long)).sum().backward()
     optimizer.step()
-    torch.save(dict(model=dict(model.named_parameters(), pos_embed=model.pos_embed), opt=optimizer.state_dict(),
-                    steps={3}, args=argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)),
-               tmp_path / "one.pt")
+    torch.save(
+        dict(
+            model=dict(model.named_parameters(), pos_embed=model.pos_embed),
+            opt=optimizer.state_dict(),
+            steps={3},
+            args=argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16),
+        ),
+        tmp_path / "one.pt",
+    )
     computed = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -165,8 +188,17 @@ def test_files_that_are_kept(tmp_path):
         assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", struct.pack("<Q", 2**40), struct.pack("<Q", 2**63) + b"{}",
-                                     struct.pack("<Q", 2**23) + b" " * 2**23, struct.pack("<Q", 8) + b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        struct.pack("<Q", 2**40),
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**23) + b" " * 2**23,
+        struct.pack("<Q", 8) + b'{"a": 1}',
+    ],
+)
 def test_files_of_safetensors(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -179,16 +211,20 @@ def test_files_of_safetensors(tmp_path, content):
 def test_a_bomb_takes_no_memory(tmp_path):
     """A file of 0.3 MB that inflates to 256 MB: in C++, where only the process's own memory tells."""
     torch.save({}, tmp_path / "bomb.pt")
-    rezip(tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED,
-          lambda name, content: bytes(2**28 * name.endswith("pkl")) or content)
+    rezip(
+        tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED, lambda name, content: bytes(2**28 * name.endswith("pkl")) or content
+    )
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
-    code = ("import resource, sys; from dlc.tensor_files import load_tensors\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "try: load_tensors(sys.argv[1])\n"
-            "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "bomb.pt"], cwd=ROOT, capture_output=True,
-                            text=True)
-    assert int(result.stdout) < 20_000, result.stderr                   # KiB
+    code = (
+        "import resource, sys; from dlc.checkpoints.tensor_files import load_tensors\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_tensors(sys.argv[1])\n"
+        "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "bomb.pt"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert int(result.stdout) < 20_000, result.stderr  # KiB
 
 
 #################################################################################
@@ -196,8 +232,10 @@ def test_a_bomb_takes_no_memory(tmp_path):
 #################################################################################
 
 BAD_TENSORS = {
-    "NaN": (lambda tensor: torch.where(torch.arange(tensor.numel()).view(tensor.shape) == 1, torch.nan, tensor),
-            "has values that are NaN or infinite"),
+    "NaN": (
+        lambda tensor: torch.where(torch.arange(tensor.numel()).view(tensor.shape) == 1, torch.nan, tensor),
+        "has values that are NaN or infinite",
+    ),
     "infinite": (lambda tensor: torch.full_like(tensor, -torch.inf), "has values that are NaN or infinite"),
     "half NaN": (lambda tensor: torch.full_like(tensor, torch.nan, dtype=torch.float16), "NaN or infinite"),
     "infinite as float32": (lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64), "NaN or infinite"),
@@ -213,7 +251,7 @@ BAD_TENSORS = {
     "empty": (lambda tensor: torch.zeros(0), ""),
     "endless and empty": (lambda tensor: torch.zeros(10**15, 0), ""),
 }
-ONLY_TORCH = ("sparse", "meta", "repeated")                 # safetensors has no such
+ONLY_TORCH = ("sparse", "meta", "repeated")  # safetensors has no such
 
 
 @pytest.mark.parametrize("kind", BAD_TENSORS)
@@ -241,8 +279,11 @@ def test_bad_tensors(tmp_path, tiny_models, loader, kind):
     elif loader == "teacher":
         # positions and class token are added and resized before they are compared
         name, path, load = "pos_embed" if "-d" in kind else "cls_token", tmp_path / "teacher.pth", load_encoder
-        weights = {"cls_token": torch.zeros(1, 1, 8), "pos_embed": torch.zeros(1, 17, 8),
-                   "sem_norm.bias": torch.zeros(3)}
+        weights = {
+            "cls_token": torch.zeros(1, 1, 8),
+            "pos_embed": torch.zeros(1, 17, 8),
+            "sem_norm.bias": torch.zeros(3),
+        }
     else:
         shutil.copytree(tiny_models[0], tmp_path / "vae")
         path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
@@ -253,6 +294,7 @@ def test_bad_tensors(tmp_path, tiny_models, loader, kind):
 
         def load(path):
             return load_vae(str(path.parent))
+
     weights[name] = change(weights[name])
     if path.suffix == ".safetensors" and kind in ONLY_TORCH:
         return
@@ -261,25 +303,65 @@ def test_bad_tensors(tmp_path, tiny_models, loader, kind):
     else:
         torch.save(weights, path)
     if loader == "pretrained" and not message:
-        assert f"{name} not taken" in load(path)                 # takes what fits, and says what does not
+        assert f"{name} not taken" in load(path)  # takes what fits, and says what does not
         return
     line = refusal(load, path)
     assert message in line and (loader == "teacher" and not message or name in line) and path.parent.name in line
 
 
-@pytest.mark.parametrize("name", ["x_embedder.proj.weight", "pos_embed", "final_layer.linear.bias",
-                                  "sem_embedder.embedding_table", "blocks.0.attn.qkv.weight"])
-@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 0), (0, 0, 0), (1, 0, 192), (0, 0, 0, 0), (10**15, 0, 0),
-                                   (1, 10**15, 0), (10**9, 10**9, 0, 1), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x_embedder.proj.weight",
+        "pos_embed",
+        "final_layer.linear.bias",
+        "sem_embedder.embedding_table",
+        "blocks.0.attn.qkv.weight",
+    ],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        (0,),
+        (5,),
+        (0, 0),
+        (0, 0, 0),
+        (1, 0, 192),
+        (0, 0, 0, 0),
+        (10**15, 0, 0),
+        (1, 10**15, 0),
+        (10**9, 10**9, 0, 1),
+        (1, 1, 1, 1, 1),
+    ],
+)
 def test_shapes_of_a_model(tmp_path, name, shape):
     assert "model.pt" in refusal(model_from_weights, {**WEIGHTS, name: torch.zeros(shape)}, "model.pt")
 
 
-@pytest.mark.parametrize("change", [
-    dict.clear, lambda weights: weights.pop("pos_embed"), lambda weights: weights.pop("blocks.5.attn.qkv.bias"),
-    *[lambda weights, name=name: weights.update({name: torch.zeros(1)}) for name in (
-        "blocks.999999999.attn.qkv.bias", "blocks.x.attn.qkv.bias", "blocks.-1.a", "blocks.", "blocks.1e9.a", "more",
-        "blocks.\u0663.a", "y_embedder.fake_latent", f"blocks.{'9' * 5000}.a", "\x1b[2J")]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict.clear,
+        lambda weights: weights.pop("pos_embed"),
+        lambda weights: weights.pop("blocks.5.attn.qkv.bias"),
+        *[
+            lambda weights, name=name: weights.update({name: torch.zeros(1)})
+            for name in (
+                "blocks.999999999.attn.qkv.bias",
+                "blocks.x.attn.qkv.bias",
+                "blocks.-1.a",
+                "blocks.",
+                "blocks.1e9.a",
+                "more",
+                "blocks.\u0663.a",
+                "y_embedder.fake_latent",
+                f"blocks.{'9' * 5000}.a",
+                "\x1b[2J",
+            )
+        ],
+    ],
+)
 def test_names_of_a_model(change):
     weights = dict(WEIGHTS)
     change(weights)
@@ -295,64 +377,169 @@ def test_models_without_conditions():
 def test_a_run_that_continues(tmp_path):
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters())
-    for weights, message in (({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan},
-                              "tensor pos_embed has values"),
-                             ({"pos_embed": WEIGHTS["pos_embed"]}, "lacks"),
-                             ({**WEIGHTS, "pos_embed": torch.zeros(2)}, "has other shapes: pos_embed")):
+    for weights, message in (
+        ({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan}, "tensor pos_embed has values"),
+        ({"pos_embed": WEIGHTS["pos_embed"]}, "lacks"),
+        ({**WEIGHTS, "pos_embed": torch.zeros(2)}, "has other shapes: pos_embed"),
+    ):
         safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
         assert f"model.safetensors{':' * ('tensor' in message)} {message}" in refusal(
-            load_checkpoint, tmp_path, model, model, optimizer)
+            load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer
+        )
     for name in ("model", "ema"):
         safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
     torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
-    assert "cannot be read as an optimizer's state" in refusal(load_checkpoint, tmp_path, model, model, optimizer)
+    assert "cannot be read as an optimizer's state" in refusal(
+        load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer
+    )
 
 
 #################################################################################
 #                                   Encoders                                    #
 #################################################################################
 
+
 @pytest.fixture
 def sem(tmp_path, tiny_models):
     return shutil.copytree(tiny_models[1], tmp_path / "sem")
 
 
-EVIL_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "features_only", "scriptable",
-             "cache_dir", "model_name", "img_size", "num_classes", "weight_init", "norm_layer", "act_layer", "block_fn",
-             "global_pool", "exportable", "no_jit", "file", "url", "hf_hub_id", "state_dict", "custom_load", "device",
-             "dtype", "__class__", "out_indices", "\x1b[31m")
+EVIL_ARGS = (
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "features_only",
+    "scriptable",
+    "cache_dir",
+    "model_name",
+    "img_size",
+    "num_classes",
+    "weight_init",
+    "norm_layer",
+    "act_layer",
+    "block_fn",
+    "global_pool",
+    "exportable",
+    "no_jit",
+    "file",
+    "url",
+    "hf_hub_id",
+    "state_dict",
+    "custom_load",
+    "device",
+    "dtype",
+    "__class__",
+    "out_indices",
+    "\x1b[31m",
+)
 
 
-@pytest.mark.parametrize("change", [
-    *[dict(backbone=name) for name in (
-        "hf-hub:timm/vit_tiny_patch16_224", "hf_hub:x/y", "local-dir:.", "local_dir:.", "./vit", "../x", "/somewhere/x",
-        "timm/vit_tiny_patch16_224", "vit_tiny_patch16_224@main", "vit_tiny_patch16_224?", "", " ", "vit_nothing",
-        "vit_tiny_patch16_224.a.b", "vit_tiny_patch16_224\n", "x" * 10**5, "\x1b[31mvit", [], ["vit_tiny_patch16_224"],
-        {}, None, 3, True)],
-    *[dict(backbone_args={key: "evil.pth"}) for key in EVIL_ARGS],
-    *[dict(backbone_args=value) for value in ([], "x", 3, [1], True)],
-    *[dict(backbone_args={key: value}) for key, value in dict(
-        depth=10**9, embed_dim=10**9, patch_size=0, num_heads=-1, mlp_ratio=float("nan"), reg_tokens=1.5,
-        init_values="0.1", class_token=1, qk_norm="yes").items()],
-    *[dict(backbone_args={"depth": value}) for value in (0, -3, "2", None, True, [2], {"a": 1}, 1e3)],
-    dict(L=-3), dict(L=0), dict(L=1_000_000), dict(L=65536), dict(L="6"), dict(L=6.0), dict(L=True), dict(L=None),
-    dict(L=10**4000), dict(V=1), dict(V=70000), dict(V=[300]), dict(image_size=-32), dict(image_size=10**9),
-    dict(image_size=[32, 32]), dict(image_size=4096), dict(temperature=0), dict(temperature=float("nan")),
-    dict(temperature=float("inf")), dict(temperature="1"), dict(temperature=None), dict(checkpoint_path="evil.pth"),
-    dict(pretrained=True), dict(_target_="os.system"), {"\x1b[2J" * 500: 1},
-], ids=lambda change: repr(change)[:60])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[
+            dict(backbone=name)
+            for name in (
+                "hf-hub:timm/vit_tiny_patch16_224",
+                "hf_hub:x/y",
+                "local-dir:.",
+                "local_dir:.",
+                "./vit",
+                "../x",
+                "/somewhere/x",
+                "timm/vit_tiny_patch16_224",
+                "vit_tiny_patch16_224@main",
+                "vit_tiny_patch16_224?",
+                "",
+                " ",
+                "vit_nothing",
+                "vit_tiny_patch16_224.a.b",
+                "vit_tiny_patch16_224\n",
+                "x" * 10**5,
+                "\x1b[31mvit",
+                [],
+                ["vit_tiny_patch16_224"],
+                {},
+                None,
+                3,
+                True,
+            )
+        ],
+        *[dict(backbone_args={key: "evil.pth"}) for key in EVIL_ARGS],
+        *[dict(backbone_args=value) for value in ([], "x", 3, [1], True)],
+        *[
+            dict(backbone_args={key: value})
+            for key, value in dict(
+                depth=10**9,
+                embed_dim=10**9,
+                patch_size=0,
+                num_heads=-1,
+                mlp_ratio=float("nan"),
+                reg_tokens=1.5,
+                init_values="0.1",
+                class_token=1,
+                qk_norm="yes",
+            ).items()
+        ],
+        *[dict(backbone_args={"depth": value}) for value in (0, -3, "2", None, True, [2], {"a": 1}, 1e3)],
+        dict(L=-3),
+        dict(L=0),
+        dict(L=1_000_000),
+        dict(L=65536),
+        dict(L="6"),
+        dict(L=6.0),
+        dict(L=True),
+        dict(L=None),
+        dict(L=10**4000),
+        dict(V=1),
+        dict(V=70000),
+        dict(V=[300]),
+        dict(image_size=-32),
+        dict(image_size=10**9),
+        dict(image_size=[32, 32]),
+        dict(image_size=4096),
+        dict(temperature=0),
+        dict(temperature=float("nan")),
+        dict(temperature=float("inf")),
+        dict(temperature="1"),
+        dict(temperature=None),
+        dict(checkpoint_path="evil.pth"),
+        dict(pretrained=True),
+        dict(_target_="os.system"),
+        {"\x1b[2J" * 500: 1},
+    ],
+    ids=lambda change: repr(change)[:60],
+)
 def test_encoder_configs(sem, monkeypatch, change):
     def create_model(name, **given):
         assert re.fullmatch(r"\w+", name) and given.keys() <= {
-            "pretrained", "num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "reg_tokens"}
+            "pretrained",
+            "num_classes",
+            "img_size",
+            "patch_size",
+            "embed_dim",
+            "depth",
+            "num_heads",
+            "reg_tokens",
+        }
         assert given["pretrained"] is False
         return create(name, **given)
+
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", create_model)
     config = json.loads((sem / "config.json").read_text())
     assert load_encoder(sem).config == config
-    config.update({**change, **({"backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
-                                if isinstance(change.get("backbone_args"), dict) else {})})
+    config.update(
+        {
+            **change,
+            **(
+                {"backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
+                if isinstance(change.get("backbone_args"), dict)
+                else {}
+            ),
+        }
+    )
     (sem / "config.json").write_text(json.dumps(config))
     line = refusal(load_encoder, sem)
     assert str(sem) in line
@@ -365,9 +552,19 @@ def test_backbones_by_flag(tmp_path, monkeypatch, backbone):
     assert "timm cannot build the encoder" in refusal(load_encoder, tmp_path / "teacher.pth", backbone=backbone)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "vgg11", "convnext_tiny",
-                                      "mixer_s16_224", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224.nothing",
-                                      "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18",
+        "swin_tiny_patch4_window7_224",
+        "vgg11",
+        "convnext_tiny",
+        "mixer_s16_224",
+        "vit_base_patch16_siglip_224",
+        "vit_tiny_patch16_224.nothing",
+        "efficientnet_b0",
+    ],
+)
 def test_models_that_are_no_such_transformer(sem, backbone):
     config = json.loads((sem / "config.json").read_text())
     (sem / "config.json").write_text(json.dumps(dict(config, backbone=backbone, backbone_args={})))
@@ -375,8 +572,9 @@ def test_models_that_are_no_such_transformer(sem, backbone):
 
 
 def test_timms_names(tmp_path):
-    encoder = SEMEncoder("vit_tiny_patch16_224", 32, L=3, V=4, backbone_args=dict(embed_dim=24, depth=1, num_heads=2,
-                                                                                 reg_tokens=2))
+    encoder = SEMEncoder(
+        "vit_tiny_patch16_224", 32, L=3, V=4, backbone_args=dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+    )
     for weights in (encoder.backbone.state_dict(), encoder.state_dict(), {"teacher": encoder.state_dict()}):
         torch.save(weights, tmp_path / "timm.pth")
         line = refusal(load_encoder, tmp_path / "timm.pth", backbone="vit_tiny_patch16_224", L=3, V=4)
@@ -384,44 +582,64 @@ def test_timms_names(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "timm.pth")
     assert "has no SEM head (sem_embed, sem_norm): wanted a reference checkpoint" in refusal(
-        load_encoder, tmp_path / "timm.pth")
+        load_encoder, tmp_path / "timm.pth"
+    )
 
 
 #################################################################################
 #                                     VAEs                                      #
 #################################################################################
 
+
 @pytest.fixture
 def vae(tmp_path, tiny_models):
     return shutil.copytree(tiny_models[0], tmp_path / "vae")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(latent_channels=16), "has 16 latent channels, wanted 4"),
-    (dict(in_channels=1), "has 1 in channels, wanted 3"),
-    (dict(out_channels=1), "has 1 out channels, wanted 3"), (dict(latent_channels=10**12), "latent_channels is"),
-    (dict(shift_factor=0.1), "shifts its latents (shift_factor"), (dict(latents_mean=[0, 0, 0, 0.0]), "(latents_mean"),
-    (dict(latents_std=[1.0] * 4), "(latents_std"), (dict(scaling_factor=0), "scaling_factor is 0"),
-    (dict(scaling_factor=-1), "scaling_factor is -1"), (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
-    (dict(scaling_factor=float("inf")), "scaling_factor is inf"), (dict(scaling_factor="1"), "scaling_factor is '1'"),
-    (dict(scaling_factor=True), "scaling_factor is True"), (dict(scaling_factor=None), "scaling_factor is None"),
-    (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_8bit=True)), "the key quantization_config"),
-    (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"), (dict(pretrained="x"), "the key pretrained"),
-    (dict(_class_name="UNet2DModel"), "not an AutoencoderKL's"), (dict(_class_name=["a"]), "not an AutoencoderKL's"),
-    (dict(block_out_channels=[]), "block_out_channels is []"), (dict(block_out_channels=8), "block_out_channels is 8"),
-    (dict(block_out_channels=[8] * 100), "block_out_channels is"),
-    (dict(block_out_channels=[8] * 3), "as many entries"),
-    (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
-    (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
-    (dict(down_block_types=["os.system"] * 4), "down_block_types is"),
-    (dict(down_block_types="Down"), "down_block_types is"),
-    (dict(up_block_types=["UpDecoderBlock2D"]), "as many entries"), (dict(act_fn="evil"), "act_fn is 'evil'"),
-    (dict(layers_per_block=10**9), "layers_per_block is"), (dict(layers_per_block=2), "lacks"),
-    (dict(norm_num_groups=0), "norm_num_groups is 0"), (dict(use_quant_conv=False), "has unknown"),
-    (dict(use_quant_conv="no"), "use_quant_conv is 'no'"), (dict(block_out_channels=[16] * 4), "has other shapes"),
-    (dict(block_out_channels=[8192] * 4), "has other shapes"), (dict(sample_size=[]), "sample_size is []"),
-    ({"\x1b[31mkey" * 99: 1}, "the key key"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(latent_channels=16), "has other shapes"),
+        (dict(shift_factor="0.1"), "shift_factor is '0.1'"),
+        (dict(shift_factor=float("nan")), "shift_factor is nan"),
+        (dict(in_channels=1), "has 1 in channels, wanted 3"),
+        (dict(out_channels=1), "has 1 out channels, wanted 3"),
+        (dict(latent_channels=10**12), "latent_channels is"),
+        (dict(latents_mean=[0, 0, 0, 0.0]), "(latents_mean"),
+        (dict(latents_std=[1.0] * 4), "(latents_std"),
+        (dict(scaling_factor=0), "scaling_factor is 0"),
+        (dict(scaling_factor=-1), "scaling_factor is -1"),
+        (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
+        (dict(scaling_factor=float("inf")), "scaling_factor is inf"),
+        (dict(scaling_factor="1"), "scaling_factor is '1'"),
+        (dict(scaling_factor=True), "scaling_factor is True"),
+        (dict(scaling_factor=None), "scaling_factor is None"),
+        (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_8bit=True)), "the key quantization_config"),
+        (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"),
+        (dict(pretrained="x"), "the key pretrained"),
+        (dict(_class_name="UNet2DModel"), "not an AutoencoderKL's"),
+        (dict(_class_name=["a"]), "not an AutoencoderKL's"),
+        (dict(block_out_channels=[]), "block_out_channels is []"),
+        (dict(block_out_channels=8), "block_out_channels is 8"),
+        (dict(block_out_channels=[8] * 100), "block_out_channels is"),
+        (dict(block_out_channels=[8] * 3), "as many entries"),
+        (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
+        (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
+        (dict(down_block_types=["os.system"] * 4), "down_block_types is"),
+        (dict(down_block_types="Down"), "down_block_types is"),
+        (dict(up_block_types=["UpDecoderBlock2D"]), "as many entries"),
+        (dict(act_fn="evil"), "act_fn is 'evil'"),
+        (dict(layers_per_block=10**9), "layers_per_block is"),
+        (dict(layers_per_block=2), "lacks"),
+        (dict(norm_num_groups=0), "norm_num_groups is 0"),
+        (dict(use_quant_conv=False), "has unknown"),
+        (dict(use_quant_conv="no"), "use_quant_conv is 'no'"),
+        (dict(block_out_channels=[16] * 4), "has other shapes"),
+        (dict(block_out_channels=[8192] * 4), "has other shapes"),
+        (dict(sample_size=[]), "sample_size is []"),
+        ({"\x1b[31mkey" * 99: 1}, "the key key"),
+    ],
+)
 def test_vae_configs(vae, change, message):
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, **change}))
@@ -459,15 +677,16 @@ def test_vae_of_old_names(vae):
     torch.save(weights, vae / "diffusion_pytorch_model.bin")
     config = json.loads((vae / "config.json").read_text())
     for key in ("scaling_factor", "force_upcast", "shift_factor", "latents_mean", "use_quant_conv"):
-        del config[key]                                                 # as old, its config says less
+        del config[key]  # as old, its config says less
     (vae / "config.json").write_text(json.dumps(config))
     loaded = load_vae(str(vae))
     assert loaded.config.scaling_factor == AutoencoderKL().config.scaling_factor == 0.18215
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "../nothing", "a b", "\x1b[31m", "http://localhost/x", "x" * 3000,
-                                  "nobody/nothing\0"])
+@pytest.mark.parametrize(
+    "name", ["nobody/nothing", "../nothing", "a b", "\x1b[31m", "http://localhost/x", "x" * 3000, "nobody/nothing\0"]
+)
 def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -476,7 +695,7 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
         assert "--vae takes a local directory too" in refusal(load_vae, name)
     except pytest.fail.Exception:
         raise
-    except OSError as error:                                            # of a name longer than files can have
+    except OSError as error:  # of a name longer than files can have
         assert len(name) > 255, error
     assert downsampling_factor("ema") == downsampling_factor("stabilityai/sd-vae-ft-mse") == 8
 
@@ -485,20 +704,55 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
 #                           meta.json and manifest.json                         #
 #################################################################################
 
-@pytest.mark.parametrize("text, message", [
-    *[(json.dumps({key: value}), f"meta.json: {key} is") for key, values in dict(
-        step=[None, "3", -1, 1.5, True, [], 10**30], place=[None, "0"], logged=["x"], skipped=[{}], model=[3, []],
-        vae=[3, ["ema"], {}, True], versions=["2.6", [], None, {"torch": 2}], L=["6", 0, None, True], V=[-1],
-        num_classes=[0.5], in_dim=["x"], image_size=[0, "256"], scaling_factor=["x", 0, -1, [], True], vae_sha256=[1],
-        encoder_sha256=[{}],
-        listing_sha256=[[]], features_path=[3], data_path=[False], global_batch_size=["8"], global_seed=[-1], lr=["x"],
-        precision=[None], flip=[1], ema_decay=[None]).items() for value in values],
-    ('{"lr": NaN}', "lr is nan"), ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
-    ("[" * 100_000, "not readable JSON"), ('{"step": ' + "[" * 100_000, "not readable JSON"),
-    ("[]", "holds a JSON list"),
-    ("{", "not readable JSON"), ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "vae is"),
-    ('{"step": ' + "9" * 5000 + "}", "meta.json"),
-], ids=lambda value: value[:40])
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        *[
+            (json.dumps({key: value}), f"meta.json: {key} is")
+            for key, values in dict(
+                step=[None, "3", -1, 1.5, True, [], 10**30],
+                place=[None, "0"],
+                logged=["x"],
+                skipped=[{}],
+                model=[3, []],
+                vae=[3, ["ema"], {}, True],
+                versions=["2.6", [], None, {"torch": 2}],
+                L=["6", 0, None, True],
+                V=[-1],
+                num_classes=[0.5],
+                in_dim=["x"],
+                image_size=[0, "256"],
+                scaling_factor=["x", 0, -1, [], True],
+                vae_sha256=[1],
+                encoder_sha256=[{}],
+                listing_sha256=[[]],
+                features_path=[3],
+                data_path=[False],
+                global_batch_size=["8"],
+                global_seed=[-1],
+                lr=["x"],
+                precision=[None],
+                flip=[1],
+                ema_decay=[None],
+                code_init=["x", 1, None],
+                format_version=[0, "1", None, True],
+            ).items()
+            for value in values
+        ],
+        ('{"format_version": 2}', "format 2, this program knows up to 1: update it"),
+        ('{"format_version": 1}', "meta.json: model is missing"),
+        ('{"lr": NaN}', "lr is nan"),
+        ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
+        ("[" * 100_000, "not readable JSON"),
+        ('{"step": ' + "[" * 100_000, "not readable JSON"),
+        ("[]", "holds a JSON list"),
+        ("{", "not readable JSON"),
+        ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "vae is"),
+        ('{"step": ' + "9" * 5000 + "}", "meta.json"),
+    ],
+    ids=lambda value: value[:40],
+)
 def test_meta(tmp_path, text, message):
     (tmp_path / "meta.json").write_text(text)
     assert message in refusal(read_meta, tmp_path)
@@ -509,26 +763,68 @@ def test_meta(tmp_path, text, message):
 def test_meta_that_says_little_or_more(tmp_path):
     for meta in ({}, dict(step=0), dict(more=[[["x"]]], vae=None, scaling_factor=None, model=None)):
         (tmp_path / "meta.json").write_text(json.dumps(meta))
-        assert read_meta(tmp_path) == meta
+        assert read_meta(tmp_path) == RunMeta(step=meta.get("step"), shift_factor=0.0)
 
 
-@pytest.mark.parametrize("change, message", [
-    *[(dict(shards=[dict(name=name, rows=4)]), "a shard is") for name in (
-        "../outside", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x", "a\0b", "\x1b[31m", 3, None, ["a"])],
-    *[(dict(shards=[dict(name="000000", rows=rows)]), "a shard is") for rows in (-1, "4", 1.5, None, True, 10**30)],
-    (dict(shards=[dict(name="000000", rows=10**12)]), "says 1,000,000,000,000 rows"),
-    (dict(shards=["000000"]), "shards is"),
-    (dict(shards={}), "shards is"), (dict(shards=None), "shards is"),
-    *[({key: value}, f"{key} is") for key, values in dict(
-        count=["4", True, -1, None], image_size=[0, "64", 64.0, True, 10**40], images=[None], L=["6", 0, True],
-        V=["300", 10**9], classes=["ab", [1], {}, None], skipped=[["x"], [["a"]], [["a", 1]], "x"],
-        vae=[3, ["ema"], {}],
-        vae_sha256=[3],
-        scaling_factor=["x", 0, -1, [0.1]], encoder_sha256=[3], listing_sha256=[[]], flip=[3, True],
-        seed=["0", -1, 1.5],
-        precision=[[]], latents=[3, None], dtype=[16], format_version=["1", None, True]).items() for value in values],
-    (dict(latents="\x1b[31m" + "x" * 999), "latents of kind"), (dict(dtype="x" * 999), "type"),
-], ids=lambda value: repr(value)[:60])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        *[
+            (dict(shards=[dict(name=name, rows=4)]), "a shard is")
+            for name in (
+                "../outside",
+                "/etc/passwd",
+                "..",
+                ".",
+                "",
+                "a/b",
+                "a\\b",
+                "C:x",
+                "a\0b",
+                "\x1b[31m",
+                3,
+                None,
+                ["a"],
+            )
+        ],
+        *[(dict(shards=[dict(name="000000", rows=rows)]), "a shard is") for rows in (-1, "4", 1.5, None, True, 10**30)],
+        (dict(shards=[dict(name="000000", rows=10**12)]), "says 1,000,000,000,000 rows"),
+        (dict(shards=["000000"]), "shards is"),
+        (dict(shards={}), "shards is"),
+        (dict(shards=None), "shards is"),
+        *[
+            ({key: value}, f"{key} is")
+            for key, values in dict(
+                count=["4", True, -1, None],
+                image_size=[0, "64", 64.0, True, 10**40],
+                images=[None],
+                L=["6", 0, True],
+                V=["300", 10**9],
+                classes=["ab", [1], {}, None],
+                skipped=[["x"], [["a"]], [["a", 1]], "x"],
+                vae=[3, ["ema"], {}],
+                vae_sha256=[3],
+                scaling_factor=["x", 0, -1, [0.1]],
+                encoder_sha256=[3],
+                listing_sha256=[[]],
+                flip=[3, True],
+                seed=["0", -1, 1.5],
+                precision=[[]],
+                shard_size=[0, "4"],
+                source=[3],
+                latent_channels=["4", 0, None],
+                shift_factor=["0", None, []],
+                latents=[3, None],
+                dtype=[16],
+                format_version=["1", None, True],
+            ).items()
+            for value in values
+        ],
+        (dict(latents="\x1b[31m" + "x" * 999), "latents of kind"),
+        (dict(dtype="x" * 999), "type"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
 def test_manifests(features, tmp_path, change, message):
     manifest = json.loads((features / "manifest.json").read_text())
     for directory in features.glob("imagenet*"):
@@ -541,6 +837,7 @@ def test_manifests(features, tmp_path, change, message):
 #################################################################################
 #                                .npy and .npz                                  #
 #################################################################################
+
 
 def npy(header, body=b"", version=(1, 0), length=None):
     """A .npy of any header."""
@@ -558,17 +855,22 @@ BAD_NPY = [
     (npy(described("(11,)"), bytes(10)), "claims 11 bytes, 10 follow"),
     (npy(described("(4611686018427387904, 4611686018427387904)"), bytes(60)), "claims"),
     (npy(described("(10,)", "'<U250000000'"), bytes(60)), "claims 10,000,000,000 bytes"),
-    (npy(described("(-1,)"), bytes(60)), "shape"), (npy(described("(True,)"), bytes(60)), "shape"),
+    (npy(described("(-1,)"), bytes(60)), "shape"),
+    (npy(described("(True,)"), bytes(60)), "shape"),
     (npy(described("(1,) * 10**9"), bytes(60)), "not a readable"),
-    (npy(described(str((1,) * 60)), bytes(60)), "shape"), (npy(described("[4]"), bytes(60)), "not a readable"),
+    (npy(described(str((1,) * 60)), bytes(60)), "shape"),
+    (npy(described("[4]"), bytes(60)), "not a readable"),
     (npy(described("(1,)", "'|V0'"), bytes(60)), "values of type"),
     (npy(described("(1,)", "[('a', '<f4')]"), bytes(60)), "values of type"),
     (npy(described("(1,)", "'<M8[s]'"), bytes(60)), "values of type"),
     (npy(described("(1,)", "'|O'"), bytes(60)), "holds pickled objects"),
-    (npy(b"(" * 9000), "not a readable"), (npy(b"[" * 60_000), "header of 60,000 bytes"),
+    (npy(b"(" * 9000), "not a readable"),
+    (npy(b"[" * 60_000), "header of 60,000 bytes"),
     (npy(b"{}", version=(2, 0), length=2**32 - 1), "header of 4,294,967,295 bytes"),
     (npy(b"{}", version=(3, 0)), "version"),
-    (npy(b"{}", version=(9, 9)), "not a readable"), (b"", "not a readable"), (b"\x93NUMPY", "not a readable"),
+    (npy(b"{}", version=(9, 9)), "not a readable"),
+    (b"", "not a readable"),
+    (b"\x93NUMPY", "not a readable"),
     (npy("{'descr': '\x1b[31m', 'fortran_order': False, 'shape': (1,)}"), "not a readable"),
 ]
 
@@ -582,9 +884,18 @@ def test_npy(tmp_path, content, message):
     assert "bad.npy" in refusal(open_codes, path)
 
 
-@pytest.mark.parametrize("array", [np.arange(24).reshape(2, 3, 4), np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-                                   np.zeros((0, 4), np.float16), np.array(3), np.array(["a", "bc"]),
-                                   np.arange(4, dtype=">i4"), np.array([True, False])])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.zeros((0, 4), np.float16),
+        np.array(3),
+        np.array(["a", "bc"]),
+        np.arange(4, dtype=">i4"),
+        np.array([True, False]),
+    ],
+)
 def test_npy_that_are_kept(tmp_path, array):
     np.save(tmp_path / "good.npy", array)
     for mmap in (True, False):
@@ -593,22 +904,26 @@ def test_npy_that_are_kept(tmp_path, array):
         assert loaded.dtype == array.dtype and loaded.flags.fnc == array.flags.fnc
 
 
-@pytest.mark.parametrize("content, message", [
-    *[(content, "not a whole .npz of samples") for content, _ in BAD_NPY],
-    (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
-    (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
-    (npy(described("()"), bytes(8)), "wanted uint8"),
-    (npy(described("(2, 8, 8, 3)"), bytes(2 * 8 * 8 * 3 + 1)), "there is more"),
-], ids=lambda value: "")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        *[(content, "not a whole .npz of samples") for content, _ in BAD_NPY],
+        (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
+        (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
+        (npy(described("()"), bytes(8)), "wanted uint8"),
+        (npy(described("(2, 8, 8, 3)"), bytes(2 * 8 * 8 * 3 + 1)), "there is more"),
+    ],
+    ids=lambda value: "",
+)
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_npz(tmp_path, content, message, compression):
     path = tmp_path / "bad.npz"
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("arr_0.npy", content)
     try:
-        wrong = check(path)[1]
+        wrong = check_npz(path)[1]
     except ValueError:
-        wrong = [refusal(check, path)]
+        wrong = [refusal(check_npz, path)]
     message = "another way than NumPy's" if compression == zipfile.ZIP_LZMA else message
     assert re.search(message, " ".join(wrong))
     assert npz_rows(path) in (0, 2)
@@ -623,7 +938,7 @@ def test_npz_that_inflates_without_end(tmp_path):
                 for _ in range(192):
                     entry.write(bytes(10**6))
         tracemalloc.start()
-        refusal(check, tmp_path / "bomb.npz")
+        refusal(check_npz, tmp_path / "bomb.npz")
         assert npz_rows(tmp_path / "bomb.npz") == 0
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -634,6 +949,7 @@ def test_npz_that_inflates_without_end(tmp_path):
 #                              Through the commands                             #
 #################################################################################
 
+
 @pytest.mark.parametrize("script", ["info", "sample", "extract", "vae"])
 def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -642,22 +958,32 @@ def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypa
     change_json(sem / "config.json", lambda config: config["backbone_args"].update(checkpoint_path="evil.pt"))
     change_json(vae / "config.json", lambda config: config.update(in_channels=1))
     module, *flags = dict(
-        info=("dlc.checkpoints", "info", "evil.pt"), sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
+        info=("dlc.checkpoints.__main__", "info", "evil.pt"),
+        sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
         extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", "ema"),
-        vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae))[script]
+        vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae),
+    )[script]
     monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(module).main()
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and len(error) < 360 and "trust" not in error, error
-    assert dict(info="names posix.system", sample="not readable JSON", extract="no key checkpoint_path",
-                vae="has 1 in channels")[script] in error
+    assert (
+        dict(
+            info="names posix.system",
+            sample="not readable JSON",
+            extract="no key checkpoint_path",
+            vae="has 1 in channels",
+        )[script]
+        in error
+    )
     assert not (tmp_path / "touched").exists()
 
 
 #################################################################################
 #                       What a dataset folder makes us open                     #
 #################################################################################
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
@@ -673,21 +999,35 @@ def change_json(path, change):
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("file, change, message", [
-    ("state.json", lambda state: state["_data_files"][0].update(filename="../outside.arrow"),
-     "names '../outside.arrow'"),
-    ("state.json", lambda state: state["_data_files"][0].update(filename="/etc/passwd"), "names '/etc/passwd'"),
-    ("state.json", lambda state: state["_data_files"][0].update(filename=3), "names 3"),
-    ("state.json", lambda state: state.clear(), "is not a dataset saved to disk"),
-    ("dataset_info.json", lambda info: info["features"].update(features={"_type": "Image"}),
-     "columns of the kind Image"),
-    ("dataset_info.json", lambda info: info["features"].update(labels={"feature": {"_type": "Audio"},
-                                                                       "_type": "Sequence"}),
-     "columns of the kind Audio"),
-    ("dataset_info.json", lambda info: info["features"].update(more={"_type": "\x1b[31mpopen" + "x" * 999}),
-     "columns of the kind popen"),
-    ("dataset_info.json", lambda info: info.update(features="x"), "is not a dataset saved to disk"),
-])
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        (
+            "state.json",
+            lambda state: state["_data_files"][0].update(filename="../outside.arrow"),
+            "names '../outside.arrow'",
+        ),
+        ("state.json", lambda state: state["_data_files"][0].update(filename="/etc/passwd"), "names '/etc/passwd'"),
+        ("state.json", lambda state: state["_data_files"][0].update(filename=3), "names 3"),
+        ("state.json", lambda state: state.clear(), "is not a dataset saved to disk"),
+        (
+            "dataset_info.json",
+            lambda info: info["features"].update(features={"_type": "Image"}),
+            "columns of the kind Image",
+        ),
+        (
+            "dataset_info.json",
+            lambda info: info["features"].update(labels={"feature": {"_type": "Audio"}, "_type": "Sequence"}),
+            "columns of the kind Audio",
+        ),
+        (
+            "dataset_info.json",
+            lambda info: info["features"].update(more={"_type": "\x1b[31mpopen" + "x" * 999}),
+            "columns of the kind popen",
+        ),
+        ("dataset_info.json", lambda info: info.update(features="x"), "is not a dataset saved to disk"),
+    ],
+)
 def test_datasets(dataset, tmp_path, monkeypatch, capsys, file, change, message):
     copy = shutil.copytree(dataset, tmp_path / "copy")
     change_json(copy / file, change)
@@ -725,7 +1065,7 @@ def test_what_is_no_file(tmp_path):
     """A pipe, at which a reader would wait for ever, or a device, which has no end."""
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "endless.npz").symlink_to("/dev/zero")
-    for read, name in ((load_array, "pipe.npy"), (check, "pipe.npy"), (check, "endless.npz"), (open_codes, "")):
+    for read, name in ((load_array, "pipe.npy"), (check_npz, "pipe.npy"), (check_npz, "endless.npz"), (open_codes, "")):
         assert "it is no file" in refusal(read, tmp_path / name)
 
 
@@ -739,6 +1079,11 @@ def test_info_of_hostile_checkpoints(tmp_path):
         assert message in refusal(info, tmp_path)
     safetensors.torch.save_file({name: tensor * 0 for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     assert info(tmp_path)
-    said = subprocess.run([sys.executable, "-m", "dlc.checkpoints", "info", tmp_path], cwd=ROOT, capture_output=True,
-                          text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "dlc.checkpoints", "info", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "\x1b" not in said and max(map(len, said.splitlines())) <= 2001

@@ -1,4 +1,5 @@
 """Images of every kind a folder of them holds: each becomes the right row, or is skipped with the reason."""
+
 import io
 import json
 import re
@@ -10,9 +11,8 @@ import pytest
 from conftest import extract_command, launch
 from PIL import Image
 
-from dlc.extraction import Views
 from dlc.features import Features
-from dlc.latents import center_crop, load_rgb
+from dlc.images import Views, center_crop, load_rgb
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (70, 90, 3), dtype=np.uint8)
@@ -34,14 +34,20 @@ def three(grey):
 
 def test_modes_without_loss(tmp_path):
     image, alpha = Image.fromarray(PIXELS), Image.fromarray(GREY)
-    cases = dict(rgb=image, grey=Image.fromarray(GREY), one_bit=Image.fromarray(GREY).convert("1"),
-                 grey_alpha=Image.merge("LA", (alpha, alpha)), rgba=Image.merge("RGBA", (*image.split(), alpha)),
-                 palette=image.quantize(64))
+    cases = dict(
+        rgb=image,
+        grey=Image.fromarray(GREY),
+        one_bit=Image.fromarray(GREY).convert("1"),
+        grey_alpha=Image.merge("LA", (alpha, alpha)),
+        rgba=Image.merge("RGBA", (*image.split(), alpha)),
+        palette=image.quantize(64),
+    )
     for name, case in cases.items():
         path = saved(tmp_path / f"{name}.png", case)
         assert Image.open(path).mode == case.mode
         expected = {"rgb": PIXELS, "rgba": PIXELS, "grey": three(GREY), "grey_alpha": three(GREY)}.get(
-            name, np.array(case.convert("RGB")))
+            name, np.array(case.convert("RGB"))
+        )
         np.testing.assert_array_equal(rgb(path), expected)
 
 
@@ -61,7 +67,7 @@ def test_cmyk(tmp_path):
     path = saved(tmp_path / "cmyk.jpg", Image.fromarray(PIXELS).resize((90, 70)).convert("CMYK"), quality=95)
     assert Image.open(path).mode == "CMYK"
     smooth = saved(tmp_path / "smooth.jpg", Image.new("CMYK", (80, 80), (255, 0, 0, 0)))
-    assert np.abs(rgb(smooth).astype(int) - (0, 255, 255)).max() <= 2                         # cyan
+    assert np.abs(rgb(smooth).astype(int) - (0, 255, 255)).max() <= 2  # cyan
     assert rgb(path).shape == (70, 90, 3)
 
 
@@ -69,7 +75,7 @@ def test_16_bits_of_grey_and_colour(tmp_path):
     deep = RANDOM.integers(0, 2**16, (70, 90)).astype(np.uint16)
     for name in ("deep.png", "deep.tif", "deep.pgm"):
         path = tmp_path / name
-        if name == "deep.pgm":                                              # Pillow writes none
+        if name == "deep.pgm":  # Pillow writes none
             path.write_bytes(b"P5 90 70 65535\n" + deep.astype(">u2").tobytes())
         else:
             Image.fromarray(deep).save(path)
@@ -83,8 +89,12 @@ def test_16_bits_of_grey_and_colour(tmp_path):
 def test_thin_images(tmp_path, shape):
     """A row or column repeated, in the memory of a small image; its middle is what is cropped."""
     line = np.linspace(0, 255, max(shape)).astype(np.uint8)
-    image = load_rgb(saved(tmp_path / "thin.png", Image.fromarray(np.broadcast_to(
-        line[None] if shape[1] > shape[0] else line[:, None], shape).copy())))
+    image = load_rgb(
+        saved(
+            tmp_path / "thin.png",
+            Image.fromarray(np.broadcast_to(line[None] if shape[1] > shape[0] else line[:, None], shape).copy()),
+        )
+    )
     crop = np.array(center_crop(image, 64))
     assert crop.shape == (64, 64, 3)
     assert abs(int(crop[32, 32, 0]) - 127) <= 2 or shape == (1, 1)
@@ -99,35 +109,40 @@ def test_a_cut_before_the_resize_changes_nothing():
 
 
 def test_pixels_past_pillows_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)                    # of 6300
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # of 6300
     path = saved(tmp_path / "large.png", Image.fromarray(PIXELS))
     with pytest.raises(ValueError, match="more pixels than Pillow's limit of 5,000"):
         load_rgb(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)                    # twice the limit: Pillow's own error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # twice the limit: Pillow's own error
     with pytest.raises(ValueError, match="more pixels than Pillow's limit of 3,000"):
         load_rgb(path)
 
 
 def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     """A file that is broken is skipped; one that the disk does not give would be there at the next try."""
+
     def read(path):
         index, crops, view, what = Views(tmp_path, [path.name], np.zeros((1, 1), bool), 32, None)[0]
         assert (index, crops, view) == (0, None, None)
         return what
+
     (tmp_path / "text.jpg").write_text("text")
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "self.jpg").symlink_to("self.jpg")
     assert read(tmp_path / "text.jpg")[1] and read(tmp_path / "link.jpg")[1] and read(tmp_path / "self.jpg")[1]
     assert not read(tmp_path / "gone.jpg")[1]
+
     def fails(error):
         def open(path):
             raise error
+
         monkeypatch.setattr(Image, "open", open)
         return read(tmp_path / "text.jpg")
+
     assert fails(OSError(5, "Input/output error")) == ("OSError: [Errno 5] Input/output error", False)
     assert not fails(MemoryError())[1]
-    assert fails(OSError(22, "Invalid argument"))[1]                        # a seek to where a broken file says
-    assert fails(KeyError("tag"))[1]                                        # Pillow's plugins raise such, too
+    assert fails(OSError(22, "Invalid argument"))[1]  # a seek to where a broken file says
+    assert fails(KeyError("tag"))[1]  # Pillow's plugins raise such, too
 
 
 def bomb():
@@ -160,9 +175,13 @@ def zoo(tmp_path_factory):
     (root / "z/link.png").symlink_to(elsewhere)
     (root / "linked class").symlink_to(root / "z", target_is_directory=True)
     (root / "z/notes.txt").write_text("no image by its name: not listed")
-    bad = {"z/bad text.jpg": b"text", "z/bad empty.png": b"", "z/bad huge.png": bomb(),
-           "z/bad cut.png": (root / "z/same.png").read_bytes()[:5000],
-           "ünï/bad cut.jpg": (root / "z/cmyk.jpg").read_bytes()[:700]}
+    bad = {
+        "z/bad text.jpg": b"text",
+        "z/bad empty.png": b"",
+        "z/bad huge.png": bomb(),
+        "z/bad cut.png": (root / "z/same.png").read_bytes()[:5000],
+        "ünï/bad cut.jpg": (root / "z/cmyk.jpg").read_bytes()[:700],
+    }
     for name, content in bad.items():
         (root / name).write_bytes(content)
     (root / "z/bad link.png").symlink_to("nowhere.png")
@@ -170,40 +189,60 @@ def zoo(tmp_path_factory):
 
 
 def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
-    result = launch(extract_command("python", 1, zoo, tmp_path, tiny_models, "--flip", "none", "--posterior", "mean",
-                                    "--num-workers", 2), tmp_path)
+    result = launch(
+        extract_command(
+            "python", 1, zoo, tmp_path, tiny_models, "--flip", "none", "--posterior", "mean", "--num-workers", 2
+        ),
+        tmp_path,
+    )
     assert "Warning" not in result.stderr, result.stderr
     features = Features(tmp_path)
     features.validate()
-    assert features.manifest["classes"] == ["a b", "linked class", "z", "ünï"]
-    files = [path for name in features.manifest["classes"] for path in sorted((zoo / name).iterdir())
-             if path.suffix.lower() in (".png", ".jpg")]
+    assert features.manifest.classes == ["a b", "linked class", "z", "ünï"]
+    files = [
+        path
+        for name in features.manifest.classes
+        for path in sorted((zoo / name).iterdir())
+        if path.suffix.lower() in (".png", ".jpg")
+    ]
     names = features.paths.gather(np.arange(features.count)).tolist()
     assert names == [str(path.relative_to(zoo)) for path in files if "bad" not in path.name]
     assert "a b/two\nlines.png" in names and "ünï/çà 猫 🐈.png" in names
-    assert [features.manifest["classes"].index(name.split("/")[0]) for name in names] == features.labels.gather(
-        np.arange(features.count)).tolist()
+    assert [features.manifest.classes.index(name.split("/")[0]) for name in names] == features.labels.gather(
+        np.arange(features.count)
+    ).tolist()
 
-    skipped = dict(features.manifest["skipped"])
+    skipped = dict(features.manifest.skipped)
     assert set(skipped) == {str(path.relative_to(zoo)) for path in files if "bad" in path.name}
-    for name, reason in (("z/bad text.jpg", "cannot identify"), ("z/bad empty.png", "cannot identify"),
-                         ("z/bad huge.png", "more pixels than Pillow's limit of 89,478,485"), ("z/bad cut.png", "truncated"),
-                         ("ünï/bad cut.jpg", "truncated"), ("z/bad link.png", "No such file")):
+    for name, reason in (
+        ("z/bad text.jpg", "cannot identify"),
+        ("z/bad empty.png", "cannot identify"),
+        ("z/bad huge.png", "more pixels than Pillow's limit of 89,478,485"),
+        ("z/bad cut.png", "truncated"),
+        ("ünï/bad cut.jpg", "truncated"),
+        ("z/bad link.png", "No such file"),
+    ):
         assert re.search(reason, skipped[name])
 
     # the same picture, wherever it lies and whatever it is called, has the same row, to a step of float16: its place in
     # its batch is another
     def row(name):
         return features.latents.gather([names.index(name)])[0]
+
     for name in ("a b/two\nlines.png", "ünï/çà 猫 🐈.png", "z/link.png", "z/really a png.jpg", "linked class/same.png"):
         np.testing.assert_allclose(row(name), row("z/same.png"), rtol=2e-3, atol=1e-6)
-    assert np.abs(row("a b/same.png") - row("z/same.png")).max() > 0.01    # one basename, two classes
+    assert np.abs(row("a b/same.png") - row("z/same.png")).max() > 0.01  # one basename, two classes
 
 
 def test_strict_stops_at_the_first(zoo, tiny_models, tmp_path):
-    result = launch(extract_command("torchrun", 1, zoo, tmp_path, tiny_models, "--strict", "--shard-size", 3), tmp_path, check=False)
+    command = extract_command("torchrun", 1, zoo, tmp_path, tiny_models, "--strict", "--shard-size", 3)
+    result = launch(command, tmp_path, check=False)
     lines = [line for line in result.stderr.splitlines() if "error: cannot read" in line]
     assert result.returncode and len(lines) == 1
-    assert re.search(r"cannot read '.*linked class/bad cut.png' \(OSError: .*truncated.*\): mend it, or leave out --strict; what is done is kept", lines[0])
+    assert re.search(
+        r"cannot read '.*linked class/bad cut.png' \(OSError: .*truncated.*\): mend it, or leave out "
+        "--strict; what is done is kept",
+        lines[0],
+    )
     assert not (tmp_path / "manifest.json").exists() and (tmp_path / "progress/settings.json").exists()
     assert json.loads((tmp_path / "progress/000000.json").read_text()) == dict(rows=3, skipped=[])

@@ -1,4 +1,5 @@
 """Listing images: a sane folder as torchvision does; of any other, what is left out, met twice or empty is said."""
+
 import errno
 import os
 import shutil
@@ -12,8 +13,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dlc import cli
 from dlc.features import Features
-from dlc.images import Images
 from dlc.listing import ENDINGS, list_images, listing_sha256
+from dlc.training.images import Images
 
 
 def make(root, *names):
@@ -49,13 +50,40 @@ def only_line(root):
 #                               As torchvision's                                #
 #################################################################################
 
+
 def test_a_sane_folder_is_listed_as_torchvision_does(tmp_path):
     """Classes, order, labels; nested folders, whose order is that of their paths' text; and nothing is said."""
     assert set(ENDINGS) == set(IMG_EXTENSIONS)
-    make(tmp_path, "n02/b.png", "n02/a.JPEG", "n02/10.jpg", "n02/9.jpg", "n02/B.WebP", "n01/x.tif", "N01/x.TIFF",
-         "a/b/1.png", "a/b/c/1.png", "a/b c/1.png", "a/b-c/1.png", "a/b.c/1.png", "a/z.png", "a/b/C/1.png",
-         "10/1.bmp", "9/1.ppm", "9/1.pgm", "with space/two\nlines.png", "ünï/çà 猫 🐈.png", "ünï/çà.png", "é/1.png",
-         "folder.png/named as an image.jpg/1.png", "z~/İ.JPG", "z~/ſ.jpg", "#tag/1.png", "@user/1.png", "$/1.png")
+    make(
+        tmp_path,
+        "n02/b.png",
+        "n02/a.JPEG",
+        "n02/10.jpg",
+        "n02/9.jpg",
+        "n02/B.WebP",
+        "n01/x.tif",
+        "N01/x.TIFF",
+        "a/b/1.png",
+        "a/b/c/1.png",
+        "a/b c/1.png",
+        "a/b-c/1.png",
+        "a/b.c/1.png",
+        "a/z.png",
+        "a/b/C/1.png",
+        "10/1.bmp",
+        "9/1.ppm",
+        "9/1.pgm",
+        "with space/two\nlines.png",
+        "ünï/çà 猫 🐈.png",
+        "ünï/çà.png",
+        "é/1.png",
+        "folder.png/named as an image.jpg/1.png",
+        "z~/İ.JPG",
+        "z~/ſ.jpg",
+        "#tag/1.png",
+        "@user/1.png",
+        "$/1.png",
+    )
     (tmp_path / os.fsdecode(b"not utf-8 \xff")).mkdir()
     (tmp_path / os.fsdecode(b"not utf-8 \xff") / os.fsdecode(b"\xfe.png")).write_text("")
     paths = same_as_torchvisions(tmp_path)
@@ -80,7 +108,7 @@ def test_links_are_followed(tmp_path):
     (root / "dog/out.png").symlink_to(tmp_path / "elsewhere/1.png")
     (root / "dog/sub").symlink_to(tmp_path / "elsewhere/sub", target_is_directory=True)
     (root / "fox").symlink_to(tmp_path / "elsewhere/whole class", target_is_directory=True)
-    (root / "dog/link to nowhere.png").symlink_to("nowhere.png")            # skipped, with the reason, when it is read
+    (root / "dog/link to nowhere.png").symlink_to("nowhere.png")  # skipped, with the reason, when it is read
     (root / "dog/link to itself.jpg").symlink_to("link to itself.jpg")
     same_as_torchvisions(root)
     assert list_images(root)[3] == []
@@ -89,7 +117,7 @@ def test_links_are_followed(tmp_path):
     (root / "dog/out again.png").symlink_to(tmp_path / "elsewhere/1.png")
     same_as_torchvisions(root)
     assert "2 images met twice, by links, and kept (dog/in.png, dog/out.png)" in only_line(root)
-    (root / "all cats").symlink_to("cat", target_is_directory=True)         # a class of the same images
+    (root / "all cats").symlink_to("cat", target_is_directory=True)  # a class of the same images
     same_as_torchvisions(root)
     assert "4 images met twice, by links, and kept (" in only_line(root)
 
@@ -98,12 +126,32 @@ def test_links_are_followed(tmp_path):
 #                                 What is left out                              #
 #################################################################################
 
-@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found",
-                                  "System Volume Information", "__pycache__", "#recycle"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".ipynb_checkpoints",
+        ".git",
+        "__MACOSX",
+        "@eaDir",
+        "$RECYCLE.BIN",
+        "lost+found",
+        "System Volume Information",
+        "__pycache__",
+        "#recycle",
+    ],
+)
 def test_hidden_and_system_folders_are_no_classes(name, tmp_path):
     """At the top and within a class; and they may be closed."""
-    make(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png", f"dog/{name}/2.png", f"dog/deep/{name}/3.png",
-         "dog/deep/1.png")
+    make(
+        tmp_path,
+        "cat/1.png",
+        "dog/1.png",
+        f"{name}/1.png",
+        f"dog/{name}/2.png",
+        f"dog/deep/{name}/3.png",
+        "dog/deep/1.png",
+    )
     classes, paths, labels, _ = list_images(tmp_path)
     assert (classes, paths) == (["cat", "dog"], ["cat/1.png", "dog/1.png", "dog/deep/1.png"])
     assert labels.tolist() == [0, 1, 1]
@@ -112,8 +160,16 @@ def test_hidden_and_system_folders_are_no_classes(name, tmp_path):
 
 
 def test_hidden_and_system_files_are_no_images(tmp_path):
-    make(tmp_path, "cat/1.png", "cat/._1.png", "cat/.2.jpg", "cat/.DS_Store", "cat/Thumbs.db", "cat/desktop.ini",
-         ".DS_Store")
+    make(
+        tmp_path,
+        "cat/1.png",
+        "cat/._1.png",
+        "cat/.2.jpg",
+        "cat/.DS_Store",
+        "cat/Thumbs.db",
+        "cat/desktop.ini",
+        ".DS_Store",
+    )
     assert list_images(tmp_path)[1] == ["cat/1.png"]
     line = only_line(tmp_path)
     assert "left out 2 hidden files named as images (cat/.2.jpg, cat/._1.png)" in line
@@ -122,9 +178,19 @@ def test_hidden_and_system_files_are_no_images(tmp_path):
 
 def test_other_endings_are_counted(tmp_path):
     """Those of images first."""
-    make(tmp_path, "cat/1.png", "README.md", *(f"cat/{i}.GIF" for i in range(12)),
-         *(f"dog/sub/{i}.jfif" for i in range(3)), "dog/1.avif",
-         "dog/README", "dog/LICENSE", "dog/dot.", "dog/1.png", *(f"dog/{i}.txt" for i in range(20)))
+    make(
+        tmp_path,
+        "cat/1.png",
+        "README.md",
+        *(f"cat/{i}.GIF" for i in range(12)),
+        *(f"dog/sub/{i}.jfif" for i in range(3)),
+        "dog/1.avif",
+        "dog/README",
+        "dog/LICENSE",
+        "dog/dot.",
+        "dog/1.png",
+        *(f"dog/{i}.txt" for i in range(20)),
+    )
     assert list_images(tmp_path)[1] == ["cat/1.png", "dog/1.png"]
     assert "left out 12 .gif, 3 .jfif, 1 .avif, 20 .txt, 3 without an ending, 1 of other endings" in only_line(tmp_path)
 
@@ -146,11 +212,17 @@ def test_empty_classes_stay_classes(tmp_path):
 def test_folders_that_link_back(tmp_path):
     """To a class, to the root, to one another, and above the root: each is cut where it begins anew."""
     root = make(tmp_path / "data", "cat/1.png", "cat/deep/2.png", "dog/1.png")
-    for link, target in (("cat/deep/back", ".."), ("cat/root", ".."), ("cat/self", "."), ("cat/dog", "../dog"),
-                         ("dog/cat", "../cat"), ("all", ".")):
+    for link, target in (
+        ("cat/deep/back", ".."),
+        ("cat/root", ".."),
+        ("cat/self", "."),
+        ("cat/dog", "../dog"),
+        ("dog/cat", "../cat"),
+        ("all", "."),
+    ):
         (root / link).symlink_to(target, target_is_directory=True)
     classes, paths, _, _ = list_images(root)
-    assert classes == ["cat", "dog"] and len(paths) == 6            # cat's two and dog's one, from either side
+    assert classes == ["cat", "dog"] and len(paths) == 6  # cat's two and dog's one, from either side
     said = " ".join(list_images(root)[3])
     assert "folders met twice, links to ones that they lie in (all, cat/" in said
     assert "3 images met twice, by links, and kept" in said
@@ -165,7 +237,7 @@ def test_links_to_nowhere_and_what_is_no_file(tmp_path):
     make(tmp_path, "cat/1.png")
     (tmp_path / "cat/sub").symlink_to("nowhere")
     (tmp_path / "cat/loop").symlink_to("loop")
-    os.mkfifo(tmp_path / "cat/pipe.png")                            # opened, it would never end
+    os.mkfifo(tmp_path / "cat/pipe.png")  # opened, it would never end
     assert list_images(tmp_path)[1] == ["cat/1.png"]
     line = only_line(tmp_path)
     assert "left out 2 links to nowhere (cat/loop, cat/sub)" in line
@@ -195,6 +267,7 @@ def test_lines_are_short_and_few(tmp_path):
 #                               What stops a listing                            #
 #################################################################################
 
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT])
 @pytest.mark.parametrize("folder", ["cat", "cat/deep", "."])
 def test_a_folder_that_the_disk_does_not_give(code, folder, tmp_path, monkeypatch):
@@ -205,6 +278,7 @@ def test_a_folder_that_the_disk_does_not_give(code, folder, tmp_path, monkeypatc
         if os.path.relpath(path, tmp_path) == folder:
             raise OSError(code, os.strerror(code), str(path))
         return scandir(path)
+
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(OSError) as raised:
         list_images(tmp_path)
@@ -231,6 +305,7 @@ def test_a_folder_that_breaks_off(tmp_path, monkeypatch):
                 if index and str(self.path).endswith("cat"):
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
                 yield entry
+
     monkeypatch.setattr(os, "scandir", Breaking)
     with pytest.raises(OSError, match=f"cannot list '{tmp_path}/cat' \\(Input/output error\\)"):
         list_images(tmp_path)
@@ -246,8 +321,9 @@ def test_a_closed_folder(mode, tmp_path):
     (tmp_path / "cat").chmod(0o700)
 
 
-@pytest.mark.parametrize("target, reason", [("nowhere", "No such file"), ("cat", "Too many levels"),
-                                            ("dog/1.png/x", "Not a directory")])
+@pytest.mark.parametrize(
+    "target, reason", [("nowhere", "No such file"), ("cat", "Too many levels"), ("dog/1.png/x", "Not a directory")]
+)
 def test_a_class_that_is_a_link_to_nowhere(target, reason, tmp_path):
     """As where the disk that holds it is not mounted: without it, every label after it would shift."""
     make(tmp_path, "ant/1.png", "dog/1.png")
@@ -261,6 +337,7 @@ def test_nothing_to_list(tmp_path):
         with pytest.raises(ValueError) as raised:
             list_images(root)
         return str(raised.value)
+
     assert "nowhere is not a folder" in refused(tmp_path / "nowhere")
     assert "file is not a folder" in refused(make(tmp_path, "file") / "file")
     flat = make(tmp_path / "flat", "1.png", "2.png", ".hidden/1.png")
@@ -274,6 +351,7 @@ def test_nothing_to_list(tmp_path):
 #                               Through the scripts                             #
 #################################################################################
 
+
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory):
     """Two classes of two images, and what lies among them."""
@@ -283,15 +361,17 @@ def messy(tmp_path_factory):
     return root
 
 
-SAID = ("left out 1 .gif; left out 1 hidden or system folder (.ipynb_checkpoints); left out 1 hidden file named as an "
-        "image (cat/._0.png); 1 empty class (bee)")
+SAID = (
+    "left out 1 .gif; left out 1 hidden or system folder (.ipynb_checkpoints); left out 1 hidden file named as an "
+    "image (cat/._0.png); 1 empty class (bee)"
+)
 
 
 def test_extraction_says_it_once(messy, tiny_models, tmp_path):
     result = launch(extract_command("forked", 2, messy, tmp_path / "features", tiny_models), tmp_path)
     assert result.stdout.count(SAID) == 1 and "warning: --data-path" in result.stdout
     features = Features(tmp_path / "features")
-    assert features.manifest["classes"] == ["bee", "cat", "dog"] and not features.manifest["skipped"]
+    assert features.manifest.classes == ["bee", "cat", "dog"] and not features.manifest.skipped
     assert features.paths.gather(np.arange(4)).tolist() == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
     assert features.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
 
@@ -307,6 +387,6 @@ def test_a_class_that_cannot_be_read_stops_extraction(messy, tiny_models, tmp_pa
 
 def test_training_on_images_has_the_same_listing(messy, tiny_models, monkeypatch, capsys):
     monkeypatch.setattr(cli, "WARNED", set())
-    images = Images(PartialState(cpu=True), messy, IMAGE_SIZE, tiny_models[0])
+    images = Images(PartialState(cpu=True), messy, image_size=IMAGE_SIZE, vae=tiny_models[0])
     assert images.num_classes == 3 and images.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
     assert capsys.readouterr().err.count(SAID) == 1

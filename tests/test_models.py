@@ -15,8 +15,9 @@ def scrambled(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name, build", [("dit", lambda: DiT(num_classes=7, **SMALL)),
-                                         ("ditsem", lambda: DiTSEM(L=3, V=4, **SMALL))])
+@pytest.mark.parametrize(
+    "name, build", [("dit", lambda: DiT(num_classes=7, **SMALL)), ("ditsem", lambda: DiTSEM(L=3, V=4, **SMALL))]
+)
 def test_agrees_with_reference(name, build):
     values, weights = golden(name)
     model = build().eval()
@@ -69,16 +70,19 @@ def test_guidance_at_scale_1_is_the_conditional_pass(family):
 
 def test_guided_channels():
     x, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([5, 5])
-    for model, y, guided in ((DiT(num_classes=7, **SMALL), torch.tensor([1, 7]), 3),
-                             (DiTSEM(L=2, V=3, **SMALL), torch.tensor([[0, 1], [3, 3]]), 4)):
+    for model, y, guided in (
+        (DiT(num_classes=7, **SMALL), torch.tensor([1, 7]), 3),
+        (DiTSEM(L=2, V=3, **SMALL), torch.tensor([[0, 1], [3, 3]]), 4),
+    ):
         scrambled(model)
         with torch.no_grad():
             conditional, null = model(x, t, y).chunk(2)
             for channels in (None, 3, 4):
                 out = model.forward_with_cfg(x, t, y, 3.0, channels=channels)[:1]
                 count = channels or guided
-                torch.testing.assert_close(out[:, :count], (null + 3 * (conditional - null))[:, :count],
-                                           atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    out[:, :count], (null + 3 * (conditional - null))[:, :count], atol=1e-4, rtol=1e-4
+                )
                 torch.testing.assert_close(out[:, count:], conditional[:, count:], atol=1e-4, rtol=1e-4)
 
 
@@ -121,8 +125,12 @@ def test_code_embedding_is_the_mean_of_table_rows(L, V):
     codes = torch.randint(0, V, (4, L))
     drop = torch.tensor([False, True, False, False])
     table = embedder.embedding_table.detach().double()
-    expected = torch.stack([sum(table[position, token] for position, token in enumerate(row)) / L
-                            for row in torch.where(drop.unsqueeze(1), V, codes).tolist()]).float()
+    expected = torch.stack(
+        [
+            sum(table[position, token] for position, token in enumerate(row)) / L
+            for row in torch.where(drop.unsqueeze(1), V, codes).tolist()
+        ]
+    ).float()
     torch.testing.assert_close(embedder(codes, drop), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(embedder(codes.to(torch.int32), drop), expected, atol=1e-5, rtol=1e-5)
     one_hot = torch.nn.functional.one_hot(codes, V).float()
@@ -148,7 +156,9 @@ def test_what_stays_float32_under_autocast():
     def watch(name):
         def hook(module, inputs, output):
             dtypes.setdefault(name, set()).update([inputs[0].dtype, output.dtype])
+
         return hook
+
     for block in model.blocks:
         block.register_forward_hook(watch("residual stream"))
         block.adaLN_modulation[0].register_forward_hook(watch("condition"))
@@ -163,29 +173,32 @@ def test_what_stays_float32_under_autocast():
     assert all(seen == {torch.float32} for seen in dtypes.values()), dtypes
     x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 8).bfloat16(), 1e-3 * torch.randn(2, 8).bfloat16()
     exact = x * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)
-    assert torch.equal(modulate(x, shift, scale), exact)                    # in bfloat16, 1 + scale would be 1
+    assert torch.equal(modulate(x, shift, scale), exact)  # in bfloat16, 1 + scale would be 1
 
 
 def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
     import models
+
     calls = []
     recompute = models.checkpoint
     monkeypatch.setattr(models, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
     model = scrambled(DiTSEM(L=3, V=4, **SMALL)).train()
-    x, t, y, drop = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)), torch.zeros(2, dtype=bool)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3))
+    drop = torch.zeros(2, dtype=bool)
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         model(x, t, y, drop).square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert len(calls) == len(model.blocks)              # off by default, then once a block
+    assert len(calls) == len(model.blocks)  # off by default, then once a block
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed)
     model.eval()(x, t, y)
-    assert len(calls) == len(model.blocks)              # never in eval
+    assert len(calls) == len(model.blocks)  # never in eval
 
 
+@pytest.mark.slow
 def test_every_name_builds():
     assert len(DiT_models) == 45
     for name, build in DiT_models.items():
@@ -196,7 +209,7 @@ def test_every_name_builds():
 
 
 @pytest.mark.parametrize("name, millions", [("DiT-XL/2", 675), ("DiT-L/2", 458), ("DiT-B/2", 130), ("DiT-S/2", 33)])
-def test_parameter_counts_are_the_papers(name, millions):      # table 1 of the DiT paper, plus 1001 label rows
+def test_parameter_counts_are_the_papers(name, millions):  # table 1 of the DiT paper, plus 1001 label rows
     with torch.device("meta"):
         model = DiT_models[name](input_size=32)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
@@ -205,3 +218,20 @@ def test_parameter_counts_are_the_papers(name, millions):      # table 1 of the 
 def test_latent_must_fit_the_patch():
     with pytest.raises(ValueError, match="not a multiple of the patch size"):
         DiT(input_size=9, patch_size=2)
+
+
+def test_starts_of_the_code_table():
+    """ "unit": N(0, 1). "dlc": N(0, 1/D), and one null row for all positions. Nothing else differs."""
+
+    def start(code_init):
+        torch.manual_seed(0)
+        return DiTSEM(L=16, V=64, code_init=code_init, **SMALL).state_dict()
+
+    unit, dlc = start("unit"), start("dlc")
+    assert unit.keys() == dlc.keys()
+    key = "sem_embedder.embedding_table"
+    assert all(torch.equal(unit[name], dlc[name]) for name in unit if name != key)
+    assert unit[key].std().item() == pytest.approx(1, rel=0.02)
+    assert dlc[key].std().item() == pytest.approx(32**-0.5, rel=0.02)
+    assert (dlc[key][:, 64] == dlc[key][0, 64]).all() and not (unit[key][:, 64] == unit[key][0, 64]).all()
+    assert not (dlc[key][:, 63] == dlc[key][0, 63]).all()

@@ -1,4 +1,5 @@
 """Latents and codes that are not finite numbers are never stored, nor trained on, in silence."""
+
 import warnings
 
 import numpy as np
@@ -11,9 +12,10 @@ from test_feature_tools import call, lone_files
 from test_train import metrics
 
 from dlc.encoder import load_encoder, save_encoder
+from dlc.extraction import PixelEncoder
 from dlc.features import Features, NotFinite, as_stored, kind_dir
-from dlc.images import Encode, ImageBatches, Images
-from dlc.training import draw_posterior
+from dlc.training.batches import draw_posterior
+from dlc.training.images import ImageBatches, Images
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,7 @@ def extract(folder, tiny_models, tmp_path_factory):
         result = launch(command, root, check=False)
         assert "Traceback" not in result.stdout and "Warning" not in result.stdout, result.stdout
         return root / name, result
+
     return run
 
 
@@ -60,10 +63,13 @@ def test_latents_too_large_for_the_precision(extract, tiny_models, tmp_path):
     """Weights that are finite in float32, and not in float16."""
     vae = scaled_vae(tiny_models, tmp_path / "vae", lambda weight, bias: bias.fill_(1e5))
     for posterior in ("sample", "moments"):
-        path, result = extract(f"fp16 {posterior}", vae, "--precision", "fp16", "--dtype", "float32", "--posterior",
-                               posterior)
-        assert ("latents of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32; what is done is kept"
-                in refused(path, result))
+        path, result = extract(
+            f"fp16 {posterior}", vae, "--precision", "fp16", "--dtype", "float32", "--posterior", posterior
+        )
+        assert (
+            "latents of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32; what is done is kept"
+            in refused(path, result)
+        )
     path, _ = extract("bf16", vae, "--precision", "bf16", "--dtype", "float32")
     assert Features(path).count == 6
 
@@ -73,17 +79,18 @@ def test_latents_too_large_for_the_stored_type(extract, folder, tiny_models, tmp
     flags = ("--posterior", "mean", "--shard-size", 1, "--flip", "both")
     path, result = extract("as it is", tiny_models[0], *flags, "--dtype", "float32")
     assert result.returncode == 0
-    largest = np.abs(Features(path).latents.gather(np.arange(12))).reshape(6, -1).max(axis=1)       # of both flips
+    largest = np.abs(Features(path).latents.gather(np.arange(12))).reshape(6, -1).max(axis=1)  # of both flips
     second, first = np.sort(largest)[-2:]
     place = int(largest.argmax())
     assert place > 0 and first > 1.01 * second
-    factor = 65504 / float(np.sqrt(first * second))                         # between the two
+    factor = 65504 / float(np.sqrt(first * second))  # between the two
     vae = scaled_vae(tiny_models, tmp_path, lambda weight, bias: (weight.mul_(factor), bias.mul_(factor)))
     path, result = extract("float16", vae, *flags)
     name = ("cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png")[place]
     assert f"latents of '{name}' are too large for float16: give --dtype float32" in refused(path, result)
     assert sorted(file.name for file in kind_dir(path, IMAGE_SIZE, "features").glob("*.npy")) == [
-        f"{shard:06d}.npy" for shard in range(place)]
+        f"{shard:06d}.npy" for shard in range(place)
+    ]
     assert extract("room", vae, *flags, "--dtype", "float32")[1].returncode == 0
 
 
@@ -101,7 +108,8 @@ def loud_encoder(tiny_models, tmp_path_factory):
 def test_codes_of_logits_that_are_not_finite(extract, tiny_models, loud_encoder):
     path, result = extract("codes", tiny_models[0], "--precision", "fp16", encoder=loud_encoder)
     assert "the encoder's logits of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32" in refused(
-        path, result)
+        path, result
+    )
     assert extract("codes bf16", tiny_models[0], "--precision", "bf16", encoder=loud_encoder)[1].returncode == 0
 
 
@@ -119,9 +127,9 @@ def test_the_encoder_marks_them(tiny_models):
 
 def test_training_on_images_sees_them(folder, tiny_models):
     """NaN latents stand for a code that is none, and so does the loss; the other images are as they were."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
-    _, crops, views = ImageBatches(images, None, None, 0, 6)[0]
-    encode = Encode(images, torch.device("cpu"))
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
+    _, crops, views = ImageBatches(images, None, None, seed=0, global_batch=6)[0]
+    encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)
     assert moments.isfinite().all()
     embed = encode.encoder.backbone.patch_embed.forward
@@ -139,10 +147,35 @@ def test_training_on_images_ends_at_them(folder, tiny_models, tmp_path):
     with torch.no_grad():
         encoder.backbone.patch_embed.proj.bias.fill_(3e38)
     save_encoder(encoder, tmp_path / "sem")
-    result = launch(("forked", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", "--data-path", folder, "--image-size",
-                     IMAGE_SIZE, "--vae", tiny_models[0], "--encoder", tmp_path / "sem", "--global-batch-size", 4,
-                     "--max-steps", 3, "--num-workers", 0, "--log-every", 1, "--results-dir", "run"), tmp_path,
-                    check=False)
+    result = launch(
+        (
+            "forked",
+            1,
+            "train_diffusion.py",
+            "--model",
+            "DiTSEM-Ti/4",
+            "--data-path",
+            folder,
+            "--image-size",
+            IMAGE_SIZE,
+            "--vae",
+            tiny_models[0],
+            "--encoder",
+            tmp_path / "sem",
+            "--global-batch-size",
+            4,
+            "--max-steps",
+            3,
+            "--num-workers",
+            0,
+            "--log-every",
+            1,
+            "--results-dir",
+            "run",
+        ),
+        tmp_path,
+        check=False,
+    )
     assert result.returncode == 1 and "step 1: the loss is nan; stopped" in result.stdout
     assert len(metrics(tmp_path / "run")) == 1 and not list((tmp_path / "run").glob("checkpoints/0*"))
 
@@ -153,8 +186,21 @@ def test_composing_refuses_them(folder, tiny_models, tmp_path):
         encoder.backbone.patch_embed.proj.bias.fill_(3e38)
     save_encoder(encoder, tmp_path / "sem")
     for mode in ("tokens", "sem"):
-        result = launch(("forked", 1, "compose_dlc.py", folder / "cat/0.png", folder / "dog/0.png", "--encoder",
-                         tmp_path / "sem", "--mode", mode), tmp_path, check=False)
+        result = launch(
+            (
+                "forked",
+                1,
+                "compose_dlc.py",
+                folder / "cat/0.png",
+                folder / "dog/0.png",
+                "--encoder",
+                tmp_path / "sem",
+                "--mode",
+                mode,
+            ),
+            tmp_path,
+            check=False,
+        )
         assert result.returncode == 2 and not (tmp_path / "composed.npy").exists()
         assert f"the encoder's logits of {folder}/cat/0.png are not finite numbers" in result.stdout
 
@@ -162,6 +208,7 @@ def test_composing_refuses_them(folder, tiny_models, tmp_path):
 #################################################################################
 #                              Stored and converted                             #
 #################################################################################
+
 
 def test_as_stored():
     latents = np.linspace(-65504, 65504, 5 * 4 * 2 * 2, dtype=np.float32).reshape(5, 4, 2, 2)
@@ -172,6 +219,7 @@ def test_as_stored():
         with pytest.raises(NotFinite) as raised:
             as_stored(changed, dtype, "row {}".format, "mend it")
         return str(raised.value)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in ("float16", "float32"):
@@ -184,21 +232,28 @@ def test_as_stored():
             assert error("float16", value) == "latents of row 3 are too large for float16: give --dtype float32"
 
 
-@pytest.mark.parametrize("value, dtype, message", [
-    (1e5, "float16", "are too large for float16: give --dtype float32"),
-    (np.nan, "float32", "are not finite numbers: mend that row, or take it out"),
-    (-np.inf, None, "are not finite numbers: mend that row, or take it out")])
+@pytest.mark.parametrize(
+    "value, dtype, message",
+    [
+        (1e5, "float16", "are too large for float16: give --dtype float32"),
+        (np.nan, "float32", "are not finite numbers: mend that row, or take it out"),
+        (-np.inf, None, "are not finite numbers: mend that row, or take it out"),
+    ],
+)
 def test_pack_refuses_them(value, dtype, message, tmp_path, capsys):
     lone_files(tmp_path / "old", codes=False)
     path = kind_dir(tmp_path / "old", 64, "features") / "21.npy"
     latent = np.load(path).astype(np.float32)
     latent[..., 0, 3, 3] = value
     np.save(path, latent)
-    status, _, said = call(capsys, "pack", tmp_path / "old", tmp_path / "new", "--shard-size", 8,
-                           *(("--dtype", dtype) if dtype else ()))
+    status, _, said = call(
+        capsys, "pack", tmp_path / "old", tmp_path / "new", "--shard-size", 8, *(("--dtype", dtype) if dtype else ())
+    )
     assert status == 2 and said.count("\n") == 1 and f"old, row 21 {message}" in said
     assert sorted(file.name for file in kind_dir(tmp_path / "new", 64, "features").glob("*.npy")) == [
-        "000000.npy", "000001.npy"]
+        "000000.npy",
+        "000001.npy",
+    ]
     assert not (tmp_path / "new/manifest.json").exists()
 
 
@@ -207,11 +262,16 @@ def test_import_refuses_them(tmp_path, capsys):
     latents = np.zeros((5, 4, 8, 8), np.float32)
     latents[3, 0, 0, 0] = 1e5
     latents[4, 0, 0, 0] = np.nan
-    for count, dtype, message in ((5, "float16", "row 3 are too large for float16"),
-                                  (5, "float32", "row 4 are not finite"), (4, "float32", None)):
+    for count, dtype, message in (
+        (5, "float16", "row 3 are too large for float16"),
+        (5, "float32", "row 4 are not finite"),
+        (4, "float32", None),
+    ):
         datasets.Dataset.from_dict(dict(features=latents[:count].tolist(), labels=[0] * count)).save_to_disk(
-            tmp_path / f"{count}{dtype}")
+            tmp_path / f"{count}{dtype}"
+        )
         capsys.readouterr()
-        status, _, said = call(capsys, "import-hf", tmp_path / f"{count}{dtype}", tmp_path / f"new{count}{dtype}",
-                               "--dtype", dtype)
+        status, _, said = call(
+            capsys, "import-hf", tmp_path / f"{count}{dtype}", tmp_path / f"new{count}{dtype}", "--dtype", dtype
+        )
         assert (status, said.count("\n")) == ((2, 1) if message else (0, 0)) and (message or "") in said

@@ -1,4 +1,5 @@
 """Sampling killed at random moments: the same command draws what is missing; the .npz is a lone run's."""
+
 import json
 import os
 import random
@@ -9,8 +10,18 @@ import pytest
 from conftest import launch, sample_folder
 from forked import Run
 
-FLAGS = ("--model", "DiTSEM-Ti/4", "--num-fid-samples", 22, "--num-sampling-steps", 12, "--per-proc-batch-size", 2,
-         "--progressive", 3)
+FLAGS = (
+    "--model",
+    "DiTSEM-Ti/4",
+    "--num-fid-samples",
+    22,
+    "--num-sampling-steps",
+    12,
+    "--per-proc-batch-size",
+    2,
+    "--progressive",
+    3,
+)
 
 
 def contents(root):
@@ -18,16 +29,24 @@ def contents(root):
     folder = sample_folder(root)
     assert {path.name for path in folder.iterdir()} == {f"{index:06d}.png" for index in range(22)} | {"samples.json"}
     assert {path.name for path in root.iterdir()} == {
-        folder.name, *(f"{folder.name}.{end}" for end in ("npz", "grid.png", "progressive.png"))}
+        folder.name,
+        *(f"{folder.name}.{end}" for end in ("npz", "grid.png", "progressive.png")),
+    }
     return {path.name: path.read_bytes() for path in [*folder.glob("*.png"), *root.glob("*.npz"), *root.glob("*.png")]}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):
     """12 kills each of one process, and of either of two: in all, 24 survived."""
+
     def start(name):
-        return Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / name],
-                   tmp_path / f"{time.time_ns()}.txt", processes, workplace)
+        return Run(
+            "sample_ddp_computed_dlc",
+            [*FLAGS, "--sample-dir", tmp_path / name],
+            tmp_path / f"{time.time_ns()}.txt",
+            processes,
+            workplace,
+        )
 
     for name in ("warm", "whole"):
         began = time.time()
@@ -42,7 +61,8 @@ def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):
         before = {path: path.stat().st_mtime_ns for path in root.glob("*/*.png")}
         run = start(root.name)
         if not run.wait(chance.uniform(0.1, seconds)) and run.kill(
-                chance.randrange(processes), grace=chance.choice([0, 0.1, 0.5])):
+            chance.randrange(processes), grace=chance.choice([0, 0.1, 0.5])
+        ):
             kills += 1
             midway += len(before) < len(list(root.glob("*/*.png"))) < 22
         else:
@@ -51,14 +71,14 @@ def test_sampling_killed_at_random_moments(workplace, tmp_path, processes):
             runs = json.loads((sample_folder(root) / "samples.json").read_text())["runs"]
             assert runs[0]["images"] == 22 and runs[-1]["processes"] == processes
             finished += 1
-        assert all(path.stat().st_mtime_ns == drawn for path, drawn in before.items())      # none is drawn again
+        assert all(path.stat().st_mtime_ns == drawn for path, drawn in before.items())  # none is drawn again
     print(f"{kills} kills survived, {midway} of them between the first image and the last; {finished} runs finished")
 
 
 def test_a_full_disk(workplace, tmp_path):
     """One line that names the file, and the same command goes on once there is room."""
     command = ("python", 1, "sample_ddp_computed_dlc.py", *FLAGS[:-2], "--sample-dir", tmp_path / "samples")
-    result = launch(command, workplace, check=False, largest_file=20_000)       # the .npz is larger, a PNG is not
+    result = launch(command, workplace, check=False, largest_file=20_000)  # the .npz is larger, a PNG is not
     error = [line for line in result.stderr.splitlines() if "error:" in line]
     assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
     assert "cannot write" in error[0] and ".npz" in error[0]
@@ -70,9 +90,15 @@ def test_a_full_disk(workplace, tmp_path):
 
 def test_another_launch_of_other_settings(workplace, tmp_path):
     """It waits, and is refused by what the first one has noted by then: one line, and no set is mixed."""
+
     def start(name, steps):
-        return Run("sample_ddp_computed_dlc", [*FLAGS, "--num-sampling-steps", steps, "--sample-dir", tmp_path / "samples"],
-                   tmp_path / name, 1, workplace)
+        return Run(
+            "sample_ddp_computed_dlc",
+            [*FLAGS, "--num-sampling-steps", steps, "--sample-dir", tmp_path / "samples"],
+            tmp_path / name,
+            1,
+            workplace,
+        )
 
     first = start("first.txt", 40)
     while not list(tmp_path.glob("samples/*/.lock")):
@@ -86,8 +112,16 @@ def test_another_launch_of_other_settings(workplace, tmp_path):
 
 def test_launches_at_once(workplace, tmp_path):
     """One draws, the other waits and finds it done."""
-    runs = [Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / "samples"], tmp_path / f"{number}.txt",
-                1, workplace) for number in range(2)]
+    runs = [
+        Run(
+            "sample_ddp_computed_dlc",
+            [*FLAGS, "--sample-dir", tmp_path / "samples"],
+            tmp_path / f"{number}.txt",
+            1,
+            workplace,
+        )
+        for number in range(2)
+    ]
     for run in runs:
         assert run.wait(), run.said()
     drawn = sorted(int(run.said().split(" of 22 images to draw")[0].split()[-1]) for run in runs)
@@ -95,10 +129,17 @@ def test_launches_at_once(workplace, tmp_path):
     contents(tmp_path / "samples")
 
 
-@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+@pytest.mark.parametrize(
+    "fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")]
+)
 def test_disks_that_can_do_less(fault, warning, workplace, tmp_path):
-    run = Run("faulty", [fault, "sample_ddp_computed_dlc", *FLAGS, "--sample-dir", tmp_path / "samples"],
-              tmp_path / "output.txt", 1, workplace)
+    run = Run(
+        "faulty",
+        [fault, "sample_ddp_computed_dlc", *FLAGS, "--sample-dir", tmp_path / "samples"],
+        tmp_path / "output.txt",
+        1,
+        workplace,
+    )
     assert run.wait(), run.said()
     assert run.said().count("warning: the disk of") == 1 and warning in run.said()
     assert len(contents(tmp_path / "samples")) == 25
@@ -106,9 +147,16 @@ def test_disks_that_can_do_less(fault, warning, workplace, tmp_path):
 
 def test_interrupted(workplace, tmp_path):
     """Ctrl-C ends it with one line, and the same command draws what is missing."""
+
     def start():
-        return Run("sample_ddp_computed_dlc", [*FLAGS, "--sample-dir", tmp_path / "samples"],
-                   tmp_path / f"{time.time_ns()}.txt", 1, workplace)
+        return Run(
+            "sample_ddp_computed_dlc",
+            [*FLAGS, "--sample-dir", tmp_path / "samples"],
+            tmp_path / f"{time.time_ns()}.txt",
+            1,
+            workplace,
+        )
+
     run = start()
     while not list(tmp_path.glob("samples/*/*.png")):
         assert not run.wait(0.01), run.said()

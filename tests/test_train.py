@@ -1,4 +1,5 @@
 """train_diffusion.py and train.py through their launchers."""
+
 import json
 import shutil
 
@@ -12,12 +13,33 @@ from PIL import Image
 
 from dlc.features import Features, kind_dir
 from dlc.noise import Stream, normal
-from dlc.training import TrainingBatches, draw_posterior, trim_metrics
+from dlc.training.batches import TrainingBatches, draw_posterior
+from dlc.training.record import trim_metrics
 
 
 def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):
-    return (launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results,
-            "--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 1, *flags)
+    return (
+        launcher,
+        processes,
+        script,
+        "--model",
+        "DiTSEM-Ti/4",
+        "--features-path",
+        features,
+        "--results-dir",
+        results,
+        "--global-batch-size",
+        8,
+        "--lr",
+        1e-3,
+        "--ema-decay",
+        0.9,
+        "--log-every",
+        1,
+        "--num-workers",
+        1,
+        *flags,
+    )
 
 
 def metrics(results):
@@ -26,16 +48,23 @@ def metrics(results):
 
 def tensors(checkpoint):
     """Every tensor of a checkpoint: weights, EMA, optimizer."""
-    found = {f"{name}/{key}": value for name in ("model", "ema")
-             for key, value in safetensors.torch.load_file(checkpoint / f"{name}.safetensors").items()}
+    found = {
+        f"{name}/{key}": value
+        for name in ("model", "ema")
+        for key, value in safetensors.torch.load_file(checkpoint / f"{name}.safetensors").items()
+    }
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    found.update({f"optimizer/{index}/{key}": value for index, moments in state.items() for key, value in moments.items()})
+    found.update(
+        {f"optimizer/{index}/{key}": value for index, moments in state.items() for key, value in moments.items()}
+    )
     return found
 
 
 def alike(one, two):
-    """Whether tensors of two runs whose batches round otherwise are the same on the whole: AdamW makes steps as large as
-    any other out of gradients that are mere rounding."""
+    """Whether tensors of two runs, whose batches round differently, are the same on the whole.
+
+    AdamW makes full steps even of gradients that are mere rounding.
+    """
     return all((one[key] - two[key]).norm() <= 1e-3 * two[key].norm() for key in two)
 
 
@@ -43,8 +72,9 @@ def alike(one, two):
 def run(features, tmp_path_factory):
     """Six steps by one process, a checkpoint at each, a preview at the fourth."""
     results = tmp_path_factory.mktemp("run") / "results"
-    result = launch(train_command(1, features, results, "--max-steps", 6, "--ckpt-every", 1, "--sample-every", 4),
-                    results.parent)
+    result = launch(
+        train_command(1, features, results, "--max-steps", 6, "--ckpt-every", 1, "--sample-every", 4), results.parent
+    )
     return results, result
 
 
@@ -83,8 +113,10 @@ def test_two_processes_train_on_the_same(run, features, tmp_path):
     """train.py is the same door; two processes form one group, write one run, and log the mean of both losses."""
     results = tmp_path / "results"
     launch(train_command(2, features, results, "--max-steps", 4, script="train.py"), tmp_path)
-    result = launch(train_command(2, features, results, "--max-steps", 6, "--checkpoint-activations", script="train.py"), tmp_path)
-    assert "batch: 4 x 2 processes on cpu x 1 parts = 8" in result.stdout and "precision: fp32" in result.stdout
+    result = launch(
+        train_command(2, features, results, "--max-steps", 6, "--checkpoint-activations", script="train.py"), tmp_path
+    )
+    assert "batch: 4 x 2 processes on cpu x 1 micro-batches = 8" in result.stdout and "precision: fp32" in result.stdout
     assert "steps 4 to 6" in result.stdout
     lines = metrics(results)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -101,8 +133,11 @@ def test_a_loss_that_is_no_number_stops_the_run(features, tmp_path):
     launch(train_command(1, features, results, "--max-steps", 1, launcher="forked"), tmp_path)
     for path in kind_dir(copy, IMAGE_SIZE, "features").iterdir():
         np.save(path, np.full_like(np.load(path), np.nan))
-    result = launch(train_command(1, copy, results, "--max-steps", 3, "--log-every", 100, "--ckpt-every", 2,
-                                  launcher="forked"), tmp_path, check=False)
+    result = launch(
+        train_command(1, copy, results, "--max-steps", 3, "--log-every", 100, "--ckpt-every", 2, launcher="forked"),
+        tmp_path,
+        check=False,
+    )
     assert result.returncode == 1
     assert f"step 2: the loss is nan; stopped. The last good checkpoint: {results}/checkpoints/0000001" in result.stdout
     assert [path.name for path in (results / "checkpoints").iterdir()] == ["0000001"]
@@ -116,25 +151,35 @@ def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
         kind_dir(tmp_path, IMAGE_SIZE, kind).mkdir()
         for index in range(rows.count):
             array = stack.gather([index])
-            np.save(kind_dir(tmp_path, IMAGE_SIZE, kind) / f"{index}.npy", array.astype(np.int64) if kind == "sem" else array)
-    launch(train_command(1, tmp_path, tmp_path / "results", "--max-steps", 2, "--V", 300,
-                         launcher="forked"), tmp_path)
+            np.save(
+                kind_dir(tmp_path, IMAGE_SIZE, kind) / f"{index}.npy",
+                array.astype(np.int64) if kind == "sem" else array,
+            )
+    launch(train_command(1, tmp_path, tmp_path / "results", "--max-steps", 2, "--V", 300, launcher="forked"), tmp_path)
     assert [line["loss"] for line in metrics(tmp_path / "results")] == [line["loss"] for line in metrics(run[0])[:2]]
 
 
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
     for world_size in (1, 2, 4):
-        parts = [TrainingBatches(rows, rows.codes, rows.V, 0, 8, rank, world_size) for rank in range(world_size)]
-        stream = [row for step in range(7) for part in parts
-                  for row in part.rows(np.arange(part.local_batch) + step * 8 + part.rank * part.local_batch)]
+        parts = [
+            TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        stream = [
+            row
+            for step in range(7)
+            for part in parts
+            for row in part.rows(np.arange(part.local_batch) + step * 8 + part.rank * part.local_batch)
+        ]
         assert len(stream) == 4 * 14
         for epoch in range(4):
-            assert sorted(stream[epoch * 14:(epoch + 1) * 14]) == list(range(14))
+            assert sorted(stream[epoch * 14 : (epoch + 1) * 14]) == list(range(14))
         streams.append(stream)
     assert streams[0] == streams[1] == streams[2]
-    places, latents, codes = TrainingBatches(rows, rows.codes, rows.V, 0, 8, 1, 4)[3]      # in the middle, without what comes before
-    assert places.tolist() == [26, 27]
+    # a batch in the middle, without those before it
+    indices, latents, codes = TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=1, world_size=4)[3]
+    assert indices.tolist() == [26, 27]
     np.testing.assert_array_equal(latents, rows.latents.gather(np.array(stream[26:28])))
     np.testing.assert_array_equal(codes, rows.codes.gather(np.array(stream[26:28])))
 
@@ -148,7 +193,7 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
 
 def test_moments_are_drawn_anew_in_each_epoch():
     moments = torch.stack([torch.full((8, 8, 8), 2.0), torch.zeros(8, 8, 8)]).repeat(3, 1, 1, 1)
-    places = torch.tensor([0, 1, 14, 15, 28, 29])                           # rows 0 and 1 in three epochs of 14
+    places = torch.tensor([0, 1, 14, 15, 28, 29])  # rows 0 and 1 in three epochs of 14
     x = draw_posterior(moments, 0, places)
     assert x.shape == (6, 4, 8, 8)
     torch.testing.assert_close(x[::2], 2 + 2 * normal(0, Stream.TRAIN_POSTERIOR, places[::2], (4, 8, 8)))
@@ -158,18 +203,26 @@ def test_moments_are_drawn_anew_in_each_epoch():
 
 def test_training_on_moments_and_both_flips(images, tiny_models, tmp_path):
     """Losses do not depend on the number of processes, and continue those of a run that was stopped."""
+
     def run(script, arguments, **kwargs):
         process = Run(script, arguments, tmp_path / "output.txt", **kwargs)
         assert process.wait(), process.said()
-    run("extract_features_withdlc", extract_command("", 1, images, tmp_path / "features", tiny_models,
-                                                    "--posterior", "moments", "--flip", "both")[3:])
-    command = [train_command(1, tmp_path / "features", tmp_path / name, "--max-steps", 6, "--sample-every", 6)[3:]
-               for name in ("one", "two", "stopped")]
+
+    run(
+        "extract_features_withdlc",
+        extract_command("", 1, images, tmp_path / "features", tiny_models, "--posterior", "moments", "--flip", "both")[
+            3:
+        ],
+    )
+    command = [
+        train_command(1, tmp_path / "features", tmp_path / name, "--max-steps", 6, "--sample-every", 6)[3:]
+        for name in ("one", "two", "stopped")
+    ]
     run("train_diffusion", command[0])
     run("train_diffusion", command[1], processes=2)
     run("train_diffusion", [2 if flag == 6 else flag for flag in command[2]])
     run("train_diffusion", command[2])
     one, two, stopped = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two", "stopped"))
-    np.testing.assert_allclose(one, two, rtol=1e-4)         # products of half as many rows round otherwise
+    np.testing.assert_allclose(one, two, rtol=1e-4)  # products of half as many rows round otherwise
     assert one == stopped and len(one) == 6
     assert Image.open(tmp_path / "one/previews/0000006.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)

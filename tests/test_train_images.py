@@ -1,4 +1,5 @@
 """Training on a folder of images: what it trains on is what extraction would have stored."""
+
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ from PIL import Image
 from test_train import metrics, train_command
 from test_training import same_run
 
-from dlc.checkpoints import info
-from dlc.images import Encode, ImageBatches, Images
-from dlc.latents import center_crop, load_rgb
+from dlc.checkpoints.weights import info
+from dlc.extraction import PixelEncoder
+from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, integers
+from dlc.training.images import ImageBatches, Images
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +33,30 @@ def folder(tmp_path_factory):
 def train(folder, tiny_models, tmp_path):
     """train(name, flags…, processes=N, model=…): a run on the folder into that one of tmp_path, ended well or, with
     fails=True, not; gives what it said."""
+
     def run(name, *flags, processes=1, model="DiTSEM-Ti/4", data=folder, fails=False):
-        command = train_command(1, "", tmp_path / name, "--model", model, "--data-path", data, "--image-size",
-                                IMAGE_SIZE, "--vae", tiny_models[0], *flags)
+        command = train_command(
+            1,
+            "",
+            tmp_path / name,
+            "--model",
+            model,
+            "--data-path",
+            data,
+            "--image-size",
+            IMAGE_SIZE,
+            "--vae",
+            tiny_models[0],
+            *flags,
+        )
         if model.startswith("DiTSEM"):
             command += ("--encoder", tiny_models[1])
         at = command.index("--features-path")
-        process = Run("train_diffusion", command[3:at] + command[at + 2:], tmp_path / f"{name}.txt", processes)
+        process = Run("train_diffusion", command[3:at] + command[at + 2 :], tmp_path / f"{name}.txt", processes)
         assert process.wait() != fails, process.said()
         assert "Traceback" not in process.said()
         return process.said()
+
     return run
 
 
@@ -51,19 +67,48 @@ def losses(run):
 @pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4", "DiTCONT-Ti/4"])
 def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path):
     """Of the posterior's moments, unflipped; by one process, by two, in parts, and by one stopped and continued."""
-    launch(("forked", *extract_command("", 1, folder, tmp_path / "features", tiny_models, "--posterior", "moments",
-                                       "--dtype", "float32", "--flip", "none")[1:]), tmp_path)
+    launch(
+        (
+            "forked",
+            *extract_command(
+                "",
+                1,
+                folder,
+                tmp_path / "features",
+                tiny_models,
+                "--posterior",
+                "moments",
+                "--dtype",
+                "float32",
+                "--flip",
+                "none",
+            )[1:],
+        ),
+        tmp_path,
+    )
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(14, 5)).astype(np.float32))
     conditions = ("--condition-path", tmp_path) if model.startswith("DiTCONT") else ()
-    launch(train_command(1, tmp_path / "features", tmp_path / "on_features", "--model", model, "--max-steps", 6,
-                         *conditions, launcher="forked"), tmp_path)
+    launch(
+        train_command(
+            1,
+            tmp_path / "features",
+            tmp_path / "on_features",
+            "--model",
+            model,
+            "--max-steps",
+            6,
+            *conditions,
+            launcher="forked",
+        ),
+        tmp_path,
+    )
     flags = ("--flip", "none", "--max-steps", 6, *conditions)
     said = train("one", *flags, model=model)
     assert f"data: 14 images of {folder}, 1.8 steps an epoch" in said
     train("two", *flags, "--grad-accum", 2, processes=2, model=model)
     train("stopped", *flags, "--max-steps", 3, "--sample-every", 3, model=model)
     train("stopped", *flags, model=model)
-    for name in ("one", "two"):                         # in other batches, which round otherwise
+    for name in ("one", "two"):  # in other batches, which round otherwise
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "on_features"), rtol=1e-4)
     assert same_run(tmp_path / "one", tmp_path / "stopped", 6)
     assert Image.open(tmp_path / "stopped/previews/0000003.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
@@ -71,9 +116,11 @@ def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path)
 
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
     """By place alone, whatever the number of processes; and the labels are those of the images."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, tiny_models[0])
-    batches = ImageBatches(images, images.labels, 2, 0, 14)
-    parts = [ImageBatches(images, images.labels, 2, 0, 14, rank, 2) for rank in (0, 1)]
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0])
+    batches = ImageBatches(images, images.labels, 2, seed=0, global_batch=14)
+    parts = [
+        ImageBatches(images, images.labels, 2, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)
+    ]
     seen = {}
     for epoch in range(4):
         places, crops, labels = batches[epoch]
@@ -90,8 +137,8 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
 
 def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
     """Flipped or not, as in extraction."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
-    batches = ImageBatches(images, None, None, 0, 14)
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
+    batches = ImageBatches(images, None, None, seed=0, global_batch=14)
     places, _, views = batches[0]
     assert 0 < integers(0, Stream.TRAIN_FLIP, places, 2).sum() < 14
     for row, view in zip(batches.rows(places.numpy()), views):
@@ -100,22 +147,22 @@ def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
 
 def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     """Which bounds the memory, and changes nothing but the rounding."""
-    images = Images(PartialState(cpu=True), folder, IMAGE_SIZE, *tiny_models)
-    batches = ImageBatches(images, None, None, 0, 8)
+    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
+    batches = ImageBatches(images, None, None, seed=0, global_batch=8)
     places, crops, views = batches[0]
     logits = encoder_logits(tiny_models[1], [images.views.path(row) for row in batches.rows(places.numpy())])
-    encode = Encode(images, torch.device("cpu"))
+    encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)
     assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad
     assert_codes(codes, logits)
-    monkeypatch.setattr("dlc.images.ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr("dlc.extraction.ENCODED_AT_ONCE", 3)
     sizes, encode_batch = [], encode.vae.encode
     monkeypatch.setattr(encode.vae, "encode", lambda batch: sizes.append(len(batch)) or encode_batch(batch))
     in_parts, codes = encode(crops, views)
     torch.testing.assert_close(in_parts, moments, atol=1e-5, rtol=1e-5)
     assert_codes(codes, logits)
-    assert sizes == [3, 3, 3]                           # of 8 images
-    for n in (7, 9):                                    # which share the parts' size, and so the bits
+    assert sizes == [3, 3, 3]  # of 8 images
+    for n in (7, 9):  # which share the parts' size, and so the bits
         more = torch.cat([crops, crops])[:n], torch.cat([views, views])[:n]
         for one, two in zip(encode(*more), (in_parts, codes)):
             assert torch.equal(one[:8], two[:n])
@@ -131,8 +178,25 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tm
     assert any(f"data_path {folder}" in line for line in info(tmp_path / "codes/checkpoints/0000001"))
 
     def sample(script, model, run, *flags, check=True):
-        return launch(("forked", 1, script, "--model", model, "--results-dir", run, "--num-fid-samples", 2,
-                       "--num-sampling-steps", 2, *flags), tmp_path, check=check)
+        return launch(
+            (
+                "forked",
+                1,
+                script,
+                "--model",
+                model,
+                "--results-dir",
+                run,
+                "--num-fid-samples",
+                2,
+                "--num-sampling-steps",
+                2,
+                *flags,
+            ),
+            tmp_path,
+            check=check,
+        )
+
     assert "done: 2 images" in sample("sample_ddp.py", "DiT-Ti/4", "labels").stdout
     result = sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", check=False)
     assert result.returncode == 2 and "name codes with --dlc-dir" in result.stdout
@@ -154,12 +218,12 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
         said = train("run", "--max-steps", 9, "--num-workers", readers, data=images, fails=True)
         assert f"cannot read '{images}/dog/1_broken.jpg' (UnidentifiedImageError: cannot identify image" in said
     said = train("one", "--max-steps", 15, "--global-batch-size", 1, data=images, fails=True)
-    step = int(re.search(r"step (\d+): cannot read", said)[1])             # what was trained before it is kept
+    step = int(re.search(r"step (\d+): cannot read", said)[1])  # what was trained before it is kept
     assert step > 1 and [path.name for path in (tmp_path / "one/checkpoints").iterdir()] == [f"{step - 1:07d}"]
     broken = shutil.copytree(images, tmp_path / "broken")
     (broken / "cat/2.png").write_text("not an image either")
     said = train("both", "--max-steps", 1, "--global-batch-size", 15, data=broken, fails=True)
-    assert "1_broken.jpg' (" in said and said.count("error:") == 1      # the others may be cut off
+    assert "1_broken.jpg' (" in said and said.count("error:") == 1  # the others may be cut off
 
 
 def test_flags(train, folder, tmp_path):
@@ -170,7 +234,7 @@ def test_flags(train, folder, tmp_path):
     assert "L 6 there, 7 here; leave out the flag" in train("x", "--L", 7, fails=True)
     assert "--encoder-backbone say what an --encoder is" in train("x", "--L", 7, model="DiT-Ti/4", fails=True)
     assert "--num-classes does not go with --data-path" in train("x", "--num-classes", 3, fails=True)
-    said = train("x", data="nowhere", fails=True, processes=2)          # that rank 0 alone sees
+    said = train("x", data="nowhere", fails=True, processes=2)  # that rank 0 alone sees
     assert said.count("error: --data-path nowhere is not a folder") == 2
     assert "not allowed with argument" in train("x", "--features-path", "features", fails=True)
 
@@ -178,8 +242,10 @@ def test_flags(train, folder, tmp_path):
         result = launch(("forked", 1, "train_diffusion.py", *flags), tmp_path, check=False)
         assert result.returncode == 2 and "Traceback" not in result.stdout
         return result.stdout
+
     assert "DiTSEM-Ti/4 is trained on codes: with --data-path it needs an --encoder" in refused(
-        "--data-path", folder, "--model", "DiTSEM-Ti/4")
+        "--data-path", folder, "--model", "DiTSEM-Ti/4"
+    )
     for flag, value in (("--image-size", 64), ("--flip", "none"), ("--encoder", "x"), ("--L", 6)):
         assert f"{flag} goes with --data-path" in refused(flag, value)
     assert not (tmp_path / "x").exists() and not (tmp_path / "results").exists()

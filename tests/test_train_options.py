@@ -1,4 +1,5 @@
 """The files of train_options/: each variant, the launch recipes, and the flags they set."""
+
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ from conftest import IMAGE_SIZE, ROOT, extract_command, launch, save_images
 from forked import Run
 from test_train import metrics, train_command
 
-from dlc.runtime import asked_precision
+from dlc.launcher import asked_precision
 from train_diffusion import argument_parser, main
 
 VARIANTS = sorted(path.stem for path in (ROOT / "train_options").glob("train_*.py"))
@@ -26,21 +27,50 @@ def both_data(tiny_models, tmp_path_factory):
     """14 images, and features of them that hold the same."""
     root = tmp_path_factory.mktemp("data")
     save_images(root / "images")
-    launch(("forked", *extract_command("", 1, root / "images", root / "features", tiny_models, "--posterior", "moments",
-                                       "--dtype", "float32", "--flip", "none")[1:]), root)
+    launch(
+        (
+            "forked",
+            *extract_command(
+                "",
+                1,
+                root / "images",
+                root / "features",
+                tiny_models,
+                "--posterior",
+                "moments",
+                "--dtype",
+                "float32",
+                "--flip",
+                "none",
+            )[1:],
+        ),
+        root,
+    )
     return root
 
 
 @pytest.fixture(scope="module")
 def flags_of(both_data, tiny_models):
     """flags_of(variant, results): what a variant is launched with, on images or on features."""
+
     def flags(variant, results, *more):
         command = list(train_command(1, both_data / "features", results, "--max-steps", 3, *more)[3:])
         if "images" in options(variant)["reads"]:
             at = command.index("--features-path")
-            command[at:at + 2] = ["--data-path", both_data / "images", "--image-size", IMAGE_SIZE, "--vae",
-                                  tiny_models[0], "--encoder", tiny_models[1], "--flip", "none"]
+            command[at : at + 2] = [
+                "--data-path",
+                both_data / "images",
+                "--image-size",
+                IMAGE_SIZE,
+                "--vae",
+                tiny_models[0],
+                "--encoder",
+                tiny_models[1],
+                "--flip",
+                "none",
+            ]
         return list(map(str, command))
+
     return flags
 
 
@@ -52,14 +82,44 @@ def options(variant):
 
 def test_each_variant_differs_in_one_option():
     every = {name: options(name) for name in VARIANTS}
-    assert VARIANTS == ["train_amp", "train_baseline", "train_fast", "train_features", "train_original",
-                        "train_tf32_disabled"]
+    assert VARIANTS == [
+        "train_amp",
+        "train_baseline",
+        "train_fast",
+        "train_features",
+        "train_original",
+        "train_tf32_disabled",
+    ]
     assert every["train_fast"] == dict(vars(argument_parser().parse_args([])), precision="amp", reads="features")
     for name, other, changed in (
-            ("baseline", "original", {"checkpoint_activations"}), ("amp", "baseline", {"precision"}),
-            ("features", "baseline", {"features_path", "reads"}), ("tf32_disabled", "features", {"tf32"})):
+        ("baseline", "original", {"checkpoint_activations"}),
+        ("amp", "baseline", {"precision"}),
+        ("features", "baseline", {"features_path", "reads"}),
+        ("tf32_disabled", "features", {"tf32"}),
+    ):
         one, two = every[f"train_{name}"], every[f"train_{other}"]
         assert one.keys() == two.keys() and {key for key in one if one[key] != two[key]} == changed
+
+
+def test_help_states_defaults():
+    """In brackets after each flag's text, by group; a variant's are its own."""
+
+    def said(parser):
+        return " ".join(parser.format_help().split())
+
+    text = said(argument_parser())
+    for group in ("model:", "data:", "optimisation:", "precision and speed:", "run:"):
+        assert f" {group} " in text
+    for words in (
+        "0 disables clipping [0.0]",
+        "name in DiT_models [DiTSEM-XL/2]",
+        "[the launcher's --mixed_precision]",
+        "float32 products on GPUs [True]",
+        "between log lines [100]",
+        "(1 + step) / (10 + step) precision",
+    ):
+        assert words in text
+    assert "about a third more work [True]" in said(argument_parser(checkpoint_activations=True))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +147,13 @@ def test_every_variant_trains_alike(name, runs):
 
 
 def test_flags_reach_what_they_are_of(flags_of, tmp_path):
-    for flags, said in (((), "compiled: 0 blocks; checkpointing: False; TF32: True, True"),
-                        (("--compile", "--checkpoint-activations", "--no-tf32"),
-                         "compiled: 6 blocks; checkpointing: True; TF32: False, False")):
+    for flags, said in (
+        ((), "compiled: 0 blocks; checkpointing: False; TF32: True, True"),
+        (
+            ("--compile", "--checkpoint-activations", "--no-tf32"),
+            "compiled: 6 blocks; checkpointing: True; TF32: False, False",
+        ),
+    ):
         run = Run("spying", flags_of("train_fast", tmp_path / str(len(flags)), *flags), tmp_path / "said.txt")
         assert run.wait() and said in run.said(), run.said()
 
@@ -99,17 +163,34 @@ def test_launched_by_path_and_as_a_module(how, flags_of, tmp_path):
     """From anywhere, and from the repository's root."""
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *how,
-         *flags_of("train_amp", tmp_path / "run")], cwd=ROOT if how[0] == "-m" else tmp_path, env=env, text=True,
-        capture_output=True)
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            "1",
+            *how,
+            *flags_of("train_amp", tmp_path / "run"),
+        ],
+        cwd=ROOT if how[0] == "-m" else tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
     assert result.returncode == 0, result.stderr
     assert "precision: bf16" in result.stdout and len(metrics(tmp_path / "run")) == 3
 
 
 def test_precisions(monkeypatch):
-    for launchers, flag, wanted in (("no", None, "fp32"), ("no", "fp32", "fp32"), ("no", "amp", "bf16"),
-                                    ("no", "fp16", "fp16"), ("fp16", None, "fp16"), ("fp16", "amp", "fp16"),
-                                    ("bf16", "bf16", "bf16")):
+    for launchers, flag, wanted in (
+        ("no", None, "fp32"),
+        ("no", "fp32", "fp32"),
+        ("no", "amp", "bf16"),
+        ("no", "fp16", "fp16"),
+        ("fp16", None, "fp16"),
+        ("fp16", "amp", "fp16"),
+        ("bf16", "bf16", "bf16"),
+    ):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
         assert asked_precision(flag) == wanted
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
@@ -119,9 +200,13 @@ def test_precisions(monkeypatch):
     assert asked_precision("amp") == "bf16" and asked_precision() == "fp32"
 
 
-@pytest.mark.parametrize("variant, launchers, message", [
-    ("train_baseline", "fp16", "the launcher's --mixed_precision fp16 contradicts --precision fp32"),
-    ("train_amp", "no", "this trains on images: give --data-path")])
+@pytest.mark.parametrize(
+    "variant, launchers, message",
+    [
+        ("train_baseline", "fp16", "the launcher's --mixed_precision fp16 contradicts --precision fp32"),
+        ("train_amp", "no", "this trains on images: give --data-path"),
+    ],
+)
 def test_what_contradicts_a_variant(variant, launchers, message, tmp_path, monkeypatch, capsys):
     """One line, and no run."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
@@ -138,6 +223,7 @@ def test_what_contradicts_a_variant(variant, launchers, message, tmp_path, monke
 #                                   Recipes                                     #
 #################################################################################
 
+
 def stand_in(folder, name, text):
     """A program of that name."""
     folder.mkdir(exist_ok=True)
@@ -149,8 +235,14 @@ def run_recipe(name, programs, *flags, **variables):
     """Run a recipe with these programs before all others, from the root."""
     path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     slurm = dict(SLURM_JOB_NODELIST="here", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="1")
-    return subprocess.run(["bash", ROOT / "train_options" / name, *map(str, flags)], cwd=ROOT, text=True, timeout=300,
-                          env={**os.environ, **slurm, "PATH": path, **variables}, capture_output=True)
+    return subprocess.run(
+        ["bash", ROOT / "train_options" / name, *map(str, flags)],
+        cwd=ROOT,
+        text=True,
+        timeout=300,
+        env={**os.environ, **slurm, "PATH": path, **variables},
+        capture_output=True,
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -159,10 +251,14 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
     text = (ROOT / "train_options" / name).read_text()
     assert subprocess.run(["bash", "-n", ROOT / "train_options" / name]).returncode == 0
     assert "What it should reach: " in text and (
-        "Source: " in text and "In how long: " in text or "as dlc512_4gpu.sh" in text)
+        "Source: " in text and "In how long: " in text or "as dlc512_4gpu.sh" in text
+    )
     stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
-    stand_in(tmp_path, "srun", '[ "$1 $2" = "--cpus-per-task=1 --kill-on-bad-exit=1" ] && shift 2\n'
-                               'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"')
+    stand_in(
+        tmp_path,
+        "srun",
+        '[ "$1 $2" = "--cpus-per-task=1 --kill-on-bad-exit=1" ] && shift 2\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
+    )
     for program in ("accelerate", "python"):
         stand_in(tmp_path, program, 'printf "%s\\n" "$@"')
     result = run_recipe(name, tmp_path, "--max-steps", 5)
@@ -173,8 +269,8 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
         assert launched.multi_gpu == (int(launched.num_processes) > 1)
         assert launched.mixed_precision in ("fp16", "bf16")
     script = next(index for index, word in enumerate(words) if word.endswith("train_diffusion.py"))
-    args = argument_parser().parse_args(words[script + 1:])
-    assert name != "slurm_multinode.sh" or args.num_workers == 1            # a reader for each of the task's cores
+    args = argument_parser().parse_args(words[script + 1 :])
+    assert name != "slurm_multinode.sh" or args.num_workers == 1  # a reader for each of the task's cores
     assert (args.global_batch_size, args.lr, args.ema_decay, args.max_steps) == (256, 1e-4, 0.9999, 5)
     assert args.model == ("DiT-XL/2" if name == "dit_xl2_400k.sh" else "DiTSEM-XL/2")
 
@@ -182,13 +278,17 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
 def test_slurm_example_trains(both_data, flags_of, tmp_path):
     """Two tasks, as a stand-in for srun starts them, form one group."""
     stand_in(tmp_path / "bin", "scontrol", "echo 127.0.0.1")
-    stand_in(tmp_path / "bin", "srun",
-             'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2')
+    stand_in(
+        tmp_path / "bin",
+        "srun",
+        'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2',
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    result = run_recipe("slurm_multinode.sh", tmp_path / "bin", *flags_of("train_features", tmp_path / "run"),
-                        MASTER_PORT=port)
+    result = run_recipe(
+        "slurm_multinode.sh", tmp_path / "bin", *flags_of("train_features", tmp_path / "run"), MASTER_PORT=port
+    )
     assert result.returncode == 0, result.stderr
     assert "batch: 4 x 2 processes" in result.stdout and "precision: bf16" in result.stdout
     assert len(metrics(tmp_path / "run")) == 3

@@ -1,4 +1,5 @@
 """Training resumed, killed, asked to stop, changed: in processes forked from one that has everything imported."""
+
 import importlib.util
 import itertools
 import json
@@ -17,10 +18,13 @@ from PIL import Image
 from test_train import alike, metrics, tensors, train_command
 
 from diffusion import create_diffusion
-from dlc.checkpoints import info, load_weights, model_from_weights, read_meta, run_checkpoints
+from dlc.checkpoints.meta import read_meta
+from dlc.checkpoints.run import run_checkpoints
+from dlc.checkpoints.weights import info, load_weights, model_from_weights
 from dlc.features import Features, FeatureWriter
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.training import TrainingBatches, draw_losses, loss_means, loss_sums
+from dlc.training.batches import TrainingBatches
+from dlc.training.record import Losses, draw_losses
 from models import DiT_models
 
 
@@ -31,26 +35,34 @@ def train(features, tmp_path):
 
     def start(name, *flags, processes=1, script="train_diffusion"):
         return Run(script, train_command(1, features, tmp_path / name, *flags)[3:], next(outputs), processes)
+
     return start
 
 
 @pytest.fixture
 def trained(train):
     """The same, ended well; gives what it said."""
+
     def run(*args, **kwargs):
         process = train(*args, **kwargs)
         assert process.wait(), process.said()
         return process.said()
+
     return run
 
 
 def same_run(one, two, step):
     """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates."""
     first, second = (tensors(root / f"checkpoints/{step:07d}") for root in (one, two))
-    lines = [[{key: value for key, value in line.items() if "per_second" not in key} for line in metrics(root)]
-             for root in (one, two)]
-    return (first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-            and lines[0] == lines[1])
+    lines = [
+        [{key: value for key, value in line.items() if "per_second" not in key} for line in metrics(root)]
+        for root in (one, two)
+    ]
+    return (
+        first.keys() == second.keys()
+        and all(torch.equal(first[key], second[key]) for key in first)
+        and lines[0] == lines[1]
+    )
 
 
 @pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 4), (2, 1), (2, 2)])
@@ -95,8 +107,11 @@ def test_killed_at_random_moments(trained, train, tmp_path):
         name = f"run_{sum(finished.values())}"
         before = run_checkpoints(tmp_path / name)[-1:]
         run = train(name, *flags, processes=processes)
-        if kills < 20 + 10 * (midway < 8) and not run.wait(chance.uniform(0.2, whole[processes])) and run.kill(
-                chance.randrange(processes)):
+        if (
+            kills < 20 + 10 * (midway < 8)
+            and not run.wait(chance.uniform(0.2, whole[processes]))
+            and run.kill(chance.randrange(processes))
+        ):
             kills += 1
             midway += run_checkpoints(tmp_path / name)[-1:] != before
             writing += any((tmp_path / name).glob("checkpoints/*.tmp"))
@@ -104,12 +119,21 @@ def test_killed_at_random_moments(trained, train, tmp_path):
             assert run.wait(), run.said()
             assert same_run(tmp_path / f"whole_{processes}", tmp_path / name, 12)
             finished[processes] += 1
-    print(f"{kills} kills survived, {midway} of them after new checkpoints, {writing} in the midst of one; "
-          f"{sum(finished.values())} runs finished")
+    print(
+        f"{kills} kills survived, {midway} of them after new checkpoints, {writing} in the midst of one; "
+        f"{sum(finished.values())} runs finished"
+    )
 
 
-@pytest.mark.parametrize("processes, which, send", [(1, signal.SIGTERM, os.killpg), (2, signal.SIGUSR1, os.kill),
-                                                    (2, signal.SIGTERM, os.killpg), (1, signal.SIGINT, os.killpg)])
+@pytest.mark.parametrize(
+    "processes, which, send",
+    [
+        (1, signal.SIGTERM, os.killpg),
+        (2, signal.SIGUSR1, os.kill),
+        (2, signal.SIGTERM, os.killpg),
+        (1, signal.SIGINT, os.killpg),
+    ],
+)
 def test_asked_to_stop(processes, which, send, trained, train, tmp_path):
     """One process, or its whole group with the data loader's workers, as launchers do it, gets the signal: all end well
     after the same step, and the same command goes on to the same end."""
@@ -120,7 +144,7 @@ def test_asked_to_stop(processes, which, send, trained, train, tmp_path):
         assert not run.wait(0.01), run.said()
     send(run.ranks[-1].pid, which)
     assert run.wait(), run.said()
-    step = read_meta(run_checkpoints(tmp_path / "asked")[-1])["step"]
+    step = read_meta(run_checkpoints(tmp_path / "asked")[-1]).step
     assert f"stopped by {which.name} after step {step}; the same command continues" in run.said()
     assert 7 <= step < 40
     trained("asked", *flags, processes=processes)
@@ -159,17 +183,39 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
     other = ("--global-batch-size", 4, "--global-seed", 1, "--max-steps", 5)
     run = train("run", *other)
     assert not run.wait()
-    assert "global_batch_size 8 there, 4 here; global_seed 0 there, 1 here; give another --results-dir, or " \
-        "--allow-change" in run.said() and "Traceback" not in run.said()
+    assert (
+        "global_batch_size 8 there, 4 here; global_seed 0 there, 1 here; give another --results-dir, or --allow-change"
+        in run.said()
+        and "Traceback" not in run.said()
+    )
     said = trained("run", *other, "--allow-change")
     assert "warning: changed since: global_batch_size 8 there, 4 here" in said
-    assert read_meta(tmp_path / "run/checkpoints/0000005")["place"] == 3 * 8 + 2 * 4
+    assert read_meta(tmp_path / "run/checkpoints/0000005").place == 3 * 8 + 2 * 4
     assert metrics(tmp_path / "run")[-1]["epoch"] == 32 / 14
     rows = Features(features)
-    places, _, _ = TrainingBatches(rows, rows.codes, V, 1, 4, first_step=3, first_place=24)[4]
+    places, _, _ = TrainingBatches(rows, rows.codes, V, seed=1, global_batch=4, first_step=3, first_index=24)[4]
     assert places.tolist() == [28, 29, 30, 31]
     run = train("run", "--model", "DiTSEM-Ti/2", "--allow-change")
     assert not run.wait() and "model 'DiTSEM-Ti/4' there, 'DiTSEM-Ti/2' here; give another --results-dir" in run.said()
+
+
+def test_code_init_is_part_of_a_run(trained, train, tmp_path):
+    """A run continues with its start of the code table alone; one from before there was a choice had N(0, 1)."""
+    first = trained("dlc", "--max-steps", 1, "--code-init", "dlc", "--lr", 0)
+    assert "code_init=dlc" in first
+    table = tensors(tmp_path / "dlc/checkpoints/0000001")["model/sem_embedder.embedding_table"]
+    assert table.std().item() == pytest.approx(192**-0.5, rel=0.02) and (table[:, V] == table[0, V]).all()
+    run = train("dlc", "--max-steps", 2)
+    assert not run.wait() and "code_init 'dlc' there, 'unit' here; give another --results-dir" in run.said()
+    trained("unit", "--max-steps", 1)
+    path = tmp_path / "unit/checkpoints/0000001/meta.json"
+    older = json.loads(path.read_text())
+    del older["format_version"], older["code_init"]
+    path.write_text(json.dumps(older))
+    assert "steps 1 to 2" in trained("unit", "--max-steps", 2)
+    assert read_meta(tmp_path / "unit/checkpoints/0000002").code_init == "unit"
+    run = train("labels", "--model", "DiT-Ti/4", "--code-init", "dlc")
+    assert not run.wait() and "--code-init dlc is for DiTSEM models, not DiT-Ti/4" in run.said()
 
 
 def test_first_step_by_hand(trained, features, tmp_path):
@@ -178,11 +224,15 @@ def test_first_step_by_hand(trained, features, tmp_path):
     torch.manual_seed(0)
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
     rows = Features(features)
-    places, x, y = TrainingBatches(rows, rows.codes, rows.V, 0, 8)[0]
+    places, x, y = TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8)[0]
     t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
     terms = create_diffusion("").training_losses(
-        model, x.float(), t, dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1),
-        normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8)))
+        model,
+        x.float(),
+        t,
+        dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1),
+        normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8)),
+    )
     terms["loss"].mean().backward()
     norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
     line = metrics(tmp_path / "run")[0]
@@ -198,10 +248,13 @@ def test_first_step_by_hand(trained, features, tmp_path):
 
 def test_sums_are_means():
     terms = {name: torch.rand(50) for name in ("loss", "mse", "vb")}
-    t = torch.randint(0, 750, (50,))                                        # none of the last quarter
-    sums = sum(loss_sums({name: values[i:i + 10] for name, values in terms.items()}, t[i:i + 10], 1000)
-               for i in range(0, 50, 10))
-    means = loss_means(sums)
+    t = torch.randint(0, 750, (50,))  # none of the last quarter
+    losses = Losses(("loss", "mse", "vb"), by_quarter="mse")
+    sums = sum(
+        losses.sums({name: values[i : i + 10] for name, values in terms.items()}, t[i : i + 10], 1000)
+        for i in range(0, 50, 10)
+    )
+    means = losses.means(sums)
     for name in terms:
         assert means[name] == pytest.approx(terms[name].mean().item(), rel=1e-5)
     quarters = means["mse_by_quarter_of_t"]
@@ -249,7 +302,7 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
     assert "step 7: 3 steps in a row without a finite gradient; stopped. The last good checkpoint: " in run.said()
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 1, 1, 1]
     assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, False, True, True, True]
-    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002", "0000004"]      # 6 was put off
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002", "0000004"]  # 6 was put off
     run = train("every", "--max-steps", 4, "--ckpt-every", 1, script="skipping")
     assert run.wait(), run.said()
     assert [path.name for path in run_checkpoints(tmp_path / "every")] == ["0000001", "0000002", "0000004"]
@@ -261,8 +314,9 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
 
 def test_weights_that_are_not_finite(train, tmp_path):
     """A gradient may be NaN though the loss is not: no checkpoint holds what AdamW makes of it."""
-    run = train("run", "--max-steps", 9, "--ckpt-every", 2, "--log-every", 9, "--ckpt-total-limit", 1,
-                script="broken_gradient")
+    run = train(
+        "run", "--max-steps", 9, "--ckpt-every", 2, "--log-every", 9, "--ckpt-total-limit", 1, script="broken_gradient"
+    )
     assert not run.wait() and "Traceback" not in run.said()
     assert re.search("step 4: .*stopped. The last good checkpoint: .*/0000002", run.said())
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002"]
@@ -280,14 +334,18 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
     assert Image.open(tmp_path / "run/previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
     trained("two", "--max-steps", 2, *flags, processes=2)
     trained("two", "--max-steps", 4, *flags, processes=2)
-    np.testing.assert_allclose([line["loss"] for line in metrics(tmp_path / "two")],
-                               [line["loss"] for line in metrics(tmp_path / "run")], rtol=1e-4)    # of fewer rows
+    np.testing.assert_allclose(
+        [line["loss"] for line in metrics(tmp_path / "two")],
+        [line["loss"] for line in metrics(tmp_path / "run")],
+        rtol=1e-4,
+    )  # of fewer rows
     assert any("in_dim 5" in line for line in info(tmp_path / "run/checkpoints/0000004"))
 
     def refused(*flags):
         run = train("x", *flags)
         assert not run.wait() and "Traceback" not in run.said()
         return run.said()
+
     assert "is trained on vectors: give --condition-path" in refused("--model", "DiTCONT-Ti/4")
     assert "--condition-path is for DiTCONT models" in refused("--condition-path", tmp_path / "vectors")
     np.save(tmp_path / "vectors/2.npy", vectors[:1])
@@ -302,15 +360,28 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
 
 def test_loss_curve_is_the_committed_one(tmp_path):
     """20 steps on made-up features. A change that moves it changes what is trained, and must say so."""
-    writer = FeatureWriter(tmp_path / "features", dict(
-        format_version=1, image_size=64, latents="sample", dtype="float32", L=4, V=8, classes=["a"], images=40))
+    writer = FeatureWriter(
+        tmp_path / "features",
+        dict(format_version=1, image_size=64, latents="sample", dtype="float32", L=4, V=8, classes=["a"], images=40),
+    )
     writer.start()
     generator = np.random.Generator(np.random.Philox(0))
-    writer.write(0, dict(features=generator.standard_normal((40, 4, 8, 8)).astype(np.float32), labels=np.zeros(40, int),
-                         sem=generator.integers(0, 8, (40, 4)).astype(np.uint8), path=np.full(40, "a/0.png")), [])
+    writer.write(
+        0,
+        dict(
+            features=generator.standard_normal((40, 4, 8, 8)).astype(np.float32),
+            labels=np.zeros(40, int),
+            sem=generator.integers(0, 8, (40, 4)).astype(np.uint8),
+            path=np.full(40, "a/0.png"),
+        ),
+        [],
+    )
     writer.finish(1)
-    run = Run("train_diffusion", train_command(1, tmp_path / "features", tmp_path / "run", "--max-steps", 20)[3:],
-              tmp_path / "output.txt")
+    run = Run(
+        "train_diffusion",
+        train_command(1, tmp_path / "features", tmp_path / "run", "--max-steps", 20)[3:],
+        tmp_path / "output.txt",
+    )
     assert run.wait(), run.said()
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     np.testing.assert_allclose(losses, json.loads((ROOT / "tests/assets/loss_curve.json").read_text()), rtol=1e-4)
@@ -321,10 +392,12 @@ def test_picture_of_the_losses(tmp_path):
     draw_losses([dict(step=1, loss=None)], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     draw_losses([dict(step=step, loss=1 / step) for step in range(1, 100)], tmp_path / "loss.png")
-    blue = np.argwhere((np.array(Image.open(tmp_path / "loss.png"))[..., 2] > 150)
-                       & (np.array(Image.open(tmp_path / "loss.png"))[..., 0] < 100))
+    blue = np.argwhere(
+        (np.array(Image.open(tmp_path / "loss.png"))[..., 2] > 150)
+        & (np.array(Image.open(tmp_path / "loss.png"))[..., 0] < 100)
+    )
     left, right = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
-    assert left[0] < 40 and right[0] > 340 and right[1] - left[1] > 700     # falls, over the whole width
+    assert left[0] < 40 and right[0] > 340 and right[1] - left[1] > 700  # falls, over the whole width
 
 
 def test_what_a_checkpoint_is(trained, tmp_path):
@@ -337,13 +410,17 @@ def test_what_a_checkpoint_is(trained, tmp_path):
 def test_reports(trained, train, tmp_path):
     """The numbers of metrics.jsonl in TensorBoard's files; and one line where a package is not there."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     trained("run", "--max-steps", 3, "--report-to", "tensorboard", processes=2)
     (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
     reported = EventAccumulator(str(events.parent))
     reported.Reload()
     assert [scalar.step for scalar in reported.Scalars("loss")] == [1, 2, 3]
-    np.testing.assert_allclose([scalar.value for scalar in reported.Scalars("loss")],
-                               [line["loss"] for line in metrics(tmp_path / "run")], rtol=1e-6)
+    np.testing.assert_allclose(
+        [scalar.value for scalar in reported.Scalars("loss")],
+        [line["loss"] for line in metrics(tmp_path / "run")],
+        rtol=1e-6,
+    )
     if importlib.util.find_spec("wandb"):
         return
     run = train("other", "--report-to", "wandb")
@@ -354,6 +431,7 @@ def test_reports(trained, train, tmp_path):
 def test_sharded(trained, features, tmp_path):
     """FSDP by the configuration file that is shipped, on two CPU processes: the losses of one process; its checkpoints
     load as any other, are continued sharded and whole, and previews are drawn."""
+
     def sharded(*flags):
         command = train_command(2, features, tmp_path / "sharded", "--grad-clip", 1, *flags)
         result = launch(("fsdp", *command[1:]), tmp_path, check=False)
@@ -361,18 +439,24 @@ def test_sharded(trained, features, tmp_path):
             pytest.skip("this torch has no FSDP on the CPU")
         assert result.returncode == 0, result.stderr
         assert "precision: fp32, sharded (FSDP)" in result.stdout
+
     sharded("--max-steps", 3, "--grad-accum", 2)
     sharded("--max-steps", 6, "--sample-every", 1)
     trained("one", "--max-steps", 6, "--grad-clip", 1, "--sample-every", 1)
     for key in ("loss", "grad_norm"):
-        np.testing.assert_allclose([line[key] for line in metrics(tmp_path / "sharded")],
-                                   [line[key] for line in metrics(tmp_path / "one")], rtol=1e-4)
+        np.testing.assert_allclose(
+            [line[key] for line in metrics(tmp_path / "sharded")],
+            [line[key] for line in metrics(tmp_path / "one")],
+            rtol=1e-4,
+        )
     shards, one = (tensors(tmp_path / f"{name}/checkpoints/0000006") for name in ("sharded", "one"))
     assert shards.keys() == one.keys() and alike(shards, one)
     weights, meta = load_weights(tmp_path / "sharded/checkpoints/0000006")
-    assert model_from_weights(weights, "sharded")[1] == meta["model"] == "DiTSEM-Ti/4"
+    assert model_from_weights(weights, "sharded")[1] == meta.model == "DiTSEM-Ti/4"
     for step in (4, 5, 6):
-        two, one = (np.array(Image.open(tmp_path / f"{name}/previews/{step:07d}.png")).astype(int)
-                    for name in ("sharded", "one"))
+        two, one = (
+            np.array(Image.open(tmp_path / f"{name}/previews/{step:07d}.png")).astype(int)
+            for name in ("sharded", "one")
+        )
         assert np.abs(two - one).max() <= 3, step
     assert "steps 6 to 8" in trained("sharded", "--max-steps", 8, "--grad-clip", 1)

@@ -1,4 +1,5 @@
 """Training on disks and machines that fail: one line that says what happened and what is kept, and the way on."""
+
 import itertools
 import json
 import os
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
-from dlc.checkpoints import newest_checkpoint, newest_of_run, run_checkpoints
-from dlc.training import steps_from
+from dlc.checkpoints.run import newest_checkpoint, newest_of_run, run_checkpoints
+from dlc.cli import is_killed_reader
+from dlc.training.batches import load_batches
 
 
 @pytest.fixture
@@ -30,26 +32,31 @@ def train(features, tmp_path):
         flags = train_command(1, features, tmp_path / name, *flags)[3:]
         script, flags = ("faulty", [fault, "train_diffusion", *flags]) if fault else ("train_diffusion", flags)
         return Run(script, flags, next(outputs), processes)
+
     return start
 
 
 @pytest.fixture
 def trained(train):
     """The same, ended well; gives what it said."""
+
     def run(*args, **kwargs):
         process = train(*args, **kwargs)
         assert process.wait(), process.said()
         return process.said()
+
     return run
 
 
 @pytest.fixture
 def failed(train):
     """The same, ended with one line of an error, which it gives."""
+
     def run(*args, **kwargs):
         process = train(*args, **kwargs)
         assert not process.wait()
         return the_error(process)
+
     return run
 
 
@@ -69,6 +76,7 @@ def wait_for_lines(process, run, count=1):
 #                               Two launches, copies                            #
 #################################################################################
 
+
 def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
     """It waits a little, then says so; the first one's checkpoints and lines are those of a run left alone."""
     flags = ("--max-steps", 30, "--ckpt-every", 5)
@@ -76,7 +84,9 @@ def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
     wait_for_lines(first, tmp_path / "run")
     second = train("run", *flags, fault="impatient")
     assert not second.wait()
-    assert re.search(f"another process is writing to {tmp_path}/run: wait for it, or give another path", the_error(second))
+    assert re.search(
+        f"another process is writing to {tmp_path}/run: wait for it, or give another path", the_error(second)
+    )
     assert first.wait(), first.said()
     trained("alone", *flags)
     assert same_run(tmp_path / "run", tmp_path / "alone", 30)
@@ -93,7 +103,9 @@ def test_a_launch_that_waited_continues(trained, train, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "alone", 22)
 
 
-@pytest.mark.parametrize("fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")])
+@pytest.mark.parametrize(
+    "fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")]
+)
 def test_disks_that_can_do_less(fault, warning, trained, tmp_path):
     said = trained("run", "--max-steps", 2, "--ckpt-every", 1, fault=fault)
     assert said.count("warning: the disk of") == 1 and warning in said
@@ -118,25 +130,35 @@ def test_newest_is_the_highest_step_of_the_newest_run(trained, tmp_path):
 #                                     Damage                                    #
 #################################################################################
 
+
 def cut_short(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("harm, reason", [
-    (lambda path: cut_short(path / "model.safetensors"), "model.safetensors is cut short"),
-    (lambda path: cut_short(path / "ema.safetensors"), "ema.safetensors is cut short"),
-    (lambda path: cut_short(path / "optimizer.pt"), "optimizer.pt is cut short"),
-    (lambda path: (path / "optimizer.pt").write_bytes(b""), "optimizer.pt is cut short"),
-    (lambda path: (path / "meta.json").write_bytes(b"\0" * 500), "meta.json is not readable JSON"),
-    *[(lambda path, name=name: (path / name).unlink(), f"{name} is missing")
-      for name in ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")]])
+@pytest.mark.parametrize(
+    "harm, reason",
+    [
+        (lambda path: cut_short(path / "model.safetensors"), "model.safetensors is cut short"),
+        (lambda path: cut_short(path / "ema.safetensors"), "ema.safetensors is cut short"),
+        (lambda path: cut_short(path / "optimizer.pt"), "optimizer.pt is cut short"),
+        (lambda path: (path / "optimizer.pt").write_bytes(b""), "optimizer.pt is cut short"),
+        (lambda path: (path / "meta.json").write_bytes(b"\0" * 500), "meta.json is not readable JSON"),
+        *[
+            (lambda path, name=name: (path / name).unlink(), f"{name} is missing")
+            for name in ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
+        ],
+    ],
+)
 def test_a_damaged_newest_checkpoint(harm, reason, run_of_three, failed, train, tmp_path):
     """Training names it and the whole one before it; with it gone, that is what continues."""
     shutil.copytree(run_of_three, tmp_path / "run")
     one, two, three = run_checkpoints(tmp_path / "run")
     harm(three)
-    assert re.search(rf"checkpoint {three} is damaged \(.*{reason}.*\): remove it; the newest whole one before it is 0000002$",
-                     failed("run", "--max-steps", 4))
+    assert re.search(
+        rf"checkpoint {three} is damaged \(.*{reason}.*\): remove it; the newest whole one before it is "
+        "0000002$",
+        failed("run", "--max-steps", 4),
+    )
     harm(two)
     with pytest.raises(ValueError, match="the newest whole one before it is 0000001"):
         newest_of_run(tmp_path / "run")
@@ -151,16 +173,33 @@ def edit_optimizer(path, edit):
     torch.save(edit(state) or state, path / "optimizer.pt")
 
 
-@pytest.mark.parametrize("harm, reason", [
-    (lambda path: save_file({name: tensor * np.nan for name, tensor in load_file(path / "ema.safetensors").items()},
-                            path / "ema.safetensors"), "NaN"),
-    (lambda path: torch.save([1], path / "optimizer.pt"), "optimizer.pt"),
-    (lambda path: edit_optimizer(path, lambda state: {"sums": state["sums"]}), "optimizer.pt"),
-    (lambda path: edit_optimizer(path, lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(np.nan).numel() == 0),
-     "exp_avg of parameter 0"),
-    (lambda path: edit_optimizer(path, lambda state: state["optimizer"].update(param_groups=[])), "optimizer.pt"),
-    (lambda path: edit_optimizer(path, lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(2))),
-     "exp_avg of parameter 0 has another shape")])
+@pytest.mark.parametrize(
+    "harm, reason",
+    [
+        (
+            lambda path: save_file(
+                {name: tensor * np.nan for name, tensor in load_file(path / "ema.safetensors").items()},
+                path / "ema.safetensors",
+            ),
+            "NaN",
+        ),
+        (lambda path: torch.save([1], path / "optimizer.pt"), "optimizer.pt"),
+        (lambda path: edit_optimizer(path, lambda state: {"sums": state["sums"]}), "optimizer.pt"),
+        (
+            lambda path: edit_optimizer(
+                path, lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(np.nan).numel() == 0
+            ),
+            "exp_avg of parameter 0",
+        ),
+        (lambda path: edit_optimizer(path, lambda state: state["optimizer"].update(param_groups=[])), "optimizer.pt"),
+        (
+            lambda path: edit_optimizer(
+                path, lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(2))
+            ),
+            "exp_avg of parameter 0 has another shape",
+        ),
+    ],
+)
 def test_a_newest_checkpoint_damaged_within(harm, reason, run_of_three, failed, tmp_path):
     """What the files' frames do not tell, is told when they are read."""
     shutil.copytree(run_of_three, tmp_path / "run")
@@ -188,14 +227,27 @@ def test_sampling_wants_the_weights_alone(run_of_three, tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is missing"):
         newest_checkpoint(tmp_path / "run", "DiTSEM-Ti/4", use_ema=False)
     cut_short(three / "ema.safetensors")
-    result = launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--results-dir", "run"), tmp_path,
-                    check=False)
+    result = launch(
+        ("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--results-dir", "run"),
+        tmp_path,
+        check=False,
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr and not (tmp_path / "samples").exists()
     assert re.search("error: checkpoint .*0000003 is damaged .* whole one before it is 0000002$", result.stderr, re.M)
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 300 + b"\n", b"\0" * 300, b'{"step": 2, "lo\n', b"[1]\n{}\n", b"\xff\xfe\n",
-                                    b'{"step": "two"}\n', b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 300 + b"\n",
+        b"\0" * 300,
+        b'{"step": 2, "lo\n',
+        b"[1]\n{}\n",
+        b"\xff\xfe\n",
+        b'{"step": "two"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+)
 def test_lines_damaged_by_a_crash(damage, run_of_three, trained, tmp_path):
     """They are left out, with one warning; the run continues and its own lines stay."""
     shutil.copytree(run_of_three, tmp_path / "run")
@@ -210,6 +262,7 @@ def test_lines_damaged_by_a_crash(damage, run_of_three, trained, tmp_path):
 #                            Full disks, killed readers                         #
 #################################################################################
 
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_path):
@@ -221,9 +274,12 @@ def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_p
     process = train("run", *flags, processes=processes)
     assert not process.wait()
     error = the_error(process)
-    assert re.search(r"cannot write .*metrics.jsonl \(.*No space left on device\): make room, then run the same command "
-                     r"again; what is done is kept: .*run/checkpoints/000000[456]$", error), error
-    assert process.said().count("log.txt (") == 1                       # a warning; the log ends nothing
+    assert re.search(
+        r"cannot write .*metrics.jsonl \(.*No space left on device\): make room, then run the same "
+        r"command again; what is done is kept: .*run/checkpoints/000000[456]$",
+        error,
+    ), error
+    assert process.said().count("log.txt (") == 1  # a warning; the log ends nothing
     for name in ("metrics.jsonl", "log.txt"):
         (tmp_path / "run" / name).unlink()
     trained("run", *flags, processes=processes)
@@ -239,11 +295,16 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     flags = ("--max-steps", 60, "--num-workers", 2)
     process = train("run", *flags, processes=processes)
     wait_for_lines(process, tmp_path / "run", 2)
-    os.kill(int(Path(f"/proc/{process.ranks[0].pid}/task/{process.ranks[0].pid}/children").read_text().split()[0]),
-            signal.SIGKILL)
+    os.kill(
+        int(Path(f"/proc/{process.ranks[0].pid}/task/{process.ranks[0].pid}/children").read_text().split()[0]),
+        signal.SIGKILL,
+    )
     assert not process.wait()
-    assert re.search("a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; what "
-                     "is done is kept: .*/checkpoints/", the_error(process))
+    assert re.search(
+        "a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; "
+        "what is done is kept: .*/checkpoints/",
+        the_error(process),
+    )
     step = int(run_checkpoints(tmp_path / "run")[-1].name)
     assert 2 <= step < 60 and metrics_lines(tmp_path / "run") == step
     trained("run", *flags, processes=processes)
@@ -251,12 +312,57 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "alone", 60)
 
 
+def test_what_tells_of_a_killed_reader():
+    """torch's own errors, and the connection to it that breaks; not an error that a reader met itself."""
+    for error in (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        ConnectionRefusedError(111, "refused"),
+        EOFError(),
+    ):
+        assert is_killed_reader(error)
+    caught = "Caught an error in DataLoader worker process 0."
+    for error in (
+        RuntimeError(caught),
+        EOFError(caught),
+        BrokenPipeError(32, "Broken pipe"),
+        OSError(28, "full"),
+        RuntimeError("out of memory"),
+    ):
+        assert not is_killed_reader(error)
+
+
+def test_a_connection_to_a_reader_that_breaks(monkeypatch):
+    """The batches from then on are read here, and a stop is asked for."""
+
+    class Broken:
+        def __init__(self, batches, sampler, **options):
+            self.batches = iter([batches[sampler[0]]])
+
+        def __iter__(self):
+            yield next(self.batches)
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    class Asked:
+        reason = None
+
+        def ask(self, reason):
+            self.reason = reason
+
+    monkeypatch.setattr("dlc.training.batches.DataLoader", Broken)
+    stop = Asked()
+    assert list(load_batches(["a", "b", "c"], range(3), stop, 1, False)) == ["a", "b", "c"]
+    assert "a data reader was killed" in stop.reason
+
+
 #################################################################################
 #                                Signals and waiting                            #
 #################################################################################
 
+
 def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
-    """Rank 0 hangs in a collective, since the other one was stopped: the first signal waits for a step, not the second."""
+    """Rank 0 hangs in a collective, since the other was stopped: the first signal waits for a step, the second not."""
     process = train("run", "--max-steps", 5000, processes=2)
     wait_for_lines(process, tmp_path / "run")
     first, other = process.ranks
@@ -277,14 +383,20 @@ def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
 
 def test_a_process_that_waits_says_where(features, tmp_path):
     """Of two processes one is never started."""
-    run = Run("faulty", ["said_soon", "train_diffusion", *train_command(1, features, tmp_path / "run")[3:]],
-              tmp_path / "output.txt", 2)
+    run = Run(
+        "faulty",
+        ["said_soon", "train_diffusion", *train_command(1, features, tmp_path / "run")[3:]],
+        tmp_path / "output.txt",
+        2,
+    )
     lone, never = run.ranks
     never.kill()
     deadline = time.time() + 60
     while time.time() < deadline and not (run.output.exists() and "still waits" in run.said()):
         time.sleep(0.1)
-    assert re.search(r"rank 0 still waits for all 2 processes to meet at 127.0.0.1:\d+: was every one started", run.said())
+    assert re.search(
+        r"rank 0 still waits for all 2 processes to meet at 127.0.0.1:\d+: was every one started", run.said()
+    )
     for rank in (lone, never):
         rank.kill()
         rank.join()
@@ -294,25 +406,39 @@ def test_a_process_that_waits_says_where(features, tmp_path):
 #                         The launcher's configuration                          #
 #################################################################################
 
+
 def train_with(environment, features, results, *flags, script="train_diffusion"):
     """What a run of two steps says, in an environment of these variables, too."""
-    run = Run(script, train_command(1, features, results, "--max-steps", 2, *flags)[3:],
-              results.parent / f"{time.time_ns()}.txt", cwd=results.parent, environment=environment)
+    run = Run(
+        script,
+        train_command(1, features, results, "--max-steps", 2, *flags)[3:],
+        results.parent / f"{time.time_ns()}.txt",
+        cwd=results.parent,
+        environment=environment,
+    )
     assert run.wait(), run.said()
     return run.said()
 
 
-@pytest.mark.parametrize("environment, message", [
-    (dict(ACCELERATE_USE_DEEPSPEED="true"), "asks for DeepSpeed: shard with FSDP"),
-    (dict(ACCELERATE_USE_MEGATRON_LM="true"), "asks for Megatron-LM"),
-    (dict(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_TP_SIZE="2"), "PARALLELISM_CONFIG_TP_SIZE 2"),
-    (dict(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true"), "leave out fsdp_offload_params"),
-    (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="NO_SHARD"), "fsdp_sharding_strategy FULL_SHARD"),
-    (dict(ACCELERATE_TORCH_DEVICE="meta"), "ACCELERATE_TORCH_DEVICE meta is set: unset it"),
-    (dict(WORLD_SIZE="x"), "what the launcher's variables say (WORLD_SIZE"),
-    (dict(ACCELERATE_MIXED_PRECISION="fp8"), "--mixed_precision fp8: this trains in fp16, bf16"),
-    (dict(ACCELERATE_DYNAMO_BACKEND="cudagraphs"), "the dynamo backend cudagraphs"),
-    (dict(ACCELERATE_DYNAMO_BACKEND="inductor", ACCELERATE_DYNAMO_MODE="max-autotune"), "in mode max-autotune")], ids=str)
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        (dict(ACCELERATE_USE_DEEPSPEED="true"), "asks for DeepSpeed: shard with FSDP"),
+        (dict(ACCELERATE_USE_MEGATRON_LM="true"), "asks for Megatron-LM"),
+        (
+            dict(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_TP_SIZE="2"),
+            "PARALLELISM_CONFIG_TP_SIZE 2",
+        ),
+        (dict(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true"), "leave out fsdp_offload_params"),
+        (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="NO_SHARD"), "fsdp_sharding_strategy FULL_SHARD"),
+        (dict(ACCELERATE_TORCH_DEVICE="meta"), "ACCELERATE_TORCH_DEVICE meta is set: unset it"),
+        (dict(WORLD_SIZE="x"), "what the launcher's variables say (WORLD_SIZE"),
+        (dict(ACCELERATE_MIXED_PRECISION="fp8"), "--mixed_precision fp8: this trains in fp16, bf16"),
+        (dict(ACCELERATE_DYNAMO_BACKEND="cudagraphs"), "the dynamo backend cudagraphs"),
+        (dict(ACCELERATE_DYNAMO_BACKEND="inductor", ACCELERATE_DYNAMO_MODE="max-autotune"), "in mode max-autotune"),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_honoured(environment, message, features, error_of, monkeypatch, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -321,9 +447,14 @@ def test_what_cannot_be_honoured(environment, message, features, error_of, monke
 
 
 def test_the_environment_never_overrides_a_flag(features, tmp_path):
-    """With dynamo, accumulation and FSDP's activation checkpointing on: nothing is compiled, the losses are the same."""
-    environment = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
-                       ACCELERATE_USE_FSDP="true", FSDP_ACTIVATION_CHECKPOINTING="true", ACCELERATE_USE_CPU="true")
+    """With dynamo, accumulation and FSDP's activation checkpointing on, nothing is compiled and losses are the same."""
+    environment = dict(
+        ACCELERATE_DYNAMO_BACKEND="INDUCTOR",
+        ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
+        ACCELERATE_USE_FSDP="true",
+        FSDP_ACTIVATION_CHECKPOINTING="true",
+        ACCELERATE_USE_CPU="true",
+    )
     said = train_with(environment, features, tmp_path / "run", "--no-compile", script="spying")
     assert "compiled: 0 blocks; checkpointing: False" in said
     assert "accelerate's 4 gradient accumulation steps are not used: --grad-accum 1 is" in said
@@ -332,7 +463,7 @@ def test_the_environment_never_overrides_a_flag(features, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "alone", 2)
     environment = dict(ACCELERATE_DYNAMO_BACKEND="inductor")
     said = train_with(environment, features, tmp_path / "compiled", script="spying")
-    assert "compiled: 6 blocks" in said                     # no flag says otherwise
+    assert "compiled: 6 blocks" in said  # no flag says otherwise
 
 
 @pytest.mark.parametrize("flag", ["--features-path", "--results-dir", "--vae", "--pretrained-path"])
@@ -357,9 +488,17 @@ def test_home_folders(features, error_of, tmp_path):
 #                                Broken features                                #
 #################################################################################
 
+
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"\x93NUMPY", np.zeros((1, 4, 4, 4), np.float16),
-                                     np.zeros((1, 4, 8, 8), np.complex64), np.zeros((1, 4, 8, 8), np.longdouble)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x93NUMPY",
+        np.zeros((1, 4, 4, 4), np.float16),
+        np.zeros((1, 4, 8, 8), np.complex64),
+        np.zeros((1, 4, 8, 8), np.longdouble),
+    ],
+)
 def test_a_broken_file_among_lone_ones(workers, content, failed, features, tmp_path):
     """One .npy an image, which nobody opens before its step: it is named in one line, also out of a reader."""
     for kind in ("features", "sem", "labels"):
@@ -372,22 +511,3 @@ def test_a_broken_file_among_lone_ones(workers, content, failed, features, tmp_p
     broken.write_bytes(content) if isinstance(content, bytes) else np.save(broken, content)
     line = failed("run", "--features-path", tmp_path / "lone", "--V", 300, "--max-steps", 9, "--num-workers", workers)
     assert re.search(rf"error: step \d+: .*{broken}", line), line
-
-
-@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) exited unexpectedly"),
-                                   ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=type)
-def test_batches_go_on_without_a_reader(error):
-    """In whatever way a reader's death shows, the batches still come, and a stop is asked for."""
-    class Stop:
-        reason = None
-
-        def ask(self, reason):
-            self.reason = reason
-
-    def loader():
-        yield "first"
-        raise error
-
-    stop = Stop()
-    assert list(steps_from(loader(), ["first", "second", "third"], range(3), stop)) == ["first", "second", "third"]
-    assert "a data reader was killed" in stop.reason

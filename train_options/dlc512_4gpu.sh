@@ -5,9 +5,9 @@
 #
 # What it should reach: FID-50K 2.00 without guidance and 1.59 with, ImageNet 256x256, 250 DDPM steps. Source: Lavoie,
 # Noukhovitch, Courville 2025, arXiv 2507.12318. Ours: not measured yet.
-# In how long: theirs ran 5.2 steps/s on 4 H100, which makes 400,000 steps 21 hours, and the 1400 epochs that are set
-# here, 7.0 million steps, 16 days, with a checkpoint each 2.7 hours; the same command continues.
-# FEATURES come from extract_features_withdlc.py with the authors' encoder, whose codes are of L=512, V=256.
+# In how long: theirs ran at 5.2 steps/s on 4 H100. At that rate 400,000 steps take 21 hours, and the 1400 epochs set
+# here (7.0 million steps) 16 days, with a checkpoint every 2.7 hours. Run the same command again to continue.
+# FEATURES come from extract_features_withdlc.py with the authors' encoder (L=512, V=256).
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 exec accelerate launch --multi_gpu --num_machines 1 --num_processes 4 --mixed_precision fp16 --dynamo_backend no \

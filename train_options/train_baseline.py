@@ -1,12 +1,13 @@
-"""train_original with activation checkpointing: less memory, for a third more work.
+"""train_original with activation checkpointing: less memory for a third more computation.
 
-    accelerate launch train_options/train_baseline.py --model DiT-XL/2 --data-path /path/to/imagenet/train
-    accelerate launch -m train_options.train_baseline --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch train_options/train_baseline.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch -m train_options.train_baseline --model DiT-XL/2 --data-path /path/to/imagenet/train
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # launched by its path, it finds the rest
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 from train_options.train_original import OPTIONS as ORIGINAL

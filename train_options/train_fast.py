@@ -3,12 +3,14 @@
     accelerate launch train_options/train_fast.py --features-path /path/to/store/features
     accelerate launch -m train_options.train_fast --features-path /path/to/store/features
 
-That is train_diffusion.py as it is, but for the precision, bf16 where the launcher's --mixed_precision says none.
+This is train_diffusion.py with its defaults, except that the precision is bf16 if the launcher's --mixed_precision sets
+none.
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # launched by its path, it finds the rest
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 

@@ -1,12 +1,13 @@
-"""train_baseline on features in place of images: neither decoding nor a VAE (nor an encoder) at each step.
+"""train_baseline on features instead of images: no decoding, no VAE and no encoder at each step.
 
-    accelerate launch train_options/train_features.py --features-path /path/to/store/features
-    accelerate launch -m train_options.train_features --features-path /path/to/store/features
+accelerate launch train_options/train_features.py --features-path /path/to/store/features
+accelerate launch -m train_options.train_features --features-path /path/to/store/features
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # launched by its path, it finds the rest
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 from train_options.train_baseline import OPTIONS as BASELINE

@@ -1,16 +1,17 @@
-"""Where the table of training options begins: images in, VAE (and encoder) on the fly, float32, all else off.
+"""The first row of the table of training options: images in, VAE (and encoder) at each step, float32, no option on.
 
-    accelerate launch train_options/train_original.py --model DiT-XL/2 --data-path /path/to/imagenet/train
-    accelerate launch -m train_options.train_original --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch train_options/train_original.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch -m train_options.train_original --model DiT-XL/2 --data-path /path/to/imagenet/train
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # launched by its path, it finds the rest
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 
-# features_path=None: --data-path has to be given, or features after all
+# features_path=None: the user has to pass --data-path or --features-path
 OPTIONS = dict(features_path=None, precision="fp32", checkpoint_activations=False, compile=False)
 
 if __name__ == "__main__":

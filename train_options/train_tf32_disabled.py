@@ -1,12 +1,13 @@
-"""train_features without TF32: on GPUs, products of float32 numbers keep all their bits, and are slower.
+"""train_features without TF32: on GPUs, float32 matrix products keep full precision and are slower.
 
-    accelerate launch train_options/train_tf32_disabled.py --features-path /path/to/store/features
-    accelerate launch -m train_options.train_tf32_disabled --features-path /path/to/store/features
+accelerate launch train_options/train_tf32_disabled.py --features-path /path/to/store/features
+accelerate launch -m train_options.train_tf32_disabled --features-path /path/to/store/features
 """
+
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))              # launched by its path, it finds the rest
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be launched by path
 
 from train_diffusion import main
 from train_options.train_features import OPTIONS as FEATURES

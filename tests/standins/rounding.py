@@ -3,21 +3,23 @@
 With `install` every VAE, SEM encoder and DiT of a process rounds so; the tests run with it, in their own process and,
 by sitecustomize.py beside this, in all that they start. What then equals to the bit does so on any machine.
 """
+
 import importlib.abc
 import importlib.util
 import sys
 
-FLOAT32 = 2e-6              # relative, seen between a batch of one and of two on an AMD EPYC of family 26
+FLOAT32 = 2e-6  # relative, seen between a batch of one and of two on an AMD EPYC of family 26
 
 
 def rounded(rows):
     """Rows (n, ...) times 1 + noise, which is a function of n, the row's place and the element's place in the row."""
-    import torch                                            # not above: most processes do without
+    import torch  # not above: most processes do without
+
     n, device = len(rows), rows.device
     element = torch.arange(rows[0].numel(), device=device).view(1, *rows.shape[1:])
     place = torch.arange(n, device=device).view(-1, *[1] * (rows.ndim - 1))
-    noise = (7919 * n + 104729 * place + 31 * element) % 1009 / 504 - 1                     # -1 to 1
-    factor = 1 + noise * max(FLOAT32, torch.finfo(rows.dtype).eps)                          # 16 bits: some last bits
+    noise = (7919 * n + 104729 * place + 31 * element) % 1009 / 504 - 1  # -1 to 1
+    factor = 1 + noise * max(FLOAT32, torch.finfo(rows.dtype).eps)  # 16 bits: some last bits
     return (rows * factor).to(rows.dtype)
 
 
@@ -47,8 +49,11 @@ def change_models(module):
     module.DiT.denoise = lambda self, x, c: rounded(denoise(self, x, c))
 
 
-CHANGES = {"diffusers.models.autoencoders.autoencoder_kl": change_vae, "dlc.encoder": change_encoder,
-           "models": change_models}
+CHANGES = {
+    "diffusers.models.autoencoders.autoencoder_kl": change_vae,
+    "dlc.encoder": change_encoder,
+    "models": change_models,
+}
 
 
 class Importer(importlib.abc.MetaPathFinder):
@@ -57,13 +62,14 @@ class Importer(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name not in CHANGES:
             return None
-        change = CHANGES.pop(name)                          # and leaves the search for it to the finders behind
+        change = CHANGES.pop(name)  # and leaves the search for it to the finders behind
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def execute_and_change(module):
             execute(module)
             change(module)
+
         spec.loader.exec_module = execute_and_change
         return spec
 

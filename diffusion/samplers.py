@@ -1,0 +1,138 @@
+"""Samplers: from a standard normal x_T to a sample x_0, through a model that is asked at each step.
+
+    for x, x_start in sampler(predict, x, noise):       # one item per step; the last x is the sample
+        ...
+
+predict(x, time) is the model's output (N, C or 2C, ...) for x (N, C, ...) at a time of the full process, a whole or
+fractional number from 0 to 999. It owns guidance, embeddings and precision, and may be called any number of times per
+step. noise(step) is a standard normal of x's shape. x_start is the x_0 that the model saw in the step.
+
+A sampler has `num_steps`, the items it yields, and `times`, those it asks predict for, in that order. To add one, write
+its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests follow the table.
+"""
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .gaussian import GaussianDiffusion
+from .schedules import named_betas, spaced_timesteps
+
+FULL_STEPS = 1000           # of the process that the models are trained on, whose schedule is the linear one
+
+
+def noise_levels():
+    """sigma(t) = sqrt((1 - alphas_cumprod) / alphas_cumprod) of the full process, ascending (1000,) float64 NumPy.
+
+    It is the noise of x_t / sqrt(alphas_cumprod_t) = x_0 + sigma(t) eps.
+    """
+    alphas_cumprod = torch.cumprod(1 - named_betas("linear", FULL_STEPS), 0).numpy()
+    return np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+
+
+def signal_scale(sigma):
+    """sqrt(alphas_cumprod) at a noise level: what x_0 is multiplied by in x_t."""
+    return 1 / math.sqrt(1 + sigma**2)
+
+
+class AncestralSampler:
+    """DDPM's ancestral steps (Ho et al. 2020), or with eta given DDIM's (Song et al. 2020), at evenly spaced times.
+
+    learn_sigma: whether the model's output has the variance's channels.
+    """
+
+    def __init__(self, steps, eta=None, learn_sigma=True):
+        self.diffusion = GaussianDiffusion(
+            named_betas("linear", FULL_STEPS), spaced_timesteps(FULL_STEPS, [steps]),
+            variance="learned_range" if learn_sigma else "fixed_large")
+        self.take_step = (self.diffusion.p_sample if eta is None
+                          else functools.partial(self.diffusion.ddim_sample, eta=eta))
+        self.num_steps, self.times = steps, self.diffusion.timestep_map[::-1]
+
+    def __call__(self, predict, x, noise):
+        for step, time in enumerate(self.times):
+            t = torch.full((len(x),), self.num_steps - 1 - step, device=x.device)
+            out = self.take_step(lambda x, _, time=time: predict(x, time), x, t, clip_denoised=False,
+                                 randn_like=lambda _, step=step: noise(step))
+            x = out["sample"]
+            yield x, out["pred_xstart"]
+
+
+class DPMSolver:
+    """DPM-Solver++ of second order, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2), at evenly spaced times.
+
+    The first step, which has no step before it, and the last, to sigma = 0, are of first order.
+    """
+
+    def __init__(self, steps):
+        self.num_steps = steps
+        self.times = np.linspace(0, FULL_STEPS - 1, steps + 1).round()[:0:-1].astype(int).tolist()
+        self.sigmas = [*noise_levels()[self.times].tolist(), 0.0]
+
+    def __call__(self, predict, x, noise):
+        before = step_before = None
+        for time, sigma, following in zip(self.times, self.sigmas, self.sigmas[1:]):
+            scale, following_scale = signal_scale(sigma), signal_scale(following)
+            x_start = x / scale - sigma * predict(x, time)[:, :x.shape[1]]
+            if following == 0:
+                x = x_start
+            else:
+                step = math.log(sigma / following)              # the step in lambda = -log(sigma)
+                slope = 0 if before is None else (x_start - before) * (step / step_before / 2)
+                x = (following * following_scale / (sigma * scale) * x
+                     - following_scale * math.expm1(-step) * (x_start + slope))
+                before, step_before = x_start, step
+            yield x, x_start
+
+
+class HeunSampler:
+    """Heun's method of second order on the probability flow (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
+
+    For y = x_t / sqrt(alphas_cumprod_t) that is dy/dsigma = eps. The noise levels are those of their equation 5 between
+    the schedule's largest and smallest, so that times are fractional: two evaluations per step but in the last, to 0.
+    """
+    rho = 7
+
+    def __init__(self, steps):
+        levels = noise_levels()
+        sigmas = np.linspace(levels[-1] ** (1 / self.rho), levels[0] ** (1 / self.rho), steps) ** self.rho
+        sigmas[[0, -1]] = levels[[-1, 0]]                       # the power's rounding would make 999 a little less
+        self.num_steps, self.sigmas = steps, [*sigmas.tolist(), 0.0]
+        self.step_times = np.interp(np.log(sigmas), np.log(levels), np.arange(FULL_STEPS)).tolist()
+        self.times = [self.step_times[0], *(time for time in self.step_times[1:] for _ in range(2))]
+
+    def __call__(self, predict, x, noise):
+        def slope(y, step):
+            return predict(y * signal_scale(self.sigmas[step]), self.step_times[step])[:, :y.shape[1]]
+
+        y = x / signal_scale(self.sigmas[0])
+        for step, (sigma, following) in enumerate(zip(self.sigmas, self.sigmas[1:])):
+            eps = slope(y, step)
+            x_start, euler = y - sigma * eps, y + (following - sigma) * eps
+            y = y + (following - sigma) * (eps + slope(euler, step + 1)) / 2 if following else euler
+            yield y * signal_scale(following), x_start
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """What a name in SAMPLERS stands for."""
+    about: str                      # completes "--sampler NAME: …" in the scripts' help
+    build: Callable                 # (steps, eta, learn_sigma) -> sampler
+    default_steps: int
+    most_steps: int = FULL_STEPS
+    has_eta: bool = False
+
+
+SAMPLERS = {
+    "ddpm": SamplerSpec("DDPM's ancestral steps", lambda steps, eta, learn_sigma: AncestralSampler(
+        steps, None, learn_sigma), 250),
+    "ddim": SamplerSpec("DDIM", lambda steps, eta, learn_sigma: AncestralSampler(steps, eta, learn_sigma), 50,
+                        has_eta=True),
+    "dpmsolver++": SamplerSpec("DPM-Solver++ of second order", lambda steps, *_: DPMSolver(steps), 25,
+                               most_steps=FULL_STEPS - 1),
+    "heun": SamplerSpec("Heun's second-order method of EDM, two evaluations per step", lambda steps, *_: HeunSampler(
+        steps), 25),
+}

@@ -1,0 +1,1 @@
+"""Weights and run state in and out."""

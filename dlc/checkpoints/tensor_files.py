@@ -1,0 +1,162 @@
+"""Tensors from untrusted files: no code in them is run, and they are given no more memory than they hold.
+
+    weights = check_tensors(load_tensors("model.safetensors"), "model.safetensors")
+
+Every file of torch or safetensors that this program opens goes through here: weights of models, VAEs and encoders, the
+optimizer's state of a resumed run, codes in a `.pt`. Errors are in our words, because those of the libraries are long,
+and some advise the user to load the file unsafely.
+"""
+
+import argparse
+import pickletools
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from dlc.cli import one_line
+
+# Bytes of the index of a file's tensors: the pickle in torch's zip, the header of a .safetensors. That of a training
+# checkpoint of a DiT-XL/2, with weights, EMA and optimizer, has 0.2 MB. A hostile one grows about 70-fold as objects.
+LARGEST_INDEX = 2**22
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The names in a pickle of tensors and plain values, including the arguments of training scripts. With weights_only,
+# torch admits more, and other packages add to it: bytearray(10**12), for example, would fill the memory.
+ADMITTED = re.compile(
+    r"collections (OrderedDict|Counter)|argparse Namespace|__builtin__ set|torch (Size|device)|"
+    r"torch (\w+Storage|(b?float|complex|u?int|bool)\w*)|torch\.storage UntypedStorage|"
+    r"torch\.serialization _get_layout|"
+    r"torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|meta_tensor_no_storage)"
+)
+
+
+def load_tensors(path):
+    """The dict in a `.safetensors` file or in a file of torch.save, which may also hold values that are not tensors.
+
+    Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        value = read_torch(path)
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} holds a {type(value).__name__}, wanted a dict of tensors")
+        return value
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header <= LARGEST_INDEX:
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception:  # broken files raise many types
+            pass
+    raise ValueError(f"{path} cannot be read as weights: it is no .safetensors, or cut off or damaged")
+
+
+def read_torch(path, what="weights"):
+    """The value in a file of torch.save, with memory-mapped tensors. Raises ValueError naming the file and `what`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        fault = archive_fault(path)
+        if not fault:
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # zip readers and the unpickler raise many types
+        fault = "it is cut off or damaged"
+    raise ValueError(f"{path} cannot be read as {what}: {fault}")
+
+
+def archive_fault(path):
+    """Why a file must not go to torch.load, in words: it would fill the memory, or is no file of tensors. Else None."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return "it is no file of torch.save (of one from before torch 1.6, save the weights anew)"
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "it has compressed entries, which torch.save does not write"
+    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
+        return f"its entries claim more than the file's {size:,} bytes"
+    if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
+        return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors"
+    # read as torch.load reads it, because other zip readers may find another entry
+    for opcode, argument, _ in pickletools.genops(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")):
+        if opcode.name == "GLOBAL" and not ADMITTED.fullmatch(argument):
+            return (
+                f"it names {shown(argument.replace(' ', '.'))}, and may only hold tensors and plain values: save "
+                "the weights alone"
+            )
+    return None
+
+
+def check_tensors(tensors, path):
+    """Return the dict if all its values can be weights. Raises ValueError naming file and tensor.
+
+    Weights are floating point, dense, in memory and finite. A single value that is not finite makes all outputs NaN,
+    which nothing would notice in a VAE or an encoder.
+    """
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} does not hold a dict of named tensors")
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+            raise ValueError(
+                f"{path} does not hold a dict of named tensors: {shown(name)} is a {type(tensor).__name__}"
+            )
+        fault = tensor_fault(tensor)
+        if fault:
+            raise ValueError(f"{path}: tensor {shown(name)} {fault}")
+    return tensors
+
+
+def tensor_fault(tensor):
+    """Why a tensor cannot be a weight, in words, or None."""
+    if tensor.dtype not in FLOATS:
+        return f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
+    fault = storage_fault(tensor)
+    # as float32, which all of them become: a float64 may hold what is infinite there
+    if not fault and tensor.numel() and not torch.stack(tensor.aminmax()).float().isfinite().all():
+        fault = "has values that are NaN or infinite"
+    return fault
+
+
+def storage_fault(tensor):
+    """Why a tensor does not have as many values in memory as its shape says, in words, or None."""
+    if tensor.layout != torch.strided:
+        return f"is {str(tensor.layout).removeprefix('torch.')}, wanted dense"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device.type}, without values"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"has shape {one_line(tuple(tensor.shape), 60)}, but fewer values"  # repeated by strides of 0
+    return None
+
+
+def differences_from(wanted, weights):
+    """How named tensors differ from the wanted ones in names and shapes, in words; "" if they agree."""
+    misshapen = [
+        f"{shown(name)} {one_line(tuple(weights[name].shape), 40)}, wanted {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & weights.keys())
+        if weights[name].shape != wanted[name].shape
+    ]
+    for what, items in (
+        ("lacks", map(shown, sorted(wanted.keys() - weights.keys()))),
+        ("has unknown", map(shown, sorted(weights.keys() - wanted.keys()))),
+        ("has other shapes:", misshapen),
+    ):
+        items = list(items)
+        if items:
+            return one_line(
+                f"{what} {', '.join(items[:2])}{f' and {len(items) - 2} more' if len(items) > 2 else ''}", 170
+            )
+    return ""
+
+
+def shown(name):
+    """A name from a file as errors show it: printable and short."""
+    return one_line(str(name)[:1000], 80)

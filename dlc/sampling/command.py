@@ -1,0 +1,309 @@
+"""The command that both sampling scripts are: flags, checks, drawing, and the .npz for FID.
+
+Sample i is the same, but for rounding, whatever the number of processes and the batch size: its noise, and the code,
+label or vector it is drawn for, are functions of (global seed, i). A run that was killed draws the batches that have a
+missing index, with every sample at the same position in its batch, and so ends with the bytes of an uninterrupted run.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion.samplers import SAMPLERS
+from dlc.checkpoints.run import newest_checkpoint
+from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
+from dlc.cli import ArgumentParser, progress
+from dlc.disk import recorded_id
+from dlc.runtime import agree, autocast, create_logger, done_by_rank_0, set_numerics, start_processes
+from dlc.sampling.conditions import CONDITIONINGS, conditions_sha256
+from dlc.sampling.decoder import Decoder, save_strip
+from dlc.sampling.files import npz_rows, save_grid, write_npz
+from dlc.sampling.flags import sampling_parser
+from dlc.sampling.folder import SampleFolder
+from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.sampling.record import SamplesRecord, this_launch
+from dlc.vae import check_decodes, load_vae, pixels_per_cell, vae_id, vae_label
+from models import DiT_models
+
+#################################################################################
+#                                    Checks                                     #
+#################################################################################
+
+
+@dataclass
+class Job:
+    """What the checks found out, and drawing needs."""
+
+    state: object  # accelerate's PartialState
+    checkpoint: Path
+    model: torch.nn.Module
+    sampler: object
+    conditions: object  # see CONDITIONINGS
+    vae: torch.nn.Module
+    record: SamplesRecord
+    folder: SampleFolder
+    missing: np.ndarray  # indices of the images to draw, ascending
+    notes: list[str]  # what could not be compared
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.model.in_channels, *self.model.x_embedder.img_size
+
+
+def refuse_model(args, script: str) -> None:
+    """Raise ValueError where the script does not draw from --model, or a flag is another conditioning's."""
+    wanted = DiT_models[args.model].conditioning
+    if CONDITIONINGS[wanted].script != script:
+        here = " or ".join(name for name, one in CONDITIONINGS.items() if one.script == script)
+        raise ValueError(
+            f"--model {args.model} is not conditioned on {here}: draw from it with {CONDITIONINGS[wanted].script}"
+        )
+    for name, one in CONDITIONINGS.items():
+        for flag in one.flags:
+            if name != wanted and getattr(args, flag.strip("-").replace("-", "_"), None) is not None:
+                raise ValueError(f"{flag} is for models conditioned on {name}: {args.model} is conditioned on {wanted}")
+
+
+def open_model(args):
+    """The checkpoint's path, its model in eval mode, and its RunMeta, in which nothing is recorded of a lone file."""
+    path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model, args.ema)
+    weights, meta = load_weights(path, args.ema)
+    model, name = model_from_weights(weights, path)
+    if name != args.model:
+        raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
+    return path, model, meta
+
+
+def open_vae(args, meta, channels, device):
+    """The VAE to decode with, its name, its digest, and notes on what the checkpoint does not say of it.
+
+    Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
+    weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
+    """
+    name, notes = args.vae or meta.vae or "ema", []
+    vae = load_vae(name, device)
+    digest = weights_sha256(vae)
+    if args.vae is None:
+        if meta.vae_sha256 is None:
+            notes.append(f"the checkpoint does not say which VAE made its latents: {name} is used, not compared")
+        elif meta.vae_sha256 != digest:
+            raise ValueError(
+                f"the VAE at {name} is not the one that the checkpoint's features were made with; name one with --vae"
+            )
+    check_decodes(vae, name, channels, vars(meta), "the checkpoint's latents")
+    if meta.scaling_factor is None:
+        notes.append(
+            "the checkpoint does not say the scaling factor of its latents: taken to be "
+            f"{name}'s, {vae.config.scaling_factor}"
+        )
+    return vae, name, digest, notes
+
+
+def guided_channels(flag: str | None, model) -> int:
+    """How many latent channels --cfg-channels asks to guide."""
+    if flag is None:
+        return model.guided_channels or model.in_channels
+    return 3 if flag == "3" else model.in_channels
+
+
+def prepare(args, script: str) -> Job:
+    """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
+    if args.t_min > args.t_max:
+        raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
+    refuse_model(args, script)
+    path, model, meta = open_model(args)
+    sampler = create_sampler(
+        args.sampler, args.num_sampling_steps, args.eta, learn_sigma=model.out_channels > model.in_channels
+    )
+    if (args.progressive or 0) > sampler.num_steps:
+        raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
+    conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
+    digest = conditions_sha256(conditions, args.num_fid_samples)
+    state = start_processes()
+    if args.cuda_graphs and state.device.type != "cuda":
+        raise ValueError("--cuda-graphs needs a GPU")
+    vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state.device)
+    image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae)
+    if args.image_size not in (None, image_size):
+        raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
+    record = SamplesRecord(
+        model=args.model,
+        checkpoint=recorded_id(str(path)),
+        weights_sha256=weights_sha256(model),
+        step=meta.step,
+        weights=meta.weights,
+        conditions=conditions.describe(),
+        image_size=image_size,
+        vae=recorded_id(vae_id(vae_name)),
+        vae_sha256=vae_digest,
+        vae_precision=args.vae_precision,
+        sampler=args.sampler,
+        num_sampling_steps=sampler.num_steps,
+        eta=(args.eta or 0.0) if SAMPLERS[args.sampler].has_eta else None,
+        cfg_scale=args.cfg_scale,
+        cfg_channels=guided_channels(args.cfg_channels, model),
+        t_min=args.t_min,
+        t_max=args.t_max,
+        precision=args.precision,
+        tf32=args.tf32,
+        global_seed=args.global_seed,
+        num_fid_samples=args.num_fid_samples,
+        conditions_sha256=digest,
+        runs=[],
+    )
+    agree("checkpoint, codes and VAE", record)
+    ckpt = path.name if path.is_dir() else path.stem
+    folder = SampleFolder(
+        Path(args.sample_dir)
+        / (
+            f"{args.model.replace('/', '-')}-{ckpt}-size-{image_size}-vae-{vae_label(vae_name)}-cfg-{args.cfg_scale}"
+            f"-seed-{args.global_seed}"
+        )
+    )
+    launch = this_launch(state, args.per_proc_batch_size)
+    missing = done_by_rank_0(state, lambda: folder.open(record, conditions, launch))
+    return Job(
+        state,
+        path,
+        model,
+        sampler,
+        conditions,
+        vae,
+        record,
+        folder,
+        np.array(missing, dtype=np.int64),
+        [*conditions.notes, *notes],
+    )
+
+
+#################################################################################
+#                                    Drawing                                    #
+#################################################################################
+
+
+def draw_batch(job: Job, indices: np.ndarray, denoise, on_step) -> torch.Tensor:
+    """The latents (N, C, h, w) of these samples."""
+    device, record = job.state.device, job.record
+    with autocast(device, record.precision):
+        return sample_latents(
+            job.model,
+            job.sampler,
+            y=job.conditions(indices).to(device),
+            seed=record.global_seed,
+            indices=torch.from_numpy(indices).to(device),
+            latent_shape=job.latent_shape,
+            cfg_scale=record.cfg_scale,
+            t_min=record.t_min,
+            t_max=record.t_max,
+            channels=record.cfg_channels,
+            denoise=denoise,
+            on_step=on_step,
+        )
+
+
+def draw_missing(job: Job, args) -> None:
+    """Denoise, decode and write this process's share of the missing images."""
+    state, folder, missing, count = job.state, job.folder, job.missing, job.record.num_fid_samples
+    # All batches have one size and are cut by index, and those with a missing sample are drawn whole: the rounding of a
+    # sample then does not depend on which others are missing, now or in a resumed run, and nothing is compiled twice.
+    rounds = -(-count // (args.per_proc_batch_size * state.num_processes))
+    size = -(-count // (rounds * state.num_processes))
+    batches = np.unique(missing // size)
+
+    set_numerics(args.tf32)
+    lower_precision(job.model, args.precision)
+    job.model.to(state.device)
+    if args.compile if args.compile is not None else state.device.type == "cuda":
+        for block in job.model.blocks:
+            block.compile(dynamic=False)
+    denoise = CudaGraphs(job.model.denoise) if args.cuda_graphs else job.model.denoise
+    decoder = Decoder(
+        job.vae,
+        folder.path,
+        args.vae_precision,
+        partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None,
+    )
+    if args.progressive and state.is_main_process:
+        with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for
+            save_strip(
+                folder.strip,
+                args.progressive,
+                job.sampler.num_steps,
+                partial(draw_batch, job, np.arange(1), job.model.denoise),
+                decoder,
+            )
+    with progress(
+        total=count,
+        initial=count - len(missing),
+        unit="img",
+        desc="sampling",
+        disable=not state.is_main_process,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
+        for first in range(state.process_index, len(batches), state.num_processes):
+            start = batches[first] * size
+            indices = missing[missing // size == batches[first]]
+            # the other ranks keep pace
+            images = np.isin(missing // size, batches[first : first + state.num_processes]).sum()
+            latents = draw_batch(
+                job,
+                np.arange(start, start + size).clip(max=count - 1),
+                denoise,
+                lambda *_, share=images / job.sampler.num_steps: bar.update(share),
+            )
+            decoder(indices.tolist(), latents, torch.from_numpy(indices - start))
+        decoder.wait()
+        bar.update(count - bar.n)  # what adding fractions left
+
+
+def finish(job: Job) -> None:
+    """Write the .npz and the contact sheet of all images; for rank 0, once all processes are done."""
+    folder, count = job.folder, job.record.num_fid_samples
+    if npz_rows(folder.npz) != count:
+        write_npz(folder.npz, folder.path, count, progress=True)
+    save_grid(folder.grid, folder.path, count)
+    folder.lock.release()
+
+
+def sample(doc: str, script: str, model: str) -> None:
+    """The whole of a sampling script.
+
+    Args:
+        doc: the script's docstring.
+        script: its file name, by which CONDITIONINGS says what it draws for.
+        model: the default of --model.
+    """
+    parser = sampling_parser(doc, script, model)
+    args = parser.parse_args()
+    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size", ()):
+        run(parser, args, script)
+
+
+def run(parser: ArgumentParser, args, script: str) -> None:
+    """Check, draw and finish."""
+    with parser.one_line_errors():
+        job = prepare(args, script)
+    state, record, folder = job.state, job.record, job.folder
+    logger = create_logger(state)
+    logger.info(
+        f"{record.model}, step {'unknown' if record.step is None else record.step}, {record.weights} weights "
+        f"of {job.checkpoint}; {record.conditions}; {len(job.missing):,} of {record.num_fid_samples:,} images "
+        f"to draw, {record.sampler} {record.num_sampling_steps} steps, cfg {record.cfg_scale}, on "
+        f"{state.num_processes} x {state.device.type}"
+    )
+    for note in job.notes:
+        logger.info(f"note: {note}")
+    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):
+        draw_missing(job, args)
+    try:
+        state.wait_for_everyone()
+    except RuntimeError:
+        parser.error("another process ended early, and said why; what is drawn is kept: run the same command again")
+    if state.is_main_process:
+        with parser.kept_on_error("what is drawn is kept", "--num-fid-samples"):
+            finish(job)
+        logger.info(f"done: {record.num_fid_samples:,} images in {folder.path} and {folder.npz}; look at {folder.grid}")
+    state.destroy_process_group()

@@ -1,0 +1,96 @@
+"""Decode latents and write PNG files while the next batch is denoised."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlc.images import image_grid, save_png, to_uint8
+from dlc.runtime import autocast, in_batches
+from dlc.sampling.files import png_path
+from dlc.vae import decode
+
+
+class Decoder:
+    """Decodes and writes PNGs while the next batch is denoised: on GPUs in a thread and a CUDA stream of its own.
+
+    On the CPU, where decoding and denoising would share the cores, only the writing overlaps. Images are decoded 16
+    at a time, so that memory does not grow with the batch, and one at a time on the CPU, where that is faster.
+
+    Args:
+        precision: the VAE's, "fp32", "bf16" or "fp16".
+        after_first: called once, when the first batch has been written.
+    """
+
+    def __init__(self, vae, folder: Path, precision: str = "fp32", after_first: Callable | None = None):
+        self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
+        self.on_gpu = vae.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if self.on_gpu else None
+        # new threads default to cuda:0
+        self.thread = (
+            ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,))
+            if self.on_gpu
+            else ThreadPoolExecutor(1)
+        )
+        self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
+
+    def images(self, latents, places=None):
+        """Latents (N, C, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
+
+        Raises ValueError where a decoded image is not finite.
+        """
+
+        def network(some):
+            decoded = decode(self.vae, some).float()
+            if not decoded.isfinite().all():
+                raise ValueError(
+                    "there are samples that are not finite numbers: try --precision bf16 or fp32, and "
+                    "the same of --vae-precision"
+                )
+            return to_uint8(decoded).cpu()
+
+        with torch.inference_mode(), autocast(latents.device, self.precision):
+            rows = latents if places is None else latents[places]
+            return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
+
+    def __call__(self, indices, latents, places=None):
+        """Start to write latents (N, C, h, w), all or those at places, as the PNGs of indices."""
+        self.wait()  # for the batch before: at most one is pending
+        if self.on_gpu:
+            ready = torch.cuda.Event()
+            ready.record()
+            self.pending = self.thread.submit(self._decode_and_write, indices, latents, places, ready)
+        else:
+            self.pending = self.thread.submit(self._write, indices, self.images(latents, places))
+
+    def _decode_and_write(self, indices, latents, places, ready):
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            images = self.images(latents, places)
+        self._write(indices, images)
+
+    def _write(self, indices, images):
+        list(self.pool.map(save_png, [png_path(self.folder, index) for index in indices], images))
+        if self.after_first:
+            self.after_first()
+            self.after_first = None
+
+    def wait(self):
+        """Wait until all is written. Raises the exception that writing raised."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+
+def save_strip(path: Path, pictures: int, num_steps: int, draw, decoder: Decoder) -> None:
+    """A strip of how one sample is denoised: the model's estimate of the image, from the first step to the last.
+
+    draw(on_step) draws that sample in num_steps steps, of which as many as there are pictures are shown.
+    """
+    shown = np.linspace(0, num_steps - 1, pictures).round().astype(int).tolist()
+    seen = []
+    draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
+    images = decoder.images(torch.cat(seen))
+    save_png(path, image_grid(images, len(images)))

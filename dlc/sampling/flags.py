@@ -1,0 +1,87 @@
+"""The flags of both sampling scripts."""
+
+import argparse
+
+from diffusion.samplers import SAMPLERS
+from dlc.cli import SEED, ArgumentParser, number
+from dlc.runtime import PRECISIONS
+from dlc.sampling.conditions import CONDITIONINGS
+from models import DiT_models
+
+
+def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
+    """The flags of a sampling script, those of the conditionings that it draws for included."""
+    parser = ArgumentParser(doc)
+    add = parser.add_argument
+    add(
+        "--model",
+        default=model,
+        choices=DiT_models,
+        metavar="MODEL",
+        help="name in DiT_models; must be the checkpoint's [%(default)s]",
+    )
+    add("--ckpt", help="checkpoint directory, .pt or .safetensors [the model's newest under --results-dir]")
+    add("--results-dir", default="results", help="look for the newest checkpoint here [%(default)s]")
+    add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
+    for conditioning in CONDITIONINGS.values():
+        if conditioning.script == script:
+            conditioning.add_flags(add)
+    add("--sample-dir", default="samples", help="write the folder of PNGs and the .npz here [%(default)s]")
+    add("--num-fid-samples", type=number(int, 1), default=50000, help="number of images to draw [%(default)s]")
+    add(
+        "--per-proc-batch-size", type=number(int, 1), default=32, help="largest batch per process, images [%(default)s]"
+    )
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        default="ddpm",
+        help="; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items()) + " [%(default)s]",
+    )
+    add(
+        "--num-sampling-steps",
+        type=number(int, 2, 1000),
+        help="sampling steps, 2 to 1000 "
+        f"[{', '.join(f'{name}: {spec.default_steps}' for name, spec in SAMPLERS.items())}]",
+    )
+    add("--eta", type=number(float, 0, 1), help="noise of --sampler ddim: 0 adds none, 1 as much as DDPM [0]")
+    add(
+        "--cfg-scale",
+        type=number(float, 1),
+        default=1.5,
+        help="classifier-free guidance scale; 1 disables guidance [%(default)s]",
+    )
+    add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
+    add("--t-min", type=number(int, 0, 999), default=0, help="guide from this diffusion time on [%(default)s]")
+    add(
+        "--t-max",
+        type=number(int, 0, 999),
+        default=999,
+        help="guide up to this diffusion time; outside the interval the null half is not computed [%(default)s]",
+    )
+    add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")
+    add(
+        "--vae",
+        help="VAE to decode with: ema, mse, a local directory or a hub id [that of the checkpoint's features, or ema]",
+    )
+    add("--precision", choices=PRECISIONS, default="fp32", help="precision of the denoising steps [%(default)s]")
+    add("--vae-precision", choices=PRECISIONS, default="fp32", help="precision of the VAE's decoder [%(default)s]")
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="allow TF32 matrix products on GPUs [%(default)s]",
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="record a step's kernels and launch them as one: for small models and batches on GPUs [no]",
+    )
+    add(
+        "--progressive",
+        type=number(int, 2),
+        metavar="K",
+        help="save a strip of K pictures of how sample 0 is denoised [none]",
+    )
+    add("--global-seed", type=SEED, default=0, help="seed of the noise, the labels and the order of rows [%(default)s]")
+    return parser

@@ -1,0 +1,116 @@
+"""The engine: draw latents for given conditions, with any sampler, guided in an interval of the diffusion times."""
+
+from collections.abc import Callable
+
+import torch
+
+from diffusion.samplers import SAMPLERS
+from dlc.noise import StepNoise, Stream, normal
+from dlc.runtime import PRECISIONS
+
+
+def create_sampler(name: str, steps: int | None = None, eta: float | None = None, learn_sigma: bool = True):
+    """The sampler of a name in SAMPLERS; see diffusion/samplers.py for what one is.
+
+    Args:
+        steps: None for the sampler's default.
+        learn_sigma: whether the model's output has the variance's channels.
+
+    Raises ValueError for an option that the sampler does not have.
+    """
+    spec = SAMPLERS[name]
+    if eta is not None and not spec.has_eta:
+        raise ValueError(
+            f"--eta {eta}: --sampler {name} has none, "
+            f"{' and '.join(other for other, one in SAMPLERS.items() if one.has_eta)} has"
+        )
+    if (steps or 0) > spec.most_steps:
+        raise ValueError(f"--num-sampling-steps: --sampler {name} has at most {spec.most_steps}")
+    return spec.build(steps or spec.default_steps, eta or 0.0, learn_sigma)
+
+
+@torch.inference_mode()
+def sample_latents(
+    model,
+    sampler,
+    *,
+    y: torch.Tensor,
+    seed: int,
+    indices: torch.Tensor,
+    latent_shape,
+    cfg_scale: float = 1.0,
+    t_min: float = 0,
+    t_max: float = 999,
+    channels: int | None = None,
+    denoise: Callable | None = None,
+    on_step: Callable | None = None,
+) -> torch.Tensor:
+    """Draw latents (N, *latent_shape) for the conditions y.
+
+    Args:
+        model: a DiT, DiTSEM or DiTCONT in eval mode.
+        sampler: see `create_sampler`.
+        y: N conditions, on the model's device.
+        seed, indices: a sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
+        cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
+        channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].
+        denoise: replaces model.denoise, for example by its CUDA graph.
+        on_step: called after each step with its number, its x and the x_0 that the model saw.
+    """
+    n, denoise = len(indices), denoise or model.denoise
+    channels = channels or model.guided_channels or model.in_channels
+    # embed the conditions once, not per step, and the times once, not per sample
+    condition = model.condition_embedder(y)  # (N, D)
+    null = model.condition_embedder(model.null_condition(1).to(y.dtype)).expand(n, -1)  # (N, D)
+    both = torch.cat([condition, null])  # (2N, D)
+    times = list(dict.fromkeys(sampler.times))
+    embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=condition.device))))  # (D,) each
+
+    def predict(x, time):
+        if time not in embedded:  # a solver may choose times as it goes
+            embedded[time] = model.t_embedder(torch.tensor([time], device=condition.device))[0]
+        if cfg_scale == 1 or not t_min <= time <= t_max:
+            return denoise(x, embedded[time] + condition).float()
+        conditional, unconditional = denoise(torch.cat([x, x]), embedded[time] + both).float().chunk(2)
+        guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
+        return torch.cat([guided, conditional[:, channels:]], dim=1)
+
+    noise = StepNoise(seed, Stream.SAMPLE_NOISE, indices, latent_shape, sampler.num_steps)
+    start = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)  # the same for any number of steps
+    for step, (x, x_start) in enumerate(sampler(predict, start, noise)):
+        if on_step is not None:
+            on_step(step, x, x_start)
+    return x
+
+
+class CudaGraphs:
+    """A function of CUDA tensors, whose kernels are recorded once per shape of the inputs and then launched as one."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs):
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self.recorded:
+            fixed = [value.clone() for value in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # compiles, and chooses kernels
+                    self.function(*fixed)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = self.function(*fixed)
+            self.recorded[shapes] = fixed, graph, output
+        fixed, graph, output = self.recorded[shapes]
+        for buffer, value in zip(fixed, inputs):
+            buffer.copy_(value)
+        graph.replay()
+        return output.clone()  # the next replay overwrites it, and solvers keep several outputs
+
+
+def lower_precision(model, precision: str) -> None:
+    """Cast the weights that autocast would cast at every step, once: the same results with less memory traffic."""
+    for part in (model.x_embedder, model.blocks, model.final_layer):
+        part.to(PRECISIONS[precision])

@@ -1,0 +1,1 @@
+"""Training: the run, its batches, images in the place of features, and the record."""

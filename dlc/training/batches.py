@@ -1,0 +1,141 @@
+"""Batches of training: which rows each step trains on, and their latents and conditions.
+
+The data are an endless sequence of shuffled epochs, cut into global batches: no row is repeated or left out within an
+epoch, and a batch may span two. The global sample index counts the samples of this sequence. The row at each index is a
+function of (seed, index), so neither a restart nor the number of processes changes what is trained on.
+"""
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dlc.cli import is_killed_reader
+from dlc.features.rows import NpyRows, file_order, load_floats
+from dlc.noise import Stream, normal, permutation
+from dlc.signals import ignore_signals
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In the place of a batch: which of its files cannot be read, and what to do. Data, since an exception that comes
+    from a data loader's worker has its traceback as its text."""
+
+    message: str
+
+
+class TrainingBatches(Dataset):
+    """One process's share of each step's global batch; item `step` is gathered at once from the memory maps.
+
+    Step s covers global_batch sample indices from first_of(s) on, of which each process takes an equal run.
+
+    Args:
+        features: a `Features`.
+        condition: the `NpyRows` that conditions are taken from.
+        limit: codes or labels are in 0..limit-1; None for vectors.
+        first_step, first_index: where the run resumes: this step begins with this sample index.
+    """
+
+    def __init__(
+        self,
+        features,
+        condition,
+        limit: int | None,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        first_step: int = 0,
+        first_index: int = 0,
+    ):
+        self.features, self.condition, self.limit, self.seed = features, condition, limit, seed
+        self.global_batch, self.local_batch, self.rank = global_batch, global_batch // world_size, rank
+        self.first_step, self.first_index = first_step, first_index
+        self.orders = {}  # only the current epoch's
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self.features.count
+
+    def first_of(self, step: int) -> int:
+        """The sample index that a step begins with."""
+        return self.first_index + (step - self.first_step) * self.global_batch
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The feature row at each sample index."""
+        epochs, offsets = indices // self.features.count, indices % self.features.count
+        rows = np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            if epoch not in self.orders:
+                self.orders = {epoch: permutation(self.seed, Stream.TRAIN_ORDER, epoch, self.features.count)}
+            rows[epochs == epoch] = self.orders[epoch][offsets[epochs == epoch]]
+        return rows
+
+    def __getitem__(self, step: int):
+        """Sample indices (n,), latents as stored (n, C or 2C, S/f, S/f), conditions (n, ...); or `Unreadable`."""
+        first = self.first_of(step) + self.rank * self.local_batch
+        indices = np.arange(first, first + self.local_batch)
+        try:
+            return torch.from_numpy(indices), *self.gather(self.rows(indices))
+        except (ValueError, OSError) as error:
+            return Unreadable(str(error))
+
+    def gather(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and conditions of feature rows."""
+        condition = self.condition.gather(rows, limit=self.limit)
+        # uint16 codes become int32: torch has few operations on uint16
+        condition = condition.astype(np.int32) if condition.dtype == np.uint16 else condition
+        return torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
+
+
+def open_vectors(path, count: int) -> NpyRows:
+    """The `NpyRows` of a folder of `.npy` (n, in_dim) with `count` rows in all. Raises ValueError if it is not that."""
+    paths = sorted(Path(path).glob("*.npy"), key=file_order)
+    if not paths:
+        raise ValueError(f"--condition-path {path} is not a folder of .npy files")
+    vectors = NpyRows(paths, sample_ndim=1, load=load_floats)
+    if len(vectors) != count:
+        raise ValueError(f"--condition-path {path} has {len(vectors)} rows, the data {count}")
+    return vectors
+
+
+def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> torch.Tensor:
+    """Latents (n, 4, h, w) drawn from moments (n, 8, h, w), anew at each sample index."""
+    mean, std = moments.chunk(2, dim=1)
+    return mean + std * normal(seed, Stream.TRAIN_POSTERIOR, indices, mean.shape[1:])
+
+
+def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int, pin_memory: bool):
+    """The batch of each of these steps, read by worker processes. If one is killed, this process reads from then on.
+
+    The kernel kills a worker if memory is short. All processes then stop with a checkpoint, but until they have agreed
+    on it, this one must take part in their steps.
+    """
+    iterator = iter(
+        DataLoader(
+            batches,
+            sampler=steps,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+        )
+    )
+    # torch's handler would raise in the middle of any code; without it, the loss shows where a batch is waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for step in steps:
+        if stop_request.reason is None:
+            try:
+                yield next(iterator)
+                continue
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if not is_killed_reader(error):
+                    raise
+                stop_request.ask(
+                    "a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num-workers"
+                )
+        yield batches[step]

@@ -1,0 +1,88 @@
+"""The flags of a training run, whatever is trained: those that `Run` reads."""
+
+import argparse
+
+from dlc.cli import SEED, number
+from dlc.runtime import PRECISIONS, default_num_workers
+
+
+def add_run_flags(parser):
+    """Add the groups "optimisation", "precision and speed" and "run". Returns the last one."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=number(int, 1), default=1400, help="stop after this many passes over the data")
+    add(
+        "--max-steps",
+        type=number(int, 1),
+        help="stop after this many optimizer steps, if that comes before --epochs [no limit]",
+    )
+    add("--global-batch-size", type=number(int, 1), default=256, help="samples per step over all processes")
+    add(
+        "--grad-accum",
+        type=number(int, 1),
+        default=1,
+        help="split each process's batch into this many micro-batches, one after the other, to save memory",
+    )
+    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's weight decay")
+    add(
+        "--grad-clip",
+        type=number(float, 0),
+        default=0.0,
+        help="clip the gradient norm to this value; 0 disables clipping",
+    )
+    add(
+        "--max-nonfinite",
+        type=number(int, 1),
+        default=10,
+        help="stop after this many fp16 steps in a row without a finite gradient",
+    )
+    add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="EMA decay per step")
+    add("--ema-warmup", action="store_true", help="bound the EMA decay by (1 + step) / (10 + step)")
+
+    add = parser.add_argument_group("precision and speed").add_argument
+    add(
+        "--precision",
+        choices=[*PRECISIONS, "amp"],
+        help="autocast precision; amp = the launcher's fp16 or bf16, or bf16 if it sets none [the launcher's "
+        "--mixed_precision]",
+    )
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use TF32 for float32 products on GPUs [%(default)s]",
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations in the backward pass: less memory, about a third more work [%(default)s]",
+    )
+    add(
+        "--num-workers",
+        type=number(int, 0),
+        default=default_num_workers(),
+        help="data loader workers per process [%(default)s on this machine]",
+    )
+
+    add = parser.add_argument_group("run").add_argument
+    add("--results-dir", default="results", help="write the run here; if one is here already, resume it")
+    add(
+        "--allow-change", action="store_true", help="resume even if the global batch size, the data or the seed changed"
+    )
+    add(
+        "--pretrained-path",
+        help="start from these weights: a checkpoint directory, .pt or .safetensors [random weights]",
+    )
+    add("--global-seed", type=SEED, default=0, help="seed of everything random")
+    add("--log-every", type=number(int, 1), default=100, help="steps between log lines")
+    add("--report-to", choices=["tensorboard", "wandb"], help="also write the metrics there [nowhere]")
+    add(
+        "--ckpt-every",
+        type=number(int, 1),
+        default=50_000,
+        help="steps between checkpoints; there is one at the end, too",
+    )
+    add("--ckpt-total-limit", type=number(int, 1), help="keep only this many checkpoints, the newest ones [all]")
+    return add

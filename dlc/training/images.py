@@ -1,0 +1,132 @@
+"""Training on images: a folder of them takes the place of features, and latents and codes are made as training goes.
+
+The data loader's workers decode the images. The VAE and, for codes, the SEM encoder run on the training device, without
+gradients and in float32: the training precision must change neither the latents nor an argmax, and so a code. Latents
+and codes equal those of extraction but for rounding (on GPUs that of TF32, which --no-tf32 turns off).
+"""
+
+import torch
+
+from dlc.cli import warn_once
+from dlc.encoder import load_encoder
+from dlc.extraction import data_settings
+from dlc.features import Manifest
+from dlc.images import Views, collate, flips_of
+from dlc.listing import list_images
+from dlc.noise import Stream, integers
+from dlc.runtime import done_by_rank_0
+from dlc.training.batches import TrainingBatches, Unreadable
+from dlc.vae import downsampling_factor, latent_shape, load_vae
+
+FLIPS = ("random", "none")
+
+
+class Column:
+    """Values in memory, one per row, with the interface of a `NpyRows`.
+
+    No range check: the labels come from list_images.
+    """
+
+    def __init__(self, values):
+        self.values = values
+
+    def gather(self, rows, limit=None):
+        return self.values[rows]
+
+
+class Images:
+    """A folder of images, one subfolder per class, with the interface of `Features` that training uses.
+
+    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `PixelEncoder` turns into
+    moments.
+
+    Args:
+        state: of the processes; rank 0 lists the images for all.
+        image_size: height and width of the crop, pixels.
+        vae: as --vae takes it.
+        encoder: a directory, or a reference checkpoint with L, V and backbone unless they are the defaults; None for no
+            codes.
+        flip: one of FLIPS; random: drawn anew at each sample index.
+
+    Raises ValueError if there are no images, or if a network cannot be loaded or does not fit the image size.
+    """
+
+    latent_kind = "images"
+
+    def __init__(
+        self,
+        state,
+        data_path,
+        *,
+        image_size: int,
+        vae: str,
+        encoder: str | None = None,
+        L: int | None = None,
+        V: int | None = None,
+        backbone: str | None = None,
+        flip: str = "random",
+    ):
+        self.image_size, self.flip = image_size, flip
+        factor = downsampling_factor(vae)
+        if image_size % factor:
+            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(data_path))
+        for remark in remarks:
+            warn_once(remark, remark)
+        self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
+        self.vae, self.encoder = load_vae(vae), None
+        if encoder:
+            self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
+        self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
+        self.latent_shape = latent_shape(self.vae, image_size)
+        self.views = Views(
+            data_path, paths, flips_of("none", len(paths), 0), image_size, self.encoder.image_size if encoder else None
+        )
+        self.manifest = Manifest(
+            image_size=image_size,
+            latents="moments",
+            dtype="float32",
+            flip=flip,
+            classes=classes,
+            **data_settings(vae, self.vae, encoder, self.encoder, paths),
+        )
+
+    def __getstate__(self):
+        return {**self.__dict__, "vae": None, "encoder": None}  # a spawned worker gets a pickle: no networks in it
+
+    def source(self):
+        return self.manifest.source()
+
+    def validate(self):
+        """Nothing: checking every image takes as long as an epoch, so each is checked when its turn comes."""
+
+
+class ImageBatches(TrainingBatches):
+    """`TrainingBatches` of Images: crops instead of latents and, if the condition is None, views for the encoder.
+
+    An item is `Unreadable`, instead of tensors, if an image cannot be read.
+    """
+
+    def __getitem__(self, step: int):
+        """Sample indices (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
+        item = super().__getitem__(step)
+        if isinstance(item, Unreadable):
+            return item
+        indices, crops, condition = item
+        if self.features.flip == "random":
+            flipped = integers(self.seed, Stream.TRAIN_FLIP, indices, 2).bool()
+            crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)
+        return indices, crops, condition
+
+    def gather(self, rows):
+        """Crops, and conditions or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
+        views = self.features.views
+        _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
+        if unreadable:
+            what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
+            raise OSError(
+                f"cannot read {what}: mend or remove it (a run that has checkpoints then continues with "
+                "--allow-change); extraction leaves such images out by itself"
+            )
+        condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
+        return crops.squeeze(1), condition

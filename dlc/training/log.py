@@ -1,0 +1,54 @@
+"""What a `Run` says of itself: the lines at its start, and one per --log-every steps to all its logs."""
+
+import time
+
+import torch
+
+from dlc.checkpoints.run import gather_full
+from dlc.training.record import append_metrics
+
+
+def announce(run):
+    """Log what the run is about to do, and with what."""
+    args, first, last = run.args, run.first_step, run.last_step
+    for line in (
+        f"batch: {run.micro_batch_size} x {run.state.num_processes} processes on {run.device.type} x "
+        f"{args.grad_accum} micro-batches = {args.global_batch_size}",
+        f"precision: {run.precision}" + (", sharded (FSDP)" if run.sharded else ""),
+        f"run: steps {first:,} to {last:,} in {run.folder}",
+        run.pretrained and f"weights: {run.pretrained}",
+        run.resumed and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
+        run.resumed and f"continued from {run.resumed}",
+        run.changed and f"warning: changed since: {run.changed}",
+        *(f"warning: {line}" for line in run.unused),
+        first >= last and "nothing to do: raise --max-steps or --epochs to train on",
+    ):
+        if line:
+            run.logger.info(line)
+
+
+def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
+    """Write a line to log.txt and, if it is due or the run fails, to metrics.jsonl and the tracker."""
+    scaler, rate = run.accelerator.scaler, (step - run.last_line[1]) / (time.time() - run.last_line[0])
+    images_per_second = rate * run.args.global_batch_size
+    line = dict(
+        step=step,
+        epoch=run.batches.first_of(step) / run.batches.rows_per_epoch,
+        **means,
+        grad_norm=gather_full(run.grad_norm).item(),
+        skipped_steps=run.skipped,
+        scaler_scale=scaler.get_scale() if scaler else None,
+        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else None,
+        lr=run.args.lr,
+        steps_per_second=rate,
+        images_per_second=images_per_second,
+    )
+    if run.state.is_main_process and (log_due or failure):
+        run.record(append_metrics, run.folder / "metrics.jsonl", line)
+    if run.args.report_to and log_due:
+        run.accelerator.log(run.losses.scalars(line), step)
+    run.logger.info(
+        f"step {step:,}: {run.losses.words(means)}, grad norm {line['grad_norm']:.3f}, {rate:.2f} "
+        f"steps/s, {images_per_second:.0f} images/s" + (f", {run.skipped} steps skipped" if run.skipped else "")
+    )
+    run.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")

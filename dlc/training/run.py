@@ -1,0 +1,343 @@
+"""A run of training, apart from what is trained: processes, results folder, EMA, optimizer, counters, log, checkpoints.
+
+A trainer calls `Run` and is never called by it; its loop stays its own, and reads as if there were one process:
+
+    with Run(parser, args) as run:
+        run.claim(identity, settings, notes)        # the results folder; refuses another run
+        run.start()                                 # log, accelerator, seed
+        run.adopt(model, losses)                    # EMA, optimizer; resumes
+        for step, batch in run.steps(batches):
+            for indices, x, y in run.micro_batches(batch):
+                terms = ...                         # dict of (n,), from run.model
+                run.backward(terms, t, num_timesteps)
+            run.update(step)                        # clips, steps, counts skipped steps, updates the EMA
+            run.report(step)                        # logs, checks that numbers are finite, writes checkpoints
+
+The flags that it reads are those of `add_run_flags`.
+"""
+
+import contextlib
+import math
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dlc.checkpoints.meta import RunMeta
+from dlc.checkpoints.run import (
+    load_checkpoint,
+    newest_of_run,
+    remove_old_checkpoints,
+    remove_unfinished,
+    resume_point,
+    run_checkpoints,
+    save_checkpoint,
+)
+from dlc.checkpoints.weights import load_pretrained
+from dlc.cli import progress
+from dlc.disk import DirectoryLock, write_json
+from dlc.launcher import asked_precision, asked_to_compile, unused_launcher_settings
+from dlc.runtime import (
+    agree,
+    create_accelerator,
+    create_logger,
+    done_by_rank_0,
+    set_numerics,
+    start_processes,
+    versions,
+)
+from dlc.training.batches import Unreadable, load_batches
+from dlc.training.log import announce, write_line
+from dlc.training.record import Losses, draw_losses, read_metrics, trim_metrics
+from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
+from dlc.training.stop import StopRequest
+
+
+class Run:
+    """See above. As a context it gives the lock of the results folder up in the end.
+
+    Attributes:
+        state: of the processes: num_processes, process_index, is_main_process.
+        device: where this process trains.
+        model: what a trainer calls: the module, wrapped for autocast, and for DDP or sharded.
+        first_step, first_index: steps done before, and the global sample index of the next step; 0 for a new run.
+    """
+
+    def __init__(self, parser, args):
+        """Read the launcher's settings and join the processes. Contradictory flags end the program with one line."""
+        self.parser, self.args, self.folder = parser, args, Path(args.results_dir)
+        self.lock = DirectoryLock(self.folder)
+        with parser.one_line_errors():
+            self.precision = asked_precision(args.precision)
+            self.compiled = asked_to_compile(args.compile, torch.cuda.is_available())
+            self.unused = unused_launcher_settings(args.grad_accum, args.checkpoint_activations)
+            self.state = start_processes()
+        self.device = self.state.device
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.lock.release()
+
+    # ---------------------------------------------------------------------- setting up
+
+    def claim(self, identity: dict, settings: dict, notes: dict):
+        """Lock the results folder, which nobody may look into before, and find the checkpoint to resume from.
+
+        Args: all with fields of RunMeta as keys.
+            identity: what is trained; a run of another identity is refused.
+            settings: what it is trained on; with --allow-change a run may resume with others.
+            notes: what is recorded and never compared.
+
+        Raises ValueError if the folder is in use, or holds another run or a damaged one; and if processes disagree.
+        """
+        args, processes = self.args, self.state.num_processes
+        settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
+        self.recorded = {**identity, **settings, **notes}
+        done_by_rank_0(self.state, self.lock.acquire)
+        self.resumed, meta, self.changed = resume_point(self.folder, identity, settings, args.allow_change)
+        agree("checkpoints and features", (self.resumed and self.resumed.name, identity, settings))
+        if args.global_batch_size % (processes * args.grad_accum):
+            raise ValueError(
+                f"--global-batch-size {args.global_batch_size} is not a multiple of {processes} processes "
+                f"x {args.grad_accum} micro-batches (--grad-accum)"
+            )
+        self.first_step, self.first_index = meta.step, meta.place
+        self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
+        self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
+
+    def start(self):
+        """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
+        args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
+        self.accelerator, self.precision, sharded = create_accelerator(
+            self.logger, self.precision, args.report_to, self.folder
+        )
+        self.sharded = sharded and self.state.num_processes > 1
+        set_numerics(args.tf32)
+        torch.manual_seed(args.global_seed)
+
+    def adopt(self, model: torch.nn.Module, losses: Losses):
+        """Train this module: EMA, optimizer, DDP or shards; then resume, or load --pretrained-path.
+
+        It has `blocks`, which are compiled and sharded one by one, and set_grad_checkpointing(bool).
+        """
+        args = self.args
+        self.module, self.losses, self.pretrained = model, losses, None
+        with self.parser.one_line_errors():
+            if args.pretrained_path and not self.resumed:
+                self.pretrained = load_pretrained(args.pretrained_path, model)
+            if self.state.is_main_process:
+                write_json(self.folder / "args.json", vars(args))
+                trim_metrics(self.folder / "metrics.jsonl", self.first_step)
+                remove_unfinished(self.folder)
+        model.set_grad_checkpointing(args.checkpoint_activations)
+        self.ema = deepcopy(model).requires_grad_(False).eval()
+        if self.compiled:
+            for block in model.blocks:
+                block.compile()
+        if self.sharded:
+            for module in (model, self.ema):
+                fully_shard_blocks(module, self.device)
+        self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
+        # not fused with fp16: a fused step hides from accelerate whether the scaler skipped it
+        fused = self.accelerator.scaler is None
+        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+        model.train()
+        self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.sums = losses.zeros(self.device)  # of this process, since the last line of the log
+        if self.resumed:
+            with self.parser.one_line_errors():
+                self._load()
+
+    def _trained(self):
+        """What a checkpoint holds the state of."""
+        return dict(model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer, scaler=self.accelerator.scaler)
+
+    def _load(self):
+        # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
+        saved = load_checkpoint(self.resumed, **self._trained())
+        for group in self.optimizer.param_groups:  # the flags win, even if they changed
+            group.update(lr=self.args.lr, weight_decay=self.args.weight_decay)
+        if len(saved) == self.state.num_processes:
+            self.sums += saved[self.state.process_index].to(self.device)
+        elif self.state.is_main_process:
+            self.sums += saved.sum(dim=0).to(self.device)
+
+    # ---------------------------------------------------------------------- the loop
+
+    def steps(self, batches):
+        """Each step's number, from 1, and this process's batch. Ends after the last step, or after a request to stop.
+
+        Args:
+            batches: a Dataset: batches[step] is a tuple of tensors (n, ...) with n the same in all of them, or
+                `Unreadable`; first_of(step) is the sample index at which the step begins; rows_per_epoch.
+        """
+        args, self.batches = self.args, batches
+        self.last_step = self.first_step + max(
+            0, -(-(args.epochs * batches.rows_per_epoch - self.first_index) // args.global_batch_size)
+        )
+        if args.max_steps is not None:
+            self.last_step = min(self.last_step, args.max_steps)
+        announce(self)
+        self.stop_request = StopRequest(self.state.num_processes)
+        self.skipped_in_a_row, self.postponed, self.stopped_by = 0, False, None
+        self.last_line = time.time(), self.first_step
+        self.bar = progress(
+            total=self.last_step,
+            initial=self.first_step,
+            unit="step",
+            desc="training",
+            disable=not self.state.is_main_process,
+        )
+        loaded = load_batches(
+            batches,
+            range(self.first_step, self.last_step),
+            self.stop_request,
+            args.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for step, batch in enumerate(loaded, self.first_step + 1):
+            if isinstance(batch, Unreadable):
+                self.bar.close()
+                if self.state.num_processes == 1 and step - 1 > self.first_step:
+                    self._save(step - 1)  # of several processes, the others are in this step already
+                self.parser.error(f"step {step:,}: {batch.message}")
+            yield step, batch
+            if self.stopped_by and step < self.last_step:
+                if not self.stop_request.reason:
+                    self.logger.info(f"stopped by {self.stopped_by} after step {step:,}; the same command continues")
+                break
+        self.bar.close()
+        self.accelerator.end_training()
+        if self.stop_request.reason:
+            self.parser.error(
+                f"{self.stop_request.reason}, then run the same command again; what is done is kept: "
+                f"{newest_of_run(self.folder)}"
+            )
+
+    def micro_batches(self, batch):
+        """The --grad-accum parts of a batch, on the device. Gradients are all-reduced only after the last one."""
+        self.step_sums = 0
+        parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch)))
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            if self.sharded:
+                self.module.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
+                yield tuple(tensor.to(self.device, non_blocking=True) for tensor in part)
+
+    def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int):
+        """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log: see `Losses.sums`."""
+        self.accelerator.backward(terms["loss"].mean() / self.args.grad_accum)
+        self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
+
+    def update(self, step: int):
+        """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step."""
+        args = self.args
+        self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
+        if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
+            self.accelerator.unscale_gradients(self.optimizer)
+            self.grad_norm = get_total_norm([weight.grad for weight in self.weights])
+            if args.grad_clip:
+                clip_grads_with_norm_(self.weights, args.grad_clip, self.grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.optimizer.step_was_skipped:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        else:
+            decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+            get_ema_multi_avg_fn(decay)(local_shards(self.averages), local_shards(self.weights), None)
+            self.sums += self.step_sums
+            self.skipped_in_a_row = 0
+        self.bar.update()
+
+    def report(self, step: int):
+        """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
+        args, stopped_by = self.args, self.stop_request.agreed()
+        log_due = step % args.log_every == 0
+        checkpoint_due = self._checkpoint_due(step, stopped_by, args)
+        means = failure = None
+        if log_due or checkpoint_due:
+            means = self.losses.means(self.accelerator.reduce(self.sums, "sum"))
+            failure = self._not_finite(step, means, checkpoint_due)
+        if log_due or step == self.last_step or failure:
+            write_line(self, step, means, log_due, failure)
+        if log_due:  # even after a stop, so that a resumed run has the same lines
+            self.sums.zero_()
+            self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
+        if self.skipped_in_a_row >= args.max_nonfinite:
+            failure = f"step {step}: {self.skipped_in_a_row} steps in a row without a finite gradient"
+        if failure:
+            self.logger.error(
+                f"{failure}; stopped. The last good checkpoint: {(run_checkpoints(self.folder) or ['none'])[-1]}"
+            )
+            self.accelerator.end_training()
+            self.parser.exit(1)
+        if checkpoint_due:
+            self._save(step)
+        self.stopped_by = stopped_by
+
+    def _checkpoint_due(self, step, stopped_by, args):
+        # never in the middle of a streak of skipped steps, unless at the end: the run may be about to abort
+        wanted = self.postponed or step % args.ckpt_every == 0
+        self.postponed = wanted and self.skipped_in_a_row > 0
+        return (wanted and not self.postponed) or step == self.last_step or stopped_by
+
+    def _not_finite(self, step, means, checkpoint_due):
+        """Why the run must end, in words, else None."""
+        # the fp16 scaler skips a step with such a loss; nothing else mends it, and no checkpoint may hold it
+        if not math.isfinite(means["loss"]) and self.skipped < step - self.logged:
+            return f"step {step}: the loss is {means['loss']}"
+        if checkpoint_due:  # a gradient may be infinite though the loss is finite
+            norms = torch.stack(torch._foreach_norm(local_shards(self.weights)))
+            if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
+                return f"step {step}: there are weights that are not finite"
+
+    def _save(self, step):
+        args = self.args
+        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
+        meta = RunMeta(
+            **self.recorded,
+            step=step,
+            place=self.batches.first_of(step),
+            logged=self.logged,
+            skipped=self.skipped,
+            precision=self.precision,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            ema_decay=args.ema_decay,
+            versions=versions(),
+        )
+        try:
+            path = save_checkpoint(self.folder, meta, sums=sums, write=self.state.is_main_process, **self._trained())
+        except OSError as error:
+            self.parser.error(f"{error}: make room, then run the same command again; the last whole checkpoint is kept")
+        if self.state.is_main_process:
+            self.logger.info(f"checkpoint {path}")
+            if args.ckpt_total_limit:
+                remove_old_checkpoints(self.folder, args.ckpt_total_limit)
+            self.record(draw_losses, read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss.png")
+        self.accelerator.wait_for_everyone()
+
+    # ---------------------------------------------------------------------- beside the loop
+
+    def record(self, write, *values):
+        """write(*values). If the disk does not take it, ask for a stop: there may still be room for a checkpoint."""
+        try:
+            write(*values)
+        except OSError as error:
+            self.stop_request.ask(f"{error}: make room")
+
+    @contextlib.contextmanager
+    def whole_ema(self):
+        """The EMA, to draw previews with: in rank 0, and if it is sharded in every process; else None."""
+        if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
+            self.ema.unshard()
+        yield self.ema if self.state.is_main_process or self.sharded else None
+        if self.sharded:
+            self.ema.reshard()

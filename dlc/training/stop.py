@@ -1,0 +1,47 @@
+"""A request to stop a run after a step, on which all processes agree."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+from dlc.runtime import PROCESS_GROUP_TIMEOUT
+from dlc.signals import STOPPING, on_first_signal
+
+ASKED = 1000  # beside the signals' numbers: a process asked to stop for a reason of its own
+
+
+class StopRequest:
+    """A request to stop after a step: Ctrl-C; SIGTERM or SIGUSR1, which clusters send before they take a machine away;
+    or `ask`, in any process.
+
+    Processes get a signal at different moments but must stop after the same step. They agree by an asynchronous
+    all-reduce on the CPU (gloo) at each step, whose result is read one step later, so no rank blocks.
+
+    Attributes: reason, for which this process asked to stop; None if it did not.
+    """
+
+    def __init__(self, num_processes: int):
+        self.signal, self.reason, self.reduced, self.pending = None, None, None, None
+        self.group = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if num_processes > 1 else None
+        on_first_signal(STOPPING, self._receive)
+
+    def _receive(self, number):
+        self.signal = self.signal or number
+
+    def ask(self, reason: str):
+        """Stop all processes after this step or the next, with a checkpoint: for an error that leaves time for one."""
+        self.signal, self.reason = ASKED, self.reason or reason
+
+    def agreed(self) -> str | None:
+        """Why all processes are to stop: a signal's name, "an error", or None. All must call this after each step."""
+        number = self.signal or 0
+        if self.group is not None:
+            reduced, pending = self.reduced, self.pending
+            self.reduced = torch.tensor([number])
+            self.pending = dist.all_reduce(self.reduced, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            number = 0
+            if pending is not None:
+                pending.wait()
+                number = reduced.item()
+        return None if not number else "an error" if number == ASKED else signal.Signals(number).name

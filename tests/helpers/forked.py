@@ -1,0 +1,87 @@
+"""Processes of the real scripts, forked from one that has everything imported, so that dozens can be killed per minute.
+
+`Run` gives a script N ranks, as torchrun would, each a process of its own that may be killed at any moment.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+
+from conftest import HELPERS, ROOT
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["heavy", "extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc"])
+# the server that is forked from looks for what it preloads here
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _run(script, arguments, environment, output, cwd):
+    multiprocessing.set_start_method("fork", force=True)  # a forked server's children would start workers by it
+    os.setpgid(0, 0)  # with its data loader's workers, a group
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(cwd)
+    sys.argv = [script, *arguments]
+    importlib.import_module(script).main()
+
+
+class Run:
+    """The ranks of one launch, their output in the file `output`."""
+
+    def __init__(self, script, arguments, output, processes=1, cwd=".", environment=None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.output = output
+        self.ranks = []
+        for rank in range(processes):
+            variables = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", **(environment or {}))
+            if processes > 1:
+                variables.update(
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    WORLD_SIZE=str(processes),
+                    LOCAL_WORLD_SIZE=str(processes),
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                )
+            self.ranks.append(
+                context.Process(target=_run, args=(script, [*map(str, arguments)], variables, str(output), str(cwd)))
+            )
+        for rank in self.ranks:
+            rank.start()
+
+    def said(self):
+        return self.output.read_text()
+
+    def wait(self, seconds=120):
+        """Whether all ranks ended well in that time."""
+        deadline = time.time() + seconds
+        for rank in self.ranks:
+            rank.join(max(0, deadline - time.time()))
+        return all(rank.exitcode == 0 for rank in self.ranks)
+
+    def kill(self, first, grace=0.1):
+        """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would do it.
+
+        Their data loaders' workers go with them. Returns whether the first was still running.
+        """
+        assert all(rank.exitcode in (None, 0) for rank in self.ranks), self.said()
+        alive = self.ranks[first].is_alive()
+        self.ranks[first].kill()
+        if len(self.ranks) > 1:
+            time.sleep(grace)
+        for rank in self.ranks:
+            rank.kill()
+            try:
+                os.killpg(rank.pid, signal.SIGKILL)
+            except ProcessLookupError:  # no workers, or no group yet
+                pass
+            rank.join()
+        return alive

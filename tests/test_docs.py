@@ -1,0 +1,118 @@
+"""README.md and docs/: short enough, no dead links, no flag that does not exist, every key on disk described."""
+
+import ast
+import importlib
+import json
+import re
+
+import pytest
+from conftest import ROOT, sample_folder
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
+SCRIPTS = [
+    "extract_features_withdlc",
+    "train_diffusion",
+    "sample_ddp",
+    "sample_ddp_computed_dlc",
+    "compose_dlc",
+    "dlc.features.__main__",
+    "dlc.checkpoints.__main__",
+    "dlc.sampling.__main__",
+]
+# of torchrun, accelerate launch, docker, pip and the benchmarks
+OTHERS = set(
+    """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
+    --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
+    --shm-size --help --rows --batch --images --check""".split()
+)
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180 and "not measured" not in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To files of this repository and to headings in them."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            path, _, heading = target.partition("#")
+            file = (page.parent / path) if path else page
+            assert file.exists(), target
+            headings = (
+                {
+                    re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+                    for line in file.read_text().splitlines()
+                    if line.startswith("#")
+                }
+                if heading
+                else {""}
+            )
+            assert heading in headings, target
+
+
+def options(parser):
+    """All flags of a parser, those of its subcommands included."""
+    for action in parser._actions:
+        yield from action.option_strings
+        for one in action.choices.values() if isinstance(action.choices, dict) else ():
+            if hasattr(one, "_actions"):
+                yield from options(one)
+
+
+def test_flags_exist(monkeypatch):
+    """Every --flag that a page names is one of our scripts' or stands in OTHERS."""
+    parsers = []
+
+    def parse_args(parser):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr("dlc.cli.ArgumentParser.parse_args", parse_args)
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).main()
+    known = OTHERS | {option for parser in parsers for option in options(parser)}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text()))
+        assert named <= known, (page.name, named - known)
+
+
+def test_messages_are_quoted_as_they_are():
+    """What docs/troubleshooting.md quotes as a symptom is in the sources, but for values, for which … stands."""
+    texts = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts.add(
+                "".join(
+                    part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "…"
+                    for part in parts
+                )
+            )
+    symptoms = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    quotes = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+ [^`]+)`", symptom)]
+    assert len(quotes) > 20
+    for quote in quotes:
+        for part in filter(None, map(str.strip, quote.split("…"))):
+            assert any(part in text for text in texts), quote
+
+
+def test_every_key_is_described(workplace):
+    """docs/formats.md has each key of the files that a run of all stages writes."""
+    text = (ROOT / "docs/formats.md").read_text()
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, flags=re.DOTALL | re.MULTILINE))
+    files = {
+        "manifest.json": [workplace / "features/manifest.json"],
+        "meta.json": sorted(workplace.glob("results*/checkpoints/*/meta.json")),
+        "metrics.jsonl": sorted(workplace.glob("results*/metrics.jsonl")),
+        "samples.json": [sample_folder(workplace / "samples") / "samples.json"],
+    }
+    for name, paths in files.items():
+        described = set(re.findall(r"`(\w+)`", sections[name]))
+        for path in paths:
+            texts = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
+            for value in map(json.loads, texts):
+                keys = value.keys() | {key for run in value.get("runs", []) for key in run}
+                assert keys <= described, (name, keys - described)

@@ -1,0 +1,301 @@
+"""VAEs of other than four channels, and with a shift, from extraction to samples."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import IMAGE_SIZE, extract_command, launch, sample_folder
+from PIL import Image, ImageOps
+
+from dlc.extraction import PixelEncoder
+from dlc.features import Features, FeatureWriter, Manifest
+from dlc.images import center_crop, normalize
+from dlc.noise import Stream, integers
+from dlc.training.images import Images
+from dlc.vae import check_decodes, decode, latent_settings, latent_shape, load_vae, posterior
+
+CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3
+PATHS = ["cat/0.png", "cat/6.png", "dog/6.png"]
+
+
+@pytest.fixture(scope="module")
+def deep_vae(tmp_path_factory):
+    """A tiny VAE as that of Stable Diffusion 3, of 16 channels, 4 pixels a cell, without the 1x1 convolutions."""
+    from diffusers import AutoencoderKL
+
+    path = tmp_path_factory.mktemp("deep_vae")
+    torch.manual_seed(1)
+    AutoencoderKL(
+        block_out_channels=(8,) * 3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=CHANNELS,
+        layers_per_block=1,
+        scaling_factor=SCALE,
+        shift_factor=SHIFT,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(path)
+    return path
+
+
+def test_latents_are_shifted_then_scaled(deep_vae):
+    vae = load_vae(str(deep_vae))
+    assert latent_shape(vae, 64) == (CHANNELS, 16, 16)
+    assert latent_settings(vae) == dict(latent_channels=CHANNELS, scaling_factor=SCALE, shift_factor=SHIFT)
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 32, 32) * 2 - 1
+        expected = vae.encode(images).latent_dist
+        mean, std = posterior(vae, images)
+        torch.testing.assert_close(mean, (expected.mean - SHIFT) * SCALE)
+        torch.testing.assert_close(std, expected.std * SCALE)
+        torch.testing.assert_close(decode(vae, mean), vae.decode(expected.mean).sample, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def deep_features(deep_vae, tiny_models, images, tmp_path_factory):
+    """deep_features[kind of latents]: features of the images by that VAE, float32."""
+    root = tmp_path_factory.mktemp("deep_features")
+    for kind in ("mean", "moments"):
+        launch(
+            extract_command(
+                "forked",
+                1,
+                images,
+                root / kind,
+                (deep_vae, tiny_models[1]),
+                "--posterior",
+                kind,
+                "--dtype",
+                "float32",
+                *(("--flip", "none") if kind == "moments" else ()),
+            ),
+            root,
+        )
+    return {kind: root / kind for kind in ("mean", "moments")}
+
+
+def test_extracted(deep_features, deep_vae, images):
+    features = Features(deep_features["mean"])
+    features.validate()
+    assert features.latent_shape == (CHANNELS, 16, 16) and features.latents.array(0).shape[1:] == (CHANNELS, 16, 16)
+    written = json.loads((deep_features["mean"] / "manifest.json").read_text())
+    assert (written["format_version"], written["latent_channels"], written["shift_factor"]) == (2, CHANNELS, SHIFT)
+    vae, names = load_vae(str(deep_vae)), features.paths.gather(np.arange(features.count)).tolist()
+    for path in PATHS:
+        index = int(path[4]) + (8 if path.startswith("dog") else 0)  # the broken image is number 9
+        crop = center_crop(Image.open(images / path), IMAGE_SIZE)
+        if integers(0, Stream.FLIP, torch.tensor([index]), 2).item():
+            crop = ImageOps.mirror(crop)
+        with torch.inference_mode():
+            z = vae.encode(normalize(torch.from_numpy(np.array(crop))[None])).latent_dist.mean
+        np.testing.assert_allclose(features.latents.gather([names.index(path)]), (z - SHIFT) * SCALE, atol=1e-4)
+    moments = Features(deep_features["moments"])
+    assert moments.latent_shape == (CHANNELS, 16, 16) and moments.latents.array(0).shape[1:] == (2 * CHANNELS, 16, 16)
+
+
+def test_inspected(deep_features, monkeypatch, capsys):
+    from dlc.features.__main__ import main
+
+    for kind, path in deep_features.items():
+        for command, said in (
+            ("check", "nothing wrong with its 14 rows"),
+            ("info", f"latents: {kind}, float32, (16, 16, 16)"),
+        ):
+            monkeypatch.setattr("sys.argv", ["features", command, str(path)])
+            main()
+            assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["mean", "moments"])
+def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_path):
+    """The model has 16 channels in, and another VAE than the features' is refused, by training as by sampling."""
+    train = (
+        "forked",
+        1,
+        "train_diffusion.py",
+        "--model",
+        "DiTSEM-Ti/4",
+        "--features-path",
+        deep_features[kind],
+        "--max-steps",
+        2,
+        "--global-batch-size",
+        4,
+        "--num-workers",
+        0,
+        "--sample-every",
+        2,
+    )
+    launch(train, tmp_path)
+    meta = json.loads((tmp_path / "results/checkpoints/0000002/meta.json").read_text())
+    assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT, SCALE)
+    assert (tmp_path / "results/previews/0000002.png").is_file()
+    sample = (
+        "forked",
+        1,
+        "sample_ddp_computed_dlc.py",
+        "--model",
+        "DiTSEM-Ti/4",
+        "--dlc-dir",
+        deep_features[kind],
+        "--num-fid-samples",
+        2,
+        "--num-sampling-steps",
+        2,
+    )
+    launch(sample, tmp_path)
+    assert Image.open(sample_folder(tmp_path / "samples") / "000001.png").size == (IMAGE_SIZE, IMAGE_SIZE)
+    other = ("--vae", tiny_models[0])
+    for command in ((*train, "--results-dir", "other"), sample):
+        result = launch((*command, *other), tmp_path, check=False)
+        assert result.returncode == 2 and "has 4 latent channels, the " in result.stdout, result.stdout
+        assert "Traceback" not in result.stdout
+
+
+def test_trained_on_images(deep_vae, images):
+    """What is made as training goes is what extraction stores as moments."""
+    folder = Images(PartialState(cpu=True), images, image_size=IMAGE_SIZE, vae=str(deep_vae), flip="none")
+    assert folder.latent_shape == (CHANNELS, 16, 16) and folder.source()["shift_factor"] == SHIFT
+    crops, labels = torch.from_numpy(np.stack([folder.views[index][1][0] for index in range(5)])), torch.zeros(5)
+    encoder = PixelEncoder(folder.vae, None, torch.device("cpu"))
+    moments, same = encoder(crops, labels)
+    assert moments.shape == (5, 2 * CHANNELS, 16, 16) and same is labels
+    with torch.inference_mode():
+        expected = torch.cat(posterior(folder.vae, normalize(crops)), dim=1)
+    torch.testing.assert_close(moments, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
+    vae = load_vae(str(deep_vae))
+    settings = latent_settings(vae)
+    check_decodes(vae, "x", CHANNELS, settings, "the latents")
+    check_decodes(vae, "x", CHANNELS, dict(scaling_factor=None), "the latents")  # nothing is known
+    check_decodes(load_vae(str(tiny_models[0])), "x", 4, dict(scaling_factor=0.18215), "the latents")
+    for channels, source, message in (
+        (4, settings, "--vae x has 16 latent channels, the latents 4"),
+        (CHANNELS, dict(settings, scaling_factor=0.5), f"has scaling factor {SCALE}, the latents 0.5"),
+        (CHANNELS, dict(settings, shift_factor=0.5), f"has shift factor {SHIFT}, the latents 0.5"),
+        (CHANNELS, dict(scaling_factor=SCALE), f"has shift factor {SHIFT}, the latents 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_decodes(vae, "x", channels, source, "the latents")
+
+
+#################################################################################
+#                                   Manifests                                   #
+#################################################################################
+
+MANIFEST = Manifest(
+    image_size=32, latents="mean", dtype="float32", L=None, V=None, classes=["a"], images=3, scaling_factor=0.5
+)
+
+
+def write(root, manifest, channels):
+    writer = FeatureWriter(root, manifest)
+    if writer.start():
+        writer.write(
+            0,
+            dict(
+                features=np.zeros((3, channels, 4, 4), np.float32),
+                labels=np.zeros(3, np.int64),
+                path=np.array(["a", "b", "c"]),
+            ),
+            [],
+        )
+        writer.finish(1)
+
+
+def to_version_1(path):
+    """Rewrite a manifest or settings as the version before wrote it."""
+    values = json.loads(path.read_text())
+    for key in ("shift_factor", "latent_channels", "source"):
+        del values[key]
+    path.write_text(json.dumps(dict(values, format_version=1)))
+
+
+def test_manifests_of_version_1(tmp_path):
+    """They have 4 channels and no shift, whether complete or half-written; other settings are still told apart."""
+    write(tmp_path, MANIFEST, 4)
+    to_version_1(tmp_path / "manifest.json")
+    features = Features(tmp_path)
+    assert features.latent_shape == (4, 4, 4)
+    assert (features.manifest.latent_channels, features.manifest.shift_factor) == (4, 0)
+    assert features.manifest.identity() == MANIFEST.identity()
+    assert not FeatureWriter(tmp_path, MANIFEST).start()  # complete
+    for change, message in (
+        (dict(shift_factor=0.1), "shift_factor 0.0 there, 0.1 here"),
+        (dict(latent_channels=16), "latent_channels 4 there, 16 here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FeatureWriter(tmp_path, replace(MANIFEST, **change)).start()
+
+    half = tmp_path / "half"
+    writer = FeatureWriter(half, MANIFEST)
+    writer.start()
+    writer.write(
+        0,
+        dict(features=np.zeros((3, 4, 4, 4), np.float32), labels=np.zeros(3, np.int64), path=np.array(["a", "b", "c"])),
+        [],
+    )
+    writer.lock.release()
+    to_version_1(half / "progress/settings.json")
+    with pytest.raises(ValueError, match="scaling_factor 0.5 there, 0.25 here"):
+        FeatureWriter(half, replace(MANIFEST, scaling_factor=0.25)).start()
+    writer = FeatureWriter(half, MANIFEST)
+    assert writer.start() and writer.is_done(0)
+    writer.finish(1)
+    assert Features(half).count == 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(latent_channels=None), "latent_channels is None"),
+        (dict(latent_channels="4"), "latent_channels is '4'"),
+        (dict(latent_channels=0), "latent_channels is 0"),
+        (dict(shift_factor="x"), "shift_factor is 'x'"),
+        (dict(shift_factor=None), "shift_factor is None"),
+        (dict(shift_factor=[0.1]), "shift_factor is"),
+        (dict(shard_size=0), "shard_size is 0"),
+        (dict(source=3), "source is 3"),
+        (dict(latent_channels=16), "latents have 4 channels, by manifest.json they have 16"),
+    ],
+)
+def test_new_keys_are_checked(tmp_path, change, message):
+    write(tmp_path, MANIFEST, 4)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        Features(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["latent_channels", "shift_factor", "count", "shards", "skipped", "L", "images"])
+def test_missing_keys_of_version_2(tmp_path, key):
+    write(tmp_path, MANIFEST, 4)
+    path = tmp_path / "manifest.json"
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"manifest.json is not a manifest of ours: {key} is missing"):
+        Features(tmp_path)
+
+
+def test_what_a_run_records_of_its_data(tmp_path):
+    manifest = replace(MANIFEST, vae="v", vae_sha256="1", encoder_sha256="2", listing_sha256="3", flip="none")
+    assert manifest.source() == dict(
+        vae="v",
+        vae_sha256="1",
+        scaling_factor=0.5,
+        shift_factor=0.0,
+        encoder_sha256="2",
+        listing_sha256="3",
+        flip="none",
+    )
+    assert Manifest.unknown_source() == dict.fromkeys(manifest.source(), None) | dict(shift_factor=0.0)
+    moved = replace(manifest, vae="elsewhere", encoder="elsewhere", count=7)
+    assert moved.identity() == manifest.identity() != replace(manifest, vae_sha256="4").identity()
