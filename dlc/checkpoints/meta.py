@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlc.disk import TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
+from dlc.disk import SWITCH, TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
 
 FORMAT_VERSION = 1
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
@@ -45,6 +45,8 @@ class RunMeta:
     code_init: str | None = key(one_of("unit", "dlc"), since=1, optional=True)
     num_classes: int | None = key(SIZE, optional=True)
     in_dim: int | None = key(SIZE, optional=True)
+    shared_embedding: bool | None = key(SWITCH, since=1, optional=True)  # of a prior over codes, as the next
+    score_entropy: bool | None = key(SWITCH, since=1, optional=True)
     # on what: a run continues with other values only by --allow-change
     features_count: int | None = key(SIZE)
     latents: str | None = key(ID)  # a kind of latents, or "images"
@@ -57,6 +59,8 @@ class RunMeta:
     listing_sha256: str | None = key(ID)
     flip: str | None = key(ID)
     first_vectors_sha256: str | None = key(ID)
+    holdout: float | None = key(real_number(0, 1), since=1, optional=True)
+    heldout_path: str | None = key(ID, since=1, optional=True)
     # how far: optimizer steps, global sample index, step of the log's last line, steps skipped since
     step: int | None = key(COUNT)
     place: int | None = key(COUNT)
@@ -66,6 +70,7 @@ class RunMeta:
     vae: str | None = key(ID)
     data_path: str | None = key(ID, optional=True)
     features_path: str | None = key(ID, optional=True)
+    dropout: float | None = key(real_number(0, 1), since=1, optional=True)
     precision: str | None = key(TEXT)
     lr: float | None = key(real_number(0))
     weight_decay: float | None = key(real_number(0))

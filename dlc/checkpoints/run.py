@@ -64,6 +64,34 @@ def save_checkpoint(
     return path
 
 
+def save_best(run_dir, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
+    """Write RESULTS/best/{meta.step:07d}/, the EMA weights and meta.json, in the place of an earlier best.
+
+    Arguments, result and errors are as of `save_checkpoint`.
+    """
+    state = gather_full(ema.state_dict(), write)
+    if not write:
+        return None
+    path = Path(run_dir) / "best" / f"{meta.step:07d}"
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        safetensors.torch.save_file(state, temporary / "ema.safetensors")
+        (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
+        for file in temporary.iterdir():
+            sync(file)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed after this step, and comes by again
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write {path} ({error})") from error
+    for other in path.parent.iterdir():
+        if other != path:
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
 def gather_full(state, keep: bool = True):
     """A state dict whose sharded tensors are gathered to full ones on the CPU.
 

@@ -6,65 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import recorded_id
-from dlc.features.rows import NpyRows, file_order, load_array
-from dlc.features.store import Features
+from dlc.features.rows import NpyRows, file_order
 from dlc.noise import Stream, integers, permutation
+from dlc.sampling.code_folder import finished_record, load_codes, open_codes
+from dlc.sampling.prior import PriorCodes, add_prior_flags
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
-
-
-def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
-    """The array in a `.npy` or the tensor in a `.pt`, memory-mapped if it can be: (n, L), or (L,) as it is.
-
-    Several codes per image, (n, k, L), become n * k rows. Raises ValueError naming the file.
-    """
-    if path.suffix != ".pt":
-        array = load_array(path, mmap)
-    else:
-        tensor = read_torch(path, "a tensor")
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
-        fault = storage_fault(tensor)
-        if fault or tensor.dtype not in INTEGERS:
-            raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
-        array = tensor.numpy()
-    if array.ndim not in (1, 2, 3) or not array.shape[-1]:
-        raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
-    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
-
-
-def open_codes(source) -> tuple[NpyRows, Features | None]:
-    """The rows of codes at source, and the `Features` that they belong to, or None.
-
-    Args:
-        source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
-
-    Raises ValueError where there are none.
-    """
-    path, features = Path(source), None
-    if path.is_file():
-        codes = NpyRows([path], sample_ndim=1, load=load_codes)
-    elif not path.is_dir():
-        raise ValueError(f"code source {source} does not exist")
-    else:
-        files = sorted([*path.glob("*.npy"), *path.glob("*.pt")], key=file_order)
-        if len({file.suffix for file in files}) > 1:
-            raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
-        if files:
-            # there may be a million files of one code each: opening the first and the last tells
-            lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
-            codes = NpyRows(files, sample_ndim=1, lone=lone, load=load_codes)
-        else:
-            features = Features(path)
-            codes = features.codes
-            if codes is None:
-                raise ValueError(f"features {source} hold no codes")
-    if not len(codes):
-        raise ValueError(f"code source {source} has no rows")
-    return codes, features
-
+__all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
 
 def open_vectors_folder(source) -> NpyRows:
     """The rows (n, in_dim) of vectors at source, a folder of `.npy` files or one such file.

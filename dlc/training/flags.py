@@ -22,7 +22,13 @@ def add_run_flags(parser):
         default=1,
         help="split each process's batch into this many micro-batches, one after the other, to save memory",
     )
-    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant")
+    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant after --warmup-steps")
+    add(
+        "--warmup-steps",
+        type=number(int, 0),
+        default=0,
+        help="raise the learning rate linearly from 0 over this many steps; 0 disables the warm-up",
+    )
     add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's weight decay")
     add(
         "--grad-clip",

@@ -24,10 +24,12 @@ class Losses:
     Attributes:
         names: keys of the dict that the loss function returns, "loss" first.
         by_quarter: the one that is also logged by quarter of t.
+        unit: what a sample is, in the plural, for rates.
     """
 
     names: tuple[str, ...]
     by_quarter: str
+    unit: str = "images"
 
     def zeros(self, device: torch.device) -> torch.Tensor:
         return torch.zeros(len(self.names) + 2 * QUARTERS, device=device)
@@ -69,7 +71,8 @@ class Losses:
         return {key: value for key, value in {**line, **quarters}.items() if isinstance(value, (int, float))}
 
     def words(self, means: dict) -> str:
-        return f"loss {means['loss']:.4f} ({', '.join(f'{name} {means[name]:.5f}' for name in self.names[1:])})"
+        parts = ", ".join(f"{name} {means[name]:.5f}" for name in self.names[1:])
+        return f"loss {means['loss']:.4f}" + (f" ({parts})" if parts else "")
 
 
 def append_metrics(path: Path, line: dict):

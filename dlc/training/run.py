@@ -162,7 +162,7 @@ class Run:
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
         saved = load_checkpoint(self.resumed, **self._trained())
         for group in self.optimizer.param_groups:  # the flags win, even if they changed
-            group.update(lr=self.args.lr, weight_decay=self.args.weight_decay)
+            group.update(weight_decay=self.args.weight_decay)
         if len(saved) == self.state.num_processes:
             self.sums += saved[self.state.process_index].to(self.device)
         elif self.state.is_main_process:
@@ -236,9 +236,15 @@ class Run:
         self.accelerator.backward(terms["loss"].mean() / self.args.grad_accum)
         self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
 
+    def learning_rate(self, step: int) -> float:
+        """--lr, after a linear warm-up from 0; steps count from 1."""
+        return self.args.lr * min(1.0, step / max(1, self.args.warmup_steps))
+
     def update(self, step: int):
         """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step."""
         args = self.args
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
         self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -298,10 +304,10 @@ class Run:
             if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
                 return f"step {step}: there are weights that are not finite"
 
-    def _save(self, step):
+    def meta(self, step: int) -> RunMeta:
+        """What a checkpoint of this step says of itself."""
         args = self.args
-        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
-        meta = RunMeta(
+        return RunMeta(
             **self.recorded,
             step=step,
             place=self.batches.first_of(step),
@@ -313,6 +319,10 @@ class Run:
             ema_decay=args.ema_decay,
             versions=versions(),
         )
+
+    def _save(self, step):
+        args, meta = self.args, self.meta(step)
+        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
         try:
             path = save_checkpoint(self.folder, meta, sums=sums, write=self.state.is_main_process, **self._trained())
         except OSError as error:
@@ -334,10 +344,10 @@ class Run:
             self.stop_request.ask(f"{error}: make room")
 
     @contextlib.contextmanager
-    def whole_ema(self):
-        """The EMA, to draw previews with: in rank 0, and if it is sharded in every process; else None."""
+    def whole_ema(self, everywhere: bool = False):
+        """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None."""
         if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
             self.ema.unshard()
-        yield self.ema if self.state.is_main_process or self.sharded else None
+        yield self.ema if self.state.is_main_process or self.sharded or everywhere else None
         if self.sharded:
             self.ema.reshard()
