@@ -26,6 +26,7 @@ from dlc.disk import is_plain_name
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npy", ".npz", ".json", ".yaml", ".zip")
 PART_OF_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 MEGABYTE = 1e6
+ATTEMPTS = 6  # at a download whose connection breaks
 FETCHED = {}  # what this process has fetched: all parts of a program see one commit
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
@@ -132,12 +133,18 @@ def download(repository, revision, needed, optional, kind):
             huggingface_hub.try_to_load_from_cache(repository, file, revision=info.sha, repo_type=kind), str
         )
     ]
+    patterns = [glob.escape(file) for file in wanted]
     with progress_of(repository, kind, absent, sum(sizes[file] for file in absent)):
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, repo_type=kind, allow_patterns=[glob.escape(file) for file in wanted]
-            )
-        )
+        for attempt in range(ATTEMPTS):
+            try:
+                folder = huggingface_hub.snapshot_download(
+                    repository, revision=revision, repo_type=kind, allow_patterns=patterns
+                )
+                break
+            except Exception as error:  # clients before 1.0 resume a broken connection only when called again
+                if type(error).__name__ != "ChunkedEncodingError" or attempt == ATTEMPTS - 1:
+                    raise
+    return Path(folder)
 
 
 class Missing(Exception):
