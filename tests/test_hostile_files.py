@@ -21,10 +21,11 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from dlc.checkpoints.inspection import info
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import load_checkpoint
 from dlc.checkpoints.tensor_files import load_tensors
-from dlc.checkpoints.weights import info, load_pretrained, load_weights, model_from_weights
+from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
 from dlc.features import Features, read_manifest
 from dlc.features.__main__ import main as features_tool

@@ -76,8 +76,9 @@ class RunMeta:
     weight_decay: float | None = key(real_number(0))
     ema_decay: float | None = key(real_number(0))
     versions: dict[str, str] | None = key(VERSIONS)
-    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"
+    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"; from what layout
     weights: str | None = None
+    layout: str | None = None
 
     @classmethod
     def from_json(cls, values: dict, where) -> "RunMeta":

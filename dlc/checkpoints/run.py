@@ -260,12 +260,16 @@ def resume_point(run_dir, identity: dict, settings: dict, allow_change: bool) ->
     return path, meta, changed
 
 
+class NoCheckpoint(ValueError):
+    """There is no checkpoint of a model where one was looked for."""
+
+
 def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
     """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
 
     Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
 
-    Raises ValueError if there is none, or if its meta.json or the wanted weights are damaged.
+    Raises NoCheckpoint if there is none, ValueError if its meta.json or the wanted weights are damaged.
     """
     runs, written = {}, {}
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
@@ -281,7 +285,7 @@ def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
     of_model = [run for run, name in runs.items() if name == model]
     if not of_model:
         others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
-        raise ValueError(
+        raise NoCheckpoint(
             f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
             "train_diffusion.py first, or name one with --ckpt"
         )
