@@ -176,7 +176,7 @@ def finished_record(folder) -> CodesRecord | None:
     record = CodesRecord.read(path)
     if record.codes_sha256 is None:
         raise ValueError(f"{folder} does not have all of its {record.num:,} codes yet: run the command that draws them")
-    there, wanted = len(list(Path(folder).glob("*.npy"))), -(-record.num // SHARD)
+    there, wanted = len(list(Path(folder).glob("*.npy"))), CodeFolder.shards(record.num)
     if there != wanted:
         raise ValueError(f"{folder} has {there} shards of codes, by codes.json it has {wanted}: draw the codes anew")
     return record
@@ -192,7 +192,13 @@ class CodeFolder:
     def shard_path(self, shard: int) -> Path:
         return self.path / f"{shard:06d}.npy"
 
-    def places(self, shard: int, num: int) -> np.ndarray:
+    @staticmethod
+    def shards(num: int) -> int:
+        """How many shards `num` codes have."""
+        return -(-num // SHARD)
+
+    @staticmethod
+    def places(shard: int, num: int) -> np.ndarray:
         """The indices of the samples in a shard of `num` in all."""
         return np.arange(shard * SHARD, min((shard + 1) * SHARD, num))
 
@@ -210,7 +216,7 @@ class CodeFolder:
             self.lock.release()
             raise
         remove_temporaries(self.path)
-        missing = [shard for shard in range(-(-record.num // SHARD)) if not self._is_whole(shard, record)]
+        missing = [shard for shard in range(self.shards(record.num)) if not self._is_whole(shard, record)]
         if missing or earlier is None or earlier.codes_sha256 is None or earlier.num != record.num:
             runs = [*(earlier.runs if earlier else []), dict(launch, shards=len(missing))]
             write_json(self.json, replace(record, runs=runs).to_json())
@@ -252,7 +258,7 @@ class CodeFolder:
 
     def read(self, num: int) -> np.ndarray:
         """All codes (num, L), once they are drawn."""
-        return np.concatenate([load_array(self.shard_path(shard)) for shard in range(-(-num // SHARD))])
+        return np.concatenate([load_array(self.shard_path(shard)) for shard in range(self.shards(num))])
 
     def finish(self, **values) -> CodesRecord:
         """Complete codes.json, with values of its keys, and release the lock. Returns the record.
@@ -261,7 +267,7 @@ class CodeFolder:
         """
         record = CodesRecord.read(self.json)
         digest = hashlib.sha256()
-        for shard in range(-(-record.num // SHARD)):
+        for shard in range(self.shards(record.num)):
             digest.update(load_array(self.shard_path(shard)).astype("<u2").tobytes())
         record = replace(record, codes_sha256=digest.hexdigest(), **values)
         write_json(self.json, record.to_json())

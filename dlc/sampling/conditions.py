@@ -10,7 +10,7 @@ from dlc.disk import recorded_id
 from dlc.features.rows import NpyRows, file_order
 from dlc.noise import Stream, integers, permutation
 from dlc.sampling.code_folder import finished_record, load_codes, open_codes
-from dlc.sampling.prior import PriorCodes, add_prior_flags
+from dlc.sampling.prior import PriorCodes, PriorOptions, add_prior_flags
 
 __all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
 
@@ -34,7 +34,12 @@ def open_vectors_folder(source) -> NpyRows:
 
 
 def conditions_sha256(conditions, count: int) -> str:
-    """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it."""
+    """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it.
+
+    Of codes that are yet to be drawn it is the digest of all that decides them.
+    """
+    if isinstance(conditions, PriorCodes):
+        return conditions.digest
     digest = hashlib.sha256()
     for start in range(0, count, 4096):
         digest.update(conditions(np.arange(start, min(start + 4096, count))).numpy())
@@ -79,7 +84,7 @@ class ComputedCodes(RowConditions):
     """
 
     key, script = "code_rows", "sample_ddp_computed_dlc.py"
-    flags, notes = ("--dlc-dir",), ()
+    flags, notes = ("--dlc-dir", "--prior"), ()
 
     @staticmethod
     def add_flags(add) -> None:
@@ -97,9 +102,23 @@ class ComputedCodes(RowConditions):
             default="random",
             help="row of sample i: entry i of a seeded permutation, or row i; cycling [%(default)s]",
         )
+        add(
+            "--prior",
+            metavar="CKPT",
+            help="DiTSEM only: draw the codes from this prior first, as sample_prior.py does, into a folder beside the "
+            "samples; sample i gets code i [none]",
+        )
+        add_prior_flags(add, "prior-")
 
     @classmethod
-    def open(cls, args, model, meta) -> "ComputedCodes":
+    def open(cls, args, model, meta) -> "ComputedCodes | PriorCodes":
+        options = PriorOptions.of(args, "prior-")
+        if args.prior:
+            if args.dlc_dir:
+                raise ValueError("--prior draws codes, --dlc-dir names codes that are there: give one of them")
+            return PriorCodes(args, options, model, meta)
+        if options != PriorOptions():
+            raise ValueError("the flags --prior-... say how to draw from a prior: name it with --prior")
         source = args.dlc_dir or meta.features_path
         if source is None:
             raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")
@@ -109,10 +128,11 @@ class ComputedCodes(RowConditions):
         codes, features = open_codes(source)
         super().__init__(source, codes, "codes", order, seed)
         self.V = model.sem_embedder.V
-        manifest = features.manifest if features is not None else None
-        if manifest is not None and features.V != self.V:
-            raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
-        encoder, models_encoder = manifest and manifest.encoder_sha256, meta.encoder_sha256
+        # of extracted codes, or of drawn ones
+        origin = features.manifest if features is not None else finished_record(source)
+        if origin is not None and origin.V != self.V:
+            raise ValueError(f"codes of {source} have V={origin.V}, the checkpoint's model V={self.V}")
+        encoder, models_encoder = origin and origin.encoder_sha256, meta.encoder_sha256
         if encoder is None or models_encoder is None:
             self.notes = [
                 f"{'the codes do' if encoder is None else 'the checkpoint does'} not say which encoder made "
@@ -216,4 +236,5 @@ class ClassLabels:
 #   open(args, model, meta)     gives the object; its notes say what could not be compared with the checkpoint
 #   describe()      what samples.json says of the source, and compares
 #   __call__(indices)           the conditions y of these samples, a tensor
+# PriorCodes takes the place of ComputedCodes with --prior.
 CONDITIONINGS = {"labels": ClassLabels, "codes": ComputedCodes, "vectors": ComputedVectors}

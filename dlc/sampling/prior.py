@@ -14,14 +14,16 @@ import torch
 
 from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import SAMPLERS, create_sampler
+from dlc.checkpoints.layouts import locate
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.prior_weights import load_prior
 from dlc.checkpoints.run import damage, newest_of_run, run_checkpoints
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import number, progress
 from dlc.disk import recorded_id
+from dlc.hub import fetched_by_node, is_id
 from dlc.noise import Stream, random_words
-from dlc.runtime import done_by_rank_0, set_numerics
+from dlc.runtime import done_by_rank_0, set_numerics, start_processes
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, open_codes
 from dlc.sampling.codes import sample_codes
 from prior import DLCPrior_models
@@ -358,11 +360,13 @@ class PriorCodes:
 
     key = "code_rows"
 
-    def __init__(self, args, model, meta):
+    def __init__(self, args, options: PriorOptions, model, meta: RunMeta):
+        if is_id(args.prior):
+            fetched_by_node(start_processes(), lambda ask: locate(args.prior, "--prior", ask))
         self.draw = PriorDraw(
             args.prior,
             True,
-            PriorOptions.of(args, "prior-"),
+            options,
             seed=args.global_seed,
             precision=args.precision,
             tf32=args.tf32,

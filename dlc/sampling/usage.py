@@ -23,11 +23,15 @@ class Rows:
         places = np.asarray(places)
         return np.asarray(self._gather(places if self.rows is None else self.rows[places])).astype(np.int32)
 
+    def spread(self, count: int) -> np.ndarray:
+        """The places of `count` codes that are evenly spaced: rows often go class by class."""
+        return np.linspace(0, self.count - 1, count).round().astype(np.int64)
+
     def parts(self, count: int | None = None):
-        """The first `count` codes, AT_ONCE at a time."""
-        count = self.count if count is None else count
-        for start in range(0, count, AT_ONCE):
-            yield self.take(np.arange(start, min(start + AT_ONCE, count)))
+        """All codes, or `count` of them, AT_ONCE at a time."""
+        places = np.arange(self.count) if count is None else self.spread(count)
+        for start in range(0, len(places), AT_ONCE):
+            yield self.take(places[start : start + AT_ONCE])
 
 
 def perplexity(codes, V: int, count: int | None = None) -> np.ndarray:
@@ -59,7 +63,7 @@ def nearest(codes, others, compared: int, leave_out: bool = False) -> np.ndarray
     Args:
         leave_out: whether codes are `others`, of which each then leaves itself out.
     """
-    places = np.linspace(0, codes.count - 1, compared).round().astype(np.int64)
+    places = codes.spread(compared)
     these, least = codes.take(places), np.full(compared, np.iinfo(np.int32).max)
     small = np.min_scalar_type(max(1, int(these.max())))
     start = 0
@@ -84,7 +88,7 @@ def usage(codes, V: int, training=None, heldout=None) -> dict:
 
     Returns a dict with "samples", and "training" and "heldout" or None, each a dict of
         count;
-        perplexity (list of L), mean_perplexity: of the first min(count, count of samples) codes;
+        perplexity (list of L), mean_perplexity: of min(count, count of samples) codes;
         repeated: the share of codes that occur earlier in the same set;
         copies: the share that are equal to a training code (of the training codes: to another one);
         nearest_mean, nearest_least: tokens by which codes differ from the nearest (other) training code, of `compared`.
