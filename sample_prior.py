@@ -115,7 +115,9 @@ def run(parser, args):
         missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.batch_size)))
     logger = create_logger(state)
     step = "unknown" if record.step is None else f"{record.step:,}"
-    logger.info(f"{record.model}, step {step}, {record.weights} weights of {record.checkpoint}: L={record.L}, V={record.V}")
+    logger.info(
+        f"{record.model}, step {step}, {record.weights} weights of {record.checkpoint}: L={record.L}, V={record.V}"
+    )
     logger.info(
         f"{record.num:,} codes into {args.out}, {len(missing)} of {folder.shards(record.num)} shards to draw, "
         f"{record.sampler} {record.steps} steps, on {state.num_processes} x {state.device.type}"

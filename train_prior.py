@@ -26,6 +26,7 @@ from dlc.training.run import Run
 from prior import DLCPrior_models
 
 LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")
+MASKING = "counted"  # the same mean loss as independent masks, and less variance
 
 
 def argument_parser():
@@ -104,14 +105,20 @@ def train(parser, args, run):
             raise ValueError("previews need both --sample-every and the --preview-ckpt of a DiTSEM")
         codes = Codes(args.features_path, args.V, args.holdout, args.heldout_path)
         source = codes.features.source()
-        sizes = dict(L=codes.L, V=codes.V, shared_embedding=args.shared_embedding)
-        if args.class_conditional:
-            sizes.update(num_classes=codes.num_classes)
+        sizes = dict(
+            L=codes.L,
+            V=codes.V,
+            num_classes=codes.num_classes if args.class_conditional else None,
+            shared_embedding=args.shared_embedding,
+            scale_by_sigma=args.score_entropy,
+        )
         run.claim(
-            identity=dict(model=args.model, num_classes=None, score_entropy=args.score_entropy) | sizes,
+            identity=dict(model=args.model, time_conditioning=args.score_entropy, **sizes),
             settings=dict(
                 features_count=codes.count,
                 latents="codes",
+                masking=MASKING,
+                score_entropy=args.score_entropy,
                 holdout=0.0 if args.heldout_path else args.holdout,
                 heldout_path=args.heldout_path and recorded_id(args.heldout_path),
                 **{key: source[key] for key in ("encoder_sha256", "listing_sha256", "flip")},
@@ -126,10 +133,10 @@ def train(parser, args, run):
 
         # ---------------------------------------------------------------------- model
         run.start()
-        model = DLCPrior_models[args.model](**sizes, dropout=args.dropout, scale_by_sigma=args.score_entropy)
+        model = DLCPrior_models[args.model](**sizes, dropout=args.dropout)
     run.adopt(model.to(run.device), LOSSES)
     diffusion = MaskedDiffusion(
-        codes.V, masking="counted", time_conditioning=args.score_entropy, score_entropy=args.score_entropy
+        codes.V, masking=MASKING, time_conditioning=args.score_entropy, score_entropy=args.score_entropy
     )
 
     # ---------------------------------------------------------------------- run
@@ -144,10 +151,11 @@ def train(parser, args, run):
     )
     run.logger.info(
         f"model: {args.model}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, "
-        + ", ".join(f"{key}={value}" for key, value in sizes.items())
+        + ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)
     )
     run.logger.info(
-        f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps an epoch"
+        f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps an "
+        "epoch"
     )
     heldout = HeldOut(run, codes, diffusion)
 
@@ -166,7 +174,7 @@ def train(parser, args, run):
         if args.sample_every and step % args.sample_every == 0:
             with run.whole_ema() as ema:
                 if preview:
-                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", ema)
+                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", ema, diffusion)
     heldout.conclude()
 
 

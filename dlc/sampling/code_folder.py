@@ -141,7 +141,7 @@ class CodesRecord:
 
     @classmethod
     def read(cls, path: Path) -> "CodesRecord":
-        """The record in a codes.json. Raises ValueError, naming file and key, for a value that is missing or no such."""
+        """The record in a codes.json. Raises ValueError, naming file and key, for a value that is missing or wrong."""
         values = read_json(path)
         check_values(path, values, dict(format_version=SIZE), ["format_version"])
         if values["format_version"] > FORMAT:

@@ -14,6 +14,7 @@ from dlc.sampling.prior import PriorCodes, PriorOptions, add_prior_flags
 
 __all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
 
+
 def open_vectors_folder(source) -> NpyRows:
     """The rows (n, in_dim) of vectors at source, a folder of `.npy` files or one such file.
 

@@ -12,8 +12,10 @@ from dlc.sampling.record import SamplesRecord
 
 
 class SampleFolder:
-    """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png, and
-    FOLDER.codes/ if a prior drew the codes."""
+    """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png.
+
+    If a prior draws the codes, FOLDER.codes/, too.
+    """
 
     def __init__(self, path: Path):
         self.path, self.lock = path, DirectoryLock(path)

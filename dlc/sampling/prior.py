@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import SAMPLERS, create_sampler
 from dlc.checkpoints.layouts import locate
 from dlc.checkpoints.meta import RunMeta, read_meta
-from dlc.checkpoints.prior_weights import load_prior
+from dlc.checkpoints.prior_weights import diffusion_of, load_prior
 from dlc.checkpoints.run import damage, newest_of_run, run_checkpoints
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import number, progress
@@ -24,7 +23,7 @@ from dlc.disk import recorded_id
 from dlc.hub import fetched_by_node, is_id
 from dlc.noise import Stream, random_words
 from dlc.runtime import done_by_rank_0, set_numerics, start_processes
-from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, open_codes
+from dlc.sampling.code_folder import CodeFolder, CodesRecord, open_codes
 from dlc.sampling.codes import sample_codes
 from prior import DLCPrior_models
 
@@ -93,7 +92,7 @@ def add_prior_flags(add, prefix: str = "") -> None:
         help="keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of "
         "row i, cycling [none]",
     )
-    add(f"--{prefix}given-rows", type=number(int, 0), nargs="+", metavar="ROW", help="use only these rows of them [all]")
+    add(f"--{prefix}given-rows", type=number(int, 0), nargs="+", metavar="ROW", help="use these rows of them [all]")
     add(
         f"--{prefix}keep-tokens",
         type=number(int, 0),
@@ -205,7 +204,7 @@ def newest_prior(results_dir, use_ema: bool = True) -> Path:
     """
     found, weights = {}, "ema.safetensors" if use_ema else "model.safetensors"
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
-        best = sorted((path for path in run.glob("best/*") if not damage(path, ("meta.json", weights))), key=lambda path: path.name)
+        best = sorted(path for path in run.glob("best/*") if not damage(path, ("meta.json", weights)))
         checkpoints = run_checkpoints(run)
         for path in [*best[-1:], *checkpoints[-1:]][:1]:
             if (path / "meta.json").is_file() and read_meta(path).model in DLCPrior_models:
@@ -217,11 +216,6 @@ def newest_prior(results_dir, use_ema: bool = True) -> Path:
         )
     run = max(found, key=found.get)
     return found[run][1] or newest_of_run(run, ("meta.json", weights))
-
-
-def process_of(model, meta: RunMeta) -> MaskedDiffusion:
-    """The process that a prior was trained on: ours are told no noise level, unless they learned SEDD's score."""
-    return MaskedDiffusion(model.V, time_conditioning=meta.score_entropy is not False)
 
 
 class PriorDraw:
@@ -240,7 +234,7 @@ class PriorDraw:
         self.model, self.meta = load_prior(path, use_ema)
         self.path, self.options, self.seed, self.precision, self.tf32 = path, options, seed, precision, tf32
         model, spec = self.model, SAMPLERS[options.sampler]
-        self.diffusion = process_of(model, self.meta)
+        self.diffusion = diffusion_of(self.meta)
         self.steps = options.steps or spec.default_steps or model.L
         self.sampler = create_sampler(
             options.sampler, model.V, self.steps, options.eta, options.temperature, options.top_p
@@ -396,7 +390,7 @@ class PriorCodes:
         return indices
 
     def prepare(self, folder, count: int, state, launch: dict) -> None:
-        """Draw the codes of samples 0..count-1 into a folder, those that are not there yet. Every process calls this."""
+        """Draw those codes of samples 0..count-1 that are not in a folder yet. Every process calls this."""
         codes = CodeFolder(folder)
         missing = done_by_rank_0(state, lambda: codes.open(self.draw.record(count), launch))
         draw_into(codes, missing, self.draw, count, state)

@@ -110,7 +110,9 @@ class Codes:
         Frequencies are those of at most COUNTED rows, plus one of each token.
         """
         rows = self.rows[:: max(1, math.ceil(self.count / COUNTED))]
-        counts = 1 + sum(token_counts(self.gather(part)[0], self.V) for part in np.array_split(rows, 1 + len(rows) // 4096))
+        counts = 1 + sum(
+            token_counts(self.gather(part)[0], self.V) for part in np.array_split(rows, 1 + len(rows) // 4096)
+        )
         log_p = (counts / counts.sum(dim=1, keepdim=True)).log()  # (L, V)
         return -log_p[torch.arange(self.L), self.heldout[0]].mean().item()
 
