@@ -8,7 +8,7 @@ import torch
 
 from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import recorded_id
-from dlc.features.rows import NpyRows, file_order, load_array
+from dlc.features.rows import NpyRows, check_finite, file_order, load_array, open_vectors
 from dlc.features.store import Features
 from dlc.noise import Stream, integers, permutation
 
@@ -64,25 +64,6 @@ def open_codes(source) -> tuple[NpyRows, Features | None]:
     if not len(codes):
         raise ValueError(f"code source {source} has no rows")
     return codes, features
-
-
-def open_vectors_folder(source) -> NpyRows:
-    """The rows (n, in_dim) of vectors at source, a folder of `.npy` files or one such file.
-
-    Raises ValueError where there are none.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"--condition-path {source} does not exist")
-    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=file_order)
-    if not files:
-        raise ValueError(f"--condition-path {source} has no .npy files")
-    vectors = NpyRows(files, sample_ndim=1)
-    if not len(vectors):
-        raise ValueError(f"--condition-path {source} has no rows")
-    if vectors.array(0).dtype.kind != "f":
-        raise ValueError(f"--condition-path {source} holds values of type {vectors.array(0).dtype}, wanted floats")
-    return vectors
 
 
 def conditions_sha256(conditions, count: int) -> str:
@@ -207,7 +188,7 @@ class ComputedVectors(RowConditions):
         return cls(args.condition_path, model, args.dlc_order, args.global_seed)
 
     def __init__(self, source, model, order: str, seed: int):
-        super().__init__(source, open_vectors_folder(source), "vectors", order, seed)
+        super().__init__(source, open_vectors(source), "vectors", order, seed)
         width, wanted = self.rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
         if width != wanted:
             raise ValueError(f"vectors of {source} have in_dim={width}, the checkpoint's model in_dim={wanted}")
@@ -217,10 +198,7 @@ class ComputedVectors(RowConditions):
         rows = self.values(indices)
         with np.errstate(over="ignore"):  # of float64, becoming infinite: refused next
             vectors = self.rows.gather(rows).astype(np.float32)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            path, row = self.rows.locate(rows[int(finite.argmin())])
-            raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
+        check_finite(vectors, lambda i: self.rows.locate(rows[i]))
         return torch.from_numpy(vectors)
 
 
