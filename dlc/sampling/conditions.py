@@ -95,6 +95,11 @@ class RowConditions:
     def describe(self) -> str:
         return f"{len(self.order):,} {self.what} of {self.source} in {self.order_name} order"
 
+    @staticmethod
+    def described(what: str) -> str:
+        """A regular expression of what `describe` says of such rows: its groups are the source and the order."""
+        return rf"[\d,]+ {what} of (.+) in (random|sequential) order"
+
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample, (N,)."""
         return self.order[indices % len(self.order)]
