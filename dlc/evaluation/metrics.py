@@ -247,7 +247,7 @@ def half_is_finite(u: torch.Tensor, v: torch.Tensor) -> bool:
 def squared_radii(features: torch.Tensor, k: int, half: bool) -> torch.Tensor:
     """The squared distance (N,) of each row to its k-th nearest other: the (k + 1)-th smallest, its own 0 included."""
     nearest = []
-    for rows, columns, distances in distance_tiles(features, features, half):
+    for rows, _, distances in distance_tiles(features, features, half):
         # tiles do not come row by row, so the nearest of each tile of rows are kept
         while len(nearest) < -(-rows.stop // TILE):
             nearest.append(None)
