@@ -1,4 +1,4 @@
-"""The weights of FID's Inception network: found, fetched, and read from each of the files that people have.
+"""The weights of FID's Inception network, read from each of the files that people have.
 
 | file | of |
 |---|---|
@@ -7,7 +7,6 @@
 """
 
 import functools
-import os
 import re
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from dlc.checkpoints.legacy import START, load_legacy
 from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
-from dlc.evaluation.download import fetch, sha256_of
+from dlc.evaluation.download import sha256_of
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
 
@@ -104,8 +103,6 @@ def from_graph(path) -> dict[str, torch.Tensor]:
 def read_weights(path) -> dict[str, torch.Tensor]:
     """The named tensors in a .pb, or in a .pth of any torch, or a .safetensors. Raises ValueError naming the file."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--inception {path} {'is no file' if path.exists() else 'does not exist'}")
     if path.suffix == ".pb":
         return from_graph(path)
     with open(path, "rb") as file:
@@ -128,30 +125,6 @@ def load_inception(path) -> InceptionV3:
         {**{key: value.float().contiguous() for key, value in weights.items()}, **counts}, assign=True
     )
     return network.eval().requires_grad_(False)
-
-
-def find_inception(given=None) -> Path:
-    """The file of weights: the given one, one in torch's hub cache or the working directory, or one fetched to the cache.
-
-    Raises ValueError in one line that says where to put it, if it is nowhere and cannot be fetched.
-    """
-    if given:
-        return Path(given)
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for path in (*(cache / name for name in NAMES), Path(GRAPH)):
-        if path.is_file():
-            return path
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            return fetch(URL, cache / NAMES[0], SHA256_PREFIX)
-        except (ValueError, OSError) as error:
-            reason = str(error)
-    raise ValueError(
-        f"no weights of Inception ({reason}): fetch {URL} elsewhere and put it into {cache}, or name a file of them "
-        "with --inception"
-    )
 
 
 def digest_fault(path) -> str | None:

@@ -88,8 +88,12 @@ class FeatureStatistics:
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the rows of another set, such as another process's."""
+        self.add_moments(other.count, other.mean, other.scatter)
+
+    def add_moments(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Add `count` rows by their mean (dim,) and their `scatter` (dim, dim), both float64."""
         self._add_waiting()
-        self._add(other.count, other.mean, other.scatter)
+        self._add(count, mean, scatter)
 
     @property
     def mean(self) -> torch.Tensor:
