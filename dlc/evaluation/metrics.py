@@ -88,8 +88,12 @@ class FeatureStatistics:
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the rows of another set, such as another process's."""
+        self.add_moments(other.count, other.mean, other.scatter)
+
+    def add_moments(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Add `count` rows by their mean (dim,) and their `scatter` (dim, dim), both float64."""
         self._add_waiting()
-        self._add(other.count, other.mean, other.scatter)
+        self._add(count, mean, scatter)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -247,7 +251,7 @@ def half_is_finite(u: torch.Tensor, v: torch.Tensor) -> bool:
 def squared_radii(features: torch.Tensor, k: int, half: bool) -> torch.Tensor:
     """The squared distance (N,) of each row to its k-th nearest other: the (k + 1)-th smallest, its own 0 included."""
     nearest = []
-    for rows, columns, distances in distance_tiles(features, features, half):
+    for rows, _, distances in distance_tiles(features, features, half):
         # tiles do not come row by row, so the nearest of each tile of rows are kept
         while len(nearest) < -(-rows.stop // TILE):
             nearest.append(None)
