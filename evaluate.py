@@ -12,7 +12,12 @@ import importlib
 import sys
 
 # name: the module whose main() it is, by sys.argv
-COMMANDS = {"make-reference": "dlc.evaluation.make_reference"}
+COMMANDS = {
+    "make-reference": "dlc.evaluation.make_reference",
+    "reconstruction": "dlc.evaluation.reconstruction",
+    "agreement": "dlc.evaluation.agreement",
+    "sweep": "dlc.evaluation.sweep",
+}
 
 
 def main():

@@ -10,20 +10,19 @@ for the VAE's reconstructions of images, since no sample that this VAE decodes c
 """
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dlc.cli import ArgumentParser, number, progress
+from dlc.checkpoints.weights import weights_sha256
+from dlc.cli import ArgumentParser, number
 from dlc.encoder import add_encoder_flags
-from dlc.evaluation.codes import CodeReader, TokenAgreement, batches_of_rows, open_encoder_of
-from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor, measure, one_process, open_vae
-from dlc.extraction import in_order
+from dlc.evaluation.codes import CodeReader, codes_of_images, open_encoder_of, token_agreement
+from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor, joined, measure, open_vae
 from dlc.features import Features
 from dlc.images import read_png
-from dlc.runtime import cores_per_process, create_logger, start_processes
+from dlc.runtime import agree, create_logger, start_processes
 from dlc.sampling.conditions import RowConditions, conditions_sha256, open_codes
 from dlc.sampling.files import missing_indices, png_path
 from dlc.sampling.record import SamplesRecord
@@ -88,24 +87,14 @@ class DrawnCodes(RowConditions):
 #################################################################################
 
 
-def measure_agreement(read: CodeReader, folder: Path, drawn, count: int, V: int) -> dict:
-    """`TokenAgreement.summary` of samples 0..count-1 in a folder, and of the codes drawn(indices), (n, L) in 0..V-1.
+def measure_agreement(read: CodeReader, folder: Path, drawn: DrawnCodes, count: int, state) -> dict | None:
+    """`token_agreement` of samples 0..count-1 in a folder with the codes they were drawn for; None but on rank 0."""
 
-    Files are read and resized by threads while the encoder works on earlier ones.
-    """
+    def load(indices):
+        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
 
-    def views(indices):
-        return np.stack([read.view(read_png(png_path(folder, index))) for index in indices.tolist()])
-
-    agreement, threads, batches = TokenAgreement(read.encoder.L, V), cores_per_process(), batches_of_rows(count)
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        progress(total=count, desc="encoding samples", unit="img", delay=2) as bar,
-    ):
-        for indices, batch in zip(batches, in_order(pool, views, batches, threads)):
-            agreement.update(drawn(indices).numpy(), read.codes(batch))
-            bar.update(len(indices))
-    return agreement.summary()
+    found = codes_of_images(load, count, read, state)
+    return None if found is None else token_agreement(drawn(np.arange(count)).numpy(), found, drawn.V)
 
 
 def line_of(result: dict) -> str:
@@ -140,13 +129,20 @@ def parse_args():
     return parser, parser.parse_args()
 
 
-def open_ceiling(args, drawn: DrawnCodes, count: int, device):
-    """The images to measure the ceiling on, their `Features`, the Reconstructor, and notes."""
+def open_ceiling(args, drawn: DrawnCodes, encoder, count: int, device):
+    """The images to measure the ceiling on, their `Features`, the Reconstructor, and notes.
+
+    Raises ValueError where there are none whose codes the encoder made.
+    """
     features = Features(args.features_path) if args.features_path else drawn.features
     if features is None:
-        raise ValueError(f"--data-path: {drawn.source} is not of features; name those of the images with --features-path")
+        raise ValueError(
+            f"--data-path: {drawn.source} is not of features; name those of the images with --features-path"
+        )
     if features.codes is None or features.L != drawn.L:
         raise ValueError(f"features {features.root} have no codes of L={drawn.L}, as the samples were drawn for")
+    if features.manifest is not None and features.manifest.encoder_sha256 not in (None, weights_sha256(encoder)):
+        raise ValueError(f"the codes of features {features.root} are of another encoder than those of {drawn.source}")
     images = FeatureImages(features, args.data_path, args.num_images)
     if args.num_images is None and len(images) > count:
         images = FeatureImages(features, args.data_path, count)
@@ -170,23 +166,27 @@ def main():
             )
         encoder, notes = open_encoder_of(args, drawn.manifest, drawn.L, f"the codes of {drawn.source}")
         drawn.V = encoder.V
-        state = one_process(start_processes())
-        ceiling = open_ceiling(args, drawn, count, state.device) if args.data_path else None
+        state = start_processes()
+        ceiling = open_ceiling(args, drawn, encoder, count, state.device) if args.data_path else None
+        agree("samples, codes and encoder", (record.conditions_sha256, weights_sha256(encoder)))
     logger = create_logger(state)
     for note in [*notes, *(ceiling[3] if ceiling else [])]:
         logger.info(f"note: {note}")
     with parser.kept_on_error("nothing is written", "the number of other programs", (ValueError, OSError)):
         read = CodeReader(encoder, state.device)
-        result = measure_agreement(read, folder, drawn, count, drawn.V)
+        result, of_images = measure_agreement(read, folder, drawn, count, state), None
         if ceiling:
             images, features, reconstruct, _ = ceiling
-            measured = Measured(None, encoder.L, encoder.V, {})
-            codes = features.codes
-            measure(measured, images, reconstruct, read=read, codes=lambda rows: codes.gather(rows, limit=encoder.V))
-            result["ceiling"] = measured.agreement.summary()
-        path = folder.with_name(folder.name + ".metrics.json")
-    logger.info(line_of(result))
-    logger.info(f"written to {path}")
+            measured = Measured((), encoder.L, {})
+            measure(measured, images, reconstruct, state, read=read)
+            of_images = joined(measured, images, state, codes=features.codes, V=encoder.V)
+        if state.is_main_process:
+            if of_images:
+                result["ceiling"] = of_images["code_agreement"]
+            path = folder.with_name(folder.name + ".metrics.json")
+            logger.info(line_of(result))
+            logger.info(f"written to {path}")
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

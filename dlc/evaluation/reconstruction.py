@@ -2,16 +2,15 @@
 
     python evaluate.py reconstruction features --data-path /path/to/imagenet/val
 
-In: FEATURES/, which say which images, crop and VAE, and the images. Out: a table and FEATURES/reconstruction.json: PSNR,
-SSIM, the Frechet distance of reconstructions to the same crops (rFID, where the features are Inception's), and, where
-the features hold codes, the share of tokens that reconstructions keep. It bounds what samples of a model of these
+In: FEATURES/, which say which images, crop and VAE, and the images. Out: a table and FEATURES/reconstruction.json:
+PSNR, SSIM, the Frechet distance of reconstructions to the same crops (rFID, where the features are Inception's), and,
+where the features hold codes, the share of tokens that reconstructions keep. It bounds what samples of a model of these
 latents can reach. The same command run again continues, and repeats nothing that is done.
 """
 
 import hashlib
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,18 +19,31 @@ import torch
 
 from dlc.checkpoints.tensor_files import load_tensors
 from dlc.checkpoints.weights import weights_sha256
-from dlc.cli import progress
-from dlc.disk import write_bytes
-from dlc.evaluation.agreement import CodeReader, TokenAgreement, batches_of_rows
+from dlc.cli import ArgumentParser, number
+from dlc.disk import recorded_id, write_bytes, write_json
+from dlc.encoder import add_encoder_flags
+from dlc.evaluation.codes import (
+    BATCH,
+    CodeReader,
+    EncoderNetwork,
+    counts_of,
+    gathered,
+    in_batches_of_images,
+    open_encoder_of,
+    token_agreement,
+)
+from dlc.evaluation.features import merge, outputs_of, share
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
+from dlc.evaluation.networks import NETWORKS, find_weights, open_network
 from dlc.evaluation.similarity import psnr, ssim
-from dlc.extraction import PixelEncoder, in_order
+from dlc.extraction import PixelEncoder
 from dlc.features import Features
 from dlc.images import Views, collate, flips_of
-from dlc.runtime import cores_per_process
+from dlc.runtime import PRECISIONS, agree, create_logger, start_processes, versions
 from dlc.sampling.decoder import Decoder
-from dlc.vae import check_decodes, load_vae
+from dlc.vae import check_decodes, load_vae, vae_id
 
+SETS = ("originals", "reconstructions")
 SAVE_SECONDS = 60  # between two writes of what is done so far
 
 #################################################################################
@@ -93,7 +105,9 @@ def open_vae(name: str | None, features: Features, device):
     digest = weights_sha256(vae)
     if digest != manifest.vae_sha256:
         if name is None:
-            raise ValueError(f"the VAE at {manifest.vae} is not the one that the features were made with: name one with --vae")
+            raise ValueError(
+                f"the VAE at {manifest.vae} is not the one that the features were made with: name one with --vae"
+            )
         notes.append(f"--vae {name} is not the VAE that the features were made with")
     check_decodes(vae, name or manifest.vae, manifest.latent_channels, vars(manifest), "the features' latents")
     return vae, digest, notes
@@ -102,14 +116,14 @@ def open_vae(name: str | None, features: Features, device):
 class Reconstructor:
     """Crops (n, S, S, 3) uint8 to what the VAE makes of them, decoded from the mean of the posterior as samples are."""
 
-    BATCH = 8  # images encoded at once; fixed, because rounding depends on it
+    AT_ONCE = 8  # images encoded at once; fixed, because rounding depends on it
 
     def __init__(self, vae, device: torch.device, precision: str = "fp32"):
-        self.encoder = PixelEncoder(vae, None, device, precision)
+        self.device, self.encoder = device, PixelEncoder(vae, None, device, precision)
         self.decoder = Decoder(vae, None, precision)
 
     def __call__(self, crops: torch.Tensor) -> np.ndarray:
-        moments = self.encoder.moments(crops, self.BATCH)  # (n, 2C, S/f, S/f)
+        moments = self.encoder.moments(crops, self.AT_ONCE)  # (n, 2C, S/f, S/f)
         return self.decoder.images(moments.chunk(2, dim=1)[0])
 
 
@@ -119,100 +133,238 @@ class Reconstructor:
 
 
 class Measured:
-    """What is known of the first `done` images: sums and statistics, which can be written and read back.
+    """What one process knows of its share of the images, in order. It can be written to a file and read back.
+
+    rows: per image, (n, ...): "psnr", "ssim", and with an encoder "codes". statistics: of the features of each network,
+    {"NAME.originals": FeatureStatistics, "NAME.reconstructions": ...}.
 
     Args:
-        dim: of the features of the Frechet distance; None: there are none.
-        L, V: of the codes; None: there are none.
-        settings: what decides the numbers; those of others are not continued.
+        networks: of the Frechet distances; may be none.
+        L: positions of the codes; None: there are none.
+        settings: what decides the numbers; a file of others is not continued.
     """
 
-    def __init__(self, dim: int | None, L: int | None, V: int | None, settings: dict):
+    def __init__(self, networks, L: int | None, settings: dict):
         self.settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-        self.psnr, self.ssim = [], []  # (n,) each
-        self.originals, self.reconstructions = (FeatureStatistics(dim) if dim else None for _ in range(2))
-        self.agreement = TokenAgreement(L, V) if L else None
+        self.rows = dict(psnr=[torch.zeros(0)], ssim=[torch.zeros(0)])
+        if L:
+            self.rows["codes"] = [torch.zeros(0, L, dtype=torch.int64)]
+        self.statistics = {
+            f"{one.name}.{which}": FeatureStatistics(one.outputs["pool"]) for one in networks for which in SETS
+        }
 
     @property
     def done(self) -> int:
-        return sum(map(len, self.psnr))
+        return sum(map(len, self.rows["psnr"]))
+
+    def add(self, rows: dict[str, torch.Tensor], features: dict[str, torch.Tensor]) -> None:
+        """Add a batch, by the names of `rows` and `statistics`."""
+        for name, value in rows.items():
+            self.rows[name].append(value)
+        for name, value in features.items():
+            self.statistics[name].update(value)
 
     def save(self, path: Path) -> None:
-        tensors = dict(
-            settings=torch.frombuffer(bytearray(self.settings), dtype=torch.uint8),
-            psnr=torch.cat(self.psnr),
-            ssim=torch.cat(self.ssim),
-        )
-        for name in ("originals", "reconstructions"):
-            statistics = getattr(self, name)
-            if statistics is not None:
-                tensors[f"{name}.mean"], tensors[f"{name}.scatter"] = statistics.mean, statistics.scatter
-        if self.agreement is not None:
-            for name, value in self.agreement.state().items():
-                tensors[f"agreement.{name}"] = torch.from_numpy(value)
-        content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
-        write_bytes(path, content)
+        tensors = {name: torch.cat(parts) for name, parts in self.rows.items()}
+        for name, one in self.statistics.items():
+            tensors.update({f"{name}.mean": one.mean.contiguous(), f"{name}.scatter": one.scatter.contiguous()})
+        tensors["settings"] = torch.frombuffer(bytearray(self.settings), dtype=torch.uint8)
+        write_bytes(path, safetensors.torch.save(tensors))
 
-    def load(self, path: Path) -> bool:
-        """Continue from a file of `save`. Returns False, and changes nothing, where there is none of these settings."""
+    def load(self, path: Path) -> None:
+        """Continue from a file of `save`; from nothing where there is none, or one of other settings or damaged."""
         try:
-            tensors = load_tensors(path) if path.is_file() else {}
+            tensors = load_tensors(path)
             if bytes(tensors["settings"].tolist()) != self.settings:
-                return False
-            count, parts = len(tensors["psnr"]), {}
-            for name in ("originals", "reconstructions"):
-                if getattr(self, name) is not None:
-                    mean, scatter = tensors[f"{name}.mean"], tensors[f"{name}.scatter"]
-                    parts[name] = FeatureStatistics(len(mean))
-                    parts[name].merge(FeatureStatistics.from_moments(mean, scatter / (count - 1), count))
-            if self.agreement is not None:
-                state = {name: tensors[f"agreement.{name}"].numpy() for name in self.agreement.state()}
-                self.agreement.restore(state)
+                return
+            rows = {name: [tensors[name].clone()] for name in self.rows}
+            count, statistics = len(tensors["psnr"]), {}
+            if {len(parts[0]) for parts in rows.values()} != {count}:
+                return
+            for name, one in self.statistics.items():
+                statistics[name] = FeatureStatistics(one.dim)
+                statistics[name].add_moments(count, tensors[f"{name}.mean"], tensors[f"{name}.scatter"])
         except (ValueError, KeyError, RuntimeError, TypeError):
-            return False  # damaged: measured anew
-        vars(self).update(parts, psnr=[tensors["psnr"].clone()], ssim=[tensors["ssim"].clone()])
-        return True
-
-    def summary(self) -> dict:
-        """The numbers, as reconstruction.json holds them."""
-        peak, similarity = torch.cat(self.psnr).double(), torch.cat(self.ssim).double()
-        result = dict(images=self.done, psnr=float(peak.mean()), ssim=float(similarity.mean()))
-        if self.originals is not None:
-            result["frechet_distance"] = frechet_distance(self.originals, self.reconstructions)
-        if self.agreement is not None:
-            result["code_agreement"] = self.agreement.summary()
-        return result
+            return
+        self.rows, self.statistics = rows, statistics
 
 
-def measure(measured: Measured, images: FeatureImages, reconstruct, extract=None, read=None, codes=None, save_to=None):
-    """Add to `measured` the images that are not in it yet.
+def measure(measured: Measured, images: FeatureImages, reconstruct, state, networks=(), read=None, save_to=None):
+    """Add to `measured` what is missing of this process's share of the images.
 
     Args:
         reconstruct: a Reconstructor.
-        extract: images (n, S, S, 3) uint8 NumPy to features (n, D), a tensor; None: no Frechet distance.
-        read, codes: a CodeReader, and codes(rows), (n, L), the features' codes; None: no code agreement.
-        save_to: file to write what is done to, every SAVE_SECONDS.
-
-    Files are read by threads while the networks work on earlier ones.
+        networks: of the Frechet distances, as those of dlc/evaluation/networks.py.
+        read: a CodeReader; None: no codes.
+        save_to: file to write what is done to every SAVE_SECONDS, and when the work is interrupted.
     """
-    threads, saved = cores_per_process(), time.monotonic()
-    batches = [batch for batch in batches_of_rows(len(images)) if batch[0] >= measured.done]
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        progress(total=len(images), initial=measured.done, desc="reconstructing", unit="img", delay=2) as bar,
-    ):
-        for indices, crops in zip(batches, in_order(pool, images.crops, batches, threads)):
-            reconstructions = reconstruct(crops)  # (n, S, S, 3)
-            if extract is not None:
-                measured.originals.update(extract(crops.numpy()))
-                measured.reconstructions.update(extract(reconstructions))
-            if read is not None:
-                views = np.stack([read.view(image) for image in reconstructions])
-                measured.agreement.update(codes(images.rows[indices]), read.codes(views))
-            pair = crops.to(reconstruct.encoder.device), torch.from_numpy(reconstructions).to(reconstruct.encoder.device)
-            measured.psnr.append(psnr(*pair).cpu())
-            measured.ssim.append(ssim(*pair).cpu())
-            bar.update(len(indices))
+
+    @torch.inference_mode()
+    def work(indices, crops):
+        found = torch.from_numpy(reconstruct(crops))  # (n, S, S, 3)
+        pair = crops.to(reconstruct.device), found.to(reconstruct.device)
+        rows = dict(psnr=psnr(*pair).cpu(), ssim=ssim(*pair).cpu())
+        if read is not None:
+            rows["codes"] = read(found.numpy())
+        features = {
+            f"{one.name}.{which}": outputs_of(one, images, BATCH)["pool"]
+            for one in networks
+            for which, images in zip(SETS, pair)
+        }
+        return rows, features
+
+    start, stop = share(len(images), BATCH, state.process_index, state.num_processes)
+    saved = time.monotonic()
+    try:
+        for rows, features in in_batches_of_images(
+            images.crops, work, start + measured.done, stop, state, "reconstructing"
+        ):
+            measured.add(rows, features)
             if save_to is not None and time.monotonic() > saved + SAVE_SECONDS:
                 measured.save(save_to)
                 saved = time.monotonic()
+    except BaseException:
+        if save_to is not None and measured.done:
+            measured.save(save_to)
+        raise
+
+
+def joined(
+    measured: Measured, images: FeatureImages, state, networks=(), codes=None, V: int | None = None
+) -> dict | None:
+    """The numbers of all processes' images, as reconstruction.json holds them, on rank 0; None elsewhere.
+
+    codes: the features' codes, a `NpyRows` of values in 0..V-1; None: they are not compared.
+    """
+    count = len(images)
+    rows = {name: gathered(parts, count, state) for name, parts in measured.rows.items()}
+    statistics = {name: merge(one, counts_of(count, state), state) for name, one in measured.statistics.items()}
+    if not state.is_main_process:
+        return None
+    result = dict(images=count, psnr=float(rows["psnr"].double().mean()), ssim=float(rows["ssim"].double().mean()))
+    result["frechet_distances"] = {
+        one.name: frechet_distance(*(statistics[f"{one.name}.{which}"] for which in SETS)) for one in networks
+    }
+    if codes is not None:
+        wanted = codes.gather(images.rows, limit=V).astype(np.int64)
+        result["code_agreement"] = token_agreement(wanted, rows["codes"].numpy(), V)
+    return result
+
+
+#################################################################################
+#                                    Command                                    #
+#################################################################################
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("features", help="FEATURES/, with a manifest.json")
+    add("--data-path", required=True, help="folder of the images that the features were extracted from")
+    add("--vae", help="VAE to reconstruct with: ema, mse, a directory or a hub id [that of the features]")
+    add("--num-images", type=number(int, 2), help="use so many images, spread evenly over the features [all]")
+    add(
+        "--features",
+        dest="networks",
+        nargs="+",
+        choices=[*NETWORKS, "encoder", "none"],
+        default=["inception"],
+        help="features of the Frechet distance; encoder: the SEM encoder's class and register tokens [inception]",
+    )
+    for kind in NETWORKS.values():
+        add(kind.flag, help=f"weights of {kind.name} [looked for in torch's hub cache, and fetched]")
+    add_encoder_flags(add, None, " that made the codes; none: leave codes out; default: the one that the features name")
+    add("--precision", choices=PRECISIONS, default="fp32", help="precision of the VAE")
+    add("--out", help="write the numbers to this .json [FEATURES/reconstruction.json]")
+    return parser, parser.parse_args()
+
+
+def open_networks(args, encoder, device) -> list:
+    """The networks of --features. Raises ValueError where their weights are not to be had."""
+    names = [] if args.networks == ["none"] else list(dict.fromkeys(args.networks))
+    if "none" in names:
+        raise ValueError("--features none goes with no other")
+    if "encoder" in names and encoder is None:
+        raise ValueError(
+            "--features encoder needs the encoder of the features' codes: there are none, or it is left out"
+        )
+    paths = {name: find_weights(kind, getattr(args, name)) for name, kind in NETWORKS.items() if name in names}
+    return [
+        EncoderNetwork(encoder, device) if name == "encoder" else open_network(name, paths[name], device)
+        for name in names
+    ]
+
+
+def table_of(result: dict) -> list[str]:
+    """The numbers as lines."""
+    rows = [
+        ("images", f"{result['images']:,}"),
+        ("PSNR, dB", f"{result['psnr']:.3f}"),
+        ("SSIM", f"{result['ssim']:.4f}"),
+    ]
+    for name, value in result["frechet_distances"].items():
+        rows.append(("rFID" if name == "inception" else f"FD of {name} features", f"{value:.4f}"))
+    if "code_agreement" in result:
+        rows.append(("tokens kept", f"{result['code_agreement']['share']:.4f}"))
+        rows.append(("tokens kept by chance", f"{result['code_agreement']['chance']:.4f}"))
+    return [f"{name:28}{value:>12}" for name, value in rows]
+
+
+def main():
+    parser, args = parse_args()
+    with parser.one_line_errors():
+        features = Features(args.features)
+        images = FeatureImages(features, args.data_path, args.num_images)
+        out = Path(args.out) if args.out else features.root / "reconstruction.json"
+        if not out.absolute().parent.is_dir() or out.is_dir():
+            raise ValueError(f"--out {out}: wanted a file in a folder that exists")
+        encoder, notes = None, []
+        if features.codes is not None and args.encoder != "none":
+            encoder, notes = open_encoder_of(args, features.manifest, features.L, f"the codes of {args.features}")
+        state = start_processes()
+        vae, digest, more = open_vae(args.vae, features, state.device)
+        networks = open_networks(args, encoder, state.device)
+        settings = dict(
+            listing_sha256=features.manifest.listing_sha256,
+            image_size=features.image_size,
+            features_count=features.count,
+            num_images=len(images),
+            vae_sha256=digest,
+            precision=args.precision,
+            networks={one.name: one.digest for one in networks},
+            encoder_sha256=weights_sha256(encoder) if encoder else None,
+        )
+        agree("features, VAE and networks", settings)
+    logger = create_logger(state)
+    for note in [*notes, *more, *(note for one in networks for note in one.notes)]:
+        logger.info(f"note: {note}")
+    measured = Measured(networks, encoder.L if encoder else None, settings)
+    partial = out.with_name(f"{out.stem}.{state.process_index}-of-{state.num_processes}.partial.safetensors")
+    measured.load(partial)
+    with parser.kept_on_error("what is done is kept", "--precision", (ValueError, OSError)):
+        read = CodeReader(encoder, state.device) if encoder else None
+        measure(measured, images, Reconstructor(vae, state.device, args.precision), state, networks, read, partial)
+        codes = features.codes if encoder else None
+        result = joined(measured, images, state, networks, codes, encoder and encoder.V)
+        if state.is_main_process:
+            record = dict(
+                format_version=1,
+                features=recorded_id(args.features),
+                data_path=recorded_id(args.data_path),
+                vae=recorded_id(vae_id(args.vae or features.manifest.vae)),
+                **settings,
+                **result,
+                versions=versions(),
+            )
+            write_json(out, record)
+            for path in out.parent.glob(f"{out.stem}.*-of-*.partial.safetensors"):
+                path.unlink()
+            print(
+                "\n".join([f"reconstructions of the images of {args.features} by {record['vae']}", *table_of(result)])
+            )
+            logger.info(f"written to {out}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,14 +3,13 @@
     python evaluate.py sweep --cfg-scale 1.0 1.25 1.5 --t-max 600 999 --reference VIRTUAL_imagenet256_labeled.npz \\
         --out sweep -- --model DiTSEM-XL/2 --num-fid-samples 50000
 
-In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py; and, after --, flags of the
-sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the table) and
+In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py; and, after --, flags of
+the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the table) and
 OUT/sweep.png (the plot; needs matplotlib). The same command run again continues; no finished setting is repeated, so
 values may be added. Settings without guidance (--cfg-scale 1) differ by no interval of it and are drawn once.
 """
 
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from dlc.cli import ArgumentParser, number, one_line
 from dlc.disk import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
 
 FORMAT_VERSION = 1
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("sample_ddp_computed_dlc.py", "sample_ddp.py")
 LIST_OF_TEXT = list_of(((lambda value: isinstance(value, str)), "text"))
 LIST_OF_OBJECTS = list_of(((lambda value: isinstance(value, dict)), "an object"))
 # flags of the sampling scripts that can be swept: the type of a value
@@ -182,7 +183,9 @@ def report(results: list[tuple[dict, dict]], out: Path, say=print) -> None:
 
 def parse_args(argv: list[str]):
     """The parser, sweep's own flags, and the flags of evaluate.py and of the sampling script."""
-    parser = ArgumentParser(__doc__, usage="%(prog)s [flags of sweep and of evaluate.py] -- [flags of the sampling script]")
+    parser = ArgumentParser(
+        __doc__, usage="%(prog)s [flags of sweep and of evaluate.py] -- [flags of the sampling script]"
+    )
     add = parser.add_argument
     for flag, kind in SWEPT.items():
         add(f"--{flag}", type=kind, nargs="+", help=f"values of the sampling script's --{flag} to try [its default]")
@@ -203,7 +206,10 @@ def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, l
     if not values:
         raise ValueError(f"nothing to sweep: give values of one or more of --{', --'.join(SWEPT)}")
     given = {text.split("=")[0] for text in sampling}
-    for flag, why in [*((flag, "a flag of sweep itself: give it before --") for flag in SWEPT), ("sample-dir", "sweep's own choice: give --out")]:
+    for flag, why in [
+        *((flag, "a flag of sweep itself: give it before --") for flag in SWEPT),
+        ("sample-dir", "sweep's own choice: give --out"),
+    ]:
         if f"--{flag}" in given:
             raise ValueError(f"--{flag} after -- is {why}")
     if not Path(args.reference).exists():
@@ -257,7 +263,9 @@ def main():
     parser, args, evaluation, sampling = parse_args(sys.argv[1:])
     with parser.one_line_errors():
         settings = all_settings(check_flags(args, evaluation, sampling))
-        sweep = Sweep(args.out, dict(sampling=sampling, evaluation=[*flags_of(dict(reference=args.reference)), *evaluation]))
+        sweep = Sweep(
+            args.out, dict(sampling=sampling, evaluation=[*flags_of(dict(reference=args.reference)), *evaluation])
+        )
         lock = DirectoryLock(args.out)
         lock.acquire()
     with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):
