@@ -1,37 +1,17 @@
 """What each sample is drawn for: a class, a code or a vector, as a function of (global seed, sample index)."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from dlc.disk import recorded_id
-from dlc.features.rows import NpyRows, file_order
+from dlc.features.rows import NpyRows, check_finite, open_vectors
 from dlc.noise import Stream, integers, permutation
 from dlc.sampling.code_folder import finished_record, load_codes, open_codes
 from dlc.sampling.prior import PriorCodes, PriorOptions, add_prior_flags
 
 __all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
-
-
-def open_vectors_folder(source) -> NpyRows:
-    """The rows (n, in_dim) of vectors at source, a folder of `.npy` files or one such file.
-
-    Raises ValueError where there are none.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"--condition-path {source} does not exist")
-    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=file_order)
-    if not files:
-        raise ValueError(f"--condition-path {source} has no .npy files")
-    vectors = NpyRows(files, sample_ndim=1)
-    if not len(vectors):
-        raise ValueError(f"--condition-path {source} has no rows")
-    if vectors.array(0).dtype.kind != "f":
-        raise ValueError(f"--condition-path {source} holds values of type {vectors.array(0).dtype}, wanted floats")
-    return vectors
 
 
 def conditions_sha256(conditions, count: int) -> str:
@@ -67,6 +47,11 @@ class RowConditions:
 
     def describe(self) -> str:
         return f"{len(self.order):,} {self.what} of {self.source} in {self.order_name} order"
+
+    @staticmethod
+    def described(what: str) -> str:
+        """A regular expression of what `describe` says of such rows: its groups are the source and the order."""
+        return rf"[\d,]+ {what} of (.+) in (random|sequential) order"
 
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample, (N,)."""
@@ -176,7 +161,7 @@ class ComputedVectors(RowConditions):
         return cls(args.condition_path, model, args.dlc_order, args.global_seed)
 
     def __init__(self, source, model, order: str, seed: int):
-        super().__init__(source, open_vectors_folder(source), "vectors", order, seed)
+        super().__init__(source, open_vectors(source), "vectors", order, seed)
         width, wanted = self.rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
         if width != wanted:
             raise ValueError(f"vectors of {source} have in_dim={width}, the checkpoint's model in_dim={wanted}")
@@ -186,10 +171,7 @@ class ComputedVectors(RowConditions):
         rows = self.values(indices)
         with np.errstate(over="ignore"):  # of float64, becoming infinite: refused next
             vectors = self.rows.gather(rows).astype(np.float32)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            path, row = self.rows.locate(rows[int(finite.argmin())])
-            raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
+        check_finite(vectors, lambda i: self.rows.locate(rows[i]))
         return torch.from_numpy(vectors)
 
 

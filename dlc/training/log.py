@@ -5,6 +5,7 @@ import time
 import torch
 
 from dlc.checkpoints.run import gather_full
+from dlc.cli import one_line
 from dlc.training.record import append_metrics
 
 
@@ -16,7 +17,7 @@ def announce(run):
         f"{args.grad_accum} micro-batches = {args.global_batch_size}",
         f"precision: {run.precision}" + (", sharded (FSDP)" if run.sharded else ""),
         f"run: steps {first:,} to {last:,} in {run.folder}",
-        run.pretrained and f"weights: {run.pretrained}",
+        run.pretrained and f"weights: {one_line(run.pretrained, 1000)}",
         run.resumed and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
         run.resumed and f"continued from {run.resumed}",
         run.changed and f"warning: changed since: {run.changed}",

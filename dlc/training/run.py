@@ -51,7 +51,7 @@ from dlc.runtime import (
 )
 from dlc.training.batches import Unreadable, load_batches
 from dlc.training.log import announce, write_line
-from dlc.training.record import Losses, draw_losses, read_metrics, trim_metrics
+from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 
@@ -98,7 +98,7 @@ class Run:
         args, processes = self.args, self.state.num_processes
         settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
         self.recorded = {**identity, **settings, **notes}
-        done_by_rank_0(self.state, self.lock.acquire)
+        done_by_rank_0(self.state, self._take_folder)
         self.resumed, meta, self.changed = resume_point(self.folder, identity, settings, args.allow_change)
         agree("checkpoints and features", (self.resumed and self.resumed.name, identity, settings))
         if args.global_batch_size % (processes * args.grad_accum):
@@ -109,6 +109,10 @@ class Run:
         self.first_step, self.first_index = meta.step, meta.place
         self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
+
+    def _take_folder(self):
+        self.lock.acquire()
+        refuse_wrong_kinds(self.folder)
 
     def start(self):
         """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
@@ -160,7 +164,7 @@ class Run:
 
     def _load(self):
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
-        saved = load_checkpoint(self.resumed, **self._trained())
+        saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
         for group in self.optimizer.param_groups:  # the flags win, even if they changed
             group.update(weight_decay=self.args.weight_decay)
         if len(saved) == self.state.num_processes:
