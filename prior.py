@@ -73,7 +73,7 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim):
         super().__init__()
-        self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
+        self.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
 
     def forward(self, L):
         """cos and sin, (L, head_dim / 2) float32 each."""

@@ -761,7 +761,7 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
             ).items()
             for value in values
         ],
-        ('{"format_version": 2}', "format 2, this program knows up to 1: update it"),
+        ('{"format_version": 3}', "format 3, this program knows up to 2: update it"),
         ('{"format_version": 1}', "meta.json: model is missing"),
         ('{"lr": NaN}', "lr is nan"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),

@@ -27,6 +27,7 @@ from dlc.checkpoints.folders import (
     with_kind,
 )
 from dlc.checkpoints.run import run_checkpoints
+from dlc.checkpoints.sedd import read_sedd, read_sedd_training
 from dlc.checkpoints.source import ON_HUB, SMALL_FILES, Source, run_meta, weights_in
 from dlc.checkpoints.tensor_files import check_tensors
 from dlc.hub import fetch, is_id
@@ -51,7 +52,7 @@ def locate(named, flag: str = "checkpoint", ask: bool = True):
     return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
 
 
-def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> Source:
+def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True, prior: bool = False) -> Source:
     """Follow the table from a path or hub id to tensors under our names.
 
     Where no row knows a file's names, its tensors come back as they are.
@@ -60,11 +61,12 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
         ema: the EMA weights rather than the raw ones, where there are both.
         flag: what the user gave the name to, for errors.
         ask: whether to ask the hub; see `dlc.hub.fetch`.
+        prior: whether a prior over codes is wanted, rather than a diffusion transformer.
 
     Raises ValueError, naming the path, for what is no weights, is damaged, or is a layout that cannot be honoured.
     """
     at = locate(named, flag, ask)
-    source = Source(named, at, ema, said=("from the hub",) if is_id(named) else ())
+    source = Source(named, at, ema, said=("from the hub",) if is_id(named) else (), prior=prior)
     if not at.is_dir():
         source = opened(source)
     for _ in range(MOST_STEPS):
@@ -200,6 +202,10 @@ def velocity(name):
     return lambda source: refuse_velocity(source, name)
 
 
+def if_prior(read):
+    return lambda source: read(source) if source.prior else source.refuse(PRIOR)
+
+
 ENCODER = "is an encoder of images, which --encoder takes, no diffusion transformer"
 VAE = "is a VAE, which --vae takes, no diffusion transformer"
 PRIOR = "is a prior over codes (SEDD), no diffusion transformer"
@@ -219,7 +225,7 @@ LAYOUTS = (
         "test_diffusers_folders",
     ),
     # files with more than a model's tensors in them
-    Layout("SEDD training", holds("ema", "shadow_params"), refused(PRIOR), "test_other_kinds"),
+    Layout("SEDD training", holds("ema", "shadow_params"), if_prior(read_sedd_training), "test_sedd_training_file"),
     Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER), "test_other_kinds"),
     Layout("training checkpoint", has_key("model", "ema"), read_training_file, "test_training_files"),
     Layout("state_dict", has_key("state_dict"), read_state_dict, "test_training_files"),
@@ -239,6 +245,6 @@ LAYOUTS = (
         "encoder", has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."), refused(ENCODER), "test_other_kinds"
     ),
     Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE), "test_other_kinds"),
-    Layout("SEDD", has_name(r"^vocab_embed\."), refused(PRIOR), "test_other_kinds"),
+    Layout("SEDD", has_name(r"(^|\.)vocab_embed\.embedding$"), if_prior(read_sedd), "test_sedd_folder"),
     Layout("UNet", has_name(r"^(model\.diffusion_model|down_blocks|unet)\."), refused(OTHER), "test_other_kinds"),
 )

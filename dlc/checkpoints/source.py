@@ -45,6 +45,7 @@ class Source:
     meta: what is recorded of the run.
     said: what was recognised so far, in words.
     is_eps: whether it is known that the weights predict eps, rather than, as SiT's do, a velocity.
+    prior: whether a prior over codes is wanted, rather than a diffusion transformer.
     done: whether values are a model's tensors under our names.
     """
 
@@ -56,6 +57,7 @@ class Source:
     meta: RunMeta = field(default_factory=RunMeta)
     said: tuple[str, ...] = ()
     is_eps: bool = False
+    prior: bool = False
     done: bool = False
 
     @cached_property

@@ -23,6 +23,7 @@ from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor
 from dlc.features import Features
 from dlc.images import read_png
 from dlc.runtime import agree, create_logger, start_processes
+from dlc.sampling.code_folder import finished_record
 from dlc.sampling.conditions import RowConditions, conditions_sha256, open_codes
 from dlc.sampling.files import missing_indices, png_path
 from dlc.sampling.record import SamplesRecord
@@ -57,9 +58,12 @@ class DrawnCodes(RowConditions):
 
     def __init__(self, folder: Path, record: SamplesRecord, dlc_dir: str | None = None):
         described = re.fullmatch(self.described("codes"), record.conditions)
-        if not described:
+        if record.prior:  # drew them beside the samples
+            source, order = folder.with_name(f"{folder.name}.codes"), "sequential"
+        elif described:
+            source, order = described.groups()
+        else:
             raise ValueError(f"{folder}: its samples were drawn for {record.conditions}, not for codes")
-        source, order = described.groups()
         source = dlc_dir or source
         try:
             codes, self.features = open_codes(source)
@@ -67,7 +71,12 @@ class DrawnCodes(RowConditions):
             raise ValueError(f"{error}; name the codes that {folder} was drawn for with --dlc-dir") from None
         super().__init__(source, codes, "codes", order, record.global_seed)
         self.L, self.V = codes.array(0).shape[1], None
-        if conditions_sha256(self, record.num_fid_samples) != record.conditions_sha256:
+        if record.prior:
+            drawn = finished_record(source)
+            agrees = drawn is not None and drawn.settings() == record.prior and drawn.num >= record.num_fid_samples
+        else:
+            agrees = conditions_sha256(self, record.num_fid_samples) == record.conditions_sha256
+        if not agrees:
             raise ValueError(
                 f"the codes of {source} are not those that {folder} was drawn for, by the digest in samples.json: "
                 "name them with --dlc-dir"

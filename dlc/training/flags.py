@@ -6,6 +6,11 @@ from dlc.cli import SEED, number
 from dlc.runtime import PRECISIONS, default_num_workers
 
 
+def learning_rate(args, step: int) -> float:
+    """AdamW's at a step, counted from 1."""
+    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+
+
 def add_run_flags(parser):
     """Add the groups "optimisation", "precision and speed" and "run". Returns the last one."""
     add = parser.add_argument_group("optimisation").add_argument

@@ -6,6 +6,7 @@ import torch
 
 from dlc.checkpoints.run import gather_full
 from dlc.cli import one_line
+from dlc.training.flags import learning_rate
 from dlc.training.record import append_metrics
 
 
@@ -40,7 +41,7 @@ def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
         skipped_steps=run.skipped,
         scaler_scale=scaler.get_scale() if scaler else None,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else None,
-        lr=run.learning_rate(step),
+        lr=learning_rate(run.args, step),
         steps_per_second=rate,
         **{f"{unit}_per_second": samples_per_second},
     )

@@ -50,6 +50,7 @@ from dlc.runtime import (
     versions,
 )
 from dlc.training.batches import Unreadable, load_batches
+from dlc.training.flags import learning_rate
 from dlc.training.log import announce, write_line
 from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
@@ -165,8 +166,6 @@ class Run:
     def _load(self):
         # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
         saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
-        for group in self.optimizer.param_groups:  # the flags win, even if they changed
-            group.update(weight_decay=self.args.weight_decay)
         if len(saved) == self.state.num_processes:
             self.sums += saved[self.state.process_index].to(self.device)
         elif self.state.is_main_process:
@@ -240,15 +239,11 @@ class Run:
         self.accelerator.backward(terms["loss"].mean() / self.args.grad_accum)
         self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
 
-    def learning_rate(self, step: int) -> float:
-        """--lr, after a linear warm-up from 0; steps count from 1."""
-        return self.args.lr * min(1.0, step / max(1, self.args.warmup_steps))
-
     def update(self, step: int):
         """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step."""
         args = self.args
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        for group in self.optimizer.param_groups:  # the flags win over what a checkpoint says
+            group.update(lr=learning_rate(args, step), weight_decay=args.weight_decay)
         self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -310,7 +305,6 @@ class Run:
 
     def meta(self, step: int) -> RunMeta:
         """What a checkpoint of this step says of itself."""
-        args = self.args
         return RunMeta(
             **self.recorded,
             step=step,
@@ -318,9 +312,7 @@ class Run:
             logged=self.logged,
             skipped=self.skipped,
             precision=self.precision,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            ema_decay=args.ema_decay,
+            **{name: getattr(self.args, name) for name in ("lr", "weight_decay", "ema_decay")},
             versions=versions(),
         )
 
