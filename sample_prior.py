@@ -121,7 +121,7 @@ def run(parser, args):
     logger.info(
         f"{record.num:,} codes into {args.out}, {len(missing)} of {folder.shards(record.num)} shards to draw, "
         f"{record.sampler} {record.steps} steps, on {state.num_processes} x {state.device.type}"
-        + "".join(f", {name} {getattr(record, name)}" for name in ("classes", "given") if getattr(record, name))
+        + "".join(f", {name} {getattr(record, name)}" for name in ("classes", "kept", "given") if getattr(record, name))
     )
     if reason:
         logger.info(f"note: {reason}")

@@ -80,6 +80,7 @@ def argument_parser():
     )
     add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures; 0 disables them")
     add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [none]")
+    add("--vae", help="ema, mse, a directory or a hub id: decodes the previews [that of --preview-ckpt, or ema]")
     parser.set_defaults(
         epochs=200, global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior"
     )
@@ -129,7 +130,7 @@ def train(parser, args, run):
             codes.validate()
         preview = None
         if args.preview_ckpt and run.state.is_main_process:
-            preview = CodePreview(args.preview_ckpt, codes, run.device, args.global_seed)
+            preview = CodePreview(args.preview_ckpt, args.vae, codes, run.device, args.global_seed)
 
         # ---------------------------------------------------------------------- model
         run.start()

@@ -8,9 +8,56 @@ and a mixture of products of such positions, fitted by EM. `report` compares bou
 that a DiTSEM drew for each kind of code with scans of real held-out digits.
 """
 
-import numpy as np
+import argparse
+import math
+from pathlib import Path
 
-COMPONENTS, EM_STEPS, SMOOTHING = 160, 60, 0.05
+import numpy as np
+import torch
+
+from demo.digits import DigitReader, load_split
+from demo.report import read_samples
+from diffusion.masked import mean_bound
+from dlc.checkpoints.prior_weights import diffusion_of, load_prior
+from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+from dlc.features import Features
+from dlc.images import image_grid
+from dlc.sampling.code_folder import open_codes
+from dlc.sampling.prior import newest_prior
+from dlc.training.heldout import heldout_bounds
+
+EM_STEPS, SMOOTHING = 60, 0.05
+SIMPLE = dict(mixture=320, independent=1)  # components; in the order in which --dlc-dir reads their files
+PCA_DIMS, GRID_COLUMNS = 20, 20
+TITLES = {
+    "real": "real train digits (the floor)",
+    "heldout": "codes of held-out digits",
+    "prior": "codes of the prior",
+    "class": "codes of the prior, by class",
+    "mixture": "codes of a mixture of 320 products",
+    "independent": "codes of independent positions",
+}
+COLUMNS = {  # of the table of images
+    "confident": "conf > 0.9",
+    "frechet_pca": "FD pca",
+    "frechet_hidden": "FD hidden",
+    "recall": "recall",
+    "classes": "class TV",
+    "asked": "as asked",
+    "copies": "copies",
+    "within_two": "2 apart",
+}
+BARS = dict(  # of a prior that trains for 75 seconds on one core: 1 for at least, -1 for at most
+    bound=(-1, 1.05),
+    confident=(1, 0.80),
+    frechet_pca=(-1, 0.15),
+    frechet_hidden=(-1, 3.5),
+    recall=(1, 0.60),
+    classes=(-1, 0.12),
+    copies=(-1, 0.01),
+    within_two=(-1, 0.094),
+    asked=(1, 0.95),
+)
 
 
 #################################################################################
@@ -34,7 +81,7 @@ class Mixture:
         seed: of the start: which codes the components start at.
     """
 
-    def __init__(self, codes, V, K=COMPONENTS, seed=0):
+    def __init__(self, codes, V, K, seed=0):
         self.V = V
         rng = np.random.default_rng(seed)
         share = np.zeros((len(codes), K))
@@ -66,3 +113,181 @@ class Mixture:
         bounds = np.exp(self.log_p).cumsum(axis=2)[component]  # (n, L, V)
         u = rng.random((*bounds.shape[:2], 1)) * bounds[..., -1:]
         return (bounds < u).sum(axis=2)
+
+
+#################################################################################
+#                                 Judging images                                #
+#################################################################################
+
+
+class Judge:
+    """Measures images of digits against the scans of real held-out ones.
+
+    A small neural network (128 and 64 hidden units), fitted to the 8x8 train scans, reads the digits. Frechet distances
+    are taken in the PCA_DIMS main directions of the train scans and in the network's last hidden units; recall
+    (Kynkäänniemi et al. 2019, arXiv 1904.06991) in the main directions.
+    """
+
+    def __init__(self):
+        from sklearn.neural_network import MLPClassifier
+
+        (train_images, self.train_labels), (images, self.labels) = load_split("train"), load_split("heldout")
+        self.train, self.heldout = DigitReader.scans(train_images), DigitReader.scans(images)
+        self.network = MLPClassifier((128, 64), alpha=1e-3, max_iter=400, random_state=0)
+        self.network.fit(self.train, self.train_labels)
+        self.mean = self.train.mean(axis=0)
+        self.directions = np.linalg.svd(self.train - self.mean, full_matrices=False)[2][:PCA_DIMS].T  # (64, PCA_DIMS)
+        self.shares = np.bincount(self.labels, minlength=10) / len(self.labels)
+
+    def main_directions(self, scans):
+        return (scans - self.mean) @ self.directions
+
+    def hidden(self, scans):
+        for weights, bias in zip(self.network.coefs_[:-1], self.network.intercepts_[:-1]):
+            scans = np.maximum(scans @ weights + bias, 0)
+        return scans
+
+    def frechet(self, features, scans):
+        statistics = []
+        for part in (self.heldout, scans):
+            values = torch.from_numpy(features(part))
+            statistics.append(FeatureStatistics(values.shape[1]))
+            statistics[-1].update(values)
+        return frechet_distance(*statistics)
+
+    def __call__(self, scans, asked=None):
+        """Figures of scans (n, 64), by name; with the digits that were asked for, how many are read as such."""
+        p = self.network.predict_proba(scans)
+        read = p.argmax(axis=1)
+        recall = precision_recall(
+            *(torch.from_numpy(self.main_directions(part)) for part in (self.heldout, scans)), precision="float32"
+        )[1]
+        return dict(
+            confident=float((p.max(axis=1) > 0.9).mean()),
+            frechet_pca=self.frechet(self.main_directions, scans),
+            frechet_hidden=self.frechet(self.hidden, scans),
+            recall=recall,
+            classes=float(np.abs(np.bincount(read, minlength=10) / len(read) - self.shares).sum() / 2),
+            asked=None if asked is None else float((read == asked).mean()),
+        )
+
+    def floor(self, draws=5):
+        """The figures of as many real train scans as there are held-out ones: the mean of a few draws of them."""
+        rng, n = np.random.default_rng(0), len(self.heldout)
+        found = [self(self.train[rng.choice(len(self.train), n, replace=False)]) for _ in range(draws)]
+        return {key: None if key == "asked" else float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+def distances(codes, train):
+    """The share of codes equal to a train code, and of those within two tokens of one."""
+    nearest = np.array([(train != code).sum(axis=1).min() for code in codes])
+    return dict(copies=float((nearest == 0).mean()), within_two=float((nearest <= 2).mean()))
+
+
+#################################################################################
+#                                    Commands                                   #
+#################################################################################
+
+
+def read_codes(path):
+    """All codes of a source as --dlc-dir takes it, (n, L) int64."""
+    rows = open_codes(path)[0]
+    return rows.gather(np.arange(len(rows))).astype(np.int64)
+
+
+def draw_simple_codes(train, out, num):
+    """Write codes of independent positions and of the mixture, `num` of each."""
+    codes, V = read_codes(train), Features(train).V
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, components in SIMPLE.items():
+        np.save(Path(out) / f"{name}.npy", Mixture(codes, V, components).draw(num).astype(np.uint8))
+
+
+def prior_bound(results, codes, labels=None):
+    """A prior's bound on codes, nats a token and its standard error, at every number of masked tokens."""
+    model, meta = load_prior(newest_prior(results))
+    kwargs = {} if labels is None else dict(y=torch.from_numpy(labels))
+    codes = torch.from_numpy(codes)
+    return mean_bound(
+        heldout_bounds(model, diffusion_of(meta), codes, torch.arange(len(codes)), model.L, kwargs), model.L
+    )
+
+
+def report(args):
+    """Print the tables and draw the picture."""
+    train, heldout, V = read_codes(args.train), read_codes(args.heldout), Features(args.train).V
+    labels = Features(args.heldout).labels.gather(np.arange(len(heldout))).astype(np.int64)
+    simple = {name: Mixture(train, V, components) for name, components in SIMPLE.items()}
+    bound, given_class = prior_bound(args.prior, heldout), prior_bound(args.prior, heldout, labels)
+
+    print(f"\nheld-out codes, nats a token ({len(heldout)} codes)")
+    print(f"{'uniform tokens':40} {math.log(V):7.3f}")
+    for name, model in simple.items():
+        print(f"{TITLES[name]:40} {model.nats(heldout).mean():7.3f}")
+    print(f"{'the prior, at most':40} {bound.nats:7.3f} +- {bound.error:.3f}")
+    print(f"{'the prior, told the class, at most':40} {given_class.nats:7.3f} +- {given_class.error:.3f}")
+
+    judge, n = Judge(), args.num
+    drawn = np.split(read_samples(args.simple_samples), len(SIMPLE))
+    images = dict(zip(("heldout", "prior", "class", *SIMPLE), (*map(read_samples, args.samples), *drawn)))
+    sources = dict(heldout=args.heldout, **dict(zip(("prior", "class"), map(codes_of, args.samples[1:]))))
+    sources.update({name: Path(args.simple_codes) / f"{name}.npy" for name in SIMPLE})
+    figures = dict(real=dict(judge.floor(), copies=None, within_two=None))
+    for name, these in images.items():
+        asked = labels if name == "heldout" else np.arange(n) % 10 if name == "class" else None
+        figures[name] = dict(judge(DigitReader.scans(these), asked), **distances(read_codes(sources[name]), train))
+    score = judge.network.score(judge.heldout, judge.labels)
+    print(f"\nimages of codes ({n} each; the network that reads them is right on {score:.3f} of real held-out digits)")
+    print(" " * 34 + "".join(f"{title:>11}" for title in COLUMNS.values()))
+    for name, values in figures.items():
+        cells = ("" if values[key] is None else f"{values[key]:.3f}" for key in COLUMNS)
+        print(f"{TITLES[name]:34}" + "".join(f"{cell:>11}" for cell in cells))
+    missed = missed_bars(bound.nats, figures)
+    print("bars for the prior: " + ("missed: " + "; ".join(missed) if missed else "all met"))
+
+    rows = np.concatenate([images["prior"][: 4 * GRID_COLUMNS], images["independent"][:GRID_COLUMNS]])
+    image_grid(rows, GRID_COLUMNS).save(args.out)
+    print(f"\nlook at {args.out}: digits from nothing, of codes that the prior drew; bottom row: independent positions")
+
+
+def missed_bars(nats, figures):
+    """Which of BARS the prior misses, in words."""
+    values = dict(figures["prior"], bound=nats, asked=figures["class"]["asked"])
+    return [
+        f"{key} {values[key]:.3f}, wanted {'at least' if sign > 0 else 'at most'} {bar}"
+        for key, (sign, bar) in BARS.items()
+        if sign * values[key] < sign * bar
+    ]
+
+
+def codes_of(samples):
+    """The folder of the codes that a prior drew for a folder of samples."""
+    (folder,) = Path(samples).glob("*.codes")
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compare a prior's codes with simpler ones, by bounds and images.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("codes", "draw codes of simpler models"), ("report", "print the tables, draw the picture")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--train", required=True, help="read the features of the train digits from here")
+        command.add_argument("--num", type=int, default=360, help="number of codes of each kind [%(default)s]")
+        command.add_argument(
+            "--out", required=True, help="write the codes into this folder, or the picture to this PNG"
+        )
+    add = command.add_argument
+    add("--heldout", required=True, help="read the features of the held-out digits from here")
+    add("--prior", required=True, help="results of the prior")
+    add("--samples", nargs=3, required=True, help="samples for held-out codes, of the prior, and of it by class")
+    add("--simple-samples", required=True, help="samples for the codes of the simpler models")
+    add("--simple-codes", required=True, help="those codes")
+    args = parser.parse_args()
+    if args.command == "codes":
+        draw_simple_codes(args.train, args.out, args.num)
+    else:
+        report(args)
+
+
+if __name__ == "__main__":
+    main()

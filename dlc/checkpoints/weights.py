@@ -217,9 +217,9 @@ def load_pretrained(path, model) -> str:
 
     Raises ValueError if path holds no weights, or none that fit.
     """
-    source = read_layout(path, flag="--pretrained-path")
+    source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
     weights, wanted = source.values, model.state_dict()
-    if not source.is_eps and holds_velocity_model(source):
+    if not (source.is_eps or source.prior) and holds_velocity_model(source):
         source.refuse(
             "predicts a velocity by its outputs, as SiT and REPA do: a model that predicts noise is trained here"
         )

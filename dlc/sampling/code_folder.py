@@ -127,8 +127,9 @@ class CodesRecord:
     eta: float | None = key(or_null(real_number(0, 1)))
     cfg_scale: float = key(real_number(0))
     classes: str | None = key(or_null(TEXT))  # of the samples, in words; null without
-    given: str | None = key(or_null(TEXT))  # the codes that are kept in part, and which part, in words
-    given_sha256: str | None = key(or_null(TEXT))
+    given: str | None = key(or_null(TEXT), decides=False)  # the codes that are kept in part
+    given_sha256: str | None = key(or_null(TEXT))  # of the rows that are used, in order
+    kept: str | None = key(or_null(TEXT))  # which part of them, in words
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
     global_seed: int = key(COUNT)

@@ -160,15 +160,15 @@ class Given:
             raise ValueError(f"row {self.rows.max()} is not in {options.given}, which has rows 0 to {len(codes) - 1}")
         self.tokens, self.places = options.keep_tokens, None
         if self.tokens is not None:
-            kept = f"{self.tokens} tokens at random places"
+            self.kept = f"{self.tokens} tokens at random places"
             if self.tokens > L:
                 raise ValueError(f"there are only {L} tokens to keep, not {self.tokens}")
         else:
             self.places = sorted({place for part in options.keep_places for place in part})
             if self.places[-1] >= L:
                 raise ValueError(f"position {self.places[-1]} is not in a code, which has positions 0 to {L - 1}")
-            kept = f"{len(self.places)} tokens at positions {_ranges(self.places)}"
-        self.words = f"{kept} of {len(self.rows):,} codes of {recorded_id(options.given)}"
+            self.kept = f"{len(self.places)} tokens at positions {_ranges(self.places)}"
+        self.source = recorded_id(options.given)
         digest = hashlib.sha256()
         for part in np.array_split(self.rows, 1 + len(self.rows) // 4096):
             digest.update(self.codes.gather(part, limit=V).astype("<u2").tobytes())
@@ -273,8 +273,9 @@ class PriorDraw:
             eta=(spec.default_eta if options.eta is None else options.eta) if spec.has_eta else None,
             cfg_scale=options.cfg_scale,
             classes=f"{', '.join(map(str, self.classes))} in turn" if self.classes else None,
-            given=self.given and self.given.words,
+            given=self.given and self.given.source,
             given_sha256=self.given and self.given.sha256,
+            kept=self.given and self.given.kept,
             precision=self.precision,
             tf32=self.tf32,
             global_seed=self.seed,

@@ -24,7 +24,8 @@ def heldout_bounds(model, diffusion: MaskedDiffusion, codes, indices, levels: in
         model_kwargs: of (n,) tensors.
     """
     L, bounds = codes.shape[1], []
-    for rows in torch.arange(len(codes), device=codes.device).split(ROWS_AT_ONCE):
+    for start in range(0, len(codes), ROWS_AT_ONCE):  # of few codes, a process may have none
+        rows = slice(start, start + ROWS_AT_ONCE)
         words = random_words(SEED, Stream.BOUND_MASK, indices[rows], L + 1).double() / 2**32
         some = {name: value[rows] for name, value in (model_kwargs or {}).items()}
         bounds.append(diffusion.code_bounds(model, codes[rows], words[:, :L], levels, words[:, L], some))
@@ -110,5 +111,5 @@ class HeldOut:
         risen = f"; it has risen to {nats:.4f} by step {last:,}: training overfits" if nats > best else ""
         self.run.logger.info(
             f"held-out bound: lowest at step {step:,}, {best:.4f} nats a token{risen}; "
-            f"those weights are {self.run.folder / 'best'}"
+            f"those weights are {self.run.folder / 'best' / f'{step:07d}'}"
         )

@@ -56,12 +56,13 @@ class CodePreview:
 
     Args:
         checkpoint: of the DiTSEM.
+        vae: as --vae takes it [the checkpoint's].
         codes: the `Codes` that the prior is trained on.
 
     Raises ValueError if there is no such model, if it is of other codes, or if its VAE cannot be loaded.
     """
 
-    def __init__(self, checkpoint, codes, device: torch.device, seed: int):
+    def __init__(self, checkpoint, vae: str | None, codes, device: torch.device, seed: int):
         self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
         if self.model.conditioning != "codes":
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
@@ -74,7 +75,7 @@ class CodePreview:
         encoders = meta.encoder_sha256, codes.features.source()["encoder_sha256"]
         if None not in encoders and encoders[0] != encoders[1]:
             raise ValueError(f"--preview-ckpt {checkpoint} is of another encoder's codes than the features'")
-        vae = meta.vae or "ema"
+        vae = vae or meta.vae or "ema"
         self.vae, self.device, self.seed = load_vae(vae, device), device, seed
         check_decodes(self.vae, vae, self.model.in_channels, vars(meta), f"the latents of {checkpoint}")
         self.model.to(device)
