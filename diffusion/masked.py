@@ -105,13 +105,13 @@ class MaskedDiffusion:
         """
         x_t = self.corrupt(x0, t) if x_t is None else x_t
         places, L = x_t == self.mask, x0.shape[1]
-        log_score = model(x_t, self.told(t), places=places, **(model_kwargs or {}))[:, :self.V].float()     # (M, V)
+        log_score = model(x_t, self.told(t), places=places, **(model_kwargs or {}))[:, :self.V]             # (M, V)
         owner = places.nonzero()[:, 0]                                                                      # (M,)
         terms = F.cross_entropy(log_score, x0[places], reduction="none")                                    # (M,)
-        weight = L / self.masked_count(t, L) if self.masking == "counted" else 1 / t                        # (N,)
+        weight = L / self.masked_count(t, L).to(terms) if self.masking == "counted" else 1 / t.to(terms)    # (N,)
 
         def per_code(values):
-            return weight.to(values) * values.new_zeros(len(x0)).index_add(0, owner, values)
+            return weight * values.new_zeros(len(x0)).index_add(0, owner, values)
 
         nats = per_code(terms)
         loss = nats
@@ -144,7 +144,7 @@ class MaskedDiffusion:
             places = ranks < k.unsqueeze(1)
             t = times.gather(1, k.unsqueeze(1) - 1).squeeze(1)
             out = model(torch.where(places, self.mask, x0), self.told(t), places=places, **(model_kwargs or {}))
-            terms = F.cross_entropy(out[:, :self.V].float(), x0[places], reduction="none").double()
+            terms = F.cross_entropy(out[:, :self.V], x0[places], reduction="none").double()
             total.index_add_(0, places.nonzero()[:, 0], terms / k.repeat_interleave(k))
         return total * (L / levels)
 

@@ -61,7 +61,9 @@ class TokenDraw:
         probabilities = (logits / self.temperature).softmax(dim=1)                       # (M, V)
         if self.top_p < 1:
             ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-            ordered = ordered * (ordered.cumsum(dim=1) - ordered < self.top_p)
+            kept = ordered.cumsum(dim=1) - ordered < self.top_p
+            kept[:, 0] = True
+            ordered = ordered * kept
             probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
         cumulative = probabilities.cumsum(dim=1)
         total = cumulative[:, -1:]
@@ -94,14 +96,10 @@ class Timetable:
 
     def row_steps(self) -> torch.Tensor:
         """Each row's steps in which tokens are due, ascending, (N, C) int64; `never` fills rows that have fewer."""
-        n = len(self.reveal[0])
-        due = torch.zeros(n, self.never + 2, dtype=torch.bool, device=self.times.device)     # + given, never
-        for steps in self.reveal:
-            due.scatter_(1, steps + 1, True)
-        due = due[:, 1:-1]
-        count = int(due.sum(dim=1).max())
-        steps = torch.where(due, torch.arange(self.never, device=due.device), self.never)
-        return steps.sort(dim=1).values[:, :count]
+        steps = torch.cat(self.reveal, dim=1).sort(dim=1).values
+        repeated = torch.nn.functional.pad(steps[:, 1:] == steps[:, :-1], (1, 0))
+        steps = torch.where(repeated | (steps < 0), self.never, steps).sort(dim=1).values
+        return steps[:, :int((steps < self.never).sum(dim=1).max())]
 
     def at(self, steps) -> tuple[torch.Tensor, torch.Tensor]:
         """In rows' steps (N,): the places that are masked, (N, L) bool, and in which round a place is due, or -1."""
