@@ -6,7 +6,7 @@
 
 In: samples and a reference, each an .npz or a folder of images. Out: a table, SAMPLES.metrics.json, and a line for a
 paper. docs/evaluation.md says what the numbers compare with. Commands beside the comparison, each with --help:
-make-reference.
+make-reference, reconstruction, agreement, sweep.
 """
 
 import importlib
@@ -14,13 +14,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dlc.cli import SEED, ArgumentParser, number
+from dlc.cli import ArgumentParser
 from dlc.evaluation.comparison import DEFAULTS, METRICS, Comparison, Result
 from dlc.evaluation.feature_file import NAME as FEATURE_FILE
 from dlc.evaluation.feature_file import FileNetwork, read_features
 from dlc.evaluation.features import measure
+from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
 from dlc.evaluation.images import open_images
-from dlc.evaluation.networks import NETWORKS, add_network_flags, open_networks
+from dlc.evaluation.networks import NETWORKS, open_networks
 from dlc.evaluation.reference import Reference, open_reference
 from dlc.evaluation.report import metrics_json, metrics_path, paper_line, table, write_metrics
 from dlc.evaluation.self_check import check_arithmetic, check_network
@@ -40,37 +41,22 @@ def parse_args():
     add = parser.add_argument
     add("samples", nargs="?", metavar="SAMPLES", help="samples: an .npz with arr_0, or a folder of images")
     add("--reference", help="compare with this: an .npz of ADM's or make-reference's, or a folder of images")
-    add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"{', '.join(METRICS)} [those of the features]")
-    add_network_flags(add, "; or an .npz of features that somebody else computed")
-    add("--crop", type=number(int, 1), help="crop the images of folders to this size as ADM does, pixels")
-    add("--resize", type=number(int, 1), help="resize the images of folders to this size squared, bicubic, pixels")
-    add(
-        "--pr-precision",
-        choices=["adm", "float32"],
-        default="adm",
-        help="round the distances of precision and recall; adm: to float16, as in published numbers [%(default)s]",
-    )
-    add("--global-seed", type=SEED, default=0, help="seed of KID's subsets [%(default)s]")
+    add_comparison_flags(add)
     add("--output", help="write the numbers to this JSON file [SAMPLES.metrics.json, beside SAMPLES]")
     return parser, parser.parse_args()
 
 
 def check_flags(args):
     """Raise ValueError for flags that contradict each other."""
+    check_comparison_flags(args)
     is_file = args.features not in NETWORKS
-    if is_file and not args.features.endswith(".npz"):
-        raise ValueError(f"--features {args.features} is none of {', '.join(NETWORKS)}, and no .npz of features")
     if args.samples is None and not is_file:
         hint = f" (the commands are {', '.join(COMMANDS)})"
         raise ValueError(f"SAMPLES is missing: name an .npz or a folder of images{hint}")
     if args.reference is None and not is_file:
         raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
-    if args.crop and args.resize:
-        raise ValueError("--crop and --resize exclude each other: give one")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no such folder")
-    if is_file and not Path(args.features).exists():
-        raise ValueError(f"--features {args.features} does not exist")
     if is_file and args.output is None and args.samples is None:
         args.output = str(metrics_path(Path(args.features)))
 

@@ -1,10 +1,11 @@
 """What an evaluation prints and writes: the table, SAMPLES.metrics.json, and the line for a paper."""
 
+import contextlib
 import datetime
 import sys
 from pathlib import Path
 
-from dlc.disk import recorded_id, write_json
+from dlc.disk import read_json, recorded_id, write_json
 from dlc.evaluation.comparison import DISTANCES, K_DENSITY, K_PRECISION, SPLIT_SIZE, Comparison, Result
 from dlc.evaluation.images import ImageSet
 from dlc.runtime import versions
@@ -132,5 +133,12 @@ def metrics_json(result: Result, comparison: Comparison, samples: ImageSet | Non
 
 
 def write_metrics(path: Path, content: dict) -> None:
-    """Write SAMPLES.metrics.json, whole or not at all. Raises OSError naming it."""
-    write_json(Path(path), content)
+    """Write these keys of SAMPLES.metrics.json, whole or not at all; those that another command wrote stay.
+
+    Raises OSError naming it.
+    """
+    path, earlier = Path(path), {}
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # a damaged file is replaced
+            earlier = read_json(path)
+    write_json(path, {**earlier, **content})
