@@ -37,5 +37,18 @@ for share in 75 50 25; do
 done
 stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" \
     --num-fid-samples 36
+
+# for the table: a class-conditional DiT of the same size and steps, and samples for codes that no digit has
+python -m demo.shuffled "$out/features_heldout" "$out/shuffled_codes.npy"
+stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffled" \
+    --dlc-dir "$out/shuffled_codes.npy" --num-fid-samples 360
+stage "train: DiT on classes" python train.py --model DiT-Ti/4 --features-path "$out/features_train" \
+    --results-dir "$out/results_class" --max-steps 2000 --global-batch-size 32 --lr 2e-3 --ema-decay 0.995 \
+    --log-every 200 --num-workers 0
+stage "sample: DiT on classes" python sample_ddp.py --model DiT-Ti/4 --label-sampling equal \
+    --results-dir "$out/results_class" --num-sampling-steps 50 --per-proc-batch-size 120 \
+    --sample-dir "$out/samples_class" --num-fid-samples 360
+
 python -m demo.report --features "$out/features_heldout" --samples "$out/samples" --times "$out/times.txt" \
     --out "$out/demo.png" --composed "$out/composed" --sources "${sources[@]}" --composed-out "$out/composed.png"
+python -m demo.table "$out"

@@ -30,6 +30,10 @@ DTYPES = dict(
 )
 
 
+class _Fault(ValueError):
+    """What is wrong with a file, in our words."""
+
+
 class _Storage:
     """A reference of the pickle to a storage that comes later in the file."""
 
@@ -54,12 +58,12 @@ class _Unpickler(pickle.Unpickler):
             return _Tensor
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        raise ValueError(f"it names {one_line(f'{module}.{name}', 80)}, and may only hold tensors")
+        raise _Fault(f"it names {one_line(f'{module}.{name}', 80)}, and may only hold tensors")
 
     def persistent_load(self, reference):
         kind, dtype, key, _, numel, view = reference
         if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
-            raise ValueError("it refers to something other than a whole storage")
+            raise _Fault("it refers to something other than a whole storage")
         return _Storage(key, dtype, numel)
 
 
@@ -71,7 +75,7 @@ def _pickles(data: memoryview, count: int):
         for opcode, argument, position in pickletools.genops(bytes(data[start : start + LARGEST_INDEX])):
             length = position + 1
             if opcode.name in ("LONG_BINPUT", "PUT") and int(argument) > LARGEST_MEMO:
-                raise ValueError("its index of objects is too large")
+                raise _Fault("its index of objects is too large")
         values.append(_Unpickler(io.BytesIO(data[start : start + length])).load())
         start += length
     return values, start
@@ -83,7 +87,7 @@ def load_legacy(path) -> dict:
         data = memoryview(Path(path).read_bytes())
         (magic, _, _, objects, keys), place = _pickles(data, 5)
         if magic != MAGIC or not isinstance(objects, dict):
-            raise ValueError("it holds no dict of torch.save")
+            raise _Fault("it holds no dict of torch.save")
         dtypes = {one.storage.key: one.storage.dtype for one in objects.values() if isinstance(one, _Tensor)}
         storages = {}
         for key in keys:
@@ -91,19 +95,19 @@ def load_legacy(path) -> dict:
             size = dtypes[key].itemsize * numel
             place += 8
             if numel < 0 or place + size > len(data):
-                raise ValueError("it is cut off")
+                raise _Fault("it is cut off")
             storages[key] = torch.frombuffer(bytearray(data[place : place + size]), dtype=dtypes[key])
             place += size
         return {name: _tensor(one, storages) for name, one in objects.items()}
     except Exception as error:  # the unpickler raises many types
-        reason = one_line(error, 150) if isinstance(error, ValueError) else "it is cut off or damaged"
+        reason = one_line(error, 150) if isinstance(error, _Fault) else "it is cut off or damaged"
         raise ValueError(f"{path} cannot be read as weights of torch before 1.6: {reason}") from None
 
 
 def _tensor(one, storages):
     if not isinstance(one, _Tensor):
-        raise ValueError(f"it holds a {type(one).__name__} among the tensors")
+        raise _Fault(f"it holds a {type(one).__name__} among the tensors")
     storage = storages[one.storage.key]
     if math.prod(one.size) > len(storage):
-        raise ValueError("it has a tensor with fewer values than its shape says")
+        raise _Fault("it has a tensor with fewer values than its shape says")
     return storage.as_strided(one.size, one.stride, one.offset)

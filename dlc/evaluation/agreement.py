@@ -20,6 +20,7 @@ from dlc.cli import ArgumentParser, number
 from dlc.encoder import add_encoder_flags
 from dlc.evaluation.codes import CodeReader, codes_of_images, open_encoder_of, token_agreement
 from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor, joined, measure, open_vae
+from dlc.evaluation.report import metrics_path, write_metrics
 from dlc.features import Features
 from dlc.images import read_png
 from dlc.runtime import agree, create_logger, start_processes
@@ -192,7 +193,8 @@ def main():
         if state.is_main_process:
             if of_images:
                 result["ceiling"] = of_images["code_agreement"]
-            path = folder.with_name(folder.name + ".metrics.json")
+            path = metrics_path(folder)
+            write_metrics(path, dict(code_agreement=result))
             logger.info(line_of(result))
             logger.info(f"written to {path}")
     state.destroy_process_group()

@@ -209,7 +209,7 @@ class InceptionV3(nn.Module):
 
         pool is TensorFlow's pool_3. spatial is the first 7 channels of mixed_6/conv, flattened with the channel last.
         """
-        x = (resize_tf1(images.float()) - 128) / 128  # (N, 3, 299, 299)
+        x = (resize_tf1(images.to(self.fc.weight.dtype)) - 128) / 128  # (N, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)

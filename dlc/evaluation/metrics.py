@@ -12,10 +12,10 @@ import math
 
 import torch
 
+from dlc.evaluation.distances import distance_tiles
+
 EPS = torch.finfo(torch.float64).eps
 ROWS_AT_ONCE = 512  # rows that are added to statistics at once: fewer make the matrix product slow
-TILE = 2000  # rows and columns of distances in memory at once
-ADM_BLOCK = 10_000  # rows and columns of distances that ADM computes in one precision
 
 
 def checked(features, name: str = "features") -> torch.Tensor:
@@ -49,7 +49,7 @@ class FeatureStatistics:
     """
 
     def __init__(self, dim: int):
-        self.dim, self.count = dim, 0
+        self.dim, self._count = dim, 0
         self._mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of outer products of centred rows
         self._waiting, self._rows = [], 0
@@ -73,7 +73,7 @@ class FeatureStatistics:
         if (covariance - covariance.T).abs().max() > 1e-6 * largest or covariance.diagonal().min() < -1e-6 * largest:
             raise ValueError("the covariance is not symmetric, or has negative variances")
         statistics = cls(len(mean))
-        statistics._mean, statistics._covariance, statistics.count = mean, (covariance + covariance.T) / 2, count
+        statistics._mean, statistics._covariance, statistics._count = mean, (covariance + covariance.T) / 2, count
         return statistics
 
     def update(self, features) -> None:
@@ -96,6 +96,12 @@ class FeatureStatistics:
         self._add(count, mean, scatter)
 
     @property
+    def count(self) -> int | None:
+        """Rows so far; None of moments that do not say."""
+        self._add_waiting()
+        return self._count
+
+    @property
     def mean(self) -> torch.Tensor:
         """(dim,) float64."""
         self._add_waiting()
@@ -105,7 +111,7 @@ class FeatureStatistics:
     def scatter(self) -> torch.Tensor:
         """The sum of the outer products of centred rows (dim, dim), float64."""
         self._add_waiting()
-        return self._scatter if self._covariance is None else self._covariance * (self.count - 1)
+        return self._scatter
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -113,9 +119,9 @@ class FeatureStatistics:
         self._add_waiting()
         if self._covariance is not None:
             return self._covariance
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, and there are {self.count}")
-        return self._scatter / (self.count - 1)
+        if self._count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, and there are {self._count}")
+        return self._scatter / (self._count - 1)
 
     def _add_waiting(self):
         if not self._waiting:
@@ -129,11 +135,11 @@ class FeatureStatistics:
     def _add(self, count, mean, scatter):
         if not count:
             return
-        total, difference = self.count + count, mean - self._mean
+        total, difference = self._count + count, mean - self._mean
         self._scatter += scatter
-        self._scatter.addr_(difference, difference, alpha=self.count * count / total)
+        self._scatter.addr_(difference, difference, alpha=self._count * count / total)
         self._mean = self._mean + difference * (count / total)
-        self.count = total
+        self._count = total
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -199,66 +205,13 @@ def inception_score(probs, split_size: int = 5000) -> float:
 #################################################################################
 
 
-def half_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Squared distances (n, m) of rows, every step rounded to float16 as in ADM: float32 holding half's values.
-
-    A half product is float32's, rounded once; on a CPU that is 3 times as fast as torch's own.
-    """
-    u, v = u.half(), v.half()
-    norm_u, norm_v = (one.square().float().sum(dim=1).half() for one in (u, v))
-    product = (u.float() @ v.float().T).half() if u.device.type == "cpu" else u @ v.T
-    return ((norm_u[:, None] - 2 * product) + norm_v).clamp(min=0).float()
-
-
-def exact_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Squared distances (n, m) of rows in float32."""
-    u, v = u.float(), v.float()
-    norm_u, norm_v = (one.square().sum(dim=1) for one in (u, v))
-    return torch.addmm(norm_u[:, None] + norm_v, u, v.T, alpha=-2).clamp(min=0)
-
-
-def tiles(count: int, size: int, start: int = 0):
-    """Slices of at most `size` that cover start..count."""
-    return [slice(low, min(low + size, count)) for low in range(start, count, size)]
-
-
-def distance_tiles(u: torch.Tensor, v: torch.Tensor, half: bool):
-    """(rows, columns, squared distances) over all pairs of rows of u (N, D) and v (M, D), TILE x TILE at once.
-
-    half: distances in float16 where a block of ADM_BLOCK x ADM_BLOCK is finite, in float32 where it is not.
-    """
-    for rows in tiles(len(u), ADM_BLOCK):
-        for columns in tiles(len(v), ADM_BLOCK):
-            inner = [
-                (r, c) for r in tiles(rows.stop, TILE, rows.start) for c in tiles(columns.stop, TILE, columns.start)
-            ]
-            in_half = half and half_is_finite(u[rows], v[columns])
-            distances = half_distances if in_half else exact_distances
-            for r, c in inner:
-                yield r, c, distances(u[r], v[c])
-
-
-def half_is_finite(u: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether all squared distances of two blocks of rows are finite in float16."""
-    norms = [one.half().square().float().sum(dim=1).half().float() for one in (u, v)]
-    if not all(norm.isfinite().all() for norm in norms):
-        return False
-    if 2 * sum(norm.max() for norm in norms) < torch.finfo(torch.float16).max:
-        return True  # |u - v|^2 <= 2 |u|^2 + 2 |v|^2, and 2 |u v| is no larger
-    return all(half_distances(u[r], v[c]).isfinite().all() for r in tiles(len(u), TILE) for c in tiles(len(v), TILE))
-
-
 def squared_radii(features: torch.Tensor, k: int, half: bool) -> torch.Tensor:
     """The squared distance (N,) of each row to its k-th nearest other: the (k + 1)-th smallest, its own 0 included."""
-    nearest = []
+    nearest = {}  # tile of rows: the smallest distances so far, since tiles do not come row by row
     for rows, _, distances in distance_tiles(features, features, half):
-        # tiles do not come row by row, so the nearest of each tile of rows are kept
-        while len(nearest) < -(-rows.stop // TILE):
-            nearest.append(None)
-        place = rows.start // TILE
-        known = distances if nearest[place] is None else torch.cat([nearest[place], distances], dim=1)
-        nearest[place] = known.topk(min(k + 1, known.shape[1]), dim=1, largest=False).values
-    return torch.cat([one[:, k] for one in nearest])
+        known = torch.cat([nearest[rows.start], distances], dim=1) if rows.start in nearest else distances
+        nearest[rows.start] = known.topk(min(k + 1, known.shape[1]), dim=1, largest=False).values
+    return torch.cat([nearest[start][:, k] for start in sorted(nearest)])
 
 
 def precision_recall(reference, samples, k: int = 3, precision: str = "adm") -> tuple[float, float]:

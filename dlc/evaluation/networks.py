@@ -1,6 +1,6 @@
 """The networks that turn images into features: Inception (FID, sFID, Inception Score) and DINOv2 (FD-DINOv2).
 
-    network = open_network("inception", path=None, device=device)
+    network = open_networks(args, ["inception"], state)["inception"]
     features = network(images)                    # (N, H, W, 3) uint8: {"pool": (N, 2048), "spatial": (N, 2023)}
 
 A network has a `name`, `outputs` (the width of each), and a `digest` of its weights. `pool` is the output that every
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from dlc.checkpoints.weights import weights_sha256
+from dlc.cli import number
 from dlc.evaluation.dinov2 import load_dinov2, preprocess
 from dlc.evaluation.download import fetch
 from dlc.evaluation.inception import SIDE, InceptionV3
 from dlc.evaluation.inception_weights import GRAPH, NAMES, SHA256_PREFIX, URL, digest_fault, load_inception
+from dlc.runtime import done_by_rank_0
 
 DINOV2_NAME = "dinov2_vitl14_pretrain.pth"
 DINOV2_URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{DINOV2_NAME}"
@@ -67,7 +69,7 @@ class DINOv2Network:
         self.notes = [] if large else [f"{path} is no ViT-L/14, by which FD-DINOv2 is defined"]
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        views = preprocess(images).to(self.device, non_blocking=True)
+        views = preprocess(images).to(self.device, self.module.pos_embed.dtype, non_blocking=True)
         return dict(pool=self.module.forward_features(views)[:, 0].float())
 
 
@@ -100,11 +102,6 @@ def find_weights(kind, given=None) -> Path:
     )
 
 
-def open_network(name: str, path, device):
-    """The network of NETWORKS with this name and a file of weights, on a device. Raises ValueError as loading does."""
-    return NETWORKS[name](path, device)
-
-
 def probe_image(side: int = SIDE) -> np.ndarray:
     """A fixed image (1, side, side, 3) uint8 with edges, gradients and texture, by which networks are compared."""
     y, x = np.mgrid[:side, :side].astype(np.int64)
@@ -112,3 +109,25 @@ def probe_image(side: int = SIDE) -> np.ndarray:
     green = ((x * x + 3 * y * y + 7 * x * y) // 97) % 256
     blue = 255 * ((x // 16 + y // 16) % 2)
     return np.stack([red, green, blue], axis=2).astype(np.uint8)[None]
+
+
+def add_network_flags(add, more=""):
+    """Add the flags that choose networks and their weights. more: words to add to the help of --features."""
+    add("--features", default="inception", help=f"compare features of {' or '.join(NETWORKS)}{more} [%(default)s]")
+    add(
+        "--inception",
+        help="read Inception's weights from this .pth, .safetensors or .pb [torch's hub cache, or fetched]",
+    )
+    add("--dinov2", help="read DINOv2's weights from this .pth or .safetensors [torch's hub cache, or fetched]")
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        help="images per batch, on a CPU per core; another size changes the last digits [64 on GPUs, 8 on CPUs]",
+    )
+
+
+def open_networks(args, names, state):
+    """{name: network} of these names, on this process's device. Rank 0 fetches weights that are nowhere."""
+    given = dict(inception=args.inception, dinov2=args.dinov2)
+    paths = done_by_rank_0(state, lambda: {name: find_weights(NETWORKS[name], given[name]) for name in names})
+    return {name: NETWORKS[name](paths[name], state.device) for name in names}

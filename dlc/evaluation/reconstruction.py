@@ -34,7 +34,7 @@ from dlc.evaluation.codes import (
 )
 from dlc.evaluation.features import merge, outputs_of, share
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
-from dlc.evaluation.networks import NETWORKS, find_weights, open_network
+from dlc.evaluation.networks import NETWORKS, open_networks
 from dlc.evaluation.similarity import psnr, ssim
 from dlc.extraction import PixelEncoder
 from dlc.features import Features
@@ -271,15 +271,15 @@ def parse_args():
         default=["inception"],
         help="features of the Frechet distance; encoder: the SEM encoder's class and register tokens [inception]",
     )
-    for kind in NETWORKS.values():
-        add(kind.flag, help=f"weights of {kind.name} [looked for in torch's hub cache, and fetched]")
+    add("--inception", help="read Inception's weights from this file [torch's hub cache, or fetched]")
+    add("--dinov2", help="read DINOv2's weights from this file [torch's hub cache, or fetched]")
     add_encoder_flags(add, None, " that made the codes; none: leave codes out; default: the one that the features name")
     add("--precision", choices=PRECISIONS, default="fp32", help="precision of the VAE")
     add("--out", help="write the numbers to this .json [FEATURES/reconstruction.json]")
     return parser, parser.parse_args()
 
 
-def open_networks(args, encoder, device) -> list:
+def open_all(args, encoder, state) -> list:
     """The networks of --features. Raises ValueError where their weights are not to be had."""
     names = [] if args.networks == ["none"] else list(dict.fromkeys(args.networks))
     if "none" in names:
@@ -288,11 +288,8 @@ def open_networks(args, encoder, device) -> list:
         raise ValueError(
             "--features encoder needs the encoder of the features' codes: there are none, or it is left out"
         )
-    paths = {name: find_weights(kind, getattr(args, name)) for name, kind in NETWORKS.items() if name in names}
-    return [
-        EncoderNetwork(encoder, device) if name == "encoder" else open_network(name, paths[name], device)
-        for name in names
-    ]
+    networks = open_networks(args, [name for name in names if name in NETWORKS], state)
+    return [networks[name] if name in networks else EncoderNetwork(encoder, state.device) for name in names]
 
 
 def table_of(result: dict) -> list[str]:
@@ -323,7 +320,7 @@ def main():
             encoder, notes = open_encoder_of(args, features.manifest, features.L, f"the codes of {args.features}")
         state = start_processes()
         vae, digest, more = open_vae(args.vae, features, state.device)
-        networks = open_networks(args, encoder, state.device)
+        networks = open_all(args, encoder, state)
         settings = dict(
             listing_sha256=features.manifest.listing_sha256,
             image_size=features.image_size,

@@ -15,8 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diffusion.samplers import SAMPLERS
 from dlc.cli import ArgumentParser, number, one_line
 from dlc.disk import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
+from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
+from dlc.sampling.flags import sampling_parser
 
 FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[2]
@@ -182,41 +185,51 @@ def report(results: list[tuple[dict, dict]], out: Path, say=print) -> None:
 
 
 def parse_args(argv: list[str]):
-    """The parser, sweep's own flags, and the flags of evaluate.py and of the sampling script."""
-    parser = ArgumentParser(
-        __doc__, usage="%(prog)s [flags of sweep and of evaluate.py] -- [flags of the sampling script]"
-    )
+    """The parser, sweep's own flags, and the flags of evaluate.py and of the sampling script, as lists of texts."""
+    parser = ArgumentParser(__doc__, usage="%(prog)s FLAGS [flags of evaluate.py] -- [flags of the sampling script]")
     add = parser.add_argument
     for flag, kind in SWEPT.items():
-        add(f"--{flag}", type=kind, nargs="+", help=f"values of the sampling script's --{flag} to try [its default]")
-    add("--reference", required=True, help="what samples are compared with, as evaluate.py takes it")
+        add(f"--{flag}", type=kind, nargs="+", help=f"try these values of the sampling script's --{flag} [its default]")
+    add("--reference", help="compare with this, as evaluate.py does [none: only --agreement is measured]")
+    add("--agreement", action="store_true", help="measure code agreement too, as evaluate.py agreement does")
     add("--out", default="sweep", help="write samples, results, table and plot here")
-    add("--script", choices=SCRIPTS, default=SCRIPTS[0], help="the sampling script")
-    add("--processes", type=number(int, 1), default=1, help="processes of each launch, such as one per GPU")
-    add("--discard", action="store_true", help="remove the samples of a setting once it is evaluated [they are kept]")
+    add("--script", choices=SCRIPTS, default=SCRIPTS[0], help="draw with this script")
+    add("--processes", type=number(int, 1), default=1, help="processes per launch, such as one per GPU")
+    add("--discard", action="store_true", help="remove the samples of a setting once it is evaluated")
     own, sampling = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args, evaluation = parser.parse_known_args(own)
+    # each of the others' flags is parsed here too, so that a mistake is not found after hours of sampling
+    parser.evaluation = ArgumentParser("", add_help=False, usage=parser.usage)
+    add_comparison_flags(parser.evaluation.add_argument)
+    with parser.one_line_errors():
+        check_comparison_flags(parser.evaluation.parse_args(evaluation))
+    sampling_parser("", args.script, "DiT-XL/2").parse_args(sampling)
     return parser, args, evaluation, sampling
 
 
-def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, list]:
-    """The values of the swept flags. Raises ValueError for flags that none of the programs takes, or that clash."""
+def check_flags(args, sampling: list[str]) -> dict[str, list]:
+    """The values of the swept flags. Raises ValueError for flags that clash, and where there is nothing to do."""
     values = {flag: getattr(args, flag.replace("-", "_")) for flag in SWEPT}
     values = {flag: given for flag, given in values.items() if given is not None}
     if not values:
         raise ValueError(f"nothing to sweep: give values of one or more of --{', --'.join(SWEPT)}")
     given = {text.split("=")[0] for text in sampling}
-    for flag, why in [
-        *((flag, "a flag of sweep itself: give it before --") for flag in SWEPT),
-        ("sample-dir", "sweep's own choice: give --out"),
-    ]:
+    for flag in values:
         if f"--{flag}" in given:
-            raise ValueError(f"--{flag} after -- is {why}")
-    if not Path(args.reference).exists():
+            raise ValueError(f"--{flag} after -- is a flag that is swept: give its values before --")
+    if "--sample-dir" in given:
+        raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
+    if args.reference is None and not args.agreement:
+        raise ValueError("nothing to measure: give --reference, --agreement or both")
+    if args.reference and not Path(args.reference).exists():
         raise ValueError(f"--reference {args.reference} does not exist")
+    if args.agreement and args.script != SCRIPTS[0]:
+        raise ValueError(f"--agreement is of samples for codes, which {args.script} does not draw")
     for setting in all_settings(values):
         if setting.get("t-min", 0) > setting.get("t-max", 999):
             raise ValueError(f"t-min {setting['t-min']} is above t-max {setting['t-max']}: leave one of them out")
+        if setting.get("sampler", "ddpm") not in SAMPLERS:
+            raise ValueError(f"--sampler {setting['sampler']}: wanted one of {', '.join(SAMPLERS)}")
     return values
 
 
@@ -246,26 +259,29 @@ def draw_and_evaluate(args, evaluation: list[str], sampling: list[str], setting:
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:
         raise ValueError(f"{folder} holds {len(sets)} .npz, wanted the one just drawn: remove the others")
-    launch(
-        args.processes,
-        ROOT / "evaluate.py",
-        [str(sets[0]), "--reference", args.reference, *evaluation],
-        f"evaluation with {what}",
-    )
-    metrics = read_json(sets[0].with_suffix(".metrics.json"))["metrics"]
+    evaluate, metrics = ROOT / "evaluate.py", sets[0].with_suffix(".metrics.json")
+    if args.reference:
+        flags = [str(sets[0]), "--reference", args.reference, *evaluation]
+        launch(args.processes, evaluate, flags, f"evaluation with {what}")
+    if args.agreement:
+        launch(args.processes, evaluate, ["agreement", str(sets[0])], f"agreement with {what}")
+    found = read_json(metrics)
+    values = dict(found.get("metrics", {}))
+    if args.agreement:
+        values["code_agreement"] = found["code_agreement"]["share"]
     if args.discard:
         shutil.rmtree(sets[0].with_suffix(""))
         sets[0].unlink()
-    return metrics
+    return values
 
 
 def main():
     parser, args, evaluation, sampling = parse_args(sys.argv[1:])
     with parser.one_line_errors():
-        settings = all_settings(check_flags(args, evaluation, sampling))
-        sweep = Sweep(
-            args.out, dict(sampling=sampling, evaluation=[*flags_of(dict(reference=args.reference)), *evaluation])
-        )
+        settings = all_settings(check_flags(args, sampling))
+        measured = [*(["--reference", args.reference] if args.reference else []), *evaluation]
+        measured += ["--agreement"] * args.agreement
+        sweep = Sweep(args.out, dict(sampling=sampling, evaluation=measured))
         lock = DirectoryLock(args.out)
         lock.acquire()
     with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):
