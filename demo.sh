@@ -49,6 +49,20 @@ stage "sample: DiT on classes" python sample_ddp.py --model DiT-Ti/4 --label-sam
     --results-dir "$out/results_class" --num-sampling-steps 50 --per-proc-batch-size 120 \
     --sample-dir "$out/samples_class" --num-fid-samples 360
 
+# images from nothing: a prior over the train codes, its codes, and codes of simpler models to compare with
+stage "train: prior" python train_prior.py --model DLCPrior-Ti --features-path "$out/features_train" \
+    --heldout-path "$out/features_heldout" --results-dir "$out/results_prior" --class-conditional \
+    --label-dropout 0.3 --max-steps 700 --global-batch-size 64 --lr 3e-3 --warmup-steps 100 --ema-decay 0.995 \
+    --log-every 100 --eval-every 350 --num-workers 0
+stage "sample: prior" "${sample[@]}" --sample-dir "$out/samples_prior" --prior "$out/results_prior" \
+    --num-fid-samples 360
+stage "sample: prior by class" "${sample[@]}" --sample-dir "$out/samples_prior_class" \
+    --prior "$out/results_prior" --prior-class all --num-fid-samples 360
+python -m demo.prior codes "$out"
+stage "sample: simpler models' codes" "${sample[@]}" --sample-dir "$out/samples_simple" \
+    --dlc-dir "$out/simple_codes" --num-fid-samples 720
+
 python -m demo.report --features "$out/features_heldout" --samples "$out/samples" --times "$out/times.txt" \
     --out "$out/demo.png" --composed "$out/composed" --sources "${sources[@]}" --composed-out "$out/composed.png"
 python -m demo.table "$out"
+python -m demo.prior report "$out"

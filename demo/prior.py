@@ -1,14 +1,15 @@
-"""The stage of demo.sh about the prior over codes: codes to compare its codes with, and a table and a picture of both.
+"""The stages of demo.sh about the prior over codes: codes to compare with its codes, and tables and a picture of both.
 
-    python -m demo.prior codes --train FEATURES --out FOLDER
-    python -m demo.prior report --train FEATURES --heldout FEATURES --prior RESULTS ... --out PICTURE.png
+    python -m demo.prior codes demo_output
+    python -m demo.prior report demo_output
 
 `codes` draws codes of two simpler models of the train codes: each position by itself, by the frequencies of its tokens;
 and a mixture of products of such positions, fitted by EM. `report` compares bounds on the held-out codes, and images
-that a DiTSEM drew for each kind of code with scans of real held-out digits.
+that a DiTSEM drew for each kind of code with scans of real held-out digits; it writes prior.png, prior.txt, prior.json.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 
 from demo.digits import DigitReader, load_split
-from demo.report import read_samples
+from demo.table import DIRECTIONS, Demo
 from diffusion.masked import mean_bound
 from dlc.checkpoints.prior_weights import diffusion_of, load_prior
+from dlc.disk import write_bytes
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 from dlc.features import Features
 from dlc.images import image_grid
@@ -28,7 +30,7 @@ from dlc.training.heldout import heldout_bounds
 
 EM_STEPS, SMOOTHING = 60, 0.05
 SIMPLE = dict(mixture=320, independent=1)  # components; in the order in which --dlc-dir reads their files
-PCA_DIMS, GRID_COLUMNS = 20, 20
+NUM, GRID_COLUMNS = 360, 20
 TITLES = {
     "real": "real train digits (the floor)",
     "heldout": "codes of held-out digits",
@@ -124,7 +126,7 @@ class Judge:
     """Measures images of digits against the scans of real held-out ones.
 
     A small neural network (128 and 64 hidden units), fitted to the 8x8 train scans, reads the digits. Frechet distances
-    are taken in the PCA_DIMS main directions of the train scans and in the network's last hidden units; recall
+    are taken in the DIRECTIONS main directions of the train scans and in the network's last hidden units; recall
     (Kynkäänniemi et al. 2019, arXiv 1904.06991) in the main directions.
     """
 
@@ -136,7 +138,7 @@ class Judge:
         self.network = MLPClassifier((128, 64), alpha=1e-3, max_iter=400, random_state=0)
         self.network.fit(self.train, self.train_labels)
         self.mean = self.train.mean(axis=0)
-        self.directions = np.linalg.svd(self.train - self.mean, full_matrices=False)[2][:PCA_DIMS].T  # (64, PCA_DIMS)
+        self.directions = np.linalg.svd(self.train - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, DIRECTIONS)
         self.shares = np.bincount(self.labels, minlength=10) / len(self.labels)
 
     def main_directions(self, scans):
@@ -195,59 +197,57 @@ def read_codes(path):
     return rows.gather(np.arange(len(rows))).astype(np.int64)
 
 
-def draw_simple_codes(train, out, num):
-    """Write codes of independent positions and of the mixture, `num` of each."""
-    codes, V = read_codes(train), Features(train).V
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for name, components in SIMPLE.items():
-        np.save(Path(out) / f"{name}.npy", Mixture(codes, V, components).draw(num).astype(np.uint8))
+def simple_models(folder):
+    """The simpler models of the train codes, by name."""
+    codes, V = read_codes(folder / "features_train"), Features(folder / "features_train").V
+    return {name: Mixture(codes, V, components) for name, components in SIMPLE.items()}
+
+
+def draw_simple_codes(folder):
+    """Write NUM codes of each of the simpler models."""
+    out = folder / "simple_codes"
+    out.mkdir(exist_ok=True)
+    for name, model in simple_models(folder).items():
+        np.save(out / f"{name}.npy", model.draw(NUM).astype(np.uint8))
 
 
 def prior_bound(results, codes, labels=None):
-    """A prior's bound on codes, nats a token and its standard error, at every number of masked tokens."""
+    """A prior's bound on codes, at every number of masked tokens: a `Bound`, in nats a token."""
     model, meta = load_prior(newest_prior(results))
     kwargs = {} if labels is None else dict(y=torch.from_numpy(labels))
     codes = torch.from_numpy(codes)
-    return mean_bound(
-        heldout_bounds(model, diffusion_of(meta), codes, torch.arange(len(codes)), model.L, kwargs), model.L
-    )
+    bounds = heldout_bounds(model, diffusion_of(meta), codes, torch.arange(len(codes)), model.L, kwargs)
+    return mean_bound(bounds, model.L)
 
 
-def report(args):
-    """Print the tables and draw the picture."""
-    train, heldout, V = read_codes(args.train), read_codes(args.heldout), Features(args.train).V
-    labels = Features(args.heldout).labels.gather(np.arange(len(heldout))).astype(np.int64)
-    simple = {name: Mixture(train, V, components) for name, components in SIMPLE.items()}
-    bound, given_class = prior_bound(args.prior, heldout), prior_bound(args.prior, heldout, labels)
+def bounds_on_heldout(demo):
+    """Nats a token of the held-out codes, by model: (figure, standard error or None)."""
+    labels, results = demo.labels.astype(np.int64), demo.folder / "results_prior"
+    return {
+        "uniform tokens": (math.log(demo.features.V), None),
+        **{
+            TITLES[name].removeprefix("codes of "): (float(model.nats(demo.codes).mean()), None)
+            for name, model in reversed(simple_models(demo.folder).items())
+        },
+        "the prior, at most": tuple(prior_bound(results, demo.codes)),
+        "the prior, told the class, at most": tuple(prior_bound(results, demo.codes, labels)),
+    }
 
-    print(f"\nheld-out codes, nats a token ({len(heldout)} codes)")
-    print(f"{'uniform tokens':40} {math.log(V):7.3f}")
-    for name, model in simple.items():
-        print(f"{TITLES[name]:40} {model.nats(heldout).mean():7.3f}")
-    print(f"{'the prior, at most':40} {bound.nats:7.3f} +- {bound.error:.3f}")
-    print(f"{'the prior, told the class, at most':40} {given_class.nats:7.3f} +- {given_class.error:.3f}")
 
-    judge, n = Judge(), args.num
-    drawn = np.split(read_samples(args.simple_samples), len(SIMPLE))
-    images = dict(zip(("heldout", "prior", "class", *SIMPLE), (*map(read_samples, args.samples), *drawn)))
-    sources = dict(heldout=args.heldout, **dict(zip(("prior", "class"), map(codes_of, args.samples[1:]))))
-    sources.update({name: Path(args.simple_codes) / f"{name}.npy" for name in SIMPLE})
-    figures = dict(real=dict(judge.floor(), copies=None, within_two=None))
+def measure(demo, judge):
+    """The figures of each kind of code, by name, and the images of each kind."""
+    train, folder = read_codes(demo.folder / "features_train"), demo.folder
+    images = dict(heldout=demo.samples("samples"), prior=demo.samples("samples_prior"))
+    images["class"] = demo.samples("samples_prior_class")
+    images.update(zip(SIMPLE, np.split(demo.samples("samples_simple"), len(SIMPLE))))
+    codes = dict(heldout=demo.codes, prior=demo.prior_codes("samples_prior"))
+    codes["class"] = demo.prior_codes("samples_prior_class")
+    codes.update({name: read_codes(folder / f"simple_codes/{name}.npy") for name in SIMPLE})
+    asked = dict(heldout=demo.labels, **{"class": np.arange(NUM) % 10})
+    figures = dict(real=judge.floor())
     for name, these in images.items():
-        asked = labels if name == "heldout" else np.arange(n) % 10 if name == "class" else None
-        figures[name] = dict(judge(DigitReader.scans(these), asked), **distances(read_codes(sources[name]), train))
-    score = judge.network.score(judge.heldout, judge.labels)
-    print(f"\nimages of codes ({n} each; the network that reads them is right on {score:.3f} of real held-out digits)")
-    print(" " * 34 + "".join(f"{title:>11}" for title in COLUMNS.values()))
-    for name, values in figures.items():
-        cells = ("" if values[key] is None else f"{values[key]:.3f}" for key in COLUMNS)
-        print(f"{TITLES[name]:34}" + "".join(f"{cell:>11}" for cell in cells))
-    missed = missed_bars(bound.nats, figures)
-    print("bars for the prior: " + ("missed: " + "; ".join(missed) if missed else "all met"))
-
-    rows = np.concatenate([images["prior"][: 4 * GRID_COLUMNS], images["independent"][:GRID_COLUMNS]])
-    image_grid(rows, GRID_COLUMNS).save(args.out)
-    print(f"\nlook at {args.out}: digits from nothing, of codes that the prior drew; bottom row: independent positions")
+        figures[name] = dict(judge(DigitReader.scans(these), asked.get(name)), **distances(codes[name], train))
+    return figures, images
 
 
 def missed_bars(nats, figures):
@@ -260,33 +260,44 @@ def missed_bars(nats, figures):
     ]
 
 
-def codes_of(samples):
-    """The folder of the codes that a prior drew for a folder of samples."""
-    (folder,) = Path(samples).glob("*.codes")
-    return folder
+def lines_of(bounds, figures, missed):
+    """Both tables, line by line."""
+    yield f"held-out codes, nats a token{'':13}"
+    for name, (nats, error) in bounds.items():
+        yield f"{name:36}{nats:7.3f}" + (f" +- {error:.3f}" if error else "")
+    yield f"\nimages, {NUM} of each kind{'':11}" + "".join(f"{title:>11}" for title in COLUMNS.values())
+    for name, values in figures.items():
+        cells = ("" if values.get(key) is None else f"{values[key]:.3f}" for key in COLUMNS)
+        yield f"{TITLES[name]:36}" + "".join(f"{cell:>11}" for cell in cells)
+    yield "bars for the prior: " + ("missed: " + "; ".join(missed) if missed else "all met")
+
+
+def report(folder):
+    """Write the tables and the picture, and print them."""
+    demo, judge = Demo(folder), Judge()
+    bounds, (figures, images) = bounds_on_heldout(demo), measure(demo, judge)
+    missed = missed_bars(bounds["the prior, at most"][0], figures)
+    text = "\n".join(lines_of(bounds, figures, missed)) + "\n"
+    write_bytes(folder / "prior.txt", text.encode())
+    values = dict(bounds=bounds, images=figures, missed=missed)
+    write_bytes(folder / "prior.json", (json.dumps(values, indent=1) + "\n").encode())
+    rows = np.concatenate([images["prior"][: 4 * GRID_COLUMNS], images["independent"][:GRID_COLUMNS]])
+    image_grid(rows, GRID_COLUMNS).save(folder / "prior.png")
+    print(
+        f"\n{text}\nFD: Frechet distance to the scans of the held-out digits, in the {DIRECTIONS} main directions of the "
+        "train scans, and in\nthe hidden units of a small network that reads digits. TV: total variation of the shares of "
+        "digits. Copies: of train codes;\n2 apart: within two tokens of one.\n"
+        f"look at {folder / 'prior.png'}: digits from nothing, of codes that the prior drew; bottom row: independent "
+        "positions"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description="Compare a prior's codes with simpler ones, by bounds and images.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("codes", "draw codes of simpler models"), ("report", "print the tables, draw the picture")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--train", required=True, help="read the features of the train digits from here")
-        command.add_argument("--num", type=int, default=360, help="number of codes of each kind [%(default)s]")
-        command.add_argument(
-            "--out", required=True, help="write the codes into this folder, or the picture to this PNG"
-        )
-    add = command.add_argument
-    add("--heldout", required=True, help="read the features of the held-out digits from here")
-    add("--prior", required=True, help="results of the prior")
-    add("--samples", nargs=3, required=True, help="samples for held-out codes, of the prior, and of it by class")
-    add("--simple-samples", required=True, help="samples for the codes of the simpler models")
-    add("--simple-codes", required=True, help="those codes")
+    parser.add_argument("command", choices=["codes", "report"], help="draw the simpler models' codes, or report")
+    parser.add_argument("folder", type=Path, help="read and write in this folder, which demo.sh fills")
     args = parser.parse_args()
-    if args.command == "codes":
-        draw_simple_codes(args.train, args.out, args.num)
-    else:
-        report(args)
+    (draw_simple_codes if args.command == "codes" else report)(args.folder)
 
 
 if __name__ == "__main__":

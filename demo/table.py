@@ -28,6 +28,7 @@ from dlc.evaluation.codes import CodeReader, token_agreement
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
 from dlc.features import Features
 from dlc.images import to_uint8
+from dlc.sampling.code_folder import open_codes
 from dlc.vae import decode, load_vae
 
 DIRECTIONS = 20  # they hold 89% of the variance of the train scans
@@ -64,6 +65,13 @@ class Demo:
         for npz in (self.folder / name).glob("*.npz"):
             with np.load(npz) as archive:
                 return archive["arr_0"]
+        raise FileNotFoundError(self.folder / name)
+
+    def prior_codes(self, name: str) -> np.ndarray:
+        """The codes (n, L) that a prior drew for the samples in a --sample-dir. Raises FileNotFoundError without any."""
+        for folder in (self.folder / name).glob("*.codes"):
+            rows = open_codes(folder)[0]
+            return rows.gather(np.arange(len(rows))).astype(np.int64)
         raise FileNotFoundError(self.folder / name)
 
 
@@ -103,7 +111,31 @@ def from_shuffled_codes(demo: Demo) -> Row:
     )
 
 
-ROWS: list[Callable[[Demo], Row]] = [real, reconstructions, from_codes, from_labels, from_shuffled_codes]
+def from_prior(demo: Demo) -> Row:
+    return Row("samples from a prior's codes", demo.samples("samples_prior"), demo.prior_codes("samples_prior"))
+
+
+def from_prior_by_class(demo: Demo) -> Row:
+    """Sample i of `--prior-class all` is of digit i % 10."""
+    images, codes = demo.samples("samples_prior_class"), demo.prior_codes("samples_prior_class")
+    return Row("the same, by class", images, codes, np.arange(len(images)) % 10)
+
+
+def from_independent_positions(demo: Demo) -> Row:
+    codes = np.load(demo.folder / "simple_codes/independent.npy")
+    return Row("from independent positions", demo.samples("samples_simple")[-len(codes) :], codes)
+
+
+ROWS: list[Callable[[Demo], Row]] = [
+    real,
+    reconstructions,
+    from_codes,
+    from_labels,
+    from_prior,
+    from_prior_by_class,
+    from_independent_positions,
+    from_shuffled_codes,
+]
 
 #################################################################################
 #                                    Table                                      #

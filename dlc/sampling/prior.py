@@ -218,6 +218,12 @@ def newest_prior(results_dir, use_ema: bool = True) -> Path:
     return found[run][1] or newest_of_run(run, ("meta.json", weights))
 
 
+def resolved(path, use_ema: bool = True):
+    """The path of a prior that a user names: of a run, that of the weights to draw with; anything else as it is."""
+    is_run = Path(path).is_dir() and not (Path(path) / "meta.json").exists() and any(run_checkpoints(path))
+    return newest_prior(path, use_ema) if is_run else path
+
+
 class PriorDraw:
     """A prior with all that decides its codes: draw(indices) gives them.
 
@@ -231,6 +237,7 @@ class PriorDraw:
     def __init__(
         self, path, use_ema: bool, options: PriorOptions, *, seed: int, precision: str = "fp32", tf32: bool = True
     ):
+        path = resolved(path, use_ema)
         self.model, self.meta = load_prior(path, use_ema)
         self.path, self.options, self.seed, self.precision, self.tf32 = path, options, seed, precision, tf32
         model, spec = self.model, SAMPLERS[options.sampler]
