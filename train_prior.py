@@ -54,9 +54,10 @@ def argument_parser():
     )
     add(
         "--score-entropy",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="train on SEDD's loss in full, which also normalises the score: for weights that SEDD's own samplers are "
-        "to use [no: on the bound]",
+        "to use; without it, on the bound [%(default)s]",
     )
 
     add = parser.add_argument_group("data").add_argument

@@ -68,7 +68,7 @@ class Demo:
         raise FileNotFoundError(self.folder / name)
 
     def prior_codes(self, name: str) -> np.ndarray:
-        """The codes (n, L) that a prior drew for the samples in a --sample-dir. Raises FileNotFoundError without any."""
+        """The codes (n, L) that a prior drew for samples. Raises FileNotFoundError where there are none."""
         for folder in (self.folder / name).glob("*.codes"):
             rows = open_codes(folder)[0]
             return rows.gather(np.arange(len(rows))).astype(np.int64)

@@ -10,7 +10,7 @@ from dlc.checkpoints.meta import RunMeta
 from prior import DLCPrior_models
 
 
-def save_prior(path, spread=0.5, weights=("ema", "model"), num_classes=None, **recorded):
+def save_prior(path, spread=0.1, weights=("ema", "model"), num_classes=None, **recorded):
     """Write a checkpoint directory whose every weight is random, so that its distributions are far from uniform.
 
     recorded: further keys of meta.json.
