@@ -29,7 +29,7 @@ def prior(tmp_path_factory):
 def codes(prior, tmp_path_factory):
     """A folder of codes, by torchrun with two processes."""
     root = tmp_path_factory.mktemp("codes")
-    command = ("torchrun", 2, "sample_prior.py", "--ckpt", prior, "--num", NUM, "--out", "codes")
+    command = ("torchrun", 2, "sample_prior.py", "--ckpt", prior, "--num-codes", NUM, "--out", "codes")
     return root / "codes", launch(command, root).stdout
 
 
