@@ -70,7 +70,7 @@ def read_encoder(name, given, flag="--encoder", ask=True) -> Found:
 
     Raises ValueError, naming it, for what is missing and for what cannot be honoured.
     """
-    path = locate(name, flag, ask)
+    path = fetch_encoder(name, flag, ask)
     if not path.exists():
         raise ValueError(f"encoder {name} does not exist")
     said, config = ("from the hub, ",) if is_id(name) else (), {}
@@ -95,7 +95,7 @@ def read_encoder(name, given, flag="--encoder", ask=True) -> Found:
     return Found(file, config, said, lambda backbone: to_state_dict(tensors, backbone))
 
 
-def locate(name, flag="--encoder", ask=True) -> Path:
+def fetch_encoder(name, flag="--encoder", ask=True) -> Path:
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
     if not is_id(name):
         return Path(name)
