@@ -23,11 +23,12 @@ from dlc.checkpoints.folders import (
     read_own_checkpoint,
     read_own_run,
     read_pipeline,
+    read_weights_file,
     read_weights_folder,
     with_kind,
 )
 from dlc.checkpoints.run import run_checkpoints
-from dlc.checkpoints.source import ON_HUB, SMALL_FILES, Source, run_meta, weights_in
+from dlc.checkpoints.source import ON_HUB, SMALL_FILES, WEIGHTS_FILES, Source, run_meta, weights_in
 from dlc.checkpoints.tensor_files import check_tensors
 from dlc.hub import fetch, is_id
 
@@ -66,7 +67,8 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
     at = locate(named, flag, ask)
     source = Source(named, at, ema, said=("from the hub",) if is_id(named) else ())
     if not at.is_dir():
-        source = opened(source)
+        beside = at.name in WEIGHTS_FILES and at.with_name("config.json").is_file()
+        source = read_weights_file(source) if beside else opened(source)
     for _ in range(MOST_STEPS):
         if source.done:
             break

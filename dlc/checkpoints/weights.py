@@ -22,6 +22,10 @@ from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_
 
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell
 DEEPEST = 256  # blocks
+VELOCITY = (
+    "predicts a velocity by its outputs, as SiT and REPA do under DiT's very names: only models that predict noise, as "
+    "DiT, are read"
+)
 # The keys of a transformer's config.json that are read; the tensors' shapes say the rest.
 HEADS = ("num_heads", "num_attention_heads")
 CONFIG = dict(
@@ -77,10 +81,7 @@ def load_model(
     model, name = model_from_weights(weights, path, config)
     source = with_function(source, model, config, diffusers_time)
     if not source.is_eps and type(model) is DiT and predicts_velocity(model):
-        source.refuse(
-            "predicts a velocity by its outputs, as SiT and REPA do, under DiT's very names: only models that predict "
-            "noise, as DiT, are read"
-        )
+        source.refuse(VELOCITY)
     return model, name, with_layout(source)
 
 
@@ -220,9 +221,7 @@ def load_pretrained(path, model) -> str:
     source = read_layout(path, flag="--pretrained-path")
     weights, wanted = source.values, model.state_dict()
     if not source.is_eps and holds_velocity_model(source):
-        source.refuse(
-            "predicts a velocity by its outputs, as SiT and REPA do: a model that predicts noise is trained here"
-        )
+        source.refuse(VELOCITY)
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
