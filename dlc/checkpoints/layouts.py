@@ -162,7 +162,7 @@ def read_dit(source):
 
 
 def read_diffusers_dit(source):
-    values = from_diffusers(check_tensors(source.values, source.at), source.named)
+    values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
     return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True))
 

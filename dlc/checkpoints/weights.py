@@ -124,7 +124,7 @@ def with_function(source: Source, model, config: dict, diffusers_time: str | Non
         source.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
     if chosen == "diffusers":
         use_diffusers_function(model, config.get("norm_eps", DIFFUSERS_EPS)).eval()
-    if not in_diffusers and not recorded:
+    if not in_diffusers and chosen == "dit":
         return source
     why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
     return source.saying(f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})")
