@@ -133,4 +133,4 @@ def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
 
 
 def uses_diffusers_function(model) -> bool:
-    return isinstance(model.t_embedder, DiffusersTimestepEmbedder)
+    return isinstance(getattr(model, "t_embedder", None), DiffusersTimestepEmbedder)

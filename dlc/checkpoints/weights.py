@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function
-from dlc.checkpoints.layouts import read_layout
+from dlc.checkpoints.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function, uses_diffusers_function
+from dlc.checkpoints.layouts import locate, read_layout
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.probe import predicts_velocity
 from dlc.checkpoints.source import Source
 from dlc.checkpoints.tensor_files import differences_from
 from dlc.disk import check_values, one_of, read_json, real_number, whole_number
+from dlc.hub import fetched_by_node, is_id
 from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_embedding
 
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell
@@ -213,12 +214,16 @@ def spec_of(family, hidden_size, depth, patch_size, config, path) -> tuple[str, 
     return name, ModelSpec(family, patch_size, depth, hidden_size, heads)
 
 
-def load_pretrained(path, model) -> str:
+def load_pretrained(path, model, state=None) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
     Raises ValueError if path holds no weights, or none that fit.
     """
+    if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
+        fetched_by_node(state, lambda ask: locate(path, "--pretrained-path", ask))
     source = read_layout(path, flag="--pretrained-path")
+    if any("diffusers' names" in words for words in source.said):
+        source = source.saying("trained on in DiT's function")
     weights, wanted = source.values, model.state_dict()
     if not source.is_eps and holds_velocity_model(source):
         source.refuse(VELOCITY)
@@ -249,8 +254,13 @@ def holds_velocity_model(source: Source) -> bool:
 
 
 def weights_sha256(module) -> str:
-    """A digest of a module's tensors and their names: it tells weights apart, whatever their file is called."""
+    """A digest of a module's tensors and their names: it tells weights apart, whatever their file is called.
+
+    A DiT that computes diffusers' function has another than with the same weights in DiT's.
+    """
     digest = hashlib.sha256()
+    if uses_diffusers_function(module):  # the same weights in another function
+        digest.update(f"diffusers, eps {module.blocks[0].norm2.eps}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
