@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import resource
@@ -57,8 +58,11 @@ def pytest_collection_modifyitems(items):
 
 
 def golden(name):
-    """A file of reference values as tensors, its weights apart."""
-    values = {key: torch.from_numpy(value) for key, value in np.load(ROOT / "tests/goldens" / f"{name}.npz").items()}
+    """A file of reference values as tensors, or as JSON where they are text; its weights apart."""
+    values = {
+        key: json.loads(str(value)) if value.dtype.kind == "U" else torch.from_numpy(value)
+        for key, value in np.load(ROOT / "tests/goldens" / f"{name}.npz").items()
+    }
     weights = {key[2:]: values.pop(key) for key in list(values) if key.startswith("w/")}
     return values, weights
 

@@ -23,11 +23,12 @@ from dlc.checkpoints.folders import (
     read_own_checkpoint,
     read_own_run,
     read_pipeline,
+    read_weights_file,
     read_weights_folder,
     with_kind,
 )
 from dlc.checkpoints.run import run_checkpoints
-from dlc.checkpoints.source import ON_HUB, SMALL_FILES, Source, run_meta, weights_in
+from dlc.checkpoints.source import ON_HUB, SMALL_FILES, WEIGHTS_FILES, Source, run_meta, weights_in
 from dlc.checkpoints.tensor_files import check_tensors
 from dlc.hub import fetch, is_id
 
@@ -66,7 +67,8 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
     at = locate(named, flag, ask)
     source = Source(named, at, ema, said=("from the hub",) if is_id(named) else ())
     if not at.is_dir():
-        source = opened(source)
+        beside = at.name in WEIGHTS_FILES and at.with_name("config.json").is_file()
+        source = read_weights_file(source) if beside else opened(source)
     for _ in range(MOST_STEPS):
         if source.done:
             break
@@ -160,7 +162,7 @@ def read_dit(source):
 
 
 def read_diffusers_dit(source):
-    values = from_diffusers(check_tensors(source.values, source.at), source.named)
+    values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
     return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True))
 

@@ -133,17 +133,13 @@ def read_shards(path: Path) -> dict:
     return {key: shards[name][key] for key, name in names.items()}
 
 
-def run_meta(arguments: dict, **values) -> RunMeta:
+def run_meta(arguments: dict, step: int | None, weights: str) -> RunMeta:
     """What the arguments of DiT's and fast-DiT's training scripts say of a run; values of another kind are left out."""
     said = {
-        "model": arguments.get("model"),
-        "image_size": arguments.get("image_size"),
-        "num_classes": arguments.get("num_classes"),
-        "global_batch_size": arguments.get("global_batch_size"),
-        "global_seed": arguments.get("global_seed"),
-        # their VAEs are Stability AI's two, by these names; a file must not name another to load
-        "vae": arguments.get("vae") if arguments.get("vae") in ("ema", "mse") else None,
-        **values,
+        key: arguments.get(key) for key in ("model", "image_size", "num_classes", "global_batch_size", "global_seed")
     }
+    # their VAEs are Stability AI's two, by these names; a file must not name another to load
+    said["vae"] = next((name for name in ("ema", "mse") if name == arguments.get("vae")), None)
     kinds = json_keys()
-    return RunMeta(**{key: value for key, value in said.items() if value is not None and kinds[key]["kind"][0](value)})
+    said = {key: value for key, value in said.items() if value is not None and kinds[key]["kind"][0](value)}
+    return RunMeta(**said, step=step, weights=weights)

@@ -5,6 +5,7 @@ label or vector it is drawn for, are functions of (global seed, i). A run that w
 missing index, with every sample at the same position in its batch, and so ends with the bytes of an uninterrupted run.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from dlc.runtime import agree, autocast, create_logger, done_by_rank_0, set_nume
 from dlc.sampling.conditions import CONDITIONINGS, conditions_sha256
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.files import npz_rows, save_grid, write_npz
-from dlc.sampling.flags import sampling_parser
+from dlc.sampling.flags import RESULTS, sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.sampling.record import SamplesRecord, this_launch
@@ -100,9 +101,10 @@ def find_checkpoint(args) -> Path:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
     except NoCheckpoint as error:
         name = published_name(args.model, args.image_size or 256)
-        if name is None:
+        if name is None or args.results_dir != RESULTS:
             raise
-        print(f"{error}: the published weights are used", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{error}; without that, the published weights are used", flush=True)
         return published_weights(name)
 
 

@@ -10,6 +10,8 @@ from dlc.sampling.conditions import CONDITIONINGS
 from dlc.vae import VAE_HELP
 from models import DiT_models
 
+RESULTS = "results"  # the default of --results-dir
+
 
 def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     """The flags of a sampling script, those of the conditionings that it draws for included."""
@@ -26,7 +28,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the model's newest "
         "under --results-dir; if there is none, for DiT-XL/2, the published weights]",
     )
-    add("--results-dir", default="results", help="look for the newest checkpoint here [%(default)s]")
+    add("--results-dir", default=RESULTS, help="look for the newest checkpoint here [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add(
         "--diffusers-time",
