@@ -34,12 +34,9 @@ EMBEDDERS = {
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
     "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
 }
+# by which it is recognised
+ANCHORS = ("pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight")
 THIRDS = ("to_q", "to_k", "to_v")  # of attn.qkv
-
-
-def is_diffusers(names) -> bool:
-    """Whether tensors with these names are of diffusers' DiT."""
-    return {"pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight"} <= set(names)
 
 
 def from_diffusers(weights: dict, path: Path, num_classes: int | None = None) -> dict:

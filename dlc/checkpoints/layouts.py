@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dlc.checkpoints.diffusers_dit import from_diffusers, is_diffusers
+from dlc.checkpoints.diffusers_dit import ANCHORS, from_diffusers
 from dlc.checkpoints.folders import (
     dlc_checkpoints,
     is_dlc_checkpoint,
@@ -233,7 +233,7 @@ LAYOUTS = (
     Layout("REPA", has_name(r"^projectors\.|^decoder_blocks\."), velocity("REPA"), "test_velocity_by_names"),
     Layout("SiT by its file's name", called(r"SiT-(XL|L|B|S)-\d"), velocity("SiT"), "test_velocity_by_names"),
     # names of tensors: diffusion transformers
-    Layout("DiT of diffusers", lambda source: is_diffusers(source.values), read_diffusers_dit, "test_diffusers_golden"),
+    Layout("DiT of diffusers", lambda source: source.has(*ANCHORS), read_diffusers_dit, "test_diffusers_golden"),
     Layout("DiT", has_name(rf"^{re.escape(ANCHOR)}$"), read_dit, "test_bare_files"),
     # names of tensors: other kinds
     Layout("transformer of diffusers", has_name(r"^transformer_blocks\."), refused(OTHER), "test_other_kinds"),

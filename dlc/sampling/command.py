@@ -322,8 +322,8 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     logger = create_logger(state)
     logger.info(
         f"{record.model} of {job.checkpoint} ({job.layout}); {record.conditions}; "
-        f"{len(job.missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} {record.num_sampling_steps} steps, "
-        f"cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}"
+        f"{len(job.missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
+        f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}"
     )
     for note in job.notes:
         logger.info(f"note: {note}")
