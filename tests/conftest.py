@@ -196,6 +196,19 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub, empty, that this process's huggingface_hub talks to; its cache is empty, too."""
+    from hub_standin import Hub, point_at
+
+    with Hub() as standin:
+        point_at(standin.url, monkeypatch, tmp_path / "cache")
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time.sleep", lambda _: None)
+        monkeypatch.chdir(tmp_path)
+        yield standin
+
+
+@pytest.fixture
 def error_of(monkeypatch, capsys, tmp_path):
     """Call a script's main with flags in an empty directory; gives its one line of complaint."""
     monkeypatch.chdir(tmp_path)

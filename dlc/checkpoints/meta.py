@@ -9,9 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlc.disk import TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
+from dlc.disk import TEXT, check_values, differences, list_of, one_of, or_null, read_json, real_number, whole_number
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 added latents_mean and latents_std
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
@@ -53,6 +53,8 @@ class RunMeta:
     vae_sha256: str | None = key(ID)
     scaling_factor: float | None = key(or_null(real_number(1e-30)))
     shift_factor: float | None = key(or_null(real_number(-1e30, 1e30)), since=1)
+    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30))), since=2)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30))), since=2)
     encoder_sha256: str | None = key(ID)
     listing_sha256: str | None = key(ID)
     flip: str | None = key(ID)

@@ -29,7 +29,7 @@ from dlc.sampling.flags import RESULTS, sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.sampling.record import SamplesRecord, this_launch
-from dlc.vae import check_decodes, downsampling_factor, load_vae, pixels_per_cell, vae_id, vae_label
+from dlc.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
 from models import DiT_models
 
 #################################################################################
@@ -109,14 +109,16 @@ def find_checkpoint(args) -> Path:
         return published_weights(name)
 
 
-def open_vae(args, meta, channels, device):
+def open_vae(args, meta, channels, state):
     """The VAE to decode with, its name, its digest, and notes on what the checkpoint does not say of it.
 
     Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
     weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
     """
-    name, notes = args.vae or meta.vae or "ema", []
-    vae = load_vae(name, device)
+    name = args.vae or meta.vae or "ema"
+    fetched_by_node(state, lambda ask: fetch_vae(name, ask))
+    vae = load_vae(name, state.device)
+    notes = [f"VAE {name}: {vae.said}"]
     digest = weights_sha256(vae)
     if args.vae is None:
         if meta.vae_sha256 is None:
@@ -156,7 +158,7 @@ def prepare(args, script: str, default: str) -> Job:
     state = start_processes()
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
-    vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state.device)
+    vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state)
     image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae)
     if args.image_size not in (None, image_size):
         raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
