@@ -439,7 +439,7 @@ def test_velocity_by_outputs(tmp_path):
     for target in ("SiT", "REPA"):
         torch.save(trained(target, 60).state_dict(), tmp_path / "bare.pt")
         assert "bare.pt predicts a velocity by its outputs" in everywhere_refused(tmp_path / "bare.pt")
-    for steps in (0, 3, 20, 120):
+    for steps in (0, 3, 80):
         model = trained("noise", steps)
         torch.save(model.state_dict(), tmp_path / "bare.pt")
         load_model(tmp_path / "bare.pt")
@@ -507,15 +507,18 @@ def test_other_kinds(tmp_path, tiny_models):
         (tmp_path / "teacher.pth", "--encoder takes"),
         (tmp_path / "dino.pt", "--encoder takes"),
         (tmp_path / "transformers.pt", "--encoder takes"),
-        (sem, "--encoder takes"),
         (tmp_path / "ldm.pt", "--vae takes"),
-        (vae, "--vae takes"),
         (tmp_path / "sedd.pt", "prior over codes"),
         (tmp_path / "sedd.pth", "prior over codes"),
         (tmp_path / "unet.pt", "another kind of diffusion model"),
         (tmp_path / "pixart.pt", "another kind of diffusion model"),
     ):
-        assert words in everywhere_refused(path)
+        assert words in refusal(load_model, path) and words in refusal(load_pretrained, path, tiny())
+        assert path.name in refusal(info, path)
+    for path, flag, words in ((sem, "--encoder", "L 6, V 300"), (vae, "--vae", "AutoencoderKL of 4 channels")):
+        assert f"{flag} takes" in refusal(load_model, path)
+        (line,) = info(path)
+        assert f"for {flag}: " in line and words in line, line
 
 
 def test_objects_are_passed_over_and_nothing_is_run(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from dlc.checkpoints.folders import (
     with_kind,
 )
 from dlc.checkpoints.run import run_checkpoints
-from dlc.checkpoints.source import ON_HUB, SMALL_FILES, WEIGHTS_FILES, Source, run_meta, weights_in
+from dlc.checkpoints.source import AVAE, ON_HUB, SMALL_FILES, WEIGHTS_FILES, AnEncoder, Source, run_meta, weights_in
 from dlc.checkpoints.tensor_files import check_tensors
 from dlc.hub import fetch, is_id
 
@@ -194,8 +194,8 @@ def called(pattern):
     return lambda source: source.has(ANCHOR) and bool(re.match(pattern, source.at.name))
 
 
-def refused(fault):
-    return lambda source: source.refuse(fault)
+def refused(fault, error=ValueError):
+    return lambda source: source.refuse(fault, error)
 
 
 def velocity(name):
@@ -222,7 +222,7 @@ LAYOUTS = (
     ),
     # files with more than a model's tensors in them
     Layout("SEDD training", holds("ema", "shadow_params"), refused(PRIOR), "test_other_kinds"),
-    Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER), "test_other_kinds"),
+    Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER, AnEncoder), "test_other_kinds"),
     Layout("training checkpoint", has_key("model", "ema"), read_training_file, "test_training_files"),
     Layout("state_dict", has_key("state_dict"), read_state_dict, "test_training_files"),
     # names of tensors: wrapped
@@ -238,9 +238,12 @@ LAYOUTS = (
     # names of tensors: other kinds
     Layout("transformer of diffusers", has_name(r"^transformer_blocks\."), refused(OTHER), "test_other_kinds"),
     Layout(
-        "encoder", has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."), refused(ENCODER), "test_other_kinds"
+        "encoder",
+        has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."),
+        refused(ENCODER, AnEncoder),
+        "test_other_kinds",
     ),
-    Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE), "test_other_kinds"),
+    Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE, AVAE), "test_other_kinds"),
     Layout("SEDD", has_name(r"^vocab_embed\."), refused(PRIOR), "test_other_kinds"),
     Layout("UNet", has_name(r"^(model\.diffusion_model|down_blocks|unet)\."), refused(OTHER), "test_other_kinds"),
 )
