@@ -323,6 +323,8 @@ def test_broken_diffusers_folders(reference, tmp_path):
     safetensors.torch.save_file({**weights, "more": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
     assert "has unknown more" in refusal(load_model, folder)
     safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    for key, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm"), ("norm_elementwise_affine", True)):
+        assert f"is no DiT: {key} in its config.json" in line(weights, {**config, key: value})
     for key, value in (("num_attention_heads", 3), ("num_attention_heads", 0), ("sample_size", "8"), ("norm_eps", [])):
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         assert "transformer" in refusal(load_model, folder)
@@ -364,6 +366,35 @@ def test_dlc_pipelines(generation, tmp_path):
         assert_same(loaded, model)
         assert name == "DiTSEM-Ti/4"
     assert "diffusers pipeline (DLCDiTPipeline)" in said(tmp_path / "pipe")
+
+
+def contents(folder):
+    """Bytes by path, as the stand-in of the hub takes them."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_hub_ids(hub, reference, tmp_path):
+    """By id, by id@revision, a pipeline or a folder of weights: only the files that are wanted are fetched."""
+    _, weights, ours, config = reference
+    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline", vae=["diffusers", "x"])))
+    pipeline = contents(tmp_path / "pipe")
+    hub.add("owner/pipe", {**pipeline, "vae/diffusion_pytorch_model.safetensors": b"x", "text.md": b"x"})
+    shard(folder, "safetensors")
+    hub.add("owner/pipe", contents(tmp_path / "pipe"), revision="v2")
+    model = tiny()
+    torch.save(model.state_dict(), tmp_path / "DiT.pt")
+    hub.add("owner/lone", {"DiT.pt": (tmp_path / "DiT.pt").read_bytes()})
+    hub.add("owner/nothing", {"README.md": b"x"})
+    for name, words in (("owner/pipe", "from the hub, diffusers pipeline"), ("owner/pipe@v2", "2 shards, DiT under")):
+        loaded, _, meta = load_model(name)
+        assert torch.equal(loaded.pos_embed, ours["pos_embed"]) and words in describe(meta) and meta.vae == name
+    assert not any("vae/" in path for _, path, _ in hub.requests if "resolve" in path)
+    assert_same(load_model("owner/lone")[0], model)
+    assert "owner/lone" in info("owner/lone")[0] and "state dict" in load_pretrained("owner/lone", tiny(seed=2))
+    assert "at revision main, has no file of weights" in refusal(load_model, "owner/nothing")
+    assert "owner/gone" in refusal(load_pretrained, "owner/gone", model)
 
 
 #################################################################################

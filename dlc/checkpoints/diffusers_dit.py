@@ -36,6 +36,14 @@ EMBEDDERS = {
 }
 # by which it is recognised
 ANCHORS = ("pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight")
+# what config.json may not have otherwise, though the tensors would be the same
+FIXED = dict(
+    norm_type="ada_norm_zero",
+    activation_fn="gelu-approximate",
+    norm_elementwise_affine=False,
+    only_cross_attention=False,
+    double_self_attention=False,
+)
 THIRDS = ("to_q", "to_k", "to_v")  # of attn.qkv
 
 

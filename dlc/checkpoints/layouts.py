@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dlc.checkpoints.diffusers_dit import ANCHORS, from_diffusers
+from dlc.checkpoints.diffusers_dit import ANCHORS, FIXED, from_diffusers
 from dlc.checkpoints.folders import (
     dlc_checkpoints,
     is_dlc_checkpoint,
@@ -49,7 +49,10 @@ class Layout:
 
 def locate(named, flag: str = "checkpoint", ask: bool = True):
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
-    return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+    try:
+        return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+    except ValueError as error:  # which may name all alternatives
+        raise ValueError(str(error).replace(" or ".join(ON_HUB), "file of weights")) from None
 
 
 def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> Source:
@@ -162,6 +165,9 @@ def read_dit(source):
 
 
 def read_diffusers_dit(source):
+    for key, wanted in FIXED.items():
+        if key in source.config and source.config[key] not in (wanted, None):
+            source.refuse(f"is no DiT: {key} in its config.json is {str(source.config[key])[:40]!r}, wanted {wanted!r}")
     values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
     return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True))
