@@ -71,8 +71,6 @@ def read_encoder(name, given, flag="--encoder", ask=True) -> Found:
     Raises ValueError, naming it, for what is missing and for what cannot be honoured.
     """
     path = fetch_encoder(name, flag, ask)
-    if not path.exists():
-        raise ValueError(f"encoder {name} does not exist")
     said, config = ("from the hub, ",) if is_id(name) else (), {}
     if not path.is_dir() and path.name in WEIGHTS_FILES and (path.parent / "config.json").is_file():
         path = path.parent  # the weights of a folder, named by themselves
@@ -97,8 +95,6 @@ def read_encoder(name, given, flag="--encoder", ask=True) -> Found:
 
 def fetch_encoder(name, flag="--encoder", ask=True) -> Path:
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
-    if not is_id(name):
-        return Path(name)
     return fetch(name, ["config.json", (*WEIGHTS_FILES, "*.safetensors", "*.pth", "*.pt")], ["*.json"], flag, ask=ask)
 
 

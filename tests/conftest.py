@@ -21,6 +21,7 @@ from PIL import Image
 TESTS = Path(__file__).parent
 ROOT, HELPERS, STANDINS = TESTS.parent, TESTS / "helpers", TESTS / "standins"
 sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
 importlib.import_module("rounding").install()
 
