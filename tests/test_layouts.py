@@ -323,6 +323,8 @@ def test_broken_diffusers_folders(reference, tmp_path):
     safetensors.torch.save_file({**weights, "more": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
     assert "has unknown more" in refusal(load_model, folder)
     safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    for key, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm"), ("norm_elementwise_affine", True)):
+        assert f"is no DiT: {key} in its config.json" in line(weights, {**config, key: value})
     for key, value in (("num_attention_heads", 3), ("num_attention_heads", 0), ("sample_size", "8"), ("norm_eps", [])):
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         assert "transformer" in refusal(load_model, folder)
@@ -364,6 +366,35 @@ def test_dlc_pipelines(generation, tmp_path):
         assert_same(loaded, model)
         assert name == "DiTSEM-Ti/4"
     assert "diffusers pipeline (DLCDiTPipeline)" in said(tmp_path / "pipe")
+
+
+def contents(folder):
+    """Bytes by path, as the stand-in of the hub takes them."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_hub_ids(hub, reference, tmp_path):
+    """By id, by id@revision, a pipeline or a folder of weights: only the files that are wanted are fetched."""
+    _, weights, ours, config = reference
+    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline", vae=["diffusers", "x"])))
+    pipeline = contents(tmp_path / "pipe")
+    hub.add("owner/pipe", {**pipeline, "vae/diffusion_pytorch_model.safetensors": b"x", "text.md": b"x"})
+    shard(folder, "safetensors")
+    hub.add("owner/pipe", contents(tmp_path / "pipe"), revision="v2")
+    model = tiny()
+    torch.save(model.state_dict(), tmp_path / "DiT.pt")
+    hub.add("owner/lone", {"DiT.pt": (tmp_path / "DiT.pt").read_bytes()})
+    hub.add("owner/nothing", {"README.md": b"x"})
+    for name, words in (("owner/pipe", "from the hub, diffusers pipeline"), ("owner/pipe@v2", "2 shards, DiT under")):
+        loaded, _, meta = load_model(name)
+        assert torch.equal(loaded.pos_embed, ours["pos_embed"]) and words in describe(meta) and meta.vae == name
+    assert not any("vae/" in path for _, path, _ in hub.requests if "resolve" in path)
+    assert_same(load_model("owner/lone")[0], model)
+    assert "owner/lone" in info("owner/lone")[0] and "state dict" in load_pretrained("owner/lone", tiny(seed=2))
+    assert "at revision main, has no file of weights" in refusal(load_model, "owner/nothing")
+    assert "owner/gone" in refusal(load_pretrained, "owner/gone", model)
 
 
 #################################################################################
@@ -439,7 +470,7 @@ def test_velocity_by_outputs(tmp_path):
     for target in ("SiT", "REPA"):
         torch.save(trained(target, 60).state_dict(), tmp_path / "bare.pt")
         assert "bare.pt predicts a velocity by its outputs" in everywhere_refused(tmp_path / "bare.pt")
-    for steps in (0, 3, 20, 120):
+    for steps in (0, 3, 80):
         model = trained("noise", steps)
         torch.save(model.state_dict(), tmp_path / "bare.pt")
         load_model(tmp_path / "bare.pt")
@@ -507,15 +538,18 @@ def test_other_kinds(tmp_path, tiny_models):
         (tmp_path / "teacher.pth", "--encoder takes"),
         (tmp_path / "dino.pt", "--encoder takes"),
         (tmp_path / "transformers.pt", "--encoder takes"),
-        (sem, "--encoder takes"),
         (tmp_path / "ldm.pt", "--vae takes"),
-        (vae, "--vae takes"),
         (tmp_path / "sedd.pt", "prior over codes"),
         (tmp_path / "sedd.pth", "prior over codes"),
         (tmp_path / "unet.pt", "another kind of diffusion model"),
         (tmp_path / "pixart.pt", "another kind of diffusion model"),
     ):
-        assert words in everywhere_refused(path)
+        assert words in refusal(load_model, path) and words in refusal(load_pretrained, path, tiny())
+        assert path.name in refusal(info, path)
+    for path, flag, words in ((sem, "--encoder", "L 6, V 300"), (vae, "--vae", "AutoencoderKL of 4 channels")):
+        assert f"{flag} takes" in refusal(load_model, path)
+        (line,) = info(path)
+        assert f"for {flag}: " in line and words in line, line
 
 
 def test_objects_are_passed_over_and_nothing_is_run(tmp_path, monkeypatch):

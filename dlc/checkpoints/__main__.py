@@ -36,7 +36,7 @@ def main():
         help="write model.safetensors and config.json, or a pipeline folder of diffusers: exact, with a file of code, "
         "or stock, without it and a little off",
     )
-    add("--no-ema", dest="ema", action="store_false", help="write the raw weights instead of the EMA weights")
+    add("--no-ema", dest="ema", action="store_false", help="write the raw weights instead of the EMA weights [no]")
     add(
         "--vae",
         help="put this VAE into the pipeline: ema, mse, a local directory or a hub id [the checkpoint's, or ema]",

@@ -34,12 +34,17 @@ EMBEDDERS = {
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
     "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
 }
+# by which it is recognised
+ANCHORS = ("pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight")
+# what config.json may not have otherwise, though the tensors would be the same
+FIXED = dict(
+    norm_type="ada_norm_zero",
+    activation_fn="gelu-approximate",
+    norm_elementwise_affine=False,
+    only_cross_attention=False,
+    double_self_attention=False,
+)
 THIRDS = ("to_q", "to_k", "to_v")  # of attn.qkv
-
-
-def is_diffusers(names) -> bool:
-    """Whether tensors with these names are of diffusers' DiT."""
-    return {"pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight"} <= set(names)
 
 
 def from_diffusers(weights: dict, path: Path, num_classes: int | None = None) -> dict:

@@ -80,7 +80,11 @@ def read_pipeline(source):
         source.refuse("is a diffusers pipeline without transformer/: only those of a DiT or of a DLC DiT are read")
     kind = index.get("_class_name")
     kind = kind[-1] if isinstance(kind, list) and kind else kind
-    return source.saying(f"diffusers pipeline ({str(kind)[:40]})", at=folder)
+    # the VAE of its latents, unless the transformer's config.json knows better; of a hub id it is not fetched here
+    inside = source.at / "vae"
+    vae = str(inside) if inside.is_dir() else str(source.named) if "vae" in index else None
+    meta = dataclasses.replace(source.meta, vae=vae)
+    return source.saying(f"diffusers pipeline ({str(kind)[:40]})", at=folder, meta=meta)
 
 
 def read_weights_folder(source):

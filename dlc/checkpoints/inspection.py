@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from dlc.checkpoints.meta import RunMeta
+from dlc.checkpoints.source import AVAE, AnEncoder
 from dlc.checkpoints.tensor_files import differences_from
 from dlc.checkpoints.weights import describe, load_model, load_weights
 
@@ -12,9 +13,22 @@ from dlc.checkpoints.weights import describe, load_model, load_weights
 def info(path, diffusers_time: str | None = None) -> list[str]:
     """Lines that say what weights are: model, layout, EMA or raw, step, and what else is recorded of them.
 
+    Of an encoder or a VAE, one line says what it is.
+
     Raises ValueError if path holds none, or if its two sets of weights are not of one model.
     """
-    model, name, meta = load_model(path, diffusers_time=diffusers_time)
+    try:
+        model, name, meta = load_model(path, diffusers_time=diffusers_time)
+    except AnEncoder:
+        from dlc.encoder_layouts import read_encoder
+
+        found = read_encoder(path, {}, flag="encoder")
+        sizes = ", ".join(f"{name} {found.config[name]}" for name in ("L", "V", "image_size") if name in found.config)
+        return [f"{path}: encoder of images, for --encoder: {found.said}; {sizes}"]
+    except AVAE:
+        from dlc.vae_layouts import read_vae
+
+        return [f"{path}: VAE, for --vae: {read_vae(path).said}"]
     lines = [
         f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, "
         + describe_model(model),

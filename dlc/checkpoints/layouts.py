@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dlc.checkpoints.diffusers_dit import from_diffusers, is_diffusers
+from dlc.checkpoints.diffusers_dit import ANCHORS, FIXED, from_diffusers
 from dlc.checkpoints.folders import (
     dlc_checkpoints,
     is_dlc_checkpoint,
@@ -28,7 +28,7 @@ from dlc.checkpoints.folders import (
     with_kind,
 )
 from dlc.checkpoints.run import run_checkpoints
-from dlc.checkpoints.source import ON_HUB, SMALL_FILES, WEIGHTS_FILES, Source, run_meta, weights_in
+from dlc.checkpoints.source import AVAE, ON_HUB, SMALL_FILES, WEIGHTS_FILES, AnEncoder, Source, run_meta, weights_in
 from dlc.checkpoints.tensor_files import check_tensors
 from dlc.hub import fetch, is_id
 
@@ -49,7 +49,10 @@ class Layout:
 
 def locate(named, flag: str = "checkpoint", ask: bool = True):
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
-    return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+    try:
+        return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+    except ValueError as error:  # which may name all alternatives
+        raise ValueError(str(error).replace(" or ".join(ON_HUB), "file of weights")) from None
 
 
 def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> Source:
@@ -162,6 +165,9 @@ def read_dit(source):
 
 
 def read_diffusers_dit(source):
+    for key, wanted in FIXED.items():
+        if key in source.config and source.config[key] not in (wanted, None):
+            source.refuse(f"is no DiT: {key} in its config.json is {str(source.config[key])[:40]!r}, wanted {wanted!r}")
     values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
     return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True))
@@ -194,8 +200,8 @@ def called(pattern):
     return lambda source: source.has(ANCHOR) and bool(re.match(pattern, source.at.name))
 
 
-def refused(fault):
-    return lambda source: source.refuse(fault)
+def refused(fault, error=ValueError):
+    return lambda source: source.refuse(fault, error)
 
 
 def velocity(name):
@@ -222,7 +228,7 @@ LAYOUTS = (
     ),
     # files with more than a model's tensors in them
     Layout("SEDD training", holds("ema", "shadow_params"), refused(PRIOR), "test_other_kinds"),
-    Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER), "test_other_kinds"),
+    Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER, AnEncoder), "test_other_kinds"),
     Layout("training checkpoint", has_key("model", "ema"), read_training_file, "test_training_files"),
     Layout("state_dict", has_key("state_dict"), read_state_dict, "test_training_files"),
     # names of tensors: wrapped
@@ -233,14 +239,17 @@ LAYOUTS = (
     Layout("REPA", has_name(r"^projectors\.|^decoder_blocks\."), velocity("REPA"), "test_velocity_by_names"),
     Layout("SiT by its file's name", called(r"SiT-(XL|L|B|S)-\d"), velocity("SiT"), "test_velocity_by_names"),
     # names of tensors: diffusion transformers
-    Layout("DiT of diffusers", lambda source: is_diffusers(source.values), read_diffusers_dit, "test_diffusers_golden"),
+    Layout("DiT of diffusers", lambda source: source.has(*ANCHORS), read_diffusers_dit, "test_diffusers_golden"),
     Layout("DiT", has_name(rf"^{re.escape(ANCHOR)}$"), read_dit, "test_bare_files"),
     # names of tensors: other kinds
     Layout("transformer of diffusers", has_name(r"^transformer_blocks\."), refused(OTHER), "test_other_kinds"),
     Layout(
-        "encoder", has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."), refused(ENCODER), "test_other_kinds"
+        "encoder",
+        has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."),
+        refused(ENCODER, AnEncoder),
+        "test_other_kinds",
     ),
-    Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE), "test_other_kinds"),
+    Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE, AVAE), "test_other_kinds"),
     Layout("SEDD", has_name(r"^vocab_embed\."), refused(PRIOR), "test_other_kinds"),
     Layout("UNet", has_name(r"^(model\.diffusion_model|down_blocks|unet)\."), refused(OTHER), "test_other_kinds"),
 )

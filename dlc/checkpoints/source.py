@@ -33,6 +33,14 @@ ON_HUB = tuple(
 SMALL_FILES = ("*.json", "transformer/*.json")
 
 
+class AnEncoder(ValueError):
+    """The weights are of an encoder of images; see `dlc.encoder_layouts`."""
+
+
+class AVAE(ValueError):
+    """The weights are of a VAE; see `dlc.vae_layouts`."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights on their way from a path to tensors under our names. Each layout takes one and gives the next.
@@ -90,9 +98,9 @@ class Source:
         """The next source: with these changes, and words for what was recognised."""
         return replace(self, said=(*self.said, *words), **changes)
 
-    def refuse(self, fault: str):
-        """Raise ValueError with the path and a fault."""
-        raise ValueError(f"{self.named} {fault}")
+    def refuse(self, fault: str, error: type = ValueError):
+        """Raise an error, a ValueError, with the path and a fault."""
+        raise error(f"{self.named} {fault}")
 
 
 def weights_in(files) -> str | None:

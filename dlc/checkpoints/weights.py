@@ -87,7 +87,8 @@ def load_model(
 
 
 def with_layout(source: Source) -> RunMeta:
-    return dataclasses.replace(source.meta, layout=", ".join(source.said) or "state dict")
+    said = source.said if set(source.said) - {"from the hub"} else (*source.said, "state dict")
+    return dataclasses.replace(source.meta, layout=", ".join(said))
 
 
 def describe(meta: RunMeta) -> str:

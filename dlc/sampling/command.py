@@ -51,6 +51,7 @@ class Job:
     folder: SampleFolder
     missing: np.ndarray  # indices of the images to draw, ascending
     notes: list[str]  # what could not be compared
+    layout: str  # what the checkpoint was recognised as, in words
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -207,7 +208,8 @@ def prepare(args, script: str, default: str) -> Job:
         record,
         folder,
         np.array(missing, dtype=np.int64),
-        [f"{path}: {describe(meta)}", *conditions.notes, *notes],
+        [*conditions.notes, *notes],
+        describe(meta),
     )
 
 
@@ -321,10 +323,9 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
     logger.info(
-        f"{record.model}, step {'unknown' if record.step is None else record.step}, {record.weights} weights "
-        f"of {job.checkpoint}; {record.conditions}; {len(job.missing):,} of {record.num_fid_samples:,} images "
-        f"to draw, {record.sampler} {record.num_sampling_steps} steps, cfg {record.cfg_scale}, on "
-        f"{state.num_processes} x {state.device.type}"
+        f"{record.model} of {job.checkpoint} ({job.layout}); {record.conditions}; "
+        f"{len(job.missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
+        f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}"
     )
     for note in job.notes:
         logger.info(f"note: {note}")
