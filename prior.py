@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import LabelEmbedder, TimestepEmbedder, modulate
 
+BLOCK_KEY = 1013904223      # tells the dropout masks of blocks apart
 SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
 
 
@@ -31,8 +32,8 @@ def keyed_keep(key, layer, shape, p):
     """Which of (N, *shape) values dropout keeps: bool, a function of each sample's key, the layer and the place alone.
 
     Args:
-        key: (N,) int32, a random word per sample.
-        layer: a number that tells the dropout layers of a network apart.
+        key: (N,) int32, a random word per sample and block.
+        layer: a number that tells the dropout layers of a block apart.
         p: share that is dropped.
 
     It is the finaliser of MurmurHash3 (Appleby 2011) over the place's number and the key, in wrapping 32-bit integers,
@@ -126,17 +127,17 @@ class PositionLinear(nn.Module):
 class PriorBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero), with dropout before the gate."""
 
-    def __init__(self, hidden_size, num_heads, cond_dim, dropout, number):
+    def __init__(self, hidden_size, num_heads, cond_dim, dropout):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(hidden_size, bias=False)
         self.attn_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.attn_out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.dropout1 = KeyedDropout(dropout, 2 * number)
+        self.dropout1 = KeyedDropout(dropout, 0)
         self.norm2 = nn.LayerNorm(hidden_size, bias=False)
         self.mlp = nn.Sequential(nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(approximate="tanh"),
                                  nn.Linear(4 * hidden_size, hidden_size))
-        self.dropout2 = KeyedDropout(dropout, 2 * number + 1)
+        self.dropout2 = KeyedDropout(dropout, 1)
         self.adaLN_modulation = nn.Linear(cond_dim, 6 * hidden_size)
 
     def attention(self, x, rotation):
@@ -205,8 +206,7 @@ class DLCPrior(nn.Module):
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, cond_dim)
         self.rotary_emb = Rotary(hidden_size // num_heads)
-        self.blocks = nn.ModuleList([PriorBlock(hidden_size, num_heads, cond_dim, dropout, number)
-                                     for number in range(depth)])
+        self.blocks = nn.ModuleList([PriorBlock(hidden_size, num_heads, cond_dim, dropout) for _ in range(depth)])
         self.output_layer = PriorHead(L, V, hidden_size, cond_dim, shared_embedding)
         self.initialize_weights()
 
@@ -254,9 +254,11 @@ class DLCPrior(nn.Module):
         recompute = self.grad_checkpointing and self.training
         c, rotation = self.condition(sigma, y, drop), self.rotary_emb(codes.shape[1])
         x = self.vocab_embed(codes) + self.pos_embed                                                # (N, L, D)
-        for block in self.blocks:
-            x = (checkpoint(block, x, c, rotation, dropout_key, use_reentrant=False) if recompute
-                 else block(x, c, rotation, dropout_key))                                           # (N, L, D)
+        for number, block in enumerate(self.blocks):
+            # a tensor, not the number: blocks that differ in a number are compiled one by one
+            key = None if dropout_key is None else dropout_key + number * BLOCK_KEY
+            x = (checkpoint(block, x, c, rotation, key, use_reentrant=False) if recompute
+                 else block(x, c, rotation, key))                                                   # (N, L, D)
         out = self.output_layer(x, c, places)                                               # (N, L, V+1) or (M, V+1)
         if self.scale_by_sigma:
             shift = sigma.float().clamp(min=SMALLEST_SIGMA).expm1().log() + math.log(self.V)        # (N,)
