@@ -19,7 +19,8 @@ from dlc.cli import SEED, ArgumentParser, number
 from dlc.hub import fetched_by_node, is_id
 from dlc.runtime import PRECISIONS, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import CodeFolder
-from dlc.sampling.prior import BATCH, PriorDraw, PriorOptions, add_prior_flags, draw_into, newest_prior
+from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
+from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.codes import Codes

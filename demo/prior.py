@@ -285,8 +285,8 @@ def report(folder):
     image_grid(rows, GRID_COLUMNS).save(folder / "prior.png")
     print(
         f"\n{text}\n"
-        f"FD: Frechet distance to the scans of the held-out digits, in {DIRECTIONS} main directions of the train scans\n"
-        "and in the hidden units of a small network that reads digits. TV: total variation of the shares of digits.\n"
+        f"FD: Frechet distance to the scans of the held-out digits, in the {DIRECTIONS} main directions of the\n"
+        "train scans and in the hidden units of a small network. TV: total variation of the shares of digits.\n"
         "Copies: of train codes; 2 apart: within two tokens of one.\n"
         f"look at {folder / 'prior.png'}: digits from nothing, of codes that the prior drew; bottom row: independent "
         "positions"

@@ -13,7 +13,8 @@ from tiny_prior import save_prior
 import sample_prior
 from dlc.evaluation.agreement import DrawnCodes
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, finished_record, open_codes
-from dlc.sampling.prior import BATCH, PriorDraw, PriorOptions, newest_prior, resolved
+from dlc.sampling.prior import BATCH, PriorDraw, newest_prior, resolved
+from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.record import SamplesRecord
 from dlc.sampling.usage import Rows, nearest, perplexity, usage
 
