@@ -18,7 +18,10 @@ from dlc.encoder import DEFAULT_ENCODER
 from dlc.features import kind_dir
 from models import DiT_models
 
-SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc")
+SCRIPTS = (
+    *("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc"),
+    *("train_prior", "sample_prior"),
+)
 
 
 def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=None, features=None, **sizes):

@@ -138,8 +138,8 @@ def test_each_option_changes_the_codes(prior):
         fewer=dict(steps=2),
         cold=dict(temperature=0.5),
         nucleus=dict(top_p=0.5),
-        classes=dict(class_=[0, 2]),
-        guided=dict(class_=[0, 2], cfg_scale=3.0),
+        classes=dict(classes=[0, 2]),
+        guided=dict(classes=[0, 2], cfg_scale=3.0),
     )
     found = {name: drawn(prior, **options) for name, options in kinds.items()}
     for name, one in found.items():

@@ -39,20 +39,19 @@ def newest_prior(results_dir, use_ema: bool = True) -> Path:
     Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint. Of several runs, the one
     that wrote last. Raises ValueError if there is no prior.
     """
-    found, weights = {}, "ema.safetensors" if use_ema else "model.safetensors"
+    best, written = {}, {}
+    files = "meta.json", "ema.safetensors" if use_ema else "model.safetensors"
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
-        best = sorted(path for path in run.glob("best/*") if not damage(path, ("meta.json", weights)))
-        checkpoints = run_checkpoints(run)
-        for path in [*best[-1:], *checkpoints[-1:]][:1]:
-            if (path / "meta.json").is_file() and read_meta(path).model in DLCPrior_models:
-                written = max(one.stat().st_mtime for one in [*best[-1:], *checkpoints[-1:]])
-                found[run] = written, best[-1] if best else None
-    if not found:
+        whole = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp" and not damage(path, files))
+        newest = [*run_checkpoints(run)[-1:], *whole[-1:]]
+        if newest and (newest[-1] / "meta.json").is_file() and read_meta(newest[-1]).model in DLCPrior_models:
+            best[run], written[run] = whole[-1] if whole else None, max(path.stat().st_mtime for path in newest)
+    if not written:
         raise ValueError(
             f"no prior under --results-dir {results_dir}: train one with train_prior.py first, or name one with --ckpt"
         )
-    run = max(found, key=found.get)
-    return found[run][1] or newest_of_run(run, ("meta.json", weights))
+    run = max(written, key=written.get)
+    return best[run] or newest_of_run(run, files)
 
 
 def resolved(path, use_ema: bool = True):
@@ -84,12 +83,12 @@ class PriorDraw:
             options.sampler, model.V, self.steps, options.eta, options.temperature, options.top_p
         )
         self.classes = None
-        if options.class_:
+        if options.classes:
             if model.num_classes is None:
                 raise ValueError(f"--class: the prior {path} has no classes: train one with --class-conditional")
-            if "all" in options.class_ and len(options.class_) > 1:
+            if "all" in options.classes and len(options.classes) > 1:
                 raise ValueError("--class all already is every class: leave the others out")
-            self.classes = list(range(model.num_classes)) if "all" in options.class_ else options.class_
+            self.classes = list(range(model.num_classes)) if "all" in options.classes else options.classes
             if max(self.classes) >= model.num_classes:
                 raise ValueError(f"--class {max(self.classes)}: the prior's classes are 0 to {model.num_classes - 1}")
         self.given = Given(options, model.L, model.V, seed) if options.given else None

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,56 +34,54 @@ def _class(text):
 _places.__name__, _class.__name__ = "position or range", "class"
 
 
-def add_prior_flags(add, prefix: str = "") -> None:
+def add_prior_flags(add_flag, prefix: str = "") -> None:
     """How codes are drawn from a prior. Nothing has a default in the parser: see `PriorOptions`."""
+
+    def add(name, *others, **kwargs):
+        flags = [f"--{prefix}{one}" for one in (name, *others)]
+        metavar = {} if "choices" in kwargs else dict(metavar=name.upper().replace("-", "_"))
+        add_flag(*flags, dest=f"prior_{name.replace('-', '_')}", **{**metavar, **kwargs})
+
     add(
-        f"--{prefix}sampler",
+        "sampler",
         choices=SAMPLERS,
         help="; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items()) + " [first-hitting]",
     )
     defaults = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
     add(
-        f"--{prefix}steps",
-        f"--{prefix}calls",
+        "steps",
+        "calls",
         type=number(int, 1),
         help="calls of the network per code, or steps in time of the analytic sampler and the corrector, which call it "
         f"only where a token changes [{defaults}]",
     )
-    add(f"--{prefix}temperature", type=number(float, 0), help="divide the logits by this; 0 takes the likeliest [1]")
-    add(f"--{prefix}top-p", type=number(float, 1e-6, 1), help="draw from the likeliest tokens of this share [1]")
+    add("temperature", type=number(float, 0), help="divide the logits by this; 0 takes the likeliest [1]")
+    add("top-p", type=number(float, 1e-6, 1), help="draw from the likeliest tokens of this share [1]")
+    add("eta", type=number(float, 0, 1), help="probability per step that the corrector masks a token again [0.01]")
     add(
-        f"--{prefix}eta",
-        type=number(float, 0, 1),
-        help="probability per step that the corrector masks a token again [0.01]",
-    )
-    add(
-        f"--{prefix}class",
+        "class",
         type=_class,
         nargs="+",
         metavar="CLASS",
         help="of a prior with classes: class of sample i, by number, cycling through those given; all: every class in "
         "turn [none]",
     )
+    add("cfg-scale", type=number(float, 1), help=f"guidance scale of --{prefix}class; 1 disables guidance [1]")
     add(
-        f"--{prefix}cfg-scale",
-        type=number(float, 1),
-        help=f"guidance scale of --{prefix}class; 1 disables guidance [1]",
-    )
-    add(
-        f"--{prefix}given",
+        "given",
         metavar="CODES",
         help="keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of "
         "row i, cycling [none]",
     )
-    add(f"--{prefix}given-rows", type=number(int, 0), nargs="+", metavar="ROW", help="use these rows of them [all]")
+    add("given-rows", type=number(int, 0), nargs="+", metavar="ROW", help="use these rows of them [all]")
     add(
-        f"--{prefix}keep-tokens",
+        "keep-tokens",
         type=number(int, 0),
         metavar="N",
         help=f"keep N tokens of the --{prefix}given code, at places drawn for each sample",
     )
     add(
-        f"--{prefix}keep-places",
+        "keep-places",
         type=_places,
         nargs="+",
         metavar="PLACE",
@@ -100,7 +98,7 @@ class PriorOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     eta: float | None = None
-    class_: list | None = None
+    classes: list | None = None
     cfg_scale: float = 1.0
     given: str | None = None
     given_rows: list | None = None
@@ -110,9 +108,21 @@ class PriorOptions:
     @classmethod
     def of(cls, args, prefix: str = "") -> "PriorOptions":
         """Those of parsed args. Raises ValueError for flags that do not go together."""
-        values = {name: getattr(args, f"{prefix.replace('-', '_')}{name.rstrip('_')}") for name in asdict(cls())}
+        values = dict(
+            sampler=args.prior_sampler,
+            steps=args.prior_steps,
+            temperature=args.prior_temperature,
+            top_p=args.prior_top_p,
+            eta=args.prior_eta,
+            classes=args.prior_class,
+            cfg_scale=args.prior_cfg_scale,
+            given=args.prior_given,
+            given_rows=args.prior_given_rows,
+            keep_tokens=args.prior_keep_tokens,
+            keep_places=args.prior_keep_places,
+        )
         options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
-        if options.cfg_scale > 1 and options.class_ is None:
+        if options.cfg_scale > 1 and options.classes is None:
             raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")
         kept = [name for name in ("keep_tokens", "keep_places") if values[name] is not None]
         if options.given and len(kept) != 1:
