@@ -23,14 +23,15 @@ from dlc.disk import recorded_id
 from dlc.encoder import add_encoder_flags
 from dlc.extraction import PixelEncoder
 from dlc.features import Features
+from dlc.features.rows import open_vectors
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.training.batches import TrainingBatches, draw_posterior, open_vectors
+from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.flags import add_run_flags
 from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.preview import first_rows, save_preview
 from dlc.training.record import Losses
 from dlc.training.run import Run
-from dlc.vae import check_decodes, load_vae
+from dlc.vae import VAE_HELP, check_decodes, load_vae
 from models import CODE_INITS, DiT_models
 
 LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")
@@ -59,12 +60,12 @@ def argument_parser(**defaults):
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
     add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes")
     add(
-        "--condition-path", help="DiTCONT only: folder of .npy files (n, in_dim), rows aligned with the features [none]"
+        "--condition-path",
+        help="DiTCONT only: .npy files (n, in_dim), a folder or one, rows aligned with the features [none]",
     )
     add(
         "--vae",
-        help="ema, mse, a directory or a hub id: decodes previews and, with --data-path, encodes the images "
-        "[the features' own, or ema]",
+        help=f"{VAE_HELP}; it decodes previews and, with --data-path, encodes the images [the features' own, or ema]",
     )
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
 
@@ -191,6 +192,8 @@ def train(parser, args, run):
         )
         if is_main:
             features.validate()
+            if args.condition_path:
+                condition.check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
         vae = None
         if args.sample_every and is_main:

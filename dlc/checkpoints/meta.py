@@ -9,9 +9,20 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlc.disk import TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
+from dlc.disk import (
+    SWITCH,
+    TEXT,
+    check_values,
+    differences,
+    list_of,
+    one_of,
+    or_null,
+    read_json,
+    real_number,
+    whole_number,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 added latents_mean and latents_std, and the keys of priors
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
@@ -45,6 +56,9 @@ class RunMeta:
     code_init: str | None = key(one_of("unit", "dlc"), since=1, optional=True)
     num_classes: int | None = key(SIZE, optional=True)
     in_dim: int | None = key(SIZE, optional=True)
+    shared_embedding: bool | None = key(SWITCH, since=2, optional=True)  # of a prior, as the next two
+    scale_by_sigma: bool | None = key(SWITCH, since=2, optional=True)
+    time_conditioning: bool | None = key(SWITCH, since=2, optional=True)
     # on what: a run continues with other values only by --allow-change
     features_count: int | None = key(SIZE)
     latents: str | None = key(ID)  # a kind of latents, or "images"
@@ -53,9 +67,15 @@ class RunMeta:
     vae_sha256: str | None = key(ID)
     scaling_factor: float | None = key(or_null(real_number(1e-30)))
     shift_factor: float | None = key(or_null(real_number(-1e30, 1e30)), since=1)
+    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30))), since=2)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30))), since=2)
     encoder_sha256: str | None = key(ID)
     listing_sha256: str | None = key(ID)
     flip: str | None = key(ID)
+    masking: str | None = key(one_of("independent", "counted"), since=2, optional=True)  # of a prior, as the next two
+    score_entropy: bool | None = key(SWITCH, since=2, optional=True)
+    holdout: float | None = key(real_number(0, 1), since=2, optional=True)
+    heldout_path: str | None = key(ID, since=2, optional=True)
     first_vectors_sha256: str | None = key(ID)
     # how far: optimizer steps, global sample index, step of the log's last line, steps skipped since
     step: int | None = key(COUNT)
@@ -66,13 +86,15 @@ class RunMeta:
     vae: str | None = key(ID)
     data_path: str | None = key(ID, optional=True)
     features_path: str | None = key(ID, optional=True)
+    dropout: float | None = key(real_number(0, 1), since=2, optional=True)  # of a prior
     precision: str | None = key(TEXT)
     lr: float | None = key(real_number(0))
     weight_decay: float | None = key(real_number(0))
     ema_decay: float | None = key(real_number(0))
     versions: dict[str, str] | None = key(VERSIONS)
-    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"
+    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"; from what layout
     weights: str | None = None
+    layout: str | None = None
 
     @classmethod
     def from_json(cls, values: dict, where) -> "RunMeta":

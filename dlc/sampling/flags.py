@@ -3,10 +3,14 @@
 import argparse
 
 from diffusion.samplers import SAMPLERS
+from dlc.checkpoints.diffusers_dit import DIFFUSERS_TIMES
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.runtime import PRECISIONS
 from dlc.sampling.conditions import CONDITIONINGS
+from dlc.vae import VAE_HELP
 from models import DiT_models
+
+RESULTS = "results"  # the default of --results-dir
 
 
 def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
@@ -15,14 +19,23 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        default=model,
         choices=DiT_models,
         metavar="MODEL",
-        help="name in DiT_models; must be the checkpoint's [%(default)s]",
+        help=f"name in DiT_models; must be the checkpoint's [that of --ckpt, or without it {model}]",
     )
-    add("--ckpt", help="checkpoint directory, .pt or .safetensors [the model's newest under --results-dir]")
-    add("--results-dir", default="results", help="look for the newest checkpoint here [%(default)s]")
+    add(
+        "--ckpt",
+        help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the model's newest "
+        "under --results-dir; if there is none, for DiT-XL/2, the published weights]",
+    )
+    add("--results-dir", default=RESULTS, help="look for the newest checkpoint here [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
+    add(
+        "--diffusers-time",
+        choices=DIFFUSERS_TIMES,
+        help="with weights in diffusers' layout: compute DiT's function, which those converted from DiT have, or "
+        "diffusers', which those trained there have [what the folder says, else dit]",
+    )
     for conditioning in CONDITIONINGS.values():
         if conditioning.script == script:
             conditioning.add_flags(add)
@@ -59,10 +72,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         help="guide up to this diffusion time; outside the interval the null half is not computed [%(default)s]",
     )
     add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")
-    add(
-        "--vae",
-        help="VAE to decode with: ema, mse, a local directory or a hub id [that of the checkpoint's features, or ema]",
-    )
+    add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
     add("--precision", choices=PRECISIONS, default="fp32", help="precision of the denoising steps [%(default)s]")
     add("--vae-precision", choices=PRECISIONS, default="fp32", help="precision of the VAE's decoder [%(default)s]")
     add(
