@@ -200,7 +200,7 @@ def settings(name, path, layout, tensors, config, given):
     hidden = size("blocks.0.mlp.fc1.weight", 0, 2)
     gated = hidden != size("blocks.0.mlp.fc2.weight", 1, 2)
     for key, value in dict(hidden_size=width, num_hidden_layers=depth, patch_size=patch).items():
-        if lookup(config, [key]) not in (None, value):
+        if lookup(config, [key]) not in (None, value, [value, value]):
             raise ValueError(f"{where}: {key} is {shown(lookup(config, [key]))}, but its weights have {value}")
     arguments = dict(L=given.get("L"), V=given.get("V"))
     source = code_size(name, arguments, config, size("sem_embed.weight", 0, 2))

@@ -4,6 +4,7 @@ why they are refused, before memory is taken for what they claim."""
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -17,7 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -712,6 +713,74 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
     )
     assert said in refusal(load_vae, name)
     assert downsampling_factor("ema") == downsampling_factor("stabilityai/sd-vae-ft-mse") == 8
+
+
+#################################################################################
+#                      One file given to --vae or --encoder                     #
+#################################################################################
+
+LONE_FILES = {
+    "pickle.ckpt": pickle.dumps(Call(os.system, "touch touched")),
+    "pickle.safetensors": pickle.dumps(Call(os.system, "touch touched")),
+    "page.pt": b"<!DOCTYPE html><html>not found</html>",
+    "page.safetensors": b"<!DOCTYPE html><html>not found</html>",
+    "empty.ckpt": b"",
+    "empty.safetensors": b"",
+    "header.safetensors": struct.pack("<Q", 2**62) + b"{}",
+    "json.pt": b'{"weight_map": {"encoder.conv_in.weight": "../evil.pt"}}',
+    "beyond.safetensors": struct.pack("<Q", 70)
+    + json.dumps({"x": dict(dtype="F32", shape=[9], data_offsets=[0, 36])}).ljust(70).encode(),
+}
+
+
+@pytest.mark.parametrize("load", [load_vae, load_encoder])
+@pytest.mark.parametrize("name", [*LONE_FILES, "zip.pt", "cut.ckpt", "folder.safetensors", "loop.pt", "dangling.ckpt"])
+def test_lone_files(tmp_path, monkeypatch, load, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    if name in LONE_FILES:
+        path.write_bytes(LONE_FILES[name])
+    elif name == "zip.pt":
+        torch.save(dict(state_dict=Call(os.system, "touch touched")), path)
+    elif name == "cut.ckpt":
+        torch.save({"encoder.conv_in.weight": torch.zeros(9, 9)}, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif name == "folder.safetensors":
+        path.mkdir()
+    else:
+        path.symlink_to(name if name == "loop.pt" else "nowhere")
+    assert name in refusal(load, str(path))
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(num_attention_heads="2"), "num_attention_heads is '2'"),
+        (dict(num_attention_heads=0), "num_attention_heads is 0"),
+        (dict(num_attention_heads=5), "timm cannot build the encoder"),
+        (dict(L=-3), "L is -3"),
+        (dict(V=10**9), "V is 1000000000"),
+        (dict(temp=float("nan")), "temp is nan"),
+        (dict(hidden_size=[3]), "hidden_size is [3]"),
+        (dict(backbone_config=dict(num_attention_heads=[])), "num_attention_heads is []"),
+        (dict(auto_map=dict(AutoModel="evil.Model"), hidden_act="os.system"), "hidden_act is 'os.system'"),
+        ({"preprocessor": dict(crop_size=dict(height=10**9))}, "image_size is 1000000000"),
+        ({"preprocessor": dict(crop_size=225)}, "no multiple of its patch"),
+        ({"preprocessor": dict(image_std="x")}, "image_std is x"),
+    ],
+)
+def test_configurations_of_transformers(tmp_path, config, message):
+    _, weights = golden("dinov2_registers_sem")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config.pop("preprocessor", {})))
+    usual = dict(model_type="dinov2_with_registers", num_attention_heads=2, L=8)
+    usual.update(config)
+    if "backbone_config" in config:
+        del usual["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(usual))
+    line = refusal(load_encoder, tmp_path)
+    assert message in line and tmp_path.name in line
 
 
 #################################################################################
