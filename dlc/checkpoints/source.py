@@ -53,6 +53,7 @@ class Source:
     meta: what is recorded of the run.
     said: what was recognised so far, in words.
     is_eps: whether it is known that the weights predict eps, rather than, as SiT's do, a velocity.
+    in_diffusers: whether they came in diffusers' layout, which leaves their function open.
     done: whether values are a model's tensors under our names.
     """
 
@@ -64,6 +65,7 @@ class Source:
     meta: RunMeta = field(default_factory=RunMeta)
     said: tuple[str, ...] = ()
     is_eps: bool = False
+    in_diffusers: bool = False
     done: bool = False
 
     @cached_property
