@@ -143,7 +143,7 @@ def read_shards(path: Path) -> dict:
     return {key: shards[name][key] for key, name in names.items()}
 
 
-def run_meta(arguments: dict, step: int | None, weights: str) -> RunMeta:
+def run_meta(arguments: dict, step: int | None, weights: str | None) -> RunMeta:
     """What the arguments of DiT's and fast-DiT's training scripts say of a run; values of another kind are left out."""
     said = {
         key: arguments.get(key) for key in ("model", "image_size", "num_classes", "global_batch_size", "global_seed")
