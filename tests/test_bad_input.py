@@ -20,7 +20,7 @@ from models import DiT_models
 
 SCRIPTS = (
     *("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc"),
-    *("train_prior", "sample_prior"),
+    *("train_prior", "sample_prior", "evaluate"),
 )
 
 

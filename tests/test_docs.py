@@ -17,6 +17,8 @@ SCRIPTS = [
     "train_prior",
     "sample_prior",
     "compose_dlc",
+    "evaluate",
+    "dlc.evaluation.make_reference",
     "dlc.features.__main__",
     "dlc.checkpoints.__main__",
     "dlc.sampling.__main__",
@@ -26,7 +28,7 @@ OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
     --shm-size --help --rows --batch --images --check
-    --numa-binding""".split()
+    --numa-binding --pr-rows""".split()
 )
 
 
