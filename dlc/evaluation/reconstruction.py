@@ -146,7 +146,7 @@ class Measured:
 
     def __init__(self, networks, L: int | None, settings: dict):
         self.settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-        self.rows = dict(psnr=[torch.zeros(0)], ssim=[torch.zeros(0)])
+        self.rows = {name: [torch.zeros(0, dtype=torch.float64)] for name in ("psnr", "ssim")}
         if L:
             self.rows["codes"] = [torch.zeros(0, L, dtype=torch.int64)]
         self.statistics = {
@@ -241,7 +241,7 @@ def joined(
     statistics = {name: merge(one, counts_of(count, state), state) for name, one in measured.statistics.items()}
     if not state.is_main_process:
         return None
-    result = dict(images=count, psnr=float(rows["psnr"].double().mean()), ssim=float(rows["ssim"].double().mean()))
+    result = dict(images=count, psnr=float(rows["psnr"].mean()), ssim=float(rows["ssim"].mean()))
     result["frechet_distances"] = {
         one.name: frechet_distance(*(statistics[f"{one.name}.{which}"] for which in SETS)) for one in networks
     }

@@ -19,6 +19,7 @@ from diffusion.samplers import SAMPLERS
 from dlc.cli import ArgumentParser, number, one_line
 from dlc.disk import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
 from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
+from dlc.evaluation.report import NAMES
 from dlc.sampling.flags import sampling_parser
 
 FORMAT_VERSION = 1
@@ -158,7 +159,7 @@ def draw_curves(results: list[tuple[dict, dict]], path: Path) -> None:
         for others, points in lines.items():
             points = sorted((x, metrics[name]) for x, metrics in points if name in metrics)
             panel.plot(*zip(*points), marker="o", markersize=4, label=words_of(dict(others)))
-        panel.set(xlabel=axis, ylabel=name)
+        panel.set(xlabel=axis, ylabel=NAMES.get(name, (name.replace("_", " "),))[0])
         panel.grid(alpha=0.3)
     if len(lines) > 1:
         grid[0].legend(fontsize="small")
