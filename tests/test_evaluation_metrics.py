@@ -144,6 +144,7 @@ def test_wrong_statistics_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             statistics.update(wrong)
+            _ = statistics.mean
     with pytest.raises(ValueError, match="4 dimensions in the reference, 6 in the samples"):
         frechet_distance(statistics_of(gaussian(9, 4)), statistics_of(gaussian(9, 6)))
     with pytest.raises(ValueError, match="at least 2 images, and there are 1"):

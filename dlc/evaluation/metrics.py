@@ -10,21 +10,28 @@ and of the papers that each function names. No file, no network and no rank is k
 
 import math
 
+import numpy as np
 import torch
 
 from dlc.evaluation.distances import distance_tiles
 
 EPS = torch.finfo(torch.float64).eps
-ROWS_AT_ONCE = 512  # rows that are added to statistics at once: fewer make the matrix product slow
+ROWS_AT_ONCE = 2048  # rows that are added to statistics at once: fewer make sums of D x D a large share
 
 
-def checked(features, name: str = "features") -> torch.Tensor:
-    """Features as a tensor (N, D). Raises ValueError for another shape, no rows, or values that are not finite."""
+def shaped(features, name: str = "features") -> torch.Tensor:
+    """Features as a tensor (N, D). Raises ValueError for another shape, no rows, or values that are no floats."""
     features = torch.as_tensor(features)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{name} have shape {tuple(features.shape)}, wanted (N, D)")
     if not features.is_floating_point():
         raise ValueError(f"{name} are of type {str(features.dtype).removeprefix('torch.')}, wanted floats")
+    return features
+
+
+def checked(features, name: str = "features") -> torch.Tensor:
+    """Features as a tensor (N, D). Raises ValueError as `shaped` does, and for values that are not finite."""
+    features = shaped(features, name)
     if not features.isfinite().all():
         raise ValueError(f"{name} hold values that are NaN or infinite")
     return features
@@ -77,8 +84,11 @@ class FeatureStatistics:
         return statistics
 
     def update(self, features) -> None:
-        """Add rows (n, dim) of floats. Raises ValueError for another width, or values that are not finite."""
-        features = checked(features)
+        """Add rows (n, dim) of floats. Raises ValueError for another width.
+
+        Values that are not finite raise it here or where the statistics are read: rows are looked at in large batches.
+        """
+        features = shaped(features)
         if features.shape[1] != self.dim:
             raise ValueError(f"features have {features.shape[1]} dimensions, wanted {self.dim}")
         self._waiting.append(features)
@@ -126,11 +136,12 @@ class FeatureStatistics:
     def _add_waiting(self):
         if not self._waiting:
             return
-        rows = torch.cat(self._waiting).double()
+        rows = torch.cat(self._waiting).to(torch.float64, copy=True)
         self._waiting, self._rows = [], 0
         mean = rows.mean(dim=0)
-        centred = rows - mean
-        self._add(len(rows), mean.cpu(), (centred.T @ centred).cpu())
+        if not mean.isfinite().all():
+            raise ValueError("features hold values that are NaN or infinite")
+        self._add(len(rows), mean.cpu(), outer_products(rows.sub_(mean)))
 
     def _add(self, count, mean, scatter):
         if not count:
@@ -140,6 +151,14 @@ class FeatureStatistics:
         self._scatter.addr_(difference, difference, alpha=self._count * count / total)
         self._mean = self._mean + difference * (count / total)
         self._count = total
+
+
+def outer_products(rows: torch.Tensor) -> torch.Tensor:
+    """rows' rows (D, D), on the CPU."""
+    if rows.device.type != "cpu":
+        return (rows.T @ rows).cpu()
+    array = rows.numpy()
+    return torch.from_numpy(np.dot(array.T, array))  # NumPy sees the symmetry, and computes one half
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
