@@ -20,7 +20,8 @@ from dlc.checkpoints.weights import weights_sha256
 from dlc.encoder import load_encoder
 from dlc.evaluation import agreement, reconstruction
 from dlc.evaluation.codes import CodeReader, EncoderNetwork, exact_numerics, token_agreement
-from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor, joined, measure
+from dlc.evaluation.feature_images import FeatureImages, Reconstructor
+from dlc.evaluation.reconstruction import Measured, joined, measure
 from dlc.evaluation.similarity import psnr, ssim
 from dlc.features import Features
 from dlc.images import center_crop, load_rgb

@@ -154,6 +154,7 @@ def test_failed_programs(tmp_path):
         (["--t-min", "500", "--t-max", "400", "--agreement"], "t-min 500 is above t-max 400"),
         (["--sampler", "euler", "--agreement"], "--sampler euler: wanted one of ddpm"),
         (["--cfg-scale", "1", "--agreement", "--script", "sample_ddp.py"], "which sample_ddp.py does not draw"),
+        (["--cfg-scale", "1", "--agreement", "--metrics", "is"], "--metrics goes with --reference"),
         (["--cfg-scale", "1", "--agreement", "--flotz"], "unrecognized arguments: --flotz"),
         (["--cfg-scale", "1", "--agreement", "--crop", "3", "--resize", "3"], "exclude each other: give one"),
         (["--cfg-scale", "1", "--agreement", "--", "--cfg-scale", "2"], "--cfg-scale after -- is a flag that is swept"),
