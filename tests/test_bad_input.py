@@ -17,7 +17,14 @@ from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 from dlc.features import kind_dir
 from models import DiT_models
 
-SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc")
+SCRIPTS = (
+    "extract_features_withdlc",
+    "train_diffusion",
+    "sample_ddp_computed_dlc",
+    "sample_ddp",
+    "compose_dlc",
+    "evaluate",
+)
 
 
 def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=None, features=None, **sizes):
