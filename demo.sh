@@ -38,7 +38,8 @@ done
 stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" \
     --num-fid-samples 36
 
-# for the table: a class-conditional DiT of the same size and steps, and samples for codes that no digit has
+# for the table: samples for codes that no digit has, and a class-conditional DiT of the same size and steps, at half
+# the batch to save a minute
 python -m demo.shuffled "$out/features_heldout" "$out/shuffled_codes.npy"
 stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffled" \
     --dlc-dir "$out/shuffled_codes.npy" --num-fid-samples 360

@@ -224,7 +224,7 @@ def error_of(monkeypatch, capsys, tmp_path):
             importlib.import_module(script).main()
         error = capsys.readouterr().err
         assert stopped.value.code == 2, error
-        assert re.fullmatch(rf"{script}\.py: error: .*\n", error), error
+        assert re.fullmatch(rf"{script}\.py( [\w-]+)?: error: .*\n", error), error
         return error
 
     return call

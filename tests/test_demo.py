@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import ROOT
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from demo import table
 from demo.digits import DigitReader, load_split, write_image_folder
+from demo.shuffled import shuffle
 from dlc.encoder import load_encoder
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
 from dlc.vae import decode, encode, load_vae
@@ -64,3 +67,81 @@ def test_assets_are_small():
         path.stat().st_size for folder in ("digits-vae", "digits-sem") for path in (ROOT / "assets" / folder).iterdir()
     )
     assert size < 4e6
+
+
+#################################################################################
+#                                  The table                                    #
+#################################################################################
+
+
+def test_shuffled_codes_keep_only_how_often_tokens_are():
+    codes = np.random.default_rng(0).integers(0, 16, (360, 32)).astype(np.uint8)
+    shuffled = shuffle(codes)
+    assert shuffled.dtype == codes.dtype and (np.sort(shuffled, axis=0) == np.sort(codes, axis=0)).all()
+    assert abs((shuffled == codes).mean() - 1 / 16) < 0.01
+    assert (np.argsort(shuffled[:, 0], kind="stable") != np.argsort(shuffled[:, 1], kind="stable")).any()
+
+
+class Demo:
+    """What demo.table.Demo knows, of made-up digits: three held-out ones of each kind."""
+
+    folder = None
+    labels = np.repeat(np.arange(10), 3)
+    codes = np.arange(30)[:, None].repeat(4, axis=1)
+    images = np.zeros((30, 64, 64, 3), np.uint8)
+
+    def samples(self, name):
+        if name == "samples":
+            raise FileNotFoundError(name)
+        return np.zeros((40, 64, 64, 3), np.uint8)
+
+
+def test_codes_of_samples_for_classes():
+    """Sample i is of digit i % 10, and is compared with the real codes of that digit in turn."""
+    row = table.from_labels(Demo())
+    assert row.labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert row.codes[[0, 10, 20, 30, 1, 39], 0].tolist() == [0, 1, 2, 0, 3, 27]
+
+
+def test_rows_whose_files_are_missing(monkeypatch, capsys):
+    """They are left out with a line; the others are judged, and a value that a row lacks is a dash."""
+    monkeypatch.setattr(table, "Demo", lambda folder: Demo())
+    monkeypatch.setattr(table, "ROWS", [table.real, table.from_codes, lambda demo: table.Row("bare", demo.images)])
+    numbers = dict(frechet_distance=1.5, code_agreement=1, chance=0.25)
+    monkeypatch.setattr(
+        table,
+        "Judge",
+        lambda demo: (
+            lambda row: dict(name=row.name, images=len(row.images), **(numbers if row.labels is not None else {}))
+        ),
+    )
+    rows = table.measure("nowhere")
+    assert [row["name"] for row in rows] == ["real held-out digits", "bare"]
+    assert "left out, for want of samples: from_codes" in capsys.readouterr().out
+    lines = [line.split() for line in table.table_of(rows).splitlines()]
+    assert lines[1][-5:] == ["30", "1.500", "1.000", "0.250", "-"] and lines[2] == ["bare", "30", "-", "-", "-", "-"]
+
+
+def test_judge(splits):
+    """Real digits: every token comes back, and the distance is that of closed-form Gaussians in 20 directions."""
+
+    class Features:
+        V = 16
+
+        class manifest:
+            encoder = ROOT / "assets/digits-sem"
+
+    class Digits:
+        features = Features
+
+    judge = table.Judge(Digits)
+    images, labels = splits[1]
+    codes = judge.read_code(images[:40]).numpy()
+    numbers = judge(table.Row("some", images[:40], codes, labels[:40]))
+    assert numbers["code_agreement"] == 1 and numbers["read_as_asked"] > 0.9 and numbers["images"] == 40
+    train = DigitReader.scans(splits[0][0])
+    values, vectors = np.linalg.eigh(np.cov(train, rowvar=False))
+    a, b = ((scans - train.mean(axis=0)) @ vectors[:, -20:] for scans in (train, DigitReader.scans(images[:40])))
+    root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    distance = np.square(b.mean(axis=0)).sum() + np.trace(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root)
+    assert numbers["frechet_distance"] == pytest.approx(distance, abs=1e-4)

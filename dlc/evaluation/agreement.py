@@ -19,7 +19,8 @@ from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import ArgumentParser, number
 from dlc.encoder import add_encoder_flags
 from dlc.evaluation.codes import CodeReader, codes_of_images, open_encoder_of, token_agreement
-from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor, joined, measure, open_vae
+from dlc.evaluation.feature_images import FeatureImages, Reconstructor, open_vae
+from dlc.evaluation.reconstruction import Measured, joined, measure
 from dlc.evaluation.report import metrics_path, write_metrics
 from dlc.features import Features
 from dlc.images import read_png

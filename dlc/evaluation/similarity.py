@@ -13,12 +13,12 @@ def check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """10 log10(255^2 / MSE) in dB of each pair of images (N, H, W, C) uint8: (N,) float32, at most LARGEST_PSNR.
+    """10 log10(255^2 / MSE) in dB of each pair of images (N, H, W, C) uint8: (N,) float64, at most LARGEST_PSNR.
 
     The mean squared error is over all pixels and channels of one pair; papers report the mean of these over images.
     """
     check_pair(a, b)
-    error = (a.float() - b.float()).square().flatten(1).mean(dim=1)
+    error = (a.float() - b.float()).square().flatten(1).mean(dim=1, dtype=torch.float64)
     return (10 * torch.log10(255**2 / error)).clamp(max=LARGEST_PSNR)
 
 
@@ -38,7 +38,7 @@ def window_means(images: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each pair of images (N, H, W, C) uint8 (Wang et al. 2004): (N,) float32.
+    """Structural similarity of each pair of images (N, H, W, C) uint8 (Wang et al. 2004): (N,) float64.
 
     With Wang's constants and Gaussian window of 11 x 11 pixels, sigma 1.5, at places where it lies within the image,
     and variances weighted by it; computed for each colour channel, and averaged over places and channels.
@@ -48,11 +48,10 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     check_pair(a, b)
     if min(a.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs images of {WINDOW} x {WINDOW} pixels or more, these have {tuple(a.shape[1:3])}")
-    a, b = a.float() - 128, b.float() - 128  # about 0, because the variances are differences of squares
+    a, b = a.double(), b.double()  # the variances are differences of large squares
     mean_a, mean_b = window_means(a), window_means(b)  # (N, H - 10, W - 10, C)
     variances = window_means(a.square()) - mean_a.square() + window_means(b.square()) - mean_b.square()
     covariance = window_means(a * b) - mean_a * mean_b
-    mean_a, mean_b = mean_a + 128, mean_b + 128
     luminance = (2 * mean_a * mean_b + C1) / (mean_a.square() + mean_b.square() + C1)
     structure = (2 * covariance + C2) / (variances + C2)
     return (luminance * structure).flatten(1).mean(dim=1)

@@ -19,6 +19,7 @@ from diffusion.samplers import SAMPLERS
 from dlc.cli import ArgumentParser, number, one_line
 from dlc.disk import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
 from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
+from dlc.evaluation.report import NAMES
 from dlc.sampling.flags import sampling_parser
 
 FORMAT_VERSION = 1
@@ -158,7 +159,7 @@ def draw_curves(results: list[tuple[dict, dict]], path: Path) -> None:
         for others, points in lines.items():
             points = sorted((x, metrics[name]) for x, metrics in points if name in metrics)
             panel.plot(*zip(*points), marker="o", markersize=4, label=words_of(dict(others)))
-        panel.set(xlabel=axis, ylabel=name)
+        panel.set(xlabel=axis, ylabel=NAMES.get(name, (name.replace("_", " "),))[0])
         panel.grid(alpha=0.3)
     if len(lines) > 1:
         grid[0].legend(fontsize="small")
@@ -184,30 +185,36 @@ def report(results: list[tuple[dict, dict]], out: Path, say=print) -> None:
 #################################################################################
 
 
-def parse_args(argv: list[str]):
-    """The parser, sweep's own flags, and the flags of evaluate.py and of the sampling script, as lists of texts."""
-    parser = ArgumentParser(__doc__, usage="%(prog)s FLAGS [flags of evaluate.py] -- [flags of the sampling script]")
-    add = parser.add_argument
+def add_sweep_flags(add) -> None:
     for flag, kind in SWEPT.items():
         add(f"--{flag}", type=kind, nargs="+", help=f"try these values of the sampling script's --{flag} [its default]")
     add("--reference", help="compare with this, as evaluate.py does [none: only --agreement is measured]")
     add("--agreement", action="store_true", help="measure code agreement too, as evaluate.py agreement does")
     add("--out", default="sweep", help="write samples, results, table and plot here")
     add("--script", choices=SCRIPTS, default=SCRIPTS[0], help="draw with this script")
-    add("--processes", type=number(int, 1), default=1, help="processes per launch, such as one per GPU")
+    add("--processes", type=number(int, 1), default=1, help="start so many processes per launch, such as one per GPU")
     add("--discard", action="store_true", help="remove the samples of a setting once it is evaluated")
+
+
+def parse_args(argv: list[str]):
+    """The parser, all flags before --, and, as lists of texts, the flags of evaluate.py and of the sampling script.
+
+    Those of the others are parsed here too, so that a mistake is not found after hours of sampling.
+    """
     own, sampling = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    args, evaluation = parser.parse_known_args(own)
-    # each of the others' flags is parsed here too, so that a mistake is not found after hours of sampling
-    parser.evaluation = ArgumentParser("", add_help=False, usage=parser.usage)
-    add_comparison_flags(parser.evaluation.add_argument)
+    parser = ArgumentParser(__doc__, usage="%(prog)s FLAGS -- FLAGS OF THE SAMPLING SCRIPT")
+    add_sweep_flags(parser.add_argument)
+    add_comparison_flags(parser.add_argument_group("handed on to evaluate.py").add_argument)
+    args = parser.parse_args(own)
     with parser.one_line_errors():
-        check_comparison_flags(parser.evaluation.parse_args(evaluation))
+        check_comparison_flags(args)
     sampling_parser("", args.script, "DiT-XL/2").parse_args(sampling)
-    return parser, args, evaluation, sampling
+    splitter = ArgumentParser("", add_help=False)
+    add_sweep_flags(splitter.add_argument)
+    return parser, args, splitter.parse_known_args(own)[1], sampling
 
 
-def check_flags(args, sampling: list[str]) -> dict[str, list]:
+def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, list]:
     """The values of the swept flags. Raises ValueError for flags that clash, and where there is nothing to do."""
     values = {flag: getattr(args, flag.replace("-", "_")) for flag in SWEPT}
     values = {flag: given for flag, given in values.items() if given is not None}
@@ -221,6 +228,8 @@ def check_flags(args, sampling: list[str]) -> dict[str, list]:
         raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
     if args.reference is None and not args.agreement:
         raise ValueError("nothing to measure: give --reference, --agreement or both")
+    if args.reference is None and evaluation:
+        raise ValueError(f"{evaluation[0]} goes with --reference: without one only --agreement is measured")
     if args.reference and not Path(args.reference).exists():
         raise ValueError(f"--reference {args.reference} does not exist")
     if args.agreement and args.script != SCRIPTS[0]:
@@ -278,7 +287,7 @@ def draw_and_evaluate(args, evaluation: list[str], sampling: list[str], setting:
 def main():
     parser, args, evaluation, sampling = parse_args(sys.argv[1:])
     with parser.one_line_errors():
-        settings = all_settings(check_flags(args, sampling))
+        settings = all_settings(check_flags(args, evaluation, sampling))
         measured = [*(["--reference", args.reference] if args.reference else []), *evaluation]
         measured += ["--agreement"] * args.agreement
         sweep = Sweep(args.out, dict(sampling=sampling, evaluation=measured))

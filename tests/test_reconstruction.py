@@ -1,0 +1,358 @@
+"""PSNR and SSIM against closed forms and a direct formula; code agreement of codes whose truth is known; and the
+commands `evaluate.py reconstruction` and `evaluate.py agreement`."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, L, V, launch, sample_folder
+from PIL import Image
+
+from dlc.checkpoints.weights import weights_sha256
+from dlc.encoder import load_encoder
+from dlc.evaluation import agreement, reconstruction
+from dlc.evaluation.codes import CodeReader, EncoderNetwork, exact_numerics, token_agreement
+from dlc.evaluation.feature_images import FeatureImages, Reconstructor
+from dlc.evaluation.reconstruction import Measured, joined, measure
+from dlc.evaluation.similarity import psnr, ssim
+from dlc.features import Features
+from dlc.images import center_crop, load_rgb
+from dlc.runtime import start_processes
+from dlc.sampling.record import SamplesRecord
+
+CPU = torch.device("cpu")
+
+
+def noise(*shape, seed=0, low=0, high=256):
+    return torch.from_numpy(np.random.default_rng(seed).integers(low, high, shape, dtype=np.uint8))
+
+
+#################################################################################
+#                                 PSNR and SSIM                                 #
+#################################################################################
+
+
+def test_psnr_of_a_known_error():
+    """Pixels that are 5 grey levels apart: 20 log10(255 / 5). One image per number; equal images are capped."""
+    images = noise(3, 16, 12, 3, high=200)
+    others = torch.stack([images[0] + 5, images[1], images[2]])
+    others[2, 0, 0, 0] += 4  # one of 576 values
+    wanted = [20 * math.log10(255 / 5), 100.0, 10 * math.log10(255**2 * 576 / 16)]
+    assert psnr(images, others).tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def direct_ssim(a, b):
+    """The formula of Wang et al., place by place, in float64, of one image (H, W, 3)."""
+    side, sigma, c1, c2 = 11, 1.5, (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    weights = np.array(
+        [[math.exp(-(((i - 5) ** 2 + (j - 5) ** 2) / (2 * sigma**2))) for i in range(11)] for j in range(11)]
+    )
+    weights /= weights.sum()
+    values = []
+    for top, left, channel in itertools.product(range(a.shape[0] - 10), range(a.shape[1] - 10), range(3)):
+        x, y = (one[top : top + side, left : left + side, channel].astype(np.float64) for one in (a, b))
+        mx, my = (weights * x).sum(), (weights * y).sum()
+        vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
+        cov = (weights * (x - mx) * (y - my)).sum()
+        values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return np.mean(values)
+
+
+def test_ssim_is_the_formula():
+    a = noise(2, 17, 15, 3)
+    b = (a.float() * 0.7 + noise(2, 17, 15, 3, seed=1).float() * 0.3).to(torch.uint8)
+    a[1], b[1] = 240, 250  # flat and bright, where variances are differences of large squares
+    b[1, 8, 8] = 251
+    wanted = [direct_ssim(*pair) for pair in zip(a.numpy(), b.numpy())]
+    assert ssim(a, b).tolist() == pytest.approx(wanted, rel=1e-9)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1])
+
+
+def test_ssim_of_flat_images():
+    """Only the luminance term differs from 1."""
+    a, b = torch.full((1, 11, 11, 3), 100, dtype=torch.uint8), torch.full((1, 11, 11, 3), 150, dtype=torch.uint8)
+    wanted = (2 * 100 * 150 + 6.5025) / (100**2 + 150**2 + 6.5025)
+    assert ssim(a, b).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_pairs_that_cannot_be_compared():
+    with pytest.raises(ValueError, match="11 x 11 pixels or more, these have"):
+        ssim(noise(1, 10, 20, 3), noise(1, 10, 20, 3))
+    with pytest.raises(ValueError, match="wanted uint8 alike"):
+        psnr(noise(1, 16, 16, 3), noise(1, 16, 12, 3))
+
+
+#################################################################################
+#                                Code agreement                                 #
+#################################################################################
+
+
+def test_agreement_of_known_codes():
+    """Position 0 always agrees, position 1 never, position 2 in one of four pairs; chance by hand."""
+    wanted = np.array([[0, 1, 2], [0, 1, 2], [1, 1, 2], [1, 1, 0]], np.uint8)
+    found = np.array([[0, 0, 2], [0, 0, 1], [1, 2, 1], [1, 2, 1]])
+    result = token_agreement(wanted, found, 3)
+    assert result["share_by_position"] == [1, 0, 0.25]
+    assert result["share"] == pytest.approx(1.25 / 3)
+    # p q by token: 2/4 2/4 twice; none in common; token 1 is never wanted, token 2 is 3/4 1/4
+    assert result["chance_by_position"] == [0.5, 0, 0.1875]
+    shares = np.array([2, 1, 1, 1]) / 3
+    assert result["standard_error"] == pytest.approx(shares.std(ddof=1) / 2)
+    assert (result["images"], result["L"], result["V"], result["whole_codes"]) == (4, 3, 3, 0)
+
+
+def test_chance_is_the_mean_over_all_pairs():
+    generator = np.random.default_rng(0)
+    wanted, found = generator.integers(0, 4, (2, 20, 5)) ** 2 % 7
+    every = np.mean([(wanted == np.roll(found, shift, axis=0)).mean() for shift in range(20)])
+    assert token_agreement(wanted, found, 7)["chance"] == pytest.approx(every)
+
+
+class Stripes(torch.nn.Module):
+    """A made-up encoder: token l of an image is its grey level at pixel (0, l), over 16."""
+
+    image_size, L, V = 16, 8, 16
+
+    def encode_pixels(self, pixels):
+        return torch.nn.functional.one_hot(pixels[:, 0, : self.L, 0].long() // 16, self.V).float()
+
+
+def test_reader_of_images():
+    """Tokens are read off the images as extraction would show them, in any batch; a code that is none is refused."""
+    images = noise(37, 16, 16, 3).numpy()
+    read = CodeReader(Stripes(), CPU)
+    assert (read(images).numpy() == images[:, 0, :8, 0] // 16).all()
+    large = images.repeat(2, axis=1).repeat(2, axis=2)  # halved by a box filter, as by the crop of extraction
+    assert (read(large[:5]).numpy() == images[:5, 0, :8, 0] // 16).all()
+    read.encoder.encode_pixels = lambda pixels: torch.full((len(pixels), 8, 16), math.nan)
+    with pytest.raises(ValueError, match="not finite numbers: try another --encoder"):
+        read(images)
+
+
+#################################################################################
+#                                Reconstruction                                 #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def parts(workplace, images, tiny_models):
+    """(features, images, reconstructor, reader, networks) of the tiny models."""
+    from dlc.vae import load_vae
+
+    features = Features(workplace / "features")
+    encoder = load_encoder(tiny_models[1])
+    return (
+        features,
+        FeatureImages(features, images),
+        Reconstructor(load_vae(str(tiny_models[0])), CPU),
+        CodeReader(encoder, CPU),
+        [EncoderNetwork(encoder, CPU)],
+    )
+
+
+def test_images_of_features(parts, images, tmp_path):
+    """Row by row the crops of extraction, whatever the flips; a part of them is spread over all."""
+    features, of_features, *_ = parts
+    assert len(of_features) == 14 and (of_features.rows == np.arange(14)).all()
+    crops = of_features.crops(np.array([0, 13]))
+    assert crops.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert of_features.views.name(13) == "dog/6.png"
+    assert FeatureImages(features, images, 3).rows.tolist() == [0, 6, 13]
+    for count, path, message in (
+        (15, images, "--num-images 15: features .* are of 14 images"),
+        (None, tmp_path / "nowhere", "--data-path .*nowhere is not a folder"),
+        (None, tmp_path, "has no cat/0.png, which features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FeatureImages(features, path, count)
+
+
+def test_names_that_lead_elsewhere(workplace, images, tmp_path):
+    shutil.copytree(workplace / "features", tmp_path / "features")
+    names = np.load(tmp_path / f"features/imagenet{IMAGE_SIZE}_path/000000.npy")
+    for name in ("/etc/passwd", "../cat/0.png"):
+        names = names.astype("U20")
+        names[1] = name
+        np.save(tmp_path / f"features/imagenet{IMAGE_SIZE}_path/000000.npy", names)
+        with pytest.raises(ValueError, match="name an image outside of any folder"):
+            FeatureImages(Features(tmp_path / "features"), images)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
+    """The numbers are those of all images at once; a measurement that is cut off continues to the same numbers."""
+    features, images, reconstruct, read, networks = parts
+    monkeypatch.setattr(reconstruction, "BATCH", 5)
+    monkeypatch.setattr("dlc.evaluation.codes.BATCH", 5)
+    state, path = start_processes(), tmp_path / "done.safetensors"
+    whole = Measured(networks, L, {"a": 1})
+    measure(whole, images, reconstruct, state, networks, read)
+    result = joined(whole, images, state, networks, features.codes, V)
+
+    crops = images.crops(np.arange(14))
+    with exact_numerics():
+        found = torch.cat([torch.from_numpy(reconstruct(part)) for part in crops.split(5)])
+    assert result["psnr"] == pytest.approx(psnr(crops, found).mean().item(), rel=1e-6)
+    assert result["ssim"] == pytest.approx(ssim(crops, found).mean().item(), rel=1e-6)
+    codes = features.codes.gather(np.arange(14))
+    assert result["code_agreement"] == token_agreement(codes, read(found.numpy()).numpy(), V)
+    assert result["frechet_distances"]["encoder"] > 0
+
+    calls = []
+
+    def cut_off(crops):
+        calls.append(len(crops))
+        if len(calls) == 2:
+            raise Interrupted
+        return reconstruct(crops)
+
+    cut_off.device = CPU
+    monkeypatch.setattr("dlc.evaluation.codes.encoding_threads", lambda device: 1)
+    with pytest.raises(Interrupted):
+        measure(Measured(networks, L, {"a": 1}), images, cut_off, state, networks, read, path)
+    rest = Measured(networks, L, {"a": 1})
+    rest.load(path)
+    assert rest.done == 5
+    measure(rest, images, reconstruct, state, networks, read, path)
+    again = joined(rest, images, state, networks, features.codes, V)
+    distances = again.pop("frechet_distances"), result.pop("frechet_distances")
+    assert again == result and distances[0] == pytest.approx(distances[1], rel=1e-3)  # 14 images of 72 features
+    for settings, harm in (({"a": 2}, b""), ({"a": 1}, b"damaged")):
+        path.write_bytes(harm or path.read_bytes())
+        other = Measured(networks, L, settings)
+        other.load(path)
+        assert other.done == 0
+
+
+def run(monkeypatch, capsys, *argv):
+    """evaluate.py in this process; gives standard output."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+    importlib.import_module("evaluate").main()
+    return capsys.readouterr().out
+
+
+def test_reconstruction_command(workplace, images, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "numbers.json"
+    command = ("reconstruction", workplace / "features", "--data-path", images, "--features", "encoder", "--out", out)
+    said = run(monkeypatch, capsys, *command)
+    numbers = json.loads(out.read_text())
+    assert f"{numbers['psnr']:.3f}" in said and "tokens kept" in said and "FD of encoder features" in said
+    assert numbers["images"] == 14 and set(numbers["frechet_distances"]) == {"encoder"}
+    assert numbers["vae_sha256"] == Features(workplace / "features").manifest.vae_sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+#################################################################################
+#                          Agreement of a samples folder                        #
+#################################################################################
+
+
+@pytest.fixture
+def samples(workplace, tmp_path):
+    """A copy of samples of a DiTSEM for the codes of workplace's features."""
+    folder = sample_folder(workplace / "samples")
+    shutil.copytree(folder, tmp_path / "samples" / folder.name)
+    return tmp_path / "samples" / folder.name
+
+
+def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch, capsys):
+    """Found codes are compared with the rows that samples.json lists; the numbers join those of other commands."""
+    metrics = samples.with_name(samples.name + ".metrics.json")
+    metrics.write_text('{"metrics": {"fid": 1}}')
+    said = run(monkeypatch, capsys, "agreement", samples, "--data-path", images)
+    numbers = json.loads(metrics.read_text())
+    result = numbers["code_agreement"]
+    assert numbers["metrics"] == {"fid": 1}
+    record = json.loads((samples / "samples.json").read_text())
+    pictures = np.stack([np.array(Image.open(samples / f"{index:06d}.png")) for index in range(21)])
+    found = CodeReader(load_encoder(tiny_models[1]), CPU)(pictures).numpy()
+    wanted = Features(workplace / "features").codes.gather(np.array(record["code_rows"]))
+    assert {key: value for key, value in result.items() if key != "ceiling"} == token_agreement(wanted, found, V)
+    assert result["ceiling"]["images"] == 14
+    assert f"code agreement {result['share']:.3f} +- " in said and "VAE reconstructions of 14 images" in said
+
+
+def test_agreement_of_what_it_should_be(samples, images, monkeypatch, capsys, workplace):
+    """The images themselves in the place of their samples, as the encoder saw them, agree wholly, in random order."""
+    record = json.loads((samples / "samples.json").read_text())
+    of_features = FeatureImages(Features(workplace / "features"), images)
+    monkeypatch.setattr(agreement, "read_png", lambda path: np.array(center_crop(load_rgb(path), 32)))
+    paths = [images / of_features.views.name(row) for row in record["code_rows"]]
+    monkeypatch.setattr(agreement, "png_path", lambda folder, index: paths[index])
+    run(monkeypatch, capsys, "agreement", samples)
+    numbers = json.loads(samples.with_name(samples.name + ".metrics.json").read_text())["code_agreement"]
+    assert numbers["share"] == numbers["whole_codes"] == 1 > numbers["chance"]
+
+
+def test_agreement_by_two_processes(samples, images):
+    """The same numbers, gathered from two processes."""
+    metrics, found = samples.with_name(samples.name + ".metrics.json"), []
+    for processes in (1, 2):
+        launch(("forked", processes, "evaluate.py", "agreement", samples, "--data-path", images), samples.parent)
+        found.append(json.loads(metrics.read_text()))
+        metrics.unlink()
+    assert found[0] == found[1]
+
+
+def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models, error_of, tmp_path):
+    def error(*flags, path=samples):
+        return error_of("evaluate", "agreement", path, *flags)
+
+    assert "there is no " in error(path=tmp_path) and "samples.json" in error(path=tmp_path / "x.npz")
+    assert "--vae is of the ceiling, which is measured on images: give --data-path" in error("--vae", "ema")
+    assert "nowhere does not exist; name the codes that" in error("--dlc-dir", "nowhere")
+    codes = Features(workplace / "features").codes.gather(np.arange(14))
+    np.save(tmp_path / "codes.npy", codes[::-1])
+    assert "by the digest in samples.json: name them with --dlc-dir" in error("--dlc-dir", tmp_path / "codes.npy")
+    np.save(tmp_path / "codes.npy", codes)
+    right = ("--dlc-dir", tmp_path / "codes.npy")
+    assert "no SEM encoder at pretrained/dlc_encoder.pth" in error(*right)
+    right = (*right, "--encoder", tiny_models[1], "--data-path", images)
+    assert "is not of features; name those of the images with --features-path" in error(*right)
+    (samples / "000003.png").unlink()
+    assert "lacks 1 of its 21 images: run the sampling command again" in error()
+    record = SamplesRecord.read(samples / "samples.json")
+    with pytest.raises(ValueError, match="drawn for equal labels of 2 classes, not for codes"):
+        agreement.DrawnCodes(samples, dataclasses.replace(record, conditions="equal labels of 2 classes"))
+
+
+def test_encoder_of_the_codes(samples, workplace, tmp_path, error_of):
+    """Another encoder than the one that made the codes is refused, and one of other codes."""
+    from dlc.encoder import SEMEncoder, save_encoder
+
+    for name, positions, message in (
+        ("other", L, "is not the one that made the codes of"),
+        ("short", L - 1, f"makes codes of L={L - 1}, the codes of .* have L={L}"),
+    ):
+        arguments = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+        encoder = SEMEncoder("vit_tiny_patch16_224", 32, positions, V, backbone_args=arguments)
+        save_encoder(encoder, tmp_path / name)
+        error = error_of("evaluate", "agreement", samples, "--encoder", tmp_path / name)
+        assert re.search(message, error), error
+    assert weights_sha256(encoder) != Features(workplace / "features").manifest.encoder_sha256
+
+
+def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, tiny_models):
+    def error(*flags, features=workplace / "features", data=images):
+        return error_of("evaluate", "reconstruction", features, "--data-path", data, *flags)
+
+    assert "does not exist: make it with extract_features_withdlc.py" in error(features=tmp_path / "x")
+    assert "--features none goes with no other" in error("--features", "none", "encoder")
+    assert "there are none, or it is left out" in error("--features", "encoder", "--encoder", "none")
+    assert "--out missing/x.json: wanted a file in a folder that exists" in error("--out", "missing/x.json")
+    assert "no weights of inception (HF_HUB_OFFLINE is set)" in error()
+    lone = tmp_path / "lone"
+    shutil.copytree(workplace / "features", lone)
+    (lone / "manifest.json").unlink()
+    assert "half-written" in error(features=lone) or "have no manifest.json" in error(features=lone)
