@@ -10,7 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 @torch.no_grad()
 def update_ema(averages: list[torch.Tensor], weights: list[torch.Tensor], decay: float, skipped=None):
-    """averages = decay * averages + (1 - decay) * weights, in place; unchanged if `skipped`, a bool () tensor, is set."""
+    """averages = decay * averages + (1 - decay) * weights, in place; unchanged if `skipped`, a bool (), is set."""
     if skipped is None:
         get_ema_multi_avg_fn(decay)(averages, weights, None)
     else:  # the same formula, whose weight is 0 in a skipped step

@@ -1,7 +1,7 @@
 """CUDA without a card: torch's FakeTensorMode, in which tensors say "cuda" and have shapes but no values.
 
     with fake_cuda(monkeypatch):
-        model = on_cuda(lambda: DiT_models["DiT-S/2"]())
+        model = real(DiT_models["DiT-S/2"]).to(CUDA)
         with no_waiting():
             model(x, t, y)
 
@@ -14,7 +14,7 @@ import math
 from collections import defaultdict
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,10 +45,10 @@ def no_waiting():
     return _NoWaiting()
 
 
-def on_cuda(build):
-    """What build() makes, its new tensors on the fake GPU."""
-    with torch.device(CUDA):
-        return build()
+def real(build, *args, **kwargs):
+    """build(...), whose tensors have values: a network, for example, that goes to the fake GPU afterwards."""
+    with unset_fake_temporarily():
+        return build(*args, **kwargs)
 
 
 def assert_on_cuda(*trees):
