@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
-from fake_cuda import CUDA, Waits, assert_on_cuda, backward, fake_cuda, no_waiting, real
+from drawing import tiny_vae
+from fake_cuda import CUDA, Waits, assert_on, backward, fake_cuda, no_waiting, real
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from diffusion import create_diffusion, samplers
@@ -38,14 +38,15 @@ FAMILIES = {  # what builds a small one, and n conditions for it
 
 
 class Launched:
-    """accelerate's Accelerator of a process on the fake GPU, as far as a `Run` uses it in a step."""
+    """accelerate's Accelerator, as far as a `Run` uses it in a step, of a process that may be on the fake GPU."""
 
-    def __init__(self, precision):
-        self.precision = precision
+    def __init__(self, precision, device):
+        real(Accelerator, cpu=True)  # the state that accelerate's optimizer looks at
+        self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
 
     def autocast(self):
-        return autocast(CUDA, self.precision)
+        return autocast(self.device, self.precision)
 
     def no_sync(self, model):
         return contextlib.nullcontext()
@@ -59,17 +60,18 @@ class Launched:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
 
-def training(family, precision, *flags, moments=False):
+def training(family, precision, *flags, moments=False, device=CUDA, steps=2):
     """A `Run` without launcher and folder, whose steps are those of train_diffusion.py."""
     build, conditions = FAMILIES[family]
     run = Run.__new__(Run)
     run.parser = argument_parser()
     run.args = run.parser.parse_args(["--log-every", "100", "--ckpt-every", "100", *flags])
-    run.state, run.device = types.SimpleNamespace(is_main_process=False), CUDA
-    run.accelerator, run.compiled, run.sharded, run.resumed, run.skipped = Launched(precision), False, False, None, 0
+    run.state, run.device = types.SimpleNamespace(is_main_process=False), device
+    run.accelerator, run.compiled, run.sharded = Launched(precision, device), run.args.compile, False
+    run.resumed, run.skipped = None, 0
     run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
     run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
-    model, diffusion = real(build).to(CUDA), create_diffusion("")
+    model, diffusion = real(build).to(device), create_diffusion("")
     run.adopt(model, LOSSES)
 
     def step(number):
@@ -82,13 +84,13 @@ def training(family, precision, *flags, moments=False):
         run.update(number)
         run.report(number)
         state = [list(values.values()) for values in run.optimizer.state.values()]
-        assert_on_cuda(terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
+        assert_on(device, terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
         if precision == "fp16":
-            assert_on_cuda(run.skips.last, run.accelerator.scaler._scale)
+            assert_on(device, run.skips.last, run.accelerator.scaler._scale)
         if run.args.grad_clip:
-            assert_on_cuda(run.grad_norm)
+            assert_on(device, run.grad_norm)
 
-    yield from (partial(step, number) for number in (1, 2))
+    yield from (partial(step, number) for number in range(1, steps + 1))
 
 
 def sampling(family, precision, name, scale, bounds):
@@ -100,7 +102,7 @@ def sampling(family, precision, name, scale, bounds):
 
     def draw(guard):
         def on_step(step, x, x_start):
-            assert_on_cuda(x, x_start)
+            assert_on(CUDA, x, x_start)
             guard.__exit__(None, None, None) if step == sampler.num_steps - 1 else step or guard.__enter__()
 
         with autocast(CUDA, precision):
@@ -117,22 +119,9 @@ def sampling(family, precision, name, scale, bounds):
                 on_step=on_step,
             )
         assert latents.shape == (N, 4, 8, 8) and latents.dtype == torch.float32
-        assert_on_cuda(latents)
+        assert_on(CUDA, latents)
 
     yield lambda: draw(no_waiting())
-
-
-def tiny_vae():
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-    ).eval()
 
 
 def extraction(precision):
@@ -143,7 +132,7 @@ def extraction(precision):
 
     def step():
         crops, views = (torch.randint(255, (N, size, size, 3), dtype=torch.uint8) for size in (16, 32))
-        assert_on_cuda(encode.moments(crops.unsqueeze(1), 3), encode.codes(views, 3), encode(crops, views))
+        assert_on(CUDA, encode.moments(crops.unsqueeze(1), 3), encode.codes(views, 3), encode(crops, views))
 
     yield from [step] * 2
 
@@ -154,7 +143,7 @@ def decoding(precision):
 
     def step():
         with torch.inference_mode(), autocast(CUDA, precision):
-            assert_on_cuda(to_uint8(decode(vae, torch.randn(N, 4, 8, 8, device=CUDA)).float()))
+            assert_on(CUDA, to_uint8(decode(vae, torch.randn(N, 4, 8, 8, device=CUDA)).float()))
 
     yield from [step] * 2
 
@@ -173,21 +162,16 @@ PATHS = {
         training, "DiTCONT", "fp16", "--grad-accum", "2", "--grad-clip", "1", moments=True
     ),
     **{f"sampling by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999)) for name in samplers.SAMPLERS},
-    **{f"sampling by {name}, interval": partial(sampling, "DiT", "bf16", name, 4, (250, 749)) for name in samplers.SAMPLERS},
+    **{
+        f"sampling by {name}, interval": partial(sampling, "DiT", "bf16", name, 4, (250, 749))
+        for name in samplers.SAMPLERS
+    },
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction in fp32": partial(extraction, "fp32"),
     "extraction in bf16": partial(extraction, "bf16"),
     "decoding in fp32": partial(decoding, "fp32"),
     "decoding in bf16": partial(decoding, "bf16"),
 }
-
-
-@pytest.fixture(autouse=True)
-def accelerate_state():
-    """accelerate's optimizer asks for it."""
-    Accelerator(cpu=True)
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -203,7 +187,7 @@ def test_a_step_that_waits_is_seen(monkeypatch):
     """Each way of waiting, one by one; and what does not wait goes through."""
     with fake_cuda(monkeypatch), no_waiting():
         x = torch.arange(6, device=CUDA)
-        assert_on_cuda(x + 1, x * torch.ones(()), torch.ones(2).to(CUDA, non_blocking=True))
+        assert_on(CUDA, x + 1, x * torch.ones(()), torch.ones(2).to(CUDA, non_blocking=True))
         for wait in (
             lambda: x.cpu(),
             lambda: torch.ones(6).copy_(x),
@@ -219,7 +203,7 @@ def test_a_step_that_waits_is_seen(monkeypatch):
         with pytest.raises(RuntimeError, match="on the same device"):
             x + torch.ones(6)
     with fake_cuda(monkeypatch), pytest.raises(AssertionError):
-        assert_on_cuda(torch.ones(2))
+        assert_on(CUDA, torch.ones(2))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

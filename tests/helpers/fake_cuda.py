@@ -51,10 +51,10 @@ def real(build, *args, **kwargs):
         return build(*args, **kwargs)
 
 
-def assert_on_cuda(*trees):
-    """Every tensor of lists, tuples and dicts is on the fake GPU, and there is one."""
+def assert_on(device, *trees):
+    """Every tensor of lists, tuples and dicts is on that device, and there is one."""
     leaves = [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
-    assert leaves and all(leaf.device == CUDA for leaf in leaves), [leaf.device for leaf in leaves]
+    assert leaves and all(leaf.device == device for leaf in leaves), [leaf.device for leaf in leaves]
 
 
 @contextlib.contextmanager
