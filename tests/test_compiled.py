@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 from drawing import draw, tiny_model, tiny_vae
-from test_fake_cuda import N, L, V, training
+from test_fake_cuda import L, N, V, training
 from torch._dynamo.utils import counters
 
 from dlc.encoder import SEMEncoder
