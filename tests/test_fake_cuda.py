@@ -1,4 +1,4 @@
-"""No step mixes devices or makes the CPU wait for the GPU: the real functions on tensors that only say they are on one.
+"""No step mixes devices or makes the CPU wait for the GPU: the real functions on tensors that only say they are there.
 
 Each path is a function of PATHS that prepares on the fake GPU and gives its steps. The first step may fill tables and
 the optimizer's state; the others may not wait. To add a path, give its function a row there.
