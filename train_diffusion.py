@@ -159,6 +159,22 @@ def draws(seed, indices, x, num_timesteps, dropout):
     )
 
 
+def losses_of(model, diffusion, indices, x, y, *, seed, dropout, draw_latents):
+    """A micro-batch's losses (n,) by name, and its timesteps (n,).
+
+    Args:
+        indices, x, y: sample indices (n,), latents or moments (n, 4 or 8, S/8, S/8), conditions, all on one device.
+        dropout: share of the samples whose condition is dropped.
+        draw_latents: whether x are moments, from which latents are drawn.
+    """
+    x = x.float()
+    if draw_latents:
+        x = draw_posterior(x, seed, indices)  # (n, 4, S/8, S/8)
+    y = y.float() if y.is_floating_point() else y  # (n, L), (n,) or (n, in_dim)
+    t, noise, drop = draws(seed, indices, x, diffusion.num_timesteps, dropout)
+    return diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
+
+
 def main(**defaults):
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
@@ -238,12 +254,16 @@ def train(parser, args, run):
         for indices, x, y in run.micro_batches(batch):
             if encode:
                 x, y = encode(x, y)
-            x = x.float()  # (n, 4, S/8, S/8)
-            if draw_latents:
-                x = draw_posterior(x, args.global_seed, indices)
-            y = y.float() if y.is_floating_point() else y  # (n, L), (n,) or (n, in_dim)
-            t, noise, drop = draws(args.global_seed, indices, x, diffusion.num_timesteps, model.class_dropout_prob)
-            terms = diffusion.training_losses(run.model, x, t, dict(y=y, drop=drop), noise)
+            terms, t = losses_of(
+                run.model,
+                diffusion,
+                indices,
+                x,
+                y,
+                seed=args.global_seed,
+                dropout=model.class_dropout_prob,
+                draw_latents=draw_latents,
+            )
             run.backward(terms, t, diffusion.num_timesteps)
         run.update(step)
         run.report(step)

@@ -129,6 +129,21 @@ def rate_of_the_whole(root, args):
     return float(re.search(r"([\d.]+) images/s a process", result.stdout)[1])
 
 
+def prepare(root, args):
+    """Write images and networks with random weights. Returns the images' mean size in bytes."""
+    bytes_an_image = write_photographs(root / "images", args.images)
+    write_networks(root)
+    return bytes_an_image
+
+
+def write_networks(root, encoder=True):
+    """Write root/vae, of Stable Diffusion's shape, and root/sem, a ViT-L/14 with a SEM head, untrained."""
+    torch.manual_seed(0)
+    AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
+    if encoder:
+        save_encoder(SEMEncoder(), root / "sem")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4096 if ON_GPU else 96, help="images [4096 on GPUs, 96 on CPUs]")
@@ -150,10 +165,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        bytes_an_image = write_photographs(root / "images", args.images)
-        torch.manual_seed(0)
-        AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
-        save_encoder(SEMEncoder(), root / "sem")
+        bytes_an_image = prepare(root, args)
         rates = {**rates_of_the_parts(root, args), "the whole": rate_of_the_whole(root, args)}
 
     bound = min(rates["decoding"], rates["both networks"])

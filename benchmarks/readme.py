@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md")
 BOTH = ("cpu", "gpu")
 DEVICES = {
+    "gpu": ("gpu",),
     "train_options": BOTH,
     "memory": ("cpu",),
     "loading": BOTH,
@@ -29,7 +30,7 @@ DEVICES = {
     "npz": ("cpu",),
     "evaluation": BOTH,
 }  # memory is computed; disk and CPU limit npz
-PERCENT = ("MFU", "share of peak", "within 1")  # columns with shares of 1
+PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1
 
 
 def read_result(name, device):
@@ -142,15 +143,26 @@ def filled(path):
     return re.sub(r"(<!-- begin (\S+) .*?-->)\n.*?(<!-- end \2 -->)", block, path.read_text(), flags=re.DOTALL)
 
 
+def outdated_pages():
+    """The pages that do not say what the results say."""
+    return [page for page in PAGES if filled(ROOT / page) != (ROOT / page).read_text()]
+
+
+def write_pages():
+    """Make the pages anew. Returns those that were out of date."""
+    outdated = outdated_pages()
+    for page in outdated:
+        (ROOT / page).write_text(filled(ROOT / page))
+    return outdated
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     args = parser.parse_args()
-    outdated = [page for page in PAGES if filled(ROOT / page) != (ROOT / page).read_text()]
+    outdated = outdated_pages() if args.check else write_pages()
     for page in outdated:
         print(f"{page}: {'out of date: run python -m benchmarks.readme' if args.check else 'written'}")
-        if not args.check:
-            (ROOT / page).write_text(filled(ROOT / page))
     sys.exit(bool(args.check and outdated))
 
 

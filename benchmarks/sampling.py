@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 
-from benchmarks.extraction import SD_VAE
+from benchmarks.extraction import write_networks
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
@@ -145,6 +144,19 @@ def script(root, folder, precision, flags, args):
     return args.batch * (args.batches - 1) / (max(written) - max(written[: args.batch])), folder
 
 
+def prepare(root, args):
+    """Write the VAE, the model and the codes that all rows share."""
+    write_networks(root, encoder=False)
+    rough_checkpoint(root, args)
+
+
+def sampler_of(flags):
+    """The sampler that a row's flags ask for, and in how many of the model's calls guidance acts."""
+    sampler = create_sampler(flags[1]) if "--sampler" in flags else create_sampler("ddpm", STEPS)
+    bounds = INTERVAL if "--t-min" in flags else (0, 999)
+    return sampler, sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -201,20 +213,14 @@ def main():
 
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        torch.manual_seed(0)
-        AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
-        rough_checkpoint(root, args)
-        ddpm = create_sampler("ddpm", STEPS)
+        prepare(root, args)
         rate = draw_baseline(root, root / "baseline", args)
-        add_row(BASELINE, "fp32", rate, root / "baseline", ddpm, STEPS, None)
+        add_row(BASELINE, "fp32", rate, root / "baseline", *sampler_of([]), None)
         for number, (name, precision, flags, reference) in enumerate(ROWS):
             if "--cuda-graphs" in flags and not ON_GPU:
                 continue
             rate, folder = script(root, root / str(number), precision, flags, args)
-            sampler = create_sampler(flags[1]) if "--sampler" in flags else ddpm
-            bounds = INTERVAL if "--t-min" in flags else (0, 999)
-            guided = sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
-            add_row(name, precision, rate, folder, sampler, guided, reference)
+            add_row(name, precision, rate, folder, *sampler_of(flags), reference)
     record(
         "sampling",
         table,

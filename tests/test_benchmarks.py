@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import IMAGE_SIZE, ROOT, save_images
 from PIL import Image
 
-from benchmarks import readme, record, train_options
+from benchmarks import extraction, gpu, readme, record, sampling, train_options
 
 
 def call(module, monkeypatch, *flags):
@@ -124,3 +125,100 @@ def test_out_of_memory_is_told(tmp_path):
     train_options.draw_bars(rows, tmp_path / "bars.png")
     light = (np.array(Image.open(tmp_path / "bars.png")) == (150, 180, 220)).all(axis=2)
     assert light.any(axis=0).sum() == 501 and light.any(axis=1).sum() == 19  # one bar, over the whole width
+
+
+@pytest.fixture
+def bars(monkeypatch, tmp_path, tiny_models):
+    """bars(flags…): benchmarks.gpu in this process, its results and pages in tmp_path; the rows. Networks are tiny."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager"))
+    for module in (record, readme):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "PAGES", ("page.md",))
+    monkeypatch.setattr(sampling, "STEPS", 4)
+    for module in (sampling, extraction):
+        monkeypatch.setattr(module, "write_networks", lambda root, encoder=True: link(root))
+    (tmp_path / "page.md").write_text("<!-- begin gpu (x) -->\n<!-- end gpu -->\n")
+
+    def link(root):
+        for name, path in zip(("vae", "sem"), tiny_models):
+            (root / name).symlink_to(path)
+
+    def run(*flags):
+        call(gpu, monkeypatch, "--num-workers", 1, *flags)
+        return json.loads((tmp_path / "gpu-cpu.json").read_text())["rows"]
+
+    return run
+
+
+def test_bars_are_written_row_by_row_and_go_on(bars, monkeypatch, tmp_path, capsys):
+    """A row that failed is tried again, one that is done is not; when time is up, nothing is begun."""
+    product, called = gpu.embedding.milliseconds, []
+
+    def failing(way, *args):
+        called.append(way)
+        if len(called) == 2:
+            raise RuntimeError("no\nluck")
+        return product(way, *args)
+
+    monkeypatch.setattr(gpu.embedding, "milliseconds", failing)
+    first, second = bars("--only", "embedding")
+    assert first["ms"] > 0 and second["ms"] is None and second["said"] == "failed: no luck"
+    assert [row["ms"] for row in bars("--only", "embedding")[:1]] == [first["ms"]] and len(called) == 3
+    capsys.readouterr()
+    rows = bars("--only", "embedding", "correctness", "--minutes", 0)
+    assert (
+        len(rows) == 2 and "put off, the same command goes on with them: correctness, fp16" in capsys.readouterr().out
+    )
+    rows = bars("--only", "correctness")
+    differs = {row[""]: row["differs by"] for row in rows if row["part"] == "correctness"}
+    assert list(differs) == list(gpu.CHECKS) and len(rows) == len(gpu.CHECKS) + 2
+    assert [row["said"] for row in rows if row["reached"] is None] == [None, None, "CUDA graphs need a GPU"]
+    assert all(row["reached"] for row in rows if row["differs by"] is not None)
+    assert differs["compiled"] == 0 and 0 < differs["sampling in bf16"] < 0.1
+    assert bars("--only", "embedding", "--batch", 3) != rows  # of other sizes: from the beginning
+    assert "GPU: not measured yet" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.slow
+def test_bars_of_every_stage(bars, monkeypatch):
+    """Parts of extraction and the baseline in earnest; scripts that other tests run stand still."""
+    trained, drawn = [], []
+    monkeypatch.setattr(sampling, "TRAINING_STEPS", 1)
+    monkeypatch.setattr(extraction, "rate_of_the_whole", lambda root, args: 2.5)
+    monkeypatch.setattr(train_options, "train", lambda row, *_: trained.append(row) or (2.0, [1.0], 3.5))
+    monkeypatch.setattr(sampling, "script", lambda root, folder, *flags: drawn.append(flags[:2]) or (5.0, folder))
+    parts = ("training", "sampling", "extraction")
+    rows = {(row["part"], row[""]): row for row in bars("--only", *parts, "--images", 2)}
+    assert [part for part, *_ in gpu.ROWS if part in parts] == [part for part, _ in rows]
+    assert not any((row["said"] or "").startswith("failed") for row in rows.values()), rows
+    assert trained[:2] == ["train_fast --compile --grad-accum 1", f"train_fast {gpu.ROWS[6][4][0]} --grad-accum 1"]
+    row = rows["training", gpu.OURS]
+    assert row["images/s"] == 16 and row["memory GiB"] == 3.5 and row["share of peak"] > 0 and row["bar"] is None
+    assert ("bf16", ["--cuda-graphs"]) in drawn and rows["sampling", gpu.DRAWN]["images/s"] == 5
+    assert all(row["images/s"] > 0 for row in rows.values())
+
+
+def test_bars_are_judged_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "ON_GPU", True)
+    bench = gpu.Bench(gpu.argument_parser().parse_args(["--batch", "256"]), None)
+
+    def judged(part, name, **values):
+        row = dict(dict.fromkeys(gpu.COLUMNS), part=part, **{"": name}, **values)
+        gpu.judge(bench, row)
+        bench.rows.append(row)
+        return row["bar"], row["reached"]
+
+    assert judged("embedding", gpu.embedding.GATHERED, ms=1.0) == (None, None)  # no step to compare with
+    assert judged("training", gpu.OURS, **{"images/s": 512.0, "of the data sheet": 0.49}) == (
+        "50% of the data sheet",
+        False,
+    )
+    assert judged("embedding", gpu.embedding.GATHERED, ms=9.9) == ("2% of a step of 500 ms", True)
+    assert judged("embedding", gpu.embedding.ONE_HOT, ms=9.9) == (None, None)
+    assert judged("sampling", gpu.DRAWN, **{"images/s": 4.5}) == ("4.5 images/s", True)
+    for name, rate in zip(gpu.PARTS, (300.0, 100.0, 91.0)):
+        bar = judged("extraction", name, **{"images/s": rate})
+    assert bar == ("90% of its slowest part", True)
+    assert judged("training", gpu.OURS, said="failed: x") == (None, None)

@@ -313,6 +313,33 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
     assert all(torch.equal(two[key], three[key]) for key in two if key.startswith("ema/"))
 
 
+def test_skipped_steps_of_two_processes_and_of_a_resumed_run(trained, tmp_path):
+    """One of them overflows, and both skip; stopped after a skipped step, between two lines, it goes on to the bit."""
+    flags = ("--log-every", 4, "--ckpt-every", 2, "--grad-clip", 1)
+    trained("one", "--max-steps", 9, *flags, script="skipping")
+    trained("two", "--max-steps", 9, *flags, processes=2, script="skipping")
+    trained("parts", "--max-steps", 5, *flags, script="skipping")
+    trained("parts", "--max-steps", 9, *flags, script="skipping")
+    assert same_run(tmp_path / "one", tmp_path / "parts", 9)
+    assert [path.name for path in run_checkpoints(tmp_path / "one")] == ["0000002", "0000004", "0000008", "0000009"]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [line["skipped_steps"] for line in one] == [line["skipped_steps"] for line in two] == [1, 3]
+    assert [line["scaler_scale"] for line in one] == [line["scaler_scale"] for line in two] == [2.0**15, 2.0**12]
+    for first, second in zip(one, two):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+    state = tensors(tmp_path / "one/checkpoints/0000009")
+    assert {value.item() for key, value in state.items() if key.endswith("step")} == {5.0}
+
+
+def test_a_streak_of_skipped_steps_between_two_lines_ends_the_run(train, tmp_path):
+    """It is seen at the next line of the log, or at the checkpoint that would have been written before."""
+    for name, line, checkpoint in (("checkpoint", 9, 4), ("line", 8, 10)):
+        flags = ("--max-steps", 12, "--max-nonfinite", 3, "--log-every", line, "--ckpt-every", checkpoint)
+        run = train(name, *flags, script="skipping")
+        assert not run.wait() and "Traceback" not in run.said()
+        assert "step 8: 3 steps in a row without a finite gradient; stopped." in run.said()
+
+
 def test_weights_that_are_not_finite(train, tmp_path):
     """A gradient may be NaN though the loss is not: no checkpoint holds what AdamW makes of it."""
     run = train(

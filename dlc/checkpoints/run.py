@@ -144,7 +144,7 @@ def _load(path, model, ema, optimizer, scaler, sums_shape):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-            group["fused"] = own["fused"]  # depends on the precision, which may have changed
+            group["fused"] = own["fused"]  # older fp16 checkpoints are of an unfused one
         for index, moments in state["optimizer"]["state"].items():
             for key in ("exp_avg", "exp_avg_sq"):
                 fault = tensor_fault(moments[key])

@@ -45,7 +45,8 @@ def add_run_flags(parser):
         "--max-nonfinite",
         type=number(int, 1),
         default=10,
-        help="stop after this many fp16 steps in a row without a finite gradient",
+        help="stop after this many fp16 steps in a row without a finite gradient; seen at the next line of the log "
+        "or checkpoint",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="EMA decay per step")
     add("--ema-warmup", action="store_true", help="bound the EMA decay by (1 + step) / (10 + step)")

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.run import (
@@ -55,6 +54,7 @@ from dlc.training.log import announce, write_line
 from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
+from dlc.training.update import SkippedSteps, update_ema
 
 
 class Run:
@@ -148,9 +148,9 @@ class Run:
             for module in (model, self.ema):
                 fully_shard_blocks(module, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
-        # not fused with fp16: a fused step hides from accelerate whether the scaler skipped it
-        fused = self.accelerator.scaler is None
-        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+        # fused: it skips a step on the device, where accelerate would wait to see whether the scaler wants it
+        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        self.skips = SkippedSteps(optimizer, self.device, self.skipped)
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -164,7 +164,6 @@ class Run:
         return dict(model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer, scaler=self.accelerator.scaler)
 
     def _load(self):
-        # after prepare, which would move AdamW's step counters to the GPU, where each step then waits for them
         saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
         if len(saved) == self.state.num_processes:
             self.sums += saved[self.state.process_index].to(self.device)
@@ -188,7 +187,7 @@ class Run:
             self.last_step = min(self.last_step, args.max_steps)
         announce(self)
         self.stop_request = StopRequest(self.state.num_processes)
-        self.skipped_in_a_row, self.postponed, self.stopped_by = 0, False, None
+        self.postponed, self.stopped_by = False, None
         self.last_line = time.time(), self.first_step
         self.bar = progress(
             total=self.last_step,
@@ -240,32 +239,37 @@ class Run:
         self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
 
     def update(self, step: int):
-        """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step."""
-        args = self.args
+        """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step.
+
+        Whether it does, only the device knows: the CPU goes on without waiting for it.
+        """
+        args, scaler = self.args, self.accelerator.scaler
         for group in self.optimizer.param_groups:  # the flags win over what a checkpoint says
             group.update(lr=learning_rate(args, step), weight_decay=args.weight_decay)
         self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
-            self.accelerator.unscale_gradients(self.optimizer)
+            if scaler:
+                scaler.unscale_(self.optimizer.optimizer)
             self.grad_norm = get_total_norm([weight.grad for weight in self.weights])
             if args.grad_clip:
                 clip_grads_with_norm_(self.weights, args.grad_clip, self.grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.optimizer.step_was_skipped:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        else:
-            decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
-            get_ema_multi_avg_fn(decay)(local_shards(self.averages), local_shards(self.weights), None)
-            self.sums += self.step_sums
-            self.skipped_in_a_row = 0
+        decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+        update_ema(local_shards(self.averages), local_shards(self.weights), decay, self.skips.last)
+        self.sums += self.step_sums if self.skips.last is None else self.step_sums.masked_fill(self.skips.last, 0)
         self.bar.update()
 
     def report(self, step: int):
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
         args, stopped_by = self.args, self.stop_request.agreed()
-        log_due = step % args.log_every == 0
-        checkpoint_due = self._checkpoint_due(step, stopped_by, args)
+        log_due, ending = step % args.log_every == 0, step == self.last_step or stopped_by
+        checkpoint_wanted, longest = self.postponed or step % args.ckpt_every == 0, 0
+        if log_due or checkpoint_wanted or ending:
+            self.skipped, in_a_row, longest = self.skips.read()
+            # never in the middle of a streak of skipped steps, unless at the end: the run may be about to abort
+            self.postponed = checkpoint_wanted and in_a_row > 0
+        checkpoint_due = (checkpoint_wanted and not self.postponed) or ending
         means = failure = None
         if log_due or checkpoint_due:
             means = self.losses.means(self.accelerator.reduce(self.sums, "sum"))
@@ -274,9 +278,10 @@ class Run:
             write_line(self, step, means, log_due, failure)
         if log_due:  # even after a stop, so that a resumed run has the same lines
             self.sums.zero_()
+            self.skips.begin_line()
             self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
-        if self.skipped_in_a_row >= args.max_nonfinite:
-            failure = f"step {step}: {self.skipped_in_a_row} steps in a row without a finite gradient"
+        if longest >= args.max_nonfinite:
+            failure = f"step {step}: {longest} steps in a row without a finite gradient"
         if failure:
             self.logger.error(
                 f"{failure}; stopped. The last good checkpoint: {(run_checkpoints(self.folder) or ['none'])[-1]}"
@@ -286,12 +291,6 @@ class Run:
         if checkpoint_due:
             self._save(step)
         self.stopped_by = stopped_by
-
-    def _checkpoint_due(self, step, stopped_by, args):
-        # never in the middle of a streak of skipped steps, unless at the end: the run may be about to abort
-        wanted = self.postponed or step % args.ckpt_every == 0
-        self.postponed = wanted and self.skipped_in_a_row > 0
-        return (wanted and not self.postponed) or step == self.last_step or stopped_by
 
     def _not_finite(self, step, means, checkpoint_due):
         """Why the run must end, in words, else None."""
@@ -310,7 +309,7 @@ class Run:
             step=step,
             place=self.batches.first_of(step),
             logged=self.logged,
-            skipped=self.skipped,
+            skipped=self.skips.read()[0],
             precision=self.precision,
             **{name: getattr(self.args, name) for name in ("lr", "weight_decay", "ema_decay")},
             versions=versions(),

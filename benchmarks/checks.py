@@ -1,0 +1,174 @@
+"""What must be equal before a rate means anything: small checks on the device, with their differences.
+
+Each function of CHECKS takes the device and returns (difference, bound); it raises `Unavailable` where the device
+cannot do it. `python -m benchmarks.gpu` runs them first.
+"""
+
+import math
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from diffusion import create_diffusion
+from dlc.runtime import autocast
+from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.training.sharding import fully_shard_blocks
+from dlc.training.update import SkippedSteps, update_ema
+from models import DiTSEM
+from train_diffusion import losses_of
+
+N, L, V = 8, 16, 32
+STEPS, OVERFLOWING = 8, (1, 4, 5)
+
+
+class Unavailable(Exception):
+    """The device has no such thing."""
+
+
+def small_model(device, depth=2):
+    """A DiTSEM whose output is not the zero of an untrained one."""
+    torch.manual_seed(0)
+    model = DiTSEM(input_size=16, patch_size=2, hidden_size=128, depth=depth, num_heads=2, L=L, V=V)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    return model.to(device).train()
+
+
+def loss_of(model, device, precision, number=0):
+    """The mean loss of a training step of train_diffusion.py."""
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(N, 4, 16, 16, generator=generator).to(device, non_blocking=True)
+    y = torch.randint(V, (N, L), generator=generator).to(device, non_blocking=True)
+    indices = torch.arange(N * number, N * number + N, device=device)
+    with autocast(device, precision):
+        terms, _ = losses_of(model, create_diffusion(""), indices, x, y, seed=0, dropout=0.1, draw_latents=False)
+    return terms["loss"].mean()
+
+
+def difference(one, two):
+    """The mean difference of two lists of tensors, relative to the mean absolute value of the second."""
+    return sum((a - b).abs().sum().item() for a, b in zip(one, two)) / sum(b.abs().sum().item() for b in two)
+
+
+def fp16_steps(device, fused):
+    """How weights and EMA changed in steps of which some overflow; the skipped steps counted, and the scale.
+
+    fused: as training does it, and on a GPU an error if the CPU waits for it in a step; else by the CPU's decision.
+    """
+    precision = "fp16" if device.type == "cuda" else "fp32"
+    model, scaler = small_model(device), torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), 1e-3, fused=fused, foreach=False)
+    skips, skipped, longest, in_a_row = SkippedSteps(optimizer, device), 0, 0, 0
+    for step in range(1, STEPS + 1):
+        loss = loss_of(model, device, precision, step) * (math.inf if step in OVERFLOWING else 1)
+        watched = device.type == "cuda" and fused and step > 1
+        if watched:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if fused:
+                update_ema(list(ema.parameters()), list(model.parameters()), 0.9, skips.last)
+        finally:
+            if watched:
+                torch.cuda.set_sync_debug_mode("default")
+        if not fused:
+            overflowed = step in OVERFLOWING
+            skipped, in_a_row = skipped + overflowed, (in_a_row + 1) * overflowed
+            longest = max(longest, in_a_row)
+            if not overflowed:
+                with torch.no_grad():
+                    get_ema_multi_avg_fn(0.9)(list(ema.parameters()), list(model.parameters()), None)
+    counted = skips.read() if fused else (skipped, in_a_row, longest)
+    changed = [*model.parameters(), *ema.parameters()]
+    begun = [*small_model(device).parameters()] * 2
+    return [(now - then).detach() for now, then in zip(changed, begun)], (counted, scaler.get_scale())
+
+
+def fp16_skips(device):
+    """fp16: skipped steps are counted and kept from weights and EMA on the device, as the CPU would decide it."""
+    (ours, counted), (theirs, wanted) = fp16_steps(device, True), fp16_steps(device, False)
+    if counted != wanted:
+        raise AssertionError(f"skipped, in a row, longest, scale: {counted}, not {wanted}")
+    return difference(ours, theirs), 1e-2
+
+
+def compiled(device):
+    """A training step in bf16, compiled: the gradients of the eager one."""
+    grads = []
+    for compile in (False, True):
+        model = small_model(device)
+        if compile:
+            for block in model.blocks:
+                block.compile()
+        loss_of(model, device, "bf16").backward()
+        grads.append([weight.grad for weight in model.parameters()])
+    return difference(grads[1], grads[0]), 0.1
+
+
+def drawn(model, device, precision, denoise=None):
+    """Latents of a few guided steps."""
+    with autocast(device, precision):
+        return sample_latents(
+            model,
+            create_sampler("ddim", 10),
+            y=torch.arange(N * L, device=device).view(N, L) % V,
+            seed=0,
+            indices=torch.arange(N, device=device),
+            latent_shape=(4, 16, 16),
+            cfg_scale=1.5,
+            t_max=500,
+            denoise=denoise,
+        )
+
+
+def cuda_graphs(device):
+    """Sampling in bf16 by CUDA graphs: the latents of sampling without them."""
+    if device.type != "cuda":
+        raise Unavailable("CUDA graphs need a GPU")
+    model = small_model(device).eval()
+    lower_precision(model, "bf16")
+    return difference([drawn(model, device, "bf16", CudaGraphs(model.denoise))], [drawn(model, device, "bf16")]), 1e-3
+
+
+def sampling_in_bf16(device):
+    """Sampling in bf16: the latents of float32, but for 16 bits' rounding."""
+    exact = drawn(small_model(device).eval(), device, "fp32")
+    model = small_model(device).eval()
+    lower_precision(model, "bf16")
+    return difference([drawn(model, device, "bf16")], [exact]), 0.1
+
+
+def sharded(device):
+    """FSDP with one process: a step in bf16 gives the weights of one without it."""
+    weights = []
+    for shard in (False, True):
+        model = small_model(device)
+        if shard:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            if shard:
+                fully_shard_blocks(model, device)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+            loss_of(model, device, "bf16").backward()
+            optimizer.step()
+            full = [weight.full_tensor() if shard else weight for weight in model.parameters()]
+            weights.append([weight.detach() for weight in full])
+        finally:
+            if shard:
+                dist.destroy_process_group()
+    return difference(weights[1], weights[0]), 0.1
+
+
+CHECKS = {
+    "fp16, skipped steps": fp16_skips,
+    "compiled": compiled,
+    "CUDA graphs": cuda_graphs,
+    "FSDP, one process": sharded,
+    "sampling in bf16": sampling_in_bf16,
+}

@@ -1,0 +1,68 @@
+"""draw_missing of the sampling scripts, in this process, with a small untrained model and VAE."""
+
+import types
+
+import numpy as np
+import torch
+
+from dlc.sampling.command import Job, draw_missing
+from dlc.sampling.latents import create_sampler
+from models import DiTSEM
+
+STEPS = 3
+
+
+def tiny_vae():
+    """4x4 latents of 4 channels to 8x8 pixels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+    ).eval()
+
+
+def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 999)):
+    """Draw the images batch by batch into a folder that exists."""
+    count = batch * batches
+    record = types.SimpleNamespace(
+        num_fid_samples=count,
+        precision="fp32",
+        global_seed=0,
+        cfg_scale=2.0,
+        t_min=interval[0],
+        t_max=interval[1],
+        cfg_channels=4,
+    )
+    job = Job(
+        state=types.SimpleNamespace(
+            device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=False
+        ),
+        checkpoint=None,
+        model=model.eval(),
+        sampler=create_sampler("ddim", STEPS),
+        conditions=lambda indices: torch.zeros(len(indices), 3, dtype=torch.long),
+        vae=vae,
+        record=record,
+        folder=types.SimpleNamespace(path=folder),
+        missing=np.arange(count),
+        notes=[],
+    )
+    args = types.SimpleNamespace(
+        per_proc_batch_size=batch,
+        tf32=True,
+        precision="fp32",
+        compile=compile,
+        cuda_graphs=False,
+        vae_precision="fp32",
+        progressive=None,
+    )
+    draw_missing(job, args)
+
+
+def tiny_model():
+    return DiTSEM(input_size=4, patch_size=2, hidden_size=24, depth=2, num_heads=2, L=3, V=5)

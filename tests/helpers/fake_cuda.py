@@ -1,0 +1,117 @@
+"""CUDA without a card: torch's FakeTensorMode, in which tensors say "cuda" and have shapes but no values.
+
+    with fake_cuda(monkeypatch):
+        model = real(DiT_models["DiT-S/2"]).to(CUDA)
+        with no_waiting():
+            model(x, t, y)
+
+What mixes devices raises torch's own error, and so does whatever needs a value: .item(), .tolist(), bool(), nonzero. In
+`no_waiting`, what makes the CPU wait for the GPU in another way raises `Waits`: copies between them.
+"""
+
+import contextlib
+import math
+from collections import defaultdict
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.device("cuda", 0)
+
+
+class Waits(AssertionError):
+    """An operation makes the CPU wait for the GPU."""
+
+
+class _NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        made = {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
+        if "cuda" in devices and "cpu" in made:
+            raise Waits(f"{func} copies from the GPU to the CPU")
+        # copies by non_blocking do not wait, if the memory is pinned, as training's loader has it
+        copying = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if copying and devices | made == {"cpu", "cuda"} and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+            raise Waits(f"{func} copies from the CPU to the GPU, and waits until all before it is done")
+        return out
+
+
+def no_waiting():
+    """A context in which whatever makes the CPU wait for the GPU is an error."""
+    return _NoWaiting()
+
+
+def real(build, *args, **kwargs):
+    """build(...), whose tensors have values: a network, for example, that goes to the fake GPU afterwards."""
+    with unset_fake_temporarily():
+        return build(*args, **kwargs)
+
+
+def assert_on(device, *trees):
+    """Every tensor of lists, tuples and dicts is on that device, and there is one."""
+    leaves = [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+    assert leaves and all(leaf.device == device for leaf in leaves), [leaf.device for leaf in leaves]
+
+
+@contextlib.contextmanager
+def fake_cuda(monkeypatch):
+    """FakeTensorMode, and what a CUDA build of torch asks the missing driver for, done in Python."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.nn.Module, "_apply", apply)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def apply(module, function, recurse=True):
+    """Module._apply by new parameters: torch cannot exchange fake ones in place."""
+    for child in module.children():
+        apply(child, function)
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            module._parameters[name] = torch.nn.Parameter(function(weight.detach()), weight.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
+
+
+def backward(loss):
+    """loss.backward() by a walk over the graph: torch's engine asks the driver for the streams of CUDA tensors."""
+    root, waiting, seen = loss.grad_fn, defaultdict(int), set()
+    nodes = [root]
+    while nodes:  # how many gradients each node waits for
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            following = [other for other, _ in node.next_functions if other is not None]
+            nodes += following
+            for other in following:
+                waiting[other] += 1
+    received = defaultdict(dict, {root: {0: torch.ones_like(loss)}})
+    ready = [root]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            metadata, own = node._input_metadata, received.pop(node, {})
+            inputs = [own.get(number) for number in range(max(len(metadata), 1))]
+            for number, (grad, wanted) in enumerate(zip(inputs, metadata)):
+                if grad is not None:  # as the engine does it
+                    assert math.prod(wanted.shape) <= grad.numel() and grad.device == wanted.device
+                    inputs[number] = grad.sum_to_size(wanted.shape).to(wanted.dtype)
+            outputs = node(*inputs) if own else None
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,) * max(1, len(node.next_functions))
+            for (other, number), grad in zip(node.next_functions, outputs):
+                if other is None:
+                    continue
+                if grad is not None:
+                    before = received[other].get(number)
+                    received[other][number] = grad if before is None else before + grad
+                waiting[other] -= 1
+                if not waiting[other]:
+                    ready.append(other)

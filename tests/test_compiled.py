@@ -1,0 +1,75 @@
+"""What is compiled is compiled once: no graph breaks, and after the first step nothing is compiled again.
+
+Dynamo's part is the same for every backend, so that of these tests only counts the graphs it is given.
+"""
+
+import pytest
+import torch
+import torch._dynamo
+from drawing import draw, tiny_model, tiny_vae
+from test_fake_cuda import L, N, V, training
+from torch._dynamo.utils import counters
+
+from dlc.encoder import SEMEncoder
+from dlc.extraction import PixelEncoder
+from dlc.sampling import command
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """graphs(): how many were made until now, without a break between them."""
+    made, compile_module = [], torch.nn.Module.compile
+
+    def count(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    def number():
+        assert not counters["graph_break"] and counters["frames"]["ok"] == counters["frames"]["total"] == len(made)
+        return len(made)
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=count, **options)
+    )
+    yield number
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("flags", [(), ("--checkpoint-activations", "--grad-accum", "2", "--grad-clip", "1")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training(graphs, precision, flags):
+    """All blocks share one graph."""
+    for step in training("DiTSEM", precision, "--compile", *flags, device=CPU, steps=3):
+        step()
+        assert graphs() == 1
+
+
+def test_sampling(graphs, monkeypatch, tmp_path):
+    """A graph for a batch with its null half and one for a batch without it, both made in the first batch."""
+    draw_batch, made = command.draw_batch, []
+
+    def counted(*args):
+        latents = draw_batch(*args)
+        made.append(graphs())
+        return latents
+
+    monkeypatch.setattr(command, "draw_batch", counted)
+    draw(tmp_path, tiny_model(), tiny_vae(), compile=True, interval=(300, 700))
+    assert made == [2, 2, 2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_extraction(graphs, precision):
+    """The VAE's encoder, and one graph for all blocks of the SEM encoder; a batch that is not full is filled up."""
+    sizes = dict(embed_dim=24, depth=10, num_heads=2, reg_tokens=2)
+    encoder = SEMEncoder("vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
+    encode = PixelEncoder(tiny_vae(), encoder, CPU, precision, compile=True)
+    for count in (N, N, 1):
+        crops, views = (torch.randint(255, (count, size, size, 3), dtype=torch.uint8) for size in (16, 32))
+        encode.moments(crops.unsqueeze(1), N)
+        encode.codes(views, N)
+        assert graphs() == 2

@@ -1,0 +1,225 @@
+"""No step mixes devices or makes the CPU wait for the GPU: the real functions on tensors that only say they are there.
+
+Each path is a function of PATHS that prepares on the fake GPU and gives its steps. The first step may fill tables and
+the optimizer's state; the others may not wait. To add a path, give its function a row there.
+"""
+
+import contextlib
+import types
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from drawing import tiny_vae
+from fake_cuda import CUDA, Waits, assert_on, backward, fake_cuda, no_waiting, real
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from diffusion import create_diffusion, samplers
+from dlc.encoder import SEMEncoder
+from dlc.extraction import PixelEncoder
+from dlc.images import to_uint8
+from dlc.runtime import autocast
+from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
+from dlc.training.run import Run
+from dlc.training.sharding import with_autocast
+from dlc.vae import decode
+from models import DiT, DiTCONT, DiTSEM
+from train_diffusion import LOSSES, argument_parser, losses_of
+
+N, L, V = 4, 3, 5
+SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
+FAMILIES = {  # what builds a small one, and n conditions for it
+    "DiTSEM": (lambda: DiTSEM(**SIZES, L=L, V=V), lambda n: torch.randint(V, (n, L), dtype=torch.uint8)),
+    "DiT": (lambda: DiT(**SIZES, num_classes=7), lambda n: torch.randint(7, (n,))),
+    "DiTCONT": (lambda: DiTCONT(**SIZES, in_dim=6), lambda n: torch.randn(n, 6).half()),
+}
+
+
+class Launched:
+    """accelerate's Accelerator, as far as a `Run` uses it in a step, of a process that may be on the fake GPU."""
+
+    def __init__(self, precision, device):
+        real(Accelerator, cpu=True)  # the state that accelerate's optimizer looks at
+        self.precision, self.device = precision, device
+        self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
+
+    def autocast(self):
+        return autocast(self.device, self.precision)
+
+    def no_sync(self, model):
+        return contextlib.nullcontext()
+
+    def prepare(self, thing):
+        if isinstance(thing, torch.optim.Optimizer):
+            return AcceleratedOptimizer(thing, device_placement=False, scaler=self.scaler)
+        return with_autocast(self, thing)
+
+    def backward(self, loss):
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+
+def training(family, precision, *flags, moments=False, device=CUDA, steps=2):
+    """A `Run` without launcher and folder, whose steps are those of train_diffusion.py."""
+    build, conditions = FAMILIES[family]
+    run = Run.__new__(Run)
+    run.parser = argument_parser()
+    run.args = run.parser.parse_args(["--log-every", "100", "--ckpt-every", "100", *flags])
+    run.state, run.device = types.SimpleNamespace(is_main_process=False), device
+    run.accelerator, run.compiled, run.sharded = Launched(precision, device), run.args.compile, False
+    run.resumed, run.skipped = None, 0
+    run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
+    run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
+    model, diffusion = real(build).to(device), create_diffusion("")
+    run.adopt(model, LOSSES)
+
+    def step(number):
+        batch = torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N)
+        for indices, x, y in run.micro_batches(batch):
+            terms, t = losses_of(
+                run.model, diffusion, indices, x, y, seed=0, dropout=model.class_dropout_prob, draw_latents=moments
+            )
+            run.backward(terms, t, diffusion.num_timesteps)
+        run.update(number)
+        run.report(number)
+        state = [list(values.values()) for values in run.optimizer.state.values()]
+        assert_on(device, terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
+        if precision == "fp16":
+            assert_on(device, run.skips.last, run.accelerator.scaler._scale)
+        if run.args.grad_clip:
+            assert_on(device, run.grad_norm)
+
+    yield from (partial(step, number) for number in range(1, steps + 1))
+
+
+def sampling(family, precision, name, scale, bounds):
+    """Each step of the sampler: its model's calls, guidance, noise."""
+    build, conditions = FAMILIES[family]
+    model, sampler = real(build).eval(), create_sampler(name, 5)
+    lower_precision(model, precision)
+    model.to(CUDA)
+
+    def draw(guard):
+        def on_step(step, x, x_start):
+            assert_on(CUDA, x, x_start)
+            guard.__exit__(None, None, None) if step == sampler.num_steps - 1 else step or guard.__enter__()
+
+        with autocast(CUDA, precision):
+            latents = sample_latents(
+                model,
+                sampler,
+                y=conditions(N).to(CUDA),
+                seed=0,
+                indices=torch.arange(N, device=CUDA),
+                latent_shape=(4, 8, 8),
+                cfg_scale=scale,
+                t_min=bounds[0],
+                t_max=bounds[1],
+                on_step=on_step,
+            )
+        assert latents.shape == (N, 4, 8, 8) and latents.dtype == torch.float32
+        assert_on(CUDA, latents)
+
+    yield lambda: draw(no_waiting())
+
+
+def extraction(precision):
+    """Networks that are moved to the GPU as extraction moves them, on crops and views that are still on the CPU."""
+    sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+    encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
+    encode = PixelEncoder(real(tiny_vae), encoder, CUDA, precision)
+
+    def step():
+        crops, views = (torch.randint(255, (N, size, size, 3), dtype=torch.uint8) for size in (16, 32))
+        assert_on(CUDA, encode.moments(crops.unsqueeze(1), 3), encode.codes(views, 3), encode(crops, views))
+
+    yield from [step] * 2
+
+
+def decoding(precision):
+    """What the decoder's thread does before it takes the pixels to the CPU."""
+    vae = real(tiny_vae).to(CUDA, memory_format=torch.channels_last)
+
+    def step():
+        with torch.inference_mode(), autocast(CUDA, precision):
+            assert_on(CUDA, to_uint8(decode(vae, torch.randn(N, 4, 8, 8, device=CUDA)).float()))
+
+    yield from [step] * 2
+
+
+PATHS = {
+    "training in fp32": partial(training, "DiTSEM", "fp32"),
+    "training in bf16, all options": partial(
+        training,
+        "DiTSEM",
+        "bf16",
+        *("--grad-accum", "2", "--grad-clip", "1", "--ema-warmup", "--checkpoint-activations"),
+        moments=True,
+    ),
+    "training in fp16": partial(training, "DiT", "fp16"),
+    "training in fp16, all options": partial(
+        training, "DiTCONT", "fp16", "--grad-accum", "2", "--grad-clip", "1", moments=True
+    ),
+    **{f"sampling by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999)) for name in samplers.SAMPLERS},
+    **{
+        f"sampling by {name}, interval": partial(sampling, "DiT", "bf16", name, 4, (250, 749))
+        for name in samplers.SAMPLERS
+    },
+    "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
+    "extraction in fp32": partial(extraction, "fp32"),
+    "extraction in bf16": partial(extraction, "bf16"),
+    "decoding in fp32": partial(decoding, "fp32"),
+    "decoding in bf16": partial(decoding, "bf16"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_path(path, monkeypatch):
+    monkeypatch.setattr(samplers, "noise_levels", partial(real, samplers.noise_levels))
+    with fake_cuda(monkeypatch):
+        for number, step in enumerate(PATHS[path]()):
+            with no_waiting() if number else contextlib.nullcontext():
+                step()
+
+
+def test_a_step_that_waits_is_seen(monkeypatch):
+    """Each way of waiting, one by one; and what does not wait goes through."""
+    with fake_cuda(monkeypatch), no_waiting():
+        x = torch.arange(6, device=CUDA)
+        assert_on(CUDA, x + 1, x * torch.ones(()), torch.ones(2).to(CUDA, non_blocking=True))
+        for wait in (
+            lambda: x.cpu(),
+            lambda: torch.ones(6).copy_(x),
+            lambda: torch.ones(2).to(CUDA),
+            lambda: torch.tensor([1, 2], device=CUDA),
+            lambda: x.copy_(torch.ones(6)),
+        ):
+            with pytest.raises(Waits):
+                wait()
+        for read in (x[0].item, x.tolist, x.nonzero, lambda: bool(x[0]), lambda: x[x > 2], lambda: float(x.sum())):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                read()
+        with pytest.raises(RuntimeError, match="on the same device"):
+            x + torch.ones(6)
+    with fake_cuda(monkeypatch), pytest.raises(AssertionError):
+        assert_on(CUDA, torch.ones(2))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_walk_is_the_engine(recompute):
+    """The gradients of the backward pass that stands in for torch's, on the CPU, where both run."""
+    torch.manual_seed(0)
+    model, diffusion = FAMILIES["DiTSEM"][0]().train(), create_diffusion("")
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    model.set_grad_checkpointing(recompute)
+    x, y, indices = torch.randn(N, 4, 8, 8), FAMILIES["DiTSEM"][1](N), torch.arange(N)
+    grads = []
+    for walk in (torch.Tensor.backward, backward):
+        with torch.autocast("cpu", torch.bfloat16):
+            terms, _ = losses_of(model, diffusion, indices, x, y, seed=0, dropout=0.5, draw_latents=False)
+        walk(terms["loss"].mean())
+        grads.append([weight.grad for weight in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,112 @@
+"""An fp16 step that the scaler skips changes nothing and is counted, on the device, as the unfused way did it."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dlc.training.update import SkippedSteps, update_ema
+
+STEPS, OVERFLOWING = 12, (1, 4, 6, 7, 8, 12)
+SETTINGS = dict(lr=1e-2, weight_decay=0.1)
+SCALER = dict(device="cpu", init_scale=2.0**10, growth_interval=2)  # grows, too, within the steps
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3))
+
+
+def losses(model):
+    """The loss of each step, infinite in some of them."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, STEPS + 1):
+        loss = model(torch.randn(4, 5, generator=generator)).square().mean()
+        yield step, loss * math.inf if step in OVERFLOWING else loss
+
+
+def clip(scaler, optimizer, model):
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+
+def on_device(clipped):
+    """Weights, EMA, AdamW's state, the scaler's scales, what was counted of each step."""
+    model, scaler = network(), torch.amp.GradScaler(**SCALER)
+    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), fused=True, **SETTINGS)
+    skips, counted, scales = SkippedSteps(optimizer, torch.device("cpu")), [], []
+    for step, loss in losses(model):
+        before = deepcopy([model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]])
+        scaler.scale(loss).backward()
+        if clipped:
+            clip(scaler, optimizer, model)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            update_ema(list(ema.parameters()), list(model.parameters()), 0.9, skips.last)
+        if step in OVERFLOWING and step > 1:  # the first one makes AdamW's zeros
+            torch.testing.assert_close(
+                [model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0
+            )
+        counted.append(skips.read())
+        scales.append(scaler.get_scale())
+    return model, ema, optimizer, scales, counted
+
+
+def on_cpu(clipped, fused):
+    """The same by the CPU's decision at each step. Without the scaler if fused, which would decide in the optimizer."""
+    model, scaler = network(), torch.amp.GradScaler(**SCALER, enabled=not fused)
+    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), fused=fused, foreach=False, **SETTINGS)
+    scales, counted = [], []
+    since_line = in_a_row = longest = 0
+    for step, loss in losses(model):
+        scaler.scale(loss).backward()
+        skipped = step in OVERFLOWING
+        if not skipped or not fused:
+            if clipped:
+                clip(scaler, optimizer, model)
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        if skipped:
+            since_line, in_a_row = since_line + 1, in_a_row + 1
+        else:
+            in_a_row = 0
+            with torch.no_grad():
+                get_ema_multi_avg_fn(0.9)(list(ema.parameters()), list(model.parameters()), None)
+        longest = max(longest, in_a_row)
+        counted.append((since_line, in_a_row, longest))
+        scales.append(scaler.get_scale())
+    return model, ema, optimizer, scales, counted
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_as_the_cpu_would_decide(clipped):
+    """To the bit what the fused kernel does without the other steps, and to rounding what the unfused way does."""
+    model, ema, optimizer, scales, counted = on_device(clipped)
+    for fused, tolerance in ((True, dict(rtol=0, atol=0)), (False, dict(rtol=1e-5, atol=1e-7))):
+        model2, ema2, optimizer2, scales2, counted2 = on_cpu(clipped, fused)
+        torch.testing.assert_close(model.state_dict(), model2.state_dict(), **tolerance)
+        torch.testing.assert_close(ema.state_dict(), ema2.state_dict(), **tolerance)
+        torch.testing.assert_close(optimizer.state_dict()["state"], optimizer2.state_dict()["state"], **tolerance)
+        assert counted == counted2 and (fused or scales == scales2)
+    assert counted[-1] == (6, 1, 3) and optimizer.state[model[0].weight]["step"] == STEPS - len(OVERFLOWING)
+    assert scales[0] == 2.0**9 and max(scales) > min(scales)
+
+
+def test_counting_goes_on_from_a_checkpoint_and_from_a_line():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([weight], fused=True), torch.amp.GradScaler("cpu")
+    skips = SkippedSteps(optimizer, torch.device("cpu"), since_line=2)
+    assert skips.last is None and skips.read() == (2, 0, 0)
+    for factor, expected in ((math.nan, (3, 1, 1)), (math.inf, (4, 2, 2)), (1, (4, 0, 2))):
+        scaler.scale((factor * weight).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert skips.read() == expected and skips.last.item() == (factor != 1)
+    skips.begin_line()
+    assert skips.read() == (0, 0, 2)
