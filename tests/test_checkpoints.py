@@ -148,7 +148,7 @@ def test_meta_is_readable_and_read_back(values, tmp_path):
     model, meta = tiny(), meta_of(1, **values)
     path = save_checkpoint(tmp_path, meta, model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()))
     written = json.loads((path / "meta.json").read_text())
-    assert written["step"] == 1 and written["lr"] == 1e-4 and written["format_version"] == 1
+    assert written["step"] == 1 and written["lr"] == 1e-4 and written["format_version"] == FORMAT_VERSION
     assert {"L", "V", "code_init", "num_classes", "in_dim", "data_path", "features_path"} & written.keys() == (
         values.keys() - {"scaling_factor"}
     )
