@@ -32,6 +32,8 @@ class Stream(IntEnum):
     TRAIN_DROPOUT = 13
     BOUND_MASK = 14
     SAMPLE_CODE = 15
+    HOLDOUT = 16
+    SAMPLE_KEEP = 17
 
 
 LOW = 0xFFFFFFFF

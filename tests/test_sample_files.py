@@ -299,6 +299,7 @@ def test_vectors_by_their_rows(vectors):
             "in_dim=4, the checkpoint's .*=5",
         ),
         (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
+        (lambda folder: [np.save(file, np.zeros((3, 0))) for file in folder.iterdir()], "vectors of no numbers"),
         (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "--condition-path .*vectors does not exist"),
         (lambda folder: np.save(folder / "1.npy", np.array([[None] * 5])), "1.npy holds pickled objects"),
@@ -410,7 +411,7 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
     folder.lock.release()
     values = json.loads((folder.path / "samples.json").read_text())
     assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
-    assert values["format_version"] == 2 and list(values)[-1] == conditions.key
+    assert values["format_version"] == 3 and list(values)[-1] == conditions.key
     more = replace(record, num_fid_samples=6, conditions_sha256=conditions_sha256(conditions, 6))
     assert folder.open(more, conditions, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()

@@ -75,6 +75,7 @@ class RunMeta:
     masking: str | None = key(one_of("independent", "counted"), since=2, optional=True)  # of a prior, as the next two
     score_entropy: bool | None = key(SWITCH, since=2, optional=True)
     holdout: float | None = key(real_number(0, 1), since=2, optional=True)
+    heldout_path: str | None = key(ID, since=2, optional=True)
     first_vectors_sha256: str | None = key(ID)
     # how far: optimizer steps, global sample index, step of the log's last line, steps skipped since
     step: int | None = key(COUNT)
@@ -85,6 +86,7 @@ class RunMeta:
     vae: str | None = key(ID)
     data_path: str | None = key(ID, optional=True)
     features_path: str | None = key(ID, optional=True)
+    dropout: float | None = key(real_number(0, 1), since=2, optional=True)  # of a prior
     precision: str | None = key(TEXT)
     lr: float | None = key(real_number(0))
     weight_decay: float | None = key(real_number(0))

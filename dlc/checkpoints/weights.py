@@ -224,11 +224,11 @@ def load_pretrained(path, model, state=None) -> str:
     """
     if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
         fetched_by_node(state, lambda ask: locate(path, "--pretrained-path", ask))
-    source = read_layout(path, flag="--pretrained-path")
+    source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
     if source.in_diffusers:
         source = source.saying("trained on in DiT's function")
     weights, wanted = source.values, model.state_dict()
-    if not source.is_eps and holds_velocity_model(source):
+    if not (source.is_eps or source.prior) and holds_velocity_model(source):
         source.refuse(VELOCITY)
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:

@@ -28,6 +28,7 @@ from dlc.sampling.files import npz_rows, save_grid, write_npz
 from dlc.sampling.flags import RESULTS, sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.sampling.prior import PriorCodes
 from dlc.sampling.record import SamplesRecord, this_launch
 from dlc.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
 from models import DiT_models
@@ -49,6 +50,7 @@ class Job:
     vae: torch.nn.Module
     record: SamplesRecord
     folder: SampleFolder
+    launch: dict  # see `this_launch`
     missing: np.ndarray  # indices of the images to draw, ascending
     notes: list[str]  # what could not be compared
     layout: str  # what the checkpoint was recognised as, in words
@@ -186,6 +188,7 @@ def prepare(args, script: str, default: str) -> Job:
         num_fid_samples=args.num_fid_samples,
         conditions_sha256=digest,
         runs=[],
+        prior=conditions.settings if isinstance(conditions, PriorCodes) else None,
     )
     agree("checkpoint, codes and VAE", record)
     ckpt = path.stem if path.is_file() else path.name
@@ -207,6 +210,7 @@ def prepare(args, script: str, default: str) -> Job:
         vae,
         record,
         folder,
+        launch,
         np.array(missing, dtype=np.int64),
         [*conditions.notes, *notes],
         describe(meta),
@@ -248,6 +252,8 @@ def draw_missing(job: Job, args) -> None:
     batches = np.unique(missing // size)
 
     set_numerics(args.tf32)
+    if isinstance(job.conditions, PriorCodes) and len(missing):
+        job.conditions.prepare(folder.codes, count, state, job.launch)
     lower_precision(job.model, args.precision)
     job.model.to(state.device)
     if args.compile if args.compile is not None else state.device.type == "cuda":

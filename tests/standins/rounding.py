@@ -1,7 +1,7 @@
 """Networks whose last bits depend on the batch's size and on a row's place in it, as they do on some machines.
 
-With `install` every VAE, SEM encoder and DiT of a process rounds so; the tests run with it, in their own process and,
-by sitecustomize.py beside this, in all that they start. What then equals to the bit does so on any machine.
+With `install` every VAE, SEM encoder, DiT and prior of a process rounds so; the tests run with it, in their own process
+and, by sitecustomize.py beside this, in all that they start. What then equals to the bit does so on any machine.
 """
 
 import importlib.abc
@@ -11,7 +11,7 @@ import sys
 FLOAT32 = 2e-6  # relative, seen between a batch of one and of two on an AMD EPYC of family 26
 
 
-def rounded(rows):
+def rounded(rows, size=FLOAT32):
     """Rows (n, ...) times 1 + noise, which is a function of n, the row's place and the element's place in the row."""
     import torch  # not above: most processes do without
 
@@ -19,7 +19,7 @@ def rounded(rows):
     element = torch.arange(rows[0].numel(), device=device).view(1, *rows.shape[1:])
     place = torch.arange(n, device=device).view(-1, *[1] * (rows.ndim - 1))
     noise = (7919 * n + 104729 * place + 31 * element) % 1009 / 504 - 1  # -1 to 1
-    factor = 1 + noise * max(FLOAT32, torch.finfo(rows.dtype).eps)  # 16 bits: some last bits
+    factor = 1 + noise * max(size, torch.finfo(rows.dtype).eps)  # 16 bits: some last bits
     return (rows * factor).to(rows.dtype)
 
 
@@ -49,10 +49,17 @@ def change_models(module):
     module.DiT.denoise = lambda self, x, c: rounded(denoise(self, x, c))
 
 
+def change_prior(module):
+    forward = module.DLCPrior.forward
+    # less: log scores are compared with the published network's to 1e-5
+    module.DLCPrior.forward = lambda self, *args, **kwargs: rounded(forward(self, *args, **kwargs), FLOAT32 / 4)
+
+
 CHANGES = {
     "diffusers.models.autoencoders.autoencoder_kl": change_vae,
     "dlc.encoder": change_encoder,
     "models": change_models,
+    "prior": change_prior,
 }
 
 
