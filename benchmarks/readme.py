@@ -29,6 +29,7 @@ DEVICES = {
     "sampling": BOTH,
     "npz": ("cpu",),
     "evaluation": BOTH,
+    "prior": BOTH,
 }  # memory is computed; disk and CPU limit npz
 PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1
 

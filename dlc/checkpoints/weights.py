@@ -175,11 +175,14 @@ def model_from_weights(weights: dict, path, config: dict | None = None):
     if name not in DiT_models and fc1.ndim == 1 and len(fc1) > 0:
         arguments["mlp_ratio"] = len(fc1) / hidden_size
     with torch.device("meta"):
-        different = differences_from(spec(**arguments).state_dict(), weights)
+        model = spec(**arguments)
+    different = differences_from(model.state_dict(), weights)
     if different:
         raise ValueError(f"checkpoint {path} does not fit {name}: it {different}")
-    model = spec(**arguments)
-    model.load_state_dict(weights)
+    if model.build_embedder:  # anew, since it has values that are not in the weights
+        setattr(model, model.embedder_name, model.build_embedder(hidden_size))
+    # copied: a mapped file that another program overwrites would end this process
+    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in weights.items()}, assign=True)
     return model.eval(), name
 
 
