@@ -216,7 +216,6 @@ def train(parser, args, run):
             vae_name = args.vae or source["vae"] or "ema"
             vae = encode.vae if encode else load_vae(vae_name, run.device)
             check_decodes(vae, vae_name, channels, source, "the features")
-            run.logger.info(f"VAE {vae_name}: {vae.said}")
         draw_latents = features.latent_kind in ("moments", "images")
 
         # ---------------------------------------------------------------------- model
@@ -246,8 +245,12 @@ def train(parser, args, run):
         f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
         f"{features.count / args.global_batch_size:.1f} steps an epoch"
     )
-    if encode and features.encoder:
-        run.logger.info(f"encoder {args.encoder}: {features.encoder.said}")
+    for what, name, network in (
+        ("VAE", args.vae or source["vae"] or "ema", features.vae if encode else vae),
+        ("encoder", args.encoder, features.encoder if encode else None),
+    ):
+        if network is not None:
+            run.logger.info(f"{what} {name}: {network.said}")
 
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):

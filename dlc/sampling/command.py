@@ -78,8 +78,7 @@ def open_model(args, script: str, default: str):
 
     Raises ValueError where the checkpoint is not of --model, or the script does not draw from it.
     """
-    given = args.model
-    args.model = given or (None if args.ckpt else default)
+    args.model = args.model or (None if args.ckpt else default)
     if args.model:
         refuse_model(args, script, DiT_models[args.model].conditioning)
     if is_id(args.ckpt or "."):  # fetched by one process of each node, before the others read it
