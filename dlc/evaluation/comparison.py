@@ -5,6 +5,7 @@ result = comparison(samples)                                   # for any number 
 result.values                                                  # {"fid": 2.0, …}, on rank 0
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -209,9 +210,16 @@ class Comparison:
         return lines + [line for network in self.networks.values() for line in network.notes]
 
     def numbers(self, samples: Measured, probs: torch.Tensor | None) -> Result:
-        """The wanted metrics of what was measured, on this process alone, with all its cores."""
+        """The wanted metrics of what was measured, on this process alone, with the cores of all that wait for it."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(cores_per_process() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        try:
+            return self._numbers(samples, probs)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _numbers(self, samples, probs):
         result = Result(samples=samples, reference=self.measured)
-        torch.set_num_threads(max(torch.get_num_threads(), cores_per_process()))
         values, statistics = result.values, self.measured.statistics
         for name, output in self.distances():
             key = "sfid" if output == "spatial" else DISTANCES[name]
