@@ -121,9 +121,8 @@ class Sweep:
 
 
 def numbers_of(results: list[tuple[dict, dict]]) -> list[str]:
-    """The names of the metrics that are numbers in some setting, in the order in which they come."""
-    names = {name: None for _, metrics in results for name, value in metrics.items() if isinstance(value, (int, float))}
-    return list(names)
+    """The names of the metrics that some setting has, those of a table of evaluate.py alone."""
+    return [name for name in (*NAMES, "code_agreement") if any(name in metrics for _, metrics in results)]
 
 
 def table_of(results: list[tuple[dict, dict]]) -> str:
