@@ -55,6 +55,8 @@ def check_flags(args):
         raise ValueError(f"SAMPLES is missing: name an .npz or a folder of images{hint}")
     if args.reference is None and not is_file:
         raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
+    if (args.crop or args.resize) and not any(one and Path(one).is_dir() for one in (args.samples, args.reference)):
+        raise ValueError("--crop and --resize are for folders, and neither SAMPLES nor --reference is one")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no such folder")
     if is_file and args.output is None and args.samples is None:
@@ -67,7 +69,8 @@ def main():
         sys.argv[0] += f" {name}"  # which argparse names in errors
         return importlib.import_module(COMMANDS[name]).main()
     parser, args = parse_args()
-    with parser.kept_on_error("nothing was written", "--batch-size", (ValueError, OSError)):
+    kept = "nothing was written"
+    with parser.kept_on_error(kept, "--batch-size", ()), parser.one_line_errors(kept):
         run(parser, args)
 
 
@@ -86,11 +89,12 @@ def run(parser, args):
             comparison, checks = open_comparison(args, reference, state)
         else:
             comparison, checks = open_feature_file(args, samples, reference, state), {}
+        early = comparison.warnings_of(samples)
     logger.info(f"self-check passed: the distance of a set to itself is {itself:.1e}; {describe(checks)}")
     if samples:
         logger.info(f"{samples.count:,} samples of {samples.size[1]} x {samples.size[0]} in {samples.path}")
-    for note in [*(samples.notes if samples else ()), *(folder_notes(reference) if reference else ())]:
-        logger.warning(f"warning: {note}")
+    for line in [*(samples.notes if samples else ()), *(folder_notes(reference) if reference else ()), *early]:
+        logger.warning(f"warning: {line}")
 
     # ---------------------------------------------------------------------- features and metrics
     if args.features in NETWORKS:
@@ -101,7 +105,12 @@ def run(parser, args):
         self_check = dict(distance_to_itself=itself, networks=checks)
         path = Path(args.output) if args.output else metrics_path(samples.path)
         write_metrics(path, metrics_json(result, comparison, samples, self_check))
-        report(logger, result, comparison, samples, path)
+        for line in result.warnings:
+            if line not in early:
+                logger.warning(f"warning: {line}")
+        for line in [*table(result.values), f"written to {path}"]:
+            logger.info(line)
+        logger.info(f"to paste: {paper_line(result, comparison, samples)}")
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -161,16 +170,6 @@ def describe(checks) -> str:
     """The self-check of the networks in words."""
     found = [f"{name}'s features differ by {error:.1e} from float64's" for name, error in checks.items()]
     return ", ".join(found) or "no network is run"
-
-
-def report(logger, result, comparison, samples, path):
-    """Print warnings, table and the line for a paper."""
-    for warning in result.warnings:
-        logger.warning(f"warning: {warning}")
-    for line in table(result.values):
-        logger.info(line)
-    logger.info(f"written to {path}")
-    logger.info(f"to paste: {paper_line(result, comparison, samples)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from test_evaluation_networks import tiny_dinov2
 from tiny_networks import pixels, record_of, save_folder
 
 from dlc.evaluation import self_check
+from dlc.evaluation.comparison import METRICS
 from dlc.evaluation.features import share
 from dlc.evaluation.images import open_images
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
@@ -306,3 +307,14 @@ def test_a_network_that_rounds_is_noticed(evaluation_place):
 
     with pytest.raises(ValueError, match="self-check fails: inception's features on cpu differ by .*e-03 from those"):
         self_check.check_network(Rounding("tiny.bin", torch.device("cpu")), None)
+
+
+def test_every_key_is_described(evaluate, evaluation_place):
+    """docs/formats.md has each key of SAMPLES.metrics.json, and each array of a reference."""
+    text = (ROOT / "docs/formats.md").read_text()
+    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
+    evaluate("samples.npz", "--reference", "made.npz", "--metrics", *(one for one in METRICS if one != "fd_dinov2"))
+    content = json.loads((evaluation_place / "samples.metrics.json").read_text())
+    nested = {key for part in ("metrics", "samples", "reference", "definitions", "self_check") for key in content[part]}
+    keys = content.keys() | nested | content["networks"]["inception"].keys() | set(np.load("made.npz").files)
+    assert keys <= set(re.findall(r"`(\w+)`", text[text.index("### SAMPLES.metrics.json") :]))

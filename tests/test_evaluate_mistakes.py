@@ -48,6 +48,7 @@ def test_warnings_of_counts():
         (dict(weights="raw"), "raw weights: published ones are of the EMA weights"),
         (dict(weights="as in the file"), "does not say whether the weights are EMA's"),
         (dict(model="unheard of", cfg_scale="much"), None),
+        (dict(model=[{}], cfg_scale=[], cfg_channels=None, weights={}), None),
     ],
 )
 def test_warnings_of_settings(changes, words):
@@ -108,6 +109,7 @@ def test_mistaken_flags(mistake):
     assert "invalid choice: 'psnr'" in mistake("samples.npz", "--metrics", "psnr")
     common = ("samples.npz", "--reference", "reference.npz")
     assert "--crop and --resize exclude each other" in mistake(*common, "--crop", 8, "--resize", 8)
+    assert "--crop and --resize are for folders, and neither" in mistake(*common, "--crop", 8)
     assert "--features clip is none of inception, dinov2, and no .npz" in mistake(*common, "--features", "clip")
     assert "--output no/where.json: there is no such folder" in mistake(*common, "--output", "no/where.json")
     assert "--metrics sfid needs spatial features, and --features dinov2 has none" in (
@@ -186,6 +188,10 @@ def test_references_that_are_none(mistake):
     )
     assert "mu is of type complex128, wanted real numbers" in complain(mu=np.zeros(12, complex), sigma=np.eye(12))
     statistics = dict(mu=np.zeros(12), sigma=np.eye(12))
+    assert "count has shape (2,), wanted ()" in complain(**statistics, count=np.zeros(2))
+    assert "network is no text" in complain(**statistics, network=np.zeros(2))
+    np.savez_compressed("bomb.npz", mu=np.zeros(2**24), sigma=np.eye(12))
+    assert "mu inflates from" in mistake("samples.npz", "--reference", "bomb.npz")
     assert "holds statistics alone, and precision, recall need its images" in complain(
         **statistics, mu_s=np.zeros(6), sigma_s=np.eye(6)
     )
@@ -193,8 +199,12 @@ def test_references_that_are_none(mistake):
         "no images, and no statistics of inception's spatial features: its statistics are inception's pool"
         in complain("--metrics", "sfid", **statistics)
     )
-    assert "neighbourhoods of 3 need at least 4 images in each set, and one has 3" in complain(arr_0=pixels(3))
-    assert "a covariance needs at least 2 images, and there are 1" in complain("--metrics", "fid", arr_0=pixels(1))
+    assert "--metrics precision needs at least 4 images in each set, and there are 3 reference images" in complain(
+        arr_0=pixels(3)
+    )
+    assert "--metrics fid needs at least 2 images in each set, and there are 1 reference images" in complain(
+        "--metrics", "fid", arr_0=pixels(1)
+    )
 
 
 def test_features_that_are_none(mistake):

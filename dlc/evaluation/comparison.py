@@ -5,6 +5,7 @@ result = comparison(samples)                                   # for any number 
 result.values                                                  # {"fid": 2.0, …}, on rank 0
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from dlc.runtime import cores_per_process
 
 SPLIT_SIZE = 5000  # rows of a split of the Inception Score, in the order of the samples: ADM's
 K_PRECISION, K_DENSITY = 3, 5  # nearest neighbours, of ADM and of the paper on density and coverage
+FEWEST = dict(precision=K_PRECISION + 1, recall=K_PRECISION + 1, density=K_DENSITY + 1, coverage=K_DENSITY + 1)
 # --metrics: what each needs, of the features that --features names unless another network is named
 METRICS = {
     "fid": "statistics",
@@ -177,28 +179,47 @@ class Comparison:
         return self.judge(measured, samples)
 
     def judge(self, measured: Measured, samples: ImageSet | None = None) -> Result:
-        """The numbers of what was measured of samples, and warnings; on rank 0.
-
-        Raises ValueError for fewer images than a metric needs.
-        """
+        """The numbers of what was measured of samples, and warnings; on rank 0."""
         probs = None
         if "probabilities" in self.needs:
             probs = self.networks[self.main].probabilities(measured.features[self.main])
-        result, reference = self.numbers(measured, probs), self.reference
-        count = reference.images.count if reference.images else self.measured.count or None
-        result.warnings = [
-            *notes.of_counts(measured.count, self.networks[self.main].outputs["pool"], reference, count, self.metrics),
-            *(notes.of_record(samples.record or {}) if samples else ()),
-            *(notes.of_images(samples, measured, reference) if samples else ()),
-            *(line for network in self.networks.values() for line in network.notes),
-            *result.warnings,
-        ]
+        result = self.numbers(measured, probs)
+        found = notes.of_pixels(measured) if samples else []
+        result.warnings = [*self.warnings_of(samples), *found, *result.warnings]
         return result
 
+    def warnings_of(self, samples: ImageSet | None) -> list[str]:
+        """What is to be warned of before any work; samples None: of features of a file, which say how many they are.
+
+        Raises ValueError for fewer images than a metric needs.
+        """
+        reference, main = self.reference, self.networks[self.main]
+        count = samples.count if samples else main.measured.count
+        there = reference.images.count if reference.images else self.measured.count if self.measured else None
+        ours = [(count, "samples")] + ([(there, "reference images")] if there else [])
+        for name in self.metrics:
+            for images, whose in ours:
+                if images < FEWEST.get(name, 2):
+                    raise ValueError(
+                        f"--metrics {name} needs at least {FEWEST.get(name, 2)} images in each set, and there are "
+                        f"{images} {whose}"
+                    )
+        lines = notes.of_counts(count, main.outputs["pool"], reference, there, self.metrics)
+        if samples:
+            lines += notes.of_record(samples.record or {}) + notes.of_images(samples, reference)
+        return lines + [line for network in self.networks.values() for line in network.notes]
+
     def numbers(self, samples: Measured, probs: torch.Tensor | None) -> Result:
-        """The wanted metrics of what was measured, on this process alone, with all its cores."""
+        """The wanted metrics of what was measured, on this process alone, with the cores of all that wait for it."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(cores_per_process() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        try:
+            return self._numbers(samples, probs)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _numbers(self, samples, probs):
         result = Result(samples=samples, reference=self.measured)
-        torch.set_num_threads(max(torch.get_num_threads(), cores_per_process()))
         values, statistics = result.values, self.measured.statistics
         for name, output in self.distances():
             key = "sfid" if output == "spatial" else DISTANCES[name]

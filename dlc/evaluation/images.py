@@ -7,6 +7,7 @@ One set is a few batches in memory, whatever its size.
 """
 
 import contextlib
+import math
 import os
 import zipfile
 import zlib
@@ -26,6 +27,7 @@ from dlc.sampling.files import open_array
 
 JPEG = (".jpg", ".jpeg")
 BROKEN = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)  # of a damaged .npz
+LARGEST_INFLATED = 2**26  # bytes of an array that may be compressed more than 100-fold, as zeros are
 CHECKED_FIRST = 32  # images of a folder whose size is looked at before the work
 
 
@@ -80,14 +82,18 @@ def read_array(path, name: str) -> np.ndarray:
             stream, shape, dtype = open_array(archive, f"{name}.npy")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        size = int(np.prod(shape)) * dtype.itemsize
+        size, packed = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").compress_size
+        if size > max(LARGEST_INFLATED, 100 * packed):
+            raise ValueError(
+                f"{path}: {name} inflates from {packed:,} to {size:,} bytes, more than features or statistics"
+            )
         data = bytearray()
         while len(data) < size:  # so that no more is taken than there is
             block = stream.read(min(size - len(data), 2**24))
             if not block:
                 raise ValueError(f"{path}: {name} ends early")
             data += block
-        return np.frombuffer(data, dtype).reshape(shape)
+        return np.frombuffer(data, dtype).reshape(shape) if size else np.empty(shape, dtype)
 
 
 def shape_fault(shape, dtype) -> str | None:
@@ -173,13 +179,19 @@ class FolderImages(ImageSet):
         super().__init__()
         self.path, self.crop, self.resize = Path(path), crop, resize
         with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if is_image(entry.name) and entry.name[0] != ".")
+            seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+        names = sorted(name for name, is_folder in seen if is_image(name) and not is_folder)
+        folders = sum(is_folder for _, is_folder in seen)
         if not names:
             try:
                 _, names, _, remarks = list_images(path)
             except ValueError as error:
                 raise ValueError(f"no images: {error}".replace("--data-path", flag)) from None
             self.notes += [remark.replace("--data-path", flag) for remark in remarks]
+        elif folders:
+            self.notes.append(
+                f"{flag} {path}: its own {len(names):,} images are compared, not those of its {folders:,} folders"
+            )
         self.names, self.count = names, len(names)
         if (self.path / "samples.json").is_file():
             wanted = read_json(self.path / "samples.json").get("num_fid_samples")

@@ -49,7 +49,8 @@ def check_flags(args):
 
 def main():
     parser, args = parse_args()
-    with parser.kept_on_error("nothing was written", "--batch-size"):
+    kept = "nothing was written"
+    with parser.kept_on_error(kept, "--batch-size", ()), parser.one_line_errors(kept):
         run(parser, args)
 
 

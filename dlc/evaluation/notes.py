@@ -46,7 +46,7 @@ def of_counts(samples: int, width: int, reference: Reference, reference_count: i
 
 def of_record(record: dict) -> list[str]:
     """Warnings of settings in samples.json that published samples do not have."""
-    lines, spec = [], DiT_models.get(record.get("model"))
+    lines, spec = [], DiT_models.get(str(record.get("model")))
     channels, scale = record.get("cfg_channels"), record.get("cfg_scale")
     if spec is not None and isinstance(scale, (int, float)) and scale > 1 and isinstance(channels, int):
         published = spec.family.guided_channels
@@ -66,8 +66,8 @@ def of_record(record: dict) -> list[str]:
     return lines
 
 
-def of_images(samples: ImageSet, measured: Measured, reference: Reference) -> list[str]:
-    """Warnings of the images themselves."""
+def of_images(samples: ImageSet, reference: Reference) -> list[str]:
+    """Warnings of the files and sizes of images."""
     lines = []
     for name, images in (("samples", samples), ("reference images", reference.images)):
         if images is not None and images.jpeg:
@@ -77,15 +77,20 @@ def of_images(samples: ImageSet, measured: Measured, reference: Reference) -> li
     if reference.images is not None and reference.images.size != samples.size:
         there, here = (f"{width} x {height}" for height, width in (reference.images.size, samples.size))
         lines.append(f"the reference is of {there} pixels, the samples of {here}: their distances mean little")
+    side = getattr(samples, "crop", None) or getattr(samples, "resize", None)
+    if side:
+        lines.append(f"the samples were brought to {side} x {side} pixels before they were compared")
+    return lines
+
+
+def of_pixels(measured: Measured) -> list[str]:
+    """Warnings of the images' content, which a pass over them found."""
+    lines = []
     if measured.twins:
         pairs = listed([f"{one} = {other}" for one, other in measured.twins])
         lines.append(f"{len(measured.twins):,} samples equal an earlier one ({pairs})")
     if measured.blank:
         lines.append(f"{len(measured.blank):,} samples are of one colour ({listed(list(map(str, measured.blank)))})")
-    for images in (samples, reference.images):
-        side = images and (getattr(images, "crop", None) or getattr(images, "resize", None))
-        if side and images is samples:
-            lines.append(f"the samples were brought to {side} x {side} pixels before they were compared")
     return lines
 
 

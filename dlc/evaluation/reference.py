@@ -67,9 +67,9 @@ def open_reference(path, crop: int | None = None, resize: int | None = None) -> 
     reference.network = text(path, names, "network") or DEFAULT_NETWORK
     reference.network_sha256 = text(path, names, "network_sha256")
     if "count" in names:
-        reference.count = int(read_array(path, "count"))
+        reference.count = int(numbers(path, "count", ()))
     if "probe" in names:
-        reference.probe = numbers(path, "probe")
+        reference.probe = numbers(path, "probe").ravel()
     for output, (mean, covariance) in STORED.items():
         if (mean in names) != (covariance in names):
             there, lacking = (mean, covariance) if mean in names else (covariance, mean)
@@ -99,11 +99,13 @@ def text(path, names, name) -> str | None:
     return str(array)
 
 
-def numbers(path, name) -> np.ndarray:
-    """An array of numbers in an .npz as float64. Raises ValueError for another kind, and for complex numbers."""
+def numbers(path, name, shape=None) -> np.ndarray:
+    """An array of real numbers in an .npz as float64. Raises ValueError for another kind, or another given shape."""
     array = read_array(path, name)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: {name} is of type {array.dtype}, wanted real numbers")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {array.shape}, wanted {shape}")
     return array.astype(np.float64)
 
 

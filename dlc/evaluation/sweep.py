@@ -231,6 +231,8 @@ def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, l
         raise ValueError(f"{evaluation[0]} goes with --reference: without one only --agreement is measured")
     if args.reference and not Path(args.reference).exists():
         raise ValueError(f"--reference {args.reference} does not exist")
+    if (args.crop or args.resize) and not Path(args.reference).is_dir():
+        raise ValueError(f"--crop and --resize are for folders, and --reference {args.reference} is none")
     if args.agreement and args.script != SCRIPTS[0]:
         raise ValueError(f"--agreement is of samples for codes, which {args.script} does not draw")
     for setting in all_settings(values):
