@@ -18,7 +18,10 @@ SCRIPTS = [
     "sample_prior",
     "compose_dlc",
     "evaluate",
+    "dlc.evaluation.agreement",
     "dlc.evaluation.make_reference",
+    "dlc.evaluation.reconstruction",
+    "dlc.evaluation.sweep",
     "dlc.features.__main__",
     "dlc.checkpoints.__main__",
     "dlc.sampling.__main__",
@@ -70,7 +73,7 @@ def test_flags_exist(monkeypatch):
     """Every --flag that a page names is one of our scripts' or stands in OTHERS."""
     parsers = []
 
-    def parse_args(parser):
+    def parse_args(parser, args=None):
         parsers.append(parser)
         raise SystemExit
 

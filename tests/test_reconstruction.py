@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, L, V, launch, sample_folder
+from conftest import IMAGE_SIZE, ROOT, L, V, launch, sample_folder
 from PIL import Image
 
 from dlc.checkpoints.weights import weights_sha256
@@ -251,6 +251,8 @@ def test_reconstruction_command(workplace, images, tmp_path, monkeypatch, capsys
     assert numbers["images"] == 14 and set(numbers["frechet_distances"]) == {"encoder"}
     assert numbers["vae_sha256"] == Features(workplace / "features").manifest.vae_sha256
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+    text = (ROOT / "docs/formats.md").read_text()
+    assert all(f"`{key}`" in text for key in {**numbers, **numbers["code_agreement"]})
 
 
 #################################################################################

@@ -121,9 +121,8 @@ class Sweep:
 
 
 def numbers_of(results: list[tuple[dict, dict]]) -> list[str]:
-    """The names of the metrics that are numbers in some setting, in the order in which they come."""
-    names = {name: None for _, metrics in results for name, value in metrics.items() if isinstance(value, (int, float))}
-    return list(names)
+    """The names of the metrics that some setting has, those of a table of evaluate.py alone."""
+    return [name for name in (*NAMES, "code_agreement") if any(name in metrics for _, metrics in results)]
 
 
 def table_of(results: list[tuple[dict, dict]]) -> str:
@@ -232,6 +231,8 @@ def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, l
         raise ValueError(f"{evaluation[0]} goes with --reference: without one only --agreement is measured")
     if args.reference and not Path(args.reference).exists():
         raise ValueError(f"--reference {args.reference} does not exist")
+    if (args.crop or args.resize) and not Path(args.reference).is_dir():
+        raise ValueError(f"--crop and --resize are for folders, and --reference {args.reference} is none")
     if args.agreement and args.script != SCRIPTS[0]:
         raise ValueError(f"--agreement is of samples for codes, which {args.script} does not draw")
     for setting in all_settings(values):
