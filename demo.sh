@@ -37,5 +37,32 @@ for share in 75 50 25; do
 done
 stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" \
     --num-fid-samples 36
+
+# for the table: a class-conditional DiT of the same size and steps, and samples for codes that no digit has
+python -m demo.shuffled "$out/features_heldout" "$out/shuffled_codes.npy"
+stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffled" \
+    --dlc-dir "$out/shuffled_codes.npy" --num-fid-samples 360
+stage "train: DiT on classes" python train.py --model DiT-Ti/4 --features-path "$out/features_train" \
+    --results-dir "$out/results_class" --max-steps 2000 --global-batch-size 32 --lr 2e-3 --ema-decay 0.995 \
+    --log-every 200 --num-workers 0
+stage "sample: DiT on classes" python sample_ddp.py --model DiT-Ti/4 --label-sampling equal \
+    --results-dir "$out/results_class" --num-sampling-steps 50 --per-proc-batch-size 120 \
+    --sample-dir "$out/samples_class" --num-fid-samples 360
+
+# images from nothing: a prior over the train codes, its codes, and codes of simpler models to compare with
+stage "train: prior" python train_prior.py --model DLCPrior-Ti --features-path "$out/features_train" \
+    --heldout-path "$out/features_heldout" --results-dir "$out/results_prior" --class-conditional \
+    --label-dropout 0.3 --max-steps 700 --global-batch-size 64 --lr 3e-3 --warmup-steps 100 --ema-decay 0.995 \
+    --log-every 100 --eval-every 350 --num-workers 0
+stage "sample: prior" "${sample[@]}" --sample-dir "$out/samples_prior" --prior "$out/results_prior" \
+    --num-fid-samples 360
+stage "sample: prior by class" "${sample[@]}" --sample-dir "$out/samples_prior_class" \
+    --prior "$out/results_prior" --prior-class all --num-fid-samples 360
+python -m demo.prior codes "$out"
+stage "sample: simpler models' codes" "${sample[@]}" --sample-dir "$out/samples_simple" \
+    --dlc-dir "$out/simple_codes" --num-fid-samples 720
+
 python -m demo.report --features "$out/features_heldout" --samples "$out/samples" --times "$out/times.txt" \
     --out "$out/demo.png" --composed "$out/composed" --sources "${sources[@]}" --composed-out "$out/composed.png"
+python -m demo.table "$out"
+python -m demo.prior report "$out"

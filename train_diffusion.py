@@ -23,8 +23,9 @@ from dlc.disk import recorded_id
 from dlc.encoder import add_encoder_flags
 from dlc.extraction import PixelEncoder
 from dlc.features import Features
+from dlc.features.rows import open_vectors
 from dlc.noise import Stream, integers, normal, uniform
-from dlc.training.batches import TrainingBatches, draw_posterior, open_vectors
+from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.flags import add_run_flags
 from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.preview import first_rows, save_preview
@@ -59,7 +60,8 @@ def argument_parser(**defaults):
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
     add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes")
     add(
-        "--condition-path", help="DiTCONT only: folder of .npy files (n, in_dim), rows aligned with the features [none]"
+        "--condition-path",
+        help="DiTCONT only: .npy files (n, in_dim), a folder or one, rows aligned with the features [none]",
     )
     add(
         "--vae",
@@ -207,6 +209,8 @@ def train(parser, args, run):
         )
         if is_main:
             features.validate()
+            if args.condition_path:
+                condition.check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
         vae = None
         if args.sample_every and is_main:

@@ -1,11 +1,10 @@
-"""The last stage of demo.sh: a table and pictures of how well samples follow the codes of held-out digits.
+"""The pictures of demo.sh, and how long its stages took. The table of numbers is demo.table's.
 
     python -m demo.report --features HELDOUT_FEATURES --samples SAMPLES --times TIMES --out PICTURE.png
         --composed SAMPLES --sources DIGIT.png DIGIT.png --composed-out PICTURE.png
 
-Sample i was drawn from the code of held-out row i. A support vector machine fitted to the real train scans classifies
-the samples, the real held-out digits and their VAE reconstructions. The second picture shows samples from composed
-codes, 12 per row, between the two digits they are composed of.
+The first picture shows held-out digits, their VAE reconstructions, and samples: sample i was drawn from the code of
+held-out row i. The second shows samples from composed codes, 12 per row, between the two digits they are composed of.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demo.digits import DigitReader, load_split
+from demo.digits import load_split
 from dlc.features import Features
 from dlc.images import image_grid, to_uint8
 from dlc.vae import decode, load_vae
@@ -25,7 +24,7 @@ COMPOSED = 12  # codes per pair of weights
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Print the demo's table and draw its picture.")
+    parser = argparse.ArgumentParser(description="Print the demo's times and draw its pictures.")
     parser.add_argument("--features", required=True, help="read the features of the held-out digits from here")
     parser.add_argument("--samples", required=True, help="read the samples (sequential codes) from this --sample-dir")
     parser.add_argument("--times", required=True, help="read lines of 'seconds stage' from this file")
@@ -67,18 +66,10 @@ def main():
         reconstructions = torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
     samples = read_samples(args.samples)
 
-    read = DigitReader()
     print("\nstage                          seconds in this run")
     times = [line.split(maxsplit=1) for line in Path(args.times).read_text().splitlines()]
     for seconds, stage in times + [(sum(int(seconds) for seconds, _ in times), "all")]:
         print(f"{stage:30} {seconds:>7}")
-    print(f"\nshare that a classifier of real digits reads correctly ({features.count} held out)")
-    for name, images in (
-        ("real held-out digits", reals),
-        ("their VAE reconstructions", reconstructions),
-        ("samples from their codes", samples),
-    ):
-        print(f"{name:30} {(read(images) == labels).mean():7.3f}")
 
     shown = np.concatenate([np.flatnonzero(labels == digit)[: COLUMNS // 10] for digit in range(10)])
     image_grid(np.concatenate([reals[shown], reconstructions[shown], samples[shown]]), COLUMNS).save(args.out)

@@ -101,14 +101,21 @@ class SEMEncoder(nn.Module):
 
         The backbone may have been cast to bfloat16 or float16; the head is always float32.
         """
-        images = images.to(next(self.backbone.parameters()).dtype)
-        tokens = self.backbone.forward_features(images)[:, : self.backbone.num_prefix_tokens]
+        tokens = self._tokens(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.sem_norm(self.sem_embed(tokens.flatten(1).float())).unflatten(1, (self.L, self.V))
+            return self.sem_norm(self.sem_embed(tokens)).unflatten(1, (self.L, self.V))
+
+    def _tokens(self, images):
+        images = images.to(next(self.backbone.parameters()).dtype)
+        return self.backbone.forward_features(images)[:, : self.backbone.num_prefix_tokens].flatten(1).float()
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (N, image_size, image_size, 3) uint8 to logits (N, L, V) float32; see `tokens` for the codes."""
         return self.logits(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
+
+    def prefix_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels as in `encode_pixels` to the class and register tokens that the head reads, (N, tokens * width)."""
+        return self._tokens(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The simplicial embedding: (N, L, V), a distribution over V tokens at each position."""

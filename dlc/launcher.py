@@ -26,8 +26,24 @@ def is_on(variable: str) -> bool:
     return environment(variable) in ("1", "true", "yes", "on", "y", "t")
 
 
+def local_world_size() -> int | None:
+    """The number of processes of this launch on this machine; None where LOCAL_WORLD_SIZE is no such number."""
+    text = environment("LOCAL_WORLD_SIZE", "1")
+    return int(text) if text.isascii() and text.isdigit() and int(text) else None
+
+
 def refuse_launcher():
-    """Raise ValueError if accelerate's configuration asks for something that this program does not have."""
+    """Raise ValueError if the launcher's variables ask for something that this program does not have."""
+    if local_world_size() is None:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE {os.environ['LOCAL_WORLD_SIZE']} is no number of processes: unset it, or start the "
+            "script with torchrun or accelerate launch"
+        )
+    if environment("ACCELERATE_FP8_BACKEND", "no") != "no":
+        raise ValueError(
+            f"ACCELERATE_FP8_BACKEND {os.environ['ACCELERATE_FP8_BACKEND']} asks for 8-bit training, which this "
+            "program does not have: unset it"
+        )
     for variable, what in REFUSED.items():
         if is_on(variable) and (is_on("ACCELERATE_USE_FSDP") or not variable.startswith("FSDP_")):
             raise ValueError(f"accelerate's configuration ({variable}) asks for {what}")

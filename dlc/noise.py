@@ -28,6 +28,12 @@ class Stream(IntEnum):
     TRAIN_POSTERIOR = 9
     COMPOSE = 10
     TRAIN_FLIP = 11
+    TRAIN_MASK = 12
+    TRAIN_DROPOUT = 13
+    BOUND_MASK = 14
+    SAMPLE_CODE = 15
+    HOLDOUT = 16
+    SAMPLE_KEEP = 17
 
 
 LOW = 0xFFFFFFFF
@@ -115,6 +121,13 @@ def integers(seed: int, stream: Stream, indices: torch.Tensor, high: int) -> tor
 def uniform(seed: int, stream: Stream, indices: torch.Tensor) -> torch.Tensor:
     """Uniform numbers in [0, 1), (N,) float64."""
     return random_words(seed, stream, indices, 1).squeeze(1) / 2**32
+
+
+def uniforms(
+    seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
+) -> torch.Tensor:
+    """Several uniform numbers in [0, 1) for each sample, (N, count) float64; arguments as of `random_words`."""
+    return random_words(seed, stream, indices, count, draw) / 2**32
 
 
 def permutation(seed: int, stream: Stream, epoch: int, n: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import warnings
 import torch
 
 from dlc.cli import one_line, printable, warn_once
-from dlc.launcher import is_on, refuse_launcher
+from dlc.launcher import is_on, local_world_size, refuse_launcher
 from dlc.signals import on_first_signal
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,7 +128,7 @@ def agree(what: str, value):
 def cores_per_process() -> int:
     """This process's share of the cores, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // (local_world_size() or 1))
 
 
 def default_num_workers() -> int:

@@ -56,9 +56,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def golden(name):
-    """A file of reference values as tensors, its weights apart."""
-    values = {key: torch.from_numpy(value) for key, value in np.load(ROOT / "tests/goldens" / f"{name}.npz").items()}
+def golden(name, text=()):
+    """A file of reference values as tensors, its weights apart, and without those that are text."""
+    arrays = np.load(ROOT / "tests/goldens" / f"{name}.npz")
+    values = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key not in text}
     weights = {key[2:]: values.pop(key) for key in list(values) if key.startswith("w/")}
     return values, weights
 

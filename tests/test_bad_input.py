@@ -189,6 +189,33 @@ def test_training_flags(error_of, features, tmp_path):
     assert "--V 7" in error("--V", 7)
 
 
+@pytest.mark.parametrize(
+    "vectors, message",
+    [
+        (np.where(np.arange(14)[:, None] == 9, np.nan, np.zeros((14, 3))), r"0.npy, row 9: values that are not finite"),
+        (np.zeros((14, 0)), "0.npy has vectors of no numbers"),
+        (np.zeros((14, 3), int), "0.npy has values of type int64, wanted floats"),
+        (np.zeros((13, 3)), "has 13 rows, the data 14"),
+    ],
+    ids=["NaN", "no width", "integers", "rows"],
+)
+def test_vectors_to_train_on(error_of, features, tmp_path, vectors, message):
+    (tmp_path / "vectors").mkdir()
+    np.save(tmp_path / "vectors/0.npy", vectors)
+    flags = ("--model", "DiTCONT-Ti/2", "--features-path", features, "--condition-path", tmp_path / "vectors")
+    assert re.search(message, error_of("train_diffusion", *flags))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "previews", "args.json", "log.txt", "metrics.jsonl", "loss.png"])
+def test_results_of_the_wrong_kind(error_of, features, tmp_path, name):
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / name
+    path.mkdir() if "." in name else path.write_text("")
+    error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/2")
+    assert f"results/{name} is a {'folder' if '.' in name else 'file'}, where a run has a" in error
+
+
 def test_results_of_another_run(error_of, features, tmp_path):
     path = save_checkpoint(tmp_path / "results/checkpoints/0000001")
     meta = dict(

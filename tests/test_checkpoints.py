@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from dlc.checkpoints.meta import FORMAT_VERSION, RunMeta, read_meta
+from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
 from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
 from models import DiT_models
@@ -20,7 +20,7 @@ def meta_of(step, model="DiTSEM-Ti/8", **values):
     return RunMeta(
         **{
             **dict(
-                format_version=FORMAT_VERSION,
+                format_version=1,
                 step=step,
                 model=model,
                 image_size=64,

@@ -14,6 +14,8 @@ SCRIPTS = [
     "train_diffusion",
     "sample_ddp",
     "sample_ddp_computed_dlc",
+    "train_prior",
+    "sample_prior",
     "compose_dlc",
     "dlc.features.__main__",
     "dlc.checkpoints.__main__",

@@ -21,16 +21,18 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from dlc.checkpoints.inspection import info
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import load_checkpoint
 from dlc.checkpoints.tensor_files import load_tensors
-from dlc.checkpoints.weights import info, load_pretrained, load_weights, model_from_weights
+from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
 from dlc.features import Features, read_manifest
 from dlc.features.__main__ import main as features_tool
 from dlc.features.rows import load_array
 from dlc.sampling.conditions import open_codes
 from dlc.sampling.files import check_npz, npz_rows
+from dlc.training.record import draw_losses, read_metrics
 from dlc.vae import downsampling_factor, load_vae
 from models import DiT_models
 
@@ -368,6 +370,18 @@ def test_names_of_a_model(change):
     assert "checkpoint model.pt" in refusal(model_from_weights, weights, "model.pt")
 
 
+def test_metrics_that_are_not_finite(tmp_path, capsys):
+    """Such lines are left out with one warning; the plot is drawn from the others."""
+    lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": 1e400}', '{"step": 3, "loss": NaN}']
+    lines.append(f'{{"step": {10**30}, "loss": 0.25}}')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert metrics == [dict(step=1, loss=0.5)]
+    assert re.fullmatch("warning: .*metrics.jsonl: 3 damaged lines.*\n", capsys.readouterr().err)
+    draw_losses(metrics, tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (800, 400)
+
+
 def test_models_without_conditions():
     """A table of the null row alone: V would be 0."""
     line = refusal(model_from_weights, {**WEIGHTS, "sem_embedder.embedding_table": torch.zeros(3, 1, 192)}, "model.pt")
@@ -388,6 +402,13 @@ def test_a_run_that_continues(tmp_path):
         )
     for name in ("model", "ema"):
         safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
+    state = dict(optimizer=optimizer.state_dict(), scaler=None)
+    for sums in (torch.zeros(11), torch.zeros(2, 12), torch.zeros(0, 11), torch.zeros(1, 11).int(), None):
+        torch.save(dict(state, sums=sums), tmp_path / "optimizer.pt")
+        assert re.search(
+            "is damaged .optimizer.pt is no optimizer's state",
+            refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer, sums_shape=(11,)),
+        )
     torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
     assert "cannot be read as an optimizer's state" in refusal(
         load_checkpoint, tmp_path, model=model, ema=model, optimizer=optimizer
@@ -740,7 +761,7 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
             ).items()
             for value in values
         ],
-        ('{"format_version": 2}', "format 2, this program knows up to 1: update it"),
+        ('{"format_version": 3}', "format 3, this program knows up to 2: update it"),
         ('{"format_version": 1}', "meta.json: model is missing"),
         ('{"lr": NaN}', "lr is nan"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),

@@ -281,6 +281,7 @@ def test_vectors_by_their_rows(vectors):
             "in_dim=4, the checkpoint's .*=5",
         ),
         (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
+        (lambda folder: [np.save(file, np.zeros((3, 0))) for file in folder.iterdir()], "vectors of no numbers"),
         (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "--condition-path .*vectors does not exist"),
         (lambda folder: np.save(folder / "1.npy", np.array([[None] * 5])), "1.npy holds pickled objects"),

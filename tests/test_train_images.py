@@ -14,7 +14,7 @@ from PIL import Image
 from test_train import metrics, train_command
 from test_training import same_run
 
-from dlc.checkpoints.weights import info
+from dlc.checkpoints.inspection import info
 from dlc.extraction import PixelEncoder
 from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, integers

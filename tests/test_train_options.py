@@ -15,6 +15,7 @@ from conftest import IMAGE_SIZE, ROOT, extract_command, launch, save_images
 from forked import Run
 from test_train import metrics, train_command
 
+import train_prior
 from dlc.launcher import asked_precision
 from train_diffusion import argument_parser, main
 
@@ -268,8 +269,12 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
         launched = launch_command_parser().parse_args(words[1:])
         assert launched.multi_gpu == (int(launched.num_processes) > 1)
         assert launched.mixed_precision in ("fp16", "bf16")
-    script = next(index for index, word in enumerate(words) if word.endswith("train_diffusion.py"))
-    args = argument_parser().parse_args(words[script + 1 :])
+    is_prior = name == "dlc_prior_4gpu.sh"
+    script = next(i for i, word in enumerate(words) if word.endswith(("train_diffusion.py", "train_prior.py")))
+    args = (train_prior.argument_parser if is_prior else argument_parser)().parse_args(words[script + 1 :])
+    if is_prior:
+        assert (args.model, args.global_batch_size, args.lr, args.warmup_steps) == ("DLCPrior-M", 512, 3e-4, 2500)
+        return
     assert name != "slurm_multinode.sh" or args.num_workers == 1  # a reader for each of the task's cores
     assert (args.global_batch_size, args.lr, args.ema_decay, args.max_steps) == (256, 1e-4, 0.9999, 5)
     assert args.model == ("DiT-XL/2" if name == "dit_xl2_400k.sh" else "DiTSEM-XL/2")

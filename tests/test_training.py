@@ -18,9 +18,10 @@ from PIL import Image
 from test_train import alike, metrics, tensors, train_command
 
 from diffusion import create_diffusion
+from dlc.checkpoints.inspection import info
 from dlc.checkpoints.meta import read_meta
 from dlc.checkpoints.run import run_checkpoints
-from dlc.checkpoints.weights import info, load_weights, model_from_weights
+from dlc.checkpoints.weights import load_weights, model_from_weights
 from dlc.features import Features, FeatureWriter
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches

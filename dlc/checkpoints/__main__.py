@@ -1,6 +1,6 @@
 """Say what a checkpoint is: python -m dlc.checkpoints info CHECKPOINT"""
 
-from dlc.checkpoints.weights import info
+from dlc.checkpoints.inspection import info
 from dlc.cli import ArgumentParser, one_line
 
 

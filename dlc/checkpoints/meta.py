@@ -9,9 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlc.disk import TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
+from dlc.disk import SWITCH, TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # a file is of the lowest version that has all of its keys
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
@@ -45,6 +45,9 @@ class RunMeta:
     code_init: str | None = key(one_of("unit", "dlc"), since=1, optional=True)
     num_classes: int | None = key(SIZE, optional=True)
     in_dim: int | None = key(SIZE, optional=True)
+    shared_embedding: bool | None = key(SWITCH, since=2, optional=True)  # of a prior, as the next two
+    scale_by_sigma: bool | None = key(SWITCH, since=2, optional=True)
+    time_conditioning: bool | None = key(SWITCH, since=2, optional=True)
     # on what: a run continues with other values only by --allow-change
     features_count: int | None = key(SIZE)
     latents: str | None = key(ID)  # a kind of latents, or "images"
@@ -56,6 +59,10 @@ class RunMeta:
     encoder_sha256: str | None = key(ID)
     listing_sha256: str | None = key(ID)
     flip: str | None = key(ID)
+    masking: str | None = key(one_of("independent", "counted"), since=2, optional=True)  # of a prior, as the next two
+    score_entropy: bool | None = key(SWITCH, since=2, optional=True)
+    holdout: float | None = key(real_number(0, 1), since=2, optional=True)
+    heldout_path: str | None = key(ID, since=2, optional=True)
     first_vectors_sha256: str | None = key(ID)
     # how far: optimizer steps, global sample index, step of the log's last line, steps skipped since
     step: int | None = key(COUNT)
@@ -66,13 +73,15 @@ class RunMeta:
     vae: str | None = key(ID)
     data_path: str | None = key(ID, optional=True)
     features_path: str | None = key(ID, optional=True)
+    dropout: float | None = key(real_number(0, 1), since=2, optional=True)  # of a prior
     precision: str | None = key(TEXT)
     lr: float | None = key(real_number(0))
     weight_decay: float | None = key(real_number(0))
     ema_decay: float | None = key(real_number(0))
     versions: dict[str, str] | None = key(VERSIONS)
-    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"
+    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"; from what layout
     weights: str | None = None
+    layout: str | None = None
 
     @classmethod
     def from_json(cls, values: dict, where) -> "RunMeta":
@@ -95,12 +104,10 @@ class RunMeta:
 
     def to_json(self) -> dict:
         """What meta.json holds: every key, optional ones only where they apply."""
-        values = dict(dataclasses.asdict(self), format_version=FORMAT_VERSION)
-        return {
-            name: values[name]
-            for name, field in json_keys().items()
-            if values[name] is not None or not field["optional"]
-        }
+        values = dataclasses.asdict(self)
+        keys = {name: field for name, field in json_keys().items() if values[name] is not None or not field["optional"]}
+        values["format_version"] = max(field["since"] for field in keys.values())
+        return {name: values[name] for name in keys}
 
     def differences(self, settings: dict) -> str:
         """How the checkpoint differs from these values of some of its keys, in words; "" where it does not."""

@@ -64,6 +64,34 @@ def save_checkpoint(
     return path
 
 
+def save_best(run_dir, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
+    """Write RESULTS/best/{meta.step:07d}/, the EMA weights and meta.json, in the place of an earlier best.
+
+    Arguments, result and errors are as of `save_checkpoint`.
+    """
+    state = gather_full(ema.state_dict(), write)
+    if not write:
+        return None
+    path = Path(run_dir) / "best" / f"{meta.step:07d}"
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        safetensors.torch.save_file(state, temporary / "ema.safetensors")
+        (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
+        for file in temporary.iterdir():
+            sync(file)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed after this step, and comes by again
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write {path} ({error})") from error
+    for other in path.parent.iterdir():
+        if other != path:
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
 def gather_full(state, keep: bool = True):
     """A state dict whose sharded tensors are gathered to full ones on the CPU.
 
@@ -86,14 +114,17 @@ def distribute_like(tensor, other):
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
-def load_checkpoint(path, *, model, ema, optimizer, scaler=None):
+def load_checkpoint(path, *, model, ema, optimizer, scaler=None, sums_shape=None):
     """Load a checkpoint into the objects that it was saved from. Returns its sums.
+
+    Args:
+        sums_shape: of each process's sums; None: they may be anything.
 
     Raises ValueError, naming the checkpoint and the file, if weights or the optimizer's state are damaged or are not of
     this model.
     """
     try:
-        return _load(path, model, ema, optimizer, scaler)
+        return _load(path, model, ema, optimizer, scaler, sums_shape)
     except ValueError as error:
         reason = str(error).replace(f"{path}{os.sep}", "")
         raise ValueError(
@@ -101,7 +132,7 @@ def load_checkpoint(path, *, model, ema, optimizer, scaler=None):
         ) from None
 
 
-def _load(path, model, ema, optimizer, scaler):
+def _load(path, model, ema, optimizer, scaler, sums_shape):
     for module, name in ((model, "model"), (ema, "ema")):
         file, ours = path / f"{name}.safetensors", module.state_dict()
         weights = check_tensors(load_tensors(file), file)
@@ -124,6 +155,10 @@ def _load(path, model, ema, optimizer, scaler):
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         sums = state["sums"]
+        if sums_shape is not None:
+            fault = tensor_fault(sums)
+            if fault or sums.ndim != 1 + len(sums_shape) or not len(sums) or sums.shape[1:] != sums_shape:
+                raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
         return sums if sums is None else sums.clone()  # not a view of the mapped file
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
         raise ValueError(
@@ -232,12 +267,16 @@ def resume_point(run_dir, identity: dict, settings: dict, allow_change: bool) ->
     return path, meta, changed
 
 
+class NoCheckpoint(ValueError):
+    """There is no checkpoint of a model where one was looked for."""
+
+
 def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
     """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
 
     Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
 
-    Raises ValueError if there is none, or if its meta.json or the wanted weights are damaged.
+    Raises NoCheckpoint if there is none, ValueError if its meta.json or the wanted weights are damaged.
     """
     runs, written = {}, {}
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
@@ -253,7 +292,7 @@ def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
     of_model = [run for run, name in runs.items() if name == model]
     if not of_model:
         others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
-        raise ValueError(
+        raise NoCheckpoint(
             f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
             "train_diffusion.py first, or name one with --ckpt"
         )

@@ -3,8 +3,8 @@
     weights = check_tensors(load_tensors("model.safetensors"), "model.safetensors")
 
 Every file of torch or safetensors that this program opens goes through here: weights of models, VAEs and encoders, the
-optimizer's state of a resumed run, codes in a `.pt`. Errors are in our words, because those of the libraries are long,
-and some advise the user to load the file unsafely.
+optimizer's state of a resumed run, codes in a `.pt`. What kind of file one is, its first bytes tell, not its name.
+Errors are in our words, because those of the libraries are long, and some advise the user to load the file unsafely.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from dlc.cli import one_line
 # Bytes of the index of a file's tensors: the pickle in torch's zip, the header of a .safetensors. That of a training
 # checkpoint of a DiT-XL/2, with weights, EMA and optimizer, has 0.2 MB. A hostile one grows about 70-fold as objects.
 LARGEST_INDEX = 2**22
+ZIP = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The names in a pickle of tensors and plain values, including the arguments of training scripts. With weights_only,
 # torch admits more, and other packages add to it: bytearray(10**12), for example, would fill the memory.
@@ -31,6 +32,27 @@ ADMITTED = re.compile(
     r"torch\.serialization _get_layout|"
     r"torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|meta_tensor_no_storage)"
 )
+# Names of plain values that training scripts keep beside the weights, as in their arguments. An inert object takes the
+# place of each: nothing of these modules is imported or called for a file.
+PASSED_OVER = re.compile(
+    r"pathlib(\._local)? (Pure)?(Posix|Windows)?Path|"
+    r"numpy(\.core|\._core)\.multiarray (scalar|_reconstruct)|numpy (dtype|ndarray|\w+_)|numpy\.dtypes \w+|"
+    r"_codecs encode|datetime (datetime|date|time|timedelta|timezone)|"
+    r"omegaconf(\.\w+)* \w+|typing \w+|__builtin__ (list|dict|int|float|str|bool|object)"
+)
+
+
+class PassedOver:
+    """Stands where a file has an object that is no tensor and no plain value; takes anything and keeps nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
 
 
 def load_tensors(path):
@@ -39,16 +61,16 @@ def load_tensors(path):
     Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        value = read_torch(path)
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} holds a {type(value).__name__}, wanted a dict of tensors")
-        return value
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header <= LARGEST_INDEX:
+        start = file.read(9)
+    if start[:4] == ZIP or (path.suffix != ".safetensors" and start[8:] != b"{"):
+        value = read_torch(path)
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} holds {in_words(value)}, wanted a dict of tensors")
+        return value
+    if int.from_bytes(start[:8], "little") <= LARGEST_INDEX:
         try:
             return safetensors.torch.load_file(path)
         except Exception:  # broken files raise many types
@@ -56,15 +78,26 @@ def load_tensors(path):
     raise ValueError(f"{path} cannot be read as weights: it is no .safetensors, or cut off or damaged")
 
 
+def in_words(value):
+    """What a value from a file is, for errors."""
+    return "an object that is no tensor" if isinstance(value, PassedOver) else f"a {type(value).__name__}"
+
+
 def read_torch(path, what="weights"):
-    """The value in a file of torch.save, with memory-mapped tensors. Raises ValueError naming the file and `what`."""
+    """The value in a file of torch.save, with memory-mapped tensors. Raises ValueError naming the file and `what`.
+
+    Objects that PASSED_OVER names are `PassedOver` in it.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         fault = archive_fault(path)
         if not fault:
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            inert = [
+                (PassedOver, name.replace(" ", ".")) for name in set(names_in(path)) if PASSED_OVER.fullmatch(name)
+            ]
+            with torch.serialization.safe_globals([argparse.Namespace, *inert]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # zip readers and the unpickler raise many types
@@ -72,11 +105,21 @@ def read_torch(path, what="weights"):
     raise ValueError(f"{path} cannot be read as {what}: {fault}")
 
 
+def names_in(path):
+    """The names "module name" of all that the pickle in a torch file asks for.
+
+    It is read as torch.load reads it, because other zip readers may find another entry.
+    """
+    for opcode, argument, _ in pickletools.genops(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")):
+        if opcode.name == "GLOBAL":
+            yield argument
+
+
 def archive_fault(path):
     """Why a file must not go to torch.load, in words: it would fill the memory, or is no file of tensors. Else None."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":
+        if file.read(4) != ZIP:
             return "it is no file of torch.save (of one from before torch 1.6, save the weights anew)"
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -86,11 +129,10 @@ def archive_fault(path):
         return f"its entries claim more than the file's {size:,} bytes"
     if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
         return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors"
-    # read as torch.load reads it, because other zip readers may find another entry
-    for opcode, argument, _ in pickletools.genops(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")):
-        if opcode.name == "GLOBAL" and not ADMITTED.fullmatch(argument):
+    for name in names_in(path):
+        if not (ADMITTED.fullmatch(name) or PASSED_OVER.fullmatch(name)):
             return (
-                f"it names {shown(argument.replace(' ', '.'))}, and may only hold tensors and plain values: save "
+                f"it names {shown(name.replace(' ', '.'))}, and may only hold tensors and plain values: save "
                 "the weights alone"
             )
     return None
@@ -106,9 +148,7 @@ def check_tensors(tensors, path):
         raise ValueError(f"{path} does not hold a dict of named tensors")
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise ValueError(
-                f"{path} does not hold a dict of named tensors: {shown(name)} is a {type(tensor).__name__}"
-            )
+            raise ValueError(f"{path} does not hold a dict of named tensors: {shown(name)} is {in_words(tensor)}")
         fault = tensor_fault(tensor)
         if fault:
             raise ValueError(f"{path}: tensor {shown(name)} {fault}")

@@ -1,6 +1,7 @@
-"""Models out of files of weights: our checkpoints, `.safetensors`, and `.pt` files as DiT and fast-DiT write them.
+"""Models out of weights of any layout, by path or hub id; see `dlc.checkpoints.layouts` for what is read.
 
-Those are a bare state dict, or one under "ema" and "model".
+model, name, meta = load_model("results/checkpoints/0400000")
+model, name, meta = load_model("facebook/DiT-XL-2-256")
 """
 
 import dataclasses
@@ -10,52 +11,137 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.meta import RunMeta, read_meta
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
-from models import FAMILIES, DiT_models
+from dlc.checkpoints.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function
+from dlc.checkpoints.layouts import read_layout
+from dlc.checkpoints.meta import RunMeta
+from dlc.checkpoints.probe import predicts_velocity
+from dlc.checkpoints.source import Source
+from dlc.checkpoints.tensor_files import differences_from
+from dlc.disk import check_values, one_of, read_json, real_number, whole_number
+from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_embedding
+
+DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell
+DEEPEST = 256  # blocks
+# The keys of a transformer's config.json that are read; the tensors' shapes say the rest.
+HEADS = ("num_heads", "num_attention_heads")
+CONFIG = dict(
+    num_heads=whole_number(1, 1024),
+    num_attention_heads=whole_number(1, 1024),
+    input_size=whole_number(1, 65536),
+    sample_size=whole_number(1, 65536),
+    norm_eps=real_number(0, 1),
+    trained_with=one_of("dit", "diffusers"),
+    _trained_with=one_of("dit", "diffusers"),
+)
 
 
 def load_weights(path, use_ema: bool = True) -> tuple[dict, RunMeta]:
-    """A model's state dict, and the meta of its checkpoint: of a lone file nothing is recorded but `weights`.
+    """A model's state dict under our names, and what is recorded of it: of a lone file only `weights` and `layout`.
 
     Args:
-        path: a checkpoint directory, or a `.pt` / `.pth` / `.safetensors` file.
-        use_ema: the EMA weights rather than the raw ones, if the checkpoint has both.
+        path: a file, a folder or a hub id, in any layout of `dlc.checkpoints.layouts`.
+        use_ema: the EMA weights rather than the raw ones, if there are both.
 
     Raises ValueError if path is none of these.
     """
-    path = Path(path)
-    is_ours = path.is_dir()
-    if is_ours:
-        if not (path / "meta.json").is_file():
-            raise ValueError(f"{path} is not a checkpoint directory: it has no meta.json")
-        meta = read_meta(path)
-        path = path / ("ema.safetensors" if use_ema else "model.safetensors")
-    elif path.is_file():
-        meta = RunMeta()
-    else:
-        raise ValueError(f"checkpoint {path} does not exist")
-    weights, kind = load_tensors(path), "ema" if use_ema else "raw"
-    if not is_ours:
-        name, other = ("ema", "model") if use_ema else ("model", "ema")
-        if name not in weights and other in weights:
-            raise ValueError(
-                f"{path} has no {kind} weights, only {other!r}: "
-                f"{'give --no-ema' if use_ema else 'leave out --no-ema'} to sample from those"
-            )
-        weights, kind = weights.get(name, weights), kind if name in weights else "as in the file"
-    weights = check_tensors(weights, path)
-    plain = {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in weights.items()}
-    if len(plain) < len(weights):
-        raise ValueError(f"{path} holds tensors of one name twice, with and without module. or _orig_mod. before it")
-    return plain, dataclasses.replace(meta, weights=kind)
+    source = read_layout(path, use_ema)
+    return source.values, with_layout(source)
 
 
-def model_from_weights(weights: dict, path):
-    """The model whose state dict these are, in eval mode, and its name in DiT_models.
+def load_model(
+    path,
+    ema: bool = True,
+    *,
+    diffusers_time: str | None = None,
+    input_size: int | None = None,
+    flag: str = "checkpoint",
+    ask: bool = True,
+):
+    """The model that a path or hub id holds, in eval mode; its name; and its RunMeta.
+
+    The name is one of DiT_models, or for another size such as "DiT-2x16/2": depth, width, patch size.
+
+    Args:
+        ema: the EMA weights rather than the raw ones, if there are both.
+        diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
+            [what the folder says, else "dit"].
+        input_size: height and width of the latents, for weights that do not tell [32].
+        flag, ask: see `read_layout`.
+
+    Raises ValueError, naming path, if it is no model that predicts noise, or is damaged.
+    """
+    source = read_layout(path, ema, flag, ask)
+    weights, config = dict(source.values), checked_config(source)
+    if "pos_embed" not in weights and getattr(weights.get("x_embedder.proj.weight"), "ndim", 0) == 4:
+        source = with_positions(source, weights, config, input_size)
+    model, name = model_from_weights(weights, path, config)
+    source = with_function(source, model, config, diffusers_time)
+    if not source.is_eps and type(model) is DiT and predicts_velocity(model):
+        source.refuse(
+            "predicts a velocity by its outputs, as SiT and REPA do, under DiT's very names: only models that predict "
+            "noise, as DiT, are read"
+        )
+    return model, name, with_layout(source)
+
+
+def with_layout(source: Source) -> RunMeta:
+    return dataclasses.replace(source.meta, layout=", ".join(source.said) or "state dict")
+
+
+def describe(meta: RunMeta) -> str:
+    """What was recognised, in one line: layout, EMA or raw, step."""
+    kind = {"ema": "EMA weights", "raw": "raw weights"}.get(meta.weights, "weights as in the file, EMA or raw unknown")
+    return f"{meta.layout}; {kind}, step {'unknown' if meta.step is None else f'{meta.step:,}'}"
+
+
+def checked_config(source: Source) -> dict:
+    """Those values of a config.json that are read. Raises ValueError, naming file and key, for one of another kind."""
+    config = {key: value for key, value in source.config.items() if key in CONFIG and value is not None}
+    check_values(source.at.with_name("config.json"), config, CONFIG)
+    return config
+
+
+def with_positions(source: Source, weights: dict, config: dict, input_size: int | None) -> Source:
+    """Add the constant pos_embed to weights without it, for the latents that something tells the size of."""
+    width, _, patch, _ = weights["x_embedder.proj.weight"].shape
+    recorded = source.meta.image_size and source.meta.image_size // 8
+    told = config.get("input_size") or config.get("sample_size") or recorded or input_size
+    size = told or DEFAULT_INPUT
+    if patch < 1 or width < 4 or width % 4 or size < patch or width * (size // patch) ** 2 > 2**31:
+        source.refuse(f"has no pos_embed, and none fits width {width}, patch {patch} and latents of {size} cells")
+    weights["pos_embed"] = sincos_position_embedding(width, size // patch)[None]
+    # diffusers never saves it, and its config always says the size
+    return source if told else source.saying(f"no pos_embed: taken to be of latents of {size} x {size} cells")
+
+
+def with_function(source: Source, model, config: dict, diffusers_time: str | None) -> Source:
+    """Have the model compute what it was trained to, where its layout leaves that open, and say so."""
+    in_diffusers = any("diffusers' names" in words for words in source.said)
+    recorded = config.get("trained_with") or config.get("_trained_with")
+    chosen = diffusers_time or recorded or "dit"
+    if diffusers_time == "diffusers" and not (in_diffusers or recorded):
+        source.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
+    if chosen == "diffusers":
+        use_diffusers_function(model, config.get("norm_eps", DIFFUSERS_EPS)).eval()
+    if not in_diffusers and not recorded:
+        return source
+    why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
+    return source.saying(f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})")
+
+
+#################################################################################
+#                             From shapes to a model                            #
+#################################################################################
+
+
+def model_from_weights(weights: dict, path, config: dict | None = None):
+    """The model whose state dict these are, in eval mode, and its name.
 
     Family, size, patch size, L, V, classes and latent size are read off the tensors' shapes. All shapes are compared
     before memory is allocated for the model.
+
+    Args:
+        config: may have the number of heads, which no shape tells.
 
     Raises ValueError, naming path, if they are no model of ours.
     """
@@ -76,32 +162,54 @@ def model_from_weights(weights: dict, path):
     # from the last: a DiTCONT's linear layer is called as a DiT's table
     family = next((family for family in reversed(FAMILIES) if family.table in weights), FAMILIES[0])
     arguments.update(family.sizes_of(shape(family.table, family.table_ndim)))
-    size = family, hidden_size, depth, patch_size
-    name = next(
-        (
-            name
-            for name, spec in DiT_models.items()
-            if (spec.family, spec.hidden_size, spec.depth, spec.patch_size) == size
-        ),
-        None,
-    )
-    if name is None:
+    sizes = dict(arguments, hidden_size=hidden_size, depth=depth, patch_size=patch_size)
+    if min(value for key, value in sizes.items() if key != "learn_sigma") < 1 or depth > DEEPEST:
         raise ValueError(
-            f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch "
-            f"{patch_size}, which has no name in DiT_models"
+            f"checkpoint {path} does not fit a {family.__name__}: by its shapes, "
+            + ", ".join(f"{key} is {value}" for key, value in sizes.items())
         )
-    if min(value for key, value in arguments.items() if key != "learn_sigma") < 1:
-        raise ValueError(
-            f"checkpoint {path} does not fit {name}: by its shapes, "
-            + ", ".join(f"{key} is {value}" for key, value in arguments.items())
-        )
+    name, spec = spec_of(family, hidden_size, depth, patch_size, config or {}, path)
+    fc1 = weights.get("blocks.0.mlp.fc1.bias", torch.empty(0))
+    if name not in DiT_models and fc1.ndim == 1 and len(fc1) > 0:
+        arguments["mlp_ratio"] = len(fc1) / hidden_size
     with torch.device("meta"):
-        different = differences_from(DiT_models[name](**arguments).state_dict(), weights)
+        different = differences_from(spec(**arguments).state_dict(), weights)
     if different:
         raise ValueError(f"checkpoint {path} does not fit {name}: it {different}")
-    model = DiT_models[name](**arguments)
+    model = spec(**arguments)
     model.load_state_dict(weights)
     return model.eval(), name
+
+
+def spec_of(family, hidden_size, depth, patch_size, config, path) -> tuple[str, ModelSpec]:
+    """The name and the spec of a model of these sizes; its number of heads is the config's, or the one that fits.
+
+    Raises ValueError, with the remedy, where nothing tells the number of heads.
+    """
+    heads = next((config[key] for key in HEADS if key in config), None)
+    for name, spec in DiT_models.items():
+        if (spec.family, spec.hidden_size, spec.depth, spec.patch_size) == (family, hidden_size, depth, patch_size):
+            if heads in (None, spec.num_heads):
+                return name, spec
+    name = f"{family.__name__}-{depth}x{hidden_size}/{patch_size}"
+    beside = Path(path).with_name("config.json") if not Path(path).is_dir() else Path(path) / "config.json"
+    if heads is None and beside.is_file():
+        values = read_json(beside)
+        check_values(beside, values, {key: CONFIG[key] for key in HEADS})
+        heads = next((values[key] for key in HEADS if key in values), None)
+    if heads is None:
+        named = {size[2] for size in SIZES.values() if size[:2] == (depth, hidden_size)}
+        # heads of 64 and of 72 channels are the two widths that the published sizes have
+        fitting = named or {hidden_size // width for width in (64, 72) if hidden_size % width == 0}
+        if len(fitting) != 1:
+            raise ValueError(
+                f"checkpoint {path} is a {family.__name__} of depth {depth}, width {hidden_size}, patch {patch_size}, "
+                f'which has no name in DiT_models and does not tell its heads: write {{"num_heads": N}} to {beside}'
+            )
+        (heads,) = fitting
+    if hidden_size % heads:
+        raise ValueError(f"checkpoint {path} has width {hidden_size}, which {heads} heads do not divide")
+    return name, ModelSpec(family, patch_size, depth, hidden_size, heads)
 
 
 def load_pretrained(path, model) -> str:
@@ -109,13 +217,17 @@ def load_pretrained(path, model) -> str:
 
     Raises ValueError if path holds no weights, or none that fit.
     """
-    weights, _ = load_weights(path)
-    wanted = model.state_dict()
+    source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
+    weights, wanted = source.values, model.state_dict()
+    if not (source.is_eps or source.prior) and holds_velocity_model(source):
+        source.refuse(
+            "predicts a velocity by its outputs, as SiT and REPA do: a model that predicts noise is trained here"
+        )
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
     model.load_state_dict(fit, strict=False)
-    said = [f"{len(fit)} of {len(wanted)} tensors from {path}"]
+    said = [f"{len(fit)} of {len(wanted)} tensors from {path} ({describe(with_layout(source))})"]
     said += [
         f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
         for key in sorted(
@@ -128,6 +240,15 @@ def load_pretrained(path, model) -> str:
     return "; ".join(said)
 
 
+def holds_velocity_model(source: Source) -> bool:
+    """Whether weights are a whole DiT, by names and shapes, that predicts a velocity."""
+    try:
+        model, _ = model_from_weights(source.values, source.named, checked_config(source))
+    except ValueError:  # a part of a model, of which what fits is taken
+        return False
+    return type(model) is DiT and predicts_velocity(model)
+
+
 def weights_sha256(module) -> str:
     """A digest of a module's tensors and their names: it tells weights apart, whatever their file is called."""
     digest = hashlib.sha256()
@@ -135,35 +256,3 @@ def weights_sha256(module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def info(path) -> list[str]:
-    """Lines that say what a checkpoint is. Raises ValueError if path is none."""
-    weights, meta = load_weights(path)
-    model, name = model_from_weights(weights, path)
-    lines = [f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters"]
-    if meta.step is None:
-        return [*lines, "a file of weights, which says nothing else of itself"]
-
-    def recorded(*names):
-        return ", ".join(f"{name} {getattr(meta, name)}" for name in names if getattr(meta, name) is not None)
-
-    size = sum(file.stat().st_size for file in Path(path).iterdir())
-    lines += [
-        f"step {meta.step:,}, {size / 1e9:.2f} GB",
-        "trained on: "
-        + recorded("features_path", "data_path", "image_size", "L", "V", "code_init", "num_classes", "in_dim", "vae"),
-        "with: " + recorded("global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed"),
-        "by: " + ", ".join(f"{name} {version}" for name, version in (meta.versions or {}).items()),
-    ]
-    raw = load_weights(path, use_ema=False)[0]
-    different = differences_from(weights, raw)
-    if different:
-        raise ValueError(
-            f"{Path(path) / 'model.safetensors'} is not of the model that ema.safetensors is of: it {different}"
-        )
-    with torch.no_grad():
-        norms = [((ema - raw[name]).norm(), raw[name].norm()) for name, ema in weights.items()]
-    difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]
-    lines.append(f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm")
-    return lines

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -159,6 +160,11 @@ class NpyRows:
         for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
             check_range(self.array(index), limit, lambda i, path=path: (path, i))
 
+    def check_finite(self):
+        """Raise ValueError, naming file and row, for the first row that is not finite in float32."""
+        for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
+            check_finite(self.array(index), lambda i, path=path: (path, i))
+
 
 def check_range(array, limit, locate):
     """Raise ValueError for the first value outside 0..limit-1; locate(i) gives the (file, row) of row i."""
@@ -173,3 +179,37 @@ def check_range(array, limit, locate):
             i = int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
             path, row = locate(start + i)
             raise ValueError(f"{path}, row {row}: value {int(part[i][bad[i]].flat[0])} outside 0..{limit - 1}")
+
+
+def check_finite(array, locate):
+    """Raise ValueError for the first row that is not finite in float32; locate(i) gives the (file, row) of row i."""
+    for start in range(0, len(array), 4096):
+        with np.errstate(over="ignore"):  # of float64, becoming infinite
+            finite = np.isfinite(array[start : start + 4096].astype(np.float32)).all(axis=1)
+        if not finite.all():
+            path, row = locate(start + int(finite.argmin()))
+            raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
+
+
+def open_vectors(source, count: int | None = None) -> NpyRows:
+    """The rows (n, in_dim) of vectors at source, a folder of `.npy` files of floats or one such file.
+
+    Args:
+        count: how many rows there must be; None: any.
+
+    Raises ValueError where there are none, or another number of them.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"--condition-path {source} does not exist")
+    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=file_order)
+    if not files:
+        raise ValueError(f"--condition-path {source} has no .npy files")
+    vectors = NpyRows(files, sample_ndim=1, load=load_floats)
+    if not len(vectors):
+        raise ValueError(f"--condition-path {source} has no rows")
+    if not vectors.array(0).shape[1]:
+        raise ValueError(f"{vectors.paths[0]} has vectors of no numbers, wanted (n, in_dim)")
+    if count not in (None, len(vectors)):
+        raise ValueError(f"--condition-path {source} has {len(vectors)} rows, the data {count}")
+    return vectors

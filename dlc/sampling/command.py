@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from diffusion.samplers import SAMPLERS
-from dlc.checkpoints.run import newest_checkpoint
-from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
+from dlc.checkpoints.layouts import locate
+from dlc.checkpoints.published import published_name, published_weights
+from dlc.checkpoints.run import NoCheckpoint, newest_checkpoint
+from dlc.checkpoints.weights import describe, load_model, weights_sha256
 from dlc.cli import ArgumentParser, progress
 from dlc.disk import recorded_id
+from dlc.hub import fetched_by_node, is_id
 from dlc.runtime import agree, autocast, create_logger, done_by_rank_0, set_numerics, start_processes
 from dlc.sampling.conditions import CONDITIONINGS, conditions_sha256
 from dlc.sampling.decoder import Decoder, save_strip
@@ -24,8 +27,9 @@ from dlc.sampling.files import npz_rows, save_grid, write_npz
 from dlc.sampling.flags import sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.sampling.prior import PriorCodes
 from dlc.sampling.record import SamplesRecord, this_launch
-from dlc.vae import check_decodes, load_vae, pixels_per_cell, vae_id, vae_label
+from dlc.vae import check_decodes, downsampling_factor, load_vae, pixels_per_cell, vae_id, vae_label
 from models import DiT_models
 
 #################################################################################
@@ -45,6 +49,7 @@ class Job:
     vae: torch.nn.Module
     record: SamplesRecord
     folder: SampleFolder
+    launch: dict  # see `this_launch`
     missing: np.ndarray  # indices of the images to draw, ascending
     notes: list[str]  # what could not be compared
 
@@ -53,9 +58,8 @@ class Job:
         return self.model.in_channels, *self.model.x_embedder.img_size
 
 
-def refuse_model(args, script: str) -> None:
-    """Raise ValueError where the script does not draw from --model, or a flag is another conditioning's."""
-    wanted = DiT_models[args.model].conditioning
+def refuse_model(args, script: str, wanted: str) -> None:
+    """Raise ValueError where the script does not draw for a model's conditioning, or a flag is another's."""
     if CONDITIONINGS[wanted].script != script:
         here = " or ".join(name for name, one in CONDITIONINGS.items() if one.script == script)
         raise ValueError(
@@ -67,14 +71,41 @@ def refuse_model(args, script: str) -> None:
                 raise ValueError(f"{flag} is for models conditioned on {name}: {args.model} is conditioned on {wanted}")
 
 
-def open_model(args):
-    """The checkpoint's path, its model in eval mode, and its RunMeta, in which nothing is recorded of a lone file."""
-    path = Path(args.ckpt) if args.ckpt else newest_checkpoint(args.results_dir, args.model, args.ema)
-    weights, meta = load_weights(path, args.ema)
-    model, name = model_from_weights(weights, path)
-    if name != args.model:
+def open_model(args, script: str, default: str):
+    """The checkpoint's path, its model in eval mode, and its RunMeta; args.model becomes the model's name.
+
+    Raises ValueError where the checkpoint is not of --model, or the script does not draw from it.
+    """
+    given = args.model
+    args.model = given or (None if args.ckpt else default)
+    if args.model:
+        refuse_model(args, script, DiT_models[args.model].conditioning)
+    if is_id(args.ckpt or "."):  # fetched by one process of each node, before the others read it
+        fetched_by_node(start_processes(), lambda ask: locate(args.ckpt, "--ckpt", ask))
+    path = args.ckpt or find_checkpoint(args)
+    model, name, meta = load_model(
+        path,
+        args.ema,
+        diffusers_time=args.diffusers_time,
+        input_size=args.image_size and args.image_size // downsampling_factor(args.vae or "ema"),
+    )
+    if args.model not in (None, name):
         raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
-    return path, model, meta
+    args.model = name
+    refuse_model(args, script, model.conditioning)
+    return Path(path), model, meta
+
+
+def find_checkpoint(args) -> Path:
+    """The newest checkpoint of --model under --results-dir; where there is none, its published weights."""
+    try:
+        return newest_checkpoint(args.results_dir, args.model, args.ema)
+    except NoCheckpoint as error:
+        name = published_name(args.model, args.image_size or 256)
+        if name is None:
+            raise
+        print(f"{error}: the published weights are used", flush=True)
+        return published_weights(name)
 
 
 def open_vae(args, meta, channels, device):
@@ -109,12 +140,11 @@ def guided_channels(flag: str | None, model) -> int:
     return 3 if flag == "3" else model.in_channels
 
 
-def prepare(args, script: str) -> Job:
+def prepare(args, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
     if args.t_min > args.t_max:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
-    refuse_model(args, script)
-    path, model, meta = open_model(args)
+    path, model, meta = open_model(args, script, default)
     sampler = create_sampler(
         args.sampler, args.num_sampling_steps, args.eta, learn_sigma=model.out_channels > model.in_channels
     )
@@ -153,9 +183,10 @@ def prepare(args, script: str) -> Job:
         num_fid_samples=args.num_fid_samples,
         conditions_sha256=digest,
         runs=[],
+        prior=conditions.settings if isinstance(conditions, PriorCodes) else None,
     )
     agree("checkpoint, codes and VAE", record)
-    ckpt = path.name if path.is_dir() else path.stem
+    ckpt = path.stem if path.is_file() else path.name
     folder = SampleFolder(
         Path(args.sample_dir)
         / (
@@ -174,8 +205,9 @@ def prepare(args, script: str) -> Job:
         vae,
         record,
         folder,
+        launch,
         np.array(missing, dtype=np.int64),
-        [*conditions.notes, *notes],
+        [f"{path}: {describe(meta)}", *conditions.notes, *notes],
     )
 
 
@@ -214,6 +246,8 @@ def draw_missing(job: Job, args) -> None:
     batches = np.unique(missing // size)
 
     set_numerics(args.tf32)
+    if isinstance(job.conditions, PriorCodes) and len(missing):
+        job.conditions.prepare(folder.codes, count, state, job.launch)
     lower_precision(job.model, args.precision)
     job.model.to(state.device)
     if args.compile if args.compile is not None else state.device.type == "cuda":
@@ -274,18 +308,18 @@ def sample(doc: str, script: str, model: str) -> None:
     Args:
         doc: the script's docstring.
         script: its file name, by which CONDITIONINGS says what it draws for.
-        model: the default of --model.
+        model: the model to draw from where neither --model nor --ckpt is given.
     """
     parser = sampling_parser(doc, script, model)
     args = parser.parse_args()
     with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size", ()):
-        run(parser, args, script)
+        run(parser, args, script, model)
 
 
-def run(parser: ArgumentParser, args, script: str) -> None:
+def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     """Check, draw and finish."""
     with parser.one_line_errors():
-        job = prepare(args, script)
+        job = prepare(args, script, default)
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
     logger.info(

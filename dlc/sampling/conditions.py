@@ -1,92 +1,26 @@
 """What each sample is drawn for: a class, a code or a vector, as a function of (global seed, sample index)."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import recorded_id
-from dlc.features.rows import NpyRows, file_order, load_array
-from dlc.features.store import Features
+from dlc.features.rows import NpyRows, check_finite, open_vectors
 from dlc.noise import Stream, integers, permutation
+from dlc.sampling.code_folder import finished_record, load_codes, open_codes
+from dlc.sampling.prior import PriorCodes, PriorOptions, add_prior_flags
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
-
-
-def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
-    """The array in a `.npy` or the tensor in a `.pt`, memory-mapped if it can be: (n, L), or (L,) as it is.
-
-    Several codes per image, (n, k, L), become n * k rows. Raises ValueError naming the file.
-    """
-    if path.suffix != ".pt":
-        array = load_array(path, mmap)
-    else:
-        tensor = read_torch(path, "a tensor")
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
-        fault = storage_fault(tensor)
-        if fault or tensor.dtype not in INTEGERS:
-            raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
-        array = tensor.numpy()
-    if array.ndim not in (1, 2, 3) or not array.shape[-1]:
-        raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
-    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
-
-
-def open_codes(source) -> tuple[NpyRows, Features | None]:
-    """The rows of codes at source, and the `Features` that they belong to, or None.
-
-    Args:
-        source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
-
-    Raises ValueError where there are none.
-    """
-    path, features = Path(source), None
-    if path.is_file():
-        codes = NpyRows([path], sample_ndim=1, load=load_codes)
-    elif not path.is_dir():
-        raise ValueError(f"code source {source} does not exist")
-    else:
-        files = sorted([*path.glob("*.npy"), *path.glob("*.pt")], key=file_order)
-        if len({file.suffix for file in files}) > 1:
-            raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
-        if files:
-            # there may be a million files of one code each: opening the first and the last tells
-            lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
-            codes = NpyRows(files, sample_ndim=1, lone=lone, load=load_codes)
-        else:
-            features = Features(path)
-            codes = features.codes
-            if codes is None:
-                raise ValueError(f"features {source} hold no codes")
-    if not len(codes):
-        raise ValueError(f"code source {source} has no rows")
-    return codes, features
-
-
-def open_vectors_folder(source) -> NpyRows:
-    """The rows (n, in_dim) of vectors at source, a folder of `.npy` files or one such file.
-
-    Raises ValueError where there are none.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"--condition-path {source} does not exist")
-    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=file_order)
-    if not files:
-        raise ValueError(f"--condition-path {source} has no .npy files")
-    vectors = NpyRows(files, sample_ndim=1)
-    if not len(vectors):
-        raise ValueError(f"--condition-path {source} has no rows")
-    if vectors.array(0).dtype.kind != "f":
-        raise ValueError(f"--condition-path {source} holds values of type {vectors.array(0).dtype}, wanted floats")
-    return vectors
+__all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
 
 
 def conditions_sha256(conditions, count: int) -> str:
-    """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it."""
+    """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it.
+
+    Of codes that are yet to be drawn it is the digest of all that decides them.
+    """
+    if isinstance(conditions, PriorCodes):
+        return conditions.digest
     digest = hashlib.sha256()
     for start in range(0, count, 4096):
         digest.update(conditions(np.arange(start, min(start + 4096, count))).numpy())
@@ -114,6 +48,11 @@ class RowConditions:
     def describe(self) -> str:
         return f"{len(self.order):,} {self.what} of {self.source} in {self.order_name} order"
 
+    @staticmethod
+    def described(what: str) -> str:
+        """A regular expression of what `describe` says of such rows: its groups are the source and the order."""
+        return rf"[\d,]+ {what} of (.+) in (random|sequential) order"
+
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample, (N,)."""
         return self.order[indices % len(self.order)]
@@ -131,7 +70,7 @@ class ComputedCodes(RowConditions):
     """
 
     key, script = "code_rows", "sample_ddp_computed_dlc.py"
-    flags, notes = ("--dlc-dir",), ()
+    flags, notes = ("--dlc-dir", "--prior"), ()
 
     @staticmethod
     def add_flags(add) -> None:
@@ -149,9 +88,23 @@ class ComputedCodes(RowConditions):
             default="random",
             help="row of sample i: entry i of a seeded permutation, or row i; cycling [%(default)s]",
         )
+        add(
+            "--prior",
+            metavar="CKPT",
+            help="DiTSEM only: draw the codes from this prior first, as sample_prior.py does, into a folder beside the "
+            "samples; sample i gets code i [none]",
+        )
+        add_prior_flags(add, "prior-")
 
     @classmethod
-    def open(cls, args, model, meta) -> "ComputedCodes":
+    def open(cls, args, model, meta) -> "ComputedCodes | PriorCodes":
+        options = PriorOptions.of(args, "prior-")
+        if args.prior:
+            if args.dlc_dir:
+                raise ValueError("--prior draws codes, --dlc-dir names codes that are there: give one of them")
+            return PriorCodes(args, options, model, meta)
+        if options != PriorOptions():
+            raise ValueError("the flags --prior-... say how to draw from a prior: name it with --prior")
         source = args.dlc_dir or meta.features_path
         if source is None:
             raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")
@@ -161,10 +114,11 @@ class ComputedCodes(RowConditions):
         codes, features = open_codes(source)
         super().__init__(source, codes, "codes", order, seed)
         self.V = model.sem_embedder.V
-        manifest = features.manifest if features is not None else None
-        if manifest is not None and features.V != self.V:
-            raise ValueError(f"codes of {source} have V={features.V}, the checkpoint's model V={self.V}")
-        encoder, models_encoder = manifest and manifest.encoder_sha256, meta.encoder_sha256
+        # of extracted codes, or of drawn ones
+        origin = features.manifest if features is not None else finished_record(source)
+        if origin is not None and origin.V != self.V:
+            raise ValueError(f"codes of {source} have V={origin.V}, the checkpoint's model V={self.V}")
+        encoder, models_encoder = origin and origin.encoder_sha256, meta.encoder_sha256
         if encoder is None or models_encoder is None:
             self.notes = [
                 f"{'the codes do' if encoder is None else 'the checkpoint does'} not say which encoder made "
@@ -207,7 +161,7 @@ class ComputedVectors(RowConditions):
         return cls(args.condition_path, model, args.dlc_order, args.global_seed)
 
     def __init__(self, source, model, order: str, seed: int):
-        super().__init__(source, open_vectors_folder(source), "vectors", order, seed)
+        super().__init__(source, open_vectors(source), "vectors", order, seed)
         width, wanted = self.rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
         if width != wanted:
             raise ValueError(f"vectors of {source} have in_dim={width}, the checkpoint's model in_dim={wanted}")
@@ -217,10 +171,7 @@ class ComputedVectors(RowConditions):
         rows = self.values(indices)
         with np.errstate(over="ignore"):  # of float64, becoming infinite: refused next
             vectors = self.rows.gather(rows).astype(np.float32)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            path, row = self.rows.locate(rows[int(finite.argmin())])
-            raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
+        check_finite(vectors, lambda i: self.rows.locate(rows[i]))
         return torch.from_numpy(vectors)
 
 
@@ -268,4 +219,5 @@ class ClassLabels:
 #   open(args, model, meta)     gives the object; its notes say what could not be compared with the checkpoint
 #   describe()      what samples.json says of the source, and compares
 #   __call__(indices)           the conditions y of these samples, a tensor
+# PriorCodes takes the place of ComputedCodes with --prior.
 CONDITIONINGS = {"labels": ClassLabels, "codes": ComputedCodes, "vectors": ComputedVectors}

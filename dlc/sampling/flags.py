@@ -3,6 +3,7 @@
 import argparse
 
 from diffusion.samplers import SAMPLERS
+from dlc.checkpoints.diffusers_dit import DIFFUSERS_TIMES
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.runtime import PRECISIONS
 from dlc.sampling.conditions import CONDITIONINGS
@@ -15,14 +16,23 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        default=model,
         choices=DiT_models,
         metavar="MODEL",
-        help="name in DiT_models; must be the checkpoint's [%(default)s]",
+        help=f"name in DiT_models; must be the checkpoint's [that of --ckpt, or without it {model}]",
     )
-    add("--ckpt", help="checkpoint directory, .pt or .safetensors [the model's newest under --results-dir]")
+    add(
+        "--ckpt",
+        help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the model's newest "
+        "under --results-dir; if there is none, for DiT-XL/2, the published weights]",
+    )
     add("--results-dir", default="results", help="look for the newest checkpoint here [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
+    add(
+        "--diffusers-time",
+        choices=DIFFUSERS_TIMES,
+        help="with weights in diffusers' layout: compute DiT's function, which those converted from DiT have, or "
+        "diffusers', which those trained there have [what the folder says, else dit]",
+    )
     for conditioning in CONDITIONINGS.values():
         if conditioning.script == script:
             conditioning.add_flags(add)

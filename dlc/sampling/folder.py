@@ -12,12 +12,15 @@ from dlc.sampling.record import SamplesRecord
 
 
 class SampleFolder:
-    """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png."""
+    """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png.
+
+    If a prior draws the codes, FOLDER.codes/, too.
+    """
 
     def __init__(self, path: Path):
         self.path, self.lock = path, DirectoryLock(path)
-        self.npz, self.grid, self.strip = (
-            path.with_name(path.name + end) for end in (".npz", ".grid.png", ".progressive.png")
+        self.npz, self.grid, self.strip, self.codes = (
+            path.with_name(path.name + end) for end in (".npz", ".grid.png", ".progressive.png", ".codes")
         )
 
     def open(self, record: SamplesRecord, conditions, launch: dict) -> list[int]:

@@ -11,13 +11,14 @@ import torch
 from dlc.disk import SWITCH, TEXT, check_values, differences, list_of, or_null, read_json, real_number, whole_number
 from dlc.runtime import versions
 
-FORMAT = 2  # 1 had no format_version, and no vectors
+FORMAT = 3  # 1 had no format_version, and no vectors; 2 no prior
 COUNT, SIZE = whole_number(0), whole_number(1)
+OBJECT = (lambda value: isinstance(value, dict)), "an object"
 
 
-def key(kind, *, since: int = 1, decides: bool = True):
+def key(kind, *, since: int = 1, decides: bool = True, **default):
     """A key of samples.json: the kind of its value, its first format, and whether the images depend on it."""
-    return field(metadata=dict(kind=kind, since=since, decides=decides))
+    return field(metadata=dict(kind=kind, since=since, decides=decides), **default)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class SamplesRecord:
     # the set: how many images, the digest of what all of them are drawn for, and the launches that drew some
     num_fid_samples: int = key(SIZE, decides=False)
     conditions_sha256: str = key(TEXT, decides=False)
-    runs: list[dict] = key(list_of(((lambda value: isinstance(value, dict)), "an object")), decides=False)
+    runs: list[dict] = key(list_of(OBJECT), decides=False)
+    prior: dict | None = key(or_null(OBJECT), since=3, default=None)  # all that decides codes that a prior drew
 
     @classmethod
     def read(cls, path: Path) -> "SamplesRecord":

@@ -7,14 +7,12 @@ function of (seed, index), so neither a restart nor the number of processes chan
 
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dlc.cli import is_killed_reader
-from dlc.features.rows import NpyRows, file_order, load_floats
 from dlc.noise import Stream, normal, permutation
 from dlc.signals import ignore_signals
 
@@ -90,17 +88,6 @@ class TrainingBatches(Dataset):
         # uint16 codes become int32: torch has few operations on uint16
         condition = condition.astype(np.int32) if condition.dtype == np.uint16 else condition
         return torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
-
-
-def open_vectors(path, count: int) -> NpyRows:
-    """The `NpyRows` of a folder of `.npy` (n, in_dim) with `count` rows in all. Raises ValueError if it is not that."""
-    paths = sorted(Path(path).glob("*.npy"), key=file_order)
-    if not paths:
-        raise ValueError(f"--condition-path {path} is not a folder of .npy files")
-    vectors = NpyRows(paths, sample_ndim=1, load=load_floats)
-    if len(vectors) != count:
-        raise ValueError(f"--condition-path {path} has {len(vectors)} rows, the data {count}")
-    return vectors
 
 
 def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> torch.Tensor:

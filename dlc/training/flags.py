@@ -6,6 +6,11 @@ from dlc.cli import SEED, number
 from dlc.runtime import PRECISIONS, default_num_workers
 
 
+def learning_rate(args, step: int) -> float:
+    """AdamW's at a step, counted from 1."""
+    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+
+
 def add_run_flags(parser):
     """Add the groups "optimisation", "precision and speed" and "run". Returns the last one."""
     add = parser.add_argument_group("optimisation").add_argument
@@ -22,7 +27,13 @@ def add_run_flags(parser):
         default=1,
         help="split each process's batch into this many micro-batches, one after the other, to save memory",
     )
-    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant")
+    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant after --warmup-steps")
+    add(
+        "--warmup-steps",
+        type=number(int, 0),
+        default=0,
+        help="raise the learning rate linearly from 0 over this many steps; 0 disables the warm-up",
+    )
     add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's weight decay")
     add(
         "--grad-clip",

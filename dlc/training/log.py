@@ -5,6 +5,8 @@ import time
 import torch
 
 from dlc.checkpoints.run import gather_full
+from dlc.cli import one_line
+from dlc.training.flags import learning_rate
 from dlc.training.record import append_metrics
 
 
@@ -16,7 +18,7 @@ def announce(run):
         f"{args.grad_accum} micro-batches = {args.global_batch_size}",
         f"precision: {run.precision}" + (", sharded (FSDP)" if run.sharded else ""),
         f"run: steps {first:,} to {last:,} in {run.folder}",
-        run.pretrained and f"weights: {run.pretrained}",
+        run.pretrained and f"weights: {one_line(run.pretrained, 1000)}",
         run.resumed and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
         run.resumed and f"continued from {run.resumed}",
         run.changed and f"warning: changed since: {run.changed}",
@@ -30,7 +32,7 @@ def announce(run):
 def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
     """Write a line to log.txt and, if it is due or the run fails, to metrics.jsonl and the tracker."""
     scaler, rate = run.accelerator.scaler, (step - run.last_line[1]) / (time.time() - run.last_line[0])
-    images_per_second = rate * run.args.global_batch_size
+    samples_per_second, unit = rate * run.args.global_batch_size, run.losses.unit
     line = dict(
         step=step,
         epoch=run.batches.first_of(step) / run.batches.rows_per_epoch,
@@ -39,9 +41,9 @@ def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
         skipped_steps=run.skipped,
         scaler_scale=scaler.get_scale() if scaler else None,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else None,
-        lr=run.args.lr,
+        lr=learning_rate(run.args, step),
         steps_per_second=rate,
-        images_per_second=images_per_second,
+        **{f"{unit}_per_second": samples_per_second},
     )
     if run.state.is_main_process and (log_due or failure):
         run.record(append_metrics, run.folder / "metrics.jsonl", line)
@@ -49,6 +51,6 @@ def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
         run.accelerator.log(run.losses.scalars(line), step)
     run.logger.info(
         f"step {step:,}: {run.losses.words(means)}, grad norm {line['grad_norm']:.3f}, {rate:.2f} "
-        f"steps/s, {images_per_second:.0f} images/s" + (f", {run.skipped} steps skipped" if run.skipped else "")
+        f"steps/s, {samples_per_second:.0f} {unit}/s" + (f", {run.skipped} steps skipped" if run.skipped else "")
     )
-    run.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
+    run.bar.set_postfix({"loss": f"{means['loss']:.4f}", f"{unit}_per_s": f"{samples_per_second:.0f}"})

@@ -1,15 +1,19 @@
-"""Pictures of how a diffusion model in training draws."""
+"""Pictures of how a model in training draws: a diffusion model, or a prior over codes."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from diffusion.masked_samplers import create_sampler as create_code_sampler
+from dlc.checkpoints.weights import load_model
 from dlc.images import image_grid, save_png, to_uint8
+from dlc.sampling.codes import sample_codes
 from dlc.sampling.latents import create_sampler, sample_latents
-from dlc.vae import decode
+from dlc.vae import check_decodes, decode, load_vae
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
+PREVIEW_CALLS = 128  # of a prior, for each code, at most
 
 
 def first_rows(batches, encode, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,3 +49,55 @@ def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, s
         images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
     path.parent.mkdir(exist_ok=True)
     save_png(path, image_grid(images, len(latents)))
+
+
+class CodePreview:
+    """Pictures of codes that a prior in training draws, made by a DiTSEM: under those of training codes.
+
+    Args:
+        checkpoint: of the DiTSEM.
+        vae: as --vae takes it [the checkpoint's].
+        codes: the `Codes` that the prior is trained on.
+
+    Raises ValueError if there is no such model, if it is of other codes, or if its VAE cannot be loaded.
+    """
+
+    def __init__(self, checkpoint, vae: str | None, codes, device: torch.device, seed: int):
+        self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
+        if self.model.conditioning != "codes":
+            raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
+        theirs = self.model.sem_embedder.L, self.model.sem_embedder.V
+        if theirs != (codes.L, codes.V):
+            raise ValueError(
+                f"--preview-ckpt {checkpoint} is of codes with L={theirs[0]}, V={theirs[1]}, the features have "
+                f"L={codes.L}, V={codes.V}"
+            )
+        encoders = meta.encoder_sha256, codes.features.source()["encoder_sha256"]
+        if None not in encoders and encoders[0] != encoders[1]:
+            raise ValueError(f"--preview-ckpt {checkpoint} is of another encoder's codes than the features'")
+        vae = vae or meta.vae or "ema"
+        self.vae, self.device, self.seed = load_vae(vae, device), device, seed
+        check_decodes(self.vae, vae, self.model.in_channels, vars(meta), f"the latents of {checkpoint}")
+        self.model.to(device)
+        shown = np.linspace(0, codes.count - 1, PREVIEW_SAMPLES).round().astype(int)
+        self.trained = codes.gather(codes.rows[shown])[0].to(device)  # rows often go class by class
+        self.indices = torch.arange(2 * PREVIEW_SAMPLES, device=device)
+
+    def save(self, path: Path, prior, diffusion) -> None:
+        """Write a picture: a row for training codes, two for drawn ones, from the same noise every time."""
+        sampler = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
+        drawn = sample_codes(prior, diffusion, sampler, seed=self.seed, indices=self.indices)
+        y = torch.cat([self.trained, drawn])
+        latents = sample_latents(
+            self.model,
+            create_sampler("dpmsolver++", PREVIEW_STEPS // 2),
+            y=y,
+            seed=self.seed,
+            indices=torch.arange(len(y), device=self.device),
+            latent_shape=(self.model.in_channels, *self.model.x_embedder.img_size),
+            cfg_scale=PREVIEW_CFG,
+        )
+        with torch.inference_mode():
+            images = torch.cat([to_uint8(decode(self.vae, part)) for part in latents.split(PREVIEW_SAMPLES)])
+        path.parent.mkdir(exist_ok=True)
+        save_png(path, image_grid(images.cpu().numpy(), PREVIEW_SAMPLES))

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from dlc.cli import warn_once
 from dlc.disk import write_whole
 
+FOLDERS = ("checkpoints", "previews")  # of RESULTS/
+FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")
 QUARTERS = 4  # of the time t; losses differ much between them
 
 
@@ -24,10 +26,12 @@ class Losses:
     Attributes:
         names: keys of the dict that the loss function returns, "loss" first.
         by_quarter: the one that is also logged by quarter of t.
+        unit: what a sample is, in the plural, for rates.
     """
 
     names: tuple[str, ...]
     by_quarter: str
+    unit: str = "images"
 
     def zeros(self, device: torch.device) -> torch.Tensor:
         return torch.zeros(len(self.names) + 2 * QUARTERS, device=device)
@@ -69,7 +73,22 @@ class Losses:
         return {key: value for key, value in {**line, **quarters}.items() if isinstance(value, (int, float))}
 
     def words(self, means: dict) -> str:
-        return f"loss {means['loss']:.4f} ({', '.join(f'{name} {means[name]:.5f}' for name in self.names[1:])})"
+        parts = ", ".join(f"{name} {means[name]:.5f}" for name in self.names[1:])
+        return f"loss {means['loss']:.4f}" + (f" ({parts})" if parts else "")
+
+
+def refuse_wrong_kinds(folder: Path):
+    """Raise ValueError for a file of RESULTS/ that is a folder, or the other way round: it would stop the run later."""
+    for name in FOLDERS:
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise ValueError(
+                f"{folder / name} is a file, where a run has a folder: remove it, or give another --results-dir"
+            )
+    for name in FILES:
+        if (folder / name).is_dir():
+            raise ValueError(
+                f"{folder / name} is a folder, where a run has a file: remove it, or give another --results-dir"
+            )
 
 
 def append_metrics(path: Path, line: dict):
@@ -94,6 +113,14 @@ def append_metrics(path: Path, line: dict):
         raise OSError(f"cannot write {path} ({error})") from error
 
 
+def finite_number(text: str) -> float:
+    """The number in a text. Raises ValueError for one too large for a float, as for NaN, which are never written."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The dicts of a file of JSON lines, without damaged lines, which a crash of the machine may leave."""
     if not path.is_file():
@@ -101,10 +128,10 @@ def read_metrics(path: Path) -> list[dict]:
     lines, damaged = [], 0
     for text in path.read_text(errors="replace").split("\n")[:-1]:  # a last line without its end is dropped
         try:
-            line = json.loads(text.strip("\0"))
+            line = json.loads(text.strip("\0"), parse_float=finite_number, parse_constant=finite_number)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] < 2**63:
             lines.append(line)
         else:
             damaged += 1

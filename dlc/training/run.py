@@ -49,8 +49,9 @@ from dlc.runtime import (
     versions,
 )
 from dlc.training.batches import Unreadable, load_batches
+from dlc.training.flags import learning_rate
 from dlc.training.log import announce, write_line
-from dlc.training.record import Losses, draw_losses, read_metrics, trim_metrics
+from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 from dlc.training.update import SkippedSteps, update_ema
@@ -98,7 +99,7 @@ class Run:
         args, processes = self.args, self.state.num_processes
         settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
         self.recorded = {**identity, **settings, **notes}
-        done_by_rank_0(self.state, self.lock.acquire)
+        done_by_rank_0(self.state, self._take_folder)
         self.resumed, meta, self.changed = resume_point(self.folder, identity, settings, args.allow_change)
         agree("checkpoints and features", (self.resumed and self.resumed.name, identity, settings))
         if args.global_batch_size % (processes * args.grad_accum):
@@ -109,6 +110,10 @@ class Run:
         self.first_step, self.first_index = meta.step, meta.place
         self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
+
+    def _take_folder(self):
+        self.lock.acquire()
+        refuse_wrong_kinds(self.folder)
 
     def start(self):
         """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
@@ -159,9 +164,7 @@ class Run:
         return dict(model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer, scaler=self.accelerator.scaler)
 
     def _load(self):
-        saved = load_checkpoint(self.resumed, **self._trained())
-        for group in self.optimizer.param_groups:  # the flags win, even if they changed
-            group.update(lr=self.args.lr, weight_decay=self.args.weight_decay)
+        saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
         if len(saved) == self.state.num_processes:
             self.sums += saved[self.state.process_index].to(self.device)
         elif self.state.is_main_process:
@@ -241,6 +244,8 @@ class Run:
         Whether it does, only the device knows: the CPU goes on without waiting for it.
         """
         args, scaler = self.args, self.accelerator.scaler
+        for group in self.optimizer.param_groups:  # the flags win over what a checkpoint says
+            group.update(lr=learning_rate(args, step), weight_decay=args.weight_decay)
         self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             if scaler:
@@ -297,21 +302,22 @@ class Run:
             if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
                 return f"step {step}: there are weights that are not finite"
 
-    def _save(self, step):
-        args = self.args
-        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
-        meta = RunMeta(
+    def meta(self, step: int) -> RunMeta:
+        """What a checkpoint of this step says of itself."""
+        return RunMeta(
             **self.recorded,
             step=step,
             place=self.batches.first_of(step),
             logged=self.logged,
             skipped=self.skips.read()[0],
             precision=self.precision,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            ema_decay=args.ema_decay,
+            **{name: getattr(self.args, name) for name in ("lr", "weight_decay", "ema_decay")},
             versions=versions(),
         )
+
+    def _save(self, step):
+        args, meta = self.args, self.meta(step)
+        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
         try:
             path = save_checkpoint(self.folder, meta, sums=sums, write=self.state.is_main_process, **self._trained())
         except OSError as error:
@@ -333,10 +339,10 @@ class Run:
             self.stop_request.ask(f"{error}: make room")
 
     @contextlib.contextmanager
-    def whole_ema(self):
-        """The EMA, to draw previews with: in rank 0, and if it is sharded in every process; else None."""
+    def whole_ema(self, everywhere: bool = False):
+        """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None."""
         if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
             self.ema.unshard()
-        yield self.ema if self.state.is_main_process or self.sharded else None
+        yield self.ema if self.state.is_main_process or self.sharded or everywhere else None
         if self.sharded:
             self.ema.reshard()

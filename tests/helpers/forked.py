@@ -14,7 +14,9 @@ import time
 from conftest import HELPERS, ROOT
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["heavy", "extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc"])
+context.set_forkserver_preload(
+    ["heavy", "extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "train_prior", "sample_prior"]
+)
 # the server that is forked from looks for what it preloads here
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 

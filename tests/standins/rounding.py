@@ -1,7 +1,7 @@
 """Networks whose last bits depend on the batch's size and on a row's place in it, as they do on some machines.
 
-With `install` every VAE, SEM encoder and DiT of a process rounds so; the tests run with it, in their own process and,
-by sitecustomize.py beside this, in all that they start. What then equals to the bit does so on any machine.
+With `install` every VAE, SEM encoder, DiT and prior of a process rounds so; the tests run with it, in their own process
+and, by sitecustomize.py beside this, in all that they start. What then equals to the bit does so on any machine.
 """
 
 import importlib.abc
@@ -49,10 +49,16 @@ def change_models(module):
     module.DiT.denoise = lambda self, x, c: rounded(denoise(self, x, c))
 
 
+def change_prior(module):
+    forward = module.DLCPrior.forward
+    module.DLCPrior.forward = lambda self, *args, **kwargs: rounded(forward(self, *args, **kwargs))
+
+
 CHANGES = {
     "diffusers.models.autoencoders.autoencoder_kl": change_vae,
     "dlc.encoder": change_encoder,
     "models": change_models,
+    "prior": change_prior,
 }
 
 

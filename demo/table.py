@@ -1,0 +1,217 @@
+"""The table that demo.sh ends with: how good are the samples, and do they follow their codes?
+
+    python -m demo.table demo_output
+
+writes demo_output/table.txt and demo_output/table.json. A row is a set of 360 images. To add one, write a function
+`name(demo) -> Row` and list it in ROWS; a row whose files are missing is left out.
+
+Frechet distance: to the 1,437 train digits, in the 20 directions in which those vary most as 8x8 scans. Not in the
+features of the digits encoder: it makes the codes, so samples for its codes would have an advantage there, and 480
+numbers are too many for 360 images. The row of real held-out digits is the floor that so few images leave.
+Code agreement: the share of tokens that encoding an image gives back of the code that it was drawn for, beside the
+share if images and codes were paired at random. Read as asked: by a classifier of real digits.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from demo.digits import DigitReader, load_split
+from dlc.disk import write_bytes
+from dlc.encoder import load_encoder
+from dlc.evaluation.codes import CodeReader, token_agreement
+from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
+from dlc.features import Features
+from dlc.images import to_uint8
+from dlc.sampling.code_folder import open_codes
+from dlc.vae import decode, load_vae
+
+DIRECTIONS = 20  # they hold 89% of the variance of the train scans
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Row:
+    """A set of images and what they were drawn for; None: nothing to compare with.
+
+    images: (n, 64, 64, 3) uint8. codes: (n, L). labels: the digit on each, (n,).
+    """
+
+    name: str
+    images: np.ndarray
+    codes: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+
+class Demo:
+    """The output folder of demo.sh, and the held-out digits: real images, labels and codes, row by row."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.features = Features(self.folder / "features_heldout")
+        rows = np.arange(self.features.count)
+        self.codes = self.features.codes.gather(rows).astype(np.int64)
+        self.labels = self.features.labels.gather(rows)  # folders 0 to 9, so the class index is the digit
+        images, labels = load_split("heldout")
+        self.images = images[np.argsort(labels, kind="stable")]  # the listing goes class by class
+
+    def samples(self, name: str) -> np.ndarray:
+        """The samples in a --sample-dir of the demo. Raises FileNotFoundError where there are none."""
+        for npz in (self.folder / name).glob("*.npz"):
+            with np.load(npz) as archive:
+                return archive["arr_0"]
+        raise FileNotFoundError(self.folder / name)
+
+    def prior_codes(self, name: str) -> np.ndarray:
+        """The codes (n, L) that a prior drew for samples. Raises FileNotFoundError where there are none."""
+        for folder in (self.folder / name).glob("*.codes"):
+            rows = open_codes(folder)[0]
+            return rows.gather(np.arange(len(rows))).astype(np.int64)
+        raise FileNotFoundError(self.folder / name)
+
+
+#################################################################################
+#                                     Rows                                      #
+#################################################################################
+
+
+def real(demo: Demo) -> Row:
+    return Row("real held-out digits", demo.images, demo.codes, demo.labels)
+
+
+def reconstructions(demo: Demo) -> Row:
+    latents = torch.from_numpy(demo.features.latents.gather(np.arange(demo.features.count))).float()
+    vae = load_vae(demo.features.manifest.vae)
+    with torch.inference_mode():
+        images = torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
+    return Row("their VAE reconstructions", images, demo.codes, demo.labels)
+
+
+def from_codes(demo: Demo) -> Row:
+    return Row("samples from their codes", demo.samples("samples"), demo.codes, demo.labels)
+
+
+def from_labels(demo: Demo) -> Row:
+    """Sample i of `--label-sampling equal` is of digit i % 10: each is compared with one real code of its digit."""
+    images = demo.samples("samples_class")
+    labels = np.arange(len(images)) % 10
+    own = [np.flatnonzero(demo.labels == digit) for digit in range(10)]
+    codes = demo.codes[[own[label][i // 10 % len(own[label])] for i, label in enumerate(labels)]]
+    return Row("class-conditional DiT", images, codes, labels)
+
+
+def from_shuffled_codes(demo: Demo) -> Row:
+    return Row(
+        "samples from shuffled codes", demo.samples("samples_shuffled"), np.load(demo.folder / "shuffled_codes.npy")
+    )
+
+
+def from_prior(demo: Demo) -> Row:
+    return Row("samples from a prior's codes", demo.samples("samples_prior"), demo.prior_codes("samples_prior"))
+
+
+def from_prior_by_class(demo: Demo) -> Row:
+    """Sample i of `--prior-class all` is of digit i % 10."""
+    images, codes = demo.samples("samples_prior_class"), demo.prior_codes("samples_prior_class")
+    return Row("the same, by class", images, codes, np.arange(len(images)) % 10)
+
+
+def from_independent_positions(demo: Demo) -> Row:
+    codes = np.load(demo.folder / "simple_codes/independent.npy")
+    return Row("from independent positions", demo.samples("samples_simple")[-len(codes) :], codes)
+
+
+ROWS: list[Callable[[Demo], Row]] = [
+    real,
+    reconstructions,
+    from_codes,
+    from_labels,
+    from_prior,
+    from_prior_by_class,
+    from_independent_positions,
+    from_shuffled_codes,
+]
+
+#################################################################################
+#                                    Table                                      #
+#################################################################################
+
+
+class Judge:
+    """Gives a row its numbers."""
+
+    def __init__(self, demo: Demo):
+        self.read_digit, self.V = DigitReader(), demo.features.V
+        self.read_code = CodeReader(load_encoder(demo.features.manifest.encoder), CPU)
+        scans = DigitReader.scans(load_split("train")[0])  # (1437, 64)
+        self.mean = scans.mean(axis=0)
+        self.directions = np.linalg.svd(scans - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, 20)
+        self.train = self.statistics(scans)
+
+    def statistics(self, scans: np.ndarray) -> FeatureStatistics:
+        statistics = FeatureStatistics(DIRECTIONS)
+        statistics.update((scans - self.mean) @ self.directions)
+        return statistics
+
+    def __call__(self, row: Row) -> dict:
+        distance = frechet_distance(self.train, self.statistics(DigitReader.scans(row.images)))
+        numbers = dict(name=row.name, images=len(row.images), frechet_distance=round(distance, 4))
+        if row.codes is not None:
+            found = np.concatenate([self.read_code(part).numpy() for part in np.array_split(row.images, 8)])
+            agreement = token_agreement(row.codes.astype(np.int64), found, self.V)
+            numbers.update(code_agreement=round(agreement["share"], 4), chance=round(agreement["chance"], 4))
+        if row.labels is not None:
+            numbers["read_as_asked"] = round(float((self.read_digit(row.images) == row.labels).mean()), 4)
+        return numbers
+
+
+COLUMNS = dict(
+    images=("images", "{:d}"),
+    frechet_distance=("Frechet distance", "{:.3f}"),
+    code_agreement=("code agreement", "{:.3f}"),
+    chance=("by chance", "{:.3f}"),
+    read_as_asked=("read as asked", "{:.3f}"),
+)
+
+
+def table_of(rows: list[dict]) -> str:
+    """The numbers of the rows as lines of aligned columns."""
+    lines = [" " * 28 + "".join(f"{title:>18}" for title, _ in COLUMNS.values())]
+    for row in rows:
+        cells = [form.format(row[key]) if key in row else "-" for key, (_, form) in COLUMNS.items()]
+        lines.append(f"{row['name']:28}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+def measure(folder) -> list[dict]:
+    """The numbers of each row whose files are there."""
+    demo = Demo(folder)
+    judge, rows = Judge(demo), []
+    for row_of in ROWS:
+        try:
+            rows.append(judge(row_of(demo)))
+        except FileNotFoundError as error:
+            print(f"left out, for want of {error}: {row_of.__name__}")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Print the demo's table, and write it as text and JSON.")
+    parser.add_argument("folder", help="read what demo.sh made, and write table.txt and table.json here")
+    folder = Path(parser.parse_args().folder)
+    rows = measure(folder)
+    table = table_of(rows)
+    write_bytes(folder / "table.txt", table.encode())
+    write_bytes(folder / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
+    print(
+        f"\n{table}\nFrechet distance: lower is closer to the train digits. Written to {folder / 'table.txt'} and .json"
+    )
+
+
+if __name__ == "__main__":
+    main()

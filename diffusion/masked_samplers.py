@@ -1,0 +1,314 @@
+"""Samplers of masked diffusion: from masks to codes, through a model that is asked for the tokens of some places.
+
+    for codes in sampler(predict, codes, uniforms):      # one item per call of the model; the last is the sample
+        ...
+
+codes (N, L) int64 are tokens in 0..V-1 to keep (infilling) and the mask V where tokens are wanted.
+predict(codes, t, places) gives logits (M, V) of the clean tokens at the M masked places, row-major, for codes (N, L),
+times t (N,) and places (N, L) bool. It owns guidance, classes and precision. uniforms(draw) is (N, L) float64 in
+[0, 1), the same whenever it is asked for the same draw: randomness belongs to samples.
+
+When each place is revealed does not depend on the tokens (but in the confidence order). So the whole timetable is drawn
+first, and the model is only asked where a token is due, for these places alone: no call is spent on a step in which a
+code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the model at most once
+per token, plus once per token that was masked again.
+
+To add a sampler, write its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests
+follow the table.
+"""
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .masked import MaskedDiffusion, rank
+
+AT_ONCE = 2**22             # float64 numbers of probabilities that are made at once
+NEARLY_ONE = 1 - 1e-12      # a probability that keeps log(1 - p) finite
+FIRST_TIME, LAST_TIME = 1.0, 1e-5       # of the analytic sampler, as published
+
+
+#################################################################################
+#                                Drawing tokens                                 #
+#################################################################################
+
+@dataclass(frozen=True)
+class TokenDraw:
+    """How tokens are drawn from logits.
+
+    Attributes:
+        temperature: the logits are divided by it; 0 takes the most probable token.
+        top_p: keep the most probable tokens that reach this share together (nucleus; Holtzman et al. 2020).
+    """
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __call__(self, logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (M,) int64 of logits (M, V), by uniform numbers u (M,), and their log probabilities (M,) float64.
+
+        The inverse of the cumulative distribution, in float64, of a bounded number of places at once.
+        """
+        rows = max(1, AT_ONCE // logits.shape[1])
+        parts = [self.draw(*part) for part in zip(logits.split(rows), u.split(rows))]
+        return torch.cat([tokens for tokens, _ in parts]), torch.cat([logp for _, logp in parts])
+
+    def draw(self, logits, u):
+        logits = logits.double()
+        if self.temperature == 0:
+            tokens = logits.argmax(dim=1)
+            return tokens, logits.log_softmax(dim=1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        probabilities = (logits / self.temperature).softmax(dim=1)                       # (M, V)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+            kept = ordered.cumsum(dim=1) - ordered < self.top_p
+            kept[:, 0] = True
+            ordered = ordered * kept
+            probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
+        cumulative = probabilities.cumsum(dim=1)
+        total = cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, u.double().unsqueeze(1) * total, right=True)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)                                   # (M, 1)
+        return tokens.squeeze(1), (probabilities.gather(1, tokens) / total).log().squeeze(1)
+
+
+#################################################################################
+#                                  Timetables                                   #
+#################################################################################
+
+@dataclass
+class Timetable:
+    """When each place is revealed, and masked again.
+
+    Attributes:
+        reveal: list of (N, L) int64, in each round the step in which a place is revealed; -1 for tokens that are
+            given, `never` for places that have no such round.
+        remask: list of (N, L) int64, in each round the step at whose end the place becomes a mask again, or `never`.
+        times: (1 or N, never) float64, the time that the model is asked for in each step.
+    """
+    reveal: list[torch.Tensor]
+    remask: list[torch.Tensor]
+    times: torch.Tensor
+
+    @property
+    def never(self):
+        return self.times.shape[1]
+
+    def row_steps(self) -> torch.Tensor:
+        """Each row's steps in which tokens are due, ascending, (N, C) int64; `never` fills rows that have fewer."""
+        steps = torch.cat(self.reveal, dim=1).sort(dim=1).values
+        repeated = torch.nn.functional.pad(steps[:, 1:] == steps[:, :-1], (1, 0))
+        steps = torch.where(repeated | (steps < 0), self.never, steps).sort(dim=1).values
+        return steps[:, :int((steps < self.never).sum(dim=1).max())]
+
+    def at(self, steps) -> tuple[torch.Tensor, torch.Tensor]:
+        """In rows' steps (N,): the places that are masked, (N, L) bool, and in which round a place is due, or -1."""
+        steps = steps.unsqueeze(1)
+        masked, due = torch.ones_like(self.reveal[0], dtype=torch.bool), torch.full_like(self.reveal[0], -1)
+        for number, (reveal, remask) in enumerate(zip(self.reveal, self.remask)):
+            masked &= ~((reveal < steps) & (steps <= remask))
+            due[(reveal == steps) & (steps < self.never)] = number
+        return masked, due
+
+
+# Draws of a sampler's uniform numbers: of each round, when a place is revealed, its token, and when it is masked again.
+REVEAL, TOKEN, REMASK, PER_ROUND = 0, 1, 2, 3
+
+
+class TimetableSampler:
+    """A sampler whose timetable(codes, uniforms) is drawn before the model is asked."""
+
+    def __init__(self, V, draw):
+        self.V, self.draw = V, draw
+
+    def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
+        table = self.timetable(codes, uniforms)
+        u_token = [uniforms(PER_ROUND * number + TOKEN) for number in range(len(table.reveal))]
+        times = torch.nn.functional.pad(table.times, (0, 1), value=1.0).expand(len(codes), -1)  # of rows that are done
+        codes = codes.clone()
+        for steps in table.row_steps().unbind(dim=1):
+            masked, due = table.at(steps)
+            places = due >= 0
+            logits = predict(torch.where(masked, self.V, codes), times.gather(1, steps.unsqueeze(1)).squeeze(1), places)
+            u = u_token[0] if len(u_token) == 1 else torch.stack(u_token).gather(0, due.clamp(min=0).unsqueeze(0))[0]
+            codes[places] = self.draw(logits, u[places])[0]
+            yield torch.where(masked & ~places, self.V, codes)
+
+
+class FirstHittingSampler(TimetableSampler):
+    """One token a call, in random order: exact, in as many calls as there are tokens to draw.
+
+    Zheng et al. 2024, arXiv 2409.02908: with k tokens masked, the next is revealed at the largest of k uniform times,
+    at a random place. That is the analytic sampler of infinitely many steps. With fewer calls, several tokens are drawn
+    at once, each as if the others of its call were not there: no longer exact.
+
+    calls: of the model, or None for one per token.
+    """
+
+    def __init__(self, V, calls, draw):
+        super().__init__(V, draw)
+        self.calls = calls
+
+    def most_calls(self, L: int) -> int:
+        """How often the model is called at most, for codes of L tokens."""
+        return min(self.calls or L, L)
+
+    def timetable(self, codes, uniforms):
+        u, wanted = uniforms(REVEAL), codes == self.V
+        count = wanted.sum(dim=1, keepdim=True)                                          # (N, 1)
+        never = self.most_calls(codes.shape[1])
+        calls = count.clamp(max=never)
+        order = rank(torch.where(wanted, -u, 2.0))                                       # the largest time comes first
+        reveal = torch.where(wanted, order * calls // count.clamp(min=1), -1)
+        # Masked before step c: those of its call and of later ones. The next of k tokens out of L is revealed at the
+        # k-th smallest of L uniform times, whichever tokens are given.
+        step = torch.arange(never, device=codes.device)
+        masked = count - -(-step * count // calls.clamp(min=1)).clamp(max=count)         # (N, never)
+        times = u.sort(dim=1).values.gather(1, (masked - 1).clamp(min=0))
+        return Timetable([reveal], [torch.full_like(reveal, never)], times)
+
+
+class AnalyticSampler(TimetableSampler):
+    """The published steps: evenly spaced times from 1 to 1e-5, then one that reveals what is left.
+
+    In each step a masked token is revealed with probability (t - s) / t (SEDD's analytic step, "Tweedie"). With eta,
+    the DLC project's corrector: at times within the window, revealed tokens become masks again with probability eta per
+    step, and more are revealed. A step in which several tokens are revealed is not exact.
+    """
+
+    def __init__(self, V, steps, eta, draw, window=(0.3, 0.55)):
+        super().__init__(V, draw)
+        self.steps, self.eta = steps, eta
+        self.times = torch.linspace(FIRST_TIME, LAST_TIME, steps + 1, dtype=torch.float64)   # (steps + 1,)
+        before = self.times[:-1]
+        self.etas = eta * ((before > window[0]) & (before < window[1])).double()             # (steps,)
+        q = MaskedDiffusion.reveal_probability(before, self.times[1:], self.etas)
+        self.log_masked = log_survival(q, last=-math.inf)
+        self.log_revealed = log_survival(self.etas, last=0.0)
+
+    def most_calls(self, L: int) -> int:
+        """How often the model is called at most, for codes of L tokens; without remasking also at most L times."""
+        return self.steps + 1 if self.eta else min(self.steps + 1, L)
+
+    def timetable(self, codes, uniforms):
+        never, device = len(self.times), codes.device
+        log_masked, log_revealed = self.log_masked.to(device), self.log_revealed.to(device)
+        alive = codes == self.V
+        reveal = torch.where(alive, survived(log_masked, torch.zeros_like(codes), uniforms(REVEAL)), -1)
+        table = Timetable([reveal], [], self.times.unsqueeze(0).to(device))
+        while self.eta:
+            number = len(table.remask)
+            remask = survived(log_revealed, (reveal + 1).clamp(max=never), uniforms(PER_ROUND * number + REMASK))
+            remask = torch.where(alive, remask, never)
+            table.remask.append(remask)
+            alive = remask < never
+            if not alive.any():
+                return table
+            reveal = survived(log_masked, (remask + 1).clamp(max=never), uniforms(PER_ROUND * (number + 1) + REVEAL))
+            reveal = torch.where(alive, reveal, never)
+            table.reveal.append(reveal)
+        table.remask.append(torch.full_like(reveal, never))
+        return table
+
+
+def log_survival(p, last):
+    """Log probability to have stayed in a state up to the beginning of each step, which is left with p (steps,).
+
+    (steps + 2,): from 0 before the first step; after the last one comes a step more, at whose end it is `last`, in
+    addition.
+    """
+    stayed = torch.log1p(-p.clamp(max=NEARLY_ONE)).cumsum(0)
+    return torch.cat([stayed.new_zeros(1), stayed, stayed[-1:] + last])
+
+
+def survived(log_survival, first, u):
+    """The step in which a state is left that began with step `first` (N, L), by uniform numbers u (N, L).
+
+    len(log_survival) - 1, if it is left in none.
+    """
+    return torch.searchsorted(-log_survival, -(log_survival[first] + u.log())) - 1
+
+
+class ConfidenceSampler:
+    """Draws all masked tokens at each call and keeps the most probable ones, with noise that fades: for few calls.
+
+    MaskGIT (Chang et al. 2022, arXiv 2202.04200). It is not exact for any number of calls: easy tokens come first.
+
+    calls: of the model; as many tokens are kept at each.
+    noise: of the Gumbel noise in the log probabilities that are compared, at the start; it falls to 0 in a line.
+    """
+
+    def __init__(self, V, calls, draw, noise=4.5):
+        self.V, self.calls, self.draw, self.noise = V, calls, draw, noise
+
+    def most_calls(self, L: int) -> int:
+        """How often the model is called at most, for codes of L tokens."""
+        return min(self.calls, L)
+
+    def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
+        codes = codes.clone()
+        count, L = (codes == self.V).sum(dim=1, keepdim=True), codes.shape[1]                # (N, 1)
+        u = uniforms(REVEAL).sort(dim=1).values                                              # times, in first hitting
+        calls = count.clamp(1, self.most_calls(L))                                           # (N, 1)
+        for call in range(int(calls.max())):
+            places = codes == self.V
+            k = places.sum(dim=1, keepdim=True)                                              # (N, 1)
+            logits = predict(codes, u.gather(1, (k - 1).clamp(min=0)).squeeze(1), places)
+            tokens, logp = self.draw(logits, uniforms(PER_ROUND * call + TOKEN)[places])
+            gumbel = -(-uniforms(PER_ROUND * call + REMASK)[places].clamp(min=2.0**-33).log()).log()
+            confidence = torch.full(codes.shape, -math.inf, dtype=torch.float64, device=codes.device)
+            noise = self.noise * (1 - (call + 1) / calls).expand(codes.shape)[places]
+            confidence[places] = logp + noise * gumbel
+            kept = k - (count * (calls - call - 1) // calls).clamp(min=0)
+            drawn = torch.full_like(codes, self.V)
+            drawn[places] = tokens
+            codes = torch.where(places & (rank(-confidence) < kept), drawn, codes)
+            yield codes
+
+
+#################################################################################
+#                                     Table                                     #
+#################################################################################
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """What a name in SAMPLERS stands for."""
+    about: str                      # completes "--sampler NAME: …" in the scripts' help
+    build: Callable                 # (V, steps, eta, draw) -> sampler
+    default_steps: int | None       # None: one per token
+    has_eta: bool = False
+    default_eta: float = 0.0
+
+
+SAMPLERS = {
+    "first-hitting": SamplerSpec(
+        "one token a call in random order, which is exact; with fewer calls than tokens, several at once",
+        lambda V, steps, eta, draw: FirstHittingSampler(V, steps, draw), None),
+    "analytic": SamplerSpec(
+        "SEDD's analytic steps at evenly spaced times; exact only for many more steps than tokens",
+        lambda V, steps, eta, draw: AnalyticSampler(V, steps, 0.0, draw), 1024),
+    "corrector": SamplerSpec(
+        "the analytic steps, and at times from 0.3 to 0.55 tokens are masked again with probability eta, as published",
+        lambda V, steps, eta, draw: AnalyticSampler(V, steps, eta, draw), 4096, has_eta=True, default_eta=0.01),
+    "confidence": SamplerSpec(
+        "the most probable of all drawn tokens first (MaskGIT), for few calls; not exact",
+        lambda V, steps, eta, draw: ConfidenceSampler(V, steps, draw), 16),
+}
+
+
+def create_sampler(name: str, V: int, steps: int | None = None, eta: float | None = None, temperature: float = 1.0,
+                   top_p: float = 1.0):
+    """The sampler of a name in SAMPLERS.
+
+    Args:
+        steps: calls of the model, or for the analytic sampler and the corrector steps in time [the sampler's default].
+        eta: probability per step that the corrector masks a token again.
+
+    Raises ValueError for an option that the sampler does not have.
+    """
+    spec = SAMPLERS[name]
+    if eta is not None and not spec.has_eta:
+        raise ValueError(f"--eta {eta}: --sampler {name} masks no token again, "
+                         f"{' and '.join(other for other, one in SAMPLERS.items() if one.has_eta)} does")
+    return spec.build(V, steps or spec.default_steps, spec.default_eta if eta is None else eta,
+                      TokenDraw(temperature, top_p))

@@ -1,0 +1,82 @@
+"""What `python -m dlc.checkpoints info` says of weights, in any layout."""
+
+from pathlib import Path
+
+import torch
+
+from dlc.checkpoints.meta import RunMeta
+from dlc.checkpoints.tensor_files import differences_from
+from dlc.checkpoints.weights import describe, load_model, load_weights
+
+
+def info(path, diffusers_time: str | None = None) -> list[str]:
+    """Lines that say what weights are: model, layout, EMA or raw, step, and what else is recorded of them.
+
+    Raises ValueError if path holds none, or if its two sets of weights are not of one model.
+    """
+    model, name, meta = load_model(path, diffusers_time=diffusers_time)
+    lines = [
+        f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, "
+        + describe_model(model),
+        f"{describe(meta)}{f', {size_of(path) / 1e9:.2f} GB' if Path(path).exists() else ''}",
+    ]
+    for words, names in (
+        (
+            "trained on",
+            ("features_path", "data_path", "image_size", "L", "V", "code_init", "num_classes", "in_dim", "vae"),
+        ),
+        ("with", ("model", "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed")),
+    ):
+        said = recorded(meta, names)
+        if said:
+            lines.append(f"{words}: {said}")
+    if meta.versions:
+        lines.append("by: " + ", ".join(f"{package} {version}" for package, version in meta.versions.items()))
+    difference = ema_and_raw(path, meta)
+    return [*lines, difference] if difference else lines
+
+
+def describe_model(model) -> str:
+    """The sizes that a name in DiT_models does not tell."""
+    condition = {
+        "labels": lambda: f"{model.condition_embedder.num_classes} classes",
+        "codes": lambda: f"codes of L {model.condition_embedder.L}, V {model.condition_embedder.V}",
+        "vectors": lambda: f"vectors of {model.condition_embedder.fake_latent.shape[1]}",
+    }[model.conditioning]()
+    height, width = model.x_embedder.img_size
+    heads = model.blocks[0].attn.num_heads
+    return f"latents {model.in_channels} x {height} x {width}, {heads} heads, {condition}"
+
+
+def size_of(path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    path = Path(path)
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+def recorded(meta: RunMeta, names) -> str:
+    return ", ".join(f"{name} {getattr(meta, name)}" for name in names if getattr(meta, name) is not None)
+
+
+def ema_and_raw(path, meta: RunMeta) -> str:
+    """How far the EMA weights are from the raw ones, in words; "" where there are not both."""
+    if meta.weights != "ema":
+        return ""
+    try:
+        raw, of_raw = load_weights(path, use_ema=False)
+    except ValueError as error:
+        if "has no raw weights" in str(error):
+            return ""
+        raise
+    if of_raw.weights != "raw":
+        return ""
+    ema = load_weights(path)[0]
+    different = differences_from(ema, raw)
+    if different:
+        raise ValueError(
+            f"{path}: its raw weights are not of the model that its EMA weights are of: the raw {different}"
+        )
+    with torch.no_grad():
+        norms = [((value - raw[name]).norm(), raw[name].norm()) for name, value in ema.items()]
+    difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]
+    return f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm"

@@ -1,0 +1,204 @@
+"""Code agreement: does encoding a sample give back the code that it was drawn for? The DLC's own measure of control.
+
+    python evaluate.py agreement samples/FOLDER --encoder pretrained/dlc_encoder.pth
+    python evaluate.py agreement samples/FOLDER --data-path /path/to/imagenet/train
+
+In: a folder of samples of a DiTSEM, whose samples.json says which code each was drawn for, and the SEM encoder that
+makes such codes. Out: a line, and in FOLDER.metrics.json the share of tokens that come back, in all and for each
+position; the level of chance; and, given the images of the features that the codes are of, the ceiling: the same share
+for the VAE's reconstructions of images, since no sample that this VAE decodes can be expected to keep more.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlc.checkpoints.weights import weights_sha256
+from dlc.cli import ArgumentParser, number
+from dlc.encoder import add_encoder_flags
+from dlc.evaluation.codes import CodeReader, codes_of_images, open_encoder_of, token_agreement
+from dlc.evaluation.reconstruction import FeatureImages, Measured, Reconstructor, joined, measure, open_vae
+from dlc.evaluation.report import metrics_path, write_metrics
+from dlc.features import Features
+from dlc.images import read_png
+from dlc.runtime import agree, create_logger, start_processes
+from dlc.sampling.code_folder import finished_record
+from dlc.sampling.conditions import RowConditions, conditions_sha256, open_codes
+from dlc.sampling.files import missing_indices, png_path
+from dlc.sampling.record import SamplesRecord
+
+#################################################################################
+#                            The codes of the samples                           #
+#################################################################################
+
+
+def samples_folder(path) -> Path:
+    """The folder of PNGs that a user names by itself, or by its .npz. Raises ValueError where there is none of ours."""
+    folder = Path(path)
+    if folder.suffix == ".npz":
+        folder = folder.with_suffix("")
+    if not (folder / "samples.json").is_file():
+        raise ValueError(
+            f"{path}: there is no {folder / 'samples.json'}, which says what the samples were drawn for: name a "
+            "folder that a sampling script wrote"
+        )
+    return folder
+
+
+class DrawnCodes(RowConditions):
+    """The codes that samples were drawn for, found again from their record. Called with indices, gives (N, L) int64.
+
+    Args:
+        folder, record: of the samples.
+        dlc_dir: where the codes lie now; None: where samples.json says.
+
+    Raises ValueError where the samples were not drawn for codes, or where the codes are not those by their digest.
+    """
+
+    def __init__(self, folder: Path, record: SamplesRecord, dlc_dir: str | None = None):
+        described = re.fullmatch(self.described("codes"), record.conditions)
+        if record.prior:  # drew them beside the samples
+            source, order = folder.with_name(f"{folder.name}.codes"), "sequential"
+        elif described:
+            source, order = described.groups()
+        else:
+            raise ValueError(f"{folder}: its samples were drawn for {record.conditions}, not for codes")
+        source = dlc_dir or source
+        try:
+            codes, self.features = open_codes(source)
+        except ValueError as error:
+            raise ValueError(f"{error}; name the codes that {folder} was drawn for with --dlc-dir") from None
+        super().__init__(source, codes, "codes", order, record.global_seed)
+        self.L, self.V = codes.array(0).shape[1], None
+        if record.prior:
+            drawn = finished_record(source)
+            agrees = drawn is not None and drawn.settings() == record.prior and drawn.num >= record.num_fid_samples
+        else:
+            agrees = conditions_sha256(self, record.num_fid_samples) == record.conditions_sha256
+        if not agrees:
+            raise ValueError(
+                f"the codes of {source} are not those that {folder} was drawn for, by the digest in samples.json: "
+                "name them with --dlc-dir"
+            )
+
+    @property
+    def manifest(self):
+        """Of the features that the codes belong to; None for codes in other files."""
+        return self.features.manifest if self.features is not None else None
+
+    def __call__(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.rows.gather(self.values(indices), limit=self.V).astype(np.int64))
+
+
+#################################################################################
+#                                   Measuring                                   #
+#################################################################################
+
+
+def measure_agreement(read: CodeReader, folder: Path, drawn: DrawnCodes, count: int, state) -> dict | None:
+    """`token_agreement` of samples 0..count-1 in a folder with the codes they were drawn for; None but on rank 0."""
+
+    def load(indices):
+        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
+
+    found = codes_of_images(load, count, read, state)
+    return None if found is None else token_agreement(drawn(np.arange(count)).numpy(), found, drawn.V)
+
+
+def line_of(result: dict) -> str:
+    """The numbers that a person reads, in one line."""
+    by_position, ceiling = np.array(result["share_by_position"]), result.get("ceiling")
+    low, high = int(by_position.argmin()), int(by_position.argmax())
+    error = f" +- {result['standard_error']:.3f}" if result["standard_error"] is not None else ""
+    return (
+        f"code agreement {result['share']:.3f}{error} over {result['images']:,} samples of {result['L']} tokens; "
+        f"chance {result['chance']:.3f}"
+        + (f"; VAE reconstructions of {ceiling['images']:,} images {ceiling['share']:.3f}" if ceiling else "")
+        + f"; by position {by_position[low]:.3f} (number {low}) to {by_position[high]:.3f} (number {high}); "
+        f"{result['whole_codes']:.1%} of the codes come back whole"
+    )
+
+
+#################################################################################
+#                                    Command                                    #
+#################################################################################
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("samples", help="folder of samples of a DiTSEM, or its .npz")
+    add_encoder_flags(add, None, " that made the codes; default: the one that the codes' features name")
+    add("--dlc-dir", help="codes that the samples were drawn for, if they have moved [those that samples.json names]")
+    add("--data-path", help="also measure the ceiling on these images, which the features were extracted from [none]")
+    add("--features-path", help="with --data-path: the features that say which images [those that the codes are of]")
+    add("--vae", help="with --data-path: ema, mse, a directory or a hub id [that of the features]")
+    add("--num-images", type=number(int, 1), help="with --data-path: images to use, spread over all [one per sample]")
+    return parser, parser.parse_args()
+
+
+def open_ceiling(args, drawn: DrawnCodes, encoder, count: int, device):
+    """The images to measure the ceiling on, their `Features`, the Reconstructor, and notes.
+
+    Raises ValueError where there are none whose codes the encoder made.
+    """
+    features = Features(args.features_path) if args.features_path else drawn.features
+    if features is None:
+        raise ValueError(
+            f"--data-path: {drawn.source} is not of features; name those of the images with --features-path"
+        )
+    if features.codes is None or features.L != drawn.L:
+        raise ValueError(f"features {features.root} have no codes of L={drawn.L}, as the samples were drawn for")
+    if features.manifest is not None and features.manifest.encoder_sha256 not in (None, weights_sha256(encoder)):
+        raise ValueError(f"the codes of features {features.root} are of another encoder than those of {drawn.source}")
+    images = FeatureImages(features, args.data_path, args.num_images)
+    if args.num_images is None and len(images) > count:
+        images = FeatureImages(features, args.data_path, count)
+    vae, _, notes = open_vae(args.vae, features, device)
+    return images, features, Reconstructor(vae, device), notes
+
+
+def main():
+    parser, args = parse_args()
+    with parser.one_line_errors():
+        for flag, value in (("features-path", args.features_path), ("vae", args.vae), ("num-images", args.num_images)):
+            if value is not None and not args.data_path:
+                raise ValueError(f"--{flag} is of the ceiling, which is measured on images: give --data-path")
+        folder = samples_folder(args.samples)
+        record = SamplesRecord.read(folder / "samples.json")
+        count, drawn = record.num_fid_samples, DrawnCodes(folder, record, args.dlc_dir)
+        missing = missing_indices(folder, count)
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing):,} of its {count:,} images: run the sampling command again to draw them"
+            )
+        encoder, notes = open_encoder_of(args, drawn.manifest, drawn.L, f"the codes of {drawn.source}")
+        drawn.V = encoder.V
+        state = start_processes()
+        ceiling = open_ceiling(args, drawn, encoder, count, state.device) if args.data_path else None
+        agree("samples, codes and encoder", (record.conditions_sha256, weights_sha256(encoder)))
+    logger = create_logger(state)
+    for note in [*notes, *(ceiling[3] if ceiling else [])]:
+        logger.info(f"note: {note}")
+    with parser.kept_on_error("nothing is written", "the number of other programs", (ValueError, OSError)):
+        read = CodeReader(encoder, state.device)
+        result, of_images = measure_agreement(read, folder, drawn, count, state), None
+        if ceiling:
+            images, features, reconstruct, _ = ceiling
+            measured = Measured((), encoder.L, {})
+            measure(measured, images, reconstruct, state, read=read)
+            of_images = joined(measured, images, state, codes=features.codes, V=encoder.V)
+        if state.is_main_process:
+            if of_images:
+                result["ceiling"] = of_images["code_agreement"]
+            path = metrics_path(folder)
+            write_metrics(path, dict(code_agreement=result))
+            logger.info(line_of(result))
+            logger.info(f"written to {path}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

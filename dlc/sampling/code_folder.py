@@ -1,0 +1,276 @@
+"""Codes on disk: reading them from anywhere, and a folder of codes that a prior drew.
+
+Such a folder has {shard:06d}.npy and codes.json, which says what made them and whether they are all there. Shard k
+holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them, and is written whole or not at all. The
+folder is a source of codes for --dlc-dir once codes.json has the digest of all of them.
+"""
+
+import hashlib
+import io
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlc.checkpoints.tensor_files import read_torch, storage_fault
+from dlc.disk import (
+    SWITCH,
+    TEXT,
+    DirectoryLock,
+    check_values,
+    differences,
+    list_of,
+    or_null,
+    read_json,
+    real_number,
+    remove_temporaries,
+    whole_number,
+    write_bytes,
+    write_json,
+)
+from dlc.features import Features, code_dtype
+from dlc.features.rows import NpyRows, file_order, load_array
+
+FORMAT = 1
+SHARD = 256  # codes
+COUNT, SIZE = whole_number(0), whole_number(1)
+OBJECT = (lambda value: isinstance(value, dict)), "an object"
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
+
+
+#################################################################################
+#                                    Reading                                    #
+#################################################################################
+
+
+def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
+    """The array in a `.npy` or the tensor in a `.pt`, memory-mapped if it can be: (n, L), or (L,) as it is.
+
+    Several codes per image, (n, k, L), become n * k rows. Raises ValueError naming the file.
+    """
+    if path.suffix != ".pt":
+        array = load_array(path, mmap)
+    else:
+        tensor = read_torch(path, "a tensor")
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
+        fault = storage_fault(tensor)
+        if fault or tensor.dtype not in INTEGERS:
+            raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
+        array = tensor.numpy()
+    if array.ndim not in (1, 2, 3) or not array.shape[-1]:
+        raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
+    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+
+
+def open_codes(source) -> tuple[NpyRows, Features | None]:
+    """The rows of codes at source, and the `Features` that they belong to, or None.
+
+    Args:
+        source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
+
+    Raises ValueError where there are none, or where a prior has not drawn all of them yet.
+    """
+    path, features = Path(source), None
+    if path.is_file():
+        codes = NpyRows([path], sample_ndim=1, load=load_codes)
+    elif not path.is_dir():
+        raise ValueError(f"code source {source} does not exist")
+    else:
+        finished_record(path)
+        files = sorted([*path.glob("*.npy"), *path.glob("*.pt")], key=file_order)
+        if len({file.suffix for file in files}) > 1:
+            raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
+        if files:
+            # there may be a million files of one code each: opening the first and the last tells
+            lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
+            codes = NpyRows(files, sample_ndim=1, lone=lone, load=load_codes)
+        else:
+            features = Features(path)
+            codes = features.codes
+            if codes is None:
+                raise ValueError(f"features {source} hold no codes")
+    if not len(codes):
+        raise ValueError(f"code source {source} has no rows")
+    return codes, features
+
+
+#################################################################################
+#                                  Drawn codes                                  #
+#################################################################################
+
+
+def key(kind, *, decides: bool = True, default=None):
+    """A key of codes.json: the kind of its value, and whether the codes depend on it."""
+    return field(default=default, metadata=dict(kind=kind, decides=decides))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesRecord:
+    """Every key of codes.json but format_version."""
+
+    # the prior
+    model: str = key(TEXT)
+    checkpoint: str = key(TEXT, decides=False)
+    weights_sha256: str = key(TEXT)
+    step: int | None = key(or_null(COUNT))  # null: a file of weights, which does not say
+    weights: str = key(TEXT, decides=False)  # "ema", "raw", "as in the file"
+    L: int = key(SIZE)
+    V: int = key(SIZE)
+    encoder_sha256: str | None = key(or_null(TEXT))  # of the encoder whose codes it was trained on
+    # how codes are drawn from it; null where it does not apply
+    sampler: str = key(TEXT)
+    steps: int = key(SIZE)
+    temperature: float = key(real_number(0))
+    top_p: float = key(real_number(0, 1))
+    eta: float | None = key(or_null(real_number(0, 1)))
+    cfg_scale: float = key(real_number(0))
+    classes: str | None = key(or_null(TEXT))  # of the samples, in words; null without
+    given: str | None = key(or_null(TEXT), decides=False)  # the codes that are kept in part
+    given_sha256: str | None = key(or_null(TEXT))  # of the rows that are used, in order
+    kept: str | None = key(or_null(TEXT))  # which part of them, in words
+    precision: str = key(TEXT)
+    tf32: bool = key(SWITCH)
+    global_seed: int = key(COUNT)
+    # the set
+    num: int = key(SIZE, decides=False)
+    codes_sha256: str | None = key(or_null(TEXT), decides=False)  # null: not all are drawn
+    labels: list[int] | None = key(or_null(list_of(COUNT)), decides=False)  # the class of each sample
+    usage: dict | None = key(or_null(OBJECT), decides=False)
+    runs: list[dict] = key(list_of(OBJECT), decides=False)
+
+    @classmethod
+    def read(cls, path: Path) -> "CodesRecord":
+        """The record in a codes.json. Raises ValueError, naming file and key, for a value that is missing or wrong."""
+        values = read_json(path)
+        check_values(path, values, dict(format_version=SIZE), ["format_version"])
+        if values["format_version"] > FORMAT:
+            raise ValueError(
+                f"{path} has format_version {values['format_version']}, of a newer version of this program, which "
+                f"knows {FORMAT}: give another folder"
+            )
+        kinds = {one.name: one.metadata["kind"] for one in fields(cls)}
+        check_values(path, values, kinds, needed=kinds)
+        return cls(**{name: values[name] for name in kinds})
+
+    def to_json(self) -> dict:
+        return dict(format_version=FORMAT, **asdict(self))
+
+    def settings(self) -> dict:
+        """The keys that the codes depend on, and their values."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["decides"]}
+
+    def difference(self, there: "CodesRecord") -> str:
+        """How the settings of another record differ from these, in words; "" where the codes would be alike."""
+        return differences(asdict(there), self.settings())
+
+
+def finished_record(folder) -> CodesRecord | None:
+    """The record of a folder of drawn codes; None for a folder without codes.json.
+
+    Raises ValueError if it cannot be read, or if codes are missing.
+    """
+    path = Path(folder) / "codes.json"
+    if not path.is_file():
+        return None
+    record = CodesRecord.read(path)
+    if record.codes_sha256 is None:
+        raise ValueError(f"{folder} does not have all of its {record.num:,} codes yet: run the command that draws them")
+    there, wanted = len(list(Path(folder).glob("*.npy"))), CodeFolder.shards(record.num)
+    if there != wanted:
+        raise ValueError(f"{folder} has {there} shards of codes, by codes.json it has {wanted}: draw the codes anew")
+    return record
+
+
+class CodeFolder:
+    """OUT/ for writing: its lock, the shards that are missing, and codes.json."""
+
+    def __init__(self, path):
+        self.path, self.lock = Path(path), DirectoryLock(path)
+        self.json = self.path / "codes.json"
+
+    def shard_path(self, shard: int) -> Path:
+        return self.path / f"{shard:06d}.npy"
+
+    @staticmethod
+    def shards(num: int) -> int:
+        """How many shards `num` codes have."""
+        return -(-num // SHARD)
+
+    @staticmethod
+    def places(shard: int, num: int) -> np.ndarray:
+        """The indices of the samples in a shard of `num` in all."""
+        return np.arange(shard * SHARD, min((shard + 1) * SHARD, num))
+
+    def open(self, record: CodesRecord, launch: dict) -> list[int]:
+        """Lock the folder, and note in codes.json that a launch is about to draw some of a record's codes.
+
+        Returns the missing shards, ascending. Raises ValueError where another launch has the folder, or where it holds
+        something else, codes of other settings, or more of them.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        try:
+            earlier = self._compare_with_earlier(record)
+        except ValueError:
+            self.lock.release()
+            raise
+        remove_temporaries(self.path)
+        missing = [shard for shard in range(self.shards(record.num)) if not self._is_whole(shard, record)]
+        if missing or earlier is None or earlier.codes_sha256 is None or earlier.num != record.num:
+            runs = [*(earlier.runs if earlier else []), dict(launch, shards=len(missing))]
+            write_json(self.json, replace(record, runs=runs).to_json())
+        return missing
+
+    def _compare_with_earlier(self, record):
+        if not self.json.is_file():
+            if any(path.suffix in (".npy", ".pt") for path in self.path.iterdir()):
+                raise ValueError(
+                    f"{self.path} holds files of codes but no codes.json to say what they are; give another folder"
+                )
+            return None
+        earlier = CodesRecord.read(self.json)
+        different = record.difference(earlier)
+        if different:
+            raise ValueError(f"{self.path} holds codes drawn with other settings: {different}; give another folder")
+        if earlier.num > record.num:
+            raise ValueError(
+                f"{self.path} is a set of {earlier.num:,} codes, more than {record.num:,}: give another folder"
+            )
+        return earlier
+
+    def _is_whole(self, shard, record):
+        """Whether a shard is there, with all rows that it has to have: the last one grows with num."""
+        path = self.shard_path(shard)
+        if not path.is_file():
+            return False
+        try:
+            array = load_array(path, mmap=False)
+        except ValueError:  # cut off by a crash of the machine
+            return False
+        return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
+
+    def write(self, shard: int, codes: np.ndarray, V: int) -> None:
+        """Write a shard, codes (n, L), whole or not at all. Raises OSError, naming the file, if the disk fails."""
+        content = io.BytesIO()
+        np.save(content, codes.astype(code_dtype(V)), allow_pickle=False)
+        write_bytes(self.shard_path(shard), content.getbuffer())
+
+    def read(self, num: int) -> np.ndarray:
+        """All codes (num, L), once they are drawn."""
+        return np.concatenate([load_array(self.shard_path(shard)) for shard in range(self.shards(num))])
+
+    def finish(self, **values) -> CodesRecord:
+        """Complete codes.json, with values of its keys, and release the lock. Returns the record.
+
+        One process calls this, after all writing.
+        """
+        record = CodesRecord.read(self.json)
+        digest = hashlib.sha256()
+        for shard in range(self.shards(record.num)):
+            digest.update(load_array(self.shard_path(shard)).astype("<u2").tobytes())
+        record = replace(record, codes_sha256=digest.hexdigest(), **values)
+        write_json(self.json, record.to_json())
+        self.lock.release()
+        return record

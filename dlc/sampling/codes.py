@@ -1,0 +1,60 @@
+"""The engine of priors: draw codes with any sampler of diffusion/masked_samplers.py, guided by class, or infilled."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from diffusion.masked import MaskedDiffusion
+from dlc.noise import Stream, uniforms
+from dlc.runtime import autocast
+
+
+@torch.inference_mode()
+def sample_codes(
+    model,
+    diffusion: MaskedDiffusion,
+    sampler,
+    *,
+    seed: int,
+    indices: torch.Tensor,
+    y: torch.Tensor | None = None,
+    cfg_scale: float = 1.0,
+    codes: torch.Tensor | None = None,
+    precision: str = "fp32",
+    on_call: Callable | None = None,
+) -> torch.Tensor:
+    """Draw codes, (N, L) int64 in 0..V-1.
+
+    Args:
+        model: a DLCPrior in eval mode.
+        diffusion: the process that it was trained on, which says what the model is told of the time.
+        sampler: see `create_sampler` in diffusion/masked_samplers.py.
+        seed, indices: all random numbers of a code are functions of (seed, its index); indices is (N,) int64 on the
+            model's device.
+        y: (N,) classes, of a prior that has classes [none].
+        cfg_scale: guidance by class (Ho & Salimans 2022), of log probabilities; at 1 the null half is not computed.
+        codes: (N, L) tokens to keep, and V where tokens are to be drawn [V everywhere].
+        precision: "fp32", "bf16" or "fp16", of the blocks; scores and draws are in float32 and float64 at any.
+        on_call: called after each call of the model with the codes so far, where V is left to draw.
+    """
+    if codes is None:
+        codes = torch.full((len(indices), model.L), model.V, device=indices.device)
+
+    def logits(codes, sigma, y, places):
+        with autocast(codes.device, precision):
+            return model(codes, sigma, y, places=places)[:, : model.V]  # (M, V)
+
+    def predict(codes, t, places):
+        sigma = diffusion.told(t)
+        if y is None or cfg_scale == 1:
+            return logits(codes, sigma, y, places)
+        both = torch.cat([y, model.null_condition(len(y)).to(y)])
+        conditional, null = logits(codes.repeat(2, 1), sigma.repeat(2), both, places.repeat(2, 1)).chunk(2)
+        return null + cfg_scale * (conditional - null)
+
+    drawn = codes
+    for drawn in sampler(predict, codes, partial(uniforms, seed, Stream.SAMPLE_CODE, indices, model.L)):
+        if on_call is not None:
+            on_call(drawn)
+    return drawn

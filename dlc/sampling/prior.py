@@ -1,0 +1,411 @@
+"""Codes drawn from a prior, as sample_prior.py and `sample_ddp_computed_dlc.py --prior` draw them.
+
+The code of sample i is a function of (seed, i) and the settings. The network is run on batches of one size that are cut
+by index, so neither the number of processes, nor which codes are missing, nor how many are wanted changes a code.
+"""
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion.masked_samplers import SAMPLERS, create_sampler
+from dlc.checkpoints.layouts import locate
+from dlc.checkpoints.meta import RunMeta, read_meta
+from dlc.checkpoints.prior_weights import diffusion_of, load_prior
+from dlc.checkpoints.run import damage, newest_of_run, run_checkpoints
+from dlc.checkpoints.weights import weights_sha256
+from dlc.cli import number, progress
+from dlc.disk import recorded_id
+from dlc.hub import fetched_by_node, is_id
+from dlc.noise import Stream, random_words
+from dlc.runtime import done_by_rank_0, set_numerics, start_processes
+from dlc.sampling.code_folder import CodeFolder, CodesRecord, open_codes
+from dlc.sampling.codes import sample_codes
+from prior import DLCPrior_models
+
+BATCH = 64  # codes per batch; divides SHARD
+
+
+#################################################################################
+#                                     Flags                                     #
+#################################################################################
+
+
+def _places(text):
+    """The argparse type of --keep-places: a position, or a range such as 0-15."""
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text)
+    if not match or int(match[1]) > int(match[2] or match[1]):
+        raise ValueError(text)
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def _class(text):
+    """The argparse type of --class: a class's number, or "all"."""
+    return text if text == "all" else number(int, 0)(text)
+
+
+_places.__name__, _class.__name__ = "position or range", "class"
+
+
+def add_prior_flags(add, prefix: str = "") -> None:
+    """How codes are drawn from a prior. Nothing has a default in the parser: see `PriorOptions`."""
+    add(
+        f"--{prefix}sampler",
+        choices=SAMPLERS,
+        help="; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items()) + " [first-hitting]",
+    )
+    defaults = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
+    add(
+        f"--{prefix}steps",
+        f"--{prefix}calls",
+        type=number(int, 1),
+        help="calls of the network per code, or steps in time of the analytic sampler and the corrector, which call it "
+        f"only where a token changes [{defaults}]",
+    )
+    add(f"--{prefix}temperature", type=number(float, 0), help="divide the logits by this; 0 takes the likeliest [1]")
+    add(f"--{prefix}top-p", type=number(float, 1e-6, 1), help="draw from the likeliest tokens of this share [1]")
+    add(
+        f"--{prefix}eta",
+        type=number(float, 0, 1),
+        help="probability per step that the corrector masks a token again [0.01]",
+    )
+    add(
+        f"--{prefix}class",
+        type=_class,
+        nargs="+",
+        metavar="CLASS",
+        help="of a prior with classes: class of sample i, by number, cycling through those given; all: every class in "
+        "turn [none]",
+    )
+    add(
+        f"--{prefix}cfg-scale",
+        type=number(float, 1),
+        help=f"guidance scale of --{prefix}class; 1 disables guidance [1]",
+    )
+    add(
+        f"--{prefix}given",
+        metavar="CODES",
+        help="keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of "
+        "row i, cycling [none]",
+    )
+    add(f"--{prefix}given-rows", type=number(int, 0), nargs="+", metavar="ROW", help="use these rows of them [all]")
+    add(
+        f"--{prefix}keep-tokens",
+        type=number(int, 0),
+        metavar="N",
+        help=f"keep N tokens of the --{prefix}given code, at places drawn for each sample",
+    )
+    add(
+        f"--{prefix}keep-places",
+        type=_places,
+        nargs="+",
+        metavar="PLACE",
+        help=f"keep the tokens of the --{prefix}given code at these positions, or ranges such as 0-15",
+    )
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """The flags of `add_prior_flags`, with their defaults."""
+
+    sampler: str = "first-hitting"
+    steps: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    eta: float | None = None
+    class_: list | None = None
+    cfg_scale: float = 1.0
+    given: str | None = None
+    given_rows: list | None = None
+    keep_tokens: int | None = None
+    keep_places: list | None = None
+
+    @classmethod
+    def of(cls, args, prefix: str = "") -> "PriorOptions":
+        """Those of parsed args. Raises ValueError for flags that do not go together."""
+        values = {name: getattr(args, f"{prefix.replace('-', '_')}{name.rstrip('_')}") for name in asdict(cls())}
+        options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
+        if options.cfg_scale > 1 and options.class_ is None:
+            raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")
+        kept = [name for name in ("keep_tokens", "keep_places") if values[name] is not None]
+        if options.given and len(kept) != 1:
+            raise ValueError(f"{flag}given: say what to keep of it, by {flag}keep-tokens or {flag}keep-places")
+        if not options.given and (kept or options.given_rows):
+            name = (kept or ["given_rows"])[0].replace("_", "-")
+            raise ValueError(f"{flag}{name} says what to keep of a code: name the codes with {flag}given")
+        return options
+
+
+#################################################################################
+#                               Codes to keep in part                           #
+#################################################################################
+
+
+class Given:
+    """Codes that are kept in part: given(indices) is (N, L) int64, with V where tokens are to be drawn."""
+
+    def __init__(self, options: PriorOptions, L: int, V: int, seed: int):
+        codes, features = open_codes(options.given)
+        if features is not None and features.V not in (None, V):
+            raise ValueError(f"codes of {options.given} have V={features.V}, the prior V={V}")
+        if codes.array(0).shape[1] != L:
+            raise ValueError(f"codes of {options.given} have L={codes.array(0).shape[1]}, the prior L={L}")
+        self.codes, self.L, self.V, self.seed = codes, L, V, seed
+        self.rows = np.array(options.given_rows or range(len(codes)), dtype=np.int64)
+        if self.rows.max() >= len(codes):
+            raise ValueError(f"row {self.rows.max()} is not in {options.given}, which has rows 0 to {len(codes) - 1}")
+        self.tokens, self.places = options.keep_tokens, None
+        if self.tokens is not None:
+            self.kept = f"{self.tokens} tokens at random places"
+            if self.tokens > L:
+                raise ValueError(f"there are only {L} tokens to keep, not {self.tokens}")
+        else:
+            self.places = sorted({place for part in options.keep_places for place in part})
+            if self.places[-1] >= L:
+                raise ValueError(f"position {self.places[-1]} is not in a code, which has positions 0 to {L - 1}")
+            self.kept = f"{len(self.places)} tokens at positions {_ranges(self.places)}"
+        self.source = recorded_id(options.given)
+        digest = hashlib.sha256()
+        for part in np.array_split(self.rows, 1 + len(self.rows) // 4096):
+            digest.update(self.codes.gather(part, limit=V).astype("<u2").tobytes())
+        self.sha256 = digest.hexdigest()
+
+    def __call__(self, indices: torch.Tensor) -> torch.Tensor:
+        rows = self.rows[indices.numpy() % len(self.rows)]
+        codes = torch.from_numpy(self.codes.gather(rows, limit=self.V).astype(np.int64))
+        if self.places is not None:
+            kept = torch.zeros(self.L, dtype=torch.bool).index_fill_(0, torch.tensor(self.places), True)
+            return torch.where(kept, codes, self.V)
+        order = random_words(self.seed, Stream.SAMPLE_KEEP, indices, self.L).argsort(dim=1, stable=True)
+        return codes.scatter(1, order[:, self.tokens :], self.V)
+
+
+def _ranges(places):
+    """Ascending numbers as "0-15, 20"."""
+    starts = [place for place in places if place - 1 not in places]
+    ends = [place for place in places if place + 1 not in places]
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))
+
+
+#################################################################################
+#                                   The prior                                   #
+#################################################################################
+
+
+def newest_prior(results_dir, use_ema: bool = True) -> Path:
+    """The weights to draw codes with, of results_dir, a run of train_prior.py or a folder of runs.
+
+    Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint. Of several runs, the one
+    that wrote last. Raises ValueError if there is no prior.
+    """
+    found, weights = {}, "ema.safetensors" if use_ema else "model.safetensors"
+    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
+        best = sorted(path for path in run.glob("best/*") if not damage(path, ("meta.json", weights)))
+        checkpoints = run_checkpoints(run)
+        for path in [*best[-1:], *checkpoints[-1:]][:1]:
+            if (path / "meta.json").is_file() and read_meta(path).model in DLCPrior_models:
+                written = max(one.stat().st_mtime for one in [*best[-1:], *checkpoints[-1:]])
+                found[run] = written, best[-1] if best else None
+    if not found:
+        raise ValueError(
+            f"no prior under --results-dir {results_dir}: train one with train_prior.py first, or name one with --ckpt"
+        )
+    run = max(found, key=found.get)
+    return found[run][1] or newest_of_run(run, ("meta.json", weights))
+
+
+def resolved(path, use_ema: bool = True):
+    """The path of a prior that a user names: of a run, that of the weights to draw with; anything else as it is."""
+    is_run = Path(path).is_dir() and not (Path(path) / "meta.json").exists() and any(run_checkpoints(path))
+    return newest_prior(path, use_ema) if is_run else path
+
+
+class PriorDraw:
+    """A prior with all that decides its codes: draw(indices) gives them.
+
+    Args:
+        path: of the prior, as `load_prior` takes it.
+        precision: "fp32", "bf16" or "fp16", of the network.
+
+    Raises ValueError if it cannot be loaded, or for options that it does not have.
+    """
+
+    def __init__(
+        self, path, use_ema: bool, options: PriorOptions, *, seed: int, precision: str = "fp32", tf32: bool = True
+    ):
+        path = resolved(path, use_ema)
+        self.model, self.meta = load_prior(path, use_ema)
+        self.path, self.options, self.seed, self.precision, self.tf32 = path, options, seed, precision, tf32
+        model, spec = self.model, SAMPLERS[options.sampler]
+        self.diffusion = diffusion_of(self.meta)
+        self.steps = options.steps or spec.default_steps or model.L
+        self.sampler = create_sampler(
+            options.sampler, model.V, self.steps, options.eta, options.temperature, options.top_p
+        )
+        self.classes = None
+        if options.class_:
+            if model.num_classes is None:
+                raise ValueError(f"--class: the prior {path} has no classes: train one with --class-conditional")
+            if "all" in options.class_ and len(options.class_) > 1:
+                raise ValueError("--class all already is every class: leave the others out")
+            self.classes = list(range(model.num_classes)) if "all" in options.class_ else options.class_
+            if max(self.classes) >= model.num_classes:
+                raise ValueError(f"--class {max(self.classes)}: the prior's classes are 0 to {model.num_classes - 1}")
+        self.given = Given(options, model.L, model.V, seed) if options.given else None
+
+    def labels(self, num: int) -> list[int] | None:
+        """The class of each of `num` samples, if there are classes."""
+        return self.classes and [self.classes[i % len(self.classes)] for i in range(num)]
+
+    def record(self, num: int) -> CodesRecord:
+        """What codes.json says of `num` codes, but for the launches that draw them."""
+        options, meta, spec = self.options, self.meta, SAMPLERS[self.options.sampler]
+        return CodesRecord(
+            model=meta.model or "DLCPrior",
+            checkpoint=recorded_id(str(self.path)),
+            weights_sha256=weights_sha256(self.model),
+            step=meta.step,
+            weights=meta.weights,
+            L=self.model.L,
+            V=self.model.V,
+            encoder_sha256=meta.encoder_sha256,
+            sampler=options.sampler,
+            steps=self.steps,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            eta=(spec.default_eta if options.eta is None else options.eta) if spec.has_eta else None,
+            cfg_scale=options.cfg_scale,
+            classes=f"{', '.join(map(str, self.classes))} in turn" if self.classes else None,
+            given=self.given and self.given.source,
+            given_sha256=self.given and self.given.sha256,
+            kept=self.given and self.given.kept,
+            precision=self.precision,
+            tf32=self.tf32,
+            global_seed=self.seed,
+            num=num,
+            labels=self.labels(num),
+            runs=[],
+        )
+
+    def to(self, device) -> "PriorDraw":
+        set_numerics(self.tf32)
+        self.model.to(device)
+        return self
+
+    def draw(self, indices: np.ndarray, batch: int = BATCH, on_batch=None) -> np.ndarray:
+        """Codes (N, L) int64 of consecutive samples; `to` a device first.
+
+        Args:
+            batch: codes at once. How a network rounds depends on it, so that of very many codes some differ.
+            on_batch: called after each batch's call of the network, with the share of the batch that is done.
+        """
+        device, parts = next(self.model.parameters()).device, []
+        calls = self.sampler.most_calls(self.model.L)
+        for first in range(int(indices[0]) // batch * batch, int(indices[-1]) + 1, batch):
+            own = torch.arange(first, first + batch)  # always whole, so that each sample keeps its place
+            given = None if self.given is None else self.given(own).to(device)
+            y = None
+            if self.classes:
+                y = torch.tensor(self.classes)[own % len(self.classes)].to(device)
+            codes = sample_codes(
+                self.model,
+                self.diffusion,
+                self.sampler,
+                seed=self.seed,
+                indices=own.to(device),
+                y=y,
+                cfg_scale=self.options.cfg_scale,
+                codes=given,
+                precision=self.precision,
+                on_call=on_batch and (lambda _: on_batch(batch / calls)),
+            )
+            parts.append(codes.cpu().numpy()[np.isin(own.numpy(), indices)])
+        return np.concatenate(parts)
+
+
+def draw_into(folder: CodeFolder, missing: list[int], draw: PriorDraw, num: int, state, batch: int = BATCH) -> None:
+    """Draw this process's share of the missing shards of a folder of `num` codes."""
+    draw.to(state.device)
+    own = missing[state.process_index :: state.num_processes]
+    total = sum(len(folder.places(shard, num)) for shard in own)
+    with progress(
+        total=total,
+        unit="code",
+        desc="drawing codes" + (f" (of {state.num_processes} processes, this one)" if state.num_processes > 1 else ""),
+        delay=2,
+        disable=not state.is_main_process,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
+        done = 0
+        for shard in own:
+            indices = folder.places(shard, num)
+            codes = draw.draw(indices, batch, lambda codes: bar.update(min(codes, total - bar.n)))
+            folder.write(shard, codes, draw.model.V)
+            done += len(indices)
+            bar.update(done - bar.n)
+
+
+#################################################################################
+#                          Codes for a DiTSEM, on the fly                       #
+#################################################################################
+
+
+class PriorCodes:
+    """The codes of a prior as the conditions of a DiTSEM: sample i gets code i. `prepare` draws them into a folder.
+
+    Raises ValueError where the prior's codes are not such as the model was trained on.
+    """
+
+    key = "code_rows"
+
+    def __init__(self, args, options: PriorOptions, model, meta: RunMeta):
+        if is_id(args.prior):
+            fetched_by_node(start_processes(), lambda ask: locate(args.prior, "--prior", ask))
+        self.draw = PriorDraw(
+            args.prior,
+            True,
+            options,
+            seed=args.global_seed,
+            precision=args.precision,
+            tf32=args.tf32,
+        )
+        prior, self.rows = self.draw.model, None
+        for name, ours in (("L", model.sem_embedder.L), ("V", model.sem_embedder.V)):
+            if getattr(prior, name) != ours:
+                raise ValueError(
+                    f"the prior {args.prior} is of codes with {name}={getattr(prior, name)}, the checkpoint's model "
+                    f"has {name}={ours}"
+                )
+        encoders = self.draw.meta.encoder_sha256, meta.encoder_sha256
+        if None not in encoders and encoders[0] != encoders[1]:
+            raise ValueError(
+                f"the prior {args.prior} is of another encoder's codes than those that the model was trained on"
+            )
+        self.notes = ["the prior or the checkpoint does not say its encoder: not compared"] if None in encoders else []
+        self.settings = self.draw.record(1).settings()
+        self.digest = hashlib.sha256(repr(sorted(self.settings.items())).encode()).hexdigest()
+
+    def describe(self) -> str:
+        step = "unknown" if self.settings["step"] is None else self.settings["step"]
+        return "codes drawn from {model}, step {}: {sampler}, {steps} steps".format(step, **self.settings)
+
+    def values(self, indices: np.ndarray) -> np.ndarray:
+        """The row of each sample in the folder of codes, (N,)."""
+        return indices
+
+    def prepare(self, folder, count: int, state, launch: dict) -> None:
+        """Draw those codes of samples 0..count-1 that are not in a folder yet. Every process calls this."""
+        codes = CodeFolder(folder)
+        missing = done_by_rank_0(state, lambda: codes.open(self.draw.record(count), launch))
+        draw_into(codes, missing, self.draw, count, state)
+        state.wait_for_everyone()
+        done_by_rank_0(state, codes.finish)
+        self.rows, self.draw.model = open_codes(folder)[0], None  # frees the prior's memory
+
+    def __call__(self, indices: np.ndarray) -> torch.Tensor:
+        """Codes (N, L) int64 of the samples, once they are prepared."""
+        return torch.from_numpy(self.rows.gather(indices).astype(np.int64))

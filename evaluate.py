@@ -1,0 +1,172 @@
+"""FID, sFID, Inception Score, precision and recall of samples, with ADM's definitions; KID, density and coverage.
+
+    python evaluate.py samples/FILE.npz --reference VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=N evaluate.py samples/FOLDER --reference /path/to/imagenet/val --crop 256
+    python evaluate.py make-reference /path/to/imagenet/train OUT.npz --image-size 256
+
+In: samples and a reference, each an .npz or a folder of images. Out: a table, SAMPLES.metrics.json, and a line for a
+paper. docs/evaluation.md says what the numbers compare with. Commands beside the comparison, each with --help:
+make-reference, reconstruction, agreement, sweep.
+"""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from dlc.cli import ArgumentParser
+from dlc.evaluation.comparison import DEFAULTS, METRICS, Comparison, Result
+from dlc.evaluation.feature_file import NAME as FEATURE_FILE
+from dlc.evaluation.feature_file import FileNetwork, read_features
+from dlc.evaluation.features import measure
+from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
+from dlc.evaluation.images import open_images
+from dlc.evaluation.networks import NETWORKS, open_networks
+from dlc.evaluation.reference import Reference, open_reference
+from dlc.evaluation.report import metrics_json, metrics_path, paper_line, table, write_metrics
+from dlc.evaluation.self_check import check_arithmetic, check_network
+from dlc.runtime import create_logger, done_by_rank_0, start_processes
+
+# name: the module whose main() it is, by sys.argv
+COMMANDS = {
+    "make-reference": "dlc.evaluation.make_reference",
+    "reconstruction": "dlc.evaluation.reconstruction",
+    "agreement": "dlc.evaluation.agreement",
+    "sweep": "dlc.evaluation.sweep",
+}
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("samples", nargs="?", metavar="SAMPLES", help="samples: an .npz with arr_0, or a folder of images")
+    add("--reference", help="compare with this: an .npz of ADM's or make-reference's, or a folder of images")
+    add_comparison_flags(add)
+    add("--output", help="write the numbers to this JSON file [SAMPLES.metrics.json, beside SAMPLES]")
+    return parser, parser.parse_args()
+
+
+def check_flags(args):
+    """Raise ValueError for flags that contradict each other."""
+    check_comparison_flags(args)
+    is_file = args.features not in NETWORKS
+    if args.samples is None and not is_file:
+        hint = f" (the commands are {', '.join(COMMANDS)})"
+        raise ValueError(f"SAMPLES is missing: name an .npz or a folder of images{hint}")
+    if args.reference is None and not is_file:
+        raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no such folder")
+    if is_file and args.output is None and args.samples is None:
+        args.output = str(metrics_path(Path(args.features)))
+
+
+def main():
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        name = sys.argv.pop(1)
+        sys.argv[0] += f" {name}"  # which argparse names in errors
+        return importlib.import_module(COMMANDS[name]).main()
+    parser, args = parse_args()
+    with parser.kept_on_error("nothing was written", "--batch-size", (ValueError, OSError)):
+        run(parser, args)
+
+
+def run(parser, args):
+    """Compare as args ask for."""
+    # ---------------------------------------------------------------------- checks
+    with parser.one_line_errors():
+        check_flags(args)
+        itself = check_arithmetic()
+        samples = open_images(args.samples, "SAMPLES", args.crop, args.resize) if args.samples else None
+        reference = open_reference(args.reference, args.crop, args.resize) if args.reference else None
+        state = start_processes()
+    logger = create_logger(state)
+    with parser.one_line_errors():
+        if args.features in NETWORKS:
+            comparison, checks = open_comparison(args, reference, state)
+        else:
+            comparison, checks = open_feature_file(args, samples, reference, state), {}
+    logger.info(f"self-check passed: the distance of a set to itself is {itself:.1e}; {describe(checks)}")
+    if samples:
+        logger.info(f"{samples.count:,} samples of {samples.size[1]} x {samples.size[0]} in {samples.path}")
+        for note in samples.notes:
+            logger.warning(f"warning: {note}")
+
+    # ---------------------------------------------------------------------- features and metrics
+    if args.features in NETWORKS:
+        result = comparison(samples)
+    else:
+        result = judge_feature_file(comparison, samples, state)
+    if state.is_main_process:
+        self_check = dict(distance_to_itself=itself, networks=checks)
+        path = Path(args.output) if args.output else metrics_path(samples.path)
+        write_metrics(path, metrics_json(result, comparison, samples, self_check))
+        report(logger, result, comparison, samples, path)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def open_comparison(args, reference, state):
+    """The Comparison by networks that args ask for, and what the self-check found of each network."""
+    metrics = args.metrics or DEFAULTS[args.features]
+    names = dict.fromkeys([args.features, *(["dinov2"] if "fd_dinov2" in metrics else [])])
+    networks = open_networks(args, names, state)
+    comparison = Comparison(
+        reference, networks, metrics, state, args.pr_precision, args.global_seed, batch_size=args.batch_size
+    )
+    checks = done_by_rank_0(state, lambda: {name: check_network(one, reference)[1] for name, one in networks.items()})
+    return comparison, checks
+
+
+def open_feature_file(args, images, reference, state):
+    """The Comparison of the features in an .npz. Raises ValueError where it lacks what a metric needs."""
+    samples, measured, probs = read_features(args.features)
+    if images and images.count != samples.count:
+        raise ValueError(
+            f"--features {args.features} is of {samples.count:,} samples, and SAMPLES are {images.count:,}"
+        )
+    if measured is None and reference is None:
+        raise ValueError(f"--features {args.features} has no array reference (M, D): add it, or give --reference")
+    network = FileNetwork(args.features, samples, probs)
+    has = {"statistics"} | ({"features"} if measured else set()) | ({"probabilities"} if probs is not None else set())
+    has |= {"spatial"} if "spatial" in network.outputs else set()
+    metrics = args.metrics or [name for name in DEFAULTS[FEATURE_FILE] if METRICS[name] in has]
+    for name in metrics:
+        if METRICS[name] not in has:
+            raise ValueError(f"--metrics {name} needs {METRICS[name]}, which --features {args.features} does not hold")
+    if reference is None:
+        reference = Reference(Path(args.features))
+    else:  # its statistics are taken to be of these features, and its images are not run
+        reference = replace(reference, network=FEATURE_FILE, images=None)
+    return Comparison(
+        reference, {FEATURE_FILE: network}, metrics, state, args.pr_precision, args.global_seed, measured=measured
+    )
+
+
+def judge_feature_file(comparison, images, state) -> Result:
+    """The numbers of the features in an .npz; with the images that they are of, also digests and warnings of those."""
+    found = comparison.networks[FEATURE_FILE].measured
+    if images:
+        measured = measure(images, [], state)
+        found.digest, found.twins, found.blank = measured.digest, measured.twins, measured.blank
+    return comparison.judge(found, images) if state.is_main_process else Result()
+
+
+def describe(checks) -> str:
+    """The self-check of the networks in words."""
+    found = [f"{name}'s features differ by {error:.1e} from float64's" for name, error in checks.items()]
+    return ", ".join(found) or "no network is run"
+
+
+def report(logger, result, comparison, samples, path):
+    """Print warnings, table and the line for a paper."""
+    for warning in result.warnings:
+        logger.warning(f"warning: {warning}")
+    for line in table(result.values):
+        logger.info(line)
+    logger.info(f"written to {path}")
+    logger.info(f"to paste: {paper_line(result, comparison, samples)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""A prior over discrete latent codes: DLCPrior, a bidirectional transformer that predicts masked tokens.
+
+Architecture and parameter names are those of SEDD (Lou et al. 2024, arXiv 2310.16834) as the DLC project trains it
+(Lavoie et al. 2025, arXiv 2507.12318), whose checkpoints load strictly. What the numbers mean, the loss and the
+samplers are in diffusion/masked.py and diffusion/masked_samplers.py.
+
+    model = DLCPrior_models["DLCPrior-M"](L=512, V=256)
+    log_score = model(codes, sigma)                               # (N, L, V+1); token V is the mask
+
+Nothing here knows a file, a rank or a flag. Shapes: N samples, L code positions, V tokens per position, D width,
+H heads, C width of the condition, M places that are asked for.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models import LabelEmbedder, TimestepEmbedder, modulate
+
+SMALLEST_SIGMA = 1e-9  # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
+
+
+#################################################################################
+#                                    Dropout                                    #
+#################################################################################
+
+
+def keyed_keep(key, layer, shape, p):
+    """Which of (N, *shape) values dropout keeps: bool, a function of each sample's key, the layer and the place alone.
+
+    Args:
+        key: (N,) int32, a random word per sample.
+        layer: a number that tells the dropout layers of a network apart.
+        p: share that is dropped.
+
+    It is the finaliser of MurmurHash3 (Appleby 2011) over the place's number and the key, in wrapping 32-bit integers,
+    which is a few elementwise operations and, unlike torch's generator, knows no batch and no process.
+    """
+    place = torch.arange(math.prod(shape), device=key.device, dtype=torch.int32).view(1, *shape)
+    word = place * -1640531535 + (key * 461845907 + layer * 97531).view(-1, *[1] * len(shape))  # 0x9E3779B1 wraps
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):  # 0x85EBCA6B, 0xC2B2AE35
+        word = (word ^ (word >> shift & (1 << 32 - shift) - 1)) * factor
+    word = word ^ (word >> 16 & 0xFFFF)
+    return word >= int(p * 2**32) - 2**31
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask belongs to the sample: the same for any batch size, number of processes and restart.
+
+    Without a key it is torch's dropout.
+    """
+
+    def __init__(self, p, layer):
+        super().__init__()
+        self.p, self.layer = p, layer
+
+    def forward(self, x, key=None):
+        if not self.training or self.p == 0:
+            return x
+        if key is None:
+            return F.dropout(x, self.p)
+        return torch.where(keyed_keep(key, self.layer, x.shape[1:], self.p), x / (1 - self.p), 0)
+
+
+#################################################################################
+#                                     Parts                                     #
+#################################################################################
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), base 10,000, of the two halves of each head's channels."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
+    def forward(self, L):
+        """cos and sin, (L, head_dim / 2) float32 each."""
+        angles = torch.outer(torch.arange(L, device=self.inv_freq.device).float(), self.inv_freq.float())
+        return angles.cos(), angles.sin()
+
+
+def rotate(x, rotation):
+    """Turn q or k, (N, H, L, D / H), by its positions' angles."""
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class TokenEmbedding(nn.Module):
+    """Tokens (N, L) in 0..V to vectors (N, L, D), from one table for all positions or one for each."""
+
+    def __init__(self, L, V, hidden_size, shared):
+        super().__init__()
+        self.shared, self.rows = shared, V + 1
+        self.embedding = nn.Parameter(torch.empty(*(() if shared else (L,)), V + 1, hidden_size))
+
+    def forward(self, codes):
+        if self.shared:
+            return F.embedding(codes, self.embedding)
+        offset = torch.arange(codes.shape[1], device=codes.device) * self.rows
+        return F.embedding(codes + offset, self.embedding.flatten(0, 1))
+
+
+class PositionLinear(nn.Module):
+    """A linear layer of its own for each position: (N, L, D) to (N, L, out)."""
+
+    def __init__(self, L, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(L, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(L, out_features))
+
+    def forward(self, x, places=None):
+        """With places (N, L) bool, x is (M, D), what is there in row-major order, and so is the output (M, out)."""
+        if places is None:
+            return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
+        position = places.nonzero()[:, 1]  # (M,)
+        if len(position) < len(self.weight):  # of few places, fetch the matrices; of many, use all, which are fewer
+            return torch.bmm(x.unsqueeze(1), self.weight[position]).squeeze(1) + self.bias[position]
+        whole = x.new_zeros(*places.shape, x.shape[1])
+        whole[places] = x
+        return self(whole)[places]
+
+
+class PriorBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero), with dropout before the gate."""
+
+    def __init__(self, hidden_size, num_heads, cond_dim, dropout, number):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(hidden_size, bias=False)
+        self.attn_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.attn_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.dropout1 = KeyedDropout(dropout, 2 * number)
+        self.norm2 = nn.LayerNorm(hidden_size, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 4 * hidden_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * hidden_size, hidden_size),
+        )
+        self.dropout2 = KeyedDropout(dropout, 2 * number + 1)
+        self.adaLN_modulation = nn.Linear(cond_dim, 6 * hidden_size)
+
+    def attention(self, x, rotation):
+        q, k, v = self.attn_qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, H, L, D/H)
+        x = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+        return self.attn_out(x.transpose(1, 2).flatten(2))  # (N, L, D)
+
+    def forward(self, x, c, rotation, key=None):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
+        update = self.attention(modulate(self.norm1(x), shift1, scale1), rotation)
+        x = x + gate1.unsqueeze(1) * self.dropout1(update, key)  # (N, L, D)
+        update = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2.unsqueeze(1) * self.dropout2(update, key)  # (N, L, D)
+
+
+class PriorHead(nn.Module):
+    """Vectors (N, L, D) to log scores, at all places or at those asked for, in float32 under any autocast.
+
+    In bfloat16 a log probability of -8 would be off by up to 0.03.
+    """
+
+    def __init__(self, L, V, hidden_size, cond_dim, shared):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, bias=False)
+        self.linear = nn.Linear(hidden_size, V + 1) if shared else PositionLinear(L, hidden_size, V + 1)
+        self.adaLN_modulation = nn.Linear(cond_dim, 2 * hidden_size)
+
+    def forward(self, x, c, places=None):
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = self.adaLN_modulation(c.float()).chunk(2, dim=1)
+            x = modulate(self.norm_final(x.float()), shift, scale)
+            if places is not None:
+                x = x[places]  # (M, D)
+            return self.linear(x) if isinstance(self.linear, nn.Linear) else self.linear(x, places)
+
+
+#################################################################################
+#                                     Model                                     #
+#################################################################################
+
+
+class DLCPrior(nn.Module):
+    """Transformer over the L tokens of a code, of which some are masked, conditioned on the noise level sigma.
+
+    Args:
+        L, V: code positions, and tokens per position; token V is the mask.
+        cond_dim: width of the condition that shifts, scales and gates.
+        dropout: share of the blocks' updates that is dropped in training.
+        scale_by_sigma: subtract log(e^sigma - 1) + log V from the output, as SEDD's score has it. The softmax over the
+            clean tokens does not change.
+        shared_embedding: one token table and one output layer for all positions, as published. False: of their own for
+            each, since token 7 of one position has nothing to do with token 7 of another.
+        num_classes: of a prior that can be conditioned on a class; None: of one that cannot.
+    """
+
+    class_dropout_prob = 0.1  # share of training samples whose class is hidden, for guidance
+
+    def __init__(
+        self,
+        L,
+        V,
+        hidden_size,
+        depth,
+        num_heads,
+        cond_dim=128,
+        dropout=0.1,
+        scale_by_sigma=True,
+        shared_embedding=True,
+        num_classes=None,
+    ):
+        super().__init__()
+        if hidden_size % (2 * num_heads):
+            raise ValueError(f"width {hidden_size} is not a multiple of twice the {num_heads} heads")
+        self.L, self.V, self.num_classes, self.scale_by_sigma = L, V, num_classes, scale_by_sigma
+        self.shared_embedding, self.grad_checkpointing = shared_embedding, False
+        self.vocab_embed = TokenEmbedding(L, V, hidden_size, shared_embedding)
+        self.pos_embed = nn.Parameter(torch.empty(L, hidden_size))
+        self.sigma_map = TimestepEmbedder(cond_dim)
+        if num_classes is not None:
+            self.y_embedder = LabelEmbedder(num_classes, cond_dim)
+        self.rotary_emb = Rotary(hidden_size // num_heads)
+        self.blocks = nn.ModuleList(
+            [PriorBlock(hidden_size, num_heads, cond_dim, dropout, number) for number in range(depth)]
+        )
+        self.output_layer = PriorHead(L, V, hidden_size, cond_dim, shared_embedding)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """PyTorch's linear layers, small tables, and zeros where adaLN-Zero wants them: the output starts uniform."""
+        for table in (self.vocab_embed.embedding, self.pos_embed):
+            nn.init.normal_(table, std=0.02)
+        if self.num_classes is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
+        for layer in (
+            *(block.adaLN_modulation for block in self.blocks),
+            self.output_layer.adaLN_modulation,
+            self.output_layer.linear,
+        ):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def set_grad_checkpointing(self, enable=True):
+        """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+        self.grad_checkpointing = enable
+
+    def null_condition(self, n):
+        """n times the class that means "none"."""
+        return self.y_embedder.null(n)
+
+    def condition(self, sigma, y=None, drop=None):
+        """Noise level, and class if the prior has classes, as the vectors (N, C) that all layers are conditioned on."""
+        c = self.sigma_map(sigma)
+        if self.num_classes is not None:
+            c = c + self.y_embedder(self.null_condition(len(sigma)) if y is None else y, drop)
+        elif y is not None:
+            raise ValueError("this prior has no classes")
+        return F.silu(c)
+
+    def forward(self, codes, sigma, y=None, drop=None, places=None, dropout_key=None):
+        """Log scores, up to a constant per place log p(token | the tokens that are not masked).
+
+        Args:
+            codes: (N, L) int64 in 0..V; V is the mask.
+            sigma: (N,) float32 noise levels; 0 where the network is not told (see MaskedDiffusion).
+            y: (N,) classes [none], for a prior that has some.
+            drop: (N,) bool, whose class becomes the null class.
+            places: (N, L) bool, the M places to compute [all].
+            dropout_key: (N,) int32, a random word per sample, for dropout that belongs to samples [torch's generator].
+
+        Returns (N, L, V+1) float32, 0 for the token that is there, as SEDD has it; with places (M, V+1), row-major.
+        """
+        recompute = self.grad_checkpointing and self.training
+        c, rotation = self.condition(sigma, y, drop), self.rotary_emb(codes.shape[1])
+        x = self.vocab_embed(codes) + self.pos_embed  # (N, L, D)
+        for block in self.blocks:
+            x = (
+                checkpoint(block, x, c, rotation, dropout_key, use_reentrant=False)
+                if recompute
+                else block(x, c, rotation, dropout_key)
+            )  # (N, L, D)
+        out = self.output_layer(x, c, places)  # (N, L, V+1) or (M, V+1)
+        if self.scale_by_sigma:
+            shift = sigma.float().clamp(min=SMALLEST_SIGMA).expm1().log() + math.log(self.V)  # (N,)
+            shift = shift.view(-1, 1).expand(codes.shape)  # (N, L)
+            out = out - (shift if places is None else shift[places]).unsqueeze(-1)
+        there = (codes if places is None else codes[places]).unsqueeze(-1)
+        return out.scatter(-1, there, 0)
+
+
+@dataclass(frozen=True)
+class PriorSpec:
+    """A size, what a name in DLCPrior_models stands for. Called with the data's sizes, it builds the model."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+
+    def __call__(self, **sizes):
+        return DLCPrior(hidden_size=self.hidden_size, depth=self.depth, num_heads=self.num_heads, **sizes)
+
+
+# hidden_size, depth, num_heads. M: the published prior. S: the DLC project's small one. Ti: for laptops.
+DLCPrior_models = {
+    "DLCPrior-M": PriorSpec(1024, 24, 16),
+    "DLCPrior-S": PriorSpec(768, 12, 12),
+    "DLCPrior-Ti": PriorSpec(64, 2, 4),
+}

@@ -1,0 +1,155 @@
+"""Draw codes from a prior over discrete latent codes: a folder of .npy files that --dlc-dir takes.
+
+    torchrun --nproc_per_node=N sample_prior.py --num 50000 --steps 512 --out prior_codes
+    torchrun --nproc_per_node=N sample_ddp_computed_dlc.py --model DiTSEM-XL/2 --dlc-dir prior_codes
+
+In: a prior [the best by its held-out bound under results_prior/, or the newest] and, for comparison, the codes that it
+was trained on. Out: OUT/{shard:06d}.npy and codes.json, with exactly --num codes, what made them, and how they use
+their tokens, beside the training codes. The same command, run again, draws what is missing. The codes do not depend on
+the number of processes.
+
+With --given and --keep-tokens, parts of given codes are kept and the rest is drawn: variations of an image.
+"""
+
+import argparse
+from pathlib import Path
+
+from dlc.checkpoints.layouts import locate
+from dlc.cli import SEED, ArgumentParser, number
+from dlc.hub import fetched_by_node, is_id
+from dlc.runtime import PRECISIONS, agree, create_logger, done_by_rank_0, start_processes
+from dlc.sampling.code_folder import CodeFolder
+from dlc.sampling.prior import BATCH, PriorDraw, PriorOptions, add_prior_flags, draw_into, newest_prior
+from dlc.sampling.record import this_launch
+from dlc.sampling.usage import Rows, usage, usage_lines
+from dlc.training.codes import Codes
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument_group("prior").add_argument
+    add(
+        "--ckpt",
+        help="the prior: a checkpoint directory, a file or a hub id [under --results-dir, the weights of the lowest "
+        "held-out bound, or the newest]",
+    )
+    add("--results-dir", default="results_prior", help="look for the prior here")
+    add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
+    add_prior_flags(parser.add_argument_group("codes").add_argument)
+    add = parser.add_argument_group("run").add_argument
+    add("--num", type=number(int, 1), default=50000, help="number of codes to draw")
+    add("--out", default="prior_codes", help="write the codes into this folder")
+    add("--batch-size", type=number(int, 1), default=BATCH, help="codes per batch; rounding depends on it")
+    add(
+        "--features-path",
+        "--feature-path",
+        help="compare with the codes of these features [those that the prior was trained on, if they are there]",
+    )
+    add(
+        "--usage",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="say in the end how the codes use their tokens [%(default)s]",
+    )
+    add("--precision", choices=PRECISIONS, default="fp32", help="precision of the network")
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="allow TF32 matrix products on GPUs [%(default)s]",
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add("--global-seed", type=SEED, default=0, help="seed of all draws")
+    return parser, parser.parse_args()
+
+
+def open_training_codes(args, prior: PriorDraw):
+    """The `Codes` to compare with, or None with a reason. Raises ValueError if those of --features-path do not fit."""
+    path = args.features_path or prior.meta.features_path
+    if not args.usage or path is None:
+        return None, args.usage and "the prior does not say its training codes: name them with --features-path"
+    try:
+        codes = Codes(path, prior.model.V, prior.meta.holdout or 0.0, prior.meta.heldout_path)
+    except ValueError as error:
+        if args.features_path:
+            raise
+        return None, f"no comparison with the training codes: {error}"
+    if (codes.L, codes.V) != (prior.model.L, prior.model.V):
+        raise ValueError(
+            f"codes of {path} have L={codes.L}, V={codes.V}, the prior L={prior.model.L}, V={prior.model.V}"
+        )
+    return codes, None
+
+
+def count_usage(folder: CodeFolder, num: int, V: int, codes) -> dict:
+    """See `usage`, of a folder of codes and those that the prior was trained on."""
+    drawn, training, heldout = folder.read(num), None, None
+    if codes is not None:
+        gather = codes.features.codes.gather
+        training = Rows(len(codes.rows[:: codes.copies]), gather, codes.rows[:: codes.copies])
+        heldout = Rows(len(codes.heldout_rows), codes.heldout_features.codes.gather, codes.heldout_rows)
+    return usage(Rows(num, lambda places: drawn[places]), V, training, heldout)
+
+
+def main():
+    parser, args = parse_args()
+    with parser.kept_on_error("what is drawn is kept", "--batch-size", ()):
+        run(parser, args)
+
+
+def run(parser, args):
+    """Check, draw and finish."""
+    # ---------------------------------------------------------------------- checks
+    with parser.one_line_errors():
+        options, folder = PriorOptions.of(args), CodeFolder(args.out)
+        if Path(args.out).exists() and not Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out} is a file: name a folder")
+        state = start_processes()
+        path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
+        if is_id(path):
+            fetched_by_node(state, lambda ask: locate(path, "--ckpt", ask))
+        prior = PriorDraw(path, args.ema, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32)
+        training, reason = open_training_codes(args, prior)
+        record = prior.record(args.num)
+        agree("prior and codes", record)
+        missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.batch_size)))
+    logger = create_logger(state)
+    step = "unknown" if record.step is None else f"{record.step:,}"
+    logger.info(
+        f"{record.model}, step {step}, {record.weights} weights of {record.checkpoint}: L={record.L}, V={record.V}"
+    )
+    logger.info(
+        f"{record.num:,} codes into {args.out}, {len(missing)} of {folder.shards(record.num)} shards to draw, "
+        f"{record.sampler} {record.steps} steps, on {state.num_processes} x {state.device.type}"
+        + "".join(f", {name} {getattr(record, name)}" for name in ("classes", "kept", "given") if getattr(record, name))
+    )
+    if reason:
+        logger.info(f"note: {reason}")
+
+    # ---------------------------------------------------------------------- codes
+    with parser.kept_on_error("what is drawn is kept", "--batch-size"):
+        if args.compile if args.compile is not None else state.device.type == "cuda":
+            for block in prior.model.blocks:
+                block.compile()
+        draw_into(folder, missing, prior, args.num, state, args.batch_size)
+    try:
+        state.wait_for_everyone()
+    except RuntimeError:
+        parser.error("another process ended early, and said why; what is drawn is kept: run the same command again")
+
+    # ---------------------------------------------------------------------- what they are
+    if state.is_main_process:
+        with parser.kept_on_error("what is drawn is kept", "--num"):
+            found = count_usage(folder, args.num, record.V, training) if args.usage else None
+            folder.finish(usage=found)
+        for line in usage_lines(found, record.V) if found else ():
+            logger.info(line)
+        logger.info(
+            f"done: {args.num:,} codes in {args.out}: draw their images with sample_ddp_computed_dlc.py --dlc-dir "
+            f"{args.out} --num-fid-samples {args.num}"
+        )
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

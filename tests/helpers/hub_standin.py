@@ -1,0 +1,134 @@
+"""A stand-in for the Hugging Face hub: an HTTP server on loopback that serves the parts of its API that downloads use.
+
+    with Hub() as hub:
+        hub.add("owner/name", {"config.json": b"{}"})
+        …                                                          # a client with HF_ENDPOINT=hub.url
+
+It knows branches and commits, tokens, gated repositories, ranges of files, and connections that break.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import threading
+import urllib.parse
+
+
+class Hub:
+    def __init__(self):
+        self.repositories, self.requests, self.broken, self.token = {}, [], {}, None
+
+    def add(self, name, files, revision="main", kind="model", access="open"):
+        """Put files, a dict of bytes by path, on a revision of a repository; access: open, gated or private.
+
+        Gives the commit.
+        """
+        commit = hashlib.sha1(repr((name, revision, sorted(files))).encode() + b"".join(files.values())).hexdigest()
+        repository = self.repositories.setdefault((f"{kind}s", name), {})
+        repository.update({revision: (commit, files, access), commit: (commit, files, access)})
+        return commit
+
+    def break_off(self, path, after, times):
+        """Cut the connection `times` times, each time after so many bytes of a file's content."""
+        self.broken[path] = [after, times]
+
+    def __enter__(self):
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                hub.answer(self, body=False)
+
+            def do_GET(self):
+                hub.answer(self, body=True)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request, body):
+        url = urllib.parse.urlsplit(request.path)
+        self.requests.append((request.command, url.path, request.headers.get("Range")))
+        parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
+        with contextlib.suppress(ConnectionError):
+            if parts[0] == "api":
+                kind, name, what = parts[1], "/".join(parts[2:4]), parts[4:]
+                revision = what[1] if len(what) > 1 else "main"
+            else:
+                kind = parts.pop(0) if parts[0] == "datasets" else "models"
+                name, what, revision = "/".join(parts[:2]), ["resolve", *parts[3:]], parts[3]
+            found = self.repositories.get((kind, name))
+            if found is None:
+                return self.refuse(request, 401, "RepoNotFound")
+            commit, files, access = found.get(revision) or (None, None, next(iter(found.values()))[2])
+            authorized = self.token and request.headers.get("Authorization") == f"Bearer {self.token}"
+            if access == "private" and not authorized:
+                return self.refuse(request, 401, "RepoNotFound")
+            if commit is None:
+                return self.refuse(request, 404, "RevisionNotFound")
+            if what[:1] == ["resolve"]:
+                if access == "gated" and not authorized:
+                    return self.refuse(request, 401 if access == "private" else 403, "GatedRepo")
+                return self.send_file(request, "/".join(what[2:]), files, commit, body)
+            entries = [dict(path=path, size=len(content), oid=digest(content)) for path, content in files.items()]
+            if what[:1] == ["tree"]:
+                return self.send_json(request, [dict(entry, type="file") for entry in entries])
+            siblings = [dict(rfilename=entry["path"], size=entry["size"], blobId=entry["oid"]) for entry in entries]
+            self.send_json(request, dict(id=name, sha=commit, siblings=siblings, private=False, tags=[], downloads=0))
+
+    def send_file(self, request, path, files, commit, body):
+        if path not in files:
+            return self.refuse(request, 404, "EntryNotFound")
+        content, start = files[path], 0
+        if body and request.headers.get("Range"):
+            start, _, end = request.headers["Range"].removeprefix("bytes=").partition("-")
+            start = int(start)
+            content = content[: int(end) + 1] if end else content
+        request.send_response(206 if start or len(content) < len(files[path]) else 200)
+        request.send_header("ETag", f'"{digest(files[path])}"')
+        request.send_header("X-Repo-Commit", commit)
+        request.send_header("Accept-Ranges", "bytes")
+        request.send_header("Content-Length", str(len(content) - start))
+        if start or len(content) < len(files[path]):
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(files[path])}")
+        request.end_headers()
+        if not body:
+            return
+        after, times = self.broken.get(path, (0, 0))
+        if times:
+            self.broken[path][1] -= 1
+            request.wfile.write(content[start : start + after])
+            request.close_connection = True  # fewer bytes than promised
+        else:
+            request.wfile.write(content[start:])
+
+    def send_json(self, request, value):
+        content = json.dumps(value).encode()
+        request.send_response(200)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    def refuse(self, request, status, code):
+        request.send_response(status)
+        request.send_header("X-Error-Code", code)
+        request.send_header("X-Error-Message", code)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+
+def digest(content):
+    return hashlib.sha1(content).hexdigest()

@@ -1,0 +1,406 @@
+"""Masked diffusion over tokens: SEDD's values, the bound, and samplers against an enumerated distribution."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from scipy.stats import chisquare
+
+from diffusion.masked import MaskedDiffusion, mean_bound, rank, stratified_times
+from diffusion.masked_samplers import SAMPLERS, AnalyticSampler, FirstHittingSampler, TokenDraw, create_sampler
+from dlc.noise import Stream, uniforms
+from dlc.sampling.codes import sample_codes
+
+# ---------------------------------------------------------------------- SEDD's values
+
+
+@pytest.fixture(scope="module")
+def sedd():
+    return golden("sedd", text=("model/config", "model/parameter_order"))[0]
+
+
+def toy_network(sedd):
+    """The golden's network: log probabilities, a function of the tokens that are there, in float64."""
+
+    def model(x_t, sigma, places):
+        there = torch.nn.functional.one_hot(x_t, 6).double()
+        logp = (sedd["b"] + torch.einsum("blv,lvmw->bmw", there, sedd["W"]) / 2).log_softmax(dim=2)
+        return logp[places]
+
+    return model
+
+
+def test_noise_is_sedds(sedd):
+    diffusion, t = MaskedDiffusion(5), sedd["t"]
+    assert (diffusion.sigma(t) - sedd["sigma"]).abs().max() < 1e-12
+    assert (diffusion.mask_probability(t) - sedd["mask_prob"]).abs().max() < 1e-12
+    assert torch.equal(diffusion.corrupt(sedd["x0"], t, sedd["u"]), sedd["xt"])
+    assert torch.equal(diffusion.told(t), sedd["sigma"].float())
+    assert torch.equal(MaskedDiffusion(5, time_conditioning=False).told(t), torch.zeros(5))
+
+
+def test_loss_is_the_score_entropy_of_a_normalised_score(sedd):
+    terms = MaskedDiffusion(5).training_losses(toy_network(sedd), sedd["x0"], sedd["t"], sedd["xt"])
+    for name in ("loss_masked", "loss_sedd"):
+        assert (terms["loss"] - sedd[name]).abs().max() < 1e-12 * 40
+    assert torch.allclose(terms["nats"], terms["loss"] / 4)
+
+
+def test_loss_of_a_score_that_is_not_normalised(sedd):
+    """SEDD's loss is larger by (r - 1 - log r) / t per place: 0 only where the score sums to 1 / (e^sigma - 1)."""
+    log_score = sedd["raw"] - sedd["sigma"].expm1().log().view(-1, 1, 1)
+
+    def model(x_t, sigma, places):
+        return log_score[places]
+
+    full = MaskedDiffusion(5, score_entropy=True).training_losses(model, sedd["x0"], sedd["t"], sedd["xt"])
+    assert (full["loss"] - sedd["loss_sedd_raw"]).abs().max() < 1e-12 * 50
+    masked = MaskedDiffusion(5).training_losses(model, sedd["x0"], sedd["t"], sedd["xt"])
+    r = sedd["raw"].exp().sum(dim=2)
+    excess = ((r - 1 - r.log()) * (sedd["xt"] == 5)).sum(dim=1) / sedd["t"]
+    assert (full["loss"] - masked["loss"] - excess).abs().max() < 1e-12 * 50 and excess.min() > 0
+    assert torch.equal(full["nats"], masked["nats"])
+
+
+@pytest.mark.parametrize("score", ["", "_raw"])
+def test_steps_are_sedds(sedd, score):
+    """Reading a score by its softmax: of one that is not normalised, the tokens' shares are SEDD's, not their sum."""
+    diffusion, t, s = MaskedDiffusion(5), sedd["t"], sedd["t_next"]
+    masked, logp = sedd["xt"] == 5, sedd["raw"].log_softmax(dim=2) if score else sedd["logp"]
+    analytic = diffusion.reverse_weights(sedd["xt"], logp, t, s)
+    denoise = diffusion.reverse_weights(sedd["xt"], logp, t, 0 * t)[..., :5]
+    if not score:
+        assert (analytic - sedd["step_analytic"]).abs().max() < 1e-12
+        assert (analytic - sedd["posterior"]).abs().max() < 1e-12
+        assert (denoise - sedd["step_denoise"]).abs().max() < 1e-12
+    for ours, theirs in ((analytic, sedd["step_analytic_raw"]), (denoise, sedd["step_denoise_raw"])):
+        if score:
+            shares = [values[..., :5] / values[..., :5].sum(dim=2, keepdim=True) for values in (ours, theirs)]
+            assert (shares[0] - shares[1])[masked].abs().max() < 1e-12
+
+
+def test_corrector_step_is_the_dlc_projects(sedd):
+    diffusion, n = MaskedDiffusion(5), torch.ones(5, dtype=torch.float64)
+    t, step, eta = sedd["corrector_t"] * n, sedd["corrector_step"], sedd["corrector_eta"].item()
+    weights = diffusion.reverse_weights(sedd["xt"], sedd["logp"], t, t - step, eta)
+    assert (weights - sedd["step_corrector"]).abs().max() < 1e-12
+    revealed = (weights[..., :5].sum(dim=2) / weights.sum(dim=2))[sedd["xt"] == 5]
+    assert (revealed - diffusion.reveal_probability(t, t - step, eta)[0]).abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------- loss and bound
+
+
+def all_orders(L):
+    """Uniform numbers (L!, L) of every order of L places."""
+    return (torch.tensor(list(itertools.permutations(range(L)))).double() + 0.5) / L
+
+
+def test_bound_is_the_enumerated_one(sedd):
+    """By every k and every order; and by times: the mean loss of counted masking over one time of each L-th."""
+    diffusion, model, orders = MaskedDiffusion(5), toy_network(sedd), all_orders(4)
+    for x0, nats in zip(sedd["x0"], sedd["bound_nats"]):
+        x0 = x0.expand(24, 4)
+        bounds = diffusion.code_bounds(model, x0, orders)
+        assert abs(bounds.mean() - nats) < 1e-12 * 10
+        counted = MaskedDiffusion(5, masking="counted")
+        times = (torch.arange(4).double() + 0.5) / 4
+        losses = [
+            counted.training_losses(model, x0, time.expand(24), counted.corrupt(x0, time.expand(24), orders))["loss"]
+            for time in times
+        ]
+        assert abs(torch.stack(losses).mean() - nats) < 1e-12 * 10
+    found = diffusion.bound(model, x0, orders)
+    assert found.nats == pytest.approx(nats.item() / 4) and found == mean_bound(bounds, 4)
+    assert found.error == pytest.approx(bounds.std().item() / 4 / 24**0.5)
+
+
+def test_bound_of_few_levels_is_unbiased(sedd):
+    diffusion, model, n = MaskedDiffusion(5), toy_network(sedd), 4000
+    torch.manual_seed(0)
+    x0, u, shift = sedd["x0"][0].expand(n, 4), torch.rand(n, 4).double(), torch.rand(n).double()
+    found = diffusion.bound(model, x0, u, levels=2, shift=shift)
+    assert abs(found.nats - sedd["bound_nats"][0].item() / 4) < 4 * found.error
+
+
+def test_independent_masking_has_the_same_mean_loss(sedd):
+    diffusion, model, n = MaskedDiffusion(5, eps=1e-9), toy_network(sedd), 40_000
+    torch.manual_seed(0)
+    x0, t = sedd["x0"][0].expand(n, 4), stratified_times(torch.rand(()), torch.arange(n), n, low=1e-6).double()
+    loss = diffusion.training_losses(model, x0, t)["loss"]
+    assert abs(loss.mean() - sedd["bound_nats"][0]) < 4 * loss.std() / n**0.5
+
+
+def test_the_model_is_told_the_time_of_each_count(sedd):
+    """With k of L tokens masked, times are spread as the k-th smallest of L uniform numbers: of mean k / (L + 1)."""
+    told = []
+
+    def model(x_t, sigma, places):
+        told.append((places.sum(dim=1), -torch.expm1(-sigma.double()) / (1 - 1e-3)))
+        return toy_network(sedd)(x_t, sigma, places)
+
+    torch.manual_seed(0)
+    n = 2000
+    MaskedDiffusion(5).code_bounds(model, sedd["x0"][0].expand(n, 4), torch.rand(n, 4).double())
+    for number, (count, times) in enumerate(told, 1):
+        assert (count == number).all() and abs(times.mean() - number / 5) < 0.02
+
+
+def test_stratified_times():
+    times = stratified_times(torch.tensor(0.7), torch.arange(8), 8)
+    assert times.min() >= 1e-3 and times.max() <= 1
+    assert sorted(((times - 1e-3) / (1 - 1e-3) * 8).long().tolist()) == list(range(8))
+
+
+def test_counted_masking_masks_so_many():
+    diffusion = MaskedDiffusion(9, masking="counted")
+    x_t = diffusion.corrupt(torch.zeros(3, 8, dtype=torch.long), torch.tensor([1e-3, 0.5, 1.0]), torch.rand(3, 8))
+    assert (x_t == 9).sum(dim=1).tolist() == [1, 4, 8]
+    with pytest.raises(ValueError, match="masking x: is one of independent, counted"):
+        MaskedDiffusion(9, masking="x")
+    with pytest.raises(ValueError, match="needs a model that is told the noise level"):
+        MaskedDiffusion(9, time_conditioning=False, score_entropy=True)
+
+
+# ---------------------------------------------------------------------- samplers: an enumerated distribution
+
+L = V = 3
+N = 20_000
+
+
+def enumerated(seed=0):
+    """A distribution (3, 3, 3) over codes, and the log conditionals of each place for every masked code, (64, L, V)."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.rand(V, V, V, dtype=torch.float64, generator=generator) ** 3
+    p /= p.sum()
+    table = torch.zeros(64, L, V, dtype=torch.float64)
+    for number, code in enumerate(itertools.product(range(V + 1), repeat=L)):
+        given = p[tuple(slice(None) if token == V else slice(token, token + 1) for token in code)]
+        for place in range(L):
+            if code[place] == V:
+                table[number, place] = given.sum(dim=[other for other in range(L) if other != place])
+    return p, (table / table.sum(dim=2, keepdim=True).clamp(min=1e-300)).log()
+
+
+P, CONDITIONALS = enumerated()
+
+
+def predict(codes, t, places):
+    return CONDITIONALS[codes @ torch.tensor([16, 4, 1])][places]
+
+
+def draw(sampler, seed=0, codes=None, indices=None, predict=predict):
+    """All items of a sampler: (calls, N, L)."""
+    indices = torch.arange(N) if indices is None else indices
+    codes = torch.full((len(indices), L), V) if codes is None else codes
+    return torch.stack(
+        list(sampler(predict, codes, lambda number: uniforms(seed, Stream.SAMPLE_CODE, indices, L, number)))
+    )
+
+
+def p_value(codes, p=P):
+    """That codes (N, L) are drawn from the distribution p, by the chi-square test over its 27 outcomes."""
+    counts = torch.bincount(codes @ torch.tensor([9, 3, 1]), minlength=27)
+    return chisquare(counts.numpy(), p.flatten().numpy() * len(codes)).pvalue
+
+
+@pytest.mark.parametrize(
+    "name, options, exact",
+    [
+        ("first-hitting", {}, True),
+        ("analytic", dict(steps=4096), True),
+        ("corrector", dict(steps=2048, eta=0.002), True),
+        ("analytic", dict(steps=4), False),  # Tweedie's few steps draw several tokens at once
+        ("first-hitting", dict(steps=2), False),
+        ("confidence", dict(steps=3), False),  # easy tokens first
+    ],
+)
+def test_sampled_distribution_is_the_enumerated_one(name, options, exact):
+    calls = draw(create_sampler(name, V, **options))
+    assert len(calls) <= create_sampler(name, V, **options).most_calls(L)
+    assert (p_value(calls[-1]) > 1e-3) == exact
+    if not exact:
+        assert p_value(calls[-1]) < 1e-9
+
+
+def test_bound_is_above_the_negative_log_likelihood():
+    """Of the distribution that one token a call gives: equal for true conditionals, above for others."""
+    codes = torch.tensor(list(itertools.product(range(V), repeat=L)))
+    orders = all_orders(L)
+    torch.manual_seed(0)
+    for noise, gap in ((0.0, 0.0), (0.7, 1e-3)):
+        table = (CONDITIONALS + noise * torch.randn(64, L, V)).log_softmax(dim=2)
+
+        def model(x_t, sigma, places, table=table):
+            return table[x_t @ torch.tensor([16, 4, 1])][places]
+
+        pairs = codes.repeat_interleave(6, dim=0), orders.repeat(27, 1)
+        bounds = MaskedDiffusion(V).code_bounds(model, *pairs).view(27, 6).mean(dim=1)
+        likelihood = torch.zeros(27, dtype=torch.float64)
+        for order in itertools.permutations(range(L)):
+            left, logp = torch.full((27, L), V), 0
+            for place in order:
+                logp = logp + table[left @ torch.tensor([16, 4, 1])][torch.arange(27), place, codes[:, place]]
+                left[:, place] = codes[:, place]
+            likelihood += logp.exp() / 6
+        assert likelihood.sum() == pytest.approx(1)
+        above = bounds + likelihood.log()
+        assert (above > -1e-12).all() and above.max() >= gap
+
+
+def test_analytic_sampler_in_many_steps_is_first_hitting():
+    """To the code: both reveal a token when its own uniform time has come."""
+    indices = torch.arange(1000)
+    few = draw(FirstHittingSampler(V, None, TokenDraw()), indices=indices)
+    many = draw(AnalyticSampler(V, 2**16, 0.0, TokenDraw()), indices=indices)
+    assert torch.equal(few[-1], many[-1]) and len(few) == len(many) == L
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_tokens_stay(name):
+    """Given ones to the bit; drawn ones until they are masked again, which only the corrector does."""
+    given = torch.randint(V + 1, (500, L), generator=torch.Generator().manual_seed(1))
+    given[:9] = torch.tensor([[0, 1, 2]] * 9)  # rows with nothing to draw
+    calls = draw(create_sampler(name, V, steps=64), codes=given, indices=torch.arange(500))
+    known = given < V
+    assert (calls[:, known] == given[known]).all() and calls[-1].max() < V and calls.min() >= 0
+    changed = (calls[1:] != calls[:-1]) & (calls[:-1] != V)
+    assert not changed.any() or name == "corrector"
+
+
+def test_infilling_draws_from_the_conditional():
+    """The first token given: the rest is drawn from p(rest | first)."""
+    given, n = torch.tensor([1, V, V]).expand(5000, L), 5000
+    for name in ("first-hitting", "analytic"):
+        codes = draw(create_sampler(name, V), codes=given, indices=torch.arange(n))[-1]
+        counts = torch.bincount(codes[:, 1:] @ torch.tensor([3, 1]), minlength=9)
+        assert chisquare(counts.numpy(), (P[1] / P[1].sum()).flatten().numpy() * n).pvalue > 1e-3
+
+
+def test_remasking_follows_the_step(monkeypatch):
+    """How often tokens are revealed and masked again in each step, against the step's own probabilities."""
+    steps, eta, n = 16, 0.1, 4000
+    sampler = AnalyticSampler(V, steps, eta, TokenDraw())
+    table = sampler.timetable(
+        torch.full((n, L), V), lambda number: uniforms(0, Stream.SAMPLE_CODE, torch.arange(n), L, number)
+    )
+    t = sampler.times
+    for step in range(steps):
+        masked, due = table.at(torch.full((n,), step))
+        after, _ = table.at(torch.full((n,), step + 1))
+        window = 0.3 < t[step] < 0.55
+        wanted = MaskedDiffusion.reveal_probability(t[step], t[step + 1], eta * float(window)).item()
+        assert ((due >= 0) == (masked & ~after)).all()
+        for share, of, probability in (
+            ((due >= 0)[masked].double().mean(), masked.sum(), wanted),
+            (after[~masked].double().mean(), (~masked).sum(), eta * float(window)),
+        ):
+            if of:
+                assert abs(share - probability) <= 4 * (probability * (1 - probability) / of) ** 0.5
+    assert not table.at(torch.full((n,), steps + 1))[0].any()
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def test_tokens_are_drawn_by_temperature_and_top_p():
+    logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
+    u = (torch.arange(4000) + 0.5) / 4000
+    shares = {
+        options: (torch.bincount(TokenDraw(*options)(logits, u)[0], minlength=4) / 4000).tolist()
+        for options in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (0.0, 1.0), (1.0, 0.0))
+    }
+    assert shares[1.0, 1.0] == pytest.approx([0.5, 0.3, 0.2, 0], abs=1e-3)
+    assert shares[0.5, 1.0] == pytest.approx([0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38, 0], abs=1e-3)
+    assert shares[1.0, 0.6] == pytest.approx([0.625, 0.375, 0, 0], abs=1e-3)  # the two that reach 0.6 together
+    assert shares[0.0, 1.0] == shares[1.0, 0.0] == [1, 0, 0, 0]
+    tokens, logp = TokenDraw()(logits, u)
+    assert torch.allclose(logp.exp(), torch.tensor([0.5, 0.3, 0.2, 0.0]).double()[tokens], atol=1e-7)
+
+
+def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    logits, u = torch.randn(100, 5), torch.rand(100)
+    whole = TokenDraw(0.9, 0.8)(logits, u)
+    monkeypatch.setattr("diffusion.masked_samplers.AT_ONCE", 35)
+    assert all(map(torch.equal, whole, TokenDraw(0.9, 0.8)(logits, u)))
+
+
+def test_rank():
+    assert rank(torch.tensor([[0.3, 0.1, 0.3, 0.0]])).tolist() == [[2, 1, 3, 0]]
+
+
+def test_options_that_a_sampler_does_not_have():
+    with pytest.raises(ValueError, match="--eta 0.1: --sampler analytic masks no token again, corrector does"):
+        create_sampler("analytic", V, eta=0.1)
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+class Table(torch.nn.Module):
+    """A prior by class: class 0 has another distribution than the null class, 1, which has the enumerated one."""
+
+    L = V = 3
+
+    def __init__(self):
+        super().__init__()
+        self.tables = torch.stack([enumerated(1)[1], CONDITIONALS])
+
+    def null_condition(self, n):
+        return torch.ones(n, dtype=torch.long)
+
+    def forward(self, codes, sigma, y=None, places=None):
+        y = self.null_condition(len(codes)) if y is None else y
+        out = self.tables[y, codes @ torch.tensor([16, 4, 1])][places]
+        return torch.nn.functional.pad(out, (0, 1), value=9.0)  # the mask's own score, which must not count
+
+
+def test_guidance_is_of_log_probabilities():
+    """The last of three tokens, with the others given: p0^(1 - w) p_y^w."""
+    given, scale = torch.tensor([1, 2, V]).expand(N, L), 2.0
+    logp = [enumerated(seed)[1][1 * 16 + 2 * 4 + 3, 2] for seed in (1, 0)]
+    wanted = (logp[1] + scale * (logp[0] - logp[1])).softmax(dim=0)
+    codes = sample_codes(
+        Table(),
+        MaskedDiffusion(V),
+        create_sampler("first-hitting", V),
+        seed=0,
+        indices=torch.arange(N),
+        y=torch.zeros(N, dtype=torch.long),
+        cfg_scale=scale,
+        codes=given,
+    )
+    counts = torch.bincount(codes[:, 2], minlength=V)
+    assert chisquare(counts.numpy(), wanted.numpy() * N).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_codes_belong_to_samples(name):
+    """The same for any batch size and order, with and without other rows; another seed gives others."""
+
+    def codes(indices, seed=0):
+        sampler = create_sampler(name, V, steps=8)
+        return sample_codes(Table(), MaskedDiffusion(V), sampler, seed=seed, indices=indices)
+
+    whole = codes(torch.arange(40))
+    assert torch.equal(whole, torch.cat([codes(part) for part in torch.arange(40).split(7)]))
+    assert torch.equal(whole.flip(0), codes(torch.arange(40).flip(0)))
+    assert torch.equal(whole[[3, 30]], codes(torch.tensor([3, 30]))) and not torch.equal(
+        whole, codes(torch.arange(40), 1)
+    )
+
+
+def test_calls_are_reported():
+    """After each call, with V where a token is left to draw."""
+    seen = []
+    codes = sample_codes(
+        Table(),
+        MaskedDiffusion(V),
+        create_sampler("first-hitting", V),
+        seed=0,
+        indices=torch.arange(5),
+        on_call=lambda codes: seen.append((codes == V).sum(dim=1).tolist()),
+    )
+    assert seen == [[2] * 5, [1] * 5, [0] * 5] and codes.dtype == torch.int64 and np.asarray(codes).max() < V

@@ -1,0 +1,169 @@
+"""DLCPrior: SEDD's values, places, dropout that belongs to samples, classes, precision."""
+
+import pytest
+import torch
+from conftest import golden
+
+from diffusion.masked import MaskedDiffusion
+from prior import DLCPrior, DLCPrior_models, keyed_keep
+
+L, V, N = 6, 5, 4
+
+
+def random_prior(**options):
+    """A prior of random weights, none of them zero as at the start."""
+    torch.manual_seed(0)
+    model = DLCPrior(**{**dict(L=L, V=V, hidden_size=16, depth=2, num_heads=2, cond_dim=8), **options}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(V + 1, (N, L), generator=generator)
+    return codes, torch.rand(N, generator=generator) + 0.1
+
+
+def test_golden():
+    values, weights = golden("sedd", text=("model/config", "model/parameter_order"))
+    model = DLCPrior(6, 7, 32, 2, 2, cond_dim=16)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        out = model.eval()(values["model/x"], values["model/sigma"])
+    assert (out - values["model/out"]).abs().max() < 1e-5
+    masked = values["model/x"] == 7
+    assert (out[masked][:, :7].log_softmax(dim=1) - values["model/logp"][masked]).abs().max() < 1e-5
+
+
+def test_starts_uniform():
+    codes, sigma = inputs()
+    out = DLCPrior_models["DLCPrior-Ti"](L=L, V=V, scale_by_sigma=False)(codes, sigma)
+    assert torch.equal(out, torch.zeros(N, L, V + 1))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.9])  # few places fetch their own matrices, many use all
+def test_places(shared, share):
+    """The same as at all places, and nothing else goes through the last layer."""
+    model, (codes, sigma) = random_prior(shared_embedding=shared), inputs()
+    places, seen = torch.rand(N, L) < share, []
+    model.output_layer.linear.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
+    with torch.no_grad():
+        out, at_places = model(codes, sigma), model(codes, sigma, places=places)
+        assert model(codes, sigma, places=torch.zeros_like(places)).shape == (0, V + 1)
+    assert (at_places - out[places]).abs().max() < 1e-5
+    assert seen[0] == (N, L, 16) and (int(places.sum()), 16) in seen
+
+
+def test_positions_of_an_unshared_prior_have_their_own_tables():
+    """Another row for another position's token changes nothing where that token is elsewhere."""
+    model, (codes, sigma) = random_prior(shared_embedding=False), inputs()
+    codes[:, 0], codes[:, 1] = 2, 3
+    with torch.no_grad():
+        before = model(codes, sigma)
+        model.vocab_embed.embedding[1, 2] += 1
+        assert torch.equal(model(codes, sigma), before)
+        model.vocab_embed.embedding[0, 2] += 1
+        assert not torch.equal(model(codes, sigma), before)
+
+
+def test_score_of_the_token_that_is_there_is_zero():
+    codes, sigma = inputs()
+    out = random_prior()(codes, sigma)
+    assert (out.gather(2, codes.unsqueeze(2)) == 0).all()
+
+
+def test_sigma_of_zero_is_finite():
+    codes, _ = inputs()
+    assert random_prior()(codes, torch.zeros(N)).isfinite().all()
+
+
+# ---------------------------------------------------------------------- dropout
+
+
+def test_dropout_keeps_its_share():
+    key = torch.arange(500, dtype=torch.int32)
+    keep = keyed_keep(key, 3, (8, 64), 0.1)
+    assert keep.float().mean() == pytest.approx(0.9, abs=0.002)
+    for dims in (0, (1, 2), 2):
+        counts = keep.float().mean(dim=dims)
+        expected = (0.09 * counts.numel() / keep.numel()) ** 0.5
+        assert counts.std() == pytest.approx(expected, rel=0.25)
+    others = keyed_keep(key, 4, (8, 64), 0.1), keyed_keep(key + 1, 3, (8, 64), 0.1)
+    for other in others:
+        assert (keep & other).float().mean() == pytest.approx(0.81, abs=0.005)
+
+
+def test_dropout_belongs_to_samples():
+    """With keys, a sample's output does not depend on its batch or torch's generator; without, on the generator."""
+    model, (codes, sigma) = random_prior(dropout=0.5).train(), inputs()
+    key = torch.arange(N, dtype=torch.int32) * 7919
+
+    def call(rows):
+        return model(codes[rows], sigma[rows], dropout_key=key[rows])
+
+    whole = call(torch.arange(N))
+    parts = torch.cat([call(rows) for rows in torch.arange(N).split(1)])
+    assert torch.allclose(whole, parts, atol=1e-5)
+    assert not torch.allclose(whole, model(codes, sigma, dropout_key=key + 1), atol=1e-2)
+    assert not torch.allclose(model(codes, sigma), model(codes, sigma), atol=1e-2)
+    assert torch.equal(model.eval()(codes, sigma, dropout_key=key), model(codes, sigma))
+
+
+def test_checkpointed_blocks_have_the_same_gradients():
+    codes, sigma = inputs()
+    key, gradients = torch.arange(N, dtype=torch.int32), []
+    for recompute in (False, True):
+        model = random_prior(dropout=0.3).train()
+        model.set_grad_checkpointing(recompute)
+        loss = (
+            MaskedDiffusion(V)
+            .training_losses(model, codes.clamp(max=V - 1), sigma, codes, dict(dropout_key=key))["loss"]
+            .mean()
+        )
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients)) and all(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+# ---------------------------------------------------------------------- classes and precision
+
+
+def test_classes():
+    model, (codes, sigma) = random_prior(num_classes=3), inputs()
+    y, drop = torch.tensor([0, 1, 2, 0]), torch.tensor([False, True, False, True])
+    with torch.no_grad():
+        none, classes, dropped = model(codes, sigma), model(codes, sigma, y), model(codes, sigma, y, drop)
+    assert torch.equal(none[drop], dropped[drop]) and torch.equal(classes[~drop], dropped[~drop])
+    assert not torch.allclose(none, classes, atol=1e-3)
+    assert torch.equal(model(codes, sigma, model.null_condition(N)), model(codes, sigma))
+    with pytest.raises(ValueError, match="this prior has no classes"):
+        random_prior()(codes, sigma, y)
+
+
+def test_scores_are_float32_under_autocast():
+    model, (codes, sigma) = random_prior(shared_embedding=False), inputs()
+    with torch.no_grad():
+        exact = model(codes, sigma)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(codes, sigma)
+    assert out.dtype == torch.float32 and not torch.equal(out, out.bfloat16().float())
+    assert 0 < (out - exact).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_learns(shared):
+    """Codes whose tokens all equal the first: from ln V nats per token to little more than one token's ln V."""
+    torch.manual_seed(0)
+    model = DLCPrior(L, V, 32, 2, 2, cond_dim=16, dropout=0.0, scale_by_sigma=False, shared_embedding=shared)
+    diffusion = MaskedDiffusion(V, masking="counted", time_conditioning=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    codes = torch.arange(V).repeat_interleave(8).unsqueeze(1).repeat(1, L)
+    assert diffusion.bound(model, codes).nats == pytest.approx(torch.tensor(float(V)).log().item())
+    for _ in range(60):
+        loss = diffusion.training_losses(model, codes, torch.rand(len(codes)))["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert diffusion.bound(model, codes).nats < 1.5 * torch.tensor(float(V)).log().item() / L

@@ -1,0 +1,370 @@
+"""sample_prior.py and --prior: the same codes by any processes, resumed, infilled, by class; usage; mistaken flags."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import L, V, launch, sample_folder
+from test_prior_training import write_features
+from tiny_prior import save_prior
+
+import sample_prior
+from dlc.evaluation.agreement import DrawnCodes
+from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, finished_record, open_codes
+from dlc.sampling.prior import BATCH, PriorDraw, PriorOptions, newest_prior, resolved
+from dlc.sampling.record import SamplesRecord
+from dlc.sampling.usage import Rows, nearest, perplexity, usage
+
+NUM = 2 * SHARD + 30
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    return save_prior(tmp_path_factory.mktemp("prior") / "results_prior/checkpoints/0000003", num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def codes(prior, tmp_path_factory):
+    """A folder of codes, by torchrun with two processes."""
+    root = tmp_path_factory.mktemp("codes")
+    command = ("torchrun", 2, "sample_prior.py", "--ckpt", prior, "--num", NUM, "--out", "codes")
+    return root / "codes", launch(command, root).stdout
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call sample_prior's main with flags in this process; gives what it said."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample_prior.py", *map(str, flags)])
+        sample_prior.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def read(folder):
+    rows = open_codes(folder)[0]
+    return rows.gather(np.arange(len(rows)), limit=V).astype(int)
+
+
+#################################################################################
+#                                The same codes                                 #
+#################################################################################
+
+
+def test_processes_do_not_matter(codes, prior, tmp_path):
+    """Byte for byte, by two processes under torchrun, by one and by three."""
+    folder, said = codes
+    assert f"{NUM} codes into codes, 3 of 3 shards to draw, first-hitting 6 steps, on 2 x cpu" in said
+    assert "these codes" in said and "no comparison" not in said
+    assert [np.load(path).shape for path in sorted(folder.glob("*.npy"))] == [(SHARD, L), (SHARD, L), (30, L)]
+    for processes in (1, 3):
+        command = ("forked", processes, "sample_prior.py", "--ckpt", prior, "--num", NUM, "--out", str(processes))
+        launch((*command, "--no-usage"), tmp_path)
+        for path in folder.glob("*.npy"):
+            assert (tmp_path / str(processes) / path.name).read_bytes() == path.read_bytes()
+        one, other = (CodesRecord.read(where / "codes.json") for where in (folder, tmp_path / str(processes)))
+        assert one.codes_sha256 == other.codes_sha256 and not one.difference(other)
+    assert len(np.unique(read(folder), axis=0)) > 0.99 * NUM
+
+
+def test_other_batch_sizes_differ_by_rounding(codes, prior, run):
+    run("--ckpt", prior, "--num", SHARD, "--out", "small", "--batch-size", 40, "--no-usage")
+    assert (read("small") == read(codes[0])[:SHARD]).mean() > 0.999
+
+
+def test_the_same_command_again(codes, prior, run, tmp_path):
+    """Draws what is missing, cut off or of too few rows; nothing if nothing is; more where more are asked for."""
+    whole = {path.name: path.read_bytes() for path in codes[0].glob("*.npy")}
+    command = ("--ckpt", prior, "--out", "again", "--no-usage", "--num")
+    run(*command, 40)
+    assert np.array_equal(read("again"), read(codes[0])[:40])
+    assert "3 of 3 shards" in run(*command, NUM)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.npy")} == whole
+    (tmp_path / "again/000001.npy").write_bytes(whole["000001.npy"][:-1])
+    (tmp_path / "again/000002.npy").unlink()
+    (tmp_path / f"again/.000002.npy.{'0' * 32}.tmp").write_text("of a process that was killed")
+    assert "2 of 3 shards" in run(*command, NUM)
+    assert {
+        path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.name != "codes.json"
+    } == whole
+    written = (tmp_path / "again/000001.npy").stat().st_mtime_ns
+    assert "0 of 3 shards" in run(*command, NUM)
+    assert (tmp_path / "again/000001.npy").stat().st_mtime_ns == written
+    record = CodesRecord.read(tmp_path / "again/codes.json")
+    assert [one["shards"] for one in record.runs] == [1, 3, 2]
+    assert record.codes_sha256 == CodesRecord.read(codes[0] / "codes.json").codes_sha256
+
+
+def test_killed(prior, codes, tmp_path):
+    """Three times, at once and later; then the same bytes, and until then no source of codes."""
+    from forked import Run
+
+    flags = ("--ckpt", prior, "--num", NUM, "--out", tmp_path / "codes", "--sampler", "corrector", "--steps", 60)
+    for number in range(3):
+        process = Run("sample_prior", (*flags, "--no-usage"), tmp_path / f"{number}.txt")
+        while not list((tmp_path / "codes").glob("*.npy"))[number:] and process.ranks[0].is_alive():
+            pass
+        process.kill(0)
+        if number == 0:
+            with pytest.raises(ValueError, match="does not have all of its 542 codes yet"):
+                open_codes(tmp_path / "codes")
+    assert launch(("forked", 1, "sample_prior.py", *flags, "--no-usage"), tmp_path).returncode == 0
+    draw = PriorDraw(prior, True, PriorOptions(sampler="corrector", steps=60), seed=0)
+    assert np.array_equal(read(tmp_path / "codes")[-30:], draw.draw(np.arange(NUM - 30, NUM)))
+
+
+#################################################################################
+#                               What is drawn how                               #
+#################################################################################
+
+
+def drawn(prior, indices=range(BATCH), seed=0, **options):
+    return PriorDraw(prior, True, PriorOptions(**options), seed=seed).draw(np.array(indices))
+
+
+def test_each_option_changes_the_codes(prior):
+    """And they are all whole codes; temperature 0 and a tiny nucleus are the likeliest tokens."""
+    kinds = dict(
+        plain={},
+        analytic=dict(sampler="analytic", steps=20),
+        corrector=dict(sampler="corrector", steps=20, eta=0.3),
+        confidence=dict(sampler="confidence", steps=3),
+        fewer=dict(steps=2),
+        cold=dict(temperature=0.5),
+        nucleus=dict(top_p=0.5),
+        classes=dict(class_=[0, 2]),
+        guided=dict(class_=[0, 2], cfg_scale=3.0),
+    )
+    found = {name: drawn(prior, **options) for name, options in kinds.items()}
+    for name, one in found.items():
+        assert one.shape == (BATCH, L) and one.min() >= 0 and one.max() < V
+        for other in found:
+            assert other == name or not np.array_equal(one, found[other]), (name, other)
+    assert np.array_equal(drawn(prior, temperature=0), drawn(prior, top_p=1e-6))
+    assert np.array_equal(drawn(prior, range(5, 9)), found["plain"][5:9])
+    assert not np.array_equal(drawn(prior, seed=1), found["plain"])
+
+
+def test_infilling_keeps_what_it_is_to_keep(prior, run, tmp_path):
+    """N tokens of each code at places of its own, or the places that are named; the rest is drawn anew."""
+    given = np.random.default_rng(0).integers(0, V, (7, L))
+    np.save(tmp_path / "given.npy", given)
+    codes = drawn(prior, given=tmp_path / "given.npy", keep_tokens=4)
+    same = codes == given[np.arange(BATCH) % 7]
+    assert (same.sum(axis=1) >= 4).all() and same.mean() < 0.75 and (same.mean(axis=0) < 0.9).all()
+    assert np.array_equal(drawn(prior, given=tmp_path / "given.npy", keep_tokens=L), given[np.arange(BATCH) % 7])
+    said = run(
+        *("--ckpt", prior, "--num", 9, "--out", "infilled", "--no-usage", "--given", "given.npy"),
+        *("--given-rows", 3, "--keep-places", "0-2", 5),
+    )
+    assert "kept 4 tokens at positions 0-2, 5" in said
+    same = read("infilled") == given[3]
+    assert same[:, [0, 1, 2, 5]].all() and same[:, 3:5].mean() < 0.5
+    np.save(tmp_path / "given.npy", np.roll(given, 1, axis=0))
+    with pytest.raises(SystemExit):
+        run(
+            *("--ckpt", prior, "--num", 9, "--out", "infilled", "--given", "given.npy"),
+            *("--given-rows", 3, "--keep-places", "0-2", 5),
+        )
+
+
+def test_classes_are_recorded(prior, run, tmp_path):
+    assert "classes 0, 1, 2 in turn" in run("--ckpt", prior, "--num", 5, "--out", "all", "--class", "all", "--no-usage")
+    record = finished_record(tmp_path / "all")
+    assert record.labels == [0, 1, 2, 0, 1] and record.V == V and record.num == 5
+
+
+def test_which_prior_is_taken(tmp_path):
+    """The best of a run, else its newest checkpoint; of several runs the one that wrote last; raw weights as asked."""
+    first = save_prior(tmp_path / "runs/a/checkpoints/0000010")
+    assert newest_prior(tmp_path / "runs") == first == resolved(tmp_path / "runs/a") and resolved(first) == first
+    best = save_prior(tmp_path / "runs/a/best/0000004", weights=["ema"])
+    assert newest_prior(tmp_path / "runs/a") == best
+    assert newest_prior(tmp_path / "runs/a", use_ema=False) == first
+    with pytest.raises(ValueError, match="no prior under --results-dir"):
+        newest_prior(tmp_path / "runs/a/best")
+
+
+#################################################################################
+#                                 Usage of codes                                #
+#################################################################################
+
+
+def test_usage_by_hand():
+    """Perplexity, repeats, copies and distances, against loops; with the training codes' own beside them."""
+    rng = np.random.default_rng(0)
+    train, new = rng.integers(0, 3, (40, 5)), rng.integers(0, 3, (12, 5))
+    train[7], new[3], new[4], new[9] = train[2], train[2], new[1], train[11]
+    rows = [Rows(len(one), lambda places, one=one: one[places]) for one in (new, train)]
+    found = usage(rows[0], 3, rows[1], rows[0])
+    apart = (new[:, None] != train).sum(axis=2)
+    assert found["samples"]["copies"] == (apart.min(axis=1) == 0).mean() >= 2 / 12
+    assert found["samples"]["repeated"] == pytest.approx(1 - len(np.unique(new, axis=0)) / 12)
+    assert found["samples"]["nearest_mean"] == apart.min(axis=1).mean() and found["samples"]["nearest_least"] == 0
+    assert found["heldout"] == found["samples"]
+    own = (train[:, None] != train).sum(axis=2) + 9 * np.eye(40, dtype=int)
+    assert found["training"]["copies"] == (own.min(axis=1) == 0).mean() >= 2 / 40
+    assert found["training"]["nearest_mean"] == own.min(axis=1).mean()
+    shares = [np.bincount(column, minlength=3) / 12 for column in new.T]
+    np.testing.assert_allclose(
+        perplexity(rows[0], 3), [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares], rtol=1e-9
+    )
+    assert nearest(rows[0], rows[1], 3).shape == (3,)
+    assert usage(rows[0], 3)["samples"].keys().isdisjoint({"copies", "nearest_mean"})
+    alone = Rows(9, lambda places: np.ones((9, 2), int)[places], np.arange(9))
+    np.testing.assert_allclose(perplexity(alone, 300), 1)
+
+
+def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):
+    """All of them without those held out, which are compared as well; saved with the codes."""
+    codes = np.random.default_rng(0).integers(0, 4, (50, 3))
+    features = write_features(tmp_path / "features", codes)
+    prior = save_prior(tmp_path / "prior", L=3, V=4, features_path=str(features), holdout=0.2, encoder_sha256="e" * 64)
+    said = run("--ckpt", prior, "--num", 100, "--out", "codes")
+    assert "training codes" in said and "held-out codes" in said and " 40 " in said and " 10\n" in said
+    kept = finished_record(tmp_path / "codes").usage
+    assert kept["samples"]["count"] == 100 and 0 < kept["samples"]["copies"] <= 1
+    assert 3 <= kept["samples"]["mean_perplexity"] <= 4 and len(kept["training"]["perplexity"]) == 3
+    (tmp_path / "features").rename(tmp_path / "moved")
+    assert "no comparison with the training codes" in run("--ckpt", prior, "--num", 100, "--out", "codes")
+    assert "training codes" in run("--ckpt", prior, "--num", 100, "--out", "codes", "--features-path", "moved")
+
+
+#################################################################################
+#                              Images of its codes                              #
+#################################################################################
+
+DRAW = ("sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--num-sampling-steps", 2, "--cfg-scale", 1)
+
+
+def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
+    """Sample i gets code i, byte for byte, by any processes and batches; resumed, with more samples; recorded so that
+    agreement with the codes can be measured."""
+    command = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "one")
+    launch(("forked", 1, *command, "--num-fid-samples", 3), workplace)
+    said = launch(("forked", 1, *command, "--num-fid-samples", 5), workplace).stdout
+    assert "codes drawn from DLCPrior-Ti, step 3: first-hitting, 6 steps; 2 of 5 images" in said
+    two = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "two", "--per-proc-batch-size", 2)
+    launch(("torchrun", 2, *two, "--num-fid-samples", 5), workplace)
+    for name in ("one", "two"):
+        (folder,) = (tmp_path / name).glob("*.codes")
+        assert np.array_equal(read(folder), read(codes[0])[:5])
+    folder = next(path for path in (tmp_path / "one").iterdir() if path.is_dir() and path.suffix != ".codes")
+    record = SamplesRecord.read(folder / "samples.json")
+    assert record.prior["sampler"] == "first-hitting" and record.prior["weights_sha256"]
+    assert json.loads((folder / "samples.json").read_text())["code_rows"] == list(range(5))
+    assert torch.equal(DrawnCodes(folder, record)(np.arange(5)), torch.from_numpy(read(codes[0])[:5]))
+    result = launch(("forked", 1, *command, "--num-fid-samples", 5, "--prior-steps", 2), workplace, check=False)
+    assert result.returncode == 2 and "holds samples made with other settings: conditions " in result.stdout
+    listed = launch(
+        (
+            "forked",
+            1,
+            *DRAW,
+            "--dlc-dir",
+            codes[0],
+            "--dlc-order",
+            "sequential",
+            "--sample-dir",
+            tmp_path / "listed",
+            "--num-fid-samples",
+            5,
+        ),
+        workplace,
+    ).stdout
+    assert f"{NUM} codes of {codes[0]} in sequential order" in listed
+    images = [np.load(next((tmp_path / name).glob("*.npz")))["arr_0"].astype(int) for name in ("one", "two", "listed")]
+    assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
+    assert sample_folder(tmp_path / "listed").name == folder.name
+
+
+#################################################################################
+#                                   Mistakes                                    #
+#################################################################################
+
+
+def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
+    plain = save_prior(tmp_path / "plain")
+    np.save(tmp_path / "short.npy", np.zeros((2, L - 1), int))
+    np.save(tmp_path / "given.npy", np.zeros((2, L), int))
+    np.save(tmp_path / "far.npy", np.full((2, L), V))
+    other = write_features(tmp_path / "other", np.zeros((5, 6), int), V=3)
+    (tmp_path / "foreign").mkdir()
+    np.save(tmp_path / "foreign/0.npy", np.zeros((2, L), int))
+    given = ("--given", "given.npy")
+    for flags, message in (
+        (("--ckpt", "nowhere.pt"), "nowhere.pt"),
+        (("--results-dir", "nowhere"), "no prior under --results-dir nowhere: train one with train_prior.py"),
+        (("--num", 0), "must be at least 1"),
+        (("--out", "given.npy"), "is a file: name a folder"),
+        (("--out", "foreign"), "holds files of codes but no codes.json"),
+        (("--eta", 0.1), "--eta 0.1: --sampler first-hitting masks no token again"),
+        (("--top-p", 0), "must be"),
+        (("--temperature", -1), "must be at least 0"),
+        (("--cfg-scale", 2), "guidance needs a --class"),
+        (("--class", "cat"), "argument --class: invalid class value"),
+        (("--class", 3), "the prior's classes are 0 to 2"),
+        (("--class", "all", 1), "leave the others out"),
+        (("--ckpt", plain, "--class", 1), "has no classes"),
+        (("--keep-tokens", 2), "name the codes with --given"),
+        (given, "say what to keep of it"),
+        ((*given, "--keep-tokens", 2, "--keep-places", 1), "say what to keep of it"),
+        ((*given, "--keep-tokens", L + 1), f"only {L} tokens to keep"),
+        ((*given, "--keep-places", L), f"positions 0 to {L - 1}"),
+        ((*given, "--keep-places", "3-1"), "invalid position or range value"),
+        ((*given, "--keep-tokens", 1, "--given-rows", 2), "has rows 0 to 1"),
+        (("--given", "short.npy", "--keep-tokens", 1), f"have L={L - 1}, the prior L={L}"),
+        (("--given", "far.npy", "--keep-tokens", 1), f"outside 0..{V - 1}"),
+        (("--given", other, "--keep-tokens", 1), f"V=3, the prior V={V}"),
+        (("--features-path", other), "--V"),
+        (("--out", codes[0], "--num", 5), "is a set of 542 codes, more than 5"),
+        (("--out", codes[0], "--num", NUM, "--steps", 2), "steps 6 there, 2 here"),
+        (("--out", codes[0], "--num", NUM, "--ckpt", plain), "weights_sha256"),
+    ):
+        flags = flags if {"--ckpt", "--results-dir"} & set(flags) else ("--ckpt", prior, *flags)
+        assert message in error_of("sample_prior", *flags), flags
+    for flags, message in (
+        (("--prior-steps", 2), "name it with --prior"),
+        (("--prior", prior, "--dlc-dir", codes[0]), "give one of them"),
+        (("--prior", "nowhere"), "nowhere"),
+        (("--prior", save_prior(tmp_path / "six", V=6)), f"V=6, the checkpoint's model has V={V}"),
+        (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),
+    ):
+        flags = ("--results-dir", "results", *flags)
+        from test_bad_input import save_checkpoint
+
+        if not (tmp_path / "results").exists():
+            save_checkpoint(tmp_path / "results/checkpoints/0000001")
+        flags = flags if "--model" in flags else ("--model", "DiTSEM-Ti/4", *flags)
+        assert message in error_of("sample_ddp_computed_dlc", *flags), flags
+
+
+def test_damaged_folders_of_codes(codes, tmp_path):
+    """A missing shard, a lost digest, a codes.json of a newer version or with a wrong value: one line each."""
+    import shutil
+
+    def damaged(name, change):
+        folder = tmp_path / name
+        shutil.copytree(codes[0], folder)
+        change(folder)
+        with pytest.raises(ValueError) as error:
+            open_codes(folder)
+        return str(error.value)
+
+    def edit(**values):
+        def change(folder):
+            json_path = folder / "codes.json"
+            json_path.write_text(json.dumps({**json.loads(json_path.read_text()), **values}))
+
+        return change
+
+    assert "has 2 shards of codes, by codes.json it has 3" in damaged("a", lambda one: (one / "000001.npy").unlink())
+    assert "does not have all of its 542 codes yet" in damaged("b", edit(codes_sha256=None))
+    assert "format_version 99, of a newer version" in damaged("c", edit(format_version=99))
+    assert "num is 'many', wanted a whole number" in damaged("d", edit(num="many"))
+    assert CodeFolder.shards(NUM) == 3

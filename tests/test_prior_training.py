@@ -1,0 +1,291 @@
+"""train_prior.py: what it holds out, draws, logs and keeps; resumed, killed, by several processes; mistaken flags."""
+
+import itertools
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, launch
+from conftest import L as TOKENS
+from conftest import V as VALUES
+from forked import Run
+from PIL import Image
+from test_train import metrics, tensors
+from test_training import same_run
+from tiny_prior import save_prior
+
+from diffusion.masked import MaskedDiffusion
+from dlc.checkpoints.prior_weights import diffusion_of, load_prior
+from dlc.checkpoints.run import run_checkpoints
+from dlc.features import Features, FeatureWriter, Manifest
+from dlc.training.codes import STRATA, CodeBatches, Codes, draws, split_rows
+from dlc.training.heldout import heldout_bounds
+
+
+def write_features(path, codes, labels=None, V=4, flip="none", encoder="e" * 64):
+    """A features directory of these codes (n, L), whose latents are noise."""
+    n, L = codes.shape
+    writer = FeatureWriter(
+        path,
+        Manifest(
+            image_size=8,
+            latents="sample",
+            dtype="float32",
+            L=L,
+            V=V,
+            classes=["a", "b"],
+            images=n,
+            flip=flip,
+            encoder_sha256=encoder,
+        ),
+    )
+    writer.start()
+    labels = np.zeros(n, int) if labels is None else labels
+    arrays = dict(features=np.zeros((n, 4, 1, 1), np.float32), labels=labels, sem=codes.astype(np.uint8))
+    writer.write(0, dict(arrays, path=np.full(n, "a/0.png")), [])
+    writer.finish(1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def code_features(tmp_path_factory):
+    """96 codes of 6 tokens out of 4, each token equal to the one before it or the next value."""
+    rng = np.random.default_rng(0)
+    codes = (rng.integers(0, 4, (96, 1)) + rng.integers(0, 2, (96, 6)).cumsum(axis=1)) % 4
+    return write_features(tmp_path_factory.mktemp("codes") / "features", codes, codes[:, 0] % 2)
+
+
+@pytest.fixture
+def train(code_features, tmp_path):
+    """train(name, flags…, processes=N): a started run into that folder of tmp_path."""
+    outputs = (tmp_path / f"output_{number}.txt" for number in itertools.count())
+
+    def start(name, *flags, processes=1):
+        flags = (
+            *("--model", "DLCPrior-Ti", "--features-path", code_features, "--results-dir", tmp_path / name),
+            *("--global-batch-size", 8, "--lr", 3e-3, "--warmup-steps", 4, "--ema-decay", 0.9, "--num-workers", 0),
+            *("--holdout", 0.2, "--eval-every", 4, "--eval-levels", 3, *flags),
+        )
+        return Run("train_prior", flags, next(outputs), processes)
+
+    return start
+
+
+@pytest.fixture
+def trained(train):
+    """The same, ended well; gives what it said."""
+
+    def run(*args, **kwargs):
+        process = train(*args, **kwargs)
+        assert process.wait(), process.said()
+        return process.said()
+
+    return run
+
+
+#################################################################################
+#                              Rows, draws, bounds                              #
+#################################################################################
+
+
+def test_rows_that_are_held_out():
+    """Apart, together all, at least one, the same in every run, and both copies of a flipped image."""
+    train, heldout = split_rows(1000, 0.01)
+    assert len(heldout) == 10 and sorted([*train, *heldout]) == list(range(1000))
+    np.testing.assert_array_equal(heldout, split_rows(1000, 0.01)[1])
+    assert [len(part) for part in split_rows(30, 0.001)] == [29, 1]
+    assert [len(part) for part in split_rows(30, 0)] == [30, 0]
+    train, heldout = split_rows(1000, 0.1, copies=2)
+    assert len(train) == 900 and len(heldout) == 50 and not set(heldout // 2) & set(train // 2)
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        split_rows(1, 0.5)
+
+
+def test_both_copies_of_a_code_are_held_out(tmp_path):
+    codes = Codes(
+        write_features(tmp_path / "f", np.arange(40).repeat(2)[:, None] % 4 + [[0]], flip="both"), holdout=0.1
+    )
+    assert codes.count == 72 and codes.heldout[0].shape == (4, 1)
+
+
+def test_draws_belong_to_samples():
+    """Any subset gets the same; times fill each stratum; shares are as asked."""
+    indices = torch.arange(4 * STRATA)
+    t, u, key, drop = draws(7, indices, 5, 0.25)
+    for whole, part in zip((t, u, key, drop), draws(7, indices[100:110], 5, 0.25)):
+        assert torch.equal(whole[100:110], part)
+    for block in t.view(-1, STRATA):
+        assert ((block.sort().values * STRATA - torch.arange(STRATA)) < 1 + 1e-3 * STRATA).all()
+    assert t.min() >= 1e-3 and t.max() < 1
+    assert u.shape == (256, 5) and len(u.unique()) > 1270 and abs(drop.double().mean() - 0.25) < 0.1
+    assert key.dtype == torch.int32 and len(key.unique()) == 256
+    assert not torch.equal(t, draws(8, indices, 5)[0]) and not draws(7, indices, 5)[3].any()
+
+
+def test_batches_are_the_training_codes(code_features):
+    """Each once in an epoch, and none that is held out."""
+    codes = Codes(code_features, holdout=0.25)
+    batches = CodeBatches(codes, seed=0, global_batch=24)
+    seen = torch.cat([batches[step][1] for step in range(3)])
+    places = torch.cat([batches[step][0] for step in range(3)])
+    assert torch.equal(places, torch.arange(72))
+    all_rows, labels = codes.gather(codes.rows)
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, all_rows.tolist()))
+    assert torch.equal(batches[1][2], batches[1][1][:, 0] % 2) and labels.max() == 1
+    assert batches[0][1].dtype == batches[0][2].dtype == torch.int64
+
+
+def test_bounds_of_models_that_are_known(code_features):
+    """A uniform model's is ln V, that of frequencies `independent_nats`, whatever part of the codes a process has."""
+    codes = Codes(code_features, holdout=0.25)
+    tokens, diffusion = codes.heldout[0], MaskedDiffusion(4, time_conditioning=False)
+    indices = torch.arange(len(tokens))
+
+    def uniform(x, sigma, places):
+        return torch.zeros(int(places.sum()), 5)
+
+    bounds = heldout_bounds(uniform, diffusion, tokens, indices, 3)
+    np.testing.assert_allclose(bounds, 6 * np.log(4), rtol=1e-6)
+    counts = 1 + torch.stack([(codes.gather(codes.rows)[0] == value).sum(dim=0) for value in range(4)], dim=1)  # (L, V)
+    log_p = (counts / counts.sum(dim=1, keepdim=True)).log()
+
+    def frequencies(x, sigma, places):
+        return torch.nn.functional.pad(log_p, (0, 1))[places.nonzero()[:, 1]]
+
+    tokens, indices = tokens.repeat(200, 1), torch.arange(200 * len(tokens))  # each code with many masks
+    bounds = heldout_bounds(frequencies, diffusion, tokens, indices, 6)
+    assert bounds.mean().item() / 6 == pytest.approx(codes.independent_nats(), rel=3e-3)
+    parts = [heldout_bounds(frequencies, diffusion, tokens[i::2], indices[i::2], 6) for i in range(2)]
+    assert torch.equal(torch.stack(parts, dim=1).flatten(), bounds)
+
+
+#################################################################################
+#                                     Runs                                      #
+#################################################################################
+
+
+def test_stopped_and_resumed_is_the_same_run(trained, tmp_path):
+    """Weights, EMA, optimizer, losses and held-out bounds, to the bit, dropout and classes included; and the
+    weights of the lowest bound are kept."""
+    flags = ("--log-every", 3, "--grad-accum", 2, "--class-conditional", "--label-dropout", 0.3, "--ckpt-every", 4)
+    said = trained("whole", "--max-steps", 10, *flags)
+    trained("parts", "--max-steps", 5, *flags)
+    trained("parts", "--max-steps", 10, *flags)
+    # the run of 5 steps was measured at its end, too
+    lines = [line for line in metrics(tmp_path / "parts") if line["step"] != 5]
+    (tmp_path / "parts/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert same_run(tmp_path / "whole", tmp_path / "parts", 10)
+    measured = [line for line in metrics(tmp_path / "whole") if "heldout_nats" in line]
+    assert [line["step"] for line in measured] == [4, 8, 10]
+    assert measured[0]["uniform_nats"] == pytest.approx(np.log(4)) and measured[0]["heldout_error"] > 0
+    assert measured[-1]["heldout_no_class_nats"] != measured[-1]["heldout_nats"] < measured[0]["heldout_nats"]
+    (best,) = (tmp_path / "whole/best").iterdir()
+    assert best.name == f"{min(measured, key=lambda line: line['heldout_nats'])['step']:07d}"
+    assert (best / "ema.safetensors").read_bytes() == (
+        tmp_path / f"whole/checkpoints/{best.name}/ema.safetensors"
+    ).read_bytes()
+    assert (
+        "held-out bound: lowest at step" in said
+        and "codes/s" in said
+        and "codes_per_second" in metrics(tmp_path / "whole")[0]
+    )
+    rates = [line["lr"] for line in metrics(tmp_path / "whole") if "lr" in line]
+    assert rates == pytest.approx([3e-3 * 3 / 4, 3e-3, 3e-3])
+
+
+def test_processes_train_alike(trained, tmp_path):
+    """With dropout and classes, from weights whose gradients are not mere rounding, as some of a new run are."""
+    prior = save_prior(tmp_path / "prior", 0.2, num_classes=2, L=6, V=4)
+    flags = ("--pretrained-path", prior, "--class-conditional", "--dropout", 0.5, "--log-every", 1, "--max-steps", 3)
+    trained("one", *flags, "--eval-every", 3)
+    trained("two", *flags, "--eval-every", 3, processes=2)
+    trained("other", *flags, "--eval-every", 3, "--global-seed", 1)
+    losses = {
+        name: [line[key] for line in metrics(tmp_path / name) for key in ("loss", "heldout_nats") if key in line]
+        for name in ("one", "two", "other")
+    }
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=2e-4)  # products of fewer rows round otherwise
+    assert max(abs(np.subtract(losses["other"], losses["one"]))) > 0.05
+
+
+def test_killed_at_random_moments(trained, train, tmp_path):
+    """With a checkpoint and a measurement at each step, the end is the same."""
+    flags = ("--max-steps", 12, "--ckpt-every", 1, "--eval-every", 1, "--log-every", 1)
+    start = time.time()
+    trained("whole", *flags)
+    whole, chance, kills = time.time() - start, random.Random(0), 0
+    while kills < 4:
+        run = train("run", *flags)
+        if run.wait(chance.uniform(0.4, 1) * whole) or not run.kill(0):
+            break
+        kills += 1
+    trained("run", *flags)
+    assert kills and same_run(tmp_path / "whole", tmp_path / "run", 12)
+    best = [[path.name for path in (tmp_path / name / "best").iterdir()] for name in ("whole", "run")]
+    assert best[0] == best[1] and len(best[0]) == 1
+
+
+def test_the_published_kind(train, trained, tmp_path):
+    """One table for all positions and SEDD's loss: what is recorded, and that it can be begun with."""
+    trained("sedd", "--max-steps", 2, "--log-every", 1, "--shared-embedding", "--score-entropy", "--holdout", 0)
+    checkpoint = run_checkpoints(tmp_path / "sedd")[-1]
+    model, meta = load_prior(checkpoint)
+    assert model.shared_embedding and model.scale_by_sigma and meta.score_entropy and meta.dropout == 0.1
+    diffusion = diffusion_of(meta)
+    assert diffusion.time_conditioning and diffusion.score_entropy and diffusion.masking == "counted"
+    assert not (tmp_path / "sedd/best").exists() and "heldout_nats" not in str(metrics(tmp_path / "sedd"))
+    begun = ("--max-steps", 1, "--lr", 0, "--shared-embedding", "--score-entropy", "--pretrained-path", checkpoint)
+    said = trained("begun", *begun)
+    assert f"tensors from {checkpoint}" in said and "not taken" not in said
+    ours, theirs = tensors(tmp_path / "begun/checkpoints/0000001"), tensors(checkpoint)
+    assert all(torch.equal(ours[key], theirs[f"ema/{key[6:]}"]) for key in ours if key.startswith("model/"))
+    run = train("sedd", "--max-steps", 3)
+    assert not run.wait() and "shared_embedding True there, False here" in run.said()
+    assert "another run" in run.said() and "Traceback" not in run.said()
+
+
+def test_by_its_launcher_with_pictures(workplace, tiny_models, tmp_path):
+    """accelerate launch, with two processes, on extracted features, whose codes take 16 bits; previews by a DiTSEM."""
+    command = (
+        *("accelerate", 2, "train_prior.py", "--model", "DLCPrior-Ti", "--features-path", "features"),
+        *("--results-dir", tmp_path / "run", "--max-steps", 2, "--global-batch-size", 4, "--num-workers", 1),
+        *("--holdout", 0.1, "--sample-every", 2, "--preview-ckpt", "results"),
+    )
+    said = launch(command, workplace).stdout
+    assert f"L={TOKENS}, V={VALUES}" in said and "13 codes of features" in said and "held out: 1 codes" in said
+    assert Image.open(tmp_path / "run/previews/0000002.png").size == (8 * IMAGE_SIZE, 3 * IMAGE_SIZE)
+    meta = load_prior(run_checkpoints(tmp_path / "run")[-1])[1]
+    features = Features(workplace / "features")
+    assert meta.features_path == str(workplace / "features") and meta.holdout == 0.1
+    assert meta.encoder_sha256 == features.manifest.encoder_sha256
+
+
+#################################################################################
+#                                   Mistakes                                    #
+#################################################################################
+
+
+def test_mistakes_are_one_line(error_of, code_features, tmp_path):
+    other = write_features(tmp_path / "other", np.zeros((5, 6), int), V=3)
+    foreign = write_features(tmp_path / "foreign", np.zeros((5, 6), int), encoder="f" * 64)
+    (tmp_path / "half/progress").mkdir(parents=True)
+    for flags, message in (
+        (("--features-path", "nowhere"), "features path nowhere does not exist"),
+        (("--features-path", "half"), "half-written"),
+        (("--V", 5), "--V 5: "),
+        (("--holdout", 0.999), "must be 0 to 0.9"),
+        (("--heldout-path", "nowhere"), "nowhere does not exist"),
+        (("--heldout-path", other), "have L=6, V=3, those of"),
+        (("--heldout-path", foreign), "another encoder"),
+        (("--model", "DLCPrior-XL"), "invalid choice: 'DLCPrior-XL'"),
+        (("--dropout", 1), "must be 0 to 0.9"),
+        (("--sample-every", 5), "both --sample-every and the --preview-ckpt"),
+        (("--sample-every", 5, "--preview-ckpt", "nowhere"), "nowhere does not exist"),
+        (("--pretrained-path", "nowhere"), "nowhere does not exist"),
+        (("--global-batch-size", 9, "--grad-accum", 2), "is not a multiple of 1 processes x 2 micro-batches"),
+    ):
+        flags = ("--model", "DLCPrior-Ti", "--num-workers", 0, "--features-path", code_features, *flags)
+        assert message in error_of("train_prior", *flags), flags

@@ -1,0 +1,148 @@
+"""Weights of priors: SEDD's published folder and training file, our runs, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, golden
+
+from dlc.checkpoints.meta import RunMeta
+from dlc.checkpoints.prior_weights import diffusion_of, load_prior
+from dlc.checkpoints.run import save_checkpoint
+from dlc.checkpoints.weights import load_model
+from prior import DLCPrior, DLCPrior_models
+
+
+@pytest.fixture
+def sedd():
+    """Config, state dict, inputs and output of the golden, and its parameters' order."""
+    with np.load(ROOT / "tests/goldens/sedd.npz") as file:
+        config, order = json.loads(str(file["model/config"])), file["model/parameter_order"].tolist()
+    values, weights = golden("sedd", text=("model/config", "model/parameter_order"))
+    return config, weights, {key: values[f"model/{key}"] for key in ("x", "sigma", "out")}, order
+
+
+def write_folder(path, config, weights):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(weights, path / "model.safetensors")
+    return path
+
+
+def output(model, values):
+    with torch.no_grad():
+        return model(values["x"], values["sigma"])
+
+
+def test_sedd_folder(sedd, tmp_path):
+    """Config and weights as published, also with the names of an attribute, and without the constant frequencies."""
+    config, weights, values, _ = sedd
+    model, meta = load_prior(write_folder(tmp_path / "plain", config, weights))
+    assert (output(model, values) - values["out"]).abs().max() < 1e-5 and not model.training
+    assert (meta.model, meta.L, meta.V, meta.shared_embedding) == ("DLCPrior-2x32", 6, 7, True)
+    assert meta.scale_by_sigma and meta.time_conditioning and meta.weights == "as in the file"
+    assert diffusion_of(meta).told(torch.ones(1)) > 6
+    prefixed = {f"model.{name}": tensor for name, tensor in weights.items() if name != "rotary_emb.inv_freq"}
+    other, _ = load_prior(write_folder(tmp_path / "prefixed", config, prefixed))
+    assert torch.equal(output(other, values), output(model, values))
+    config["model"]["scale_by_sigma"] = False
+    unscaled = output(load_prior(write_folder(tmp_path / "unscaled", config, weights))[0], values)
+    shift = values["sigma"].expm1().log() + np.log(7)
+    there = torch.nn.functional.one_hot(values["x"], 8).bool()
+    assert torch.allclose((unscaled - shift.view(-1, 1, 1)).masked_fill(there, 0), values["out"], atol=1e-5)
+
+
+def test_sedd_training_file(sedd, tmp_path):
+    """Raw weights by name, EMA by the parameters' order, whatever order the raw ones are in."""
+    _, weights, values, order = sedd
+    file = dict(
+        model={f"module.{name}": weights[name] + 1 for name in sorted(weights)},
+        ema=dict(decay=0.9999, num_updates=7, shadow_params=[weights[name] for name in order]),
+        optimizer={},
+        step=12,
+    )
+    file["model"]["module.rotary_emb.inv_freq"] -= 1
+    torch.save(file, tmp_path / "checkpoint.pth")
+    model, meta = load_prior(tmp_path / "checkpoint.pth")
+    assert (output(model, values) - values["out"]).abs().max() < 1e-5
+    assert (meta.step, meta.weights) == (12, "ema") and "training checkpoint of SEDD" in meta.layout
+    raw, meta = load_prior(tmp_path / "checkpoint.pth", ema=False)
+    assert meta.weights == "raw" and torch.equal(raw.pos_embed, weights["pos_embed"] + 1)
+    for change, words in (
+        (dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][:-1])), "has 30 EMA tensors for 31"),
+        (
+            dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][::-1])),
+            "has EMA weights in another order than its",
+        ),
+        (dict(ema=dict(file["ema"], shadow_params={})), "has EMA weights that are no list"),
+        (dict(model=None), "has no dict of named tensors under 'model'"),
+    ):
+        torch.save({**file, **change}, tmp_path / "broken.pth")
+        with pytest.raises(ValueError, match=f"broken.pth {words}"):
+            load_prior(tmp_path / "broken.pth")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_our_checkpoints(shared, tmp_path):
+    """A run of train_prior.py: EMA or raw, the newest step, and how the prior was trained."""
+    torch.manual_seed(0)
+    sizes = dict(L=5, V=6, shared_embedding=shared, scale_by_sigma=False, num_classes=3)
+    model, ema = DLCPrior_models["DLCPrior-Ti"](**sizes), DLCPrior_models["DLCPrior-Ti"](**sizes)
+    meta = RunMeta(
+        **dict(model="DLCPrior-Ti", step=3, place=24, logged=0, skipped=0, features_count=9, global_batch_size=8),
+        **dict(global_seed=0, precision="fp32", lr=1e-3, weight_decay=0.0, ema_decay=0.9, versions={}),
+        **dict(sizes, time_conditioning=False, masking="counted", score_entropy=False, holdout=0.01),
+    )
+    save_checkpoint(tmp_path, meta, model=model, ema=ema, optimizer=torch.optim.AdamW(model.parameters()))
+    for use_ema, wanted in ((True, ema), (False, model)):
+        loaded, read = load_prior(tmp_path, use_ema)
+        assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        assert loaded.scale_by_sigma is False and loaded.num_classes == 3
+    assert json.loads((tmp_path / "checkpoints/0000003/meta.json").read_text())["format_version"] == 2
+    assert (read.masking, read.holdout, read.weights) == ("counted", 0.01, "raw")
+    assert diffusion_of(read).told(torch.ones(2)).tolist() == [0, 0] and diffusion_of(read).masking == "counted"
+    with pytest.raises(ValueError, match="is a prior over codes .*, no diffusion transformer"):
+        load_model(tmp_path)
+
+
+def test_refusals_name_tensor_or_key(sedd, tmp_path):
+    config, weights, _, _ = sedd
+    name = "blocks.1.mlp.0.weight"
+
+    def said(**changes):
+        folder = write_folder(
+            tmp_path / f"{len(list(tmp_path.iterdir()))}", **{**dict(config=config, weights=weights), **changes}
+        )
+        with pytest.raises(ValueError) as raised:
+            load_prior(folder)
+        assert str(folder) in str(raised.value) and len(str(raised.value)) < 400
+        return str(raised.value)
+
+    assert f"lacks {name}" in said(weights={key: value for key, value in weights.items() if key != name})
+    assert f"has other shapes: {name}" in said(weights={**weights, name: torch.zeros(3, 4)})
+    assert "has unknown extra" in said(weights={**weights, "extra": torch.zeros(1)})
+    assert f"tensor {name} has values that are NaN" in said(weights={**weights, name: weights[name] * torch.nan})
+    assert "no pos_embed of 2 dimensions" in said(weights={**weights, "pos_embed": torch.zeros(6)})
+    assert "does not fit width 32" in said(weights={**weights, "rotary_emb.inv_freq": torch.zeros(7)})
+    assert "graph.type is 'uniform'" in said(config=dict(config, graph=dict(type="uniform")))
+    assert "says tokens 9 in its config.json, while its tensors are of 7" in said(config=dict(config, tokens=9))
+    assert "model.n_heads is 'x', wanted" in said(config=dict(config, model=dict(config["model"], n_heads="x")))
+    assert "says 4 heads" in said(config=dict(config, model=dict(config["model"], n_heads=4)))
+    assert "does not tell its number of heads" in said(
+        config={}, weights={key: value for key, value in weights.items() if key != "rotary_emb.inv_freq"}
+    )
+    assert "is not a prior over codes: it has no vocab_embed" in said(config={}, weights={"a": torch.zeros(1)})
+
+
+def test_sizes():
+    """Parameters as the DLC project's code has them, for its shared table."""
+    with torch.device("meta"):
+        counts = [
+            sum(weight.numel() for weight in DLCPrior_models[name](L=L, V=V).parameters())
+            for name, L, V in (("DLCPrior-S", 512, 256), ("DLCPrior-S", 32, 4096), ("DLCPrior-M", 512, 256))
+        ]
+    assert [round(count / 1e6, 1) for count in counts] == [93.2, 98.7, 322.5]
+    with pytest.raises(ValueError, match="width 30 is not a multiple of twice the 4 heads"):
+        DLCPrior(3, 3, 30, 1, 4)

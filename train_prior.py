@@ -1,0 +1,184 @@
+"""Train a prior over discrete latent codes, p(code), to draw new codes from: masked diffusion by a transformer.
+
+    accelerate launch --mixed_precision bf16 train_prior.py --model DLCPrior-M --features-path /path/to/features
+    accelerate launch --multi_gpu --num_processes N --mixed_precision bf16 train_prior.py --model DLCPrior-M ...
+
+In: the codes of FEATURES/, of which a share is held out. Out: RESULTS/ as train_diffusion.py writes it, with the bound
+on the held-out codes in metrics.jsonl and log.txt, and the weights of its lowest value in best/{step:07d}/. The same
+command, run again, resumes from the newest checkpoint. SIGTERM, SIGUSR1 or Ctrl-C ends the run after the current step,
+with a checkpoint.
+
+Row, time, mask, dropout and class dropout of each sample are functions of (seed, global sample index) alone: neither
+the number of processes nor a restart changes what is trained on.
+"""
+
+import argparse
+
+from diffusion.masked import MaskedDiffusion
+from dlc.cli import ArgumentParser, number
+from dlc.disk import recorded_id
+from dlc.training.codes import CodeBatches, Codes, draws
+from dlc.training.flags import add_run_flags
+from dlc.training.heldout import HeldOut
+from dlc.training.preview import CodePreview
+from dlc.training.record import Losses
+from dlc.training.run import Run
+from prior import DLCPrior_models
+
+LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")
+MASKING = "counted"  # the same mean loss as independent masks, and less variance
+
+
+def argument_parser():
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="DLCPrior-M", choices=DLCPrior_models, metavar="MODEL", help="name in DLCPrior_models")
+    add(
+        "--shared-embedding",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="use one table of tokens and one output layer for all positions, as the published prior does, not one for "
+        "each [%(default)s]",
+    )
+    add("--dropout", type=number(float, 0, 0.9), default=0.1, help="share of the blocks' updates dropped in training")
+    add(
+        "--class-conditional",
+        action="store_true",
+        help="condition on the features' classes as well, for sample_prior.py --class and guidance [no]",
+    )
+    add(
+        "--label-dropout",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="with --class-conditional: share of samples whose class is hidden",
+    )
+    add(
+        "--score-entropy",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train on SEDD's loss in full, which also normalises the score: for weights that SEDD's own samplers are "
+        "to use; without it, on the bound [%(default)s]",
+    )
+
+    add = parser.add_argument_group("data").add_argument
+    add("--features-path", "--feature-path", default="features", help="train on the codes of these features")
+    add("--V", type=number(int, 1), help="tokens per position, for features without a manifest [the manifest's]")
+    add(
+        "--holdout",
+        type=number(float, 0, 0.9),
+        default=0.01,
+        help="share of the codes to hold out, to measure the bound on; 0 holds none out",
+    )
+    add("--heldout-path", help="hold out the codes of these features instead, and train on all of the others [none]")
+
+    add = add_run_flags(parser)
+    add("--eval-every", type=number(int, 1), default=10_000, help="steps between bounds on the held-out codes")
+    add(
+        "--eval-levels",
+        type=number(int, 1),
+        default=8,
+        help="how many numbers of masked tokens each held-out code is measured at; L measures at all of them",
+    )
+    add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures; 0 disables them")
+    add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [none]")
+    add("--vae", help="ema, mse, a directory or a hub id: decodes the previews [that of --preview-ckpt, or ema]")
+    parser.set_defaults(
+        epochs=200, global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior"
+    )
+    return parser
+
+
+def main():
+    # ---------------------------------------------------------------------- flags
+    parser = argument_parser()
+    args = parser.parse_args()
+    with (
+        Run(parser, args) as run,
+        parser.kept_on_error("what is done is kept", "--global-batch-size, or raise --grad-accum", (OSError,)),
+    ):
+        train(parser, args, run)
+
+
+def train(parser, args, run):
+    """The run that args ask for."""
+    with parser.one_line_errors():
+        # ---------------------------------------------------------------------- data
+        if bool(args.sample_every) != bool(args.preview_ckpt):
+            raise ValueError("previews need both --sample-every and the --preview-ckpt of a DiTSEM")
+        codes = Codes(args.features_path, args.V, args.holdout, args.heldout_path)
+        source = codes.features.source()
+        sizes = dict(
+            L=codes.L,
+            V=codes.V,
+            num_classes=codes.num_classes if args.class_conditional else None,
+            shared_embedding=args.shared_embedding,
+            scale_by_sigma=args.score_entropy,
+        )
+        run.claim(
+            identity=dict(model=args.model, time_conditioning=args.score_entropy, **sizes),
+            settings=dict(
+                features_count=codes.count,
+                latents="codes",
+                masking=MASKING,
+                score_entropy=args.score_entropy,
+                holdout=0.0 if args.heldout_path else args.holdout,
+                heldout_path=args.heldout_path and recorded_id(args.heldout_path),
+                **{key: source[key] for key in ("encoder_sha256", "listing_sha256", "flip")},
+            ),
+            notes=dict(features_path=recorded_id(args.features_path), dropout=args.dropout),
+        )
+        if run.state.is_main_process:
+            codes.validate()
+        preview = None
+        if args.preview_ckpt and run.state.is_main_process:
+            preview = CodePreview(args.preview_ckpt, args.vae, codes, run.device, args.global_seed)
+
+        # ---------------------------------------------------------------------- model
+        run.start()
+        model = DLCPrior_models[args.model](**sizes, dropout=args.dropout)
+    run.adopt(model.to(run.device), LOSSES)
+    diffusion = MaskedDiffusion(
+        codes.V, masking=MASKING, time_conditioning=args.score_entropy, score_entropy=args.score_entropy
+    )
+
+    # ---------------------------------------------------------------------- run
+    batches = CodeBatches(
+        codes,
+        seed=args.global_seed,
+        global_batch=args.global_batch_size,
+        rank=run.state.process_index,
+        world_size=run.state.num_processes,
+        first_step=run.first_step,
+        first_index=run.first_index,
+    )
+    run.logger.info(
+        f"model: {args.model}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, "
+        + ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)
+    )
+    run.logger.info(
+        f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps an "
+        "epoch"
+    )
+    heldout = HeldOut(run, codes, diffusion)
+
+    # ---------------------------------------------------------------------- loop
+    for step, batch in run.steps(batches):
+        for indices, x, y in run.micro_batches(batch):
+            t, u, dropout_key, drop = draws(args.global_seed, indices, codes.L, args.label_dropout)
+            x_t = diffusion.corrupt(x, t, u)  # (n, L), some of them masked
+            kwargs = dict(y=y, drop=drop) if args.class_conditional else {}
+            terms = diffusion.training_losses(run.model, x, t, x_t, dict(kwargs, dropout_key=dropout_key))
+            run.backward(terms, t, 1)
+        run.update(step)
+        if heldout.is_due(step):  # before a checkpoint, so that a resumed run has the same measurements
+            heldout.measure(step)
+        run.report(step)
+        if args.sample_every and step % args.sample_every == 0:
+            with run.whole_ema() as ema:
+                if preview:
+                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", ema, diffusion)
+    heldout.conclude()
+
+
+if __name__ == "__main__":
+    main()
