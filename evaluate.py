@@ -89,8 +89,8 @@ def run(parser, args):
     logger.info(f"self-check passed: the distance of a set to itself is {itself:.1e}; {describe(checks)}")
     if samples:
         logger.info(f"{samples.count:,} samples of {samples.size[1]} x {samples.size[0]} in {samples.path}")
-        for note in samples.notes:
-            logger.warning(f"warning: {note}")
+    for note in [*(samples.notes if samples else ()), *(folder_notes(reference) if reference else ())]:
+        logger.warning(f"warning: {note}")
 
     # ---------------------------------------------------------------------- features and metrics
     if args.features in NETWORKS:
@@ -150,6 +150,11 @@ def judge_feature_file(comparison, images, state) -> Result:
         measured = measure(images, [], state)
         found.digest, found.twins, found.blank = measured.digest, measured.twins, measured.blank
     return comparison.judge(found, images) if state.is_main_process else Result()
+
+
+def folder_notes(reference):
+    """What was left out of a folder of reference images; beside the images of an .npz, everything is used."""
+    return reference.images.notes if reference.path.is_dir() else ()
 
 
 def describe(checks) -> str:

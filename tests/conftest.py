@@ -260,3 +260,32 @@ def workplace(images, tiny_models, tmp_path_factory):
 def sample_folder(root):
     (folder,) = (path for path in root.iterdir() if path.is_dir())
     return folder
+
+
+@pytest.fixture
+def evaluation_place(tmp_path, monkeypatch):
+    """A directory with samples.npz, reference.npz and the weights of a small network, which is in Inception's place."""
+    import tiny_networks
+
+    from dlc.evaluation import networks
+
+    monkeypatch.setitem(networks.NETWORKS, "inception", tiny_networks.TinyInception)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.bin").write_bytes(b"weights")
+    np.savez(tmp_path / "samples.npz", arr_0=tiny_networks.pixels(40))
+    np.savez(tmp_path / "reference.npz", arr_0=tiny_networks.pixels(50, seed=1))
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(evaluation_place, monkeypatch, capsys):
+    """Call evaluate.py in that directory; gives what it printed."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+        importlib.import_module("evaluate").main()
+        return capsys.readouterr().out
+
+    return call

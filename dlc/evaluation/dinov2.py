@@ -20,9 +20,10 @@ OFFSET = 0.1  # patches, by which DINOv2 enlarges the grid that it scales to
 
 
 def preprocess(images: torch.Tensor) -> torch.Tensor:
-    """Images (N, H, W, 3) uint8 on the CPU to (N, 3, 224, 224) float32, normalised by ImageNet's mean and std."""
+    """Images (N, H, W, 3) uint8 to (N, 3, 224, 224) float32 on the CPU, normalised by ImageNet's mean and std."""
     resized = [
-        np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images.numpy()
+        np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        for image in images.cpu().numpy()
     ]
     return normalize(torch.from_numpy(np.stack(resized)), IMAGENET_MEAN, IMAGENET_STD)
 

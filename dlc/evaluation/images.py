@@ -125,6 +125,9 @@ class NpzImages(ImageSet):
             raise ValueError(f"{path}: arr_0 {fault}")
         self.count, self.size = shape[0], tuple(shape[1:3])
         self.record = read_record(self.path.with_suffix(""), self.count)
+        others = [name for name in names if name != "arr_0"]
+        if others:
+            self.notes.append(f"{path}: not used: {one_line(', '.join(others), 100)}; the numbers are of arr_0")
 
     def batches(self, start, stop, size):
         bytes_of_one = self.size[0] * self.size[1] * 3

@@ -1,0 +1,308 @@
+"""evaluate.py: numbers, inputs, references, processes. A small network is in Inception's place."""
+
+import json
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import tiny_networks
+import torch
+from conftest import ROOT, launch
+from PIL import Image
+from test_evaluation_networks import tiny_dinov2
+from tiny_networks import pixels, record_of, save_folder
+
+from dlc.evaluation import self_check
+from dlc.evaluation.features import share
+from dlc.evaluation.images import open_images
+from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
+from dlc.images import center_crop
+from dlc.sampling.files import write_npz
+
+GOLDEN = np.load(ROOT / "tests/goldens/adm_metrics.npz")
+NUMBER = r"-?[\d.]+"
+
+
+def numbers_in(path):
+    return json.loads(path.read_text())["metrics"]
+
+
+def by_hand(samples, reference):
+    """FID, sFID, IS, precision and recall of arrays of images, in one pass each."""
+    network = tiny_networks.TinyInception("tiny.bin", torch.device("cpu"))
+    sets = [network(torch.from_numpy(one)) for one in (reference, samples)]
+    statistics = {}
+    for output in ("pool", "spatial"):
+        both = [FeatureStatistics(one[output].shape[1]) for one in sets]
+        for one, found in zip(both, sets):
+            one.update(found[output])
+        statistics[output] = frechet_distance(*both)
+    precision, recall = precision_recall(sets[0]["pool"], sets[1]["pool"])
+    score = inception_score(network.probabilities(sets[1]["pool"]))
+    return dict(
+        fid=statistics["pool"], sfid=statistics["spatial"], inception_score=score, precision=precision, recall=recall
+    )
+
+
+#################################################################################
+#                                   The whole                                   #
+#################################################################################
+
+
+def test_table_file_and_line(evaluate, evaluation_place):
+    """ADM's five numbers in the table, in samples.metrics.json with all that it compared, and in a line."""
+    said = evaluate("samples.npz", "--reference", "reference.npz")
+    content = json.loads((evaluation_place / "samples.metrics.json").read_text())
+    wanted = by_hand(pixels(40), pixels(50, seed=1))
+    assert content["metrics"] == pytest.approx(wanted, rel=1e-5)
+    for name, key in (("FID", "fid"), ("sFID", "sfid"), ("IS", "inception_score"), ("recall", "recall")):
+        assert float(re.search(rf" {name} +({NUMBER})\n", said)[1]) == pytest.approx(wanted[key], abs=1e-4)
+    assert re.search(
+        rf"to paste: FID {NUMBER}, sFID {NUMBER}, IS {NUMBER}, precision {NUMBER}, recall {NUMBER}: 40 samples of "
+        r"16 x 16 against reference.npz \(50 images\); ADM's definitions in PyTorch; inception 0{8}\n",
+        said,
+    )
+    assert "self-check passed" in said and abs(content["self_check"]["distance_to_itself"]) < 1e-9
+    assert content["self_check"]["networks"]["inception"] < 1e-5
+    assert content["samples"]["count"] == 40 and content["reference"]["count"] == 50
+    assert len(content["samples"]["sha256"]) == 64 != content["reference"]["sha256"]
+    assert content["networks"]["inception"]["file"] == str(evaluation_place / "tiny.bin")
+    assert content["versions"].keys() >= {"torch", "numpy", "Pillow"} and content["definitions"]["split_size"] == 5000
+
+
+def test_every_metric(evaluate, evaluation_place):
+    said = evaluate(
+        "samples.npz",
+        "--reference",
+        "reference.npz",
+        "--metrics",
+        "kid",
+        "density",
+        "coverage",
+        "--output",
+        "more.json",
+    )
+    found = numbers_in(evaluation_place / "more.json")
+    assert found.keys() == {"kid", "kid_std", "density", "coverage"}
+    assert re.search(rf"KID +{NUMBER} ± {NUMBER}\n", said) and not (evaluation_place / "samples.metrics.json").exists()
+
+
+def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
+    """fd_dinov2 beside Inception's numbers; --features dinov2: the same distance, and its own precision and recall."""
+    tiny_dinov2(evaluation_place / "vit.pth", depth=1)
+    common = ("samples.npz", "--reference", "reference.npz", "--dinov2", "vit.pth")
+    said = evaluate(*common, "--metrics", "fid", "fd_dinov2", "--output", "both.json")
+    both = numbers_in(evaluation_place / "both.json")
+    assert both.keys() == {"fid", "fd_dinov2"} and re.search(rf"to paste: FID {NUMBER}, FD-DINOv2 {NUMBER}: 40", said)
+    assert "warning: vit.pth is no ViT-L/14, by which FD-DINOv2 is defined" in said
+    evaluate(*common, "--features", "dinov2")
+    alone = numbers_in(evaluation_place / "samples.metrics.json")
+    assert alone.keys() == {"fd_dinov2", "precision", "recall"} and alone["fd_dinov2"] == both["fd_dinov2"]
+
+
+@pytest.mark.parametrize("case", ["usual", "large"])
+def test_features_of_somebody_else(evaluate, evaluation_place, case):
+    """ADM's goldens through the whole script: its five numbers."""
+    golden = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")}
+    arrays = {f"{name}": golden[f"{ours}_pool"] for name, ours in (("samples", "sample"), ("reference", "ref"))}
+    arrays |= {
+        f"{name}_spatial": golden[f"{ours}_spatial"] for name, ours in (("samples", "sample"), ("reference", "ref"))
+    }
+    np.savez("features.npz", **arrays, probs=golden["probs"])
+    evaluate("--features", "features.npz")
+    found = numbers_in(evaluation_place / "features.metrics.json")
+    wanted = dict(fd=golden["fid"], sfid=golden["sfid"], inception_score=golden["is_5000"])
+    assert {key: found[key] for key in wanted} == pytest.approx(
+        {key: float(one) for key, one in wanted.items()}, rel=1e-5
+    )
+    assert abs(found["precision"] - golden["precision"]) * len(golden["sample_pool"]) < 2
+    assert abs(found["recall"] - golden["recall"]) * len(golden["ref_pool"]) < 2
+
+
+def test_features_and_the_images_that_they_are_of(evaluate, evaluation_place):
+    """With SAMPLES, their digest and warnings; with --reference, its stored statistics in place of the file's."""
+    features = np.random.default_rng(0).normal(size=(2, 40, 5)).astype(np.float32)
+    np.savez("features.npz", samples=features[0], reference=features[1])
+    np.savez("statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
+    said = evaluate("samples.npz", "--features", "features.npz", "--reference", "statistics.npz")
+    content = json.loads((evaluation_place / "samples.metrics.json").read_text())
+    assert content["metrics"].keys() == {"fd", "precision", "recall"} and len(content["samples"]["sha256"]) == 64
+    wanted = FeatureStatistics.from_moments(np.zeros(5), np.eye(5))
+    own = FeatureStatistics(5)
+    own.update(features[0])
+    assert content["metrics"]["fd"] == pytest.approx(frechet_distance(wanted, own))
+    assert "features features.npz" in said
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_give_equal_numbers(evaluation_place, evaluate, processes):
+    """Batches of 8 of 40 and 50 images: all numbers of one process, distances to rounding."""
+    evaluate("samples.npz", "--reference", "reference.npz")
+    alone = json.loads((evaluation_place / "samples.metrics.json").read_text())
+    flags = ("samples.npz", "--reference", "reference.npz", "--output", "many.json")
+    launch(("forked", processes, "tiny_networks.py", *flags), evaluation_place)
+    many = json.loads((evaluation_place / "many.json").read_text())
+    assert many["processes"] == processes and many["samples"] == alone["samples"]
+    assert many["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
+    for exact in ("inception_score", "precision", "recall"):
+        assert many["metrics"][exact] == alone["metrics"][exact]
+
+
+def test_shares_are_whole_batches():
+    for count, batch, processes in ((40, 8, 3), (1, 64, 4), (50_000, 64, 8), (7, 8, 2)):
+        shares = [share(count, batch, rank, processes) for rank in range(processes)]
+        assert [one for one, _ in shares][1:] == [stop for _, stop in shares][:-1]
+        assert shares[0][0] == 0 and shares[-1][1] == count
+        assert all(start % batch == 0 or start == count for start, _ in shares)
+
+
+#################################################################################
+#                                    Inputs                                     #
+#################################################################################
+
+
+def test_a_folder_is_its_npz(evaluate, evaluation_place):
+    """Our folder of PNGs, the .npz beside it and a compressed one: equal digests and numbers."""
+    save_folder(evaluation_place / "samples/set", pixels(40))
+    (evaluation_place / "samples/set/samples.json").write_text(json.dumps(record_of(40)))
+    write_npz(evaluation_place / "samples/set.npz", evaluation_place / "samples/set", 40)
+    np.savez_compressed(evaluation_place / "packed.npz", arr_0=pixels(40))
+    found = []
+    for path in ("samples/set", "samples/set.npz", "packed.npz"):
+        said = evaluate(path, "--reference", "reference.npz", "--metrics", "fid")
+        file = evaluation_place / ("packed.metrics.json" if "packed" in path else "samples/set.metrics.json")
+        found.append(json.loads(file.read_text()))
+        file.unlink()
+    assert found[0]["metrics"] == found[1]["metrics"] == found[2]["metrics"]
+    assert len({one["samples"]["sha256"] for one in found}) == 1
+    settings = found[0]["samples"]["settings"]
+    assert settings == found[1]["samples"]["settings"] and settings["cfg_scale"] == 1.5 and "labels" not in settings
+    assert found[2]["samples"]["settings"] is None and "cfg 1.5" not in said
+
+
+def test_the_line_says_what_drew_the_samples(evaluate, evaluation_place):
+    save_folder(evaluation_place / "set", pixels(40))
+    (evaluation_place / "set/samples.json").write_text(json.dumps(record_of(40)))
+    said = evaluate("set", "--reference", "reference.npz", "--metrics", "fid")
+    assert said.endswith("; DiTSEM-XL/2, step 7, ema weights, ddpm 250 steps, cfg 1.5, seed 3\n")
+
+
+def test_image_folder_with_adms_crop(evaluation_place):
+    """Class folders of images of mixed sizes, cropped as extraction crops, in ImageFolder's order."""
+    sizes = [(40, 30), (31, 64), (33, 33), (90, 50)]
+    arrays = [np.random.default_rng(i).integers(0, 256, (h, w, 3), dtype=np.uint8) for i, (w, h) in enumerate(sizes)]
+    for name, array in zip(("b/1.png", "a/2.png", "b/3.png", "a/deep/0.png"), arrays):
+        (evaluation_place / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(evaluation_place / "folder" / name)
+    found = open_images(evaluation_place / "folder", "--reference", crop=16)
+    batches = list(found.batches(0, found.count, 3))
+    assert found.size == (16, 16) and [len(batch) for batch in batches] == [3, 1]
+    ordered = [arrays[1], arrays[3], arrays[0], arrays[2]]
+    wanted = np.stack([np.asarray(center_crop(Image.fromarray(array), 16)) for array in ordered])
+    assert (np.concatenate(batches) == wanted).all()
+    resized = np.concatenate(list(open_images(evaluation_place / "folder", "--reference", resize=8).batches(0, 4, 4)))
+    wanted = [np.asarray(Image.fromarray(array).resize((8, 8), Image.Resampling.BICUBIC)) for array in ordered]
+    assert (resized == np.stack(wanted)).all()
+    with pytest.raises(ValueError, match="different sizes .*33 x 33, b/1.png 40 x 30.: give --crop"):
+        open_images(evaluation_place / "folder", "--reference")
+
+
+def test_any_part_of_an_npz(evaluation_place):
+    """Each process begins where its share does, in stored and in compressed files, and memory is a few batches."""
+    array = pixels(30, seed=4)
+    np.savez_compressed(evaluation_place / "packed.npz", labels=np.arange(30), arr_0=array)
+    np.savez(evaluation_place / "stored.npz", arr_0=array)
+    for name in ("packed.npz", "stored.npz"):
+        one = open_images(evaluation_place / name, "SAMPLES")
+        assert (np.concatenate(list(one.batches(11, 25, 6))) == array[11:25]).all()
+        assert [len(batch) for batch in one.batches(0, 30, 8)] == [8, 8, 8, 6]
+
+
+def test_an_npz_is_streamed(evaluation_place, monkeypatch):
+    """No read is larger than a batch, whatever the number of images."""
+    largest = []
+    read = zipfile.ZipExtFile.read
+
+    def spy(stream, n=-1):
+        largest.append(n)
+        return read(stream, n)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", spy)
+    for _ in open_images(evaluation_place / "samples.npz", "SAMPLES").batches(8, 40, 8):
+        pass
+    assert 0 < max(largest) <= max(8 * 16 * 16 * 3, zipfile.ZipExtFile.MIN_READ_SIZE, 2**20) and min(largest) > 0
+
+
+#################################################################################
+#                                  References                                   #
+#################################################################################
+
+
+def test_make_reference(evaluate, evaluation_place):
+    """Statistics of all images, some of them as arr_0: read again, the same distances; ADM's keys are there."""
+    evaluate("samples.npz", "--reference", "reference.npz")
+    direct = numbers_in(evaluation_place / "samples.metrics.json")
+    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16, "--num-images", 20)
+    with np.load("made.npz") as made:
+        assert made["arr_0"].shape == (20, 16, 16, 3) and made["arr_0"].dtype == np.uint8
+        assert {key: made[key].shape for key in ("mu", "sigma", "mu_s", "sigma_s")} == dict(
+            mu=(12,), sigma=(12, 12), mu_s=(6,), sigma_s=(6, 6)
+        )
+        assert all(made[key].dtype == np.float64 for key in ("mu", "sigma", "mu_s", "sigma_s"))
+        rows = np.linspace(0, 49, 20).round().astype(int)
+        assert (made["arr_0"] == pixels(50, seed=1)[rows]).all() and int(made["count"]) == 50
+    said = evaluate("samples.npz", "--reference", "made.npz")
+    found = numbers_in(evaluation_place / "samples.metrics.json")
+    assert [found[key] for key in ("fid", "sfid")] == pytest.approx([direct[key] for key in ("fid", "sfid")], rel=1e-9)
+    wanted = by_hand(pixels(40), pixels(50, seed=1)[rows])
+    assert [found[key] for key in ("precision", "recall")] == [wanted[key] for key in ("precision", "recall")]
+    assert "against made.npz (its stored statistics of 50 images and 20 images)" in said
+
+
+def test_statistics_alone(evaluate, evaluation_place):
+    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16, "--num-images", 0)
+    said = evaluate("samples.npz", "--reference", "made.npz", "--metrics", "fid", "sfid", "is")
+    assert "(its stored statistics of 50 images)" in said
+    assert numbers_in(evaluation_place / "samples.metrics.json").keys() == {"fid", "sfid", "inception_score"}
+
+
+def test_stored_statistics_of_the_samples_are_not_believed(evaluate, evaluation_place):
+    """ADM's evaluator takes mu and sigma out of the samples' file as well."""
+    evaluate("samples.npz", "--reference", "reference.npz", "--metrics", "fid")
+    wanted = numbers_in(evaluation_place / "samples.metrics.json")
+    np.savez("samples.npz", arr_0=pixels(40), mu=np.zeros(12), sigma=np.eye(12))
+    said = evaluate("samples.npz", "--reference", "reference.npz", "--metrics", "fid")
+    assert (
+        numbers_in(evaluation_place / "samples.metrics.json") == wanted
+        and "samples.npz: not used: mu, sigma; the numbers are of arr_0" in said
+    )
+
+
+def test_a_reference_of_other_weights(evaluate, evaluation_place, monkeypatch):
+    """By the digest of the weights, and by the features of a fixed image, which another machine's settings change."""
+    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
+    arrays = dict(np.load("made.npz"))
+    np.savez("other.npz", **{**arrays, "probe": arrays["probe"] * 1.01})
+    with pytest.raises(SystemExit):
+        evaluate("samples.npz", "--reference", "other.npz")
+    (evaluation_place / "tiny.bin").write_bytes(b"other weights")
+    with pytest.raises(SystemExit):
+        evaluate("samples.npz", "--reference", "made.npz")
+
+
+def test_a_network_that_rounds_is_noticed(evaluation_place):
+    """Features of the device against float64's on the CPU."""
+    network = tiny_networks.TinyInception("tiny.bin", torch.device("cpu"))
+    probe, error = self_check.check_network(network, None)
+    assert probe.shape == (12,) and error < 1e-6
+
+    class Rounding(tiny_networks.TinyInception):
+        def __call__(self, images):
+            found = super().__call__(images)
+            if self.module.weight.dtype == torch.float64:
+                return found
+            return {key: one.bfloat16() for key, one in found.items()}
+
+    with pytest.raises(ValueError, match="self-check fails: inception's features on cpu differ by .*e-03 from those"):
+        self_check.check_network(Rounding("tiny.bin", torch.device("cpu")), None)
