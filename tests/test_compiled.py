@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 from drawing import draw, tiny_model, tiny_vae
-from test_fake_cuda import L, N, V, training
+from test_fake_cuda import L, N, V, prior_training, training
 from torch._dynamo.utils import counters
 
 from dlc.encoder import SEMEncoder
@@ -44,6 +44,13 @@ def graphs(monkeypatch):
 def test_training(graphs, precision, flags):
     """All blocks share one graph."""
     for step in training("DiTSEM", precision, "--compile", *flags, device=CPU, steps=3):
+        step()
+        assert graphs() == 1
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+def test_training_a_prior(graphs, classes):
+    for step in prior_training(classes, False, "bf16", "--compile", "--grad-accum", "2", device=CPU, steps=3):
         step()
         assert graphs() == 1
 
