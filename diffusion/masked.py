@@ -127,6 +127,8 @@ class MaskedDiffusion:
         loss = nats
         if self.score_entropy:
             log_r = log_score.logsumexp(dim=1) + self.sigma(t).expm1().log().to(log_score)[owner]
+            if dense:       # beforehand: the gradient of an expm1 that overflows is not finite, though its weight is 0
+                log_r = log_r.where(places.flatten(), 0)
             loss = loss + per_code(log_r.expm1() - log_r)
         return dict(loss=loss, nats=nats.detach() / L)
 
