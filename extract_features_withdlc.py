@@ -18,8 +18,17 @@ from torch.utils.data import DataLoader
 
 from dlc.cli import SEED, ArgumentParser, number, progress
 from dlc.disk import write_whole
-from dlc.encoder import add_encoder_flags, open_encoder
-from dlc.extraction import BatchEncoder, PixelEncoder, all_codes, batches_of, data_settings, extract, set_exact_numerics
+from dlc.encoder import add_encoder_flags
+from dlc.extraction import (
+    BatchEncoder,
+    PixelEncoder,
+    all_codes,
+    batches_of,
+    data_settings,
+    extract,
+    open_networks,
+    set_exact_numerics,
+)
 from dlc.features import Features, FeatureWriter, Manifest, NotFinite
 from dlc.features.manifest import DTYPES, LATENTS
 from dlc.images import Views, collate, flips_of, image_grid, load_rgb, to_uint8
@@ -34,7 +43,7 @@ from dlc.runtime import (
     start_processes,
 )
 from dlc.signals import ignore_signals
-from dlc.vae import decode, downsampling_factor, load_vae
+from dlc.vae import VAE_HELP, decode, downsampling_factor
 from models import DiT_models
 
 COMPARED_BATCHES = 8  # batches in which the tokens of a lower precision are compared with those of fp32
@@ -56,7 +65,7 @@ def parse_args():
         help="warn if latents of this size do not suit the patch of this model [%(default)s]",
     )
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
-    add("--vae", default="ema", help="ema, mse, a local directory or a hub id [%(default)s]")
+    add("--vae", default="ema", help=f"{VAE_HELP} [%(default)s]")
     add_encoder_flags(add, more="; none: store latents and labels only")
     add(
         "--flip",
@@ -110,9 +119,6 @@ def check_flags(args):
             f"--features-path {args.features_path} lies in --data-path {args.data_path}, whose "
             "folders are the classes: give another"
         )
-    factor = downsampling_factor(args.vae)
-    if args.image_size % factor:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of {factor}, the VAE's factor")
 
 
 def main():
@@ -126,15 +132,25 @@ def run(parser, args):
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         check_flags(args)
-        encoder = None if args.encoder == "none" else open_encoder(args)
         state = start_processes()
         logger = create_logger(state)
+        vae, encoder = open_networks(
+            state,
+            args.image_size,
+            args.vae,
+            None if args.encoder == "none" else args.encoder,
+            backbone=args.encoder_backbone,
+            L=args.L,
+            V=args.V,
+        )
+        logger.info(f"VAE {args.vae}: {vae.said}")
+        if encoder:
+            logger.info(f"encoder {args.encoder}: {encoder.said}")
         logger.info(f"listing {args.data_path}")
         classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(args.data_path))
         for remark in remarks:
             logger.warning(f"warning: {remark}")
     with parser.one_line_errors():
-        vae = load_vae(args.vae)
         manifest = Manifest(
             image_size=args.image_size,
             shard_size=args.shard_size,

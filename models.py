@@ -9,7 +9,6 @@ arXiv 2507.12318. Parameter names are those of the published DiT checkpoints, wh
 Nothing here knows a file, a rank or a flag. Shapes: N samples, T tokens, D width, C latent channels, P patch size,
 L code positions, V tokens per position.
 """
-
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +31,9 @@ def sincos_position_embedding(dim, grid_size):
     20,000 pi in geometric steps (Vaswani et al. 2017, section 3.5, once per axis).
     """
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), frequencies)  # (grid, dim/4)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
-    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)  # (grid^2, dim/2) each
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float64), frequencies)      # (grid, dim/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                # (grid, dim/2)
+    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)      # (grid^2, dim/2) each
     return torch.cat([columns, rows], dim=1).float()
 
 
@@ -42,15 +41,13 @@ def sincos_position_embedding(dim, grid_size):
 #                            Timestep and condition                             #
 #################################################################################
 
-
 class TimestepEmbedder(nn.Module):
     """Diffusion time (N,), possibly fractional, to a vector (N, D)."""
 
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
     def timestep_embedding(t, dim, max_period=10000):
@@ -63,12 +60,11 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t):
         with torch.autocast(t.device.type, enabled=False):
-            return self.mlp(self.timestep_embedding(t, self.mlp[0].in_features))  # (N, D)
+            return self.mlp(self.timestep_embedding(t, self.mlp[0].in_features))   # (N, D)
 
 
 class LabelEmbedder(nn.Module):
     """Class labels (N,) to vectors (N, D); the row after the last class is the null label."""
-
     init_std = 0.02
 
     def __init__(self, num_classes, hidden_size):
@@ -82,7 +78,7 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels, drop=None):
         if drop is not None:
             labels = torch.where(drop, self.num_classes, labels)
-        return self.embedding_table(labels)  # (N, D)
+        return self.embedding_table(labels)                                # (N, D)
 
 
 class SEMEmbedder(nn.Module):
@@ -91,7 +87,6 @@ class SEMEmbedder(nn.Module):
     Row V of each position is its null token, of which soft codes may carry a weight, too: (N, L, V+1). The rows are
     gathered and averaged in one pass: neither a one-hot product nor an (N, L, D) intermediate is made.
     """
-
     # The mean over L shrinks the rows' scale by sqrt(L). From N(0, 1) it is 0.044 at L=512, beside 0.08 of the timestep
     # embedding; from the labels' N(0, 0.02) it would be 0.0009, and codes are followed only much later.
     init_std = 1.0
@@ -109,22 +104,18 @@ class SEMEmbedder(nn.Module):
         with torch.autocast(codes.device.type, enabled=False):
             table = self.embedding_table.float()
             if codes.ndim == 3:
-                rows = table[:, : codes.shape[2]].flatten(0, 1)  # (L*V, D)
-                embedding = codes.flatten(1).float() @ rows / self.L  # (N, D)
-                return (
-                    embedding
-                    if drop is None
-                    else torch.where(drop.unsqueeze(1), table[:, self.V].mean(0, keepdim=True), embedding)
-                )
+                rows = table[:, :codes.shape[2]].flatten(0, 1)             # (L*V, D)
+                embedding = codes.flatten(1).float() @ rows / self.L       # (N, D)
+                return embedding if drop is None else torch.where(
+                    drop.unsqueeze(1), table[:, self.V].mean(0, keepdim=True), embedding)
             codes = codes.long()
             if drop is not None:
                 codes = torch.where(drop.unsqueeze(1), self.V, codes)
-            return F.embedding_bag(codes + self.row_offset, table.flatten(0, 1), mode="mean")  # (N, D)
+            return F.embedding_bag(codes + self.row_offset, table.flatten(0, 1), mode="mean")   # (N, D)
 
 
 class LinearEmbedder(nn.Module):
     """Vectors (N, in_dim) to (N, D) by a linear layer without bias; a learned vector is the null condition."""
-
     init_std = 0.02
 
     def __init__(self, in_dim, hidden_size):
@@ -138,7 +129,7 @@ class LinearEmbedder(nn.Module):
     def forward(self, vectors, drop=None):
         if drop is not None:
             vectors = torch.where(drop.unsqueeze(1), self.fake_latent, vectors)
-        return self.embedding_table(vectors)  # (N, D)
+        return self.embedding_table(vectors)                               # (N, D)
 
 
 #################################################################################
@@ -155,7 +146,6 @@ class DiTBlock(nn.Module):
         # here, because timm takes longer to import than torch, and --help needs neither
         from timm.layers import Mlp
         from timm.models.vision_transformer import Attention
-
         super().__init__()
         self.norm1 = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
@@ -164,9 +154,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)   # (N, D) each
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))           # (N, T, D)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))         # (N, T, D)
 
 
 class FinalLayer(nn.Module):
@@ -187,7 +177,6 @@ class FinalLayer(nn.Module):
 #                                    Models                                     #
 #################################################################################
 
-
 class DiT(nn.Module):
     """Diffusion transformer conditioned on class labels, and the base of the other families.
 
@@ -196,29 +185,16 @@ class DiT(nn.Module):
         class_dropout_prob: share of training samples whose condition is replaced by the null condition.
         learn_sigma: predict, beside eps, where the variance lies between its bounds (twice the output channels).
     """
-
-    conditioning = "labels"  # what y is
-    embedder_name = "y_embedder"  # in the state dict
-    build_embedder = None  # of the other families: hidden_size to their embedder
-    guided_channels = 3  # that classifier-free guidance covers, as in the published samples; None: all
-    table, table_ndim = "y_embedder.embedding_table.weight", 2  # the tensor whose shape tells these arguments
+    conditioning = "labels"         # what y is
+    embedder_name = "y_embedder"    # in the state dict
+    build_embedder = None           # of the other families: hidden_size to their embedder
+    guided_channels = 3             # that classifier-free guidance covers, as in the published samples; None: all
+    table, table_ndim = "y_embedder.embedding_table.weight", 2      # the tensor whose shape tells these arguments
     sizes_of = staticmethod(lambda shape: dict(num_classes=shape[0] - 1))
 
-    def __init__(
-        self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        class_dropout_prob=0.1,
-        num_classes=1000,
-        learn_sigma=True,
-    ):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
         from timm.layers import PatchEmbed
-
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not a multiple of the patch size {patch_size}")
@@ -244,7 +220,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # as the linear layer it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         for parameter in self.condition_embedder.parameters():
             nn.init.normal_(parameter, std=self.condition_embedder.init_std)
@@ -284,10 +260,10 @@ class DiT(nn.Module):
     def denoise(self, x, c):
         """forward, given the sum c (N, D) of the embedded time and condition, which a sampler embeds once for many."""
         recompute = self.grad_checkpointing and self.training
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(x) + self.pos_embed                                             # (N, T, D)
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
+        return self.unpatchify(self.final_layer(x, c))                                      # (N, out_channels, H, W)
 
     # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
     # dlc/sampling/latents.py, which computes the null half only where guidance acts.
@@ -305,7 +281,7 @@ class DiT(nn.Module):
         Returns (2N, out_channels, H, W), eps of both halves guided alike.
         """
         channels = channels or self.guided_channels or self.in_channels
-        half = x[: x.shape[0] // 2]
+        half = x[:x.shape[0] // 2]
         out = self(torch.cat([half, half]), t, y)
         conditional, null = out[:, :channels].chunk(2)
         guided = null + cfg_scale * (conditional - null)
@@ -321,7 +297,6 @@ class DiTSEM(DiT):
     code_init says how its table starts: "unit", at N(0, 1); "dlc", as in the DLC project, at N(0, 1/D) with one null
     row for all positions. The other arguments are DiT's; num_classes has no effect: it lets one call build any family.
     """
-
     conditioning, embedder_name, guided_channels = "codes", "sem_embedder", None
     table, table_ndim = "sem_embedder.embedding_table", 3
     sizes_of = staticmethod(lambda shape: dict(L=shape[0], V=shape[1] - 1))
@@ -334,14 +309,13 @@ class DiTSEM(DiT):
         super().initialize_weights()
         if self.code_init == "dlc":
             with torch.no_grad():
-                table = self.sem_embedder.embedding_table  # (L, V+1, D)
+                table = self.sem_embedder.embedding_table                  # (L, V+1, D)
                 table *= table.shape[2] ** -0.5
                 table[:, -1] = table[0, -1].clone()
 
 
 class DiTCONT(DiT):
     """Diffusion transformer conditioned on a vector of in_dim floats, such as an encoder's embedding."""
-
     conditioning, table, table_ndim, guided_channels = "vectors", "y_embedder.fake_latent", 2, None
     sizes_of = staticmethod(lambda shape: dict(in_dim=shape[1]))
 
@@ -353,7 +327,6 @@ class DiTCONT(DiT):
 @dataclass(frozen=True)
 class ModelSpec:
     """A family and a size, what a name in DiT_models stands for. Called with the data's sizes, it builds the model."""
-
     family: type
     patch_size: int
     depth: int
@@ -365,22 +338,13 @@ class ModelSpec:
         return self.family.conditioning
 
     def __call__(self, **sizes):
-        return self.family(
-            patch_size=self.patch_size,
-            depth=self.depth,
-            hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            **sizes,
-        )
+        return self.family(patch_size=self.patch_size, depth=self.depth, hidden_size=self.hidden_size,
+                           num_heads=self.num_heads, **sizes)
 
 
 # Depth, hidden_size, num_heads. XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: DeiT-Ti at half its depth.
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "Ti": (6, 192, 3)}
 FAMILIES, CODE_INITS = (DiT, DiTSEM, DiTCONT), ("unit", "dlc")
 
-DiT_models = {
-    f"{family.__name__}-{size}/{patch_size}": ModelSpec(family, patch_size, *widths)
-    for family in FAMILIES
-    for size, widths in SIZES.items()
-    for patch_size in (2, 4, 8)
-}
+DiT_models = {f"{family.__name__}-{size}/{patch_size}": ModelSpec(family, patch_size, *widths)
+              for family in FAMILIES for size, widths in SIZES.items() for patch_size in (2, 4, 8)}

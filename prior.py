@@ -10,7 +10,6 @@ samplers are in diffusion/masked.py and diffusion/masked_samplers.py.
 Nothing here knows a file, a rank or a flag. Shapes: N samples, L code positions, V tokens per position, D width,
 H heads, C width of the condition, M places that are asked for.
 """
-
 import math
 from dataclasses import dataclass
 
@@ -21,28 +20,28 @@ from torch.utils.checkpoint import checkpoint
 
 from models import LabelEmbedder, TimestepEmbedder, modulate
 
-SMALLEST_SIGMA = 1e-9  # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
+BLOCK_KEY = 1013904223      # tells the dropout masks of blocks apart
+SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
 
 
 #################################################################################
 #                                    Dropout                                    #
 #################################################################################
 
-
 def keyed_keep(key, layer, shape, p):
     """Which of (N, *shape) values dropout keeps: bool, a function of each sample's key, the layer and the place alone.
 
     Args:
-        key: (N,) int32, a random word per sample.
-        layer: a number that tells the dropout layers of a network apart.
+        key: (N,) int32, a random word per sample and block.
+        layer: a number that tells the dropout layers of a block apart.
         p: share that is dropped.
 
     It is the finaliser of MurmurHash3 (Appleby 2011) over the place's number and the key, in wrapping 32-bit integers,
     which is a few elementwise operations and, unlike torch's generator, knows no batch and no process.
     """
     place = torch.arange(math.prod(shape), device=key.device, dtype=torch.int32).view(1, *shape)
-    word = place * -1640531535 + (key * 461845907 + layer * 97531).view(-1, *[1] * len(shape))  # 0x9E3779B1 wraps
-    for shift, factor in ((16, -2048144789), (13, -1028477387)):  # 0x85EBCA6B, 0xC2B2AE35
+    word = place * -1640531535 + (key * 461845907 + layer * 97531).view(-1, *[1] * len(shape))     # 0x9E3779B1 wraps
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):                        # 0x85EBCA6B, 0xC2B2AE35
         word = (word ^ (word >> shift & (1 << 32 - shift) - 1)) * factor
     word = word ^ (word >> 16 & 0xFFFF)
     return word >= int(p * 2**32) - 2**31
@@ -69,7 +68,6 @@ class KeyedDropout(nn.Module):
 #################################################################################
 #                                     Parts                                     #
 #################################################################################
-
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864), base 10,000, of the two halves of each head's channels."""
@@ -118,8 +116,8 @@ class PositionLinear(nn.Module):
         """With places (N, L) bool, x is (M, D), what is there in row-major order, and so is the output (M, out)."""
         if places is None:
             return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
-        position = places.nonzero()[:, 1]  # (M,)
-        if len(position) < len(self.weight):  # of few places, fetch the matrices; of many, use all, which are fewer
+        position = places.nonzero()[:, 1]                                                    # (M,)
+        if len(position) < len(self.weight):    # of few places, fetch the matrices; of many, use all, which are fewer
             return torch.bmm(x.unsqueeze(1), self.weight[position]).squeeze(1) + self.bias[position]
         whole = x.new_zeros(*places.shape, x.shape[1])
         whole[places] = x
@@ -129,33 +127,30 @@ class PositionLinear(nn.Module):
 class PriorBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero), with dropout before the gate."""
 
-    def __init__(self, hidden_size, num_heads, cond_dim, dropout, number):
+    def __init__(self, hidden_size, num_heads, cond_dim, dropout):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(hidden_size, bias=False)
         self.attn_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.attn_out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.dropout1 = KeyedDropout(dropout, 2 * number)
+        self.dropout1 = KeyedDropout(dropout, 0)
         self.norm2 = nn.LayerNorm(hidden_size, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 4 * hidden_size),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(4 * hidden_size, hidden_size),
-        )
-        self.dropout2 = KeyedDropout(dropout, 2 * number + 1)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(approximate="tanh"),
+                                 nn.Linear(4 * hidden_size, hidden_size))
+        self.dropout2 = KeyedDropout(dropout, 1)
         self.adaLN_modulation = nn.Linear(cond_dim, 6 * hidden_size)
 
     def attention(self, x, rotation):
-        q, k, v = self.attn_qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, H, L, D/H)
+        q, k, v = self.attn_qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)     # (N, H, L, D/H)
         x = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
-        return self.attn_out(x.transpose(1, 2).flatten(2))  # (N, L, D)
+        return self.attn_out(x.transpose(1, 2).flatten(2))                                          # (N, L, D)
 
     def forward(self, x, c, rotation, key=None):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)     # (N, D) each
         update = self.attention(modulate(self.norm1(x), shift1, scale1), rotation)
-        x = x + gate1.unsqueeze(1) * self.dropout1(update, key)  # (N, L, D)
+        x = x + gate1.unsqueeze(1) * self.dropout1(update, key)                                     # (N, L, D)
         update = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x + gate2.unsqueeze(1) * self.dropout2(update, key)  # (N, L, D)
+        return x + gate2.unsqueeze(1) * self.dropout2(update, key)                                  # (N, L, D)
 
 
 class PriorHead(nn.Module):
@@ -175,14 +170,13 @@ class PriorHead(nn.Module):
             shift, scale = self.adaLN_modulation(c.float()).chunk(2, dim=1)
             x = modulate(self.norm_final(x.float()), shift, scale)
             if places is not None:
-                x = x[places]  # (M, D)
+                x = x[places]                                                                # (M, D)
             return self.linear(x) if isinstance(self.linear, nn.Linear) else self.linear(x, places)
 
 
 #################################################################################
 #                                     Model                                     #
 #################################################################################
-
 
 class DLCPrior(nn.Module):
     """Transformer over the L tokens of a code, of which some are masked, conditioned on the noise level sigma.
@@ -197,22 +191,10 @@ class DLCPrior(nn.Module):
             each, since token 7 of one position has nothing to do with token 7 of another.
         num_classes: of a prior that can be conditioned on a class; None: of one that cannot.
     """
+    class_dropout_prob = 0.1        # share of training samples whose class is hidden, for guidance
 
-    class_dropout_prob = 0.1  # share of training samples whose class is hidden, for guidance
-
-    def __init__(
-        self,
-        L,
-        V,
-        hidden_size,
-        depth,
-        num_heads,
-        cond_dim=128,
-        dropout=0.1,
-        scale_by_sigma=True,
-        shared_embedding=True,
-        num_classes=None,
-    ):
+    def __init__(self, L, V, hidden_size, depth, num_heads, cond_dim=128, dropout=0.1, scale_by_sigma=True,
+                 shared_embedding=True, num_classes=None):
         super().__init__()
         if hidden_size % (2 * num_heads):
             raise ValueError(f"width {hidden_size} is not a multiple of twice the {num_heads} heads")
@@ -224,9 +206,7 @@ class DLCPrior(nn.Module):
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, cond_dim)
         self.rotary_emb = Rotary(hidden_size // num_heads)
-        self.blocks = nn.ModuleList(
-            [PriorBlock(hidden_size, num_heads, cond_dim, dropout, number) for number in range(depth)]
-        )
+        self.blocks = nn.ModuleList([PriorBlock(hidden_size, num_heads, cond_dim, dropout) for _ in range(depth)])
         self.output_layer = PriorHead(L, V, hidden_size, cond_dim, shared_embedding)
         self.initialize_weights()
 
@@ -236,11 +216,8 @@ class DLCPrior(nn.Module):
             nn.init.normal_(table, std=0.02)
         if self.num_classes is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
-        for layer in (
-            *(block.adaLN_modulation for block in self.blocks),
-            self.output_layer.adaLN_modulation,
-            self.output_layer.linear,
-        ):
+        for layer in (*(block.adaLN_modulation for block in self.blocks), self.output_layer.adaLN_modulation,
+                      self.output_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -276,17 +253,16 @@ class DLCPrior(nn.Module):
         """
         recompute = self.grad_checkpointing and self.training
         c, rotation = self.condition(sigma, y, drop), self.rotary_emb(codes.shape[1])
-        x = self.vocab_embed(codes) + self.pos_embed  # (N, L, D)
-        for block in self.blocks:
-            x = (
-                checkpoint(block, x, c, rotation, dropout_key, use_reentrant=False)
-                if recompute
-                else block(x, c, rotation, dropout_key)
-            )  # (N, L, D)
-        out = self.output_layer(x, c, places)  # (N, L, V+1) or (M, V+1)
+        x = self.vocab_embed(codes) + self.pos_embed                                                # (N, L, D)
+        for number, block in enumerate(self.blocks):
+            # a tensor, not the number: blocks that differ in a number are compiled one by one
+            key = None if dropout_key is None else dropout_key + number * BLOCK_KEY
+            x = (checkpoint(block, x, c, rotation, key, use_reentrant=False) if recompute
+                 else block(x, c, rotation, key))                                                   # (N, L, D)
+        out = self.output_layer(x, c, places)                                               # (N, L, V+1) or (M, V+1)
         if self.scale_by_sigma:
-            shift = sigma.float().clamp(min=SMALLEST_SIGMA).expm1().log() + math.log(self.V)  # (N,)
-            shift = shift.view(-1, 1).expand(codes.shape)  # (N, L)
+            shift = sigma.float().clamp(min=SMALLEST_SIGMA).expm1().log() + math.log(self.V)        # (N,)
+            shift = shift.view(-1, 1).expand(codes.shape)                                           # (N, L)
             out = out - (shift if places is None else shift[places]).unsqueeze(-1)
         there = (codes if places is None else codes[places]).unsqueeze(-1)
         return out.scatter(-1, there, 0)
@@ -295,7 +271,6 @@ class DLCPrior(nn.Module):
 @dataclass(frozen=True)
 class PriorSpec:
     """A size, what a name in DLCPrior_models stands for. Called with the data's sizes, it builds the model."""
-
     hidden_size: int
     depth: int
     num_heads: int
@@ -305,8 +280,5 @@ class PriorSpec:
 
 
 # hidden_size, depth, num_heads. M: the published prior. S: the DLC project's small one. Ti: for laptops.
-DLCPrior_models = {
-    "DLCPrior-M": PriorSpec(1024, 24, 16),
-    "DLCPrior-S": PriorSpec(768, 12, 12),
-    "DLCPrior-Ti": PriorSpec(64, 2, 4),
-}
+DLCPrior_models = {"DLCPrior-M": PriorSpec(1024, 24, 16), "DLCPrior-S": PriorSpec(768, 12, 12),
+                   "DLCPrior-Ti": PriorSpec(64, 2, 4)}

@@ -1,10 +1,10 @@
 """Draw codes from a prior over discrete latent codes: a folder of .npy files that --dlc-dir takes.
 
-    torchrun --nproc_per_node=N sample_prior.py --num 50000 --steps 512 --out prior_codes
+    torchrun --nproc_per_node=N sample_prior.py --num-codes 50000 --steps 512 --out prior_codes
     torchrun --nproc_per_node=N sample_ddp_computed_dlc.py --model DiTSEM-XL/2 --dlc-dir prior_codes
 
 In: a prior [the best by its held-out bound under results_prior/, or the newest] and, for comparison, the codes that it
-was trained on. Out: OUT/{shard:06d}.npy and codes.json, with exactly --num codes, what made them, and how they use
+was trained on. Out: OUT/{shard:06d}.npy and codes.json: exactly --num-codes codes, what made them, and how they use
 their tokens, beside the training codes. The same command, run again, draws what is missing. The codes do not depend on
 the number of processes.
 
@@ -19,7 +19,8 @@ from dlc.cli import SEED, ArgumentParser, number
 from dlc.hub import fetched_by_node, is_id
 from dlc.runtime import PRECISIONS, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import CodeFolder
-from dlc.sampling.prior import BATCH, PriorDraw, PriorOptions, add_prior_flags, draw_into, newest_prior
+from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
+from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.codes import Codes
@@ -37,7 +38,8 @@ def parse_args():
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add_prior_flags(parser.add_argument_group("codes").add_argument)
     add = parser.add_argument_group("run").add_argument
-    add("--num", type=number(int, 1), default=50000, help="number of codes to draw")
+    # torchrun takes --num for the start of its own --numa-binding and gives up; it has no such trouble with --num-codes
+    add("--num-codes", "--num", dest="num", type=number(int, 1), default=50000, help="number of codes to draw")
     add("--out", default="prior_codes", help="write the codes into this folder")
     add("--batch-size", type=number(int, 1), default=BATCH, help="codes per batch; rounding depends on it")
     add(
@@ -139,7 +141,7 @@ def run(parser, args):
 
     # ---------------------------------------------------------------------- what they are
     if state.is_main_process:
-        with parser.kept_on_error("what is drawn is kept", "--num"):
+        with parser.kept_on_error("what is drawn is kept", "--num-codes"):
             found = count_usage(folder, args.num, record.V, training) if args.usage else None
             folder.finish(usage=found)
         for line in usage_lines(found, record.V) if found else ():

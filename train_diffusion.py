@@ -31,7 +31,7 @@ from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.preview import first_rows, save_preview
 from dlc.training.record import Losses
 from dlc.training.run import Run
-from dlc.vae import check_decodes, load_vae
+from dlc.vae import VAE_HELP, check_decodes, load_vae
 from models import CODE_INITS, DiT_models
 
 LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")
@@ -65,8 +65,7 @@ def argument_parser(**defaults):
     )
     add(
         "--vae",
-        help="ema, mse, a directory or a hub id: decodes previews and, with --data-path, encodes the images "
-        "[the features' own, or ema]",
+        help=f"{VAE_HELP}; it decodes previews and, with --data-path, encodes the images [the features' own, or ema]",
     )
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
 

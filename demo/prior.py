@@ -138,7 +138,7 @@ class Judge:
         self.network = MLPClassifier((128, 64), alpha=1e-3, max_iter=400, random_state=0)
         self.network.fit(self.train, self.train_labels)
         self.mean = self.train.mean(axis=0)
-        self.directions = np.linalg.svd(self.train - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, DIRECTIONS)
+        self.directions = np.linalg.svd(self.train - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, 20)
         self.shares = np.bincount(self.labels, minlength=10) / len(self.labels)
 
     def main_directions(self, scans):
@@ -284,9 +284,10 @@ def report(folder):
     rows = np.concatenate([images["prior"][: 4 * GRID_COLUMNS], images["independent"][:GRID_COLUMNS]])
     image_grid(rows, GRID_COLUMNS).save(folder / "prior.png")
     print(
-        f"\n{text}\nFD: Frechet distance to the scans of the held-out digits, in the {DIRECTIONS} main directions of the "
-        "train scans, and in\nthe hidden units of a small network that reads digits. TV: total variation of the shares of "
-        "digits. Copies: of train codes;\n2 apart: within two tokens of one.\n"
+        f"\n{text}\n"
+        f"FD: Frechet distance to the scans of the held-out digits, in the {DIRECTIONS} main directions of the\n"
+        "train scans and in the hidden units of a small network. TV: total variation of the shares of digits.\n"
+        "Copies: of train codes; 2 apart: within two tokens of one.\n"
         f"look at {folder / 'prior.png'}: digits from nothing, of codes that the prior drew; bottom row: independent "
         "positions"
     )

@@ -4,15 +4,14 @@ The class and register tokens, taken before the backbone's final norm and concat
 without bias to L*V numbers, a LayerNorm over all of them, and a softmax over each group of V. The code is the argmax of
 each group. SEM: Lavoie et al. 2022, arXiv 2204.00616; as an image code: Lavoie et al. 2025, arXiv 2507.12318.
 
-    encoder = load_encoder("pretrained/dlc_encoder.pth", L=512, V=256)
+    encoder = load_encoder("lavoies/SEM_dinov2_L512")
     codes = encoder.codes(images)                                  # (N, 512) int64, each in 0..255
 
-Two formats of weights are read: a directory of `config.json` and `model.safetensors`, as `save_encoder` writes it, and
-the training checkpoint of the reference implementation, which has DINOv2's names under `{"teacher": {"backbone.…"}}`.
+`dlc.encoder_layouts` lists the layouts of weights that are read. `save_encoder` writes a folder of config.json and
+model.safetensors.
 """
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -20,15 +19,14 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, shown
+from dlc.checkpoints.tensor_files import differences_from, shown
 from dlc.cli import number, one_line
-from dlc.disk import SWITCH, TEXT, check_values, differences, or_null, read_json, real_number, whole_number
+from dlc.disk import SWITCH, TEXT, check_values, differences, or_null, real_number, whole_number
+from dlc.encoder_layouts import read_encoder
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 
-DEFAULT_ENCODER = "pretrained/dlc_encoder.pth"
+DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
-# parts of a self-supervised checkpoint that only its losses need
-TRAINING_ONLY = ("mask_token", "norm", "head", "sem_out", "sem_cls_norm", "dino_head", "ibot_head")
 # The keys that a configuration may have, with their bounds. None of them makes timm open a file, ask a hub or import.
 BACKBONE_ARGS = dict(
     patch_size=whole_number(1, 256),
@@ -91,8 +89,14 @@ class SEMEncoder(nn.Module):
             ) from None
         if not getattr(self.backbone, "num_prefix_tokens", 0):
             raise ValueError(f"{backbone!r} has no class or register tokens to read a code from")
+        patch = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None) or (1, 1)
+        if image_size % patch[0] or image_size % patch[1]:
+            raise ValueError(
+                f"{backbone!r} cannot read images of {image_size} pixels: no multiple of its patch, {patch[0]}"
+            )
         self.backbone.norm = nn.Identity()
         self.image_size, self.L, self.V, self.temperature = image_size, L, V, temperature
+        self.said = ""  # by what is loaded into it
         self.sem_embed = nn.Linear(self.backbone.num_prefix_tokens * self.backbone.embed_dim, L * V, bias=False)
         self.sem_norm = nn.LayerNorm(L * V, eps=1e-6)
 
@@ -157,99 +161,39 @@ def save_encoder(encoder, directory):
     safetensors.torch.save_model(encoder, str(directory / "model.safetensors"))
 
 
-def load_encoder(path, **given):
-    """The encoder at path, in eval mode, float32, on the CPU.
+def load_encoder(name, flag="--encoder", ask=True, **given):
+    """The encoder that a name stands for, in eval mode, float32, on the CPU. Its `said` is what was recognised.
 
     Args:
-        path: a directory made by `save_encoder`, whose config has all arguments, or a reference checkpoint file.
-        given: backbone, L and V, which a checkpoint file does not record; None stands for SEMEncoder's default.
+        name: a folder, a file, or a hub id with or without @revision, in any layout of `dlc.encoder_layouts`.
+        flag: what the user gave the name to, for errors.
+        ask: whether to ask the hub; see `dlc.hub.fetch`.
+        given: backbone, L and V, for weights that do not say them; None stands for what is read off them.
 
     Raises ValueError if weights are missing, left over or of other shapes, so that no weight stays random, and if a
-    directory's config contradicts what is given.
+    config contradicts what is given.
     """
-    path = Path(path)
     given = {key: value for key, value in given.items() if value is not None}
-    if path.is_dir():
-        missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"encoder {path} has no {' and no '.join(missing)}")
-        config = read_json(path / "config.json")
-        different = differences(config, given)
-        if different:
-            raise ValueError(f"encoder {path}: {different}; leave out the flag")
-        check_config(path / "config.json", config)
-        weights = check_tensors(load_tensors(path / "model.safetensors"), path / "model.safetensors")
-    elif not path.is_file():
-        raise ValueError(f"encoder {path} does not exist")
-    else:
-        config, teacher = given, load_tensors(path)
-        teacher = teacher.get("teacher", teacher)
-        if isinstance(teacher, dict):
-            teacher = {key: value for key, value in teacher.items() if not serves_training_only(key)}
-        names = set(map(reference_name, check_tensors(teacher, path)))
-        if not any(name.startswith("sem_") for name in names) or "reg_token" in names:
-            what = "has timm's tensor names" if "reg_token" in names else "has no SEM head (sem_embed, sem_norm)"
-            raise ValueError(
-                f"encoder {path} {what}: wanted a reference checkpoint of a SEM encoder, with DINOv2's "
-                "names, or a directory of config.json and model.safetensors"
-            )
-    with torch.device("meta"):  # no memory is allocated before the shapes agree
-        outline = SEMEncoder(**config)
-    if not path.is_dir():
-        weights = convert_reference_weights(teacher, outline.backbone)
-    different = differences_from(outline.state_dict(), weights)
+    if "backbone" in given:
+        check_config(f"{flag}-backbone", dict(backbone=given["backbone"]))
+    found = read_encoder(name, given, flag, ask)
+    different = differences(found.config, given)
+    if different:
+        raise ValueError(f"encoder {name}: {different}; leave out the flag")
+    check_config(found.path, found.config)
+    with torch.device("meta"):  # no memory is allocated before the shapes agree, nor for weights that come from a file
+        encoder = SEMEncoder(**found.config)
+    weights = found.weights(encoder.backbone)
+    different = differences_from(encoder.state_dict(), weights)
     if different:
         raise ValueError(
-            f"encoder {path} {different} (backbone {outline.config['backbone']}, L={outline.L}, V={outline.V})"
+            f"encoder {name} {different} (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})"
         )
-    encoder = SEMEncoder(**config)
-    encoder.load_state_dict(weights)
+    # copied: a mapped file that another program overwrites would end this process
+    weights = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
+    encoder.load_state_dict(weights, assign=True)
+    encoder.said = found.said
     return encoder.eval()
-
-
-def reference_name(key):
-    """A tensor's name in a reference checkpoint, without the prefixes of DDP, torch.compile and chunks of blocks.
-
-    Blocks that were saved in chunks (`blocks.2.13.…`) have their index in second place.
-    """
-    for prefix in ("module.", "_orig_mod.", "backbone."):
-        key = str(key).replace(prefix, "")
-    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
-
-
-def serves_training_only(key):
-    return reference_name(key).split(".")[0] in TRAINING_ONLY
-
-
-def convert_reference_weights(teacher, backbone):
-    """The tensors of a reference checkpoint's teacher, as SEMEncoder's state dict.
-
-    DINOv2 adds a position embedding to the class token; timm's register models have it folded into the token. DINOv2 is
-    also built for larger images, so the positions of its patches are resized (bicubic, antialiased) to the backbone's
-    grid. Positions of another shape than DINOv2's, (1, 1 + n * n, D), are left as they are.
-    """
-    from timm.layers import resample_abs_pos_embed
-
-    weights = {reference_name(key): value for key, value in teacher.items() if not serves_training_only(key)}
-    if "register_tokens" in weights:
-        weights["reg_token"] = weights.pop("register_tokens")
-    positions, token = weights.get("pos_embed"), weights.get("cls_token")
-    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
-    if (
-        grid
-        and positions is not None
-        and positions.ndim == 3
-        and len(positions) == 1
-        and positions.numel()
-        and (positions.shape[1] > 1 and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1)
-    ):
-        folded = getattr(backbone, "no_embed_class", False) and token is not None
-        if folded and token.shape == positions[:, :1].shape:
-            weights["cls_token"] = token + positions[:, :1]
-        weights["pos_embed"] = resample_abs_pos_embed(
-            positions[:, 1:] if folded else positions, grid, num_prefix_tokens=0 if folded else 1
-        )
-    return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in weights.items()}
 
 
 #################################################################################
@@ -259,21 +203,16 @@ def convert_reference_weights(teacher, backbone):
 
 def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
-    add("--encoder", default=default, help=f"SEM encoder: directory or reference checkpoint{more} [%(default)s]")
-    add("--encoder-backbone", help=f"timm model that a reference checkpoint is of [{DEFAULT_BACKBONE}]")
-    add("--L", type=number(int, 1), help="code positions, if --encoder is a reference checkpoint [512]")
+    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more} [%(default)s]")
+    add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
+    add("--L", type=number(int, 1), help="code positions, if the --encoder does not say them [512]")
     add(
         "--V",
         type=number(int, 2, 65536),
-        help="tokens per code position, if --encoder is a reference checkpoint [256] or the features have no manifest",
+        help="tokens per code position, if the --encoder does not say them [256] or the features have no manifest",
     )
 
 
 def open_encoder(args):
     """The encoder that those flags name. Raises ValueError as `load_encoder` does."""
-    if args.encoder == DEFAULT_ENCODER and not Path(args.encoder).exists():
-        raise ValueError(
-            f"no SEM encoder at {args.encoder}: put the DLC authors' teacher checkpoint there, or name "
-            "one with --encoder"
-        )
     return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)

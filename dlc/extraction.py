@@ -16,13 +16,15 @@ import torch
 
 from dlc.checkpoints.weights import weights_sha256
 from dlc.disk import recorded_id
-from dlc.encoder import tokens
+from dlc.encoder import load_encoder, tokens
+from dlc.encoder_layouts import fetch_encoder
 from dlc.features import NotFinite, as_stored
+from dlc.hub import fetched_by_node
 from dlc.images import normalize
 from dlc.listing import listing_sha256
 from dlc.noise import Stream, normal
 from dlc.runtime import PRECISIONS, cores_per_process, in_batches, set_numerics
-from dlc.vae import latent_settings, latent_shape, posterior, vae_id
+from dlc.vae import downsampling_factor, fetch_vae, latent_settings, latent_shape, load_vae, posterior, vae_id
 
 NOT_FINITE = "try --precision bf16 or fp32"  # what to do about latents or logits that are NaN or infinite
 ENCODED_AT_ONCE = 32  # images; the VAE's activations of more would take as much memory as training itself
@@ -52,6 +54,30 @@ def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
 #################################################################################
 #                                    Networks                                   #
 #################################################################################
+
+
+def open_networks(state, image_size, vae, encoder, **given):
+    """The VAE and the encoder, or None for no encoder, on the CPU. What is on the hub, one process per node fetches.
+
+    Args:
+        state: of the processes.
+        vae, encoder: as --vae and --encoder take them.
+        given: the encoder's backbone, L and V, see `load_encoder`.
+
+    Raises ValueError if one of them cannot be loaded, or if the image size is no multiple of the VAE's factor.
+    """
+
+    def fetch_all(ask):
+        factor = downsampling_factor(vae, ask)
+        if image_size % factor:
+            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+        fetch_vae(vae, ask)
+        if encoder:
+            fetch_encoder(encoder, ask=ask)
+
+    fetched_by_node(state, fetch_all)
+    loaded = load_encoder(encoder, **given) if encoder else None
+    return load_vae(vae), loaded
 
 
 def set_exact_numerics():

@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from dlc.cli import one_line, progress, warn_once
@@ -115,26 +116,20 @@ def download(repository, revision, needed, optional, kind):
     """Fetch the wanted files that the cache does not have yet. Raises Missing, and what the hub's client raises."""
     import huggingface_hub
 
-    hub = huggingface_hub.HfApi()
-    info = hub.repo_info(repository, revision=revision, repo_type=kind, files_metadata=True, timeout=30)
-    sizes = {
-        entry.rfilename: entry.size or 0
-        for entry in info.siblings or []
-        if all(map(is_plain_name, entry.rfilename.split("/")))
-    }
-    lack = missing(sizes, needed)
+    listing = list_repository(repository, revision, kind)
+    lack = missing(listing.sizes, needed)
     if lack:
         raise Missing(f"the hub's repository, at revision {revision}, has no {lack}")
-    wanted = chosen(sizes, (*needed, *optional))
+    wanted = chosen(listing.sizes, (*needed, *optional))
     absent = [
         file
         for file in wanted
         if not isinstance(
-            huggingface_hub.try_to_load_from_cache(repository, file, revision=info.sha, repo_type=kind), str
+            huggingface_hub.try_to_load_from_cache(repository, file, revision=listing.commit, repo_type=kind), str
         )
     ]
     patterns = [glob.escape(file) for file in wanted]
-    with progress_of(repository, kind, absent, sum(sizes[file] for file in absent)):
+    with progress_of(repository, kind, absent, sum(listing.sizes[file] for file in absent)):
         for attempt in range(ATTEMPTS):
             try:
                 folder = huggingface_hub.snapshot_download(
@@ -145,6 +140,36 @@ def download(repository, revision, needed, optional, kind):
                 if type(error).__name__ != "ChunkedEncodingError" or attempt == ATTEMPTS - 1:
                     raise
     return Path(folder)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at a commit: bytes by path."""
+
+    repository: str
+    commit: str
+    sizes: dict[str, int]
+
+
+def list_files(name, flag="", kind="model") -> Listing:
+    """The files of a hub id. Raises ValueError, one line with the remedy, if the hub refuses or is out of reach."""
+    repository, revision = id_and_revision(name)
+    with quiet():
+        try:
+            return list_repository(repository, revision, kind)
+        except Exception as error:  # the hub's client and its transport raise many types
+            raise ValueError(f"{flag} {name}: {in_words(error, revision)}".strip()) from None
+
+
+def list_repository(repository, revision, kind) -> Listing:
+    import huggingface_hub
+
+    info = huggingface_hub.HfApi().repo_info(
+        repository, revision=revision, repo_type=kind, files_metadata=True, timeout=30
+    )
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+    plain = {file: size for file, size in sizes.items() if all(map(is_plain_name, file.split("/")))}
+    return Listing(repository, info.sha, plain)
 
 
 class Missing(Exception):

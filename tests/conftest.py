@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ from PIL import Image
 TESTS = Path(__file__).parent
 ROOT, HELPERS, STANDINS = TESTS.parent, TESTS / "helpers", TESTS / "standins"
 sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
 importlib.import_module("rounding").install()
 
@@ -56,10 +58,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def golden(name, text=()):
-    """A file of reference values as tensors, its weights apart, and without those that are text."""
-    arrays = np.load(ROOT / "tests/goldens" / f"{name}.npz")
-    values = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key not in text}
+def golden(name):
+    """A file of reference values as tensors, text as the JSON or the list of names that it is; its weights apart."""
+
+    def read(value):
+        if value.dtype.kind != "U":
+            return torch.from_numpy(value)
+        return value.tolist() if value.ndim else json.loads(str(value))
+
+    values = {key: read(value) for key, value in np.load(ROOT / "tests/goldens" / f"{name}.npz").items()}
     weights = {key[2:]: values.pop(key) for key in list(values) if key.startswith("w/")}
     return values, weights
 
@@ -190,6 +197,19 @@ def images(tmp_path_factory):
     save_images(root)
     (root / "dog/1_broken.jpg").write_text("not an image")
     return root
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub, empty, that this process's huggingface_hub talks to; its cache is empty, too."""
+    from hub_standin import Hub, point_at
+
+    with Hub() as standin:
+        point_at(standin.url, monkeypatch, tmp_path / "cache")
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time.sleep", lambda _: None)
+        monkeypatch.chdir(tmp_path)
+        yield standin
 
 
 @pytest.fixture

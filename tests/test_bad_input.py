@@ -14,10 +14,14 @@ import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 
+from dlc.encoder import DEFAULT_ENCODER
 from dlc.features import kind_dir
 from models import DiT_models
 
-SCRIPTS = ("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc")
+SCRIPTS = (
+    *("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc"),
+    *("train_prior", "sample_prior"),
+)
 
 
 def save_checkpoint(path, name="DiTSEM-Ti/4", input_size=IMAGE_SIZE // 8, vae=None, features=None, **sizes):
@@ -75,7 +79,9 @@ def test_extraction_flags(extract_error, tmp_path):
     assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100, "--vae", "ema")
     error = extract_error("--model", "DiT-XXL/2")
     assert "argument --model: invalid choice: 'DiT-XXL/2'" in error and "DiTCONT-Ti/8" in error
-    assert "no SEM encoder at pretrained/dlc_encoder.pth" in extract_error("--encoder", "pretrained/dlc_encoder.pth")
+    assert "--encoder pretrained/dlc_encoder.pth does not exist" in extract_error(
+        "--encoder", "pretrained/dlc_encoder.pth"
+    )
     assert "encoder nowhere does not exist" in extract_error("--encoder", "nowhere")
     assert f"{tmp_path} is not a directory of a diffusers AutoencoderKL" in extract_error("--vae", tmp_path)
     assert "argument --batch-size: 0: must be at least 1" in extract_error("--batch-size", 0)
@@ -96,8 +102,13 @@ def test_extraction_flags(extract_error, tmp_path):
 
 
 def test_hub_out_of_reach(extract_error):
-    error = extract_error("--vae", "mse")
-    assert "stabilityai/sd-vae-ft-mse" in error and "config.json" in error and "--vae takes a local directory" in error
+    for flags, name in (
+        (("--vae", "mse"), "--vae stabilityai/sd-vae-ft-mse"),
+        (("--encoder", "owner/name@v1"), "--encoder owner/name@v1"),
+        (("--encoder", DEFAULT_ENCODER), f"--encoder {DEFAULT_ENCODER}"),
+    ):
+        error = extract_error(*flags)
+        assert f"{name}: no such local path, and the hub's cache" in error and "or give a local path" in error
 
 
 def test_features_of_other_settings(extract_error, features):

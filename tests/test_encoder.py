@@ -1,10 +1,14 @@
 import json
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import golden
+from conftest import ROOT, golden
 
-from dlc.encoder import SEMEncoder, convert_reference_weights, load_encoder, save_encoder
+from dlc.encoder import SEMEncoder, load_encoder, save_encoder
+from dlc.encoder_layouts import read_encoder, recognise
+from dlc.encoder_names import to_state_dict
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=2)
 
@@ -16,7 +20,7 @@ def reference_encoder():
 def test_agrees_with_reference():
     values, weights = golden("sem_encoder")
     encoder = reference_encoder()
-    encoder.load_state_dict(convert_reference_weights(weights, encoder.backbone))
+    encoder.load_state_dict(to_state_dict(recognise("x", "x", weights)[1], encoder.backbone))
     with torch.no_grad():
         images = values["x"].float()
         torch.testing.assert_close(encoder(images), values["sem"], atol=1e-5, rtol=1e-5)
@@ -36,9 +40,9 @@ def test_checkpoint_layouts(rename):
     """The layouts that training leaves: wrapped by DDP or torch.compile, or blocks in chunks; with losses' heads."""
     _, weights = golden("sem_encoder")
     encoder = reference_encoder()
-    expected = convert_reference_weights(weights, encoder.backbone)
+    expected = to_state_dict(recognise("x", "x", weights)[1], encoder.backbone)
     teacher = {**{rename(key): value for key, value in weights.items()}, "dino_head.mlp.0.weight": torch.zeros(1)}
-    converted = convert_reference_weights(teacher, encoder.backbone)
+    converted = to_state_dict(recognise("x", "x", {"teacher": teacher})[1], encoder.backbone)
     assert converted.keys() == expected.keys() == encoder.state_dict().keys()
     assert all(torch.equal(converted[key], expected[key]) for key in expected)
 
@@ -128,3 +132,244 @@ def test_unfit_backbones_are_refused(backbone, message):
 def test_missing_encoder():
     with pytest.raises(ValueError, match="does not exist"):
         load_encoder("nowhere.pth")
+
+
+#################################################################################
+#                        Published layouts (see LAYOUTS)                         #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Reference values, the configuration, and the weights as transformers' files have them."""
+    values = np.load(ROOT / "tests/goldens/dinov2_registers_sem.npz")
+    weights = {key[2:]: torch.from_numpy(values[key]) for key in values if key.startswith("w/")}
+    return values, json.loads(str(values["config"])), weights
+
+
+def agrees(encoder, values):
+    with torch.inference_mode():
+        images = torch.from_numpy(values["pixel_values"])
+        np.testing.assert_allclose(encoder(images), values["sem"], atol=1e-5)
+        return np.array_equal(encoder.codes(images), values["dlc"])
+
+
+def save_published(folder, config, weights, file="model.safetensors"):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save = safetensors.torch.save_file if file.endswith("safetensors") else torch.save
+    save(weights, folder / file)
+    return folder
+
+
+def names_of_5(weights):
+    """The names of the modules of transformers 5, which `torch.save(model.state_dict())` writes."""
+    for old, new in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output.dense", "o_proj")):
+        weights = {
+            key.replace(f"attention.attention.{old}", f"attention.{new}").replace(
+                f"attention.{old}", f"attention.{new}"
+            ): value
+            for key, value in weights.items()
+        }
+    return weights
+
+
+def dinov2_names(weights, prefix=""):
+    """By hand, for this test: the names of DINOv2 for transformers' weights."""
+    renamed, head = {}, {key: value for key, value in weights.items() if key.startswith("sem_")}
+    for index in (0, 1):
+        layer, block = f"encoder.layer.{index}.", f"blocks.{index}."
+        for kind in ("weight", "bias"):
+            attention = [weights[f"{layer}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            renamed[f"{block}attn.qkv.{kind}"] = torch.cat(attention)
+            renamed[f"{block}attn.proj.{kind}"] = weights[f"{layer}attention.output.dense.{kind}"]
+            for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                renamed[f"{block}{part}.{kind}"] = weights[f"{layer}{part}.{kind}"]
+            renamed[f"patch_embed.proj.{kind}"] = weights[f"embeddings.patch_embeddings.projection.{kind}"]
+            renamed[f"norm.{kind}"] = weights[f"layernorm.{kind}"]
+        for part in ("1", "2"):
+            renamed[f"{block}ls{part}.gamma"] = weights[f"{layer}layer_scale{part}.lambda1"]
+    for new, old in (
+        ("cls_token",) * 2,
+        ("mask_token",) * 2,
+        ("register_tokens",) * 2,
+        ("pos_embed", "position_embeddings"),
+    ):
+        renamed[new] = weights[f"embeddings.{old}"]
+    return {**{prefix + key: value for key, value in renamed.items()}, **head}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "model.dinov2_with_registers."])
+@pytest.mark.parametrize("rename", [dict, names_of_5])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_transformers(published, tmp_path, prefix, rename, file):
+    values, config, weights = published
+    weights = {key if key.startswith("sem_") else prefix + key: value for key, value in rename(weights).items()}
+    assert len(weights) == len(published[2])
+    encoder = load_encoder(save_published(tmp_path, config, weights, file))
+    assert agrees(encoder, values)
+    assert (encoder.L, encoder.V, encoder.temperature, encoder.image_size) == (8, 8, 1.0, 224)
+    assert encoder.said == (
+        "transformers' names: ViT of width 16 with 2 blocks and 4 registers, L=8, V=8 (by its config.json), "
+        "224x224 pixels"
+    )
+    assert all(parameter.dtype == torch.float32 and not parameter.is_meta for parameter in encoder.parameters())
+    assert agrees(load_encoder(tmp_path / file), values)  # the file of the folder
+    save_encoder(encoder, tmp_path / "ours")
+    assert agrees(load_encoder(tmp_path / "ours"), values)
+
+
+def test_dinov2s_and_timms_names(published, tmp_path):
+    """With a config.json for the number of heads, which DINOv2's widths would tell."""
+    values, config, weights = published
+    for layout, named in (
+        ("DINOv2's names", dinov2_names(weights)),
+        ("DINOv2's names", {"teacher": dinov2_names(weights, "backbone.")}),
+        (
+            "DINOv2's names",
+            {
+                "teacher": {
+                    key.replace("blocks.", "blocks.0."): value
+                    for key, value in dinov2_names(weights, "backbone.").items()
+                }
+            },
+        ),
+    ):
+        encoder = load_encoder(save_published(tmp_path / "folder", config, named, "pytorch_model.bin"))
+        assert agrees(encoder, values) and encoder.said.startswith(layout)
+    timm_names = {key.removeprefix("backbone."): value for key, value in encoder.state_dict().items()}
+    encoder = load_encoder(save_published(tmp_path / "folder", config, timm_names, "pytorch_model.bin"))
+    assert agrees(encoder, values) and encoder.said.startswith("timm's names: ViT of width 16")
+
+
+def test_timm(tmp_path):
+    """A file of timm's names and a head: registers, positions of other grids, sizes read off the shapes."""
+    import timm
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=518, depth=2)
+    weights = {**vit.state_dict(), **small_head(384)}
+    assert vit.pos_embed.shape[1] == 37**2
+    torch.save(weights, tmp_path / "timm.pth")
+    encoder = load_encoder(tmp_path / "timm.pth", L=4)
+    assert encoder.config["backbone"] == "vit_small_patch14_reg4_dinov2"
+    assert encoder.config["backbone_args"] == dict(depth=2) and (encoder.L, encoder.V) == (4, 3)
+    assert encoder.backbone.pos_embed.shape[1] == 16**2
+    weights["pos_embed"] = torch.cat([torch.ones(1, 1, 384), weights["pos_embed"]], dim=1)  # not folded in
+    torch.save(weights, tmp_path / "timm.pth")
+    unfolded = load_encoder(tmp_path / "timm.pth", L=4).state_dict()
+    torch.testing.assert_close(unfolded.pop("backbone.cls_token"), vit.cls_token + 1)
+    assert all(torch.equal(unfolded[key], value) for key, value in encoder.state_dict().items() if key in unfolded)
+
+
+def small_head(width, tokens=5):
+    return {
+        "sem_embed.weight": torch.randn(12, tokens * width),
+        "sem_norm.weight": torch.ones(12),
+        "sem_norm.bias": torch.zeros(12),
+    }
+
+
+def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
+    """ViT-L and ViT-g under DINOv2's names, on meta: what they are is told without memory for them."""
+    import timm
+
+    for size, width, depth, registers in (("large", 1024, 24, 4), ("giant", 1536, 40, 4), ("base", 768, 12, 0)):
+        with torch.device("meta"):
+            name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
+            vit = timm.create_model(name, num_classes=0, img_size=518)
+            weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
+            weights |= {"sem_norm.weight": torch.zeros(512 * 256), "sem_norm.bias": torch.zeros(512 * 256)}
+        monkeypatch.setattr("dlc.encoder_layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
+        monkeypatch.setattr("dlc.encoder_layouts.check_tensors", lambda tensors, path: tensors)
+        (tmp_path / "x.pth").touch()
+        found = read_encoder(tmp_path / "x.pth", {})
+        assert found.config == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
+        assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in found.said
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(L=7), "has other shapes: sem_embed.weight"),
+        (dict(L=7, V=None), "its head has 64 numbers, no multiple of L 7"),
+        (dict(L=None, V=None), "does not say how its head's 64 numbers are L times V: give --L"),
+        (dict(L="8"), "config.json: L is '8', wanted a whole number"),
+        (dict(temp=0), "config.json: temp is 0, wanted a number from 1e-06"),
+        (dict(hidden_act="relu"), "config.json: hidden_act is 'relu', wanted one of gelu"),
+        (dict(layer_norm_eps=1e-5), "config.json: layer_norm_eps is 1e-05"),
+        (dict(hidden_size=32), "config.json: hidden_size is 32, but its weights have 16"),
+        (dict(num_hidden_layers=3), "config.json: num_hidden_layers is 3, but its weights have 2"),
+        (dict(num_attention_heads=None), "has width 16, none of DINOv2's, and no config.json that says its number"),
+        (dict(num_attention_heads=3), "timm cannot build"),
+        (dict(num_channels=1), "num_channels is 1"),
+    ],
+)
+def test_configurations_of_transformers(published, tmp_path, change, message):
+    _, config, weights = published
+    with pytest.raises(ValueError, match=message):
+        load_encoder(save_published(tmp_path, {**config, **change}, weights))
+
+
+def test_what_configurations_say(published, tmp_path):
+    values, config, weights = published
+    nested = dict(model_type="sem", backbone_config={**config, "L": None, "V": None}, L=8, temp=0.5)
+    encoder = load_encoder(save_published(tmp_path, nested, weights))
+    assert (encoder.L, encoder.V, encoder.temperature) == (8, 8, 0.5)
+    encoder.temperature = 1.0
+    assert agrees(encoder, values)
+    with pytest.raises(ValueError, match="L 8 there, 4 here; leave out the flag"):
+        load_encoder(tmp_path, L=4)
+    encoder = load_encoder(save_published(tmp_path, config, {**weights, "temp": torch.tensor(0.25)}))
+    assert encoder.temperature == 0.25
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(crop_size=dict(height=28, width=28))))
+    assert load_encoder(tmp_path).image_size == 28
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3)))
+    with pytest.raises(ValueError, match="image_mean is .*, wanted ImageNet's"):
+        load_encoder(tmp_path)
+
+
+def test_what_is_no_sem_encoder(published, tmp_path):
+    _, config, weights = published
+    bare = {key: value for key, value in weights.items() if not key.startswith("sem_")}
+    head = {key: value for key, value in weights.items() if key.startswith("sem_")}
+    for tensors, message in (
+        (bare, r"has transformers' names, but no SEM head \(sem_embed, sem_norm\): .* which DINOv2 alone is not"),
+        (dinov2_names(bare), r"has DINOv2's names, but no SEM head \(sem_embed, sem_norm\)"),
+        (head, "has no ViT backbone .*: wanted the weights of a SEM encoder$"),
+        ({"x": torch.zeros(1)}, "has no ViT backbone .* and no SEM head"),
+        ({**weights, "projector.weight": torch.zeros(1)}, "has unknown backbone.projector.weight"),
+        (
+            {key: value for key, value in weights.items() if ".1.attention.attention.key" not in key},
+            "lacks backbone.blocks.1.attn.qkv",
+        ),
+        ({**weights, "sem_embed.weight": torch.zeros(64)}, "has no sem_embed.weight of 2 dimensions"),
+        ({**weights, "embeddings.cls_token": torch.zeros(16)}, "has no cls_token of 3 dimensions"),
+        ({**weights, "embeddings.position_embeddings": torch.zeros(1, 12, 16)}, "has other shapes: backbone.pos_embed"),
+        (
+            {**weights, "encoder.layer.0.mlp.fc1.weight": torch.zeros(70, 16)},
+            "of width 16, has a gated MLP, other than DINOv2's",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_encoder(save_published(tmp_path, config, tensors, "pytorch_model.bin"))
+
+
+def test_from_the_hub(published, hub):
+    """By id, by revision; with L in the repository's name where the config does not say it."""
+    values, config, weights = published
+    files = {"model.safetensors": safetensors.torch.save(weights), "modeling_sem.py": b"raise SystemExit"}
+    hub.add("lavoies/SEM_dinov2_L8", {**files, "config.json": json.dumps({**config, "L": None, "V": None}).encode()})
+    encoder = load_encoder("lavoies/SEM_dinov2_L8")
+    assert agrees(encoder, values)
+    assert encoder.said.startswith("from the hub, transformers' names") and "L=8, V=8 (by its name)" in encoder.said
+    hub.add("owner/sem", {**files, "config.json": json.dumps(config).encode()}, revision="v1")
+    assert agrees(load_encoder("owner/sem@v1"), values)
+    with pytest.raises(ValueError, match="--encoder owner/sem: the hub has no revision 'main' of it"):
+        load_encoder("owner/sem")
+    assert not any(path.endswith(".py") for _, path, _ in hub.requests)
+
+
+def test_image_sizes_are_multiples_of_the_patch():
+    with pytest.raises(ValueError, match="cannot read images of 225 pixels: no multiple of its patch, 14"):
+        SEMEncoder("vit_small_patch14_reg4_dinov2", 225, L=3, V=4, backbone_args=SMALL)

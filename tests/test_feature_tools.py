@@ -323,6 +323,122 @@ def test_import_of_a_hugging_face_dataset(tmp_path, capsys):
     assert "has no column 'features', only image" in refused(tmp_path / "other", tmp_path / "x")
 
 
+def save_parquet(path, latents, codes, rows_per_group=7, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = dict(features=list(latents.tolist()), labels=list(codes.tolist()), **columns)
+    pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=rows_per_group)
+    return path
+
+
+LATENTS = RANDOM.normal(size=(30, 1, 4, 8, 8)).astype(np.float32)
+CODES = RANDOM.integers(0, 300, (30, 16))
+
+
+def assert_imported(path, rows=slice(0, 30)):
+    new = Features(path)
+    new.validate()
+    np.testing.assert_allclose(new.latents.gather(np.arange(new.count)), LATENTS[rows, 0], rtol=1e-6)
+    np.testing.assert_array_equal(new.codes.gather(np.arange(new.count)), CODES[rows])
+    return new.manifest
+
+
+def test_import_of_parquet_files(tmp_path, capsys):
+    """A folder of them, one file, and what datasets itself writes; shards that straddle files and row groups."""
+    datasets = pytest.importorskip("datasets")
+    save_parquet(tmp_path / "data/train-00000-of-00002.parquet", LATENTS[:17], CODES[:17], other=["x"] * 17)
+    save_parquet(tmp_path / "data/train-00001-of-00002.parquet", LATENTS[17:], CODES[17:])
+    save_parquet(tmp_path / "data/test-00000-of-00001.parquet", LATENTS[:3], CODES[:3])
+    typed = datasets.Features(
+        features=datasets.Array4D((1, 4, 8, 8), "float32"), labels=datasets.Sequence(datasets.Value("uint16"))
+    )
+    data = datasets.Dataset.from_dict(dict(features=LATENTS, labels=CODES), features=typed)
+    data.to_parquet(tmp_path / "typed.parquet")
+    for source, rows, flags in (
+        (tmp_path, slice(0, 30), ()),
+        (tmp_path, slice(0, 3), ("--split", "test")),
+        (tmp_path / "typed.parquet", slice(0, 30), ()),
+    ):
+        new = tmp_path / f"new{len(flags)}{source.suffix}"
+        if source == tmp_path:
+            source = tmp_path / "data"
+        status, _, err = call(capsys, "import-hf", source, new, "--V", 300, "--shard-size", 8, *flags)
+        assert status == 0, err
+        assert_imported(new, rows)
+
+    def refused(path, *flags):
+        status, _, err = call(capsys, "import-hf", path, tmp_path / "x", "--V", 300, *flags)
+        assert status == 2 and err.count("\n") == 1, err
+        return err
+
+    assert "no .parquet files of the split 'dev': --split one of test, train" in refused(
+        tmp_path / "data", "--split", "dev"
+    )
+    save_parquet(tmp_path / "data/small/train.parquet", LATENTS, CODES)
+    assert "several datasets with a split 'train', in , small: download it" in refused(tmp_path / "data")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "typed.parquet").read_bytes()[:-9])
+    assert "cut.parquet cannot be read (ArrowInvalid" in refused(tmp_path / "cut.parquet")
+    content = bytearray((tmp_path / "typed.parquet").read_bytes())
+    content[2000:60_000] = bytes(58_000)
+    (tmp_path / "broken.parquet").write_bytes(content)
+    refused(tmp_path / "broken.parquet")
+    ragged = save_parquet(tmp_path / "ragged.parquet", LATENTS[:2], CODES[:2])
+    for columns, message in (
+        (dict(labels=[[1, 2], [1]]), "rows 0 to 1: not all have lists of one length, but 1 and 2"),
+        (dict(labels=[[1, None], [1, 2]]), "with values that are missing"),
+        (dict(labels=["a", "b"]), "values of type string, wanted numbers"),
+        (dict(labels=[[300], [1]]), "row 0: value 300 outside 0..299"),
+        (dict(labels=[[-1], [1]]), "row 0: value -1 outside 0..299"),
+    ):
+        import pyarrow
+
+        table = pyarrow.parquet.read_table(ragged)
+        for name, values in columns.items():
+            table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(values))
+        pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
+        assert message in refused(tmp_path / "other.parquet")
+
+
+def test_import_from_the_hub(tmp_path, capsys, hub, monkeypatch):
+    """By id and revision, streamed; a break leaves whole shards, after which the same command continues."""
+    datasets = pytest.importorskip("datasets")
+    half = [
+        save_parquet(tmp_path / f"{part}.parquet", LATENTS[rows], CODES[rows]).read_bytes()
+        for part, rows in enumerate((slice(0, 16), slice(16, 30)))
+    ]
+    names = [f"data/train-0000{part}-of-00002.parquet" for part in (0, 1)]
+    commit = hub.add("owner/codes", dict(zip(names, half), **{"README.md": b"x"}), revision="v1", kind="dataset")
+    command = ("import-hf", "owner/codes@v1", tmp_path / "new", "--V", 300, "--shard-size", 8)
+    hub.break_off(names[1], after=0, times=10**6, spared=1)  # its footer is read
+    status, _, err = call(capsys, *command)
+    assert status == 2 and err.count("\n") == 1 and "run the same command again" in err, err
+    assert len(list(kind_dir(tmp_path / "new", 64, "sem").glob("*.npy"))) == 2  # the rows of the first file
+    hub.broken.clear()
+    hub.requests.clear()
+    status, _, err = call(capsys, *command)
+    assert status == 0, err
+    assert assert_imported(tmp_path / "new").converted_from == f"owner/codes@{commit}, split train"
+    assert not any((tmp_path / "cache").rglob("*.parquet"))
+    read = [path.rpartition("/")[2] for command, path, _ in hub.requests if command == "GET" and "/resolve/" in path]
+    assert read.count(names[0][5:]) == 2 and read.count(names[1][5:]) == 2  # footers, first row, the second file's rows
+    for name, message in (
+        ("owner/codes", "import-hf owner/codes: the hub has no revision 'main' of it"),
+        ("owner/nothing", "the hub has no such repository"),
+    ):
+        status, _, err = call(capsys, "import-hf", name, tmp_path / "x", "--V", 300)
+        assert status == 2 and err.count("\n") == 1 and message in err, err
+    data = datasets.DatasetDict(train=datasets.Dataset.from_dict(dict(features=LATENTS, labels=CODES)))
+    data.save_to_disk(tmp_path / "saved")
+    files = {path.relative_to(tmp_path / "saved"): path for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    hub.add("owner/saved", {str(name): path.read_bytes() for name, path in files.items()}, kind="dataset")
+    capsys.readouterr()
+    status, _, err = call(capsys, "import-hf", "owner/saved", tmp_path / "new_saved", "--V", 300)
+    assert status == 0, err
+    assert_imported(tmp_path / "new_saved")
+
+
 def test_import_says_what_it_needs(tmp_path):
     (tmp_path / "datasets.py").write_text("raise ImportError")
     result = tool("import-hf", tmp_path, tmp_path / "new", env=dict(PYTHONPATH=str(tmp_path)))

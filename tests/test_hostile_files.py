@@ -4,6 +4,7 @@ why they are refused, before memory is taken for what they claim."""
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -17,7 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -280,12 +281,20 @@ def test_bad_tensors(tmp_path, tiny_models, loader, kind):
             return load_encoder(path.parent)
     elif loader == "teacher":
         # positions and class token are added and resized before they are compared
-        name, path, load = "pos_embed" if "-d" in kind else "cls_token", tmp_path / "teacher.pth", load_encoder
-        weights = {
-            "cls_token": torch.zeros(1, 1, 8),
-            "pos_embed": torch.zeros(1, 17, 8),
-            "sem_norm.bias": torch.zeros(3),
+        name, path = "pos_embed" if "-d" in kind else "cls_token", tmp_path / "teacher.pth"
+        shapes = {
+            "cls_token": (1, 1, 384),
+            "register_tokens": (1, 4, 384),
+            "pos_embed": (1, 17, 384),
+            "patch_embed.proj.weight": (384, 3, 14, 14),
+            "blocks.0.mlp.fc1.weight": (1536, 384),
+            "blocks.0.mlp.fc2.weight": (384, 1536),
+            "sem_embed.weight": (512, 1920),
         }
+        weights = {key: torch.zeros(shape) for key, shape in shapes.items()}
+
+        def load(path):
+            return load_encoder(path, L=2)
     else:
         shutil.copytree(tiny_models[0], tmp_path / "vae")
         path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
@@ -596,15 +605,16 @@ def test_timms_names(tmp_path):
     encoder = SEMEncoder(
         "vit_tiny_patch16_224", 32, L=3, V=4, backbone_args=dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
     )
-    for weights in (encoder.backbone.state_dict(), encoder.state_dict(), {"teacher": encoder.state_dict()}):
+    for weights, message in (
+        (encoder.backbone.state_dict(), "has timm's names, but no SEM head (sem_embed, sem_norm)"),
+        (encoder.state_dict(), "lacks backbone.blocks.1."),
+        ({"teacher": encoder.state_dict()}, "lacks backbone.blocks.1."),
+    ):
         torch.save(weights, tmp_path / "timm.pth")
-        line = refusal(load_encoder, tmp_path / "timm.pth", backbone="vit_tiny_patch16_224", L=3, V=4)
-        assert "has timm's tensor names: wanted a reference checkpoint" in line
+        assert message in refusal(load_encoder, tmp_path / "timm.pth", backbone="vit_tiny_patch16_224", L=3, V=4)
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "timm.pth")
-    assert "has no SEM head (sem_embed, sem_norm): wanted a reference checkpoint" in refusal(
-        load_encoder, tmp_path / "timm.pth"
-    )
+    assert "has DINOv2's names, but no SEM head" in refusal(load_encoder, tmp_path / "timm.pth")
 
 
 #################################################################################
@@ -626,8 +636,14 @@ def vae(tmp_path, tiny_models):
         (dict(in_channels=1), "has 1 in channels, wanted 3"),
         (dict(out_channels=1), "has 1 out channels, wanted 3"),
         (dict(latent_channels=10**12), "latent_channels is"),
-        (dict(latents_mean=[0, 0, 0, 0.0]), "(latents_mean"),
-        (dict(latents_std=[1.0] * 4), "(latents_std"),
+        (dict(latents_mean=[0, 0, 0, 0.0], latents_std=None), "has latents_mean alone"),
+        (dict(latents_std=[1.0] * 4), "has latents_std alone"),
+        (
+            dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 3),
+            "latents_mean has 3 numbers, wanted one per latent channel",
+        ),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0, 1.0]), "latents_std is"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "both latents_mean and shift_factor"),
         (dict(scaling_factor=0), "scaling_factor is 0"),
         (dict(scaling_factor=-1), "scaling_factor is -1"),
         (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
@@ -678,12 +694,12 @@ def test_vae_without_all_its_tensors(vae):
 
 
 def test_vae_whose_index_points_elsewhere(vae, tmp_path):
-    """An index is never read, with the weights beside it or without."""
+    """An index is read only where no whole file is, and refused where it names files elsewhere."""
     index = dict(metadata={}, weight_map={"encoder.conv_in.weight": "../outside.safetensors"})
     (vae / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     load_vae(str(vae))
     shutil.move(vae / "diffusion_pytorch_model.safetensors", tmp_path / "outside.safetensors")
-    assert "has no diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin" in refusal(load_vae, str(vae))
+    assert "its weight_map is not of names of files beside it" in refusal(load_vae, str(vae))
 
 
 def test_vae_of_old_names(vae):
@@ -711,14 +727,80 @@ def test_vae_of_old_names(vae):
 def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.model_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no hub")))
-    try:
-        assert "--vae takes a local directory too" in refusal(load_vae, name)
-    except pytest.fail.Exception:
-        raise
-    except OSError as error:  # of a name longer than files can have
-        assert len(name) > 255, error
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = (
+        "HF_HUB_OFFLINE is set" if name == "nobody/nothing" else "does not exist: it is no file or folder, nor a hub id"
+    )
+    assert said in refusal(load_vae, name)
     assert downsampling_factor("ema") == downsampling_factor("stabilityai/sd-vae-ft-mse") == 8
+
+
+#################################################################################
+#                      One file given to --vae or --encoder                     #
+#################################################################################
+
+LONE_FILES = {
+    "pickle.ckpt": pickle.dumps(Call(os.system, "touch touched")),
+    "pickle.safetensors": pickle.dumps(Call(os.system, "touch touched")),
+    "page.pt": b"<!DOCTYPE html><html>not found</html>",
+    "page.safetensors": b"<!DOCTYPE html><html>not found</html>",
+    "empty.ckpt": b"",
+    "empty.safetensors": b"",
+    "header.safetensors": struct.pack("<Q", 2**62) + b"{}",
+    "json.pt": b'{"weight_map": {"encoder.conv_in.weight": "../evil.pt"}}',
+    "beyond.safetensors": struct.pack("<Q", 70)
+    + json.dumps({"x": dict(dtype="F32", shape=[9], data_offsets=[0, 36])}).ljust(70).encode(),
+}
+
+
+@pytest.mark.parametrize("load", [load_vae, load_encoder])
+@pytest.mark.parametrize("name", [*LONE_FILES, "zip.pt", "cut.ckpt", "folder.safetensors", "loop.pt", "dangling.ckpt"])
+def test_lone_files(tmp_path, monkeypatch, load, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    if name in LONE_FILES:
+        path.write_bytes(LONE_FILES[name])
+    elif name == "zip.pt":
+        torch.save(dict(state_dict=Call(os.system, "touch touched")), path)
+    elif name == "cut.ckpt":
+        torch.save({"encoder.conv_in.weight": torch.zeros(9, 9)}, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif name == "folder.safetensors":
+        path.mkdir()
+    else:
+        path.symlink_to(name if name == "loop.pt" else "nowhere")
+    assert name in refusal(load, str(path))
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(num_attention_heads="2"), "num_attention_heads is '2'"),
+        (dict(num_attention_heads=0), "num_attention_heads is 0"),
+        (dict(num_attention_heads=5), "timm cannot build the encoder"),
+        (dict(L=-3), "L is -3"),
+        (dict(V=10**9), "V is 1000000000"),
+        (dict(temp=float("nan")), "temp is nan"),
+        (dict(hidden_size=[3]), "hidden_size is [3]"),
+        (dict(backbone_config=dict(num_attention_heads=[])), "num_attention_heads is []"),
+        (dict(auto_map=dict(AutoModel="evil.Model"), hidden_act="os.system"), "hidden_act is 'os.system'"),
+        ({"preprocessor": dict(crop_size=dict(height=10**9))}, "image_size is 1000000000"),
+        ({"preprocessor": dict(crop_size=225)}, "no multiple of its patch"),
+        ({"preprocessor": dict(image_std="x")}, "image_std is x"),
+    ],
+)
+def test_configurations_of_transformers(tmp_path, config, message):
+    _, weights = golden("dinov2_registers_sem")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config.pop("preprocessor", {})))
+    usual = dict(model_type="dinov2_with_registers", num_attention_heads=2, L=8)
+    usual.update(config)
+    if "backbone_config" in config:
+        del usual["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(usual))
+    line = refusal(load_encoder, tmp_path)
+    assert message in line and tmp_path.name in line
 
 
 #################################################################################
@@ -977,11 +1059,12 @@ def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypa
     torch.save(Call(os.system, "touch touched"), tmp_path / "evil.pt")
     (tmp_path / "meta.json").write_text("[" * 100_000)
     change_json(sem / "config.json", lambda config: config["backbone_args"].update(checkpoint_path="evil.pt"))
-    change_json(vae / "config.json", lambda config: config.update(in_channels=1))
+    if script == "vae":
+        change_json(vae / "config.json", lambda config: config.update(in_channels=1))
     module, *flags = dict(
         info=("dlc.checkpoints.__main__", "info", "evil.pt"),
         sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
-        extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", "ema"),
+        extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", vae),
         vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae),
     )[script]
     monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])

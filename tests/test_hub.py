@@ -5,7 +5,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from hub_standin import Hub
+from hub_standin import point_at
 
 from dlc import hub as hub_module
 from dlc.hub import fetch, fetched_by_node, is_id
@@ -20,28 +20,6 @@ FILES = {
     "vae/onnx/config.json": b"{2}",
 }
 WANTED = ["config.json", ("*.safetensors", "*.bin")]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as standin:
-        point_at(standin.url, monkeypatch, tmp_path / "cache")
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
-        monkeypatch.chdir(tmp_path)
-        yield standin
-
-
-def point_at(url, monkeypatch, cache, offline=False):
-    """Let huggingface_hub, which reads the environment at its import, use another hub and cache, as a new process."""
-    from huggingface_hub import constants
-
-    values = dict(ENDPOINT=url, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE=offline)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in dict(values, HUGGINGFACE_CO_URL_TEMPLATE=template).items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    hub_module.FETCHED.clear()
 
 
 def downloads(hub):

@@ -18,7 +18,7 @@ from dlc.sampling.codes import sample_codes
 
 @pytest.fixture(scope="module")
 def sedd():
-    return golden("sedd", text=("model/config", "model/parameter_order"))[0]
+    return golden("sedd")[0]
 
 
 def toy_network(sedd):

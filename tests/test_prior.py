@@ -26,7 +26,7 @@ def inputs():
 
 
 def test_golden():
-    values, weights = golden("sedd", text=("model/config", "model/parameter_order"))
+    values, weights = golden("sedd")
     model = DLCPrior(6, 7, 32, 2, 2, cond_dim=16)
     model.load_state_dict(weights)
     with torch.no_grad():

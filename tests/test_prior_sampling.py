@@ -13,7 +13,8 @@ from tiny_prior import save_prior
 import sample_prior
 from dlc.evaluation.agreement import DrawnCodes
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, finished_record, open_codes
-from dlc.sampling.prior import BATCH, PriorDraw, PriorOptions, newest_prior, resolved
+from dlc.sampling.prior import BATCH, PriorDraw, newest_prior, resolved
+from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.record import SamplesRecord
 from dlc.sampling.usage import Rows, nearest, perplexity, usage
 
@@ -29,7 +30,7 @@ def prior(tmp_path_factory):
 def codes(prior, tmp_path_factory):
     """A folder of codes, by torchrun with two processes."""
     root = tmp_path_factory.mktemp("codes")
-    command = ("torchrun", 2, "sample_prior.py", "--ckpt", prior, "--num", NUM, "--out", "codes")
+    command = ("torchrun", 2, "sample_prior.py", "--ckpt", prior, "--num-codes", NUM, "--out", "codes")
     return root / "codes", launch(command, root).stdout
 
 
@@ -137,8 +138,8 @@ def test_each_option_changes_the_codes(prior):
         fewer=dict(steps=2),
         cold=dict(temperature=0.5),
         nucleus=dict(top_p=0.5),
-        classes=dict(class_=[0, 2]),
-        guided=dict(class_=[0, 2], cfg_scale=3.0),
+        classes=dict(classes=[0, 2]),
+        guided=dict(classes=[0, 2], cfg_scale=3.0),
     )
     found = {name: drawn(prior, **options) for name, options in kinds.items()}
     for name, one in found.items():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, golden
+from conftest import golden
 
+from dlc.checkpoints.inspection import info
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.prior_weights import diffusion_of, load_prior
 from dlc.checkpoints.run import save_checkpoint
@@ -18,10 +19,9 @@ from prior import DLCPrior, DLCPrior_models
 @pytest.fixture
 def sedd():
     """Config, state dict, inputs and output of the golden, and its parameters' order."""
-    with np.load(ROOT / "tests/goldens/sedd.npz") as file:
-        config, order = json.loads(str(file["model/config"])), file["model/parameter_order"].tolist()
-    values, weights = golden("sedd", text=("model/config", "model/parameter_order"))
-    return config, weights, {key: values[f"model/{key}"] for key in ("x", "sigma", "out")}, order
+    values, weights = golden("sedd")
+    inputs = {key: values[f"model/{key}"] for key in ("x", "sigma", "out")}
+    return values["model/config"], weights, inputs, values["model/parameter_order"]
 
 
 def write_folder(path, config, weights):
@@ -105,6 +105,10 @@ def test_our_checkpoints(shared, tmp_path):
     assert diffusion_of(read).told(torch.ones(2)).tolist() == [0, 0] and diffusion_of(read).masking == "counted"
     with pytest.raises(ValueError, match="is a prior over codes .*, no diffusion transformer"):
         load_model(tmp_path)
+    lines = info(tmp_path)
+    tables = "one table for all positions" if shared else "a table per position"
+    assert f"DLCPrior-Ti, 0.3 M parameters, prior over codes of L 5, V 6, {tables}, 3 classes, not told" in lines[0]
+    assert "EMA weights, step 3" in lines[1]
 
 
 def test_refusals_name_tensor_or_key(sedd, tmp_path):

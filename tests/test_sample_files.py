@@ -186,6 +186,11 @@ class Evil:
     [
         (torch.full((3, L), V), f"codes.pt, row 0: value {V} outside 0..{V - 1}"),
         (torch.full((3, 2, L), -1), f"codes.pt, row 0: value -1 outside 0..{V - 1}"),
+        # of the text-to-code model, whose ids less an offset nothing clips
+        (
+            torch.tensor([[0] * L, [V + 3] + [-2] * (L - 1), [1] * L]),
+            rf"codes.pt, row 1: value {V + 3} outside 0..{V - 1}, the first of {L} such values",
+        ),
         (torch.zeros(3, L), "codes.pt has values of type torch.float32, .*wanted integers"),
         (torch.zeros(3, L, dtype=torch.int64).to_sparse(), "codes.pt has values of type torch.int64, .*dense"),
         (torch.tensor(3), r"codes.pt has shape \(\), wanted"),
@@ -204,6 +209,19 @@ def test_codes_that_are_refused(tmp_path, value, message, capsys):
         with pytest.raises(ValueError, match=message):
             of(source)(np.arange(3))
     assert "this was run" not in capsys.readouterr().out
+
+
+def test_codes_as_other_programs_save_them(tmp_path):
+    """SEDD's folder of batches named by UUID; a tensor with torch's negative bit, whose values are what counts."""
+    (tmp_path / "diffused_SEMs").mkdir()
+    for name, part in (("9f1c-b", CODES[:16]), ("0a77-c", CODES[16:])):
+        torch.save(torch.from_numpy(part.astype(np.int64)), tmp_path / f"diffused_SEMs/{name}.pt")
+    codes = of(tmp_path / "diffused_SEMs")(np.arange(24))
+    np.testing.assert_array_equal(codes, np.concatenate([CODES[16:], CODES[:16]]))  # in the order of names
+    negative = torch._neg_view(-torch.from_numpy(CODES.astype(np.int64)))
+    assert negative.is_neg()
+    torch.save(negative, tmp_path / "negative.pt")
+    np.testing.assert_array_equal(of(tmp_path / "negative.pt")(np.arange(24)), CODES)
 
 
 def test_sources_that_are_none(tmp_path):

@@ -1,6 +1,7 @@
 """VAEs of other than four channels, and with a shift, from extraction to samples."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from dlc.training.images import Images
 from dlc.vae import check_decodes, decode, latent_settings, latent_shape, load_vae, posterior
 
 CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3
+NORMAL = dict(latents_mean=[0.1 * i for i in range(CHANNELS)], latents_std=[0.5 + 0.1 * i for i in range(CHANNELS)])
 PATHS = ["cat/0.png", "cat/6.png", "dog/6.png"]
 
 
@@ -46,7 +48,9 @@ def deep_vae(tmp_path_factory):
 def test_latents_are_shifted_then_scaled(deep_vae):
     vae = load_vae(str(deep_vae))
     assert latent_shape(vae, 64) == (CHANNELS, 16, 16)
-    assert latent_settings(vae) == dict(latent_channels=CHANNELS, scaling_factor=SCALE, shift_factor=SHIFT)
+    assert latent_settings(vae) == dict(
+        latent_channels=CHANNELS, scaling_factor=SCALE, shift_factor=SHIFT, latents_mean=None, latents_std=None
+    )
     with torch.inference_mode():
         images = torch.rand(2, 3, 32, 32) * 2 - 1
         expected = vae.encode(images).latent_dist
@@ -57,8 +61,17 @@ def test_latents_are_shifted_then_scaled(deep_vae):
 
 
 @pytest.fixture(scope="module")
-def deep_features(deep_vae, tiny_models, images, tmp_path_factory):
-    """deep_features[kind of latents]: features of the images by that VAE, float32."""
+def normal_vae(deep_vae, tmp_path_factory):
+    """The same VAE, but that its config says mean and standard deviation of each channel, in place of a shift."""
+    path = shutil.copytree(deep_vae, tmp_path_factory.mktemp("normal_vae") / "vae")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **NORMAL, "shift_factor": None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def deep_features(deep_vae, normal_vae, tiny_models, images, tmp_path_factory):
+    """deep_features[kind of latents]: features of the images, float32; means by the first VAE, moments by the other."""
     root = tmp_path_factory.mktemp("deep_features")
     for kind in ("mean", "moments"):
         launch(
@@ -67,7 +80,7 @@ def deep_features(deep_vae, tiny_models, images, tmp_path_factory):
                 1,
                 images,
                 root / kind,
-                (deep_vae, tiny_models[1]),
+                (deep_vae if kind == "mean" else normal_vae, tiny_models[1]),
                 "--posterior",
                 kind,
                 "--dtype",
@@ -79,12 +92,12 @@ def deep_features(deep_vae, tiny_models, images, tmp_path_factory):
     return {kind: root / kind for kind in ("mean", "moments")}
 
 
-def test_extracted(deep_features, deep_vae, images):
+def test_extracted(deep_features, deep_vae, normal_vae, images):
     features = Features(deep_features["mean"])
     features.validate()
     assert features.latent_shape == (CHANNELS, 16, 16) and features.latents.array(0).shape[1:] == (CHANNELS, 16, 16)
     written = json.loads((deep_features["mean"] / "manifest.json").read_text())
-    assert (written["format_version"], written["latent_channels"], written["shift_factor"]) == (2, CHANNELS, SHIFT)
+    assert (written["format_version"], written["latent_channels"], written["shift_factor"]) == (3, CHANNELS, SHIFT)
     vae, names = load_vae(str(deep_vae)), features.paths.gather(np.arange(features.count)).tolist()
     for path in PATHS:
         index = int(path[4]) + (8 if path.startswith("dog") else 0)  # the broken image is number 9
@@ -95,6 +108,12 @@ def test_extracted(deep_features, deep_vae, images):
             z = vae.encode(normalize(torch.from_numpy(np.array(crop))[None])).latent_dist.mean
         np.testing.assert_allclose(features.latents.gather([names.index(path)]), (z - SHIFT) * SCALE, atol=1e-4)
     moments = Features(deep_features["moments"])
+    assert {key: getattr(moments.manifest, key) for key in NORMAL} == NORMAL and moments.manifest.shift_factor == 0
+    paths, normal = moments.paths.gather(np.arange(moments.count)).tolist(), load_vae(str(normal_vae))
+    crop = center_crop(Image.open(images / PATHS[0]), IMAGE_SIZE)
+    with torch.inference_mode():
+        expected = torch.cat(posterior(normal, normalize(torch.from_numpy(np.array(crop))[None])), dim=1)
+    np.testing.assert_allclose(moments.latents.gather([paths.index(PATHS[0])]), expected, atol=1e-4)
     assert moments.latent_shape == (CHANNELS, 16, 16) and moments.latents.array(0).shape[1:] == (2 * CHANNELS, 16, 16)
 
 
@@ -133,7 +152,8 @@ def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_
     )
     launch(train, tmp_path)
     meta = json.loads((tmp_path / "results/checkpoints/0000002/meta.json").read_text())
-    assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT, SCALE)
+    assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT if kind == "mean" else 0, SCALE)
+    assert {key: meta[key] for key in NORMAL} == (dict.fromkeys(NORMAL) if kind == "mean" else NORMAL)
     assert (tmp_path / "results/previews/0000002.png").is_file()
     sample = (
         "forked",
@@ -177,6 +197,8 @@ def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
     check_decodes(vae, "x", CHANNELS, dict(scaling_factor=None), "the latents")  # nothing is known
     check_decodes(load_vae(str(tiny_models[0])), "x", 4, dict(scaling_factor=0.18215), "the latents")
     for channels, source, message in (
+        (CHANNELS, dict(settings, **NORMAL), r"has latents mean None, the latents \[0.0, 0.1"),
+        (CHANNELS, dict(settings, latents_std=NORMAL["latents_std"]), "has latents std None"),
         (4, settings, "--vae x has 16 latent channels, the latents 4"),
         (CHANNELS, dict(settings, scaling_factor=0.5), f"has scaling factor {SCALE}, the latents 0.5"),
         (CHANNELS, dict(settings, shift_factor=0.5), f"has shift factor {SHIFT}, the latents 0.5"),
@@ -213,7 +235,7 @@ def write(root, manifest, channels):
 def to_version_1(path):
     """Rewrite a manifest or settings as the version before wrote it."""
     values = json.loads(path.read_text())
-    for key in ("shift_factor", "latent_channels", "source"):
+    for key in ("shift_factor", "latent_channels", "latents_mean", "latents_std", "source"):
         del values[key]
     path.write_text(json.dumps(dict(values, format_version=1)))
 
@@ -261,6 +283,10 @@ def test_manifests_of_version_1(tmp_path):
         (dict(shift_factor="x"), "shift_factor is 'x'"),
         (dict(shift_factor=None), "shift_factor is None"),
         (dict(shift_factor=[0.1]), "shift_factor is"),
+        (dict(latents_mean=0.1), "latents_mean is 0.1"),
+        (dict(latents_mean=[]), "latents_mean is"),
+        (dict(latents_std=[0.0]), "latents_std is"),
+        (dict(latents_std=["1"]), "latents_std is"),
         (dict(shard_size=0), "shard_size is 0"),
         (dict(source=3), "source is 3"),
         (dict(latent_channels=16), "latents have 4 channels, by manifest.json they have 16"),
@@ -274,8 +300,10 @@ def test_new_keys_are_checked(tmp_path, change, message):
         Features(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["latent_channels", "shift_factor", "count", "shards", "skipped", "L", "images"])
-def test_missing_keys_of_version_2(tmp_path, key):
+@pytest.mark.parametrize(
+    "key", ["latent_channels", "shift_factor", "latents_mean", "count", "shards", "skipped", "L", "images"]
+)
+def test_missing_keys(tmp_path, key):
     write(tmp_path, MANIFEST, 4)
     path = tmp_path / "manifest.json"
     values = json.loads(path.read_text())
@@ -292,6 +320,8 @@ def test_what_a_run_records_of_its_data(tmp_path):
         vae_sha256="1",
         scaling_factor=0.5,
         shift_factor=0.0,
+        latents_mean=None,
+        latents_std=None,
         encoder_sha256="2",
         listing_sha256="3",
         flip="none",

@@ -34,18 +34,26 @@ EMBEDDERS = {
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
     "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
 }
+# by which it is recognised
+ANCHORS = ("pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight")
+# what config.json may not have otherwise, though the tensors would be the same
+FIXED = dict(
+    norm_type="ada_norm_zero",
+    activation_fn="gelu-approximate",
+    norm_elementwise_affine=False,
+    only_cross_attention=False,
+    double_self_attention=False,
+)
 THIRDS = ("to_q", "to_k", "to_v")  # of attn.qkv
 
 
-def is_diffusers(names) -> bool:
-    """Whether tensors with these names are of diffusers' DiT."""
-    return {"pos_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.norm1.linear.weight"} <= set(names)
-
-
-def from_diffusers(weights: dict, path: Path) -> dict:
+def from_diffusers(weights: dict, path: Path, num_classes: int | None = None) -> dict:
     """Tensors under diffusers' names, under ours; those with other names stay as they are.
 
-    A code table (L, V+1, D) in the place of the labels' is a DiTSEM's. Raises ValueError, naming path, where the
+    A code table (L, V+1, D) in the place of the labels' is a DiTSEM's. With num_classes, which our export records, the
+    rows of the label table that it added between the last class and the null label are left out.
+
+    Raises ValueError, naming path, where the
     blocks' copies of the embedders differ: such a model was trained in diffusers, and no DiT computes its function.
     """
     named, thirds = {}, {}
@@ -82,6 +90,8 @@ def from_diffusers(weights: dict, path: Path) -> dict:
     table = named.get("y_embedder.embedding_table.weight")
     if table is not None and table.ndim == 3:
         named["sem_embedder.embedding_table"] = named.pop("y_embedder.embedding_table.weight")
+    elif table is not None and type(num_classes) is int and 0 < num_classes < len(table):
+        named["y_embedder.embedding_table.weight"] = table[: num_classes + 1]
     return named
 
 
@@ -128,4 +138,4 @@ def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
 
 
 def uses_diffusers_function(model) -> bool:
-    return isinstance(model.t_embedder, DiffusersTimestepEmbedder)
+    return isinstance(getattr(model, "t_embedder", None), DiffusersTimestepEmbedder)

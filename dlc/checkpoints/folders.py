@@ -80,22 +80,25 @@ def read_pipeline(source):
         source.refuse("is a diffusers pipeline without transformer/: only those of a DiT or of a DLC DiT are read")
     kind = index.get("_class_name")
     kind = kind[-1] if isinstance(kind, list) and kind else kind
-    return source.saying(f"diffusers pipeline ({str(kind)[:40]})", at=folder)
+    # the VAE of its latents, unless the transformer's config.json knows better; of a hub id it is not fetched here
+    inside = source.at / "vae"
+    vae = str(inside) if inside.is_dir() else str(source.named) if "vae" in index else None
+    meta = dataclasses.replace(source.meta, vae=vae)
+    return source.saying(f"diffusers pipeline ({str(kind)[:40]})", at=folder, meta=meta)
 
 
 def read_weights_folder(source):
-    """A folder of config.json and a file of weights, or of its shards: diffusers' transformers, and what we export."""
-    config = read_json(source.at / "config.json") if "config.json" in source.files else {}
-    meta, is_eps = source.meta, source.is_eps
+    """A folder of a file of weights, or of its shards: diffusers' transformers, and what we export."""
+    return read_weights_file(dataclasses.replace(source, at=source.at / weights_in(source.files)))
+
+
+def read_weights_file(source):
+    """A file of weights, or an index of its shards, with what the config.json beside it says."""
+    beside, meta, is_eps = source.at.with_name("config.json"), source.meta, source.is_eps
+    config = read_json(beside) if beside.is_file() else {}
     if config.get("format") == EXPORTED:
         training, is_eps = config.get("training"), True
-        where = f"{source.at / 'config.json'}, training"
-        meta = RunMeta.from_json(training if isinstance(training, dict) else {}, where)
+        meta = RunMeta.from_json(training if isinstance(training, dict) else {}, f"{beside}, training")
         source = source.saying("exported by this program")
     kind = config["weights"] if config.get("weights") in ("ema", "raw") else "as in the file"
-    return opened(
-        dataclasses.replace(source, at=source.at / weights_in(source.files)),
-        config=config,
-        meta=dataclasses.replace(meta, weights=kind),
-        is_eps=is_eps,
-    )
+    return opened(source, config=config, meta=dataclasses.replace(meta, weights=kind), is_eps=is_eps)

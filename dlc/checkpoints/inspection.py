@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from dlc.checkpoints.meta import RunMeta
+from dlc.checkpoints.source import AVAE, AnEncoder, APrior
 from dlc.checkpoints.tensor_files import differences_from
 from dlc.checkpoints.weights import describe, load_model, load_weights
 
@@ -12,12 +13,36 @@ from dlc.checkpoints.weights import describe, load_model, load_weights
 def info(path, diffusers_time: str | None = None) -> list[str]:
     """Lines that say what weights are: model, layout, EMA or raw, step, and what else is recorded of them.
 
+    Of an encoder or a VAE, one line says what it is.
+
     Raises ValueError if path holds none, or if its two sets of weights are not of one model.
     """
-    model, name, meta = load_model(path, diffusers_time=diffusers_time)
+    try:
+        model, name, meta = load_model(path, diffusers_time=diffusers_time)
+    except AnEncoder:
+        from dlc.encoder_layouts import read_encoder
+
+        found = read_encoder(path, {}, flag="encoder")
+        sizes = ", ".join(f"{name} {found.config[name]}" for name in ("L", "V", "image_size") if name in found.config)
+        return [f"{path}: encoder of images, for --encoder: {found.said}; {sizes}"]
+    except AVAE:
+        from dlc.vae_layouts import read_vae
+
+        return [f"{path}: VAE, for --vae: {read_vae(path).said}"]
+    except APrior:
+        from dlc.checkpoints.prior_weights import describe_prior, load_prior
+
+        model, meta = load_prior(path)
+        return about(path, meta.model, model, describe_prior(model, meta), meta)
+    lines = about(path, name, model, describe_model(model), meta)
+    difference = ema_and_raw(path, meta)
+    return [*lines, difference] if difference else lines
+
+
+def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
+    """Lines on a model: name and sizes, layout, what it was trained on, with and by."""
     lines = [
-        f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, "
-        + describe_model(model),
+        f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, {sizes}",
         f"{describe(meta)}{f', {size_of(path) / 1e9:.2f} GB' if Path(path).exists() else ''}",
     ]
     for words, names in (
@@ -32,8 +57,7 @@ def info(path, diffusers_time: str | None = None) -> list[str]:
             lines.append(f"{words}: {said}")
     if meta.versions:
         lines.append("by: " + ", ".join(f"{package} {version}" for package, version in meta.versions.items()))
-    difference = ema_and_raw(path, meta)
-    return [*lines, difference] if difference else lines
+    return lines
 
 
 def describe_model(model) -> str:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dlc.checkpoints.diffusers_dit import from_diffusers, is_diffusers
+from dlc.checkpoints.diffusers_dit import ANCHORS, FIXED, from_diffusers
 from dlc.checkpoints.folders import (
     dlc_checkpoints,
     is_dlc_checkpoint,
@@ -23,12 +23,23 @@ from dlc.checkpoints.folders import (
     read_own_checkpoint,
     read_own_run,
     read_pipeline,
+    read_weights_file,
     read_weights_folder,
     with_kind,
 )
 from dlc.checkpoints.run import run_checkpoints
 from dlc.checkpoints.sedd import read_sedd, read_sedd_training
-from dlc.checkpoints.source import ON_HUB, SMALL_FILES, Source, run_meta, weights_in
+from dlc.checkpoints.source import (
+    AVAE,
+    ON_HUB,
+    SMALL_FILES,
+    WEIGHTS_FILES,
+    AnEncoder,
+    APrior,
+    Source,
+    run_meta,
+    weights_in,
+)
 from dlc.checkpoints.tensor_files import check_tensors
 from dlc.hub import fetch, is_id
 
@@ -49,7 +60,10 @@ class Layout:
 
 def locate(named, flag: str = "checkpoint", ask: bool = True):
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
-    return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+    try:
+        return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+    except ValueError as error:  # which may name all alternatives
+        raise ValueError(str(error).replace(" or ".join(ON_HUB), "file of weights")) from None
 
 
 def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True, prior: bool = False) -> Source:
@@ -68,7 +82,8 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
     at = locate(named, flag, ask)
     source = Source(named, at, ema, said=("from the hub",) if is_id(named) else (), prior=prior)
     if not at.is_dir():
-        source = opened(source)
+        beside = at.name in WEIGHTS_FILES and at.with_name("config.json").is_file()
+        source = read_weights_file(source) if beside else opened(source)
     for _ in range(MOST_STEPS):
         if source.done:
             break
@@ -162,7 +177,10 @@ def read_dit(source):
 
 
 def read_diffusers_dit(source):
-    values = from_diffusers(check_tensors(source.values, source.at), source.named)
+    for key, wanted in FIXED.items():
+        if key in source.config and source.config[key] not in (wanted, None):
+            source.refuse(f"is no DiT: {key} in its config.json is {str(source.config[key])[:40]!r}, wanted {wanted!r}")
+    values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
     return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True))
 
@@ -194,8 +212,8 @@ def called(pattern):
     return lambda source: source.has(ANCHOR) and bool(re.match(pattern, source.at.name))
 
 
-def refused(fault):
-    return lambda source: source.refuse(fault)
+def refused(fault, error=ValueError):
+    return lambda source: source.refuse(fault, error)
 
 
 def velocity(name):
@@ -203,7 +221,7 @@ def velocity(name):
 
 
 def if_prior(read):
-    return lambda source: read(source) if source.prior else source.refuse(PRIOR)
+    return lambda source: read(source) if source.prior else source.refuse(PRIOR, APrior)
 
 
 ENCODER = "is an encoder of images, which --encoder takes, no diffusion transformer"
@@ -225,8 +243,8 @@ LAYOUTS = (
         "test_diffusers_folders",
     ),
     # files with more than a model's tensors in them
-    Layout("SEDD training", holds("ema", "shadow_params"), if_prior(read_sedd_training), "test_sedd_training_file"),
-    Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER), "test_other_kinds"),
+    Layout("SEDD training", holds("ema", "shadow_params"), if_prior(read_sedd_training), "test_other_kinds"),
+    Layout("SEM encoder, teacher", has_key("teacher"), refused(ENCODER, AnEncoder), "test_other_kinds"),
     Layout("training checkpoint", has_key("model", "ema"), read_training_file, "test_training_files"),
     Layout("state_dict", has_key("state_dict"), read_state_dict, "test_training_files"),
     # names of tensors: wrapped
@@ -237,14 +255,17 @@ LAYOUTS = (
     Layout("REPA", has_name(r"^projectors\.|^decoder_blocks\."), velocity("REPA"), "test_velocity_by_names"),
     Layout("SiT by its file's name", called(r"SiT-(XL|L|B|S)-\d"), velocity("SiT"), "test_velocity_by_names"),
     # names of tensors: diffusion transformers
-    Layout("DiT of diffusers", lambda source: is_diffusers(source.values), read_diffusers_dit, "test_diffusers_golden"),
+    Layout("DiT of diffusers", lambda source: source.has(*ANCHORS), read_diffusers_dit, "test_diffusers_golden"),
     Layout("DiT", has_name(rf"^{re.escape(ANCHOR)}$"), read_dit, "test_bare_files"),
     # names of tensors: other kinds
     Layout("transformer of diffusers", has_name(r"^transformer_blocks\."), refused(OTHER), "test_other_kinds"),
     Layout(
-        "encoder", has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."), refused(ENCODER), "test_other_kinds"
+        "encoder",
+        has_name(r"(^|\.)sem_embed\.|\.ls1\.gamma$|\bembeddings\."),
+        refused(ENCODER, AnEncoder),
+        "test_other_kinds",
     ),
-    Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE), "test_other_kinds"),
-    Layout("SEDD", has_name(r"(^|\.)vocab_embed\.embedding$"), if_prior(read_sedd), "test_sedd_folder"),
+    Layout("VAE", has_name(r"^(first_stage_model\.)?decoder\.conv_in\."), refused(VAE, AVAE), "test_other_kinds"),
+    Layout("SEDD", has_name(r"(^|\.)vocab_embed\.embedding$"), if_prior(read_sedd), "test_other_kinds"),
     Layout("UNet", has_name(r"^(model\.diffusion_model|down_blocks|unet)\."), refused(OTHER), "test_other_kinds"),
 )

@@ -9,9 +9,20 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlc.disk import SWITCH, TEXT, check_values, differences, one_of, or_null, read_json, real_number, whole_number
+from dlc.disk import (
+    SWITCH,
+    TEXT,
+    check_values,
+    differences,
+    list_of,
+    one_of,
+    or_null,
+    read_json,
+    real_number,
+    whole_number,
+)
 
-FORMAT_VERSION = 2  # a file is of the lowest version that has all of its keys
+FORMAT_VERSION = 2  # 2 added latents_mean and latents_std, and the keys of priors
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
@@ -56,6 +67,8 @@ class RunMeta:
     vae_sha256: str | None = key(ID)
     scaling_factor: float | None = key(or_null(real_number(1e-30)))
     shift_factor: float | None = key(or_null(real_number(-1e30, 1e30)), since=1)
+    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30))), since=2)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30))), since=2)
     encoder_sha256: str | None = key(ID)
     listing_sha256: str | None = key(ID)
     flip: str | None = key(ID)
@@ -104,10 +117,12 @@ class RunMeta:
 
     def to_json(self) -> dict:
         """What meta.json holds: every key, optional ones only where they apply."""
-        values = dataclasses.asdict(self)
-        keys = {name: field for name, field in json_keys().items() if values[name] is not None or not field["optional"]}
-        values["format_version"] = max(field["since"] for field in keys.values())
-        return {name: values[name] for name in keys}
+        values = dict(dataclasses.asdict(self), format_version=FORMAT_VERSION)
+        return {
+            name: values[name]
+            for name, field in json_keys().items()
+            if values[name] is not None or not field["optional"]
+        }
 
     def differences(self, settings: dict) -> str:
         """How the checkpoint differs from these values of some of its keys, in words; "" where it does not."""

@@ -87,6 +87,14 @@ def diffusion_of(meta: RunMeta) -> MaskedDiffusion:
     )
 
 
+def describe_prior(model: DLCPrior, meta: RunMeta) -> str:
+    """What a prior is, in words, beside its name."""
+    tables = "one table for all positions" if model.shared_embedding else "a table per position"
+    classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
+    told = "told the noise level" if meta.time_conditioning else "not told the noise level"
+    return f"prior over codes of L {model.L}, V {model.V}, {tables}, {classes}, {told}"
+
+
 def size_name(arguments: dict) -> str:
     """The name in DLCPrior_models, or for another size one such as DLCPrior-24x1024: depth and width."""
     size = arguments["hidden_size"], arguments["depth"], arguments["num_heads"]
@@ -111,4 +119,3 @@ def published_config(source: Source) -> dict:
         if config.get(key, wanted) != wanted:
             raise ValueError(f"{where}: {key} is {config[key][:40]!r}: only priors of the process {wanted!r} are read")
     return config
-

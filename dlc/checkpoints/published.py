@@ -63,13 +63,13 @@ def published_weights(name: str, folder: Path = FOLDER) -> Path:
 
 def unreachable(path, url, why):
     return ValueError(
-        f"{path} is not there, and {url} is out of reach ({one_line(why, 80)}): put the file at {path}, or name weights "
-        "with --ckpt"
+        f"{path} is not there, and {url} is out of reach ({one_line(why, 80)}): put the file at {path}, or name "
+        "weights with --ckpt"
     )
 
 
 def check(part: Path, url: str, name: str) -> None:
-    """Raise ValueError, and remove the file, if it does not hold the weights of its model: names, shapes, finiteness."""
+    """Raise ValueError, and remove the file, if it does not hold its model's weights: names, shapes, finiteness."""
     model, image_size = PUBLISHED[name]
     try:
         with torch.device("meta"):
@@ -114,8 +114,8 @@ def fetch(url: str, part: Path, path: Path) -> None:
             break
     if total:
         raise ValueError(
-            f"{url}: {one_line(why, 80)} after {size_of(part):,} of {total:,} bytes, which are kept: run the same command "
-            "again to fetch the rest"
+            f"{url}: {one_line(why, 80)} after {size_of(part):,} of {total:,} bytes, which are kept: run the same "
+            "command again to fetch the rest"
         )
     raise unreachable(path, url, why)
 

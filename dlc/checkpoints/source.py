@@ -33,6 +33,18 @@ ON_HUB = tuple(
 SMALL_FILES = ("*.json", "transformer/*.json")
 
 
+class AnEncoder(ValueError):
+    """The weights are of an encoder of images; see `dlc.encoder_layouts`."""
+
+
+class APrior(ValueError):
+    """The weights are of a prior over codes; see `dlc.checkpoints.prior_weights`."""
+
+
+class AVAE(ValueError):
+    """The weights are of a VAE; see `dlc.vae_layouts`."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights on their way from a path to tensors under our names. Each layout takes one and gives the next.
@@ -92,9 +104,9 @@ class Source:
         """The next source: with these changes, and words for what was recognised."""
         return replace(self, said=(*self.said, *words), **changes)
 
-    def refuse(self, fault: str):
-        """Raise ValueError with the path and a fault."""
-        raise ValueError(f"{self.named} {fault}")
+    def refuse(self, fault: str, error: type = ValueError):
+        """Raise an error, a ValueError, with the path and a fault."""
+        raise error(f"{self.named} {fault}")
 
 
 def weights_in(files) -> str | None:
@@ -135,17 +147,13 @@ def read_shards(path: Path) -> dict:
     return {key: shards[name][key] for key, name in names.items()}
 
 
-def run_meta(arguments: dict, **values) -> RunMeta:
+def run_meta(arguments: dict, step: int | None, weights: str) -> RunMeta:
     """What the arguments of DiT's and fast-DiT's training scripts say of a run; values of another kind are left out."""
     said = {
-        "model": arguments.get("model"),
-        "image_size": arguments.get("image_size"),
-        "num_classes": arguments.get("num_classes"),
-        "global_batch_size": arguments.get("global_batch_size"),
-        "global_seed": arguments.get("global_seed"),
-        # their VAEs are Stability AI's two, by these names; a file must not name another to load
-        "vae": arguments.get("vae") if arguments.get("vae") in ("ema", "mse") else None,
-        **values,
+        key: arguments.get(key) for key in ("model", "image_size", "num_classes", "global_batch_size", "global_seed")
     }
+    # their VAEs are Stability AI's two, by these names; a file must not name another to load
+    said["vae"] = next((name for name in ("ema", "mse") if name == arguments.get("vae")), None)
     kinds = json_keys()
-    return RunMeta(**{key: value for key, value in said.items() if value is not None and kinds[key]["kind"][0](value)})
+    said = {key: value for key, value in said.items() if value is not None and kinds[key]["kind"][0](value)}
+    return RunMeta(**said, step=step, weights=weights)

@@ -11,17 +11,22 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function
-from dlc.checkpoints.layouts import read_layout
+from dlc.checkpoints.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function, uses_diffusers_function
+from dlc.checkpoints.layouts import locate, read_layout
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.probe import predicts_velocity
 from dlc.checkpoints.source import Source
 from dlc.checkpoints.tensor_files import differences_from
 from dlc.disk import check_values, one_of, read_json, real_number, whole_number
+from dlc.hub import fetched_by_node, is_id
 from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_embedding
 
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell
 DEEPEST = 256  # blocks
+VELOCITY = (
+    "predicts a velocity by its outputs, as SiT and REPA do under DiT's very names: only models that predict noise, as "
+    "DiT, are read"
+)
 # The keys of a transformer's config.json that are read; the tensors' shapes say the rest.
 HEADS = ("num_heads", "num_attention_heads")
 CONFIG = dict(
@@ -77,15 +82,13 @@ def load_model(
     model, name = model_from_weights(weights, path, config)
     source = with_function(source, model, config, diffusers_time)
     if not source.is_eps and type(model) is DiT and predicts_velocity(model):
-        source.refuse(
-            "predicts a velocity by its outputs, as SiT and REPA do, under DiT's very names: only models that predict "
-            "noise, as DiT, are read"
-        )
+        source.refuse(VELOCITY)
     return model, name, with_layout(source)
 
 
 def with_layout(source: Source) -> RunMeta:
-    return dataclasses.replace(source.meta, layout=", ".join(source.said) or "state dict")
+    said = source.said if set(source.said) - {"from the hub"} else (*source.said, "state dict")
+    return dataclasses.replace(source.meta, layout=", ".join(said))
 
 
 def describe(meta: RunMeta) -> str:
@@ -123,7 +126,7 @@ def with_function(source: Source, model, config: dict, diffusers_time: str | Non
         source.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
     if chosen == "diffusers":
         use_diffusers_function(model, config.get("norm_eps", DIFFUSERS_EPS)).eval()
-    if not in_diffusers and not recorded:
+    if not in_diffusers and chosen == "dit":
         return source
     why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
     return source.saying(f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})")
@@ -212,17 +215,19 @@ def spec_of(family, hidden_size, depth, patch_size, config, path) -> tuple[str, 
     return name, ModelSpec(family, patch_size, depth, hidden_size, heads)
 
 
-def load_pretrained(path, model) -> str:
+def load_pretrained(path, model, state=None) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
     Raises ValueError if path holds no weights, or none that fit.
     """
+    if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
+        fetched_by_node(state, lambda ask: locate(path, "--pretrained-path", ask))
     source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
+    if any("diffusers' names" in words for words in source.said):
+        source = source.saying("trained on in DiT's function")
     weights, wanted = source.values, model.state_dict()
     if not (source.is_eps or source.prior) and holds_velocity_model(source):
-        source.refuse(
-            "predicts a velocity by its outputs, as SiT and REPA do: a model that predicts noise is trained here"
-        )
+        source.refuse(VELOCITY)
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
@@ -250,8 +255,13 @@ def holds_velocity_model(source: Source) -> bool:
 
 
 def weights_sha256(module) -> str:
-    """A digest of a module's tensors and their names: it tells weights apart, whatever their file is called."""
+    """A digest of a module's tensors and their names: it tells weights apart, whatever their file is called.
+
+    A DiT that computes diffusers' function has another than with the same weights in DiT's.
+    """
     digest = hashlib.sha256()
+    if uses_diffusers_function(module):  # the same weights in another function
+        digest.update(f"diffusers, eps {module.blocks[0].norm2.eps}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -3,7 +3,7 @@
 python -m dlc.features info FEATURES              what they are, in words; draws FEATURES/codes.png
 python -m dlc.features check FEATURES             every shard and value; exit 1 with a list of what is wrong
 python -m dlc.features pack OLD NEW --V 256       one .npy per image (the reference scripts' layout) to shards
-python -m dlc.features import-hf DIR NEW --V 256  a Hugging Face dataset saved to disk, to shards
+python -m dlc.features import-hf ID NEW --V 256   a Hugging Face dataset, here or on the hub, to shards
 """
 
 from dlc.cli import ArgumentParser, number
@@ -35,10 +35,11 @@ def main():
     importing = tool(
         "import-hf",
         import_hf,
-        "convert a Hugging Face dataset saved to disk, with the columns features "
-        "(latents) and labels (codes, or classes), to shards",
+        "convert a Hugging Face dataset with the columns features (latents) and labels (codes, or classes) to shards",
     )
-    importing.add_argument("directory", help="directory that Dataset.save_to_disk wrote")
+    importing.add_argument(
+        "dataset", help="hub id[@revision], folder that Dataset.save_to_disk wrote, or folder or file of .parquet"
+    )
     importing.add_argument("--split", default="train", help="split to take, if there are several [%(default)s]")
     importing.add_argument("--factor", type=number(int, 1), default=8, help="pixels per latent cell [%(default)s]")
     for converting, dtype in ((packing, "as they are"), (importing, "float32")):

@@ -8,12 +8,13 @@ import numpy as np
 from dlc.cli import one_line
 from dlc.disk import TEXT, check_values, is_plain_name, list_of, or_null, read_json, real_number, whole_number
 
-FORMAT_VERSION = 2  # 2 added latent_channels and shift_factor
+FORMAT_VERSION = 3  # 2 added latent_channels and shift_factor, 3 latents_mean and latents_std
 DTYPES = ("float16", "float32")  # of stored latents
 LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}  # dimensions of one row of each kind
 WRITTEN_LAST = ("count", "shards", "skipped")
-SOURCE = ("vae", "vae_sha256", "scaling_factor", "shift_factor", "encoder_sha256", "listing_sha256", "flip")
+SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
+SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
 
 COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)
 OBJECT = (lambda value: isinstance(value, dict)), "an object"
@@ -50,6 +51,8 @@ class Manifest:
     vae_sha256: str | None = key(ID, None)
     scaling_factor: float | None = key(or_null(real_number(1e-30)), None)
     shift_factor: float = key(real_number(-1e30, 1e30), 0.0, since=2)  # known where scaling_factor is
+    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30), 1, 8192)), None, since=3)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30), 1, 8192)), None, since=3)
     latent_channels: int = key(whole_number(1, 8192), 4, since=2)
     latents: str = key(TEXT)  # one of LATENTS
     dtype: str = key(TEXT)  # one of DTYPES

@@ -152,7 +152,12 @@ class NpyRows:
         for i, file, row in places:  # random rows are in different files: one copy per row is fastest
             out[i] = arrays[file][row]
         if limit is not None:
-            check_range(out, limit, lambda i: self.locate(rows[i]))
+            try:
+                check_range(out, limit, lambda i: self.locate(rows[i]))
+            except ValueError:  # say how many there are in the file, and where the first is
+                for index in arrays:
+                    check_range(self.array(index), limit, lambda i, index=index: (self.paths[index], i))
+                raise
         return out
 
     def check_range(self, limit):
@@ -167,18 +172,23 @@ class NpyRows:
 
 
 def check_range(array, limit, locate):
-    """Raise ValueError for the first value outside 0..limit-1; locate(i) gives the (file, row) of row i."""
+    """Raise ValueError for the first value outside 0..limit-1, and their count. locate(i) is (file, row) of row i."""
     if array.dtype.kind not in "ui":
         raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
     if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
         return  # no value of this type is out of range
+    first, count = None, 0
     for start in range(0, len(array), 4096):  # in blocks, so that a file need not fit in memory
         part = array[start : start + 4096]
         bad = (part < 0) | (part >= limit)
         if bad.any():
+            count += int(bad.sum())
             i = int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
-            path, row = locate(start + i)
-            raise ValueError(f"{path}, row {row}: value {int(part[i][bad[i]].flat[0])} outside 0..{limit - 1}")
+            first = first or (start + i, int(part[i][bad[i]].flat[0]))
+    if first:
+        path, row = locate(first[0])
+        more = f", the first of {count:,} such values" if count > 1 else ""
+        raise ValueError(f"{path}, row {row}: value {first[1]} outside 0..{limit - 1}{more}")
 
 
 def check_finite(array, locate):

@@ -58,7 +58,7 @@ def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
         fault = storage_fault(tensor)
         if fault or tensor.dtype not in INTEGERS:
             raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
-        array = tensor.numpy()
+        array = tensor.resolve_neg().numpy()  # a file may keep a minus sign apart
     if array.ndim not in (1, 2, 3) or not array.shape[-1]:
         raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
     return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array

@@ -5,6 +5,7 @@ label or vector it is drawn for, are functions of (global seed, i). A run that w
 missing index, with every sample at the same position in its batch, and so ends with the bytes of an uninterrupted run.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,12 @@ from dlc.runtime import agree, autocast, create_logger, done_by_rank_0, set_nume
 from dlc.sampling.conditions import CONDITIONINGS, conditions_sha256
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.files import npz_rows, save_grid, write_npz
-from dlc.sampling.flags import sampling_parser
+from dlc.sampling.flags import RESULTS, sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior import PriorCodes
 from dlc.sampling.record import SamplesRecord, this_launch
-from dlc.vae import check_decodes, downsampling_factor, load_vae, pixels_per_cell, vae_id, vae_label
+from dlc.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
 from models import DiT_models
 
 #################################################################################
@@ -52,6 +53,7 @@ class Job:
     launch: dict  # see `this_launch`
     missing: np.ndarray  # indices of the images to draw, ascending
     notes: list[str]  # what could not be compared
+    layout: str  # what the checkpoint was recognised as, in words
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -102,20 +104,23 @@ def find_checkpoint(args) -> Path:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
     except NoCheckpoint as error:
         name = published_name(args.model, args.image_size or 256)
-        if name is None:
+        if name is None or args.results_dir != RESULTS:
             raise
-        print(f"{error}: the published weights are used", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{error}; without that, the published weights are used", flush=True)
         return published_weights(name)
 
 
-def open_vae(args, meta, channels, device):
+def open_vae(args, meta, channels, state):
     """The VAE to decode with, its name, its digest, and notes on what the checkpoint does not say of it.
 
     Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
     weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
     """
-    name, notes = args.vae or meta.vae or "ema", []
-    vae = load_vae(name, device)
+    name = args.vae or meta.vae or "ema"
+    fetched_by_node(state, lambda ask: fetch_vae(name, ask))
+    vae = load_vae(name, state.device)
+    notes = [f"VAE {name}: {vae.said}"]
     digest = weights_sha256(vae)
     if args.vae is None:
         if meta.vae_sha256 is None:
@@ -155,7 +160,7 @@ def prepare(args, script: str, default: str) -> Job:
     state = start_processes()
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
-    vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state.device)
+    vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state)
     image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae)
     if args.image_size not in (None, image_size):
         raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
@@ -207,7 +212,8 @@ def prepare(args, script: str, default: str) -> Job:
         folder,
         launch,
         np.array(missing, dtype=np.int64),
-        [f"{path}: {describe(meta)}", *conditions.notes, *notes],
+        [*conditions.notes, *notes],
+        describe(meta),
     )
 
 
@@ -323,10 +329,9 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
     logger.info(
-        f"{record.model}, step {'unknown' if record.step is None else record.step}, {record.weights} weights "
-        f"of {job.checkpoint}; {record.conditions}; {len(job.missing):,} of {record.num_fid_samples:,} images "
-        f"to draw, {record.sampler} {record.num_sampling_steps} steps, cfg {record.cfg_scale}, on "
-        f"{state.num_processes} x {state.device.type}"
+        f"{record.model} of {job.checkpoint} ({job.layout}); {record.conditions}; "
+        f"{len(job.missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
+        f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}"
     )
     for note in job.notes:
         logger.info(f"note: {note}")

@@ -9,7 +9,8 @@ from dlc.disk import recorded_id
 from dlc.features.rows import NpyRows, check_finite, open_vectors
 from dlc.noise import Stream, integers, permutation
 from dlc.sampling.code_folder import finished_record, load_codes, open_codes
-from dlc.sampling.prior import PriorCodes, PriorOptions, add_prior_flags
+from dlc.sampling.prior import PriorCodes
+from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 
 __all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
 

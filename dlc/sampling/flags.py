@@ -7,7 +7,10 @@ from dlc.checkpoints.diffusers_dit import DIFFUSERS_TIMES
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.runtime import PRECISIONS
 from dlc.sampling.conditions import CONDITIONINGS
+from dlc.vae import VAE_HELP
 from models import DiT_models
+
+RESULTS = "results"  # the default of --results-dir
 
 
 def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
@@ -25,7 +28,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the model's newest "
         "under --results-dir; if there is none, for DiT-XL/2, the published weights]",
     )
-    add("--results-dir", default="results", help="look for the newest checkpoint here [%(default)s]")
+    add("--results-dir", default=RESULTS, help="look for the newest checkpoint here [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add(
         "--diffusers-time",
@@ -69,10 +72,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         help="guide up to this diffusion time; outside the interval the null half is not computed [%(default)s]",
     )
     add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")
-    add(
-        "--vae",
-        help="VAE to decode with: ema, mse, a local directory or a hub id [that of the checkpoint's features, or ema]",
-    )
+    add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
     add("--precision", choices=PRECISIONS, default="fp32", help="precision of the denoising steps [%(default)s]")
     add("--vae-precision", choices=PRECISIONS, default="fp32", help="precision of the VAE's decoder [%(default)s]")
     add(

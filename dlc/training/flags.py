@@ -85,7 +85,7 @@ def add_run_flags(parser):
     )
     add(
         "--pretrained-path",
-        help="start from these weights: a checkpoint directory, .pt or .safetensors [random weights]",
+        help="start from these weights: a file, folder or hub id in any layout of docs/weights.md [random weights]",
     )
     add("--global-seed", type=SEED, default=0, help="seed of everything random")
     add("--log-every", type=number(int, 1), default=100, help="steps between log lines")

@@ -64,11 +64,12 @@ class HeldOut:
         ]
 
     def is_due(self, step: int) -> bool:
-        return bool(self.size) and (step % self.run.args.eval_every == 0 or step == self.run.last_step)
+        args = self.run.args
+        return bool(self.size) and (step % args.eval_every == 0 or step == self.run.last_step)
 
     def measure(self, step: int) -> None:
         """Measure, write a line, and keep the weights if they are the best so far. Every process calls this."""
-        run, L = self.run, self.codes.L
+        run, args, L = self.run, self.run.args, self.codes.L
         found = {}
         with run.whole_ema(everywhere=True) as ema:
             kinds = {"heldout": {}}
@@ -76,9 +77,7 @@ class HeldOut:
                 kinds = {"heldout": dict(y=self.labels), "heldout_no_class": {}}
             for name, kwargs in kinds.items():
                 with run.accelerator.autocast():
-                    bounds = heldout_bounds(
-                        ema, self.diffusion, self.tokens, self.indices, run.args.eval_levels, kwargs
-                    )
+                    bounds = heldout_bounds(ema, self.diffusion, self.tokens, self.indices, args.eval_levels, kwargs)
                 sums = run.accelerator.reduce(torch.stack([bounds.sum(), bounds.square().sum()]), "sum").tolist()
                 mean = sums[0] / self.size
                 error = math.sqrt(max(0.0, sums[1] / self.size - mean**2) / max(1, self.size - 1))
@@ -91,7 +90,7 @@ class HeldOut:
         line = dict(step=step, **found, uniform_nats=self.uniform, independent_nats=self.independent)
         if run.state.is_main_process:
             run.record(append_metrics, run.folder / "metrics.jsonl", line)
-        if run.args.report_to:
+        if args.report_to:
             run.accelerator.log({name: value for name, value in line.items() if name != "step"}, step)
         run.logger.info(
             f"step {step:,}: held-out bound {nats:.4f} +- {found['heldout_error']:.4f} nats a token"

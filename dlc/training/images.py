@@ -8,15 +8,14 @@ and codes equal those of extraction but for rounding (on GPUs that of TF32, whic
 import torch
 
 from dlc.cli import warn_once
-from dlc.encoder import load_encoder
-from dlc.extraction import data_settings
+from dlc.extraction import data_settings, open_networks
 from dlc.features import Manifest
 from dlc.images import Views, collate, flips_of
 from dlc.listing import list_images
 from dlc.noise import Stream, integers
 from dlc.runtime import done_by_rank_0
 from dlc.training.batches import TrainingBatches, Unreadable
-from dlc.vae import downsampling_factor, latent_shape, load_vae
+from dlc.vae import latent_shape
 
 FLIPS = ("random", "none")
 
@@ -44,8 +43,7 @@ class Images:
         state: of the processes; rank 0 lists the images for all.
         image_size: height and width of the crop, pixels.
         vae: as --vae takes it.
-        encoder: a directory, or a reference checkpoint with L, V and backbone unless they are the defaults; None for no
-            codes.
+        encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for no codes.
         flip: one of FLIPS; random: drawn anew at each sample index.
 
     Raises ValueError if there are no images, or if a network cannot be loaded or does not fit the image size.
@@ -67,16 +65,11 @@ class Images:
         flip: str = "random",
     ):
         self.image_size, self.flip = image_size, flip
-        factor = downsampling_factor(vae)
-        if image_size % factor:
-            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+        self.vae, self.encoder = open_networks(state, image_size, vae, encoder, L=L, V=V, backbone=backbone)
         classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(data_path))
         for remark in remarks:
             warn_once(remark, remark)
         self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
-        self.vae, self.encoder = load_vae(vae), None
-        if encoder:
-            self.encoder = load_encoder(encoder, L=L, V=V, backbone=backbone)
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = latent_shape(self.vae, image_size)
         self.views = Views(

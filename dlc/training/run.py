@@ -134,7 +134,7 @@ class Run:
         self.module, self.losses, self.pretrained = model, losses, None
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
-                self.pretrained = load_pretrained(args.pretrained_path, model)
+                self.pretrained = load_pretrained(args.pretrained_path, model, self.state)
             if self.state.is_main_process:
                 write_json(self.folder / "args.json", vars(args))
                 trim_metrics(self.folder / "metrics.jsonl", self.first_step)

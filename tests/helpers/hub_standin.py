@@ -29,9 +29,12 @@ class Hub:
         repository.update({revision: (commit, files, access), commit: (commit, files, access)})
         return commit
 
-    def break_off(self, path, after, times):
-        """Cut the connection `times` times, each time after so many bytes of a file's content."""
-        self.broken[path] = [after, times]
+    def break_off(self, path, after, times, spared=0):
+        """Cut the connection `times` times, each time after so many bytes of a file's content.
+
+        spared: how often the content is sent whole before that.
+        """
+        self.broken[path] = [after, times, spared]
 
     def __enter__(self):
         hub = self
@@ -44,6 +47,10 @@ class Hub:
 
             def do_GET(self):
                 hub.answer(self, body=True)
+
+            def do_POST(self):
+                content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                hub.answer(self, body=True, asked=urllib.parse.parse_qs(content.decode()))
 
             def log_message(self, *_):
                 pass
@@ -58,7 +65,7 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def answer(self, request, body):
+    def answer(self, request, body, asked=None):
         url = urllib.parse.urlsplit(request.path)
         self.requests.append((request.command, url.path, request.headers.get("Range")))
         parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
@@ -83,7 +90,9 @@ class Hub:
                     return self.refuse(request, 401 if access == "private" else 403, "GatedRepo")
                 return self.send_file(request, "/".join(what[2:]), files, commit, body)
             entries = [dict(path=path, size=len(content), oid=digest(content)) for path, content in files.items()]
-            if what[:1] == ["tree"]:
+            if what[:1] == ["paths-info"]:
+                entries = [entry for entry in entries if entry["path"] in asked.get("paths", [])]
+            if what[:1] in (["tree"], ["paths-info"]):
                 return self.send_json(request, [dict(entry, type="file") for entry in entries])
             siblings = [dict(rfilename=entry["path"], size=entry["size"], blobId=entry["oid"]) for entry in entries]
             self.send_json(request, dict(id=name, sha=commit, siblings=siblings, private=False, tags=[], downloads=0))
@@ -106,8 +115,11 @@ class Hub:
         request.end_headers()
         if not body:
             return
-        after, times = self.broken.get(path, (0, 0))
-        if times:
+        after, times, spared = self.broken.get(path, (0, 0, 0))
+        if spared:
+            self.broken[path][2] -= 1
+            request.wfile.write(content[start:])
+        elif times:
             self.broken[path][1] -= 1
             request.wfile.write(content[start : start + after])
             request.close_connection = True  # fewer bytes than promised
@@ -132,3 +144,17 @@ class Hub:
 
 def digest(content):
     return hashlib.sha1(content).hexdigest()
+
+
+def point_at(url, monkeypatch, cache, offline=False):
+    """Let huggingface_hub, which reads the environment at its import, use another hub and cache, as a new process."""
+    from huggingface_hub import constants
+
+    from dlc.hub import FETCHED
+
+    values = dict(ENDPOINT=url, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE=offline)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in dict(values, HUGGINGFACE_CO_URL_TEMPLATE=template).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    FETCHED.clear()

@@ -1,0 +1,222 @@
+"""Codes per second of a prior: training, and drawing with each sampler, beside the published way.
+
+    python -m benchmarks.prior
+
+The published way is SEDD's, as the DLC project runs it, on the same network: eager; training computes the score entropy
+of all places; a step of sampling computes the scores of all places, and draws every token anew from probabilities over
+all V + 1 tokens with Gumbel noise in float64; each step calls the network. Ours computes the masked places only, and
+calls the network only where a token is due, which does not change the distribution: tests/test_masked.py compares with
+an enumerated one. What differs beside that is named in the row.
+
+Rows take turns, `--repeats` times, so that other work on the machine hits all of them; a row's time is its shortest.
+Of sampling, `--calls` calls are measured, the drawing of the timetable included; how many calls a code takes is counted
+by drawing whole timetables. Weights are random: no time depends on them.
+"""
+
+import argparse
+import itertools
+import time
+from functools import partial
+
+import torch
+
+from benchmarks.flops import synchronize
+from benchmarks.record import record
+from diffusion.masked import MaskedDiffusion, stratified_times
+from diffusion.masked_samplers import create_sampler
+from dlc.noise import Stream, uniforms
+from dlc.runtime import autocast
+from prior import DLCPrior_models
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+PUBLISHED = "published way"
+TRAINING = "training"
+COUNTED_ROWS = 64  # codes whose timetables are drawn to count calls
+
+
+def published_loss(model, diffusion, x0, t, precision):
+    """SEDD's score entropy, equation 5, of all places (N, L), with the masked ones counted, as loss (N,)."""
+    x_t, sigma = diffusion.corrupt(x0, t), diffusion.sigma(t)
+    with autocast(DEVICE, precision):
+        log_score = model(x_t, sigma).float()  # (N, L, V+1)
+    clean = log_score[..., : model.V]
+    log_ratio = -sigma.expm1().log().unsqueeze(1)  # of the true score, at masked places
+    entropy = clean.exp().sum(dim=2) - log_ratio.exp() * (clean.gather(2, x0.unsqueeze(2)).squeeze(2) - log_ratio + 1)
+    rate = (1 - diffusion.eps) / (1 - diffusion.mask_probability(t))  # dsigma/dt
+    return rate * torch.where(x_t == diffusion.mask, entropy, 0).sum(dim=1)
+
+
+def train_step(model, optimizer, diffusion, x0, published, precision):
+    t = stratified_times(torch.rand((), device=DEVICE), torch.arange(len(x0), device=DEVICE), len(x0))
+    if published:
+        loss = published_loss(model, diffusion, x0, t, precision)
+    else:
+        key = torch.arange(len(x0), dtype=torch.int32, device=DEVICE)
+        with autocast(DEVICE, precision):
+            loss = diffusion.training_losses(model, x0, t, model_kwargs=dict(dropout_key=key))["loss"]
+    loss.mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class PublishedSampler:
+    """Every step: all scores, and a draw of every token, which keeps those that are there."""
+
+    def __init__(self, diffusion, steps, eta=0.0):
+        self.diffusion, self.eta = diffusion, eta
+        self.times = torch.linspace(1, 1e-5, steps + 1, device=DEVICE)
+
+    def __call__(self, log_scores, codes):
+        for t, s in itertools.pairwise(self.times):
+            t, s = t.expand(len(codes)), s.expand(len(codes))
+            logp = log_scores(codes, t)[..., : self.diffusion.V].log_softmax(dim=2)
+            eta = self.eta if 0.3 < t[0] < 0.55 else 0.0
+            weights = self.diffusion.reverse_weights(codes, logp, t, s, eta).double()  # (N, L, V+1)
+            gumbel = 1e-10 - (torch.rand_like(weights) + 1e-10).log()
+            codes = (weights / gumbel).argmax(dim=2)
+            yield codes
+
+
+def sampling_rows(L):
+    """Name, steps, eta, whether it is the published way, and the row that it is compared with."""
+    rows = []
+    for name, steps, eta in (("analytic", 512, None), ("analytic", 1024, None), ("corrector", 4096, 0.01)):
+        rows.append((f"{PUBLISHED}, {name}", name, steps, eta, True))
+        rows.append((name, name, steps, eta, False))
+    fewer = sorted({L, max(1, L // 4), 16}, reverse=True)
+    rows += [("first-hitting", "first-hitting", calls, None, False) for calls in fewer]
+    return [*rows, ("confidence", "confidence", 16, None, False)]
+
+
+def timed_calls(row, model, diffusion, args):
+    """Seconds of a call of the network, with all that goes with it."""
+    _, name, steps, eta, published = row
+    codes = torch.full((args.batch, args.L), args.V, device=DEVICE)
+    indices = torch.arange(args.batch, device=DEVICE)
+
+    def scores(codes, t, places=None):
+        with autocast(DEVICE, args.precision):
+            return model(codes, diffusion.told(t), places=places)
+
+    synchronize()
+    start = time.perf_counter()
+    if published:
+        calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
+    else:
+        calls = create_sampler(name, args.V, steps, eta)(
+            lambda codes, t, places: scores(codes, t, places)[:, : args.V],
+            codes,
+            lambda draw: uniforms(0, Stream.SAMPLE_CODE, indices, args.L, draw),
+        )
+    done = sum(1 for _ in itertools.islice(calls, args.calls))
+    synchronize()
+    return (time.perf_counter() - start) / done
+
+
+def calls_per_code(row, args):
+    """How often the network is called for a code, on average; where rows of a batch differ, a batch takes its most."""
+    _, name, steps, eta, published = row
+    if published:
+        return float(steps + 1)  # the last one for what is masked still
+    sampler, indices = create_sampler(name, args.V, steps, eta), torch.arange(COUNTED_ROWS)
+    if not hasattr(sampler, "timetable"):
+        return float(sampler.most_calls(args.L))
+    table = sampler.timetable(
+        torch.full((COUNTED_ROWS, args.L), args.V), lambda draw: uniforms(0, Stream.SAMPLE_CODE, indices, args.L, draw)
+    )
+    calls = (table.row_steps() < table.never).sum(dim=1).double()
+    return torch.stack([part.max() for part in calls.split(args.batch)]).mean().item()
+
+
+def training_rows(args):
+    """Each row's name, and a function that does one step. The two models are those of all rows."""
+    x0 = torch.randint(args.V, (args.train_batch, args.L), device=DEVICE)
+    trained = {}
+    for shared in (True, False):
+        torch.manual_seed(0)
+        model = DLCPrior_models[args.model](L=args.L, V=args.V, shared_embedding=shared, scale_by_sigma=shared)
+        model = model.to(DEVICE).train()
+        if args.compile:
+            for block in model.blocks:
+                block.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0, fused=True)
+        trained[shared] = (model, optimizer, MaskedDiffusion(args.V, time_conditioning=shared), x0)
+    for name, shared, published, compiled in (
+        (PUBLISHED, True, True, False),
+        ("ours", True, False, False),
+        ("ours, compiled", True, False, True),
+        ("ours, compiled, a table per position", False, False, True),
+    ):
+        if args.compile or not compiled:
+            step = partial(stepped, compiled, *trained[shared], published, args.precision)
+            step()  # allocates, compiles
+            yield name, step
+
+
+def stepped(compiled, *arguments):
+    with torch.compiler.set_stance("default" if compiled else "force_eager"):
+        train_step(*arguments)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models, help="[%(default)s here]")
+    add("--L", type=int, default=512, help="code positions [%(default)s]")
+    add("--V", type=int, default=256, help="tokens per position [%(default)s]")
+    add("--batch", type=int, default=64 if ON_GPU else 1, help="codes drawn at once [%(default)s here]")
+    add("--train-batch", type=int, default=64 if ON_GPU else 1, help="codes per training step [%(default)s here]")
+    add("--precision", default="bf16" if ON_GPU else "fp32", help="of the network [%(default)s here]")
+    add("--calls", type=int, default=8 if ON_GPU else 2, help="calls that are measured at once [%(default)s here]")
+    add("--repeats", type=int, default=5 if ON_GPU else 3, help="times that the rows take turns [%(default)s here]")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled training, too")
+    args = parser.parse_args()
+    if ON_GPU:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in training and sampling
+
+    steps, seconds = dict(training_rows(args)), {}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+            print(f"{name}: {seconds[name][-1]:.3g} s a step", flush=True)
+    table = [row_of(TRAINING, name, None, None, args.train_batch / min(times)) for name, times in seconds.items()]
+    for row in table:
+        row["times the published way"] = row["codes/s"] / table[0]["codes/s"]
+    del steps
+
+    torch.manual_seed(0)
+    model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval()
+    torch.nn.init.normal_(model.output_layer.linear.weight, std=0.02)
+    diffusion, rows, seconds = MaskedDiffusion(args.V), sampling_rows(args.L), {}
+    with torch.inference_mode():
+        for _ in range(args.repeats):
+            for row in rows:
+                seconds.setdefault(row, []).append(timed_calls(row, model, diffusion, args))
+                print(f"{row[0]}, {row[2]} steps: {seconds[row][-1]:.3g} s a call", flush=True)
+    rates = {}
+    for row in rows:
+        calls = calls_per_code(row, args)
+        rates[row] = args.batch / (calls * min(seconds[row]))
+        # of the same steps, or of the published default
+        same = next((one for one in rows if one[4] and one[1:3] == row[1:3]), rows[2])
+        table.append(
+            dict(
+                row_of("sampling", row[0], row[2], calls, rates[row]),
+                **{"times the published way": rates[row] / rates[same]},
+            )
+        )
+    record("prior", table, model=args.model, L=args.L, V=args.V, batch=args.batch, precision=args.precision)
+
+
+def row_of(what, name, steps, calls, rate):
+    return {"": name, "what": what, "steps": steps, "calls": calls, "codes/s": rate}
+
+
+if __name__ == "__main__":
+    main()

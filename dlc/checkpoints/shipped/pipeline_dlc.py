@@ -1,0 +1,78 @@
+"""Images from discrete latent codes (Lavoie et al. 2025, arXiv 2507.12318), as a diffusers pipeline.
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    images = pipe(dlcs=codes, guidance_scale=1.5, num_inference_steps=25, generator=torch.manual_seed(0)).images
+
+This file lies beside weights that `python -m dlc.checkpoints export` wrote.
+"""
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class DLCDiTPipeline(DiffusionPipeline):
+    """A transformer over codes, the VAE of its latents, and a scheduler of noise prediction."""
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, transformer, vae, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        dlcs,
+        guidance_scale: float = 1.5,
+        num_inference_steps: int = 25,
+        generator=None,
+        latents=None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        """Draw an image for each code.
+
+        Args:
+            dlcs: codes (N, L), each token in 0..V-1; V is the null token, of which guidance makes use.
+            guidance_scale: classifier-free guidance on all latent channels; 1 disables it.
+            generator: one torch.Generator, or one per code.
+            latents: the noise (N, C, h, w) to begin with, in place of the generator's.
+            output_type: "pil", "np" or "pt", images in [0, 1], or "latent".
+        """
+        config, device, dtype = self.transformer.config, self._execution_device, self.transformer.dtype
+        codes = torch.as_tensor(dlcs, device=device).long()
+        if codes.ndim != 2 or codes.shape[1] != config.L or codes.min() < 0 or codes.max() > config.V:
+            raise ValueError(f"dlcs: wanted codes (N, {config.L}) of tokens from 0 to {config.V - 1}")
+        shape = (len(codes), config.in_channels, config.input_size, config.input_size)
+        x = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
+        guided = guidance_scale > 1
+        y = torch.cat([codes, torch.full_like(codes, config.V)]) if guided else codes
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x = x * self.scheduler.init_noise_sigma
+        for t in self.progress_bar(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+            eps = self.transformer(scaled, t.expand(len(scaled)), y)[:, : config.in_channels]
+            if guided:
+                conditional, null = eps.chunk(2)
+                eps = null + guidance_scale * (conditional - null)
+            x = self.scheduler.step(eps, t, x).prev_sample
+        images = x if output_type == "latent" else self.decoded(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decoded(self, x, output_type):
+        """Latents to images."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        x = x / config.scaling_factor
+        if mean and std:
+            x = x * torch.tensor(std).to(x)[:, None, None] + torch.tensor(mean).to(x)[:, None, None]
+        else:
+            x = x + (config.get("shift_factor") or 0.0)
+        images = (self.vae.decode(x.to(self.vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images

@@ -1,0 +1,229 @@
+"""Weights out: what is written is read back, and a pipeline of diffusers draws what our sampler draws."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from test_checkpoints import meta_of
+from test_layouts import assert_same, tiny
+
+from dlc.checkpoints import __main__ as tool
+from dlc.checkpoints.export import export, write_folder
+from dlc.checkpoints.run import save_checkpoint
+from dlc.checkpoints.weights import describe, load_model
+from dlc.sampling.latents import create_sampler, sample_latents
+from dlc.vae import decode, load_vae
+from models import DiT
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def modules_cache(monkeypatch, tmp_path_factory):
+    """Where diffusers copies files of code to, before it imports them."""
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+
+
+@pytest.fixture
+def export_to(tmp_path, tiny_models):
+    """Export a checkpoint as a user does, by flags; gives the folder and what was said."""
+
+    def call(checkpoint, format, *flags, name="out"):
+        said = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                sys,
+                "argv",
+                ["checkpoints", "export", str(checkpoint), str(tmp_path / name), "--format", format, *map(str, flags)],
+            )
+            patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+            tool.main()
+        return tmp_path / name, "\n".join(said)
+
+    return call
+
+
+def checkpoint_of(tmp_path, model, name, **values):
+    ema = tiny(name, seed=1, **values)
+    sizes = dict(L=3, V=4, code_init="unit") if "SEM" in name else values
+    meta = meta_of(7, name, vae="ema", scaling_factor=0.18215, shift_factor=0.0, **sizes)
+    return save_checkpoint(tmp_path, meta, model=model, ema=ema, optimizer=torch.optim.AdamW(model.parameters())), ema
+
+
+def our_images(model, vae, y, noise, guidance, steps):
+    """Images in [0, 1] by our sampler, from noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlc.sampling.latents.normal", lambda *_: noise)
+        latents = sample_latents(
+            model,
+            create_sampler("dpmsolver++", steps),
+            y=y,
+            seed=0,
+            indices=torch.arange(len(y)),
+            latent_shape=noise.shape[1:],
+            cfg_scale=guidance,
+            channels=model.in_channels,
+        )
+        with torch.inference_mode():
+            return (decode(vae, latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("name", ["DiT-Ti/4", "DiTSEM-Ti/4", "DiTCONT-Ti/4"])
+def test_safetensors(name, export_to, tmp_path):
+    """EMA weights, sizes and training settings, read back to the bit."""
+    sizes = {"DiT-Ti/4": dict(num_classes=5), "DiTSEM-Ti/4": dict(L=3, V=4), "DiTCONT-Ti/4": dict(in_dim=6)}[name]
+    model = tiny(name, **sizes)
+    path, ema = checkpoint_of(tmp_path, model, name, **sizes)
+    folder, said = export_to(path, "safetensors")
+    loaded, found, meta = load_model(folder)
+    assert_same(loaded, ema)
+    assert (
+        found == name
+        and meta.step == 7
+        and meta.lr == 1e-4
+        and meta.weights == "ema"
+        and meta.scaling_factor == 0.18215
+    )
+    assert describe(meta) == "exported by this program; EMA weights, step 7"
+    assert_same(load_model(folder / "model.safetensors")[0], ema)
+    assert "as safetensors, licence mit" in said
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "| lr | 0.0001 |" in card and "| step | 7 |" in card
+    raw, _ = export_to(path, "safetensors", "--no-ema", "--license", "cc-by-nc-4.0", name="raw")
+    assert_same(load_model(raw)[0], model)
+    assert "raw weights" in describe(load_model(raw)[2]) and "license: cc-by-nc-4.0" in (raw / "README.md").read_text()
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_sizes_without_a_name(export_to, tmp_path):
+    """Heads and the function of diffusers come back out of config.json."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=2, hidden_size=96, depth=1, num_heads=4, num_classes=3, mlp_ratio=2.0).eval()
+    torch.save(model.state_dict(), tmp_path / "odd.pt")
+    (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=4)))
+    folder, said = export_to(tmp_path / "odd.pt", "safetensors")
+    loaded, name, meta = load_model(folder)
+    assert_same(loaded, model)
+    assert name == "DiT-1x96/2" and loaded.blocks[0].attn.num_heads == 4 and meta.step is None
+    assert "licence unknown" in said and "does not say how it was trained" in (folder / "README.md").read_text()
+
+
+def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
+    """diffusers' pipeline with our file of code draws our images; the stock class does not, and says how far off."""
+    from diffusers import DiffusionPipeline, DiTPipeline
+
+    path, ema = checkpoint_of(tmp_path, tiny(), "DiT-Ti/4", num_classes=5)
+    folder, said = export_to(path, "diffusers", "--vae", tiny_models[0])
+    vae = load_vae(str(tiny_models[0]))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    ours = our_images(ema, vae, torch.tensor([1, 4]), noise, 1.5, 6)
+
+    def draw(pipe, guidance=1.5, steps=6):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(5)
+        return pipe(
+            class_labels=[1, 4],
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="np",
+        ).images
+
+    for kind in (DiTPipeline, DiffusionPipeline):
+        pipe = kind.from_pretrained(folder, trust_remote_code=True)
+        assert np.abs(draw(pipe) - ours).max() < 1e-5
+    assert np.abs(draw(pipe, 1.0, 9) - our_images(ema, vae, torch.tensor([1, 4]), noise, 1.0, 9)).max() < 1e-5
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiTPipeline.from_pretrained(folder)
+    loaded, name, meta = load_model(folder)
+    assert_same(loaded, ema)
+    assert name == "DiT-Ti/4" and "of DiT (as recorded)" in describe(meta)
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "--cfg-channels all" in card and "| global_batch_size | 8 |" in card
+
+    stock, said = export_to(path, "diffusers-stock", "--vae", tiny_models[0], name="stock")
+    off = np.abs(draw(DiTPipeline.from_pretrained(stock)) - ours).max()
+    assert off > 1e-5 and "diffusers' own class is off by" in said and "grey levels of 255 on average" in said
+    assert_same(load_model(stock)[0], ema)
+    again, said = export_to(
+        stock, "diffusers-stock", "--diffusers-time", "diffusers", "--vae", tiny_models[0], name="2"
+    )
+    assert "computes this model exactly" in said
+    assert np.abs(draw(DiTPipeline.from_pretrained(again)) - draw(DiTPipeline.from_pretrained(stock))).max() < 1e-6
+    assert "of diffusers (as recorded)" in describe(load_model(again)[2])
+
+
+def test_a_pipeline_of_a_ditsem(export_to, tmp_path, tiny_models):
+    """A pipeline of our own, called with codes."""
+    from diffusers import DiffusionPipeline
+
+    path, ema = checkpoint_of(tmp_path, tiny("DiTSEM-Ti/4", L=3, V=4), "DiTSEM-Ti/4", L=3, V=4)
+    folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    codes = torch.tensor([[0, 1, 2], [3, 3, 0]])
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    vae = load_vae(str(tiny_models[0]))
+    for guidance, steps in ((1.5, 6), (1.0, 4)):
+        generator = torch.Generator().manual_seed(5)
+        theirs = pipe(
+            dlcs=codes, guidance_scale=guidance, num_inference_steps=steps, generator=generator, output_type="np"
+        ).images
+        assert np.abs(theirs - our_images(ema, vae, codes, noise, guidance, steps)).max() < 1e-5
+    assert len(pipe(dlcs=codes.tolist(), num_inference_steps=2).images) == 2
+    with pytest.raises(ValueError, match=r"wanted codes \(N, 3\) of tokens from 0 to 3"):
+        pipe(dlcs=[[0, 1, 9]])
+    loaded, name, _ = load_model(folder)
+    assert_same(loaded, ema)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert_same(load_model(tmp_path / "saved")[0], ema)
+
+
+def test_mistakes(export_to, tmp_path, tiny_models, capsys):
+    """One line each, and nothing is left behind."""
+    model = tiny("DiTCONT-Ti/4", in_dim=6)
+    torch.save(model.state_dict(), tmp_path / "cont.pt")
+    torch.save(tiny().state_dict(), tmp_path / "dit.pt")
+    torch.save(tiny("DiTSEM-Ti/4", L=3, V=4).state_dict(), tmp_path / "sem.pt")
+    (tmp_path / "there").mkdir()
+    for checkpoint, format, flags, name, message in (
+        ("dit.pt", "safetensors", (), "there", "there exists: give a path that does not"),
+        ("dit.pt", "safetensors", (), "nowhere/out", "does not exist"),
+        ("dit.pt", "safetensors", ("--vae", tiny_models[0]), "out", "--vae goes with the formats of diffusers"),
+        ("cont.pt", "diffusers", ("--vae", tiny_models[0]), "out", "is for DiT and DiTSEM"),
+        ("sem.pt", "diffusers-stock", ("--vae", tiny_models[0]), "out", "is for DiT:"),
+        ("gone.pt", "diffusers", (), "out", "gone.pt does not exist"),
+        ("dit.pt", "diffusers", ("--vae", "nowhere"), "out", "nowhere"),
+        ("dit.pt", "onnx", (), "out", "invalid choice: 'onnx'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            export_to(tmp_path / checkpoint, format, *flags, name=name)
+        line = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cont.pt", "dit.pt", "sem.pt", "there"]
+
+
+def test_whole_or_not_at_all(tmp_path):
+    def cut_off(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="cannot write .*out"):
+        write_folder(tmp_path / "out", cut_off)
+    assert not list(tmp_path.iterdir())
+    torch.save(tiny().state_dict(), tmp_path / "dit.pt")
+    args = types.SimpleNamespace(
+        checkpoint=str(tmp_path / "dit.pt"),
+        out=str(tmp_path / "out"),
+        ema=True,
+        diffusers_time=None,
+        format="safetensors",
+        license=None,
+        vae=None,
+    )
+    assert export(args)[0].startswith(f"{tmp_path / 'out'}: DiT-Ti/4 (state dict; weights as in the file")

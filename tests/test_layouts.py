@@ -1,0 +1,579 @@
+"""Weights of others: each row of LAYOUTS is read, and says what it is, or is refused in one line."""
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, golden
+from test_hostile_files import refusal
+
+from diffusion.samplers import DPMSolver
+from dlc.checkpoints import layouts
+from dlc.checkpoints.diffusers_dit import from_diffusers, to_diffusers
+from dlc.checkpoints.inspection import info
+from dlc.checkpoints.meta import FORMAT_VERSION, RunMeta
+from dlc.checkpoints.probe import predicts_velocity
+from dlc.checkpoints.run import save_checkpoint
+from dlc.checkpoints.weights import describe, load_model, load_pretrained, weights_sha256
+from models import DiT, DiT_models
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def tiny(name="DiT-Ti/4", seed=0, **sizes):
+    torch.manual_seed(seed)
+    model = DiT_models[name](input_size=8, **(sizes or dict(num_classes=5)))
+    for parameter in model.parameters():  # so that outputs are not the zeros of a model before training
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def assert_same(model, expected):
+    assert weights_sha256(model) == weights_sha256(expected) and not model.training
+
+
+def said(path, **options):
+    """The one line about weights."""
+    return describe(load_model(path, **options)[2])
+
+
+def everywhere_refused(path, **options):
+    """The line by which the sampler, --pretrained-path and info refuse weights: the same."""
+    line = refusal(load_model, path, **options)
+    assert refusal(load_pretrained, path, tiny()).removeprefix("--pretrained-path ") in line
+    assert refusal(info, path) == line and str(path) in line
+    return line
+
+
+def test_each_row_of_the_table_has_its_test():
+    assert len({row.name for row in layouts.LAYOUTS}) == len(layouts.LAYOUTS)
+    for row in layouts.LAYOUTS:
+        assert callable(globals().get(row.test)), row
+
+
+#################################################################################
+#                               Ours, DiT's, DLC's                              #
+#################################################################################
+
+
+def test_ours(tmp_path):
+    """A checkpoint, and the run above it, of which the newest is read."""
+    model, ema = tiny(), tiny(seed=1)
+    for step in (7, 12):
+        meta = RunMeta(format_version=FORMAT_VERSION, step=step, model="DiT-Ti/4", place=8, logged=7, skipped=0)
+        path = save_checkpoint(tmp_path, meta, model=model, ema=ema, optimizer=torch.optim.AdamW(model.parameters()))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    del meta["format_version"]
+    (path / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    for where, step in ((path, "checkpoint of this program"), (tmp_path, "newest checkpoint of the run, 0000012, ")):
+        loaded, name, found = load_model(where)
+        assert_same(loaded, ema)
+        assert name == "DiT-Ti/4" and found.step == 12 and found.weights == "ema"
+        assert describe(found).startswith(step) and describe(found).endswith("; EMA weights, step 12")
+    assert_same(load_model(tmp_path, ema=False)[0], model)
+    assert "EMA weights differ from the raw ones by" in info(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors", ".weights"])
+def test_bare_files(suffix, tmp_path):
+    """By content: the name's ending says nothing, and nothing but the tensors is known."""
+    model, path = tiny(), tmp_path / f"model{suffix}"
+    safetensors.torch.save_file(model.state_dict(), path) if "s" in suffix else torch.save(model.state_dict(), path)
+    loaded, name, meta = load_model(path)
+    assert_same(loaded, model)
+    assert name == "DiT-Ti/4" and meta.step is None
+    assert describe(meta) == "state dict; weights as in the file, EMA or raw unknown, step unknown"
+    assert "4.2 M parameters, latents 4 x 8 x 8, 3 heads, 5 classes" in info(path)[0]
+
+
+def test_without_positions(tmp_path):
+    """pos_embed is a constant: for the size that something tells, or else 32 cells, which is said."""
+    model = tiny()
+    weights = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
+    torch.save(weights, tmp_path / "bare.pt")
+    assert_same(load_model(tmp_path / "bare.pt", input_size=8)[0], model)
+    loaded, _, meta = load_model(tmp_path / "bare.pt")
+    assert loaded.x_embedder.img_size == (32, 32)
+    assert "no pos_embed: taken to be of latents of 32 x 32 cells" in describe(meta)
+    arguments = argparse.Namespace(model="DiT-Ti/4", global_seed=0, image_size=64)
+    torch.save(dict(ema=weights, model=weights, args=arguments), tmp_path / "0000500.pt")
+    assert_same(load_model(tmp_path / "0000500.pt")[0], model)
+    assert "new: pos_embed" in load_pretrained(tmp_path / "bare.pt", tiny(seed=1))
+    for shape in ((192, 4, 0, 0), (0, 4, 4, 4), (10**9, 0, 4, 4), (6, 4, 4, 4)):
+        torch.save({**weights, "x_embedder.proj.weight": torch.zeros(shape)}, tmp_path / "odd.pt")
+        assert "odd.pt" in refusal(load_model, tmp_path / "odd.pt")
+
+
+def test_training_files(tmp_path):
+    """DiT's and fast-DiT's, with objects among their arguments that are passed over; Lightning's; wrapped models."""
+    model, ema = tiny(), tiny(seed=1)
+    arguments = argparse.Namespace(
+        model="DiT-Ti/4",
+        global_seed=3,
+        image_size=64,
+        vae="mse",
+        global_batch_size=np.int64(256),
+        results_dir=pathlib.Path("results"),
+        feature_path=pathlib.PureWindowsPath("C:/x"),
+        scale=np.float32(0.5),
+        weights=np.arange(3),
+    )
+    wrapped = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
+    path = tmp_path / "0050000.pt"
+    torch.save(dict(model=wrapped, ema=ema.state_dict(), opt={}, args=arguments), path)
+    loaded, _, meta = load_model(path)
+    assert_same(loaded, ema)
+    assert describe(meta) == "training checkpoint; EMA weights, step 50,000"
+    assert (meta.image_size, meta.vae, meta.global_seed, meta.global_batch_size) == (64, "mse", 3, None)
+    assert_same(load_model(path, ema=False)[0], model)
+    lines = info(path)
+    assert "trained on: image_size 64, vae mse" in lines and "EMA weights differ" in lines[-1]
+    torch.save(dict(model=model.state_dict(), ema=None, args=arguments), path)
+    loaded, _, meta = load_model(path)
+    assert_same(loaded, model)
+    assert describe(meta) == "training checkpoint whose 'ema' is empty; raw weights, step 50,000"
+    torch.save(dict(model=model.state_dict(), opt={}), path)
+    assert "has no ema weights, only 'model': give --no-ema" in refusal(load_model, path)
+    arguments.vae = "/somewhere/else"
+    torch.save(dict(model=model.state_dict(), args=arguments), path)
+    assert load_model(path, ema=False)[2].vae is None
+
+    both = {
+        f"{prefix}{key}": value
+        for prefix, of in (("model.", model), ("ema_model.", ema))
+        for key, value in of.state_dict().items()
+    }
+    torch.save(dict(state_dict=both, hyper_parameters=dict(lr=1e-4), epoch=3), tmp_path / "last.ckpt")
+    assert_same(load_model(tmp_path / "last.ckpt")[0], ema)
+    assert_same(load_model(tmp_path / "last.ckpt", ema=False)[0], model)
+    assert said(tmp_path / "last.ckpt").startswith("state_dict of a training checkpoint, its ema_model.*; EMA weights")
+    torch.save(dict(state_dict={"encoder.weight": torch.zeros(1)}), tmp_path / "last.ckpt")
+    assert "is not a DiT, DiTSEM or DiTCONT" in refusal(load_model, tmp_path / "last.ckpt")
+
+
+def dlc_accelerate():
+    """Shapes by name of what the DLC project's training saves, as listed from the original."""
+    lines = (ROOT / "tests/goldens/dlc_accelerate.txt").read_text().splitlines()
+    found = [re.fullmatch(r"(_orig_mod\.\S+) (\(.*\)) float32", line) for line in lines]
+    return {one[1]: tuple(map(int, one[2].strip("()").rstrip(",").split(", "))) for one in found if one}
+
+
+def test_dlc_accelerate(tmp_path):
+    """The directory that accelerate saves, and the run above it: EMA in the registered object, raw in the model."""
+    shapes = dlc_accelerate()
+    assert len(shapes) == 72
+    torch.manual_seed(0)
+    sets = {kind: {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()} for kind in ("raw", "ema")}
+    folder = tmp_path / "RESULTS/checkpoints/checkpoints"
+    for number in (2, 10):
+        (folder / f"checkpoint_{number}").mkdir(parents=True)
+    last = folder / "checkpoint_10"
+    safetensors.torch.save_file(sets["raw"], last / "model.safetensors", metadata=dict(format="pt"))
+    torch.save(sets["ema"], last / "custom_checkpoint_0.pkl")
+    torch.save(dict(state={}), last / "optimizer.bin")
+    (last / "random_states_0.pkl").write_bytes(b"\x80\x02cposix\nsystem\n")
+    (tmp_path / "RESULTS/checkpoints/metadata.json").write_text("{}")
+    for where in (last, tmp_path / "RESULTS", tmp_path / "RESULTS/checkpoints", folder):
+        for kind in ("raw", "ema"):
+            model, name, meta = load_model(where, ema=kind == "ema")
+            assert name == "DiTSEM-Ti/4" and meta.weights == kind and meta.step is None
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, sets[kind][f"_orig_mod.{key}"])
+    assert said(tmp_path / "RESULTS") == (
+        "newest checkpoint of a DLC run, checkpoint_10, accelerate checkpoint of the DLC project; "
+        "EMA weights, step unknown"
+    )
+    assert "codes of L 16, V 16" in info(last)[0]
+    for name, kind in (("custom_checkpoint_0.pkl", "ema"), ("model.safetensors", "raw")):
+        assert torch.equal(load_model(last / name)[0].pos_embed, sets[kind]["_orig_mod.pos_embed"])
+    (last / "custom_checkpoint_0.pkl").unlink()
+    assert "has no EMA weights (custom_checkpoint_0.pkl): give --no-ema" in refusal(load_model, last)
+
+
+#################################################################################
+#                                   diffusers                                   #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def reference():
+    values, weights = golden("diffusers_dit")
+    ours = {key[4:]: value for key, value in values.items() if key.startswith("dit/")}
+    return values, weights, ours, values["config"]
+
+
+def save_transformer(folder, weights, config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def test_diffusers_golden(reference, tmp_path):
+    """Weights of the library under both functions, and the samples that its DPM-Solver draws by them."""
+    values, weights, ours, config = reference
+    folder = save_transformer(tmp_path / "transformer", weights, config)
+    for time, out, run in (("dit", "out_dit", "run_dit"), ("diffusers", "out", "run")):
+        model, name, meta = load_model(folder, diffusers_time=time)
+        assert name == "DiT-2x16/2" and model.blocks[0].attn.num_heads == 2
+        assert all(torch.equal(value, ours[key]) for key, value in model.state_dict().items())
+        with torch.inference_mode():
+            torch.testing.assert_close(model(values["x"], values["t"], values["y"]), values[out], rtol=0, atol=1e-5)
+            y = torch.cat([values["labels"], model.null_condition(6)])
+
+            def predict(x, time, model=model, y=y):
+                t = torch.full((12,), time)
+                return model.forward_with_cfg(torch.cat([x, x]), t, y, float(values["guidance"]), channels=4)[:6]
+
+            sampler = DPMSolver(int(values["steps"]))
+            assert sampler.times == values["times"].tolist()
+            *_, (x, _) = sampler(predict, values["z"], None)
+            assert (x - values[run]).abs().max() < 1e-5 * values[run].abs().max()
+        words = "DiT" if time == "dit" else "diffusers"
+        assert f"DiT under diffusers' names, with the time frequencies and eps of {words} (as asked)" in describe(meta)
+    assert "eps of DiT (--diffusers-time gives the other)" in said(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "norm_eps": 1e-6}))
+    model, _, _ = load_model(folder, diffusers_time="diffusers")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(values["x"], values["t"], values["y"]), values["out_eps6"], rtol=0, atol=1e-5)
+    bare = tmp_path / "dit.pt"
+    torch.save({**tiny().state_dict()}, bare)
+    assert "is not in diffusers' layout" in refusal(load_model, bare, diffusers_time="diffusers")
+    assert to_diffusers(ours).keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in to_diffusers(ours).items())
+
+
+def shard(folder, kind, variant=""):
+    """Cut the weights of a transformer folder in two shards and an index."""
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(whole)
+    names, save = sorted(weights), torch.save if kind == "bin" else safetensors.torch.save_file
+    placed = {}
+    for number, part in enumerate((names[:20], names[20:]), 1):
+        file = f"diffusion_pytorch_model{variant}-0000{number}-of-00002.{kind}"
+        save({name: weights[name] for name in part}, folder / file)
+        placed.update(dict.fromkeys(part, file))
+    whole.unlink()
+    index = folder / f"diffusion_pytorch_model.{kind}.index{variant}.json"
+    index.write_text(json.dumps(dict(metadata={}, weight_map=placed)))
+    return index
+
+
+def test_diffusers_folders(reference, tmp_path):
+    """Pipeline or transformer folder, file, index, shards, .bin, half precision; older configs."""
+    _, weights, ours, config = reference
+    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline")))
+    expected = weights_sha256(load_model(folder)[0])
+
+    def check(path, words):
+        model, _, meta = load_model(path)
+        assert weights_sha256(model) == expected and words in describe(meta), describe(meta)
+        assert "DiT-2x16/2" in info(path)[0] and "2 heads, 7 classes" in info(path)[0]
+        return model
+
+    check(tmp_path / "pipe", "diffusers pipeline (DiTPipeline), DiT under diffusers' names")
+    check(folder / "diffusion_pytorch_model.safetensors", "DiT under diffusers' names")
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
+    check(tmp_path / "pipe", "DiT under diffusers' names")
+    for kind in ("safetensors", "bin"):
+        copy = shutil.copytree(tmp_path / "pipe", tmp_path / kind)
+        index = shard(copy / "transformer", kind)
+        check(copy, "2 shards")
+        check(index, "2 shards")
+    copy = shutil.copytree(folder, tmp_path / "lone")
+    torch.save(weights, copy / "diffusion_pytorch_model.bin")
+    (copy / "diffusion_pytorch_model.safetensors").unlink()
+    check(copy, "DiT under")
+    half = {key: value.half() for key, value in weights.items()}
+    copy = save_transformer(tmp_path / "half", half, config)
+    (copy / "diffusion_pytorch_model.safetensors").rename(copy / "diffusion_pytorch_model.fp16.safetensors")
+    assert "fp16 variant" in said(copy)
+    model = load_model(copy)[0]
+    assert torch.equal(model.pos_embed, ours["pos_embed"]) and model.pos_embed.dtype == torch.float32
+    assert torch.equal(model.x_embedder.proj.weight, ours["x_embedder.proj.weight"].half().float())
+
+
+def test_broken_diffusers_folders(reference, tmp_path):
+    _, weights, _, config = reference
+    folder = save_transformer(tmp_path / "transformer", weights, config)
+
+    def line(changed, config=config):
+        safetensors.torch.save_file(changed, folder / "diffusion_pytorch_model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return everywhere_refused(folder)
+
+    name = "transformer_blocks.1.norm1.emb.{}.weight"
+    for part in ("timestep_embedder.linear_1", "class_embedder.embedding_table"):
+        changed = {**weights, name.format(part): weights[name.format(part)] + 1e-6}
+        assert "the blocks have different copies of the time and label embedders" in line(changed)
+    changed = {**weights, name.format("class_embedder.embedding_table"): torch.zeros(2)}
+    assert "different copies" in line(changed)
+    changed = {**weights, "transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}
+    assert "to_q, to_k and to_v of block 0 are not of one shape" in line(changed)
+    changed = {key: value for key, value in weights.items() if "to_k" not in key}
+    assert "to_q, to_k and to_v" in line(changed)
+    safetensors.torch.save_file({**weights, "more": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
+    assert "has unknown more" in refusal(load_model, folder)
+    safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    for key, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm"), ("norm_elementwise_affine", True)):
+        assert f"is no DiT: {key} in its config.json" in line(weights, {**config, key: value})
+    for key, value in (("num_attention_heads", 3), ("num_attention_heads", 0), ("sample_size", "8"), ("norm_eps", [])):
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        assert "transformer" in refusal(load_model, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    index = shard(folder, "safetensors")
+    for broken in (
+        dict(weight_map={"a": "../../x.safetensors"}),
+        dict(weight_map={"a": "/etc/passwd"}),
+        dict(weight_map=[]),
+        dict(weight_map={"a": 3}),
+        dict(weight_map={"a": "gone.safetensors"}),
+        dict(weight_map={"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}),
+    ):
+        index.write_text(json.dumps(broken))
+        assert str(folder) in everywhere_refused(folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert "is a diffusers pipeline without transformer/" in everywhere_refused(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_dlc_pipelines(generation, tmp_path):
+    """The DLC project's pipeline: diffusers' names with a code table in each block, and later our own names."""
+    model = tiny("DiTSEM-Ti/4", L=3, V=4)
+    if generation == 1:
+        table = {"y_embedder.embedding_table.weight": model.sem_embedder.embedding_table}
+        weights = to_diffusers(
+            {**{key: value for key, value in model.state_dict().items() if "sem_" not in key}, **table}
+        )
+        weights = {key.replace("embedding_table.weight", "embedding_table"): value for key, value in weights.items()}
+        config = dict(sample_size=8, in_channels=4, out_channels=8, dlc_l=3, dlc_v=4)
+    else:
+        weights, config = model.state_dict(), dict(input_size=8, in_channels=4, L=3, V=4)
+    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
+    index = dict(_class_name=["pipeline_dlc_dit", "DLCDiTPipeline"])
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(index))
+    for path in (tmp_path / "pipe", folder):
+        loaded, name, _ = load_model(path)
+        assert_same(loaded, model)
+        assert name == "DiTSEM-Ti/4"
+    assert "diffusers pipeline (DLCDiTPipeline)" in said(tmp_path / "pipe")
+
+
+def contents(folder):
+    """Bytes by path, as the stand-in of the hub takes them."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_hub_ids(hub, reference, tmp_path):
+    """By id, by id@revision, a pipeline or a folder of weights: only the files that are wanted are fetched."""
+    _, weights, ours, config = reference
+    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline", vae=["diffusers", "x"])))
+    pipeline = contents(tmp_path / "pipe")
+    hub.add("owner/pipe", {**pipeline, "vae/diffusion_pytorch_model.safetensors": b"x", "text.md": b"x"})
+    shard(folder, "safetensors")
+    hub.add("owner/pipe", contents(tmp_path / "pipe"), revision="v2")
+    model = tiny()
+    torch.save(model.state_dict(), tmp_path / "DiT.pt")
+    hub.add("owner/lone", {"DiT.pt": (tmp_path / "DiT.pt").read_bytes()})
+    hub.add("owner/nothing", {"README.md": b"x"})
+    for name, words in (("owner/pipe", "from the hub, diffusers pipeline"), ("owner/pipe@v2", "2 shards, DiT under")):
+        loaded, _, meta = load_model(name)
+        assert torch.equal(loaded.pos_embed, ours["pos_embed"]) and words in describe(meta) and meta.vae == name
+    assert not any("vae/" in path for _, path, _ in hub.requests if "resolve" in path)
+    assert_same(load_model("owner/lone")[0], model)
+    assert "owner/lone" in info("owner/lone")[0] and "state dict" in load_pretrained("owner/lone", tiny(seed=2))
+    assert "at revision main, has no file of weights" in refusal(load_model, "owner/nothing")
+    assert "owner/gone" in refusal(load_pretrained, "owner/gone", model)
+
+
+#################################################################################
+#                                  Other sizes                                  #
+#################################################################################
+
+
+def test_sizes_without_a_name(tmp_path):
+    """Heads by a config beside, or by the only published width that fits; else one line says how to give them."""
+
+    def save(width, heads, depth=2):
+        torch.manual_seed(0)
+        model = DiT(
+            input_size=8, patch_size=2, hidden_size=width, depth=depth, num_heads=heads, num_classes=3, mlp_ratio=2
+        )
+        path = tmp_path / f"{width}.pt"
+        torch.save(model.state_dict(), path)
+        return model.eval(), path
+
+    for width, heads in ((128, 2), (144, 2)):  # of 64, of 72
+        model, path = save(width, heads)
+        loaded, name, _ = load_model(path)
+        assert_same(loaded, model)
+        assert name == f"DiT-2x{width}/2" and loaded.blocks[0].attn.num_heads == heads
+    for width, heads in ((96, 4), (576, 8)):  # of neither, of both
+        model, path = save(width, heads)
+        assert f'does not tell its heads: write {{"num_heads": N}} to {tmp_path / "config.json"}' in refusal(
+            load_model, path
+        )
+        (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=heads)))
+        assert load_model(path)[0].blocks[0].attn.num_heads == heads
+        (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=7)))
+        assert "7 heads do not divide" in refusal(load_model, path)
+        (tmp_path / "config.json").unlink()
+
+
+#################################################################################
+#                           What predicts something else                        #
+#################################################################################
+
+
+def smooth_latents(n, generator):
+    return torch.nn.functional.interpolate(torch.randn(n, 4, 2, 2, generator=generator), size=8, mode="bilinear")
+
+
+def trained(target, steps):
+    """A small DiT trained for a moment: to predict noise, or SiT's or REPA's velocity. 3 s at most."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = DiT(input_size=8, patch_size=2, hidden_size=64, depth=1, num_heads=1, num_classes=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    for _ in range(steps):
+        x, noise, t = smooth_latents(32, generator), torch.randn(32, 4, 8, 8, generator=generator), torch.rand(32)
+        share = t.view(-1, 1, 1, 1)
+        if target == "noise":
+            t = (t * 1000).long()
+            signal = alphas_cumprod[t].view(-1, 1, 1, 1)
+            x_t, wanted = signal.sqrt() * x + (1 - signal).sqrt() * noise, noise
+        elif target == "SiT":
+            x_t, wanted = share * x + (1 - share) * noise, x - noise
+        else:
+            x_t, wanted = (1 - share) * x + share * noise, noise - x
+        loss = (model(x_t, t, torch.zeros(32, dtype=torch.long))[:, :4] - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_velocity_by_outputs(tmp_path):
+    """Nothing but the outputs tells; and a model of noise passes at every stage of training, and before it."""
+    for target in ("SiT", "REPA"):
+        torch.save(trained(target, 60).state_dict(), tmp_path / "bare.pt")
+        assert "bare.pt predicts a velocity by its outputs" in everywhere_refused(tmp_path / "bare.pt")
+    for steps in (0, 3, 80):
+        model = trained("noise", steps)
+        torch.save(model.state_dict(), tmp_path / "bare.pt")
+        load_model(tmp_path / "bare.pt")
+        assert "state dict; weights as in the file" in load_pretrained(tmp_path / "bare.pt", model)
+
+
+def test_no_untrained_model_is_refused():
+    """Random weights of any size, whose outputs may be large."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = DiT(
+            input_size=4 + 4 * (seed % 2), patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3
+        ).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02 * 3 ** (seed % 4))
+        assert not predicts_velocity(model)
+
+
+def test_velocity_by_arguments(tmp_path):
+    model = tiny().state_dict()
+    for arguments, name in (
+        (dict(path_type="Linear", prediction="velocity"), "SiT"),
+        (dict(prediction="noise"), "SiT"),
+        (dict(path_type="linear", prediction="v", enc_type="dinov2-vit-b", proj_coeff=0.5), "REPA"),
+    ):
+        for value in (argparse.Namespace(**arguments), arguments):
+            torch.save(dict(model=model, ema=model, opt={}, args=value), tmp_path / "0400000.pt")
+            assert f"0400000.pt is a {name} model, which predicts a velocity" in everywhere_refused(
+                tmp_path / "0400000.pt"
+            )
+
+
+def test_velocity_by_names(tmp_path):
+    model = tiny().state_dict()
+    torch.save(model, tmp_path / "SiT-XL-2-256x256.pt")
+    assert "is a SiT model" in everywhere_refused(tmp_path / "SiT-XL-2-256x256.pt")
+    for name, added in (
+        ("REPA", "projectors.0.0.weight"),
+        ("REPA", "decoder_blocks.0.attn.qkv.weight"),
+        ("LightningDiT", "blocks.0.mlp.w12.weight"),
+        ("LightningDiT", "feat_rope.freqs_cos"),
+    ):
+        for wrap in (lambda weights: weights, lambda weights: dict(model=weights, ema=weights, config={})):
+            torch.save(wrap({**model, f"module.{added}": torch.zeros(3)}), tmp_path / "last.pt")
+            line = everywhere_refused(tmp_path / "last.pt")
+            assert f"is a {name} model, which predicts a velocity" in line and len(line) < len(str(tmp_path)) + 120
+
+
+def test_other_kinds(tmp_path, tiny_models):
+    """Each is named, and where there is a flag for it, that."""
+    torch.save(dict(teacher={"backbone.cls_token": torch.zeros(1)}), tmp_path / "teacher.pth")
+    torch.save(dict(model={}, ema=dict(decay=0.9, shadow_params=[torch.zeros(1)])), tmp_path / "sedd.pth")
+    lone = dict(
+        sedd="vocab_embed.embedding",
+        dino="blocks.0.ls1.gamma",
+        transformers="embeddings.cls_token",
+        ldm="first_stage_model.decoder.conv_in.weight",
+        unet="model.diffusion_model.input_blocks.0.0.weight",
+        pixart="transformer_blocks.0.attn1.to_q.weight",
+    )
+    for file, name in lone.items():
+        torch.save({name: torch.zeros(1)}, tmp_path / f"{file}.pt")
+    vae, sem = tiny_models
+    for path, words in (
+        (tmp_path / "teacher.pth", "--encoder takes"),
+        (tmp_path / "dino.pt", "--encoder takes"),
+        (tmp_path / "transformers.pt", "--encoder takes"),
+        (tmp_path / "ldm.pt", "--vae takes"),
+        (tmp_path / "sedd.pt", "prior over codes"),
+        (tmp_path / "sedd.pth", "prior over codes"),
+        (tmp_path / "unet.pt", "another kind of diffusion model"),
+        (tmp_path / "pixart.pt", "another kind of diffusion model"),
+    ):
+        assert words in refusal(load_model, path) and words in refusal(load_pretrained, path, tiny())
+        assert path.name in refusal(info, path)
+    for path, flag, words in ((sem, "--encoder", "L 6, V 300"), (vae, "--vae", "AutoencoderKL of 4 channels")):
+        assert f"{flag} takes" in refusal(load_model, path)
+        (line,) = info(path)
+        assert f"for {flag}: " in line and words in line, line
+
+
+def test_objects_are_passed_over_and_nothing_is_run(tmp_path, monkeypatch):
+    """Objects of harmless names become inert; of a call that does something, the file is refused."""
+    monkeypatch.chdir(tmp_path)
+
+    class Call:
+        def __init__(self, function, *args):
+            self.call = function, args
+
+        def __reduce__(self):
+            return self.call
+
+    import os
+
+    model = tiny().state_dict()
+    for call in (
+        Call(os.system, "touch touched"),
+        Call(pathlib.Path.touch, pathlib.Path("touched")),
+        Call(eval, "1/0"),
+    ):
+        torch.save(dict(model=model, ema=model, args=argparse.Namespace(value=call)), tmp_path / "evil.pt")
+        assert "evil.pt cannot be read as weights" in everywhere_refused(tmp_path / "evil.pt")
+    torch.save(dict(model=pathlib.Path("x"), ema=pathlib.Path("x")), tmp_path / "evil.pt")
+    assert "evil.pt does not hold a dict of named tensors" in everywhere_refused(tmp_path / "evil.pt")
+    assert not (tmp_path / "touched").exists()
+    assert from_diffusers({}, tmp_path) == {}

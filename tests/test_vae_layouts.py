@@ -1,0 +1,244 @@
+"""VAEs by path, file and hub id, in each layout; scale and shift from where each layout has them."""
+
+import json
+import re
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from dlc.vae import decode, downsampling_factor, latent_settings, load_vae, posterior
+from dlc.vae_layouts import config_of_shapes, read_vae
+
+MEAN, STD = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 4.0]
+
+
+def small_vae(**config):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    attention = config.pop("attention", False)
+    return AutoencoderKL(
+        **{
+            **dict(
+                block_out_channels=(32, 64),
+                down_block_types=("DownEncoderBlock2D", f"{'Attn' * attention}DownEncoderBlock2D"),
+                up_block_types=(f"{'Attn' * attention}UpDecoderBlock2D", "UpDecoderBlock2D"),
+                latent_channels=4,
+                layers_per_block=1,
+            ),
+            **config,
+        }
+    ).eval()
+
+
+def ldm_names(vae):
+    """By hand, for this test: the names of latent diffusion's autoencoder for those of diffusers."""
+    levels = len(vae.config.block_out_channels)
+    renamed = {}
+    for key, value in vae.state_dict().items():
+        key = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
+        key = re.sub(r"down_blocks\.(\d)", r"down.\1", key)
+        key = key.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+        key = key.replace("mid_block.attentions.0", "mid.attn_1").replace(".resnets.", ".block.")
+        key = key.replace(".attentions.", ".attn.").replace("conv_shortcut", "nin_shortcut")
+        key = key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+        if ".attn" in key:
+            key = key.replace("group_norm", "norm").replace("to_out.0", "proj_out")
+            key = re.sub(r"to_([qkv])", r"\1", key)
+            if value.ndim == 2:
+                value = value[:, :, None, None].contiguous()
+        renamed[key.replace("conv_norm_out", "norm_out")] = value
+    return renamed
+
+
+def same(loaded, vae):
+    """Whether two VAEs have equal tensors and equal configurations of their networks."""
+    theirs = vae.state_dict()
+    return loaded.state_dict().keys() == theirs.keys() and all(
+        torch.equal(value, theirs[key]) for key, value in loaded.state_dict().items()
+    )
+
+
+def test_mean_and_std_per_channel(tmp_path):
+    """latents = (z - mean) * scale / std, and decoding undoes it."""
+    vae = small_vae(latents_mean=MEAN, latents_std=STD, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path)
+    loaded = load_vae(str(tmp_path))
+    assert latent_settings(loaded) == dict(
+        latent_channels=4, scaling_factor=0.5, shift_factor=0.0, latents_mean=MEAN, latents_std=STD
+    )
+    assert loaded.said.endswith("scaling factor 0.5, mean and standard deviation per channel")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        expected = vae.encode(images).latent_dist
+        mean, std = posterior(loaded, images)
+        per_channel = [torch.tensor(values).view(1, 4, 1, 1) for values in (MEAN, STD)]
+        torch.testing.assert_close(mean, (expected.mean - per_channel[0]) * 0.5 / per_channel[1])
+        torch.testing.assert_close(std, expected.std * 0.5 / per_channel[1])
+        torch.testing.assert_close(decode(loaded, mean), vae.decode(expected.mean).sample, atol=1e-4, rtol=1e-4)
+        half = decode(loaded.to(torch.bfloat16), mean.to(torch.bfloat16))
+        assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_single_files_of_ldm(tmp_path, attention):
+    """With a config.json beside it; in a whole model; and as diffusers' own converter reads it."""
+    from diffusers import AutoencoderKL
+
+    vae = small_vae(attention=attention, scaling_factor=0.7)
+    vae.save_pretrained(tmp_path / "folder")
+    names = ldm_names(vae)
+    safetensors.torch.save_file(names, tmp_path / "vae.safetensors")
+    if not attention:  # which that converter does not know at the levels
+        theirs = AutoencoderKL.from_single_file(
+            str(tmp_path / "vae.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
+        )
+        assert same(theirs, vae)
+    whole = {f"first_stage_model.{key}": value for key, value in names.items()}
+    whole |= {"first_stage_model.loss.logvar": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)}
+    for value, scale, said in (
+        ({"state_dict": {**whole, "cond_stage_model.x": torch.zeros(1)}, "step": 3}, 0.18215, "Stable Diffusion's"),
+        ({**whole, "conditioner.embedders.1.x": torch.zeros(1)}, 0.13025, "SDXL's, by the model around it"),
+    ):
+        torch.save(value, tmp_path / "whole.ckpt")
+        loaded = load_vae(str(tmp_path / "whole.ckpt"))
+        assert same(loaded, vae) and loaded.config.scaling_factor == scale and said in loaded.said
+        assert "a file of LDM's names, inside a whole model (first_stage_model.*)" in loaded.said
+    with pytest.raises(ValueError, match="of 4 channels does not say its scaling factor: put a config.json"):
+        load_vae(str(tmp_path / "vae.safetensors"))
+    torch.save({"mean": torch.tensor(MEAN).view(1, 4, 1, 1), "std": torch.tensor(STD)}, tmp_path / "latents_stats.pt")
+    loaded = load_vae(str(tmp_path / "vae.safetensors"))
+    assert same(loaded, vae) and loaded.config.latents_mean == MEAN and loaded.config.scaling_factor == 1.0
+    shutil.copy(tmp_path / "folder/config.json", tmp_path)
+    loaded = load_vae(str(tmp_path / "vae.safetensors"))
+    assert same(loaded, vae) and loaded.config.scaling_factor == 0.7
+
+
+def test_sizes_of_single_files():
+    """Stable Diffusion 1 and 3 and VA-VAE, by their shapes alone; scale where nothing else can be meant."""
+    from diffusers import AutoencoderKL
+
+    common = dict(layers_per_block=2, norm_num_groups=32, in_channels=3, out_channels=3, mid_block_add_attention=True)
+    for channels, widths, quant, attention in (
+        (4, [128, 256, 512, 512], True, 0),
+        (16, [128, 256, 512, 512], False, 0),
+        (32, [128, 128, 256, 256, 512], True, 1),
+    ):
+        plain = len(widths) - attention
+        wanted = dict(
+            latent_channels=channels,
+            block_out_channels=widths,
+            down_block_types=["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"] * attention,
+            up_block_types=["AttnUpDecoderBlock2D"] * attention + ["UpDecoderBlock2D"] * plain,
+            use_quant_conv=quant,
+            use_post_quant_conv=quant,
+            **common,
+        )
+        with torch.device("meta"):
+            assert config_of_shapes(AutoencoderKL(**wanted).state_dict(), "x") == wanted
+
+
+def test_stable_diffusions_single_file(tmp_path, monkeypatch):
+    """Its widths say 0.18215, unless the name says XL; other files have to bring a config."""
+    from diffusers import AutoencoderKL
+
+    monkeypatch.setattr("dlc.vae_layouts.check_tensors", lambda tensors, path: tensors)
+    for channels, name, scale in ((4, "vae-ft-mse-840000", 0.18215), (4, "sdxl_vae", 0.13025), (16, "ae", None)):
+        with torch.device("meta"):
+            vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                latent_channels=channels,
+            )
+        torch.save(ldm_names(vae), tmp_path / f"{name}.ckpt")
+        if scale is None:
+            with pytest.raises(ValueError, match="a VAE of 16 channels does not say its scaling factor"):
+                read_vae(str(tmp_path / f"{name}.ckpt"))
+        else:
+            assert read_vae(str(tmp_path / f"{name}.ckpt")).config["scaling_factor"] == scale
+            assert downsampling_factor(str(tmp_path / f"{name}.ckpt")) == 8
+
+
+def test_pipelines_and_hub_ids(tmp_path, hub):
+    vae = small_vae(scaling_factor=0.3)
+    vae.save_pretrained(tmp_path / "pipeline/vae")
+    (tmp_path / "pipeline/model_index.json").write_text("{}")
+    loaded = load_vae(str(tmp_path / "pipeline"))
+    assert same(loaded, vae) and loaded.said.startswith("of a pipeline, AutoencoderKL of 4 channels, 2 pixels a cell")
+    folder = tmp_path / "pipeline/vae"
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.add("owner/vae", files)
+    hub.add(
+        "owner/pipeline", {"model_index.json": b"{}", **{f"vae/{name}": text for name, text in files.items()}}, "v1"
+    )
+    hub.add(
+        "owner/file", {"vae.safetensors": safetensors.torch.save(ldm_names(vae)), "config.json": files["config.json"]}
+    )
+    for name, said in (
+        ("owner/vae", "from the hub, AutoencoderKL"),
+        ("owner/pipeline@v1", "from the hub, of a pipeline, AutoencoderKL"),
+        ("owner/file", "from the hub, AutoencoderKL"),
+    ):
+        loaded = load_vae(name)
+        assert same(loaded, vae) and loaded.said.startswith(said) and loaded.config.scaling_factor == 0.3
+        assert downsampling_factor(name) == 2
+    with pytest.raises(ValueError, match="--vae owner/pipeline: the hub has no revision 'main' of it"):
+        load_vae("owner/pipeline")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="it has no config.json"):
+        load_vae(str(folder))
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="is not a directory of a diffusers AutoencoderKL: it has no vae/"):
+        load_vae(str(tmp_path / "pipeline"))
+
+
+def test_shards_and_variants(tmp_path):
+    vae = small_vae()
+    vae.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert same(load_vae(str(tmp_path / "shards")), vae)
+    vae.half().save_pretrained(tmp_path / "half", variant="fp16")
+    assert same(load_vae(str(tmp_path / "half")), vae.float())
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({"x": torch.zeros(1)}, "holds no AutoencoderKL: neither LDM's names"),
+        (
+            {"encoder.down.0.block.0.conv1.weight": torch.zeros(3)},
+            "holds no whole AutoencoderKL: it has no convolution",
+        ),
+        ({"encoder.down.0.block.0.conv1.weight": "x"}, "does not hold a dict of named tensors"),
+        ({"encoder.down.0.block.0.conv1.weight": torch.full((3, 3, 1, 1), torch.nan)}, "NaN or infinite"),
+        ({"encoder.conv_in.weight": torch.zeros(3)}, "holds no whole AutoencoderKL"),
+        ({"state_dict": 3, "encoder.conv_in.weight": torch.zeros(3)}, "holds a|does not hold a dict"),
+    ],
+)
+def test_files_that_are_no_vae(tmp_path, tensors, message):
+    torch.save(tensors, tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match=message):
+        load_vae(str(tmp_path / "vae.pt"))
+
+
+def test_other_autoencoders(tmp_path):
+    """AutoencoderDC and AutoencoderTiny have no posterior; they are refused by their configs."""
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its config.json is not an AutoencoderKL's"):
+        load_vae(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(dict(config, _class_name="AutoencoderDC")))
+    with pytest.raises(ValueError, match="its config.json is not an AutoencoderKL's"):
+        load_vae(str(tmp_path))
+    with pytest.raises(ValueError, match="does not exist: it is no file or folder"):
+        load_vae(str(tmp_path / "nothing.safetensors"))
