@@ -50,7 +50,7 @@ def test_training(graphs, precision, flags):
 
 @pytest.mark.parametrize("classes", [None, 7])
 def test_training_a_prior(graphs, classes):
-    for step in prior_training(classes, False, "bf16", "--compile", "--grad-accum", "2", device=CPU, steps=3):
+    for step in prior_training(classes, False, "bf16", "--compile", "--grad-accum", "2", device=CPU, steps=3, depth=10):
         step()
         assert graphs() == 1
 

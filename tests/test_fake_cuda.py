@@ -113,9 +113,9 @@ def training(family, precision, *flags, moments=False, device=CUDA, steps=2):
     )
 
 
-def prior_training(classes, shared, precision, *flags, entropy=False, device=CUDA, steps=2):
+def prior_training(classes, shared, precision, *flags, entropy=False, device=CUDA, steps=2, depth=1):
     """Steps of train_prior.py."""
-    sizes = dict(hidden_size=16, depth=1, num_heads=2, num_classes=classes, shared_embedding=shared)
+    sizes = dict(hidden_size=16, depth=depth, num_heads=2, num_classes=classes, shared_embedding=shared)
     model = real(DLCPrior, L, V, scale_by_sigma=entropy, **sizes).to(device)
     run = launched_run(model, train_prior.LOSSES, train_prior.argument_parser(), precision, flags, device)
     diffusion = MaskedDiffusion(V, masking="counted", time_conditioning=entropy, score_entropy=entropy)
@@ -226,6 +226,7 @@ PATHS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("path", PATHS)
 def test_path(path, monkeypatch):
     monkeypatch.setattr(samplers, "noise_levels", partial(real, samplers.noise_levels))
