@@ -30,7 +30,8 @@ DEVICES = {
     "block": ("cpu",),
     "npz": ("cpu",),
 }  # memory is computed; disk and CPU limit npz
-PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1", "of the block", "of the peak")  # columns with shares of 1
+# columns with shares of 1
+PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1", "of the block", "of the peak")
 
 
 def read_result(name, device):
