@@ -36,6 +36,7 @@ from train_diffusion import LOSSES, argument_parser, losses_of
 
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
+PER_CHANNEL = dict(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
 FAMILIES = {  # what builds a small one, and n conditions for it
     "DiTSEM": (lambda: DiTSEM(**SIZES, L=L, V=V), lambda n: torch.randint(V, (n, L), dtype=torch.uint8)),
     "DiT": (lambda: DiT(**SIZES, num_classes=7), lambda n: torch.randint(7, (n,))),
@@ -159,11 +160,11 @@ def sampling(family, precision, name, scale, bounds):
     yield lambda: draw(no_waiting())
 
 
-def extraction(precision):
+def extraction(precision, **vae):
     """Networks that are moved to the GPU as extraction moves them, on crops and views that are still on the CPU."""
     sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
     encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
-    encode = PixelEncoder(real(tiny_vae), encoder, CUDA, precision)
+    encode = PixelEncoder(real(tiny_vae, **vae), encoder, CUDA, precision)
 
     def step():
         crops, views = (torch.randint(255, (N, size, size, 3), dtype=torch.uint8) for size in (16, 32))
@@ -172,9 +173,9 @@ def extraction(precision):
     yield from [step] * 2
 
 
-def decoding(precision):
+def decoding(precision, **vae):
     """What the decoder's thread does before it takes the pixels to the CPU."""
-    vae = real(tiny_vae).to(CUDA, memory_format=torch.channels_last)
+    vae = real(tiny_vae, **vae).to(CUDA, memory_format=torch.channels_last)
 
     def step():
         with torch.inference_mode(), autocast(CUDA, precision):
@@ -216,13 +217,14 @@ PATHS = {
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction in fp32": partial(extraction, "fp32"),
     "extraction in bf16": partial(extraction, "bf16"),
+    "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
     "training a prior in bf16": partial(prior_training, None, True, "bf16"),
     "training a prior with classes in fp16": partial(
         prior_training, 7, False, "fp16", *("--warmup-steps", "9", "--grad-accum", "2"), entropy=True
     ),
     "Inception": inception,
     "decoding in fp32": partial(decoding, "fp32"),
-    "decoding in bf16": partial(decoding, "bf16"),
+    "decoding with mean and std per channel": partial(decoding, "bf16", **PER_CHANNEL),
 }
 
 
