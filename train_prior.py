@@ -88,6 +88,19 @@ def argument_parser():
     return parser
 
 
+def losses_of(model, diffusion, indices, x, y, *, seed, label_dropout):
+    """A micro-batch's losses (n,) by name, and its times (n,).
+
+    Args:
+        indices, x, y: sample indices (n,), codes (n, L), classes (n,) or None, all on one device.
+        label_dropout: share of the samples whose class is hidden.
+    """
+    t, u, dropout_key, drop = draws(seed, indices, x.shape[1], label_dropout)
+    x_t = diffusion.corrupt(x, t, u)  # (n, L), some of them masked
+    kwargs = {} if y is None else dict(y=y, drop=drop)
+    return diffusion.training_losses(model, x, t, x_t, dict(kwargs, dropout_key=dropout_key)), t
+
+
 def main():
     # ---------------------------------------------------------------------- flags
     parser = argument_parser()
@@ -164,10 +177,15 @@ def train(parser, args, run):
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):
         for indices, x, y in run.micro_batches(batch):
-            t, u, dropout_key, drop = draws(args.global_seed, indices, codes.L, args.label_dropout)
-            x_t = diffusion.corrupt(x, t, u)  # (n, L), some of them masked
-            kwargs = dict(y=y, drop=drop) if args.class_conditional else {}
-            terms = diffusion.training_losses(run.model, x, t, x_t, dict(kwargs, dropout_key=dropout_key))
+            terms, t = losses_of(
+                run.model,
+                diffusion,
+                indices,
+                x,
+                y if args.class_conditional else None,
+                seed=args.global_seed,
+                label_dropout=args.label_dropout,
+            )
             run.backward(terms, t, 1)
         run.update(step)
         if heldout.is_due(step):  # before a checkpoint, so that a resumed run has the same measurements

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion import create_diffusion
-from dlc.runtime import autocast
+from dlc.runtime import autocast, compile_options
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.training.sharding import fully_shard_blocks
 from dlc.training.update import SkippedSteps, update_ema
@@ -104,7 +104,7 @@ def compiled(device):
         model = small_model(device)
         if compile:
             for block in model.blocks:
-                block.compile()
+                block.compile(**compile_options(device))
         loss_of(model, device, "bf16").backward()
         grads.append([weight.grad for weight in model.parameters()])
     return difference(grads[1], grads[0]), 0.1

@@ -27,11 +27,13 @@ DEVICES = {
     "extraction-fp32": BOTH,
     "extraction-bf16": BOTH,
     "sampling": BOTH,
+    "block": ("cpu",),
     "npz": ("cpu",),
     "evaluation": BOTH,
     "prior": BOTH,
 }  # memory is computed; disk and CPU limit npz
-PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1
+# columns with shares of 1
+PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1", "of the block", "of the peak")
 
 
 def read_result(name, device):

@@ -35,7 +35,7 @@ from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
 from dlc.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.runtime import autocast, default_num_workers
+from dlc.runtime import autocast, compile_options, default_num_workers
 from models import DiT_models
 from train_diffusion import argument_parser
 
@@ -212,7 +212,7 @@ def model_alone(row, model, batch, args):
     module.to(device).train().set_grad_checkpointing(chosen.checkpoint_activations)
     if described(row)["compiled"]:
         for block in module.blocks:
-            block.compile()
+            block.compile(**compile_options(device))
     diffusion = create_diffusion("")
     x, noise = torch.randn(2, batch, 4, args.image_size // 8, args.image_size // 8, device=device)
     t = torch.randint(0, 1000, (batch,), device=device)

@@ -90,7 +90,7 @@ class MaskedDiffusion:
     # ------------------------------------------------------------------ loss and bound
 
     def training_losses(self, model: Callable, x0: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor | None = None,
-                        model_kwargs: dict | None = None) -> dict[str, torch.Tensor]:
+                        model_kwargs: dict | None = None, dense: bool | None = None) -> dict[str, torch.Tensor]:
         """The bound's integrand at times t: the cross-entropy of the masked tokens, times dsigma / (e^sigma - 1) = 1/t.
 
         For a normalised score it equals SEDD's score entropy (equation 5 there). For another, with r the sum of the
@@ -100,23 +100,35 @@ class MaskedDiffusion:
             x0: (N, L) int64 clean tokens.
             t: (N,) times above 0.
             x_t: (N, L), x0 as `corrupt` gives it at t [made here, by torch's generator].
+            dense: ask the model for all places, and leave out those that are not masked afterwards: how many are, only
+                the device knows, and the CPU would wait for it [on GPUs]. Else only the masked ones are computed.
 
         Returns (N,) each: loss, in nats per code; nats, the bound alone in nats per token.
         """
         x_t = self.corrupt(x0, t) if x_t is None else x_t
         places, L = x_t == self.mask, x0.shape[1]
-        log_score = model(x_t, self.told(t), places=places, **(model_kwargs or {}))[:, :self.V]             # (M, V)
-        owner = places.nonzero()[:, 0]                                                                      # (M,)
-        terms = F.cross_entropy(log_score, x0[places], reduction="none")                                    # (M,)
+        dense, kwargs = x0.device.type != "cpu" if dense is None else dense, model_kwargs or {}
+        if dense:
+            log_score = model(x_t, self.told(t), **kwargs)[..., :self.V].flatten(0, 1)                      # (N*L, V)
+            owner = torch.arange(len(x0), device=x0.device).repeat_interleave(L)                            # (N*L,)
+            tokens = x0.flatten()
+        else:
+            log_score = model(x_t, self.told(t), places=places, **kwargs)[:, :self.V]                       # (M, V)
+            owner, tokens = places.nonzero()[:, 0], x0[places]                                              # (M,) each
+        terms = F.cross_entropy(log_score, tokens, reduction="none")                                        # (M,)
         weight = L / self.masked_count(t, L).to(terms) if self.masking == "counted" else 1 / t.to(terms)    # (N,)
 
         def per_code(values):
+            if dense:
+                return weight * values.view_as(x0).where(places, 0).sum(dim=1)
             return weight * values.new_zeros(len(x0)).index_add(0, owner, values)
 
         nats = per_code(terms)
         loss = nats
         if self.score_entropy:
             log_r = log_score.logsumexp(dim=1) + self.sigma(t).expm1().log().to(log_score)[owner]
+            if dense:       # beforehand: the gradient of an expm1 that overflows is not finite, though its weight is 0
+                log_r = log_r.where(places.flatten(), 0)
             loss = loss + per_code(log_r.expm1() - log_r)
         return dict(loss=loss, nats=nats.detach() / L)
 

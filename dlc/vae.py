@@ -92,7 +92,10 @@ def scale_and_shift(vae, device):
     settings = latent_settings(vae)
     if settings["latents_mean"] is None:
         return settings["scaling_factor"], settings["shift_factor"]
-    mean, std = (torch.tensor(settings[key], device=device).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
+    mean, std = (  # filled on the device: a copy from the CPU would make the CPU wait for the GPU
+        torch.stack([torch.full((1, 1), one, device=device) for one in settings[key]])
+        for key in ("latents_mean", "latents_std")
+    )
     return settings["scaling_factor"] / std, mean
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 from drawing import draw, tiny_model, tiny_vae
-from test_fake_cuda import L, N, V, training
+from test_fake_cuda import L, N, V, prior_training, training
 from torch._dynamo.utils import counters
 
 from dlc.encoder import SEMEncoder
@@ -22,7 +22,7 @@ def graphs(monkeypatch):
     """graphs(): how many were made until now, without a break between them."""
     made, compile_module = [], torch.nn.Module.compile
 
-    def count(graph, inputs):
+    def count(graph, inputs, options=None):
         made.append(graph)
         return graph.forward
 
@@ -44,6 +44,13 @@ def graphs(monkeypatch):
 def test_training(graphs, precision, flags):
     """All blocks share one graph."""
     for step in training("DiTSEM", precision, "--compile", *flags, device=CPU, steps=3):
+        step()
+        assert graphs() == 1
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+def test_training_a_prior(graphs, classes):
+    for step in prior_training(classes, False, "bf16", "--compile", "--grad-accum", "2", device=CPU, steps=3, depth=10):
         step()
         assert graphs() == 1
 

@@ -16,8 +16,13 @@ from drawing import tiny_vae
 from fake_cuda import CUDA, Waits, assert_on, backward, fake_cuda, no_waiting, real
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+import train_prior
 from diffusion import create_diffusion, samplers
+from diffusion.masked import MaskedDiffusion
 from dlc.encoder import SEMEncoder
+from dlc.evaluation.inception import InceptionV3
+from dlc.evaluation.metrics import squared_radii
+from dlc.evaluation.networks import InceptionNetwork
 from dlc.extraction import PixelEncoder
 from dlc.images import to_uint8
 from dlc.runtime import autocast
@@ -26,10 +31,12 @@ from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
 from dlc.vae import decode
 from models import DiT, DiTCONT, DiTSEM
+from prior import DLCPrior
 from train_diffusion import LOSSES, argument_parser, losses_of
 
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
+PER_CHANNEL = dict(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
 FAMILIES = {  # what builds a small one, and n conditions for it
     "DiTSEM": (lambda: DiTSEM(**SIZES, L=L, V=V), lambda n: torch.randint(V, (n, L), dtype=torch.uint8)),
     "DiT": (lambda: DiT(**SIZES, num_classes=7), lambda n: torch.randint(7, (n,))),
@@ -60,37 +67,66 @@ class Launched:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
 
-def training(family, precision, *flags, moments=False, device=CUDA, steps=2):
-    """A `Run` without launcher and folder, whose steps are those of train_diffusion.py."""
-    build, conditions = FAMILIES[family]
+def launched_run(model, losses, parser, precision, flags, device):
+    """A `Run` without launcher and folder, of that model."""
     run = Run.__new__(Run)
-    run.parser = argument_parser()
-    run.args = run.parser.parse_args(["--log-every", "100", "--ckpt-every", "100", *flags])
+    run.parser, run.args = parser, parser.parse_args(["--log-every", "100", "--ckpt-every", "100", *flags])
     run.state, run.device = types.SimpleNamespace(is_main_process=False), device
     run.accelerator, run.compiled, run.sharded = Launched(precision, device), run.args.compile, False
     run.resumed, run.skipped = None, 0
     run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
     run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
-    model, diffusion = real(build).to(device), create_diffusion("")
-    run.adopt(model, LOSSES)
+    run.adopt(model, losses)
+    return run
+
+
+def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
+    """The loop of a trainer, step by step; losses_of_a_part(indices, x, y) gives losses by name and times."""
 
     def step(number):
-        batch = torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N)
-        for indices, x, y in run.micro_batches(batch):
-            terms, t = losses_of(
-                run.model, diffusion, indices, x, y, seed=0, dropout=model.class_dropout_prob, draw_latents=moments
-            )
-            run.backward(terms, t, diffusion.num_timesteps)
+        for part in run.micro_batches(batch()):
+            terms, t = losses_of_a_part(*part)
+            run.backward(terms, t, num_timesteps)
         run.update(number)
         run.report(number)
         state = [list(values.values()) for values in run.optimizer.state.values()]
-        assert_on(device, terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
-        if precision == "fp16":
-            assert_on(device, run.skips.last, run.accelerator.scaler._scale)
+        assert_on(run.device, terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
+        if run.accelerator.scaler:
+            assert_on(run.device, run.skips.last, run.accelerator.scaler._scale)
         if run.args.grad_clip:
-            assert_on(device, run.grad_norm)
+            assert_on(run.device, run.grad_norm)
 
     yield from (partial(step, number) for number in range(1, steps + 1))
+
+
+def training(family, precision, *flags, moments=False, device=CUDA, steps=2):
+    """Steps of train_diffusion.py."""
+    build, conditions = FAMILIES[family]
+    model, diffusion = real(build).to(device), create_diffusion("")
+    run = launched_run(model, LOSSES, argument_parser(), precision, flags, device)
+    settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments)
+    return steps_of(
+        run,
+        lambda: (torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N)),
+        lambda *part: losses_of(run.model, diffusion, *part, **settings),
+        diffusion.num_timesteps,
+        steps,
+    )
+
+
+def prior_training(classes, shared, precision, *flags, entropy=False, device=CUDA, steps=2, depth=1):
+    """Steps of train_prior.py."""
+    sizes = dict(hidden_size=16, depth=depth, num_heads=2, num_classes=classes, shared_embedding=shared)
+    model = real(DLCPrior, L, V, scale_by_sigma=entropy, **sizes).to(device)
+    run = launched_run(model, train_prior.LOSSES, train_prior.argument_parser(), precision, flags, device)
+    diffusion = MaskedDiffusion(V, masking="counted", time_conditioning=entropy, score_entropy=entropy)
+
+    def losses(indices, x, y):
+        y = y if classes else None
+        return train_prior.losses_of(run.model, diffusion, indices, x, y, seed=0, label_dropout=0.1)
+
+    batch = lambda: (torch.arange(N), torch.randint(V, (N, L)), torch.randint(classes or 1, (N,)))  # noqa: E731
+    return steps_of(run, batch, losses, 1, steps)
 
 
 def sampling(family, precision, name, scale, bounds):
@@ -124,11 +160,11 @@ def sampling(family, precision, name, scale, bounds):
     yield lambda: draw(no_waiting())
 
 
-def extraction(precision):
+def extraction(precision, **vae):
     """Networks that are moved to the GPU as extraction moves them, on crops and views that are still on the CPU."""
     sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
     encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
-    encode = PixelEncoder(real(tiny_vae), encoder, CUDA, precision)
+    encode = PixelEncoder(real(tiny_vae, **vae), encoder, CUDA, precision)
 
     def step():
         crops, views = (torch.randint(255, (N, size, size, 3), dtype=torch.uint8) for size in (16, 32))
@@ -137,13 +173,25 @@ def extraction(precision):
     yield from [step] * 2
 
 
-def decoding(precision):
+def decoding(precision, **vae):
     """What the decoder's thread does before it takes the pixels to the CPU."""
-    vae = real(tiny_vae).to(CUDA, memory_format=torch.channels_last)
+    vae = real(tiny_vae, **vae).to(CUDA, memory_format=torch.channels_last)
 
     def step():
         with torch.inference_mode(), autocast(CUDA, precision):
             assert_on(CUDA, to_uint8(decode(vae, torch.randn(N, 4, 8, 8, device=CUDA)).float()))
+
+    yield from [step] * 2
+
+
+def inception():
+    """FID's network, on images as they are decoded; and the radii of precision and recall."""
+    network = InceptionNetwork.__new__(InceptionNetwork)
+    network.device, network.module = CUDA, real(InceptionV3).to(CUDA)
+
+    def step():
+        features = network(torch.randint(255, (N, 20, 20, 3), dtype=torch.uint8))
+        assert_on(CUDA, features, squared_radii(features["pool"], 2, half=False))
 
     yield from [step] * 2
 
@@ -169,11 +217,18 @@ PATHS = {
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction in fp32": partial(extraction, "fp32"),
     "extraction in bf16": partial(extraction, "bf16"),
+    "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
+    "training a prior in bf16": partial(prior_training, None, True, "bf16"),
+    "training a prior with classes in fp16": partial(
+        prior_training, 7, False, "fp16", *("--warmup-steps", "9", "--grad-accum", "2"), entropy=True
+    ),
+    "Inception": inception,
     "decoding in fp32": partial(decoding, "fp32"),
-    "decoding in bf16": partial(decoding, "bf16"),
+    "decoding with mean and std per channel": partial(decoding, "bf16", **PER_CHANNEL),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("path", PATHS)
 def test_path(path, monkeypatch):
     monkeypatch.setattr(samplers, "noise_levels", partial(real, samplers.noise_levels))

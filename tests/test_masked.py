@@ -404,3 +404,19 @@ def test_calls_are_reported():
         on_call=lambda codes: seen.append((codes == V).sum(dim=1).tolist()),
     )
     assert seen == [[2] * 5, [1] * 5, [0] * 5] and codes.dtype == torch.int64 and np.asarray(codes).max() < V
+
+
+@pytest.mark.parametrize("masking, entropy", [("independent", False), ("counted", True)])
+def test_computed_at_all_places(masking, entropy):
+    """The losses that leave out what is not masked afterwards, as on GPUs, and their gradients."""
+    torch.manual_seed(0)
+    table = torch.randn(4, 6, 5, requires_grad=True)
+    diffusion = MaskedDiffusion(4, masking=masking, score_entropy=entropy)
+    x0, t = torch.randint(4, (4, 6)), torch.rand(4)
+    x_t, found = diffusion.corrupt(x0, t), []
+    for dense in (False, True):
+        terms = diffusion.training_losses(
+            lambda x, sigma, places=None: table if places is None else table[places], x0, t, x_t, dense=dense
+        )
+        found.append([terms["loss"], terms["nats"], *torch.autograd.grad(terms["loss"].sum(), table)])
+    torch.testing.assert_close(*found)

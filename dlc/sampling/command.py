@@ -21,7 +21,7 @@ from dlc.checkpoints.weights import describe, load_model, weights_sha256
 from dlc.cli import ArgumentParser, progress
 from dlc.disk import recorded_id
 from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import agree, autocast, create_logger, done_by_rank_0, set_numerics, start_processes
+from dlc.runtime import agree, autocast, compile_options, create_logger, done_by_rank_0, set_numerics, start_processes
 from dlc.sampling.conditions import CONDITIONINGS, conditions_sha256
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.files import npz_rows, save_grid, write_npz
@@ -257,7 +257,7 @@ def draw_missing(job: Job, args) -> None:
     job.model.to(state.device)
     if args.compile if args.compile is not None else state.device.type == "cuda":
         for block in job.model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, **compile_options(state.device))
     denoise = CudaGraphs(job.model.denoise) if args.cuda_graphs else job.model.denoise
     decoder = Decoder(
         job.vae,

@@ -41,6 +41,7 @@ from dlc.disk import DirectoryLock, write_json
 from dlc.launcher import asked_precision, asked_to_compile, unused_launcher_settings
 from dlc.runtime import (
     agree,
+    compile_options,
     create_accelerator,
     create_logger,
     done_by_rank_0,
@@ -143,7 +144,7 @@ class Run:
         self.ema = deepcopy(model).requires_grad_(False).eval()
         if self.compiled:
             for block in model.blocks:
-                block.compile()
+                block.compile(**compile_options(self.device))
         if self.sharded:
             for module in (model, self.ema):
                 fully_shard_blocks(module, self.device)

@@ -5,14 +5,14 @@ import types
 import numpy as np
 import torch
 
-from dlc.sampling.command import Job, draw_missing
+from dlc.sampling.command import draw_missing
 from dlc.sampling.latents import create_sampler
 from models import DiTSEM
 
 STEPS = 3
 
 
-def tiny_vae():
+def tiny_vae(**config):
     """4x4 latents of 4 channels to 8x8 pixels."""
     from diffusers import AutoencoderKL
 
@@ -23,6 +23,7 @@ def tiny_vae():
         norm_num_groups=4,
         latent_channels=4,
         layers_per_block=1,
+        **config,
     ).eval()
 
 
@@ -38,11 +39,10 @@ def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 
         t_max=interval[1],
         cfg_channels=4,
     )
-    job = Job(
+    job = types.SimpleNamespace(  # a Job, as far as drawing uses it
         state=types.SimpleNamespace(
             device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=False
         ),
-        checkpoint=None,
         model=model.eval(),
         sampler=create_sampler("ddim", STEPS),
         conditions=lambda indices: torch.zeros(len(indices), 3, dtype=torch.long),
@@ -50,7 +50,7 @@ def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 
         record=record,
         folder=types.SimpleNamespace(path=folder),
         missing=np.arange(count),
-        notes=[],
+        latent_shape=(4, 4, 4),
     )
     args = types.SimpleNamespace(
         per_proc_batch_size=batch,

@@ -16,7 +16,7 @@ def rounded(rows, size=FLOAT32):
     import torch  # not above: most processes do without
 
     n, device = len(rows), rows.device
-    element = torch.arange(rows[0].numel(), device=device).view(1, *rows.shape[1:])
+    element = torch.arange(rows.shape[1:].numel(), device=device).view(1, *rows.shape[1:])
     place = torch.arange(n, device=device).view(-1, *[1] * (rows.ndim - 1))
     noise = (7919 * n + 104729 * place + 31 * element) % 1009 / 504 - 1  # -1 to 1
     factor = 1 + noise * max(size, torch.finfo(rows.dtype).eps)  # 16 bits: some last bits
