@@ -20,7 +20,6 @@ def meta_of(step, model="DiTSEM-Ti/8", **values):
     return RunMeta(
         **{
             **dict(
-                format_version=1,
                 step=step,
                 model=model,
                 image_size=64,

@@ -369,12 +369,16 @@ def test_record_without_a_key(tmp_path, name):
         ("t_max", -1),
         ("format_version", "2"),
         ("format_version", None),
-        ("format_version", 99),
     ],
 )
 def test_record_with_a_value_of_another_kind(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"samples.json\S* (has )?{name} "):
         SamplesRecord.read(write_record(tmp_path / "samples.json", **{name: value}))
+
+
+def test_record_of_a_newer_program(tmp_path):
+    with pytest.raises(ValueError, match="samples.json is of format 99, this program knows up to 3: update it"):
+        SamplesRecord.read(write_record(tmp_path / "samples.json", format_version=99))
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -393,7 +397,7 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
     folder.lock.release()
     values = json.loads((folder.path / "samples.json").read_text())
     assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
-    assert values["format_version"] == 2 and list(values)[-1] == conditions.key
+    assert values["format_version"] == 3 and list(values)[-1] == conditions.key
     more = replace(record, num_fid_samples=6, conditions_sha256=conditions_sha256(conditions, 6))
     assert folder.open(more, conditions, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.meta import RunMeta, json_keys
+from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.tensor_files import LARGEST_INDEX, load_tensors
 from dlc.disk import is_plain_name, read_json
 
@@ -147,5 +147,7 @@ def run_meta(arguments: dict, **values) -> RunMeta:
         "vae": arguments.get("vae") if arguments.get("vae") in ("ema", "mse") else None,
         **values,
     }
-    kinds = json_keys()
-    return RunMeta(**{key: value for key, value in said.items() if value is not None and kinds[key]["kind"][0](value)})
+    keys = RunMeta.keys()
+    return RunMeta(
+        **{key: value for key, value in said.items() if value is not None and keys[key].metadata["kind"][0](value)}
+    )
