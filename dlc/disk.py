@@ -170,6 +170,7 @@ def read_json(path):
 # Kinds of values in JSON: a test of a value, and words for what it has to be.
 TEXT = (lambda value: isinstance(value, str)), "text"
 SWITCH = (lambda value: isinstance(value, bool)), "true or false"
+OBJECT = (lambda value: isinstance(value, dict)), "an object"
 
 
 def whole_number(low, high=2**63 - 1):

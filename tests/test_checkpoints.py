@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from dlc.checkpoints.meta import FORMAT_VERSION, RunMeta, read_meta
+from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
 from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
 from models import DiT_models
@@ -20,7 +20,6 @@ def meta_of(step, model="DiTSEM-Ti/8", **values):
     return RunMeta(
         **{
             **dict(
-                format_version=FORMAT_VERSION,
                 step=step,
                 model=model,
                 image_size=64,
@@ -148,7 +147,7 @@ def test_meta_is_readable_and_read_back(values, tmp_path):
     model, meta = tiny(), meta_of(1, **values)
     path = save_checkpoint(tmp_path, meta, model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()))
     written = json.loads((path / "meta.json").read_text())
-    assert written["step"] == 1 and written["lr"] == 1e-4 and written["format_version"] == FORMAT_VERSION
+    assert written["step"] == 1 and written["lr"] == 1e-4 and written["format_version"] == RunMeta.FORMAT
     assert {"L", "V", "code_init", "num_classes", "in_dim", "data_path", "features_path"} & written.keys() == (
         values.keys() - {"scaling_factor"}
     )

@@ -17,7 +17,7 @@ from diffusion.samplers import DPMSolver
 from dlc.checkpoints import layouts
 from dlc.checkpoints.diffusers_dit import from_diffusers, to_diffusers
 from dlc.checkpoints.inspection import info
-from dlc.checkpoints.meta import FORMAT_VERSION, RunMeta
+from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.probe import predicts_velocity
 from dlc.checkpoints.run import save_checkpoint
 from dlc.checkpoints.weights import describe, load_model, load_pretrained, weights_sha256
@@ -66,7 +66,7 @@ def test_ours(tmp_path):
     """A checkpoint, and the run above it, of which the newest is read."""
     model, ema = tiny(), tiny(seed=1)
     for step in (7, 12):
-        meta = RunMeta(format_version=FORMAT_VERSION, step=step, model="DiT-Ti/4", place=8, logged=7, skipped=0)
+        meta = RunMeta(step=step, model="DiT-Ti/4", place=8, logged=7, skipped=0)
         path = save_checkpoint(tmp_path, meta, model=model, ema=ema, optimizer=torch.optim.AdamW(model.parameters()))
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))

@@ -387,12 +387,16 @@ def test_record_without_a_key(tmp_path, name):
         ("t_max", -1),
         ("format_version", "2"),
         ("format_version", None),
-        ("format_version", 99),
     ],
 )
 def test_record_with_a_value_of_another_kind(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"samples.json\S* (has )?{name} "):
         SamplesRecord.read(write_record(tmp_path / "samples.json", **{name: value}))
+
+
+def test_record_of_a_newer_program(tmp_path):
+    with pytest.raises(ValueError, match="samples.json is of format 99, this program knows up to 3: update it"):
+        SamplesRecord.read(write_record(tmp_path / "samples.json", format_version=99))
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -247,7 +247,7 @@ def test_manifests_of_version_1(tmp_path):
     features = Features(tmp_path)
     assert features.latent_shape == (4, 4, 4)
     assert (features.manifest.latent_channels, features.manifest.shift_factor) == (4, 0)
-    assert features.manifest.identity() == MANIFEST.identity()
+    assert features.manifest.settings() == MANIFEST.settings()
     assert not FeatureWriter(tmp_path, MANIFEST).start()  # complete
     for change, message in (
         (dict(shift_factor=0.1), "shift_factor 0.0 there, 0.1 here"),
@@ -309,7 +309,7 @@ def test_missing_keys(tmp_path, key):
     values = json.loads(path.read_text())
     del values[key]
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"manifest.json is not a manifest of ours: {key} is missing"):
+    with pytest.raises(ValueError, match=f"manifest.json: {key} is missing"):
         Features(tmp_path)
 
 
@@ -328,4 +328,4 @@ def test_what_a_run_records_of_its_data(tmp_path):
     )
     assert Manifest.unknown_source() == dict.fromkeys(manifest.source(), None) | dict(shift_factor=0.0)
     moved = replace(manifest, vae="elsewhere", encoder="elsewhere", count=7)
-    assert moved.identity() == manifest.identity() != replace(manifest, vae_sha256="4").identity()
+    assert moved.settings() == manifest.settings() != replace(manifest, vae_sha256="4").settings()

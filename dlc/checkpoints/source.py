@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.meta import RunMeta, json_keys
+from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.tensor_files import LARGEST_INDEX, load_tensors
 from dlc.disk import is_plain_name, read_json
 
@@ -156,6 +156,6 @@ def run_meta(arguments: dict, step: int | None, weights: str | None) -> RunMeta:
     }
     # their VAEs are Stability AI's two, by these names; a file must not name another to load
     said["vae"] = next((name for name in ("ema", "mse") if name == arguments.get("vae")), None)
-    kinds = json_keys()
-    said = {key: value for key, value in said.items() if value is not None and kinds[key]["kind"][0](value)}
+    keys = RunMeta.keys()
+    said = {key: value for key, value in said.items() if value is not None and keys[key].metadata["kind"][0](value)}
     return RunMeta(**said, step=step, weights=weights)

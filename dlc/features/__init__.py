@@ -12,12 +12,11 @@ read as well.
     python -m dlc.features info|check|pack|import-hf --help      # describe, check and convert features
 """
 
-from dlc.features.manifest import FORMAT_VERSION, SAMPLE_NDIM, Manifest, code_dtype, kind_dir, read_manifest
+from dlc.features.manifest import SAMPLE_NDIM, Manifest, code_dtype, kind_dir, read_manifest
 from dlc.features.rows import NpyRows
 from dlc.features.store import Features, FeatureWriter, NotFinite, as_stored
 
 __all__ = [
-    "FORMAT_VERSION",
     "SAMPLE_NDIM",
     "FeatureWriter",
     "Features",

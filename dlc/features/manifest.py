@@ -1,14 +1,14 @@
 """FEATURES/manifest.json: what the rows are, how they were made, and which shards hold them."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from dlc.cli import one_line
-from dlc.disk import TEXT, check_values, is_plain_name, list_of, or_null, read_json, real_number, whole_number
+from dlc.disk import OBJECT, TEXT, is_plain_name, list_of, or_null, real_number, whole_number
+from dlc.records import Record, key
 
-FORMAT_VERSION = 3  # 2 added latent_channels and shift_factor, 3 latents_mean and latents_std
 DTYPES = ("float16", "float32")  # of stored latents
 LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
 SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}  # dimensions of one row of each kind
@@ -17,39 +17,24 @@ SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of 
 SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
 
 COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)
-OBJECT = (lambda value: isinstance(value, dict)), "an object"
 PATH_AND_REASON = (
     lambda value: isinstance(value, list) and [type(one) for one in value] == [str, str],
     "a path and a reason",
 )
 
 
-def key(kind, default=MISSING, since=1, decides=True, name=None):
-    """A key of manifest.json, as a field of `Manifest`.
-
-    Args:
-        kind: the test of its value and the words for it, see `check_values`.
-        default: the value of a manifest without the key; without a default, such a manifest is refused.
-        since: the format version that introduced the key; from that version on it must be there.
-        decides: whether the key decides the stored bytes, so that features with another value of it are refused.
-        name: the key, if it is not the field's name.
-    """
-    metadata = dict(kind=kind, since=since, decides=decides, name=name)
-    if isinstance(default, list):
-        return field(default_factory=list, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(Record):
     """Every key of manifest.json but format_version. None stands for "not known", as of features from elsewhere."""
 
+    FORMAT = 3  # 2 added latent_channels and shift_factor, 3 latents_mean and latents_std
+
     image_size: int = key(whole_number(1, 2**20))  # pixels
-    shard_size: int | None = key(SIZE, None)  # images that a shard covers, skipped ones included
+    shard_size: int | None = key(SIZE, None, needed=False)  # images that a shard covers, skipped ones included
     # the VAE, and what became of its posterior
-    vae: str | None = key(ID, None, decides=False)  # where it lay, not what it was: hub id or path
-    vae_sha256: str | None = key(ID, None)
-    scaling_factor: float | None = key(or_null(real_number(1e-30)), None)
+    vae: str | None = key(ID, None, needed=False, decides=False)  # where it lay, not what it was: hub id or path
+    vae_sha256: str | None = key(ID, None, needed=False)
+    scaling_factor: float | None = key(or_null(real_number(1e-30)), None, needed=False)
     shift_factor: float = key(real_number(-1e30, 1e30), 0.0, since=2)  # known where scaling_factor is
     latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30), 1, 8192)), None, since=3)
     latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30), 1, 8192)), None, since=3)
@@ -57,71 +42,34 @@ class Manifest:
     latents: str = key(TEXT)  # one of LATENTS
     dtype: str = key(TEXT)  # one of DTYPES
     # the encoder and its codes; L and V are None where there are none
-    encoder: str | None = key(ID, None, decides=False)
-    encoder_sha256: str | None = key(ID, None)
+    encoder: str | None = key(ID, None, needed=False, decides=False)
+    encoder_sha256: str | None = key(ID, None, needed=False)
     L: int | None = key(SIZE)
     V: int | None = key(or_null(whole_number(1, 65536)))
-    precision: str | None = key(ID, None)  # of both networks
-    flip: str | None = key(ID, None)
-    seed: int | None = key(or_null(whole_number(0)), None)
+    precision: str | None = key(ID, None, needed=False)  # of both networks
+    flip: str | None = key(ID, None, needed=False)
+    seed: int | None = key(or_null(whole_number(0)), None, needed=False)
     # the images
     classes: list[str] = key(list_of(TEXT))
     images: int = key(COUNT)  # skipped ones included
-    listing_sha256: str | None = key(ID, None)  # of the images' paths, in order
-    converted_from: str | None = key(ID, None, name="source")  # features or dataset
+    listing_sha256: str | None = key(ID, None, needed=False)  # of the images' paths, in order
+    converted_from: str | None = key(ID, None, needed=False, name="source")  # features or dataset
     # the rows; known when all shards are written
-    count: int = key(COUNT, 0, decides=False)
-    shards: list[dict] = key(list_of(OBJECT), [], decides=False)  # dict(name=, rows=) each
-    skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], decides=False)  # [path, reason] each
+    count: int = key(COUNT, 0, needed=False, decides=False)
+    shards: list[dict] = key(list_of(OBJECT), [], needed=False, decides=False)  # dict(name=, rows=) each
+    skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], needed=False, decides=False)  # [path, reason] each
 
     @classmethod
-    def from_json(cls, path, complete=True):
-        """The manifest in a file.
-
-        Args:
-            complete: whether the rows must be there, as in manifest.json, or not, as in a writer's settings.
-
-        Raises ValueError, naming file and key, for a file of a newer format, a missing key and a value of another kind.
-        """
-        values, where = read_json(path), f"{path} is not a manifest of ours"
-        check_values(where, values, dict(format_version=whole_number(1)), ["format_version"])
-        version = values["format_version"]
-        if version > FORMAT_VERSION:
-            raise ValueError(f"{path} is of format {version}; this code reads up to {FORMAT_VERSION}")
-        keys = cls.keys()
-        needed = {
-            name
-            for name, one in keys.items()
-            if one.default is one.default_factory is MISSING or 1 < one.metadata["since"] <= version
-        }
-        check_values(
-            where,
-            values,
-            {name: one.metadata["kind"] for name, one in keys.items()},
-            needed | set(WRITTEN_LAST) if complete else needed,
-        )
-        if values["latents"] not in LATENTS or values["dtype"] not in DTYPES:
-            latents, dtype = (one_line(repr(values[name])[:1000], 40) for name in ("latents", "dtype"))
+    def from_json(cls, values, where, also_needed=()):
+        """See `Record`. WRITTEN_LAST is needed too in manifest.json; a writer's settings lack these keys."""
+        manifest = super().from_json(values, where, also_needed)
+        if manifest.latents not in LATENTS or manifest.dtype not in DTYPES:
+            latents, dtype = (one_line(repr(text)[:1000], 40) for text in (manifest.latents, manifest.dtype))
             raise ValueError(
-                f"{path} has latents of kind {latents} and type {dtype}, wanted {', '.join(LATENTS)} and "
+                f"{where} has latents of kind {latents} and type {dtype}, wanted {', '.join(LATENTS)} and "
                 f"{', '.join(DTYPES)}"
             )
-        return cls(**{one.name: values[name] for name, one in keys.items() if name in values})
-
-    @classmethod
-    def keys(cls):
-        """The field of each key of manifest.json but format_version."""
-        return {one.metadata["name"] or one.name: one for one in fields(cls)}
-
-    def to_json(self):
-        """The dict that manifest.json holds, in the current format."""
-        return dict(
-            format_version=FORMAT_VERSION, **{name: getattr(self, one.name) for name, one in self.keys().items()}
-        )
-
-    def identity(self):
-        """What decides the stored bytes: a dict by which other features are refused."""
-        return {name: getattr(self, one.name) for name, one in self.keys().items() if one.metadata["decides"]}
+        return manifest
 
     def source(self):
         """What a training run records of its data: a dict with the keys of SOURCE."""
@@ -165,7 +113,7 @@ def kind_dir(root, image_size, kind):
 def read_manifest(root):
     """The `Manifest` of FEATURES/. Raises ValueError if it cannot be read, or if its shards cannot be what it says."""
     path = Path(root) / "manifest.json"
-    manifest = Manifest.from_json(path)
+    manifest = Manifest.read(path, also_needed=WRITTEN_LAST)
     for shard in manifest.shards:
         if not (is_plain_name(shard.get("name")) and COUNT[0](shard.get("rows"))):
             raise ValueError(

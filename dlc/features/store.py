@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.disk import DirectoryLock, differences, read_json, remove_temporaries, write_bytes, write_json
-from dlc.features.manifest import SAMPLE_NDIM, Manifest, kind_dir, read_manifest
+from dlc.disk import DirectoryLock, read_json, remove_temporaries, write_bytes, write_json
+from dlc.features.manifest import SAMPLE_NDIM, WRITTEN_LAST, Manifest, kind_dir, read_manifest
 from dlc.features.rows import NpyRows, file_order, load_array, load_floats
 
 
@@ -91,7 +91,7 @@ class FeatureWriter:
         for path in (self.root / "manifest.json", self.progress / "settings.json"):
             finished = path.parent == self.root
             if path.is_file() and (finished or any(self.progress.glob("0*.json"))):
-                different = differences(Manifest.from_json(path, finished).identity(), self.manifest.identity())
+                different = self.manifest.difference(Manifest.read(path, also_needed=WRITTEN_LAST if finished else ()))
                 if different:
                     if "listing_sha256" in different:
                         different += " (the names of the images)"

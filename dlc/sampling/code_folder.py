@@ -7,7 +7,7 @@ folder is a source of codes for --dlc-dir once codes.json has the digest of all 
 
 import hashlib
 import io
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,12 @@ import torch
 
 from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import (
+    OBJECT,
     SWITCH,
     TEXT,
     DirectoryLock,
-    check_values,
-    differences,
     list_of,
     or_null,
-    read_json,
     real_number,
     remove_temporaries,
     whole_number,
@@ -31,11 +29,10 @@ from dlc.disk import (
 )
 from dlc.features import Features, code_dtype
 from dlc.features.rows import NpyRows, file_order, load_array
+from dlc.records import Record, key
 
-FORMAT = 1
 SHARD = 256  # codes
 COUNT, SIZE = whole_number(0), whole_number(1)
-OBJECT = (lambda value: isinstance(value, dict)), "an object"
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
@@ -101,14 +98,11 @@ def open_codes(source) -> tuple[NpyRows, Features | None]:
 #################################################################################
 
 
-def key(kind, *, decides: bool = True, default=None):
-    """A key of codes.json: the kind of its value, and whether the codes depend on it."""
-    return field(default=default, metadata=dict(kind=kind, decides=decides))
-
-
 @dataclass(frozen=True, kw_only=True)
-class CodesRecord:
+class CodesRecord(Record):
     """Every key of codes.json but format_version."""
+
+    FORMAT = 1
 
     # the prior
     model: str = key(TEXT)
@@ -139,31 +133,6 @@ class CodesRecord:
     labels: list[int] | None = key(or_null(list_of(COUNT)), decides=False)  # the class of each sample
     usage: dict | None = key(or_null(OBJECT), decides=False)
     runs: list[dict] = key(list_of(OBJECT), decides=False)
-
-    @classmethod
-    def read(cls, path: Path) -> "CodesRecord":
-        """The record in a codes.json. Raises ValueError, naming file and key, for a value that is missing or wrong."""
-        values = read_json(path)
-        check_values(path, values, dict(format_version=SIZE), ["format_version"])
-        if values["format_version"] > FORMAT:
-            raise ValueError(
-                f"{path} has format_version {values['format_version']}, of a newer version of this program, which "
-                f"knows {FORMAT}: give another folder"
-            )
-        kinds = {one.name: one.metadata["kind"] for one in fields(cls)}
-        check_values(path, values, kinds, needed=kinds)
-        return cls(**{name: values[name] for name in kinds})
-
-    def to_json(self) -> dict:
-        return dict(format_version=FORMAT, **asdict(self))
-
-    def settings(self) -> dict:
-        """The keys that the codes depend on, and their values."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["decides"]}
-
-    def difference(self, there: "CodesRecord") -> str:
-        """How the settings of another record differ from these, in words; "" where the codes would be alike."""
-        return differences(asdict(there), self.settings())
 
 
 def finished_record(folder) -> CodesRecord | None:

@@ -202,12 +202,7 @@ class PriorCodes:
         if is_id(args.prior):
             fetched_by_node(start_processes(), lambda ask: locate(args.prior, "--prior", ask))
         self.draw = PriorDraw(
-            args.prior,
-            True,
-            options,
-            seed=args.global_seed,
-            precision=args.precision,
-            tf32=args.tf32,
+            args.prior, True, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32
         )
         prior, self.rows = self.draw.model, None
         for name, ours in (("L", model.sem_embedder.L), ("V", model.sem_embedder.V)):

@@ -3,31 +3,27 @@
 import datetime
 import platform
 import sys
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from dlc.disk import SWITCH, TEXT, check_values, differences, list_of, or_null, read_json, real_number, whole_number
+from dlc.disk import OBJECT, SWITCH, TEXT, list_of, or_null, real_number, whole_number
+from dlc.records import Record, key
 from dlc.runtime import versions
 
-FORMAT = 3  # 1 had no format_version, and no vectors; 2 no prior
 COUNT, SIZE = whole_number(0), whole_number(1)
-OBJECT = (lambda value: isinstance(value, dict)), "an object"
-
-
-def key(kind, *, since: int = 1, decides: bool = True, **default):
-    """A key of samples.json: the kind of its value, its first format, and whether the images depend on it."""
-    return field(metadata=dict(kind=kind, since=since, decides=decides), **default)
 
 
 @dataclass(frozen=True)
-class SamplesRecord:
+class SamplesRecord(Record):
     """samples.json but for its last key, in which the conditioning lists what each sample is drawn for.
 
     That list, `labels`, `code_rows` (both since format 1) or `vector_rows` (since 2), is for readers: this program
     compares `conditions_sha256` instead.
     """
+
+    FORMAT = 3  # 1 had no format_version, and no vectors; 2 no prior
+    OLDEST = 1
 
     # the settings: two sets of images are alike only where all agree, but for names of where files lay
     model: str = key(TEXT)
@@ -54,33 +50,7 @@ class SamplesRecord:
     num_fid_samples: int = key(SIZE, decides=False)
     conditions_sha256: str = key(TEXT, decides=False)
     runs: list[dict] = key(list_of(OBJECT), decides=False)
-    prior: dict | None = key(or_null(OBJECT), since=3, default=None)  # all that decides codes that a prior drew
-
-    @classmethod
-    def read(cls, path: Path) -> "SamplesRecord":
-        """The record in a samples.json. Raises ValueError, naming file and key, for a value that is missing or no such.
-
-        A file without format_version is of format 1.
-        """
-        values = read_json(path)
-        version = values.get("format_version", 1)
-        check_values(path, dict(format_version=version), dict(format_version=SIZE))
-        if version > FORMAT:
-            raise ValueError(
-                f"{path} has format_version {version}, of a newer version of this program, which knows "
-                f"{FORMAT}: give another --sample-dir"
-            )
-        kinds = {one.name: one.metadata["kind"] for one in fields(cls) if one.metadata["since"] <= version}
-        check_values(path, values, kinds, needed=kinds)
-        return cls(**{name: values[name] for name in kinds})
-
-    def to_json(self) -> dict:
-        return dict(format_version=FORMAT, **asdict(self))
-
-    def difference(self, there: "SamplesRecord") -> str:
-        """How the settings of another record differ from these, in words; "" where the images would be alike."""
-        here = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["decides"]}
-        return differences(asdict(there), here)
+    prior: dict | None = key(or_null(OBJECT), None, since=3)  # all that decides codes that a prior drew
 
 
 def this_launch(state, per_proc_batch_size: int) -> dict:
