@@ -27,6 +27,7 @@ DEVICES = {
     "extraction-bf16": BOTH,
     "sampling": BOTH,
     "npz": ("cpu",),
+    "prior": BOTH,
 }  # memory is computed; disk and CPU limit npz
 PERCENT = ("MFU", "share of peak", "within 1")  # columns with shares of 1
 
