@@ -97,6 +97,7 @@ def check_sources(args) -> None:
 def read_images(args) -> tuple[torch.Tensor, int]:
     """The images' codes (K, L) or, with --mode sem, distributions (K, L, V); and V."""
     encoder = open_encoder(args)
+    print(f"encoder {args.encoder}: {encoder.said}")
     views = []
     for path in args.images:
         try:

@@ -20,7 +20,7 @@ import numpy as np
 from diffusion import create_diffusion
 from dlc.cli import ArgumentParser, number
 from dlc.disk import recorded_id
-from dlc.encoder import add_encoder_flags
+from dlc.encoder import DEFAULT_ENCODER, add_encoder_flags
 from dlc.extraction import PixelEncoder
 from dlc.features import Features
 from dlc.features.rows import open_vectors
@@ -96,7 +96,7 @@ def open_data(args, state):
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
     if (DiT_models[args.model].conditioning == "codes") != bool(args.encoder):
         raise ValueError(
-            f"{args.model} is trained on codes: with --data-path it needs an --encoder"
+            f"{args.model} is trained on codes: with --data-path it needs an --encoder, such as {DEFAULT_ENCODER}"
             if not args.encoder
             else f"--encoder is for DiTSEM models, not {args.model}"
         )
@@ -216,6 +216,7 @@ def train(parser, args, run):
             vae_name = args.vae or source["vae"] or "ema"
             vae = encode.vae if encode else load_vae(vae_name, run.device)
             check_decodes(vae, vae_name, channels, source, "the features")
+            run.logger.info(f"VAE {vae_name}: {vae.said}")
         draw_latents = features.latent_kind in ("moments", "images")
 
         # ---------------------------------------------------------------------- model
@@ -245,6 +246,8 @@ def train(parser, args, run):
         f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
         f"{features.count / args.global_batch_size:.1f} steps an epoch"
     )
+    if encode and features.encoder:
+        run.logger.info(f"encoder {args.encoder}: {features.encoder.said}")
 
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):

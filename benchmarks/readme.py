@@ -29,6 +29,7 @@ DEVICES = {
     "sampling": BOTH,
     "block": ("cpu",),
     "npz": ("cpu",),
+    "prior": BOTH,
 }  # memory is computed; disk and CPU limit npz
 # columns with shares of 1
 PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1", "of the block", "of the peak")

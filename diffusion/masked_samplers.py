@@ -107,7 +107,7 @@ class Timetable:
         masked, due = torch.ones_like(self.reveal[0], dtype=torch.bool), torch.full_like(self.reveal[0], -1)
         for number, (reveal, remask) in enumerate(zip(self.reveal, self.remask)):
             masked &= ~((reveal < steps) & (steps <= remask))
-            due[(reveal == steps) & (steps < self.never)] = number
+            due = torch.where((reveal == steps) & (steps < self.never), number, due)
         return masked, due
 
 
@@ -123,14 +123,14 @@ class TimetableSampler:
 
     def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
         table = self.timetable(codes, uniforms)
-        u_token = [uniforms(PER_ROUND * number + TOKEN) for number in range(len(table.reveal))]
+        u_token = torch.stack([uniforms(PER_ROUND * number + TOKEN) for number in range(len(table.reveal))])
         times = torch.nn.functional.pad(table.times, (0, 1), value=1.0).expand(len(codes), -1)  # of rows that are done
         codes = codes.clone()
         for steps in table.row_steps().unbind(dim=1):
             masked, due = table.at(steps)
             places = due >= 0
             logits = predict(torch.where(masked, self.V, codes), times.gather(1, steps.unsqueeze(1)).squeeze(1), places)
-            u = u_token[0] if len(u_token) == 1 else torch.stack(u_token).gather(0, due.clamp(min=0).unsqueeze(0))[0]
+            u = u_token.gather(0, due.clamp(min=0).unsqueeze(0))[0]                          # (N, L)
             codes[places] = self.draw(logits, u[places])[0]
             yield torch.where(masked & ~places, self.V, codes)
 

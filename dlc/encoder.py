@@ -181,8 +181,11 @@ def load_encoder(name, flag="--encoder", ask=True, **given):
     if different:
         raise ValueError(f"encoder {name}: {different}; leave out the flag")
     check_config(found.path, found.config)
-    with torch.device("meta"):  # no memory is allocated before the shapes agree, nor for weights that come from a file
-        encoder = SEMEncoder(**found.config)
+    try:
+        with torch.device("meta"):  # no memory is allocated before the shapes agree, nor then: the weights are a file's
+            encoder = SEMEncoder(**found.config)
+    except ValueError as error:
+        raise ValueError(f"encoder {name}: {error}") from None
     weights = found.weights(encoder.backbone)
     different = differences_from(encoder.state_dict(), weights)
     if different:

@@ -10,6 +10,7 @@ import torch
 
 from dlc.checkpoints.tensor_files import differences_from
 from dlc.cli import one_line
+from dlc.hub import id_and_revision, is_id
 from dlc.vae_layouts import locate, read_vae
 
 VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision]"
@@ -22,9 +23,9 @@ def vae_id(name):
 
 
 def vae_label(name):
-    """The short form of --vae for the name of a folder: its alias, or the last part of its path or id."""
+    """The short form of --vae for the name of a folder: its alias, or the last part of its path, or of its id."""
     aliases = {full: alias for alias, full in VAE_ALIASES.items()}
-    return aliases.get(vae_id(name)) or Path(name).name
+    return aliases.get(vae_id(name)) or Path(id_and_revision(name)[0] if is_id(name) else name).name
 
 
 def fetch_vae(name, ask=True):

@@ -199,9 +199,15 @@ def dinov2_names(weights, prefix=""):
     return {**{prefix + key: value for key, value in renamed.items()}, **head}
 
 
-@pytest.mark.parametrize("prefix", ["", "backbone.", "model.dinov2_with_registers."])
-@pytest.mark.parametrize("rename", [dict, names_of_5])
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "prefix, rename, file",
+    [
+        ("", dict, "model.safetensors"),
+        ("", names_of_5, "pytorch_model.bin"),
+        ("backbone.", dict, "pytorch_model.bin"),
+        ("model.dinov2_with_registers.", names_of_5, "model.safetensors"),
+    ],
+)
 def test_transformers(published, tmp_path, prefix, rename, file):
     values, config, weights = published
     weights = {key if key.startswith("sem_") else prefix + key: value for key, value in rename(weights).items()}

@@ -179,7 +179,9 @@ def test_dlc_accelerate(tmp_path):
     torch.save(sets["ema"], last / "custom_checkpoint_0.pkl")
     torch.save(dict(state={}), last / "optimizer.bin")
     (last / "random_states_0.pkl").write_bytes(b"\x80\x02cposix\nsystem\n")
-    (tmp_path / "RESULTS/checkpoints/metadata.json").write_text("{}")
+    flags = dict(model="DiTSEM-Ti/4", image_size=64, global_batch_size=256, vae="ema", global_seed="x")
+    metadata = tmp_path / "RESULTS/checkpoints/metadata.json"
+    metadata.write_text(json.dumps(dict(current_epoch=3, args=flags)))
     for where in (last, tmp_path / "RESULTS", tmp_path / "RESULTS/checkpoints", folder):
         for kind in ("raw", "ema"):
             model, name, meta = load_model(where, ema=kind == "ema")
@@ -191,6 +193,11 @@ def test_dlc_accelerate(tmp_path):
         "EMA weights, step unknown"
     )
     assert "codes of L 16, V 16" in info(last)[0]
+    assert {"trained on: image_size 64, vae ema", "with: model DiTSEM-Ti/4, global_batch_size 256"} < set(
+        info(tmp_path / "RESULTS")
+    )
+    metadata.write_text("{")
+    load_model(tmp_path / "RESULTS")
     for name, kind in (("custom_checkpoint_0.pkl", "ema"), ("model.safetensors", "raw")):
         assert torch.equal(load_model(last / name)[0].pos_embed, sets[kind]["_orig_mod.pos_embed"])
     (last / "custom_checkpoint_0.pkl").unlink()

@@ -251,7 +251,7 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     said = launch(("forked", 1, *command, "--num-fid-samples", 5), workplace).stdout
     assert "codes drawn from DLCPrior-Ti, step 3: first-hitting, 6 steps; 2 of 5 images" in said
     two = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "two", "--per-proc-batch-size", 2)
-    launch(("torchrun", 2, *two, "--num-fid-samples", 5), workplace)
+    launch(("forked", 2, *two, "--num-fid-samples", 5), workplace)
     for name in ("one", "two"):
         (folder,) = (tmp_path / name).glob("*.codes")
         assert np.array_equal(read(folder), read(codes[0])[:5])

@@ -411,7 +411,7 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
     folder.lock.release()
     values = json.loads((folder.path / "samples.json").read_text())
     assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
-    assert values["format_version"] == 2 and list(values)[-1] == conditions.key
+    assert values["format_version"] == 3 and list(values)[-1] == conditions.key
     more = replace(record, num_fid_samples=6, conditions_sha256=conditions_sha256(conditions, 6))
     assert folder.open(more, conditions, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()

@@ -23,6 +23,7 @@ from dlc.checkpoints.diffusers_dit import DiffusersTimestepEmbedder, to_diffuser
 from dlc.checkpoints.folders import EXPORTED
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.weights import describe, load_model, weights_sha256
+from dlc.cli import progress
 from dlc.disk import sync, write_json
 from dlc.images import to_uint8
 from dlc.noise import Stream, normal
@@ -281,8 +282,15 @@ def off_by(job: Export) -> str:
         apart.append(float((predict(x, time, theirs) - eps).norm() / eps.norm().clamp(min=1e-20)))
         return eps
 
-    *_, (exact, _) = DPMSolver(MEASURED_STEPS)(compared, start, None)
-    *_, (stock, _) = DPMSolver(MEASURED_STEPS)(lambda x, time: predict(x, time, theirs), start, None)
+    def drawn(predict):
+        last = start
+        for x, _ in DPMSolver(MEASURED_STEPS)(predict, start, None):
+            last = x
+            bar.update(1)
+        return last
+
+    with progress(total=2 * MEASURED_STEPS, desc="measuring diffusers' own class", unit="steps", delay=2) as bar:
+        exact, stock = drawn(compared), drawn(lambda x, time: predict(x, time, theirs))
     model.t_embedder = ours
     exact, stock = (to_uint8(decode(job.vae, x).float()).int() for x in (exact, stock))
     levels = (exact - stock).abs().float()

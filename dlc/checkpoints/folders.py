@@ -1,11 +1,12 @@
 """Folders of weights: from a folder that a layout recognises to the file in it that holds the tensors."""
 
+import contextlib
 import dataclasses
 import re
 
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import newest_of_run
-from dlc.checkpoints.source import Source, read_file, weights_in
+from dlc.checkpoints.source import Source, read_file, run_meta, weights_in
 from dlc.disk import read_json
 
 EXPORTED = "dlc-dit"  # the "format" of a config.json of ours
@@ -48,8 +49,11 @@ def dlc_checkpoints(source):
 
 
 def read_dlc_run(source):
-    newest = dlc_checkpoints(source)[-1]
-    return source.saying(f"newest checkpoint of a DLC run, {newest.name}", at=newest)
+    newest, arguments = dlc_checkpoints(source)[-1], {}
+    with contextlib.suppress(ValueError):  # it only describes the run, and may be missing
+        arguments = read_json(newest.parent.parent / "metadata.json").get("args")
+    meta = run_meta(arguments if isinstance(arguments, dict) else {}, None, None)
+    return source.saying(f"newest checkpoint of a DLC run, {newest.name}", at=newest, meta=meta)
 
 
 def is_dlc_checkpoint(source):

@@ -182,7 +182,7 @@ def read_diffusers_dit(source):
             source.refuse(f"is no DiT: {key} in its config.json is {str(source.config[key])[:40]!r}, wanted {wanted!r}")
     values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
-    return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True))
+    return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True, in_diffusers=True))
 
 
 #################################################################################

@@ -7,6 +7,8 @@ diffusion = diffusion_of(meta)
 
 import dataclasses
 
+import torch
+
 from diffusion.masked import MaskedDiffusion
 from dlc.checkpoints.layouts import read_layout
 from dlc.checkpoints.meta import RunMeta
@@ -14,7 +16,7 @@ from dlc.checkpoints.sedd import FREQUENCIES, outline
 from dlc.checkpoints.source import Source
 from dlc.checkpoints.weights import with_layout
 from dlc.disk import SWITCH, TEXT, check_values, whole_number
-from prior import DLCPrior, DLCPrior_models
+from prior import DLCPrior, DLCPrior_models, Rotary
 
 # The keys of a published config.json that are read, and their kinds. All else follows from the tensors' shapes.
 CONFIG = {
@@ -54,24 +56,26 @@ def load_prior(named, ema: bool = True, flag: str = "checkpoint", ask: bool = Tr
     if not source.done:
         source.refuse("is not a prior over codes: it has no vocab_embed.embedding")
     config = published_config(source)
-    arguments, _ = outline(source.values, source.refuse, config.get("model.n_heads"))
+    arguments, model = outline(source.values, source.refuse, config.get("model.n_heads"))
     for key, argument in IN_SHAPES.items():
         if key in config and config[key] != arguments[argument]:
             source.refuse(
                 f"says {key} {config[key]} in its config.json, while its tensors are of {arguments[argument]}"
             )
     recorded = source.meta
-    if recorded.scale_by_sigma is not None:
-        arguments["scale_by_sigma"] = recorded.scale_by_sigma
-    else:
-        arguments["scale_by_sigma"] = config.get("model.scale_by_sigma", True)  # True in all published configurations
-    model = DLCPrior(**arguments)
-    model.load_state_dict({FREQUENCIES: model.rotary_emb.inv_freq, **source.values})
+    model.scale_by_sigma = recorded.scale_by_sigma
+    if model.scale_by_sigma is None:
+        model.scale_by_sigma = config.get("model.scale_by_sigma", True)  # True in all published configurations
+    frequencies = Rotary(arguments["hidden_size"] // arguments["num_heads"]).inv_freq
+    weights = {FREQUENCIES: frequencies, **source.values}
+    # copied: a mapped file that another program overwrites would end this process
+    model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
     told = recorded.time_conditioning
     meta = dataclasses.replace(
         with_layout(source),
         model=recorded.model or size_name(arguments),
-        **{key: arguments.get(key) for key in ("L", "V", "num_classes", "shared_embedding", "scale_by_sigma")},
+        **{key: arguments.get(key) for key in ("L", "V", "num_classes", "shared_embedding")},
+        scale_by_sigma=model.scale_by_sigma,
         time_conditioning=True if told is None else told,
     )
     return model.eval(), meta

@@ -6,7 +6,7 @@ import torch
 
 from dlc.checkpoints.folders import with_kind
 from dlc.checkpoints.source import Source
-from dlc.checkpoints.tensor_files import differences_from
+from dlc.checkpoints.tensor_files import check_tensors, differences_from
 from prior import DLCPrior, DLCPrior_models
 
 TOKENS = "vocab_embed.embedding"
@@ -86,7 +86,9 @@ def read_sedd_training(source: Source) -> Source:
     raw, ema = source.values.get("model"), source.values["ema"].get("shadow_params")
     if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
         source.refuse("has no dict of named tensors under 'model', which also tells the names of its EMA weights")
-    raw = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in raw.items()}
+    raw = check_tensors(
+        {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in raw.items()}, source.at
+    )
     step = source.values.get("step")
     meta = with_kind(source, "ema" if source.ema else "raw")
     if type(step) is int and step >= 0:

@@ -58,6 +58,7 @@ class Source:
     said: what was recognised so far, in words.
     is_eps: whether it is known that the weights predict eps, rather than, as SiT's do, a velocity.
     prior: whether a prior over codes is wanted, rather than a diffusion transformer.
+    in_diffusers: whether they came in diffusers' layout, which leaves their function open.
     done: whether values are a model's tensors under our names.
     """
 
@@ -70,6 +71,7 @@ class Source:
     said: tuple[str, ...] = ()
     is_eps: bool = False
     prior: bool = False
+    in_diffusers: bool = False
     done: bool = False
 
     @cached_property
@@ -147,7 +149,7 @@ def read_shards(path: Path) -> dict:
     return {key: shards[name][key] for key, name in names.items()}
 
 
-def run_meta(arguments: dict, step: int | None, weights: str) -> RunMeta:
+def run_meta(arguments: dict, step: int | None, weights: str | None) -> RunMeta:
     """What the arguments of DiT's and fast-DiT's training scripts say of a run; values of another kind are left out."""
     said = {
         key: arguments.get(key) for key in ("model", "image_size", "num_classes", "global_batch_size", "global_seed")

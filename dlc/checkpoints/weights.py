@@ -107,7 +107,7 @@ def checked_config(source: Source) -> dict:
 def with_positions(source: Source, weights: dict, config: dict, input_size: int | None) -> Source:
     """Add the constant pos_embed to weights without it, for the latents that something tells the size of."""
     width, _, patch, _ = weights["x_embedder.proj.weight"].shape
-    recorded = source.meta.image_size and source.meta.image_size // 8
+    recorded = source.meta.image_size and source.meta.image_size // 8  # of DiT's training, whose VAEs have 8 a cell
     told = config.get("input_size") or config.get("sample_size") or recorded or input_size
     size = told or DEFAULT_INPUT
     if patch < 1 or width < 4 or width % 4 or size < patch or width * (size // patch) ** 2 > 2**31:
@@ -119,14 +119,13 @@ def with_positions(source: Source, weights: dict, config: dict, input_size: int 
 
 def with_function(source: Source, model, config: dict, diffusers_time: str | None) -> Source:
     """Have the model compute what it was trained to, where its layout leaves that open, and say so."""
-    in_diffusers = any("diffusers' names" in words for words in source.said)
     recorded = config.get("trained_with") or config.get("_trained_with")
     chosen = diffusers_time or recorded or "dit"
-    if diffusers_time == "diffusers" and not (in_diffusers or recorded):
+    if diffusers_time == "diffusers" and not (source.in_diffusers or recorded):
         source.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
     if chosen == "diffusers":
         use_diffusers_function(model, config.get("norm_eps", DIFFUSERS_EPS)).eval()
-    if not in_diffusers and chosen == "dit":
+    if not source.in_diffusers and chosen == "dit":
         return source
     why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
     return source.saying(f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})")
@@ -176,11 +175,14 @@ def model_from_weights(weights: dict, path, config: dict | None = None):
     if name not in DiT_models and fc1.ndim == 1 and len(fc1) > 0:
         arguments["mlp_ratio"] = len(fc1) / hidden_size
     with torch.device("meta"):
-        different = differences_from(spec(**arguments).state_dict(), weights)
+        model = spec(**arguments)
+    different = differences_from(model.state_dict(), weights)
     if different:
         raise ValueError(f"checkpoint {path} does not fit {name}: it {different}")
-    model = spec(**arguments)
-    model.load_state_dict(weights)
+    if model.build_embedder:  # anew, since it has values that are not in the weights
+        setattr(model, model.embedder_name, model.build_embedder(hidden_size))
+    # copied: a mapped file that another program overwrites would end this process
+    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in weights.items()}, assign=True)
     return model.eval(), name
 
 
@@ -223,7 +225,7 @@ def load_pretrained(path, model, state=None) -> str:
     if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
         fetched_by_node(state, lambda ask: locate(path, "--pretrained-path", ask))
     source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
-    if any("diffusers' names" in words for words in source.said):
+    if source.in_diffusers:
         source = source.saying("trained on in DiT's function")
     weights, wanted = source.values, model.state_dict()
     if not (source.is_eps or source.prior) and holds_velocity_model(source):

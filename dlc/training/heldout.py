@@ -24,7 +24,7 @@ def heldout_bounds(model, diffusion: MaskedDiffusion, codes, indices, levels: in
         model_kwargs: of (n,) tensors.
     """
     L, bounds = codes.shape[1], []
-    for start in range(0, len(codes), ROWS_AT_ONCE):  # of few codes, a process may have none
+    for start in range(0, len(codes), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         words = random_words(SEED, Stream.BOUND_MASK, indices[rows], L + 1).double() / 2**32
         some = {name: value[rows] for name, value in (model_kwargs or {}).items()}
@@ -48,10 +48,12 @@ class HeldOut:
         self.size, self.bounds = len(codes.heldout_rows), []  # (step, nats a token) of each measurement
         if not self.size:
             return
-        share = slice(run.state.process_index, None, run.state.num_processes)
-        tokens, labels = codes.heldout
-        self.tokens, self.labels = tokens[share].to(run.device), labels[share].to(run.device)
-        self.indices = torch.arange(self.size, device=run.device)[share]
+        # as many for each process, some twice: a sharded EMA is gathered at every call
+        processes = run.state.num_processes
+        places = torch.arange(run.state.process_index, -(-self.size // processes) * processes, processes)
+        self.counted = (places < self.size).to(run.device)
+        tokens, labels = (values[places % self.size].to(run.device) for values in codes.heldout)
+        self.tokens, self.labels, self.indices = tokens, labels, (places % self.size).to(run.device)
         self.uniform, self.independent = math.log(codes.V), codes.independent_nats()
         run.logger.info(
             f"held out: {self.size:,} codes; nats a token of uniform tokens (ln V) {self.uniform:.4f}, of independent "
@@ -78,6 +80,7 @@ class HeldOut:
             for name, kwargs in kinds.items():
                 with run.accelerator.autocast():
                     bounds = heldout_bounds(ema, self.diffusion, self.tokens, self.indices, args.eval_levels, kwargs)
+                bounds = bounds[self.counted]
                 sums = run.accelerator.reduce(torch.stack([bounds.sum(), bounds.square().sum()]), "sum").tolist()
                 mean = sums[0] / self.size
                 error = math.sqrt(max(0.0, sums[1] / self.size - mean**2) / max(1, self.size - 1))
