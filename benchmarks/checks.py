@@ -1,10 +1,13 @@
 """What must be equal before a rate means anything: small checks on the device, with their differences.
 
-Each function of CHECKS takes the device and returns (difference, bound); it raises `Unavailable` where the device
-cannot do it. `python -m benchmarks.gpu` runs them first.
+Each function of CHECKS takes the device and returns (difference, bound), and what made the CPU wait for the GPU where
+that is looked at and happened; it raises `Unavailable` where the device cannot do it. `python -m benchmarks.gpu` runs
+them first.
 """
 
+import contextlib
 import math
+import warnings
 from copy import deepcopy
 
 import torch
@@ -52,49 +55,61 @@ def difference(one, two):
     return sum((a - b).abs().sum().item() for a, b in zip(one, two)) / sum(b.abs().sum().item() for b in two)
 
 
-def fp16_steps(device, fused):
+@contextlib.contextmanager
+def waits_noted(device, notes):
+    """Add to notes what makes the CPU wait for the GPU in here, torch's own kernels included."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    notes += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+
+
+def fp16_steps(device, fused, notes):
     """How weights and EMA changed in steps of which some overflow; the skipped steps counted, and the scale.
 
-    fused: as training does it, and on a GPU an error if the CPU waits for it in a step; else by the CPU's decision.
+    fused: as training does it, noting what waits; else by the CPU's decision.
     """
     precision = "fp16" if device.type == "cuda" else "fp32"
     model, scaler = small_model(device), torch.amp.GradScaler(device.type, init_scale=2.0**10)
     ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), 1e-3, fused=fused, foreach=False)
+    averages, weights = list(ema.parameters()), list(model.parameters())
     skips, skipped, longest, in_a_row = SkippedSteps(optimizer, device), 0, 0, 0
     for step in range(1, STEPS + 1):
         loss = loss_of(model, device, precision, step) * (math.inf if step in OVERFLOWING else 1)
-        watched = device.type == "cuda" and fused and step > 1
-        if watched:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_noted(device, notes) if fused and step > 1 else contextlib.nullcontext():
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             if fused:
-                update_ema(list(ema.parameters()), list(model.parameters()), 0.9, skips.last)
-        finally:
-            if watched:
-                torch.cuda.set_sync_debug_mode("default")
+                update_ema(averages, weights, 0.9, skips.last)
         if not fused:
             overflowed = step in OVERFLOWING
             skipped, in_a_row = skipped + overflowed, (in_a_row + 1) * overflowed
             longest = max(longest, in_a_row)
             if not overflowed:
                 with torch.no_grad():
-                    get_ema_multi_avg_fn(0.9)(list(ema.parameters()), list(model.parameters()), None)
+                    get_ema_multi_avg_fn(0.9)(averages, weights, None)
     counted = skips.read() if fused else (skipped, in_a_row, longest)
-    changed = [*model.parameters(), *ema.parameters()]
     begun = [*small_model(device).parameters()] * 2
-    return [(now - then).detach() for now, then in zip(changed, begun)], (counted, scaler.get_scale())
+    changed = [(now - then).detach() for now, then in zip([*weights, *averages], begun)]
+    return changed, (counted, scaler.get_scale())
 
 
 def fp16_skips(device):
     """fp16: skipped steps are counted and kept from weights and EMA on the device, as the CPU would decide it."""
-    (ours, counted), (theirs, wanted) = fp16_steps(device, True), fp16_steps(device, False)
+    notes = []
+    (ours, counted), (theirs, wanted) = fp16_steps(device, True, notes), fp16_steps(device, False, [])
     if counted != wanted:
         raise AssertionError(f"skipped, in a row, longest, scale: {counted}, not {wanted}")
-    return difference(ours, theirs), 1e-2
+    return difference(ours, theirs), 1e-2, *notes[:1]
 
 
 def compiled(device):
