@@ -28,7 +28,7 @@ SCRIPTS = [
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
-    --shm-size --help --rows --batch --images --check --pr-rows""".split()
+    --shm-size --help --rows --batch --images --check --pr-rows --threads""".split()
 )
 
 

@@ -62,16 +62,16 @@ def test_inception_is_torch_fidelitys(inception_file):
     oracle.Mixed_6d.branch1x1.register_forward_hook(
         lambda module, inputs, output: spatial.append(output[:, :7].permute(0, 2, 3, 1).flatten(1))
     )
-    images = torch.randint(0, 256, (2, 3, 64, 80), dtype=torch.uint8)
+    images = torch.randint(0, 256, (1, 3, 64, 80), dtype=torch.uint8)
     with torch.inference_mode():
         pool, logits = oracle(images)
         network = load_inception(inception_file)
         found = network(images)
-    assert found[0].shape == (2, 2048) and found[1].shape == (2, 2023) and found[1].std() > 0.01
+    assert found[0].shape == (1, 2048) and found[1].shape == (1, 2023) and found[1].std() > 0.01
     torch.testing.assert_close(found[0], pool, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], spatial[0], rtol=1e-5, atol=1e-5)
     probabilities = network.probabilities(found[0])
-    assert probabilities.shape == (2, 1008)
+    assert probabilities.shape == (1, 1008)
     torch.testing.assert_close(probabilities, torch.softmax(logits, dim=1), rtol=1e-5, atol=1e-5)
 
 
