@@ -22,7 +22,7 @@ from dlc.checkpoints.inspection import info
 from dlc.checkpoints.meta import read_meta
 from dlc.checkpoints.run import run_checkpoints
 from dlc.checkpoints.weights import load_weights, model_from_weights
-from dlc.features import Features, FeatureWriter
+from dlc.features import Features, FeatureWriter, Manifest
 from dlc.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches
 from dlc.training.record import Losses, draw_losses
@@ -361,10 +361,8 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
 
 def test_loss_curve_is_the_committed_one(tmp_path):
     """20 steps on made-up features. A change that moves it changes what is trained, and must say so."""
-    writer = FeatureWriter(
-        tmp_path / "features",
-        dict(format_version=1, image_size=64, latents="sample", dtype="float32", L=4, V=8, classes=["a"], images=40),
-    )
+    manifest = Manifest(image_size=64, latents="sample", dtype="float32", L=4, V=8, classes=["a"], images=40)
+    writer = FeatureWriter(tmp_path / "features", manifest)
     writer.start()
     generator = np.random.Generator(np.random.Philox(0))
     writer.write(
