@@ -96,7 +96,7 @@ def work_of(row, L):
     _, name, steps, _, published = row
     if published:
         return PUBLISHED
-    one_place = name in ("analytic", "corrector") or steps == L  # or two, where two are due
+    one_place = name in ("analytic", "corrector") or (name, steps) == ("first-hitting", L)  # or two, where two are due
     return "one place per code" if one_place else f"{name}, {steps} calls"
 
 

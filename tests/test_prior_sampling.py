@@ -128,8 +128,9 @@ def drawn(prior, indices=range(BATCH), seed=0, **options):
     return PriorDraw(prior, True, PriorOptions(**options), seed=seed).draw(np.array(indices))
 
 
-def test_each_option_changes_the_codes(prior):
+def test_each_option_changes_the_codes(tmp_path):
     """And they are all whole codes; temperature 0 and a tiny nucleus are the likeliest tokens."""
+    prior = save_prior(tmp_path / "prior", 0.4, num_classes=3)  # whose tokens depend on each other
     kinds = dict(
         plain={},
         analytic=dict(sampler="analytic", steps=20),

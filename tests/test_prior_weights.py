@@ -151,3 +151,20 @@ def test_sizes():
     assert [round(count / 1e6, 1) for count in counts] == [93.2, 98.7, 322.5]
     with pytest.raises(ValueError, match="width 30 is not a multiple of twice the 4 heads"):
         DLCPrior(3, 3, 30, 1, 4)
+
+
+def test_published_prior_from_the_hub(sedd, hub):
+    """By its id: config and weights are fetched, nothing else, and the code beside them is not run."""
+    config, weights, values, _ = sedd
+    files = {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": safetensors.torch.save(weights),
+        "modeling.py": b"raise SystemExit",
+    }
+    hub.add("lavoies/DLC_SEDD_L512", files)
+    model, meta = load_prior("lavoies/DLC_SEDD_L512", flag="--ckpt")
+    assert (output(model, values) - values["out"]).abs().max() < 1e-5
+    assert "from the hub" in meta.layout and meta.model == "DLCPrior-2x32"
+    assert not any("modeling.py" in path for _, path, _ in hub.requests if "/resolve/" in path)
+    with pytest.raises(ValueError, match="--ckpt lavoies/none: no such local path, and the hub has no such repository"):
+        load_prior("lavoies/none", flag="--ckpt")

@@ -15,6 +15,8 @@ def rounded(rows, size=FLOAT32):
     """Rows (n, ...) times 1 + noise, which is a function of n, the row's place and the element's place in the row."""
     import torch  # not above: most processes do without
 
+    if not len(rows):
+        return rows
     n, device = len(rows), rows.device
     element = torch.arange(rows.shape[1:].numel(), device=device).view(1, *rows.shape[1:])
     place = torch.arange(n, device=device).view(-1, *[1] * (rows.ndim - 1))
