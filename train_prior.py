@@ -20,7 +20,7 @@ from dlc.disk import recorded_id
 from dlc.training.codes import CodeBatches, Codes, draws
 from dlc.training.flags import add_run_flags
 from dlc.training.heldout import HeldOut
-from dlc.training.preview import CodePreview
+from dlc.training.preview import CodePreview, preview_codes
 from dlc.training.record import Losses
 from dlc.training.run import Run
 from prior import DLCPrior_models
@@ -193,8 +193,9 @@ def train(parser, args, run):
         run.report(step)
         if args.sample_every and step % args.sample_every == 0:
             with run.whole_ema() as ema:
+                drawn = None if ema is None else preview_codes(ema, diffusion, args.global_seed, run.device)
                 if preview:
-                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", ema, diffusion)
+                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", drawn)
     heldout.conclude()
 
 

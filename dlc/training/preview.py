@@ -51,6 +51,16 @@ def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, s
     save_png(path, image_grid(images, len(latents)))
 
 
+def preview_codes(prior, diffusion, seed: int, device: torch.device) -> torch.Tensor:
+    """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, from the same noise every time.
+
+    If the prior is sharded, every process calls this.
+    """
+    sampler = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
+    indices = torch.arange(2 * PREVIEW_SAMPLES, device=device)
+    return sample_codes(prior, diffusion, sampler, seed=seed, indices=indices)
+
+
 class CodePreview:
     """Pictures of codes that a prior in training draws, made by a DiTSEM: under those of training codes.
 
@@ -81,12 +91,9 @@ class CodePreview:
         self.model.to(device)
         shown = np.linspace(0, codes.count - 1, PREVIEW_SAMPLES).round().astype(int)
         self.trained = codes.gather(codes.rows[shown])[0].to(device)  # rows often go class by class
-        self.indices = torch.arange(2 * PREVIEW_SAMPLES, device=device)
 
-    def save(self, path: Path, prior, diffusion) -> None:
-        """Write a picture: a row for training codes, two for drawn ones, from the same noise every time."""
-        sampler = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
-        drawn = sample_codes(prior, diffusion, sampler, seed=self.seed, indices=self.indices)
+    def save(self, path: Path, drawn: torch.Tensor) -> None:
+        """Write a picture: a row for training codes, two for the codes of `preview_codes`."""
         y = torch.cat([self.trained, drawn])
         latents = sample_latents(
             self.model,
