@@ -57,6 +57,8 @@ def check_flags(args):
         raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
     if (args.crop or args.resize) and not any(one and Path(one).is_dir() for one in (args.samples, args.reference)):
         raise ValueError("--crop and --resize are for folders, and neither SAMPLES nor --reference is one")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no such folder")
     if is_file and args.output is None and args.samples is None:
         args.output = str(metrics_path(Path(args.features)))
 

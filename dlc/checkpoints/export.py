@@ -61,7 +61,7 @@ def export(args) -> list[str]:
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent}, the folder to write {out.name} in, does not exist")
     model, name, meta = load_model(args.checkpoint, args.ema, diffusers_time=args.diffusers_time)
-    ours = meta.format_version is not None
+    ours = meta.missing() is None
     job = Export(model, name, meta, args.checkpoint, args.format, args.license or ("mit" if ours else "unknown"))
     if args.format != "safetensors":
         add_vae(job, args.vae)
@@ -163,7 +163,7 @@ def own_config(job: Export) -> dict:
     """config.json of --format safetensors, which `dlc.checkpoints` reads back."""
     recorded = (
         job.meta.to_json()
-        if job.meta.format_version
+        if job.meta.missing() is None
         else {key: value for key, value in job.meta.to_json().items() if value is not None and key != "format_version"}
     )
     return dict(

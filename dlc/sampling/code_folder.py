@@ -129,9 +129,9 @@ class CodesRecord(Record):
     global_seed: int = key(COUNT)
     # the set
     num: int = key(SIZE, decides=False)
-    codes_sha256: str | None = key(or_null(TEXT), decides=False)  # null: not all are drawn
-    labels: list[int] | None = key(or_null(list_of(COUNT)), decides=False)  # the class of each sample
-    usage: dict | None = key(or_null(OBJECT), decides=False)
+    codes_sha256: str | None = key(or_null(TEXT), None, decides=False)  # null: not all are drawn
+    labels: list[int] | None = key(or_null(list_of(COUNT)), None, decides=False)  # the class of each sample
+    usage: dict | None = key(or_null(OBJECT), None, decides=False)
     runs: list[dict] = key(list_of(OBJECT), decides=False)
 
 
