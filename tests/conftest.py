@@ -212,6 +212,15 @@ def hub(monkeypatch, tmp_path):
         yield standin
 
 
+@pytest.fixture(autouse=True)
+def whole_process_state():
+    """Forget processes that a test's variables kept from being joined: accelerate would take them for joined."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state and state.PartialState._shared_state and "num_processes" not in state.PartialState._shared_state:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def error_of(monkeypatch, capsys, tmp_path):
     """Call a script's main with flags in an empty directory; gives its one line of complaint."""

@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import time
 
 import numpy as np
 import pytest
@@ -214,16 +213,16 @@ def test_processes_train_alike(trained, tmp_path):
 def test_killed_at_random_moments(trained, train, tmp_path):
     """With a checkpoint and a measurement at each step, the end is the same."""
     flags = ("--max-steps", 12, "--ckpt-every", 1, "--eval-every", 1, "--log-every", 1)
-    start = time.time()
     trained("whole", *flags)
-    whole, chance, kills = time.time() - start, random.Random(0), 0
-    while kills < 4:
+    chance = random.Random(0)
+    for steps in (1, 4, 8):
         run = train("run", *flags)
-        if run.wait(chance.uniform(0.4, 1) * whole) or not run.kill(0):
-            break
-        kills += 1
+        while len(run_checkpoints(tmp_path / "run")) < steps:
+            assert not run.wait(0.01), run.said()
+        run.wait(chance.uniform(0, 0.1))
+        assert run.kill(0)
     trained("run", *flags)
-    assert kills and same_run(tmp_path / "whole", tmp_path / "run", 12)
+    assert same_run(tmp_path / "whole", tmp_path / "run", 12)
     best = [[path.name for path in (tmp_path / name / "best").iterdir()] for name in ("whole", "run")]
     assert best[0] == best[1] and len(best[0]) == 1
 

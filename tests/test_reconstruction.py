@@ -319,7 +319,7 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     assert "by the digest in samples.json: name them with --dlc-dir" in error("--dlc-dir", tmp_path / "codes.npy")
     np.save(tmp_path / "codes.npy", codes)
     right = ("--dlc-dir", tmp_path / "codes.npy")
-    assert "no SEM encoder at pretrained/dlc_encoder.pth" in error(*right)
+    assert "--encoder lavoies/SEM_dinov2_L512: no such local path" in error(*right)
     right = (*right, "--encoder", tiny_models[1], "--data-path", images)
     assert "is not of features; name those of the images with --features-path" in error(*right)
     (samples / "000003.png").unlink()
