@@ -19,11 +19,11 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from dlc.checkpoints.tensor_files import differences_from, shown
 from dlc.cli import number, one_line
 from dlc.disk import SWITCH, TEXT, check_values, differences, or_null, real_number, whole_number
 from dlc.encoder_layouts import read_encoder
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dlc.tensor_files import differences_from, shown
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.tensor_files import differences_from
 from dlc.cli import one_line
 from dlc.hub import id_and_revision, is_id
+from dlc.tensor_files import differences_from
 from dlc.vae_layouts import locate, read_vae
 
 VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision]"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.source import ENDS, WEIGHTS_SUFFIXES, read_file, weights_in
-from dlc.checkpoints.tensor_files import check_tensors, load_tensors, shown
 from dlc.cli import one_line
 from dlc.disk import SWITCH, check_values, list_of, one_of, or_null, read_json, real_number, whole_number
 from dlc.hub import fetch, is_id
+from dlc.tensor_files import check_tensors, load_tensors, shown
+from dlc.weights_files import ENDS, WEIGHTS_SUFFIXES, read_file, weights_in
 
 STEM = "diffusion_pytorch_model"
 # The keys that a VAE's config.json may have, with their bounds: the arguments of diffusers' AutoencoderKL.

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dlc.checkpoints.legacy import load_legacy
 from dlc.evaluation import download, networks
 from dlc.evaluation.dinov2 import load_dinov2, preprocess, resample_positions
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
 from dlc.evaluation.inception_weights import load_inception, tensorflow_names
+from dlc.legacy_files import load_legacy
 
 
 @functools.cache

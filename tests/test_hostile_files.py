@@ -25,7 +25,6 @@ from PIL import Image
 from dlc.checkpoints.inspection import info
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import load_checkpoint
-from dlc.checkpoints.tensor_files import load_tensors
 from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
 from dlc.encoder import SEMEncoder, load_encoder
 from dlc.features import Features, read_manifest
@@ -33,6 +32,7 @@ from dlc.features.__main__ import main as features_tool
 from dlc.features.rows import load_array
 from dlc.sampling.conditions import open_codes
 from dlc.sampling.files import check_npz, npz_rows
+from dlc.tensor_files import load_tensors
 from dlc.training.record import draw_losses, read_metrics
 from dlc.vae import downsampling_factor, load_vae
 from models import DiT_models
@@ -219,7 +219,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
     )
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
     code = (
-        "import resource, sys; from dlc.checkpoints.tensor_files import load_tensors\n"
+        "import resource, sys; from dlc.tensor_files import load_tensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: load_tensors(sys.argv[1])\n"
         "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.tensor_files import shown
+from dlc.tensor_files import shown
 from models import TimestepEmbedder
 
 DIFFUSERS_TIMES = ("dit", "diffusers")  # --diffusers-time

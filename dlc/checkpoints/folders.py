@@ -6,8 +6,9 @@ import re
 
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import newest_of_run
-from dlc.checkpoints.source import Source, read_file, run_meta, weights_in
+from dlc.checkpoints.source import Source, run_meta
 from dlc.disk import read_json
+from dlc.weights_files import read_file, weights_in
 
 EXPORTED = "dlc-dit"  # the "format" of a config.json of ours
 

@@ -6,8 +6,8 @@ import torch
 
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.source import AVAE, AnEncoder, APrior
-from dlc.checkpoints.tensor_files import differences_from
 from dlc.checkpoints.weights import describe, load_model, load_weights
+from dlc.tensor_files import differences_from
 
 
 def info(path, diffusers_time: str | None = None) -> list[str]:

@@ -29,19 +29,10 @@ from dlc.checkpoints.folders import (
 )
 from dlc.checkpoints.run import run_checkpoints
 from dlc.checkpoints.sedd import read_sedd, read_sedd_training
-from dlc.checkpoints.source import (
-    AVAE,
-    ON_HUB,
-    SMALL_FILES,
-    WEIGHTS_FILES,
-    AnEncoder,
-    APrior,
-    Source,
-    run_meta,
-    weights_in,
-)
-from dlc.checkpoints.tensor_files import check_tensors
+from dlc.checkpoints.source import AVAE, ON_HUB, SMALL_FILES, AnEncoder, APrior, Source, run_meta
 from dlc.hub import fetch, is_id
+from dlc.tensor_files import check_tensors
+from dlc.weights_files import WEIGHTS_FILES, weights_in
 
 WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch.compile
 MOST_STEPS = 8

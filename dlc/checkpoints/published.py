@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
 from dlc.cli import one_line, progress
 from dlc.disk import DirectoryLock, sync
+from dlc.tensor_files import check_tensors, differences_from, load_tensors
 from models import DiT_models
 
 ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dlc.checkpoints.meta import RunMeta, read_meta
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 from dlc.cli import one_line
 from dlc.disk import sync
+from dlc.tensor_files import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
 

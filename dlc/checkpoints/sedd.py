@@ -6,7 +6,7 @@ import torch
 
 from dlc.checkpoints.folders import with_kind
 from dlc.checkpoints.source import Source
-from dlc.checkpoints.tensor_files import check_tensors, differences_from
+from dlc.tensor_files import check_tensors, differences_from
 from prior import DLCPrior, DLCPrior_models
 
 TOKENS = "vocab_embed.embedding"

@@ -16,9 +16,9 @@ from dlc.checkpoints.layouts import locate, read_layout
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.probe import predicts_velocity
 from dlc.checkpoints.source import Source
-from dlc.checkpoints.tensor_files import differences_from
 from dlc.disk import check_values, one_of, read_json, real_number, whole_number
 from dlc.hub import fetched_by_node, is_id
+from dlc.tensor_files import differences_from
 from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_embedding
 
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell

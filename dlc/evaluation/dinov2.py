@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dlc.tensor_files import check_tensors, differences_from, load_tensors
 
 SIDE, PATCH, HEAD = 224, 14, 64  # pixels of an image and of a patch; channels per attention head
 OFFSET = 0.1  # patches, by which DINOv2 enlarges the grid that it scales to

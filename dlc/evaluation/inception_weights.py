@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.legacy import START, load_legacy
-from dlc.checkpoints.tensor_files import check_tensors, differences_from, load_tensors
 from dlc.evaluation.download import sha256_of
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
+from dlc.legacy_files import START, load_legacy
+from dlc.tensor_files import check_tensors, differences_from, load_tensors
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")

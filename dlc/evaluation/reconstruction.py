@@ -17,7 +17,6 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from dlc.checkpoints.tensor_files import load_tensors
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import ArgumentParser, number
 from dlc.disk import recorded_id, write_bytes, write_json
@@ -39,6 +38,7 @@ from dlc.evaluation.networks import NETWORKS, open_networks
 from dlc.evaluation.similarity import psnr, ssim
 from dlc.features import Features
 from dlc.runtime import PRECISIONS, agree, create_logger, start_processes, versions
+from dlc.tensor_files import load_tensors
 from dlc.vae import vae_id
 
 SETS = ("originals", "reconstructions")

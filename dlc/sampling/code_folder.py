@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.checkpoints.tensor_files import read_torch, storage_fault
 from dlc.disk import (
     OBJECT,
     SWITCH,
@@ -30,6 +29,7 @@ from dlc.disk import (
 from dlc.features import Features, code_dtype
 from dlc.features.rows import NpyRows, file_order, load_array
 from dlc.records import Record, key
+from dlc.tensor_files import read_torch, storage_fault
 
 SHARD = 256  # codes
 COUNT, SIZE = whole_number(0), whole_number(1)

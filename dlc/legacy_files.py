@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.tensor_files import LARGEST_INDEX
 from dlc.cli import one_line
+from dlc.tensor_files import LARGEST_INDEX
 
 START = b"\x80\x02"  # of a pickle of protocol 2, as torch.save writes it
 MAGIC = 0x1950A86A20F9469CFC6C
