@@ -62,7 +62,7 @@ def load_vae(name, device="cpu"):
         ) from None
     different = differences_from(vae.state_dict(), weights)
     if different:
-        raise ValueError(f"--vae {name}: {found.path} {different}")
+        raise ValueError(f"--vae {name}: {Path(found.path).name} {different}")
     # copied: a mapped file that another program overwrites would end this process
     weights = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
     vae.load_state_dict(weights, assign=True)

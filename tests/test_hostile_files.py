@@ -45,7 +45,7 @@ def refusal(function, *args, **kwargs):
     with pytest.raises(ValueError) as raised:
         function(*args, **kwargs)
     line = str(raised.value)
-    assert len(line) < 320 and "\n" not in line and "\x1b" not in line, line
+    assert len(re.sub(r"/\S*/", "/", line)) < 320 and "\n" not in line and "\x1b" not in line, line
     assert "weights_only=False" not in line and "trust" not in line, line
     return line
 

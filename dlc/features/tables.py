@@ -143,8 +143,8 @@ class Parquet:
                 yield parquet
         except Exception as error:  # pyarrow, the hub's client and its transport raise many types
             raise ValueError(
-                f"{self.name}: {one_line(file, 80)} cannot be read ({type(error).__name__}: {one_line(error, 80)}); "
-                "what is written is kept: run the same command again"
+                f"{self.name}: {one_line(Path(file).name, 80)} cannot be read ({type(error).__name__}: "
+                f"{one_line(error, 80)}); what is written is kept: run the same command again"
             ) from None
 
     def read(self, start, stop):
