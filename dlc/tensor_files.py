@@ -18,10 +18,8 @@ import safetensors.torch
 import torch
 
 from dlc.cli import one_line
+from dlc.legacy_files import LARGEST_INDEX, START, load_legacy
 
-# Bytes of the index of a file's tensors: the pickle in torch's zip, the header of a .safetensors. That of a training
-# checkpoint of a DiT-XL/2, with weights, EMA and optimizer, has 0.2 MB. A hostile one grows about 70-fold as objects.
-LARGEST_INDEX = 2**22
 ZIP = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The names in a pickle of tensors and plain values, including the arguments of training scripts. With weights_only,
@@ -65,6 +63,8 @@ def load_tensors(path):
         raise ValueError(f"{path} does not exist")
     with open(path, "rb") as file:
         start = file.read(9)
+    if start[:4] == START:
+        return load_legacy(path)
     if start[:4] == ZIP or (path.suffix != ".safetensors" and start[8:] != b"{"):
         value = read_torch(path)
         if not isinstance(value, dict):
@@ -120,7 +120,7 @@ def archive_fault(path):
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(4) != ZIP:
-            return "it is no file of torch.save (of one from before torch 1.6, save the weights anew)"
+            return "it is no file of torch.save"
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -155,8 +155,19 @@ def test_files_of_torch(tmp_path, monkeypatch, value, harm, message):
 
 
 def test_files_from_before_torch_1_6(tmp_path):
-    torch.save(WEIGHTS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert "from before torch 1.6, save the weights anew" in refusal(load_weights, tmp_path / "old.pt")
+    """Bare, and a training checkpoint with its arguments; optimizers and codes of that time are refused."""
+    import argparse
+
+    old = dict(_use_new_zipfile_serialization=False)
+    torch.save(WEIGHTS, tmp_path / "old.pt", **old)
+    training = dict(ema=WEIGHTS, model={}, opt=dict(state=[]), args=argparse.Namespace(model="DiT-Ti/8"))
+    torch.save(training, tmp_path / "0000007.pt", **old)
+    for name in ("old.pt", "0000007.pt"):
+        weights, meta = load_weights(tmp_path / name)
+        assert all(torch.equal(weights[key], value) for key, value in WEIGHTS.items())
+    assert meta.step == 7 and meta.weights == "ema"
+    torch.save(torch.zeros(2, 3, dtype=torch.int64), tmp_path / "codes.pt", **old)
+    assert "no file of torch.save" in refusal(open_codes, tmp_path / "codes.pt")
 
 
 def test_files_that_are_kept(tmp_path):

@@ -15,7 +15,6 @@ import torch
 from dlc.evaluation.download import sha256_of
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
-from dlc.legacy_files import START, load_legacy
 from dlc.tensor_files import check_tensors, differences_from, load_tensors
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -105,10 +104,7 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.suffix == ".pb":
         return from_graph(path)
-    with open(path, "rb") as file:
-        is_legacy = file.read(2) == START
-    tensors = load_legacy(path) if is_legacy else load_tensors(path)
-    return {name: value for name, value in tensors.items() if not str(name).endswith(".num_batches_tracked")}
+    return {name: value for name, value in load_tensors(path).items() if not str(name).endswith(".num_batches_tracked")}
 
 
 def load_inception(path) -> InceptionV3:
