@@ -17,7 +17,15 @@ from pathlib import Path
 from dlc.checkpoints.layouts import locate
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import PRECISIONS, agree, create_logger, done_by_rank_0, start_processes
+from dlc.runtime import (
+    PRECISIONS,
+    add_speed_flags,
+    agree,
+    compile_options,
+    create_logger,
+    done_by_rank_0,
+    start_processes,
+)
 from dlc.sampling.code_folder import CodeFolder
 from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
@@ -54,13 +62,7 @@ def parse_args():
         help="say in the end how the codes use their tokens [%(default)s]",
     )
     add("--precision", choices=PRECISIONS, default="fp32", help="precision of the network")
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="allow TF32 matrix products on GPUs [%(default)s]",
-    )
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add_speed_flags(add)
     add("--global-seed", type=SEED, default=0, help="seed of all draws")
     return parser, parser.parse_args()
 
@@ -132,7 +134,7 @@ def run(parser, args):
     with parser.kept_on_error("what is drawn is kept", "--batch-size"):
         if args.compile if args.compile is not None else state.device.type == "cuda":
             for block in prior.model.blocks:
-                block.compile()
+                block.compile(**compile_options(state.device))
         draw_into(folder, missing, prior, args.num, state, args.batch_size)
     try:
         state.wait_for_everyone()

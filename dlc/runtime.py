@@ -5,6 +5,7 @@ use. Sharding, checkpoints and data are ours: accelerate shards on no CPU and kn
 loaders have no place for a resume that is exact to the bit.
 """
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -152,6 +153,17 @@ def compile_options(device: torch.device) -> dict:
     from torch._inductor import config
 
     return dict(options={"cpp.use_decompose_tanh": True}) if hasattr(config.cpp, "use_decompose_tanh") else {}
+
+
+def add_speed_flags(add):
+    """The flags --tf32 and --compile; `add` is the add_argument of a parser or a group."""
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use TF32 for float32 products on GPUs [%(default)s]",
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
 
 
 def set_numerics(tf32: bool, deterministic: bool = False):

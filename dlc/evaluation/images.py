@@ -11,6 +11,7 @@ import math
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ LARGEST_INFLATED = 2**26  # bytes of an array that may be compressed more than 1
 CHECKED_FIRST = 32  # images of a folder whose size is looked at before the work
 
 
-class ImageSet:
+class ImageSet(ABC):
     """So many images of one size. `batches` gives them in order.
 
     path: where they are. count, size: how many, and (H, W). record: samples.json as a dict, None without one.
@@ -47,9 +48,9 @@ class ImageSet:
     def __init__(self):
         self.notes: list[str] = []
 
+    @abstractmethod
     def batches(self, start: int, stop: int, size: int):
         """Images start to stop - 1 as arrays (n, H, W, 3) uint8 of `size` images, the last one of fewer."""
-        raise NotImplementedError
 
 
 #################################################################################

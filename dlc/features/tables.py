@@ -10,6 +10,7 @@ images, for example, hold paths and URLs, which other readers would open.
 
 import bisect
 import contextlib
+import importlib
 import itertools
 import json
 import re
@@ -114,7 +115,7 @@ class Parquet:
 
     def __init__(self, name, source, files, opened):
         try:
-            import pyarrow.parquet  # noqa: F401
+            importlib.import_module("pyarrow.parquet")
         except ImportError:
             raise ValueError("import-hf needs the package pyarrow: pip install datasets, which brings it") from None
         self.name, self.source, self.files, self.opened = name, source, files, opened

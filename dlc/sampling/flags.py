@@ -1,11 +1,9 @@
 """The flags of both sampling scripts."""
 
-import argparse
-
 from diffusion.samplers import SAMPLERS
 from dlc.checkpoints.diffusers_dit import DIFFUSERS_TIMES
 from dlc.cli import SEED, ArgumentParser, number
-from dlc.runtime import PRECISIONS
+from dlc.runtime import PRECISIONS, add_speed_flags
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.vae import VAE_HELP
 from models import DiT_models
@@ -75,13 +73,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
     add("--precision", choices=PRECISIONS, default="fp32", help="precision of the denoising steps [%(default)s]")
     add("--vae-precision", choices=PRECISIONS, default="fp32", help="precision of the VAE's decoder [%(default)s]")
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="allow TF32 matrix products on GPUs [%(default)s]",
-    )
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add_speed_flags(add)
     add(
         "--cuda-graphs",
         action="store_true",

@@ -3,7 +3,7 @@
 import argparse
 
 from dlc.cli import SEED, number
-from dlc.runtime import PRECISIONS, default_num_workers
+from dlc.runtime import PRECISIONS, add_speed_flags, default_num_workers
 
 
 def learning_rate(args, step: int) -> float:
@@ -58,13 +58,7 @@ def add_run_flags(parser):
         help="autocast precision; amp = the launcher's fp16 or bf16, or bf16 if it sets none [the launcher's "
         "--mixed_precision]",
     )
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="use TF32 for float32 products on GPUs [%(default)s]",
-    )
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+    add_speed_flags(add)
     add(
         "--checkpoint-activations",
         action=argparse.BooleanOptionalAction,
