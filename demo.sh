@@ -54,7 +54,7 @@ stage "sample: DiT on classes" python sample_ddp.py --model DiT-Ti/4 --label-sam
 stage "train: prior" python train_prior.py --model DLCPrior-Ti --features-path "$out/features_train" \
     --heldout-path "$out/features_heldout" --results-dir "$out/results_prior" --class-conditional \
     --label-dropout 0.3 --max-steps 700 --global-batch-size 64 --lr 3e-3 --warmup-steps 100 --ema-decay 0.995 \
-    --log-every 100 --eval-every 350 --num-workers 0
+    --no-ema-warmup --log-every 100 --eval-every 350 --num-workers 0
 stage "sample: prior" "${sample[@]}" --sample-dir "$out/samples_prior" --prior "$out/results_prior" \
     --num-fid-samples 360
 stage "sample: prior by class" "${sample[@]}" --sample-dir "$out/samples_prior_class" \

@@ -10,6 +10,7 @@ make-reference, reconstruction, agreement, sweep.
 """
 
 import importlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from dlc.cli import ArgumentParser
 from dlc.evaluation.comparison import DEFAULTS, METRICS, Comparison, Result
 from dlc.evaluation.feature_file import NAME as FEATURE_FILE
 from dlc.evaluation.feature_file import FileNetwork, read_features
-from dlc.evaluation.features import measure
+from dlc.evaluation.features import Measured, measure
 from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
 from dlc.evaluation.images import open_images
 from dlc.evaluation.networks import NETWORKS, open_networks
@@ -59,8 +60,12 @@ def check_flags(args):
         raise ValueError("--crop and --resize are for folders, and neither SAMPLES nor --reference is one")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no such folder")
-    if is_file and args.output is None and args.samples is None:
-        args.output = str(metrics_path(Path(args.features)))
+    if args.output is None:
+        args.output = str(metrics_path(Path(args.samples or args.features)))
+    if Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a folder: name a file")
+    if not os.access(Path(args.output).resolve().parent, os.W_OK):
+        raise ValueError(f"{args.output} cannot be written: name another file with --output")
 
 
 def main():
@@ -103,14 +108,16 @@ def run(parser, args):
         result = judge_feature_file(comparison, samples, state)
     if state.is_main_process:
         self_check = dict(distance_to_itself=itself, networks=checks)
-        path = Path(args.output) if args.output else metrics_path(samples.path)
-        write_metrics(path, metrics_json(result, comparison, samples, self_check))
         for line in result.warnings:
             if line not in early:
                 logger.warning(f"warning: {line}")
-        for line in [*table(result.values), f"written to {path}"]:
+        for line in table(result.values):
             logger.info(line)
-        logger.info(f"to paste: {paper_line(result, comparison, samples)}")
+        try:
+            write_metrics(Path(args.output), metrics_json(result, comparison, samples, self_check))
+            logger.info(f"written to {args.output}")
+        finally:  # a disk that is full takes nothing of the numbers
+            logger.info(f"to paste: {paper_line(result, comparison, samples)}")
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -145,8 +152,11 @@ def open_feature_file(args, images, reference, state):
             raise ValueError(f"--metrics {name} needs {METRICS[name]}, which --features {args.features} does not hold")
     if reference is None:
         reference = Reference(Path(args.features))
+    elif measured is None and not reference.statistics:
+        raise ValueError(f"--reference {args.reference} has no mu and sigma, with which features could be compared")
     else:  # its statistics are taken to be of these features, and its images are not run
-        reference = replace(reference, network=FEATURE_FILE, images=None)
+        reference = replace(reference, network=FEATURE_FILE, images=None, network_sha256=None, probe=None)
+    measured = measured or Measured(0)
     return Comparison(
         reference, {FEATURE_FILE: network}, metrics, state, args.pr_precision, args.global_seed, measured=measured
     )

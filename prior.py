@@ -191,7 +191,6 @@ class DLCPrior(nn.Module):
             each, since token 7 of one position has nothing to do with token 7 of another.
         num_classes: of a prior that can be conditioned on a class; None: of one that cannot.
     """
-    class_dropout_prob = 0.1        # share of training samples whose class is hidden, for guidance
 
     def __init__(self, L, V, hidden_size, depth, num_heads, cond_dim=128, dropout=0.1, scale_by_sigma=True,
                  shared_embedding=True, num_classes=None):

@@ -17,16 +17,8 @@ from pathlib import Path
 from dlc.checkpoints.layouts import locate
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import (
-    PRECISIONS,
-    add_speed_flags,
-    agree,
-    compile_options,
-    create_logger,
-    done_by_rank_0,
-    start_processes,
-)
-from dlc.sampling.code_folder import CodeFolder
+from dlc.runtime import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
+from dlc.sampling.code_folder import SHARD, CodeFolder
 from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.record import this_launch
@@ -49,7 +41,7 @@ def parse_args():
     # torchrun takes --num for the start of its own --numa-binding and gives up; it has no such trouble with --num-codes
     add("--num-codes", "--num", dest="num", type=number(int, 1), default=50000, help="number of codes to draw")
     add("--out", default="prior_codes", help="write the codes into this folder")
-    add("--batch-size", type=number(int, 1), default=BATCH, help="codes per batch; rounding depends on it")
+    add("--batch-size", type=number(int, 1, SHARD), default=BATCH, help="codes per batch; rounding depends on it")
     add(
         "--features-path",
         "--feature-path",
@@ -72,17 +64,23 @@ def open_training_codes(args, prior: PriorDraw):
     path = args.features_path or prior.meta.features_path
     if not args.usage or path is None:
         return None, args.usage and "the prior does not say its training codes: name them with --features-path"
+    heldout, note = prior.meta.heldout_path, None
+    if heldout and not Path(heldout).exists():
+        heldout, note = None, f"no comparison with the held-out codes: {heldout} is not there"
     try:
-        codes = Codes(path, prior.model.V, prior.meta.holdout or 0.0, prior.meta.heldout_path)
+        codes = Codes(path, prior.model.V, prior.meta.holdout or 0.0, heldout)
+        if (codes.L, codes.V) != (prior.model.L, prior.model.V):
+            raise ValueError(
+                f"codes of {path} have L={codes.L}, V={codes.V}, the prior L={prior.model.L}, V={prior.model.V}"
+            )
+        encoders = codes.features.source().get("encoder_sha256"), prior.meta.encoder_sha256
+        if None not in encoders and encoders[0] != encoders[1]:
+            raise ValueError(f"codes of {path} come from another encoder than those that the prior was trained on")
     except ValueError as error:
         if args.features_path:
             raise
         return None, f"no comparison with the training codes: {error}"
-    if (codes.L, codes.V) != (prior.model.L, prior.model.V):
-        raise ValueError(
-            f"codes of {path} have L={codes.L}, V={codes.V}, the prior L={prior.model.L}, V={prior.model.V}"
-        )
-    return codes, None
+    return codes, note
 
 
 def count_usage(folder: CodeFolder, num: int, V: int, codes) -> dict:
@@ -132,10 +130,7 @@ def run(parser, args):
 
     # ---------------------------------------------------------------------- codes
     with parser.kept_on_error("what is drawn is kept", "--batch-size"):
-        if args.compile if args.compile is not None else state.device.type == "cuda":
-            for block in prior.model.blocks:
-                block.compile(**compile_options(state.device))
-        draw_into(folder, missing, prior, args.num, state, args.batch_size)
+        draw_into(folder, missing, prior, args.num, state, args.batch_size, args.compile)
     try:
         state.wait_for_everyone()
     except RuntimeError:
@@ -145,7 +140,7 @@ def run(parser, args):
     if state.is_main_process:
         with parser.kept_on_error("what is drawn is kept", "--num-codes"):
             found = count_usage(folder, args.num, record.V, training) if args.usage else None
-            folder.finish(usage=found)
+            folder.finish(**(dict(usage=found) if found else {}))  # else what an earlier launch found stays
         for line in usage_lines(found, record.V) if found else ():
             logger.info(line)
         logger.info(

@@ -83,7 +83,13 @@ def argument_parser():
     add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [none]")
     add("--vae", help="ema, mse, a directory or a hub id: decodes the previews [that of --preview-ckpt, or ema]")
     parser.set_defaults(
-        epochs=200, global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior"
+        epochs=200,
+        global_batch_size=512,
+        lr=3e-4,
+        warmup_steps=2500,
+        grad_clip=1.0,
+        ema_warmup=True,
+        results_dir="results_prior",
     )
     return parser
 
@@ -116,6 +122,8 @@ def train(parser, args, run):
     """The run that args ask for."""
     with parser.one_line_errors():
         # ---------------------------------------------------------------------- data
+        if args.vae and not args.preview_ckpt:
+            raise ValueError("--vae decodes previews: give a --preview-ckpt as well")
         if bool(args.sample_every) != bool(args.preview_ckpt):
             raise ValueError("previews need both --sample-every and the --preview-ckpt of a DiTSEM")
         codes = Codes(args.features_path, args.V, args.holdout, args.heldout_path)

@@ -18,7 +18,7 @@ from dlc.encoder_names import from_dinov2, from_timm, from_transformers, plain_n
 from dlc.hub import fetch, id_and_revision, is_id
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD
 from dlc.tensor_files import check_tensors, shown
-from dlc.weights_files import WEIGHTS_FILES, read_file, weights_in
+from dlc.weights_files import WEIGHTS_FILES, hub_patterns, read_file, weights_in
 
 SIZES = {384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16), 1536: ("giant", 40, 24)}
 DEFAULT_L, DEFAULT_V = 512, 256  # of the published encoder, where neither file nor flag says them
@@ -95,7 +95,7 @@ def read_encoder(name, given, flag="--encoder", ask=True) -> Found:
 
 def fetch_encoder(name, flag="--encoder", ask=True) -> Path:
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
-    return fetch(name, ["config.json", (*WEIGHTS_FILES, "*.safetensors", "*.pth", "*.pt")], ["*.json"], flag, ask=ask)
+    return fetch(name, ["config.json", (*hub_patterns(), "*.safetensors", "*.pth", "*.pt")], ["*.json"], flag, ask=ask)
 
 
 def is_own(config):

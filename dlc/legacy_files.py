@@ -114,19 +114,25 @@ def load_legacy(path) -> dict:
         raise ValueError(f"{path} cannot be read as weights of torch before 1.6: {reason}") from None
 
 
-def _tensors(value):
-    """All `_Tensor` in dicts of dicts."""
+def _tensors(value, seen=None):
+    """All `_Tensor` in dicts of dicts, each dict looked at once, however many refer to it."""
+    seen = set() if seen is None else seen
     if isinstance(value, _Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and id(value) not in seen:
+        seen.add(id(value))
         for one in value.values():
-            yield from _tensors(one)
+            yield from _tensors(one, seen)
 
 
-def _whole(value, storages):
+def _whole(value, storages, done=None):
     """A value with tensors in the place of each `_Tensor`. Raises _Fault for one that its storage does not hold."""
+    done = {} if done is None else done
     if isinstance(value, dict):
-        return {name: _whole(one, storages) for name, one in value.items()}
+        if id(value) not in done:
+            done[id(value)] = whole = {}
+            whole.update({name: _whole(one, storages, done) for name, one in value.items()})
+        return done[id(value)]
     if not isinstance(value, _Tensor):
         return value
     storage = storages[value.storage.key]

@@ -17,8 +17,9 @@ from dlc.cli import one_line
 from dlc.disk import SWITCH, check_values, list_of, one_of, or_null, read_json, real_number, whole_number
 from dlc.hub import fetch, is_id
 from dlc.tensor_files import check_tensors, load_tensors, shown
-from dlc.weights_files import ENDS, WEIGHTS_SUFFIXES, read_file, weights_in
+from dlc.weights_files import WEIGHTS_SUFFIXES, hub_patterns, read_file, weights_in
 
+STATISTICS = "latents_stats.pt"  # of latents, which VA-VAE has beside its weights
 STEM = "diffusion_pytorch_model"
 # The keys that a VAE's config.json may have, with their bounds: the arguments of diffusers' AutoencoderKL.
 CHANNELS, NUMBER, SCALE = whole_number(1, 8192), real_number(-1e30, 1e30), real_number(1e-30, 1e30)
@@ -91,15 +92,14 @@ def read_vae(name, flag="--vae", ask=True) -> Found:
 
 def locate(name, flag="--vae", ask=True) -> Path:
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
-    weights = [f"{folder}{STEM}{end}" for end in ENDS.values() for folder in ("", "vae/")]
-    singles = [f"*{suffix}" for suffix in WEIGHTS_SUFFIXES]
-    return fetch(name, [(*weights, *singles)], ["config.json", "model_index.json", "vae/*.json"], flag, ask=ask)
+    weights = (*hub_patterns("", [STEM]), *hub_patterns("vae/", [STEM]), *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES))
+    return fetch(name, [weights], ["config.json", "model_index.json", "vae/*.json"], flag, ask=ask)
 
 
 def file_in(folder, said):
     """The file of weights in a folder, or in its vae/. Raises ValueError if there is none."""
     for inner in (folder, folder / "vae"):
-        names = {entry.name for entry in inner.iterdir()} if inner.is_dir() else set()
+        names = {entry.name for entry in inner.iterdir()} - {STATISTICS} if inner.is_dir() else set()
         file = weights_in(names)
         if file and (inner == folder / "vae" or "model_index.json" not in names):
             return inner / file
@@ -117,6 +117,12 @@ def file_in(folder, said):
 #################################################################################
 
 
+def tensors_in(path) -> dict:
+    """The tensors in a file, also where a training script put them under "state_dict"."""
+    values = read_file(path)[0]
+    return values["state_dict"] if isinstance(values.get("state_dict"), dict) else values
+
+
 def with_config(path, config_file, said, words):
     """The VAE of a file of weights whose folder says in config.json what it is."""
     if not config_file.is_file():
@@ -124,7 +130,7 @@ def with_config(path, config_file, said, words):
     config = checked_config(config_file, said)
 
     def weights():
-        tensors = read_file(path)[0]
+        tensors = tensors_in(path)
         prefix = ldm_prefix(tensors)
         if prefix is not None:
             return check_tensors(from_ldm(tensors, prefix), path)
@@ -189,9 +195,7 @@ def describe(config):
 
 def single_file(path, said, words):
     """The VAE of a file with no config.json beside it: its shapes say what it is, and its surroundings its scale."""
-    tensors = read_file(path)[0]
-    if isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
+    tensors = tensors_in(path)
     prefix = ldm_prefix(tensors)
     if prefix is not None:
         weights, layout = from_ldm(tensors, prefix), "a file of LDM's names"
@@ -248,7 +252,7 @@ def config_of_shapes(weights, said):
 
 def scale_of(path, tensors, config):
     """Scale, and shift or mean, of a single file's latents, and words for the source of them; (None, "") if unknown."""
-    stats = path.parent / "latents_stats.pt"
+    stats = path.parent / STATISTICS
     if stats.is_file():
         values = check_tensors(load_tensors(stats), stats)
         if {"mean", "std"} - values.keys() or any(

@@ -21,8 +21,14 @@ WEIGHTS_FILES = tuple(stem + end for end in ENDS for stem in STEMS)
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
+def hub_patterns(folder: str = "", stems=STEMS) -> tuple[str, ...]:
+    """Patterns of what is fetched of a repository on the hub for such a file, in the order of preference."""
+    return tuple(f"{folder}{stem}{end}" for end in ENDS.values() for stem in stems)
+
+
 def weights_in(files) -> str | None:
     """The name of the file of weights to read of a folder: one of WEIGHTS_FILES, or the only one there; or None."""
+    files = set(files)
     others = [name for name in files if name.endswith(WEIGHTS_SUFFIXES)]
     return next((name for name in WEIGHTS_FILES if name in files), others[0] if len(others) == 1 else None)
 

@@ -376,6 +376,26 @@ def test_from_the_hub(published, hub):
     assert not any(path.endswith(".py") for _, path, _ in hub.requests)
 
 
+def test_shards(published, hub, tmp_path):
+    """In a folder, beside a .bin of other weights, and by id."""
+    values, config, weights = published
+    names = sorted(weights)
+    files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": b"not read"}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        shard = safetensors.torch.save({name: weights[name].contiguous() for name in part})
+        files[f"model-0000{number}-of-00002.safetensors"] = shard
+    index = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
+    files["model.safetensors.index.json"] = json.dumps(dict(weight_map=index)).encode()
+    (tmp_path / "sharded").mkdir()
+    for name, content in files.items():
+        (tmp_path / "sharded" / name).write_bytes(content)
+    hub.add("owner/sharded", files)
+    for name in (tmp_path / "sharded", "owner/sharded"):
+        encoder = load_encoder(name)
+        assert agrees(encoder, values) and "2 shards" in encoder.said
+    assert not any(path.endswith(".bin") for _, path, _ in hub.requests if "resolve" in path)
+
+
 def test_image_sizes_are_multiples_of_the_patch():
     with pytest.raises(ValueError, match="cannot read images of 225 pixels: no multiple of its patch, 14"):
         SEMEncoder("vit_small_patch14_reg4_dinov2", 225, L=3, V=4, backbone_args=SMALL)

@@ -136,6 +136,34 @@ def test_features_and_the_images_that_they_are_of(evaluate, evaluation_place):
     assert "features features.npz" in said
 
 
+def test_features_against_stored_statistics_alone(evaluate, evaluation_place):
+    """No array reference; the statistics are of make-reference, which also says network and probe."""
+    features = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    np.savez("features.npz", samples=features)
+    extra = dict(network=np.array("inception"), network_sha256=np.array("f" * 64), probe=np.zeros(5))
+    np.savez("statistics.npz", mu=np.zeros(5), sigma=np.eye(5), **extra)
+    evaluate("--features", "features.npz", "--reference", "statistics.npz")
+    own = FeatureStatistics(5)
+    own.update(features)
+    wanted = frechet_distance(FeatureStatistics.from_moments(np.zeros(5), np.eye(5)), own)
+    assert numbers_in(evaluation_place / "features.metrics.json") == {"fd": pytest.approx(wanted)}
+
+
+def test_chosen_images(evaluation_place):
+    """Of an .npz and of a folder, in order, whatever the batches."""
+    from dlc.evaluation.images import open_images
+
+    images = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 3), dtype=np.uint8)
+    np.savez("many.npz", arr_0=images)
+    (evaluation_place / "many").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(evaluation_place / f"many/{index:03d}.png")
+    for path in ("many.npz", "many"):
+        for indices in ([], [0], [3, 63, 64, 149], list(range(150))):
+            found = list(open_images(path, "FOLDER").chosen(indices))
+            assert len(found) == len(indices) and all(np.array_equal(*pair) for pair in zip(found, images[indices]))
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_equal_numbers(evaluation_place, evaluate, processes):
     """Batches of 8 of 40 and 50 images: all numbers of one process, distances to rounding."""

@@ -194,6 +194,10 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
     torch.save(model.state_dict(), tmp_path / "cont.pt")
     torch.save(tiny().state_dict(), tmp_path / "dit.pt")
     torch.save(tiny("DiTSEM-Ti/4", L=3, V=4).state_dict(), tmp_path / "sem.pt")
+    torch.save(
+        DiT(input_size=8, patch_size=4, hidden_size=64, depth=1, num_heads=1, mlp_ratio=2.0).state_dict(),
+        tmp_path / "mlp.pt",
+    )
     (tmp_path / "there").mkdir()
     for checkpoint, format, flags, name, message in (
         ("dit.pt", "safetensors", (), "there", "there exists: give a path that does not"),
@@ -201,6 +205,7 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
         ("dit.pt", "safetensors", ("--vae", tiny_models[0]), "out", "--vae goes with the formats of diffusers"),
         ("cont.pt", "diffusers", ("--vae", tiny_models[0]), "out", "is for DiT and DiTSEM"),
         ("sem.pt", "diffusers-stock", ("--vae", tiny_models[0]), "out", "is for DiT:"),
+        ("mlp.pt", "diffusers", ("--vae", tiny_models[0]), "out", "has an MLP that is not 4 times as wide"),
         ("gone.pt", "diffusers", (), "out", "gone.pt does not exist"),
         ("dit.pt", "diffusers", ("--vae", "nowhere"), "out", "nowhere"),
         ("dit.pt", "onnx", (), "out", "invalid choice: 'onnx'"),
@@ -209,7 +214,7 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
             export_to(tmp_path / checkpoint, format, *flags, name=name)
         line = capsys.readouterr().err
         assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cont.pt", "dit.pt", "sem.pt", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cont.pt", "dit.pt", "mlp.pt", "sem.pt", "there"]
 
 
 def test_whole_or_not_at_all(tmp_path):

@@ -166,6 +166,11 @@ def test_files_from_before_torch_1_6(tmp_path):
         weights, meta = load_weights(tmp_path / name)
         assert all(torch.equal(weights[key], value) for key, value in WEIGHTS.items())
     assert meta.step == 7 and meta.weights == "ema"
+    nested = {}
+    for _ in range(60):  # as a tree, 2**60 dicts
+        nested = {"a": nested, "b": nested}
+    torch.save(dict(WEIGHTS, nested=nested), tmp_path / "nested.pt", **old)
+    assert "nested" in refusal(load_weights, tmp_path / "nested.pt")
     torch.save(torch.zeros(2, 3, dtype=torch.int64), tmp_path / "codes.pt", **old)
     assert "no file of torch.save" in refusal(open_codes, tmp_path / "codes.pt")
 

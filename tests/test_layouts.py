@@ -381,6 +381,22 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def test_ema_of_the_hub(hub, tmp_path):
+    """Of our checkpoint and of the DLC project's, by id."""
+    torch.manual_seed(0)
+    raw, ema = ({name: torch.randn_like(value) for name, value in tiny().state_dict().items()} for _ in range(2))
+    ours = {name: safetensors.torch.save(one) for name, one in (("model.safetensors", raw), ("ema.safetensors", ema))}
+    hub.add("owner/ours", {**ours, "meta.json": b'{"step": 3, "model": "DiT-Ti/4"}'})
+    torch.save(ema, tmp_path / "custom_checkpoint_0.pkl")
+    dlc = dict(contents(tmp_path), **{"model.safetensors": ours["model.safetensors"], "random_states_0.pkl": b"x"})
+    hub.add("owner/dlc", dlc)
+    for name in ("owner/ours", "owner/dlc"):
+        for use_ema, wanted in ((True, ema), (False, raw)):
+            model, _, meta = load_model(name, ema=use_ema)
+            assert meta.weights == ("ema" if use_ema else "raw")
+            assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
+
+
 def test_hub_ids(hub, reference, tmp_path):
     """By id, by id@revision, a pipeline or a folder of weights: only the files that are wanted are fetched."""
     _, weights, ours, config = reference

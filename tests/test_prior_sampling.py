@@ -261,6 +261,9 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert record.prior["sampler"] == "first-hitting" and record.prior["weights_sha256"]
     assert json.loads((folder / "samples.json").read_text())["code_rows"] == list(range(5))
     assert torch.equal(DrawnCodes(folder, record)(np.arange(5)), torch.from_numpy(read(codes[0])[:5]))
+    launch(
+        ("forked", 1, *command, "--num-fid-samples", 5, "--progressive", 2), workplace
+    )  # nothing to draw but a strip
     result = launch(("forked", 1, *command, "--num-fid-samples", 5, "--prior-steps", 2), workplace, check=False)
     assert result.returncode == 2 and "holds samples made with other settings: conditions " in result.stdout
     listed = launch(

@@ -79,6 +79,11 @@ def add_vae(job: Export, name: str | None) -> None:
             f"--format {job.format} is for DiT{'' if job.format == 'diffusers-stock' else ' and DiTSEM'}: "
             f"{job.source} is a {type(job.model).__name__}"
         )
+    if type(job.model) is DiTSEM and uses_diffusers_function(job.model):
+        raise ValueError(f"{job.source} computes as diffusers does, and a DiTSEM's pipeline as DiT: export safetensors")
+    width = job.model.pos_embed.shape[2]
+    if type(job.model) is DiT and job.model.blocks[0].mlp.fc1.out_features != 4 * width:
+        raise ValueError(f"{job.source} has an MLP that is not 4 times as wide as the rest, as diffusers' always is")
     job.vae_name = name or job.meta.vae or "ema"
     job.vae = load_vae(job.vae_name)
     check_decodes(job.vae, job.vae_name, job.model.in_channels, vars(job.meta), "the checkpoint's latents")

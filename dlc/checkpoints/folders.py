@@ -6,7 +6,7 @@ import re
 
 from dlc.checkpoints.meta import RunMeta, read_meta
 from dlc.checkpoints.run import newest_of_run
-from dlc.checkpoints.source import Source, run_meta
+from dlc.checkpoints.source import NoRawWeights, Source, run_meta
 from dlc.disk import read_json
 from dlc.weights_files import read_file, weights_in
 
@@ -26,6 +26,8 @@ def with_kind(source: Source, kind: str) -> RunMeta:
 
 def read_own_checkpoint(source):
     meta, name = read_meta(source.at), "ema" if source.ema else "model"
+    if not source.ema and not (source.at / "model.safetensors").is_file():
+        source.refuse("has no raw weights (model.safetensors): leave out --no-ema", NoRawWeights)
     return opened(
         dataclasses.replace(source, at=source.at / f"{name}.safetensors"),
         meta=dataclasses.replace(meta, weights="ema" if source.ema else "raw"),
@@ -70,7 +72,8 @@ def read_dlc_checkpoint(source):
         source.refuse(
             "has no EMA weights (custom_checkpoint_0.pkl): give --no-ema to read the raw ones"
             if source.ema
-            else "has no raw weights (model.safetensors): leave out --no-ema"
+            else "has no raw weights (model.safetensors): leave out --no-ema",
+            ValueError if source.ema else NoRawWeights,
         )
     return opened(
         dataclasses.replace(source, at=source.at / name),

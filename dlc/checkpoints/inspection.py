@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dlc.checkpoints.meta import RunMeta
-from dlc.checkpoints.source import AVAE, AnEncoder, APrior
+from dlc.checkpoints.source import AVAE, AnEncoder, APrior, NoRawWeights
 from dlc.checkpoints.weights import describe, load_model, load_weights
 from dlc.tensor_files import differences_from
 
@@ -20,15 +20,15 @@ def info(path, diffusers_time: str | None = None) -> list[str]:
     try:
         model, name, meta = load_model(path, diffusers_time=diffusers_time)
     except AnEncoder:
-        from dlc.encoder_layouts import read_encoder
+        from dlc.encoder import load_encoder
 
-        found = read_encoder(path, {}, flag="encoder")
-        sizes = ", ".join(f"{name} {found.config[name]}" for name in ("L", "V", "image_size") if name in found.config)
-        return [f"{path}: encoder of images, for --encoder: {found.said}; {sizes}"]
+        encoder = load_encoder(path, flag="encoder")
+        sizes = ", ".join(f"{name} {getattr(encoder, name)}" for name in ("L", "V", "image_size"))
+        return [f"{path}: encoder of images, for --encoder: {encoder.said}; {sizes}"]
     except AVAE:
-        from dlc.vae_layouts import read_vae
+        from dlc.vae import load_vae
 
-        return [f"{path}: VAE, for --vae: {read_vae(path).said}"]
+        return [f"{path}: VAE, for --vae: {load_vae(path).said}"]
     except APrior:
         from dlc.checkpoints.prior_weights import describe_prior, load_prior
 
@@ -88,10 +88,8 @@ def ema_and_raw(path, meta: RunMeta) -> str:
         return ""
     try:
         raw, of_raw = load_weights(path, use_ema=False)
-    except ValueError as error:
-        if "has no raw weights" in str(error):
-            return ""
-        raise
+    except NoRawWeights:
+        return ""
     if of_raw.weights != "raw":
         return ""
     ema = load_weights(path)[0]

@@ -29,7 +29,7 @@ from dlc.checkpoints.folders import (
 )
 from dlc.checkpoints.run import run_checkpoints
 from dlc.checkpoints.sedd import read_sedd, read_sedd_training
-from dlc.checkpoints.source import AVAE, ON_HUB, SMALL_FILES, AnEncoder, APrior, Source, run_meta
+from dlc.checkpoints.source import AVAE, BESIDE, ON_HUB, AnEncoder, APrior, NoRawWeights, Source, run_meta
 from dlc.hub import fetch, is_id
 from dlc.tensor_files import check_tensors
 from dlc.weights_files import WEIGHTS_FILES, weights_in
@@ -52,7 +52,7 @@ class Layout:
 def locate(named, flag: str = "checkpoint", ask: bool = True):
     """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.hub.fetch`."""
     try:
-        return fetch(named, [ON_HUB], SMALL_FILES, flag, ask=ask)
+        return fetch(named, [ON_HUB], BESIDE, flag, ask=ask)
     except ValueError as error:  # which may name all alternatives
         raise ValueError(str(error).replace(" or ".join(ON_HUB), "file of weights")) from None
 
@@ -104,7 +104,8 @@ def read_training_file(source):
     if wanted is None:
         source.refuse(
             f"has no {kind} weights, only {other!r}: "
-            f"{'give --no-ema' if source.ema else 'leave out --no-ema'} to sample from those"
+            f"{'give --no-ema' if source.ema else 'leave out --no-ema'} to sample from those",
+            ValueError if source.ema else NoRawWeights,
         )
     if not isinstance(wanted, dict):
         source.refuse(f"does not hold a dict of named tensors under {name!r}")

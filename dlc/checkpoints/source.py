@@ -9,17 +9,20 @@ from pathlib import Path
 import torch
 
 from dlc.checkpoints.meta import RunMeta
-from dlc.weights_files import ENDS, STEMS, WEIGHTS_SUFFIXES
+from dlc.weights_files import WEIGHTS_SUFFIXES, hub_patterns
 
-# The first alternative that a repository on the hub has, and small files.
-ON_HUB = tuple(
-    f"{folder}{stem}{end}" for folder in ("transformer/", "") for end in ENDS.values() for stem in STEMS
-) + tuple(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)
-SMALL_FILES = ("*.json", "transformer/*.json")
+# The first alternative that a repository on the hub has.
+ON_HUB = (*hub_patterns("transformer/"), *hub_patterns(), *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES))
+# What is fetched as well: small files, and the EMA of our checkpoints and of the DLC project's.
+BESIDE = ("*.json", "transformer/*.json", "ema.safetensors", "custom_checkpoint_0.pkl", "random_states_0.pkl")
 
 
 class AnEncoder(ValueError):
     """The weights are of an encoder of images; see `dlc.encoder_layouts`."""
+
+
+class NoRawWeights(ValueError):
+    """A checkpoint has EMA weights alone."""
 
 
 class APrior(ValueError):

@@ -23,6 +23,7 @@ from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_
 
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell
 DEEPEST = 256  # blocks
+LARGEST_POSITIONS = 2**27  # values of a pos_embed that is made here; a DiT-XL/2 of 1024 pixels has 2**22
 VELOCITY = (
     "predicts a velocity by its outputs, as SiT and REPA do under DiT's very names: only models that predict noise, as "
     "DiT, are read"
@@ -110,7 +111,7 @@ def with_positions(source: Source, weights: dict, config: dict, input_size: int 
     recorded = source.meta.image_size and source.meta.image_size // 8  # of DiT's training, whose VAEs have 8 a cell
     told = config.get("input_size") or config.get("sample_size") or recorded or input_size
     size = told or DEFAULT_INPUT
-    if patch < 1 or width < 4 or width % 4 or size < patch or width * (size // patch) ** 2 > 2**31:
+    if patch < 1 or width < 4 or width % 4 or size < patch or width * (size // patch) ** 2 > LARGEST_POSITIONS:
         source.refuse(f"has no pos_embed, and none fits width {width}, patch {patch} and latents of {size} cells")
     weights["pos_embed"] = sincos_position_embedding(width, size // patch)[None]
     # diffusers never saves it, and its config always says the size
@@ -173,7 +174,7 @@ def model_from_weights(weights: dict, path, config: dict | None = None):
     name, spec = spec_of(family, hidden_size, depth, patch_size, config or {}, path)
     fc1 = weights.get("blocks.0.mlp.fc1.bias", torch.empty(0))
     if name not in DiT_models and fc1.ndim == 1 and len(fc1) > 0:
-        arguments["mlp_ratio"] = len(fc1) / hidden_size
+        arguments["mlp_ratio"] = (len(fc1) + 0.5) / hidden_size  # of which the model takes the whole part
     with torch.device("meta"):
         model = spec(**arguments)
     different = differences_from(model.state_dict(), weights)
@@ -225,7 +226,7 @@ def load_pretrained(path, model, state=None) -> str:
     if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
         fetched_by_node(state, lambda ask: locate(path, "--pretrained-path", ask))
     source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
-    if source.in_diffusers:
+    if source.in_diffusers or source.config.get("trained_with") == "diffusers":
         source = source.saying("trained on in DiT's function")
     weights, wanted = source.values, model.state_dict()
     if not (source.is_eps or source.prior) and holds_velocity_model(source):

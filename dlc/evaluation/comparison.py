@@ -195,7 +195,7 @@ class Comparison:
         """
         reference, main = self.reference, self.networks[self.main]
         count = samples.count if samples else main.measured.count
-        there = reference.images.count if reference.images else self.measured.count if self.measured else None
+        there = reference.images.count if reference.images else (self.measured and self.measured.count) or None
         ours = [(count, "samples")] + ([(there, "reference images")] if there else [])
         for name in self.metrics:
             for images, whose in ours:

@@ -29,6 +29,7 @@ from dlc.sampling.files import open_array
 JPEG = (".jpg", ".jpeg")
 BROKEN = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)  # of a damaged .npz
 LARGEST_INFLATED = 2**26  # bytes of an array that may be compressed more than 100-fold, as zeros are
+CHOSEN_FROM = 64  # images that are read at once to choose some of them
 CHECKED_FIRST = 32  # images of a folder whose size is looked at before the work
 
 
@@ -51,6 +52,16 @@ class ImageSet(ABC):
     @abstractmethod
     def batches(self, start: int, stop: int, size: int):
         """Images start to stop - 1 as arrays (n, H, W, 3) uint8 of `size` images, the last one of fewer."""
+
+    def chosen(self, indices: list[int]):
+        """The images of ascending indices, (H, W, 3) each. All images before the last one are read, once."""
+        wanted, place = iter(indices), 0
+        index = next(wanted, None)
+        for batch in self.batches(0, indices[-1] + 1 if indices else 0, CHOSEN_FROM):
+            while index is not None and index < place + len(batch):
+                yield batch[index - place]
+                index = next(wanted, None)
+            place += len(batch)
 
 
 #################################################################################
@@ -245,13 +256,20 @@ class FolderImages(ImageSet):
         return np.asarray(image)
 
     def batches(self, start, stop, size):
+        return self._batches(range(start, stop), size)
+
+    def chosen(self, indices):
+        for batch in self._batches(indices, CHOSEN_FROM):
+            yield from batch
+
+    def _batches(self, indices, size):
         threads = default_num_workers()
         with ThreadPoolExecutor(threads) as pool:
-            ahead, places = deque(), iter(range(start, stop, size))
+            ahead, places = deque(), iter(range(0, len(indices), size))
             try:
                 while True:
                     while len(ahead) * size < 2 * threads + size and (place := next(places, None)) is not None:
-                        ahead.append([pool.submit(self._read, i) for i in range(place, min(place + size, stop))])
+                        ahead.append([pool.submit(self._read, index) for index in indices[place : place + size]])
                     if not ahead:
                         return
                     yield np.stack([one.result() for one in ahead.popleft()])

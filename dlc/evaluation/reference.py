@@ -119,8 +119,8 @@ def write_reference(path: Path, images: ImageSet, rows: np.ndarray, arrays: dict
                     header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
                     shape = (len(rows), *images.size, 3)
                     np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
-                    for row in rows.tolist():
-                        array.write(next(images.batches(row, row + 1, 1)).tobytes())
+                    for image in images.chosen(rows.tolist()):
+                        array.write(image.tobytes())
             for name, value in arrays.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as array:
                     np.lib.format.write_array(array, np.asanyarray(value), allow_pickle=False)

@@ -62,6 +62,12 @@ def behind(comparison: Comparison) -> str:
     return " and ".join(parts)
 
 
+def definitions(result: Result, comparison: Comparison) -> str:
+    """Whose definitions the numbers follow: ADM's, but for those that a flag changes or that ADM does not have."""
+    exact = comparison.pr_precision != "adm" and {"precision", "recall"} & result.values.keys()
+    return "ADM's definitions in PyTorch" + (", distances of precision and recall in float32" if exact else "")
+
+
 def paper_line(result: Result, comparison: Comparison, samples: ImageSet | None) -> str:
     """One line with the numbers, both sets, the network, and what drew the samples."""
     numbers = ", ".join(
@@ -73,7 +79,7 @@ def paper_line(result: Result, comparison: Comparison, samples: ImageSet | None)
     parts = [
         f"{numbers}: {result.samples.count:,} samples{size} against {comparison.reference.path.name} "
         f"({behind(comparison)})",
-        "ADM's definitions in PyTorch",
+        definitions(result, comparison),
         *(
             f"{one.name} {one.digest[:8]}" if one.digest else f"features {one.path}"
             for one in comparison.networks.values()

@@ -19,6 +19,7 @@ from diffusion.samplers import SAMPLERS
 from dlc.cli import ArgumentParser, number, one_line
 from dlc.disk import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
 from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
+from dlc.evaluation.networks import NETWORKS
 from dlc.evaluation.report import NAMES
 from dlc.sampling.flags import sampling_parser
 
@@ -229,6 +230,8 @@ def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, l
         raise ValueError("nothing to measure: give --reference, --agreement or both")
     if args.reference is None and evaluation:
         raise ValueError(f"{evaluation[0]} goes with --reference: without one only --agreement is measured")
+    if args.features not in NETWORKS:
+        raise ValueError(f"--features {args.features}: stored features are not of samples that a sweep draws")
     if args.reference and not Path(args.reference).exists():
         raise ValueError(f"--reference {args.reference} does not exist")
     if (args.crop or args.resize) and not Path(args.reference).is_dir():

@@ -251,7 +251,7 @@ def draw_missing(job: Job, args) -> None:
     batches = np.unique(missing // size)
 
     set_numerics(args.tf32)
-    if isinstance(job.conditions, PriorCodes) and len(missing):
+    if isinstance(job.conditions, PriorCodes) and (len(missing) or args.progressive):
         job.conditions.prepare(folder.codes, count, state, job.launch)
     lower_precision(job.model, args.precision)
     job.model.to(state.device)

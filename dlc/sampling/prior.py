@@ -19,7 +19,7 @@ from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import progress
 from dlc.disk import recorded_id
 from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import done_by_rank_0, set_numerics, start_processes
+from dlc.runtime import compile_options, done_by_rank_0, set_numerics, start_processes
 from dlc.sampling.code_folder import CodeFolder, CodesRecord, open_codes
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
@@ -127,9 +127,13 @@ class PriorDraw:
             runs=[],
         )
 
-    def to(self, device) -> "PriorDraw":
+    def to(self, device, compiled: bool | None = None) -> "PriorDraw":
+        """Get ready to draw on a device. compiled: whether the blocks are; None: on GPUs."""
         set_numerics(self.tf32)
         self.model.to(device)
+        if compiled if compiled is not None else device.type == "cuda":
+            for block in self.model.blocks:
+                block.compile(**compile_options(device))
         return self
 
     def draw(self, indices: np.ndarray, batch: int = BATCH, on_batch=None) -> np.ndarray:
@@ -163,9 +167,9 @@ class PriorDraw:
         return np.concatenate(parts)
 
 
-def draw_into(folder: CodeFolder, missing: list[int], draw: PriorDraw, num: int, state, batch: int = BATCH) -> None:
-    """Draw this process's share of the missing shards of a folder of `num` codes."""
-    draw.to(state.device)
+def draw_into(folder: CodeFolder, missing: list[int], draw: PriorDraw, num: int, state, batch=BATCH, compiled=None):
+    """Draw this process's share of the missing shards of a folder of `num` codes. compiled: see `PriorDraw.to`."""
+    draw.to(state.device, compiled)
     own = missing[state.process_index :: state.num_processes]
     total = sum(len(folder.places(shard, num)) for shard in own)
     with progress(
@@ -204,7 +208,7 @@ class PriorCodes:
         self.draw = PriorDraw(
             args.prior, True, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32
         )
-        prior, self.rows = self.draw.model, None
+        prior, self.rows, self.compiled = self.draw.model, None, args.compile
         for name, ours in (("L", model.sem_embedder.L), ("V", model.sem_embedder.V)):
             if getattr(prior, name) != ours:
                 raise ValueError(
@@ -232,7 +236,7 @@ class PriorCodes:
         """Draw those codes of samples 0..count-1 that are not in a folder yet. Every process calls this."""
         codes = CodeFolder(folder)
         missing = done_by_rank_0(state, lambda: codes.open(self.draw.record(count), launch))
-        draw_into(codes, missing, self.draw, count, state)
+        draw_into(codes, missing, self.draw, count, state, compiled=self.compiled)
         state.wait_for_everyone()
         done_by_rank_0(state, codes.finish)
         self.rows, self.draw.model = open_codes(folder)[0], None  # frees the prior's memory

@@ -49,6 +49,11 @@ def split_rows(count: int, share: float, copies: int = 1) -> tuple[np.ndarray, n
     return train, heldout[::copies]
 
 
+def copies_of(features: Features) -> int:
+    """Rows of each image, which follow each other: 2 where extraction stored both flips."""
+    return 2 if features.manifest is not None and features.manifest.flip == "both" else 1
+
+
 class Codes:
     """The codes of a features directory: those to train on, with the interface of `Features` that batches use, and
     those held out.
@@ -67,10 +72,8 @@ class Codes:
     def __init__(self, path, V: int | None = None, holdout: float = 0.0, heldout_path=None):
         self.path, self.features = Path(path), open_features(path, V)
         self.L, self.V, self.num_classes = self.features.L, self.features.V, self.features.num_classes
-        manifest = self.features.manifest
-        copies = 2 if manifest is not None and manifest.flip == "both" else 1
-        self.copies = copies
-        self.rows, self.heldout_rows = split_rows(self.features.count, 0.0 if heldout_path else holdout, copies)
+        self.copies = copies_of(self.features)
+        self.rows, self.heldout_rows = split_rows(self.features.count, 0.0 if heldout_path else holdout, self.copies)
         self.count, self.heldout_features = len(self.rows), self.features
         if heldout_path:
             self.heldout_features = other = open_features(heldout_path, V)
@@ -85,7 +88,7 @@ class Codes:
                 raise ValueError(
                     f"{heldout_path} has {other.num_classes} classes, {path} {self.num_classes}: labels would not agree"
                 )
-            self.heldout_rows = np.arange(other.count)
+            self.heldout_rows = np.arange(0, other.count, copies_of(other))
 
     def validate(self) -> None:
         """Raise ValueError, naming file and row, for a label or code that is out of range."""

@@ -49,7 +49,12 @@ def add_run_flags(parser):
         "or checkpoint",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="EMA decay per step")
-    add("--ema-warmup", action="store_true", help="bound the EMA decay by (1 + step) / (10 + step)")
+    add(
+        "--ema-warmup",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bound the EMA decay by (1 + step) / (10 + step) [%(default)s]",
+    )
 
     add = parser.add_argument_group("precision and speed").add_argument
     add(

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from dlc.cli import warn_once
 from dlc.disk import write_whole
 
-FOLDERS = ("checkpoints", "previews")  # of RESULTS/
+FOLDERS = ("checkpoints", "previews", "best")  # of RESULTS/
 FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")
 QUARTERS = 4  # of the time t; losses differ much between them
 

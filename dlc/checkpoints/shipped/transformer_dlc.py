@@ -39,7 +39,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
-        self.attn, self.mlp = Attention(width, heads), Mlp(width, int(width * mlp_ratio))
+        self.attn, self.mlp = Attention(width, heads), Mlp(width, round(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
