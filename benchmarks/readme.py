@@ -27,6 +27,7 @@ DEVICES = {
     "extraction-fp32": BOTH,
     "extraction-bf16": BOTH,
     "sampling": BOTH,
+    "sampling-fp32": ("cpu",),
     "block": ("cpu",),
     "npz": ("cpu",),
     "evaluation": BOTH,

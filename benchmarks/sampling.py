@@ -8,7 +8,9 @@ compared. The script's rate is read off the times at which it wrote its PNGs, wi
 
 The model is trained for a few steps on random latents, so that what it draws stays within bounds; the VAE has the shape
 of Stable Diffusion's and random weights (a rate does not depend on them). `share of peak`: the FLOPs of the model's
-forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision.
+forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision. `times
+the first, at most`: what the row would reach if all products of the model and of the decoder ran at that rate and
+nothing else took time.
 `differs by`: the mean difference of the PNGs, in grey levels, from those of the row named in `from`.
 """
 
@@ -22,8 +24,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.extraction import write_networks
+from benchmarks.extraction import SD_VAE, write_networks
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
@@ -68,7 +72,7 @@ def rough_checkpoint(path, args):
     for _ in range(TRAINING_STEPS):
         x, t = torch.randn(8, 4, 32, 32, device=DEVICE), torch.randint(1000, (8,), device=DEVICE)
         y = torch.randint(args.V, (8, args.L), device=DEVICE)
-        with autocast(DEVICE, "bf16"):
+        with autocast(DEVICE, "bf16" if ON_GPU else "fp32"):
             loss = diffusion.training_losses(model, x, t, dict(y=y))["loss"].mean()
         loss.backward()
         optimizer.step()
@@ -150,6 +154,15 @@ def prepare(root, args):
     rough_checkpoint(root, args)
 
 
+def decoder_flops():
+    """FLOPs of decoding one latent: two for each multiply-add of each product and convolution."""
+    with torch.device("meta"):
+        vae, latent = AutoencoderKL(**SD_VAE), torch.empty(1, 4, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        decode(vae, latent)
+    return counter.get_total_flops()
+
+
 def sampler_of(flags):
     """The sampler that a row's flags ask for, and in how many of the model's calls guidance acts."""
     sampler = create_sampler(flags[1]) if "--sampler" in flags else create_sampler("ddpm", STEPS)
@@ -170,23 +183,27 @@ def main():
         default=3 if ON_GPU else 2,
         help="batches a row, of which the first is not counted [%(default)s here]",
     )
+    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="rows to measure [all]")
     args = parser.parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling
-    peaks = {precision: peak_flops(precision, 8192 if ON_GPU else 4096) for precision in PRECISIONS}
-    flops = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32)
+    peaks = {name: peak_flops(name, 8192 if ON_GPU else 4096) for name in dict.fromkeys(["fp32", *args.precisions])}
+    flops, decoding = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32), decoder_flops()
     table, folders = [], {}
 
     def add_row(name, precision, rate, folder, sampler, guided, reference):
         folders[name, precision] = folder
         passes = len(sampler.times) + guided  # Heun's has two evaluations per step
+        vae_precision = precision if "VAE too" in name else "fp32"
+        at_most = 1 / (passes * flops / peaks[precision] + decoding / peaks[vae_precision])
         row = {
             "": name,
             "precision": precision,
             "steps": sampler.num_steps,
             "guided": guided,
             "images/s": rate,
-            "times the first": rate / (table[0]["images/s"] if table else rate),
+            "times the first": rate / (first := table[0]["images/s"] if table else rate),
+            "times the first, at most": at_most / first,
             "share of peak": rate * passes * flops / peaks[precision],
             "differs by": None,
             "within 1": None,
@@ -217,12 +234,12 @@ def main():
         rate = draw_baseline(root, root / "baseline", args)
         add_row(BASELINE, "fp32", rate, root / "baseline", *sampler_of([]), None)
         for number, (name, precision, flags, reference) in enumerate(ROWS):
-            if "--cuda-graphs" in flags and not ON_GPU:
+            if precision not in args.precisions or "--cuda-graphs" in flags and not ON_GPU:
                 continue
             rate, folder = script(root, root / str(number), precision, flags, args)
             add_row(name, precision, rate, folder, *sampler_of(flags), reference)
     record(
-        "sampling",
+        "sampling" if len(args.precisions) > 1 else f"sampling-{args.precisions[0]}",
         table,
         model=args.model,
         L=args.L,
@@ -230,6 +247,7 @@ def main():
         batch=args.batch,
         cfg_scale=CFG_SCALE,
         forward_gflops=flops / 1e9,
+        decoder_gflops=decoding / 1e9,
         peak_tflops={key: peak / 1e12 for key, peak in peaks.items()},
     )
 
