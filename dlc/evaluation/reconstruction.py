@@ -25,14 +25,13 @@ from dlc.evaluation.codes import (
     BATCH,
     CodeReader,
     EncoderNetwork,
-    counts_of,
     gathered,
     in_batches_of_images,
     open_encoder_of,
     token_agreement,
 )
 from dlc.evaluation.feature_images import FeatureImages, Reconstructor, open_vae
-from dlc.evaluation.features import merge, outputs_of, share
+from dlc.evaluation.features import counts_of, merge, outputs_of, share
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
 from dlc.evaluation.networks import NETWORKS, open_networks
 from dlc.evaluation.similarity import psnr, ssim
@@ -155,7 +154,8 @@ def joined(
     """
     count = len(images)
     rows = {name: gathered(parts, count, state) for name, parts in measured.rows.items()}
-    statistics = {name: merge(one, counts_of(count, state), state) for name, one in measured.statistics.items()}
+    counts = counts_of(count, BATCH, state)
+    statistics = {name: merge(one, counts, state) for name, one in measured.statistics.items()}
     if not state.is_main_process:
         return None
     result = dict(images=count, psnr=float(rows["psnr"].mean()), ssim=float(rows["ssim"].mean()))
