@@ -271,7 +271,8 @@ def test_fetching_goes_on_where_it_stopped(server, fetched, tmp_path):
     assert not path.exists() and path.with_name(".weights.pth.part").stat().st_size == 4000
     server.stops_after = None
     assert fetched(path).read_bytes() == server.content
-    assert server.ranges == [f"bytes={start}-" for start in range(0, 5000, 1000)] and list(path.parent.iterdir()) == [path]
+    assert server.ranges == [f"bytes={start}-" for start in range(0, 5000, 1000)]
+    assert list(path.parent.iterdir()) == [path]
     fetched(path)
     assert len(server.ranges) == 5  # it is there
 

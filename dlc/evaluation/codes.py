@@ -147,13 +147,17 @@ def in_batches_of_images(read, work, start: int, stop: int, state, desc: str):
             bar.update(len(indices))
 
 
-def codes_of_images(load, count: int, read: CodeReader, state) -> np.ndarray | None:
+def codes_of_images(load, count: int, read: CodeReader, state, desc: str, change=None) -> np.ndarray | None:
     """The codes (count, L) of images, read by all processes, on rank 0; None elsewhere.
 
-    load: of indices (n,), their images (n, H, W, 3) uint8.
+    Args:
+        load: of indices (n,), their images (n, H, W, 3) uint8.
+        change: makes other images of those, on the device, which are then read; None: they are read as they are.
     """
     start, stop = share(count, BATCH, state.process_index, state.num_processes)
-    parts = in_batches_of_images(load, lambda _, images: read(images), start, stop, state, "encoding samples")
+    parts = in_batches_of_images(
+        load, lambda _, images: read(change(images) if change else images), start, stop, state, desc
+    )
     codes = gathered([torch.zeros(0, read.encoder.L, dtype=torch.int64), *parts], count, state)
     return None if codes is None else codes.numpy()
 

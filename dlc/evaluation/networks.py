@@ -134,8 +134,19 @@ def add_network_flags(add, more=""):
     )
 
 
+def check_weights_flags(args, names) -> None:
+    """Raise ValueError where weights are named of a network that is none of the wanted ones."""
+    for kind in NETWORKS.values():
+        if getattr(args, kind.name) and kind.name not in names:
+            raise ValueError(f"{kind.flag}: no features of {kind.name} are wanted: leave it out, or ask for some")
+
+
+def find_networks(args, names) -> dict[str, Path]:
+    """The file of the weights of each of these networks; see `find_weights`."""
+    return {name: find_weights(NETWORKS[name], getattr(args, name)) for name in names}
+
+
 def open_networks(args, names, state):
     """{name: network} of these names, on this process's device. Rank 0 fetches weights that are nowhere."""
-    given = dict(inception=args.inception, dinov2=args.dinov2)
-    paths = done_by_rank_0(state, lambda: {name: find_weights(NETWORKS[name], given[name]) for name in names})
-    return {name: NETWORKS[name](paths[name], state.device) for name in names}
+    paths = done_by_rank_0(state, lambda: find_networks(args, names))
+    return {name: NETWORKS[name](path, state.device) for name, path in paths.items()}
