@@ -92,7 +92,7 @@ def check_sources(args) -> None:
     if args.features_path and (args.encoder != DEFAULT_ENCODER or args.encoder_backbone or args.L):
         raise ValueError("an encoder reads images: --features-path holds codes already, leave out the encoder's flags")
     if Path(args.out).suffix != ".npy":
-        raise ValueError(f"--out {args.out} does not end in .npy")
+        raise ValueError(f"--out {args.out}: wanted a .npy")
     check_writable(args.out, "--out")
 
 

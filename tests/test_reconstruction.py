@@ -352,8 +352,9 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
     assert "does not exist: make it with extract_features_withdlc.py" in error(features=tmp_path / "x")
     assert "--features none goes with no other" in error("--features", "none", "encoder")
     assert "there are none, or it is left out" in error("--features", "encoder", "--encoder", "none")
-    assert "--out missing/x.json: wanted a file in a folder that exists" in error("--out", "missing/x.json")
+    assert "--out missing/x.json: there is no such folder" in error("--out", "missing/x.json")
     assert "no weights of inception (HF_HUB_OFFLINE is set)" in error()
+    assert "--dinov2: no features of dinov2 are wanted" in error("--dinov2", "x")
     lone = tmp_path / "lone"
     shutil.copytree(workplace / "features", lone)
     (lone / "manifest.json").unlink()
