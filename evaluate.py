@@ -152,7 +152,7 @@ def open_feature_file(args, images, reference, state):
         raise ValueError(f"--features {args.features} has no array reference (M, D): add it, or give --reference")
     elif reference is None:
         reference = Reference(Path(args.features))
-    elif measured is None and not reference.statistics:
+    elif not reference.statistics:
         raise ValueError(f"--reference {args.reference} has no mu and sigma, with which features could be compared")
     else:  # its statistics are taken to be of these features, and its images are not run
         reference = replace(reference, network=FEATURE_FILE, images=None, network_sha256=None, probe=None)

@@ -9,7 +9,6 @@ position; the level of chance; and, given the images of the features that the co
 for the VAE's reconstructions of images, since no sample that this VAE decodes can be expected to keep more.
 """
 
-import argparse
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import ArgumentParser, number
 from dlc.disk import check_writable
 from dlc.encoder import add_encoder_flags
-from dlc.evaluation.codes import CodeReader, codes_of_images, open_encoder_of, token_agreement
+from dlc.evaluation.codes import CodeReader, agreement_of_images, open_encoder_of
 from dlc.evaluation.feature_images import FeatureImages, Reconstructor, open_vae
 from dlc.evaluation.report import metrics_path, write_metrics
 from dlc.features import Features
@@ -92,27 +91,8 @@ class DrawnCodes(RowConditions):
 
 
 #################################################################################
-#                                   Measuring                                   #
+#                                    Command                                    #
 #################################################################################
-
-
-def measure_agreement(read: CodeReader, folder: Path, drawn: DrawnCodes, count: int, state) -> dict | None:
-    """`token_agreement` of samples 0..count-1 in a folder with the codes they were drawn for; None but on rank 0."""
-
-    def load(indices):
-        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
-
-    found = codes_of_images(load, count, read, state, "encoding samples")
-    return None if found is None else token_agreement(drawn(np.arange(count)).numpy(), found, drawn.V)
-
-
-def measure_ceiling(read: CodeReader, images: FeatureImages, features: Features, reconstruct, state) -> dict | None:
-    """The same of the VAE's reconstructions of images with the images' codes in the features."""
-    found = codes_of_images(images.crops, len(images), read, state, "encoding reconstructions", reconstruct)
-    if found is None:
-        return None
-    V = read.encoder.V
-    return token_agreement(features.codes.gather(images.rows, limit=V).astype(np.int64), found, V)
 
 
 def line_of(result: dict) -> str:
@@ -127,11 +107,6 @@ def line_of(result: dict) -> str:
         + f"; by position {by_position[low]:.3f} (number {low}) to {by_position[high]:.3f} (number {high}); "
         f"{result['whole_codes']:.1%} of the codes come back whole"
     )
-
-
-#################################################################################
-#                                    Command                                    #
-#################################################################################
 
 
 def add_agreement_flags(add) -> None:
@@ -169,7 +144,7 @@ def open_judges(args, drawn, count: int, device):
 
 
 def open_ceiling(args, drawn, encoder, count: int, device):
-    """The images to measure the ceiling on, their `Features`, the Reconstructor, and notes.
+    """The images to measure the ceiling on, their codes (n, L), the Reconstructor, and notes.
 
     Raises ValueError where there are none whose codes the encoder made.
     """
@@ -186,7 +161,8 @@ def open_ceiling(args, drawn, encoder, count: int, device):
     if args.num_images is None and len(images) > count:
         images = FeatureImages(features, args.data_path, count)
     vae, _, notes = open_vae(args.vae, features, device)
-    return images, features, Reconstructor(vae, device), notes
+    codes = features.codes.gather(images.rows, limit=encoder.V).astype(np.int64)
+    return images, codes, Reconstructor(vae, device), notes
 
 
 def check_before_drawing(args, sampling, default: str) -> None:
@@ -199,14 +175,13 @@ def check_before_drawing(args, sampling, default: str) -> None:
     _, model, meta = open_model(sampling, ComputedCodes.script, default)
     if model.conditioning != "codes":
         raise ValueError(f"--agreement is of samples for codes: {sampling.model} draws for {model.conditioning}")
-    conditions, count, features = ComputedCodes.open(sampling, model, meta), sampling.num_fid_samples, None
+    conditions, count = ComputedCodes.open(sampling, model, meta), sampling.num_fid_samples
     if args.dlc_dir:
-        moved = ComputedCodes.open(argparse.Namespace(**{**vars(sampling), "dlc_dir": args.dlc_dir}), model, meta)
+        moved = ComputedCodes.open(SimpleNamespace(**{**vars(sampling), "dlc_dir": args.dlc_dir}), model, meta)
         if conditions_sha256(moved, count) != conditions_sha256(conditions, count):
             raise ValueError(f"--dlc-dir {args.dlc_dir}: the samples are to be drawn for other codes")
-    if not sampling.prior:
-        features = open_codes(conditions.source)[1]
     source = sampling.prior or conditions.source
+    features = None if sampling.prior else open_codes(source)[1]
     codes = SimpleNamespace(source=source, features=features, L=model.sem_embedder.L)
     open_judges(args, codes, count, torch.device("cpu"))
 
@@ -227,17 +202,24 @@ def main():
         state = start_processes()
         encoder, notes, ceiling = open_judges(args, drawn, count, state.device)
         drawn.V = encoder.V
+        wanted = drawn(np.arange(count)).numpy()  # (count, L)
         agree("samples, codes and encoder", (record.conditions_sha256, weights_sha256(encoder)))
+
+    def load(indices):
+        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
+
     logger = create_logger(state)
     for note in [*notes, *(ceiling[3] if ceiling else [])]:
         logger.info(f"note: {note}")
     with parser.kept_on_error("nothing is written", "the number of other programs", (ValueError, OSError)):
         read = CodeReader(encoder, state.device)
-        result = measure_agreement(read, folder, drawn, count, state)
-        of_images = measure_ceiling(read, *ceiling[:3], state) if ceiling else None
+        result = agreement_of_images(load, wanted, read, state, "encoding samples")
+        if ceiling:
+            images, codes, reconstruct, _ = ceiling
+            found = agreement_of_images(images.crops, codes, read, state, "encoding reconstructions", reconstruct)
         if state.is_main_process:
-            if of_images:
-                result["ceiling"] = of_images
+            if ceiling:
+                result["ceiling"] = found
             write_metrics(path, dict(code_agreement=result))
             logger.info(line_of(result))
             logger.info(f"written to {path}")

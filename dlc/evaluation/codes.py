@@ -147,19 +147,20 @@ def in_batches_of_images(read, work, start: int, stop: int, state, desc: str):
             bar.update(len(indices))
 
 
-def codes_of_images(load, count: int, read: CodeReader, state, desc: str, change=None) -> np.ndarray | None:
-    """The codes (count, L) of images, read by all processes, on rank 0; None elsewhere.
+def agreement_of_images(load, wanted: np.ndarray, read: CodeReader, state, desc: str, change=None) -> dict | None:
+    """`token_agreement` of wanted codes (n, L) with those of n images, read by all processes; None but on rank 0.
 
     Args:
-        load: of indices (n,), their images (n, H, W, 3) uint8.
+        load: of indices (k,), their images (k, H, W, 3) uint8.
         change: makes other images of those, on the device, which are then read; None: they are read as they are.
     """
+    count, L = wanted.shape
     start, stop = share(count, BATCH, state.process_index, state.num_processes)
     parts = in_batches_of_images(
         load, lambda _, images: read(change(images) if change else images), start, stop, state, desc
     )
-    codes = gathered([torch.zeros(0, read.encoder.L, dtype=torch.int64), *parts], count, state)
-    return None if codes is None else codes.numpy()
+    codes = gathered([torch.zeros(0, L, dtype=torch.int64), *parts], count, state)
+    return None if codes is None else token_agreement(wanted, codes.numpy(), read.encoder.V)
 
 
 def gathered(parts: list[torch.Tensor], count: int, state) -> torch.Tensor | None:
