@@ -20,7 +20,7 @@ import torch
 
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.disk import check_writable, write_whole
-from dlc.encoder import DEFAULT_ENCODER, add_encoder_flags, open_encoder
+from dlc.encoder import add_encoder_flags, open_encoder
 from dlc.features import Features, code_dtype
 from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, random_words
@@ -89,8 +89,6 @@ def check_sources(args) -> None:
         raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp is of --mode sem, and has no effect on tokens")
-    if args.features_path and (args.encoder != DEFAULT_ENCODER or args.encoder_backbone or args.L):
-        raise ValueError("an encoder reads images: --features-path holds codes already, leave out the encoder's flags")
     if Path(args.out).suffix != ".npy":
         raise ValueError(f"--out {args.out}: wanted a .npy")
     check_writable(args.out, "--out")
