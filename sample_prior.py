@@ -106,8 +106,6 @@ def run(parser, args):
         options, folder = PriorOptions.of(args), CodeFolder(args.out)
         if Path(args.out).exists() and not Path(args.out).is_dir():
             raise ValueError(f"--out {args.out} is a file: name a folder")
-        if args.features_path and not args.usage:
-            raise ValueError("--features-path names codes to compare with, and --no-usage compares none")
         state = start_processes()
         path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
         if is_id(path):

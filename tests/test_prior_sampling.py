@@ -328,7 +328,6 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--given", "far.npy", "--keep-tokens", 1), f"outside 0..{V - 1}"),
         (("--given", other, "--keep-tokens", 1), f"V=3, the prior V={V}"),
         (("--features-path", other), "--V"),
-        (("--features-path", other, "--no-usage"), "--no-usage compares none"),
         (("--out", codes[0], "--num", 5), "is a set of 542 codes, more than 5"),
         (("--out", codes[0], "--num", NUM, "--steps", 2), "steps 6 there, 2 here"),
         (("--out", codes[0], "--num", NUM, "--ckpt", plain), "weights_sha256"),
