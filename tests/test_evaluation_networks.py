@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dlc.evaluation import download, networks
+from dlc import download
+from dlc.evaluation import networks
 from dlc.evaluation.dinov2 import load_dinov2, preprocess, resample_positions
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
