@@ -281,7 +281,10 @@ def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch,
     found = CodeReader(load_encoder(tiny_models[1]), CPU)(pictures).numpy()
     wanted = Features(workplace / "features").codes.gather(np.array(record["code_rows"]))
     assert {key: value for key, value in result.items() if key != "ceiling"} == token_agreement(wanted, found, V)
-    assert result["ceiling"]["images"] == 14
+    run(monkeypatch, capsys, "reconstruction", workplace / "features", "--data-path", images, "--features", "none")
+    reconstructed = json.loads((workplace / "features/reconstruction.json").read_text())
+    (workplace / "features/reconstruction.json").unlink()
+    assert result["ceiling"] == reconstructed["code_agreement"] and result["ceiling"]["images"] == 14
     assert f"code agreement {result['share']:.3f} +- " in said and "VAE reconstructions of 14 images" in said
 
 
