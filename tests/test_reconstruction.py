@@ -360,5 +360,8 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
     assert "--dinov2: no features of dinov2 are wanted" in error("--dinov2", "x")
     lone = tmp_path / "lone"
     shutil.copytree(workplace / "features", lone)
+    manifest = json.loads((lone / "manifest.json").read_text())
+    (lone / "manifest.json").write_text(json.dumps({**manifest, "encoder": None, "L": None, "V": None}))
+    assert "--encoder x: features" in error("--encoder", "x", features=lone)
     (lone / "manifest.json").unlink()
     assert "half-written" in error(features=lone) or "have no manifest.json" in error(features=lone)
