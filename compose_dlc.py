@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dlc.cli import SEED, ArgumentParser, number
-from dlc.disk import write_whole
+from dlc.disk import check_writable, write_whole
 from dlc.encoder import add_encoder_flags, open_encoder
 from dlc.features import Features, code_dtype
 from dlc.images import center_crop, load_rgb
@@ -89,8 +89,9 @@ def check_sources(args) -> None:
         raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp is of --mode sem, and has no effect on tokens")
-    if Path(args.out).suffix != ".npy" or not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: wanted a .npy in a folder that exists")
+    if Path(args.out).suffix != ".npy":
+        raise ValueError(f"--out {args.out}: wanted a .npy")
+    check_writable(args.out, "--out")
 
 
 @torch.inference_mode()

@@ -63,7 +63,6 @@ python -m demo.prior codes "$out"
 stage "sample: simpler models' codes" "${sample[@]}" --sample-dir "$out/samples_simple" \
     --dlc-dir "$out/simple_codes" --num-fid-samples 720
 
-python -m demo.report --features "$out/features_heldout" --samples "$out/samples" --times "$out/times.txt" \
-    --out "$out/demo.png" --composed "$out/composed" --sources "${sources[@]}" --composed-out "$out/composed.png"
+python -m demo.report "$out" --sources "${sources[@]}"
 python -m demo.table "$out"
 python -m demo.prior report "$out"

@@ -10,17 +10,23 @@ make-reference, reconstruction, agreement, sweep.
 """
 
 import importlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from dlc.cli import ArgumentParser
-from dlc.evaluation.comparison import DEFAULTS, METRICS, Comparison, Result
+from dlc.disk import check_writable
+from dlc.evaluation.comparison import DEFAULTS, METRICS, Comparison, Result, needs_reference, networks_of
 from dlc.evaluation.feature_file import NAME as FEATURE_FILE
 from dlc.evaluation.feature_file import FileNetwork, read_features
 from dlc.evaluation.features import Measured, measure
-from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
+from dlc.evaluation.flags import (
+    add_comparison_flags,
+    check_comparison_flags,
+    comparison_of,
+    nothing_written,
+    wanted_metrics,
+)
 from dlc.evaluation.images import open_images
 from dlc.evaluation.networks import NETWORKS, open_networks
 from dlc.evaluation.reference import Reference, open_reference
@@ -54,18 +60,12 @@ def check_flags(args):
     if args.samples is None and not is_file:
         hint = f" (the commands are {', '.join(COMMANDS)})"
         raise ValueError(f"SAMPLES is missing: name an .npz or a folder of images{hint}")
-    if args.reference is None and not is_file:
+    if args.reference is None and not is_file and needs_reference(wanted_metrics(args)):
         raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
     if (args.crop or args.resize) and not any(one and Path(one).is_dir() for one in (args.samples, args.reference)):
         raise ValueError("--crop and --resize are for folders, and neither SAMPLES nor --reference is one")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no such folder")
     if args.output is None:
         args.output = str(metrics_path(Path(args.samples or args.features)))
-    if Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output} is a folder: name a file")
-    if not os.access(Path(args.output).resolve().parent, os.W_OK):
-        raise ValueError(f"{args.output} cannot be written: name another file with --output")
 
 
 def main():
@@ -74,27 +74,28 @@ def main():
         sys.argv[0] += f" {name}"  # which argparse names in errors
         return importlib.import_module(COMMANDS[name]).main()
     parser, args = parse_args()
-    kept = "nothing was written"
-    with parser.kept_on_error(kept, "--batch-size", ()), parser.one_line_errors(kept):
-        run(parser, args)
+    with nothing_written(parser):
+        run(args)
 
 
-def run(parser, args):
+def run(args):
     """Compare as args ask for."""
     # ---------------------------------------------------------------------- checks
-    with parser.one_line_errors():
-        check_flags(args)
-        itself = check_arithmetic()
-        samples = open_images(args.samples, "SAMPLES", args.crop, args.resize) if args.samples else None
-        reference = open_reference(args.reference, args.crop, args.resize) if args.reference else None
-        state = start_processes()
+    check_flags(args)
+    itself = check_arithmetic()
+    samples = open_images(args.samples, "SAMPLES", args.crop, args.resize) if args.samples else None
+    compared = bool(args.reference) and needs_reference(wanted_metrics(args))
+    reference = open_reference(args.reference, args.crop, args.resize) if compared else None
+    check_writable(args.output, "--output")
+    state = start_processes()
     logger = create_logger(state)
-    with parser.one_line_errors():
-        if args.features in NETWORKS:
-            comparison, checks = open_comparison(args, reference, state)
-        else:
-            comparison, checks = open_feature_file(args, samples, reference, state), {}
-        early = comparison.warnings_of(samples)
+    if args.features in NETWORKS:
+        comparison, checks = open_comparison(args, reference or Reference(None), state)
+    else:
+        comparison, checks = open_feature_file(args, samples, reference, state), {}
+    early = comparison.warnings_of(samples)
+    if args.reference and not compared:
+        early.append("--reference is not used: no metric compares with it")
     logger.info(f"self-check passed: the distance of a set to itself is {itself:.1e}; {describe(checks)}")
     if samples:
         logger.info(f"{samples.count:,} samples of {samples.size[1]} x {samples.size[0]} in {samples.path}")
@@ -124,12 +125,8 @@ def run(parser, args):
 
 def open_comparison(args, reference, state):
     """The Comparison by networks that args ask for, and what the self-check found of each network."""
-    metrics = args.metrics or DEFAULTS[args.features]
-    names = dict.fromkeys([args.features, *(["dinov2"] if "fd_dinov2" in metrics else [])])
-    networks = open_networks(args, names, state)
-    comparison = Comparison(
-        reference, networks, metrics, state, args.pr_precision, args.global_seed, batch_size=args.batch_size
-    )
+    networks = open_networks(args, networks_of(args.features, wanted_metrics(args)), state)
+    comparison = comparison_of(args, reference, networks, state)
     checks = done_by_rank_0(state, lambda: {name: check_network(one, reference)[1] for name, one in networks.items()})
     return comparison, checks
 
@@ -141,18 +138,21 @@ def open_feature_file(args, images, reference, state):
         raise ValueError(
             f"--features {args.features} is of {samples.count:,} samples, and SAMPLES are {images.count:,}"
         )
-    if measured is None and reference is None:
-        raise ValueError(f"--features {args.features} has no array reference (M, D): add it, or give --reference")
     network = FileNetwork(args.features, samples, probs)
     has = {"statistics"} | ({"features"} if measured else set()) | ({"probabilities"} if probs is not None else set())
-    has |= {"spatial"} if "spatial" in network.outputs else set()
+    there = measured.statistics if measured else {(FEATURE_FILE, "spatial")}  # of a --reference it is checked later
+    has |= {"spatial"} if "spatial" in network.outputs and (FEATURE_FILE, "spatial") in there else set()
     metrics = args.metrics or [name for name in DEFAULTS[FEATURE_FILE] if METRICS[name] in has]
     for name in metrics:
         if METRICS[name] not in has:
             raise ValueError(f"--metrics {name} needs {METRICS[name]}, which --features {args.features} does not hold")
-    if reference is None:
+    if not needs_reference(metrics):
+        reference = Reference(None)
+    elif measured is None and reference is None:
+        raise ValueError(f"--features {args.features} has no array reference (M, D): add it, or give --reference")
+    elif reference is None:
         reference = Reference(Path(args.features))
-    elif measured is None and not reference.statistics:
+    elif not reference.statistics:
         raise ValueError(f"--reference {args.reference} has no mu and sigma, with which features could be compared")
     else:  # its statistics are taken to be of these features, and its images are not run
         reference = replace(reference, network=FEATURE_FILE, images=None, network_sha256=None, probe=None)

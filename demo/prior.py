@@ -16,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demo.digits import DigitReader, load_split
-from demo.table import DIRECTIONS, Demo
+from demo.digits import DIRECTIONS, DigitReader, MainDirections, load_split
+from demo.table import Demo, read_codes
 from diffusion.masked import mean_bound
 from dlc.checkpoints.prior_weights import diffusion_of, load_prior
 from dlc.disk import write_bytes
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 from dlc.features import Features
 from dlc.images import image_grid
-from dlc.sampling.code_folder import open_codes
 from dlc.sampling.prior import newest_prior
 from dlc.training.heldout import heldout_bounds
 
@@ -137,12 +136,8 @@ class Judge:
         self.train, self.heldout = DigitReader.scans(train_images), DigitReader.scans(images)
         self.network = MLPClassifier((128, 64), alpha=1e-3, max_iter=400, random_state=0)
         self.network.fit(self.train, self.train_labels)
-        self.mean = self.train.mean(axis=0)
-        self.directions = np.linalg.svd(self.train - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, 20)
+        self.main_directions = MainDirections(self.train)
         self.shares = np.bincount(self.labels, minlength=10) / len(self.labels)
-
-    def main_directions(self, scans):
-        return (scans - self.mean) @ self.directions
 
     def hidden(self, scans):
         for weights, bias in zip(self.network.coefs_[:-1], self.network.intercepts_[:-1]):
@@ -150,20 +145,13 @@ class Judge:
         return scans
 
     def frechet(self, features, scans):
-        statistics = []
-        for part in (self.heldout, scans):
-            values = torch.from_numpy(features(part))
-            statistics.append(FeatureStatistics(values.shape[1]))
-            statistics[-1].update(values)
-        return frechet_distance(*statistics)
+        return frechet_distance(*(FeatureStatistics.of(features(part)) for part in (self.heldout, scans)))
 
     def __call__(self, scans, asked=None):
         """Figures of scans (n, 64), by name; with the digits that were asked for, how many are read as such."""
         p = self.network.predict_proba(scans)
         read = p.argmax(axis=1)
-        recall = precision_recall(
-            *(torch.from_numpy(self.main_directions(part)) for part in (self.heldout, scans)), precision="float32"
-        )[1]
+        recall = precision_recall(*map(self.main_directions, (self.heldout, scans)), precision="float32")[1]
         return dict(
             confident=float((p.max(axis=1) > 0.9).mean()),
             frechet_pca=self.frechet(self.main_directions, scans),
@@ -189,12 +177,6 @@ def distances(codes, train):
 #################################################################################
 #                                    Commands                                   #
 #################################################################################
-
-
-def read_codes(path):
-    """All codes of a source as --dlc-dir takes it, (n, L) int64."""
-    rows = open_codes(path)[0]
-    return rows.gather(np.arange(len(rows))).astype(np.int64)
 
 
 def simple_models(folder):

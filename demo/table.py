@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demo.digits import DigitReader, load_split
+from demo.digits import DigitReader, MainDirections, load_split
 from dlc.disk import write_bytes
 from dlc.encoder import load_encoder
 from dlc.evaluation.codes import CodeReader, token_agreement
@@ -31,8 +31,13 @@ from dlc.images import to_uint8
 from dlc.sampling.code_folder import open_codes
 from dlc.vae import decode, load_vae
 
-DIRECTIONS = 20  # they hold 89% of the variance of the train scans
 CPU = torch.device("cpu")
+
+
+def read_codes(source) -> np.ndarray:
+    """All codes of a source as --dlc-dir takes it, (n, L) int64."""
+    rows = open_codes(source)[0]
+    return rows.gather(np.arange(len(rows))).astype(np.int64)
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Demo:
         self.codes = self.features.codes.gather(rows).astype(np.int64)
         self.labels = self.features.labels.gather(rows)  # folders 0 to 9, so the class index is the digit
         images, labels = load_split("heldout")
-        self.images = images[np.argsort(labels, kind="stable")]  # the listing goes class by class
+        order = np.argsort(labels, kind="stable")  # the listing goes class by class
+        self.images = images[order]
+        assert (labels[order] == self.labels).all()
 
     def samples(self, name: str) -> np.ndarray:
         """The samples in a --sample-dir of the demo. Raises FileNotFoundError where there are none."""
@@ -70,9 +77,15 @@ class Demo:
     def prior_codes(self, name: str) -> np.ndarray:
         """The codes (n, L) that a prior drew for samples. Raises FileNotFoundError where there are none."""
         for folder in (self.folder / name).glob("*.codes"):
-            rows = open_codes(folder)[0]
-            return rows.gather(np.arange(len(rows))).astype(np.int64)
+            return read_codes(folder)
         raise FileNotFoundError(self.folder / name)
+
+    def reconstructions(self) -> np.ndarray:
+        """What the VAE makes of the images, (n, 64, 64, 3) uint8."""
+        latents = torch.from_numpy(self.features.latents.gather(np.arange(self.features.count))).float()
+        vae = load_vae(self.features.manifest.vae)
+        with torch.inference_mode():
+            return torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
 
 
 #################################################################################
@@ -85,11 +98,7 @@ def real(demo: Demo) -> Row:
 
 
 def reconstructions(demo: Demo) -> Row:
-    latents = torch.from_numpy(demo.features.latents.gather(np.arange(demo.features.count))).float()
-    vae = load_vae(demo.features.manifest.vae)
-    with torch.inference_mode():
-        images = torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
-    return Row("their VAE reconstructions", images, demo.codes, demo.labels)
+    return Row("their VAE reconstructions", demo.reconstructions(), demo.codes, demo.labels)
 
 
 def from_codes(demo: Demo) -> Row:
@@ -151,14 +160,11 @@ class Judge:
         self.read_digit, self.V = DigitReader(), demo.features.V
         self.read_code = CodeReader(load_encoder(demo.features.manifest.encoder), CPU)
         scans = DigitReader.scans(load_split("train")[0])  # (1437, 64)
-        self.mean = scans.mean(axis=0)
-        self.directions = np.linalg.svd(scans - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, 20)
+        self.main_directions = MainDirections(scans)
         self.train = self.statistics(scans)
 
     def statistics(self, scans: np.ndarray) -> FeatureStatistics:
-        statistics = FeatureStatistics(DIRECTIONS)
-        statistics.update((scans - self.mean) @ self.directions)
-        return statistics
+        return FeatureStatistics.of(self.main_directions(scans))
 
     def __call__(self, row: Row) -> dict:
         distance = frechet_distance(self.train, self.statistics(DigitReader.scans(row.images)))

@@ -75,6 +75,17 @@ def write_bytes(path, content):
     write_whole(path, lambda file: file.write(content))
 
 
+def check_writable(path, flag):
+    """Raise ValueError, naming the flag that a path was given to, where no file can be written there."""
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no such folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
+
+
 def remove_temporaries(directory, name=""):
     """Remove the temporary files of killed `write_whole` calls whose targets' names start with `name`."""
     for temporary in directory.glob(f".*.{'?' * 32}.tmp"):

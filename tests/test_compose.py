@@ -127,6 +127,7 @@ def test_a_source_does_not_depend_on_the_others(images, tiny_models):
         (["{cat}", "{cat}", "--weights", "0", "0"], "not all 0"),
         (["{cat}", "{cat}", "--temp", "1"], "--temp is of --mode sem"),
         (["{cat}", "{cat}", "--out", "codes.txt"], "--out codes.txt: wanted a .npy"),
+        (["{cat}", "{cat}", "--out", "no/codes.npy"], "--out no/codes.npy: there is no such folder"),
         (["{cat}", "{broken}", "--encoder", "{encoder}"], "cannot read the image {broken}"),
         (["{cat}", "{cat}"], "--encoder lavoies/SEM_dinov2_L512: no such local path, and the hub's cache"),
         (["--features-path", "{features}", "--rows", "0", "99"], "--rows 99: features {features} have rows 0 to 13"),

@@ -35,9 +35,7 @@ def by_hand(samples, reference):
     sets = [network(torch.from_numpy(one)) for one in (reference, samples)]
     statistics = {}
     for output in ("pool", "spatial"):
-        both = [FeatureStatistics(one[output].shape[1]) for one in sets]
-        for one, found in zip(both, sets):
-            one.update(found[output])
+        both = [FeatureStatistics.of(one[output]) for one in sets]
         statistics[output] = frechet_distance(*both)
     precision, recall = precision_recall(sets[0]["pool"], sets[1]["pool"])
     score = inception_score(network.probabilities(sets[1]["pool"]))
@@ -87,6 +85,23 @@ def test_every_metric(evaluate, evaluation_place):
     found = numbers_in(evaluation_place / "more.json")
     assert found.keys() == {"kid", "kid_std", "density", "coverage"}
     assert re.search(rf"KID +{NUMBER} ± {NUMBER}\n", said) and not (evaluation_place / "samples.metrics.json").exists()
+    assert "; KID as in Binkowski et al. 2018, density and coverage as in Naeem et al. 2020; inception 0" in said
+    warnings = said.split("warning", 1)[1]
+    assert warnings.startswith(": 40 samples: published numbers are of 50,000\n") and "istance" not in warnings
+
+
+def test_inception_score_alone(evaluate, evaluation_place):
+    """It compares with nothing: no reference is wanted, none is read, and nothing is said of one."""
+    said = evaluate("samples.npz", "--metrics", "is")
+    content = json.loads((evaluation_place / "samples.metrics.json").read_text())
+    assert content["metrics"] == {"inception_score": pytest.approx(by_hand(pixels(40), pixels(50))["inception_score"])}
+    assert set(content["reference"].values()) == {None}
+    assert re.search(rf"to paste: IS {NUMBER}: 40 samples of 16 x 16; ADM's definitions in PyTorch; inception 0", said)
+    assert "istance" not in said.split("warning", 1)[1] and "reference" not in said
+    said = evaluate("samples.npz", "--metrics", "is", "--reference", "nowhere.npz")
+    assert "warning: --reference is not used: no metric compares with it" in said
+    np.savez("features.npz", samples=np.eye(4, dtype=np.float32), probs=np.full((4, 2), 0.5, np.float32))
+    assert "to paste: IS 1.0: 4 samples; ADM's" in evaluate("--features", "features.npz", "--metrics", "is")
 
 
 def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
@@ -100,6 +115,11 @@ def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
     evaluate(*common, "--features", "dinov2")
     alone = numbers_in(evaluation_place / "samples.metrics.json")
     assert alone.keys() == {"fd_dinov2", "precision", "recall"} and alone["fd_dinov2"] == both["fd_dinov2"]
+    (evaluation_place / "tiny.bin").unlink()  # Inception is not wanted
+    said = evaluate(*common, "--metrics", "fd_dinov2")
+    assert numbers_in(evaluation_place / "samples.metrics.json") == {"fd_dinov2": both["fd_dinov2"]}
+    assert "40 samples are too few for a Frechet distance: the covariance of 64 features" in said
+    assert re.search(r"\(50 images\); FD-DINOv2 as in Stein et al. 2023; dinov2 [0-9a-f]{8}\n", said)
 
 
 @pytest.mark.parametrize("case", ["usual", "large"])
@@ -130,8 +150,7 @@ def test_features_and_the_images_that_they_are_of(evaluate, evaluation_place):
     content = json.loads((evaluation_place / "samples.metrics.json").read_text())
     assert content["metrics"].keys() == {"fd", "precision", "recall"} and len(content["samples"]["sha256"]) == 64
     wanted = FeatureStatistics.from_moments(np.zeros(5), np.eye(5))
-    own = FeatureStatistics(5)
-    own.update(features[0])
+    own = FeatureStatistics.of(features[0])
     assert content["metrics"]["fd"] == pytest.approx(frechet_distance(wanted, own))
     assert "features features.npz" in said
 
@@ -143,8 +162,7 @@ def test_features_against_stored_statistics_alone(evaluate, evaluation_place):
     extra = dict(network=np.array("inception"), network_sha256=np.array("f" * 64), probe=np.zeros(5))
     np.savez("statistics.npz", mu=np.zeros(5), sigma=np.eye(5), **extra)
     evaluate("--features", "features.npz", "--reference", "statistics.npz")
-    own = FeatureStatistics(5)
-    own.update(features)
+    own = FeatureStatistics.of(features)
     wanted = frechet_distance(FeatureStatistics.from_moments(np.zeros(5), np.eye(5)), own)
     assert numbers_in(evaluation_place / "features.metrics.json") == {"fd": pytest.approx(wanted)}
 

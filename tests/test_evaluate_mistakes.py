@@ -31,6 +31,8 @@ def test_warnings_of_counts():
     assert "1,000 samples are too few for a Frechet distance: the covariance of 2,048 features" in line
     (line,) = counted(10_000)
     assert line == "10,000 samples: published numbers are of 50,000, and fewer give a larger distance"
+    assert counted(1000, width=0, metrics=("is",)) == ["1,000 samples: published numbers are of 50,000"]
+    assert counted(50_000, width=0, reference=Reference("r.npz"), metrics=("kid",)) == []
     (line,) = counted(50_000, reference=Reference("r.npz"))
     assert "the reference is 10,000 images of r.npz and the samples are 50,000" in line and "mu and sigma" in line
     (line,) = counted(50_000, count=1000, metrics=("fid", "recall"))
@@ -116,6 +118,14 @@ def test_mistaken_flags(mistake):
         tiny_dinov2("vit.pth", depth=1)
         and mistake(*common, "--features", "dinov2", "--dinov2", "vit.pth", "--metrics", "sfid")
     )
+    for flags, words in (
+        (("--dinov2", "vit.pth"), "--dinov2: no features of dinov2 are wanted: leave it out, or ask for some"),
+        (("--inception", "tiny.bin", "--metrics", "fd_dinov2"), "--inception: no features of inception are wanted"),
+        (("--metrics", "fid", "--pr-precision", "float32"), "--pr-precision float32 is of precision and recall"),
+        (("--features", "reference.npz", "--batch-size", 3), "--batch-size is of networks, and --features"),
+    ):
+        assert words in mistake(*common, *flags)
+    assert "nowhere/x.npz does not exist" in mistake("nowhere/x.npz", *common[1:])
     assert "--inception nowhere.pth does not exist" in mistake(*common, "--inception", "nowhere.pth")
     assert "no weights of dinov2 (HF_HUB_OFFLINE is set): fetch https://" in mistake(*common, "--features", "dinov2")
 
@@ -231,6 +241,9 @@ def test_features_that_are_none(mistake):
     assert "--metrics is needs probabilities, which --features features.npz does not hold" in complain(
         "--metrics", "is", samples=good, reference=good
     )
+    assert "--metrics sfid needs spatial, which --features features.npz does not hold" in complain(
+        "--metrics", "sfid", samples=good, reference=good, samples_spatial=good
+    )
     assert "features.npz is of 9 samples, and SAMPLES are 40" in complain("samples.npz", samples=good, reference=good)
 
 
@@ -247,7 +260,10 @@ def test_make_reference_mistakes(evaluation_place, monkeypatch, capsys):
     )
     assert "is of 16 x 16 pixels, not --image-size" in complain("reference.npz", "out.npz", "--image-size", 8)
     assert "no/out.npz: there is no such folder" in complain("reference.npz", "no/out.npz", "--image-size", 16)
-    assert not list(evaluation_place.glob("out*"))
+    assert "--dinov2: no features of dinov2" in complain("reference.npz", "o.npz", "--image-size", 16, "--dinov2", "x")
+    (evaluation_place / "folder.npz").mkdir()
+    assert "folder.npz is a folder: name a file" in complain("reference.npz", "folder.npz", "--image-size", 16)
+    assert not list(evaluation_place.glob("o*"))
 
 
 def test_open_reference_gives_what_the_file_says(evaluate, evaluation_place):

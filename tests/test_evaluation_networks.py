@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dlc.evaluation import download, networks
+from dlc import download
+from dlc.evaluation import networks
 from dlc.evaluation.dinov2 import load_dinov2, preprocess, resample_positions
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
@@ -251,31 +252,48 @@ def digest_of(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def test_fetching_goes_on_where_it_stopped(server, tmp_path):
-    path, prefix = tmp_path / "cache/weights.pth", digest_of(server.content)[:8]
-    server.stops_after = 6000
-    with pytest.raises(ValueError, match="(6,000 of 10,240 bytes|out of reach).*; what came is kept"):
-        download.fetch(server.url, path, prefix)
-    assert not path.exists() and path.with_name("weights.pth.part").stat().st_size == 6000
+@pytest.fixture
+def fetched(server, monkeypatch):
+    """Fetch the server's file as Inception's published one, whose digest starts with the given digits."""
+
+    def fetch(path, prefix=None):
+        monkeypatch.setattr(networks.InceptionNetwork, "url", server.url)
+        monkeypatch.setattr(networks.InceptionNetwork, "sha256_prefix", prefix or digest_of(server.content)[:8])
+        return download.fetch(server.url, path, functools.partial(networks.check_digest, networks.InceptionNetwork))
+
+    return fetch
+
+
+def test_fetching_goes_on_where_it_stopped(server, fetched, tmp_path):
+    path = tmp_path / "cache/weights.pth"
+    server.stops_after = 1000
+    with pytest.raises(ValueError, match="after 4,000 of 10,240 bytes, which are kept: run the same command again"):
+        fetched(path)
+    assert not path.exists() and path.with_name(".weights.pth.part").stat().st_size == 4000
     server.stops_after = None
-    assert download.fetch(server.url, path, prefix).read_bytes() == server.content
-    assert server.ranges == ["bytes=0-", "bytes=6000-"] and list(path.parent.iterdir()) == [path]
-    download.fetch(server.url, path, prefix)
-    assert len(server.ranges) == 2  # it is there
+    assert fetched(path).read_bytes() == server.content
+    assert server.ranges == [f"bytes={start}-" for start in range(0, 5000, 1000)]
+    assert list(path.parent.iterdir()) == [path]
+    fetched(path)
+    assert len(server.ranges) == 5  # it is there
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_server_that_starts_over_or_has_no_more(server, tmp_path, whole):
+def test_a_server_that_starts_over_or_has_no_more(server, fetched, tmp_path, whole):
+    """A part that is the whole file, of which a server has no more, is not fetched again."""
     path = tmp_path / "weights.pth"
-    path.with_name("weights.pth.part").write_bytes(server.content if whole else server.content[:100])
+    path.with_name(".weights.pth.part").write_bytes(server.content if whole else server.content[:100])
     server.resumes = whole
-    assert download.fetch(server.url, path, digest_of(server.content)[:8]).read_bytes() == server.content
+    assert fetched(path).read_bytes() == server.content and len(server.ranges) == 1
 
 
-def test_another_file_is_not_kept(server, tmp_path):
+def test_another_file_and_an_endless_one_are_refused(server, fetched, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wanted 6726825d…: it is not the published file, and was removed"):
-        download.fetch(server.url, tmp_path / "weights.pth", "6726825d")
+        fetched(tmp_path / "weights.pth", "6726825d")
     assert not list(tmp_path.glob("*"))
+    monkeypatch.setattr(download, "LARGEST", 10_000)
+    with pytest.raises(ValueError, match="sends more than 10,000 bytes"):
+        fetched(tmp_path / "weights.pth")
 
 
 def test_where_weights_are_looked_for(server, tmp_path, monkeypatch):

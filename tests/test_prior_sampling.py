@@ -11,12 +11,13 @@ from test_prior_training import write_features
 from tiny_prior import save_prior
 
 import sample_prior
+from dlc.codes import perplexity
 from dlc.evaluation.agreement import DrawnCodes
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, finished_record, open_codes
 from dlc.sampling.prior import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.record import SamplesRecord
-from dlc.sampling.usage import Rows, nearest, perplexity, usage
+from dlc.sampling.usage import Rows, nearest, usage
 
 NUM = 2 * SHARD + 30
 
@@ -214,12 +215,12 @@ def test_usage_by_hand():
     assert found["training"]["nearest_mean"] == own.min(axis=1).mean()
     shares = [np.bincount(column, minlength=3) / 12 for column in new.T]
     np.testing.assert_allclose(
-        perplexity(rows[0], 3), [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares], rtol=1e-9
+        perplexity(rows[0].counts(3)), [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares], rtol=1e-9
     )
     assert nearest(rows[0], rows[1], 3).shape == (3,)
     assert usage(rows[0], 3)["samples"].keys().isdisjoint({"copies", "nearest_mean"})
     alone = Rows(9, lambda places: np.ones((9, 2), int)[places], np.arange(9))
-    np.testing.assert_allclose(perplexity(alone, 300), 1)
+    np.testing.assert_allclose(perplexity(alone.counts(300)), 1)
 
 
 def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):

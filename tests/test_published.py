@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_layouts import assert_same, tiny
 
+from dlc import download
 from dlc.checkpoints import published
 from dlc.sampling.command import open_model
 
@@ -55,7 +56,7 @@ def server(tmp_path, monkeypatch):
     """The stand-in, in a working directory of its own, with a small model in the place of the large one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "PUBLISHED", {NAME: ("DiT-Ti/4", 64)})
-    monkeypatch.setattr(published, "CHUNK", 2**16)
+    monkeypatch.setattr(download, "CHUNK", 2**16)
     torch.save(tiny(num_classes=1000).state_dict(), tmp_path / "served.pt")
     server = Server((tmp_path / "served.pt").read_bytes())
     monkeypatch.setenv(published.ADDRESS_VARIABLE, server.url)
@@ -91,7 +92,7 @@ def test_a_download_that_is_cut_off_continues(server):
     with pytest.raises(ValueError, match="the connection was cut off after .* are kept: run the same command again"):
         published.published_weights(NAME)
     kept = 4 * server.cut
-    assert left() == [f".{NAME}.part", f".{NAME}.part.version"] and len(server.asked) == published.TRIES
+    assert left() == [f".{NAME}.part", f".{NAME}.part.version"] and len(server.asked) == download.TRIES
     assert server.asked[1:] == [(f"/models/{NAME}", f"bytes={number * server.cut}-") for number in (1, 2, 3)]
     server.cut = None
     path = published.published_weights(NAME)
@@ -104,7 +105,7 @@ def test_a_part_of_another_file_is_begun_anew(server, changed):
     published.FOLDER.mkdir()
     part = published.FOLDER / f".{NAME}.part"
     part.write_bytes(b"x" * (10**8 if changed == "too long" else 1000))
-    published.validator_of(part).write_text('"0"' if changed == "version" else server.version)
+    download.validator_of(part).write_text('"0"' if changed == "version" else server.version)
     server.ranges = changed != "no ranges"
     assert published.published_weights(NAME).read_bytes() == server.content and left() == [NAME]
 

@@ -281,7 +281,10 @@ def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch,
     found = CodeReader(load_encoder(tiny_models[1]), CPU)(pictures).numpy()
     wanted = Features(workplace / "features").codes.gather(np.array(record["code_rows"]))
     assert {key: value for key, value in result.items() if key != "ceiling"} == token_agreement(wanted, found, V)
-    assert result["ceiling"]["images"] == 14
+    run(monkeypatch, capsys, "reconstruction", workplace / "features", "--data-path", images, "--features", "none")
+    reconstructed = json.loads((workplace / "features/reconstruction.json").read_text())
+    (workplace / "features/reconstruction.json").unlink()
+    assert result["ceiling"] == reconstructed["code_agreement"] and result["ceiling"]["images"] == 14
     assert f"code agreement {result['share']:.3f} +- " in said and "VAE reconstructions of 14 images" in said
 
 
@@ -352,9 +355,13 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
     assert "does not exist: make it with extract_features_withdlc.py" in error(features=tmp_path / "x")
     assert "--features none goes with no other" in error("--features", "none", "encoder")
     assert "there are none, or it is left out" in error("--features", "encoder", "--encoder", "none")
-    assert "--out missing/x.json: wanted a file in a folder that exists" in error("--out", "missing/x.json")
+    assert "--out missing/x.json: there is no such folder" in error("--out", "missing/x.json")
     assert "no weights of inception (HF_HUB_OFFLINE is set)" in error()
+    assert "--dinov2: no features of dinov2 are wanted" in error("--dinov2", "x")
     lone = tmp_path / "lone"
     shutil.copytree(workplace / "features", lone)
+    manifest = json.loads((lone / "manifest.json").read_text())
+    (lone / "manifest.json").write_text(json.dumps({**manifest, "encoder": None, "L": None, "V": None}))
+    assert "--encoder x: features" in error("--encoder", "x", features=lone)
     (lone / "manifest.json").unlink()
     assert "half-written" in error(features=lone) or "have no manifest.json" in error(features=lone)

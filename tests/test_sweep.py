@@ -4,7 +4,9 @@ import importlib
 import json
 import sys
 
+import numpy as np
 import pytest
+from conftest import L
 from PIL import Image
 
 from dlc.evaluation import sweep
@@ -125,15 +127,17 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
     reference = tmp_path / "reference.npz"
     reference.write_bytes(b"")
     own = ["--cfg-scale", "1.5", "--reference", str(reference), "--agreement", "--processes", "2", "--discard"]
-    _, args, evaluation, sampling = sweep.parse_args([*own, "--metrics", "fid", "--", "--num-fid-samples", "8"])
-    found = sweep.draw_and_evaluate(args, evaluation, sampling, {"cfg-scale": 1.5}, tmp_path / "out")
+    own += ["--encoder", "sem", "--metrics", "fid", "is", "--dlc-dir", "codes"]
+    _, args, drawing, handed = sweep.parse_args([*own, "--", "--num-fid-samples", "8"])
+    assert drawing.num_fid_samples == 8 and sweep.check_flags(args, handed) == {"cfg-scale": [1.5]}
+    found = sweep.draw_and_evaluate(args, handed, {"cfg-scale": 1.5}, tmp_path / "out")
     assert found == dict(fid=2.0, code_agreement=0.5)
     samples = str(tmp_path / "out/set.npz")
     flags = ["--num-fid-samples", "8", "--cfg-scale", "1.5", "--sample-dir", str(tmp_path / "out")]
     assert commands == [
         (2, "sample_ddp_computed_dlc.py", flags),
-        (2, "evaluate.py", [samples, "--reference", str(reference), "--metrics", "fid"]),
-        (2, "evaluate.py", ["agreement", samples]),
+        (2, "evaluate.py", [samples, "--reference", str(reference), "--metrics", "fid", "is"]),
+        (2, "evaluate.py", ["agreement", samples, "--encoder", "sem", "--dlc-dir", "codes"]),
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["set.metrics.json"]  # --discard
 
@@ -154,7 +158,11 @@ def test_failed_programs(tmp_path):
         (["--t-min", "500", "--t-max", "400", "--agreement"], "t-min 500 is above t-max 400"),
         (["--sampler", "euler", "--agreement"], "--sampler euler: wanted one of ddpm"),
         (["--cfg-scale", "1", "--agreement", "--script", "sample_ddp.py"], "which sample_ddp.py does not draw"),
-        (["--cfg-scale", "1", "--agreement", "--metrics", "is"], "--metrics goes with --reference"),
+        (["--cfg-scale", "1", "--agreement", "--metrics", "fid"], "--metrics goes with --reference"),
+        (["--cfg-scale", "1", "--metrics", "is", "--encoder", "x"], "--encoder goes with --agreement"),
+        (["--cfg-scale", "1", "--agreement", "--vae", "ema"], "--vae is of the ceiling, which is measured on images"),
+        (["--cfg-scale", "1", "--metrics", "is", "--inception", "x"], "--inception x does not exist"),
+        (["--cfg-scale", "1", "--agreement"], "no checkpoint of DiTSEM-XL/2 under --results-dir results"),
         (["--cfg-scale", "1", "--agreement", "--flotz"], "unrecognized arguments: --flotz"),
         (["--cfg-scale", "1", "--agreement", "--crop", "3", "--resize", "3"], "exclude each other: give one"),
         (["--cfg-scale", "1", "--agreement", "--", "--cfg-scale", "2"], "--cfg-scale after -- is a flag that is swept"),
@@ -168,11 +176,37 @@ def test_wrong_flags(flags, message, error_of, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing is begun
 
 
+def test_what_measures_is_opened_first(workplace, tiny_models, images, evaluation_place, error_of):
+    """A missing encoder, one of other codes, weights and references that do not fit: before anything is drawn."""
+    results, codes = str(workplace / "results"), str(workplace / "features")
+    drawing = ("--", "--model", "DiTSEM-Ti/4", "--num-fid-samples", 3, "--results-dir", results)
+    before = sorted(evaluation_place.iterdir())
+    for flags, message in (
+        (("--agreement", "--encoder", "nowhere"), "nowhere"),
+        (("--agreement", "--encoder", "tiny.bin"), "tiny.bin"),
+        (("--agreement", "--dlc-dir", "samples.npz"), "samples.npz"),
+        (("--agreement", "--data-path", images, "--num-images", 99), "--num-images 99: features"),
+        (("--reference", "reference.npz", "--inception", "nowhere.pth"), "--inception nowhere.pth does not exist"),
+        (("--reference", "reference.npz"), "--metrics precision needs at least 4 images in each set, and there are 3"),
+        (("--reference", "tiny.bin"), "--reference tiny.bin is neither an .npz nor a folder"),
+    ):
+        assert message in error_of("evaluate", "sweep", "--cfg-scale", 1, *flags, *drawing), flags
+    np.save("other.npy", np.zeros((9, L), np.uint8))
+    error = error_of("evaluate", "sweep", "--cfg-scale", 1, "--agreement", "--dlc-dir", "other.npy", *drawing)
+    assert "--dlc-dir other.npy: the samples are to be drawn for other codes" in error
+    (evaluation_place / "other.npy").unlink()
+    assert sorted(evaluation_place.iterdir()) == before
+    args = ["--agreement", "--cfg-scale", "1", "--reference", "reference.npz", "--metrics", "fid", "--dlc-dir", codes]
+    _, args, drawing, _ = sweep.parse_args([*args, *map(str, drawing)])
+    sweep.check_measures(args, drawing)  # with nothing wrong
+
+
 def test_whole_command(tmp_path, monkeypatch, capsys):
     """From the flags to the table, with a stand-in for what draws and evaluates."""
     monkeypatch.chdir(tmp_path)
     stand_in = StandIn()
-    monkeypatch.setattr(sweep, "draw_and_evaluate", lambda args, evaluation, sampling, *setting: stand_in(*setting))
+    monkeypatch.setattr(sweep, "draw_and_evaluate", lambda args, handed, *setting: stand_in(*setting))
+    monkeypatch.setattr(sweep, "check_measures", lambda args, drawing: None)
     argv = ["evaluate.py", "sweep", "--cfg-scale", "1", "2", "--t-max", "400", "999", "--agreement"]
     for drawn in (3, 3):
         monkeypatch.setattr(sys, "argv", list(argv))

@@ -11,22 +11,24 @@ for the VAE's reconstructions of images, since no sample that this VAE decodes c
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import ArgumentParser, number
+from dlc.disk import check_writable
 from dlc.encoder import add_encoder_flags
-from dlc.evaluation.codes import CodeReader, codes_of_images, open_encoder_of, token_agreement
+from dlc.evaluation.codes import CodeReader, agreement_of_images, open_encoder_of
 from dlc.evaluation.feature_images import FeatureImages, Reconstructor, open_vae
-from dlc.evaluation.reconstruction import Measured, joined, measure
 from dlc.evaluation.report import metrics_path, write_metrics
 from dlc.features import Features
 from dlc.images import read_png
 from dlc.runtime import agree, create_logger, start_processes
 from dlc.sampling.code_folder import finished_record
-from dlc.sampling.conditions import RowConditions, conditions_sha256, open_codes
+from dlc.sampling.command import open_model
+from dlc.sampling.conditions import ComputedCodes, RowConditions, conditions_sha256, open_codes
 from dlc.sampling.files import missing_indices, png_path
 from dlc.sampling.record import SamplesRecord
 
@@ -84,28 +86,13 @@ class DrawnCodes(RowConditions):
                 "name them with --dlc-dir"
             )
 
-    @property
-    def manifest(self):
-        """Of the features that the codes belong to; None for codes in other files."""
-        return self.features.manifest if self.features is not None else None
-
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.rows.gather(self.values(indices), limit=self.V).astype(np.int64))
 
 
 #################################################################################
-#                                   Measuring                                   #
+#                                    Command                                    #
 #################################################################################
-
-
-def measure_agreement(read: CodeReader, folder: Path, drawn: DrawnCodes, count: int, state) -> dict | None:
-    """`token_agreement` of samples 0..count-1 in a folder with the codes they were drawn for; None but on rank 0."""
-
-    def load(indices):
-        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
-
-    found = codes_of_images(load, count, read, state)
-    return None if found is None else token_agreement(drawn(np.arange(count)).numpy(), found, drawn.V)
 
 
 def line_of(result: dict) -> str:
@@ -122,26 +109,42 @@ def line_of(result: dict) -> str:
     )
 
 
-#################################################################################
-#                                    Command                                    #
-#################################################################################
-
-
-def parse_args():
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("samples", help="folder of samples of a DiTSEM, or its .npz")
+def add_agreement_flags(add) -> None:
+    """Add all but the samples; evaluate.py sweep hands them on."""
     add_encoder_flags(add, None, " that made the codes; default: the one that the codes' features name")
     add("--dlc-dir", help="codes that the samples were drawn for, if they have moved [those that samples.json names]")
     add("--data-path", help="also measure the ceiling on these images, which the features were extracted from [none]")
     add("--features-path", help="with --data-path: the features that say which images [those that the codes are of]")
     add("--vae", help="with --data-path: ema, mse, a directory or a hub id [that of the features]")
     add("--num-images", type=number(int, 1), help="with --data-path: images to use, spread over all [one per sample]")
+
+
+def check_agreement_flags(args) -> None:
+    """Raise ValueError for flags that nothing would read."""
+    for flag in ("features-path", "vae", "num-images"):
+        if getattr(args, flag.replace("-", "_")) is not None and not args.data_path:
+            raise ValueError(f"--{flag} is of the ceiling, which is measured on images: give --data-path")
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("samples", help="folder of samples of a DiTSEM, or its .npz")
+    add_agreement_flags(parser.add_argument)
     return parser, parser.parse_args()
 
 
-def open_ceiling(args, drawn: DrawnCodes, encoder, count: int, device):
-    """The images to measure the ceiling on, their `Features`, the Reconstructor, and notes.
+def open_judges(args, drawn, count: int, device):
+    """The encoder that reads `count` samples for codes, notes on it, and what `open_ceiling` gives, or None.
+
+    drawn: the codes: DrawnCodes, or what else has their source, features (or None) and L.
+    """
+    manifest = drawn.features.manifest if drawn.features is not None else None
+    encoder, notes = open_encoder_of(args, manifest, drawn.L, f"the codes of {drawn.source}")
+    return encoder, notes, open_ceiling(args, drawn, encoder, count, device) if args.data_path else None
+
+
+def open_ceiling(args, drawn, encoder, count: int, device):
+    """The images to measure the ceiling on, their codes (n, L), the Reconstructor, and notes.
 
     Raises ValueError where there are none whose codes the encoder made.
     """
@@ -158,43 +161,65 @@ def open_ceiling(args, drawn: DrawnCodes, encoder, count: int, device):
     if args.num_images is None and len(images) > count:
         images = FeatureImages(features, args.data_path, count)
     vae, _, notes = open_vae(args.vae, features, device)
-    return images, features, Reconstructor(vae, device), notes
+    codes = features.codes.gather(images.rows, limit=encoder.V).astype(np.int64)
+    return images, codes, Reconstructor(vae, device), notes
+
+
+def check_before_drawing(args, sampling, default: str) -> None:
+    """Raise ValueError for what would hinder measuring the agreement of samples that are yet to be drawn.
+
+    Args:
+        args: flags of `add_agreement_flags`.
+        sampling: flags of the sampling script. default: the model that it draws from without --model and --ckpt.
+    """
+    _, model, meta = open_model(sampling, ComputedCodes.script, default)
+    if model.conditioning != "codes":
+        raise ValueError(f"--agreement is of samples for codes: {sampling.model} draws for {model.conditioning}")
+    conditions, count = ComputedCodes.open(sampling, model, meta), sampling.num_fid_samples
+    if args.dlc_dir:
+        moved = ComputedCodes.open(SimpleNamespace(**{**vars(sampling), "dlc_dir": args.dlc_dir}), model, meta)
+        if conditions_sha256(moved, count) != conditions_sha256(conditions, count):
+            raise ValueError(f"--dlc-dir {args.dlc_dir}: the samples are to be drawn for other codes")
+    source = sampling.prior or conditions.source
+    features = None if sampling.prior else open_codes(source)[1]
+    codes = SimpleNamespace(source=source, features=features, L=model.sem_embedder.L)
+    open_judges(args, codes, count, torch.device("cpu"))
 
 
 def main():
     parser, args = parse_args()
     with parser.one_line_errors():
-        for flag, value in (("features-path", args.features_path), ("vae", args.vae), ("num-images", args.num_images)):
-            if value is not None and not args.data_path:
-                raise ValueError(f"--{flag} is of the ceiling, which is measured on images: give --data-path")
+        check_agreement_flags(args)
         folder = samples_folder(args.samples)
-        record = SamplesRecord.read(folder / "samples.json")
+        record, path = SamplesRecord.read(folder / "samples.json"), metrics_path(folder)
         count, drawn = record.num_fid_samples, DrawnCodes(folder, record, args.dlc_dir)
         missing = missing_indices(folder, count)
         if missing:
             raise ValueError(
                 f"{folder} lacks {len(missing):,} of its {count:,} images: run the sampling command again to draw them"
             )
-        encoder, notes = open_encoder_of(args, drawn.manifest, drawn.L, f"the codes of {drawn.source}")
-        drawn.V = encoder.V
+        check_writable(path, "the numbers' file")
         state = start_processes()
-        ceiling = open_ceiling(args, drawn, encoder, count, state.device) if args.data_path else None
+        encoder, notes, ceiling = open_judges(args, drawn, count, state.device)
+        drawn.V = encoder.V
+        wanted = drawn(np.arange(count)).numpy()  # (count, L)
         agree("samples, codes and encoder", (record.conditions_sha256, weights_sha256(encoder)))
+
+    def load(indices):
+        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
+
     logger = create_logger(state)
     for note in [*notes, *(ceiling[3] if ceiling else [])]:
         logger.info(f"note: {note}")
     with parser.kept_on_error("nothing is written", "the number of other programs", (ValueError, OSError)):
         read = CodeReader(encoder, state.device)
-        result, of_images = measure_agreement(read, folder, drawn, count, state), None
+        result = agreement_of_images(load, wanted, read, state, "encoding samples")
         if ceiling:
-            images, features, reconstruct, _ = ceiling
-            measured = Measured((), encoder.L, {})
-            measure(measured, images, reconstruct, state, read=read)
-            of_images = joined(measured, images, state, codes=features.codes, V=encoder.V)
+            images, codes, reconstruct, _ = ceiling
+            found = agreement_of_images(images.crops, codes, read, state, "encoding reconstructions", reconstruct)
         if state.is_main_process:
-            if of_images:
-                result["ceiling"] = of_images["code_agreement"]
-            path = metrics_path(folder)
+            if ceiling:
+                result["ceiling"] = found
             write_metrics(path, dict(code_agreement=result))
             logger.info(line_of(result))
             logger.info(f"written to {path}")

@@ -1,6 +1,5 @@
 """Codes of images in evaluation: how many tokens of two sets of codes agree, and the encoder that reads codes."""
 
-import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from PIL import Image
 
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import progress
+from dlc.codes import token_counts
 from dlc.encoder import DEFAULT_ENCODER, open_encoder, tokens
-from dlc.evaluation.features import gather, share
+from dlc.evaluation.features import counts_of, exact_numerics, gather, share
 from dlc.extraction import encoding_pool, encoding_threads, in_order
 from dlc.images import center_crop
-from dlc.runtime import cores_per_process, in_batches, set_numerics
+from dlc.runtime import cores_per_process, in_batches
 
 BATCH = 32  # images at once; fixed, because a pixel or a token near a tie may depend on it
 
@@ -35,10 +35,7 @@ def token_agreement(wanted: np.ndarray, found: np.ndarray, V: int) -> dict:
     count, L = wanted.shape
     equal = wanted == found  # (n, L)
     shares, by_position = equal.mean(axis=1), equal.mean(axis=0)
-    p, q = (
-        np.stack([np.bincount(column, minlength=V) for column in codes.T.astype(np.int64)]) / count  # (L, V)
-        for codes in (wanted, found)
-    )
+    p, q = (token_counts(codes, V) / count for codes in (wanted, found))  # (L, V)
     chance = (p * q).sum(axis=1)
     return dict(
         share=float(equal.mean()),
@@ -126,18 +123,6 @@ def open_encoder_of(args, manifest, L: int, whose: str):
 #################################################################################
 
 
-@contextlib.contextmanager
-def exact_numerics():
-    """One CPU thread per operation and no TF32: sums then depend neither on the cores nor on the processes."""
-    threads = torch.get_num_threads()
-    set_numerics(tf32=False, deterministic=True)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def batches_of(start: int, stop: int) -> list[np.ndarray]:
     """The numbers start to stop - 1, BATCH at once."""
     return [np.arange(place, min(place + BATCH, stop)) for place in range(start, stop, BATCH)]
@@ -162,23 +147,22 @@ def in_batches_of_images(read, work, start: int, stop: int, state, desc: str):
             bar.update(len(indices))
 
 
-def codes_of_images(load, count: int, read: CodeReader, state) -> np.ndarray | None:
-    """The codes (count, L) of images, read by all processes, on rank 0; None elsewhere.
+def agreement_of_images(load, wanted: np.ndarray, read: CodeReader, state, desc: str, change=None) -> dict | None:
+    """`token_agreement` of wanted codes (n, L) with those of n images, read by all processes; None but on rank 0.
 
-    load: of indices (n,), their images (n, H, W, 3) uint8.
+    Args:
+        load: of indices (k,), their images (k, H, W, 3) uint8.
+        change: makes other images of those, on the device, which are then read; None: they are read as they are.
     """
+    count, L = wanted.shape
     start, stop = share(count, BATCH, state.process_index, state.num_processes)
-    parts = in_batches_of_images(load, lambda _, images: read(images), start, stop, state, "encoding samples")
-    codes = gathered([torch.zeros(0, read.encoder.L, dtype=torch.int64), *parts], count, state)
-    return None if codes is None else codes.numpy()
+    parts = in_batches_of_images(
+        load, lambda _, images: read(change(images) if change else images), start, stop, state, desc
+    )
+    codes = gathered([torch.zeros(0, L, dtype=torch.int64), *parts], count, state)
+    return None if codes is None else token_agreement(wanted, codes.numpy(), read.encoder.V)
 
 
 def gathered(parts: list[torch.Tensor], count: int, state) -> torch.Tensor | None:
     """The rows (count, ...) of the shares of all processes, each given in parts, on rank 0; None elsewhere."""
-    return gather(torch.cat(parts), counts_of(count, state), state)
-
-
-def counts_of(count: int, state) -> list[int]:
-    """How many of `count` images each process has."""
-    shares = [share(count, BATCH, rank, state.num_processes) for rank in range(state.num_processes)]
-    return [stop - start for start, stop in shares]
+    return gather(torch.cat(parts), counts_of(count, BATCH, state), state)

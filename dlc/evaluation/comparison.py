@@ -48,6 +48,17 @@ DEFAULTS = {
 DISTANCES = {"inception": "fid", "dinov2": "fd_dinov2", FEATURE_FILE: "fd"}
 
 
+def networks_of(features: str, metrics) -> list[str]:
+    """The networks that metrics need; that of --features, where it is one of them, comes first."""
+    needs = {METRICS[name] for name in metrics}
+    return list(dict.fromkeys([*([features] if needs - {"dinov2"} else []), *(needs & {"dinov2"})]))
+
+
+def needs_reference(metrics) -> bool:
+    """Whether some of the metrics compare samples with a reference."""
+    return any(METRICS[name] != "probabilities" for name in metrics)
+
+
 @dataclass
 class Result:
     """values: {key of metrics.json: number}. warnings: lines. samples, reference: what was measured of each."""
@@ -62,8 +73,8 @@ class Comparison:
     """Measures a reference, once, and sets of samples against it.
 
     Args:
-        reference: from `open_reference`.
-        networks: {name: network} of those that the metrics need; the first is the one of --features.
+        reference: from `open_reference`; `Reference(None)` where no metric needs one.
+        networks: {name: network} of `networks_of`.
         metrics: keys of METRICS.
         state: accelerate's PartialState.
         pr_precision: see `precision_recall`.
@@ -188,23 +199,32 @@ class Comparison:
         result.warnings = [*self.warnings_of(samples), *found, *result.warnings]
         return result
 
+    def check_counts(self, count: int) -> int | None:
+        """How many images the reference has, if it has any. Raises ValueError for fewer than a metric needs.
+
+        count: how many samples there are, or will be.
+        """
+        there = self.reference.images or self.measured
+        there = (there and there.count) or None
+        for name in self.metrics:
+            for images, whose in ((count, "samples"), (there, "reference images")):
+                if images is not None and images < FEWEST.get(name, 2):
+                    raise ValueError(
+                        f"--metrics {name} needs at least {FEWEST.get(name, 2)} images in each set, and there are "
+                        f"{images} {whose}"
+                    )
+        return there
+
     def warnings_of(self, samples: ImageSet | None) -> list[str]:
         """What is to be warned of before any work; samples None: of features of a file, which say how many they are.
 
         Raises ValueError for fewer images than a metric needs.
         """
-        reference, main = self.reference, self.networks[self.main]
-        count = samples.count if samples else main.measured.count
-        there = reference.images.count if reference.images else (self.measured and self.measured.count) or None
-        ours = [(count, "samples")] + ([(there, "reference images")] if there else [])
-        for name in self.metrics:
-            for images, whose in ours:
-                if images < FEWEST.get(name, 2):
-                    raise ValueError(
-                        f"--metrics {name} needs at least {FEWEST.get(name, 2)} images in each set, and there are "
-                        f"{images} {whose}"
-                    )
-        lines = notes.of_counts(count, main.outputs["pool"], reference, there, self.metrics)
+        reference = self.reference
+        count = samples.count if samples else self.networks[self.main].measured.count
+        there = self.check_counts(count)
+        width = max((self.networks[name].outputs[output] for name, output in self.distances()), default=0)
+        lines = notes.of_counts(count, width, reference, there, self.metrics)
         if samples:
             lines += notes.of_record(samples.record or {}) + notes.of_images(samples, reference)
         return lines + [line for network in self.networks.values() for line in network.notes]

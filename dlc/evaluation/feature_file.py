@@ -65,8 +65,7 @@ def read_features(path) -> tuple[Measured, Measured | None, torch.Tensor | None]
                 rows = features if key == name else read(key)
                 if len(rows) != found.count:
                     raise ValueError(f"--features {path}: {key} has {len(rows):,} rows, {name} {found.count:,}")
-                found.statistics[NAME, output] = FeatureStatistics(rows.shape[1])
-                found.statistics[NAME, output].update(rows)
+                found.statistics[NAME, output] = FeatureStatistics.of(rows)
         return found
 
     samples, reference = measured("samples"), measured("reference") if "reference" in names else None

@@ -8,6 +8,7 @@ equal to the bit on a CPU, and statistics, which are merged, to about 1e-15 rela
 rank 0 from the features in the order of the images.
 """
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from dlc.cli import progress
 from dlc.evaluation.images import ImageSet
 from dlc.evaluation.metrics import FeatureStatistics
-from dlc.extraction import encoding_pool, encoding_threads, in_order
-from dlc.runtime import in_batches, set_numerics
+from dlc.extraction import encoding_pool, encoding_threads, in_order, set_exact_numerics
+from dlc.runtime import in_batches
 
 DIGEST = 16  # bytes per image
 BATCH = dict(cuda=64, cpu=8)  # images, which decide rounding; on a CPU each core has a batch
@@ -47,6 +48,23 @@ def share(count: int, batch: int, rank: int, processes: int) -> tuple[int, int]:
     batches = -(-count // batch)
     low, high = (batches * k // processes * batch for k in (rank, rank + 1))
     return min(low, count), min(high, count)
+
+
+def counts_of(count: int, batch: int, state) -> list[int]:
+    """How many of `count` images each process has."""
+    shares = [share(count, batch, rank, state.num_processes) for rank in range(state.num_processes)]
+    return [stop - start for start, stop in shares]
+
+
+@contextlib.contextmanager
+def exact_numerics():
+    """Sums that depend neither on the cores nor on the processes: see `set_exact_numerics`."""
+    threads = torch.get_num_threads()
+    set_exact_numerics()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure(
@@ -87,26 +105,21 @@ def measure(
         one_colour = (batch == batch[:, :1, :1]).flatten(1).all(dim=1).tolist()
         return hashes, one_colour, {one.name: outputs_of(one, batch, batch_size) for one in networks}
 
-    threads = torch.get_num_threads()
-    set_numerics(tf32=False, deterministic=True)
-    torch.set_num_threads(1)  # per operation, so that sums do not depend on the cores; batches run side by side
-    try:
-        with (
-            encoding_pool(state.device) as pool,
-            progress(total=stop - start, unit="img", desc=desc, disable=not state.is_main_process, delay=1) as bar,
-        ):
-            batches = images.batches(start, stop, batch_size)
-            for hashes, one_colour, features in in_order(pool, run, batches, encoding_threads(state.device)):
-                blank += [start + len(digests) + i for i, is_blank in enumerate(one_colour) if is_blank]
-                digests += hashes
-                for name, found in features.items():
-                    for output in outputs.get(name, ()):
-                        statistics[name, output].update(found[output])
-                    if name in kept:
-                        kept[name].append(found["pool"].cpu())
-                bar.update(len(hashes))
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        exact_numerics(),
+        encoding_pool(state.device) as pool,
+        progress(total=stop - start, unit="img", desc=desc, disable=not state.is_main_process, delay=1) as bar,
+    ):
+        batches = images.batches(start, stop, batch_size)
+        for hashes, one_colour, features in in_order(pool, run, batches, encoding_threads(state.device)):
+            blank += [start + len(digests) + i for i, is_blank in enumerate(one_colour) if is_blank]
+            digests += hashes
+            for name, found in features.items():
+                for output in outputs.get(name, ()):
+                    statistics[name, output].update(found[output])
+                if name in kept:
+                    kept[name].append(found["pool"].cpu())
+            bar.update(len(hashes))
     return joined(images, state, batch_size, statistics, kept, digests, blank, networks)
 
 
@@ -123,8 +136,7 @@ def outputs_of(network, batch, size):
 
 def joined(images, state, batch_size, statistics, kept, digests, blank, networks) -> Measured:
     """What all processes measured, on rank 0; elsewhere the count alone."""
-    counts = [share(images.count, batch_size, rank, state.num_processes) for rank in range(state.num_processes)]
-    counts = [stop - start for start, stop in counts]
+    counts = counts_of(images.count, batch_size, state)
     hashes = gather(
         torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, DIGEST)
         if digests

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.evaluation.download import sha256_of
+from dlc.download import sha256_of
 from dlc.evaluation.graph_def import read_constants
 from dlc.evaluation.inception import InceptionV3
 from dlc.tensor_files import check_tensors, differences_from, load_tensors

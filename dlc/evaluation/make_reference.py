@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from dlc.cli import ArgumentParser, number
+from dlc.disk import check_writable
 from dlc.evaluation.features import measure
+from dlc.evaluation.flags import nothing_written
 from dlc.evaluation.images import open_images
-from dlc.evaluation.networks import NETWORKS, add_network_flags, open_networks
+from dlc.evaluation.networks import NETWORKS, add_network_flags, check_weights_flags, open_networks
 from dlc.evaluation.notes import PUBLISHED_REFERENCE
 from dlc.evaluation.reference import STORED, write_reference
 from dlc.evaluation.self_check import check_arithmetic, check_network
@@ -38,37 +40,34 @@ def parse_args():
 
 
 def check_flags(args):
-    """Raise ValueError for flags that contradict each other."""
+    """Raise ValueError for flags that contradict each other, or that nothing would read."""
     if args.features not in NETWORKS:
         raise ValueError(f"--features {args.features}: choose from {', '.join(NETWORKS)}")
     if not args.output.endswith(".npz"):
         raise ValueError(f"{args.output} does not end in .npz")
-    if not Path(args.output).resolve().parent.is_dir():
-        raise ValueError(f"{args.output}: there is no such folder")
+    check_writable(args.output, "OUT.npz")
+    check_weights_flags(args, [args.features])
 
 
 def main():
     parser, args = parse_args()
-    kept = "nothing was written"
-    with parser.kept_on_error(kept, "--batch-size", ()), parser.one_line_errors(kept):
-        run(parser, args)
+    with nothing_written(parser):
+        run(args)
 
 
-def run(parser, args):
+def run(args):
     """Measure the images, and write the reference."""
-    with parser.one_line_errors():
-        check_flags(args)
-        check_arithmetic()
-        images = open_images(args.images, "FOLDER", crop=args.image_size)
-        if images.size != (args.image_size, args.image_size):
-            raise ValueError(f"{args.images} is of {images.size[1]} x {images.size[0]} pixels, not --image-size")
-        if images.count < 2:
-            raise ValueError(f"{args.images} has {images.count} image, and a covariance needs at least 2")
-        state = start_processes()
+    check_flags(args)
+    check_arithmetic()
+    images = open_images(args.images, "FOLDER", crop=args.image_size)
+    if images.size != (args.image_size, args.image_size):
+        raise ValueError(f"{args.images} is of {images.size[1]} x {images.size[0]} pixels, not --image-size")
+    if images.count < 2:
+        raise ValueError(f"{args.images} has {images.count} image, and a covariance needs at least 2")
+    state = start_processes()
     logger = create_logger(state)
-    with parser.one_line_errors():
-        network = open_networks(args, [args.features], state)[args.features]
-        probe, error = done_by_rank_0(state, lambda: check_network(network, None))
+    network = open_networks(args, [args.features], state)[args.features]
+    probe, error = done_by_rank_0(state, lambda: check_network(network, None))
     logger.info(f"self-check passed: {network.name}'s features differ by {error:.1e} from float64's")
     for note in (*images.notes, *network.notes):
         logger.warning(f"warning: {note}")

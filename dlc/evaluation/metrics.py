@@ -63,6 +63,13 @@ class FeatureStatistics:
         self._covariance = None  # where it is given rather than measured
 
     @classmethod
+    def of(cls, rows) -> "FeatureStatistics":
+        """Those of rows (N, D) of floats."""
+        statistics = cls(rows.shape[1])
+        statistics.update(rows)
+        return statistics
+
+    @classmethod
     def from_moments(cls, mean, covariance, count: int | None = None) -> "FeatureStatistics":
         """Statistics that somebody else computed: mean (D,), covariance (D, D), and the number of rows, if known.
 

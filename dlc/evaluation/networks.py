@@ -8,7 +8,7 @@ network has; `probabilities` is None where it has no classes. To add one, write 
 NETWORKS.
 """
 
-import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import number
+from dlc.download import fetch, is_offline, sha256_of
 from dlc.evaluation.dinov2 import load_dinov2, preprocess
-from dlc.evaluation.download import fetch
 from dlc.evaluation.inception import SIDE, InceptionV3
 from dlc.evaluation.inception_weights import GRAPH, NAMES, SHA256_PREFIX, URL, digest_fault, load_inception
 from dlc.runtime import done_by_rank_0
@@ -89,17 +89,25 @@ def find_weights(kind, given=None) -> Path:
     for path in (folder / name for folder in (cache, Path(".")) for name in kind.files):
         if path.is_file():
             return path
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            return fetch(kind.url, cache / kind.files[0], kind.sha256_prefix)
-        except (ValueError, OSError) as error:
-            reason = str(error)
-    raise ValueError(
-        f"no weights of {kind.name} ({reason}): fetch {kind.url} elsewhere and put it into {cache}, or name a file of "
-        f"them with {kind.flag}"
-    )
+    try:
+        if is_offline():
+            raise ValueError("HF_HUB_OFFLINE is set")
+        return fetch(kind.url, cache / kind.files[0], partial(check_digest, kind))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"no weights of {kind.name} ({error}): fetch {kind.url} elsewhere and put it into {cache}, or name a file "
+            f"of them with {kind.flag}"
+        ) from None
+
+
+def check_digest(kind, part: Path) -> None:
+    """Raise ValueError if a fetched file's SHA-256 has other first digits than those of a network's published file."""
+    found = sha256_of(part)
+    if not found.startswith(kind.sha256_prefix):
+        raise ValueError(
+            f"what {kind.url} sent has the SHA-256 {found[:8]}…, wanted {kind.sha256_prefix}…: it is not the "
+            "published file, and was removed"
+        )
 
 
 def probe_image(side: int = SIDE) -> np.ndarray:
@@ -126,8 +134,19 @@ def add_network_flags(add, more=""):
     )
 
 
+def check_weights_flags(args, names) -> None:
+    """Raise ValueError where weights are named of a network that is none of the wanted ones."""
+    for kind in NETWORKS.values():
+        if getattr(args, kind.name) and kind.name not in names:
+            raise ValueError(f"{kind.flag}: no features of {kind.name} are wanted: leave it out, or ask for some")
+
+
+def find_networks(args, names) -> dict[str, Path]:
+    """The file of the weights of each of these networks; see `find_weights`."""
+    return {name: find_weights(NETWORKS[name], getattr(args, name)) for name in names}
+
+
 def open_networks(args, names, state):
     """{name: network} of these names, on this process's device. Rank 0 fetches weights that are nowhere."""
-    given = dict(inception=args.inception, dinov2=args.dinov2)
-    paths = done_by_rank_0(state, lambda: {name: find_weights(NETWORKS[name], given[name]) for name in names})
-    return {name: NETWORKS[name](paths[name], state.device) for name in names}
+    paths = done_by_rank_0(state, lambda: find_networks(args, names))
+    return {name: NETWORKS[name](path, state.device) for name, path in paths.items()}

@@ -18,7 +18,8 @@ def of_counts(samples: int, width: int, reference: Reference, reference_count: i
     """Warnings of sets that are too small, or are not those of the published protocol.
 
     Args:
-        samples, reference_count: numbers of images; width: of features, 2048 of Inception's.
+        samples, reference_count: numbers of images.
+        width: of the widest features that have a Frechet distance, 2048 of Inception's; 0 where no distance is wanted.
     """
     lines = []
     if samples < width:
@@ -28,9 +29,10 @@ def of_counts(samples: int, width: int, reference: Reference, reference_count: i
         )
     elif samples != PUBLISHED_SAMPLES:
         lines.append(
-            f"{samples:,} samples: published numbers are of {PUBLISHED_SAMPLES:,}, and fewer give a larger distance"
+            f"{samples:,} samples: published numbers are of {PUBLISHED_SAMPLES:,}"
+            + (", and fewer give a larger distance" if width else "")
         )
-    if reference_count is not None and not reference.statistics and reference_count != samples:
+    if width and reference_count is not None and not reference.statistics and reference_count != samples:
         lines.append(
             f"the reference is {reference_count:,} images of {reference.path} and the samples are {samples:,}: "
             "published FIDs compare with the statistics of a whole data set, which ADM's files store as mu and sigma"

@@ -19,22 +19,21 @@ import torch
 
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import ArgumentParser, number
-from dlc.disk import recorded_id, write_bytes, write_json
+from dlc.disk import check_writable, recorded_id, write_bytes, write_json
 from dlc.encoder import add_encoder_flags
 from dlc.evaluation.codes import (
     BATCH,
     CodeReader,
     EncoderNetwork,
-    counts_of,
     gathered,
     in_batches_of_images,
     open_encoder_of,
     token_agreement,
 )
 from dlc.evaluation.feature_images import FeatureImages, Reconstructor, open_vae
-from dlc.evaluation.features import merge, outputs_of, share
+from dlc.evaluation.features import counts_of, merge, outputs_of, share
 from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
-from dlc.evaluation.networks import NETWORKS, open_networks
+from dlc.evaluation.networks import NETWORKS, check_weights_flags, open_networks
 from dlc.evaluation.similarity import psnr, ssim
 from dlc.features import Features
 from dlc.runtime import PRECISIONS, agree, create_logger, start_processes, versions
@@ -155,7 +154,8 @@ def joined(
     """
     count = len(images)
     rows = {name: gathered(parts, count, state) for name, parts in measured.rows.items()}
-    statistics = {name: merge(one, counts_of(count, state), state) for name, one in measured.statistics.items()}
+    counts = counts_of(count, BATCH, state)
+    statistics = {name: merge(one, counts, state) for name, one in measured.statistics.items()}
     if not state.is_main_process:
         return None
     result = dict(images=count, psnr=float(rows["psnr"].mean()), ssim=float(rows["ssim"].mean()))
@@ -227,12 +227,14 @@ def table_of(result: dict) -> list[str]:
 def main():
     parser, args = parse_args()
     with parser.one_line_errors():
+        check_weights_flags(args, args.networks)
         features = Features(args.features)
         images = FeatureImages(features, args.data_path, args.num_images)
         out = Path(args.out) if args.out else features.root / "reconstruction.json"
-        if not out.absolute().parent.is_dir() or out.is_dir():
-            raise ValueError(f"--out {out}: wanted a file in a folder that exists")
+        check_writable(out, "--out")
         encoder, notes = None, []
+        if features.codes is None and args.encoder not in (None, "none"):
+            raise ValueError(f"--encoder {args.encoder}: features {args.features} hold no codes to compare with")
         if features.codes is not None and args.encoder != "none":
             encoder, notes = open_encoder_of(args, features.manifest, features.L, f"the codes of {args.features}")
         state = start_processes()

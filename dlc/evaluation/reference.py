@@ -28,13 +28,13 @@ DEFAULT_NETWORK = "inception"  # of ADM's files, which do not say
 
 @dataclass
 class Reference:
-    """What the samples are compared with.
+    """What the samples are compared with; path is None where nothing is.
 
     statistics: {output: stored FeatureStatistics} of the network called `network`. images: None where there are
     statistics alone. probe: features of the probe image, or None.
     """
 
-    path: Path
+    path: Path | None
     images: ImageSet | None = None
     statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
     network: str = DEFAULT_NETWORK

@@ -24,6 +24,13 @@ NAMES = {
     "density": ("density", 3),
     "coverage": ("coverage", 3),
 }
+# whose definition a number follows, where it is not ADM's
+PAPERS = {
+    "fd_dinov2": "Stein et al. 2023",
+    "kid": "Binkowski et al. 2018",
+    "density": "Naeem et al. 2020",
+    "coverage": "Naeem et al. 2020",
+}
 MORE = {"kid": "kid_std"}  # printed after a value, with ±
 LISTS = ("runs", "labels", "code_rows", "vector_rows")  # keys of samples.json that are lists as long as the samples
 
@@ -64,8 +71,14 @@ def behind(comparison: Comparison) -> str:
 
 def definitions(result: Result, comparison: Comparison) -> str:
     """Whose definitions the numbers follow: ADM's, but for those that a flag changes or that ADM does not have."""
-    exact = comparison.pr_precision != "adm" and {"precision", "recall"} & result.values.keys()
-    return "ADM's definitions in PyTorch" + (", distances of precision and recall in float32" if exact else "")
+    names = {key: name for key, (name, _) in NAMES.items() if key in result.values}
+    parts = ["ADM's definitions in PyTorch"] if names.keys() - PAPERS.keys() else []
+    if comparison.pr_precision != "adm" and {"precision", "recall"} & names.keys():
+        parts.append("distances of precision and recall in float32")
+    for paper in dict.fromkeys(PAPERS.values()):
+        of_paper = [name for key, name in names.items() if PAPERS.get(key) == paper]
+        parts += [f"{' and '.join(of_paper)} as in {paper}"] if of_paper else []
+    return ", ".join(parts)
 
 
 def paper_line(result: Result, comparison: Comparison, samples: ImageSet | None) -> str:
@@ -76,9 +89,10 @@ def paper_line(result: Result, comparison: Comparison, samples: ImageSet | None)
         if key in result.values
     )
     size = f" of {samples.size[1]} x {samples.size[0]}" if samples else ""
+    path = comparison.reference.path
     parts = [
-        f"{numbers}: {result.samples.count:,} samples{size} against {comparison.reference.path.name} "
-        f"({behind(comparison)})",
+        f"{numbers}: {result.samples.count:,} samples{size}"
+        + (f" against {path.name} ({behind(comparison)})" if path else ""),
         definitions(result, comparison),
         *(
             f"{one.name} {one.digest[:8]}" if one.digest else f"features {one.path}"
@@ -111,7 +125,7 @@ def metrics_json(result: Result, comparison: Comparison, samples: ImageSet | Non
             settings=settings or None,
         ),
         reference=dict(
-            path=recorded_id(str(reference.path)),
+            path=recorded_id(str(reference.path)) if reference.path else None,
             count=measured.count or None,
             size=list(reference.images.size) if reference.images else None,
             sha256=measured.digest or None,

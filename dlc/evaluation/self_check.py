@@ -25,10 +25,7 @@ def stored_sets() -> tuple[torch.Tensor, torch.Tensor]:
 def arithmetic() -> dict[str, float]:
     """Every metric of the stored sets, and the distance of one to itself."""
     one, other = stored_sets()
-    statistics = []
-    for rows in (one, other):
-        statistics.append(FeatureStatistics(rows.shape[1]))
-        statistics[-1].update(rows)
+    statistics = [FeatureStatistics.of(rows) for rows in (one, other)]
     precision, recall = precision_recall(one, other)
     return dict(
         distance_to_itself=frechet_distance(statistics[0], statistics[0]),

@@ -3,29 +3,37 @@
     python evaluate.py sweep --cfg-scale 1.0 1.25 1.5 --t-max 600 999 --reference VIRTUAL_imagenet256_labeled.npz \\
         --out sweep -- --model DiTSEM-XL/2 --num-fid-samples 50000
 
-In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py; and, after --, flags of
-the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the table) and
-OUT/sweep.png (the plot; needs matplotlib). The same command run again continues; no finished setting is repeated, so
-values may be added. Settings without guidance (--cfg-scale 1) differ by no interval of it and are drawn once.
+In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py and of its agreement; and,
+after --, flags of the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the
+table) and OUT/sweep.png (the plot; needs matplotlib). The same command run again continues; no finished setting is
+repeated, so values may be added. Settings without guidance (--cfg-scale 1) differ by no interval of it: drawn once.
 """
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from diffusion.samplers import SAMPLERS
 from dlc.cli import ArgumentParser, number, one_line
 from dlc.disk import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
-from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags
-from dlc.evaluation.networks import NETWORKS
+from dlc.evaluation.agreement import add_agreement_flags, check_agreement_flags, check_before_drawing
+from dlc.evaluation.comparison import needs_reference, networks_of
+from dlc.evaluation.flags import add_comparison_flags, check_comparison_flags, comparison_of, wanted_metrics
+from dlc.evaluation.networks import NETWORKS, find_networks
+from dlc.evaluation.reference import Reference, open_reference
 from dlc.evaluation.report import NAMES
+from dlc.sampling.conditions import ClassLabels, ComputedCodes
 from dlc.sampling.flags import sampling_parser
 
 FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("sample_ddp_computed_dlc.py", "sample_ddp.py")
+SCRIPTS = {ComputedCodes.script: "DiTSEM-XL/2", ClassLabels.script: "DiT-XL/2"}  # and the model of each by default
+ENVIRONMENT = dict(os.environ)  # of the programs that are launched: the checks may join this one to a process group
 LIST_OF_TEXT = list_of(((lambda value: isinstance(value, str)), "text"))
 LIST_OF_OBJECTS = list_of(((lambda value: isinstance(value, dict)), "an object"))
 # flags of the sampling scripts that can be swept: the type of a value
@@ -74,7 +82,7 @@ class Sweep:
 
     Args:
         out: OUT/.
-        flags: of the sampling script and of evaluate.py, by those words, that all settings share.
+        flags: "sampling", of that script, and "evaluation", of evaluate.py, that all settings share.
 
     Raises ValueError where OUT holds a sweep with other flags.
     """
@@ -188,16 +196,24 @@ def report(results: list[tuple[dict, dict]], out: Path, say=print) -> None:
 def add_sweep_flags(add) -> None:
     for flag, kind in SWEPT.items():
         add(f"--{flag}", type=kind, nargs="+", help=f"try these values of the sampling script's --{flag} [its default]")
-    add("--reference", help="compare with this, as evaluate.py does [none: only --agreement is measured]")
+    add("--reference", help="compare with this, as evaluate.py does [none]")
     add("--agreement", action="store_true", help="measure code agreement too, as evaluate.py agreement does")
     add("--out", default="sweep", help="write samples, results, table and plot here")
-    add("--script", choices=SCRIPTS, default=SCRIPTS[0], help="draw with this script")
+    add("--script", choices=SCRIPTS, default=ComputedCodes.script, help="draw with this script")
     add("--processes", type=number(int, 1), default=1, help="start so many processes per launch, such as one per GPU")
     add("--discard", action="store_true", help="remove the samples of a setting once it is evaluated")
 
 
+def left_by(argv: list[str], *known) -> list[str]:
+    """The flags that none of these functions adds."""
+    parser = ArgumentParser("", add_help=False)
+    for add_flags in known:
+        add_flags(parser.add_argument)
+    return parser.parse_known_args(argv)[1]
+
+
 def parse_args(argv: list[str]):
-    """The parser, all flags before --, and, as lists of texts, the flags of evaluate.py and of the sampling script.
+    """The parser; all flags before --; those after it; and both as lists of texts, by the program that gets them.
 
     Those of the others are parsed here too, so that a mistake is not found after hours of sampling.
     """
@@ -205,38 +221,49 @@ def parse_args(argv: list[str]):
     parser = ArgumentParser(__doc__, usage="%(prog)s FLAGS -- FLAGS OF THE SAMPLING SCRIPT")
     add_sweep_flags(parser.add_argument)
     add_comparison_flags(parser.add_argument_group("handed on to evaluate.py").add_argument)
+    add_agreement_flags(parser.add_argument_group("handed on to evaluate.py agreement").add_argument)
     args = parser.parse_args(own)
-    with parser.one_line_errors():
-        check_comparison_flags(args)
-    sampling_parser("", args.script, "DiT-XL/2").parse_args(sampling)
-    splitter = ArgumentParser("", add_help=False)
-    add_sweep_flags(splitter.add_argument)
-    return parser, args, splitter.parse_known_args(own)[1], sampling
+    drawing = sampling_parser("", args.script, SCRIPTS[args.script]).parse_args(sampling)
+    handed = dict(
+        sampling=sampling,
+        evaluation=left_by(own, add_sweep_flags, add_agreement_flags),
+        agreement=left_by(own, add_sweep_flags, add_comparison_flags),
+    )
+    return parser, args, drawing, handed
 
 
-def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, list]:
+def is_compared(args) -> bool:
+    """Whether evaluate.py is to measure something."""
+    return bool(args.reference) or bool(args.metrics) and not needs_reference(args.metrics)
+
+
+def check_flags(args, handed: dict[str, list[str]]) -> dict[str, list]:
     """The values of the swept flags. Raises ValueError for flags that clash, and where there is nothing to do."""
+    check_comparison_flags(args)
+    check_agreement_flags(args)
     values = {flag: getattr(args, flag.replace("-", "_")) for flag in SWEPT}
     values = {flag: given for flag, given in values.items() if given is not None}
     if not values:
         raise ValueError(f"nothing to sweep: give values of one or more of --{', --'.join(SWEPT)}")
-    given = {text.split("=")[0] for text in sampling}
+    given = {text.split("=")[0] for text in handed["sampling"]}
     for flag in values:
         if f"--{flag}" in given:
             raise ValueError(f"--{flag} after -- is a flag that is swept: give its values before --")
     if "--sample-dir" in given:
         raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
-    if args.reference is None and not args.agreement:
+    if not is_compared(args) and handed["evaluation"]:
+        raise ValueError(f"{handed['evaluation'][0]} goes with --reference: without one only --agreement is measured")
+    if not args.agreement and handed["agreement"]:
+        raise ValueError(f"{handed['agreement'][0]} goes with --agreement")
+    if not is_compared(args) and not args.agreement:
         raise ValueError("nothing to measure: give --reference, --agreement or both")
-    if args.reference is None and evaluation:
-        raise ValueError(f"{evaluation[0]} goes with --reference: without one only --agreement is measured")
     if args.features not in NETWORKS:
         raise ValueError(f"--features {args.features}: stored features are not of samples that a sweep draws")
     if args.reference and not Path(args.reference).exists():
         raise ValueError(f"--reference {args.reference} does not exist")
-    if (args.crop or args.resize) and not Path(args.reference).is_dir():
-        raise ValueError(f"--crop and --resize are for folders, and --reference {args.reference} is none")
-    if args.agreement and args.script != SCRIPTS[0]:
+    if (args.crop or args.resize) and not (args.reference and Path(args.reference).is_dir()):
+        raise ValueError("--crop and --resize are for folders, and --reference is none")
+    if args.agreement and args.script != ComputedCodes.script:
         raise ValueError(f"--agreement is of samples for codes, which {args.script} does not draw")
     for setting in all_settings(values):
         if setting.get("t-min", 0) > setting.get("t-max", 999):
@@ -244,6 +271,17 @@ def check_flags(args, evaluation: list[str], sampling: list[str]) -> dict[str, l
         if setting.get("sampler", "ddpm") not in SAMPLERS:
             raise ValueError(f"--sampler {setting['sampler']}: wanted one of {', '.join(SAMPLERS)}")
     return values
+
+
+def check_measures(args, drawing) -> None:
+    """Raise ValueError for what would hinder the evaluation of samples that are yet to be drawn."""
+    if is_compared(args):
+        reference = open_reference(args.reference, args.crop, args.resize) if args.reference else Reference(None)
+        paths = find_networks(args, networks_of(args.features, wanted_metrics(args)))
+        networks = {name: NETWORKS[name](path, torch.device("cpu")) for name, path in paths.items()}
+        comparison_of(args, reference, networks, None).check_counts(drawing.num_fid_samples)
+    if args.agreement:
+        check_before_drawing(args, drawing, SCRIPTS[args.script])
 
 
 def flags_of(setting: dict) -> list[str]:
@@ -255,29 +293,31 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
     prefix = [sys.executable]
     if processes > 1:
         prefix += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    status = subprocess.run([*prefix, str(script), *flags]).returncode
+    status = subprocess.run([*prefix, str(script), *flags], env=ENVIRONMENT).returncode
     if status:
         raise ValueError(f"{what} ended with exit status {status} (see above)")
 
 
-def draw_and_evaluate(args, evaluation: list[str], sampling: list[str], setting: dict, folder: Path) -> dict:
+def draw_and_evaluate(args, handed: dict[str, list[str]], setting: dict, folder: Path) -> dict:
     """Draw the samples of a setting into a folder and evaluate them. Returns the metrics by name."""
     what = words_of(setting)
     launch(
         args.processes,
         ROOT / args.script,
-        [*sampling, *flags_of(setting), "--sample-dir", str(folder)],
+        [*handed["sampling"], *flags_of(setting), "--sample-dir", str(folder)],
         f"sampling with {what}",
     )
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:
         raise ValueError(f"{folder} holds {len(sets)} .npz, wanted the one just drawn: remove the others")
     evaluate, metrics = ROOT / "evaluate.py", sets[0].with_suffix(".metrics.json")
-    if args.reference:
-        flags = [str(sets[0]), "--reference", args.reference, *evaluation]
+    if is_compared(args):
+        reference = ["--reference", args.reference] if args.reference else []
+        flags = [str(sets[0]), *reference, *handed["evaluation"]]
         launch(args.processes, evaluate, flags, f"evaluation with {what}")
     if args.agreement:
-        launch(args.processes, evaluate, ["agreement", str(sets[0])], f"agreement with {what}")
+        flags = ["agreement", str(sets[0]), *handed["agreement"]]
+        launch(args.processes, evaluate, flags, f"agreement with {what}")
     found = read_json(metrics)
     values = dict(found.get("metrics", {}))
     if args.agreement:
@@ -289,16 +329,18 @@ def draw_and_evaluate(args, evaluation: list[str], sampling: list[str], setting:
 
 
 def main():
-    parser, args, evaluation, sampling = parse_args(sys.argv[1:])
+    parser, args, drawing, handed = parse_args(sys.argv[1:])
     with parser.one_line_errors():
-        settings = all_settings(check_flags(args, evaluation, sampling))
-        measured = [*(["--reference", args.reference] if args.reference else []), *evaluation]
-        measured += ["--agreement"] * args.agreement
-        sweep = Sweep(args.out, dict(sampling=sampling, evaluation=measured))
+        settings = all_settings(check_flags(args, handed))
+        measured = [*(["--reference", args.reference] if args.reference else []), *handed["evaluation"]]
+        measured += ["--agreement", *handed["agreement"]] if args.agreement else []
+        sweep = Sweep(args.out, dict(sampling=handed["sampling"], evaluation=measured))
+        if any(sweep.result_of(setting) is None for setting in settings):
+            check_measures(args, drawing)
         lock = DirectoryLock(args.out)
         lock.acquire()
     with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):
-        results = sweep.run(settings, lambda *setting: draw_and_evaluate(args, evaluation, sampling, *setting))
+        results = sweep.run(settings, lambda *setting: draw_and_evaluate(args, handed, *setting))
         report(results, sweep.out)
     lock.release()
 

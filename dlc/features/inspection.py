@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlc.cli import one_line, progress
+from dlc.codes import perplexity, token_counts
 from dlc.disk import write_whole
 from dlc.features.manifest import read_manifest
 from dlc.features.rows import NpyRows, check_range
@@ -54,17 +55,16 @@ def code_usage(features):
 
     Codes are compared by a random linear hash of 64 bits. Two flips of one image count as one row.
     """
-    counts = np.zeros(features.L * features.V, np.int64)
+    counts = np.zeros((features.L, features.V), np.int64)
     weights = np.random.default_rng(0).integers(0, 2**63, features.L, dtype=np.uint64) * 2 + 1
     hashes = []
     for block in blocks(features.codes, "codes"):
-        places = block.astype(np.int64) + np.arange(features.L) * features.V
-        counts += np.bincount(places.ravel(), minlength=len(counts))
+        counts += token_counts(block, features.V)
         hashes.append(block.astype(np.uint64) @ weights)
     hashes = np.concatenate(hashes)
     if features.manifest is not None and features.manifest.flip == "both":
         hashes = hashes[::2]
-    return counts.reshape(features.L, features.V), len(hashes) - len(np.unique(hashes))
+    return counts, len(hashes) - len(np.unique(hashes))
 
 
 def usage_picture(counts):
@@ -147,13 +147,10 @@ def print_codes(features):
     """Say how codes use their tokens, and draw it as FEATURES/codes.png."""
     features.codes.check_range(features.V)
     counts, duplicates = code_usage(features)
-    usage = counts / counts.sum(axis=1, keepdims=True)  # (L, V)
-    perplexity = np.exp(-(usage * np.log(np.maximum(usage, 1e-300))).sum(axis=1))  # (L,)
-    dead = (counts == 0).sum()
+    used, dead = perplexity(counts), (counts == 0).sum()
     print(
         f"codes: L={features.L}, V={features.V}, {features.codes.array(0).dtype}; perplexity of a position: mean "
-        f"{perplexity.mean():.1f}, least {perplexity.min():.1f} (position {perplexity.argmin()}), most "
-        f"{perplexity.max():.1f}"
+        f"{used.mean():.1f}, least {used.min():.1f} (position {used.argmin()}), most {used.max():.1f}"
     )
     print(
         f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dlc.cli import progress
+from dlc.codes import perplexity, token_counts
 
 AT_ONCE = 8192  # rows in memory
 COMPARED = 1024  # codes whose nearest training code is looked for, at most
@@ -33,18 +34,9 @@ class Rows:
         for start in range(0, len(places), AT_ONCE):
             yield self.take(places[start : start + AT_ONCE])
 
-
-def perplexity(codes, V: int, count: int | None = None) -> np.ndarray:
-    """exp of the entropy of the tokens at each position, (L,): how many tokens are in use there, 1 to V.
-
-    It grows with the number of codes that it is taken from, so compare equal numbers.
-    """
-    counts = 0
-    for part in codes.parts(count):
-        L = part.shape[1]
-        counts = counts + np.bincount((part + V * np.arange(L)).ravel(), minlength=L * V).reshape(L, V)
-    p = counts / counts.sum(axis=1, keepdims=True)
-    return np.exp(-np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=1))
+    def counts(self, V: int, count: int | None = None) -> np.ndarray:
+        """See `token_counts`, of all codes or `count` of them."""
+        return sum(token_counts(part, V) for part in self.parts(count))
 
 
 def digests(codes, desc: str | None = None) -> list[bytes]:
@@ -102,7 +94,7 @@ def usage(codes, V: int, training=None, heldout=None) -> dict:
             result[name] = None
             continue
         own = trained if name == "training" else digests(rows)
-        values = perplexity(rows, V, min(rows.count, codes.count))
+        values = perplexity(rows.counts(V, min(rows.count, codes.count)))
         L = len(values)
         entry = dict(
             count=rows.count,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from diffusion.masked import stratified_times
+from dlc.codes import token_counts
 from dlc.features import Features
 from dlc.noise import Stream, permutation, random_words, uniform
 from dlc.training.batches import TrainingBatches
@@ -114,21 +115,15 @@ class Codes:
         """
         rows = self.rows[:: max(1, math.ceil(self.count / COUNTED))]
         counts = 1 + sum(
-            token_counts(self.gather(part)[0], self.V) for part in np.array_split(rows, 1 + len(rows) // 4096)
+            token_counts(self.gather(part)[0].numpy(), self.V) for part in np.array_split(rows, 1 + len(rows) // 4096)
         )
-        log_p = (counts / counts.sum(dim=1, keepdim=True)).log()  # (L, V)
+        log_p = torch.from_numpy(counts / counts.sum(axis=1, keepdims=True)).log()  # (L, V)
         return -log_p[torch.arange(self.L), self.heldout[0]].mean().item()
 
 
 def _gather(features, rows, V, num_classes):
     codes, labels = features.codes.gather(rows, limit=V), features.labels.gather(rows, limit=num_classes)
     return torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
-
-
-def token_counts(codes: torch.Tensor, V: int) -> torch.Tensor:
-    """How often each token occurs at each position of codes (n, L): (L, V) float64."""
-    L = codes.shape[1]
-    return torch.bincount((codes + V * torch.arange(L)).flatten(), minlength=L * V).view(L, V).double()
 
 
 class CodeBatches(TrainingBatches):
