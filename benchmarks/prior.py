@@ -116,7 +116,7 @@ def timed_calls(row, model, diffusion, args):
         calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
     else:
         calls = create_sampler(name, args.V, steps, eta)(
-            lambda codes, t, places: scores(codes, t, places)[:, : args.V],
+            lambda codes, t, places: scores(codes, t, places)[..., : args.V],
             codes,
             lambda draw: uniforms(0, Stream.SAMPLE_CODE, indices, args.L, draw),
         )
