@@ -26,7 +26,7 @@ from benchmarks.record import record
 from dlc.encoder import SEMEncoder, load_encoder, save_encoder
 from dlc.extraction import PixelEncoder, encoding_pool, encoding_threads, in_order, set_exact_numerics
 from dlc.images import Views, collate, flips_of
-from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers
+from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers, set_numerics
 from dlc.vae import load_vae
 
 DECODED = 10  # times that each image is decoded to measure the rate
@@ -65,8 +65,8 @@ def images_per_second(work, batches, device):
     return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
-def rates_of_the_parts(root, args):
-    """Images per second of decoding, the VAE, the encoder, and both networks."""
+def rates_of_the_parts(root, args, tf32=False):
+    """Images per second of decoding, the VAE, the encoder, and both networks. tf32: which extraction does not use."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
     paths = sorted(path.name for path in (root / "images/class").iterdir())
     views = Views(root / "images/class", paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
@@ -81,7 +81,8 @@ def rates_of_the_parts(root, args):
     rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
 
     set_exact_numerics()
-    device = torch.device("cuda" if ON_GPU else "cpu")
+    set_numerics(tf32, deterministic=True)
+    device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
     encoder = PixelEncoder(vae, encoder, device, args.precision, args.compile)
 
     def vae_alone(batch):
@@ -124,8 +125,9 @@ def rate_of_the_whole(root, args):
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        check=True,
     )
+    if result.returncode:
+        raise RuntimeError(result.stderr)
     return float(re.search(r"([\d.]+) images/s a process", result.stdout)[1])
 
 
