@@ -25,24 +25,42 @@ class Waits(AssertionError):
     """An operation makes the CPU wait for the GPU."""
 
 
-class _NoWaiting(TorchDispatchMode):
+class no_waiting(TorchDispatchMode):  # noqa: N801
+    """A context in which it is an error if the CPU waits for the GPU, or less often than said.
+
+    Args:
+        reads: the numbers that the CPU reads from the GPU, in turn.
+        copies: how many copies between the two it waits for.
+    """
+
+    def __init__(self, *reads, copies=0):
+        super().__init__()
+        self.reads, self.copies = list(reads), copies
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if func is torch.ops.aten._local_scalar_dense.default and "cuda" in devices:
+            if not self.reads:
+                raise Waits("the CPU reads a number from the GPU")
+            return self.reads.pop(0)
+        out = func(*args, **kwargs)
         made = {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
-        if "cuda" in devices and "cpu" in made:
-            raise Waits(f"{func} copies from the GPU to the CPU")
         # copies by non_blocking do not wait, if the memory is pinned, as training's loader has it
         copying = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        if copying and devices | made == {"cpu", "cuda"} and not (kwargs.get("non_blocking") or args[2:] == (True,)):
-            raise Waits(f"{func} copies from the CPU to the GPU, and waits until all before it is done")
+        waits = (
+            copying and devices | made == {"cpu", "cuda"} and not (kwargs.get("non_blocking") or args[2:] == (True,))
+        )
+        if waits or "cuda" in devices and "cpu" in made:
+            self.copies -= 1
+            if self.copies < 0:
+                raise Waits(f"{func} copies between CPU and GPU, and waits until all before it is done")
         return out
 
-
-def no_waiting():
-    """A context in which whatever makes the CPU wait for the GPU is an error."""
-    return _NoWaiting()
+    def __exit__(self, kind, *others):
+        super().__exit__(kind, *others)
+        if kind is None and (self.reads or self.copies):
+            raise Waits(f"not read: {self.reads}; not copied: {self.copies}")
 
 
 def real(build, *args, **kwargs):
