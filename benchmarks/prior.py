@@ -184,7 +184,6 @@ def seconds_of_steps(args):
     return {name: min(times) for name, times in seconds.items()}
 
 
-@torch.inference_mode()
 def seconds_of_calls(rows, args):
     """The shortest call of the network for each kind of work of the rows of sampling; see `work_of`."""
     torch.manual_seed(0)
@@ -193,7 +192,8 @@ def seconds_of_calls(rows, args):
     diffusion, seconds = MaskedDiffusion(args.V), {}
     for _ in range(args.repeats):
         for work, row in {work_of(row, args.L): row for row in rows}.items():
-            seconds.setdefault(work, []).append(timed_calls(row, model, diffusion, args))
+            with torch.inference_mode():
+                seconds.setdefault(work, []).append(timed_calls(row, model, diffusion, args))
             print(f"{work}: {seconds[work][-1]:.3g} s a call", flush=True)
     return {work: min(times) for work, times in seconds.items()}
 
