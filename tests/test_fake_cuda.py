@@ -21,9 +21,8 @@ import train_prior
 from diffusion import create_diffusion, masked_samplers, samplers
 from diffusion.masked import MaskedDiffusion
 from dlc.encoder import SEMEncoder, tokens
-from dlc.evaluation import codes, distances, networks
+from dlc.evaluation import distances, networks
 from dlc.evaluation import similarity as similarities
-from dlc.evaluation.codes import EncoderNetwork
 from dlc.evaluation.inception import InceptionV3
 from dlc.evaluation.metrics import FeatureStatistics, density_coverage, kernel_distance, precision_recall, squared_radii
 from dlc.evaluation.networks import DINOv2Network, InceptionNetwork
@@ -246,17 +245,17 @@ def inception():
 def features():
     """FD-DINOv2's network and the SEM encoder, on images that Pillow has resized; and the statistics of features."""
     sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
-    encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
-    network, images = DINOv2Network.__new__(DINOv2Network), torch.zeros(N, 32, 32, 3, dtype=torch.uint8)
-    network.device, network.module = CUDA, real(lambda: SEMEncoder("vit_tiny_patch16_224", 32, L, V).backbone).to(CUDA)
-    encoders, statistics = EncoderNetwork(encoder, CUDA), FeatureStatistics(24 * 3)
+    encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval().to(CUDA)
+    network, statistics = DINOv2Network.__new__(DINOv2Network), FeatureStatistics(24 * 3)
+    network.module, network.device = encoder.backbone, CUDA
 
     def step():
+        images = torch.zeros(N, 32, 32, 3, dtype=torch.uint8)
         with mock.patch.object(networks, "preprocess", lambda images: torch.randn(N, 3, 32, 32)):
             assert_on(CUDA, network(images))
-        with mock.patch.object(codes, "pixels_for", lambda _, images, device: images.to(device, non_blocking=True)):
-            found = encoders(images)["pool"]
-        assert_on(CUDA, found, tokens(encoder.encode_pixels(images.to(CUDA, non_blocking=True))))
+        images = images.to(CUDA, non_blocking=True)
+        found = encoder.prefix_tokens(images)
+        assert_on(CUDA, found, tokens(encoder.encode_pixels(images)))
         statistics.update(found)
 
     yield from [step] * 2
@@ -372,13 +371,16 @@ def test_a_step_that_waits_is_seen(monkeypatch):
         for read in (x[0].item, x.tolist, x.nonzero, lambda: bool(x[0]), lambda: x[x > 2], lambda: float(x.sum())):
             with pytest.raises((Waits, DynamicOutputShapeException)):
                 read()
-        with no_waiting(3, True, copies=1):
-            assert int(x.sum()) == 3 and bool(x.any()) and not x.cpu().is_cuda
-        for more in (dict(reads=[1]), dict(copies=1)):
-            with pytest.raises(Waits, match="not read"), no_waiting(*more.pop("reads", []), **more):
-                pass
         with pytest.raises(RuntimeError, match="on the same device"):
             x + torch.ones(6)
+    with fake_cuda(monkeypatch):
+        with no_waiting(3, True, copies=1), torch.inference_mode():
+            assert int(x.sum()) == 3 and bool(x.any()) and not x.cpu().is_cuda
+        for reads, copies in (((1,), 0), ((), 1)):
+            with pytest.raises(Waits, match="not read"), no_waiting(*reads, copies=copies):
+                x + 1
+        with no_waiting(), torch.inference_mode(), pytest.raises(Waits):
+            torch.ones(2).to(CUDA)
     with fake_cuda(monkeypatch), pytest.raises(AssertionError):
         assert_on(CUDA, torch.ones(2))
 

@@ -25,20 +25,20 @@ class Waits(AssertionError):
     """An operation makes the CPU wait for the GPU."""
 
 
-class no_waiting(TorchDispatchMode):  # noqa: N801
-    """A context in which it is an error if the CPU waits for the GPU, or less often than said.
+class Waiting(TorchDispatchMode):
+    """Counts down how often the CPU waits for the GPU: see `no_waiting`."""
 
-    Args:
-        reads: the numbers that the CPU reads from the GPU, in turn.
-        copies: how many copies between the two it waits for.
-    """
-
-    def __init__(self, *reads, copies=0):
+    def __init__(self, reads, copies):
         super().__init__()
-        self.reads, self.copies = list(reads), copies
+        self.reads, self.copies = reads, copies
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "aten":  # of which some come in one piece in inference mode, such as .to()
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         if func is torch.ops.aten._local_scalar_dense.default and "cuda" in devices:
             if not self.reads:
@@ -52,15 +52,24 @@ class no_waiting(TorchDispatchMode):  # noqa: N801
             copying and devices | made == {"cpu", "cuda"} and not (kwargs.get("non_blocking") or args[2:] == (True,))
         )
         if waits or "cuda" in devices and "cpu" in made:
-            self.copies -= 1
-            if self.copies < 0:
+            if not self.copies:
                 raise Waits(f"{func} copies between CPU and GPU, and waits until all before it is done")
+            self.copies -= 1
         return out
 
-    def __exit__(self, kind, *others):
-        super().__exit__(kind, *others)
-        if kind is None and (self.reads or self.copies):
-            raise Waits(f"not read: {self.reads}; not copied: {self.copies}")
+
+@contextlib.contextmanager
+def no_waiting(*reads, copies=0):
+    """A context in which it is an error if the CPU waits for the GPU, or less often than said.
+
+    Args:
+        reads: the numbers that the CPU reads from the GPU, in turn.
+        copies: how many copies between the two it waits for.
+    """
+    with Waiting(list(reads), copies) as waiting:
+        yield
+    if waiting.reads or waiting.copies:
+        raise Waits(f"not read: {waiting.reads}; not copied: {waiting.copies}")
 
 
 def real(build, *args, **kwargs):
