@@ -103,7 +103,7 @@ def rates_of_the_parts(root, args, tf32=False):
 
 def rate_of_the_whole(root, args):
     """Images per second of the script from its first to its last shard; of a single one, as it reports them."""
-    shard_size = max(args.batch_size, args.images // 8)
+    shard_size = max(4 * args.batch_size, args.images // 8)
     result = subprocess.run(
         [
             sys.executable,
