@@ -4,9 +4,9 @@
 
 The published way is SEDD's, as the DLC project runs it, on the same network: eager; training computes the score entropy
 of all places; a step of sampling computes the scores of all places, and draws every token anew from probabilities over
-all V + 1 tokens with Gumbel noise in float64; each step calls the network. Ours computes the masked places only, and
-calls the network only where a token is due, which does not change the distribution: tests/test_masked.py compares with
-an enumerated one. What differs beside that is named in the row.
+all V + 1 tokens with Gumbel noise in float64; each step calls the network. Ours calls the network only when a token is
+due, and computes on a CPU the masked places alone, which does not change the distribution: tests/test_masked.py
+compares with an enumerated one. What differs beside that is named in the row.
 
 Rows take turns, `--repeats` times, so that other work on the machine hits all of them; the shortest time counts. Of
 sampling, a call of the network is measured with all that goes with it, `--calls` calls at once with the drawing of the

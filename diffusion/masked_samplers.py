@@ -10,9 +10,9 @@ precision. uniforms(draw) is (N, L) float64 in [0, 1), the same whenever it is a
 belongs to samples.
 
 When each place is revealed does not depend on the tokens (but in the confidence order). So the whole timetable is drawn
-first, and the model is only asked where a token is due, for these places alone: no call is spent on a step in which a
-code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the model at most once
-per token, plus once per token that was masked again.
+first, and the model is only asked when a token is due, on a CPU for these places alone: no call is spent on a step in
+which a code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the model at
+most once per token, plus once per token that was masked again.
 
 How many calls there are, the random numbers and the given tokens decide: on a GPU the CPU waits for this number once,
 before the first call, and the corrector once for each round of masking again. It waits for nothing after that.
