@@ -103,14 +103,13 @@ def numpy_precision_recall(reference, samples, half, block=10_000):
 
 def inception_pass(root):
     """The images per second of the real pass over an .npz of 256 x 256 pixels, with random weights."""
-    from accelerate import PartialState
-
     from dlc.evaluation.features import measure
     from dlc.evaluation.images import open_images
     from dlc.evaluation.inception import InceptionV3
     from dlc.evaluation.networks import InceptionNetwork
+    from dlc.runtime import start_processes
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = start_processes()
     network = InceptionNetwork.__new__(InceptionNetwork)
     network.module, network.device = InceptionV3().to(state.device), state.device
     images = open_images(root / "images.npz", "SAMPLES")

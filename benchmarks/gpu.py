@@ -14,6 +14,7 @@ difference of what should be equal. On a CPU the sizes are tiny and nothing is c
 """
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -22,19 +23,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import embedding, extraction, loading, readme, sampling, train_options
+from benchmarks import embedding, extraction, loading, prior, readme, sampling, train_options
 from benchmarks.checks import CHECKS, Unavailable
 from benchmarks.flops import forward_flops, peak_flops
 from benchmarks.record import machine, result_path, show, write
 from dlc.cli import number, one_line
-from dlc.runtime import default_num_workers
+from dlc.runtime import default_num_workers, set_numerics
 from models import DiT_models
 
 ON_GPU = torch.cuda.is_available()
-DATA_SHEET = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16 and fp16, of the SXM cards
+# dense bf16 and fp16, by a part of the card's name: of SXM cards, but for those that are named before
+DATA_SHEET = {"H100 PCIe": 756.5e12, "NVL": 835.5e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 ANCESTORS = "the ancestors' way"
-COLUMNS = ("part", "", "images/s", "ms", "share of peak", "of the data sheet", "memory GiB", "differs by", "bar")
-COLUMNS += ("reached", "said")
+COLUMNS = ("part", "", "images/s", "codes/s", "ms", "share of peak", "of the data sheet", "memory GiB", "differs by")
+COLUMNS += ("bar", "reached", "said")
 L, V = 512, 256  # of every row
 
 
@@ -61,12 +63,10 @@ class Bench:
 
     def shares(self, flops_per_second, precision):
         """What that is of the card's peak, as measured and as printed."""
-        torch.backends.cuda.matmul.allow_tf32 = True
         peak = self.once(f"peak in {precision}", peak_flops, precision, 8192 if ON_GPU else 256)
         sheet = next(
             (peak for card, peak in DATA_SHEET.items() if ON_GPU and card in torch.cuda.get_device_name()), None
         )
-        torch.cuda.empty_cache()
         return {
             "share of peak": flops_per_second / peak,
             "of the data sheet": flops_per_second / sheet if sheet and precision != "fp32" else None,
@@ -119,9 +119,12 @@ def parts_of_a_batch():
 def drawing(precision, flags, bench):
     """Images a second of the sampling script, or if flags is None of the ancestors' loop."""
     args, root = bench.args, bench.root / "sampling"
-    sizes = argparse.Namespace(**{**vars(args), "batch": args.sampling_batch, "batches": 2, "L": L, "V": V})
+    sizes = argparse.Namespace(
+        **{**vars(args), "batch": args.sampling_batch, "batches": 3 if ON_GPU else 2, "L": L, "V": V}
+    )
     root.mkdir(exist_ok=True)
     bench.once("sampling", sampling.prepare, root, sizes)
+    free_memory()
     folder = root / f"images {len(bench.rows)}"
     if flags is None:
         rate = sampling.draw_baseline(root, folder, sizes)
@@ -143,7 +146,7 @@ def extracting(way, bench):
         few = argparse.Namespace(
             **{**vars(sizes), "precision": "fp32", "compile": False, "batch_size": 1, "images": min(32, args.images)}
         )
-        return {"images/s": extraction.rates_of_the_parts(root, few)["both networks"]}
+        return {"images/s": extraction.rates_of_the_parts(root, few, tf32=True)["both networks"]}
     rates = bench.once("parts", extraction.rates_of_the_parts, root, sizes)
     return {"images/s": extraction.rate_of_the_whole(root, sizes) if way == "the whole" else rates[way]}
 
@@ -154,9 +157,31 @@ def embedding_codes(way, bench):
     return {"ms": embedding.milliseconds(way, device, args.batch, L, V, width)}
 
 
+def training_a_prior(name, bench):
+    """Codes a second of a row of training of benchmarks/prior.py."""
+    sizes = sizes_of_a_prior()
+    return {"codes/s": sizes.train_batch / bench.once("a prior's steps", prior.seconds_of_steps, sizes)[name]}
+
+
+def drawing_codes(name, steps, bench):
+    """Codes a second of a row of sampling of benchmarks/prior.py."""
+    sizes, rows = sizes_of_a_prior(), {(row[0], row[2]): row for row in prior.sampling_rows(L)}
+    wanted, row = [rows[one] for one in DRAWN_CODES.values()], rows[name, steps]
+    seconds = bench.once("a prior's calls", prior.seconds_of_calls, wanted, sizes)[prior.work_of(row, L)]
+    return {"codes/s": sizes.batch / (prior.calls_per_code(row, sizes) * seconds)}
+
+
+def sizes_of_a_prior():
+    return prior.argument_parser().parse_args([] if ON_GPU else ["--model", "DLCPrior-Ti"])
+
+
 # part, name, the minutes that it takes on an H100 with what it prepares, its function and that function's argument
 OURS, COMPILED_FP16 = "bf16, compiled", "fp16, compiled"
 DRAWN, PARTS = "250 steps, guided, bf16", ("decoding", "both networks", "the whole")
+DRAWN_CODES = {  # of a prior, by name: a row of benchmarks/prior.py and its steps
+    "sampling, first hitting, a call a token": ("first-hitting", L),
+    f"{ANCESTORS}: sampling, 1,024 analytic steps": (f"{prior.PUBLISHED}, analytic", 1024),
+}
 ROWS = [
     *(("correctness", name, 0.4, check, (name,)) for name in CHECKS),
     ("training", OURS, 2.5, training, ("--compile",)),
@@ -169,10 +194,13 @@ ROWS = [
     ),
     ("sampling", DRAWN, 2.5, drawing, ("bf16", [])),
     ("sampling", f"{ANCESTORS}: the same, fp32, eager", 2.5, drawing, ("fp32", None)),
-    *(("extraction", name, 2.0, extracting, (name,)) for name in PARTS),
+    *(("extraction", name, 3.0, extracting, (name,)) for name in PARTS),
     ("extraction", f"{ANCESTORS}: an image at a time, fp32", 1.0, extracting, (ANCESTORS,)),
     ("embedding", embedding.GATHERED, 0.2, embedding_codes, (embedding.GATHERED,)),
     ("embedding", f"{ANCESTORS}: {embedding.ONE_HOT}", 0.2, embedding_codes, (embedding.ONE_HOT,)),
+    ("prior", "training, bf16, compiled", 2.0, training_a_prior, ("ours, compiled",)),
+    ("prior", f"{ANCESTORS}: training, bf16, eager", 2.0, training_a_prior, (prior.PUBLISHED,)),
+    *(("prior", name, 1.0, drawing_codes, row) for name, row in DRAWN_CODES.items()),
     ("training", COMPILED_FP16, 2.5, training, ("--precision fp16 --compile",)),
     ("training", "bf16, eager", 2.5, training, ("--no-compile",)),
     ("sampling", "guided in half the steps, bf16", 1.5, drawing, ("bf16", sampling.ROWS[5][2])),
@@ -221,17 +249,23 @@ def measured_before(args):
 
 def measure(bench, part, name, function, inputs):
     """A row of the table. What fails is told in it, and the others go on."""
-    row = dict.fromkeys(COLUMNS)
+    row, threads = dict.fromkeys(COLUMNS), torch.get_num_threads()
     row.update({"part": part, "": name})
+    set_numerics(tf32=True)  # as training and sampling do; extraction sets its own, and the number of threads
     try:
         row.update(function(*inputs, bench))
     except Exception as error:  # whatever a script, a library or the card makes of it
         row["said"] = "failed: " + one_line(str(error)[-300:], 300)
-    finally:
-        if ON_GPU:
-            torch.cuda.empty_cache()  # the scripts need the memory
-    judge(bench, row)
+    torch.set_num_threads(threads)
+    free_memory()
     return row
+
+
+def free_memory():
+    """Leave the card to the scripts. A compiled module refers to itself: without the collector it would stay there."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 def argument_parser():
@@ -264,6 +298,8 @@ def main():
                 put_off.append(f"{part}, {name}")
                 continue
             bench.rows.append(measure(bench, part, name, function, inputs))
+            for row in bench.rows:  # a bar may depend on a row that was put off
+                judge(bench, row)
             print({key: value for key, value in bench.rows[-1].items() if value is not None}, flush=True)
             write("gpu", bench.rows, sizes=sizes_of(args))
     if rows:

@@ -4,9 +4,9 @@
 
 The published way is SEDD's, as the DLC project runs it, on the same network: eager; training computes the score entropy
 of all places; a step of sampling computes the scores of all places, and draws every token anew from probabilities over
-all V + 1 tokens with Gumbel noise in float64; each step calls the network. Ours computes the masked places only, and
-calls the network only where a token is due, which does not change the distribution: tests/test_masked.py compares with
-an enumerated one. What differs beside that is named in the row.
+all V + 1 tokens with Gumbel noise in float64; each step calls the network. Ours calls the network only when a token is
+due, and computes on a CPU the masked places alone, which does not change the distribution: tests/test_masked.py
+compares with an enumerated one. What differs beside that is named in the row.
 
 Rows take turns, `--repeats` times, so that other work on the machine hits all of them; the shortest time counts. Of
 sampling, a call of the network is measured with all that goes with it, `--calls` calls at once with the drawing of the
@@ -116,7 +116,7 @@ def timed_calls(row, model, diffusion, args):
         calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
     else:
         calls = create_sampler(name, args.V, steps, eta)(
-            lambda codes, t, places: scores(codes, t, places)[:, : args.V],
+            lambda codes, t, places: scores(codes, t, places)[..., : args.V],
             codes,
             lambda draw: uniforms(0, Stream.SAMPLE_CODE, indices, args.L, draw),
         )
@@ -170,7 +170,35 @@ def stepped(compiled, *arguments):
         train_step(*arguments)
 
 
-def main():
+def seconds_of_steps(args):
+    """The shortest step of each row of training, by name."""
+    steps, seconds = dict(training_rows(args)), {}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+            print(f"{name}: {seconds[name][-1]:.3g} s a step", flush=True)
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def seconds_of_calls(rows, args):
+    """The shortest call of the network for each kind of work of the rows of sampling; see `work_of`."""
+    torch.manual_seed(0)
+    model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval()
+    torch.nn.init.normal_(model.output_layer.linear.weight, std=0.02)
+    diffusion, seconds = MaskedDiffusion(args.V), {}
+    for _ in range(args.repeats):
+        for work, row in {work_of(row, args.L): row for row in rows}.items():
+            with torch.inference_mode():
+                seconds.setdefault(work, []).append(timed_calls(row, model, diffusion, args))
+            print(f"{work}: {seconds[work][-1]:.3g} s a call", flush=True)
+    return {work: min(times) for work, times in seconds.items()}
+
+
+def argument_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models, help="[%(default)s here]")
@@ -182,36 +210,21 @@ def main():
     add("--calls", type=int, default=8 if ON_GPU else 2, help="calls that are measured at once [%(default)s here]")
     add("--repeats", type=int, default=5 if ON_GPU else 3, help="times that the rows take turns [%(default)s here]")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled training, too")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = argument_parser().parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in training and sampling
-
-    steps, seconds = dict(training_rows(args)), {}
-    for _ in range(args.repeats):
-        for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-            print(f"{name}: {seconds[name][-1]:.3g} s a step", flush=True)
-    table = [row_of(TRAINING, name, None, None, args.train_batch / min(times)) for name, times in seconds.items()]
+    steps = seconds_of_steps(args)
+    table = [row_of(TRAINING, name, None, None, args.train_batch / seconds) for name, seconds in steps.items()]
     for row in table:
         row["times the published way"] = row["codes/s"] / table[0]["codes/s"]
-    del steps
-
-    torch.manual_seed(0)
-    model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval()
-    torch.nn.init.normal_(model.output_layer.linear.weight, std=0.02)
-    diffusion, rows, seconds = MaskedDiffusion(args.V), sampling_rows(args.L), {}
-    with torch.inference_mode():
-        for _ in range(args.repeats):
-            for work, row in {work_of(row, args.L): row for row in rows}.items():
-                seconds.setdefault(work, []).append(timed_calls(row, model, diffusion, args))
-                print(f"{work}: {seconds[work][-1]:.3g} s a call", flush=True)
-    rates = {}
+    rows, rates = sampling_rows(args.L), {}
+    seconds = seconds_of_calls(rows, args)
     for row in rows:
-        calls, call_seconds = calls_per_code(row, args), min(seconds[work_of(row, args.L)])
+        calls, call_seconds = calls_per_code(row, args), seconds[work_of(row, args.L)]
         rates[row] = args.batch / (calls * call_seconds)
         # of the same steps, or of the published default
         same = next((one for one in rows if one[4] and one[1:3] == row[1:3]), rows[2])

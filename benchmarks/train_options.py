@@ -155,6 +155,7 @@ def train(row, model, batch, data, root, args):
     if options(row).features_path is None:
         source = data["images"] + (data["encoder"] if DiT_models[model].conditioning == "codes" else [])
     results = root / "results"
+    shutil.rmtree(results, ignore_errors=True)  # of a row that failed
     failed, memory = run(
         "-m",
         "accelerate.commands.launch",
@@ -184,7 +185,6 @@ def train(row, model, batch, data, root, args):
         output=root / "output.txt",
     )
     if failed:
-        shutil.rmtree(results, ignore_errors=True)
         return None, None, failed
     lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(results)  # its checkpoint may be of 13 GB

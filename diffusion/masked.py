@@ -6,7 +6,8 @@
     nats, error = diffusion.bound(model, x0, u)                  # per token
 
 `model(x_t, sigma, places=places, **model_kwargs)` gives log scores (M, V+1) of the M masked places, up to a constant
-per place the log probabilities of the clean token there. t runs from 0 (clean) to 1 (all masked).
+per place the log probabilities of the clean token there; without places (N, L, V+1), of all. t runs from 0 (clean) to 1
+(all masked).
 
 Score entropy and process: Lou et al. 2024, arXiv 2310.16834 (SEDD). That its score is a distribution over clean tokens
 times a known number: Ou et al. 2024, arXiv 2406.03736 (RADD), theorem 1. The loss as weighted cross-entropy: Sahoo et
@@ -90,7 +91,7 @@ class MaskedDiffusion:
     # ------------------------------------------------------------------ loss and bound
 
     def training_losses(self, model: Callable, x0: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor | None = None,
-                        model_kwargs: dict | None = None, dense: bool | None = None) -> dict[str, torch.Tensor]:
+                        model_kwargs: dict | None = None) -> dict[str, torch.Tensor]:
         """The bound's integrand at times t: the cross-entropy of the masked tokens, times dsigma / (e^sigma - 1) = 1/t.
 
         For a normalised score it equals SEDD's score entropy (equation 5 there). For another, with r the sum of the
@@ -100,27 +101,17 @@ class MaskedDiffusion:
             x0: (N, L) int64 clean tokens.
             t: (N,) times above 0.
             x_t: (N, L), x0 as `corrupt` gives it at t [made here, by torch's generator].
-            dense: ask the model for all places, and leave out those that are not masked afterwards: how many are, only
-                the device knows, and the CPU would wait for it [on GPUs]. Else only the masked ones are computed.
 
         Returns (N,) each: loss, in nats per code; nats, the bound alone in nats per token.
         """
         x_t = self.corrupt(x0, t) if x_t is None else x_t
-        places, L = x_t == self.mask, x0.shape[1]
-        dense, kwargs = x0.device.type != "cpu" if dense is None else dense, model_kwargs or {}
-        if dense:
-            log_score = model(x_t, self.told(t), **kwargs)[..., :self.V].flatten(0, 1)                      # (N*L, V)
-            owner = torch.arange(len(x0), device=x0.device).repeat_interleave(L)                            # (N*L,)
-            tokens = x0.flatten()
-        else:
-            log_score = model(x_t, self.told(t), places=places, **kwargs)[:, :self.V]                       # (M, V)
-            owner, tokens = places.nonzero()[:, 0], x0[places]                                              # (M,) each
-        terms = F.cross_entropy(log_score, tokens, reduction="none")                                        # (M,)
+        places, L, dense = x_t == self.mask, x0.shape[1], at_all_places(x0.device)
+        log_score, terms, owner = self._of_places(model, x0, x_t, t, places, model_kwargs)                  # (M, …)
         weight = L / self.masked_count(t, L).to(terms) if self.masking == "counted" else 1 / t.to(terms)    # (N,)
 
         def per_code(values):
             if dense:
-                return weight * values.view_as(x0).where(places, 0).sum(dim=1)
+                return weight * values.view_as(x0).sum(dim=1)
             return weight * values.new_zeros(len(x0)).index_add(0, owner, values)
 
         nats = per_code(terms)
@@ -131,6 +122,19 @@ class MaskedDiffusion:
                 log_r = log_r.where(places.flatten(), 0)
             loss = loss + per_code(log_r.expm1() - log_r)
         return dict(loss=loss, nats=nats.detach() / L)
+
+    def _of_places(self, model, x0, x_t, t, places, model_kwargs):
+        """What the model says of M places: log scores (M, V), the cross-entropy of x0's tokens (M,), the rows (M,).
+
+        On GPUs all N * L places, with a cross-entropy of 0 where none is asked for.
+        """
+        kwargs = dict(model_kwargs or {})
+        if not at_all_places(x0.device):
+            log_score = model(x_t, self.told(t), places=places, **kwargs)[:, :self.V]
+            return log_score, F.cross_entropy(log_score, x0[places], reduction="none"), places.nonzero()[:, 0]
+        log_score = model(x_t, self.told(t), **kwargs)[..., :self.V].flatten(0, 1)
+        terms = F.cross_entropy(log_score, x0.flatten(), reduction="none").where(places.flatten(), 0)
+        return log_score, terms, torch.arange(len(x0), device=x0.device).repeat_interleave(x0.shape[1])
 
     @torch.no_grad()
     def code_bounds(self, model: Callable, x0: torch.Tensor, u: torch.Tensor, levels: int | None = None,
@@ -155,9 +159,9 @@ class MaskedDiffusion:
             k = ((level + shift) * L / levels).long().clamp(0, L - 1) + 1                                   # (N,)
             places = ranks < k.unsqueeze(1)
             t = times.gather(1, k.unsqueeze(1) - 1).squeeze(1)
-            out = model(torch.where(places, self.mask, x0), self.told(t), places=places, **(model_kwargs or {}))
-            terms = F.cross_entropy(out[:, :self.V], x0[places], reduction="none").double()
-            total.index_add_(0, places.nonzero()[:, 0], terms / k.repeat_interleave(k))
+            x_t = torch.where(places, self.mask, x0)
+            _, terms, owner = self._of_places(model, x0, x_t, t, places, model_kwargs)
+            total.index_add_(0, owner, terms.double() / k[owner])
         return total * (L / levels)
 
     def bound(self, model: Callable, x0: torch.Tensor, u: torch.Tensor | None = None, levels: int | None = None,
@@ -195,6 +199,14 @@ class MaskedDiffusion:
         kept = (1 - eta) * F.one_hot(x_t, self.V + 1).to(logp)
         kept[..., self.V] += eta
         return torch.where((x_t == self.mask).unsqueeze(2), masked, kept)
+
+
+def at_all_places(device: torch.device) -> bool:
+    """Whether to ask the model for all places, and leave out those that are not wanted afterwards: on GPUs.
+
+    How many places are wanted, only the device knows, and the CPU would wait for it. On a CPU only those are computed.
+    """
+    return device.type != "cpu"
 
 
 def rank(u: torch.Tensor) -> torch.Tensor:

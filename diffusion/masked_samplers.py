@@ -5,13 +5,17 @@
 
 codes (N, L) int64 are tokens in 0..V-1 to keep (infilling) and the mask V where tokens are wanted.
 predict(codes, t, places) gives logits (M, V) of the clean tokens at the M masked places, row-major, for codes (N, L),
-times t (N,) and places (N, L) bool. It owns guidance, classes and precision. uniforms(draw) is (N, L) float64 in
-[0, 1), the same whenever it is asked for the same draw: randomness belongs to samples.
+times t (N,) and places (N, L) bool; (N, L, V) of all places, if places is None. It owns guidance, classes and
+precision. uniforms(draw) is (N, L) float64 in [0, 1), the same whenever it is asked for the same draw: randomness
+belongs to samples.
 
 When each place is revealed does not depend on the tokens (but in the confidence order). So the whole timetable is drawn
-first, and the model is only asked where a token is due, for these places alone: no call is spent on a step in which a
-code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the model at most once
-per token, plus once per token that was masked again.
+first, and the model is only asked when a token is due, on a CPU for these places alone: no call is spent on a step in
+which a code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the model at
+most once per token, plus once per token that was masked again.
+
+How many calls there are, the random numbers and the given tokens decide: on a GPU the CPU waits for this number once,
+before the first call, and the corrector once for each round of masking again. It waits for nothing after that.
 
 To add a sampler, write its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests
 follow the table.
@@ -19,10 +23,11 @@ follow the table.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from .masked import MaskedDiffusion, rank
+from .masked import MaskedDiffusion, at_all_places, rank
 
 AT_ONCE = 2**22             # float64 numbers of probabilities that are made at once
 NEARLY_ONE = 1 - 1e-12      # a probability that keeps log(1 - p) finite
@@ -52,6 +57,18 @@ class TokenDraw:
         rows = max(1, AT_ONCE // logits.shape[1])
         parts = [self.draw(*part) for part in zip(logits.split(rows), u.split(rows))]
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([logp for _, logp in parts])
+
+    def at(self, places: torch.Tensor, u: torch.Tensor, predict: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (N, L) at places (N, L) bool, by u (N, L), and their log probabilities; elsewhere numbers of no use.
+
+        predict(places) gives the logits there; on GPUs predict(None) those of all places, see `at_all_places`.
+        """
+        if at_all_places(places.device):
+            tokens, logp = self(predict(None).flatten(0, 1), u.flatten())
+            return tokens.view_as(places), logp.view_as(places)
+        tokens, logp = (u.new_zeros(u.shape, dtype=dtype) for dtype in (torch.int64, torch.float64))
+        tokens[places], logp[places] = self(predict(places), u[places])
+        return tokens, logp
 
     def draw(self, logits, u):
         logits = logits.double()
@@ -125,13 +142,12 @@ class TimetableSampler:
         table = self.timetable(codes, uniforms)
         u_token = torch.stack([uniforms(PER_ROUND * number + TOKEN) for number in range(len(table.reveal))])
         times = torch.nn.functional.pad(table.times, (0, 1), value=1.0).expand(len(codes), -1)  # of rows that are done
-        codes = codes.clone()
         for steps in table.row_steps().unbind(dim=1):
             masked, due = table.at(steps)
-            places = due >= 0
-            logits = predict(torch.where(masked, self.V, codes), times.gather(1, steps.unsqueeze(1)).squeeze(1), places)
+            places, t = due >= 0, times.gather(1, steps.unsqueeze(1)).squeeze(1)
             u = u_token.gather(0, due.clamp(min=0).unsqueeze(0))[0]                          # (N, L)
-            codes[places] = self.draw(logits, u[places])[0]
+            left = torch.where(masked, self.V, codes)
+            codes = torch.where(places, self.draw.at(places, u, partial(predict, left, t))[0], codes)
             yield torch.where(masked & ~places, self.V, codes)
 
 
@@ -246,23 +262,19 @@ class ConfidenceSampler:
         return min(self.calls, L)
 
     def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
-        codes = codes.clone()
         count, L = (codes == self.V).sum(dim=1, keepdim=True), codes.shape[1]                # (N, 1)
         u = uniforms(REVEAL).sort(dim=1).values                                              # times, in first hitting
         calls = count.clamp(1, self.most_calls(L))                                           # (N, 1)
         for call in range(int(calls.max())):
             places = codes == self.V
             k = places.sum(dim=1, keepdim=True)                                              # (N, 1)
-            logits = predict(codes, u.gather(1, (k - 1).clamp(min=0)).squeeze(1), places)
-            tokens, logp = self.draw(logits, uniforms(PER_ROUND * call + TOKEN)[places])
-            gumbel = -(-uniforms(PER_ROUND * call + REMASK)[places].clamp(min=2.0**-33).log()).log()
-            confidence = torch.full(codes.shape, -math.inf, dtype=torch.float64, device=codes.device)
-            noise = self.noise * (1 - (call + 1) / calls).expand(codes.shape)[places]
-            confidence[places] = logp + noise * gumbel
+            t = u.gather(1, (k - 1).clamp(min=0)).squeeze(1)
+            tokens, logp = self.draw.at(places, uniforms(PER_ROUND * call + TOKEN), partial(predict, codes, t))
+            gumbel = -(-uniforms(PER_ROUND * call + REMASK).clamp(min=2.0**-33).log()).log()
+            noise = self.noise * (1 - (call + 1) / calls)                                    # (N, 1)
+            confidence = torch.where(places, logp + noise * gumbel, -math.inf)
             kept = k - (count * (calls - call - 1) // calls).clamp(min=0)
-            drawn = torch.full_like(codes, self.V)
-            drawn[places] = tokens
-            codes = torch.where(places & (rank(-confidence) < kept), drawn, codes)
+            codes = torch.where(places & (rank(-confidence) < kept), tokens, codes)
             yield codes
 
 

@@ -81,6 +81,8 @@ def start_processes():
     try:
         with said_when_waiting():
             state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
+        if state.device == torch.device("cuda"):  # of one process without a launcher; threads want a number
+            state.device = torch.device("cuda", 0)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(

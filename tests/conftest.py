@@ -266,6 +266,24 @@ def extract_command(launcher, processes, images, features, tiny_models, *flags):
     )
 
 
+def extract_moments(images, features, tiny_models):
+    """Features that hold all that training on these images sees: unflipped moments in float32."""
+    exact = ("--posterior", "moments", "--dtype", "float32", "--flip", "none")
+    launch(extract_command("forked", 1, images, features, tiny_models, *exact), features.parent)
+
+
+@pytest.fixture
+def trained(train):
+    """trained(…): as a test module's train(…), but ended well; gives what it said."""
+
+    def run(*args, **kwargs):
+        process = train(*args, **kwargs)
+        assert process.wait(), process.said()
+        return process.said()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def features(tmp_path_factory, images, tiny_models):
     """Features of the images, extracted by one process."""

@@ -3,16 +3,21 @@
 Dynamo's part is the same for every backend, so that of these tests only counts the graphs it is given.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 from drawing import draw, tiny_model, tiny_vae
 from test_fake_cuda import L, N, V, prior_training, training
+from tiny_prior import save_prior
 from torch._dynamo.utils import counters
 
+from diffusion import masked_samplers, samplers
 from dlc.encoder import SEMEncoder
 from dlc.extraction import PixelEncoder
 from dlc.sampling import command
+from dlc.sampling.prior import PriorDraw
+from dlc.sampling.prior_options import PriorOptions
 
 CPU = torch.device("cpu")
 
@@ -39,11 +44,18 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("flags", [(), ("--checkpoint-activations", "--grad-accum", "2", "--grad-clip", "1")])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training(graphs, precision, flags):
+@pytest.mark.parametrize(
+    "family, precision, flags",
+    [
+        ("DiTSEM", "fp32", ()),
+        ("DiTSEM", "bf16", ("--checkpoint-activations", "--grad-accum", "2", "--grad-clip", "1")),
+        ("DiT", "bf16", ()),
+        ("DiTCONT", "fp32", ("--grad-accum", "2")),
+    ],
+)
+def test_training(graphs, family, precision, flags):
     """All blocks share one graph."""
-    for step in training("DiTSEM", precision, "--compile", *flags, device=CPU, steps=3):
+    for step in training(family, precision, "--compile", *flags, device=CPU, steps=3):
         step()
         assert graphs() == 1
 
@@ -55,7 +67,8 @@ def test_training_a_prior(graphs, classes):
         assert graphs() == 1
 
 
-def test_sampling(graphs, monkeypatch, tmp_path):
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_sampling(graphs, sampler, monkeypatch, tmp_path):
     """A graph for a batch with its null half and one for a batch without it, both made in the first batch."""
     draw_batch, made = command.draw_batch, []
 
@@ -65,8 +78,17 @@ def test_sampling(graphs, monkeypatch, tmp_path):
         return latents
 
     monkeypatch.setattr(command, "draw_batch", counted)
-    draw(tmp_path, tiny_model(), tiny_vae(), compile=True, interval=(300, 700))
+    draw(tmp_path, tiny_model(), tiny_vae(), compile=True, interval=(300, 700), sampler=sampler)
     assert made == [2, 2, 2]
+
+
+@pytest.mark.parametrize("sampler", masked_samplers.SAMPLERS)
+def test_sampling_codes(graphs, sampler, tmp_path):
+    """One graph for all calls, whichever samples of a batch are wanted."""
+    options = PriorOptions(sampler=sampler, steps=4, classes=[0, 2], cfg_scale=2.0)
+    draw = PriorDraw(save_prior(tmp_path / "prior", num_classes=3), True, options, seed=0).to(CPU, compiled=True)
+    for wanted in (range(4), range(4, 6), range(9, 13)):
+        assert draw.draw(np.array(wanted), batch=4).shape[0] == len(wanted) and graphs() == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

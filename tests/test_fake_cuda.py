@@ -7,26 +7,32 @@ the optimizer's state; the others may not wait. To add a path, give its function
 import contextlib
 import types
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from drawing import tiny_vae
 from fake_cuda import CUDA, Waits, assert_on, backward, fake_cuda, no_waiting, real
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import train_prior
-from diffusion import create_diffusion, samplers
+from diffusion import create_diffusion, masked_samplers, samplers
 from diffusion.masked import MaskedDiffusion
-from dlc.encoder import SEMEncoder
+from dlc.encoder import SEMEncoder, tokens
+from dlc.evaluation import distances, networks
+from dlc.evaluation import similarity as similarities
 from dlc.evaluation.inception import InceptionV3
-from dlc.evaluation.metrics import squared_radii
-from dlc.evaluation.networks import InceptionNetwork
-from dlc.extraction import PixelEncoder
+from dlc.evaluation.metrics import FeatureStatistics, density_coverage, kernel_distance, precision_recall, squared_radii
+from dlc.evaluation.networks import DINOv2Network, InceptionNetwork
+from dlc.evaluation.similarity import psnr, ssim
+from dlc.extraction import PixelEncoder, encoding_pool
 from dlc.images import to_uint8
-from dlc.runtime import autocast
+from dlc.runtime import autocast, start_processes
+from dlc.sampling.codes import sample_codes
 from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
+from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
 from dlc.vae import decode
@@ -160,6 +166,46 @@ def sampling(family, precision, name, scale, bounds):
     yield lambda: draw(no_waiting())
 
 
+def tiny_prior(classes):
+    return real(DLCPrior, L, V, 16, 1, 2, shared_embedding=classes is None, num_classes=classes).eval().to(CUDA)
+
+
+def drawing_codes(name, classes, *reads, copies=0):
+    """Each call of a prior's network by the sampler. Before the first, the CPU may wait for `reads` and `copies`.
+
+    The last number that it reads is how many calls there are.
+    """
+    model, sampler, calls = tiny_prior(classes), masked_samplers.create_sampler(name, V, 6), []
+
+    def draw(guard):
+        def on_call(codes):
+            assert_on(CUDA, codes)
+            calls.append(codes)
+            guard.__enter__() if len(calls) == 1 else len(calls) < reads[-1] or guard.__exit__(None, None, None)
+
+        given, y = torch.randint(V + 1, (N, L), device=CUDA), torch.zeros(N, dtype=torch.int64, device=CUDA)
+        choices = dict(codes=given, y=y, cfg_scale=2.0, precision="bf16") if classes else {}
+        indices, diffusion = torch.arange(N, device=CUDA), MaskedDiffusion(V)
+        with no_waiting(*reads, copies=copies):
+            codes = sample_codes(model, diffusion, sampler, seed=0, indices=indices, on_call=on_call, **choices)
+        assert codes.shape == (N, L) and codes.dtype == torch.int64 and len(calls) == reads[-1]
+        assert_on(CUDA, codes)
+
+    yield lambda: draw(no_waiting())
+
+
+def bound(classes):
+    """The bound on codes that are held out."""
+    model, diffusion, indices = tiny_prior(classes), MaskedDiffusion(V), torch.arange(N, device=CUDA)
+
+    def step():
+        codes = torch.randint(V, (N, L), device=CUDA)
+        with autocast(CUDA, "bf16"):
+            assert_on(CUDA, heldout_bounds(model, diffusion, codes, indices, 2, dict(y=indices) if classes else None))
+
+    yield from [step] * 2
+
+
 def extraction(precision, **vae):
     """Networks that are moved to the GPU as extraction moves them, on crops and views that are still on the CPU."""
     sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
@@ -196,6 +242,33 @@ def inception():
     yield from [step] * 2
 
 
+def features():
+    """FD-DINOv2's network and the SEM encoder, on images that Pillow has resized; and the statistics of features."""
+    sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+    encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval().to(CUDA)
+    network, statistics = DINOv2Network.__new__(DINOv2Network), FeatureStatistics(24 * 3)
+    network.module, network.device = encoder.backbone, CUDA
+
+    def step():
+        images = torch.zeros(N, 32, 32, 3, dtype=torch.uint8)
+        with mock.patch.object(networks, "preprocess", lambda images: torch.randn(N, 3, 32, 32)):
+            assert_on(CUDA, network(images))
+        images = images.to(CUDA, non_blocking=True)
+        found = encoder.prefix_tokens(images)
+        assert_on(CUDA, found, tokens(encoder.encode_pixels(images)))
+        statistics.update(found)
+
+    yield from [step] * 2
+
+
+def similarity():
+    def step():
+        pair = torch.randint(255, (2, N, 16, 16, 3), dtype=torch.uint8, device=CUDA)
+        assert_on(CUDA, psnr(*pair), ssim(*pair))
+
+    yield from [step] * 2
+
+
 PATHS = {
     "training in fp32": partial(training, "DiTSEM", "fp32"),
     "training in bf16, all options": partial(
@@ -222,7 +295,19 @@ PATHS = {
     "training a prior with classes in fp16": partial(
         prior_training, 7, False, "fp16", *("--warmup-steps", "9", "--grad-accum", "2"), entropy=True
     ),
+    "drawing codes by first-hitting": partial(drawing_codes, "first-hitting", None, 3),
+    "drawing codes by first-hitting, guided": partial(drawing_codes, "first-hitting", 7, 3),
+    "drawing codes by analytic steps": partial(drawing_codes, "analytic", None, 3, copies=3),
+    # the corrector's first round masks some again, and its second none
+    "drawing codes by the corrector": partial(drawing_codes, "corrector", None, True, False, 5, copies=3),
+    "drawing codes by the corrector, guided": partial(drawing_codes, "corrector", 7, True, False, 5, copies=3),
+    "drawing codes by confidence": partial(drawing_codes, "confidence", None, 3),
+    "drawing codes by confidence, guided": partial(drawing_codes, "confidence", 7, 3),
+    "the bound of a prior": partial(bound, None),
+    "the bound of a prior with classes": partial(bound, 7),
     "Inception": inception,
+    "DINOv2, the encoder's tokens, statistics": features,
+    "PSNR and SSIM": similarity,
     "decoding in fp32": partial(decoding, "fp32"),
     "decoding with mean and std per channel": partial(decoding, "bf16", **PER_CHANNEL),
 }
@@ -231,11 +316,42 @@ PATHS = {
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("path", PATHS)
 def test_path(path, monkeypatch):
-    monkeypatch.setattr(samplers, "noise_levels", partial(real, samplers.noise_levels))
+    for module, tables in ((samplers, "noise_levels"), (similarities, "window")):
+        monkeypatch.setattr(module, tables, partial(real, getattr(module, tables)))
     with fake_cuda(monkeypatch):
         for number, step in enumerate(PATHS[path]()):
             with no_waiting() if number else contextlib.nullcontext():
                 step()
+
+
+def statistics_of(*batches):
+    statistics = FeatureStatistics(batches[0].shape[1])
+    for batch in batches:
+        statistics.update(batch)
+    return statistics
+
+
+METRICS = {  # of two sets of features on the GPU; the numbers that the CPU reads for each; and the copies
+    # whether each set is finite, and then the results
+    "precision and recall": (partial(precision_recall, k=2, precision="float32"), (True, True, 0.5, 0.5), 0),
+    # of each block of 10,000 rows also whether float16 holds both sets and the distances
+    "precision and recall in float16": (partial(precision_recall, k=2), (*[True] * 11, 0.5, 0.5), 0),
+    "density and coverage": (partial(density_coverage, k=2), (True, True, 3, 0.5), 0),
+    "kernel distance": (partial(kernel_distance, subsets=5), (True, True, 0.1, 0.2), 1),
+    # whether a large batch is finite; the mean, and the products of centred rows
+    "statistics": (lambda a, b: statistics_of(a, b).covariance, (True,), 2),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metric(metric, monkeypatch):
+    """The CPU waits for the results and for what it has to decide, and for no tile, subset or batch."""
+    measure, reads, copies = METRICS[metric]
+    monkeypatch.setattr(distances, "TILE", 2)
+    with fake_cuda(monkeypatch):
+        sets = torch.randn(2, 5, 6, device=CUDA)
+        with no_waiting(*reads, copies=copies):
+            measure(*sets)
 
 
 def test_a_step_that_waits_is_seen(monkeypatch):
@@ -253,12 +369,34 @@ def test_a_step_that_waits_is_seen(monkeypatch):
             with pytest.raises(Waits):
                 wait()
         for read in (x[0].item, x.tolist, x.nonzero, lambda: bool(x[0]), lambda: x[x > 2], lambda: float(x.sum())):
-            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            with pytest.raises((Waits, DynamicOutputShapeException)):
                 read()
         with pytest.raises(RuntimeError, match="on the same device"):
             x + torch.ones(6)
+    with fake_cuda(monkeypatch):
+        with no_waiting(3, True, copies=1), torch.inference_mode():
+            assert int(x.sum()) == 3 and bool(x.any()) and not x.cpu().is_cuda
+        for reads, copies in (((1,), 0), ((), 1)):
+            with pytest.raises(Waits, match="not read"), no_waiting(*reads, copies=copies):
+                x + 1
+        with no_waiting(), torch.inference_mode(), pytest.raises(Waits):
+            torch.ones(2).to(CUDA)
     with fake_cuda(monkeypatch), pytest.raises(AssertionError):
         assert_on(CUDA, torch.ones(2))
+
+
+def test_one_process_without_a_launcher(monkeypatch):
+    """accelerate calls its device "cuda", without the number that a new thread has to be told."""
+    told, before = [], dict(PartialState._shared_state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", told.append, raising=False)
+    PartialState._shared_state.clear()
+    try:
+        with encoding_pool(start_processes().device) as pool:
+            assert list(pool.map(str, range(1))) == ["0"] and told == [0]
+    finally:
+        PartialState._shared_state.clear()
+        PartialState._shared_state.update(before)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -407,16 +407,40 @@ def test_calls_are_reported():
 
 
 @pytest.mark.parametrize("masking, entropy", [("independent", False), ("counted", True)])
-def test_computed_at_all_places(masking, entropy):
-    """The losses that leave out what is not masked afterwards, as on GPUs, and their gradients."""
+def test_computed_at_all_places(masking, entropy, monkeypatch):
+    """The losses and bounds that leave out what is not masked afterwards, as on GPUs, and their gradients."""
     torch.manual_seed(0)
     table = torch.randn(4, 6, 5, requires_grad=True)
     diffusion = MaskedDiffusion(4, masking=masking, score_entropy=entropy)
     x0, t = torch.randint(4, (4, 6)), torch.rand(4)
-    x_t, found = diffusion.corrupt(x0, t), []
+    x_t, u, shift, found = diffusion.corrupt(x0, t), torch.rand(4, 6), torch.rand(4), []
+
+    def model(x, sigma, places=None):
+        return table if places is None else table[places]
+
     for dense in (False, True):
-        terms = diffusion.training_losses(
-            lambda x, sigma, places=None: table if places is None else table[places], x0, t, x_t, dense=dense
-        )
-        found.append([terms["loss"], terms["nats"], *torch.autograd.grad(terms["loss"].sum(), table)])
+        monkeypatch.setattr("diffusion.masked.at_all_places", lambda device, dense=dense: dense)
+        terms = diffusion.training_losses(model, x0, t, x_t)
+        bounds = diffusion.code_bounds(model, x0, u, levels=2, shift=shift)
+        found.append([terms["loss"], terms["nats"], bounds, *torch.autograd.grad(terms["loss"].sum(), table)])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_drawn_at_all_places(name, monkeypatch):
+    """The codes of a sampler that asks the model for all places, as on GPUs: those that it draws at places alone."""
+    given = torch.randint(V + 1, (200, L), generator=torch.Generator().manual_seed(1))
+    sampler, asked = create_sampler(name, V, steps=8), []
+
+    def whole(codes, t, places):
+        asked.append(places)
+        return CONDITIONALS[codes @ torch.tensor([16, 4, 1])] if places is None else predict(codes, t, places)
+
+    def calls():
+        return draw(sampler, codes=given, indices=torch.arange(200), predict=whole)
+
+    at_places = calls()
+    assert not any(places is None for places in asked)
+    monkeypatch.setattr("diffusion.masked_samplers.at_all_places", lambda device: True)
+    asked.clear()
+    assert torch.equal(calls(), at_places) and all(places is None for places in asked)

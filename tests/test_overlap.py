@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import types
 
 import pytest
 import torch
@@ -63,12 +62,12 @@ def on_gpu(monkeypatch):
     for name in ("Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
     create = decoder.Decoder.__init__
 
     def created(self, vae, *args):
         with monkeypatch.context() as changed:
-            changed.setattr(type(vae), "device", types.SimpleNamespace(type="cuda"))
+            changed.setattr(type(vae), "device", torch.device("cuda", 0))
             create(self, vae, *args)
         assert self.on_gpu
 

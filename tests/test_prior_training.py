@@ -73,18 +73,6 @@ def train(code_features, tmp_path):
     return start
 
 
-@pytest.fixture
-def trained(train):
-    """The same, ended well; gives what it said."""
-
-    def run(*args, **kwargs):
-        process = train(*args, **kwargs)
-        assert process.wait(), process.said()
-        return process.said()
-
-    return run
-
-
 #################################################################################
 #                              Rows, draws, bounds                              #
 #################################################################################

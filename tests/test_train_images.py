@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import IMAGE_SIZE, assert_codes, encoder_logits, extract_command, launch, save_images
+from conftest import IMAGE_SIZE, assert_codes, encoder_logits, extract_moments, launch, save_images
 from forked import Run
 from PIL import Image
 from test_train import metrics, train_command
@@ -67,25 +67,7 @@ def losses(run):
 @pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4", "DiTCONT-Ti/4"])
 def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path):
     """Of the posterior's moments, unflipped; by one process, by two, in parts, and by one stopped and continued."""
-    launch(
-        (
-            "forked",
-            *extract_command(
-                "",
-                1,
-                folder,
-                tmp_path / "features",
-                tiny_models,
-                "--posterior",
-                "moments",
-                "--dtype",
-                "float32",
-                "--flip",
-                "none",
-            )[1:],
-        ),
-        tmp_path,
-    )
+    extract_moments(folder, tmp_path / "features", tiny_models)
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(14, 5)).astype(np.float32))
     conditions = ("--condition-path", tmp_path) if model.startswith("DiTCONT") else ()
     launch(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import IMAGE_SIZE, ROOT, extract_command, launch, save_images
+from conftest import IMAGE_SIZE, ROOT, extract_moments, save_images
 from forked import Run
 from test_train import metrics, train_command
 
@@ -28,25 +28,7 @@ def both_data(tiny_models, tmp_path_factory):
     """14 images, and features of them that hold the same."""
     root = tmp_path_factory.mktemp("data")
     save_images(root / "images")
-    launch(
-        (
-            "forked",
-            *extract_command(
-                "",
-                1,
-                root / "images",
-                root / "features",
-                tiny_models,
-                "--posterior",
-                "moments",
-                "--dtype",
-                "float32",
-                "--flip",
-                "none",
-            )[1:],
-        ),
-        root,
-    )
+    extract_moments(root / "images", root / "features", tiny_models)
     return root
 
 

@@ -40,18 +40,6 @@ def train(features, tmp_path):
     return start
 
 
-@pytest.fixture
-def trained(train):
-    """The same, ended well; gives what it said."""
-
-    def run(*args, **kwargs):
-        process = train(*args, **kwargs)
-        assert process.wait(), process.said()
-        return process.said()
-
-    return run
-
-
 def same_run(one, two, step):
     """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates."""
     first, second = (tensors(root / f"checkpoints/{step:07d}") for root in (one, two))

@@ -37,18 +37,6 @@ def train(features, tmp_path):
 
 
 @pytest.fixture
-def trained(train):
-    """The same, ended well; gives what it said."""
-
-    def run(*args, **kwargs):
-        process = train(*args, **kwargs)
-        assert process.wait(), process.said()
-        return process.said()
-
-    return run
-
-
-@pytest.fixture
 def failed(train):
     """The same, ended with one line of an error, which it gives."""
 

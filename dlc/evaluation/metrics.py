@@ -287,8 +287,8 @@ def density_coverage(reference, samples, k: int = 5) -> tuple[float, float]:
     for rows, _, distances in distance_tiles(reference, samples, half=False):
         inside = distances < radii[rows, None]
         covered[rows] |= inside.any(dim=1)
-        balls += int(inside.sum())
-    return balls / (k * len(samples)), float(covered.double().mean())
+        balls = balls + inside.sum()
+    return int(balls) / (k * len(samples)), float(covered.double().mean())
 
 
 #################################################################################
@@ -320,12 +320,12 @@ def kernel_distance(
     def off_diagonal_mean(matrix):
         return (matrix.sum() - matrix.trace()) / (size * (size - 1))
 
+    # all at once: after a copy to a GPU, the CPU waits until what it asked of it before is done
+    counts = [len(reference), len(samples)] * subsets
+    places = torch.stack([torch.randperm(count, generator=generator)[:size] for count in counts]).to(samples.device)
     values = []
-    for _ in range(subsets):
-        x, y = (
-            rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)].double()
-            for rows in (reference, samples)
-        )
+    for of_reference, of_samples in places.view(subsets, 2, size):
+        x, y = reference[of_reference].double(), samples[of_samples].double()
         values.append(off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean())
     values = torch.stack(values)
     return float(values.mean()), float(values.std(correction=0)) if subsets > 1 else math.nan

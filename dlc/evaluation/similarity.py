@@ -22,18 +22,22 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (10 * torch.log10(255**2 / error)).clamp(max=LARGEST_PSNR)
 
 
+def window() -> list[float]:
+    """The weights of SSIM's window along one axis."""
+    places = torch.arange(WINDOW, dtype=torch.float64) - (WINDOW - 1) / 2
+    weights = torch.exp(-places.square() / (2 * SIGMA**2))
+    return (weights / weights.sum()).tolist()
+
+
 def window_means(images: torch.Tensor) -> torch.Tensor:
     """Means (N, H - 10, W - 10, C) of images (N, H, W, C) under the Gaussian window at each place where it fits.
 
     Sums of shifted images, not a convolution: on GPUs that would round its factors to TF32, whose error is as large as
     the variances that SSIM compares.
     """
-    places = torch.arange(WINDOW, dtype=torch.float64) - (WINDOW - 1) / 2
-    weights = torch.exp(-places.square() / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).tolist()
     for axis in (1, 2):
         size = images.shape[axis] - WINDOW + 1
-        images = sum(weight * images.narrow(axis, start, size) for start, weight in enumerate(weights))
+        images = sum(weight * images.narrow(axis, start, size) for start, weight in enumerate(window()))
     return images
 
 

@@ -43,14 +43,15 @@ def sample_codes(
 
     def logits(codes, sigma, y, places):
         with autocast(codes.device, precision):
-            return model(codes, sigma, y, places=places)[:, : model.V]  # (M, V)
+            return model(codes, sigma, y, places=places)[..., : model.V]  # (M, V), or (N, L, V)
 
     def predict(codes, t, places):
         sigma = diffusion.told(t)
         if y is None or cfg_scale == 1:
             return logits(codes, sigma, y, places)
         both = torch.cat([y, model.null_condition(len(y)).to(y)])
-        conditional, null = logits(codes.repeat(2, 1), sigma.repeat(2), both, places.repeat(2, 1)).chunk(2)
+        places = None if places is None else places.repeat(2, 1)
+        conditional, null = logits(codes.repeat(2, 1), sigma.repeat(2), both, places).chunk(2)
         return null + cfg_scale * (conditional - null)
 
     drawn = codes

@@ -74,10 +74,10 @@ class Run:
         self.lock = DirectoryLock(self.folder)
         with parser.one_line_errors():
             self.precision = asked_precision(args.precision)
-            self.compiled = asked_to_compile(args.compile, torch.cuda.is_available())
             self.unused = unused_launcher_settings(args.grad_accum, args.checkpoint_activations)
             self.state = start_processes()
-        self.device = self.state.device
+            self.device = self.state.device
+            self.compiled = asked_to_compile(args.compile, self.device.type == "cuda")
 
     def __enter__(self):
         return self

@@ -27,7 +27,7 @@ def tiny_vae(**config):
     ).eval()
 
 
-def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 999)):
+def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 999), sampler="ddim"):
     """Draw the images batch by batch into a folder that exists."""
     count = batch * batches
     record = types.SimpleNamespace(
@@ -44,7 +44,7 @@ def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 
             device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=False
         ),
         model=model.eval(),
-        sampler=create_sampler("ddim", STEPS),
+        sampler=create_sampler(sampler, STEPS),
         conditions=lambda indices: torch.zeros(len(indices), 3, dtype=torch.long),
         vae=vae,
         record=record,

@@ -25,24 +25,51 @@ class Waits(AssertionError):
     """An operation makes the CPU wait for the GPU."""
 
 
-class _NoWaiting(TorchDispatchMode):
+class Waiting(TorchDispatchMode):
+    """Counts down how often the CPU waits for the GPU: see `no_waiting`."""
+
+    def __init__(self, reads, copies):
+        super().__init__()
+        self.reads, self.copies = reads, copies
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if func.namespace == "aten":  # of which some come in one piece in inference mode, such as .to()
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if func is torch.ops.aten._local_scalar_dense.default and "cuda" in devices:
+            if not self.reads:
+                raise Waits("the CPU reads a number from the GPU")
+            return self.reads.pop(0)
+        out = func(*args, **kwargs)
         made = {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
-        if "cuda" in devices and "cpu" in made:
-            raise Waits(f"{func} copies from the GPU to the CPU")
         # copies by non_blocking do not wait, if the memory is pinned, as training's loader has it
         copying = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        if copying and devices | made == {"cpu", "cuda"} and not (kwargs.get("non_blocking") or args[2:] == (True,)):
-            raise Waits(f"{func} copies from the CPU to the GPU, and waits until all before it is done")
+        waits = (
+            copying and devices | made == {"cpu", "cuda"} and not (kwargs.get("non_blocking") or args[2:] == (True,))
+        )
+        if waits or "cuda" in devices and "cpu" in made:
+            if not self.copies:
+                raise Waits(f"{func} copies between CPU and GPU, and waits until all before it is done")
+            self.copies -= 1
         return out
 
 
-def no_waiting():
-    """A context in which whatever makes the CPU wait for the GPU is an error."""
-    return _NoWaiting()
+@contextlib.contextmanager
+def no_waiting(*reads, copies=0):
+    """A context in which it is an error if the CPU waits for the GPU, or less often than said.
+
+    Args:
+        reads: the numbers that the CPU reads from the GPU, in turn.
+        copies: how many copies between the two it waits for.
+    """
+    with Waiting(list(reads), copies) as waiting:
+        yield
+    if waiting.reads or waiting.copies:
+        raise Waits(f"not read: {waiting.reads}; not copied: {waiting.copies}")
 
 
 def real(build, *args, **kwargs):
