@@ -6,8 +6,8 @@
 codes (N, L) int64 are tokens in 0..V-1 to keep (infilling) and the mask V where tokens are wanted.
 predict(codes, t, places) gives logits (M, V) of the clean tokens at the M masked places, row-major, for codes (N, L),
 times t (N,) and places (N, L) bool; (N, L, V) of all places, if places is None. It owns guidance, classes and
-precision. uniforms(draw) is (N, L) float64 in [0, 1), the same whenever it is asked for the same draw: randomness
-belongs to samples.
+precision. uniforms(draw) is (N, L) in [0, 1), the same whenever it is asked for the same draw: randomness belongs to
+samples.
 
 When each place is revealed does not depend on the tokens (but in the confidence order). So the whole timetable is drawn
 first, and the model is only asked when a token is due, on a CPU for these places alone: no call is spent on a step in

@@ -119,15 +119,20 @@ def integers(seed: int, stream: Stream, indices: torch.Tensor, high: int) -> tor
 
 
 def uniform(seed: int, stream: Stream, indices: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (N,) float64."""
-    return random_words(seed, stream, indices, 1).squeeze(1) / 2**32
+    """Uniform numbers in [0, 1), (N,) float32."""
+    return uniforms(seed, stream, indices, 1).squeeze(1)
 
 
 def uniforms(
     seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
-    """Several uniform numbers in [0, 1) for each sample, (N, count) float64; arguments as of `random_words`."""
-    return random_words(seed, stream, indices, count, draw) / 2**32
+    """Several uniform numbers in [0, 1) for each sample, (N, count) float32; arguments as of `random_words`."""
+    return in_unit_interval(random_words(seed, stream, indices, count, draw))
+
+
+def in_unit_interval(words: torch.Tensor) -> torch.Tensor:
+    """Words in [0, 2**32) to float32 in [0, 1): the largest, which would round to 1, to the largest float32 below."""
+    return (words.float() / 2**32).clamp(max=1 - 2**-24)
 
 
 def permutation(seed: int, stream: Stream, epoch: int, n: int) -> np.ndarray:

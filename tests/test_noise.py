@@ -1,6 +1,17 @@
 import torch
 
-from dlc.noise import LOW, StepNoise, Stream, integers, normal, permutation, philox, random_words, uniform
+from dlc.noise import (
+    LOW,
+    StepNoise,
+    Stream,
+    in_unit_interval,
+    integers,
+    normal,
+    permutation,
+    philox,
+    random_words,
+    uniform,
+)
 
 
 def test_philox_agrees_with_its_published_vectors():  # Random123's known answers for philox4x32-10
@@ -77,6 +88,13 @@ def test_distributions():
     counts = integers(3, Stream.TRAIN_TIMESTEP, torch.arange(n), 1000).bincount(minlength=1000)
     assert len(counts) == 1000 and ((counts - n / 1000) ** 2 / (n / 1000)).sum() < 1000 + 5 * 2000**0.5
     assert abs((uniform(3, Stream.TRAIN_DROP, torch.arange(n)) < 0.1).double().mean() - 0.1) < 5 * (0.09 / n) ** 0.5
+
+
+def test_uniform_numbers_are_below_1():
+    """The largest words, as float32, would be rounded up: a draw of 1 takes a token that has no probability."""
+    words = torch.tensor([0, 1, 2**31, LOW - 128, LOW])
+    numbers = in_unit_interval(words)
+    assert numbers.tolist() == [0, 2**-32, 0.5, 1 - 2**-24, 1 - 2**-24]
 
 
 def test_permutation():
