@@ -305,6 +305,8 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
     for flags, message in (
         (("--ckpt", "nowhere.pt"), "nowhere.pt"),
         (("--results-dir", "nowhere"), "no prior under --results-dir nowhere: train one with train_prior.py"),
+        (("--results-dir", "x", "--ckpt", prior), "--ckpt names one: give one of them"),
+        (("--features-path", other, "--no-usage"), "leave out --no-usage"),
         (("--num", 0), "must be at least 1"),
         (("--out", "given.npy"), "is a file: name a folder"),
         (("--out", "foreign"), "holds files of codes but no codes.json"),
@@ -336,6 +338,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
     for flags, message in (
         (("--prior-steps", 2), "name it with --prior"),
         (("--prior", prior, "--dlc-dir", codes[0]), "give one of them"),
+        (("--prior", prior, "--dlc-order", "random"), "with --prior, sample i gets code i"),
         (("--prior", "nowhere"), "nowhere"),
         (("--prior", save_prior(tmp_path / "six", V=6)), f"V=6, the checkpoint's model has V={V}"),
         (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),

@@ -26,7 +26,7 @@ from dlc.features import Features
 from dlc.images import read_png
 from dlc.runtime import agree, create_logger, start_processes
 from dlc.sampling.code_folder import finished_record
-from dlc.sampling.conditions import RowConditions, conditions_sha256, open_codes
+from dlc.sampling.conditions import RowConditions, open_codes
 from dlc.sampling.files import missing_indices, png_path
 from dlc.sampling.record import SamplesRecord
 
@@ -77,7 +77,7 @@ class DrawnCodes(RowConditions):
             drawn = finished_record(source)
             agrees = drawn is not None and drawn.settings() == record.prior and drawn.num >= record.num_fid_samples
         else:
-            agrees = conditions_sha256(self, record.num_fid_samples) == record.conditions_sha256
+            agrees = self.digest(record.num_fid_samples) == record.conditions_sha256
         if not agrees:
             raise ValueError(
                 f"the codes of {source} are not those that {folder} was drawn for, by the digest in samples.json: "
