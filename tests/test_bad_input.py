@@ -199,6 +199,7 @@ def test_training_flags(error_of, features, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in error("--results-dir", tmp_path / "file", "--model", "DiTSEM-Ti/2")
     assert "--V 7" in error("--V", 7)
+    assert "--vae decodes previews" in error("--vae", "ema")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
     at = locate(named, flag, ask)
     source = Source(named, at, ema, said=("from the hub",) if is_id(named) else (), prior=prior)
     if at.name in OWN_FILES and at.with_name("meta.json").is_file():  # of a checkpoint of ours, named by itself
+        if not ema and at.name == OWN_FILES[0]:
+            source.refuse("holds EMA weights: leave out --no-ema", NoRawWeights)
         source = read_own_checkpoint(dataclasses.replace(source, at=at.parent, ema=at.name == OWN_FILES[0]))
     elif not at.is_dir():
         known = at.name in WEIGHTS_FILES and source.config_path.is_file()

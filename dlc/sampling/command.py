@@ -104,7 +104,7 @@ def find_checkpoint(args) -> Path:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
     except NoCheckpoint as error:
         name = published_name(args.model, args.image_size or 256)
-        if name is None or args.results_dir != RESULTS:
+        if name is None or args.results_dir != RESULTS or not args.ema:  # which are EMA weights
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{error}; without that, the published weights are used", flush=True)
