@@ -118,7 +118,7 @@ class ImageBatches(TrainingBatches):
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
             raise OSError(
-                f"cannot read {what}: mend it, or remove it (which a run that has checkpoints takes with --allow-change; "
+                f"cannot read {what}: mend it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"
             )
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
