@@ -288,6 +288,20 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert sample_folder(tmp_path / "listed").name == folder.name
 
 
+def test_a_prior_that_fills_the_memory(error_of, workplace, prior, monkeypatch):
+    """The line names the flag that helps. Before that, its weights are hashed once."""
+    hashed = []
+
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("dlc.sampling.conditions.draw_into", full)
+    monkeypatch.setattr("dlc.sampling.prior.weights_sha256", lambda model: hashed.append(model) or "0" * 64)
+    flags = (*DRAW[1:], "--results-dir", workplace / "results", "--prior", prior, "--num-fid-samples", 2)
+    error = error_of("sample_ddp_computed_dlc", *flags)
+    assert "the memory is full: lower --batch-size of sample_prior.py" in error and len(hashed) == 1
+
+
 #################################################################################
 #                                   Mistakes                                    #
 #################################################################################

@@ -105,6 +105,8 @@ def test_our_checkpoints(shared, tmp_path):
         assert loaded.scale_by_sigma is False and loaded.num_classes == 3
         alone, kind = load_prior(tmp_path / f"checkpoints/0000003/{read.weights.replace('raw', 'model')}.safetensors")
         assert torch.equal(alone.pos_embed, loaded.pos_embed) and replace(kind, layout=read.layout) == read
+    with pytest.raises(ValueError, match="ema.safetensors holds EMA weights: leave out --no-ema"):
+        load_prior(tmp_path / "checkpoints/0000003/ema.safetensors", ema=False)
     shutil.copy(tmp_path / "checkpoints/0000003/ema.safetensors", tmp_path)
     assert "taken to be told the noise level" in load_prior(tmp_path / "ema.safetensors")[1].layout
     assert (read.masking, read.holdout, read.weights) == ("counted", 0.01, "raw")
