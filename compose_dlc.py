@@ -20,7 +20,7 @@ import torch
 
 from dlc.cli import SEED, ArgumentParser, number
 from dlc.disk import check_writable, write_whole
-from dlc.encoder import add_encoder_flags, open_encoder
+from dlc.encoder import DEFAULT_ENCODER, add_encoder_flags, open_encoder
 from dlc.features import Features, code_dtype
 from dlc.images import center_crop, load_rgb
 from dlc.noise import Stream, random_words
@@ -87,6 +87,10 @@ def check_sources(args) -> None:
         raise ValueError(f"--weights: give one for each of the {len(names)} sources, not all 0")
     if args.mode == "sem" and args.features_path:
         raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
+    encoder = dict(encoder=args.encoder != DEFAULT_ENCODER, encoder_backbone=args.encoder_backbone, L=args.L)
+    for flag, given in encoder.items():
+        if given and args.features_path:
+            raise ValueError(f"--{flag.replace('_', '-')} is for images, and --features-path holds codes: leave it out")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp is of --mode sem, and has no effect on tokens")
     if Path(args.out).suffix != ".npy":

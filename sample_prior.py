@@ -25,6 +25,8 @@ from dlc.sampling.record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.codes import Codes
 
+RESULTS = "results_prior"  # the default of --results-dir
+
 
 def parse_args():
     parser = ArgumentParser(__doc__)
@@ -34,7 +36,7 @@ def parse_args():
         help="the prior: a checkpoint directory, a file or a hub id [under --results-dir, the weights of the lowest "
         "held-out bound, or the newest]",
     )
-    add("--results-dir", default="results_prior", help="look for the prior here")
+    add("--results-dir", default=RESULTS, help="look for the prior here")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add_prior_flags(parser.add_argument_group("codes").add_argument)
     add = parser.add_argument_group("run").add_argument
@@ -104,6 +106,10 @@ def run(parser, args):
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         options, folder = PriorOptions.of(args), CodeFolder(args.out)
+        if args.ckpt and args.results_dir != RESULTS:
+            raise ValueError("--results-dir is where a prior is looked for, --ckpt names one: give one of them")
+        if args.features_path and not args.usage:
+            raise ValueError("--features-path names codes to compare the usage of tokens with: leave out --no-usage")
         if Path(args.out).exists() and not Path(args.out).is_dir():
             raise ValueError(f"--out {args.out} is a file: name a folder")
         state = start_processes()

@@ -91,6 +91,8 @@ def open_data(args, state):
         ):
             if given is not None:
                 raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
+        if args.vae and not args.sample_every:
+            raise ValueError("--vae decodes previews, and features have their latents: give --sample-every as well")
         return Features(args.features_path, args.V, args.num_classes)
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
@@ -100,8 +102,6 @@ def open_data(args, state):
             if not args.encoder
             else f"--encoder is for DiTSEM models, not {args.model}"
         )
-    if not args.encoder and (args.L or args.V or args.encoder_backbone):
-        raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
     return Images(
         state,
         args.data_path,
@@ -225,17 +225,7 @@ def train(parser, args, run):
     diffusion = create_diffusion("")
 
     # ---------------------------------------------------------------------- run
-    batches = (ImageBatches if encode else TrainingBatches)(
-        features,
-        condition,
-        limit,
-        seed=args.global_seed,
-        global_batch=args.global_batch_size,
-        rank=run.state.process_index,
-        world_size=run.state.num_processes,
-        first_step=run.first_step,
-        first_index=run.first_index,
-    )
+    batches = (ImageBatches if encode else TrainingBatches)(features, condition, limit, **run.share)
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "

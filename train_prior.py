@@ -49,8 +49,7 @@ def argument_parser():
     add(
         "--label-dropout",
         type=number(float, 0, 1),
-        default=0.1,
-        help="with --class-conditional: share of samples whose class is hidden",
+        help="with --class-conditional: share of samples whose class is hidden [0.1]",
     )
     add(
         "--score-entropy",
@@ -66,18 +65,16 @@ def argument_parser():
     add(
         "--holdout",
         type=number(float, 0, 0.9),
-        default=0.01,
-        help="share of the codes to hold out, to measure the bound on; 0 holds none out",
+        help="share of the codes to hold out, to measure the bound on; 0 holds none out [0.01]",
     )
     add("--heldout-path", help="hold out the codes of these features instead, and train on all of the others [none]")
 
     add = add_run_flags(parser)
-    add("--eval-every", type=number(int, 1), default=10_000, help="steps between bounds on the held-out codes")
+    add("--eval-every", type=number(int, 1), help="steps between bounds on the held-out codes [10000]")
     add(
         "--eval-levels",
         type=number(int, 1),
-        default=8,
-        help="how many numbers of masked tokens each held-out code is measured at; L measures at all of them",
+        help="how many numbers of masked tokens each held-out code is measured at; L measures at all of them [8]",
     )
     add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures; 0 disables them")
     add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [none]")
@@ -92,6 +89,28 @@ def argument_parser():
         results_dir="results_prior",
     )
     return parser
+
+
+def settle_flags(args):
+    """Raise ValueError for flags that would have no effect; give the others that were left out their values."""
+    if args.vae and not args.preview_ckpt:
+        raise ValueError("--vae decodes previews: give a --preview-ckpt as well")
+    if bool(args.sample_every) != bool(args.preview_ckpt):
+        raise ValueError("previews need both --sample-every and the --preview-ckpt of a DiTSEM")
+    if args.label_dropout is not None and not args.class_conditional:
+        raise ValueError("--label-dropout hides classes: give --class-conditional as well")
+    if args.holdout is not None and args.heldout_path:
+        raise ValueError("--holdout holds out a share of --features-path, --heldout-path other codes: give one of them")
+    for flag, given in (("every", args.eval_every), ("levels", args.eval_levels)):
+        if given is not None and args.holdout == 0:
+            raise ValueError(f"--eval-{flag} is of the bound on held-out codes, and --holdout 0 holds none out")
+    default = dict(
+        label_dropout=0.1 if args.class_conditional else 0.0,
+        holdout=0.0 if args.heldout_path else 0.01,
+        eval_every=10_000,
+        eval_levels=8,
+    )
+    vars(args).update({name: value for name, value in default.items() if getattr(args, name) is None})
 
 
 def losses_of(model, diffusion, indices, x, y, *, seed, label_dropout):
@@ -122,10 +141,7 @@ def train(parser, args, run):
     """The run that args ask for."""
     with parser.one_line_errors():
         # ---------------------------------------------------------------------- data
-        if args.vae and not args.preview_ckpt:
-            raise ValueError("--vae decodes previews: give a --preview-ckpt as well")
-        if bool(args.sample_every) != bool(args.preview_ckpt):
-            raise ValueError("previews need both --sample-every and the --preview-ckpt of a DiTSEM")
+        settle_flags(args)
         codes = Codes(args.features_path, args.V, args.holdout, args.heldout_path)
         source = codes.features.source()
         sizes = dict(
@@ -142,11 +158,14 @@ def train(parser, args, run):
                 latents="codes",
                 masking=MASKING,
                 score_entropy=args.score_entropy,
-                holdout=0.0 if args.heldout_path else args.holdout,
+                holdout=args.holdout,
                 heldout_path=args.heldout_path and recorded_id(args.heldout_path),
+                eval_levels=args.eval_levels if len(codes.heldout_rows) else None,
+                dropout=args.dropout,
+                label_dropout=args.label_dropout if args.class_conditional else None,
                 **{key: source[key] for key in ("encoder_sha256", "listing_sha256", "flip")},
             ),
-            notes=dict(features_path=recorded_id(args.features_path), dropout=args.dropout),
+            notes=dict(features_path=recorded_id(args.features_path)),
         )
         if run.state.is_main_process:
             codes.validate()
@@ -163,15 +182,7 @@ def train(parser, args, run):
     )
 
     # ---------------------------------------------------------------------- run
-    batches = CodeBatches(
-        codes,
-        seed=args.global_seed,
-        global_batch=args.global_batch_size,
-        rank=run.state.process_index,
-        world_size=run.state.num_processes,
-        first_step=run.first_step,
-        first_index=run.first_index,
-    )
+    batches = CodeBatches(codes, **run.share)
     run.logger.info(
         f"model: {args.model}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, "
         + ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)

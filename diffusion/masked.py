@@ -176,15 +176,23 @@ class MaskedDiffusion:
     # ------------------------------------------------------------------ reverse process
 
     @staticmethod
-    def reveal_probability(t: torch.Tensor, s: torch.Tensor, eta: float | torch.Tensor = 0.0) -> torch.Tensor:
-        """That a masked token is revealed between times t and s < t.
+    def reveal_weight(t: torch.Tensor, s: torch.Tensor, eta: float | torch.Tensor = 0.0) -> torch.Tensor:
+        """q, the weight of all tokens together for a masked place, between times t and s < t.
 
         (t - s) / t without remasking: SEDD's analytic (Tweedie) step and MDLM's posterior. Where revealed tokens become
         masks with probability eta, the step is longer by eta (1 - t), which restores the marginal at s (ReMDM, Wang et
-        al. 2025, arXiv 2503.00307, section 3): q = (t - s + eta (1 - t)) / t, at most 1. The DLC project's corrector
-        gives the mask the weight eta + (1 - eta)(1 - q) beside q for the tokens, which makes it q / (1 + eta q).
+        al. 2025, arXiv 2503.00307, section 3): q = (t - s + eta (1 - t)) / t, at most 1.
         """
-        q = ((t - s + eta * (1 - t)) / t).clamp(max=1)
+        return ((t - s + eta * (1 - t)) / t).clamp(max=1)
+
+    @classmethod
+    def reveal_probability(cls, t: torch.Tensor, s: torch.Tensor, eta: float | torch.Tensor = 0.0) -> torch.Tensor:
+        """That a masked token is revealed between times t and s < t.
+
+        The DLC project's corrector gives the mask the weight eta + (1 - eta)(1 - q) beside q for the tokens, which
+        makes it q / (1 + eta q).
+        """
+        q = cls.reveal_weight(t, s, eta)
         return q / (1 + eta * q)
 
     def reverse_weights(self, x_t: torch.Tensor, logp: torch.Tensor, t: torch.Tensor, s: torch.Tensor,
@@ -194,7 +202,7 @@ class MaskedDiffusion:
         Args:
             x_t: (N, L); logp: (N, L, V) log probabilities of the clean tokens; t, s: (N,) from and to.
         """
-        q = ((t - s + eta * (1 - t)) / t).clamp(max=1).view(-1, 1, 1)
+        q = self.reveal_weight(t, s, eta).view(-1, 1, 1)
         masked = torch.cat([q * logp.exp(), (eta + (1 - eta) * (1 - q)).expand(*logp.shape[:2], 1)], dim=2)
         kept = (1 - eta) * F.one_hot(x_t, self.V + 1).to(logp)
         kept[..., self.V] += eta

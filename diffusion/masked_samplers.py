@@ -179,7 +179,7 @@ class FirstHittingSampler(TimetableSampler):
         # Masked before step c: those of its call and of later ones. The next of k tokens out of L is revealed at the
         # k-th smallest of L uniform times, whichever tokens are given.
         step = torch.arange(never, device=codes.device)
-        masked = count - -(-step * count // calls.clamp(min=1)).clamp(max=count)         # (N, never)
+        masked = count - -(-step * count // calls.clamp(min=1))                          # (N, never)
         times = u.sort(dim=1).values.gather(1, (masked - 1).clamp(min=0))
         return Timetable([reveal], [torch.full_like(reveal, never)], times)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from dlc.cli import one_line
 from dlc.disk import SWITCH, check_values, one_of, read_json, real_number, whole_number
-from dlc.encoder_names import from_dinov2, from_timm, from_transformers, plain_name, serves_training_only, to_state_dict
+from dlc.encoder_names import from_dinov2, from_timm, from_transformers, serves_training_only, to_state_dict
 from dlc.hub import fetch, id_and_revision, is_id
 from dlc.images import IMAGENET_MEAN, IMAGENET_STD
-from dlc.tensor_files import check_tensors, shown
+from dlc.tensor_files import check_tensors, plain_name, shown
 from dlc.weights_files import WEIGHTS_FILES, hub_patterns, read_file, weights_in
 
 SIZES = {384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16), 1536: ("giant", 40, 24)}

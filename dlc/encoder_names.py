@@ -5,14 +5,10 @@ import re
 
 import torch
 
-WRAPPERS = ("module", "_orig_mod")  # of DDP and of torch.compile
+from dlc.tensor_files import plain_name
+
 # parts of a self-supervised checkpoint that only its losses need
 TRAINING_ONLY = "mask_token norm head sem_out sem_cls_norm dino_head ibot_head layernorm classifier".split()
-
-
-def plain_name(key):
-    """A tensor's name without the wrappers of DDP and torch.compile."""
-    return ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
 
 
 def serves_training_only(key):

@@ -64,8 +64,11 @@ def open_networks(state, image_size, vae, encoder, **given):
         vae, encoder: as --vae and --encoder take them.
         given: the encoder's backbone, L and V, see `load_encoder`.
 
-    Raises ValueError if one of them cannot be loaded, or if the image size is no multiple of the VAE's factor.
+    Raises ValueError if one of them cannot be loaded, if the image size is no multiple of the VAE's factor, and for
+    what is given of no encoder.
     """
+    if not encoder and any(given.values()):
+        raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
 
     def fetch_all(ask):
         factor = downsampling_factor(vae, ask)

@@ -40,6 +40,14 @@ PASSED_OVER = re.compile(
 )
 
 
+WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch.compile
+
+
+def plain_name(name) -> str:
+    """A tensor's name without the wrappers of DDP and torch.compile."""
+    return WRAPPERS.sub("", str(name))
+
+
 class PassedOver:
     """Stands where a file has an object that is no tensor and no plain value; takes anything and keeps nothing."""
 

@@ -35,11 +35,7 @@ def weights_in(files) -> str | None:
 
 def read_file(path: Path) -> tuple[dict, str]:
     """What a file of weights, or an index of shards, holds; and words for shards and variants, or ""."""
-    if is_index(path):
-        values = read_shards(path)
-        words = f"{len(set(read_json(path)['weight_map'].values()))} shards"
-    else:
-        values, words = load_tensors(path), ""
+    values, words = read_shards(path) if is_index(path) else (load_tensors(path), "")
     return values, ", ".join(filter(None, [words, "fp16 variant" if ".fp16." in path.name else ""]))
 
 
@@ -53,8 +49,11 @@ def is_index(path: Path) -> bool:
     return start.lstrip()[:1] == b"{" and b"\0" not in start
 
 
-def read_shards(path: Path) -> dict:
-    """The tensors that an index names, out of the files beside it. Raises ValueError naming index and tensor."""
+def read_shards(path: Path) -> tuple[dict, str]:
+    """The tensors that an index names, out of the files beside it, and words for how many files those are.
+
+    Raises ValueError naming index and tensor.
+    """
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
         raise ValueError(f"{path} is no index of shards: its weight_map is not of names of files beside it")
@@ -62,4 +61,4 @@ def read_shards(path: Path) -> dict:
     lacking = next((key for key, name in names.items() if key not in shards[name]), None)
     if lacking is not None:
         raise ValueError(f"{path} says that {names[lacking]} has {lacking[:80]!r}, which it does not")
-    return {key: shards[name][key] for key, name in names.items()}
+    return {key: shards[name][key] for key, name in names.items()}, f"{len(shards)} shards"

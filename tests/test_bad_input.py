@@ -64,6 +64,7 @@ def test_data_folder(extract_error, tmp_path):
     assert "--data-path nowhere is not a folder" in extract_error(data_path="nowhere")
     (tmp_path / "data").mkdir()
     assert "has no class folders" in extract_error(data_path=tmp_path / "data")
+    assert "--L, --V and --encoder-backbone say what" in extract_error("--encoder", "none", "--L", 6)
     (tmp_path / "data/cat").mkdir()
     assert "no images in them" in extract_error(data_path=tmp_path / "data")
     assert not (tmp_path / "features").exists()
@@ -198,6 +199,7 @@ def test_training_flags(error_of, features, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in error("--results-dir", tmp_path / "file", "--model", "DiTSEM-Ti/2")
     assert "--V 7" in error("--V", 7)
+    assert "--vae decodes previews" in error("--vae", "ema")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,7 @@ def test_sampling_flags(sample_error):
         assert f"argument --cfg-scale: {value}" in sample_error("--cfg-scale", value)
     assert "argument --num-sampling-steps: 1001: must be 2 to 1000" in sample_error("--num-sampling-steps", 1001)
     assert "--eta 0.5: --sampler ddpm has none" in sample_error("--eta", 0.5)
+    assert "--ckpt names one: give one of them" in sample_error("--results-dir", "elsewhere")
     assert "--sampler dpmsolver++ has at most 999" in sample_error(
         "--sampler", "dpmsolver++", "--num-sampling-steps", 1000
     )
@@ -300,6 +303,7 @@ def test_flags_of_vectors(sample_error, tmp_path):
 
     assert "DiTCONT-Ti/4 is conditioned on vectors: name them with --condition-path" in error()
     assert "--dlc-dir is for models conditioned on codes" in error("--dlc-dir", "x")
+    assert "--prior-class is for models conditioned on codes" in error("--prior-class", 1)
     assert "--condition-path nowhere does not exist" in error("--condition-path", "nowhere")
     np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
     assert "in_dim=4, the checkpoint's model in_dim=3" in error("--condition-path", tmp_path / "wide.npy")

@@ -177,6 +177,14 @@ def test_keys_that_came_later_have_their_default():
     labels = RunMeta.from_json({**{key: older[key] for key in older if key not in ("L", "V")}, "num_classes": 3}, "")
     assert labels.code_init is None and labels.num_classes == 3
     assert RunMeta(step=3, place=24, logged=0).missing() == "skipped"
+    prior = {**meta_of(1).to_json(), "format_version": 2, "masking": "counted"}
+    for said, wanted in (
+        (dict(holdout=0.1, num_classes=3), (8, 0.1)),
+        (dict(holdout=0.0, heldout_path="x"), (8, None)),
+        (dict(holdout=0.0), (None, None)),
+    ):
+        meta = RunMeta.from_json({**prior, **said}, "meta.json")
+        assert (meta.eval_levels, meta.label_dropout) == wanted
 
 
 def test_resume_point(tmp_path):

@@ -133,6 +133,8 @@ def test_a_source_does_not_depend_on_the_others(images, tiny_models):
         (["--features-path", "{features}", "--rows", "0", "99"], "--rows 99: features {features} have rows 0 to 13"),
         (["--features-path", "{features}", "--rows", "0", "1", "--mode", "sem"], "--mode sem needs images"),
         (["--features-path", "nowhere", "--rows", "0", "1"], "nowhere does not exist"),
+        (["--features-path", "{features}", "--rows", "0", "1", "--L", "9"], "--L is for images"),
+        (["--features-path", "{features}", "--rows", "0", "1", "--encoder", "x"], "--encoder is for images"),
     ],
 )
 def test_what_it_refuses(arguments, message, images, features, tiny_models, tmp_path, monkeypatch, capsys):

@@ -859,7 +859,7 @@ def test_configurations_of_transformers(tmp_path, config, message):
             ).items()
             for value in values
         ],
-        ('{"format_version": 3}', "format 3, this program knows up to 2: update it"),
+        ('{"format_version": 4}', "format 4, this program knows up to 3: update it"),
         ('{"format_version": 1}', "meta.json: model is missing"),
         ('{"lr": NaN}', "lr is nan"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),

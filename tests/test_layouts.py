@@ -425,7 +425,7 @@ def test_hub_ids(hub, reference, tmp_path):
 #################################################################################
 
 
-def test_sizes_without_a_name(tmp_path):
+def test_sizes_without_a_name(hub, tmp_path):
     """Heads by a config beside, or by the only published width that fits; else one line says how to give them."""
 
     def save(width, heads, depth=2):
@@ -452,6 +452,9 @@ def test_sizes_without_a_name(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=7)))
         assert "7 heads do not divide" in refusal(load_model, path)
         (tmp_path / "config.json").unlink()
+        files = {"ema.safetensors": safetensors.torch.save(model.state_dict()), "meta.json": b"{}"}
+        hub.add(f"owner/{width}", {**files, "config.json": b'{"num_heads": %d}' % heads, "model.safetensors": b""})
+        assert load_model(f"owner/{width}")[0].blocks[0].attn.num_heads == heads
 
 
 #################################################################################

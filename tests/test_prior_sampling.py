@@ -289,6 +289,20 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert sample_folder(tmp_path / "listed").name == folder.name
 
 
+def test_a_prior_that_fills_the_memory(error_of, workplace, prior, monkeypatch):
+    """The line names the flag that helps. Before that, its weights are hashed once."""
+    hashed = []
+
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("dlc.sampling.conditions.draw_into", full)
+    monkeypatch.setattr("dlc.sampling.prior.weights_sha256", lambda model: hashed.append(model) or "0" * 64)
+    flags = (*DRAW[1:], "--results-dir", workplace / "results", "--prior", prior, "--num-fid-samples", 2)
+    error = error_of("sample_ddp_computed_dlc", *flags)
+    assert "the memory is full: lower --batch-size of sample_prior.py" in error and len(hashed) == 1
+
+
 #################################################################################
 #                                   Mistakes                                    #
 #################################################################################
@@ -306,6 +320,8 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
     for flags, message in (
         (("--ckpt", "nowhere.pt"), "nowhere.pt"),
         (("--results-dir", "nowhere"), "no prior under --results-dir nowhere: train one with train_prior.py"),
+        (("--results-dir", "x", "--ckpt", prior), "--ckpt names one: give one of them"),
+        (("--features-path", other, "--no-usage"), "leave out --no-usage"),
         (("--num", 0), "must be at least 1"),
         (("--out", "given.npy"), "is a file: name a folder"),
         (("--out", "foreign"), "holds files of codes but no codes.json"),
@@ -337,6 +353,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
     for flags, message in (
         (("--prior-steps", 2), "name it with --prior"),
         (("--prior", prior, "--dlc-dir", codes[0]), "give one of them"),
+        (("--prior", prior, "--dlc-order", "random"), "with --prior, sample i gets code i"),
         (("--prior", "nowhere"), "nowhere"),
         (("--prior", save_prior(tmp_path / "six", V=6)), f"V=6, the checkpoint's model has V={V}"),
         (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),

@@ -66,7 +66,8 @@ def train(code_features, tmp_path):
         flags = (
             *("--model", "DLCPrior-Ti", "--features-path", code_features, "--results-dir", tmp_path / name),
             *("--global-batch-size", 8, "--lr", 3e-3, "--warmup-steps", 4, "--ema-decay", 0.9, "--num-workers", 0),
-            *("--holdout", 0.2, "--eval-every", 4, "--eval-levels", 3, *flags),
+            *(() if "--holdout" in flags else ("--holdout", 0.2, "--eval-every", 4, "--eval-levels", 3)),
+            *flags,
         )
         return Run("train_prior", flags, next(outputs), processes)
 
@@ -154,12 +155,15 @@ def test_bounds_of_models_that_are_known(code_features):
 #################################################################################
 
 
-def test_stopped_and_resumed_is_the_same_run(trained, tmp_path):
+def test_stopped_and_resumed_is_the_same_run(train, trained, tmp_path):
     """Weights, EMA, optimizer, losses and held-out bounds, to the bit, dropout and classes included; and the
-    weights of the lowest bound are kept."""
+    weights of the lowest bound are kept. Other flags that decide them are refused."""
     flags = ("--log-every", 3, "--grad-accum", 2, "--class-conditional", "--label-dropout", 0.3, "--ckpt-every", 4)
     said = trained("whole", "--max-steps", 10, *flags)
     trained("parts", "--max-steps", 5, *flags)
+    run = train("parts", *flags, "--label-dropout", 0.2, "--dropout", 0.2, "--eval-levels", 4)
+    other = "eval_levels 3 there, 4 here; dropout 0.1 there, 0.2 here; label_dropout 0.3 there, 0.2 here; give another"
+    assert not run.wait() and other in run.said()
     trained("parts", "--max-steps", 10, *flags)
     # the run of 5 steps was measured at its end, too
     lines = [line for line in metrics(tmp_path / "parts") if line["step"] != 5]
@@ -265,6 +269,9 @@ def test_mistakes_are_one_line(error_of, code_features, tmp_path):
         (("--V", 5), "--V 5: "),
         (("--holdout", 0.999), "must be 0 to 0.9"),
         (("--heldout-path", "nowhere"), "nowhere does not exist"),
+        (("--heldout-path", other, "--holdout", 0.01), "--heldout-path other codes: give one of them"),
+        (("--label-dropout", 0.1), "--label-dropout hides classes: give --class-conditional"),
+        (("--holdout", 0, "--eval-levels", 8), "--eval-levels is of the bound on held-out codes, and --holdout 0"),
         (("--heldout-path", other), "have L=6, V=3, those of"),
         (("--heldout-path", foreign), "another encoder"),
         (("--model", "DLCPrior-XL"), "invalid choice: 'DLCPrior-XL'"),

@@ -1,6 +1,8 @@
 """Weights of priors: SEDD's published folder and training file, our runs, and what is refused."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,7 +103,12 @@ def test_our_checkpoints(shared, tmp_path):
         loaded, read = load_prior(tmp_path, use_ema)
         assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in loaded.state_dict().items())
         assert loaded.scale_by_sigma is False and loaded.num_classes == 3
-    assert json.loads((tmp_path / "checkpoints/0000003/meta.json").read_text())["format_version"] == 2
+        alone, kind = load_prior(tmp_path / f"checkpoints/0000003/{read.weights.replace('raw', 'model')}.safetensors")
+        assert torch.equal(alone.pos_embed, loaded.pos_embed) and replace(kind, layout=read.layout) == read
+    with pytest.raises(ValueError, match="ema.safetensors holds EMA weights: leave out --no-ema"):
+        load_prior(tmp_path / "checkpoints/0000003/ema.safetensors", ema=False)
+    shutil.copy(tmp_path / "checkpoints/0000003/ema.safetensors", tmp_path)
+    assert "taken to be told the noise level" in load_prior(tmp_path / "ema.safetensors")[1].layout
     assert (read.masking, read.holdout, read.weights) == ("counted", 0.01, "raw")
     assert diffusion_of(read).told(torch.ones(2)).tolist() == [0, 0] and diffusion_of(read).masking == "counted"
     with pytest.raises(ValueError, match="is a prior over codes .*, no diffusion transformer"):

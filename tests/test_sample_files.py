@@ -15,14 +15,7 @@ from PIL import Image
 from dlc.checkpoints.meta import RunMeta
 from dlc.images import save_png
 from dlc.sampling.__main__ import main
-from dlc.sampling.conditions import (
-    CONDITIONINGS,
-    ClassLabels,
-    ComputedCodes,
-    ComputedVectors,
-    conditions_sha256,
-    open_codes,
-)
+from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors, open_codes
 from dlc.sampling.files import check_npz, missing_indices, npz_rows, png_path, write_npz
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.record import SamplesRecord
@@ -280,10 +273,10 @@ def test_vectors_by_their_rows(vectors):
     assert (rows != other.values(np.arange(14))).any()
     np.testing.assert_array_equal(one(np.arange(14)), stored[rows])
     assert one.describe() == f"7 vectors of {vectors} in random order" and one.describe() != sequential.describe()
-    digest = conditions_sha256(one, 9)
-    assert digest == conditions_sha256(one, 9) != conditions_sha256(other, 9)
+    digest = one.digest(9)
+    assert digest == one.digest(9) != other.digest(9)
     np.save(vectors / "10.npy", VECTORS[4:] + 1)
-    assert conditions_sha256(ComputedVectors(vectors, CONT, "random", 3), 9) != digest
+    assert ComputedVectors(vectors, CONT, "random", 3).digest(9) != digest
     np.testing.assert_array_equal(ComputedVectors(vectors / "2.npy", CONT, "random", 0)(indices)[0], stored[3])
 
 
@@ -308,7 +301,7 @@ def test_vectors_by_their_rows(vectors):
 def test_vectors_that_are_refused(vectors, harm, message):
     harm(vectors)
     with pytest.raises(ValueError, match=message):
-        conditions_sha256(ComputedVectors(vectors, CONT, "sequential", 0), 7)
+        ComputedVectors(vectors, CONT, "sequential", 0).digest(7)
 
 
 def test_what_could_not_be_compared_is_said(tmp_path, features):
@@ -409,14 +402,14 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
         vectors=ComputedVectors(vectors, CONT, "sequential", 0),
         codes=of(tmp_path / "codes.npy"),
     )[conditioning]
-    record = replace(RECORD, num_fid_samples=4, conditions_sha256=conditions_sha256(conditions, 4), runs=[])
+    record = replace(RECORD, num_fid_samples=4, conditions_sha256=conditions.digest(4), runs=[])
     folder = SampleFolder(tmp_path / "samples")
     assert folder.open(record, conditions, dict(date="now")) == [0, 1, 2, 3]
     folder.lock.release()
     values = json.loads((folder.path / "samples.json").read_text())
     assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
     assert values["format_version"] == 3 and list(values)[-1] == conditions.key
-    more = replace(record, num_fid_samples=6, conditions_sha256=conditions_sha256(conditions, 6))
+    more = replace(record, num_fid_samples=6, conditions_sha256=conditions.digest(6))
     assert folder.open(more, conditions, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()
     assert [run["images"] for run in SamplesRecord.read(folder.path / "samples.json").runs] == [4, 6]

@@ -199,9 +199,13 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
     for readers in (0, 1):
         said = train("run", "--max-steps", 9, "--num-workers", readers, data=images, fails=True)
         assert f"cannot read '{images}/dog/1_broken.jpg' (UnidentifiedImageError: cannot identify image" in said
-    said = train("one", "--max-steps", 15, "--global-batch-size", 1, data=images, fails=True)
-    step = int(re.search(r"step (\d+): cannot read", said)[1])  # what was trained before it is kept
-    assert step > 1 and [path.name for path in (tmp_path / "one/checkpoints").iterdir()] == [f"{step - 1:07d}"]
+    for processes in (1, 2):  # what was trained before it is kept
+        flags = ("--max-steps", 15, "--global-batch-size", processes, "--global-seed", 1)
+        said = train(f"kept{processes}", *flags, data=images, fails=True, processes=processes)
+        step = int(re.search(r"step (\d+): cannot read", said)[1])
+        assert step == 1 + 10 // processes and said.count("error:") == 1
+        kept = [path.name for path in (tmp_path / f"kept{processes}/checkpoints").iterdir()]
+        assert kept == [f"{step - 1:07d}"]
     broken = shutil.copytree(images, tmp_path / "broken")
     (broken / "cat/2.png").write_text("not an image either")
     said = train("both", "--max-steps", 1, "--global-batch-size", 15, data=broken, fails=True)

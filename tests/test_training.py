@@ -177,8 +177,9 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
         in run.said()
         and "Traceback" not in run.said()
     )
-    said = trained("run", *other, "--allow-change")
+    said = trained("run", *other, "--allow-change", "--grad-clip", 1)
     assert "warning: changed since: global_batch_size 8 there, 4 here" in said
+    assert "; grad_clip 0.0 there, 1.0 here" in said  # which needs no leave
     assert read_meta(tmp_path / "run/checkpoints/0000005").place == 3 * 8 + 2 * 4
     assert metrics(tmp_path / "run")[-1]["epoch"] == 32 / 14
     rows = Features(features)

@@ -333,7 +333,7 @@ def test_a_connection_to_a_reader_that_breaks(monkeypatch):
             raise ConnectionResetError(104, "Connection reset by peer")
 
     class Asked:
-        reason = None
+        reason, steps = None, 1
 
         def ask(self, reason):
             self.reason = reason

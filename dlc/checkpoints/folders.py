@@ -11,6 +11,7 @@ from dlc.disk import read_json
 from dlc.weights_files import read_file, weights_in
 
 EXPORTED = "dlc-dit"  # the "format" of a config.json of ours
+OWN_FILES = "ema.safetensors", "model.safetensors"  # of a checkpoint of ours
 
 
 def opened(source: Source, **changes) -> Source:
@@ -22,6 +23,12 @@ def opened(source: Source, **changes) -> Source:
 def with_kind(source: Source, kind: str) -> RunMeta:
     """The meta with the kind of weights that was read: "ema", "raw" or "as in the file"."""
     return dataclasses.replace(source.meta, weights=kind)
+
+
+def finished(source: Source, values: dict, **changes) -> Source:
+    """The last source: values are a model's tensors under our names, and checked."""
+    meta = source.meta if source.meta.weights else with_kind(source, "as in the file")
+    return dataclasses.replace(source, values=values, done=True, **{"meta": meta, **changes})
 
 
 def read_own_checkpoint(source):
@@ -102,7 +109,7 @@ def read_weights_folder(source):
 
 def read_weights_file(source):
     """A file of weights, or an index of its shards, with what the config.json beside it says."""
-    beside, meta, is_eps = source.at.with_name("config.json"), source.meta, source.is_eps
+    beside, meta, is_eps = source.config_path, source.meta, source.is_eps
     config = read_json(beside) if beside.is_file() else {}
     if config.get("format") == EXPORTED:
         training, is_eps = config.get("training"), True

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from dlc.checkpoints.diffusers_dit import ANCHORS, FIXED, from_diffusers
 from dlc.checkpoints.folders import (
+    OWN_FILES,
     dlc_checkpoints,
+    finished,
     is_dlc_checkpoint,
     opened,
     read_dlc_checkpoint,
@@ -31,10 +33,9 @@ from dlc.checkpoints.run import run_checkpoints
 from dlc.checkpoints.sedd import read_sedd, read_sedd_training
 from dlc.checkpoints.source import AVAE, BESIDE, ON_HUB, AnEncoder, APrior, NoRawWeights, Source, run_meta
 from dlc.hub import fetch, is_id
-from dlc.tensor_files import check_tensors
+from dlc.tensor_files import WRAPPERS, check_tensors, plain_name
 from dlc.weights_files import WEIGHTS_FILES, weights_in
 
-WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch.compile
 MOST_STEPS = 8
 ANCHOR = "x_embedder.proj.weight"  # a tensor of every DiT under our names
 
@@ -72,9 +73,13 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
     """
     at = locate(named, flag, ask)
     source = Source(named, at, ema, said=("from the hub",) if is_id(named) else (), prior=prior)
-    if not at.is_dir():
-        beside = at.name in WEIGHTS_FILES and at.with_name("config.json").is_file()
-        source = read_weights_file(source) if beside else opened(source)
+    if at.name in OWN_FILES and at.with_name("meta.json").is_file():  # of a checkpoint of ours, named by itself
+        if not ema and at.name == OWN_FILES[0]:
+            source.refuse("holds EMA weights: leave out --no-ema", NoRawWeights)
+        source = read_own_checkpoint(dataclasses.replace(source, at=at.parent, ema=at.name == OWN_FILES[0]))
+    elif not at.is_dir():
+        known = at.name in WEIGHTS_FILES and source.config_path.is_file()
+        source = read_weights_file(source) if known else opened(source)
     for _ in range(MOST_STEPS):
         if source.done:
             break
@@ -86,7 +91,7 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
         source.refuse(
             "is a folder of no layout that is known: it has no meta.json, no model_index.json and no file of weights"
         )
-    return dataclasses.replace(source, values=check_tensors(source.values, source.at))
+    return source if source.done else dataclasses.replace(source, values=check_tensors(source.values, source.at))
 
 
 #################################################################################
@@ -157,15 +162,14 @@ def refuse_velocity(source, name):
 
 
 def unwrap(source):
-    plain = {WRAPPERS.sub("", str(key)): value for key, value in source.values.items()}
+    plain = {plain_name(key): value for key, value in source.values.items()}
     if len(plain) < len(source.values):
         source.refuse("holds tensors of one name twice, with and without module. or _orig_mod. before it")
     return dataclasses.replace(source, values=plain)
 
 
 def read_dit(source):
-    meta = source.meta if source.meta.weights else with_kind(source, "as in the file")
-    return source.saying(meta=meta, done=True)
+    return finished(source, check_tensors(source.values, source.at))
 
 
 def read_diffusers_dit(source):
@@ -174,7 +178,7 @@ def read_diffusers_dit(source):
             source.refuse(f"is no DiT: {key} in its config.json is {str(source.config[key])[:40]!r}, wanted {wanted!r}")
     values = from_diffusers(check_tensors(source.values, source.at), source.named, source.config.get("_num_classes"))
     name = "DiT" if "y_embedder.embedding_table.weight" in values else "DLC DiT"
-    return read_dit(source.saying(f"{name} under diffusers' names", values=values, is_eps=True, in_diffusers=True))
+    return finished(source.saying(f"{name} under diffusers' names"), values, is_eps=True, in_diffusers=True)
 
 
 #################################################################################

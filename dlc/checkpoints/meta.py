@@ -1,8 +1,8 @@
 """meta.json: what a checkpoint says of itself. `RunMeta` owns every key; nothing else in the program spells one.
 
 Version 0 has no format_version, and any of its keys may be missing: such a field is None, which means "not recorded".
-From version 1 on, a key that its version has is missing only by damage, which is an error. A key that came later gets
-the default that `from_json` states for it.
+From version 1 on, a key that its version has is missing only by damage, which is an error. A key that came later is
+None, or what `from_json` says.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ VERSIONS = (
 class RunMeta(Record):
     """The keys of meta.json, in the order in which they are written. Another kind of trainer may add its own."""
 
-    FORMAT = 2  # 2 added latents_mean and latents_std, and the keys of priors
+    FORMAT = 3  # 2 added latents_mean and latents_std, and the keys of priors; 3 flags that decide a run
     OLDEST = 0
 
     # what is trained: a run with other values is another run
@@ -57,21 +57,26 @@ class RunMeta(Record):
     score_entropy: bool | None = key(SWITCH, None, since=2, needed=False)
     holdout: float | None = key(real_number(0, 1), None, since=2, needed=False)
     heldout_path: str | None = key(ID, None, since=2, needed=False)
+    eval_levels: int | None = key(SIZE, None, since=3, needed=False)
+    dropout: float | None = key(real_number(0, 1), None, since=2, needed=False)
+    label_dropout: float | None = key(real_number(0, 1), None, since=3, needed=False)
     first_vectors_sha256: str | None = key(ID, None)
     # how far: optimizer steps, global sample index, step of the log's last line, steps skipped since
     step: int | None = key(COUNT, None)
     place: int | None = key(COUNT, None)
     logged: int | None = key(COUNT, None)
     skipped: int | None = key(COUNT, None)
-    # where from and how: recorded, never compared
+    # where from and how: a run may continue with other values
     vae: str | None = key(ID, None)
     data_path: str | None = key(ID, None, needed=False)
     features_path: str | None = key(ID, None, needed=False)
-    dropout: float | None = key(real_number(0, 1), None, since=2, needed=False)  # of a prior
     precision: str | None = key(TEXT, None)
     lr: float | None = key(real_number(0), None)
     weight_decay: float | None = key(real_number(0), None)
     ema_decay: float | None = key(real_number(0), None)
+    ema_warmup: bool | None = key(or_null(SWITCH), None, since=3)
+    warmup_steps: int | None = key(or_null(COUNT), None, since=3)
+    grad_clip: float | None = key(or_null(real_number(0)), None, since=3)
     versions: dict[str, str] | None = key(VERSIONS, None)
     # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"; from what layout
     weights: str | None = None
@@ -79,10 +84,15 @@ class RunMeta(Record):
 
     @classmethod
     def from_json(cls, values: dict, where, also_needed=()) -> "RunMeta":
-        """See `Record`. In a file of format 0, where keys may be missing, the two that had only one value have that."""
-        if values.get("format_version", 0) == 0:
+        """See `Record`. What a file of an older format does not say had one value then, or has the flag's default."""
+        version, known = values.get("format_version", 0), {}
+        if version == 0:
             known = dict(shift_factor=0.0, **(dict(code_init="unit") if "V" in values else {}))
-            values = {**known, **values}
+        if version == 2 and "masking" in values and values.get("num_classes"):  # of a prior
+            known["label_dropout"] = 0.1
+        if version == 2 and (values.get("holdout") or values.get("heldout_path")):
+            known["eval_levels"] = 8
+        values = {**known, **values}
         return super().from_json(values, where, also_needed)
 
     def to_json(self) -> dict:

@@ -117,7 +117,7 @@ def published_config(source: Source) -> dict:
             {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
         )
     config = {key: value for key, value in flat.items() if key in CONFIG and value is not None}
-    where = source.at.with_name("config.json")
+    where = source.config_path
     check_values(where, config, CONFIG)
     for key, wanted in (("graph.type", "absorb"), ("noise.type", "loglinear")):
         if config.get(key, wanted) != wanted:

@@ -41,27 +41,8 @@ def save_checkpoint(
     states = [gather_full(module.state_dict(), write) for module in (model, ema, optimizer)]
     if not write:
         return None
-    path = Path(run_dir) / "checkpoints" / f"{meta.step:07d}"
-    temporary = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        safetensors.torch.save_file(states[0], temporary / "model.safetensors")
-        safetensors.torch.save_file(states[1], temporary / "ema.safetensors")
-        torch.save(
-            dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums),
-            temporary / "optimizer.pt",
-        )
-        (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers make of a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {path} ({error})") from error
-    sync(path.parent)  # before older ones may go
-    return path
+    rest = dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums)
+    return _write(Path(run_dir) / "checkpoints", meta, dict(model=states[0], ema=states[1]), rest)
 
 
 def save_best(run_dir, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
@@ -72,23 +53,37 @@ def save_best(run_dir, meta: RunMeta, *, ema, write: bool = True) -> Path | None
     state = gather_full(ema.state_dict(), write)
     if not write:
         return None
-    path = Path(run_dir) / "best" / f"{meta.step:07d}"
+    path = _write(Path(run_dir) / "best", meta, dict(ema=state))
+    for other in path.parent.iterdir():
+        if other != path:
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
+def _write(folder: Path, meta: RunMeta, weights: dict[str, dict], rest: dict | None = None) -> Path:
+    """Write FOLDER/{meta.step:07d}/, with {name}.safetensors of weights and optimizer.pt of the rest. Returns its path.
+
+    Raises OSError, naming it, if the disk does not take it; nothing is left then.
+    """
+    path = folder / f"{meta.step:07d}"
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        safetensors.torch.save_file(state, temporary / "ema.safetensors")
+        for name, state in weights.items():
+            safetensors.torch.save_file(state, temporary / f"{name}.safetensors")
+        if rest is not None:
+            torch.save(rest, temporary / "optimizer.pt")
         (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
         for file in temporary.iterdir():
             sync(file)
+        sync(temporary)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was killed after this step, and comes by again
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write {path} ({error})") from error
-    for other in path.parent.iterdir():
-        if other != path:
-            shutil.rmtree(other, ignore_errors=True)
+        raise OSError(f"cannot write checkpoint {path} ({error})") from error
+    sync(path.parent)  # before older ones may go
     return path
 
 

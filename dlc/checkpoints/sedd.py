@@ -4,9 +4,9 @@ import re
 
 import torch
 
-from dlc.checkpoints.folders import with_kind
+from dlc.checkpoints.folders import finished, with_kind
 from dlc.checkpoints.source import Source
-from dlc.tensor_files import check_tensors, differences_from
+from dlc.tensor_files import check_tensors, differences_from, plain_name
 from prior import DLCPrior, DLCPrior_models
 
 TOKENS = "vocab_embed.embedding"
@@ -76,9 +76,11 @@ def read_sedd(source: Source) -> Source:
     prefix = token_table[: -len(TOKENS)]
     if others:
         source.refuse(f"holds two priors over codes, {token_table[:40]} and {others[0][:40]}")
-    values = {name[len(prefix) :]: tensor for name, tensor in source.values.items() if str(name).startswith(prefix)}
-    meta = source.meta if source.meta.weights else with_kind(source, "as in the file")
-    return source.saying(*([] if source.said else ["SEDD's names"]), values=values, meta=meta, done=True)
+    values = {str(name)[len(prefix) :]: value for name, value in source.values.items() if str(name).startswith(prefix)}
+    said = [] if source.said else ["SEDD's names"]
+    if source.meta.time_conditioning is None and not source.config:
+        said.append("taken to be told the noise level, as SEDD's priors are")
+    return finished(source.saying(*said), check_tensors(values, source.at))
 
 
 def read_sedd_training(source: Source) -> Source:
@@ -86,14 +88,11 @@ def read_sedd_training(source: Source) -> Source:
     raw, ema = source.values.get("model"), source.values["ema"].get("shadow_params")
     if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
         source.refuse("has no dict of named tensors under 'model', which also tells the names of its EMA weights")
-    raw = check_tensors(
-        {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in raw.items()}, source.at
-    )
+    values = raw = check_tensors({plain_name(name): value for name, value in raw.items()}, source.at)
     step = source.values.get("step")
     meta = with_kind(source, "ema" if source.ema else "raw")
     if type(step) is int and step >= 0:
         meta = type(meta)(**{**vars(meta), "step": step})
-    values = raw
     if source.ema:
         _, model = outline(raw, source.refuse)
         wanted = dict(model.named_parameters())
@@ -103,8 +102,8 @@ def read_sedd_training(source: Source) -> Source:
             source.refuse(
                 f"has {len(ema)} EMA tensors for {len(wanted)} parameters: give --no-ema to read the raw ones"
             )
-        values = {**raw, **dict(zip(wanted, ema))}
+        values = {**raw, **check_tensors(dict(zip(wanted, ema)), source.at)}
         different = differences_from(wanted, {name: values[name] for name in wanted})
         if different:
             source.refuse(f"has EMA weights in another order than its parameters: by that order, it {different}")
-    return source.saying("training checkpoint of SEDD", values=values, meta=meta, done=True)
+    return finished(source.saying("training checkpoint of SEDD"), values, meta=meta)

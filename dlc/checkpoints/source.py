@@ -47,7 +47,7 @@ class Source:
     is_eps: whether it is known that the weights predict eps, rather than, as SiT's do, a velocity.
     prior: whether a prior over codes is wanted, rather than a diffusion transformer.
     in_diffusers: whether they came in diffusers' layout, which leaves their function open.
-    done: whether values are a model's tensors under our names.
+    done: whether values are a model's tensors under our names, which are checked.
     """
 
     named: object
@@ -61,6 +61,11 @@ class Source:
     prior: bool = False
     in_diffusers: bool = False
     done: bool = False
+
+    @property
+    def config_path(self) -> Path:
+        """Beside the file that is looked at: where its config.json is, or would be."""
+        return self.at.with_name("config.json")
 
     @cached_property
     def files(self) -> frozenset[str]:

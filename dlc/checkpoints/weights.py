@@ -80,7 +80,7 @@ def load_model(
     weights, config = dict(source.values), checked_config(source)
     if "pos_embed" not in weights and getattr(weights.get("x_embedder.proj.weight"), "ndim", 0) == 4:
         source = with_positions(source, weights, config, input_size)
-    model, name = model_from_weights(weights, path, config)
+    model, name = model_from_weights(weights, path, config, source.config_path)
     source = with_function(source, model, config, diffusers_time)
     if not source.is_eps and type(model) is DiT and predicts_velocity(model):
         source.refuse(VELOCITY)
@@ -101,7 +101,7 @@ def describe(meta: RunMeta) -> str:
 def checked_config(source: Source) -> dict:
     """Those values of a config.json that are read. Raises ValueError, naming file and key, for one of another kind."""
     config = {key: value for key, value in source.config.items() if key in CONFIG and value is not None}
-    check_values(source.at.with_name("config.json"), config, CONFIG)
+    check_values(source.config_path, config, CONFIG)
     return config
 
 
@@ -137,14 +137,16 @@ def with_function(source: Source, model, config: dict, diffusers_time: str | Non
 #################################################################################
 
 
-def model_from_weights(weights: dict, path, config: dict | None = None):
+def model_from_weights(weights: dict, path, config: dict | None = None, config_path: Path | None = None):
     """The model whose state dict these are, in eval mode, and its name.
 
     Family, size, patch size, L, V, classes and latent size are read off the tensors' shapes. All shapes are compared
     before memory is allocated for the model.
 
     Args:
+        path: the weights' name, for errors.
         config: may have the number of heads, which no shape tells.
+        config_path: of a file that may have it, if neither the config nor a published size tells it.
 
     Raises ValueError, naming path, if they are no model of ours.
     """
@@ -171,7 +173,8 @@ def model_from_weights(weights: dict, path, config: dict | None = None):
             f"checkpoint {path} does not fit a {family.__name__}: by its shapes, "
             + ", ".join(f"{key} is {value}" for key, value in sizes.items())
         )
-    name, spec = spec_of(family, hidden_size, depth, patch_size, config or {}, path)
+    beside = config_path or Path(path).with_name("config.json")
+    name, spec = spec_of(family, hidden_size, depth, patch_size, config or {}, path, beside)
     fc1 = weights.get("blocks.0.mlp.fc1.bias", torch.empty(0))
     if name not in DiT_models and fc1.ndim == 1 and len(fc1) > 0:
         arguments["mlp_ratio"] = (len(fc1) + 0.5) / hidden_size  # of which the model takes the whole part
@@ -187,7 +190,7 @@ def model_from_weights(weights: dict, path, config: dict | None = None):
     return model.eval(), name
 
 
-def spec_of(family, hidden_size, depth, patch_size, config, path) -> tuple[str, ModelSpec]:
+def spec_of(family, hidden_size, depth, patch_size, config, path, beside) -> tuple[str, ModelSpec]:
     """The name and the spec of a model of these sizes; its number of heads is the config's, or the one that fits.
 
     Raises ValueError, with the remedy, where nothing tells the number of heads.
@@ -198,7 +201,6 @@ def spec_of(family, hidden_size, depth, patch_size, config, path) -> tuple[str, 
             if heads in (None, spec.num_heads):
                 return name, spec
     name = f"{family.__name__}-{depth}x{hidden_size}/{patch_size}"
-    beside = Path(path).with_name("config.json") if not Path(path).is_dir() else Path(path) / "config.json"
     if heads is None and beside.is_file():
         values = read_json(beside)
         check_values(beside, values, {key: CONFIG[key] for key in HEADS})
@@ -251,7 +253,7 @@ def load_pretrained(path, model, state=None) -> str:
 def holds_velocity_model(source: Source) -> bool:
     """Whether weights are a whole DiT, by names and shapes, that predicts a velocity."""
     try:
-        model, _ = model_from_weights(source.values, source.named, checked_config(source))
+        model, _ = model_from_weights(source.values, source.named, checked_config(source), source.config_path)
     except ValueError:  # a part of a model, of which what fits is taken
         return False
     return type(model) is DiT and predicts_velocity(model)

@@ -28,7 +28,7 @@ from dlc.images import read_png
 from dlc.runtime import agree, create_logger, start_processes
 from dlc.sampling.code_folder import finished_record
 from dlc.sampling.command import open_model
-from dlc.sampling.conditions import ComputedCodes, RowConditions, conditions_sha256, open_codes
+from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
 from dlc.sampling.files import missing_indices, png_path
 from dlc.sampling.record import SamplesRecord
 
@@ -79,7 +79,7 @@ class DrawnCodes(RowConditions):
             drawn = finished_record(source)
             agrees = drawn is not None and drawn.settings() == record.prior and drawn.num >= record.num_fid_samples
         else:
-            agrees = conditions_sha256(self, record.num_fid_samples) == record.conditions_sha256
+            agrees = self.digest(record.num_fid_samples) == record.conditions_sha256
         if not agrees:
             raise ValueError(
                 f"the codes of {source} are not those that {folder} was drawn for, by the digest in samples.json: "
@@ -178,7 +178,7 @@ def check_before_drawing(args, sampling, default: str) -> None:
     conditions, count = ComputedCodes.open(sampling, model, meta), sampling.num_fid_samples
     if args.dlc_dir:
         moved = ComputedCodes.open(SimpleNamespace(**{**vars(sampling), "dlc_dir": args.dlc_dir}), model, meta)
-        if conditions_sha256(moved, count) != conditions_sha256(conditions, count):
+        if moved.digest(count) != conditions.digest(count):
             raise ValueError(f"--dlc-dir {args.dlc_dir}: the samples are to be drawn for other codes")
     source = sampling.prior or conditions.source
     features = None if sampling.prior else open_codes(source)[1]

@@ -22,13 +22,12 @@ from dlc.cli import ArgumentParser, progress
 from dlc.disk import recorded_id
 from dlc.hub import fetched_by_node, is_id
 from dlc.runtime import agree, autocast, compile_options, create_logger, done_by_rank_0, set_numerics, start_processes
-from dlc.sampling.conditions import CONDITIONINGS, conditions_sha256
+from dlc.sampling.conditions import CONDITIONINGS
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.files import npz_rows, save_grid, write_npz
 from dlc.sampling.flags import RESULTS, sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
-from dlc.sampling.prior import PriorCodes
 from dlc.sampling.record import SamplesRecord, this_launch
 from dlc.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
 from models import DiT_models
@@ -78,6 +77,8 @@ def open_model(args, script: str, default: str):
 
     Raises ValueError where the checkpoint is not of --model, or the script does not draw from it.
     """
+    if args.ckpt and args.results_dir != RESULTS:
+        raise ValueError("--results-dir is where a checkpoint is looked for, --ckpt names one: give one of them")
     args.model = args.model or (None if args.ckpt else default)
     if args.model:
         refuse_model(args, script, DiT_models[args.model].conditioning)
@@ -103,7 +104,7 @@ def find_checkpoint(args) -> Path:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
     except NoCheckpoint as error:
         name = published_name(args.model, args.image_size or 256)
-        if name is None or args.results_dir != RESULTS:
+        if name is None or args.results_dir != RESULTS or not args.ema:  # which are EMA weights
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{error}; without that, the published weights are used", flush=True)
@@ -155,7 +156,7 @@ def prepare(args, script: str, default: str) -> Job:
     if (args.progressive or 0) > sampler.num_steps:
         raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
-    digest = conditions_sha256(conditions, args.num_fid_samples)
+    digest = conditions.digest(args.num_fid_samples)
     state = start_processes()
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
@@ -187,7 +188,7 @@ def prepare(args, script: str, default: str) -> Job:
         num_fid_samples=args.num_fid_samples,
         conditions_sha256=digest,
         runs=[],
-        prior=conditions.settings if isinstance(conditions, PriorCodes) else None,
+        prior=conditions.prior,
     )
     agree("checkpoint, codes and VAE", record)
     ckpt = path.stem if path.is_file() else path.name
@@ -251,8 +252,6 @@ def draw_missing(job: Job, args) -> None:
     batches = np.unique(missing // size)
 
     set_numerics(args.tf32)
-    if isinstance(job.conditions, PriorCodes) and (len(missing) or args.progressive):
-        job.conditions.prepare(folder.codes, count, state, job.launch)
     lower_precision(job.model, args.precision)
     job.model.to(state.device)
     if args.compile if args.compile is not None else state.device.type == "cuda":
@@ -334,6 +333,10 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     )
     for note in job.notes:
         logger.info(f"note: {note}")
+    if len(job.missing) or args.progressive:
+        lower = "--batch-size of sample_prior.py, whose codes --dlc-dir takes in the place of --prior"
+        with parser.kept_on_error("what is drawn is kept", lower):
+            job.conditions.prepare(folder.codes, state, job.launch)
     with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):
         draw_missing(job, args)
     try:

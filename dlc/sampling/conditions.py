@@ -5,27 +5,44 @@ import hashlib
 import numpy as np
 import torch
 
+from dlc.checkpoints.layouts import locate
 from dlc.disk import recorded_id
 from dlc.features.rows import NpyRows, check_finite, open_vectors
+from dlc.hub import fetched_by_node, is_id
 from dlc.noise import Stream, integers, permutation
-from dlc.sampling.code_folder import finished_record, load_codes, open_codes
-from dlc.sampling.prior import PriorCodes
-from dlc.sampling.prior_options import PriorOptions, add_prior_flags
+from dlc.runtime import done_by_rank_0, start_processes
+from dlc.sampling.code_folder import CodeFolder, finished_record, load_codes, open_codes
+from dlc.sampling.prior import PriorDraw, draw_into
+from dlc.sampling.prior_options import OPTIONS, PriorOptions, add_prior_flags
 
-__all__ = ["CONDITIONINGS", "conditions_sha256", "load_codes", "open_codes"]
+__all__ = ["CONDITIONINGS", "load_codes", "open_codes"]
 
 
-def conditions_sha256(conditions, count: int) -> str:
-    """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it.
+class Conditions:
+    """What samples are drawn for. Called with indices (N,) it gives their conditions y, a tensor (N, ...).
 
-    Of codes that are yet to be drawn it is the digest of all that decides them.
+    Attributes and methods beside those below:
+        key, script: under which samples.json lists values(indices), and which script draws from such models.
+        flags: of its own, which other models are refused; add_flags(add) adds them to the script's parser.
+        open(args, model, meta): gives the object.
+        describe(): what samples.json says of the source, and compares.
+
+    Attributes:
+        notes: what could not be compared with the checkpoint, lines.
+        prior: what decides codes that a prior draws, as samples.json has it; else None.
     """
-    if isinstance(conditions, PriorCodes):
-        return conditions.digest
-    digest = hashlib.sha256()
-    for start in range(0, count, 4096):
-        digest.update(conditions(np.arange(start, min(start + 4096, count))).numpy())
-    return digest.hexdigest()
+
+    flags, notes, prior = (), (), None
+
+    def digest(self, count: int) -> str:
+        """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it."""
+        digest = hashlib.sha256()
+        for start in range(0, count, 4096):
+            digest.update(self(np.arange(start, min(start + 4096, count))).numpy())
+        return digest.hexdigest()
+
+    def prepare(self, folder, state, launch: dict) -> None:
+        """Make what is yet to be made before the first call, in a folder. Every process calls this."""
 
 
 #################################################################################
@@ -33,7 +50,7 @@ def conditions_sha256(conditions, count: int) -> str:
 #################################################################################
 
 
-class RowConditions:
+class RowConditions(Conditions):
     """Conditions that are rows of files: sample i gets row order(i), cycling where there are fewer rows than samples.
 
     Args:
@@ -71,7 +88,7 @@ class ComputedCodes(RowConditions):
     """
 
     key, script = "code_rows", "sample_ddp_computed_dlc.py"
-    flags, notes = ("--dlc-dir", "--prior"), ()
+    flags = ("--dlc-dir", "--prior", *(f"--prior-{name}" for name in OPTIONS))
 
     @staticmethod
     def add_flags(add) -> None:
@@ -86,8 +103,7 @@ class ComputedCodes(RowConditions):
             "--dlc-order",
             "--condition-order",
             choices=["random", "sequential"],
-            default="random",
-            help="row of sample i: entry i of a seeded permutation, or row i; cycling [%(default)s]",
+            help="row of sample i: entry i of a seeded permutation, or row i; cycling [random]",
         )
         add(
             "--prior",
@@ -103,13 +119,15 @@ class ComputedCodes(RowConditions):
         if args.prior:
             if args.dlc_dir:
                 raise ValueError("--prior draws codes, --dlc-dir names codes that are there: give one of them")
+            if args.dlc_order == "random":
+                raise ValueError("--dlc-order random: with --prior, sample i gets code i: leave it out")
             return PriorCodes(args, options, model, meta)
         if options != PriorOptions():
             raise ValueError("the flags --prior-... say how to draw from a prior: name it with --prior")
         source = args.dlc_dir or meta.features_path
         if source is None:
             raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")
-        return cls(source, model, meta, args.dlc_order, args.global_seed)
+        return cls(source, model, meta, args.dlc_order or "random", args.global_seed)
 
     def __init__(self, source, model, meta, order: str, seed: int):
         codes, features = open_codes(source)
@@ -136,6 +154,62 @@ class ComputedCodes(RowConditions):
         return torch.from_numpy(self.rows.gather(self.values(indices), limit=self.V).astype(np.int64))
 
 
+class PriorCodes(Conditions):
+    """The codes of a prior, in the place of `ComputedCodes`: sample i gets code i. `prepare` draws them into a folder.
+
+    Raises ValueError where the prior's codes are not such as the model was trained on.
+    """
+
+    key = ComputedCodes.key
+
+    def __init__(self, args, options: PriorOptions, model, meta):
+        if is_id(args.prior):
+            fetched_by_node(start_processes(), lambda ask: locate(args.prior, "--prior", ask))
+        self.draw = PriorDraw(
+            args.prior, True, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32
+        )
+        prior, self.rows, self.compiled = self.draw.model, None, args.compile
+        for name, ours in (("L", model.sem_embedder.L), ("V", model.sem_embedder.V)):
+            if getattr(prior, name) != ours:
+                raise ValueError(
+                    f"the prior {args.prior} is of codes with {name}={getattr(prior, name)}, the checkpoint's model "
+                    f"has {name}={ours}"
+                )
+        encoders = self.draw.meta.encoder_sha256, meta.encoder_sha256
+        if None not in encoders and encoders[0] != encoders[1]:
+            raise ValueError(
+                f"the prior {args.prior} is of another encoder's codes than those that the model was trained on"
+            )
+        self.notes = ["the prior or the checkpoint does not say its encoder: not compared"] if None in encoders else []
+        self.record = self.draw.record(args.num_fid_samples)
+        self.prior = self.record.settings()
+
+    def digest(self, count: int) -> str:
+        """Of all that decides the codes, which are yet to be drawn."""
+        return hashlib.sha256(repr(sorted(self.prior.items())).encode()).hexdigest()
+
+    def describe(self) -> str:
+        step = "unknown" if self.record.step is None else self.record.step
+        return "codes drawn from {model}, step {}: {sampler}, {steps} steps".format(step, **self.prior)
+
+    def values(self, indices: np.ndarray) -> np.ndarray:
+        """The row of each sample in the folder of codes, (N,)."""
+        return indices
+
+    def prepare(self, folder, state, launch: dict) -> None:
+        """Draw those codes that are not in the folder yet."""
+        codes = CodeFolder(folder)
+        missing = done_by_rank_0(state, lambda: codes.open(self.record, launch))
+        draw_into(codes, missing, self.draw, self.record.num, state, compiled=self.compiled)
+        state.wait_for_everyone()
+        done_by_rank_0(state, codes.finish)
+        self.rows, self.draw.model = open_codes(folder)[0], None  # frees the prior's memory
+
+    def __call__(self, indices: np.ndarray) -> torch.Tensor:
+        """Codes (N, L) int64 of the samples, once they are prepared."""
+        return torch.from_numpy(self.rows.gather(indices).astype(np.int64))
+
+
 class ComputedVectors(RowConditions):
     """Vectors that were computed before, of another encoder, say: rows of `.npy` files (n, in_dim).
 
@@ -145,7 +219,7 @@ class ComputedVectors(RowConditions):
     """
 
     key, script = "vector_rows", "sample_ddp_computed_dlc.py"
-    flags, notes = ("--condition-path",), ()
+    flags = ("--condition-path",)
 
     @staticmethod
     def add_flags(add) -> None:
@@ -159,7 +233,7 @@ class ComputedVectors(RowConditions):
     def open(cls, args, model, meta) -> "ComputedVectors":
         if not args.condition_path:
             raise ValueError(f"{args.model} is conditioned on vectors: name them with --condition-path")
-        return cls(args.condition_path, model, args.dlc_order, args.global_seed)
+        return cls(args.condition_path, model, args.dlc_order or "random", args.global_seed)
 
     def __init__(self, source, model, order: str, seed: int):
         super().__init__(source, open_vectors(source), "vectors", order, seed)
@@ -176,11 +250,11 @@ class ComputedVectors(RowConditions):
         return torch.from_numpy(vectors)
 
 
-class ClassLabels:
+class ClassLabels(Conditions):
     """A class for each sample: "random", or "equal", its index modulo the number of classes, so each equally often."""
 
     key, script = "labels", "sample_ddp.py"
-    flags, notes = ("--label-sampling",), ()
+    flags = ("--label-sampling",)
 
     @staticmethod
     def add_flags(add) -> None:
@@ -214,11 +288,5 @@ class ClassLabels:
         return integers(self.seed, Stream.SAMPLE_LABEL, indices, self.num_classes)
 
 
-# By a model's `conditioning`. A class has
-#   key, script     under which samples.json lists values(indices), and which draws from such models
-#   flags           of its own, which other models are refused; add_flags(add) adds them to the script's parser
-#   open(args, model, meta)     gives the object; its notes say what could not be compared with the checkpoint
-#   describe()      what samples.json says of the source, and compares
-#   __call__(indices)           the conditions y of these samples, a tensor
-# PriorCodes takes the place of ComputedCodes with --prior.
+# By a model's `conditioning`.
 CONDITIONINGS = {"labels": ClassLabels, "codes": ComputedCodes, "vectors": ComputedVectors}

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from dlc.disk import DirectoryLock, differences, remove_temporaries, write_json
-from dlc.sampling.conditions import conditions_sha256
 from dlc.sampling.files import missing_indices
 from dlc.sampling.record import SamplesRecord
 
@@ -64,7 +63,7 @@ class SampleFolder:
         earlier = SamplesRecord.read(path)
         drawn, different = earlier.num_fid_samples, record.difference(earlier)
         if not different and drawn <= count:
-            digest = record.conditions_sha256 if drawn == count else conditions_sha256(conditions, drawn)
+            digest = record.conditions_sha256 if drawn == count else conditions.digest(drawn)
             different = differences(dict(conditions_sha256=earlier.conditions_sha256), dict(conditions_sha256=digest))
         if different:
             raise ValueError(

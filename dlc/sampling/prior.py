@@ -4,23 +4,20 @@ The code of sample i is a function of (seed, i) and the settings. The network is
 by index, so neither the number of processes, nor which codes are missing, nor how many are wanted changes a code.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS, create_sampler
-from dlc.checkpoints.layouts import locate
-from dlc.checkpoints.meta import RunMeta, read_meta
+from dlc.checkpoints.meta import read_meta
 from dlc.checkpoints.prior_weights import diffusion_of, load_prior
 from dlc.checkpoints.run import damage, newest_of_run, run_checkpoints
 from dlc.checkpoints.weights import weights_sha256
 from dlc.cli import progress
 from dlc.disk import recorded_id
-from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import compile_options, done_by_rank_0, set_numerics, start_processes
-from dlc.sampling.code_folder import CodeFolder, CodesRecord, open_codes
+from dlc.runtime import compile_options, set_numerics
+from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
 from prior import DLCPrior_models
@@ -187,60 +184,3 @@ def draw_into(folder: CodeFolder, missing: list[int], draw: PriorDraw, num: int,
             folder.write(shard, codes, draw.model.V)
             done += len(indices)
             bar.update(done - bar.n)
-
-
-#################################################################################
-#                          Codes for a DiTSEM, on the fly                       #
-#################################################################################
-
-
-class PriorCodes:
-    """The codes of a prior as the conditions of a DiTSEM: sample i gets code i. `prepare` draws them into a folder.
-
-    Raises ValueError where the prior's codes are not such as the model was trained on.
-    """
-
-    key = "code_rows"
-
-    def __init__(self, args, options: PriorOptions, model, meta: RunMeta):
-        if is_id(args.prior):
-            fetched_by_node(start_processes(), lambda ask: locate(args.prior, "--prior", ask))
-        self.draw = PriorDraw(
-            args.prior, True, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32
-        )
-        prior, self.rows, self.compiled = self.draw.model, None, args.compile
-        for name, ours in (("L", model.sem_embedder.L), ("V", model.sem_embedder.V)):
-            if getattr(prior, name) != ours:
-                raise ValueError(
-                    f"the prior {args.prior} is of codes with {name}={getattr(prior, name)}, the checkpoint's model "
-                    f"has {name}={ours}"
-                )
-        encoders = self.draw.meta.encoder_sha256, meta.encoder_sha256
-        if None not in encoders and encoders[0] != encoders[1]:
-            raise ValueError(
-                f"the prior {args.prior} is of another encoder's codes than those that the model was trained on"
-            )
-        self.notes = ["the prior or the checkpoint does not say its encoder: not compared"] if None in encoders else []
-        self.settings = self.draw.record(1).settings()
-        self.digest = hashlib.sha256(repr(sorted(self.settings.items())).encode()).hexdigest()
-
-    def describe(self) -> str:
-        step = "unknown" if self.settings["step"] is None else self.settings["step"]
-        return "codes drawn from {model}, step {}: {sampler}, {steps} steps".format(step, **self.settings)
-
-    def values(self, indices: np.ndarray) -> np.ndarray:
-        """The row of each sample in the folder of codes, (N,)."""
-        return indices
-
-    def prepare(self, folder, count: int, state, launch: dict) -> None:
-        """Draw those codes of samples 0..count-1 that are not in a folder yet. Every process calls this."""
-        codes = CodeFolder(folder)
-        missing = done_by_rank_0(state, lambda: codes.open(self.draw.record(count), launch))
-        draw_into(codes, missing, self.draw, count, state, compiled=self.compiled)
-        state.wait_for_everyone()
-        done_by_rank_0(state, codes.finish)
-        self.rows, self.draw.model = open_codes(folder)[0], None  # frees the prior's memory
-
-    def __call__(self, indices: np.ndarray) -> torch.Tensor:
-        """Codes (N, L) int64 of the samples, once they are prepared."""
-        return torch.from_numpy(self.rows.gather(indices).astype(np.int64))

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -131,6 +131,10 @@ class PriorOptions:
             name = (kept or ["given_rows"])[0].replace("_", "-")
             raise ValueError(f"{flag}{name} says what to keep of a code: name the codes with {flag}given")
         return options
+
+
+# The name of each option's flag, without its prefix.
+OPTIONS = [one.name.replace("classes", "class").replace("_", "-") for one in fields(PriorOptions)]
 
 
 #################################################################################

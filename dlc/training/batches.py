@@ -6,6 +6,7 @@ function of (seed, index), so neither a restart nor the number of processes chan
 """
 
 import signal
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,11 @@ class TrainingBatches(Dataset):
         """The sample index that a step begins with."""
         return self.first_index + (step - self.first_step) * self.global_batch
 
+    def last_step(self, epochs: int) -> int:
+        """The number, counted from 1, of the step that completes these epochs; at least first_step."""
+        left = epochs * self.rows_per_epoch - self.first_index
+        return self.first_step + max(0, -(-left // self.global_batch))
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The feature row at each sample index."""
         epochs, offsets = indices // self.features.count, indices % self.features.count
@@ -80,7 +86,7 @@ class TrainingBatches(Dataset):
         try:
             return torch.from_numpy(indices), *self.gather(self.rows(indices))
         except (ValueError, OSError) as error:
-            return Unreadable(str(error))
+            return Unreadable(f"step {step + 1:,}: {error}")
 
     def gather(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents and conditions of feature rows."""
@@ -97,6 +103,22 @@ def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> t
 
 
 def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int, pin_memory: bool):
+    """The batch of each of these steps, read as many steps ahead as the processes need to agree on a stop.
+
+    So all of them stop with a checkpoint before an `Unreadable` batch has its turn, unless it is one of the first.
+    """
+    ahead = deque()
+    for batch in read_batches(batches, steps, stop_request, num_workers, pin_memory):
+        ahead.append(batch)
+        if isinstance(batch, Unreadable):
+            stop_request.ask(batch.message)
+            break
+        if len(ahead) > stop_request.steps:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def read_batches(batches: Dataset, steps: range, stop_request, num_workers: int, pin_memory: bool):
     """The batch of each of these steps, read by worker processes. If one is killed, this process reads from then on.
 
     The kernel kills a worker if memory is short. All processes then stop with a checkpoint, but until they have agreed

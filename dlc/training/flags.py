@@ -5,10 +5,18 @@ import argparse
 from dlc.cli import SEED, number
 from dlc.runtime import PRECISIONS, add_speed_flags, default_num_workers
 
+# Recorded in each checkpoint; a run may continue with other values, and then says so.
+OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")
+
 
 def learning_rate(args, step: int) -> float:
     """AdamW's at a step, counted from 1."""
     return args.lr * min(1.0, step / max(1, args.warmup_steps))
+
+
+def ema_decay(args, step: int) -> float:
+    """The EMA's at a step, counted from 1."""
+    return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
 
 
 def add_run_flags(parser):

@@ -118,8 +118,8 @@ class ImageBatches(TrainingBatches):
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
             raise OSError(
-                f"cannot read {what}: mend or remove it (a run that has checkpoints then continues with "
-                "--allow-change); extraction leaves such images out by itself"
+                f"cannot read {what}: mend it, or remove it (a run that has checkpoints then needs --allow-change; "
+                "extraction leaves such images out by itself)"
             )
         condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
         return crops.squeeze(1), condition

@@ -5,13 +5,13 @@ import time
 import torch
 
 from dlc.checkpoints.run import gather_full
-from dlc.cli import one_line
+from dlc.cli import one_line, progress
 from dlc.training.flags import learning_rate
 from dlc.training.record import append_metrics
 
 
 def announce(run):
-    """Log what the run is about to do, and with what."""
+    """Log what the run is about to do, and with what. Returns the bar of its progress."""
     args, first, last = run.args, run.first_step, run.last_step
     for line in (
         f"batch: {run.micro_batch_size} x {run.state.num_processes} processes on {run.device.type} x "
@@ -27,6 +27,7 @@ def announce(run):
     ):
         if line:
             run.logger.info(line)
+    return progress(total=last, initial=first, unit="step", desc="training", disable=not run.state.is_main_process)
 
 
 def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):

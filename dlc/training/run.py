@@ -23,7 +23,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dlc.checkpoints.meta import RunMeta
 from dlc.checkpoints.run import (
@@ -36,7 +35,6 @@ from dlc.checkpoints.run import (
     save_checkpoint,
 )
 from dlc.checkpoints.weights import load_pretrained
-from dlc.cli import progress
 from dlc.disk import DirectoryLock, write_json
 from dlc.launcher import asked_precision, asked_to_compile, unused_launcher_settings
 from dlc.runtime import (
@@ -50,12 +48,12 @@ from dlc.runtime import (
     versions,
 )
 from dlc.training.batches import Unreadable, load_batches
-from dlc.training.flags import learning_rate
+from dlc.training.flags import OPTIMISATION, ema_decay, learning_rate
 from dlc.training.log import announce, write_line
 from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
-from dlc.training.update import SkippedSteps, update_ema
+from dlc.training.update import SkippedSteps, clip_gradients, update_ema
 
 
 class Run:
@@ -99,9 +97,12 @@ class Run:
         """
         args, processes = self.args, self.state.num_processes
         settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
-        self.recorded = {**identity, **settings, **notes}
+        optimisation = {name: getattr(args, name) for name in OPTIMISATION}
+        self.recorded = {**identity, **settings, **notes, **optimisation}
         done_by_rank_0(self.state, self._take_folder)
-        self.resumed, meta, self.changed = resume_point(self.folder, identity, settings, args.allow_change)
+        self.resumed, meta, changed = resume_point(self.folder, identity, settings, args.allow_change)
+        known = {name: value for name, value in optimisation.items() if getattr(meta, name) is not None}
+        self.changed = "; ".join(filter(None, [changed, meta.differences(known)]))
         agree("checkpoints and features", (self.resumed and self.resumed.name, identity, settings))
         if args.global_batch_size % (processes * args.grad_accum):
             raise ValueError(
@@ -171,6 +172,18 @@ class Run:
         elif self.state.is_main_process:
             self.sums += saved.sum(dim=0).to(self.device)
 
+    @property
+    def share(self) -> dict:
+        """The arguments of `TrainingBatches` that give this process its share of the steps that are left."""
+        return dict(
+            seed=self.args.global_seed,
+            global_batch=self.args.global_batch_size,
+            rank=self.state.process_index,
+            world_size=self.state.num_processes,
+            first_step=self.first_step,
+            first_index=self.first_index,
+        )
+
     # ---------------------------------------------------------------------- the loop
 
     def steps(self, batches):
@@ -178,25 +191,15 @@ class Run:
 
         Args:
             batches: a Dataset: batches[step] is a tuple of tensors (n, ...) with n the same in all of them, or
-                `Unreadable`; first_of(step) is the sample index at which the step begins; rows_per_epoch.
+                `Unreadable`; first_of(step) is the sample index at which the step begins; last_step(epochs) is the last
+                one's number; rows_per_epoch.
         """
         args, self.batches = self.args, batches
-        self.last_step = self.first_step + max(
-            0, -(-(args.epochs * batches.rows_per_epoch - self.first_index) // args.global_batch_size)
-        )
-        if args.max_steps is not None:
-            self.last_step = min(self.last_step, args.max_steps)
-        announce(self)
+        self.last_step = min(batches.last_step(args.epochs), args.max_steps or math.inf)
+        self.bar = announce(self)
         self.stop_request = StopRequest(self.state.num_processes)
         self.postponed, self.stopped_by = False, None
         self.last_line = time.time(), self.first_step
-        self.bar = progress(
-            total=self.last_step,
-            initial=self.first_step,
-            unit="step",
-            desc="training",
-            disable=not self.state.is_main_process,
-        )
         loaded = load_batches(
             batches,
             range(self.first_step, self.last_step),
@@ -205,11 +208,9 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
         for step, batch in enumerate(loaded, self.first_step + 1):
-            if isinstance(batch, Unreadable):
+            if isinstance(batch, Unreadable):  # one of the first: there was no step to stop after
                 self.bar.close()
-                if self.state.num_processes == 1 and step - 1 > self.first_step:
-                    self._save(step - 1)  # of several processes, the others are in this step already
-                self.parser.error(f"step {step:,}: {batch.message}")
+                self.parser.error(batch.message)
             yield step, batch
             if self.stopped_by and step < self.last_step:
                 if not self.stop_request.reason:
@@ -251,13 +252,10 @@ class Run:
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             if scaler:
                 scaler.unscale_(self.optimizer.optimizer)
-            self.grad_norm = get_total_norm([weight.grad for weight in self.weights])
-            if args.grad_clip:
-                clip_grads_with_norm_(self.weights, args.grad_clip, self.grad_norm)
+            self.grad_norm = clip_gradients(self.weights, args.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
-        update_ema(local_shards(self.averages), local_shards(self.weights), decay, self.skips.last)
+        update_ema(local_shards(self.averages), local_shards(self.weights), ema_decay(args, step), self.skips.last)
         self.sums += self.step_sums if self.skips.last is None else self.step_sums.masked_fill(self.skips.last, 0)
         self.bar.update()
 
@@ -312,7 +310,6 @@ class Run:
             logged=self.logged,
             skipped=self.skips.read()[0],
             precision=self.precision,
-            **{name: getattr(self.args, name) for name in ("lr", "weight_decay", "ema_decay")},
             versions=versions(),
         )
 

@@ -18,12 +18,15 @@ class StopRequest:
     Processes get a signal at different moments but must stop after the same step. They agree by an asynchronous
     all-reduce on the CPU (gloo) at each step, whose result is read one step later, so no rank blocks.
 
-    Attributes: reason, for which this process asked to stop; None if it did not.
+    Attributes:
+        reason: for which this process asked to stop; None if it did not.
+        steps: of a request, how many calls of `agreed` it takes until all processes know.
     """
 
     def __init__(self, num_processes: int):
         self.signal, self.reason, self.reduced, self.pending = None, None, None, None
         self.group = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if num_processes > 1 else None
+        self.steps = 1 if self.group is None else 2
         on_first_signal(STOPPING, self._receive)
 
     def _receive(self, number):

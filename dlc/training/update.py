@@ -1,11 +1,22 @@
-"""What follows an optimizer's step, on the device: the EMA, and the count of the steps that the fp16 scaler skipped.
+"""What goes with an optimizer's step, on the device: clipping before it; after it the EMA, and the count of the steps
+that the fp16 scaler skipped.
 
 The scaler skips a step whose gradients are not finite, which only the device knows at that time. Nothing here makes the
 CPU wait for it but `SkippedSteps.read`.
 """
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def clip_gradients(weights: list[torch.Tensor], limit: float) -> torch.Tensor:
+    """Scale the gradients of all weights so that their norm together is at most limit; 0: leave them. Returns the norm
+    that they had."""
+    norm = get_total_norm([weight.grad for weight in weights])
+    if limit:
+        clip_grads_with_norm_(weights, limit, norm)
+    return norm
 
 
 @torch.no_grad()
