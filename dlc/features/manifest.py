@@ -17,6 +17,7 @@ WRITTEN_LAST = ("count", "shards", "skipped")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
 SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
 
+SMALLEST = 128  # bytes of a .npy: those of its header
 COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)
 PATH_AND_REASON = (
     lambda value: isinstance(value, list) and [type(one) for one in value] == [str, str],
@@ -124,7 +125,7 @@ def read_manifest(root):
             )
         labels = os.path.join(folder, f"{shard['name']}.npy")
         # each row takes at least a byte, so nothing that is made per row can outgrow the files
-        if os.path.isfile(labels) and shard["rows"] > os.path.getsize(labels):
+        if shard["rows"] > SMALLEST and os.path.isfile(labels) and shard["rows"] > os.path.getsize(labels):
             raise ValueError(
                 f"{path} says {shard['rows']:,} rows of {labels}, which has {os.path.getsize(labels):,} bytes"
             )
