@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks.growth import stage
+from benchmarks.growth_stage import stage
 from dlc.disk import write_json
 from dlc.features import Features, FeatureWriter, Manifest, kind_dir
 from dlc.features.convert import import_hf, pack

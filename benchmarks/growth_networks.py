@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from benchmarks.growth import stage
+from benchmarks.growth_stage import stage
 from diffusion import create_diffusion
 from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import create_sampler as create_code_sampler

@@ -8,8 +8,8 @@ import json
 
 import numpy as np
 
-from benchmarks.growth import stage
 from benchmarks.growth_networks import tiny_vae
+from benchmarks.growth_stage import stage
 from benchmarks.train_options import run
 from dlc.features import FeatureWriter, Manifest
 
@@ -50,9 +50,9 @@ def scripts(folder, size):
     line = json.loads((results / "metrics.jsonl").read_text().splitlines()[-1])
     started = (results / "args.json").stat().st_mtime - began  # written when all processes have met
     sampling = launch(
-        "sample_ddp_computed_dlc.py", "--results-dir", results, "--dlc-dir", features, "--vae", folder / "vae",
-        "--sample-dir", drawn, "--num-fid-samples", IMAGES, "--per-proc-batch-size", IMAGES // size,
-        "--num-sampling-steps", 50,
+        "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--results-dir", results, "--dlc-dir", features,
+        "--vae", folder / "vae", "--sample-dir", drawn, "--num-fid-samples", IMAGES,
+        "--per-proc-batch-size", IMAGES // size, "--num-sampling-steps", 50,
     )  # fmt: skip
     record = next(drawn.glob("*/samples.json")).stat().st_mtime
     last = max(path.stat().st_mtime for path in drawn.glob("*/*.png"))

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from benchmarks.growth import stage
 from benchmarks.growth_features import IMAGENET, L, V, linked
+from benchmarks.growth_stage import stage
 from compose_dlc import compose
 from dlc.evaluation.features import measure
 from dlc.evaluation.images import open_images

@@ -10,7 +10,7 @@ import torch
 from conftest import IMAGE_SIZE, ROOT, save_images
 from PIL import Image
 
-from benchmarks import extraction, gpu, growth, readme, record, sampling, train_options
+from benchmarks import extraction, gpu, growth, growth_stage, readme, record, sampling, train_options
 
 
 def call(module, monkeypatch, *flags):
@@ -226,9 +226,9 @@ def test_bars_are_judged_on_a_gpu(monkeypatch):
 
 def test_growth_of_every_stage(tmp_path):
     """Each stage at its tiny size, in this process; the real scripts, which several processes run, stand still."""
-    for key, stage in growth.stages().items():
+    for key, stage in growth_stage.stages().items():
         if stage.grows != "processes":
-            growth.prepare(key, tmp_path, stage.tiny)
+            growth_stage.prepare(key, tmp_path, stage.tiny)
             stage.open(stage.folder(tmp_path, stage.tiny), stage.tiny)()
             assert stage.sizes[-1] >= 8 * stage.sizes[0] and stage.tiny <= stage.sizes[0]
 
@@ -242,7 +242,7 @@ def test_growth_table(monkeypatch, tmp_path):
     rows = [
         growth.row_of(stage, (1, 10, 100), ((1, 9.0), (10, 10), (last, 10)))
         for stage, last in (
-            (growth.STAGES["Fréchet distance", "features"], 10_000),
+            (growth_stage.STAGES["Fréchet distance", "features"], 10_000),
             (growth.Stage(*6 * [None], why=None), 110),
         )
     ]
