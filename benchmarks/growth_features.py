@@ -25,6 +25,7 @@ PER_FILE = 30_000  # names of one file: a disk allows 65,000
 L, V = 16, 256
 SETTINGS = dict(latents="sample", dtype="float16", image_size=32, images=0, classes=["a"])
 IMAGE_ROWS = (12_800, 128_000, IMAGENET)
+NAMES = "names are sorted, n log n, and a million of them do not fit the caches"
 
 
 def linked(folder, names, write):
@@ -55,7 +56,7 @@ def class_folders(folder, size):
         linked(folder / f"n{number:08d}", names, Path.touch)
 
 
-@stage("listing a folder of images", "files", (10_000, 100_000, IMAGENET), 100, class_folders)
+@stage("listing a folder of images", "files", (10_000, 100_000, IMAGENET), 100, class_folders, NAMES)
 def listing(folder, size):
     def work():
         _, paths, _, _ = list_images(folder)
@@ -148,12 +149,12 @@ def one_row_files(folder, size):
     write_json(folder / "shards/manifest.json", manifest.to_json())
 
 
-@stage("opening features of one row per shard", "shards", (10_000, 100_000, 1_000_000), 100, one_row_files)
+@stage("opening features of one row per shard", "shards", (10_000, 100_000, 1_000_000), 100, one_row_files, NAMES)
 def opening_shards(folder, size):
     return lambda: Features(folder / "shards")
 
 
-@stage("opening one file per image", "files", (10_000, 100_000, 1_000_000), 100, one_row_files)
+@stage("opening one file per image", "files", (10_000, 100_000, 1_000_000), 100, one_row_files, NAMES)
 def opening_files(folder, size):
     return lambda: Features(folder / "lone", num_classes=1)
 

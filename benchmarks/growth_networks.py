@@ -21,7 +21,6 @@ from dlc.extraction import BatchEncoder, PixelEncoder, batches_of, extract
 from dlc.features import FeatureWriter, Manifest
 from dlc.images import Views, collate, flips_of
 from dlc.listing import list_images
-from dlc.noise import Stream, normal
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import create_sampler, sample_latents
@@ -141,7 +140,7 @@ def sampling(count, name="ddpm", steps=10):
     return lambda: sample_latents(model, sampler, indices=indices, **options)
 
 
-@stage("sampling, 10 steps", "images at once", (4, 40, 400), 1)
+@stage("sampling, 10 steps", "images at once", (2, 20, 200), 1)
 def sampling_by_count(folder, size):
     return sampling(size)
 
@@ -201,7 +200,7 @@ def drawing(count, name, steps, L=64):
     return lambda: sample_codes(model, diffusion, sampler, seed=0, indices=indices)
 
 
-@stage("drawing codes, first hitting", "codes at once", (4, 40, 400), 1)
+@stage("drawing codes, first hitting", "codes at once", (2, 20, 200), 1)
 def drawing_by_count(folder, size):
     return drawing(size, "first-hitting", None)
 
@@ -288,8 +287,3 @@ def images_to_evaluate(folder, size):
 def evaluation_by_count(folder, size):
     network, state = EncoderNetwork(tiny_encoder(), torch.device("cpu")), PartialState(cpu=True)
     return lambda: measure(open_images(folder / "images.npz", "SAMPLES"), [network], state)
-
-
-@stage("random numbers of a batch", "numbers", (10_000, 100_000, 1_000_000), 100)
-def noise(folder, size):
-    return lambda: normal(0, Stream.TRAIN_NOISE, torch.arange(10), (size // 10,))

@@ -1,5 +1,6 @@
 """Many `.npy` files read as one array of rows, through memory maps, with checks of what each file claims to hold."""
 
+import functools
 import io
 import math
 import os
@@ -64,12 +65,18 @@ def read_npy_header(stream):
         length = stream.read(2 if version == (1, 0) else 4)
         if version not in ((1, 0), (2, 0)) or int.from_bytes(length, "little") > LONGEST_HEADER:
             raise ValueError(f"version {version}, a header of {int.from_bytes(length, 'little'):,} bytes")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
+        return parsed_header(version, length + stream.read(int.from_bytes(length, "little")))
     except (ValueError, OSError):
         raise
     except Exception:  # NumPy calls Python's parser, which raises many types
         raise ValueError("a header that cannot be read") from None
+
+
+@functools.lru_cache(64)  # a million files of one row have one header, and to parse it takes as long as to read a file
+def parsed_header(version, header):
+    """What `read_npy_header` says of a header's bytes, its length first."""
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(io.BytesIO(header))
     if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
         raise ValueError(f"shape {one_line(shape, 60)}")
     if dtype.kind not in "biufcUO" or not dtype.itemsize:
@@ -83,7 +90,7 @@ def file_order(name):
 
 
 class Files(Sequence):
-    """The files of a folder with some names, as Paths that are made when asked for: a million take half a gigabyte."""
+    """The files of a folder with some names, as Paths that are made when asked for: a million take 0.25 GB."""
 
     def __init__(self, folder: Path, names):
         self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
