@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.growth_stage import Stage, in_a_process, measure, prepare, stages
-from benchmarks.record import record
+from benchmarks.record import record, write
 
 STEEP = 1.15  # an exponent that wants a reason: caches and the first use of memory make up to 0.1
 LEAST_MIB = 8  # of memory, below which an exponent says nothing
@@ -63,6 +63,7 @@ def main():
                 measured.append(in_a_process(measure, key, Path(root), size))
             rows.append(row_of(chosen, sizes, measured))
             print(rows[-1], flush=True)
+            write("growth", rows)
     record("growth", rows)
 
 

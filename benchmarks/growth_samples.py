@@ -59,15 +59,15 @@ def resuming_sampling(folder, size):
     return work
 
 
-@stage("opening a folder of images in evaluation", "images", (5_000, 50_000, IMAGENET), 100, samples)
-def opening_images(folder, size):
-    return lambda: open_images(folder / "images", "SAMPLES")
-
-
 def whole_samples(folder, size):
     samples(folder, size)
     for index in range(999, size, 1000):
         os.link(png_path(folder / "images", index - 1), png_path(folder / "images", index))
+
+
+@stage("opening a folder of images in evaluation", "images", (500, 5_000, 50_000), 100, whole_samples)
+def opening_images(folder, size):
+    return lambda: open_images(folder / "images", "SAMPLES")
 
 
 @stage("writing the .npz", "images of 32 x 32", (500, 5_000, 50_000), 100, whole_samples)
