@@ -32,7 +32,8 @@ DEVICES = {
     "npz": ("cpu",),
     "evaluation": BOTH,
     "prior": BOTH,
-}  # memory is computed; disk and CPU limit npz
+    "growth": ("cpu",),
+}  # memory is computed; disk and CPU limit npz and growth
 # columns with shares of 1
 PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1", "of the block", "of the peak")
 

@@ -108,8 +108,8 @@ def read_png(path):
 
 def is_whole(path):
     """Whether a PNG ends as a whole one does."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - len(PNG_END)))
+    with open(path, "rb", buffering=0) as file:  # unbuffered: there may be a million to look at
+        file.seek(max(0, os.fstat(file.fileno()).st_size - len(PNG_END)))
         return file.read() == PNG_END
 
 

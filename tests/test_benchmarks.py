@@ -10,7 +10,7 @@ import torch
 from conftest import IMAGE_SIZE, ROOT, save_images
 from PIL import Image
 
-from benchmarks import extraction, gpu, readme, record, sampling, train_options
+from benchmarks import extraction, gpu, growth, growth_stage, readme, record, sampling, train_options
 
 
 def call(module, monkeypatch, *flags):
@@ -224,3 +224,30 @@ def test_bars_are_judged_on_a_gpu(monkeypatch):
         bar = judged("extraction", name, **{"images/s": rate})
     assert bar == ("90% of its slowest part", True)
     assert judged("training", gpu.OURS, said="failed: x") == (None, None)
+
+
+def test_growth_of_every_stage(tmp_path):
+    """Each stage at its tiny size, in this process; the real scripts, which several processes run, stand still."""
+    for key, stage in growth_stage.stages().items():
+        if stage.grows != "processes":
+            growth_stage.prepare(key, tmp_path, stage.tiny)
+            stage.open(stage.folder(tmp_path, stage.tiny), stage.tiny)()
+            assert stage.sizes[-1] >= 8 * stage.sizes[0] and stage.tiny <= stage.sizes[0]
+
+
+@pytest.mark.slow
+def test_growth_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    call(growth, monkeypatch, "--tiny", "--only", "Fréchet", "--dir", tmp_path)
+    (row,) = json.loads((tmp_path / "growth-cpu.json").read_text())["rows"]
+    assert row["from … to"] == "16 / 64" and row["memory exponent"] is None
+    rows = [
+        growth.row_of(stage, (1, 10, 100), ((1, 9.0), (10, 10), (last, 10)))
+        for stage, last in (
+            (growth_stage.STAGES["Fréchet distance", "features"], 10_000),
+            (growth.Stage(*6 * [None], why=None), 110),
+        )
+    ]
+    assert [row["exponent"] for row in rows] == pytest.approx([3, 1.04], abs=0.01)
+    assert "D^3" in rows[0]["why"] and rows[1]["why"] is None and rows[0]["memory exponent"] == 0
+    assert growth.exponent((1, 10), (7, 9), 8) is None

@@ -218,7 +218,8 @@ def inception_score(probs, split_size: int = 5000) -> float:
     A probability of 0 counts as 0 log 0 = 0, where ADM's is NaN.
     """
     scores = []
-    for split in checked(probs, "probabilities").double().split(split_size):
+    for split in checked(probs, "probabilities").split(split_size):
+        split = split.double()
         mean = split.mean(dim=0)
         divergence = torch.special.xlogy(split, split) - torch.special.xlogy(split, mean)
         scores.append(divergence.sum(dim=1).mean().exp())

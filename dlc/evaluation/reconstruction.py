@@ -41,7 +41,7 @@ from dlc.tensor_files import load_tensors
 from dlc.vae import vae_id
 
 SETS = ("originals", "reconstructions")
-SAVE_SECONDS = 60  # between two writes of what is done so far
+SAVE_SECONDS = 60  # between two writes of what is done so far, at least
 
 #################################################################################
 #                                   Measuring                                   #
@@ -112,7 +112,7 @@ def measure(measured: Measured, images: FeatureImages, reconstruct, state, netwo
         reconstruct: a Reconstructor.
         networks: of the Frechet distances, as those of dlc/evaluation/networks.py.
         read: a CodeReader; None: no codes.
-        save_to: file to write what is done to every SAVE_SECONDS, and when the work is interrupted.
+        save_to: file to write what is done to from time to time, and when the work is interrupted.
     """
 
     @torch.inference_mode()
@@ -130,15 +130,16 @@ def measure(measured: Measured, images: FeatureImages, reconstruct, state, netwo
         return rows, features
 
     start, stop = share(len(images), BATCH, state.process_index, state.num_processes)
-    saved = time.monotonic()
+    due = time.monotonic() + SAVE_SECONDS
     try:
         for rows, features in in_batches_of_images(
             images.crops, work, start + measured.done, stop, state, "reconstructing"
         ):
             measured.add(rows, features)
-            if save_to is not None and time.monotonic() > saved + SAVE_SECONDS:
-                measured.save(save_to)
-                saved = time.monotonic()
+            if save_to is not None and time.monotonic() > due:
+                began = time.monotonic()
+                measured.save(save_to)  # all that is done: of many images, so rarely that it takes 5% of the time
+                due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - began))
     except BaseException:
         if save_to is not None and measured.done:
             measured.save(save_to)

@@ -1,5 +1,6 @@
 """FEATURES/manifest.json: what the rows are, how they were made, and which shards hold them."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ WRITTEN_LAST = ("count", "shards", "skipped")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
 SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
 
+SMALLEST = 128  # bytes of a .npy: those of its header
 COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)
 PATH_AND_REASON = (
     lambda value: isinstance(value, list) and [type(one) for one in value] == [str, str],
@@ -114,16 +116,17 @@ def read_manifest(root):
     """The `Manifest` of FEATURES/. Raises ValueError if it cannot be read, or if its shards cannot be what it says."""
     path = Path(root) / "manifest.json"
     manifest = Manifest.read(path, also_needed=WRITTEN_LAST)
+    folder = kind_dir(root, manifest.image_size, "labels")
     for shard in manifest.shards:
         if not (is_plain_name(shard.get("name")) and COUNT[0](shard.get("rows"))):
             raise ValueError(
                 f"{path} is not a manifest of ours: a shard is {one_line(repr(shard)[:1000], 80)}, wanted "
                 "a plain name and a number of rows"
             )
-        labels = kind_dir(root, manifest.image_size, "labels") / f"{shard['name']}.npy"
+        labels = os.path.join(folder, f"{shard['name']}.npy")
         # each row takes at least a byte, so nothing that is made per row can outgrow the files
-        if labels.is_file() and shard["rows"] > labels.stat().st_size:
+        if shard["rows"] > SMALLEST and os.path.isfile(labels) and shard["rows"] > os.path.getsize(labels):
             raise ValueError(
-                f"{path} says {shard['rows']:,} rows of {labels}, which has {labels.stat().st_size:,} bytes"
+                f"{path} says {shard['rows']:,} rows of {labels}, which has {os.path.getsize(labels):,} bytes"
             )
     return manifest

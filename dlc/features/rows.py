@@ -1,8 +1,10 @@
 """Many `.npy` files read as one array of rows, through memory maps, with checks of what each file claims to hold."""
 
+import functools
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +65,18 @@ def read_npy_header(stream):
         length = stream.read(2 if version == (1, 0) else 4)
         if version not in ((1, 0), (2, 0)) or int.from_bytes(length, "little") > LONGEST_HEADER:
             raise ValueError(f"version {version}, a header of {int.from_bytes(length, 'little'):,} bytes")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
+        return parsed_header(version, length + stream.read(int.from_bytes(length, "little")))
     except (ValueError, OSError):
         raise
     except Exception:  # NumPy calls Python's parser, which raises many types
         raise ValueError("a header that cannot be read") from None
+
+
+@functools.lru_cache(64)  # a million files of one row have one header, and to parse it takes as long as to read a file
+def parsed_header(version, header):
+    """What `read_npy_header` says of a header's bytes, its length first."""
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(io.BytesIO(header))
     if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
         raise ValueError(f"shape {one_line(shape, 60)}")
     if dtype.kind not in "biufcUO" or not dtype.itemsize:
@@ -76,16 +84,29 @@ def read_npy_header(stream):
     return shape, fortran_order, dtype
 
 
-def file_order(path):
-    """The sorting key of numbered files: 2.npy comes before 10.npy."""
-    return len(path.name), path.name
+def file_order(name):
+    """The sorting key of numbered files' names: 2.npy comes before 10.npy."""
+    return len(name), name
+
+
+class Files(Sequence):
+    """The files of a folder with some names, as Paths that are made when asked for: a million take 0.25 GB."""
+
+    def __init__(self, folder: Path, names):
+        self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.folder / os.fsdecode(self.names[index])
 
 
 class NpyRows:
     """The rows of many `.npy` files as one array, gathered through memory maps.
 
     Args:
-        paths: the files, each of shape (n, ...).
+        paths: the files, each of shape (n, ...): a list of Paths or `Files`.
         ends: (len(paths),) cumulative row counts; None reads them from the files.
         sample_ndim: number of dimensions of one row.
         lone: whether each file holds one sample, with or without a leading dimension of 1.
@@ -96,7 +117,7 @@ class NpyRows:
         self.paths, self.sample_ndim, self.lone, self.ends, self.load = paths, sample_ndim, lone, None, load
         self._open, self._first_opened = {}, None
         if lone:
-            ends = range(1, len(paths) + 1)
+            ends = np.arange(1, len(paths) + 1)
         elif ends is None:
             ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
         self.ends = np.asarray(ends)
@@ -212,7 +233,7 @@ def open_vectors(source, count: int | None = None) -> NpyRows:
     path = Path(source)
     if not path.exists():
         raise ValueError(f"--condition-path {source} does not exist")
-    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=file_order)
+    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=lambda file: file_order(file.name))
     if not files:
         raise ValueError(f"--condition-path {source} has no .npy files")
     vectors = NpyRows(files, sample_ndim=1, load=load_floats)

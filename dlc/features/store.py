@@ -11,7 +11,7 @@ import numpy as np
 
 from dlc.disk import DirectoryLock, read_json, remove_temporaries, write_bytes, write_json
 from dlc.features.manifest import SAMPLE_NDIM, WRITTEN_LAST, Manifest, kind_dir, read_manifest
-from dlc.features.rows import NpyRows, file_order, load_array, load_floats
+from dlc.features.rows import Files, NpyRows, file_order, load_array, load_floats
 
 
 class NotFinite(ValueError):
@@ -163,12 +163,10 @@ class FeatureWriter:
 def shard_rows(root, manifest):
     """The `NpyRows` of each kind that a manifest lists, by kind. No file is opened yet."""
     ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
+    names = [f"{shard['name']}.npy" for shard in manifest.shards]
     return {
         kind: NpyRows(
-            [kind_dir(root, manifest.image_size, kind) / f"{shard['name']}.npy" for shard in manifest.shards],
-            ends,
-            SAMPLE_NDIM[kind],
-            load=loader_of(kind),
+            Files(kind_dir(root, manifest.image_size, kind), names), ends, SAMPLE_NDIM[kind], load=loader_of(kind)
         )
         for kind in manifest.kinds
     }
@@ -182,11 +180,11 @@ def loader_of(kind):
 def refuse_missing_files(rows_by_kind):
     """Raise ValueError for the first file of some `NpyRows` that is not there."""
     for rows in rows_by_kind.values():
-        folder = rows.paths[0].parent if rows.paths else None
-        names = set(os.listdir(folder)) if folder and folder.is_dir() else set()
-        for path in rows.paths:
-            if path.name not in names:
-                raise ValueError(f"{path} is missing, though the manifest lists it")
+        folder = rows.paths.folder
+        there = set(os.listdir(os.fsencode(folder))) if folder.is_dir() else set()
+        for index, name in enumerate(rows.paths.names.tolist()):
+            if name not in there:
+                raise ValueError(f"{rows.paths[index]} is missing, though the manifest lists it")
 
 
 class Features:
@@ -293,7 +291,8 @@ class Features:
                     f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
                     f"({len(unpaired)} such files)"
                 )
-        paths = {kind: sorted((directories[kind] / name for name in names[kind]), key=file_order) for kind in names}
+        in_order = sorted(names["features"], key=file_order)
+        paths = {kind: Files(directories[kind], in_order) for kind in names}
         if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
         return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True, load=loader_of(kind)) for kind in names}

@@ -11,7 +11,6 @@ images, for example, hold paths and URLs, which other readers would open.
 import bisect
 import contextlib
 import importlib
-import itertools
 import json
 import re
 from pathlib import Path
@@ -119,7 +118,7 @@ class Parquet:
         except ImportError:
             raise ValueError("import-hf needs the package pyarrow: pip install datasets, which brings it") from None
         self.name, self.source, self.files, self.opened = name, source, files, opened
-        self.ends, self.at, self.rows = [], None, iter(())
+        self.ends, self.at, self.rows, self.rest = [], None, iter(()), None  # rest: of a batch that was read in part
         for file in files:  # their footers only
             with self.open(file) as parquet:
                 columns, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
@@ -153,15 +152,14 @@ class Parquet:
         import pyarrow
 
         if self.at != start:
-            self.rows = self.batches(start, stop - start)
+            self.rows, self.rest = self.batches(start, stop - start), None
         parts, left = [], stop - start
         while left:
-            batch = next(self.rows, None)
+            batch = self.rest or next(self.rows, None)
             if batch is None:
                 raise ValueError(f"{self.name}: fewer rows than the footers of its files say")
             parts.append(batch.slice(0, left))
-            if batch.num_rows > left:
-                self.rows = itertools.chain([batch.slice(left)], self.rows)
+            self.rest = batch.slice(left)  # false where it is empty
             left -= parts[-1].num_rows
         self.at = stop
         table = pyarrow.Table.from_batches(parts)

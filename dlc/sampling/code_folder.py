@@ -7,6 +7,7 @@ folder is a source of codes for --dlc-dir once codes.json has the digest of all 
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from dlc.disk import (
     write_json,
 )
 from dlc.features import Features, code_dtype
-from dlc.features.rows import NpyRows, file_order, load_array
+from dlc.features.rows import Files, NpyRows, file_order, load_array
 from dlc.records import Record, key
 from dlc.tensor_files import read_torch, storage_fault
 
@@ -76,10 +77,11 @@ def open_codes(source) -> tuple[NpyRows, Features | None]:
         raise ValueError(f"code source {source} does not exist")
     else:
         finished_record(path)
-        files = sorted([*path.glob("*.npy"), *path.glob("*.pt")], key=file_order)
-        if len({file.suffix for file in files}) > 1:
+        names = [name for name in os.listdir(path) if name.endswith((".npy", ".pt"))]
+        if len({name.endswith(".pt") for name in names}) > 1:
             raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
-        if files:
+        if names:
+            files = Files(path, sorted(names, key=file_order))
             # there may be a million files of one code each: opening the first and the last tells
             lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
             codes = NpyRows(files, sample_ndim=1, lone=lone, load=load_codes)

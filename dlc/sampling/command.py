@@ -249,7 +249,8 @@ def draw_missing(job: Job, args) -> None:
     # sample then does not depend on which others are missing, now or in a resumed run, and nothing is compiled twice.
     rounds = -(-count // (args.per_proc_batch_size * state.num_processes))
     size = -(-count // (rounds * state.num_processes))
-    batches = np.unique(missing // size)
+    batches, firsts = np.unique(missing // size, return_index=True)
+    parts = np.split(missing, firsts[1:])  # the indices to draw, by batch
 
     set_numerics(args.tf32)
     lower_precision(job.model, args.precision)
@@ -283,16 +284,14 @@ def draw_missing(job: Job, args) -> None:
     ) as bar:
         for first in range(state.process_index, len(batches), state.num_processes):
             start = batches[first] * size
-            indices = missing[missing // size == batches[first]]
-            # the other ranks keep pace
-            images = np.isin(missing // size, batches[first : first + state.num_processes]).sum()
+            images = sum(map(len, parts[first : first + state.num_processes]))  # the other ranks keep pace
             latents = draw_batch(
                 job,
                 np.arange(start, start + size).clip(max=count - 1),
                 denoise,
                 lambda *_, share=images / job.sampler.num_steps: bar.update(share),
             )
-            decoder(indices.tolist(), latents, torch.from_numpy(indices - start))
+            decoder(parts[first].tolist(), latents, torch.from_numpy(parts[first] - start))
         decoder.wait()
         bar.update(count - bar.n)  # what adding fractions left
 

@@ -4,6 +4,7 @@ python -m dlc.sampling check FILE.npz [--grid]
 """
 
 import hashlib
+import itertools
 import math
 import os
 import zipfile
@@ -22,6 +23,7 @@ from dlc.images import image_grid, is_whole, read_png, save_png
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 LARGEST_IMAGE = 2**24  # bytes of an image in an .npz: 2,364 x 2,364 pixels
 ROWS_AT_ONCE = 256  # images in memory while an .npz is written or read
+THREADS = 16  # that look for missing images
 FEWEST_FOR_FID = 2048  # dimensions of the Inception features: the covariance of fewer images is singular
 
 
@@ -32,10 +34,13 @@ def png_path(folder: Path, index: int) -> Path:
 def missing_indices(folder: Path, count: int) -> list[int]:
     """The indices of 0..count-1 that have no whole PNG in folder, ascending."""
     there = {entry.name for entry in os.scandir(folder)}
-    paths = [png_path(folder, index) for index in range(count)]
-    with ThreadPoolExecutor(16) as pool:  # a network disk takes a while to answer each
-        whole = pool.map(lambda path: path.name in there and is_whole(path), paths)
-        return [index for index, found in enumerate(whole) if not found]
+
+    def missing(indices):
+        paths = ((index, png_path(folder, index)) for index in indices)
+        return [index for index, path in paths if path.name not in there or not is_whole(path)]
+
+    with ThreadPoolExecutor(THREADS) as pool:  # a network disk takes a while to answer each
+        return sorted(itertools.chain(*pool.map(missing, (range(i, count, THREADS) for i in range(THREADS)))))
 
 
 def save_grid(path: Path, folder: Path, count: int) -> None:

@@ -183,6 +183,7 @@ class Given:
 
 def _ranges(places):
     """Ascending numbers as "0-15, 20"."""
-    starts = [place for place in places if place - 1 not in places]
-    ends = [place for place in places if place + 1 not in places]
+    known = set(places)
+    starts = [place for place in places if place - 1 not in known]
+    ends = [place for place in places if place + 1 not in known]
     return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))

@@ -126,9 +126,10 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     lines, damaged = [], 0
+    decode = json.JSONDecoder(parse_float=finite_number, parse_constant=finite_number).decode
     for text in path.read_text(errors="replace").split("\n")[:-1]:  # a last line without its end is dropped
         try:
-            line = json.loads(text.strip("\0"), parse_float=finite_number, parse_constant=finite_number)
+            line = decode(text.strip("\0"))
         except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and type(line.get("step")) is int and line["step"] < 2**63:
