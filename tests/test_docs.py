@@ -30,7 +30,7 @@ SCRIPTS = [
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
-    --batch --check --help --images --minutes --numa-binding --only --pr-rows
+    --batch --check --help --images --minutes --numa-binding --only --pr-rows --precisions
     --reference-rows --rows --shm-size --threads""".split()
 )
 

@@ -134,16 +134,21 @@ def add_network_flags(add, more=""):
     )
 
 
+def given_weights(args) -> dict[str, str | None]:
+    """The path that the flag of each network names."""
+    return dict(inception=args.inception, dinov2=args.dinov2)
+
+
 def check_weights_flags(args, names) -> None:
     """Raise ValueError where weights are named of a network that is none of the wanted ones."""
     for kind in NETWORKS.values():
-        if getattr(args, kind.name) and kind.name not in names:
+        if given_weights(args)[kind.name] and kind.name not in names:
             raise ValueError(f"{kind.flag}: no features of {kind.name} are wanted: leave it out, or ask for some")
 
 
 def find_networks(args, names) -> dict[str, Path]:
     """The file of the weights of each of these networks; see `find_weights`."""
-    return {name: find_weights(NETWORKS[name], getattr(args, name)) for name in names}
+    return {name: find_weights(NETWORKS[name], given_weights(args)[name]) for name in names}
 
 
 def open_networks(args, names, state):
