@@ -123,7 +123,13 @@ def gradient_by_tokens(folder, size):
     return embedding(folder, 64, size, True)
 
 
-@stage("embedding codes, and its gradient", "L, tokens per code", (10, 100, 1_000), 4)
+@stage(
+    "embedding codes, and its gradient",
+    "L, tokens per code",
+    (10, 100, 1_000),
+    4,
+    why="tensors above 32 MiB are memory that the kernel clears anew each time: linear where malloc keeps it",
+)
 def gradient_by_length(folder, size):
     return embedding(folder, size, 256, True)
 
