@@ -10,12 +10,13 @@ long. Above STEEP, the last column says why. The files lie in a temporary folder
 """
 
 import argparse
+import json
 import math
 import tempfile
 from pathlib import Path
 
 from benchmarks.growth_stage import Stage, in_a_process, measure, prepare, stages
-from benchmarks.record import record, write
+from benchmarks.record import machine, record, result_path, write
 
 STEEP = 1.15  # an exponent that wants a reason: caches and the first use of memory make up to 0.1
 LEAST_MIB = 8  # of memory, below which an exponent says nothing
@@ -45,13 +46,31 @@ def row_of(chosen: Stage, sizes, measured) -> dict:
     }
 
 
+def measured_before() -> dict[tuple[str, str], dict]:
+    """The rows in the result's file, if this machine measured them: one that was disturbed can be measured again."""
+    path = result_path("growth")
+    result = json.loads(path.read_text()) if path.is_file() else dict(machine=None)
+    if result["machine"] != {**machine(), "commit": (result["machine"] or {}).get("commit")}:
+        return {}
+    return {(row[""], row["grows"]): row for row in result["rows"]}
+
+
+def in_order(rows: dict[tuple[str, str], dict]) -> list[dict]:
+    return [rows[key] for key in stages() if key in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="WORDS", help="measure rows whose name holds one of these [all]")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORDS",
+        help="measure rows whose name holds one of these, and keep others of this machine [all]",
+    )
     parser.add_argument("--tiny", action="store_true", help="try it out: sizes so small that they say nothing")
     parser.add_argument("--dir", help="folder for the temporary files [the system's]")
     args = parser.parse_args()
-    rows = []
+    rows = measured_before() if args.only else {}
     with tempfile.TemporaryDirectory(dir=args.dir) as root:
         for key, chosen in stages().items():
             if args.only and not any(words in chosen.name for words in args.only):
@@ -61,10 +80,10 @@ def main():
                 in_a_process(prepare, key, Path(root), size)
             for size in sizes:
                 measured.append(in_a_process(measure, key, Path(root), size))
-            rows.append(row_of(chosen, sizes, measured))
-            print(rows[-1], flush=True)
-            write("growth", rows)
-    record("growth", rows)
+            rows[key] = row_of(chosen, sizes, measured)
+            print(rows[key], flush=True)
+            write("growth", in_order(rows))
+    record("growth", in_order(rows))
 
 
 if __name__ == "__main__":
