@@ -152,6 +152,7 @@ def bars(monkeypatch, tmp_path, tiny_models):
     return run
 
 
+@pytest.mark.slow
 def test_bars_are_written_row_by_row_and_go_on(bars, monkeypatch, tmp_path, capsys):
     """A row that failed is tried again, one that is done is not; when time is up, nothing is begun."""
     product, called = gpu.embedding.milliseconds, []
@@ -226,6 +227,7 @@ def test_bars_are_judged_on_a_gpu(monkeypatch):
     assert judged("training", gpu.OURS, said="failed: x") == (None, None)
 
 
+@pytest.mark.slow
 def test_growth_of_every_stage(tmp_path):
     """Each stage at its tiny size, in this process; the real scripts, which several processes run, stand still."""
     for key, stage in growth_stage.stages().items():
