@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.cli import SEED, ArgumentParser, number
-from dlc.disk import check_writable, write_whole
-from dlc.encoder import DEFAULT_ENCODER, add_encoder_flags, open_encoder
-from dlc.features import Features, code_dtype
-from dlc.images import center_crop, load_rgb
-from dlc.noise import Stream, random_words
-from dlc.runtime import in_batches
+from dlc.data import Features, code_dtype
+from dlc.data.images import center_crop, load_rgb
+from dlc.machine.cli import SEED, ArgumentParser, number
+from dlc.machine.files import check_writable, write_whole
+from dlc.machine.noise import Stream, random_words
+from dlc.machine.processes import in_batches
+from dlc.nets.encoder import DEFAULT_ENCODER, add_encoder_flags, open_encoder
 
 
 def choose(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -14,32 +14,32 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dlc.cli import ArgumentParser
-from dlc.disk import check_writable
-from dlc.evaluation.comparison import DEFAULTS, METRICS, Comparison, Result, needs_reference, networks_of
-from dlc.evaluation.feature_file import NAME as FEATURE_FILE
-from dlc.evaluation.feature_file import FileNetwork, read_features
-from dlc.evaluation.features import Measured, measure
-from dlc.evaluation.flags import (
+from dlc.machine.cli import ArgumentParser
+from dlc.machine.files import check_writable
+from dlc.machine.processes import create_logger, done_by_rank_0, start_processes
+from evaluation.comparison import DEFAULTS, METRICS, Comparison, Result, needs_reference, networks_of
+from evaluation.feature_file import NAME as FEATURE_FILE
+from evaluation.feature_file import FileNetwork, read_features
+from evaluation.features import Measured, measure
+from evaluation.flags import (
     add_comparison_flags,
     check_comparison_flags,
     comparison_of,
     nothing_written,
     wanted_metrics,
 )
-from dlc.evaluation.images import open_images
-from dlc.evaluation.networks import NETWORKS, open_networks
-from dlc.evaluation.reference import Reference, open_reference
-from dlc.evaluation.report import metrics_json, metrics_path, paper_line, table, write_metrics
-from dlc.evaluation.self_check import check_arithmetic, check_network
-from dlc.runtime import create_logger, done_by_rank_0, start_processes
+from evaluation.images import open_images
+from evaluation.networks import NETWORKS, open_networks
+from evaluation.reference import Reference, open_reference
+from evaluation.report import metrics_json, metrics_path, paper_line, table, write_metrics
+from evaluation.self_check import check_arithmetic, check_network
 
 # name: the module whose main() it is, by sys.argv
 COMMANDS = {
-    "make-reference": "dlc.evaluation.make_reference",
-    "reconstruction": "dlc.evaluation.reconstruction",
-    "agreement": "dlc.evaluation.agreement",
-    "sweep": "dlc.evaluation.sweep",
+    "make-reference": "evaluation.make_reference",
+    "reconstruction": "evaluation.reconstruction",
+    "agreement": "evaluation.agreement",
+    "sweep": "evaluation.sweep",
 }
 
 

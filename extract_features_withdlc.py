@@ -4,7 +4,7 @@
         --data-path /path/to/imagenet/train --features-path /path/to/store/features
 
 In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: FEATURES/, the contract of
-dlc/features/, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
+dlc/data/, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
 continues. The stored bytes depend neither on the number of processes and workers nor on a row's neighbours.
 """
 
@@ -16,10 +16,24 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dlc.cli import SEED, ArgumentParser, number, progress
-from dlc.disk import write_whole
-from dlc.encoder import add_encoder_flags
-from dlc.extraction import (
+from dlc.data import Features, FeatureWriter, Manifest, NotFinite
+from dlc.data.images import Views, collate, flips_of, image_grid, load_rgb, to_uint8
+from dlc.data.listing import list_images
+from dlc.data.manifest import DTYPES, LATENTS
+from dlc.machine.cli import SEED, ArgumentParser, number, progress
+from dlc.machine.files import write_whole
+from dlc.machine.processes import (
+    PRECISIONS,
+    agree,
+    create_logger,
+    default_num_workers,
+    done_by_rank_0,
+    from_rank_0,
+    start_processes,
+)
+from dlc.machine.signals import ignore_signals
+from dlc.nets.encoder import add_encoder_flags
+from dlc.nets.pixels import (
     BatchEncoder,
     PixelEncoder,
     all_codes,
@@ -29,21 +43,7 @@ from dlc.extraction import (
     open_networks,
     set_exact_numerics,
 )
-from dlc.features import Features, FeatureWriter, Manifest, NotFinite
-from dlc.features.manifest import DTYPES, LATENTS
-from dlc.images import Views, collate, flips_of, image_grid, load_rgb, to_uint8
-from dlc.listing import list_images
-from dlc.runtime import (
-    PRECISIONS,
-    agree,
-    create_logger,
-    default_num_workers,
-    done_by_rank_0,
-    from_rank_0,
-    start_processes,
-)
-from dlc.signals import ignore_signals
-from dlc.vae import VAE_HELP, decode, downsampling_factor
+from dlc.nets.vae import VAE_HELP, decode, downsampling_factor
 from models import DiT_models
 
 COMPARED_BATCHES = 8  # batches in which the tokens of a lower precision are compared with those of fp32

@@ -14,16 +14,16 @@ With --given and --keep-tokens, parts of given codes are kept and the rest is dr
 import argparse
 from pathlib import Path
 
-from dlc.checkpoints.layouts import locate
-from dlc.cli import SEED, ArgumentParser, number
-from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
+from dlc.machine.cli import SEED, ArgumentParser, number
+from dlc.machine.processes import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import SHARD, CodeFolder
 from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.codes import Codes
+from dlc.weights.foreign.layouts import locate
+from dlc.weights.hub import fetched_by_node, is_id
 
 RESULTS = "results_prior"  # the default of --results-dir
 

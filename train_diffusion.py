@@ -18,20 +18,20 @@ import hashlib
 import numpy as np
 
 from diffusion import create_diffusion
-from dlc.cli import ArgumentParser, number
-from dlc.disk import recorded_id
-from dlc.encoder import DEFAULT_ENCODER, add_encoder_flags
-from dlc.extraction import PixelEncoder
-from dlc.features import Features
-from dlc.features.rows import open_vectors
-from dlc.noise import Stream, integers, normal, uniform
+from dlc.data import Features
+from dlc.data.rows import open_vectors
+from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.files import recorded_id
+from dlc.machine.noise import Stream, integers, normal, uniform
+from dlc.nets.encoder import DEFAULT_ENCODER, add_encoder_flags
+from dlc.nets.pixels import PixelEncoder
+from dlc.nets.vae import VAE_HELP, check_decodes, load_vae
 from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.flags import add_run_flags
 from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.preview import first_rows, save_preview
 from dlc.training.record import Losses
 from dlc.training.run import Run
-from dlc.vae import VAE_HELP, check_decodes, load_vae
 from models import CODE_INITS, DiT_models
 
 LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")

@@ -15,8 +15,8 @@ the number of processes nor a restart changes what is trained on.
 import argparse
 
 from diffusion.masked import MaskedDiffusion
-from dlc.cli import ArgumentParser, number
-from dlc.disk import recorded_id
+from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.files import recorded_id
 from dlc.training.codes import CodeBatches, Codes, draws
 from dlc.training.flags import add_run_flags
 from dlc.training.heldout import HeldOut

@@ -6,7 +6,7 @@ writes, beside this file,
 
     digits-vae/    a diffusers AutoencoderKL: 64x64 RGB <-> 8x8x4 latents, whose standard deviation is 1 once they are
                    multiplied by the scaling factor in its config (1.1 MB)
-    digits-sem/    a dlc.encoder.SEMEncoder on a small ViT: an image -> L = 32 tokens of V = 16 (2.6 MB)
+    digits-sem/    a dlc.nets.encoder.SEMEncoder on a small ViT: an image -> L = 32 tokens of V = 16 (2.6 MB)
 
 The autoencoder minimises the squared error and a small KL term. The encoder learns from pairs of distorted views of a
 scan: the views of one scan should agree in their tokens and the views of others not (InfoNCE, van den Oord et al. 2018,
@@ -43,9 +43,9 @@ from sklearn.neighbors import KNeighborsClassifier
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))  # the repository, whichever way this script is started
 from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split  # noqa: E402
-from dlc.encoder import SEMEncoder, load_encoder, save_encoder  # noqa: E402
-from dlc.images import IMAGENET_MEAN, IMAGENET_STD, to_uint8
-from dlc.vae import decode, encode
+from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, to_uint8
+from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder  # noqa: E402
+from dlc.nets.vae import decode, encode
 
 SEED = 0
 THREADS = 2

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.record import record
-from dlc.runtime import PRECISIONS, autocast, compile_options
+from dlc.machine.processes import PRECISIONS, autocast, compile_options
 from dlc.training.update import update_ema
 from models import DiT_models
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion import create_diffusion
-from dlc.runtime import autocast, compile_options
+from dlc.machine.processes import autocast, compile_options
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.training.sharding import fully_shard_blocks
 from dlc.training.update import SkippedSteps, update_ema

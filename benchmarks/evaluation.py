@@ -103,11 +103,11 @@ def numpy_precision_recall(reference, samples, half, block=10_000):
 
 def inception_pass(root):
     """The images per second of the real pass over an .npz of 256 x 256 pixels, with random weights."""
-    from dlc.evaluation.features import measure
-    from dlc.evaluation.images import open_images
-    from dlc.evaluation.inception import InceptionV3
-    from dlc.evaluation.networks import InceptionNetwork
-    from dlc.runtime import start_processes
+    from dlc.machine.processes import start_processes
+    from evaluation.features import measure
+    from evaluation.images import open_images
+    from evaluation.inception import InceptionV3
+    from evaluation.networks import InceptionNetwork
 
     state = start_processes()
     network = InceptionNetwork.__new__(InceptionNetwork)
@@ -130,7 +130,7 @@ def work(part, root):
         moments = [np.load(root / f"{one}.moments.npz") for one in ("reference", "samples")]
         moments = [(one["mean"], one["covariance"]) for one in moments]
         if ours:
-            from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
+            from evaluation.metrics import FeatureStatistics, frechet_distance
 
             moments = [FeatureStatistics.from_moments(*one) for one in moments]
         start = clock()
@@ -138,7 +138,7 @@ def work(part, root):
         return since(start), [distance]
     samples = np.load(root / ("samples.npy" if name == "statistics" else "some.npy"))
     if name == "statistics":
-        from dlc.evaluation.metrics import FeatureStatistics
+        from evaluation.metrics import FeatureStatistics
 
         start = clock()
         if ours:
@@ -153,7 +153,7 @@ def work(part, root):
     reference, half = np.load(root / "reference.npy"), name.endswith("float16")
     start = clock()
     if ours:
-        from dlc.evaluation.metrics import precision_recall
+        from evaluation.metrics import precision_recall
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pair = [torch.from_numpy(one).to(device) for one in (reference, samples)]

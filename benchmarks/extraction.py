@@ -23,12 +23,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.record import record
-from dlc.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.extraction import PixelEncoder, encoding_pool, encoding_threads, in_order, set_exact_numerics
-from dlc.features import kind_dir
-from dlc.images import Views, collate, flips_of
-from dlc.runtime import PRECISIONS, cores_per_process, default_num_workers, set_numerics
-from dlc.vae import load_vae
+from dlc.data import kind_dir
+from dlc.data.images import Views, collate, flips_of
+from dlc.machine.processes import PRECISIONS, cores_per_process, default_num_workers, set_numerics
+from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder
+from dlc.nets.pixels import PixelEncoder, encoding_pool, encoding_threads, in_order, set_exact_numerics
+from dlc.nets.vae import load_vae
 
 DECODED = 10  # times that each image is decoded to measure the rate
 ON_GPU = torch.cuda.is_available()

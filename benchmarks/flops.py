@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from dlc.runtime import PRECISIONS
+from dlc.machine.processes import PRECISIONS
 
 
 def forward_flops(model, side):

@@ -27,8 +27,8 @@ from benchmarks import embedding, extraction, loading, prior, readme, sampling, 
 from benchmarks.checks import CHECKS, Unavailable
 from benchmarks.flops import forward_flops, peak_flops
 from benchmarks.record import machine, result_path, show, write
-from dlc.cli import number, one_line
-from dlc.runtime import default_num_workers, set_numerics
+from dlc.machine.cli import number, one_line
+from dlc.machine.processes import default_num_workers, set_numerics
 from models import DiT_models
 
 ON_GPU = torch.cuda.is_available()

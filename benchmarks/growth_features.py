@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from benchmarks.growth_stage import stage
-from dlc.disk import write_json
-from dlc.features import Features, FeatureWriter, Manifest, kind_dir
-from dlc.features.convert import import_hf, pack
-from dlc.features.inspection import print_info, problems
-from dlc.listing import list_images, listing_sha256
+from dlc.data import Features, FeatureWriter, Manifest, kind_dir
+from dlc.data.convert import import_hf, pack
+from dlc.data.inspection import print_info, problems
+from dlc.data.listing import list_images, listing_sha256
+from dlc.machine.files import write_json
 from dlc.sampling.usage import Rows, usage
 from dlc.training.batches import TrainingBatches
 from dlc.training.codes import Codes

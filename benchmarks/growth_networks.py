@@ -13,18 +13,18 @@ from benchmarks.growth_stage import stage
 from diffusion import create_diffusion
 from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import create_sampler as create_code_sampler
-from dlc.encoder import SEMEncoder
-from dlc.evaluation.codes import EncoderNetwork
-from dlc.evaluation.features import measure
-from dlc.evaluation.images import open_images
-from dlc.extraction import BatchEncoder, PixelEncoder, batches_of, extract
-from dlc.features import FeatureWriter, Manifest
-from dlc.images import Views, collate, flips_of
-from dlc.listing import list_images
+from dlc.data import FeatureWriter, Manifest
+from dlc.data.images import Views, collate, flips_of
+from dlc.data.listing import list_images
+from dlc.nets.encoder import SEMEncoder
+from dlc.nets.pixels import BatchEncoder, PixelEncoder, batches_of, extract
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.training.update import update_ema
+from evaluation.codes import EncoderNetwork
+from evaluation.features import measure
+from evaluation.images import open_images
 from models import DiT_models, SEMEmbedder
 from prior import DLCPrior_models
 from train_diffusion import losses_of

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.growth_networks import tiny_vae
 from benchmarks.growth_stage import stage
 from benchmarks.train_options import run
-from dlc.features import FeatureWriter, Manifest
+from dlc.data import FeatureWriter, Manifest
 
 PROCESSES = (1, 2, 4, 8)
 BATCH, STEPS, IMAGES = 64, 12, 64

@@ -10,16 +10,16 @@ from accelerate import PartialState
 from benchmarks.growth_features import IMAGENET, L, V, linked
 from benchmarks.growth_stage import stage
 from compose_dlc import compose
-from dlc.evaluation.features import measure
-from dlc.evaluation.images import open_images
-from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
-from dlc.images import save_png
+from dlc.data.images import save_png
 from dlc.sampling.code_folder import CodeFolder, CodesRecord, open_codes
 from dlc.sampling.conditions import ClassLabels
 from dlc.sampling.files import check_npz, png_path, write_npz
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.record import SamplesRecord
 from dlc.training.record import append_metrics, draw_losses, read_metrics, trim_metrics
+from evaluation.features import measure
+from evaluation.images import open_images
+from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 
 #################################################################################
 #                                   Samples                                     #

@@ -19,8 +19,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from benchmarks.record import record
-from dlc.cli import progress
-from dlc.features import Features, FeatureWriter, Manifest, kind_dir
+from dlc.data import Features, FeatureWriter, Manifest, kind_dir
+from dlc.machine.cli import progress
 from dlc.training.batches import TrainingBatches
 
 IMAGENET = 1_281_167  # images in its training set

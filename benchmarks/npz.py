@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.record import record
-from dlc.images import read_png, save_png
+from dlc.data.images import read_png, save_png
 from dlc.sampling.files import check_npz, npz_rows, png_path, write_npz
 
 

@@ -25,8 +25,8 @@ from benchmarks.flops import synchronize
 from benchmarks.record import record
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
-from dlc.noise import Stream, uniforms
-from dlc.runtime import autocast
+from dlc.machine.noise import Stream, uniforms
+from dlc.machine.processes import autocast
 from prior import DLCPrior_models
 
 ON_GPU = torch.cuda.is_available()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dlc.disk import write_json
-from dlc.runtime import versions
+from dlc.machine.files import write_json
+from dlc.machine.processes import versions
 
 RESULTS = Path(__file__).parent / "results"
 

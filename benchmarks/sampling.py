@@ -32,13 +32,13 @@ from benchmarks.extraction import SD_VAE, write_networks
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
-from dlc.checkpoints.weights import load_weights, model_from_weights
-from dlc.images import read_png, save_png, to_uint8
-from dlc.noise import Stream, normal
-from dlc.runtime import PRECISIONS, autocast
+from dlc.data.images import read_png, save_png, to_uint8
+from dlc.machine.noise import Stream, normal
+from dlc.machine.processes import PRECISIONS, autocast
+from dlc.nets.vae import decode, load_vae
 from dlc.sampling.files import png_path
 from dlc.sampling.latents import create_sampler
-from dlc.vae import decode, load_vae
+from dlc.weights.load import load_weights, model_from_weights
 from models import DiT_models
 
 ROOT = Path(__file__).parents[1]

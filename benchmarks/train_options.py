@@ -34,8 +34,8 @@ from benchmarks.extraction import SD_VAE, write_photographs
 from benchmarks.flops import forward_flops, peak_flops, synchronize
 from benchmarks.record import record
 from diffusion import create_diffusion
-from dlc.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.runtime import autocast, compile_options, default_num_workers
+from dlc.machine.processes import autocast, compile_options, default_num_workers
+from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder
 from models import DiT_models
 from train_diffusion import argument_parser
 

@@ -19,13 +19,13 @@ import torch
 from demo.digits import DIRECTIONS, DigitReader, MainDirections, load_split
 from demo.table import Demo, read_codes
 from diffusion.masked import mean_bound
-from dlc.checkpoints.prior_weights import diffusion_of, load_prior
-from dlc.disk import write_bytes
-from dlc.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
-from dlc.features import Features
-from dlc.images import image_grid
+from dlc.data import Features
+from dlc.data.images import image_grid
+from dlc.machine.files import write_bytes
 from dlc.sampling.prior import newest_prior
 from dlc.training.heldout import heldout_bounds
+from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
+from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 
 EM_STEPS, SMOOTHING = 60, 0.05
 SIMPLE = dict(mixture=320, independent=1)  # components; in the order in which --dlc-dir reads their files

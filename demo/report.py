@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from demo.table import Demo
-from dlc.images import image_grid
+from dlc.data.images import image_grid
 
 COLUMNS = 20  # of the picture: two per digit
 COMPOSED = 12  # codes per pair of weights

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.disk import write_bytes
-from dlc.features import Features
-from dlc.noise import Stream, permutation
+from dlc.data import Features
+from dlc.machine.files import write_bytes
+from dlc.machine.noise import Stream, permutation
 
 SEED = 0
 

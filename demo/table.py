@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from demo.digits import DigitReader, MainDirections, load_split
-from dlc.disk import write_bytes
-from dlc.encoder import load_encoder
-from dlc.evaluation.codes import CodeReader, token_agreement
-from dlc.evaluation.metrics import FeatureStatistics, frechet_distance
-from dlc.features import Features
-from dlc.images import to_uint8
+from dlc.data import Features
+from dlc.data.images import to_uint8
+from dlc.machine.files import write_bytes
+from dlc.nets.encoder import load_encoder
+from dlc.nets.vae import decode, load_vae
 from dlc.sampling.code_folder import open_codes
-from dlc.vae import decode, load_vae
+from evaluation.codes import CodeReader, token_agreement
+from evaluation.metrics import FeatureStatistics, frechet_distance
 
 CPU = torch.device("cpu")
 

@@ -152,7 +152,7 @@ def tiny_models(tmp_path_factory):
     """Paths of an untrained VAE (8x, 4 channels) and an untrained SEM encoder at 32x32."""
     from diffusers import AutoencoderKL
 
-    from dlc.encoder import SEMEncoder, save_encoder
+    from dlc.nets.encoder import SEMEncoder, save_encoder
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -175,8 +175,8 @@ def tiny_models(tmp_path_factory):
 
 def encoder_logits(encoder, paths):
     """Of images, all in one batch: (n, L, V)."""
-    from dlc.encoder import load_encoder
-    from dlc.images import center_crop, load_rgb
+    from dlc.data.images import center_crop, load_rgb
+    from dlc.nets.encoder import load_encoder
 
     encoder = load_encoder(encoder)
     views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])
@@ -314,7 +314,7 @@ def evaluation_place(tmp_path, monkeypatch):
     """A directory with samples.npz, reference.npz and the weights of a small network, which is in Inception's place."""
     import tiny_networks
 
-    from dlc.evaluation import networks
+    from evaluation import networks
 
     monkeypatch.setitem(networks.NETWORKS, "inception", tiny_networks.TinyInception)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

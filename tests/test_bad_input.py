@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 
-from dlc.encoder import DEFAULT_ENCODER
-from dlc.features import kind_dir
+from dlc.data import kind_dir
+from dlc.nets.encoder import DEFAULT_ENCODER
 from models import DiT_models
 
 SCRIPTS = (
@@ -377,12 +377,12 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
         parsers.append(parser)
         raise SystemExit
 
-    monkeypatch.setattr("dlc.cli.ArgumentParser.parse_args", parse_args)
+    monkeypatch.setattr("dlc.machine.cli.ArgumentParser.parse_args", parse_args)
     with pytest.raises(SystemExit):
         importlib.import_module(script).main()
     read = {
         node.attr
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py")]
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py"), *ROOT.glob("evaluation/*.py")]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }

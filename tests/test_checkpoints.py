@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from dlc.checkpoints.meta import RunMeta, read_meta
-from dlc.checkpoints.run import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
-from dlc.checkpoints.weights import load_weights, model_from_weights, weights_sha256
+from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
+from dlc.weights.load import load_weights, model_from_weights, weights_sha256
+from dlc.weights.meta import RunMeta, read_meta
 from models import DiT_models
 
 

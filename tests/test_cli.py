@@ -14,11 +14,11 @@ import termios
 import pytest
 from conftest import ROOT
 
-from dlc.cli import LONGEST_LINE, ArgumentParser, one_line, path_or_name, progress
+from dlc.machine.cli import LONGEST_LINE, ArgumentParser, one_line, path_or_name, progress
 
 WORK = """
 import time
-from dlc.cli import progress
+from dlc.machine.cli import progress
 with progress(total=16, initial=4, desc="drawing", unit="img") as bar:
     for _ in range(12):
         bar.set_postfix(loss="0.5")

@@ -13,8 +13,8 @@ from tiny_prior import save_prior
 from torch._dynamo.utils import counters
 
 from diffusion import masked_samplers, samplers
-from dlc.encoder import SEMEncoder
-from dlc.extraction import PixelEncoder
+from dlc.nets.encoder import SEMEncoder
+from dlc.nets.pixels import PixelEncoder
 from dlc.sampling import command
 from dlc.sampling.prior import PriorDraw
 from dlc.sampling.prior_options import PriorOptions

@@ -11,7 +11,7 @@ from conftest import L, V, assert_codes, encoder_logits, launch
 
 import compose_dlc
 from compose_dlc import choose, compose
-from dlc.features import Features
+from dlc.data import Features
 from dlc.sampling.conditions import open_codes
 
 

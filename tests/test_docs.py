@@ -18,12 +18,12 @@ SCRIPTS = [
     "sample_prior",
     "compose_dlc",
     "evaluate",
-    "dlc.evaluation.agreement",
-    "dlc.evaluation.make_reference",
-    "dlc.evaluation.reconstruction",
-    "dlc.evaluation.sweep",
-    "dlc.features.__main__",
-    "dlc.checkpoints.__main__",
+    "evaluation.agreement",
+    "evaluation.make_reference",
+    "evaluation.reconstruction",
+    "evaluation.sweep",
+    "dlc.features",
+    "dlc.checkpoints",
     "dlc.sampling.__main__",
 ]
 # of torchrun, accelerate launch, docker, pip and the benchmarks
@@ -77,7 +77,7 @@ def test_flags_exist(monkeypatch):
         parsers.append(parser)
         raise SystemExit
 
-    monkeypatch.setattr("dlc.cli.ArgumentParser.parse_args", parse_args)
+    monkeypatch.setattr("dlc.machine.cli.ArgumentParser.parse_args", parse_args)
     for script in SCRIPTS:
         with pytest.raises(SystemExit):
             importlib.import_module(script).main()
@@ -90,7 +90,7 @@ def test_flags_exist(monkeypatch):
 def test_messages_are_quoted_as_they_are():
     """What docs/troubleshooting.md quotes as a symptom is in the sources, but for values, for which … stands."""
     texts = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py"), *ROOT.glob("evaluation/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts.add(

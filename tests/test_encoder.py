@@ -6,9 +6,9 @@ import safetensors.torch
 import torch
 from conftest import ROOT, golden
 
-from dlc.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.encoder_layouts import read_encoder, recognise
-from dlc.encoder_names import to_state_dict
+from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder
+from dlc.weights.foreign.encoder_layouts import read_encoder, recognise
+from dlc.weights.foreign.encoder_names import to_state_dict
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=2)
 
@@ -286,8 +286,10 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
             vit = timm.create_model(name, num_classes=0, img_size=518)
             weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
             weights |= {"sem_norm.weight": torch.zeros(512 * 256), "sem_norm.bias": torch.zeros(512 * 256)}
-        monkeypatch.setattr("dlc.encoder_layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
-        monkeypatch.setattr("dlc.encoder_layouts.check_tensors", lambda tensors, path: tensors)
+        monkeypatch.setattr(
+            "dlc.weights.foreign.encoder_layouts.read_file", lambda path, weights=weights: (dict(weights), "")
+        )
+        monkeypatch.setattr("dlc.weights.foreign.encoder_layouts.check_tensors", lambda tensors, path: tensors)
         (tmp_path / "x.pth").touch()
         found = read_encoder(tmp_path / "x.pth", {})
         assert found.config == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)

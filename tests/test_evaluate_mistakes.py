@@ -12,8 +12,8 @@ from test_evaluation_networks import tiny_dinov2
 from tiny_networks import pixels, record_of, save_folder
 
 import evaluate
-from dlc.evaluation import comparison, images, notes
-from dlc.evaluation.reference import Reference, open_reference
+from evaluation import comparison, images, notes
+from evaluation.reference import Reference, open_reference
 
 #################################################################################
 #                                   Warnings                                    #

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dlc.evaluation import distances, self_check
-from dlc.evaluation.inception import resize_tf1
-from dlc.evaluation.metrics import (
+from evaluation import distances, self_check
+from evaluation.inception import resize_tf1
+from evaluation.metrics import (
     FeatureStatistics,
     density_coverage,
     frechet_distance,

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dlc import download
-from dlc.evaluation import networks
-from dlc.evaluation.dinov2 import load_dinov2, preprocess, resample_positions
-from dlc.evaluation.graph_def import read_constants
-from dlc.evaluation.inception import InceptionV3
-from dlc.evaluation.inception_weights import load_inception, tensorflow_names
-from dlc.legacy_files import load_legacy
+from dlc.weights import download
+from dlc.weights.foreign.legacy_files import load_legacy
+from evaluation import networks
+from evaluation.dinov2 import load_dinov2, preprocess, resample_positions
+from evaluation.graph_def import read_constants
+from evaluation.inception import InceptionV3
+from evaluation.inception_weights import load_inception, tensorflow_names
 
 
 @functools.cache

@@ -10,12 +10,12 @@ import torch
 from test_checkpoints import meta_of
 from test_layouts import assert_same, tiny
 
-from dlc.checkpoints import __main__ as tool
-from dlc.checkpoints.export import export, write_folder
-from dlc.checkpoints.run import save_checkpoint
-from dlc.checkpoints.weights import describe, load_model
+from dlc import checkpoints as tool
+from dlc.nets.vae import decode, load_vae
 from dlc.sampling.latents import create_sampler, sample_latents
-from dlc.vae import decode, load_vae
+from dlc.weights.checkpoint import save_checkpoint
+from dlc.weights.export import export, write_folder
+from dlc.weights.load import describe, load_model
 from models import DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,11 +12,11 @@ from conftest import IMAGE_SIZE, L, V, assert_codes, encoder_logits, extract_com
 from forked import Run
 from PIL import Image, ImageOps
 
-from dlc.features import Features, kind_dir
-from dlc.images import center_crop, normalize
-from dlc.noise import Stream, integers, normal
-from dlc.runtime import in_batches
-from dlc.vae import load_vae
+from dlc.data import Features, kind_dir
+from dlc.data.images import center_crop, normalize
+from dlc.machine.noise import Stream, integers, normal
+from dlc.machine.processes import in_batches
+from dlc.nets.vae import load_vae
 
 
 def contents(root):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlc.extraction import BatchEncoder, batches_of, encoding_pool, extract, in_order, whole_shards
-from dlc.features import Features, FeatureWriter, Manifest
+from dlc.data import Features, FeatureWriter, Manifest
+from dlc.nets.pixels import BatchEncoder, batches_of, encoding_pool, extract, in_order, whole_shards
 
 CPU = torch.device("cpu")
 

@@ -20,22 +20,22 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 import train_prior
 from diffusion import create_diffusion, masked_samplers, samplers
 from diffusion.masked import MaskedDiffusion
-from dlc.encoder import SEMEncoder, tokens
-from dlc.evaluation import distances, networks
-from dlc.evaluation import similarity as similarities
-from dlc.evaluation.inception import InceptionV3
-from dlc.evaluation.metrics import FeatureStatistics, density_coverage, kernel_distance, precision_recall, squared_radii
-from dlc.evaluation.networks import DINOv2Network, InceptionNetwork
-from dlc.evaluation.similarity import psnr, ssim
-from dlc.extraction import PixelEncoder, encoding_pool
-from dlc.images import to_uint8
-from dlc.runtime import autocast, start_processes
+from dlc.data.images import to_uint8
+from dlc.machine.processes import autocast, start_processes
+from dlc.nets.encoder import SEMEncoder, tokens
+from dlc.nets.pixels import PixelEncoder, encoding_pool
+from dlc.nets.vae import decode
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
-from dlc.vae import decode
+from evaluation import distances, networks
+from evaluation import similarity as similarities
+from evaluation.inception import InceptionV3
+from evaluation.metrics import FeatureStatistics, density_coverage, kernel_distance, precision_recall, squared_radii
+from evaluation.networks import DINOv2Network, InceptionNetwork
+from evaluation.similarity import psnr, ssim
 from models import DiT, DiTCONT, DiTSEM
 from prior import DLCPrior
 from train_diffusion import LOSSES, argument_parser, losses_of

@@ -180,7 +180,7 @@ def test_interrupted(whole, extraction, tmp_path):
 @pytest.mark.parametrize(
     "place, kept",
     [
-        ("dlc.extraction.PixelEncoder.__init__", "what is done is kept: run the same command again"),
+        ("dlc.nets.pixels.PixelEncoder.__init__", "what is done is kept: run the same command again"),
         ("extract_features_withdlc.save_reconstructions", "the features are complete"),
     ],
 )

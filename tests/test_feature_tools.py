@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, L, V
 from PIL import Image
 
-from dlc.features import Features, FeatureWriter, Manifest, kind_dir
-from dlc.features.__main__ import main
-from dlc.features.inspection import code_usage, latent_statistics
+from dlc.data import Features, FeatureWriter, Manifest, kind_dir
+from dlc.data.inspection import code_usage, latent_statistics
+from dlc.features import main
 
 RANDOM = np.random.default_rng(0)
 

@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.loading import IMAGENET, sparse_features
-from dlc.checkpoints.meta import RunMeta
-from dlc.disk import write_whole
-from dlc.features import SAMPLE_NDIM, Features, FeatureWriter, Manifest, NpyRows, kind_dir
+from dlc.data import SAMPLE_NDIM, Features, FeatureWriter, Manifest, NpyRows, kind_dir
+from dlc.machine.files import write_whole
 from dlc.sampling.conditions import ComputedCodes
+from dlc.weights.meta import RunMeta
 from models import DiT_models
 
 MANIFEST = Manifest(
@@ -101,7 +101,7 @@ def test_one_launch_at_a_time(tmp_path, monkeypatch):
     first, second = FeatureWriter(tmp_path, MANIFEST), FeatureWriter(tmp_path, MANIFEST)
     assert first.start()
     first.write(0, shard(3), [])
-    monkeypatch.setattr("dlc.disk.LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr("dlc.machine.files.LOCK_PATIENCE", 0.1)
     with pytest.raises(ValueError, match="another process is writing to .*another path"):
         second.start()
     monkeypatch.undo()
@@ -169,7 +169,7 @@ def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(call, fail)
-    monkeypatch.setattr("dlc.cli.WARNED", set())
+    monkeypatch.setattr("dlc.machine.cli.WARNED", set())
     writer = FeatureWriter(tmp_path, MANIFEST)
     assert writer.start()
     for index in range(2):
@@ -191,7 +191,7 @@ def test_a_disk_that_fails_to_sync_is_no_such_disk(tmp_path, monkeypatch):
 
 
 def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlc.features.rows.MAX_OPEN", 4)
+    monkeypatch.setattr("dlc.data.rows.MAX_OPEN", 4)
     paths = [tmp_path / f"{index}.npy" for index in range(9)]
     for index, path in enumerate(paths):
         np.save(path, np.full((3, 2), index))
@@ -350,7 +350,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     script = """if True:
         import resource, sys
         import numpy as np
-        from dlc.features import Features
+        from dlc.data import Features
         Features(sys.argv[1]).latents.gather(np.arange(256))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         features = Features(sys.argv[2])

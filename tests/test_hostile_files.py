@@ -22,19 +22,19 @@ from conftest import ROOT, golden
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dlc.checkpoints.inspection import info
-from dlc.checkpoints.meta import RunMeta, read_meta
-from dlc.checkpoints.run import load_checkpoint
-from dlc.checkpoints.weights import load_pretrained, load_weights, model_from_weights
-from dlc.encoder import SEMEncoder, load_encoder
-from dlc.features import Features, read_manifest
-from dlc.features.__main__ import main as features_tool
-from dlc.features.rows import load_array
+from dlc.data import Features, read_manifest
+from dlc.data.rows import load_array
+from dlc.features import main as features_tool
+from dlc.nets.encoder import SEMEncoder, load_encoder
+from dlc.nets.vae import downsampling_factor, load_vae
 from dlc.sampling.conditions import open_codes
 from dlc.sampling.files import check_npz, npz_rows
-from dlc.tensor_files import load_tensors
 from dlc.training.record import draw_losses, read_metrics
-from dlc.vae import downsampling_factor, load_vae
+from dlc.weights.checkpoint import load_checkpoint
+from dlc.weights.foreign.safe import load_tensors
+from dlc.weights.info import info
+from dlc.weights.load import load_pretrained, load_weights, model_from_weights
+from dlc.weights.meta import RunMeta, read_meta
 from models import DiT_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -235,7 +235,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
     )
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
     code = (
-        "import resource, sys; from dlc.tensor_files import load_tensors\n"
+        "import resource, sys; from dlc.weights.foreign.safe import load_tensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: load_tensors(sys.argv[1])\n"
         "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -1078,7 +1078,7 @@ def test_commands_end_with_one_line(script, tmp_path, images, sem, vae, monkeypa
     if script == "vae":
         change_json(vae / "config.json", lambda config: config.update(in_channels=1))
     module, *flags = dict(
-        info=("dlc.checkpoints.__main__", "info", "evil.pt"),
+        info=("dlc.checkpoints", "info", "evil.pt"),
         sample=("sample_ddp_computed_dlc", "--ckpt", tmp_path),
         extract=("extract_features_withdlc", "--data-path", images, "--encoder", sem, "--vae", vae),
         vae=("extract_features_withdlc", "--data-path", images, "--encoder", "none", "--vae", vae),

@@ -18,8 +18,8 @@ import torch
 from test_hostile_files import Call, bomb, claim, compressed, refusal
 from test_layouts import tiny
 
-from dlc.checkpoints import __main__ as tool
-from dlc.checkpoints.weights import load_pretrained
+from dlc import checkpoints as tool
+from dlc.weights.load import load_pretrained
 
 WEIGHTS = tiny().state_dict()
 EVIL = Call(os.system, "touch touched")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from hub_standin import point_at
 
-from dlc import hub as hub_module
-from dlc.hub import fetch, fetched_by_node, is_id
+from dlc.weights import hub as hub_module
+from dlc.weights.hub import fetch, fetched_by_node, is_id
 
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes
 FILES = {
@@ -116,7 +116,7 @@ def test_out_of_reach(hub, monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     for offline in (True, False):
         point_at("http://127.0.0.1:9", monkeypatch, tmp_path / "cache", offline)
-        monkeypatch.setattr("dlc.cli.WARNED", set())
+        monkeypatch.setattr("dlc.machine.cli.WARNED", set())
         assert fetch("owner/name", WANTED) == folder
         error = capsys.readouterr().err
         assert error == "" if offline else error.count("\n") == 1 and "its copy in the hub's cache is used" in error
@@ -124,7 +124,7 @@ def test_out_of_reach(hub, monkeypatch, tmp_path, capsys):
             ValueError, match="HF_HUB_OFFLINE is set" if offline else r"failed \(Connect\w*\): run again"
         ):
             fetch("owner/other", WANTED)
-    monkeypatch.setattr("dlc.cli.WARNED", set())
+    monkeypatch.setattr("dlc.machine.cli.WARNED", set())
     hub.repositories.clear()  # deleted on the hub: the cache still has it
     point_at(hub.url, monkeypatch, tmp_path / "cache")
     assert fetch("owner/name", WANTED) == folder

@@ -11,8 +11,8 @@ import pytest
 from conftest import extract_command, launch
 from PIL import Image
 
-from dlc.features import Features
-from dlc.images import Views, center_crop, load_rgb
+from dlc.data import Features
+from dlc.data.images import Views, center_crop, load_rgb
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (70, 90, 3), dtype=np.uint8)

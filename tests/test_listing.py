@@ -11,9 +11,9 @@ from conftest import IMAGE_SIZE, extract_command, launch, save_images
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dlc import cli
-from dlc.features import Features
-from dlc.listing import ENDINGS, list_images, listing_sha256
+from dlc.data import Features
+from dlc.data.listing import ENDINGS, list_images, listing_sha256
+from dlc.machine import cli
 from dlc.training.images import Images
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from dlc.noise import (
+from dlc.machine.noise import (
     LOW,
     StepNoise,
     Stream,

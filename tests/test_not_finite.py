@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from test_feature_tools import call, lone_files
 from test_train import metrics
 
-from dlc.encoder import load_encoder, save_encoder
-from dlc.extraction import PixelEncoder
-from dlc.features import Features, NotFinite, as_stored, kind_dir
+from dlc.data import Features, NotFinite, as_stored, kind_dir
+from dlc.nets.encoder import load_encoder, save_encoder
+from dlc.nets.pixels import PixelEncoder
 from dlc.training.batches import draw_posterior
 from dlc.training.images import ImageBatches, Images
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from drawing import STEPS, draw, tiny_model, tiny_vae
 
-from dlc.images import read_png
+from dlc.data.images import read_png
 from dlc.sampling import decoder
 from dlc.sampling.files import png_path
 

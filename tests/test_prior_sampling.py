@@ -11,13 +11,13 @@ from test_prior_training import write_features
 from tiny_prior import save_prior
 
 import sample_prior
-from dlc.codes import perplexity
-from dlc.evaluation.agreement import DrawnCodes
+from dlc.data.codes import perplexity
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, finished_record, open_codes
 from dlc.sampling.prior import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.record import SamplesRecord
 from dlc.sampling.usage import Rows, nearest, usage
+from evaluation.agreement import DrawnCodes
 
 NUM = 2 * SHARD + 30
 

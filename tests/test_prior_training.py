@@ -17,11 +17,11 @@ from test_training import same_run
 from tiny_prior import save_prior
 
 from diffusion.masked import MaskedDiffusion
-from dlc.checkpoints.prior_weights import diffusion_of, load_prior
-from dlc.checkpoints.run import run_checkpoints
-from dlc.features import Features, FeatureWriter, Manifest
+from dlc.data import Features, FeatureWriter, Manifest
 from dlc.training.codes import STRATA, CodeBatches, Codes, draws, split_rows
 from dlc.training.heldout import heldout_bounds
+from dlc.weights.checkpoint import run_checkpoints
+from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
 
 
 def write_features(path, codes, labels=None, V=4, flip="none", encoder="e" * 64):

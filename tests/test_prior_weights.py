@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from conftest import golden
 
-from dlc.checkpoints.inspection import info
-from dlc.checkpoints.meta import RunMeta
-from dlc.checkpoints.prior_weights import diffusion_of, load_prior
-from dlc.checkpoints.run import save_checkpoint
-from dlc.checkpoints.weights import load_model
+from dlc.weights.checkpoint import save_checkpoint
+from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
+from dlc.weights.info import info
+from dlc.weights.load import load_model
+from dlc.weights.meta import RunMeta
 from prior import DLCPrior, DLCPrior_models
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from test_layouts import assert_same, tiny
 
-from dlc import download
-from dlc.checkpoints import published
 from dlc.sampling.command import open_model
+from dlc.weights import download, published
 
 NAME = "DiT-XL-2-256x256.pt"
 

@@ -16,17 +16,17 @@ import torch
 from conftest import IMAGE_SIZE, ROOT, L, V, launch, sample_folder
 from PIL import Image
 
-from dlc.checkpoints.weights import weights_sha256
-from dlc.encoder import load_encoder
-from dlc.evaluation import agreement, reconstruction
-from dlc.evaluation.codes import CodeReader, EncoderNetwork, exact_numerics, token_agreement
-from dlc.evaluation.feature_images import FeatureImages, Reconstructor
-from dlc.evaluation.reconstruction import Measured, joined, measure
-from dlc.evaluation.similarity import psnr, ssim
-from dlc.features import Features
-from dlc.images import center_crop, load_rgb
-from dlc.runtime import start_processes
+from dlc.data import Features
+from dlc.data.images import center_crop, load_rgb
+from dlc.machine.processes import start_processes
+from dlc.nets.encoder import load_encoder
 from dlc.sampling.record import SamplesRecord
+from dlc.weights.load import weights_sha256
+from evaluation import agreement, reconstruction
+from evaluation.codes import CodeReader, EncoderNetwork, exact_numerics, token_agreement
+from evaluation.feature_images import FeatureImages, Reconstructor
+from evaluation.reconstruction import Measured, joined, measure
+from evaluation.similarity import psnr, ssim
 
 CPU = torch.device("cpu")
 
@@ -145,7 +145,7 @@ def test_reader_of_images():
 @pytest.fixture(scope="module")
 def parts(workplace, images, tiny_models):
     """(features, images, reconstructor, reader, networks) of the tiny models."""
-    from dlc.vae import load_vae
+    from dlc.nets.vae import load_vae
 
     features = Features(workplace / "features")
     encoder = load_encoder(tiny_models[1])
@@ -194,7 +194,7 @@ def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
     """The numbers are those of all images at once; a measurement that is cut off continues to the same numbers."""
     features, images, reconstruct, read, networks = parts
     monkeypatch.setattr(reconstruction, "BATCH", 5)
-    monkeypatch.setattr("dlc.evaluation.codes.BATCH", 5)
+    monkeypatch.setattr("evaluation.codes.BATCH", 5)
     state, path = start_processes(), tmp_path / "done.safetensors"
     whole = Measured(networks, L, {"a": 1})
     measure(whole, images, reconstruct, state, networks, read)
@@ -218,7 +218,7 @@ def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
         return reconstruct(crops)
 
     cut_off.device = CPU
-    monkeypatch.setattr("dlc.evaluation.codes.encoding_threads", lambda device: 1)
+    monkeypatch.setattr("evaluation.codes.encoding_threads", lambda device: 1)
     with pytest.raises(Interrupted):
         measure(Measured(networks, L, {"a": 1}), images, cut_off, state, networks, read, path)
     rest = Measured(networks, L, {"a": 1})
@@ -334,7 +334,7 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
 
 def test_encoder_of_the_codes(samples, workplace, tmp_path, error_of):
     """Another encoder than the one that made the codes is refused, and one of other codes."""
-    from dlc.encoder import SEMEncoder, save_encoder
+    from dlc.nets.encoder import SEMEncoder, save_encoder
 
     for name, positions, message in (
         ("other", L, "is not the one that made the codes of"),

@@ -14,8 +14,8 @@ from test_bad_input import save_checkpoint
 
 import sample_ddp_computed_dlc
 from diffusion import create_diffusion
-from dlc.features import Features
-from dlc.noise import Stream, normal
+from dlc.data import Features
+from dlc.machine.noise import Stream, normal
 from models import DiT_models
 
 
@@ -65,8 +65,8 @@ def test_images_are_the_models(workplace, tiny_models):
     """Sample 17 by the definition: full guided diffusion with its own noise, the EMA weights, and its row's code."""
     from safetensors.torch import load_file
 
-    from dlc.images import to_uint8
-    from dlc.vae import decode, load_vae
+    from dlc.data.images import to_uint8
+    from dlc.nets.vae import decode, load_vae
 
     record = json.loads((sample_folder(workplace / "samples") / "samples.json").read_text())
     code = torch.from_numpy(Features(workplace / "features").codes.gather([record["code_rows"][17]]).astype(np.int64))

@@ -12,13 +12,13 @@ import torch
 from conftest import L, V
 from PIL import Image
 
-from dlc.checkpoints.meta import RunMeta
-from dlc.images import save_png
+from dlc.data.images import save_png
 from dlc.sampling.__main__ import main
 from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors, open_codes
 from dlc.sampling.files import check_npz, missing_indices, npz_rows, png_path, write_npz
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.record import SamplesRecord
+from dlc.weights.meta import RunMeta
 
 
 @pytest.fixture

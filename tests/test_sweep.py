@@ -9,8 +9,8 @@ import pytest
 from conftest import L
 from PIL import Image
 
-from dlc.evaluation import sweep
-from dlc.evaluation.sweep import Sweep, all_settings, draw_curves, drawn_as, name_of, report, table_of
+from evaluation import sweep
+from evaluation.sweep import Sweep, all_settings, draw_curves, drawn_as, name_of, report, table_of
 
 FLAGS = dict(sampling=["--model", "DiT-Ti/4"], evaluation=["--reference", "x.npz"])
 SETTINGS = all_settings({"cfg-scale": [1.0, 1.5, 2.0], "t-max": [400, 999]})

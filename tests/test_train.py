@@ -11,8 +11,8 @@ from conftest import IMAGE_SIZE, extract_command, launch
 from forked import Run
 from PIL import Image
 
-from dlc.features import Features, kind_dir
-from dlc.noise import Stream, normal
+from dlc.data import Features, kind_dir
+from dlc.machine.noise import Stream, normal
 from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.record import trim_metrics
 

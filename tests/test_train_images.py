@@ -14,11 +14,11 @@ from PIL import Image
 from test_train import metrics, train_command
 from test_training import same_run
 
-from dlc.checkpoints.inspection import info
-from dlc.extraction import PixelEncoder
-from dlc.images import center_crop, load_rgb
-from dlc.noise import Stream, integers
+from dlc.data.images import center_crop, load_rgb
+from dlc.machine.noise import Stream, integers
+from dlc.nets.pixels import PixelEncoder
 from dlc.training.images import ImageBatches, Images
+from dlc.weights.info import info
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     moments, codes = encode(crops, views)
     assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad
     assert_codes(codes, logits)
-    monkeypatch.setattr("dlc.extraction.ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr("dlc.nets.pixels.ENCODED_AT_ONCE", 3)
     sizes, encode_batch = [], encode.vae.encode
     monkeypatch.setattr(encode.vae, "encode", lambda batch: sizes.append(len(batch)) or encode_batch(batch))
     in_parts, codes = encode(crops, views)

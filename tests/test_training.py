@@ -18,14 +18,14 @@ from PIL import Image
 from test_train import alike, metrics, tensors, train_command
 
 from diffusion import create_diffusion
-from dlc.checkpoints.inspection import info
-from dlc.checkpoints.meta import read_meta
-from dlc.checkpoints.run import run_checkpoints
-from dlc.checkpoints.weights import load_weights, model_from_weights
-from dlc.features import Features, FeatureWriter, Manifest
-from dlc.noise import Stream, integers, normal, uniform
+from dlc.data import Features, FeatureWriter, Manifest
+from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches
 from dlc.training.record import Losses, draw_losses
+from dlc.weights.checkpoint import run_checkpoints
+from dlc.weights.info import info
+from dlc.weights.load import load_weights, model_from_weights
+from dlc.weights.meta import read_meta
 from models import DiT_models
 
 
@@ -193,7 +193,7 @@ def test_code_init_is_part_of_a_run(trained, train, tmp_path):
     """A run continues with its start of the code table alone; one from before there was a choice had N(0, 1)."""
     first = trained("dlc", "--max-steps", 1, "--code-init", "dlc", "--lr", 0)
     assert "code_init=dlc" in first
-    table = tensors(tmp_path / "dlc/checkpoints/0000001")["model/sem_embedder.embedding_table"]
+    table = tensors(tmp_path / "dlc/weights/0000001")["model/sem_embedder.embedding_table"]
     assert table.std().item() == pytest.approx(192**-0.5, rel=0.02) and (table[:, V] == table[0, V]).all()
     run = train("dlc", "--max-steps", 2)
     assert not run.wait() and "code_init 'dlc' there, 'unit' here; give another --results-dir" in run.said()

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from test_train import metrics, train_command
 from test_training import metrics_lines, same_run
 
-from dlc.checkpoints.run import newest_checkpoint, newest_of_run, run_checkpoints
-from dlc.cli import is_killed_reader
+from dlc.machine.cli import is_killed_reader
 from dlc.training.batches import load_batches
+from dlc.weights.checkpoint import newest_checkpoint, newest_of_run, run_checkpoints
 
 
 @pytest.fixture

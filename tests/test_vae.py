@@ -11,12 +11,12 @@ from accelerate import PartialState
 from conftest import IMAGE_SIZE, extract_command, launch, sample_folder
 from PIL import Image, ImageOps
 
-from dlc.extraction import PixelEncoder
-from dlc.features import Features, FeatureWriter, Manifest
-from dlc.images import center_crop, normalize
-from dlc.noise import Stream, integers
+from dlc.data import Features, FeatureWriter, Manifest
+from dlc.data.images import center_crop, normalize
+from dlc.machine.noise import Stream, integers
+from dlc.nets.pixels import PixelEncoder
+from dlc.nets.vae import check_decodes, decode, latent_settings, latent_shape, load_vae, posterior
 from dlc.training.images import Images
-from dlc.vae import check_decodes, decode, latent_settings, latent_shape, load_vae, posterior
 
 CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3
 NORMAL = dict(latents_mean=[0.1 * i for i in range(CHANNELS)], latents_std=[0.5 + 0.1 * i for i in range(CHANNELS)])
@@ -118,7 +118,7 @@ def test_extracted(deep_features, deep_vae, normal_vae, images):
 
 
 def test_inspected(deep_features, monkeypatch, capsys):
-    from dlc.features.__main__ import main
+    from dlc.features import main
 
     for kind, path in deep_features.items():
         for command, said in (

@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from dlc.vae import decode, downsampling_factor, latent_settings, load_vae, posterior
-from dlc.vae_layouts import config_of_shapes, read_vae
+from dlc.nets.vae import decode, downsampling_factor, latent_settings, load_vae, posterior
+from dlc.weights.foreign.vae_layouts import config_of_shapes, read_vae
 
 MEAN, STD = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 4.0]
 
@@ -144,7 +144,7 @@ def test_stable_diffusions_single_file(tmp_path, monkeypatch):
     """Its widths say 0.18215, unless the name says XL; other files have to bring a config."""
     from diffusers import AutoencoderKL
 
-    monkeypatch.setattr("dlc.vae_layouts.check_tensors", lambda tensors, path: tensors)
+    monkeypatch.setattr("dlc.weights.foreign.vae_layouts.check_tensors", lambda tensors, path: tensors)
     for channels, name, scale in ((4, "vae-ft-mse-840000", 0.18215), (4, "sdxl_vae", 0.13025), (16, "ae", None)):
         with torch.device("meta"):
             vae = AutoencoderKL(

@@ -2,7 +2,7 @@
 
 import sys
 
-from dlc.cli import ArgumentParser
+from dlc.machine.cli import ArgumentParser
 from dlc.sampling.files import check_npz
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.disk import (
+from dlc.data import Features, code_dtype
+from dlc.data.rows import Files, NpyRows, file_order, load_array
+from dlc.machine.files import (
     OBJECT,
     SWITCH,
     TEXT,
@@ -27,10 +29,8 @@ from dlc.disk import (
     write_bytes,
     write_json,
 )
-from dlc.features import Features, code_dtype
-from dlc.features.rows import Files, NpyRows, file_order, load_array
-from dlc.records import Record, key
-from dlc.tensor_files import read_torch, storage_fault
+from dlc.machine.records import Record, key
+from dlc.weights.foreign.safe import read_torch, storage_fault
 
 SHARD = 256  # codes
 COUNT, SIZE = whole_number(0), whole_number(1)

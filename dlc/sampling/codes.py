@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 from diffusion.masked import MaskedDiffusion
-from dlc.noise import Stream, uniforms
-from dlc.runtime import autocast
+from dlc.machine.noise import Stream, uniforms
+from dlc.machine.processes import autocast
 
 
 @torch.inference_mode()

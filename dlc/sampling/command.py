@@ -14,14 +14,18 @@ import numpy as np
 import torch
 
 from diffusion.samplers import SAMPLERS
-from dlc.checkpoints.layouts import locate
-from dlc.checkpoints.published import published_name, published_weights
-from dlc.checkpoints.run import NoCheckpoint, newest_checkpoint
-from dlc.checkpoints.weights import describe, load_model, weights_sha256
-from dlc.cli import ArgumentParser, progress
-from dlc.disk import recorded_id
-from dlc.hub import fetched_by_node, is_id
-from dlc.runtime import agree, autocast, compile_options, create_logger, done_by_rank_0, set_numerics, start_processes
+from dlc.machine.cli import ArgumentParser, progress
+from dlc.machine.files import recorded_id
+from dlc.machine.processes import (
+    agree,
+    autocast,
+    compile_options,
+    create_logger,
+    done_by_rank_0,
+    set_numerics,
+    start_processes,
+)
+from dlc.nets.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.files import npz_rows, save_grid, write_npz
@@ -29,7 +33,11 @@ from dlc.sampling.flags import RESULTS, sampling_parser
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.sampling.record import SamplesRecord, this_launch
-from dlc.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
+from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
+from dlc.weights.foreign.layouts import locate
+from dlc.weights.hub import fetched_by_node, is_id
+from dlc.weights.load import describe, load_model, weights_sha256
+from dlc.weights.published import published_name, published_weights
 from models import DiT_models
 
 #################################################################################

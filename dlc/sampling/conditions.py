@@ -5,15 +5,15 @@ import hashlib
 import numpy as np
 import torch
 
-from dlc.checkpoints.layouts import locate
-from dlc.disk import recorded_id
-from dlc.features.rows import NpyRows, check_finite, open_vectors
-from dlc.hub import fetched_by_node, is_id
-from dlc.noise import Stream, integers, permutation
-from dlc.runtime import done_by_rank_0, start_processes
+from dlc.data.rows import NpyRows, check_finite, open_vectors
+from dlc.machine.files import recorded_id
+from dlc.machine.noise import Stream, integers, permutation
+from dlc.machine.processes import done_by_rank_0, start_processes
 from dlc.sampling.code_folder import CodeFolder, finished_record, load_codes, open_codes
 from dlc.sampling.prior import PriorDraw, draw_into
 from dlc.sampling.prior_options import OPTIONS, PriorOptions, add_prior_flags
+from dlc.weights.foreign.layouts import locate
+from dlc.weights.hub import fetched_by_node, is_id
 
 __all__ = ["CONDITIONINGS", "load_codes", "open_codes"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlc.images import image_grid, save_png, to_uint8
-from dlc.runtime import autocast, in_batches
+from dlc.data.images import image_grid, save_png, to_uint8
+from dlc.machine.processes import autocast, in_batches
+from dlc.nets.vae import decode
 from dlc.sampling.files import png_path
-from dlc.vae import decode
 
 
 class Decoder:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.cli import one_line
-from dlc.cli import progress as progress_bar
-from dlc.disk import write_whole
-from dlc.features.rows import read_npy_header
-from dlc.images import image_grid, is_whole, read_png, save_png
+from dlc.data.images import image_grid, is_whole, read_png, save_png
+from dlc.data.rows import read_npy_header
+from dlc.machine.cli import one_line
+from dlc.machine.cli import progress as progress_bar
+from dlc.machine.files import write_whole
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 LARGEST_IMAGE = 2**24  # bytes of an image in an .npz: 2,364 x 2,364 pixels

@@ -1,11 +1,11 @@
 """The flags of both sampling scripts."""
 
 from diffusion.samplers import SAMPLERS
-from dlc.checkpoints.diffusers_dit import DIFFUSERS_TIMES
-from dlc.cli import SEED, ArgumentParser, number
-from dlc.runtime import PRECISIONS, add_speed_flags
+from dlc.machine.cli import SEED, ArgumentParser, number
+from dlc.machine.processes import PRECISIONS, add_speed_flags
+from dlc.nets.vae import VAE_HELP
 from dlc.sampling.conditions import CONDITIONINGS
-from dlc.vae import VAE_HELP
+from dlc.weights.foreign.diffusers_dit import DIFFUSERS_TIMES
 from models import DiT_models
 
 RESULTS = "results"  # the default of --results-dir

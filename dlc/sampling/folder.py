@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.disk import DirectoryLock, differences, remove_temporaries, write_json
+from dlc.machine.files import DirectoryLock, differences, remove_temporaries, write_json
 from dlc.sampling.files import missing_indices
 from dlc.sampling.record import SamplesRecord
 

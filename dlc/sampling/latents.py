@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 from diffusion.samplers import SAMPLERS
-from dlc.noise import StepNoise, Stream, normal
-from dlc.runtime import PRECISIONS
+from dlc.machine.noise import StepNoise, Stream, normal
+from dlc.machine.processes import PRECISIONS
 
 
 def create_sampler(name: str, steps: int | None = None, eta: float | None = None, learn_sigma: bool = True):

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS, create_sampler
-from dlc.checkpoints.meta import read_meta
-from dlc.checkpoints.prior_weights import diffusion_of, load_prior
-from dlc.checkpoints.run import damage, newest_of_run, run_checkpoints
-from dlc.checkpoints.weights import weights_sha256
-from dlc.cli import progress
-from dlc.disk import recorded_id
-from dlc.runtime import compile_options, set_numerics
+from dlc.machine.cli import progress
+from dlc.machine.files import recorded_id
+from dlc.machine.processes import compile_options, set_numerics
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
+from dlc.weights.checkpoint import damage, newest_of_run, run_checkpoints
+from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
+from dlc.weights.load import weights_sha256
+from dlc.weights.meta import read_meta
 from prior import DLCPrior_models
 
 BATCH = 64  # codes per batch; divides code_folder.SHARD

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS
-from dlc.cli import number
-from dlc.disk import recorded_id
-from dlc.noise import Stream, random_words
+from dlc.machine.cli import number
+from dlc.machine.files import recorded_id
+from dlc.machine.noise import Stream, random_words
 from dlc.sampling.code_folder import open_codes
 
 #################################################################################

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dlc.disk import OBJECT, SWITCH, TEXT, list_of, or_null, real_number, whole_number
-from dlc.records import Record, key
-from dlc.runtime import versions
+from dlc.machine.files import OBJECT, SWITCH, TEXT, list_of, or_null, real_number, whole_number
+from dlc.machine.processes import versions
+from dlc.machine.records import Record, key
 
 COUNT, SIZE = whole_number(0), whole_number(1)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dlc.cli import progress
-from dlc.codes import perplexity, token_counts
+from dlc.data.codes import perplexity, token_counts
+from dlc.machine.cli import progress
 
 AT_ONCE = 8192  # rows in memory
 COMPARED = 1024  # codes whose nearest training code is looked for, at most

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dlc.cli import is_killed_reader
-from dlc.noise import Stream, normal, permutation
-from dlc.signals import ignore_signals
+from dlc.machine.cli import is_killed_reader
+from dlc.machine.noise import Stream, normal, permutation
+from dlc.machine.signals import ignore_signals
 
 
 @dataclass(frozen=True)

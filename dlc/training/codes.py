@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from diffusion.masked import stratified_times
-from dlc.codes import token_counts
-from dlc.features import Features
-from dlc.noise import Stream, permutation, random_words, uniform, uniforms
+from dlc.data import Features
+from dlc.data.codes import token_counts
+from dlc.machine.noise import Stream, permutation, random_words, uniform, uniforms
 from dlc.training.batches import TrainingBatches
 
 STRATA = 64  # consecutive samples that share the range of times evenly

@@ -2,8 +2,8 @@
 
 import argparse
 
-from dlc.cli import SEED, number
-from dlc.runtime import PRECISIONS, add_speed_flags, default_num_workers
+from dlc.machine.cli import SEED, number
+from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_workers
 
 # Recorded in each checkpoint; a run may continue with other values, and then says so.
 OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")

@@ -5,9 +5,9 @@ import math
 import torch
 
 from diffusion.masked import MaskedDiffusion
-from dlc.checkpoints.run import save_best
-from dlc.noise import Stream, random_words
+from dlc.machine.noise import Stream, random_words
 from dlc.training.record import append_metrics, read_metrics
+from dlc.weights.checkpoint import save_best
 
 SEED = 0  # of the masks: the same in all runs, so that they compare
 ROWS_AT_ONCE = 256

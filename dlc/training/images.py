@@ -7,15 +7,15 @@ and codes equal those of extraction but for rounding (on GPUs that of TF32, whic
 
 import torch
 
-from dlc.cli import warn_once
-from dlc.extraction import data_settings, open_networks
-from dlc.features import Manifest
-from dlc.images import Views, collate, flips_of
-from dlc.listing import list_images
-from dlc.noise import Stream, integers
-from dlc.runtime import done_by_rank_0
+from dlc.data import Manifest
+from dlc.data.images import Views, collate, flips_of
+from dlc.data.listing import list_images
+from dlc.machine.cli import warn_once
+from dlc.machine.noise import Stream, integers
+from dlc.machine.processes import done_by_rank_0
+from dlc.nets.pixels import data_settings, open_networks
+from dlc.nets.vae import latent_shape
 from dlc.training.batches import TrainingBatches, Unreadable
-from dlc.vae import latent_shape
 
 FLIPS = ("random", "none")
 

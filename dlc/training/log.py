@@ -4,10 +4,10 @@ import time
 
 import torch
 
-from dlc.checkpoints.run import gather_full
-from dlc.cli import one_line, progress
+from dlc.machine.cli import one_line, progress
 from dlc.training.flags import learning_rate
 from dlc.training.record import append_metrics
+from dlc.weights.checkpoint import gather_full
 
 
 def announce(run):

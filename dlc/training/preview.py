@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import create_sampler as create_code_sampler
-from dlc.checkpoints.weights import load_model
-from dlc.images import image_grid, save_png, to_uint8
+from dlc.data.images import image_grid, save_png, to_uint8
+from dlc.nets.vae import check_decodes, decode, load_vae
 from dlc.sampling.codes import sample_codes
 from dlc.sampling.latents import create_sampler, sample_latents
-from dlc.vae import check_decodes, decode, load_vae
+from dlc.weights.load import load_model
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most

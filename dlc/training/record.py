@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dlc.cli import warn_once
-from dlc.disk import write_whole
+from dlc.machine.cli import warn_once
+from dlc.machine.files import write_whole
 
 FOLDERS = ("checkpoints", "previews", "best")  # of RESULTS/
 FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")

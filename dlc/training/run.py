@@ -24,20 +24,9 @@ from pathlib import Path
 
 import torch
 
-from dlc.checkpoints.meta import RunMeta
-from dlc.checkpoints.run import (
-    load_checkpoint,
-    newest_of_run,
-    remove_old_checkpoints,
-    remove_unfinished,
-    resume_point,
-    run_checkpoints,
-    save_checkpoint,
-)
-from dlc.checkpoints.weights import load_pretrained
-from dlc.disk import DirectoryLock, write_json
-from dlc.launcher import asked_precision, asked_to_compile, unused_launcher_settings
-from dlc.runtime import (
+from dlc.machine.files import DirectoryLock, write_json
+from dlc.machine.launcher import asked_precision, asked_to_compile, unused_launcher_settings
+from dlc.machine.processes import (
     agree,
     compile_options,
     create_accelerator,
@@ -54,6 +43,17 @@ from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
+from dlc.weights.checkpoint import (
+    load_checkpoint,
+    newest_of_run,
+    remove_old_checkpoints,
+    remove_unfinished,
+    resume_point,
+    run_checkpoints,
+    save_checkpoint,
+)
+from dlc.weights.load import load_pretrained
+from dlc.weights.meta import RunMeta
 
 
 class Run:

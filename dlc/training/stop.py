@@ -5,8 +5,8 @@ import signal
 import torch
 import torch.distributed as dist
 
-from dlc.runtime import PROCESS_GROUP_TIMEOUT
-from dlc.signals import STOPPING, on_first_signal
+from dlc.machine.processes import PROCESS_GROUP_TIMEOUT
+from dlc.machine.signals import STOPPING, on_first_signal
 
 ASKED = 1000  # beside the signals' numbers: a process asked to stop for a reason of its own
 

@@ -7,8 +7,8 @@ import os
 import stat
 import sys
 
-import dlc.disk
-import dlc.runtime
+import dlc.machine.files
+import dlc.machine.processes
 
 
 def no_directory_sync():
@@ -33,11 +33,11 @@ def no_locks():
 
 
 def impatient():
-    dlc.disk.LOCK_PATIENCE = 1
+    dlc.machine.files.LOCK_PATIENCE = 1
 
 
 def said_soon():
-    dlc.runtime.SAID_WAITING = 1
+    dlc.machine.processes.SAID_WAITING = 1
 
 
 def main():

@@ -150,7 +150,7 @@ def point_at(url, monkeypatch, cache, offline=False):
     """Let huggingface_hub, which reads the environment at its import, use another hub and cache, as a new process."""
     from huggingface_hub import constants
 
-    from dlc.hub import FETCHED
+    from dlc.weights.hub import FETCHED
 
     values = dict(ENDPOINT=url, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE=offline)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"

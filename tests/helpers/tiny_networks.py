@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dlc.evaluation import networks
+from evaluation import networks
 
 
 class TinyInception:

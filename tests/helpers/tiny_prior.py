@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from conftest import L, V
 
-from dlc.checkpoints.meta import RunMeta
+from dlc.weights.meta import RunMeta
 from prior import DLCPrior_models
 
 

@@ -59,7 +59,7 @@ def change_prior(module):
 
 CHANGES = {
     "diffusers.models.autoencoders.autoencoder_kl": change_vae,
-    "dlc.encoder": change_encoder,
+    "dlc.nets.encoder": change_encoder,
     "models": change_models,
     "prior": change_prior,
 }

@@ -1,0 +1,51 @@
+"""Describe weights in any layout, and write them in others.
+
+python -m dlc.checkpoints info PATH                            model, layout, EMA or raw, step, training settings
+python -m dlc.checkpoints export PATH OUT --format diffusers   a pipeline folder, or .safetensors, and a model card
+"""
+
+from dlc.machine.cli import ArgumentParser, one_line
+from dlc.weights.export import FORMATS, export
+from dlc.weights.foreign.diffusers_dit import DIFFUSERS_TIMES
+from dlc.weights.info import info
+
+
+def main():
+    parser = ArgumentParser(__doc__, prog="python -m dlc.checkpoints")
+    tools = parser.add_subparsers(required=True, dest="command", metavar="info|export")
+
+    def tool(name, function, help):
+        added = tools.add_parser(name, doc=help, help=help)
+        added.set_defaults(function=function)
+        added.add_argument("checkpoint", help="file, folder or hub id, in any layout of docs/weights.md")
+        added.add_argument(
+            "--diffusers-time",
+            choices=DIFFUSERS_TIMES,
+            help="for weights in diffusers' layout: take them as converted from DiT, or as trained in diffusers "
+            "[what the folder says, else dit]",
+        )
+        return added
+
+    tool("info", lambda args: info(args.checkpoint, args.diffusers_time), "say what weights are")
+    add = tool("export", export, "write weights and a model card to a new folder").add_argument
+    add("out", help="folder to write; must not exist")
+    add(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="write model.safetensors and config.json, or a pipeline folder of diffusers: exact, with a file of code, "
+        "or stock, without it and a little off",
+    )
+    add("--no-ema", dest="ema", action="store_false", help="write the raw weights instead of the EMA weights [no]")
+    add(
+        "--vae",
+        help="put this VAE into the pipeline: ema, mse, a local directory or a hub id [the checkpoint's, or ema]",
+    )
+    add("--license", help="state this licence in the model card, as the hub names it [mit for our runs, else unknown]")
+    args = parser.parse_args()
+    with parser.one_line_errors():
+        print("\n".join(one_line(line, 2000) for line in args.function(args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Describe features in words, and list what is wrong with them: the commands info and check."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dlc.data.codes import perplexity, token_counts
+from dlc.data.manifest import read_manifest
+from dlc.data.rows import NpyRows, check_range
+from dlc.data.store import Features, shard_rows
+from dlc.machine.cli import one_line, progress
+from dlc.machine.files import write_whole
+
+BLOCK = 4096  # rows in memory at a time, so that no file need fit in memory
+
+
+def blocks(rows, what):
+    """The arrays of the files of some NpyRows, in blocks, with a progress bar."""
+    for index in progress(range(len(rows.paths)), desc=what, unit="file", delay=2):
+        array = rows.array(index)
+        for start in range(0, len(array), BLOCK):
+            yield array[start : start + BLOCK]
+
+
+def needs_V(V, has_codes):
+    if has_codes and V is None:
+        raise ValueError("there are codes, and no manifest.json to say V: give --V, the tokens a position can have")
+
+
+#################################################################################
+#                                      info                                     #
+#################################################################################
+
+
+def latent_statistics(features):
+    """Mean and standard deviation (C,) of each channel over all rows; for moments, those of a draw of the posterior."""
+    total = squares = 0
+    for block in blocks(features.latents, "latents"):
+        block = block.astype(np.float32)
+        total += block.sum(axis=(0, 2, 3), dtype=np.float64)
+        squares += np.square(block).sum(axis=(0, 2, 3), dtype=np.float64)
+    channels, *sides = features.latent_shape
+    mean, squares = (value / (features.count * np.prod(sides)) for value in (total, squares))
+    if features.latent_kind == "moments":  # E[draw^2] = E[mean^2] + E[std^2]
+        mean, squares = mean[:channels], squares[:channels] + squares[channels:]
+    return mean, np.sqrt(squares - mean**2)
+
+
+def code_usage(features):
+    """How often each token is used at each position (L, V) int64, and how many rows have the code of an earlier row.
+
+    Codes are compared by a random linear hash of 64 bits. Two flips of one image count as one row.
+    """
+    counts = np.zeros((features.L, features.V), np.int64)
+    weights = np.random.default_rng(0).integers(0, 2**63, features.L, dtype=np.uint64) * 2 + 1
+    hashes = []
+    for block in blocks(features.codes, "codes"):
+        counts += token_counts(block, features.V)
+        hashes.append(block.astype(np.uint64) @ weights)
+    hashes = np.concatenate(hashes)
+    if features.manifest is not None and features.manifest.flip == "both":
+        hashes = hashes[::2]
+    return counts, len(hashes) - len(np.unique(hashes))
+
+
+def usage_picture(counts):
+    """Draw token usage (L, V): positions down, tokens across, dead tokens in red, others from black to white."""
+    L, V = counts.shape
+    relative = counts * V / counts.sum(axis=1, keepdims=True)  # 1: even use
+    bright = np.clip(np.log2(np.maximum(relative, 1e-9)) / 8 + 0.5, 0, 1)
+    pixels = np.repeat((30 + 225 * bright[..., None]).astype(np.uint8), 3, axis=2)
+    pixels[counts == 0] = (170, 20, 20)
+    height, width = (max(1, 512 // side) for side in (L, V))
+    pixels = pixels.repeat(height, axis=0).repeat(width, axis=1)
+    caption = [f"{L} positions (down) x {V} tokens (across)", "black: 1/16 of even use; white: 16 times; red: never"]
+    picture = Image.new("RGB", (max(pixels.shape[1], 340), pixels.shape[0] + 34), "white")
+    picture.paste(Image.fromarray(pixels), (0, 34))
+    for line, text in enumerate(caption):
+        ImageDraw.Draw(picture).text((4, 3 + 14 * line), text, fill="black")
+    return picture
+
+
+def print_info(args):
+    """The command info."""
+    features = Features(args.path, args.V, args.num_classes)
+    needs_V(features.V, features.codes is not None)
+    print_origin(features)
+    print_latents(features)
+    print_labels(features)
+    if features.codes is None:
+        print("codes: none")
+    else:
+        print_codes(features)
+
+
+def print_origin(features):
+    manifest, size = features.manifest, features.image_size
+    if manifest is None:
+        print(f"{features.root}: {features.count:,} rows at {size}x{size}, one .npy each (no manifest.json)")
+        return
+    print(
+        f"{features.root}: {features.count:,} rows of {manifest.images:,} images at {size}x{size} in "
+        f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped"
+    )
+    for path, reason in manifest.skipped[:10]:
+        print("  " + one_line(f"skipped {path!r}: {reason}"))
+    known = [
+        f"{name} {getattr(manifest, name)}"
+        for name in ("vae", "scaling_factor", "encoder", "precision", "flip", "seed")
+        if getattr(manifest, name) is not None
+    ]
+    if manifest.shift_factor:
+        known.append(f"shift_factor {manifest.shift_factor}")
+    if known:
+        print(one_line("made with: " + ", ".join(known), 2000))
+
+
+def print_latents(features):
+    mean, std = latent_statistics(features)
+    print(
+        f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
+        f"channel mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}"
+    )
+    if not np.isfinite(std).all():
+        print("warning: there are latents that are not finite: check says where")
+    for channel in np.flatnonzero((std <= 0.5) | (std >= 2)):
+        print(
+            f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
+            "multiplied by the VAE's scaling factor, once?"
+        )
+
+
+def print_labels(features):
+    features.labels.check_range(features.num_classes)
+    counts = np.bincount(np.concatenate([block.astype(np.int64) for block in blocks(features.labels, "labels")]))
+    print(
+        f"labels: {features.num_classes} classes, {np.count_nonzero(counts)} of them with rows, "
+        f"{counts[counts > 0].min():,} to {counts.max():,} each"
+    )
+
+
+def print_codes(features):
+    """Say how codes use their tokens, and draw it as FEATURES/codes.png."""
+    features.codes.check_range(features.V)
+    counts, duplicates = code_usage(features)
+    used, dead = perplexity(counts), (counts == 0).sum()
+    print(
+        f"codes: L={features.L}, V={features.V}, {features.codes.array(0).dtype}; perplexity of a position: mean "
+        f"{used.mean():.1f}, least {used.min():.1f} (position {used.argmin()}), most {used.max():.1f}"
+    )
+    print(
+        f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "
+        f"image{'s have' if duplicates != 1 else ' has'} the code of one before"
+    )
+    picture = features.root / "codes.png"
+    write_whole(picture, lambda file: usage_picture(counts).save(file, "png"))
+    print(f"token usage: {picture}")
+
+
+#################################################################################
+#                                     check                                     #
+#################################################################################
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the files of one kind should be; None where nothing says."""
+
+    rows: NpyRows
+    dtype: np.dtype | None = None  # by the manifest
+    width: int | None = None  # by the manifest: channels of latents, L of codes
+    limit: int | None = None  # values are 0..limit-1
+
+
+def problems(root, V=None, num_classes=None):
+    """Lines on what is wrong with FEATURES/: files, shapes, types, values, and what the manifest says of them."""
+    try:
+        manifest = read_manifest(root) if (Path(root) / "manifest.json").is_file() else None
+        kinds = expected_by_manifest(root, manifest) if manifest else expected_of_lone_files(root, V, num_classes)
+    except ValueError as error:
+        yield str(error)
+        return
+    if manifest:
+        yield from manifest_problems(root, manifest, kinds)
+    for kind, expected in kinds.items():
+        shapes = {}
+        for index in progress(range(len(expected.rows.paths)), desc=kind, unit="file", delay=2):
+            yield from file_problems(kind, expected, index, shapes)
+        yield from shape_problems(expected, shapes)
+
+
+def expected_by_manifest(root, manifest):
+    """The Expected of each kind, by kind."""
+    limits = dict(labels=len(manifest.classes), sem=manifest.V)
+    widths = dict(features=manifest.stored_channels, sem=manifest.L)
+    return {
+        kind: Expected(rows, manifest.dtypes.get(kind), widths.get(kind), limits.get(kind))
+        for kind, rows in shard_rows(root, manifest).items()
+    }
+
+
+def expected_of_lone_files(root, V, num_classes):
+    """The same of a directory of the reference scripts. Raises ValueError as `Features` does, and for lack of V."""
+    features = Features(root, V, num_classes)
+    needs_V(V, features.codes is not None)
+    kinds = dict(features=Expected(features.latents), labels=Expected(features.labels, limit=features.num_classes))
+    return kinds if features.codes is None else dict(kinds, sem=Expected(features.codes, limit=V))
+
+
+def manifest_problems(root, manifest, kinds):
+    """Row counts that do not add up, and files that the manifest does not list."""
+    listed = sum(shard["rows"] for shard in manifest.shards)
+    if not listed or listed != manifest.count:
+        yield f"{Path(root) / 'manifest.json'} counts {manifest.count} rows, its shards {listed}"
+    for expected in kinds.values():
+        paths = expected.rows.paths
+        known = {path.name for path in paths}
+        for path in sorted(paths[0].parent.glob("*.npy")) if paths else ():
+            if path.name not in known:
+                yield f"{path} is not in the manifest"
+
+
+def file_problems(kind, expected, index, shapes):
+    """What is wrong with one file. The shape of its rows is added to shapes, by path, if it can be read."""
+    path = expected.rows.paths[index]
+    if not path.is_file():
+        yield f"{path} is missing"
+        return
+    try:
+        # on its own, because NpyRows hold every file against the first
+        array = NpyRows([path], [expected.rows.rows(index)], expected.rows.sample_ndim, expected.rows.lone).array(0)
+        shapes[path] = array.shape[1:]
+        if expected.limit is not None:
+            check_range(array, expected.limit, lambda row: (path, row))
+    except ValueError as error:
+        yield str(error)
+        return
+    if expected.dtype is not None and array.dtype != expected.dtype:
+        yield f"{path} has values of type {array.dtype}, the manifest says {expected.dtype}"
+    if expected.width is not None and array.shape[1] != expected.width:
+        yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {expected.width}"
+    if kind == "path" and array.dtype.kind != "U":
+        yield f"{path} has values of type {array.dtype}, wanted unicode"
+    if kind == "features":
+        yield from latent_problems(path, array)
+
+
+def latent_problems(path, array):
+    """Latents (n, C, h, w) of another type than floats, or the first row that is not finite."""
+    if array.dtype.kind != "f":
+        yield f"{path} has values of type {array.dtype}, wanted floats"
+        return
+    for start in range(0, len(array), BLOCK):
+        finite = np.isfinite(array[start : start + BLOCK]).all(axis=(1, 2, 3))
+        if not finite.all():
+            yield f"{path}, row {start + int(np.argmin(finite))}: a latent that is not finite"
+            return
+
+
+def shape_problems(expected, shapes):
+    """Files whose rows have another shape than those of most files, beside those whose width is wrong already."""
+    usual = Counter(shapes.values()).most_common(1)
+    for path, shape in shapes.items():
+        if shape != usual[0][0] and expected.width in (None, shape[0]):
+            yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
+
+
+def print_problems(args):
+    """The command check."""
+    lines = list(problems(args.path, args.V, args.num_classes))
+    for line in lines:
+        print(line)
+    if lines:
+        sys.exit(1)
+    print(f"{args.path}: nothing wrong with its {Features(args.path, args.V, args.num_classes).count:,} rows")

@@ -1,0 +1,132 @@
+"""FEATURES/manifest.json: what the rows are, how they were made, and which shards hold them."""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from dlc.machine.cli import one_line
+from dlc.machine.files import OBJECT, TEXT, is_plain_name, list_of, or_null, real_number, whole_number
+from dlc.machine.records import Record, key
+
+DTYPES = ("float16", "float32")  # of stored latents
+LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
+SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}  # dimensions of one row of each kind
+WRITTEN_LAST = ("count", "shards", "skipped")
+SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
+SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
+
+SMALLEST = 128  # bytes of a .npy: those of its header
+COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)
+PATH_AND_REASON = (
+    lambda value: isinstance(value, list) and [type(one) for one in value] == [str, str],
+    "a path and a reason",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Record):
+    """Every key of manifest.json but format_version. None stands for "not known", as of features from elsewhere."""
+
+    FORMAT = 3  # 2 added latent_channels and shift_factor, 3 latents_mean and latents_std
+
+    image_size: int = key(whole_number(1, 2**20))  # pixels
+    shard_size: int | None = key(SIZE, None, needed=False)  # images that a shard covers, skipped ones included
+    # the VAE, and what became of its posterior
+    vae: str | None = key(ID, None, needed=False, decides=False)  # where it lay, not what it was: hub id or path
+    vae_sha256: str | None = key(ID, None, needed=False)
+    scaling_factor: float | None = key(or_null(real_number(1e-30)), None, needed=False)
+    shift_factor: float = key(real_number(-1e30, 1e30), 0.0, since=2)  # known where scaling_factor is
+    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30), 1, 8192)), None, since=3)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30), 1, 8192)), None, since=3)
+    latent_channels: int = key(whole_number(1, 8192), 4, since=2)
+    latents: str = key(TEXT)  # one of LATENTS
+    dtype: str = key(TEXT)  # one of DTYPES
+    # the encoder and its codes; L and V are None where there are none
+    encoder: str | None = key(ID, None, needed=False, decides=False)
+    encoder_sha256: str | None = key(ID, None, needed=False)
+    L: int | None = key(SIZE)
+    V: int | None = key(or_null(whole_number(1, 65536)))
+    precision: str | None = key(ID, None, needed=False)  # of both networks
+    flip: str | None = key(ID, None, needed=False)
+    seed: int | None = key(or_null(whole_number(0)), None, needed=False)
+    # the images
+    classes: list[str] = key(list_of(TEXT))
+    images: int = key(COUNT)  # skipped ones included
+    listing_sha256: str | None = key(ID, None, needed=False)  # of the images' paths, in order
+    converted_from: str | None = key(ID, None, needed=False, name="source")  # features or dataset
+    # the rows; known when all shards are written
+    count: int = key(COUNT, 0, needed=False, decides=False)
+    shards: list[dict] = key(list_of(OBJECT), [], needed=False, decides=False)  # dict(name=, rows=) each
+    skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], needed=False, decides=False)  # [path, reason] each
+
+    @classmethod
+    def from_json(cls, values, where, also_needed=()):
+        """See `Record`. WRITTEN_LAST is needed too in manifest.json; a writer's settings lack these keys."""
+        manifest = super().from_json(values, where, also_needed)
+        if manifest.latents not in LATENTS or manifest.dtype not in DTYPES:
+            latents, dtype = (one_line(repr(text)[:1000], 40) for text in (manifest.latents, manifest.dtype))
+            raise ValueError(
+                f"{where} has latents of kind {latents} and type {dtype}, wanted {', '.join(LATENTS)} and "
+                f"{', '.join(DTYPES)}"
+            )
+        return manifest
+
+    def source(self):
+        """What a training run records of its data: a dict with the keys of SOURCE."""
+        return {name: getattr(self, name) for name in SOURCE}
+
+    @classmethod
+    def unknown_source(cls):
+        """The same of features without a manifest."""
+        return {one.name: one.default for one in fields(cls) if one.name in SOURCE}
+
+    @property
+    def kinds(self):
+        """The kinds of arrays that each shard has."""
+        return [kind for kind in SAMPLE_NDIM if kind != "sem" or self.V]
+
+    @property
+    def stored_channels(self):
+        """Channels of a stored row of latents: of moments, those of the mean and those of the std."""
+        return 2 * self.latent_channels if self.latents == "moments" else self.latent_channels
+
+    @property
+    def dtypes(self):
+        """The types of the stored arrays, by kind; paths are unicode of any length."""
+        return dict(
+            features=np.dtype(self.dtype),
+            labels=np.dtype(np.int64),
+            **({"sem": np.dtype(code_dtype(self.V))} if self.V else {}),
+        )
+
+
+def code_dtype(V):
+    """The type that codes of V tokens are stored in."""
+    return np.uint8 if V <= 256 else np.uint16
+
+
+def kind_dir(root, image_size, kind):
+    """The folder of FEATURES/ with the shards of a kind, a key of SAMPLE_NDIM."""
+    return Path(root) / f"imagenet{image_size}_{kind}"
+
+
+def read_manifest(root):
+    """The `Manifest` of FEATURES/. Raises ValueError if it cannot be read, or if its shards cannot be what it says."""
+    path = Path(root) / "manifest.json"
+    manifest = Manifest.read(path, also_needed=WRITTEN_LAST)
+    folder = kind_dir(root, manifest.image_size, "labels")
+    for shard in manifest.shards:
+        if not (is_plain_name(shard.get("name")) and COUNT[0](shard.get("rows"))):
+            raise ValueError(
+                f"{path} is not a manifest of ours: a shard is {one_line(repr(shard)[:1000], 80)}, wanted "
+                "a plain name and a number of rows"
+            )
+        labels = os.path.join(folder, f"{shard['name']}.npy")
+        # each row takes at least a byte, so nothing that is made per row can outgrow the files
+        if shard["rows"] > SMALLEST and os.path.isfile(labels) and shard["rows"] > os.path.getsize(labels):
+            raise ValueError(
+                f"{path} says {shard['rows']:,} rows of {labels}, which has {os.path.getsize(labels):,} bytes"
+            )
+    return manifest

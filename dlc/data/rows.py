@@ -1,0 +1,246 @@
+"""Many `.npy` files read as one array of rows, through memory maps, with checks of what each file claims to hold."""
+
+import functools
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlc.machine.cli import one_line, progress
+
+LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
+MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
+
+
+def load_array(path, mmap=True):
+    """The array in a `.npy` file, memory-mapped or read. Raises ValueError naming the file.
+
+    Pickled objects are refused, and so is a header that claims more bytes than the file holds, before memory is
+    allocated for them. torch maps the file because np.memmap would hold a file descriptor per shard, and large sets
+    have more shards than a process may have descriptors.
+    """
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
+        with open(path, "rb") as file:
+            shape, fortran_order, dtype = read_npy_header(file)
+            if dtype.hasobject:
+                raise ValueError("pickled objects")
+            count, offset, size = math.prod(shape), file.tell(), os.fstat(file.fileno()).st_size
+            if count * dtype.itemsize > size - offset:
+                raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {size - offset:,} follow")
+            if not mmap:
+                data = np.fromfile(file, dtype, count)
+        if mmap:
+            storage = torch.UntypedStorage.from_file(str(path), False, size)
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset : offset + count * dtype.itemsize]
+            data = data.view(dtype)
+            data.flags.writeable = False
+        return data.reshape(shape, order="F" if fortran_order else "C")
+    except (ValueError, EOFError, OSError, RuntimeError) as error:
+        if str(error) == "pickled objects":
+            raise ValueError(f"{path} holds pickled objects") from None
+        raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
+
+
+def load_floats(path, mmap=True):
+    """The same, of floats that torch knows."""
+    array = load_array(path, mmap)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(f"{path} has values of type {array.dtype}, wanted floats of 16, 32 or 64 bits")
+    return array
+
+
+def read_npy_header(stream):
+    """Read the header of a `.npy`: shape, whether in Fortran order, and dtype. The stream then stands at the data.
+
+    Raises ValueError for any header but one of plain numbers or text. No more than LONGEST_HEADER bytes are read.
+    """
+    try:
+        version = np.lib.format.read_magic(stream)
+        length = stream.read(2 if version == (1, 0) else 4)
+        if version not in ((1, 0), (2, 0)) or int.from_bytes(length, "little") > LONGEST_HEADER:
+            raise ValueError(f"version {version}, a header of {int.from_bytes(length, 'little'):,} bytes")
+        return parsed_header(version, length + stream.read(int.from_bytes(length, "little")))
+    except (ValueError, OSError):
+        raise
+    except Exception:  # NumPy calls Python's parser, which raises many types
+        raise ValueError("a header that cannot be read") from None
+
+
+@functools.lru_cache(64)  # a million files of one row have one header, and to parse it takes as long as to read a file
+def parsed_header(version, header):
+    """What `read_npy_header` says of a header's bytes, its length first."""
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(io.BytesIO(header))
+    if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
+        raise ValueError(f"shape {one_line(shape, 60)}")
+    if dtype.kind not in "biufcUO" or not dtype.itemsize:
+        raise ValueError(f"values of type {one_line(dtype, 60)}")
+    return shape, fortran_order, dtype
+
+
+def file_order(name):
+    """The sorting key of numbered files' names: 2.npy comes before 10.npy."""
+    return len(name), name
+
+
+class Files(Sequence):
+    """The files of a folder with some names, as Paths that are made when asked for: a million take 0.25 GB."""
+
+    def __init__(self, folder: Path, names):
+        self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.folder / os.fsdecode(self.names[index])
+
+
+class NpyRows:
+    """The rows of many `.npy` files as one array, gathered through memory maps.
+
+    Args:
+        paths: the files, each of shape (n, ...): a list of Paths or `Files`.
+        ends: (len(paths),) cumulative row counts; None reads them from the files.
+        sample_ndim: number of dimensions of one row.
+        lone: whether each file holds one sample, with or without a leading dimension of 1.
+        load: a function load(path, mmap) that returns the array in a file.
+    """
+
+    def __init__(self, paths, ends=None, sample_ndim=0, lone=False, load=load_array):
+        self.paths, self.sample_ndim, self.lone, self.ends, self.load = paths, sample_ndim, lone, None, load
+        self._open, self._first_opened = {}, None
+        if lone:
+            ends = np.arange(1, len(paths) + 1)
+        elif ends is None:
+            ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
+        self.ends = np.asarray(ends)
+        self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)  # the first row of each file
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled: a spawned worker opens its own
+
+    def array(self, index):
+        """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read."""
+        if index in self._open:
+            return self._open[index]
+        array = self.load(self.paths[index], mmap=not self.lone)
+        if array.ndim == self.sample_ndim:
+            array = array[None]
+        rows = len(array) if self.ends is None else self.rows(index)
+        if array.ndim != self.sample_ndim + 1 or len(array) != rows:
+            raise ValueError(
+                f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of {self.sample_ndim} dimensions"
+            )
+        self._first_opened = self._first_opened or (self.paths[index], array.shape[1:])
+        if array.shape[1:] != self._first_opened[1]:
+            raise ValueError(
+                f"{self.paths[index]} has rows of shape {array.shape[1:]}, {{}} of {{}}".format(*self._first_opened)
+            )
+        if not self.lone:
+            if len(self._open) == MAX_OPEN:
+                self._open.clear()
+            self._open[index] = array
+        return array
+
+    def rows(self, index):
+        """The number of rows in file number `index`."""
+        return int(self.ends[index] - self._starts[index])
+
+    def locate(self, row):
+        """The file that holds a row, and the index of the row within the file."""
+        index = int(np.searchsorted(self.ends, row, side="right"))
+        return self.paths[index], int(row - self._starts[index])
+
+    def gather(self, rows, limit=None):
+        """Rows (n,) as one array (n, ...), read in ascending order. With a limit, values must lie in 0..limit-1."""
+        rows = np.asarray(rows)
+        order = np.argsort(rows, kind="stable")
+        files = np.searchsorted(self.ends, rows[order], side="right")
+        places = zip(order.tolist(), files.tolist(), (rows[order] - self._starts[files]).tolist())
+        arrays = {index: self.array(index) for index in np.unique(files).tolist()}
+        first = next(iter(arrays.values()))
+        out = np.empty((len(rows), *first.shape[1:]), np.result_type(*{array.dtype for array in arrays.values()}))
+        for i, file, row in places:  # random rows are in different files: one copy per row is fastest
+            out[i] = arrays[file][row]
+        if limit is not None:
+            try:
+                check_range(out, limit, lambda i: self.locate(rows[i]))
+            except ValueError:  # say how many there are in the file, and where the first is
+                for index in arrays:
+                    check_range(self.array(index), limit, lambda i, index=index: (self.paths[index], i))
+                raise
+        return out
+
+    def check_range(self, limit):
+        """Raise ValueError, naming file and row, for the first value outside 0..limit-1."""
+        for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
+            check_range(self.array(index), limit, lambda i, path=path: (path, i))
+
+    def check_finite(self):
+        """Raise ValueError, naming file and row, for the first row that is not finite in float32."""
+        for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
+            check_finite(self.array(index), lambda i, path=path: (path, i))
+
+
+def check_range(array, limit, locate):
+    """Raise ValueError for the first value outside 0..limit-1, and their count. locate(i) is (file, row) of row i."""
+    if array.dtype.kind not in "ui":
+        raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
+    if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
+        return  # no value of this type is out of range
+    first, count = None, 0
+    for start in range(0, len(array), 4096):  # in blocks, so that a file need not fit in memory
+        part = array[start : start + 4096]
+        bad = (part < 0) | (part >= limit)
+        if bad.any():
+            count += int(bad.sum())
+            i = int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
+            first = first or (start + i, int(part[i][bad[i]].flat[0]))
+    if first:
+        path, row = locate(first[0])
+        more = f", the first of {count:,} such values" if count > 1 else ""
+        raise ValueError(f"{path}, row {row}: value {first[1]} outside 0..{limit - 1}{more}")
+
+
+def check_finite(array, locate):
+    """Raise ValueError for the first row that is not finite in float32; locate(i) gives the (file, row) of row i."""
+    for start in range(0, len(array), 4096):
+        with np.errstate(over="ignore"):  # of float64, becoming infinite
+            finite = np.isfinite(array[start : start + 4096].astype(np.float32)).all(axis=1)
+        if not finite.all():
+            path, row = locate(start + int(finite.argmin()))
+            raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
+
+
+def open_vectors(source, count: int | None = None) -> NpyRows:
+    """The rows (n, in_dim) of vectors at source, a folder of `.npy` files of floats or one such file.
+
+    Args:
+        count: how many rows there must be; None: any.
+
+    Raises ValueError where there are none, or another number of them.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"--condition-path {source} does not exist")
+    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=lambda file: file_order(file.name))
+    if not files:
+        raise ValueError(f"--condition-path {source} has no .npy files")
+    vectors = NpyRows(files, sample_ndim=1, load=load_floats)
+    if not len(vectors):
+        raise ValueError(f"--condition-path {source} has no rows")
+    if not vectors.array(0).shape[1]:
+        raise ValueError(f"{vectors.paths[0]} has vectors of no numbers, wanted (n, in_dim)")
+    if count not in (None, len(vectors)):
+        raise ValueError(f"--condition-path {source} has {len(vectors)} rows, the data {count}")
+    return vectors

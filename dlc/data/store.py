@@ -1,0 +1,310 @@
+"""FEATURES/ for writing and reading: packed shards of latents, codes, labels and paths."""
+
+import io
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dlc.data.manifest import SAMPLE_NDIM, WRITTEN_LAST, Manifest, kind_dir, read_manifest
+from dlc.data.rows import Files, NpyRows, file_order, load_array, load_floats
+from dlc.machine.files import DirectoryLock, read_json, remove_temporaries, write_bytes, write_json
+
+
+class NotFinite(ValueError):
+    """Latents or codes that training cannot use: NaN, infinite, or too large for the type they are stored in."""
+
+
+def as_stored(latents, dtype, locate, advice):
+    """Latents (n, ...) cast to the type they are stored in.
+
+    Args:
+        locate: locate(row) names a row in an error.
+        advice: what to do about a latent that is NaN or infinite before the cast, for the error.
+
+    Raises NotFinite for the first row that is not finite in that type.
+    """
+    with np.errstate(over="ignore"):
+        stored = latents.astype(dtype)
+    finite = np.isfinite(stored)
+    if not finite.all():
+        row = int(np.argmin(finite.reshape(len(stored), -1).all(axis=1)))
+        if np.isfinite(latents[row].astype(np.float64)).all():
+            raise NotFinite(f"latents of {locate(row)} are too large for {dtype}: give --dtype float32")
+        raise NotFinite(f"latents of {locate(row)} are not finite numbers: {advice}")
+    return stored
+
+
+#################################################################################
+#                                    Writing                                    #
+#################################################################################
+
+
+class FeatureWriter:
+    """Writes shards in any order from any number of processes, and the manifest at the end.
+
+    Until the manifest is written, `progress/` holds the settings and one record per finished shard, so a run that was
+    killed continues after its last whole shard. `.lock` keeps a second launch out.
+
+    Args:
+        root: FEATURES/.
+        manifest: the `Manifest`, still without rows.
+    """
+
+    def __init__(self, root: str | Path, manifest: Manifest):
+        self.root, self.manifest = Path(root), manifest
+        self.progress = self.root / "progress"
+        self.lock = DirectoryLock(self.root)
+
+    def start(self) -> bool:
+        """Lock the directory and create its folders. One process of a launch calls this, before any process writes.
+
+        Returns True if there is something to do, False if the features are complete.
+
+        Raises ValueError if another launch holds the lock, or if the directory holds features made with other
+        settings; the error names the difference.
+        """
+        directories = [kind_dir(self.root, self.manifest.image_size, kind) for kind in SAMPLE_NDIM]
+        if not self._is_complete():
+            if not (self.progress / "settings.json").is_file() and any(
+                True for directory in directories for _ in directory.glob("*.npy")
+            ):
+                raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
+            self.progress.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        if self._is_complete():  # perhaps by the launch that held the lock
+            refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
+            self._clear()
+            return False
+        for directory in directories:
+            directory.mkdir(exist_ok=True)
+        for directory in (self.root, self.progress, *directories):
+            remove_temporaries(directory)
+        write_json(self.progress / "settings.json", self.manifest.to_json())
+        return True
+
+    def _is_complete(self):
+        """Whether there is a manifest. Raises ValueError if it, or unfinished shards, were made with other settings."""
+        for path in (self.root / "manifest.json", self.progress / "settings.json"):
+            finished = path.parent == self.root
+            if path.is_file() and (finished or any(self.progress.glob("0*.json"))):
+                different = self.manifest.difference(Manifest.read(path, also_needed=WRITTEN_LAST if finished else ()))
+                if different:
+                    if "listing_sha256" in different:
+                        different += " (the names of the images)"
+                    raise ValueError(
+                        f"{self.root} holds features made with other settings: {different}; give another path"
+                    )
+        return (self.root / "manifest.json").is_file()
+
+    def _clear(self):
+        """Leave the directory with nothing but features in it."""
+        shutil.rmtree(self.progress, ignore_errors=True)
+        self.lock.release()
+
+    def record_path(self, shard):
+        return self.progress / f"{shard:06d}.json"
+
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard is written: its record is there and, in case a crash of the machine lost them, its files."""
+        return self.record_path(shard).is_file() and all(
+            self.shard_path(kind, shard).is_file() for kind in self.manifest.kinds
+        )
+
+    def shard_path(self, kind, shard):
+        return kind_dir(self.root, self.manifest.image_size, kind) / f"{shard:06d}.npy"
+
+    def write(self, shard, arrays, skipped):
+        """Write one shard, whole or not at all.
+
+        Args:
+            arrays: arrays of equal length, by kind.
+            skipped: the skipped images, [path, reason] each.
+
+        Raises OSError, naming the file, if the disk fails.
+        """
+        rows = {len(array) for array in arrays.values()}
+        assert len(rows) == 1, rows
+        for kind, array in arrays.items():
+            content = io.BytesIO()  # np.save into a file does not notice a full disk
+            np.save(content, array, allow_pickle=False)
+            write_bytes(self.shard_path(kind, shard), content.getbuffer())
+        write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
+
+    def finish(self, num_shards: int) -> Manifest:
+        """Write the manifest from the records of all shards, and return it. One process calls this, after all writing.
+
+        Raises OSError if a record cannot be read or the manifest cannot be written.
+        """
+        os.listdir(self.progress)  # a network disk may have cached that a record was not there
+        try:
+            records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
+        except ValueError as error:
+            raise OSError(str(error)) from None
+        manifest = replace(
+            self.manifest,
+            count=sum(record["rows"] for record in records),
+            shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
+            skipped=[item for record in records for item in record["skipped"]],
+        )
+        write_json(self.root / "manifest.json", manifest.to_json())
+        self._clear()
+        return manifest
+
+
+#################################################################################
+#                                    Reading                                    #
+#################################################################################
+
+
+def shard_rows(root, manifest):
+    """The `NpyRows` of each kind that a manifest lists, by kind. No file is opened yet."""
+    ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
+    names = [f"{shard['name']}.npy" for shard in manifest.shards]
+    return {
+        kind: NpyRows(
+            Files(kind_dir(root, manifest.image_size, kind), names), ends, SAMPLE_NDIM[kind], load=loader_of(kind)
+        )
+        for kind in manifest.kinds
+    }
+
+
+def loader_of(kind):
+    """What reads a file of a kind of arrays."""
+    return load_floats if kind == "features" else load_array
+
+
+def refuse_missing_files(rows_by_kind):
+    """Raise ValueError for the first file of some `NpyRows` that is not there."""
+    for rows in rows_by_kind.values():
+        folder = rows.paths.folder
+        there = set(os.listdir(os.fsencode(folder))) if folder.is_dir() else set()
+        for index, name in enumerate(rows.paths.names.tolist()):
+            if name not in there:
+                raise ValueError(f"{rows.paths[index]} is missing, though the manifest lists it")
+
+
+class Features:
+    """FEATURES/ for reading.
+
+    Args:
+        root: FEATURES/.
+        V, num_classes: what a directory of the reference scripts does not record; otherwise None.
+
+    Attributes:
+        latents, codes, labels, paths: `NpyRows`; codes are None if there are none, paths in a reference directory.
+        count: number of rows.
+        image_size: pixels.
+        L, V: None without codes.
+        num_classes.
+        latent_kind: one of LATENTS.
+        latent_shape: (C, S/f, S/f), also for moments, whose rows have 2C channels; f is the VAE's factor.
+        manifest: the `Manifest`, or None for a reference directory.
+
+    Raises ValueError if root is missing or half-written, or if its parts contradict each other.
+    """
+
+    def __init__(self, root: str | Path, V: int | None = None, num_classes: int | None = None):
+        self.root, self.manifest = Path(root), None
+        if not self.root.is_dir():
+            raise ValueError(f"features path {root} does not exist: make it with extract_features_withdlc.py")
+        if (self.root / "manifest.json").is_file():
+            rows = self._open_shards(V, num_classes)
+        elif (self.root / "progress").exists():
+            raise ValueError(self._half_written())
+        else:
+            rows = self._open_lone_files()
+            self.V, self.num_classes = V, num_classes or 1000
+        self.latents, self.labels = rows["features"], rows["labels"]
+        self.codes, self.paths = rows.get("sem"), rows.get("path")
+        self.count = len(self.latents)
+        if not self.count:
+            raise ValueError(f"features path {self.root} has no rows")
+        self.L = self.codes.array(0).shape[1] if self.codes is not None else None
+        self.latent_kind = self.manifest.latents if self.manifest else "sample"
+        self.latent_shape = self.latents.array(0).shape[1:]
+        if self.manifest is not None:
+            self._compare_with_manifest()
+
+    def _compare_with_manifest(self):
+        channels, *sides = self.latent_shape
+        if channels != self.manifest.stored_channels:
+            raise ValueError(
+                f"{self.root}: latents have {channels} channels, by manifest.json they have "
+                f"{self.manifest.stored_channels}"
+            )
+        if self.L != self.manifest.L:
+            raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest.L}")
+        self.latent_shape = (self.manifest.latent_channels, *sides)
+
+    def source(self) -> dict:
+        """What a training run records of its data, see `Manifest.source`; of a reference directory nothing is known."""
+        return self.manifest.source() if self.manifest else Manifest.unknown_source()
+
+    def _half_written(self):
+        return (
+            f"features path {self.root} is half-written (shards, but no manifest.json): run the "
+            "command that writes it again to complete it"
+        )
+
+    def _open_shards(self, V, num_classes):
+        self.manifest = manifest = read_manifest(self.root)
+        self.image_size, self.V, self.num_classes = manifest.image_size, manifest.V, len(manifest.classes)
+        rows = shard_rows(self.root, manifest)
+        refuse_missing_files(rows)
+        for flag, given, recorded in (("V", V, self.V), ("num-classes", num_classes, self.num_classes)):
+            if given not in (None, recorded):
+                raise ValueError(f"--{flag} {given}: {self.root}/manifest.json says {recorded}; leave out the flag")
+        return rows
+
+    def _open_lone_files(self):
+        sizes = [
+            int(match[1])
+            for path in self.root.iterdir()
+            if (match := re.fullmatch(r"imagenet(\d+)_features", path.name))
+        ]
+        if len(sizes) != 1:
+            raise ValueError(
+                f"features path {self.root} has "
+                + (
+                    "no features: no manifest.json and no imagenet{S}_features"
+                    if not sizes
+                    else f"no manifest.json and several sizes {sizes}"
+                )
+            )
+        self.image_size = sizes[0]
+        directories = {kind: kind_dir(self.root, self.image_size, kind) for kind in ("features", "sem", "labels")}
+        names = {
+            kind: {name for name in os.listdir(directory) if name.endswith(".npy")}
+            for kind, directory in directories.items()
+            if directory.is_dir()
+        }
+        if not names["features"]:
+            raise ValueError(f"{directories['features']} has no .npy files")
+        for kind in ("labels", *names):
+            unpaired = sorted(names.get(kind, set()) ^ names["features"])
+            if unpaired:
+                raise ValueError(
+                    f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
+                    f"({len(unpaired)} such files)"
+                )
+        in_order = sorted(names["features"], key=file_order)
+        paths = {kind: Files(directories[kind], in_order) for kind in names}
+        if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
+            raise ValueError(self._half_written())
+        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True, load=loader_of(kind)) for kind in names}
+
+    def validate(self):
+        """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.
+
+        Raises ValueError naming file and row.
+        """
+        if self.manifest is not None:
+            for index in range(len(self.latents.paths)):
+                self.latents.array(index)  # opening a file checks its shape
+        self.labels.check_range(self.num_classes)
+        if self.codes is not None and self.V is not None:
+            self.codes.check_range(self.V)

@@ -1,0 +1,256 @@
+"""Files written whole or not at all, locks against a second launch, and JSON: what every stage needs of a disk.
+
+Some network disks cannot sync a directory, some have no locks. There, one warning is printed and the work goes on. An
+error that means lost data (EIO, ENOSPC, …) is always raised.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import time
+import uuid
+from pathlib import Path
+
+from dlc.machine.cli import one_line, warn_once
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+LOCK_PATIENCE = 20  # seconds to wait for a launch that may have been killed just now
+LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+
+
+def sync(path):
+    """Flush a file's bytes, or a directory's names, to the disk, so that they survive a crash of the machine.
+
+    On a disk that cannot do this, warn once. Raises OSError if the disk can do it and fails.
+    """
+    is_directory = os.path.isdir(path)
+    if is_directory and os.name != "posix":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # on some mounts a directory cannot be opened for syncing (EACCES, EISDIR), and still holds files
+        if error.errno not in UNSUPPORTED | ({errno.EACCES, errno.EISDIR, errno.EBADF} if is_directory else set()):
+            raise
+        what = "directories" if is_directory else "files"
+        warn_once(
+            f"sync {what}",
+            f"the disk of {path} cannot sync {what} ({error.strerror}): what was written last "
+            "may be lost if the machine crashes",
+        )
+
+
+def write_whole(path, write):
+    """Let write(file) fill a temporary file, then rename it to path, so that readers see the whole file or none.
+
+    If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the file, if the disk fails.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path} ({error})") from error
+        raise
+
+
+def write_bytes(path, content):
+    """Write bytes as `write_whole` does."""
+    write_whole(path, lambda file: file.write(content))
+
+
+def check_writable(path, flag):
+    """Raise ValueError, naming the flag that a path was given to, where no file can be written there."""
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no such folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
+
+
+def remove_temporaries(directory, name=""):
+    """Remove the temporary files of killed `write_whole` calls whose targets' names start with `name`."""
+    for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
+        if temporary.name.startswith(f".{name}"):
+            temporary.unlink(missing_ok=True)
+
+
+class DirectoryLock:
+    """Keeps a second launch out of a directory while this process works there, by flock on `directory/.lock`.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
+
+    def __init__(self, directory):
+        self.path, self.file = Path(directory) / ".lock", None
+
+    def acquire(self, patience=None):
+        """Take the lock; create the directory if it does not exist. On a disk without locks, warn once and go on.
+
+        Args:
+            patience: seconds to wait for another launch, which may be about to die [LOCK_PATIENCE].
+
+        Raises ValueError if another launch keeps the lock, OSError if the lock file cannot be opened.
+        """
+        deadline, announced = time.monotonic() + (LOCK_PATIENCE if patience is None else patience), False
+        while not self._try():
+            if time.monotonic() > deadline:
+                raise ValueError(f"another process is writing to {self.path.parent}: wait for it, or give another path")
+            if not announced:
+                print(f"waiting for another process that writes to {self.path.parent}", flush=True)
+                announced = True
+            time.sleep(0.05)
+
+    def _try(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(self.path, "ab+")
+        except FileNotFoundError:  # the previous launch has just removed the directory as well
+            return False
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no flock on this system")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the previous launch may have removed the file in the meantime: this lock would then exclude nobody
+            held = os.path.exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except OSError as error:
+            held = error.errno in UNSUPPORTED
+            if held:
+                warn_once(
+                    "locks",
+                    f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that "
+                    "only one launch writes there at a time",
+                )
+            elif error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                raise
+        if held:
+            self.file = file
+        else:
+            file.close()
+        return held
+
+    def release(self):
+        """Release the lock, and remove its file and, if empty, the directory. Does nothing if the lock is not held."""
+        if self.file is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()  # before the release: a waiter could otherwise lock a file that is then removed
+            self.path.parent.rmdir()
+        self.file.close()
+        self.file = None
+
+
+def write_json(path, value):
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises ValueError, naming the file, if there is none."""
+    try:
+        if os.path.getsize(path) > LARGEST_JSON:
+            raise ValueError(f"{os.path.getsize(path):,} bytes, more than any that this program writes")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not readable JSON (nested too deeply)") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
+    return value
+
+
+# Kinds of values in JSON: a test of a value, and words for what it has to be.
+TEXT = (lambda value: isinstance(value, str)), "text"
+SWITCH = (lambda value: isinstance(value, bool)), "true or false"
+OBJECT = (lambda value: isinstance(value, dict)), "an object"
+
+
+def whole_number(low, high=2**63 - 1):
+    return (
+        lambda value: type(value) is int and low <= value <= high,
+        f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"),
+    )
+
+
+def real_number(low, high=1e300):
+    """A finite number: Python's JSON also has NaN and infinities."""
+    return (
+        lambda value: type(value) in (int, float) and low <= value <= high,
+        f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"),
+    )
+
+
+def or_null(kind):
+    fits, words = kind
+    return (lambda value: value is None or fits(value)), f"{words} or null"
+
+
+def list_of(kind, least=0, most=2**63):
+    fits, words = kind
+    return (
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
+        f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}",
+    )
+
+
+def one_of(*values):
+    return (lambda value: isinstance(value, str) and value in values), f"one of {', '.join(values)}"
+
+
+def check_values(where, values, kinds, needed=()):
+    """Raise ValueError, naming where and key, for a value of another kind than its key's, and for a missing needed key.
+
+    Keys without a kind are ignored.
+    """
+    for key, (fits, words) in kinds.items():
+        if key in values and not fits(values[key]):
+            raise ValueError(f"{where}: {key} is {one_line(repr(values[key])[:1000], 60)}, wanted {words}")
+        if key in needed and key not in values:
+            raise ValueError(f"{where}: {key} is missing, wanted {words}")
+
+
+def is_plain_name(text):
+    """Whether a text from a file is the name of an entry of a folder, rather than a path that leads out of it."""
+    return isinstance(text, str) and text.isprintable() and text not in ("", ".", "..") and not set("/\\:") & set(text)
+
+
+def differences(there, here):
+    """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree."""
+
+    def short(value):
+        text = repr(value)
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
+            return f"{value[:8]}…"
+        if len(text) <= 60:
+            return text
+        return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
+
+    return "; ".join(
+        f"{key} {short(there.get(key))} there, {short(value)} here"
+        for key, value in here.items()
+        if there.get(key) != value
+    )
+
+
+def recorded_id(name):
+    """The name of a model or folder as files record it: a hub id as it is, a local path as an absolute path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -1,0 +1,280 @@
+"""Which machine is this: processes, device, threads, precision, logging.
+
+accelerate gives DDP, the fp16 scaler, the trackers (TensorBoard, wandb) and the launcher that the README's commands
+use. Sharding, checkpoints and data are ours: accelerate shards on no CPU and knows no EMA, and its checkpoints and data
+loaders have no place for a resume that is exact to the bit.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+
+import torch
+
+from dlc.machine.cli import one_line, printable, warn_once
+from dlc.machine.launcher import is_on, local_world_size, refuse_launcher
+from dlc.machine.signals import on_first_signal
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may be writing a large file
+SAID_WAITING = 30  # seconds after which a process says that it waits for the others to start
+
+
+#################################################################################
+#                                   Processes                                   #
+#################################################################################
+
+
+def _interrupt(number):
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def said_when_waiting():
+    """If waiting for the other processes takes long, print the address at which this one waits."""
+
+    def say():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            print(
+                f"rank {os.environ.get('RANK', '0')} still waits for all {os.environ.get('WORLD_SIZE', '?')} "
+                f"processes to meet at {address}: was every one started, and does each reach that address?",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    timer = threading.Timer(SAID_WAITING, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def start_processes():
+    """Join the WORLD_SIZE processes of any launcher into one process group: NCCL on GPUs, gloo on the CPU.
+
+    Returns accelerate's PartialState: device, process_index, num_processes, is_main_process, wait_for_everyone().
+
+    From here on, Ctrl-C raises KeyboardInterrupt, and a second Ctrl-C ends the process.
+
+    Raises ValueError if the group is smaller than the launcher says, and as refuse_launcher does.
+    """
+    from accelerate import PartialState  # imported late: --help and mistaken flags do not need it
+
+    refuse_launcher()
+    on_first_signal([signal.SIGINT], _interrupt)
+    on_cpu = is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if on_cpu:
+        # launchers set 1 if the user set nothing, which looks like a user's own 1: take a fair share of the cores
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(cores_per_process())
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    try:
+        with said_when_waiting():
+            state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
+        if state.device == torch.device("cuda"):  # of one process without a launcher; threads want a number
+            state.device = torch.device("cuda", 0)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(
+            "the processes cannot be joined by what the launcher's variables say (WORLD_SIZE, RANK, "
+            f"LOCAL_RANK, MASTER_ADDR, ACCELERATE_…): {one_line(error, 150)}"
+        ) from None
+    if state.num_processes != world_size:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
+            "start the script with torchrun or accelerate launch"
+        )
+    return state
+
+
+def from_rank_0(value):
+    """Rank 0's value of a picklable object, in every process: what it saw on a shared disk, for example."""
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def done_by_rank_0(state, work):
+    """Call work() in rank 0; give its value, or raise its ValueError or OSError as a ValueError, in every process."""
+    value, error = None, None
+    if state.is_main_process:
+        try:
+            value = work()
+        except (ValueError, OSError) as raised:
+            error = str(raised)
+    value, error = from_rank_0((value, error))
+    if error:
+        raise ValueError(error)
+    return value
+
+
+def agree(what: str, value):
+    """Raise ValueError in every process if one of them has another value than rank 0, such as from another disk."""
+    from accelerate.utils import gather_object
+
+    if any(gather_object([from_rank_0(value) != value])):
+        raise ValueError(f"the processes do not see the same {what}: is every path on a disk that all of them share?")
+
+
+def cores_per_process() -> int:
+    """This process's share of the cores, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // (local_world_size() or 1))
+
+
+def default_num_workers() -> int:
+    """How many data loader workers this process starts: its share of the cores, at most 8."""
+    return min(8, cores_per_process())
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of "fp32" (none), "bf16" or "fp16" on a device."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def compile_options(device: torch.device) -> dict:
+    """torch.compile's arguments for the blocks of a transformer on a device.
+
+    On a CPU, GELU's tanh is then computed by exp, with an absolute error of float32's rounding, and a block takes 6%
+    less time than by torch's defaults (`python -m benchmarks.block`).
+    """
+    if device.type != "cpu":
+        return {}
+    from torch._inductor import config
+
+    return dict(options={"cpp.use_decompose_tanh": True}) if hasattr(config.cpp, "use_decompose_tanh") else {}
+
+
+def add_speed_flags(add):
+    """The flags --tf32 and --compile; `add` is the add_argument of a parser or a group."""
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use TF32 for float32 products on GPUs [%(default)s]",
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
+
+
+def set_numerics(tf32: bool, deterministic: bool = False):
+    """Set how GPUs compute, for the whole process.
+
+    Args:
+        tf32: whether matrix products and convolutions of float32 may round their factors to TF32.
+        deterministic: whether cuDNN may choose only algorithms that give the same bits at every call.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide numbers."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "torchvision", "accelerate", "diffusers", "timm", "numpy", "Pillow")
+    }
+
+
+def create_logger(state, log_file=None):
+    """A logger to standard output and, if given, to the end of log_file; silent on all ranks but 0."""
+    logger = logging.getLogger("dlc")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = []
+    if not state.is_main_process:
+        logger.addHandler(logging.NullHandler())
+        return logger
+    for handler in [logging.StreamHandler(sys.stdout)] + ([LogFile(log_file)] if log_file else []):
+        handler.setFormatter(PrintableFormatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class PrintableFormatter(logging.Formatter):
+    """Lines without control characters, which names of files and classes may hold."""
+
+    def format(self, record):
+        return printable(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose disk may be full: one warning, and the work goes on."""
+
+    def handleError(self, record):
+        warn_once("log file", f"cannot write {self.baseFilename} ({one_line(sys.exc_info()[1])})")
+
+
+def create_accelerator(logger, precision: str, report_to: str | None = None, run_dir=None):
+    """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
+
+    Returns the Accelerator; the precision, which is fp32 instead of fp16 if there is no GPU (logged once); and whether
+    to shard, as an FSDP configuration asks.
+
+    Args:
+        precision: as `asked_precision` gives it.
+        report_to: "tensorboard" or "wandb", where `accelerator.log` writes; TensorBoard's files go into run_dir.
+
+    Raises ValueError if that package is not installed, and for fp16 with sharding.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    on_cpu = PartialState().device.type == "cpu"
+    # hidden from accelerate, which would shard in its own way
+    sharded = is_on("ACCELERATE_USE_FSDP")
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        os.environ.pop(variable, None)
+    if precision == "fp16" and on_cpu:
+        logger.warning("warning: fp16 needs a GPU; this run uses float32")
+        precision = "fp32"
+    # torch 2.15 warns of this name; the one that it wants instead does not exist in 2.6
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=report_to,
+        project_dir=run_dir,
+        # both given, so that accelerate does not ask the environment: our flags decide on compiling and accumulation
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if report_to:
+        if not accelerator.log_with:
+            raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
+        accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit")
+    if sharded and precision == "fp16":
+        raise ValueError("--mixed_precision fp16 does not go with FSDP: use bf16")
+    return accelerator, precision, sharded
+
+
+def in_batches(network, rows: torch.Tensor, size: int, places: torch.Tensor | None = None) -> torch.Tensor:
+    """network(rows) for rows (n, ...), computed in batches of one size, each row at a fixed place in its batch.
+
+    How a network rounds a row depends on the batch size and, on some machines, on the row's place in the batch. So that
+    it depends on nothing else, free places are filled with copies of another row.
+
+    Args:
+        places: (n,) int64 on the CPU, ascending: batch places // size, row places % size. None: 0 to n - 1.
+    """
+    batches, outputs = {}, []
+    for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
+        batches.setdefault(place // size, {})[place % size] = row
+    for own in batches.values():  # place in the batch -> row
+        first = next(iter(own.values()))
+        # stacked: an index tensor would be copied to the GPU, and the CPU would wait for it
+        output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))
+        outputs += [output[place] for place in own]
+    return torch.stack(outputs)

@@ -1,0 +1,295 @@
+"""A run's checkpoints: written whole, listed, loaded, and checked for damage.
+
+A checkpoint is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors (float32),
+optimizer.pt and meta.json. It is written under a temporary name and renamed, so one that has its final name is whole.
+There is no RNG state, since everything random in training is a function of (seed, global sample index): meta.json has
+the step and that index. optimizer.pt also holds the sums of the log's next line.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dlc.machine.cli import one_line
+from dlc.machine.files import sync
+from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
+from dlc.weights.meta import RunMeta, read_meta
+
+CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
+
+
+def save_checkpoint(
+    run_dir, meta: RunMeta, *, model, ema, optimizer, scaler=None, sums=None, write: bool = True
+) -> Path | None:
+    """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
+
+    Args:
+        model, ema, optimizer: if they are sharded, every process must call this, since gathering them is collective.
+        sums: a tensor (processes, …): what each process has summed for the log since the last line.
+        write: whether this process writes; True in one process only.
+
+    Raises OSError, naming the checkpoint, if the disk does not take it.
+    """
+    states = [gather_full(module.state_dict(), write) for module in (model, ema, optimizer)]
+    if not write:
+        return None
+    rest = dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums)
+    return _write(Path(run_dir) / "checkpoints", meta, dict(model=states[0], ema=states[1]), rest)
+
+
+def save_best(run_dir, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
+    """Write RESULTS/best/{meta.step:07d}/, the EMA weights and meta.json, in the place of an earlier best.
+
+    Arguments, result and errors are as of `save_checkpoint`.
+    """
+    state = gather_full(ema.state_dict(), write)
+    if not write:
+        return None
+    path = _write(Path(run_dir) / "best", meta, dict(ema=state))
+    for other in path.parent.iterdir():
+        if other != path:
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
+def _write(folder: Path, meta: RunMeta, weights: dict[str, dict], rest: dict | None = None) -> Path:
+    """Write FOLDER/{meta.step:07d}/, with {name}.safetensors of weights and optimizer.pt of the rest. Returns its path.
+
+    Raises OSError, naming it, if the disk does not take it; nothing is left then.
+    """
+    path = folder / f"{meta.step:07d}"
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, state in weights.items():
+            safetensors.torch.save_file(state, temporary / f"{name}.safetensors")
+        if rest is not None:
+            torch.save(rest, temporary / "optimizer.pt")
+        (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed after this step, and comes by again
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers make of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write checkpoint {path} ({error})") from error
+    sync(path.parent)  # before older ones may go
+    return path
+
+
+def gather_full(state, keep: bool = True):
+    """A state dict whose sharded tensors are gathered to full ones on the CPU.
+
+    Every process must take part; those with keep=False get None in the place of each tensor.
+    """
+    if isinstance(state, dict):
+        return {key: gather_full(value, keep) for key, value in state.items()}
+    if hasattr(state, "full_tensor"):  # FSDP's DTensor
+        full = state.full_tensor()
+        return full.cpu() if keep else None
+    return state
+
+
+def distribute_like(tensor, other):
+    """A full tensor, sharded as `other` is; unchanged if `other` is not sharded."""
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+def load_checkpoint(path, *, model, ema, optimizer, scaler=None, sums_shape=None):
+    """Load a checkpoint into the objects that it was saved from. Returns its sums.
+
+    Args:
+        sums_shape: of each process's sums; None: they may be anything.
+
+    Raises ValueError, naming the checkpoint and the file, if weights or the optimizer's state are damaged or are not of
+    this model.
+    """
+    try:
+        return _load(path, model, ema, optimizer, scaler, sums_shape)
+    except ValueError as error:
+        reason = str(error).replace(f"{path}{os.sep}", "")
+        raise ValueError(
+            f"checkpoint {path} is damaged ({reason}): remove it to continue from the one before"
+        ) from None
+
+
+def _load(path, model, ema, optimizer, scaler, sums_shape):
+    for module, name in ((model, "model"), (ema, "ema")):
+        file, ours = path / f"{name}.safetensors", module.state_dict()
+        weights = check_tensors(load_tensors(file), file)
+        different = differences_from(ours, weights)
+        if different:
+            raise ValueError(f"{file} {different}")
+        module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
+    state = read_torch(path / "optimizer.pt", "an optimizer's state")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+            group["fused"] = own["fused"]  # older fp16 checkpoints are of an unfused one
+        for index, moments in state["optimizer"]["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                fault = tensor_fault(moments[key])
+                if fault or moments[key].shape != parameters[index].shape:
+                    raise ValueError(f"{key} of parameter {index} {fault or 'has another shape'}")
+                moments[key] = distribute_like(moments[key], parameters[index])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        sums = state["sums"]
+        if sums_shape is not None:
+            fault = tensor_fault(sums)
+            if fault or sums.ndim != 1 + len(sums_shape) or not len(sums) or sums.shape[1:] != sums_shape:
+                raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
+        return sums if sums is None else sums.clone()  # not a view of the mapped file
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
+        raise ValueError(
+            f"{path / 'optimizer.pt'} is no optimizer's state of this model ({one_line(repr(error), 100)})"
+        ) from None
+
+
+def remove_old_checkpoints(run_dir, keep: int):
+    """Remove all but the newest `keep` checkpoints of a run. Each is renamed first: half removed, it is not whole."""
+    for path in run_checkpoints(run_dir)[:-keep]:
+        going = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_unfinished(run_dir):
+    """Remove checkpoints that a killed run was writing or removing."""
+    for path in Path(run_dir).glob("checkpoints/*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def run_checkpoints(run_dir) -> list[Path]:
+    """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
+    return sorted(
+        (
+            path
+            for path in Path(run_dir).glob("checkpoints/*")
+            if re.fullmatch(r"[0-9]{7,}", path.name) and path.is_dir()
+        ),
+        key=lambda path: int(path.name),
+    )
+
+
+def damage(path, files=CHECKPOINT_FILES) -> str:
+    """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
+
+    A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that, so
+    no tensor is read.
+
+    Args:
+        files: the files that the caller needs; a checkpoint may have been stripped of the others.
+    """
+    try:
+        for name in files:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if name == "meta.json":
+                meta = read_meta(path)
+                if "optimizer.pt" in files and meta.missing():
+                    return f"meta.json does not say {meta.missing()}"
+            elif name.endswith(".safetensors"):
+                with safe_open(path / name, framework="pt"):  # compares the header with the file's size
+                    pass
+            elif not zipfile.is_zipfile(path / name):  # a zip's directory is at its end
+                return f"{name} is cut short"
+    except SafetensorError as error:
+        return f"{name} is cut short or overwritten: {error}"
+    except (ValueError, OSError) as error:
+        return str(error).replace(f"{path}{os.sep}", "")
+    return ""
+
+
+def newest_of_run(run_dir, files=CHECKPOINT_FILES) -> Path | None:
+    """The checkpoint of the highest step of a run; None if there is none.
+
+    Raises ValueError if it is damaged (see `damage`), naming the newest whole one before it.
+    """
+    checkpoints = run_checkpoints(run_dir)
+    if not checkpoints:
+        return None
+    reason = damage(checkpoints[-1], files)
+    if reason:
+        before = next((path for path in reversed(checkpoints[:-1]) if not damage(path, files)), None)
+        raise ValueError(
+            f"checkpoint {checkpoints[-1]} is damaged ({reason}): remove it; "
+            + (f"the newest whole one before it is {before.name}" if before else "there is no whole one before it")
+        )
+    return checkpoints[-1]
+
+
+def resume_point(run_dir, identity: dict, settings: dict, allow_change: bool) -> tuple[Path | None, RunMeta, str]:
+    """The checkpoint to resume a run from, its meta, and what of the settings changed since, in words.
+
+    Without checkpoints that is None, the meta of step 0, and "".
+
+    Args: fields of RunMeta.
+        identity: what makes another run if it differs.
+        settings: what may differ if allow_change is set.
+
+    Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
+    """
+    path = newest_of_run(run_dir, ["meta.json"])
+    if path is None:
+        return None, RunMeta(step=0, place=0, logged=0, skipped=0), ""
+    meta = read_meta(path)
+    different, changed = meta.differences(identity), meta.differences(settings)
+    if different:
+        raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
+    if changed and not allow_change:
+        raise ValueError(
+            f"{run_dir} holds another run: {changed}; give another --results-dir, or --allow-change to "
+            "continue that one so"
+        )
+    newest_of_run(run_dir)
+    return path, meta, changed
+
+
+class NoCheckpoint(ValueError):
+    """There is no checkpoint of a model where one was looked for."""
+
+
+def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
+    """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
+
+    Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
+
+    Raises NoCheckpoint if there is none, ValueError if its meta.json or the wanted weights are damaged.
+    """
+    runs, written = {}, {}
+    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
+        checkpoints = run_checkpoints(run)
+        if checkpoints:
+            meta = checkpoints[-1] / "meta.json"
+            written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
+            runs[run] = "an unknown model (damaged)"
+        for path in reversed(checkpoints):
+            with contextlib.suppress(ValueError):  # if damaged, the one before it tells the model
+                runs[run] = read_meta(path).model
+                break
+    of_model = [run for run, name in runs.items() if name == model]
+    if not of_model:
+        others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
+        raise NoCheckpoint(
+            f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
+            "train_diffusion.py first, or name one with --ckpt"
+        )
+    weights = "ema.safetensors" if use_ema else "model.safetensors"
+    return newest_of_run(max(of_model, key=written.get), ("meta.json", weights))

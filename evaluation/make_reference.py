@@ -1,0 +1,93 @@
+"""Write a reference for evaluate.py and for ADM's evaluator: statistics of all images of a folder, and some images.
+
+    python evaluate.py make-reference /path/to/imagenet/train OUT.npz --image-size 256
+    torchrun --nproc_per_node=N evaluate.py make-reference /path/to/imagenet/train OUT.npz --image-size 256
+
+In: an .npz or a folder of images, whose images are cropped as ADM does. Out: OUT.npz with arr_0 (images spread evenly
+over the folder, for precision and recall), mu and sigma, and, of Inception, mu_s and sigma_s.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.files import check_writable
+from dlc.machine.processes import create_logger, done_by_rank_0, start_processes
+from evaluation.features import measure
+from evaluation.flags import nothing_written
+from evaluation.images import open_images
+from evaluation.networks import NETWORKS, add_network_flags, check_weights_flags, open_networks
+from evaluation.notes import PUBLISHED_REFERENCE
+from evaluation.reference import STORED, write_reference
+from evaluation.self_check import check_arithmetic, check_network
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("images", metavar="FOLDER", help="images: a folder, an ImageFolder-style folder, or an .npz with arr_0")
+    add("output", metavar="OUT.npz", help="the .npz to write")
+    add("--image-size", type=number(int, 1), required=True, help="crop a folder's images to this size, pixels")
+    add(
+        "--num-images",
+        type=number(int, 0),
+        default=PUBLISHED_REFERENCE,
+        help="store so many images as arr_0, at most all; 0: statistics alone [%(default)s]",
+    )
+    add_network_flags(add)
+    return parser, parser.parse_args()
+
+
+def check_flags(args):
+    """Raise ValueError for flags that contradict each other, or that nothing would read."""
+    if args.features not in NETWORKS:
+        raise ValueError(f"--features {args.features}: choose from {', '.join(NETWORKS)}")
+    if not args.output.endswith(".npz"):
+        raise ValueError(f"{args.output} does not end in .npz")
+    check_writable(args.output, "OUT.npz")
+    check_weights_flags(args, [args.features])
+
+
+def main():
+    parser, args = parse_args()
+    with nothing_written(parser):
+        run(args)
+
+
+def run(args):
+    """Measure the images, and write the reference."""
+    check_flags(args)
+    check_arithmetic()
+    images = open_images(args.images, "FOLDER", crop=args.image_size)
+    if images.size != (args.image_size, args.image_size):
+        raise ValueError(f"{args.images} is of {images.size[1]} x {images.size[0]} pixels, not --image-size")
+    if images.count < 2:
+        raise ValueError(f"{args.images} has {images.count} image, and a covariance needs at least 2")
+    state = start_processes()
+    logger = create_logger(state)
+    network = open_networks(args, [args.features], state)[args.features]
+    probe, error = done_by_rank_0(state, lambda: check_network(network, None))
+    logger.info(f"self-check passed: {network.name}'s features differ by {error:.1e} from float64's")
+    for note in (*images.notes, *network.notes):
+        logger.warning(f"warning: {note}")
+    measured = measure(images, [network], state, batch_size=args.batch_size)
+    if state.is_main_process:
+        rows = np.unique(np.linspace(0, images.count - 1, min(args.num_images, images.count)).round().astype(int))
+        arrays = dict(
+            network=np.array(network.name),
+            network_sha256=np.array(network.digest),
+            count=np.array(images.count),
+            sha256=np.array(measured.digest),
+            probe=probe,
+        )
+        for output, (mean, covariance) in STORED.items():
+            if output in network.outputs:
+                statistics = measured.statistics[network.name, output]
+                arrays.update({mean: statistics.mean.numpy(), covariance: statistics.covariance.numpy()})
+        write_reference(Path(args.output), images, rows, arrays)
+        logger.info(f"{args.output}: statistics of {images.count:,} images, and {len(rows):,} of them as arr_0")
+        if len(measured.twins):
+            logger.warning(f"warning: {len(measured.twins):,} of the images equal an earlier one")
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -1,0 +1,332 @@
+"""The numbers that papers report about sets of images, from features: arrays in, floats out.
+
+    statistics = FeatureStatistics(2048)
+    statistics.update(features)                                    # (n, 2048), as often as there are batches
+    fid = frechet_distance(reference, statistics)
+
+The definitions are those of ADM's evaluator (Dhariwal & Nichol 2021, arXiv 2105.05233), whose numbers people publish,
+and of the papers that each function names. No file, no network and no rank is known here; randomness is passed in.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from evaluation.distances import distance_tiles
+
+EPS = torch.finfo(torch.float64).eps
+ROWS_AT_ONCE = 2048  # rows that are added to statistics at once: fewer make sums of D x D a large share
+
+
+def shaped(features, name: str = "features") -> torch.Tensor:
+    """Features as a tensor (N, D). Raises ValueError for another shape, no rows, or values that are no floats."""
+    features = torch.as_tensor(features)
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"{name} have shape {tuple(features.shape)}, wanted (N, D)")
+    if not features.is_floating_point():
+        raise ValueError(f"{name} are of type {str(features.dtype).removeprefix('torch.')}, wanted floats")
+    return features
+
+
+def checked(features, name: str = "features") -> torch.Tensor:
+    """Features as a tensor (N, D). Raises ValueError as `shaped` does, and for values that are not finite."""
+    features = shaped(features, name)
+    if not features.isfinite().all():
+        raise ValueError(f"{name} hold values that are NaN or infinite")
+    return features
+
+
+def same_width(a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"the features have {a.shape[1]} dimensions in the reference, {b.shape[1]} in the samples")
+
+
+#################################################################################
+#                               Frechet distance                                #
+#################################################################################
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that arrive in batches, in float64.
+
+    Each batch is centred before its outer products are summed, and sums are merged as in Chan, Golub & LeVeque 1983, so
+    that a large mean costs no digits. However the rows are cut into batches and processes, mean and covariance agree to
+    rounding: about 1e-15 relative.
+    """
+
+    def __init__(self, dim: int):
+        self.dim, self._count = dim, 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of outer products of centred rows
+        self._waiting, self._rows = [], 0
+        self._covariance = None  # where it is given rather than measured
+
+    @classmethod
+    def of(cls, rows) -> "FeatureStatistics":
+        """Those of rows (N, D) of floats."""
+        statistics = cls(rows.shape[1])
+        statistics.update(rows)
+        return statistics
+
+    @classmethod
+    def from_moments(cls, mean, covariance, count: int | None = None) -> "FeatureStatistics":
+        """Statistics that somebody else computed: mean (D,), covariance (D, D), and the number of rows, if known.
+
+        Raises ValueError where they are no mean and covariance of one set.
+        """
+        mean, covariance = (torch.as_tensor(one).to(torch.float64) for one in (mean, covariance))
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"the mean has shape {tuple(mean.shape)} and the covariance {tuple(covariance.shape)}, "
+                "wanted (D,) and (D, D)"
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("the mean or the covariance holds values that are NaN or infinite")
+        largest = covariance.abs().max()
+        if (covariance - covariance.T).abs().max() > 1e-6 * largest or covariance.diagonal().min() < -1e-6 * largest:
+            raise ValueError("the covariance is not symmetric, or has negative variances")
+        statistics = cls(len(mean))
+        statistics._mean, statistics._covariance, statistics._count = mean, (covariance + covariance.T) / 2, count
+        return statistics
+
+    def update(self, features) -> None:
+        """Add rows (n, dim) of floats. Raises ValueError for another width.
+
+        Values that are not finite raise it here or where the statistics are read: rows are looked at in large batches.
+        """
+        features = shaped(features)
+        if features.shape[1] != self.dim:
+            raise ValueError(f"features have {features.shape[1]} dimensions, wanted {self.dim}")
+        self._waiting.append(features)
+        self._rows += len(features)
+        if self._rows >= ROWS_AT_ONCE:
+            self._add_waiting()
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add the rows of another set, such as another process's."""
+        self.add_moments(other.count, other.mean, other.scatter)
+
+    def add_moments(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Add `count` rows by their mean (dim,) and their `scatter` (dim, dim), both float64."""
+        self._add_waiting()
+        self._add(count, mean, scatter)
+
+    @property
+    def count(self) -> int | None:
+        """Rows so far; None of moments that do not say."""
+        self._add_waiting()
+        return self._count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(dim,) float64."""
+        self._add_waiting()
+        return self._mean
+
+    @property
+    def scatter(self) -> torch.Tensor:
+        """The sum of the outer products of centred rows (dim, dim), float64."""
+        self._add_waiting()
+        return self._scatter
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """(dim, dim) float64, by N - 1. Raises ValueError for fewer than two rows, which have none."""
+        self._add_waiting()
+        if self._covariance is not None:
+            return self._covariance
+        if self._count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, and there are {self._count}")
+        return self._scatter / (self._count - 1)
+
+    def _add_waiting(self):
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting).to(torch.float64, copy=True)
+        self._waiting, self._rows = [], 0
+        mean = rows.mean(dim=0)
+        if not mean.isfinite().all():
+            raise ValueError("features hold values that are NaN or infinite")
+        self._add(len(rows), mean.cpu(), outer_products(rows.sub_(mean)))
+
+    def _add(self, count, mean, scatter):
+        if not count:
+            return
+        total, difference = self._count + count, mean - self._mean
+        self._scatter += scatter
+        self._scatter.addr_(difference, difference, alpha=self._count * count / total)
+        self._mean = self._mean + difference * (count / total)
+        self._count = total
+
+
+def outer_products(rows: torch.Tensor) -> torch.Tensor:
+    """rows' rows (D, D), on the CPU."""
+    if rows.device.type != "cpu":
+        return (rows.T @ rows).cpu()
+    array = rows.numpy()
+    return torch.from_numpy(np.dot(array.T, array))  # NumPy sees the symmetry, and computes one half
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """|m_a - m_b|^2 + tr A + tr B - 2 tr sqrt(A B): FID for Inception's features (Heusel et al. 2017, 1706.08500).
+
+    tr sqrt(A B) is the sum of the roots of the eigenvalues of L' B L, where A = L L', which is symmetric: nothing turns
+    complex. Eigenvalues of a singular product are zeros with a rounding error, whose roots would be large: then it is
+    the sum of the singular values of F' G, where A = F F' and B = G G', which has the error itself. Equal sets give 0
+    to rounding, which may be below 0, as ADM's is.
+
+    Raises ValueError where the sets have other dimensions or fewer than two rows.
+    """
+    if a.dim != b.dim:
+        raise ValueError(f"the features have {a.dim} dimensions in the reference, {b.dim} in the samples")
+    A, B = a.covariance, b.covariance
+    constant = (a.mean - b.mean).square().sum() + A.trace() + B.trace()
+    # where a feature is constant in one of the sets, its row and column add nothing to the root
+    varies = (A.diagonal() > 0) & (B.diagonal() > 0)
+    if not varies.any():
+        return float(constant)
+    A, B = (one if varies.all() else one[varies][:, varies] for one in (A, B))
+    L, fault = torch.linalg.cholesky_ex(A)
+    if not fault:
+        eigenvalues = torch.linalg.eigvalsh(L.T @ B @ L)
+        if eigenvalues[0] > 64 * EPS * eigenvalues[-1]:
+            return float(constant - 2 * eigenvalues.sqrt().sum())
+    return float(constant - 2 * torch.linalg.svdvals(square_root(A).T @ square_root(B)).sum())
+
+
+def square_root(covariance: torch.Tensor) -> torch.Tensor:
+    """F (D, rank) with F F' equal to a covariance (D, D) but for eigenvalues that are 0 to rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > len(values) * EPS * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+#################################################################################
+#                                Inception Score                                #
+#################################################################################
+
+
+def inception_score(probs, split_size: int = 5000) -> float:
+    """exp of the mean KL divergence of p(y|x) from its mean over a split, averaged over splits (Salimans et al. 2016).
+
+    Args:
+        probs: (N, classes), each row a distribution.
+        split_size: rows of a split, in the order of the rows, as in ADM: N of them, not a number of splits. The
+            remainder is a split of its own, with equal weight. Rows sorted by class give too low a score.
+
+    A probability of 0 counts as 0 log 0 = 0, where ADM's is NaN.
+    """
+    scores = []
+    for split in checked(probs, "probabilities").split(split_size):
+        split = split.double()
+        mean = split.mean(dim=0)
+        divergence = torch.special.xlogy(split, split) - torch.special.xlogy(split, mean)
+        scores.append(divergence.sum(dim=1).mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+#################################################################################
+#                  Precision and recall, density and coverage                   #
+#################################################################################
+
+
+def squared_radii(features: torch.Tensor, k: int, half: bool) -> torch.Tensor:
+    """The squared distance (N,) of each row to its k-th nearest other: the (k + 1)-th smallest, its own 0 included."""
+    nearest = {}  # tile of rows: the smallest distances so far, since tiles do not come row by row
+    for rows, _, distances in distance_tiles(features, features, half):
+        known = torch.cat([nearest[rows.start], distances], dim=1) if rows.start in nearest else distances
+        nearest[rows.start] = known.topk(min(k + 1, known.shape[1]), dim=1, largest=False).values
+    return torch.cat([nearest[start][:, k] for start in sorted(nearest)])
+
+
+def precision_recall(reference, samples, k: int = 3, precision: str = "adm") -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), on the device of the features.
+
+    Precision is the share of samples within the ball of some reference image, whose radius is the distance to its k-th
+    nearest other one; recall is the same with the roles exchanged.
+
+    Args:
+        reference, samples: features (N, D), (M, D).
+        precision: "adm": distances in float16, which are the published numbers, in float32 where a block is not
+            finite; or "float32". Inception's features have squared norms of hundreds, where float16 has steps of 0.25
+            and more, and a tie counts as inside: the published numbers are a few tenths of a point above exact ones.
+
+    Raises ValueError where a set has fewer than k + 1 rows, or the sets have other dimensions.
+    """
+    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
+    same_width(reference, samples)
+    enough_for(k, reference, samples)
+    half = precision == "adm"
+    radii_reference, radii_samples = squared_radii(reference, k, half), squared_radii(samples, k, half)
+    in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    in_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    for rows, columns, distances in distance_tiles(reference, samples, half):
+        in_reference[columns] |= (distances <= radii_reference[rows, None]).any(dim=0)
+        in_samples[rows] |= (distances <= radii_samples[columns]).any(dim=1)
+    return float(in_reference.double().mean()), float(in_samples.double().mean())
+
+
+def enough_for(k, *sets):
+    fewest = min(map(len, sets))
+    if fewest < k + 1:
+        raise ValueError(f"neighbourhoods of {k} need at least {k + 1} images in each set, and one has {fewest}")
+
+
+def density_coverage(reference, samples, k: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020, arXiv 2002.09797), with distances in float32, strictly within balls.
+
+    Density counts, per sample, the reference balls that it lies in, over k; it may exceed 1. Coverage is the share of
+    reference images whose ball holds a sample. A ball's radius is the distance to the k-th nearest other one.
+    """
+    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
+    same_width(reference, samples)
+    enough_for(k, reference)
+    radii = squared_radii(reference, k, half=False)
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    balls = 0
+    for rows, _, distances in distance_tiles(reference, samples, half=False):
+        inside = distances < radii[rows, None]
+        covered[rows] |= inside.any(dim=1)
+        balls = balls + inside.sum()
+    return int(balls) / (k * len(samples)), float(covered.double().mean())
+
+
+#################################################################################
+#                                Kernel distance                                #
+#################################################################################
+
+
+def kernel_distance(
+    reference, samples, subsets: int = 100, subset_size: int = 1000, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased squared MMD of the kernel (x.y / D + 1)^3.
+
+    Returns mean and standard deviation over subsets, each so many rows of both sets without repetition, fewer where a
+    set has fewer.
+
+    Args:
+        generator: draws the subsets; None: one with seed 0.
+    """
+    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
+    same_width(reference, samples)
+    size = min(subset_size, len(reference), len(samples))
+    if size < 2:
+        raise ValueError("the kernel distance needs at least 2 images in each set")
+    generator = generator or torch.Generator().manual_seed(0)
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def off_diagonal_mean(matrix):
+        return (matrix.sum() - matrix.trace()) / (size * (size - 1))
+
+    # all at once: after a copy to a GPU, the CPU waits until what it asked of it before is done
+    counts = [len(reference), len(samples)] * subsets
+    places = torch.stack([torch.randperm(count, generator=generator)[:size] for count in counts]).to(samples.device)
+    values = []
+    for of_reference, of_samples in places.view(subsets, 2, size):
+        x, y = reference[of_reference].double(), samples[of_samples].double()
+        values.append(off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean())
+    values = torch.stack(values)
+    return float(values.mean()), float(values.std(correction=0)) if subsets > 1 else math.nan

@@ -1,0 +1,106 @@
+"""Warnings that prevent the wrong numbers people are known to publish, as lines."""
+
+from evaluation.features import Measured
+from evaluation.images import ImageSet
+from evaluation.reference import Reference
+from models import DiT_models
+
+PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000  # images of ADM's protocol: samples; arr_0 of a reference
+SORTED = 0.9  # of the Inception Score in random order: below it, the order of the files decides the score
+EXAMPLES = 3
+
+
+def listed(items) -> str:
+    return f"{', '.join(items[:EXAMPLES])}{', …' if len(items) > EXAMPLES else ''}"
+
+
+def of_counts(samples: int, width: int, reference: Reference, reference_count: int | None, metrics) -> list[str]:
+    """Warnings of sets that are too small, or are not those of the published protocol.
+
+    Args:
+        samples, reference_count: numbers of images.
+        width: of the widest features that have a Frechet distance, 2048 of Inception's; 0 where no distance is wanted.
+    """
+    lines = []
+    if samples < width:
+        lines.append(
+            f"{samples:,} samples are too few for a Frechet distance: the covariance of {width:,} features needs as "
+            f"many images, and papers use {PUBLISHED_SAMPLES:,}"
+        )
+    elif samples != PUBLISHED_SAMPLES:
+        lines.append(
+            f"{samples:,} samples: published numbers are of {PUBLISHED_SAMPLES:,}"
+            + (", and fewer give a larger distance" if width else "")
+        )
+    if width and reference_count is not None and not reference.statistics and reference_count != samples:
+        lines.append(
+            f"the reference is {reference_count:,} images of {reference.path} and the samples are {samples:,}: "
+            "published FIDs compare with the statistics of a whole data set, which ADM's files store as mu and sigma"
+        )
+    balls = {"precision", "recall", "density", "coverage"} & set(metrics)
+    if balls and reference_count is not None and reference_count != PUBLISHED_REFERENCE:
+        lines.append(
+            f"{', '.join(sorted(balls))}: {reference_count:,} reference images; published numbers use "
+            f"{PUBLISHED_REFERENCE:,}"
+        )
+    return lines
+
+
+def of_record(record: dict) -> list[str]:
+    """Warnings of settings in samples.json that published samples do not have."""
+    lines, spec = [], DiT_models.get(str(record.get("model")))
+    channels, scale = record.get("cfg_channels"), record.get("cfg_scale")
+    if spec is not None and isinstance(scale, (int, float)) and scale > 1 and isinstance(channels, int):
+        published = spec.family.guided_channels
+        if published is not None and channels != published:
+            lines.append(
+                f"guidance covers {channels} latent channels: the published samples of {record['model']} guide "
+                f"{published} (--cfg-channels {published})"
+            )
+        elif published is None and channels == 3:
+            lines.append(
+                f"guidance covers 3 latent channels: the published samples of {record['model']} guide all of them"
+            )
+    if record.get("weights") in ("raw", "model"):
+        lines.append("the samples are of the raw weights: published ones are of the EMA weights")
+    elif record.get("weights") == "as in the file":
+        lines.append("samples.json does not say whether the weights are EMA's, which published samples are of")
+    return lines
+
+
+def of_images(samples: ImageSet, reference: Reference) -> list[str]:
+    """Warnings of the files and sizes of images."""
+    lines = []
+    for name, images in (("samples", samples), ("reference images", reference.images)):
+        if images is not None and images.jpeg:
+            lines.append(
+                f"{images.jpeg:,} of the {name} are JPEG files, whose compression changes the features: use PNG or .npz"
+            )
+    if reference.images is not None and reference.images.size != samples.size:
+        there, here = (f"{width} x {height}" for height, width in (reference.images.size, samples.size))
+        lines.append(f"the reference is of {there} pixels, the samples of {here}: their distances mean little")
+    side = getattr(samples, "crop", None) or getattr(samples, "resize", None)
+    if side:
+        lines.append(f"the samples were brought to {side} x {side} pixels before they were compared")
+    return lines
+
+
+def of_pixels(measured: Measured) -> list[str]:
+    """Warnings of the images' content, which a pass over them found."""
+    lines = []
+    if measured.twins:
+        pairs = listed([f"{one} = {other}" for one, other in measured.twins])
+        lines.append(f"{len(measured.twins):,} samples equal an earlier one ({pairs})")
+    if measured.blank:
+        lines.append(f"{len(measured.blank):,} samples are of one colour ({listed(list(map(str, measured.blank)))})")
+    return lines
+
+
+def of_order(score: float, shuffled: float) -> list[str]:
+    """A warning where the order of the samples lowers their Inception Score, as one sorted by class does."""
+    if score >= SORTED * shuffled:
+        return []
+    return [
+        f"the Inception Score is {score:.1f} in the order of the files and {shuffled:.1f} in random order: its splits "
+        "are 5,000 images in that order, and the samples look sorted by class"
+    ]

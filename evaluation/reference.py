@@ -1,0 +1,128 @@
+"""References: the stored statistics of an .npz, its images, or a folder's images; and the writing of such an .npz.
+
+| array of an ADM reference | content |
+|---|---|
+| `arr_0` | images uint8 (N, H, W, 3), for precision and recall; ADM's have 10,000 of them |
+| `mu`, `sigma` | mean (2048,) and covariance (2048, 2048) of Inception's pool_3 over the whole data set |
+| `mu_s`, `sigma_s` | the same of the 2023 spatial features, for sFID |
+
+`make-reference` adds `network`, `network_sha256`, `count` (images behind the statistics) and `probe` (the network's
+features of a fixed image, by which another network or machine is noticed). ADM's evaluator ignores these.
+"""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dlc.machine.cli import one_line
+from dlc.machine.files import write_whole
+from evaluation.images import ImageSet, npz_names, open_images, read_array
+from evaluation.metrics import FeatureStatistics
+
+STORED = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+DEFAULT_NETWORK = "inception"  # of ADM's files, which do not say
+
+
+@dataclass
+class Reference:
+    """What the samples are compared with; path is None where nothing is.
+
+    statistics: {output: stored FeatureStatistics} of the network called `network`. images: None where there are
+    statistics alone. probe: features of the probe image, or None.
+    """
+
+    path: Path | None
+    images: ImageSet | None = None
+    statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
+    network: str = DEFAULT_NETWORK
+    network_sha256: str | None = None
+    count: int | None = None  # images behind the statistics, if known
+    probe: np.ndarray | None = None
+
+    def stored(self, network: str, output: str = "pool") -> FeatureStatistics | None:
+        """The stored statistics of a network's output, if there are any."""
+        return self.statistics.get(output) if network == self.network else None
+
+    def statistics_sha256(self) -> str | None:
+        """A digest of the stored statistics, None where there are none."""
+        digest = hashlib.sha256()
+        for one in self.statistics.values():
+            digest.update(one.mean.numpy().tobytes() + one.covariance.numpy().tobytes())
+        return digest.hexdigest() if self.statistics else None
+
+
+def open_reference(path, crop: int | None = None, resize: int | None = None) -> Reference:
+    """The reference at path: an .npz with statistics, images or both, or a folder of images.
+
+    Raises ValueError in one line, naming path and array, where it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir() or path.exists() and path.suffix != ".npz":
+        return Reference(path, open_images(path, "--reference", crop, resize))
+    names = npz_names(path)
+    reference = Reference(path)
+    reference.network = text(path, names, "network") or DEFAULT_NETWORK
+    reference.network_sha256 = text(path, names, "network_sha256")
+    if "count" in names:
+        reference.count = int(numbers(path, "count", ()))
+    if "probe" in names:
+        reference.probe = numbers(path, "probe").ravel()
+    for output, (mean, covariance) in STORED.items():
+        if (mean in names) != (covariance in names):
+            there, lacking = (mean, covariance) if mean in names else (covariance, mean)
+            raise ValueError(f"--reference {path} has {there} but no {lacking}")
+        if mean in names:
+            try:
+                reference.statistics[output] = FeatureStatistics.from_moments(
+                    numbers(path, mean), numbers(path, covariance), reference.count
+                )
+            except ValueError as error:
+                raise ValueError(f"--reference {path}: {mean}, {covariance}: {error}") from None
+    if "arr_0" in names:
+        reference.images = open_images(path, "--reference")
+    if not reference.images and not reference.statistics:
+        keys = one_line(", ".join(names), 100) or "none"
+        raise ValueError(f"--reference {path} has neither arr_0 nor mu and sigma: its keys are {keys}")
+    return reference
+
+
+def text(path, names, name) -> str | None:
+    """A text in an .npz, or None."""
+    if name not in names:
+        return None
+    array = read_array(path, name)
+    if array.dtype.kind != "U" or array.ndim:
+        raise ValueError(f"{path}: {name} is no text")
+    return str(array)
+
+
+def numbers(path, name, shape=None) -> np.ndarray:
+    """An array of real numbers in an .npz as float64. Raises ValueError for another kind, or another given shape."""
+    array = read_array(path, name)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: {name} is of type {array.dtype}, wanted real numbers")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {array.shape}, wanted {shape}")
+    return array.astype(np.float64)
+
+
+def write_reference(path: Path, images: ImageSet, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz of the given arrays, with the images of some rows (ascending indices) as arr_0, streamed."""
+
+    def write(file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            if len(rows):
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
+                    header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
+                    shape = (len(rows), *images.size, 3)
+                    np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
+                    for image in images.chosen(rows.tolist()):
+                        array.write(image.tobytes())
+            for name, value in arrays.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as array:
+                    np.lib.format.write_array(array, np.asanyarray(value), allow_pickle=False)
+
+    write_whole(path, write)
