@@ -7,8 +7,8 @@ each group. SEM: Lavoie et al. 2022, arXiv 2204.00616; as an image code: Lavoie 
     encoder = load_encoder("lavoies/SEM_dinov2_L512")
     codes = encoder.codes(images)                                  # (N, 512) int64, each in 0..255
 
-`dlc.weights.foreign.encoder_layouts` lists the layouts of weights that are read. `save_encoder` writes a folder of config.json and
-model.safetensors.
+`dlc.weights.foreign.encoder_layouts` lists the layouts of weights that are read. `save_encoder` writes a folder of
+config.json and model.safetensors.
 """
 
 import json
@@ -165,7 +165,8 @@ def load_encoder(name, flag="--encoder", ask=True, **given):
     """The encoder that a name stands for, in eval mode, float32, on the CPU. Its `said` is what was recognised.
 
     Args:
-        name: a folder, a file, or a hub id with or without @revision, in any layout of `dlc.weights.foreign.encoder_layouts`.
+        name: a folder, a file, or a hub id with or without @revision, in a layout of
+            `dlc.weights.foreign.encoder_layouts`.
         flag: what the user gave the name to, for errors.
         ask: whether to ask the hub; see `dlc.weights.hub.fetch`.
         given: backbone, L and V, for weights that do not say them; None stands for what is read off them.

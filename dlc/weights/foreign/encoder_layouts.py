@@ -100,7 +100,7 @@ def read_encoder(name, given, flag="--encoder", ask=True) -> Found:
 
 
 def fetch_encoder(name, flag="--encoder", ask=True) -> Path:
-    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.weights.hub.fetch`."""
+    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `hub.fetch`."""
     return fetch(name, ["config.json", (*hub_patterns(), "*.safetensors", "*.pth", "*.pt")], ["*.json"], flag, ask=ask)
 
 

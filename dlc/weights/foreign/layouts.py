@@ -51,7 +51,7 @@ class Layout:
 
 
 def locate(named, flag: str = "checkpoint", ask: bool = True):
-    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.weights.hub.fetch`."""
+    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `hub.fetch`."""
     try:
         return fetch(named, [ON_HUB], BESIDE, flag, ask=ask)
     except ValueError as error:  # which may name all alternatives

@@ -91,7 +91,7 @@ def read_vae(name, flag="--vae", ask=True) -> Found:
 
 
 def locate(name, flag="--vae", ask=True) -> Path:
-    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `dlc.weights.hub.fetch`."""
+    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `hub.fetch`."""
     weights = (*hub_patterns("", [STEM]), *hub_patterns("vae/", [STEM]), *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES))
     return fetch(name, [weights], ["config.json", "model_index.json", "vae/*.json"], flag, ask=ask)
 
