@@ -20,6 +20,7 @@ from PIL import Image
 
 TESTS = Path(__file__).parent
 ROOT, HELPERS, STANDINS = TESTS.parent, TESTS / "helpers", TESTS / "standins"
+SUBJECTS = [TESTS / name for name in ("data", "weights", "training", "sampling", "prior", "evaluation", "machine")]
 sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
 os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -35,7 +36,9 @@ SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
 def starts_processes(function, seen):
     """Whether a function of the tests refers to one of STARTERS, itself or through other functions of the tests."""
     function = inspect.unwrap(function)
-    if not inspect.isfunction(function) or function in seen or Path(function.__code__.co_filename).parent != TESTS:
+    if not inspect.isfunction(function) or function in seen:
+        return False
+    if Path(function.__code__.co_filename).parent not in (TESTS, *SUBJECTS):
         return False
     seen.add(function)
     codes, names = [function.__code__], set()
