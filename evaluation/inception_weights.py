@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dlc.weights.download import sha256_of
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
+from dlc.weights.hub import sha256_of
 from evaluation.graph_def import read_constants
 from evaluation.inception import InceptionV3
 

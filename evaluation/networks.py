@@ -16,7 +16,7 @@ import torch
 
 from dlc.machine.cli import number
 from dlc.machine.processes import done_by_rank_0
-from dlc.weights.download import fetch, is_offline, sha256_of
+from dlc.weights.hub import fetch_file, is_offline, sha256_of
 from dlc.weights.load import weights_sha256
 from evaluation.dinov2 import load_dinov2, preprocess
 from evaluation.inception import SIDE, InceptionV3
@@ -92,7 +92,7 @@ def find_weights(kind, given=None) -> Path:
     try:
         if is_offline():
             raise ValueError("HF_HUB_OFFLINE is set")
-        return fetch(kind.url, cache / kind.files[0], partial(check_digest, kind))
+        return fetch_file(kind.url, cache / kind.files[0], partial(check_digest, kind))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"no weights of {kind.name} ({error}): fetch {kind.url} elsewhere and put it into {cache}, or name a file "

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dlc.weights import download
 from dlc.weights.foreign.legacy_files import load_legacy
+from dlc.weights.hub import fetch_file
 from evaluation import networks
 from evaluation.dinov2 import load_dinov2, preprocess, resample_positions
 from evaluation.graph_def import read_constants
@@ -216,31 +216,21 @@ def test_published_name_with_other_bytes(inception_file, tmp_path):
 
 @pytest.fixture
 def server():
-    """A file server on this machine: server.content, and how it behaves. It counts requests and notes their ranges."""
+    """A file server on this machine: server.content, and after how many bytes it stops. It counts requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            span = self.headers.get("Range", "bytes=0-")
-            server.ranges.append(span)
-            start = int(span.removeprefix("bytes=").rstrip("-")) if server.resumes else 0
-            if start >= len(server.content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(server.content)}")
-                self.end_headers()
-                return
-            self.send_response(206 if server.resumes else 200)
-            if server.resumes:
-                end = len(server.content)
-                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{end}")
-            self.send_header("Content-Length", str(len(server.content) - start))
+            server.requests += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.content)))
             self.end_headers()
-            self.wfile.write(server.content[start:][: server.stops_after])
+            self.wfile.write(server.content[: server.stops_after])
 
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.resumes, server.stops_after, server.ranges = bytes(range(256)) * 40, True, None, []
+    server.content, server.stops_after, server.requests = bytes(range(256)) * 40, None, 0
     server.url = f"http://127.0.0.1:{server.server_port}/weights.pth"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -259,41 +249,22 @@ def fetched(server, monkeypatch):
     def fetch(path, prefix=None):
         monkeypatch.setattr(networks.InceptionNetwork, "url", server.url)
         monkeypatch.setattr(networks.InceptionNetwork, "sha256_prefix", prefix or digest_of(server.content)[:8])
-        return download.fetch(server.url, path, functools.partial(networks.check_digest, networks.InceptionNetwork))
+        return fetch_file(server.url, path, functools.partial(networks.check_digest, networks.InceptionNetwork))
 
     return fetch
 
 
-def test_fetching_goes_on_where_it_stopped(server, fetched, tmp_path):
+def test_what_is_fetched_is_whole_and_the_published_file(server, fetched, tmp_path):
     path = tmp_path / "cache/weights.pth"
-    server.stops_after = 1000
-    with pytest.raises(ValueError, match="after 4,000 of 10,240 bytes, which are kept: run the same command again"):
-        fetched(path)
-    assert not path.exists() and path.with_name(".weights.pth.part").stat().st_size == 4000
-    server.stops_after = None
-    assert fetched(path).read_bytes() == server.content
-    assert server.ranges == [f"bytes={start}-" for start in range(0, 5000, 1000)]
-    assert list(path.parent.iterdir()) == [path]
-    fetched(path)
-    assert len(server.ranges) == 5  # it is there
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_server_that_starts_over_or_has_no_more(server, fetched, tmp_path, whole):
-    """A part that is the whole file, of which a server has no more, is not fetched again."""
-    path = tmp_path / "weights.pth"
-    path.with_name(".weights.pth.part").write_bytes(server.content if whole else server.content[:100])
-    server.resumes = whole
-    assert fetched(path).read_bytes() == server.content and len(server.ranges) == 1
-
-
-def test_another_file_and_an_endless_one_are_refused(server, fetched, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="wanted 6726825d…: it is not the published file, and was removed"):
-        fetched(tmp_path / "weights.pth", "6726825d")
-    assert not list(tmp_path.glob("*"))
-    monkeypatch.setattr(download, "LARGEST", 10_000)
-    with pytest.raises(ValueError, match="sends more than 10,000 bytes"):
-        fetched(tmp_path / "weights.pth")
+    for stops_after, prefix in ((1000, digest_of(server.content)[:8]), (None, "6726825d")):
+        server.stops_after = stops_after
+        with pytest.raises(ValueError, match=f"wanted {prefix}…: it is not the published file, and was removed"):
+            fetched(path, prefix)
+        assert not [one for one in path.parent.iterdir() if one.suffix != ".lock"]
+    path.with_name(".weights.pth.part.0.partial").write_bytes(b"of a process that was killed")
+    assert fetched(path).read_bytes() == server.content and server.requests == 3
+    assert fetched(path) == path and server.requests == 3  # it is there
+    assert [one for one in path.parent.iterdir() if one.suffix != ".lock"] == [path]
 
 
 def test_where_weights_are_looked_for(server, tmp_path, monkeypatch):
@@ -301,7 +272,7 @@ def test_where_weights_are_looked_for(server, tmp_path, monkeypatch):
     kind = networks.InceptionNetwork
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(kind, "url", server.url)
@@ -309,19 +280,19 @@ def test_where_weights_are_looked_for(server, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not the published file.*put it into .*hub/checkpoints, or name.*--inception"):
         networks.find_weights(kind)
     monkeypatch.setattr(kind, "sha256_prefix", digest_of(server.content)[:8])
-    assert networks.find_weights(kind) == cache / kind.files[0] and len(server.ranges) == 2
-    assert networks.find_weights(kind) == cache / kind.files[0] and len(server.ranges) == 2
+    assert networks.find_weights(kind) == cache / kind.files[0] and server.requests == 2
+    assert networks.find_weights(kind) == cache / kind.files[0] and server.requests == 2
     (cache / kind.files[0]).rename(cache / kind.files[1])
     assert networks.find_weights(kind) == cache / kind.files[1]
     (cache / kind.files[1]).rename("classify_image_graph_def.pb")
-    assert networks.find_weights(kind).name == "classify_image_graph_def.pb" and len(server.ranges) == 2
+    assert networks.find_weights(kind).name == "classify_image_graph_def.pb" and server.requests == 2
     with pytest.raises(ValueError, match="--inception nowhere.pth does not exist"):
         networks.find_weights(kind, "nowhere.pth")
     (tmp_path / "here/classify_image_graph_def.pb").unlink()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set.*fetch http.*put it into .*hub/checkpoints"):
         networks.find_weights(kind)
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(kind, "url", "http://127.0.0.1:9/nothing")
     with pytest.raises(ValueError, match="out of reach .*fetch http.*put it into .*hub/checkpoints"):
         networks.find_weights(kind)

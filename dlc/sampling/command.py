@@ -37,7 +37,7 @@ from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
 from dlc.weights.load import describe, load_model, weights_sha256
-from dlc.weights.published import published_name, published_weights
+from dlc.weights.published import PUBLISHED, published_dit
 from models import DiT_models
 
 #################################################################################
@@ -106,17 +106,17 @@ def open_model(args, script: str, default: str):
     return Path(path), model, meta
 
 
-def find_checkpoint(args) -> Path:
+def find_checkpoint(args) -> Path | str:
     """The newest checkpoint of --model under --results-dir; where there is none, its published weights."""
     try:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
     except NoCheckpoint as error:
-        name = published_name(args.model, args.image_size or 256)
-        if name is None or args.results_dir != RESULTS or not args.ema:  # which are EMA weights
+        which = args.model, args.image_size or 256
+        if which not in PUBLISHED or args.results_dir != RESULTS or not args.ema:  # which are EMA weights
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{error}; without that, the published weights are used", flush=True)
-        return published_weights(name)
+        return published_dit(*which, lambda name: locate(name, "--ckpt"))
 
 
 def open_vae(args, meta, channels, state):

@@ -3,36 +3,38 @@
     folder = fetch("stabilityai/sd-vae-ft-ema", ["config.json", ("*.safetensors", "*.bin")], flag="--vae")
     folder = fetch("owner/name@v1.0", …)                           # a branch, a tag or a commit
     folder = fetch("results/checkpoints/0000500", …)               # a local path comes back as it is
+    path = fetch_file("https://…/weights.pth", Path("weights.pth"), check)
 
-huggingface_hub keeps the cache (HF_HOME), and reads HF_ENDPOINT, HF_HUB_OFFLINE and the token (`hf auth login` or
-HF_TOKEN). Only files are fetched, and only those asked for; nothing in them is run.
+huggingface_hub keeps the cache (HF_HOME), shows progress, resumes downloads, and reads HF_ENDPOINT, HF_HUB_OFFLINE and
+the token (`hf auth login` or HF_TOKEN). Only the files asked for are fetched; nothing in them is run.
 """
 
 import contextlib
 import errno
 import fnmatch
 import glob
+import hashlib
+import http.client
 import os
 import re
+import socket
 import sys
-import threading
-import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlc.machine.cli import one_line, progress, warn_once
-from dlc.machine.files import is_plain_name
+from dlc.machine.cli import one_line, warn_once
+from dlc.machine.files import is_plain_name, sync
 
 # A name that ends like a file of weights is a path, such as pretrained/encoder.pth, which could be an id, too.
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npy", ".npz", ".json", ".yaml", ".zip")
 PART_OF_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-MEGABYTE = 1e6
-ATTEMPTS = 6  # at a download whose connection breaks
 FETCHED = {}  # what this process has fetched: all parts of a program see one commit
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
+NO_ANSWER = 30  # seconds after which an address counts as out of reach
 
 
-def is_id(name) -> bool:
+def is_id(name: object) -> bool:
     """Whether a name can be a hub id, `owner/name` or `owner/name@revision`, rather than a local path."""
     parts = str(name).partition("@")[0].split("/")
     return (
@@ -43,13 +45,13 @@ def is_id(name) -> bool:
     )
 
 
-def id_and_revision(name) -> tuple[str, str]:
+def id_and_revision(name: object) -> tuple[str, str]:
     """The hub id in a name, and the revision: a branch, a tag or a commit; "main" where the name has none."""
     repository, _, revision = str(name).partition("@")
     return repository, revision or "main"
 
 
-def fetch(name, needed, optional=(), flag="", kind="model", ask=True) -> Path:
+def fetch(name, needed, optional=(), flag: str = "", kind: str = "model", ask: bool = True) -> Path:
     """The local path that a name stands for; of a hub id, the folder of the wanted files in the hub's cache.
 
     Args:
@@ -61,8 +63,8 @@ def fetch(name, needed, optional=(), flag="", kind="model", ask=True) -> Path:
         kind: "model" or "dataset".
         ask: whether to ask the hub; else only the cache is read. See `fetched_by_node`.
 
-    Where the hub cannot be asked, or refuses, the copy in the cache is taken if all needed files are there, with a
-    warning. A repository is asked for once per process.
+    If the hub is out of reach or refuses, the copy in the cache is used, with a warning, provided that all needed
+    files are there. A repository is asked for once per process.
 
     Raises ValueError, one line with the remedy, if there is no such path or repository, if the hub refuses access or
     is out of reach, and if needed files are missing.
@@ -77,18 +79,16 @@ def fetch(name, needed, optional=(), flag="", kind="model", ask=True) -> Path:
     key = (str(name), *map(tuple, (needed, optional)), kind)
     if key not in FETCHED:
         try:
-            FETCHED[key] = snapshot(str(name), needed, optional, kind, ask)
+            FETCHED[key] = _snapshot(str(name), needed, optional, kind, ask)
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from None
     return FETCHED[key]
 
 
-def snapshot(name, needed, optional, kind, ask):
+def _snapshot(name, needed, optional, kind, ask):
     """The folder of a hub id's wanted files, see `fetch`. Raises ValueError saying what is wrong, without the name."""
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        raise ValueError("hub ids need a package: pip install huggingface_hub") from None
+    from huggingface_hub import constants
+
     repository, revision = id_and_revision(name)
     offline = not ask or constants.HF_HUB_OFFLINE
     refusal = (
@@ -97,13 +97,13 @@ def snapshot(name, needed, optional, kind, ask):
         + ": fetch it once where the hub is in reach, or give a local path"
     )
     if not offline:
-        with quiet():
-            try:
-                return download(repository, revision, needed, optional, kind)
-            except Missing as error:
-                raise ValueError(str(error)) from None
-            except Exception as error:  # the hub's client and its transport raise many types
-                refusal = in_words(error, revision)
+        try:
+            return _download(repository, revision, needed, optional, kind)
+        except LookupError as error:
+            raise ValueError(error.args[0]) from None
+        except Exception as error:  # the hub's client and its transport raise many types
+            refusal = in_words(error, revision)
+    # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
     folder = cached_snapshot(repository, revision, kind)
     if folder is None or missing(files_in(folder), needed):
         raise ValueError(refusal)
@@ -112,71 +112,30 @@ def snapshot(name, needed, optional, kind, ask):
     return folder
 
 
-def download(repository, revision, needed, optional, kind):
-    """Fetch the wanted files that the cache does not have yet. Raises Missing, and what the hub's client raises."""
+def _download(repository, revision, needed, optional, kind):
+    """Fetch the wanted files that the cache does not have yet. Raises LookupError if the repository lacks a needed
+    file, and what the hub's client raises."""
     import huggingface_hub
 
-    listing = list_repository(repository, revision, kind)
-    lack = missing(listing.sizes, needed)
-    if lack:
-        raise Missing(f"the hub's repository, at revision {revision}, has no {lack}")
-    wanted = chosen(listing.sizes, (*needed, *optional))
-    absent = [
-        file
-        for file in wanted
-        if not isinstance(
-            huggingface_hub.try_to_load_from_cache(repository, file, revision=listing.commit, repo_type=kind), str
-        )
-    ]
-    patterns = [glob.escape(file) for file in wanted]
-    with progress_of(repository, kind, absent, sum(listing.sizes[file] for file in absent)):
-        for attempt in range(ATTEMPTS):
-            try:
-                folder = huggingface_hub.snapshot_download(
-                    repository, revision=revision, repo_type=kind, allow_patterns=patterns
-                )
-                break
-            except Exception as error:  # clients before 1.0 resume a broken connection only when called again
-                if type(error).__name__ != "ChunkedEncodingError" or attempt == ATTEMPTS - 1:
-                    raise
-    return Path(folder)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a repository at a commit: bytes by path."""
-
-    repository: str
-    commit: str
-    sizes: dict[str, int]
-
-
-def list_files(name, flag="", kind="model") -> Listing:
-    """The files of a hub id. Raises ValueError, one line with the remedy, if the hub refuses or is out of reach."""
-    repository, revision = id_and_revision(name)
     with quiet():
-        try:
-            return list_repository(repository, revision, kind)
-        except Exception as error:  # the hub's client and its transport raise many types
-            raise ValueError(f"{flag} {name}: {in_words(error, revision)}".strip()) from None
+        info = huggingface_hub.HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=NO_ANSWER)
+        files = [entry.rfilename for entry in info.siblings or []]
+        files = [file for file in files if all(map(is_plain_name, file.split("/")))]
+        lack = missing(files, needed)
+        if lack:
+            raise LookupError(f"the hub's repository, at revision {revision}, has no {lack}")
+        wanted = chosen(files, (*needed, *optional))
+        folder = cached_snapshot(repository, info.sha, kind)
+        absent = set(wanted) - set(files_in(folder) if folder else ())
+        if absent and os.environ.get("RANK", "0") == "0":
+            print(f"fetching {repository} from the hub: {len(absent)} files", file=sys.stderr, flush=True)
+        patterns = [glob.escape(file) for file in wanted]
+        return Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, repo_type=kind, allow_patterns=patterns)
+        )
 
 
-def list_repository(repository, revision, kind) -> Listing:
-    import huggingface_hub
-
-    info = huggingface_hub.HfApi().repo_info(
-        repository, revision=revision, repo_type=kind, files_metadata=True, timeout=30
-    )
-    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
-    plain = {file: size for file, size in sizes.items() if all(map(is_plain_name, file.split("/")))}
-    return Listing(repository, info.sha, plain)
-
-
-class Missing(Exception):
-    """A repository on the hub does not have the files that are needed of it."""
-
-
-def in_words(error, revision):
+def in_words(error: Exception, revision: str) -> str:
     """What went wrong with the hub, and the remedy."""
     from huggingface_hub import constants, errors
 
@@ -201,12 +160,52 @@ def in_words(error, revision):
     )
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at a commit: bytes by path."""
+
+    repository: str
+    commit: str
+    sizes: dict[str, int]
+
+
+def list_files(name, flag="", kind="model") -> Listing:
+    """The files of a hub id. Raises ValueError, one line with the remedy, if the hub refuses or is out of reach."""
+    import huggingface_hub
+
+    repository, revision = id_and_revision(name)
+    try:
+        info = huggingface_hub.HfApi().repo_info(repository, revision=revision, repo_type=kind, files_metadata=True)
+    except Exception as error:  # the hub's client and its transport raise many types
+        raise ValueError(f"{flag} {name}: {in_words(error, revision)}".strip()) from None
+    return Listing(repository, info.sha, {entry.rfilename: entry.size or 0 for entry in info.siblings or []})
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the log lines of the hub's client, which say in many words what the errors here say in one line; and
+    with its progress bars only in the terminal of rank 0."""
+    from huggingface_hub import utils
+
+    level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    hidden = bars and not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
+    utils.logging.set_verbosity(utils.logging.CRITICAL)
+    if hidden:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if hidden:
+            utils.enable_progress_bars()
+
+
 #################################################################################
 #                                     Files                                     #
 #################################################################################
 
 
-def matching(files, pattern):
+def matching(files: Iterable[str], pattern: str) -> list[str]:
     """The files, paths with slashes, that a pattern matches part by part, in order."""
     parts = pattern.split("/")
     return sorted(
@@ -216,7 +215,7 @@ def matching(files, pattern):
     )
 
 
-def chosen(files, patterns):
+def chosen(files: Iterable[str], patterns) -> list[str]:
     """The files that patterns match; of a tuple of patterns, only those of the first that matches any."""
     found = []
     for one in patterns:
@@ -225,16 +224,17 @@ def chosen(files, patterns):
     return sorted(set(found))
 
 
-def missing(files, needed):
+def missing(files: Iterable[str], needed) -> str:
     """The first of the needed patterns that no file matches, in words, or ""."""
     return next((one if isinstance(one, str) else " or ".join(one) for one in needed if not chosen(files, [one])), "")
 
 
-def cached_snapshot(repository, revision, kind):
+def cached_snapshot(repository: str, revision: str, kind: str) -> Path | None:
     """The folder of a revision in the hub's cache, whether all files are there or not, or None."""
-    root = repository_folder(repository, kind)
-    reference = root / "refs" / revision
-    commit = revision
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE) / "--".join([f"{kind}s", *repository.split("/")])
+    reference, commit = root / "refs" / revision, revision
     if not re.fullmatch("[0-9a-f]{40}", revision):
         if ".." in revision or not reference.is_file():
             return None
@@ -243,87 +243,12 @@ def cached_snapshot(repository, revision, kind):
     return folder if is_plain_name(commit) and folder.is_dir() else None
 
 
-def repository_folder(repository, kind):
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / "--".join([f"{kind}s", *repository.split("/")])
-
-
-def files_in(folder):
+def files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-#################################################################################
-#                                   Progress                                    #
-#################################################################################
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without the hub client's own bars, log lines and warnings: this module says what matters in its own words."""
-    from huggingface_hub import utils
-
-    level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    utils.logging.set_verbosity(utils.logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        utils.disable_progress_bars()
-        try:
-            yield
-        finally:
-            utils.logging.set_verbosity(level)
-            if bars:
-                utils.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def progress_of(repository, kind, files, size):
-    """Say what is fetched, and how far it is: by the growth of the cache, since the client has no stable callback.
-
-    Only rank 0 says it. size: bytes of the files.
-    """
-    if not files or os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    print(
-        f"fetching {repository} from the hub: {len(files)} files, {size / MEGABYTE:,.1f} MB",
-        file=sys.stderr,
-        flush=True,
-    )
-    blobs, ended = repository_folder(repository, kind) / "blobs", threading.Event()
-
-    def cached_bytes():
-        total = 0
-        for blob in blobs.glob("*"):
-            with contextlib.suppress(OSError):  # a part that has just become whole has another name
-                total += blob.stat().st_size
-        return total
-
-    def watch():
-        before = done = cached_bytes()
-        with progress(total=size / MEGABYTE, desc="fetching", unit="MB", delay=2) as bar:
-            while not ended.wait(0.5):
-                now = cached_bytes()
-                bar.update(max(0, now - done) / MEGABYTE)
-                done = max(done, now)
-            bar.update(max(0, min(size, cached_bytes() - before) / MEGABYTE - bar.n))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-
-
-#################################################################################
-#                                   Processes                                   #
-#################################################################################
-
-
-def fetched_by_node(state, fetch_all):
-    """Fetch what a program needs of the hub: first one process of each node, then the others, from the cache.
+def fetched_by_node(state, fetch_all: Callable[[bool], object]) -> None:
+    """Fetch what a program needs from the hub: first one process of each node, then the others, from the cache.
 
     Args:
         state: accelerate's PartialState.
@@ -345,3 +270,61 @@ def fetched_by_node(state, fetch_all):
         raise ValueError(errors[0])
     if not state.is_local_main_process:
         fetch_all(False)
+
+
+#################################################################################
+#                               Public addresses                                #
+#################################################################################
+
+
+def is_offline() -> bool:
+    """Whether the user asks that nothing be fetched (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def sha256_of(path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch_file(url: str, path: Path, check: Callable[[Path], None]) -> Path:
+    """The file at path, fetched from url if it is not there yet: by the first process that gets to it.
+
+    Args:
+        check: raises ValueError if a file is not the wanted one, or not whole; nothing is kept then.
+
+    Raises ValueError if url is out of reach or refuses, and what check raises.
+    """
+    import filelock
+    import torch.hub
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, patience = path.with_name(f".{path.name}.part"), socket.getdefaulttimeout()
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        if path.is_file():
+            return path
+        for left in path.parent.glob(f"{glob.escape(part.name)}*"):  # by a process that was killed
+            left.unlink()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fetching {url}", file=sys.stderr, flush=True)
+        try:
+            socket.setdefaulttimeout(NO_ANSWER)
+            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+            check(part)
+            sync(part)
+            os.replace(part, path)
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            why = f"status {error.code}" if hasattr(error, "code") else getattr(error, "reason", error)
+            raise ValueError(f"{url} is out of reach ({one_line(why, 80)})") from None
+        finally:
+            socket.setdefaulttimeout(patience)
+            part.unlink(missing_ok=True)
+    return path

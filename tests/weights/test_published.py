@@ -1,0 +1,127 @@
+"""DiT's published weights, from a stand-in of the hub and from one of their public address, both on loopback."""
+
+import http.server
+import threading
+import types
+
+import pytest
+import torch
+from hub_standin import point_at
+from test_layouts import assert_same, tiny
+
+from dlc.sampling.command import open_model
+from dlc.weights import published
+from dlc.weights.published import published_dit
+
+NAME, REPOSITORY, TINY = "DiT-XL-2-256x256.pt", "facebook/DiT-XL-2-256", ("DiT-Ti/4", 64)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file. cut: bytes after which a connection breaks, or None."""
+
+    def __init__(self, content):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.cut, self.asked = content, None, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append(self.path)
+        if self.path != f"/models/{NAME}":
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.content)))
+        self.end_headers()
+        self.wfile.write(server.content[: server.cut])
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address, in a working directory of its own, with a small model in the place of the large one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(published.PUBLISHED, TINY, (REPOSITORY, NAME))
+    torch.save(tiny(num_classes=1000).state_dict(), tmp_path / "served.pt")
+    server = Server((tmp_path / "served.pt").read_bytes())
+    monkeypatch.setattr(published, "ADDRESS", f"http://127.0.0.1:{server.server_address[1]}/models")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def open_without_ckpt():
+    """What sample_ddp.py opens without --ckpt and without a run."""
+    flags = dict(model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, image_size=64, vae=None)
+    return open_model(types.SimpleNamespace(**flags), "sample_ddp.py", TINY[0])
+
+
+def left():
+    return sorted(path.name for path in published.FOLDER.glob("*") if not path.name.endswith(".lock"))
+
+
+def test_the_hub_then_the_address_then_the_file(server, hub, monkeypatch, tmp_path, capsys):
+    hub.add(REPOSITORY, {"model.pt": server.content})
+    path, model, _ = open_without_ckpt()
+    assert_same(model, tiny(num_classes=1000))
+    assert str(path) == REPOSITORY and not server.asked and not published.FOLDER.exists()
+    assert "no checkpoint of DiT-Ti/4 under --results-dir results: train one" in capsys.readouterr().out
+    hub.repositories.clear()
+    point_at(hub.url, monkeypatch, tmp_path / "other_cache")
+    asked = []
+    for _ in range(2):
+        path, model, meta = open_without_ckpt()
+        assert_same(model, tiny(num_classes=1000))
+        assert path == published.FOLDER / NAME and meta.weights == "as in the file"
+        asked.append(len(hub.requests))
+    assert server.asked == [f"/models/{NAME}"] and left() == [NAME] and asked[0] == asked[1]
+
+
+def test_a_mirror_is_asked_in_place_of_the_hub(server, monkeypatch):
+    monkeypatch.setenv(published.ADDRESS_VARIABLE, f"{published.ADDRESS}/")
+    monkeypatch.setattr(published, "ADDRESS", "http://127.0.0.1:9")
+    assert published_dit(*TINY, pytest.fail) == published.FOLDER / NAME
+
+
+def test_what_is_not_the_model_is_refused(server, hub, tmp_path):
+    """Names, shapes and finiteness are compared before the file gets its name."""
+
+    def locate(name):
+        raise ValueError
+
+    right = tiny(num_classes=1000).state_dict()
+    nan = {**right, "pos_embed": right["pos_embed"] * torch.nan}
+    for weights, fault in (
+        (nan, "has values that are NaN"),
+        ({**right, "more": torch.zeros(1)}, "has unknown more"),
+        (tiny(num_classes=10).state_dict(), "has other shapes: y_embedder"),
+        (None, "cut off or damaged"),
+        ("<html>", "cannot be read as weights"),
+    ):
+        if isinstance(weights, dict):
+            torch.save(weights, tmp_path / "served.pt")
+            server.content = (tmp_path / "served.pt").read_bytes()
+        server.cut = None if weights else 10_000  # a connection that breaks
+        server.content = weights.encode() if isinstance(weights, str) else server.content
+        with pytest.raises(ValueError, match=f"did not send the weights of DiT-Ti/4 .*{fault}.*put the file at"):
+            published_dit(*TINY, locate)
+        assert left() == []
+    published.PUBLISHED[TINY] = REPOSITORY, "other.pt"
+    with pytest.raises(ValueError, match=r"is out of reach \(status 404\): put the file at pretrained_models.other.pt"):
+        published_dit(*TINY, locate)
+
+
+def test_offline(error_of):
+    """One line that says where to put the file; a file that is there is taken."""
+    error = error_of("sample_ddp")
+    assert f"{REPOSITORY}: no such local path" in error and "HF_HUB_OFFLINE is set" in error
+    assert f"or put DiT's {NAME} at pretrained_models/{NAME}" in error
+    assert "DiT-XL-2-512x512.pt" in error_of("sample_ddp", "--image-size", 512)
+    assert "no checkpoint of DiT-XL/2" in error_of("sample_ddp", "--image-size", 128)
+    assert "no checkpoint of DiT-S/2" in error_of("sample_ddp", "--model", "DiT-S/2")
+    published.FOLDER.mkdir(exist_ok=True)
+    (published.FOLDER / NAME).write_bytes(b"junk")
+    assert f"{NAME} cannot be read as weights" in error_of("sample_ddp")
