@@ -39,8 +39,8 @@ def samples_record(count):
 
 def samples(folder, size):
     """A folder of PNGs with samples.json, from which every thousandth image is missing."""
-    written = SampleFolder(folder / "images")
-    written.open(samples_record(size), LABELS, {})
+    written = SampleFolder(folder / "images", LABELS)
+    written.open(samples_record(size), {})
     written.lock.release()
     names = (png_path(written.path, index).name for index in range(size) if index % 1000 != 999)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -52,8 +52,8 @@ def samples(folder, size):
 )
 def resuming_sampling(folder, size):
     def work():
-        opened = SampleFolder(folder / "images")
-        assert len(opened.open(samples_record(size), LABELS, {})) == size // 1000
+        opened = SampleFolder(folder / "images", LABELS)
+        assert len(opened.open(samples_record(size), {})) == size // 1000
         opened.lock.release()
 
     return work

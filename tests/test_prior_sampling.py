@@ -324,7 +324,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--features-path", other, "--no-usage"), "leave out --no-usage"),
         (("--num", 0), "must be at least 1"),
         (("--out", "given.npy"), "is a file: name a folder"),
-        (("--out", "foreign"), "holds files of codes but no codes.json"),
+        (("--out", "foreign"), "holds codes but no codes.json"),
         (("--eta", 0.1), "--eta 0.1: --sampler first-hitting masks no token again"),
         (("--top-p", 0), "must be"),
         (("--temperature", -1), "must be at least 0"),

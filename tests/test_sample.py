@@ -263,7 +263,7 @@ def test_other_settings_are_refused(workplace, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit):
         sample_ddp_computed_dlc.main()
-    assert "holds images but no samples.json" in capsys.readouterr().err
+    assert "holds samples but no samples.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -403,21 +403,22 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
         codes=of(tmp_path / "codes.npy"),
     )[conditioning]
     record = replace(RECORD, num_fid_samples=4, conditions_sha256=conditions.digest(4), runs=[])
-    folder = SampleFolder(tmp_path / "samples")
-    assert folder.open(record, conditions, dict(date="now")) == [0, 1, 2, 3]
+    folder = SampleFolder(tmp_path / "samples", conditions)
+    assert folder.open(record, dict(date="now")) == [0, 1, 2, 3]
     folder.lock.release()
     values = json.loads((folder.path / "samples.json").read_text())
     assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
     assert values["format_version"] == 3 and list(values)[-1] == conditions.key
     more = replace(record, num_fid_samples=6, conditions_sha256=conditions.digest(6))
-    assert folder.open(more, conditions, dict(date="later")) == [0, 1, 2, 3, 4, 5]
+    assert folder.open(more, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()
     assert [run["images"] for run in SamplesRecord.read(folder.path / "samples.json").runs] == [4, 6]
+    save_png(png_path(folder.path, 0), np.zeros((8, 8, 3), np.uint8))
     for changes, message in (
         (dict(conditions_sha256="3" * 64), "conditions_sha256 "),
         (dict(t_min=1), "t_min 0 there, 1 here"),
         (dict(num_fid_samples=5), "is a set of 6 samples"),
     ):
         with pytest.raises(ValueError, match=message):
-            folder.open(replace(more, **changes), conditions, {})
+            folder.open(replace(more, **changes), {})
         assert not (folder.path / ".lock").exists()

@@ -16,19 +16,8 @@ import torch
 
 from dlc.data import Features, code_dtype
 from dlc.data.rows import Files, NpyRows, file_order, load_array
-from dlc.machine.files import (
-    OBJECT,
-    SWITCH,
-    TEXT,
-    DirectoryLock,
-    list_of,
-    or_null,
-    real_number,
-    remove_temporaries,
-    whole_number,
-    write_bytes,
-    write_json,
-)
+from dlc.machine.files import OBJECT, SWITCH, TEXT, list_of, or_null, real_number, whole_number, write_bytes
+from dlc.machine.folder import ResumableFolder
 from dlc.machine.records import Record, key
 from dlc.weights.foreign.safe import read_torch, storage_fault
 
@@ -154,12 +143,11 @@ def finished_record(folder) -> CodesRecord | None:
     return record
 
 
-class CodeFolder:
+class CodeFolder(ResumableFolder):
     """OUT/ for writing: its lock, the shards that are missing, and codes.json."""
 
-    def __init__(self, path):
-        self.path, self.lock = Path(path), DirectoryLock(path)
-        self.json = self.path / "codes.json"
+    record_type, record_name, holds, files = CodesRecord, "codes.json", "codes", ("*.npy", "*.pt")
+    count, parts = "num", "shards"
 
     def shard_path(self, shard: int) -> Path:
         return self.path / f"{shard:06d}.npy"
@@ -174,53 +162,17 @@ class CodeFolder:
         """The indices of the samples in a shard of `num` in all."""
         return np.arange(shard * SHARD, min((shard + 1) * SHARD, num))
 
-    def open(self, record: CodesRecord, launch: dict) -> list[int]:
-        """Lock the folder, and note in codes.json that a launch is about to draw some of a record's codes.
+    def missing(self, record: CodesRecord) -> list[int]:
+        """The shards that are not there with all rows that they have to have: the last one grows with num."""
 
-        Returns the missing shards, ascending. Raises ValueError where another launch has the folder, or where it holds
-        something else, codes of other settings, or more of them.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock.acquire()
-        try:
-            earlier = self._compare_with_earlier(record)
-        except ValueError:
-            self.lock.release()
-            raise
-        remove_temporaries(self.path)
-        missing = [shard for shard in range(self.shards(record.num)) if not self._is_whole(shard, record)]
-        if missing or earlier is None or earlier.codes_sha256 is None or earlier.num != record.num:
-            runs = [*(earlier.runs if earlier else []), dict(launch, shards=len(missing))]
-            write_json(self.json, replace(record, runs=runs).to_json())
-        return missing
+        def is_whole(shard):
+            try:
+                array = load_array(self.shard_path(shard), mmap=False)
+            except ValueError:  # none, or cut off by a crash of the machine
+                return False
+            return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
-    def _compare_with_earlier(self, record):
-        if not self.json.is_file():
-            if any(path.suffix in (".npy", ".pt") for path in self.path.iterdir()):
-                raise ValueError(
-                    f"{self.path} holds files of codes but no codes.json to say what they are; give another folder"
-                )
-            return None
-        earlier = CodesRecord.read(self.json)
-        different = record.difference(earlier)
-        if different:
-            raise ValueError(f"{self.path} holds codes drawn with other settings: {different}; give another folder")
-        if earlier.num > record.num:
-            raise ValueError(
-                f"{self.path} is a set of {earlier.num:,} codes, more than {record.num:,}: give another folder"
-            )
-        return earlier
-
-    def _is_whole(self, shard, record):
-        """Whether a shard is there, with all rows that it has to have: the last one grows with num."""
-        path = self.shard_path(shard)
-        if not path.is_file():
-            return False
-        try:
-            array = load_array(path, mmap=False)
-        except ValueError:  # cut off by a crash of the machine
-            return False
-        return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
+        return [shard for shard in range(self.shards(record.num)) if not is_whole(shard)]
 
     def write(self, shard: int, codes: np.ndarray, V: int) -> None:
         """Write a shard, codes (n, L), whole or not at all. Raises OSError, naming the file, if the disk fails."""
@@ -237,11 +189,11 @@ class CodeFolder:
 
         One process calls this, after all writing.
         """
-        record = CodesRecord.read(self.json)
+        record = CodesRecord.read(self.record_path)
         digest = hashlib.sha256()
         for shard in range(self.shards(record.num)):
             digest.update(load_array(self.shard_path(shard)).astype("<u2").tobytes())
         record = replace(record, codes_sha256=digest.hexdigest(), **values)
-        write_json(self.json, record.to_json())
+        self.write_record(record)
         self.lock.release()
         return record

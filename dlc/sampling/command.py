@@ -205,10 +205,11 @@ def prepare(args, script: str, default: str) -> Job:
         / (
             f"{args.model.replace('/', '-')}-{ckpt}-size-{image_size}-vae-{vae_label(vae_name)}-cfg-{args.cfg_scale}"
             f"-seed-{args.global_seed}"
-        )
+        ),
+        conditions,
     )
     launch = this_launch(state, args.per_proc_batch_size)
-    missing = done_by_rank_0(state, lambda: folder.open(record, conditions, launch))
+    missing = done_by_rank_0(state, lambda: folder.open(record, launch))
     return Job(
         state,
         path,

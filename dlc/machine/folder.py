@@ -1,0 +1,95 @@
+"""A folder that one launch begins and the next completes: features, samples, the codes of a prior.
+
+A JSON file in it, its record, says what is being made. A launch takes the folder's lock, refuses a folder that holds
+something else, lists the parts that are missing, and notes itself in the record before it makes the first of them.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dlc.machine.files import DirectoryLock, remove_temporaries, write_json
+from dlc.machine.records import Record
+
+
+class ResumableFolder:
+    """The base of such a folder. A subclass gives the attributes below and `missing`.
+
+    Attributes:
+        record_type, record_name: the dataclass of the record, and the name of its file.
+        holds, files: what the folder holds, in the plural, and the glob patterns of those files.
+        elsewhere: what a user is to do about a folder that holds something else.
+        count: the record's key that says how many there are: a set may grow, but not shrink. None: it has one size.
+        parts: under which an entry of the record's `runs` says how many parts were missing.
+    """
+
+    record_type: type[Record]
+    record_name: str
+    holds: str
+    files: tuple[str, ...]
+    elsewhere: str = "give another folder"
+    count: str | None = None
+    parts: str = "parts"
+
+    def __init__(self, path: str | Path):
+        self.path, self.lock = Path(path), DirectoryLock(path)
+
+    @property
+    def record_path(self) -> Path:
+        return self.path / self.record_name
+
+    def missing(self, record: Record) -> list[int]:
+        """The numbers of the parts that are missing or not whole, ascending."""
+        raise NotImplementedError
+
+    def difference(self, record: Record, earlier: Record) -> str:
+        """How the settings of earlier launches differ from these, in words; "" where they do not."""
+        return record.difference(earlier)
+
+    def write_record(self, record: Record) -> None:
+        write_json(self.record_path, record.to_json())
+
+    def open(self, record: Record, launch: dict | None = None) -> list[int]:
+        """Lock the folder, and write its record where something is missing. Returns the missing parts.
+
+        One process of a launch calls this before any of them writes.
+
+        Args:
+            launch: a new entry of the record's `runs` [none].
+
+        Raises ValueError where another launch holds the lock, and as `compare` does; the lock is then released.
+        """
+        self.lock.acquire()
+        try:
+            earlier = self.compare(record)
+        except ValueError:
+            self.lock.release()
+            raise
+        remove_temporaries(self.path)
+        missing = self.missing(record)
+        if missing or earlier is None:
+            if launch is not None:
+                runs = [*(earlier.runs if earlier else []), {**launch, self.parts: len(missing)}]
+                record = replace(record, runs=runs)
+            self.write_record(record)
+        return missing
+
+    def compare(self, record: Record) -> Record | None:
+        """The record that is there; None where the folder holds nothing, or nothing yet of an earlier record.
+
+        Raises ValueError where the folder has no record of what it holds, or holds something else, or more.
+        """
+        some = any(True for pattern in self.files for _ in self.path.glob(pattern))
+        if not self.record_path.is_file():
+            if some:
+                raise ValueError(
+                    f"{self.path} holds {self.holds} but no {self.record_name} to say what they are; {self.elsewhere}"
+                )
+            return None
+        earlier = self.record_type.read(self.record_path)
+        different = self.difference(record, earlier)
+        if different and some:
+            raise ValueError(f"{self.path} holds {self.holds} made with other settings: {different}; {self.elsewhere}")
+        there, wanted = (getattr(one, self.count) if self.count else 0 for one in (earlier, record))
+        if there > wanted and some:
+            raise ValueError(f"{self.path} is a set of {there:,} {self.holds}, more than {wanted:,}: {self.elsewhere}")
+        return None if different else earlier
