@@ -9,6 +9,8 @@ arXiv 2507.12318. Parameter names are those of the published DiT checkpoints, wh
 Nothing here knows a file, a rank or a flag. Shapes: N samples, T tokens, D width, C latent channels, P patch size,
 L code positions, V tokens per position.
 """
+import functools
+import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,62 @@ def sincos_position_embedding(dim, grid_size):
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                # (grid, dim/2)
     columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)      # (grid^2, dim/2) each
     return torch.cat([columns, rows], dim=1).float()
+
+
+#################################################################################
+#                             A model and its record                            #
+#################################################################################
+
+class Recorded(nn.Module):
+    """The base of all models. It keeps its constructor's arguments, by which `build_model` makes it again.
+
+    model.config is {"family": the class's name, "arguments": every argument by name, with the defaults}. The
+    constructor takes its arguments by name; one that passes **kwargs on to its base has those of the base as well.
+    """
+    families = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Recorded.families[cls.__name__] = cls
+        if "__init__" in vars(cls):
+            cls.__init__ = recording(cls.__init__)
+
+
+def recording(init):
+    """A constructor that also notes its arguments in self.config."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        given = set(bound.arguments)
+        bound.apply_defaults()
+        _, *named = bound.arguments.items()
+        if "config" not in vars(self):              # of the class itself: all arguments
+            passed_on = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
+            arguments = {name: value for name, value in named if name != passed_on}
+            vars(self)["config"] = dict(family=type(self).__name__,
+                                        arguments=arguments | bound.arguments.get(passed_on, {}))
+        else:                                       # of a base: those that were left to their defaults
+            for name, value in named:
+                if name not in given:
+                    self.config["arguments"].setdefault(name, value)
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
+def build_model(config):
+    """The model that a `Recorded.config` describes, with new weights.
+
+    Raises ValueError for a family that does not exist, or arguments that it does not take.
+    """
+    if config["family"] not in Recorded.families:
+        raise ValueError(f"there is no family of models called {config['family']!r}")
+    try:
+        return Recorded.families[config["family"]](**config["arguments"])
+    except TypeError as error:
+        raise ValueError(f"{config['family']} cannot be built from its recorded arguments ({error})") from None
 
 
 #################################################################################
@@ -177,7 +235,7 @@ class FinalLayer(nn.Module):
 #                                    Models                                     #
 #################################################################################
 
-class DiT(nn.Module):
+class DiT(Recorded):
     """Diffusion transformer conditioned on class labels, and the base of the other families.
 
     Args:
@@ -255,11 +313,15 @@ class DiT(nn.Module):
         """
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
-        return self.denoise(x, self.t_embedder(t) + self.condition_embedder(y, drop))
+        return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop))
 
-    def denoise(self, x, c):
-        """forward, given the sum c (N, D) of the embedded time and condition, which a sampler embeds once for many."""
-        recompute = self.grad_checkpointing and self.training
+    def embed_condition(self, y, drop=None):
+        """y as `denoise` takes it: here (N, D). A model of another condition may give a tuple or dict of tensors."""
+        return self.condition_embedder(y, drop)
+
+    def denoise(self, x, t, condition):
+        """forward, given the embedded time t, (N, D) or (D,), and condition, which a sampler embeds once for many."""
+        recompute, c = self.grad_checkpointing and self.training, t + condition             # (N, D)
         x = self.x_embedder(x) + self.pos_embed                                             # (N, T, D)
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
@@ -301,9 +363,9 @@ class DiTSEM(DiT):
     table, table_ndim = "sem_embedder.embedding_table", 3
     sizes_of = staticmethod(lambda shape: dict(L=shape[0], V=shape[1] - 1))
 
-    def __init__(self, *args, L=512, V=256, code_init="unit", **kwargs):
+    def __init__(self, *, L=512, V=256, code_init="unit", **kwargs):
         self.build_embedder, self.code_init = partial(SEMEmbedder, L, V), code_init
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
     def initialize_weights(self):
         super().initialize_weights()
@@ -319,9 +381,9 @@ class DiTCONT(DiT):
     conditioning, table, table_ndim, guided_channels = "vectors", "y_embedder.fake_latent", 2, None
     sizes_of = staticmethod(lambda shape: dict(in_dim=shape[1]))
 
-    def __init__(self, *args, in_dim=1024, **kwargs):
+    def __init__(self, *, in_dim=1024, **kwargs):
         self.build_embedder = partial(LinearEmbedder, in_dim)
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
 
 @dataclass(frozen=True)

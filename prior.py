@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models import LabelEmbedder, TimestepEmbedder, modulate
+from models import LabelEmbedder, Recorded, TimestepEmbedder, modulate
 
 BLOCK_KEY = 1013904223      # tells the dropout masks of blocks apart
 SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
@@ -178,7 +178,7 @@ class PriorHead(nn.Module):
 #                                     Model                                     #
 #################################################################################
 
-class DLCPrior(nn.Module):
+class DLCPrior(Recorded):
     """Transformer over the L tokens of a code, of which some are masked, conditioned on the noise level sigma.
 
     Args:

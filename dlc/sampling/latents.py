@@ -60,8 +60,8 @@ def sample_latents(
     n, denoise = len(indices), denoise or model.denoise
     channels = channels or model.guided_channels or model.in_channels
     # embed the conditions once, not per step, and the times once, not per sample
-    condition = model.condition_embedder(y)  # (N, D)
-    null = model.condition_embedder(model.null_condition(1).to(y.dtype)).expand(n, -1)  # (N, D)
+    condition = model.embed_condition(y)  # (N, D)
+    null = model.embed_condition(model.null_condition(1).to(y.dtype)).expand(n, -1)  # (N, D)
     both = torch.cat([condition, null])  # (2N, D)
     times = list(dict.fromkeys(sampler.times))
     embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=condition.device))))  # (D,) each
@@ -70,8 +70,8 @@ def sample_latents(
         if time not in embedded:  # a solver may choose times as it goes
             embedded[time] = model.t_embedder(torch.tensor([time], device=condition.device))[0]
         if cfg_scale == 1 or not t_min <= time <= t_max:
-            return denoise(x, embedded[time] + condition).float()
-        conditional, unconditional = denoise(torch.cat([x, x]), embedded[time] + both).float().chunk(2)
+            return denoise(x, embedded[time], condition).float()
+        conditional, unconditional = denoise(torch.cat([x, x]), embedded[time], both).float().chunk(2)
         guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
         return torch.cat([guided, conditional[:, channels:]], dim=1)
 

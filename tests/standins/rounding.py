@@ -48,7 +48,7 @@ def change_encoder(module):
 
 def change_models(module):
     denoise = module.DiT.denoise
-    module.DiT.denoise = lambda self, x, c: rounded(denoise(self, x, c))
+    module.DiT.denoise = lambda self, *inputs: rounded(denoise(self, *inputs))
 
 
 def change_prior(module):
