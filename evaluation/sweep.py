@@ -20,7 +20,8 @@ import torch
 
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import ArgumentParser, number, one_line
-from dlc.machine.files import DirectoryLock, check_values, list_of, read_json, write_bytes, write_json, write_whole
+from dlc.machine.files import DirectoryLock, read_json, write_bytes, write_json, write_whole
+from dlc.machine.records import check_values, list_of
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
 from dlc.sampling.flags import sampling_parser
 from evaluation.agreement import add_agreement_flags, check_agreement_flags, check_before_drawing

@@ -331,12 +331,12 @@ def test_other_manifests_are_refused(written):
     root, _ = written
     manifest = json.loads((root / "manifest.json").read_text())
     for text, message in (
-        (json.dumps({**manifest, "format_version": 4}), "format 4, this program knows up to 3"),
+        (json.dumps({**manifest, "format_version": 4}), "format 4, this program knows format 1"),
         (json.dumps({**manifest, "count": "3"}), "count is '3'"),
         (json.dumps({key: value for key, value in manifest.items() if key != "images"}), "images is missing"),
         (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
         (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
-        ("{}", "manifest.json: format_version is missing"),
+        ("{}", "manifest.json: image_size is missing"),
         ("[]", "wanted an object"),
         ("{", "not readable JSON"),
     ):

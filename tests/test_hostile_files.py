@@ -859,8 +859,7 @@ def test_configurations_of_transformers(tmp_path, config, message):
             ).items()
             for value in values
         ],
-        ('{"format_version": 4}', "format 4, this program knows up to 3: update it"),
-        ('{"format_version": 1}', "meta.json: model is missing"),
+        ('{"format_version": 4}', "format 4, this program knows format 1: update it"),
         ('{"lr": NaN}', "lr is nan"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
         ("[" * 100_000, "not readable JSON"),
@@ -882,7 +881,7 @@ def test_meta(tmp_path, text, message):
 def test_meta_that_says_little_or_more(tmp_path):
     for meta in ({}, dict(step=0), dict(more=[[["x"]]], vae=None, scaling_factor=None, model=None)):
         (tmp_path / "meta.json").write_text(json.dumps(meta))
-        assert read_meta(tmp_path) == RunMeta(step=meta.get("step"), shift_factor=0.0)
+        assert read_meta(tmp_path) == RunMeta(step=meta.get("step"))
 
 
 @pytest.mark.parametrize(

@@ -388,6 +388,6 @@ def test_damaged_folders_of_codes(codes, tmp_path):
 
     assert "has 2 shards of codes, by codes.json it has 3" in damaged("a", lambda one: (one / "000001.npy").unlink())
     assert "does not have all of its 542 codes yet" in damaged("b", edit(codes_sha256=None))
-    assert "is of format 99, this program knows up to 1" in damaged("c", edit(format_version=99))
+    assert "is of format 99, this program knows format 1" in damaged("c", edit(format_version=99))
     assert "num is 'many', wanted a whole number" in damaged("d", edit(num="many"))
     assert CodeFolder.shards(NUM) == 3

@@ -97,7 +97,7 @@ def test_extracted(deep_features, deep_vae, normal_vae, images):
     features.validate()
     assert features.latent_shape == (CHANNELS, 16, 16) and features.latents.array(0).shape[1:] == (CHANNELS, 16, 16)
     written = json.loads((deep_features["mean"] / "manifest.json").read_text())
-    assert (written["format_version"], written["latent_channels"], written["shift_factor"]) == (3, CHANNELS, SHIFT)
+    assert (written["latent_channels"], written["shift_factor"]) == (CHANNELS, SHIFT)
     vae, names = load_vae(str(deep_vae)), features.paths.gather(np.arange(features.count)).tolist()
     for path in PATHS:
         index = int(path[4]) + (8 if path.startswith("dog") else 0)  # the broken image is number 9
@@ -232,48 +232,6 @@ def write(root, manifest, channels):
         writer.finish(1)
 
 
-def to_version_1(path):
-    """Rewrite a manifest or settings as the version before wrote it."""
-    values = json.loads(path.read_text())
-    for key in ("shift_factor", "latent_channels", "latents_mean", "latents_std", "source"):
-        del values[key]
-    path.write_text(json.dumps(dict(values, format_version=1)))
-
-
-def test_manifests_of_version_1(tmp_path):
-    """They have 4 channels and no shift, whether complete or half-written; other settings are still told apart."""
-    write(tmp_path, MANIFEST, 4)
-    to_version_1(tmp_path / "manifest.json")
-    features = Features(tmp_path)
-    assert features.latent_shape == (4, 4, 4)
-    assert (features.manifest.latent_channels, features.manifest.shift_factor) == (4, 0)
-    assert features.manifest.settings() == MANIFEST.settings()
-    assert not FeatureWriter(tmp_path, MANIFEST).start()  # complete
-    for change, message in (
-        (dict(shift_factor=0.1), "shift_factor 0.0 there, 0.1 here"),
-        (dict(latent_channels=16), "latent_channels 4 there, 16 here"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            FeatureWriter(tmp_path, replace(MANIFEST, **change)).start()
-
-    half = tmp_path / "half"
-    writer = FeatureWriter(half, MANIFEST)
-    writer.start()
-    writer.write(
-        0,
-        dict(features=np.zeros((3, 4, 4, 4), np.float32), labels=np.zeros(3, np.int64), path=np.array(["a", "b", "c"])),
-        [],
-    )
-    writer.lock.release()
-    to_version_1(half / "progress/settings.json")
-    with pytest.raises(ValueError, match="scaling_factor 0.5 there, 0.25 here"):
-        FeatureWriter(half, replace(MANIFEST, scaling_factor=0.25)).start()
-    writer = FeatureWriter(half, MANIFEST)
-    assert writer.start() and writer.is_done(0)
-    writer.finish(1)
-    assert Features(half).count == 3
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -300,9 +258,7 @@ def test_new_keys_are_checked(tmp_path, change, message):
         Features(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "key", ["latent_channels", "shift_factor", "latents_mean", "count", "shards", "skipped", "L", "images"]
-)
+@pytest.mark.parametrize("key", ["count", "shards", "skipped", "L", "images"])
 def test_missing_keys(tmp_path, key):
     write(tmp_path, MANIFEST, 4)
     path = tmp_path / "manifest.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import OBJECT, TEXT, is_plain_name, list_of, or_null, real_number, whole_number
-from dlc.machine.records import Record, key
+from dlc.machine.files import is_plain_name
+from dlc.machine.records import OBJECT, TEXT, Record, key, list_of, or_null, real_number, whole_number
 
 DTYPES = ("float16", "float32")  # of stored latents
 LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
@@ -29,37 +29,35 @@ PATH_AND_REASON = (
 class Manifest(Record):
     """Every key of manifest.json but format_version. None stands for "not known", as of features from elsewhere."""
 
-    FORMAT = 3  # 2 added latent_channels and shift_factor, 3 latents_mean and latents_std
-
     image_size: int = key(whole_number(1, 2**20))  # pixels
-    shard_size: int | None = key(SIZE, None, needed=False)  # images that a shard covers, skipped ones included
+    shard_size: int | None = key(SIZE, None)  # images that a shard covers, skipped ones included
     # the VAE, and what became of its posterior
-    vae: str | None = key(ID, None, needed=False, decides=False)  # where it lay, not what it was: hub id or path
-    vae_sha256: str | None = key(ID, None, needed=False)
-    scaling_factor: float | None = key(or_null(real_number(1e-30)), None, needed=False)
-    shift_factor: float = key(real_number(-1e30, 1e30), 0.0, since=2)  # known where scaling_factor is
-    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30), 1, 8192)), None, since=3)
-    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30), 1, 8192)), None, since=3)
-    latent_channels: int = key(whole_number(1, 8192), 4, since=2)
+    vae: str | None = key(ID, None, decides=False)  # where it lay, not what it was: hub id or path
+    vae_sha256: str | None = key(ID, None)
+    scaling_factor: float | None = key(or_null(real_number(1e-30)), None)
+    shift_factor: float = key(real_number(-1e30, 1e30), 0.0)  # known where scaling_factor is
+    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30), 1, 8192)), None)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30), 1, 8192)), None)
+    latent_channels: int = key(whole_number(1, 8192), 4)
     latents: str = key(TEXT)  # one of LATENTS
     dtype: str = key(TEXT)  # one of DTYPES
     # the encoder and its codes; L and V are None where there are none
-    encoder: str | None = key(ID, None, needed=False, decides=False)
-    encoder_sha256: str | None = key(ID, None, needed=False)
+    encoder: str | None = key(ID, None, decides=False)
+    encoder_sha256: str | None = key(ID, None)
     L: int | None = key(SIZE)
     V: int | None = key(or_null(whole_number(1, 65536)))
-    precision: str | None = key(ID, None, needed=False)  # of both networks
-    flip: str | None = key(ID, None, needed=False)
-    seed: int | None = key(or_null(whole_number(0)), None, needed=False)
+    precision: str | None = key(ID, None)  # of both networks
+    flip: str | None = key(ID, None)
+    seed: int | None = key(or_null(whole_number(0)), None)
     # the images
     classes: list[str] = key(list_of(TEXT))
     images: int = key(COUNT)  # skipped ones included
-    listing_sha256: str | None = key(ID, None, needed=False)  # of the images' paths, in order
-    converted_from: str | None = key(ID, None, needed=False, name="source")  # features or dataset
+    listing_sha256: str | None = key(ID, None)  # of the images' paths, in order
+    converted_from: str | None = key(ID, None, name="source")  # features or dataset
     # the rows; known when all shards are written
-    count: int = key(COUNT, 0, needed=False, decides=False)
-    shards: list[dict] = key(list_of(OBJECT), [], needed=False, decides=False)  # dict(name=, rows=) each
-    skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], needed=False, decides=False)  # [path, reason] each
+    count: int = key(COUNT, 0, decides=False)
+    shards: list[dict] = key(list_of(OBJECT), [], decides=False)  # dict(name=, rows=) each
+    skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], decides=False)  # [path, reason] each
 
     @classmethod
     def from_json(cls, values, where, also_needed=()):

@@ -8,12 +8,11 @@ import contextlib
 import errno
 import json
 import os
-import re
 import time
 import uuid
 from pathlib import Path
 
-from dlc.machine.cli import one_line, warn_once
+from dlc.machine.cli import warn_once
 
 try:
     import fcntl
@@ -178,77 +177,9 @@ def read_json(path):
     return value
 
 
-# Kinds of values in JSON: a test of a value, and words for what it has to be.
-TEXT = (lambda value: isinstance(value, str)), "text"
-SWITCH = (lambda value: isinstance(value, bool)), "true or false"
-OBJECT = (lambda value: isinstance(value, dict)), "an object"
-
-
-def whole_number(low, high=2**63 - 1):
-    return (
-        lambda value: type(value) is int and low <= value <= high,
-        f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"),
-    )
-
-
-def real_number(low, high=1e300):
-    """A finite number: Python's JSON also has NaN and infinities."""
-    return (
-        lambda value: type(value) in (int, float) and low <= value <= high,
-        f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"),
-    )
-
-
-def or_null(kind):
-    fits, words = kind
-    return (lambda value: value is None or fits(value)), f"{words} or null"
-
-
-def list_of(kind, least=0, most=2**63):
-    fits, words = kind
-    return (
-        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
-        f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}",
-    )
-
-
-def one_of(*values):
-    return (lambda value: isinstance(value, str) and value in values), f"one of {', '.join(values)}"
-
-
-def check_values(where, values, kinds, needed=()):
-    """Raise ValueError, naming where and key, for a value of another kind than its key's, and for a missing needed key.
-
-    Keys without a kind are ignored.
-    """
-    for key, (fits, words) in kinds.items():
-        if key in values and not fits(values[key]):
-            raise ValueError(f"{where}: {key} is {one_line(repr(values[key])[:1000], 60)}, wanted {words}")
-        if key in needed and key not in values:
-            raise ValueError(f"{where}: {key} is missing, wanted {words}")
-
-
 def is_plain_name(text):
     """Whether a text from a file is the name of an entry of a folder, rather than a path that leads out of it."""
     return isinstance(text, str) and text.isprintable() and text not in ("", ".", "..") and not set("/\\:") & set(text)
-
-
-def differences(there, here):
-    """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree."""
-
-    def short(value):
-        text = repr(value)
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
-            return f"{value[:8]}…"
-        if len(text) <= 60:
-            return text
-        return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
-
-    return "; ".join(
-        f"{key} {short(there.get(key))} there, {short(value)} here"
-        for key, value in here.items()
-        if there.get(key) != value
-    )
 
 
 def recorded_id(name):

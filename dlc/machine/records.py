@@ -1,48 +1,119 @@
-"""JSON files of ours as dataclasses: each field is a key, with the kind of its value and the format that introduced it.
+"""JSON files of ours as dataclasses: each field is a key, with the kind of its value.
 
 @dataclass(frozen=True, kw_only=True)
 class Pond(Record):
-    FORMAT = 2
     depth: float = key(real_number(0))                      # in every file
-    fish: int | None = key(or_null(whole_number(0)), None, since=2)  # in every file of format 2; older ones: None
+    fish: int | None = key(or_null(whole_number(0)), None)  # a file without it is read as one that says null
 
 Pond.read("pond.json")                          # ValueError, naming file and key, for a value missing or wrong
 """
 
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
-from dlc.machine.files import check_values, differences, read_json, whole_number
+from dlc.machine.cli import one_line
+from dlc.machine.files import read_json
+
+FORMAT = 1  # of every record
+
+#################################################################################
+#                                Kinds of values                                #
+#################################################################################
+
+Kind = tuple[Callable[[Any], bool], str]  # a test of a JSON value, and words for what it has to be
+
+TEXT: Kind = (lambda value: isinstance(value, str)), "text"
+SWITCH: Kind = (lambda value: isinstance(value, bool)), "true or false"
+OBJECT: Kind = (lambda value: isinstance(value, dict)), "an object"
 
 
-def key(kind, default=MISSING, *, since: int = 1, needed: bool = True, decides: bool = True, name: str | None = None):
+def whole_number(low: int, high: int = 2**63 - 1) -> Kind:
+    return (
+        lambda value: type(value) is int and low <= value <= high,
+        f"a whole number from {low:,}" + (f" to {high:,}" if high < 2**63 - 1 else " on"),
+    )
+
+
+def real_number(low: float, high: float = 1e300) -> Kind:
+    """A finite number: Python's JSON also has NaN and infinities."""
+    return (
+        lambda value: type(value) in (int, float) and low <= value <= high,
+        f"a number from {low:g}" + (f" to {high:g}" if high < 1e300 else " on"),
+    )
+
+
+def or_null(kind: Kind) -> Kind:
+    fits, words = kind
+    return (lambda value: value is None or fits(value)), f"{words} or null"
+
+
+def list_of(kind: Kind, least: int = 0, most: int = 2**63) -> Kind:
+    fits, words = kind
+    return (
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(fits, value)),
+        f"a list{f' of {least:,} to {most:,}' if most < 2**63 else ''}, each {words}",
+    )
+
+
+def one_of(*values: str) -> Kind:
+    return (lambda value: isinstance(value, str) and value in values), f"one of {', '.join(values)}"
+
+
+def check_values(where, values: Mapping, kinds: Mapping[str, Kind], needed: Iterable[str] = ()):
+    """Raise ValueError, naming where and key, for a value of another kind than its key's, and for a missing needed key.
+
+    Keys without a kind are ignored.
+    """
+    for name, (fits, words) in kinds.items():
+        if name in values and not fits(values[name]):
+            raise ValueError(f"{where}: {name} is {one_line(repr(values[name])[:1000], 60)}, wanted {words}")
+        if name in needed and name not in values:
+            raise ValueError(f"{where}: {name} is missing, wanted {words}")
+
+
+def differences(there: Mapping, here: Mapping) -> str:
+    """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree."""
+
+    def short(value):
+        text = repr(value)
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
+            return f"{value[:8]}…"
+        if len(text) <= 60:
+            return text
+        return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
+
+    return "; ".join(
+        f"{name} {short(there.get(name))} there, {short(value)} here"
+        for name, value in here.items()
+        if there.get(name) != value
+    )
+
+
+#################################################################################
+#                                    Records                                    #
+#################################################################################
+
+
+def key(kind: Kind, default=MISSING, *, decides: bool = True, name: str | None = None):
     """A key of a file, as a field of its `Record`.
 
     Args:
-        kind: the test of its value and the words for it, see `check_values`.
-        default: the value of a file without the key [there is none].
-        since: the format that introduced the key; from that format on it must be there.
-        needed: False for a key that may be missing in every format.
+        kind: what its value has to be.
+        default: the value where a file lacks the key [it may not].
         decides: whether what the file describes depends on it: by these keys two records are compared.
         name: the key, if it is not the field's name.
     """
-    metadata = dict(kind=kind, since=since, needed=needed, decides=decides, name=name)
+    metadata = dict(kind=kind, decides=decides, name=name)
     if isinstance(default, list):
         return field(default_factory=list, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 class Record:
-    """The base of such a dataclass. A field that is not made by `key` is not in the file.
-
-    Attributes:
-        FORMAT: the format that this program writes, and the newest that it reads.
-        OLDEST: the format of a file without format_version; None where such a file is refused.
-    """
-
-    FORMAT: ClassVar[int]
-    OLDEST: ClassVar[int | None] = None
+    """The base of such a dataclass. A field that is not made by `key` is not in the file."""
 
     @classmethod
     def keys(cls) -> dict[str, Field]:
@@ -50,34 +121,30 @@ class Record:
         return {one.metadata["name"] or one.name: one for one in fields(cls) if one.metadata}
 
     @classmethod
-    def read(cls, path: Path, **options):
+    def read(cls, path: Path, also_needed: Iterable[str] = ()):
         """The record in a file. Raises ValueError, naming file and key, for a value that is missing or of another kind.
 
         Args:
-            options: those of `from_json`.
-        """
-        return cls.from_json(read_json(path), path, **options)
-
-    @classmethod
-    def from_json(cls, values: dict, where, also_needed=()):
-        """The record in a dict. Raises ValueError as `read` does, and for a newer format.
-
-        Args:
-            where: what error lines call it.
             also_needed: keys that must be there although they have defaults.
         """
-        version, kind = values.get("format_version", cls.OLDEST), whole_number(1)
-        check_values(where, values, dict(format_version=kind), ["format_version"] if version is None else [])
-        if version > cls.FORMAT:
-            raise ValueError(f"{where} is of format {version}, this program knows up to {cls.FORMAT}: update it")
+        return cls.from_json(read_json(path), path, also_needed)
+
+    @classmethod
+    def from_json(cls, values: dict, where, also_needed: Iterable[str] = ()):
+        """The record in a dict, which error lines call `where`. Raises ValueError as `read` does, and for a newer
+        format."""
+        check_values(where, values, dict(format_version=whole_number(1)))
+        version = values.get("format_version", FORMAT)
+        if version > FORMAT:
+            raise ValueError(f"{where} is of format {version}, this program knows format {FORMAT}: update it")
         keys = cls.keys()
-        needed = {name for name, one in keys.items() if one.metadata["needed"] and one.metadata["since"] <= version}
+        needed = {name for name, one in keys.items() if one.default is one.default_factory is MISSING}
         check_values(where, values, {name: one.metadata["kind"] for name, one in keys.items()}, needed | {*also_needed})
         return cls(**{one.name: values[name] for name, one in keys.items() if name in values})
 
     def to_json(self) -> dict:
         """The dict that the file holds."""
-        return dict(format_version=self.FORMAT, **{name: getattr(self, one.name) for name, one in self.keys().items()})
+        return dict(format_version=FORMAT, **{name: getattr(self, one.name) for name, one in self.keys().items()})
 
     def settings(self) -> dict:
         """What decides what the file describes, by key."""

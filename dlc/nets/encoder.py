@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dlc.machine.cli import number, one_line
-from dlc.machine.files import SWITCH, TEXT, check_values, differences, or_null, real_number, whole_number
+from dlc.machine.records import SWITCH, TEXT, check_values, differences, or_null, real_number, whole_number
 from dlc.weights.foreign.encoder_layouts import read_encoder
 from dlc.weights.foreign.safe import differences_from, shown
 

@@ -16,9 +16,9 @@ import torch
 
 from dlc.data import Features, code_dtype
 from dlc.data.rows import Files, NpyRows, file_order, load_array
-from dlc.machine.files import OBJECT, SWITCH, TEXT, list_of, or_null, real_number, whole_number, write_bytes
+from dlc.machine.files import write_bytes
 from dlc.machine.folder import ResumableFolder
-from dlc.machine.records import Record, key
+from dlc.machine.records import OBJECT, SWITCH, TEXT, Record, key, list_of, or_null, real_number, whole_number
 from dlc.weights.foreign.safe import read_torch, storage_fault
 
 SHARD = 256  # codes
@@ -92,8 +92,6 @@ def open_codes(source) -> tuple[NpyRows, Features | None]:
 @dataclass(frozen=True, kw_only=True)
 class CodesRecord(Record):
     """Every key of codes.json but format_version."""
-
-    FORMAT = 1
 
     # the prior
     model: str = key(TEXT)

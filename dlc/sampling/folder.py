@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.machine.files import differences, remove_temporaries, write_json
+from dlc.machine.files import remove_temporaries, write_json
 from dlc.machine.folder import ResumableFolder
+from dlc.machine.records import differences
 from dlc.sampling.files import missing_indices
 from dlc.sampling.record import SamplesRecord
 

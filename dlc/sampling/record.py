@@ -1,4 +1,4 @@
-"""samples.json, which says what made the images of a folder: every key of it, with the format that introduced it."""
+"""samples.json, which says what made the images of a folder: every key of it."""
 
 import datetime
 import platform
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dlc.machine.files import OBJECT, SWITCH, TEXT, list_of, or_null, real_number, whole_number
 from dlc.machine.processes import versions
-from dlc.machine.records import Record, key
+from dlc.machine.records import OBJECT, SWITCH, TEXT, Record, key, list_of, or_null, real_number, whole_number
 
 COUNT, SIZE = whole_number(0), whole_number(1)
 
@@ -18,12 +17,9 @@ COUNT, SIZE = whole_number(0), whole_number(1)
 class SamplesRecord(Record):
     """samples.json but for its last key, in which the conditioning lists what each sample is drawn for.
 
-    That list, `labels`, `code_rows` (both since format 1) or `vector_rows` (since 2), is for readers: this program
-    compares `conditions_sha256` instead.
+    That list, `labels`, `code_rows` or `vector_rows`, is for readers: this program compares `conditions_sha256`
+    instead.
     """
-
-    FORMAT = 3  # 1 had no format_version, and no vectors; 2 no prior
-    OLDEST = 1
 
     # the settings: two sets of images are alike only where all agree, but for names of where files lay
     model: str = key(TEXT)
@@ -50,7 +46,7 @@ class SamplesRecord(Record):
     num_fid_samples: int = key(SIZE, decides=False)
     conditions_sha256: str = key(TEXT, decides=False)
     runs: list[dict] = key(list_of(OBJECT), decides=False)
-    prior: dict | None = key(or_null(OBJECT), None, since=3)  # all that decides codes that a prior drew
+    prior: dict | None = key(or_null(OBJECT), None)  # all that decides codes that a prior drew
 
 
 def this_launch(state, per_proc_batch_size: int) -> dict:

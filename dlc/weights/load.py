@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from dlc.machine.files import check_values, one_of, read_json, real_number, whole_number
+from dlc.machine.files import read_json
+from dlc.machine.records import check_values, one_of, real_number, whole_number
 from dlc.weights.foreign.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function, uses_diffusers_function
 from dlc.weights.foreign.layouts import locate, read_layout
 from dlc.weights.foreign.probe import predicts_velocity

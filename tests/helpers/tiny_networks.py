@@ -49,7 +49,7 @@ def save_folder(folder, arrays, ending="png"):
 
 def record_of(count, **changes):
     """A samples.json, as far as evaluation reads it."""
-    common = dict(format_version=2, model="DiTSEM-XL/2", step=7, weights="ema", cfg_scale=1.5, cfg_channels=4)
+    common = dict(format_version=1, model="DiTSEM-XL/2", step=7, weights="ema", cfg_scale=1.5, cfg_channels=4)
     return (
         dict(common, num_fid_samples=count, sampler="ddpm", num_sampling_steps=250, global_seed=3, labels=[0]) | changes
     )

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dlc.machine.cli import one_line
-from dlc.machine.files import SWITCH, check_values, one_of, read_json, real_number, whole_number
+from dlc.machine.files import read_json
+from dlc.machine.records import SWITCH, check_values, one_of, real_number, whole_number
 from dlc.weights.foreign.encoder_names import (
     from_dinov2,
     from_timm,

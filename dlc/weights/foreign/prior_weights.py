@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from diffusion.masked import MaskedDiffusion
-from dlc.machine.files import SWITCH, TEXT, check_values, whole_number
+from dlc.machine.records import SWITCH, TEXT, check_values, whole_number
 from dlc.weights.foreign.layouts import read_layout
 from dlc.weights.foreign.sedd import FREQUENCIES, outline
 from dlc.weights.foreign.source import Source

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import SWITCH, check_values, list_of, one_of, or_null, read_json, real_number, whole_number
+from dlc.machine.files import read_json
+from dlc.machine.records import SWITCH, check_values, list_of, one_of, or_null, real_number, whole_number
 from dlc.weights.foreign.safe import check_tensors, load_tensors, shown
 from dlc.weights.foreign.weights_files import WEIGHTS_SUFFIXES, hub_patterns, read_file, weights_in
 from dlc.weights.hub import fetch, is_id
