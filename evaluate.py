@@ -20,7 +20,6 @@ from dlc.machine.processes import create_logger, done_by_rank_0, start_processes
 from evaluation.comparison import DEFAULTS, METRICS, Comparison, Result, needs_reference, networks_of
 from evaluation.feature_file import NAME as FEATURE_FILE
 from evaluation.feature_file import FileNetwork, read_features
-from evaluation.features import Measured, measure
 from evaluation.flags import (
     add_comparison_flags,
     check_comparison_flags,
@@ -28,11 +27,12 @@ from evaluation.flags import (
     nothing_written,
     wanted_metrics,
 )
-from evaluation.images import open_images
+from evaluation.measuring import Measured, measure
 from evaluation.networks import NETWORKS, open_networks
 from evaluation.reference import Reference, open_reference
 from evaluation.report import metrics_json, metrics_path, paper_line, table, write_metrics
 from evaluation.self_check import check_arithmetic, check_network
+from evaluation.sets import open_images
 
 # name: the module whose main() it is, by sys.argv
 COMMANDS = {

@@ -104,10 +104,10 @@ def numpy_precision_recall(reference, samples, half, block=10_000):
 def inception_pass(root):
     """The images per second of the real pass over an .npz of 256 x 256 pixels, with random weights."""
     from dlc.machine.processes import start_processes
-    from evaluation.features import measure
-    from evaluation.images import open_images
     from evaluation.inception import InceptionV3
+    from evaluation.measuring import measure
     from evaluation.networks import InceptionNetwork
+    from evaluation.sets import open_images
 
     state = start_processes()
     network = InceptionNetwork.__new__(InceptionNetwork)

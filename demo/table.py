@@ -28,8 +28,8 @@ from dlc.machine.files import write_bytes
 from dlc.nets.encoder import load_encoder
 from dlc.nets.vae import decode, load_vae
 from dlc.sampling.code_folder import open_codes
-from evaluation.codes import CodeReader, token_agreement
 from evaluation.metrics import FeatureStatistics, frechet_distance
+from evaluation.tokens import CodeReader, token_agreement
 
 CPU = torch.device("cpu")
 

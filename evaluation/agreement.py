@@ -28,9 +28,9 @@ from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
 from dlc.sampling.files import missing_indices, png_path
 from dlc.sampling.record import SamplesRecord
 from dlc.weights.load import weights_sha256
-from evaluation.codes import CodeReader, agreement_of_images, open_encoder_of
 from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
 from evaluation.report import metrics_path, write_metrics
+from evaluation.tokens import CodeReader, agreement_of_images, open_encoder_of
 
 #################################################################################
 #                            The codes of the samples                           #

@@ -13,10 +13,10 @@ import torch
 from dlc.machine.processes import cores_per_process
 from evaluation import notes
 from evaluation.feature_file import NAME as FEATURE_FILE
-from evaluation.features import Measured, measure
-from evaluation.images import ImageSet
+from evaluation.measuring import Measured, measure
 from evaluation.metrics import density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
 from evaluation.reference import Reference
+from evaluation.sets import ImageSet
 
 SPLIT_SIZE = 5000  # rows of a split of the Inception Score, in the order of the samples: ADM's
 K_PRECISION, K_DENSITY = 3, 5  # nearest neighbours, of ADM and of the paper on density and coverage

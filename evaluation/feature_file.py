@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from dlc.data.npz import array_names, read_array
 from dlc.machine.cli import one_line
-from evaluation.features import Measured
-from evaluation.images import npz_names, read_array
+from evaluation.measuring import Measured
 from evaluation.metrics import FeatureStatistics, checked
 
 NAME = "file"  # of the network, which is not known
@@ -42,7 +42,7 @@ def read_features(path) -> tuple[Measured, Measured | None, torch.Tensor | None]
 
     Raises ValueError, naming file and array.
     """
-    path, names = Path(path), npz_names(path)
+    path, names = Path(path), array_names(path)
     if "samples" not in names:
         keys = one_line(", ".join(names), 100) or "none"
         raise ValueError(f"--features {path} has no array samples (N, D): its keys are {keys}")

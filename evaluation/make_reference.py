@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from dlc.data.npz import write_images
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
 from dlc.machine.processes import create_logger, done_by_rank_0, start_processes
-from evaluation.features import measure
 from evaluation.flags import nothing_written
-from evaluation.images import open_images
+from evaluation.measuring import measure
 from evaluation.networks import NETWORKS, add_network_flags, check_weights_flags, open_networks
 from evaluation.notes import PUBLISHED_REFERENCE
-from evaluation.reference import STORED, write_reference
+from evaluation.reference import STORED
 from evaluation.self_check import check_arithmetic, check_network
+from evaluation.sets import open_images
 
 
 def parse_args():
@@ -85,7 +86,7 @@ def run(args):
             if output in network.outputs:
                 statistics = measured.statistics[network.name, output]
                 arrays.update({mean: statistics.mean.numpy(), covariance: statistics.covariance.numpy()})
-        write_reference(Path(args.output), images, rows, arrays)
+        write_images(Path(args.output), (len(rows), *images.size, 3), images.chosen(rows.tolist()), arrays)
         logger.info(f"{args.output}: statistics of {images.count:,} images, and {len(rows):,} of them as arr_0")
         if len(measured.twins):
             logger.warning(f"warning: {len(measured.twins):,} of the images equal an earlier one")

@@ -1,8 +1,8 @@
 """Warnings that prevent the wrong numbers people are known to publish, as lines."""
 
-from evaluation.features import Measured
-from evaluation.images import ImageSet
+from evaluation.measuring import Measured
 from evaluation.reference import Reference
+from evaluation.sets import ImageSet
 from models import DiT_models
 
 PUBLISHED_SAMPLES, PUBLISHED_REFERENCE = 50_000, 10_000  # images of ADM's protocol: samples; arr_0 of a reference

@@ -25,7 +25,12 @@ from dlc.nets.encoder import add_encoder_flags
 from dlc.nets.vae import vae_id
 from dlc.weights.foreign.safe import load_tensors
 from dlc.weights.load import weights_sha256
-from evaluation.codes import (
+from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
+from evaluation.measuring import counts_of, merge, outputs_of, share
+from evaluation.metrics import FeatureStatistics, frechet_distance
+from evaluation.networks import NETWORKS, check_weights_flags, open_networks
+from evaluation.similarity import psnr, ssim
+from evaluation.tokens import (
     BATCH,
     CodeReader,
     EncoderNetwork,
@@ -34,11 +39,6 @@ from evaluation.codes import (
     open_encoder_of,
     token_agreement,
 )
-from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
-from evaluation.features import counts_of, merge, outputs_of, share
-from evaluation.metrics import FeatureStatistics, frechet_distance
-from evaluation.networks import NETWORKS, check_weights_flags, open_networks
-from evaluation.similarity import psnr, ssim
 
 SETS = ("originals", "reconstructions")
 SAVE_SECONDS = 60  # between two writes of what is done so far, at least

@@ -11,16 +11,15 @@ features of a fixed image, by which another network or machine is noticed). ADM'
 """
 
 import hashlib
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from dlc.data.npz import array_names, read_array
 from dlc.machine.cli import one_line
-from dlc.machine.files import write_whole
-from evaluation.images import ImageSet, npz_names, open_images, read_array
 from evaluation.metrics import FeatureStatistics
+from evaluation.sets import ImageSet, open_images
 
 STORED = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 DEFAULT_NETWORK = "inception"  # of ADM's files, which do not say
@@ -62,7 +61,7 @@ def open_reference(path, crop: int | None = None, resize: int | None = None) -> 
     path = Path(path)
     if path.is_dir() or path.exists() and path.suffix != ".npz":
         return Reference(path, open_images(path, "--reference", crop, resize))
-    names = npz_names(path)
+    names = array_names(path)
     reference = Reference(path)
     reference.network = text(path, names, "network") or DEFAULT_NETWORK
     reference.network_sha256 = text(path, names, "network_sha256")
@@ -107,22 +106,3 @@ def numbers(path, name, shape=None) -> np.ndarray:
     if shape is not None and array.shape != shape:
         raise ValueError(f"{path}: {name} has shape {array.shape}, wanted {shape}")
     return array.astype(np.float64)
-
-
-def write_reference(path: Path, images: ImageSet, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz of the given arrays, with the images of some rows (ascending indices) as arr_0, streamed."""
-
-    def write(file):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            if len(rows):
-                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
-                    header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint8))
-                    shape = (len(rows), *images.size, 3)
-                    np.lib.format.write_array_header_1_0(array, {**header, "shape": shape})
-                    for image in images.chosen(rows.tolist()):
-                        array.write(image.tobytes())
-            for name, value in arrays.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as array:
-                    np.lib.format.write_array(array, np.asanyarray(value), allow_pickle=False)
-
-    write_whole(path, write)

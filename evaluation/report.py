@@ -8,7 +8,7 @@ from pathlib import Path
 from dlc.machine.files import read_json, recorded_id, write_json
 from dlc.machine.processes import versions
 from evaluation.comparison import DISTANCES, K_DENSITY, K_PRECISION, SPLIT_SIZE, Comparison, Result
-from evaluation.images import ImageSet
+from evaluation.sets import ImageSet
 
 FORMAT = 1
 # key: the name in the table and the line, and digits after the point in the line

@@ -17,9 +17,9 @@ from dlc.data.images import center_crop
 from dlc.sampling.files import write_npz
 from evaluation import self_check
 from evaluation.comparison import METRICS
-from evaluation.features import share
-from evaluation.images import open_images
+from evaluation.measuring import share
 from evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
+from evaluation.sets import open_images
 
 GOLDEN = np.load(ROOT / "tests/goldens/adm_metrics.npz")
 NUMBER = r"-?[\d.]+"
@@ -169,7 +169,7 @@ def test_features_against_stored_statistics_alone(evaluate, evaluation_place):
 
 def test_chosen_images(evaluation_place):
     """Of an .npz and of a folder, in order, whatever the batches."""
-    from evaluation.images import open_images
+    from evaluation.sets import open_images
 
     images = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 3), dtype=np.uint8)
     np.savez("many.npz", arr_0=images)

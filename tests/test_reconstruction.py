@@ -23,10 +23,10 @@ from dlc.nets.encoder import load_encoder
 from dlc.sampling.record import SamplesRecord
 from dlc.weights.load import weights_sha256
 from evaluation import agreement, reconstruction
-from evaluation.codes import CodeReader, EncoderNetwork, exact_numerics, token_agreement
 from evaluation.feature_images import FeatureImages, Reconstructor
 from evaluation.reconstruction import Measured, joined, measure
 from evaluation.similarity import psnr, ssim
+from evaluation.tokens import CodeReader, EncoderNetwork, exact_numerics, token_agreement
 
 CPU = torch.device("cpu")
 
@@ -194,7 +194,7 @@ def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
     """The numbers are those of all images at once; a measurement that is cut off continues to the same numbers."""
     features, images, reconstruct, read, networks = parts
     monkeypatch.setattr(reconstruction, "BATCH", 5)
-    monkeypatch.setattr("evaluation.codes.BATCH", 5)
+    monkeypatch.setattr("evaluation.tokens.BATCH", 5)
     state, path = start_processes(), tmp_path / "done.safetensors"
     whole = Measured(networks, L, {"a": 1})
     measure(whole, images, reconstruct, state, networks, read)
@@ -218,7 +218,7 @@ def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
         return reconstruct(crops)
 
     cut_off.device = CPU
-    monkeypatch.setattr("evaluation.codes.encoding_threads", lambda device: 1)
+    monkeypatch.setattr("evaluation.tokens.encoding_threads", lambda device: 1)
     with pytest.raises(Interrupted):
         measure(Measured(networks, L, {"a": 1}), images, cut_off, state, networks, read, path)
     rest = Measured(networks, L, {"a": 1})

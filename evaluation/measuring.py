@@ -19,8 +19,8 @@ import torch.distributed as dist
 from dlc.machine.cli import progress
 from dlc.machine.processes import in_batches
 from dlc.nets.pixels import encoding_pool, encoding_threads, in_order, set_exact_numerics
-from evaluation.images import ImageSet
 from evaluation.metrics import FeatureStatistics
+from evaluation.sets import ImageSet
 
 DIGEST = 16  # bytes per image
 BATCH = dict(cuda=64, cpu=8)  # images, which decide rounding; on a CPU each core has a batch

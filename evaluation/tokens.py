@@ -14,7 +14,7 @@ from dlc.machine.processes import cores_per_process, in_batches
 from dlc.nets.encoder import DEFAULT_ENCODER, open_encoder, tokens
 from dlc.nets.pixels import encoding_pool, encoding_threads, in_order
 from dlc.weights.load import weights_sha256
-from evaluation.features import counts_of, exact_numerics, gather, share
+from evaluation.measuring import counts_of, exact_numerics, gather, share
 
 BATCH = 32  # images at once; fixed, because a pixel or a token near a tie may depend on it
 

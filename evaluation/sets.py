@@ -6,11 +6,7 @@
 One set is a few batches in memory, whatever its size.
 """
 
-import contextlib
-import math
 import os
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +17,12 @@ from PIL import Image
 
 from dlc.data.images import center_crop, load_rgb
 from dlc.data.listing import is_image, list_images
+from dlc.data.npz import array_names, image_shape, read_images
 from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
 from dlc.machine.processes import default_num_workers
-from dlc.sampling.files import open_array
 
 JPEG = (".jpg", ".jpeg")
-BROKEN = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)  # of a damaged .npz
-LARGEST_INFLATED = 2**26  # bytes of an array that may be compressed more than 100-fold, as zeros are
 CHOSEN_FROM = 64  # images that are read at once to choose some of them
 CHECKED_FIRST = 32  # images of a folder whose size is looked at before the work
 
@@ -69,97 +63,19 @@ class ImageSet(ABC):
 #################################################################################
 
 
-@contextlib.contextmanager
-def said_of(path):
-    """Turn what the reader of a damaged .npz raises into one line that names the file."""
-    try:
-        yield
-    except BROKEN as error:
-        raise ValueError(f"{path} is no whole .npz, or is cut off or damaged ({one_line(error, 100)})") from None
-
-
-def npz_names(path) -> list[str]:
-    """The names of the arrays in an .npz. Raises ValueError, naming the file, where it is none."""
-    path = Path(path)
-    if not path.is_file():  # a pipe would be waited at for ever
-        raise ValueError(f"{path} {'is no file or folder' if path.exists() else 'does not exist'}")
-    with said_of(path), zipfile.ZipFile(path) as archive:
-        return [name[: -len(".npy")] for name in archive.namelist() if name.endswith(".npy")]
-
-
-def read_array(path, name: str) -> np.ndarray:
-    """An array of an .npz, whole in memory. Raises ValueError, naming file and array, where it cannot be read."""
-    with said_of(path), zipfile.ZipFile(path) as archive:
-        try:
-            stream, shape, dtype = open_array(archive, f"{name}.npy")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        size, packed = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").compress_size
-        if size > max(LARGEST_INFLATED, 100 * packed):
-            raise ValueError(
-                f"{path}: {name} inflates from {packed:,} to {size:,} bytes, more than features or statistics"
-            )
-        data = bytearray()
-        while len(data) < size:  # so that no more is taken than there is
-            block = stream.read(min(size - len(data), 2**24))
-            if not block:
-                raise ValueError(f"{path}: {name} ends early")
-            data += block
-        return np.frombuffer(data, dtype).reshape(shape) if size else np.empty(shape, dtype)
-
-
-def shape_fault(shape, dtype) -> str | None:
-    """Why an arr_0 is no set of images, and what to do, in words; or None."""
-    wanted = "wanted uint8 (N, H, W, 3)"
-    if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
-        return f"has its channels first, shape {shape}, {wanted}: transpose it by (0, 2, 3, 1)"
-    if len(shape) == 3 or len(shape) == 4 and shape[3] == 1:
-        return f"is grey, shape {shape}, {wanted}: repeat the channel"
-    if len(shape) != 4 or shape[3] != 3:
-        return f"has shape {shape}, {wanted}"
-    if dtype != np.uint8:
-        return f"is {dtype}, {wanted}, values 0 to 255: round and convert it"
-    if 0 in shape:
-        return f"is empty, shape {shape}"
-    return None
-
-
 class NpzImages(ImageSet):
     """arr_0 of an .npz, read as a stream. Raises ValueError, naming file and fault, where there is none."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         super().__init__()
-        self.path, names = Path(path), npz_names(path)
-        if "arr_0" not in names:
-            keys = one_line(", ".join(names), 100) or "none"
-            raise ValueError(f"{path} has no arr_0, which holds the images: its keys are {keys}")
-        with said_of(path), zipfile.ZipFile(self.path) as archive:
-            try:
-                _, shape, dtype = open_array(archive)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        fault = shape_fault(shape, dtype)
-        if fault:
-            raise ValueError(f"{path}: arr_0 {fault}")
-        self.count, self.size = shape[0], tuple(shape[1:3])
-        self.record = read_record(self.path.with_suffix(""), self.count)
-        others = [name for name in names if name != "arr_0"]
+        self.path, (self.count, *size, _) = path, image_shape(path)
+        self.size, self.record = tuple(size), read_record(path.with_suffix(""), self.count)
+        others = [name for name in array_names(path) if name != "arr_0"]
         if others:
             self.notes.append(f"{path}: not used: {one_line(', '.join(others), 100)}; the numbers are of arr_0")
 
     def batches(self, start, stop, size):
-        bytes_of_one = self.size[0] * self.size[1] * 3
-        with said_of(self.path), zipfile.ZipFile(self.path) as archive:
-            stream, _, _ = open_array(archive)
-            stream.seek(start * bytes_of_one, os.SEEK_CUR)
-            for place in range(start, stop, size):
-                count = min(size, stop - place)
-                data = stream.read(count * bytes_of_one)
-                if len(data) < count * bytes_of_one:
-                    raise ValueError(f"{self.path} ends within its images {place} to {place + count - 1}")
-                yield np.frombuffer(data, np.uint8).reshape(count, *self.size, 3)
-            if stop == self.count:
-                stream.read(1)  # the end, at which the checksum is compared
+        return read_images(self.path, start, stop, size)
 
 
 def read_record(folder: Path, count: int) -> dict | None:
