@@ -22,9 +22,9 @@ from dlc.sampling.codes import sample_codes
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.training.update import update_ema
-from evaluation.codes import EncoderNetwork
-from evaluation.features import measure
-from evaluation.images import open_images
+from evaluation.measuring import measure
+from evaluation.sets import open_images
+from evaluation.tokens import EncoderNetwork
 from models import DiT_models, SEMEmbedder
 from prior import DLCPrior_models
 from train_diffusion import losses_of

@@ -17,9 +17,9 @@ from dlc.sampling.files import check_npz, png_path, write_npz
 from dlc.sampling.folder import SampleFolder
 from dlc.sampling.record import SamplesRecord
 from dlc.training.record import append_metrics, draw_losses, read_metrics, trim_metrics
-from evaluation.features import measure
-from evaluation.images import open_images
+from evaluation.measuring import measure
 from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+from evaluation.sets import open_images
 
 #################################################################################
 #                                   Samples                                     #

@@ -1025,7 +1025,7 @@ def test_npy_that_are_kept(tmp_path, array):
 @pytest.mark.parametrize(
     "content, message",
     [
-        *[(content, "not a whole .npz of samples") for content, _ in BAD_NPY],
+        *[(content, "bad.npz: arr_0 ") for content, _ in BAD_NPY],
         (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
         (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
         (npy(described("()"), bytes(8)), "wanted uint8"),
@@ -1038,12 +1038,8 @@ def test_npz(tmp_path, content, message, compression):
     path = tmp_path / "bad.npz"
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("arr_0.npy", content)
-    try:
-        wrong = check_npz(path)[1]
-    except ValueError:
-        wrong = [refusal(check_npz, path)]
     message = "another way than NumPy's" if compression == zipfile.ZIP_LZMA else message
-    assert re.search(message, " ".join(wrong))
+    assert re.search(message, refusal(check_npz, path))
     assert npz_rows(path) in (0, 2)
 
 

@@ -12,7 +12,7 @@ from test_evaluation_networks import tiny_dinov2
 from tiny_networks import pixels, record_of, save_folder
 
 import evaluate
-from evaluation import comparison, images, notes
+from evaluation import comparison, notes, sets
 from evaluation.reference import Reference, open_reference
 
 #################################################################################
@@ -139,7 +139,7 @@ def test_mistaken_flags(mistake):
         (dict(arr_0=pixels(3)[..., 0]), r"arr_0 is grey, shape \(3, 16, 16\).*repeat the channel"),
         (dict(arr_0=pixels(3)[..., :1]), r"arr_0 is grey, shape \(3, 16, 16, 1\)"),
         (dict(arr_0=pixels(3)[:0]), r"arr_0 is empty, shape \(0, 16, 16, 3\)"),
-        (dict(arr_0=np.array([{}], object)), "bad.npz: arr_0.npy is of pickled objects"),
+        (dict(arr_0=np.array([{}], object)), "bad.npz: arr_0 is of pickled objects"),
         (dict(arr_0=np.zeros(5, np.uint8)), r"arr_0 has shape \(5,\)"),
     ],
 )
@@ -154,11 +154,11 @@ def test_files_and_folders_that_are_none(mistake, evaluation_place):
     whole = (evaluation_place / "samples.npz").read_bytes()
     for content in (whole[: len(whole) // 2], whole[:-30], b"", b"PK\x03\x04 and more"):
         (evaluation_place / "bad.npz").write_bytes(content)
-        assert re.search("bad.npz is no whole .npz, or is cut off", mistake("bad.npz", "--reference", "reference.npz"))
+        assert re.search("bad.npz is not a whole .npz: cut off", mistake("bad.npz", "--reference", "reference.npz"))
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1  # one bit of one image: found at the end, by the checksum
     (evaluation_place / "bad.npz").write_bytes(damaged)
-    assert "bad.npz is no whole .npz, or is cut off or damaged (Bad CRC-32" in mistake(
+    assert "bad.npz is not a whole .npz: cut off or damaged (Bad CRC-32" in mistake(
         "bad.npz", "--reference", "reference.npz"
     )
     assert "nowhere.npz does not exist" in mistake("nowhere.npz", "--reference", "reference.npz")
@@ -179,7 +179,7 @@ def test_mixed_sizes_beyond_the_first_images(mistake, evaluation_place):
     """More images than are looked at before the work: found when it is read."""
     save_folder(evaluation_place / "set", pixels(100))
     Image.fromarray(pixels(1, 20)[0]).save(evaluation_place / "set/000002.png")
-    assert images.CHECKED_FIRST < 100
+    assert sets.CHECKED_FIRST < 100
     assert "different sizes (000000.png 16 x 16, 000002.png 20 x 20)" in mistake("set", "--reference", "reference.npz")
 
 
