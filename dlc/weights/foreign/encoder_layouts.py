@@ -23,8 +23,15 @@ from dlc.weights.foreign.encoder_names import (
     serves_training_only,
     to_state_dict,
 )
-from dlc.weights.foreign.safe import check_tensors, plain_name, shown
-from dlc.weights.foreign.weights_files import WEIGHTS_FILES, hub_patterns, read_file, weights_in
+from dlc.weights.foreign.safe import (
+    WEIGHTS_FILES,
+    check_tensors,
+    hub_patterns,
+    plain_name,
+    read_file,
+    shown,
+    weights_in,
+)
 from dlc.weights.hub import fetch, id_and_revision, is_id
 
 SIZES = {384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16), 1536: ("giant", 40, 24)}

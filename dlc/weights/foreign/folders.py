@@ -6,8 +6,8 @@ import re
 
 from dlc.machine.files import read_json
 from dlc.weights.checkpoint import newest_of_run
+from dlc.weights.foreign.safe import read_file, weights_in
 from dlc.weights.foreign.source import NoRawWeights, Source, run_meta
-from dlc.weights.foreign.weights_files import read_file, weights_in
 from dlc.weights.meta import RunMeta, read_meta
 
 EXPORTED = "dlc-dit"  # the "format" of a config.json of ours

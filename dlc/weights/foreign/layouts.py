@@ -30,10 +30,9 @@ from dlc.weights.foreign.folders import (
     read_weights_folder,
     with_kind,
 )
-from dlc.weights.foreign.safe import WRAPPERS, check_tensors, plain_name
+from dlc.weights.foreign.safe import WEIGHTS_FILES, WRAPPERS, check_tensors, plain_name, weights_in
 from dlc.weights.foreign.sedd import read_sedd, read_sedd_training
 from dlc.weights.foreign.source import AVAE, BESIDE, ON_HUB, AnEncoder, APrior, NoRawWeights, Source, run_meta
-from dlc.weights.foreign.weights_files import WEIGHTS_FILES, weights_in
 from dlc.weights.hub import fetch, is_id
 
 MOST_STEPS = 8

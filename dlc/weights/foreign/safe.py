@@ -1,27 +1,47 @@
 """Tensors from untrusted files: no code in them is run, and they are given no more memory than they hold.
 
-    weights = check_tensors(load_tensors("model.safetensors"), "model.safetensors")
+    values, words = read_file(path)                                # of a file, or of the shards that an index names
+    weights = check_tensors(values, path)
 
 Every file of torch or safetensors that this program opens goes through here: weights of models, VAEs and encoders, the
-optimizer's state of a resumed run, codes in a `.pt`. What kind of file one is, its first bytes tell, not its name.
+optimizer's state of a resumed run, codes in a `.pt`. Files are recognised by their first bytes, not by their names.
 Errors are in our words, because those of the libraries are long, and some advise the user to load the file unsafely.
 """
 
 import argparse
+import io
 import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.weights.foreign.legacy_files import LARGEST_INDEX, START, load_legacy
+from dlc.machine.files import is_plain_name, read_json
 
-ZIP = b"PK\x03\x04"
+# Of a folder the first of these is read: weights whole before shards, full precision before half.
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDS = {  # of a file, and of what is fetched from the hub for it
+    ".safetensors": ".safetensors",
+    ".safetensors.index.json": "-*-of-*.safetensors",
+    ".bin": ".bin",
+    ".bin.index.json": "-*-of-*.bin",
+    ".fp16.safetensors": ".fp16.safetensors",
+    ".safetensors.index.fp16.json": ".fp16-*-of-*.safetensors",
+    ".fp16.bin": ".fp16.bin",
+    ".bin.index.fp16.json": ".fp16-*-of-*.bin",
+}
+WEIGHTS_FILES = tuple(stem + end for end in ENDS for stem in STEMS)
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\n"  # first bytes of what torch.save writes since 1.6, and before
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Bytes of the index of a file's tensors: the pickle of torch.save, the header of a .safetensors. That of a training
+# checkpoint of a DiT-XL/2, with weights, EMA and optimizer, has 0.2 MB. A hostile one grows about 70-fold as objects.
+LARGEST_INDEX = 2**22
 # The names in a pickle of tensors and plain values, including the arguments of training scripts. With weights_only,
 # torch admits more, and other packages add to it: bytearray(10**12), for example, would fill the memory.
 ADMITTED = re.compile(
@@ -38,14 +58,67 @@ PASSED_OVER = re.compile(
     r"_codecs encode|datetime (datetime|date|time|timedelta|timezone)|"
     r"omegaconf(\.\w+)* \w+|typing \w+|__builtin__ (list|dict|int|float|str|bool|object)"
 )
-
-
 WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch.compile
 
 
-def plain_name(name) -> str:
+def plain_name(name: object) -> str:
     """A tensor's name without the wrappers of DDP and torch.compile."""
     return WRAPPERS.sub("", str(name))
+
+
+#################################################################################
+#                              Files and their shards                           #
+#################################################################################
+
+
+def hub_patterns(folder: str = "", stems: Iterable[str] = STEMS) -> tuple[str, ...]:
+    """Patterns of what is fetched from a repository on the hub for such a file, in the order of preference."""
+    return tuple(f"{folder}{stem}{end}" for end in ENDS.values() for stem in stems)
+
+
+def weights_in(files: Iterable[str]) -> str | None:
+    """The name of the file of weights to read in a folder: one of WEIGHTS_FILES, or the only one there; or None."""
+    files = set(files)
+    others = [name for name in files if name.endswith(WEIGHTS_SUFFIXES)]
+    return next((name for name in WEIGHTS_FILES if name in files), others[0] if len(others) == 1 else None)
+
+
+def read_file(path: Path) -> tuple[dict, str]:
+    """What a file of weights, or an index of shards, holds; and words for shards and variants, or ""."""
+    path, said = Path(path), []
+    if is_index(path):
+        places = shards_of(path)
+        shards = {name: load_tensors(path.with_name(name)) for name in sorted(set(places.values()))}
+        lacking = next((key for key, name in places.items() if key not in shards[name]), None)
+        if lacking is not None:
+            raise ValueError(f"{path} says that {places[lacking]} has {lacking[:80]!r}, which it does not")
+        values, said = {key: shards[name][key] for key, name in places.items()}, [f"{len(shards)} shards"]
+    else:
+        values = load_tensors(path)
+    return values, ", ".join(said + ["fp16 variant"] * (".fp16." in path.name))
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is the JSON index of shards, by its first bytes."""
+    if not path.is_file() or path.stat().st_size > LARGEST_INDEX:
+        return False
+    with open(path, "rb") as file:
+        start = file.read(64)
+    # a .safetensors begins with the length of its header, whose first bytes are no text
+    return start.lstrip()[:1] == b"{" and b"\0" not in start
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """The file beside an index that holds each tensor. Raises ValueError for names of files elsewhere."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
+        raise ValueError(f"{index} is no index of shards: its weight_map is not of names of files beside it")
+    return names
+
+
+#################################################################################
+#                                    Reading                                    #
+#################################################################################
 
 
 class PassedOver:
@@ -61,7 +134,7 @@ class PassedOver:
         pass
 
 
-def load_tensors(path):
+def load_tensors(path: Path) -> dict:
     """The dict in a `.safetensors` file or in a file of torch.save, which may also hold values that are not tensors.
 
     Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file.
@@ -71,9 +144,7 @@ def load_tensors(path):
         raise ValueError(f"{path} does not exist")
     with open(path, "rb") as file:
         start = file.read(9)
-    if start[:4] == START:
-        return load_legacy(path)
-    if start[:4] == ZIP or (path.suffix != ".safetensors" and start[8:] != b"{"):
+    if start[:4] in (ZIP, OLD) or (path.suffix != ".safetensors" and start[8:] != b"{"):
         value = read_torch(path)
         if not isinstance(value, dict):
             raise ValueError(f"{path} holds {in_words(value)}, wanted a dict of tensors")
@@ -86,67 +157,75 @@ def load_tensors(path):
     raise ValueError(f"{path} cannot be read as weights: it is no .safetensors, or cut off or damaged")
 
 
-def in_words(value):
+def in_words(value: object) -> str:
     """What a value from a file is, for errors."""
     return "an object that is no tensor" if isinstance(value, PassedOver) else f"a {type(value).__name__}"
 
 
-def read_torch(path, what="weights"):
-    """The value in a file of torch.save, with memory-mapped tensors. Raises ValueError naming the file and `what`.
+def read_torch(path: Path, what: str = "weights"):
+    """The value in a file of torch.save, with memory-mapped tensors; those of torch before 1.6 are read whole.
 
-    Objects that PASSED_OVER names are `PassedOver` in it.
+    Objects that PASSED_OVER names are `PassedOver` in it. Raises ValueError naming the file and `what`.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        fault = archive_fault(path)
+        fault, names = survey(path)
         if not fault:
-            inert = [
-                (PassedOver, name.replace(" ", ".")) for name in set(names_in(path)) if PASSED_OVER.fullmatch(name)
-            ]
+            inert = [(PassedOver, name.replace(" ", ".")) for name in names if PASSED_OVER.fullmatch(name)]
             with torch.serialization.safe_globals([argparse.Namespace, *inert]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception:  # zip readers and the unpickler raise many types
         fault = "it is cut off or damaged"
     raise ValueError(f"{path} cannot be read as {what}: {fault}")
 
 
-def names_in(path):
-    """The names "module name" of all that the pickle in a torch file asks for.
-
-    It is read as torch.load reads it, because other zip readers may find another entry.
-    """
-    for opcode, argument, _ in pickletools.genops(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")):
-        if opcode.name == "GLOBAL":
-            yield argument
-
-
-def archive_fault(path):
-    """Why a file must not go to torch.load, in words: it would fill the memory, or is no file of tensors. Else None."""
+def survey(path: Path) -> tuple[str, set[str]]:
+    """Why a file must not go to torch.load, because it would fill the memory or is no file of tensors, or ""; and the
+    names, "module name", of all that its pickles ask for."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if file.read(4) != ZIP:
-            return "it is no file of torch.save"
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        return "it has compressed entries, which torch.save does not write"
-    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
-        return f"its entries claim more than the file's {size:,} bytes"
-    if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
-        return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors"
-    for name in names_in(path):
-        if not (ADMITTED.fullmatch(name) or PASSED_OVER.fullmatch(name)):
-            return (
-                f"it names {shown(name.replace(' ', '.'))}, and may only hold tensors and plain values: save "
-                "the weights alone"
-            )
-    return None
+        start = file.read(LARGEST_INDEX)
+    if start[:4] == ZIP:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            return "it has compressed entries, which torch.save does not write", set()
+        if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
+            return f"its entries claim more than the file's {size:,} bytes", set()
+        if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
+            return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors", set()
+        # as torch.load reads it, because other zip readers may find another entry
+        pickles, count = io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")), 1
+    elif (
+        start[:4] == OLD
+    ):  # a magic number, a version, facts about the machine, the objects, the keys of their storages
+        pickles, count = io.BytesIO(start), 5
+    else:
+        return "it is no file of torch.save", set()
+    names = {name for _ in range(count) for name in names_in(pickles)}
+    unfit = next(
+        (name for name in sorted(names) if not (ADMITTED.fullmatch(name) or PASSED_OVER.fullmatch(name))), None
+    )
+    if unfit is not None:
+        unfit = shown(unfit.replace(" ", "."))
+        return f"it names {unfit}, and may only hold tensors and plain values: save the weights alone", names
+    return "", names
 
 
-def check_tensors(tensors, path):
+def names_in(pickles) -> Iterator[str]:
+    """The names "module name" of all that the next pickle of a file asks for."""
+    return (argument for opcode, argument, _ in pickletools.genops(pickles) if opcode.name in ("GLOBAL", "INST"))
+
+
+#################################################################################
+#                                     Checks                                    #
+#################################################################################
+
+
+def check_tensors(tensors: dict, path) -> dict[str, torch.Tensor]:
     """Return the dict if all its values can be weights. Raises ValueError naming file and tensor.
 
     Weights are floating point, dense, in memory and finite. A single value that is not finite makes all outputs NaN,
@@ -163,7 +242,7 @@ def check_tensors(tensors, path):
     return tensors
 
 
-def tensor_fault(tensor):
+def tensor_fault(tensor: torch.Tensor) -> str | None:
     """Why a tensor cannot be a weight, in words, or None."""
     if tensor.dtype not in FLOATS:
         return f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
@@ -174,7 +253,7 @@ def tensor_fault(tensor):
     return fault
 
 
-def storage_fault(tensor):
+def storage_fault(tensor: torch.Tensor) -> str | None:
     """Why a tensor does not have as many values in memory as its shape says, in words, or None."""
     if tensor.layout != torch.strided:
         return f"is {str(tensor.layout).removeprefix('torch.')}, wanted dense"
@@ -185,7 +264,7 @@ def storage_fault(tensor):
     return None
 
 
-def differences_from(wanted, weights):
+def differences_from(wanted: dict, weights: dict) -> str:
     """How named tensors differ from the wanted ones in names and shapes, in words; "" if they agree."""
     misshapen = [
         f"{shown(name)} {one_line(tuple(weights[name].shape), 40)}, wanted {tuple(wanted[name].shape)}"
@@ -205,6 +284,6 @@ def differences_from(wanted, weights):
     return ""
 
 
-def shown(name):
+def shown(name: object) -> str:
     """A name from a file as errors show it: printable and short."""
     return one_line(str(name)[:1000], 80)

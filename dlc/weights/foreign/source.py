@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.weights.foreign.weights_files import WEIGHTS_SUFFIXES, hub_patterns
+from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, hub_patterns
 from dlc.weights.meta import RunMeta
 
 # The first alternative that a repository on the hub has.

@@ -16,8 +16,15 @@ import torch
 from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
 from dlc.machine.records import SWITCH, check_values, list_of, one_of, or_null, real_number, whole_number
-from dlc.weights.foreign.safe import check_tensors, load_tensors, shown
-from dlc.weights.foreign.weights_files import WEIGHTS_SUFFIXES, hub_patterns, read_file, weights_in
+from dlc.weights.foreign.safe import (
+    WEIGHTS_SUFFIXES,
+    check_tensors,
+    hub_patterns,
+    load_tensors,
+    read_file,
+    shown,
+    weights_in,
+)
 from dlc.weights.hub import fetch, is_id
 
 STATISTICS = "latents_stats.pt"  # of latents, which VA-VAE has beside its weights
