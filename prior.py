@@ -20,49 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import LabelEmbedder, Recorded, TimestepEmbedder, modulate
 
-BLOCK_KEY = 1013904223      # tells the dropout masks of blocks apart
 SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
-
-
-#################################################################################
-#                                    Dropout                                    #
-#################################################################################
-
-def keyed_keep(key, layer, shape, p):
-    """Which of (N, *shape) values dropout keeps: bool, a function of each sample's key, the layer and the place alone.
-
-    Args:
-        key: (N,) int32, a random word per sample and block.
-        layer: a number that tells the dropout layers of a block apart.
-        p: share that is dropped.
-
-    It is the finaliser of MurmurHash3 (Appleby 2011) over the place's number and the key, in wrapping 32-bit integers,
-    which is a few elementwise operations and, unlike torch's generator, knows no batch and no process.
-    """
-    place = torch.arange(math.prod(shape), device=key.device, dtype=torch.int32).view(1, *shape)
-    word = place * -1640531535 + (key * 461845907 + layer * 97531).view(-1, *[1] * len(shape))     # 0x9E3779B1 wraps
-    for shift, factor in ((16, -2048144789), (13, -1028477387)):                        # 0x85EBCA6B, 0xC2B2AE35
-        word = (word ^ (word >> shift & (1 << 32 - shift) - 1)) * factor
-    word = word ^ (word >> 16 & 0xFFFF)
-    return word >= int(p * 2**32) - 2**31
-
-
-class KeyedDropout(nn.Module):
-    """Dropout whose mask belongs to the sample: the same for any batch size, number of processes and restart.
-
-    Without a key it is torch's dropout.
-    """
-
-    def __init__(self, p, layer):
-        super().__init__()
-        self.p, self.layer = p, layer
-
-    def forward(self, x, key=None):
-        if not self.training or self.p == 0:
-            return x
-        if key is None:
-            return F.dropout(x, self.p)
-        return torch.where(keyed_keep(key, self.layer, x.shape[1:], self.p), x / (1 - self.p), 0)
 
 
 #################################################################################
@@ -133,11 +91,11 @@ class PriorBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, bias=False)
         self.attn_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.attn_out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.dropout1 = KeyedDropout(dropout, 0)
+        self.dropout1 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(hidden_size, bias=False)
         self.mlp = nn.Sequential(nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(approximate="tanh"),
                                  nn.Linear(4 * hidden_size, hidden_size))
-        self.dropout2 = KeyedDropout(dropout, 1)
+        self.dropout2 = nn.Dropout(dropout)
         self.adaLN_modulation = nn.Linear(cond_dim, 6 * hidden_size)
 
     def attention(self, x, rotation):
@@ -145,12 +103,12 @@ class PriorBlock(nn.Module):
         x = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
         return self.attn_out(x.transpose(1, 2).flatten(2))                                          # (N, L, D)
 
-    def forward(self, x, c, rotation, key=None):
+    def forward(self, x, c, rotation):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)     # (N, D) each
         update = self.attention(modulate(self.norm1(x), shift1, scale1), rotation)
-        x = x + gate1.unsqueeze(1) * self.dropout1(update, key)                                     # (N, L, D)
+        x = x + gate1.unsqueeze(1) * self.dropout1(update)                                          # (N, L, D)
         update = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x + gate2.unsqueeze(1) * self.dropout2(update, key)                                  # (N, L, D)
+        return x + gate2.unsqueeze(1) * self.dropout2(update)                                       # (N, L, D)
 
 
 class PriorHead(nn.Module):
@@ -237,7 +195,7 @@ class DLCPrior(Recorded):
             raise ValueError("this prior has no classes")
         return F.silu(c)
 
-    def forward(self, codes, sigma, y=None, drop=None, places=None, dropout_key=None):
+    def forward(self, codes, sigma, y=None, drop=None, places=None):
         """Log scores, up to a constant per place log p(token | the tokens that are not masked).
 
         Args:
@@ -246,18 +204,15 @@ class DLCPrior(Recorded):
             y: (N,) classes [none], for a prior that has some.
             drop: (N,) bool, whose class becomes the null class.
             places: (N, L) bool, the M places to compute [all].
-            dropout_key: (N,) int32, a random word per sample, for dropout that belongs to samples [torch's generator].
 
         Returns (N, L, V+1) float32, 0 for the token that is there, as SEDD has it; with places (M, V+1), row-major.
         """
         recompute = self.grad_checkpointing and self.training
         c, rotation = self.condition(sigma, y, drop), self.rotary_emb(codes.shape[1])
         x = self.vocab_embed(codes) + self.pos_embed                                                # (N, L, D)
-        for number, block in enumerate(self.blocks):
-            # a tensor, not the number: blocks that differ in a number are compiled one by one
-            key = None if dropout_key is None else dropout_key + number * BLOCK_KEY
-            x = (checkpoint(block, x, c, rotation, key, use_reentrant=False) if recompute
-                 else block(x, c, rotation, key))                                                   # (N, L, D)
+        for block in self.blocks:
+            x = (checkpoint(block, x, c, rotation, use_reentrant=False) if recompute
+                 else block(x, c, rotation))                                                        # (N, L, D)
         out = self.output_layer(x, c, places)                                               # (N, L, V+1) or (M, V+1)
         if self.scale_by_sigma:
             shift = sigma.float().clamp(min=SMALLEST_SIGMA).expm1().log() + math.log(self.V)        # (N,)

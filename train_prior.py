@@ -8,8 +8,8 @@ on the held-out codes in metrics.jsonl and log.txt, and the weights of its lowes
 command, run again, resumes from the newest checkpoint. SIGTERM, SIGUSR1 or Ctrl-C ends the run after the current step,
 with a checkpoint.
 
-Row, time, mask, dropout and class dropout of each sample are functions of (seed, global sample index) alone: neither
-the number of processes nor a restart changes what is trained on.
+Row, time, mask and class dropout of each sample are functions of (seed, global sample index) alone: neither the number
+of processes nor a restart changes what is trained on. Dropout is a function of (seed, step, process).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import argparse
 from diffusion.masked import MaskedDiffusion
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
+from dlc.machine.noise import Stream, seed_torch
 from dlc.training.codes import CodeBatches, Codes, draws
 from dlc.training.flags import add_run_flags
 from dlc.training.heldout import HeldOut
@@ -120,10 +121,10 @@ def losses_of(model, diffusion, indices, x, y, *, seed, label_dropout):
         indices, x, y: sample indices (n,), codes (n, L), classes (n,) or None, all on one device.
         label_dropout: share of the samples whose class is hidden.
     """
-    t, u, dropout_key, drop = draws(seed, indices, x.shape[1], label_dropout)
+    t, u, drop = draws(seed, indices, x.shape[1], label_dropout)
     x_t = diffusion.corrupt(x, t, u)  # (n, L), some of them masked
     kwargs = {} if y is None else dict(y=y, drop=drop)
-    return diffusion.training_losses(model, x, t, x_t, dict(kwargs, dropout_key=dropout_key)), t
+    return diffusion.training_losses(model, x, t, x_t, kwargs), t
 
 
 def main():
@@ -195,6 +196,7 @@ def train(parser, args, run):
 
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):
+        seed_torch(args.global_seed, Stream.TRAIN_DROPOUT, step, run.state.process_index)
         for indices, x, y in run.micro_batches(batch):
             terms, t = losses_of(
                 run.model,

@@ -53,9 +53,8 @@ def train_step(model, optimizer, diffusion, x0, published, precision):
     if published:
         loss = published_loss(model, diffusion, x0, t, precision)
     else:
-        key = torch.arange(len(x0), dtype=torch.int32, device=DEVICE)
         with autocast(DEVICE, precision):
-            loss = diffusion.training_losses(model, x0, t, model_kwargs=dict(dropout_key=key))["loss"]
+            loss = diffusion.training_losses(model, x0, t)["loss"]
     loss.mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

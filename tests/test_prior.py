@@ -1,11 +1,12 @@
-"""DLCPrior: SEDD's values, places, dropout that belongs to samples, classes, precision."""
+"""DLCPrior: SEDD's values, places, dropout, classes, precision."""
 
 import pytest
 import torch
 from conftest import golden
 
 from diffusion.masked import MaskedDiffusion
-from prior import DLCPrior, DLCPrior_models, keyed_keep
+from dlc.machine.noise import Stream, seed_torch
+from prior import DLCPrior, DLCPrior_models
 
 L, V, N = 6, 5, 4
 
@@ -82,46 +83,27 @@ def test_sigma_of_zero_is_finite():
 # ---------------------------------------------------------------------- dropout
 
 
-def test_dropout_keeps_its_share():
-    key = torch.arange(500, dtype=torch.int32)
-    keep = keyed_keep(key, 3, (8, 64), 0.1)
-    assert keep.float().mean() == pytest.approx(0.9, abs=0.002)
-    for dims in (0, (1, 2), 2):
-        counts = keep.float().mean(dim=dims)
-        expected = (0.09 * counts.numel() / keep.numel()) ** 0.5
-        assert counts.std() == pytest.approx(expected, rel=0.25)
-    others = keyed_keep(key, 4, (8, 64), 0.1), keyed_keep(key + 1, 3, (8, 64), 0.1)
-    for other in others:
-        assert (keep & other).float().mean() == pytest.approx(0.81, abs=0.005)
-
-
-def test_dropout_belongs_to_samples():
-    """With keys, a sample's output does not depend on its batch or torch's generator; without, on the generator."""
+def test_dropout_is_torchs():
+    """By its generator in training; none in evaluation."""
     model, (codes, sigma) = random_prior(dropout=0.5).train(), inputs()
-    key = torch.arange(N, dtype=torch.int32) * 7919
 
-    def call(rows):
-        return model(codes[rows], sigma[rows], dropout_key=key[rows])
+    def call(step, process=0):
+        seed_torch(0, Stream.TRAIN_DROPOUT, step, process)
+        return model(codes, sigma)
 
-    whole = call(torch.arange(N))
-    parts = torch.cat([call(rows) for rows in torch.arange(N).split(1)])
-    assert torch.allclose(whole, parts, atol=1e-5)
-    assert not torch.allclose(whole, model(codes, sigma, dropout_key=key + 1), atol=1e-2)
-    assert not torch.allclose(model(codes, sigma), model(codes, sigma), atol=1e-2)
-    assert torch.equal(model.eval()(codes, sigma, dropout_key=key), model(codes, sigma))
+    assert torch.equal(call(1), call(1)) and not torch.equal(call(1), call(2))
+    assert not torch.equal(call(1), call(1, process=1))
+    assert torch.equal(model.eval()(codes, sigma), random_prior().eval()(codes, sigma))
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
     codes, sigma = inputs()
-    key, gradients = torch.arange(N, dtype=torch.int32), []
+    gradients = []
     for recompute in (False, True):
         model = random_prior(dropout=0.3).train()
         model.set_grad_checkpointing(recompute)
-        loss = (
-            MaskedDiffusion(V)
-            .training_losses(model, codes.clamp(max=V - 1), sigma, codes, dict(dropout_key=key))["loss"]
-            .mean()
-        )
+        torch.manual_seed(1)
+        loss = MaskedDiffusion(V).training_losses(model, codes.clamp(max=V - 1), sigma, codes)["loss"].mean()
         loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(map(torch.equal, *gradients)) and all(gradient.abs().sum() > 0 for gradient in gradients[0])

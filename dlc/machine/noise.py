@@ -85,6 +85,12 @@ def normal(seed: int, stream: Stream, indices: torch.Tensor, shape, draw: int | 
     return normals[:, :count].reshape(-1, *shape).float()
 
 
+def seed_torch(seed: int, stream: Stream, step: int, process: int):
+    """Seed torch's own generators, for a step of training in which a layer draws from them, such as nn.Dropout."""
+    high, low = random_words(seed, stream, torch.tensor([step]), 2, draw=process)[0].tolist()
+    torch.manual_seed(high << 31 | low >> 1)  # 63 bits
+
+
 class StepNoise:
     """noise(step): the normals (N, *shape) of each of a sampler's steps, 0 to steps - 1.
 

@@ -13,7 +13,7 @@ import torch
 from diffusion.masked import stratified_times
 from dlc.data import Features
 from dlc.data.codes import token_counts
-from dlc.machine.noise import Stream, permutation, random_words, uniform, uniforms
+from dlc.machine.noise import Stream, permutation, uniform, uniforms
 from dlc.training.batches import TrainingBatches
 
 STRATA = 64  # consecutive samples that share the range of times evenly
@@ -142,11 +142,10 @@ def draws(seed: int, indices: torch.Tensor, L: int, label_dropout: float = 0.0):
 
     In every STRATA consecutive samples the times are spread evenly, so that the mean loss of a batch varies less.
 
-    Returns times t (n,) in (0, 1]; uniform numbers (n, L) in [0, 1), by which tokens are masked; a random word
-    (n,) int32 for dropout; and whether to drop the label (n,) bool.
+    Returns times t (n,) in (0, 1]; uniform numbers (n, L) in [0, 1), by which tokens are masked; and whether to drop
+    the label (n,) bool.
     """
     offset = uniform(seed, Stream.TRAIN_TIMESTEP, indices // STRATA)
     t = stratified_times(offset, indices % STRATA, STRATA)
     u = uniforms(seed, Stream.TRAIN_MASK, indices, L)
-    dropout_key = (random_words(seed, Stream.TRAIN_DROPOUT, indices, 1).squeeze(1) - 2**31).int()
-    return t, u, dropout_key, uniform(seed, Stream.TRAIN_DROP, indices) < label_dropout
+    return t, u, uniform(seed, Stream.TRAIN_DROP, indices) < label_dropout
