@@ -14,6 +14,7 @@ With --given and --keep-tokens, parts of given codes are kept and the rest is dr
 import argparse
 from pathlib import Path
 
+from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import SHARD, CodeFolder
@@ -71,13 +72,7 @@ def open_training_codes(args, prior: PriorDraw):
         heldout, note = None, f"no comparison with the held-out codes: {heldout} is not there"
     try:
         codes = Codes(path, prior.model.V, prior.meta.holdout or 0.0, heldout)
-        if (codes.L, codes.V) != (prior.model.L, prior.model.V):
-            raise ValueError(
-                f"codes of {path} have L={codes.L}, V={codes.V}, the prior L={prior.model.L}, V={prior.model.V}"
-            )
-        encoders = codes.features.source().get("encoder_sha256"), prior.meta.encoder_sha256
-        if None not in encoders and encoders[0] != encoders[1]:
-            raise ValueError(f"codes of {path} come from another encoder than those that the prior was trained on")
+        compare(CodeSet.of_features(codes.features), prior.spec)
     except ValueError as error:
         if args.features_path:
             raise

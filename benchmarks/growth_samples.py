@@ -118,7 +118,7 @@ def resuming_codes(folder, size):
         codes = CodeFolder(folder / "codes")
         assert not codes.open(codes_record(size), {})
         codes.finish()
-        assert len(open_codes(folder / "codes")[0]) == size
+        assert len(open_codes(folder / "codes")) == size
 
     return work
 

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def read_codes(source) -> np.ndarray:
     """All codes of a source as --dlc-dir takes it, (n, L) int64."""
-    rows = open_codes(source)[0]
+    rows = open_codes(source).rows
     return rows.gather(np.arange(len(rows))).astype(np.int64)
 
 

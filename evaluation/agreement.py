@@ -22,7 +22,7 @@ from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
 from dlc.machine.processes import agree, create_logger, start_processes
 from dlc.nets.encoder import add_encoder_flags
-from dlc.sampling.code_folder import finished_record
+from dlc.sampling.code_folder import CodesRecord
 from dlc.sampling.command import open_model
 from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
 from dlc.sampling.files import missing_indices, png_path
@@ -70,13 +70,13 @@ class DrawnCodes(RowConditions):
             raise ValueError(f"{folder}: its samples were drawn for {record.conditions}, not for codes")
         source = dlc_dir or source
         try:
-            codes, self.features = open_codes(source)
+            codes = open_codes(source)
         except ValueError as error:
             raise ValueError(f"{error}; name the codes that {folder} was drawn for with --dlc-dir") from None
-        super().__init__(source, codes, "codes", order, record.global_seed)
-        self.L, self.V = codes.array(0).shape[1], None
+        super().__init__(source, codes.rows, "codes", order, record.global_seed)
+        self.features, self.L, self.V = codes.features, codes.L, None
         if record.prior:
-            drawn = finished_record(source)
+            drawn = CodesRecord.finished(source)
             agrees = drawn is not None and drawn.settings() == record.prior and drawn.num >= record.num_fid_samples
         else:
             agrees = self.digest(record.num_fid_samples) == record.conditions_sha256
@@ -181,7 +181,7 @@ def check_before_drawing(args, sampling, default: str) -> None:
         if moved.digest(count) != conditions.digest(count):
             raise ValueError(f"--dlc-dir {args.dlc_dir}: the samples are to be drawn for other codes")
     source = sampling.prior or conditions.source
-    features = None if sampling.prior else open_codes(source)[1]
+    features = None if sampling.prior else open_codes(source).features
     codes = SimpleNamespace(source=source, features=features, L=model.sem_embedder.L)
     open_judges(args, codes, count, torch.device("cpu"))
 

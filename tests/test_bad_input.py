@@ -329,10 +329,14 @@ def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_model
 
 def test_code_sources(sample_error, features, tmp_path):
     other = save_checkpoint(tmp_path / "other", L=L + 1, V=V)
-    assert f"have L={L}, the checkpoint's model L={L + 1}" in sample_error("--dlc-dir", features, ckpt=other)
+    assert f"have L={L}, but those of the checkpoint's model have L={L + 1}" in sample_error(
+        "--dlc-dir", features, ckpt=other
+    )
     assert "does not say which features it was trained on" in sample_error(ckpt=other)
     small = save_checkpoint(tmp_path / "small", L=L, V=2)
-    assert f"have V={V}, the checkpoint's model V=2" in sample_error("--dlc-dir", features, ckpt=small)
+    assert f"have V={V}, but those of the checkpoint's model have V=2" in sample_error(
+        "--dlc-dir", features, ckpt=small
+    )
     assert re.search(
         r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1",
         sample_error("--dlc-dir", kind_dir(features, IMAGE_SIZE, "sem"), ckpt=small),

@@ -12,7 +12,7 @@ from tiny_prior import save_prior
 
 import sample_prior
 from dlc.data.codes import perplexity
-from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, finished_record, open_codes
+from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, open_codes
 from dlc.sampling.prior import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.record import SamplesRecord
@@ -49,7 +49,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def read(folder):
-    rows = open_codes(folder)[0]
+    rows = open_codes(folder).rows
     return rows.gather(np.arange(len(rows)), limit=V).astype(int)
 
 
@@ -178,7 +178,7 @@ def test_infilling_keeps_what_it_is_to_keep(prior, run, tmp_path):
 
 def test_classes_are_recorded(prior, run, tmp_path):
     assert "classes 0, 1, 2 in turn" in run("--ckpt", prior, "--num", 5, "--out", "all", "--class", "all", "--no-usage")
-    record = finished_record(tmp_path / "all")
+    record = CodesRecord.finished(tmp_path / "all")
     assert record.labels == [0, 1, 2, 0, 1] and record.V == V and record.num == 5
 
 
@@ -230,7 +230,7 @@ def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):
     prior = save_prior(tmp_path / "prior", L=3, V=4, features_path=str(features), holdout=0.2, encoder_sha256="e" * 64)
     said = run("--ckpt", prior, "--num", 100, "--out", "codes")
     assert "training codes" in said and "held-out codes" in said and " 40 " in said and " 10\n" in said
-    kept = finished_record(tmp_path / "codes").usage
+    kept = CodesRecord.finished(tmp_path / "codes").usage
     assert kept["samples"]["count"] == 100 and 0 < kept["samples"]["copies"] <= 1
     assert 3 <= kept["samples"]["mean_perplexity"] <= 4 and len(kept["training"]["perplexity"]) == 3
     (tmp_path / "features").rename(tmp_path / "moved")
@@ -340,9 +340,9 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         ((*given, "--keep-places", L), f"positions 0 to {L - 1}"),
         ((*given, "--keep-places", "3-1"), "invalid position or range value"),
         ((*given, "--keep-tokens", 1, "--given-rows", 2), "has rows 0 to 1"),
-        (("--given", "short.npy", "--keep-tokens", 1), f"have L={L - 1}, the prior L={L}"),
+        (("--given", "short.npy", "--keep-tokens", 1), f"have L={L - 1}, but those of the prior have L={L}"),
         (("--given", "far.npy", "--keep-tokens", 1), f"outside 0..{V - 1}"),
-        (("--given", other, "--keep-tokens", 1), f"V=3, the prior V={V}"),
+        (("--given", other, "--keep-tokens", 1), f"V=3, but those of the prior have V={V}"),
         (("--features-path", other), "--V"),
         (("--out", codes[0], "--num", 5), "is a set of 542 codes, more than 5"),
         (("--out", codes[0], "--num", NUM, "--steps", 2), "steps 6 there, 2 here"),

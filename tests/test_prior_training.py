@@ -271,7 +271,7 @@ def test_mistakes_are_one_line(error_of, code_features, tmp_path):
         (("--heldout-path", other, "--holdout", 0.01), "--heldout-path other codes: give one of them"),
         (("--label-dropout", 0.1), "--label-dropout hides classes: give --class-conditional"),
         (("--holdout", 0, "--eval-levels", 8), "--eval-levels is of the bound on held-out codes, and --holdout 0"),
-        (("--heldout-path", other), "have L=6, V=3, those of"),
+        (("--heldout-path", other), "have V=3, but those of"),
         (("--heldout-path", foreign), "another encoder"),
         (("--model", "DLCPrior-XL"), "invalid choice: 'DLCPrior-XL'"),
         (("--dropout", 1), "must be 0 to 0.9"),

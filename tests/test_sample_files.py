@@ -190,7 +190,7 @@ class Evil:
         (torch.tensor(3), r"codes.pt has shape \(\), wanted"),
         (torch.zeros(3, 2, 0, dtype=torch.int64), r"codes.pt has shape \(3, 2, 0\), wanted"),
         ([torch.zeros(3, L)], "codes.pt holds a list, wanted a tensor"),
-        (torch.zeros(3, L + 1, dtype=torch.int64), f"have L={L + 1}, the checkpoint's model L={L}"),
+        (torch.zeros(3, L + 1, dtype=torch.int64), f"have L={L + 1}, but those of the checkpoint's model have L={L}"),
         (torch.zeros(0, L, dtype=torch.int64), "has no rows"),
         (torch.zeros(2, 2, 2, L, dtype=torch.int64), "codes.pt has shape"),
         (Evil(), "codes.pt cannot be read as a tensor"),
@@ -307,7 +307,7 @@ def test_vectors_that_are_refused(vectors, harm, message):
 
 def test_what_could_not_be_compared_is_said(tmp_path, features):
     np.save(tmp_path / "codes.npy", CODES)
-    assert "the codes do not say which encoder" in of(tmp_path / "codes.npy").notes[0]
+    assert "do not say which encoder" in of(tmp_path / "codes.npy").notes[0]
     assert "the checkpoint does not say" in ComputedCodes(features, MODEL, RunMeta(), "random", 0).notes[0]
 
 

@@ -8,16 +8,17 @@ read as well.
 
     features = Features("store/features")
     latents, codes = features.latents.gather(rows), features.codes.gather(rows)      # (n, C, S/f, S/f), (n, L)
+    text = features.gather("text", rows)                       # (n, T, D), of another kind of array: see KINDS
 
     python -m dlc.features info|check|pack|import-hf --help      # describe, check and convert features
 """
 
-from dlc.data.manifest import SAMPLE_NDIM, Manifest, code_dtype, kind_dir, read_manifest
+from dlc.data.manifest import KINDS, Manifest, code_dtype, kind_dir, read_manifest
 from dlc.data.rows import NpyRows
 from dlc.data.store import Features, FeatureWriter, NotFinite, as_stored
 
 __all__ = [
-    "SAMPLE_NDIM",
+    "KINDS",
     "FeatureWriter",
     "Features",
     "Manifest",

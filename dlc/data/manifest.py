@@ -12,7 +12,24 @@ from dlc.machine.records import OBJECT, TEXT, Record, key, list_of, or_null, rea
 
 DTYPES = ("float16", "float32")  # of stored latents
 LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
-SAMPLE_NDIM = {"features": 3, "sem": 1, "labels": 0, "path": 0}  # dimensions of one row of each kind
+
+
+@dataclass(frozen=True)
+class ArrayKind:
+    """A kind of array in FEATURES/: the files imagenet{S}_{name}/{shard}.npy, whose row i belongs to image i."""
+
+    ndim: int  # dimensions of one row
+    dtype: str  # NumPy's letters for its types: "f" floats, "ui" integers, "U" text
+    needed: bool = False  # in every features directory; others are read where their folder is there
+
+
+# To store more per image, such as text tokens (n, T, D), add a row and write its files beside the others.
+KINDS = dict(
+    features=ArrayKind(3, "f", needed=True),  # latents (n, C, S/f, S/f)
+    labels=ArrayKind(0, "ui", needed=True),  # classes (n,)
+    sem=ArrayKind(1, "ui"),  # codes (n, L)
+    path=ArrayKind(0, "U"),  # image paths (n,)
+)
 WRITTEN_LAST = ("count", "shards", "skipped")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
 SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
@@ -81,9 +98,9 @@ class Manifest(Record):
         return {one.name: one.default for one in fields(cls) if one.name in SOURCE}
 
     @property
-    def kinds(self):
-        """The kinds of arrays that each shard has."""
-        return [kind for kind in SAMPLE_NDIM if kind != "sem" or self.V]
+    def kinds(self) -> list[str]:
+        """The kinds of arrays that extraction writes for each shard."""
+        return ["features", *(["sem"] if self.V else []), "labels", "path"]
 
     @property
     def stored_channels(self):
@@ -106,7 +123,7 @@ def code_dtype(V):
 
 
 def kind_dir(root, image_size, kind):
-    """The folder of FEATURES/ with the shards of a kind, a key of SAMPLE_NDIM."""
+    """The folder of FEATURES/ with the shards of a kind, a key of KINDS."""
     return Path(root) / f"imagenet{image_size}_{kind}"
 
 

@@ -216,17 +216,19 @@ def check_finite(array, locate):
     """Raise ValueError for the first row that is not finite in float32; locate(i) gives the (file, row) of row i."""
     for start in range(0, len(array), 4096):
         with np.errstate(over="ignore"):  # of float64, becoming infinite
-            finite = np.isfinite(array[start : start + 4096].astype(np.float32)).all(axis=1)
+            part = array[start : start + 4096].astype(np.float32)
+        finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
         if not finite.all():
             path, row = locate(start + int(finite.argmin()))
             raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
 
 
-def open_vectors(source, count: int | None = None) -> NpyRows:
+def open_vectors(source: str | Path, count: int | None = None, ndim: int = 1) -> NpyRows:
     """The rows (n, in_dim) of vectors at source, a folder of `.npy` files of floats or one such file.
 
     Args:
         count: how many rows there must be; None: any.
+        ndim: dimensions of a row: 2 for (n, T, D), for example.
 
     Raises ValueError where there are none, or another number of them.
     """
@@ -236,10 +238,10 @@ def open_vectors(source, count: int | None = None) -> NpyRows:
     files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=lambda file: file_order(file.name))
     if not files:
         raise ValueError(f"--condition-path {source} has no .npy files")
-    vectors = NpyRows(files, sample_ndim=1, load=load_floats)
+    vectors = NpyRows(files, sample_ndim=ndim, load=load_floats)
     if not len(vectors):
         raise ValueError(f"--condition-path {source} has no rows")
-    if not vectors.array(0).shape[1]:
+    if 0 in vectors.array(0).shape:
         raise ValueError(f"{vectors.paths[0]} has vectors of no numbers, wanted (n, in_dim)")
     if count not in (None, len(vectors)):
         raise ValueError(f"--condition-path {source} has {len(vectors)} rows, the data {count}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.data.manifest import SAMPLE_NDIM, WRITTEN_LAST, Manifest, kind_dir, read_manifest
+from dlc.data.manifest import KINDS, WRITTEN_LAST, Manifest, kind_dir, read_manifest
 from dlc.data.rows import Files, NpyRows, file_order, load_array, load_floats
 from dlc.machine.files import DirectoryLock, read_json, remove_temporaries, write_bytes, write_json
 
@@ -67,7 +67,7 @@ class FeatureWriter:
         Raises ValueError if another launch holds the lock, or if the directory holds features made with other
         settings; the error names the difference.
         """
-        directories = [kind_dir(self.root, self.manifest.image_size, kind) for kind in SAMPLE_NDIM]
+        directories = [kind_dir(self.root, self.manifest.image_size, kind) for kind in self.manifest.kinds]
         if not self._is_complete():
             if not (self.progress / "settings.json").is_file() and any(
                 True for directory in directories for _ in directory.glob("*.npy")
@@ -160,21 +160,22 @@ class FeatureWriter:
 #################################################################################
 
 
-def shard_rows(root, manifest):
-    """The `NpyRows` of each kind that a manifest lists, by kind. No file is opened yet."""
+def shard_rows(root: str | Path, manifest: Manifest) -> dict[str, NpyRows]:
+    """The `NpyRows` of each kind of array that extraction wrote or that lies beside, by kind. No file is opened yet."""
     ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
     names = [f"{shard['name']}.npy" for shard in manifest.shards]
+    folders = {kind: kind_dir(root, manifest.image_size, kind) for kind in KINDS}
     return {
-        kind: NpyRows(
-            Files(kind_dir(root, manifest.image_size, kind), names), ends, SAMPLE_NDIM[kind], load=loader_of(kind)
-        )
-        for kind in manifest.kinds
+        kind: rows_of(kind, Files(folder, names), ends)
+        for kind, folder in folders.items()
+        if kind in manifest.kinds or any(True for _ in folder.glob("*.npy"))
     }
 
 
-def loader_of(kind):
-    """What reads a file of a kind of arrays."""
-    return load_floats if kind == "features" else load_array
+def rows_of(kind: str, files: Files, ends=None, lone: bool = False) -> NpyRows:
+    """The `NpyRows` of files of a kind of array."""
+    load = load_floats if KINDS[kind].dtype == "f" else load_array
+    return NpyRows(files, ends, KINDS[kind].ndim, lone, load)
 
 
 def refuse_missing_files(rows_by_kind):
@@ -195,7 +196,9 @@ class Features:
         V, num_classes: what a directory of the reference scripts does not record; otherwise None.
 
     Attributes:
-        latents, codes, labels, paths: `NpyRows`; codes are None if there are none, paths in a reference directory.
+        arrays: the `NpyRows` of each kind of array that is there, a key of KINDS.
+        latents, codes, labels, paths: four of them; codes are None if there are none, paths in a reference directory.
+        limits: by kind, values are in 0..limit-1.
         count: number of rows.
         image_size: pixels.
         L, V: None without codes.
@@ -218,6 +221,7 @@ class Features:
         else:
             rows = self._open_lone_files()
             self.V, self.num_classes = V, num_classes or 1000
+        self.arrays, self.limits = rows, dict(labels=self.num_classes, sem=self.V)
         self.latents, self.labels = rows["features"], rows["labels"]
         self.codes, self.paths = rows.get("sem"), rows.get("path")
         self.count = len(self.latents)
@@ -239,6 +243,15 @@ class Features:
         if self.L != self.manifest.L:
             raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest.L}")
         self.latent_shape = (self.manifest.latent_channels, *sides)
+
+    def gather(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """Rows (n,) of a kind of array, a key of KINDS, as (n, ...).
+
+        Raises ValueError, naming the file, where it cannot be read or has classes or tokens out of range.
+        """
+        if kind not in self.arrays:
+            raise ValueError(f"features path {self.root} has no {kind_dir(self.root, self.image_size, kind).name}")
+        return self.arrays[kind].gather(rows, limit=self.limits.get(kind))
 
     def source(self) -> dict:
         """What a training run records of its data, see `Manifest.source`; of a reference directory nothing is known."""
@@ -276,16 +289,16 @@ class Features:
                 )
             )
         self.image_size = sizes[0]
-        directories = {kind: kind_dir(self.root, self.image_size, kind) for kind in ("features", "sem", "labels")}
+        directories = {kind: kind_dir(self.root, self.image_size, kind) for kind in KINDS}
         names = {
-            kind: {name for name in os.listdir(directory) if name.endswith(".npy")}
+            kind: {name for name in os.listdir(directory) if name.endswith(".npy")} if directory.is_dir() else set()
             for kind, directory in directories.items()
-            if directory.is_dir()
+            if KINDS[kind].needed or directory.is_dir()
         }
         if not names["features"]:
             raise ValueError(f"{directories['features']} has no .npy files")
-        for kind in ("labels", *names):
-            unpaired = sorted(names.get(kind, set()) ^ names["features"])
+        for kind in names:
+            unpaired = sorted(names[kind] ^ names["features"])
             if unpaired:
                 raise ValueError(
                     f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
@@ -295,16 +308,16 @@ class Features:
         paths = {kind: Files(directories[kind], in_order) for kind in names}
         if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: NpyRows(paths[kind], None, SAMPLE_NDIM[kind], lone=True, load=loader_of(kind)) for kind in names}
+        return {kind: rows_of(kind, paths[kind], lone=True) for kind in names}
 
-    def validate(self):
+    def validate(self) -> None:
         """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.
 
         Raises ValueError naming file and row.
         """
-        if self.manifest is not None:
-            for index in range(len(self.latents.paths)):
-                self.latents.array(index)  # opening a file checks its shape
-        self.labels.check_range(self.num_classes)
-        if self.codes is not None and self.V is not None:
-            self.codes.check_range(self.V)
+        for kind, rows in self.arrays.items():
+            if self.limits.get(kind) is not None:
+                rows.check_range(self.limits[kind])
+            elif self.manifest is not None and kind != "path":
+                for index in range(len(rows.paths)):
+                    rows.array(index)  # opening a file checks its shape

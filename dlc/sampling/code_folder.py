@@ -1,4 +1,4 @@
-"""Codes on disk: reading them from anywhere, and a folder of codes that a prior drew.
+"""Codes from anywhere, also from `.pt` files; and a folder of codes that a prior drew.
 
 Such a folder has {shard:06d}.npy and codes.json, which says what made them and whether they are all there. Shard k
 holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them, and is written whole or not at all. The
@@ -7,21 +7,20 @@ folder is a source of codes for --dlc-dir once codes.json has the digest of all 
 
 import hashlib
 import io
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dlc.data import Features, code_dtype
-from dlc.data.rows import Files, NpyRows, file_order, load_array
+from dlc.data import code_dtype
+from dlc.data.codes import SHARD, CodeSet, DrawnSet, as_codes
+from dlc.data.rows import load_array
 from dlc.machine.files import write_bytes
 from dlc.machine.folder import ResumableFolder
-from dlc.machine.records import OBJECT, SWITCH, TEXT, Record, key, list_of, or_null, real_number, whole_number
+from dlc.machine.records import OBJECT, SWITCH, TEXT, key, list_of, or_null, real_number, whole_number
 from dlc.weights.foreign.safe import read_torch, storage_fault
 
-SHARD = 256  # codes
 COUNT, SIZE = whole_number(0), whole_number(1)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
@@ -32,56 +31,27 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, tor
 
 
 def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
-    """The array in a `.npy` or the tensor in a `.pt`, memory-mapped if it can be: (n, L), or (L,) as it is.
+    """The codes in a `.npy` or the tensor in a `.pt`, as `as_codes` gives them, memory-mapped if it can be.
 
-    Several codes per image, (n, k, L), become n * k rows. Raises ValueError naming the file.
+    Raises ValueError naming the file.
     """
     if path.suffix != ".pt":
-        array = load_array(path, mmap)
-    else:
-        tensor = read_torch(path, "a tensor")
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
-        fault = storage_fault(tensor)
-        if fault or tensor.dtype not in INTEGERS:
-            raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
-        array = tensor.resolve_neg().numpy()  # a file may keep a minus sign apart
-    if array.ndim not in (1, 2, 3) or not array.shape[-1]:
-        raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
-    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+        return as_codes(load_array(path, mmap), path)
+    tensor = read_torch(path, "a tensor")
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
+    fault = storage_fault(tensor)
+    if fault or tensor.dtype not in INTEGERS:
+        raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
+    return as_codes(tensor.resolve_neg().numpy(), path)  # a file may keep a minus sign apart
 
 
-def open_codes(source) -> tuple[NpyRows, Features | None]:
-    """The rows of codes at source, and the `Features` that they belong to, or None.
-
-    Args:
-        source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
+def open_codes(source: str | Path) -> CodeSet:
+    """The codes at source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
 
     Raises ValueError where there are none, or where a prior has not drawn all of them yet.
     """
-    path, features = Path(source), None
-    if path.is_file():
-        codes = NpyRows([path], sample_ndim=1, load=load_codes)
-    elif not path.is_dir():
-        raise ValueError(f"code source {source} does not exist")
-    else:
-        finished_record(path)
-        names = [name for name in os.listdir(path) if name.endswith((".npy", ".pt"))]
-        if len({name.endswith(".pt") for name in names}) > 1:
-            raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
-        if names:
-            files = Files(path, sorted(names, key=file_order))
-            # there may be a million files of one code each: opening the first and the last tells
-            lone = all(load_codes(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
-            codes = NpyRows(files, sample_ndim=1, lone=lone, load=load_codes)
-        else:
-            features = Features(path)
-            codes = features.codes
-            if codes is None:
-                raise ValueError(f"features {source} hold no codes")
-    if not len(codes):
-        raise ValueError(f"code source {source} has no rows")
-    return codes, features
+    return CodeSet.open(source, load_codes)
 
 
 #################################################################################
@@ -90,7 +60,7 @@ def open_codes(source) -> tuple[NpyRows, Features | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesRecord(Record):
+class CodesRecord(DrawnSet):
     """Every key of codes.json but format_version."""
 
     # the prior
@@ -99,9 +69,6 @@ class CodesRecord(Record):
     weights_sha256: str = key(TEXT)
     step: int | None = key(or_null(COUNT))  # null: a file of weights, which does not say
     weights: str = key(TEXT, decides=False)  # "ema", "raw", "as in the file"
-    L: int = key(SIZE)
-    V: int = key(SIZE)
-    encoder_sha256: str | None = key(or_null(TEXT))  # of the encoder whose codes it was trained on
     # how codes are drawn from it; null where it does not apply
     sampler: str = key(TEXT)
     steps: int = key(SIZE)
@@ -117,28 +84,9 @@ class CodesRecord(Record):
     tf32: bool = key(SWITCH)
     global_seed: int = key(COUNT)
     # the set
-    num: int = key(SIZE, decides=False)
-    codes_sha256: str | None = key(or_null(TEXT), None, decides=False)  # null: not all are drawn
     labels: list[int] | None = key(or_null(list_of(COUNT)), None, decides=False)  # the class of each sample
     usage: dict | None = key(or_null(OBJECT), None, decides=False)
     runs: list[dict] = key(list_of(OBJECT), decides=False)
-
-
-def finished_record(folder) -> CodesRecord | None:
-    """The record of a folder of drawn codes; None for a folder without codes.json.
-
-    Raises ValueError if it cannot be read, or if codes are missing.
-    """
-    path = Path(folder) / "codes.json"
-    if not path.is_file():
-        return None
-    record = CodesRecord.read(path)
-    if record.codes_sha256 is None:
-        raise ValueError(f"{folder} does not have all of its {record.num:,} codes yet: run the command that draws them")
-    there, wanted = len(list(Path(folder).glob("*.npy"))), CodeFolder.shards(record.num)
-    if there != wanted:
-        raise ValueError(f"{folder} has {there} shards of codes, by codes.json it has {wanted}: draw the codes anew")
-    return record
 
 
 class CodeFolder(ResumableFolder):

@@ -5,11 +5,12 @@ import hashlib
 import numpy as np
 import torch
 
+from dlc.data.codes import CodeSpec, compare
 from dlc.data.rows import NpyRows, check_finite, open_vectors
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
 from dlc.machine.processes import done_by_rank_0, start_processes
-from dlc.sampling.code_folder import CodeFolder, finished_record, load_codes, open_codes
+from dlc.sampling.code_folder import CodeFolder, load_codes, open_codes
 from dlc.sampling.prior import PriorDraw, draw_into
 from dlc.sampling.prior_options import OPTIONS, PriorOptions, add_prior_flags
 from dlc.weights.foreign.layouts import locate
@@ -76,6 +77,12 @@ class RowConditions(Conditions):
         return self.order[indices % len(self.order)]
 
 
+def spec_of(model, meta) -> CodeSpec:
+    """What the codes of a DiTSEM are; meta: of its checkpoint."""
+    embedder = model.sem_embedder
+    return CodeSpec(owner="the checkpoint's model", L=embedder.L, V=embedder.V, encoder_sha256=meta.encoder_sha256)
+
+
 class ComputedCodes(RowConditions):
     """Discrete latent codes that were computed before: rows of a features directory, a folder or a file.
 
@@ -130,24 +137,10 @@ class ComputedCodes(RowConditions):
         return cls(source, model, meta, args.dlc_order or "random", args.global_seed)
 
     def __init__(self, source, model, meta, order: str, seed: int):
-        codes, features = open_codes(source)
-        super().__init__(source, codes, "codes", order, seed)
+        codes = open_codes(source)
+        super().__init__(source, codes.rows, "codes", order, seed)
         self.V = model.sem_embedder.V
-        # of extracted codes, or of drawn ones
-        origin = features.manifest if features is not None else finished_record(source)
-        if origin is not None and origin.V != self.V:
-            raise ValueError(f"codes of {source} have V={origin.V}, the checkpoint's model V={self.V}")
-        encoder, models_encoder = origin and origin.encoder_sha256, meta.encoder_sha256
-        if encoder is None or models_encoder is None:
-            self.notes = [
-                f"{'the codes do' if encoder is None else 'the checkpoint does'} not say which encoder made "
-                "them: it was not compared"
-            ]
-        elif encoder != models_encoder:
-            raise ValueError(f"codes of {source} come from another encoder than those the model was trained on")
-        L = codes.array(0).shape[1]
-        if L != model.sem_embedder.L:
-            raise ValueError(f"codes of {source} have L={L}, the checkpoint's model L={model.sem_embedder.L}")
+        self.notes = compare(codes, spec_of(model, meta))
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Codes (N, L) int64 of the samples. Raises ValueError, naming file and row, for a value outside 0..V-1."""
@@ -168,19 +161,8 @@ class PriorCodes(Conditions):
         self.draw = PriorDraw(
             args.prior, True, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32
         )
-        prior, self.rows, self.compiled = self.draw.model, None, args.compile
-        for name, ours in (("L", model.sem_embedder.L), ("V", model.sem_embedder.V)):
-            if getattr(prior, name) != ours:
-                raise ValueError(
-                    f"the prior {args.prior} is of codes with {name}={getattr(prior, name)}, the checkpoint's model "
-                    f"has {name}={ours}"
-                )
-        encoders = self.draw.meta.encoder_sha256, meta.encoder_sha256
-        if None not in encoders and encoders[0] != encoders[1]:
-            raise ValueError(
-                f"the prior {args.prior} is of another encoder's codes than those that the model was trained on"
-            )
-        self.notes = ["the prior or the checkpoint does not say its encoder: not compared"] if None in encoders else []
+        self.rows, self.compiled = None, args.compile
+        self.notes = compare(self.draw.spec, spec_of(model, meta))
         self.record = self.draw.record(args.num_fid_samples)
         self.prior = self.record.settings()
 
@@ -203,7 +185,7 @@ class PriorCodes(Conditions):
         draw_into(codes, missing, self.draw, self.record.num, state, compiled=self.compiled)
         state.wait_for_everyone()
         done_by_rank_0(state, codes.finish)
-        self.rows, self.draw.model = open_codes(folder)[0], None  # frees the prior's memory
+        self.rows, self.draw.model = open_codes(folder).rows, None  # frees the prior's memory
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Codes (N, L) int64 of the samples, once they are prepared."""

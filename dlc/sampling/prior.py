@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS, create_sampler
+from dlc.data.codes import CodeSpec
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import compile_options, set_numerics
@@ -72,6 +73,8 @@ class PriorDraw:
     ):
         path = resolved(path, use_ema)
         self.model, self.meta = load_prior(path, use_ema)
+        encoder = self.meta.encoder_sha256
+        self.spec = CodeSpec(owner=f"the prior {path}", L=self.model.L, V=self.model.V, encoder_sha256=encoder)
         self.path, self.options, self.seed, self.precision, self.tf32 = path, options, seed, precision, tf32
         model, spec = self.model, SAMPLERS[options.sampler]
         self.diffusion = diffusion_of(self.meta)

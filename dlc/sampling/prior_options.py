@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS
+from dlc.data.codes import CodeSpec, compare
 from dlc.machine.cli import number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, random_words
@@ -146,11 +147,8 @@ class Given:
     """Codes that are kept in part: given(indices) is (N, L) int64, with V where tokens are to be drawn."""
 
     def __init__(self, options: PriorOptions, L: int, V: int, seed: int):
-        codes, features = open_codes(options.given)
-        if features is not None and features.V not in (None, V):
-            raise ValueError(f"codes of {options.given} have V={features.V}, the prior V={V}")
-        if codes.array(0).shape[1] != L:
-            raise ValueError(f"codes of {options.given} have L={codes.array(0).shape[1]}, the prior L={L}")
+        codes = open_codes(options.given)
+        compare(codes, CodeSpec(owner="the prior", L=L, V=V))
         self.codes, self.L, self.V, self.seed = codes, L, V, seed
         self.rows = np.array(options.given_rows or range(len(codes)), dtype=np.int64)
         if self.rows.max() >= len(codes):
@@ -168,12 +166,12 @@ class Given:
         self.source = recorded_id(options.given)
         digest = hashlib.sha256()
         for part in np.array_split(self.rows, 1 + len(self.rows) // 4096):
-            digest.update(self.codes.gather(part, limit=V).astype("<u2").tobytes())
+            digest.update(self.codes.gather(part, V).astype("<u2").tobytes())
         self.sha256 = digest.hexdigest()
 
     def __call__(self, indices: torch.Tensor) -> torch.Tensor:
         rows = self.rows[indices.numpy() % len(self.rows)]
-        codes = torch.from_numpy(self.codes.gather(rows, limit=self.V).astype(np.int64))
+        codes = torch.from_numpy(self.codes.gather(rows, self.V))
         if self.places is not None:
             kept = torch.zeros(self.L, dtype=torch.bool).index_fill_(0, torch.tensor(self.places), True)
             return torch.where(kept, codes, self.V)

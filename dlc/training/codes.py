@@ -12,7 +12,7 @@ import torch
 
 from diffusion.masked import stratified_times
 from dlc.data import Features
-from dlc.data.codes import token_counts
+from dlc.data.codes import CodeSet, compare, token_counts
 from dlc.machine.noise import Stream, permutation, uniform, uniforms
 from dlc.training.batches import TrainingBatches
 
@@ -78,13 +78,7 @@ class Codes:
         self.count, self.heldout_features = len(self.rows), self.features
         if heldout_path:
             self.heldout_features = other = open_features(heldout_path, V)
-            if (other.L, other.V) != (self.L, self.V):
-                raise ValueError(
-                    f"codes of {heldout_path} have L={other.L}, V={other.V}, those of {path} L={self.L}, V={self.V}"
-                )
-            encoders = [one.source().get("encoder_sha256") for one in (self.features, other)]
-            if None not in encoders and encoders[0] != encoders[1]:
-                raise ValueError(f"codes of {heldout_path} come from another encoder than those of {path}")
+            compare(CodeSet.of_features(other), CodeSet.of_features(self.features))
             if other.num_classes != self.num_classes:
                 raise ValueError(
                     f"{heldout_path} has {other.num_classes} classes, {path} {self.num_classes}: labels would not agree"

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import create_sampler as create_code_sampler
+from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.nets.vae import check_decodes, decode, load_vae
 from dlc.sampling.codes import sample_codes
@@ -76,15 +77,9 @@ class CodePreview:
         self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
         if self.model.conditioning != "codes":
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
-        theirs = self.model.sem_embedder.L, self.model.sem_embedder.V
-        if theirs != (codes.L, codes.V):
-            raise ValueError(
-                f"--preview-ckpt {checkpoint} is of codes with L={theirs[0]}, V={theirs[1]}, the features have "
-                f"L={codes.L}, V={codes.V}"
-            )
-        encoders = meta.encoder_sha256, codes.features.source()["encoder_sha256"]
-        if None not in encoders and encoders[0] != encoders[1]:
-            raise ValueError(f"--preview-ckpt {checkpoint} is of another encoder's codes than the features'")
+        theirs, embedder = CodeSet.of_features(codes.features), self.model.sem_embedder
+        owner = f"--preview-ckpt {checkpoint}"
+        compare(CodeSpec(owner=owner, L=embedder.L, V=embedder.V, encoder_sha256=meta.encoder_sha256), theirs)
         vae = vae or meta.vae or "ema"
         self.vae, self.device, self.seed = load_vae(vae, device), device, seed
         check_decodes(self.vae, vae, self.model.in_channels, vars(meta), f"the latents of {checkpoint}")

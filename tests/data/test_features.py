@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.loading import IMAGENET, sparse_features
-from dlc.data import SAMPLE_NDIM, Features, FeatureWriter, Manifest, NpyRows, kind_dir
+from dlc.data import KINDS, Features, FeatureWriter, Manifest, NpyRows, kind_dir
+from dlc.data.inspection import problems
+from dlc.data.manifest import ArrayKind
 from dlc.machine.files import write_whole
 from dlc.sampling.conditions import ComputedCodes
 from dlc.weights.meta import RunMeta
@@ -111,7 +113,7 @@ def test_one_launch_at_a_time(tmp_path, monkeypatch):
         assert not waiting.done()
         first.finish(1)
         assert waiting.result() is False
-    folders = (f"imagenet64_{kind}" for kind in SAMPLE_NDIM)
+    folders = (f"imagenet64_{kind}" for kind in KINDS)
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *folders}
 
     (tmp_path / "manifest.json").unlink()
@@ -368,3 +370,34 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     ).stdout
     count, grown_kib = map(int, out.split())
     assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib  # the rows are 11 GB
+
+
+def test_another_kind_of_array(written, tmp_path, monkeypatch):
+    """One row of the table makes it readable by name, from shards and from one file per image, and checked."""
+    monkeypatch.setitem(KINDS, "text", ArrayKind(2, "f"))
+    root, arrays = written
+    text = RANDOM.normal(size=(10, 7, 16)).astype(np.float16)
+    with pytest.raises(ValueError, match="has no imagenet64_text"):
+        Features(root).gather("text", np.arange(2))
+    kind_dir(root, 64, "text").mkdir()
+    for number, part in enumerate(np.split(text, [3, 8, 8])):
+        np.save(kind_dir(root, 64, "text") / f"{number:06d}.npy", part)
+    features, rows = Features(root), np.array([9, 0, 4])
+    features.validate()
+    np.testing.assert_array_equal(features.gather("text", rows), text[rows])
+    np.testing.assert_array_equal(features.gather("sem", rows), arrays["sem"][rows])
+    assert not list(problems(root))
+    np.save(kind_dir(root, 64, "text") / "000003.npy", text[:1])
+    with pytest.raises(ValueError, match="000003.npy has shape"):
+        Features(root).validate()
+    assert "000003.npy" in " ".join(problems(root))
+    kind_dir(root, 64, "text").joinpath("000003.npy").unlink()
+    with pytest.raises(ValueError, match="000003.npy is missing"):
+        Features(root)
+
+    lone = tmp_path / "lone"
+    for kind, values in (("features", np.zeros((10, 4, 8, 8))), ("labels", np.zeros(10, int)), ("text", text)):
+        kind_dir(lone, 64, kind).mkdir(parents=True)
+        for index in range(10):
+            np.save(kind_dir(lone, 64, kind) / f"{index}.npy", values[index])
+    np.testing.assert_array_equal(Features(lone).gather("text", rows), text[rows])

@@ -1,0 +1,52 @@
+"""Sets of codes: what is compared, and what a set says of itself. Reading each layout: tests of sampling."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dlc.data.codes import CodeSet, CodeSpec, compare, perplexity, token_counts
+
+
+def spec(owner="the model", **values):
+    return CodeSpec(owner=owner, **{**dict(L=4, V=8, encoder_sha256="a"), **values})
+
+
+def test_comparison():
+    assert compare(spec(), spec("the prior")) == []
+    for different, message in (
+        (dict(L=5), "codes of the model have L=4, but those of the prior have L=5"),
+        (dict(V=9), "codes of the model have V=8, but those of the prior have V=9"),
+        (dict(encoder_sha256="b"), "codes of the model come from another encoder than those of the prior"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(spec(), spec("the prior", **different))
+    (note,) = compare(spec(), spec("the prior", encoder_sha256=None, V=None))
+    assert note == "the codes of the prior do not say which encoder made them: it was not compared"
+
+
+def test_what_a_set_says(tmp_path):
+    """A file says L alone; a folder that a prior filled says V and the encoder, once it has all codes."""
+    codes = np.arange(12).reshape(3, 4) % 8
+    np.save(tmp_path / "000000.npy", codes)
+    alone = CodeSet.open(tmp_path / "000000.npy")
+    assert (alone.L, alone.V, alone.encoder_sha256, alone.features, len(alone)) == (4, None, None, None, 3)
+    np.testing.assert_array_equal(alone.gather([2, 0], 8), codes[[2, 0]])
+    with pytest.raises(ValueError, match="000000.npy, row 1: value 4 outside 0..3"):
+        alone.gather([1], 4)
+    record = dict(format_version=1, L=4, V=8, encoder_sha256="a", num=3, codes_sha256="b")
+    (tmp_path / "codes.json").write_text(json.dumps(record))
+    assert compare(CodeSet.open(tmp_path), spec()) == []
+    for change, message in (
+        (dict(num=300), "1 shards of codes, by codes.json it has 2"),
+        (dict(codes_sha256=None), "yet"),
+    ):
+        (tmp_path / "codes.json").write_text(json.dumps({**record, **change}))
+        with pytest.raises(ValueError, match=message):
+            CodeSet.open(tmp_path)
+
+
+def test_counts():
+    counts = token_counts(np.array([[0, 1], [0, 2], [0, 1], [0, 2]], np.uint8), 4)
+    assert counts.tolist() == [[4, 0, 0, 0], [0, 2, 2, 0]]
+    np.testing.assert_allclose(perplexity(counts), [1, 2])
