@@ -355,7 +355,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--prior", prior, "--dlc-dir", codes[0]), "give one of them"),
         (("--prior", prior, "--dlc-order", "random"), "with --prior, sample i gets code i"),
         (("--prior", "nowhere"), "nowhere"),
-        (("--prior", save_prior(tmp_path / "six", V=6)), f"V=6, the checkpoint's model has V={V}"),
+        (("--prior", save_prior(tmp_path / "six", V=6)), f"V=6, but those of the checkpoint's model have V={V}"),
         (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),
     ):
         flags = ("--results-dir", "results", *flags)
