@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from dlc.data.codes import CodeSet, compare
-from dlc.machine.cli import SEED, ArgumentParser, number
+from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.processes import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import SHARD, CodeFolder
 from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
@@ -123,8 +123,8 @@ def run(parser, args):
     )
     logger.info(
         f"{record.num:,} codes into {args.out}, {len(missing)} of {folder.shards(record.num)} shards to draw, "
-        f"{record.sampler} {record.steps} steps, on {state.num_processes} x {state.device.type}"
-        + "".join(f", {name} {getattr(record, name)}" for name in ("classes", "kept", "given") if getattr(record, name))
+        f"on {state.num_processes} x {state.device.type}; "
+        + ", ".join(f"{name} {one_line(value, 60)}" for name, value in record.options.items() if value is not None)
     )
     if reason:
         logger.info(f"note: {reason}")

@@ -29,11 +29,11 @@ LABELS = ClassLabels(SimpleNamespace(y_embedder=SimpleNamespace(num_classes=1000
 
 
 def samples_record(count):
-    texts = dict.fromkeys(("checkpoint", "weights_sha256", "weights", "conditions", "vae", "vae_sha256"), "a")
+    texts = dict.fromkeys(("checkpoint", "weights_sha256", "weights", "vae", "vae_sha256"), "a")
     return SamplesRecord(
         **texts, model="DiT-XL/2", step=1, image_size=32, vae_precision="fp32", sampler="ddpm", num_sampling_steps=250,
         eta=None, cfg_scale=1.5, cfg_channels=3, t_min=0, t_max=999, precision="fp32", tf32=True, global_seed=0,
-        num_fid_samples=count, conditions_sha256="a", runs=[],
+        num_fid_samples=count, conditions={**LABELS.recorded, "sha256": "a"}, runs=[],
     )  # fmt: skip
 
 
@@ -100,8 +100,7 @@ def drawn_codes(folder, size):
 def codes_record(count):
     return CodesRecord(
         model="DLCPrior-M", checkpoint="a", weights_sha256="a", step=1, weights="ema", L=L, V=V, encoder_sha256=None,
-        sampler="first-hitting", steps=L, temperature=1.0, top_p=1.0, eta=None, cfg_scale=1.0, classes=None,
-        given=None, given_sha256=None, kept=None, precision="fp32", tf32=True, global_seed=0, num=count,
+        options={}, given=None, precision="fp32", tf32=True, global_seed=0, num=count,
         labels=[0] * count, runs=[],
     )  # fmt: skip
 

@@ -9,7 +9,6 @@ position; the level of chance; and, given the images of the features that the co
 for the VAE's reconstructions of images, since no sample that this VAE decodes can be expected to keep more.
 """
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,25 +60,22 @@ class DrawnCodes(RowConditions):
     """
 
     def __init__(self, folder: Path, record: SamplesRecord, dlc_dir: str | None = None):
-        described = re.fullmatch(self.described("codes"), record.conditions)
-        if record.prior:  # drew them beside the samples
-            source, order = folder.with_name(f"{folder.name}.codes"), "sequential"
-        elif described:
-            source, order = described.groups()
-        else:
-            raise ValueError(f"{folder}: its samples were drawn for {record.conditions}, not for codes")
-        source = dlc_dir or source
+        conditions = record.conditions
+        if conditions["kind"] != "codes":
+            raise ValueError(f"{folder}: its samples were drawn for {conditions['kind']}, not for codes")
+        prior = conditions.get("prior")  # drew them beside the samples
+        source = dlc_dir or (folder.with_name(f"{folder.name}.codes") if prior else str(conditions.get("source")))
         try:
             codes = open_codes(source)
         except ValueError as error:
             raise ValueError(f"{error}; name the codes that {folder} was drawn for with --dlc-dir") from None
-        super().__init__(source, codes.rows, "codes", order, record.global_seed)
+        super().__init__("codes", source, codes.rows, conditions.get("order", "sequential"), record.global_seed)
         self.features, self.L, self.V = codes.features, codes.L, None
-        if record.prior:
+        if prior:
             drawn = CodesRecord.finished(source)
-            agrees = drawn is not None and drawn.settings() == record.prior and drawn.num >= record.num_fid_samples
+            agrees = drawn is not None and drawn.settings() == prior and drawn.num >= record.num_fid_samples
         else:
-            agrees = self.digest(record.num_fid_samples) == record.conditions_sha256
+            agrees = self.digest(record.num_fid_samples) == conditions.get("sha256")
         if not agrees:
             raise ValueError(
                 f"the codes of {source} are not those that {folder} was drawn for, by the digest in samples.json: "
@@ -203,7 +199,7 @@ def main():
         encoder, notes, ceiling = open_judges(args, drawn, count, state.device)
         drawn.V = encoder.V
         wanted = drawn(np.arange(count)).numpy()  # (count, L)
-        agree("samples, codes and encoder", (record.conditions_sha256, weights_sha256(encoder)))
+        agree("samples, codes and encoder", (record.conditions, weights_sha256(encoder)))
 
     def load(indices):
         return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])

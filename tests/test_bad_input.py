@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 
 from dlc.data import kind_dir
 from dlc.nets.encoder import DEFAULT_ENCODER
+from dlc.sampling.prior_options import PriorOptions, flags_of
 from models import DiT_models
 
 SCRIPTS = (
@@ -390,6 +392,7 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
+    read |= {f"prior_{flags_of(one)[0].replace('-', '_')}" for one in fields(PriorOptions)}  # read in a loop
     actions = [action for action in parsers[0]._actions if action.dest != "help"]
     assert len(actions) > 8
     for action in actions:

@@ -61,7 +61,7 @@ def read(folder):
 def test_processes_do_not_matter(codes, prior, tmp_path):
     """Byte for byte, by two processes under torchrun, by one and by three."""
     folder, said = codes
-    assert f"{NUM} codes into codes, 3 of 3 shards to draw, first-hitting 6 steps, on 2 x cpu" in said
+    assert f"{NUM} codes into codes, 3 of 3 shards to draw, on 2 x cpu; sampler first-hitting, steps 6, " in said
     assert "these codes" in said and "no comparison" not in said
     assert [np.load(path).shape for path in sorted(folder.glob("*.npy"))] == [(SHARD, L), (SHARD, L), (30, L)]
     for processes in (1, 3):
@@ -165,7 +165,7 @@ def test_infilling_keeps_what_it_is_to_keep(prior, run, tmp_path):
         *("--ckpt", prior, "--num", 9, "--out", "infilled", "--no-usage", "--given", "given.npy"),
         *("--given-rows", 3, "--keep-places", "0-2", 5),
     )
-    assert "kept 4 tokens at positions 0-2, 5" in said
+    assert "given_rows [3], keep_places [0, 1, 2, 5]" in said
     same = read("infilled") == given[3]
     assert same[:, [0, 1, 2, 5]].all() and same[:, 3:5].mean() < 0.5
     np.save(tmp_path / "given.npy", np.roll(given, 1, axis=0))
@@ -177,7 +177,7 @@ def test_infilling_keeps_what_it_is_to_keep(prior, run, tmp_path):
 
 
 def test_classes_are_recorded(prior, run, tmp_path):
-    assert "classes 0, 1, 2 in turn" in run("--ckpt", prior, "--num", 5, "--out", "all", "--class", "all", "--no-usage")
+    assert "classes [0, 1, 2]" in run("--ckpt", prior, "--num", 5, "--out", "all", "--class", "all", "--no-usage")
     record = CodesRecord.finished(tmp_path / "all")
     assert record.labels == [0, 1, 2, 0, 1] and record.V == V and record.num == 5
 
@@ -251,7 +251,7 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     command = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "one")
     launch(("forked", 1, *command, "--num-fid-samples", 3), workplace)
     said = launch(("forked", 1, *command, "--num-fid-samples", 5), workplace).stdout
-    assert "codes drawn from DLCPrior-Ti, step 3: first-hitting, 6 steps; 2 of 5 images" in said
+    assert f"codes drawn from DLCPrior-Ti of {prior}: first-hitting, 6 steps; 2 of 5 images" in said
     two = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "two", "--per-proc-batch-size", 2)
     launch(("forked", 2, *two, "--num-fid-samples", 5), workplace)
     for name in ("one", "two"):
@@ -259,14 +259,15 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
         assert np.array_equal(read(folder), read(codes[0])[:5])
     folder = next(path for path in (tmp_path / "one").iterdir() if path.is_dir() and path.suffix != ".codes")
     record = SamplesRecord.read(folder / "samples.json")
-    assert record.prior["sampler"] == "first-hitting" and record.prior["weights_sha256"]
+    drawn = record.conditions["prior"]
+    assert drawn["options"]["sampler"] == "first-hitting" and drawn["weights_sha256"]
     assert json.loads((folder / "samples.json").read_text())["code_rows"] == list(range(5))
     assert torch.equal(DrawnCodes(folder, record)(np.arange(5)), torch.from_numpy(read(codes[0])[:5]))
     launch(
         ("forked", 1, *command, "--num-fid-samples", 5, "--progressive", 2), workplace
     )  # nothing to draw but a strip
     result = launch(("forked", 1, *command, "--num-fid-samples", 5, "--prior-steps", 2), workplace, check=False)
-    assert result.returncode == 2 and "holds samples made with other settings: conditions " in result.stdout
+    assert result.returncode == 2 and "other settings: conditions.prior.options.steps 6 there, 2 here" in result.stdout
     listed = launch(
         (
             "forked",
@@ -345,7 +346,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--given", other, "--keep-tokens", 1), f"V=3, but those of the prior have V={V}"),
         (("--features-path", other), "--V"),
         (("--out", codes[0], "--num", 5), "is a set of 542 codes, more than 5"),
-        (("--out", codes[0], "--num", NUM, "--steps", 2), "steps 6 there, 2 here"),
+        (("--out", codes[0], "--num", NUM, "--steps", 2), "options.steps 6 there, 2 here"),
         (("--out", codes[0], "--num", NUM, "--ckpt", plain), "weights_sha256"),
     ):
         flags = flags if {"--ckpt", "--results-dir"} & set(flags) else ("--ckpt", prior, *flags)

@@ -37,7 +37,8 @@ def test_what_sampling_leaves(workplace, tiny_models):
     assert Image.open(workplace / f"samples/{folder.name}.grid.png").size == (8 * IMAGE_SIZE, 3 * IMAGE_SIZE)
     record = json.loads((folder / "samples.json").read_text())
     assert record["checkpoint"] == str(workplace / "results/checkpoints/0000003")
-    assert record["conditions"].startswith(f"14 codes of {workplace / 'features'}")
+    conditions = dict(kind="codes", source=str(workplace / "features"), count=14, order="random", L=L, V=V)
+    assert conditions.items() <= record["conditions"].items() and len(record["conditions"]["sha256"]) == 64
     assert len(record["weights_sha256"]) == 64 and record["weights"] == "ema" and record["step"] == 3
     assert [
         record[key]
@@ -213,7 +214,7 @@ def test_codes_that_changed_are_noticed(workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample", *map(str, command), "80"])
     with pytest.raises(SystemExit):
         sample_ddp_computed_dlc.main()
-    assert "conditions_sha256 " in capsys.readouterr().err
+    assert "conditions.sha256 " in capsys.readouterr().err
 
 
 def test_a_set_of_other_weights_or_of_more_samples_is_kept(workplace, monkeypatch, capsys):
@@ -248,7 +249,7 @@ def test_other_settings_are_refused(workplace, monkeypatch, capsys):
         (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"),
         (("--no-tf32",), "tf32 True there"),
         (("--vae-precision", "bf16"), "vae_precision 'fp32' there"),
-        (("--dlc-order", "sequential"), "conditions "),
+        (("--dlc-order", "sequential"), "conditions.order 'random' there, 'sequential' here"),
     ):
         monkeypatch.setattr(sys, "argv", ["sample", "--model", "DiTSEM-Ti/4", *map(str, (*SAMPLE_FLAGS, *flags))])
         with pytest.raises(SystemExit) as stopped:
@@ -375,4 +376,4 @@ def test_sampling_for_vectors(tiny_models, tmp_path):
     assert (record["sampler"], record["num_sampling_steps"], record["cfg_channels"]) == ("heun", 3, 4)
     np.save(tmp_path / "vectors/0.npy", vectors + 1)
     result = launch(("forked", 1, *command, "--sample-dir", "samples_1"), tmp_path, check=False)
-    assert result.returncode == 2 and "conditions_sha256 " in result.stdout and "Traceback" not in result.stdout
+    assert result.returncode == 2 and "conditions.sha256 " in result.stdout and "Traceback" not in result.stdout

@@ -321,7 +321,7 @@ RECORD = SamplesRecord(
     weights_sha256="0" * 64,
     step=None,
     weights="ema",
-    conditions="labels",
+    conditions=dict(kind="labels", num_classes=10, order="equal", sha256="2" * 64),
     image_size=64,
     vae="ema",
     vae_sha256="1" * 64,
@@ -337,10 +337,9 @@ RECORD = SamplesRecord(
     tf32=True,
     global_seed=0,
     num_fid_samples=21,
-    conditions_sha256="2" * 64,
     runs=[dict(images=21)],
 )
-KEYS = [one.name for one in fields(SamplesRecord) if one.name != "prior"]
+KEYS = [one.name for one in fields(SamplesRecord)]
 
 
 def write_record(path, **changes):
@@ -376,7 +375,8 @@ def test_record_without_a_key(tmp_path, name):
         ("eta", 2),
         ("cfg_scale", "1.5"),
         ("model", None),
-        ("conditions_sha256", 0),
+        ("conditions", "10 labels"),
+        ("conditions", dict(order="equal")),
         ("t_max", -1),
         ("format_version", "2"),
         ("format_version", None),
@@ -402,20 +402,28 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
         vectors=ComputedVectors(vectors, CONT, "sequential", 0),
         codes=of(tmp_path / "codes.npy"),
     )[conditioning]
-    record = replace(RECORD, num_fid_samples=4, conditions_sha256=conditions.digest(4), runs=[])
+
+    def recorded(count):
+        return {**conditions.recorded, "sha256": conditions.digest(count)}
+
+    record = replace(RECORD, num_fid_samples=4, conditions=recorded(4), runs=[])
     folder = SampleFolder(tmp_path / "samples", conditions)
     assert folder.open(record, dict(date="now")) == [0, 1, 2, 3]
     folder.lock.release()
     values = json.loads((folder.path / "samples.json").read_text())
     assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
     assert values["format_version"] == 1 and list(values)[-1] == conditions.key
-    more = replace(record, num_fid_samples=6, conditions_sha256=conditions.digest(6))
+    more = replace(record, num_fid_samples=6, conditions=recorded(6))
     assert folder.open(more, dict(date="later")) == [0, 1, 2, 3, 4, 5]
     folder.lock.release()
     assert [run["images"] for run in SamplesRecord.read(folder.path / "samples.json").runs] == [4, 6]
     save_png(png_path(folder.path, 0), np.zeros((8, 8, 3), np.uint8))
     for changes, message in (
-        (dict(conditions_sha256="3" * 64), "conditions_sha256 "),
+        (dict(conditions={**recorded(6), "sha256": "3" * 64}), "conditions.sha256 "),
+        (
+            dict(conditions={**recorded(6), "order": "other"}),
+            "conditions.order '(equal|sequential)' there, 'other' here",
+        ),
         (dict(t_min=1), "t_min 0 there, 1 here"),
         (dict(num_fid_samples=5), "is a set of 6 samples"),
     ):

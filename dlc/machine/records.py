@@ -74,8 +74,11 @@ def check_values(where, values: Mapping, kinds: Mapping[str, Kind], needed: Iter
             raise ValueError(f"{where}: {name} is missing, wanted {words}")
 
 
-def differences(there: Mapping, here: Mapping) -> str:
-    """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree."""
+def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
+    """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree.
+
+    A dict within a dict is compared key by key. outer: said before each key.
+    """
 
     def short(value):
         text = repr(value)
@@ -85,11 +88,14 @@ def differences(there: Mapping, here: Mapping) -> str:
             return text
         return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
 
-    return "; ".join(
-        f"{name} {short(there.get(name))} there, {short(value)} here"
-        for name, value in here.items()
-        if there.get(name) != value
-    )
+    found = []
+    for name, value in here.items():
+        other = there.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += filter(None, [differences(other, value, f"{outer}{name}.")])
+        elif other != value:
+            found.append(f"{outer}{name} {short(other)} there, {short(value)} here")
+    return "; ".join(found)
 
 
 #################################################################################

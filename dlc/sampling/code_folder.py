@@ -18,7 +18,7 @@ from dlc.data.codes import SHARD, CodeSet, DrawnSet, as_codes
 from dlc.data.rows import load_array
 from dlc.machine.files import write_bytes
 from dlc.machine.folder import ResumableFolder
-from dlc.machine.records import OBJECT, SWITCH, TEXT, key, list_of, or_null, real_number, whole_number
+from dlc.machine.records import OBJECT, SWITCH, TEXT, key, list_of, or_null, whole_number
 from dlc.weights.foreign.safe import read_torch, storage_fault
 
 COUNT, SIZE = whole_number(0), whole_number(1)
@@ -69,17 +69,9 @@ class CodesRecord(DrawnSet):
     weights_sha256: str = key(TEXT)
     step: int | None = key(or_null(COUNT))  # null: a file of weights, which does not say
     weights: str = key(TEXT, decides=False)  # "ema", "raw", "as in the file"
-    # how codes are drawn from it; null where it does not apply
-    sampler: str = key(TEXT)
-    steps: int = key(SIZE)
-    temperature: float = key(real_number(0))
-    top_p: float = key(real_number(0, 1))
-    eta: float | None = key(or_null(real_number(0, 1)))
-    cfg_scale: float = key(real_number(0))
-    classes: str | None = key(or_null(TEXT))  # of the samples, in words; null without
+    # how codes are drawn from it
+    options: dict = key(OBJECT)  # of `PriorOptions`; what does not apply is null, `given` a digest of the rows in use
     given: str | None = key(or_null(TEXT), decides=False)  # the codes that are kept in part
-    given_sha256: str | None = key(or_null(TEXT))  # of the rows that are used, in order
-    kept: str | None = key(or_null(TEXT))  # which part of them, in words
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
     global_seed: int = key(COUNT)

@@ -164,7 +164,6 @@ def prepare(args, script: str, default: str) -> Job:
     if (args.progressive or 0) > sampler.num_steps:
         raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
-    digest = conditions.digest(args.num_fid_samples)
     state = start_processes()
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
@@ -178,7 +177,7 @@ def prepare(args, script: str, default: str) -> Job:
         weights_sha256=weights_sha256(model),
         step=meta.step,
         weights=meta.weights,
-        conditions=conditions.describe(),
+        conditions={**conditions.recorded, "sha256": conditions.digest(args.num_fid_samples)},
         image_size=image_size,
         vae=recorded_id(vae_id(vae_name)),
         vae_sha256=vae_digest,
@@ -194,9 +193,7 @@ def prepare(args, script: str, default: str) -> Job:
         tf32=args.tf32,
         global_seed=args.global_seed,
         num_fid_samples=args.num_fid_samples,
-        conditions_sha256=digest,
         runs=[],
-        prior=conditions.prior,
     )
     agree("checkpoint, codes and VAE", record)
     ckpt = path.stem if path.is_file() else path.name
@@ -335,7 +332,7 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
     logger.info(
-        f"{record.model} of {job.checkpoint} ({job.layout}); {record.conditions}; "
+        f"{record.model} of {job.checkpoint} ({job.layout}); {job.conditions.describe()}; "
         f"{len(job.missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
         f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}"
     )

@@ -1,9 +1,12 @@
 """What each sample is drawn for: a class, a code or a vector, as a function of (global seed, sample index)."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dlc.data.codes import CodeSpec, compare
 from dlc.data.rows import NpyRows, check_finite, open_vectors
@@ -12,7 +15,7 @@ from dlc.machine.noise import Stream, integers, permutation
 from dlc.machine.processes import done_by_rank_0, start_processes
 from dlc.sampling.code_folder import CodeFolder, load_codes, open_codes
 from dlc.sampling.prior import PriorDraw, draw_into
-from dlc.sampling.prior_options import OPTIONS, PriorOptions, add_prior_flags
+from dlc.sampling.prior_options import PriorOptions, add_prior_flags, flags_of
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
 
@@ -20,26 +23,41 @@ __all__ = ["CONDITIONINGS", "load_codes", "open_codes"]
 
 
 class Conditions:
-    """What samples are drawn for. Called with indices (N,) it gives their conditions y, a tensor (N, ...).
+    """What samples are drawn for. Called with indices (N,) it gives their conditions y, a tensor (N, ...) or a tree.
+
+    A tree is a dict of tensors, say, such as {"codes": (N, L), "text": (N, T, D)}; see `model.embed_condition`.
 
     Attributes and methods beside those below:
         key, script: under which samples.json lists values(indices), and which script draws from such models.
         flags: of its own, which other models are refused; add_flags(add) adds them to the script's parser.
         open(args, model, meta): gives the object.
-        describe(): what samples.json says of the source, and compares.
 
     Attributes:
+        recorded: what samples.json says of them: `kind`, `source`, and what decides which they are.
+        sentence: the same for the log, as a format of `recorded`.
         notes: what could not be compared with the checkpoint, lines.
-        prior: what decides codes that a prior draws, as samples.json has it; else None.
     """
 
-    flags, notes, prior = (), (), None
+    key: str
+    script: str
+    flags: tuple[str, ...] = ()
+    recorded: dict
+    sentence: str
+    notes: Sequence[str] = ()
 
-    def digest(self, count: int) -> str:
-        """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it."""
+    def describe(self) -> str:
+        """What samples are drawn for, in words."""
+        return self.sentence.format(**self.recorded)
+
+    def digest(self, count: int) -> str | None:
+        """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it.
+
+        None where `recorded` decides all of it.
+        """
         digest = hashlib.sha256()
         for start in range(0, count, 4096):
-            digest.update(self(np.arange(start, min(start + 4096, count))).numpy())
+            for leaf in tree_leaves(self(np.arange(start, min(start + 4096, count)))):
+                digest.update(leaf.numpy())
         return digest.hexdigest()
 
     def prepare(self, folder, state, launch: dict) -> None:
@@ -55,22 +73,18 @@ class RowConditions(Conditions):
     """Conditions that are rows of files: sample i gets row order(i), cycling where there are fewer rows than samples.
 
     Args:
+        kind: what a row is, in the plural.
         rows: a `NpyRows`.
-        what: what a row is, in the plural.
         order: "random", a permutation of all rows keyed by the seed, or "sequential".
+        recorded: more of what samples.json says.
     """
 
-    def __init__(self, source, rows: NpyRows, what: str, order: str, seed: int):
-        self.source, self.rows, self.what, self.order_name = recorded_id(str(source)), rows, what, order
+    sentence = "{count:,} {kind} of {source} in {order} order"
+
+    def __init__(self, kind: str, source, rows: NpyRows, order: str, seed: int, **recorded):
+        self.source, self.rows = recorded_id(str(source)), rows
         self.order = permutation(seed, Stream.SAMPLE_ORDER, 0, len(rows)) if order == "random" else np.arange(len(rows))
-
-    def describe(self) -> str:
-        return f"{len(self.order):,} {self.what} of {self.source} in {self.order_name} order"
-
-    @staticmethod
-    def described(what: str) -> str:
-        """A regular expression of what `describe` says of such rows: its groups are the source and the order."""
-        return rf"[\d,]+ {what} of (.+) in (random|sequential) order"
+        self.recorded = dict(kind=kind, source=self.source, count=len(rows), order=order, **recorded)
 
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample, (N,)."""
@@ -95,7 +109,7 @@ class ComputedCodes(RowConditions):
     """
 
     key, script = "code_rows", "sample_ddp_computed_dlc.py"
-    flags = ("--dlc-dir", "--prior", *(f"--prior-{name}" for name in OPTIONS))
+    flags = ("--dlc-dir", "--prior", *(f"--prior-{flags_of(one)[0]}" for one in fields(PriorOptions)))
 
     @staticmethod
     def add_flags(add) -> None:
@@ -138,9 +152,9 @@ class ComputedCodes(RowConditions):
 
     def __init__(self, source, model, meta, order: str, seed: int):
         codes = open_codes(source)
-        super().__init__(source, codes.rows, "codes", order, seed)
-        self.V = model.sem_embedder.V
-        self.notes = compare(codes, spec_of(model, meta))
+        self.V, self.notes = model.sem_embedder.V, compare(codes, spec_of(model, meta))
+        known = dict(L=codes.L, V=self.V, encoder_sha256=codes.encoder_sha256)
+        super().__init__("codes", source, codes.rows, order, seed, **known)
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Codes (N, L) int64 of the samples. Raises ValueError, naming file and row, for a value outside 0..V-1."""
@@ -154,6 +168,7 @@ class PriorCodes(Conditions):
     """
 
     key = ComputedCodes.key
+    sentence = "codes drawn from {prior[model]} of {source}: {prior[options][sampler]}, {prior[options][steps]} steps"
 
     def __init__(self, args, options: PriorOptions, model, meta):
         if is_id(args.prior):
@@ -164,15 +179,10 @@ class PriorCodes(Conditions):
         self.rows, self.compiled = None, args.compile
         self.notes = compare(self.draw.spec, spec_of(model, meta))
         self.record = self.draw.record(args.num_fid_samples)
-        self.prior = self.record.settings()
+        self.recorded = dict(kind="codes", source=self.record.checkpoint, prior=self.record.settings())
 
-    def digest(self, count: int) -> str:
-        """Of all that decides the codes, which are yet to be drawn."""
-        return hashlib.sha256(repr(sorted(self.prior.items())).encode()).hexdigest()
-
-    def describe(self) -> str:
-        step = "unknown" if self.record.step is None else self.record.step
-        return "codes drawn from {model}, step {}: {sampler}, {steps} steps".format(step, **self.prior)
+    def digest(self, count: int) -> None:
+        """See `Conditions`: the codes are yet to be drawn."""
 
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample in the folder of codes, (N,)."""
@@ -218,8 +228,9 @@ class ComputedVectors(RowConditions):
         return cls(args.condition_path, model, args.dlc_order or "random", args.global_seed)
 
     def __init__(self, source, model, order: str, seed: int):
-        super().__init__(source, open_vectors(source), "vectors", order, seed)
-        width, wanted = self.rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
+        rows = open_vectors(source)
+        width, wanted = rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
+        super().__init__("vectors", source, rows, order, seed, in_dim=width)
         if width != wanted:
             raise ValueError(f"vectors of {source} have in_dim={width}, the checkpoint's model in_dim={wanted}")
 
@@ -237,6 +248,7 @@ class ClassLabels(Conditions):
 
     key, script = "labels", "sample_ddp.py"
     flags = ("--label-sampling",)
+    sentence = "{order} labels of {num_classes} classes"
 
     @staticmethod
     def add_flags(add) -> None:
@@ -254,9 +266,7 @@ class ClassLabels(Conditions):
 
     def __init__(self, model, sampling: str, seed: int):
         self.num_classes, self.sampling, self.seed = model.y_embedder.num_classes, sampling, seed
-
-    def describe(self) -> str:
-        return f"{self.sampling} labels of {self.num_classes} classes"
+        self.recorded = dict(kind="labels", num_classes=self.num_classes, order=sampling)
 
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The label of each sample, (N,)."""

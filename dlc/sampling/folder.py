@@ -40,8 +40,9 @@ class SampleFolder(ResumableFolder):
         different, drawn = record.difference(earlier), earlier.num_fid_samples
         if different or drawn > record.num_fid_samples:
             return different
-        digest = record.conditions_sha256 if drawn == record.num_fid_samples else self.conditions.digest(drawn)
-        return differences(dict(conditions_sha256=earlier.conditions_sha256), dict(conditions_sha256=digest))
+        digest = record.conditions["sha256"] if drawn == record.num_fid_samples else self.conditions.digest(drawn)
+        there = {"conditions.sha256": earlier.conditions.get("sha256")}
+        return differences(there, {"conditions.sha256": digest})
 
     def write_record(self, record: SamplesRecord) -> None:
         """Write it with what each sample is drawn for; and remove the .npz, which is of fewer images or other ones."""

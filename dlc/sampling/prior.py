@@ -4,6 +4,7 @@ The code of sample i is a function of (seed, i) and the settings. The network is
 by index, so neither the number of processes, nor which codes are missing, nor how many are wanted changes a code.
 """
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,31 +76,31 @@ class PriorDraw:
         self.model, self.meta = load_prior(path, use_ema)
         encoder = self.meta.encoder_sha256
         self.spec = CodeSpec(owner=f"the prior {path}", L=self.model.L, V=self.model.V, encoder_sha256=encoder)
-        self.path, self.options, self.seed, self.precision, self.tf32 = path, options, seed, precision, tf32
-        model, spec = self.model, SAMPLERS[options.sampler]
+        self.path, self.seed, self.precision, self.tf32 = path, seed, precision, tf32
+        model, spec, classes = self.model, SAMPLERS[options.sampler], options.classes
         self.diffusion = diffusion_of(self.meta)
-        self.steps = options.steps or spec.default_steps or model.L
-        self.sampler = create_sampler(
-            options.sampler, model.V, self.steps, options.eta, options.temperature, options.top_p
-        )
-        self.classes = None
-        if options.classes:
+        steps = options.steps or spec.default_steps or model.L
+        self.sampler = create_sampler(options.sampler, model.V, steps, options.eta, options.temperature, options.top_p)
+        if classes:
             if model.num_classes is None:
                 raise ValueError(f"--class: the prior {path} has no classes: train one with --class-conditional")
-            if "all" in options.classes and len(options.classes) > 1:
+            if "all" in classes and len(classes) > 1:
                 raise ValueError("--class all already is every class: leave the others out")
-            self.classes = list(range(model.num_classes)) if "all" in options.classes else options.classes
-            if max(self.classes) >= model.num_classes:
-                raise ValueError(f"--class {max(self.classes)}: the prior's classes are 0 to {model.num_classes - 1}")
+            classes = list(range(model.num_classes)) if "all" in classes else classes
+            if max(classes) >= model.num_classes:
+                raise ValueError(f"--class {max(classes)}: the prior's classes are 0 to {model.num_classes - 1}")
         self.given = Given(options, model.L, model.V, seed) if options.given else None
+        eta = (spec.default_eta if options.eta is None else options.eta) if spec.has_eta else None
+        self.options = replace(options, steps=steps, eta=eta, classes=classes)
 
     def labels(self, num: int) -> list[int] | None:
         """The class of each of `num` samples, if there are classes."""
-        return self.classes and [self.classes[i % len(self.classes)] for i in range(num)]
+        classes = self.options.classes
+        return classes and [classes[i % len(classes)] for i in range(num)]
 
     def record(self, num: int) -> CodesRecord:
         """What codes.json says of `num` codes, but for the launches that draw them."""
-        options, meta, spec = self.options, self.meta, SAMPLERS[self.options.sampler]
+        meta = self.meta
         return CodesRecord(
             model=meta.model or "DLCPrior",
             checkpoint=recorded_id(str(self.path)),
@@ -109,16 +110,8 @@ class PriorDraw:
             L=self.model.L,
             V=self.model.V,
             encoder_sha256=meta.encoder_sha256,
-            sampler=options.sampler,
-            steps=self.steps,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            eta=(spec.default_eta if options.eta is None else options.eta) if spec.has_eta else None,
-            cfg_scale=options.cfg_scale,
-            classes=f"{', '.join(map(str, self.classes))} in turn" if self.classes else None,
-            given=self.given and self.given.source,
-            given_sha256=self.given and self.given.sha256,
-            kept=self.given and self.given.kept,
+            options={**asdict(self.options), "given": self.given and self.given.sha256},
+            given=self.options.given and recorded_id(self.options.given),
             precision=self.precision,
             tf32=self.tf32,
             global_seed=self.seed,
@@ -148,9 +141,8 @@ class PriorDraw:
         for first in range(int(indices[0]) // batch * batch, int(indices[-1]) + 1, batch):
             own = torch.arange(first, first + batch)  # always whole, so that each sample keeps its place
             given = None if self.given is None else self.given(own).to(device)
-            y = None
-            if self.classes:
-                y = torch.tensor(self.classes)[own % len(self.classes)].to(device)
+            classes = self.options.classes
+            y = torch.tensor(classes)[own % len(classes)].to(device) if classes else None
             codes = sample_codes(
                 self.model,
                 self.diffusion,

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ import torch
 from diffusion.masked_samplers import SAMPLERS
 from dlc.data.codes import CodeSpec, compare
 from dlc.machine.cli import number
-from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, random_words
 from dlc.sampling.code_folder import open_codes
 
@@ -34,94 +33,71 @@ def _class(text):
 
 _places.__name__, _class.__name__ = "position or range", "class"
 
+SAMPLERS_HELP = "; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items())
+STEPS_HELP = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
 
-def add_prior_flags(add_flag, prefix: str = "") -> None:
-    """How codes are drawn from a prior. Nothing has a default in the parser: see `PriorOptions`."""
 
-    def add(name, *others, **kwargs):
-        flags = [f"--{prefix}{one}" for one in (name, *others)]
-        metavar = {} if "choices" in kwargs else dict(metavar=name.upper().replace("-", "_"))
-        add_flag(*flags, dest=f"prior_{name.replace('-', '_')}", **{**metavar, **kwargs})
-
-    add(
-        "sampler",
-        choices=SAMPLERS,
-        help="; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items()) + " [first-hitting]",
-    )
-    defaults = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
-    add(
-        "steps",
-        "calls",
-        type=number(int, 1),
-        help="calls of the network per code, or steps in time of the analytic sampler and the corrector, which call it "
-        f"only where a token changes [{defaults}]",
-    )
-    add("temperature", type=number(float, 0), help="divide the logits by this; 0 takes the likeliest [1]")
-    add("top-p", type=number(float, 1e-6, 1), help="draw from the likeliest tokens of this share [1]")
-    add("eta", type=number(float, 0, 1), help="probability per step that the corrector masks a token again [0.01]")
-    add(
-        "class",
-        type=_class,
-        nargs="+",
-        metavar="CLASS",
-        help="of a prior with classes: class of sample i, by number, cycling through those given; all: every class in "
-        "turn [none]",
-    )
-    add("cfg-scale", type=number(float, 1), help=f"guidance scale of --{prefix}class; 1 disables guidance [1]")
-    add(
-        "given",
-        metavar="CODES",
-        help="keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of "
-        "row i, cycling [none]",
-    )
-    add("given-rows", type=number(int, 0), nargs="+", metavar="ROW", help="use these rows of them [all]")
-    add(
-        "keep-tokens",
-        type=number(int, 0),
-        metavar="N",
-        help=f"keep N tokens of the --{prefix}given code, at places drawn for each sample",
-    )
-    add(
-        "keep-places",
-        type=_places,
-        nargs="+",
-        metavar="PLACE",
-        help=f"keep the tokens of the --{prefix}given code at these positions, or ranges such as 0-15",
-    )
+def option(default, help: str, *names: str, **argument):
+    """A field of `PriorOptions`: its default; the help, names [the field's] and argparse's argument of its flag."""
+    return field(default=default, metadata=dict(help=help, names=names, argument=argument))
 
 
 @dataclass(frozen=True)
 class PriorOptions:
-    """The flags of `add_prior_flags`, with their defaults."""
+    """How codes are drawn from a prior. Each field has a flag, see `add_prior_flags`, and a key in codes.json."""
 
-    sampler: str = "first-hitting"
-    steps: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    eta: float | None = None
-    classes: list | None = None
-    cfg_scale: float = 1.0
-    given: str | None = None
-    given_rows: list | None = None
-    keep_tokens: int | None = None
-    keep_places: list | None = None
+    sampler: str = option("first-hitting", SAMPLERS_HELP, choices=SAMPLERS)
+    steps: int | None = option(
+        None,
+        "calls of the network per code, or steps in time of the analytic sampler and the corrector, which call it only "
+        f"where a token changes [{STEPS_HELP}]",
+        "steps",
+        "calls",
+        type=number(int, 1),
+    )
+    temperature: float = option(1.0, "divide the logits by this; 0 takes the likeliest", type=number(float, 0))
+    top_p: float = option(1.0, "draw from the likeliest tokens of this share", type=number(float, 1e-6, 1))
+    eta: float | None = option(
+        None, "probability per step that the corrector masks a token again [0.01]", type=number(float, 0, 1)
+    )
+    classes: list | None = option(
+        None,
+        "of a prior with classes: class of sample i, by number, cycling through those given; all: every class in turn "
+        "[none]",
+        "class",
+        type=_class,
+        nargs="+",
+    )
+    cfg_scale: float = option(1.0, "guidance scale of --{prefix}class; 1 disables guidance", type=number(float, 1))
+    given: str | None = option(
+        None,
+        "keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of row i, "
+        "cycling [none]",
+        metavar="CODES",
+    )
+    given_rows: list | None = option(
+        None, "use these rows of them [all]", type=number(int, 0), nargs="+", metavar="ROW"
+    )
+    keep_tokens: int | None = option(
+        None,
+        "keep so many tokens of the --{prefix}given code, at places drawn for each sample [none]",
+        type=number(int, 0),
+        metavar="N",
+    )
+    keep_places: list | None = option(
+        None,
+        "keep the tokens of the --{prefix}given code at these positions, or ranges such as 0-15 [none]",
+        type=_places,
+        nargs="+",
+        metavar="PLACE",
+    )
 
     @classmethod
     def of(cls, args, prefix: str = "") -> "PriorOptions":
         """Those of parsed args. Raises ValueError for flags that do not go together."""
-        values = dict(
-            sampler=args.prior_sampler,
-            steps=args.prior_steps,
-            temperature=args.prior_temperature,
-            top_p=args.prior_top_p,
-            eta=args.prior_eta,
-            classes=args.prior_class,
-            cfg_scale=args.prior_cfg_scale,
-            given=args.prior_given,
-            given_rows=args.prior_given_rows,
-            keep_tokens=args.prior_keep_tokens,
-            keep_places=args.prior_keep_places,
-        )
+        values = {one.name: getattr(args, f"prior_{flags_of(one)[0].replace('-', '_')}") for one in fields(cls)}
+        if values["keep_places"]:
+            values["keep_places"] = sorted({place for part in values["keep_places"] for place in part})
         options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
         if options.cfg_scale > 1 and options.classes is None:
             raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")
@@ -134,8 +110,20 @@ class PriorOptions:
         return options
 
 
-# The name of each option's flag, without its prefix.
-OPTIONS = [one.name.replace("classes", "class").replace("_", "-") for one in fields(PriorOptions)]
+def flags_of(option) -> tuple[str, ...]:
+    """The names of an option's flag, without dashes and prefix."""
+    return option.metadata["names"] or (option.name.replace("_", "-"),)
+
+
+def add_prior_flags(add, prefix: str = "") -> None:
+    """Add a flag for each field of `PriorOptions`. The parser has no defaults: it gives None for what is not there."""
+    for one in fields(PriorOptions):
+        name, *others = flags_of(one)
+        argument = dict(one.metadata["argument"], dest=f"prior_{name.replace('-', '_')}")
+        if "choices" not in argument:
+            argument.setdefault("metavar", name.upper().replace("-", "_"))
+        help = one.metadata["help"].format(prefix=prefix) + ("" if one.default is None else f" [{one.default}]")
+        add(*(f"--{prefix}{flag}" for flag in (name, *others)), help=help, **argument)
 
 
 #################################################################################
@@ -144,7 +132,10 @@ OPTIONS = [one.name.replace("classes", "class").replace("_", "-") for one in fie
 
 
 class Given:
-    """Codes that are kept in part: given(indices) is (N, L) int64, with V where tokens are to be drawn."""
+    """Codes that are kept in part: given(indices) is (N, L) int64, with V where tokens are to be drawn.
+
+    Raises ValueError where the source has no codes of this L and V, or lacks the rows, tokens or places to keep.
+    """
 
     def __init__(self, options: PriorOptions, L: int, V: int, seed: int):
         codes = open_codes(options.given)
@@ -153,17 +144,11 @@ class Given:
         self.rows = np.array(options.given_rows or range(len(codes)), dtype=np.int64)
         if self.rows.max() >= len(codes):
             raise ValueError(f"row {self.rows.max()} is not in {options.given}, which has rows 0 to {len(codes) - 1}")
-        self.tokens, self.places = options.keep_tokens, None
-        if self.tokens is not None:
-            self.kept = f"{self.tokens} tokens at random places"
-            if self.tokens > L:
-                raise ValueError(f"there are only {L} tokens to keep, not {self.tokens}")
-        else:
-            self.places = sorted({place for part in options.keep_places for place in part})
-            if self.places[-1] >= L:
-                raise ValueError(f"position {self.places[-1]} is not in a code, which has positions 0 to {L - 1}")
-            self.kept = f"{len(self.places)} tokens at positions {_ranges(self.places)}"
-        self.source = recorded_id(options.given)
+        self.tokens, self.places = options.keep_tokens, options.keep_places
+        if (self.tokens or 0) > L:
+            raise ValueError(f"there are only {L} tokens to keep, not {self.tokens}")
+        if self.places and self.places[-1] >= L:
+            raise ValueError(f"position {self.places[-1]} is not in a code, which has positions 0 to {L - 1}")
         digest = hashlib.sha256()
         for part in np.array_split(self.rows, 1 + len(self.rows) // 4096):
             digest.update(self.codes.gather(part, V).astype("<u2").tobytes())
@@ -177,11 +162,3 @@ class Given:
             return torch.where(kept, codes, self.V)
         order = random_words(self.seed, Stream.SAMPLE_KEEP, indices, self.L).argsort(dim=1, stable=True)
         return codes.scatter(1, order[:, self.tokens :], self.V)
-
-
-def _ranges(places):
-    """Ascending numbers as "0-15, 20"."""
-    known = set(places)
-    starts = [place for place in places if place - 1 not in known]
-    ends = [place for place in places if place + 1 not in known]
-    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))

@@ -13,12 +13,18 @@ from dlc.machine.records import OBJECT, SWITCH, TEXT, Record, key, list_of, or_n
 COUNT, SIZE = whole_number(0), whole_number(1)
 
 
+CONDITIONS = (
+    (lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)),
+    "an object with a kind of conditions",
+)
+SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
+
+
 @dataclass(frozen=True)
 class SamplesRecord(Record):
     """samples.json but for its last key, in which the conditioning lists what each sample is drawn for.
 
-    That list, `labels`, `code_rows` or `vector_rows`, is for readers: this program compares `conditions_sha256`
-    instead.
+    That list, `labels`, `code_rows` or `vector_rows`, is for readers: this program compares the digest instead.
     """
 
     # the settings: two sets of images are alike only where all agree, but for names of where files lay
@@ -27,7 +33,7 @@ class SamplesRecord(Record):
     weights_sha256: str = key(TEXT)
     step: int | None = key(or_null(COUNT))  # null: a file of weights, which does not say
     weights: str = key(TEXT, decides=False)  # "ema", "model", or a key of a file
-    conditions: str = key(TEXT)
+    conditions: dict = key(CONDITIONS)  # see `Conditions.recorded`, and with `sha256` the digest of all of them
     image_size: int = key(SIZE)
     vae: str = key(TEXT, decides=False)
     vae_sha256: str = key(TEXT)
@@ -42,11 +48,14 @@ class SamplesRecord(Record):
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
     global_seed: int = key(COUNT)
-    # the set: how many images, the digest of what all of them are drawn for, and the launches that drew some
+    # the set: how many images, and the launches that drew some
     num_fid_samples: int = key(SIZE, decides=False)
-    conditions_sha256: str = key(TEXT, decides=False)
     runs: list[dict] = key(list_of(OBJECT), decides=False)
-    prior: dict | None = key(or_null(OBJECT), None)  # all that decides codes that a prior drew
+
+    def settings(self) -> dict:
+        """See `Record`."""
+        conditions = {name: value for name, value in self.conditions.items() if name not in SAID}
+        return {**super().settings(), "conditions": conditions}
 
 
 def this_launch(state, per_proc_batch_size: int) -> dict:

@@ -328,8 +328,8 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     (samples / "000003.png").unlink()
     assert "lacks 1 of its 21 images: run the sampling command again" in error()
     record = SamplesRecord.read(samples / "samples.json")
-    with pytest.raises(ValueError, match="drawn for equal labels of 2 classes, not for codes"):
-        agreement.DrawnCodes(samples, dataclasses.replace(record, conditions="equal labels of 2 classes"))
+    with pytest.raises(ValueError, match="drawn for labels, not for codes"):
+        agreement.DrawnCodes(samples, dataclasses.replace(record, conditions=dict(kind="labels")))
 
 
 def test_encoder_of_the_codes(samples, workplace, tmp_path, error_of):
