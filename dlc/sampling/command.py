@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import ArgumentParser, progress
@@ -235,7 +236,7 @@ def draw_batch(job: Job, indices: np.ndarray, denoise, on_step) -> torch.Tensor:
         return sample_latents(
             job.model,
             job.sampler,
-            y=job.conditions(indices).to(device),
+            y=tree_map(lambda value: value.to(device), job.conditions(indices)),
             seed=record.global_seed,
             indices=torch.from_numpy(indices).to(device),
             latent_shape=job.latent_shape,

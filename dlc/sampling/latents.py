@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from diffusion.samplers import SAMPLERS
 from dlc.machine.noise import StepNoise, Stream, normal
@@ -34,10 +35,10 @@ def sample_latents(
     model,
     sampler,
     *,
-    y: torch.Tensor,
+    y,
     seed: int,
     indices: torch.Tensor,
-    latent_shape,
+    latent_shape: tuple[int, int, int],
     cfg_scale: float = 1.0,
     t_min: float = 0,
     t_max: float = 999,
@@ -50,7 +51,8 @@ def sample_latents(
     Args:
         model: a DiT, DiTSEM or DiTCONT in eval mode.
         sampler: see `create_sampler`.
-        y: N conditions, on the model's device.
+        y: N conditions, a tensor (N, ...) or a tree of them such as a dict, on the model's device; the model's
+            `null_condition` gives a tree like it.
         seed, indices: a sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
         cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
         channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].
@@ -60,15 +62,15 @@ def sample_latents(
     n, denoise = len(indices), denoise or model.denoise
     channels = channels or model.guided_channels or model.in_channels
     # embed the conditions once, not per step, and the times once, not per sample
-    condition = model.embed_condition(y)  # (N, D)
-    null = model.embed_condition(model.null_condition(1).to(y.dtype)).expand(n, -1)  # (N, D)
-    both = torch.cat([condition, null])  # (2N, D)
-    times = list(dict.fromkeys(sampler.times))
-    embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=condition.device))))  # (D,) each
+    condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
+    null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
+    both = tree_map(lambda one, null: torch.cat([one, null.expand(n, *null.shape[1:])]), condition, null)  # (2N, D)
+    times, device = list(dict.fromkeys(sampler.times)), indices.device
+    embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=device))))  # (D,) each
 
     def predict(x, time):
         if time not in embedded:  # a solver may choose times as it goes
-            embedded[time] = model.t_embedder(torch.tensor([time], device=condition.device))[0]
+            embedded[time] = model.t_embedder(torch.tensor([time], device=device))[0]
         if cfg_scale == 1 or not t_min <= time <= t_max:
             return denoise(x, embedded[time], condition).float()
         conditional, unconditional = denoise(torch.cat([x, x]), embedded[time], both).float().chunk(2)
@@ -84,33 +86,35 @@ def sample_latents(
 
 
 class CudaGraphs:
-    """A function of CUDA tensors, whose kernels are recorded once per shape of the inputs and then launched as one."""
+    """A function of CUDA tensors and trees of them: its kernels are recorded once per shapes, then launched as one."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable):
         self.function, self.recorded = function, {}
 
-    def __call__(self, *inputs):
-        shapes = tuple(value.shape for value in inputs)
+    def __call__(self, *inputs) -> torch.Tensor:
+        values, tree = tree_flatten(inputs)
+        shapes = tuple(value.shape for value in values)
         if shapes not in self.recorded:
-            fixed = [value.clone() for value in inputs]
+            fixed = [value.clone() for value in values]
+            fixed_inputs = tree_unflatten(fixed, tree)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):  # compiles, and chooses kernels
-                    self.function(*fixed)
+                    self.function(*fixed_inputs)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self.function(*fixed)
+                output = self.function(*fixed_inputs)
             self.recorded[shapes] = fixed, graph, output
         fixed, graph, output = self.recorded[shapes]
-        for buffer, value in zip(fixed, inputs):
+        for buffer, value in zip(fixed, values):
             buffer.copy_(value)
         graph.replay()
         return output.clone()  # the next replay overwrites it, and solvers keep several outputs
 
 
-def lower_precision(model, precision: str) -> None:
+def lower_precision(model: torch.nn.Module, precision: str) -> None:
     """Cast the weights that autocast would cast at every step, once: the same results with less memory traffic."""
     for part in (model.x_embedder, model.blocks, model.final_layer):
         part.to(PRECISIONS[precision])
