@@ -18,9 +18,9 @@ from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.processes import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import SHARD, CodeFolder
-from dlc.sampling.prior import BATCH, PriorDraw, draw_into, newest_prior
+from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
-from dlc.sampling.record import this_launch
+from dlc.sampling.samples_record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.codes import Codes
 from dlc.weights.foreign.layouts import locate

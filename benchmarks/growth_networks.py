@@ -18,9 +18,9 @@ from dlc.data.images import Views, collate, flips_of
 from dlc.data.listing import list_images
 from dlc.nets.encoder import SEMEncoder
 from dlc.nets.pixels import BatchEncoder, PixelEncoder, batches_of, extract
-from dlc.sampling.codes import sample_codes
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import create_sampler, sample_latents
+from dlc.sampling.prior_engine import sample_codes
 from dlc.training.update import update_ema
 from evaluation.measuring import measure
 from evaluation.sets import open_images

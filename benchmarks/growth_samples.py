@@ -13,9 +13,9 @@ from compose_dlc import compose
 from dlc.data.images import save_png
 from dlc.sampling.code_folder import CodeFolder, CodesRecord, open_codes
 from dlc.sampling.conditions import ClassLabels
-from dlc.sampling.files import check_npz, png_path, write_npz
-from dlc.sampling.folder import SampleFolder
-from dlc.sampling.record import SamplesRecord
+from dlc.sampling.pictures import check_npz, png_path, write_npz
+from dlc.sampling.sample_folder import SampleFolder
+from dlc.sampling.samples_record import SamplesRecord
 from dlc.training.record import append_metrics, draw_losses, read_metrics, trim_metrics
 from evaluation.measuring import measure
 from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall

@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.record import record
 from dlc.data.images import read_png, save_png
-from dlc.sampling.files import check_npz, npz_rows, png_path, write_npz
+from dlc.sampling.pictures import check_npz, npz_rows, png_path, write_npz
 
 
 def write_pngs(folder, count, different):

@@ -36,8 +36,8 @@ from dlc.data.images import read_png, save_png, to_uint8
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS, autocast
 from dlc.nets.vae import decode, load_vae
-from dlc.sampling.files import png_path
 from dlc.sampling.latents import create_sampler
+from dlc.sampling.pictures import png_path
 from dlc.weights.load import load_weights, model_from_weights
 from models import DiT_models
 

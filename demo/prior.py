@@ -22,7 +22,7 @@ from diffusion.masked import mean_bound
 from dlc.data import Features
 from dlc.data.images import image_grid
 from dlc.machine.files import write_bytes
-from dlc.sampling.prior import newest_prior
+from dlc.sampling.prior_draw import newest_prior
 from dlc.training.heldout import heldout_bounds
 from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
 from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall

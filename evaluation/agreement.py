@@ -24,8 +24,8 @@ from dlc.nets.encoder import add_encoder_flags
 from dlc.sampling.code_folder import CodesRecord
 from dlc.sampling.command import open_model
 from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
-from dlc.sampling.files import missing_indices, png_path
-from dlc.sampling.record import SamplesRecord
+from dlc.sampling.pictures import missing_indices, png_path
+from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.load import weights_sha256
 from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
 from evaluation.report import metrics_path, write_metrics

@@ -23,7 +23,7 @@ from dlc.machine.cli import ArgumentParser, number, one_line
 from dlc.machine.files import DirectoryLock, read_json, write_bytes, write_json, write_whole
 from dlc.machine.records import check_values, list_of
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
-from dlc.sampling.flags import sampling_parser
+from dlc.sampling.sampling_flags import sampling_parser
 from evaluation.agreement import add_agreement_flags, check_agreement_flags, check_before_drawing
 from evaluation.comparison import needs_reference, networks_of
 from evaluation.flags import add_comparison_flags, check_comparison_flags, comparison_of, wanted_metrics

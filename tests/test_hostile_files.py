@@ -28,7 +28,7 @@ from dlc.features import main as features_tool
 from dlc.nets.encoder import SEMEncoder, load_encoder
 from dlc.nets.vae import downsampling_factor, load_vae
 from dlc.sampling.conditions import open_codes
-from dlc.sampling.files import check_npz, npz_rows
+from dlc.sampling.pictures import check_npz, npz_rows
 from dlc.training.record import draw_losses, read_metrics
 from dlc.weights.checkpoint import load_checkpoint
 from dlc.weights.foreign.safe import load_tensors

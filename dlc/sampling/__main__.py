@@ -3,7 +3,7 @@
 import sys
 
 from dlc.machine.cli import ArgumentParser
-from dlc.sampling.files import check_npz
+from dlc.sampling.pictures import check_npz
 
 
 def main():

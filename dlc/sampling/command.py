@@ -29,11 +29,11 @@ from dlc.machine.processes import (
 from dlc.nets.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.sampling.decoder import Decoder, save_strip
-from dlc.sampling.files import npz_rows, save_grid, write_npz
-from dlc.sampling.flags import RESULTS, sampling_parser
-from dlc.sampling.folder import SampleFolder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
-from dlc.sampling.record import SamplesRecord, this_launch
+from dlc.sampling.pictures import npz_rows, save_grid, write_npz
+from dlc.sampling.sample_folder import SampleFolder
+from dlc.sampling.samples_record import SamplesRecord, this_launch
+from dlc.sampling.sampling_flags import RESULTS, sampling_parser
 from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id

@@ -10,7 +10,7 @@ import torch
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.machine.processes import autocast, in_batches
 from dlc.nets.vae import decode
-from dlc.sampling.files import png_path
+from dlc.sampling.pictures import png_path
 
 
 class Decoder:

@@ -14,7 +14,7 @@ from test_evaluation_networks import tiny_dinov2
 from tiny_networks import pixels, record_of, save_folder
 
 from dlc.data.images import center_crop
-from dlc.sampling.files import write_npz
+from dlc.sampling.pictures import write_npz
 from evaluation import self_check
 from evaluation.comparison import METRICS
 from evaluation.measuring import share

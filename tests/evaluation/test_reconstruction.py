@@ -20,7 +20,7 @@ from dlc.data import Features
 from dlc.data.images import center_crop, load_rgb
 from dlc.machine.processes import start_processes
 from dlc.nets.encoder import load_encoder
-from dlc.sampling.record import SamplesRecord
+from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.load import weights_sha256
 from evaluation import agreement, reconstruction
 from evaluation.feature_images import FeatureImages, Reconstructor

@@ -25,8 +25,8 @@ from dlc.machine.processes import autocast, start_processes
 from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.nets.pixels import PixelEncoder, encoding_pool
 from dlc.nets.vae import decode
-from dlc.sampling.codes import sample_codes
 from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
+from dlc.sampling.prior_engine import sample_codes
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast

@@ -9,7 +9,7 @@ from drawing import STEPS, draw, tiny_model, tiny_vae
 
 from dlc.data.images import read_png
 from dlc.sampling import decoder
-from dlc.sampling.files import png_path
+from dlc.sampling.pictures import png_path
 
 BATCH, BATCHES, PATIENCE = 2, 3, 60  # seconds, after which there is no overlap
 

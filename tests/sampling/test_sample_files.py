@@ -15,9 +15,9 @@ from PIL import Image
 from dlc.data.images import save_png
 from dlc.sampling.__main__ import main
 from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors, open_codes
-from dlc.sampling.files import check_npz, missing_indices, npz_rows, png_path, write_npz
-from dlc.sampling.folder import SampleFolder
-from dlc.sampling.record import SamplesRecord
+from dlc.sampling.pictures import check_npz, missing_indices, npz_rows, png_path, write_npz
+from dlc.sampling.sample_folder import SampleFolder
+from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.meta import RunMeta
 
 

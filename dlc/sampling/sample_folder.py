@@ -7,8 +7,8 @@ import numpy as np
 from dlc.machine.files import remove_temporaries, write_json
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.records import differences
-from dlc.sampling.files import missing_indices
-from dlc.sampling.record import SamplesRecord
+from dlc.sampling.pictures import missing_indices
+from dlc.sampling.samples_record import SamplesRecord
 
 
 class SampleFolder(ResumableFolder):

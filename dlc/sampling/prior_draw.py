@@ -16,7 +16,7 @@ from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import compile_options, set_numerics
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
-from dlc.sampling.codes import sample_codes
+from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
 from dlc.weights.checkpoint import damage, newest_of_run, run_checkpoints
 from dlc.weights.foreign.prior_weights import diffusion_of, load_prior

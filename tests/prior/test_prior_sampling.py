@@ -13,9 +13,9 @@ from tiny_prior import save_prior
 import sample_prior
 from dlc.data.codes import perplexity
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, open_codes
-from dlc.sampling.prior import BATCH, PriorDraw, newest_prior, resolved
+from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
-from dlc.sampling.record import SamplesRecord
+from dlc.sampling.samples_record import SamplesRecord
 from dlc.sampling.usage import Rows, nearest, usage
 from evaluation.agreement import DrawnCodes
 
@@ -298,7 +298,7 @@ def test_a_prior_that_fills_the_memory(error_of, workplace, prior, monkeypatch):
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr("dlc.sampling.conditions.draw_into", full)
-    monkeypatch.setattr("dlc.sampling.prior.weights_sha256", lambda model: hashed.append(model) or "0" * 64)
+    monkeypatch.setattr("dlc.sampling.prior_draw.weights_sha256", lambda model: hashed.append(model) or "0" * 64)
     flags = (*DRAW[1:], "--results-dir", workplace / "results", "--prior", prior, "--num-fid-samples", 2)
     error = error_of("sample_ddp_computed_dlc", *flags)
     assert "the memory is full: lower --batch-size of sample_prior.py" in error and len(hashed) == 1

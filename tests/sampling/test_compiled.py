@@ -16,7 +16,7 @@ from diffusion import masked_samplers, samplers
 from dlc.nets.encoder import SEMEncoder
 from dlc.nets.pixels import PixelEncoder
 from dlc.sampling import command
-from dlc.sampling.prior import PriorDraw
+from dlc.sampling.prior_draw import PriorDraw
 from dlc.sampling.prior_options import PriorOptions
 
 CPU = torch.device("cpu")
