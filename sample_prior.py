@@ -135,7 +135,7 @@ def run(parser, args):
     try:
         state.wait_for_everyone()
     except RuntimeError:
-        parser.error("another process ended early, and said why; what is drawn is kept: run the same command again")
+        parser.error("another process failed, see its message; what is drawn is kept: run the same command again")
 
     # ---------------------------------------------------------------------- what they are
     if state.is_main_process:

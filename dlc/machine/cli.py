@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import math
 import multiprocessing
 import os
@@ -99,7 +98,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{where}: error: {one_line(message)}\n")
 
     def exit(self, status=0, message=None):
-        """End the script. Data readers ignore the signal by which multiprocessing would end them, and then wait for."""
+        """End the script. Kill the data readers: they ignore the signal that multiprocessing would end them with."""
         readers = multiprocessing.active_children()
         if readers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
@@ -152,7 +151,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
             if "by peer" in str(error):  # gloo's words for a process that is gone
-                self.error(f"another process ended early, and said why; {again}")
+                self.error(f"another process failed, see its message; {again}")
             raise
 
 
@@ -174,63 +173,24 @@ def is_killed_reader(error):
 #################################################################################
 
 
-def progress(iterable=None, *, bar_format=None, **kwargs):
-    """tqdm in a terminal; elsewhere the same numbers as a plain line at most every 30 s, and one at the end.
+class Lines:
+    """A file for tqdm where there is no terminal: what would redraw the bar is a line on standard error."""
 
-    Takes tqdm's arguments: total, initial, desc, unit, delay (seconds; work that ends sooner shows nothing), disable.
-    bar_format is for terminals only.
+    def write(self, text: str):
+        if line := printable(text).strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def progress(iterable=None, *, disable: bool = False, **kwargs):
+    """tqdm, in rank 0 alone. Where standard error is no terminal it prints a line every 30 s, and one at each end.
+
+    Takes tqdm's arguments: total, initial, desc, unit, bar_format, delay (seconds; shorter work shows nothing).
     """
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    from tqdm import tqdm  # not every command imports it
 
-        return tqdm(iterable, bar_format=bar_format, **kwargs)
-    return plain_progress()(iterable, **kwargs)
-
-
-@functools.cache
-def plain_progress():
-    """The class of progress in plain lines, made when first wanted: not every command imports tqdm."""
-    from tqdm import tqdm
-
-    class PlainProgress(tqdm):
-        monitor_interval = 0  # no thread: each update looks at the clock
-
-        def __init__(self, iterable=None, delay=0, **kwargs):
-            # tqdm itself prints nothing before `delay` is over, so the first line is that of the first 30 s
-            super().__init__(iterable, delay=1e-3, mininterval=PLAIN_SECONDS, miniters=0, file=sys.stderr, **kwargs)
-            self.shortest, self.printed = delay, None
-
-        def display(self, msg=None, pos=None):
-            """Print the line. tqdm calls this when the interval is over; nothing may be drawn in place."""
-            values = self.format_dict
-            done, total, seconds, initial = (values[key] or 0 for key in ("n", "total", "elapsed", "initial"))
-            rate = values["rate"] or ((done - initial) / seconds if seconds else 0)
-            share = f"/{total:,.0f}" if total else ""
-            left = f", {tqdm.format_interval(max(0, total - done) / rate)} left" if rate and total else ""
-            postfix = f", {values['postfix']}" if values["postfix"] else ""
-            percent = f" ({done / total:.0%})" if total else ""
-            print(
-                f"{self.desc or 'progress'}: {done:,.0f}{share} {self.unit}{percent}, {rate:.3g} {self.unit}/s, "
-                f"{tqdm.format_interval(seconds)} elapsed{left}{postfix}",
-                file=sys.stderr,
-                flush=True,
-            )
-            self.printed = done
-
-        def set_postfix(self, ordered_dict=None, refresh=True, **kwargs):
-            super().set_postfix(ordered_dict, refresh=False, **kwargs)
-
-        def close(self):
-            if not self.disable:
-                if self.printed != self.n and self.format_dict["elapsed"] >= self.shortest:
-                    self._ema_dt = lambda: None  # the last line tells the mean rate, as tqdm's does
-                    self.display()
-                self.disable = True
-
-        def moveto(self, n):
-            pass
-
-        def clear(self, nolock=False):
-            pass
-
-    return PlainProgress
+    if not sys.stderr.isatty():
+        kwargs.update(file=Lines(), mininterval=PLAIN_SECONDS, miniters=0)
+    return tqdm(iterable, disable=disable or os.environ.get("RANK", "0") != "0", **kwargs)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, locks against a second launch, and JSON: what every stage needs of a disk.
+"""Files written whole or not at all, JSON, and a lock against a second launch.
 
 Some network disks cannot sync a directory, some have no locks. There, one warning is printed and the work goes on. An
 error that means lost data (EIO, ENOSPC, …) is always raised.
@@ -6,32 +6,28 @@ error that means lost data (EIO, ENOSPC, …) is always raised.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from dlc.machine.cli import warn_once
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None
-
-LOCK_PATIENCE = 20  # seconds to wait for a launch that may have been killed just now
+LOCK_PATIENCE = 20  # seconds to wait for a launch that was just killed
 LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 
-def sync(path):
+def sync(path: str | Path):
     """Flush a file's bytes, or a directory's names, to the disk, so that they survive a crash of the machine.
 
     On a disk that cannot do this, warn once. Raises OSError if the disk can do it and fails.
     """
     is_directory = os.path.isdir(path)
-    if is_directory and os.name != "posix":
-        return
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -50,7 +46,7 @@ def sync(path):
         )
 
 
-def write_whole(path, write):
+def write_whole(path: Path, write: Callable[[BinaryIO], object]):
     """Let write(file) fill a temporary file, then rename it to path, so that readers see the whole file or none.
 
     If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the file, if the disk fails.
@@ -69,12 +65,12 @@ def write_whole(path, write):
         raise
 
 
-def write_bytes(path, content):
+def write_bytes(path: Path, content: bytes):
     """Write bytes as `write_whole` does."""
     write_whole(path, lambda file: file.write(content))
 
 
-def check_writable(path, flag):
+def check_writable(path: str | Path, flag: str):
     """Raise ValueError, naming the flag that a path was given to, where no file can be written there."""
     folder = Path(path).absolute().parent
     if Path(path).is_dir():
@@ -85,7 +81,7 @@ def check_writable(path, flag):
         raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
 
 
-def remove_temporaries(directory, name=""):
+def remove_temporaries(directory: Path, name: str = ""):
     """Remove the temporary files of killed `write_whole` calls whose targets' names start with `name`."""
     for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
         if temporary.name.startswith(f".{name}"):
@@ -95,57 +91,44 @@ def remove_temporaries(directory, name=""):
 class DirectoryLock:
     """Keeps a second launch out of a directory while this process works there, by flock on `directory/.lock`.
 
-    The kernel releases the lock when the process ends, however it ends.
+    The kernel releases the lock when the process ends, however it ends. (On a disk without flock, filelock would fall
+    back to a file that a killed process leaves behind.)
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path):
         self.path, self.file = Path(directory) / ".lock", None
 
-    def acquire(self, patience=None):
+    def acquire(self):
         """Take the lock; create the directory if it does not exist. On a disk without locks, warn once and go on.
 
-        Args:
-            patience: seconds to wait for another launch, which may be about to die [LOCK_PATIENCE].
-
-        Raises ValueError if another launch keeps the lock, OSError if the lock file cannot be opened.
+        Raises ValueError if another launch keeps the lock for LOCK_PATIENCE, OSError if the file cannot be opened.
         """
-        deadline, announced = time.monotonic() + (LOCK_PATIENCE if patience is None else patience), False
+        deadline = time.monotonic() + LOCK_PATIENCE
         while not self._try():
             if time.monotonic() > deadline:
                 raise ValueError(f"another process is writing to {self.path.parent}: wait for it, or give another path")
-            if not announced:
-                print(f"waiting for another process that writes to {self.path.parent}", flush=True)
-                announced = True
             time.sleep(0.05)
 
-    def _try(self):
+    def _try(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(self.path, "ab+")
-        except FileNotFoundError:  # the previous launch has just removed the directory as well
-            return False
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "no flock on this system")
+            file = open(self.path, "ab")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the previous launch may have removed the file in the meantime: this lock would then exclude nobody
-            held = os.path.exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+            # the last holder may have removed this file in the meantime: the lock would exclude nobody
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                return False
+        except (BlockingIOError, FileNotFoundError):
+            return False
         except OSError as error:
-            held = error.errno in UNSUPPORTED
-            if held:
-                warn_once(
-                    "locks",
-                    f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that "
-                    "only one launch writes there at a time",
-                )
-            elif error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES):
-                file.close()
+            if error.errno not in UNSUPPORTED:
                 raise
-        if held:
-            self.file = file
-        else:
-            file.close()
-        return held
+            warn_once(
+                "locks",
+                f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that only one launch "
+                "writes there at a time",
+            )
+        self.file = file
+        return True
 
     def release(self):
         """Release the lock, and remove its file and, if empty, the directory. Does nothing if the lock is not held."""
@@ -158,11 +141,11 @@ class DirectoryLock:
         self.file = None
 
 
-def write_json(path, value):
+def write_json(path: Path, value):
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path):
+def read_json(path: str | Path) -> dict:
     """The dict in a JSON file. Raises ValueError, naming the file, if there is none."""
     try:
         if os.path.getsize(path) > LARGEST_JSON:
@@ -177,11 +160,11 @@ def read_json(path):
     return value
 
 
-def is_plain_name(text):
+def is_plain_name(text) -> bool:
     """Whether a text from a file is the name of an entry of a folder, rather than a path that leads out of it."""
     return isinstance(text, str) and text.isprintable() and text not in ("", ".", "..") and not set("/\\:") & set(text)
 
 
-def recorded_id(name):
+def recorded_id(name: str | Path) -> str:
     """The name of a model or folder as files record it: a hub id as it is, a local path as an absolute path."""
     return str(Path(name).resolve()) if Path(name).exists() else name

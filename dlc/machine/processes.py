@@ -1,4 +1,4 @@
-"""Which machine is this: processes, device, threads, precision, logging.
+"""Processes, their device, threads and precision, what the launcher asks for, and the log.
 
 accelerate gives DDP, the fp16 scaler, the trackers (TensorBoard, wandb) and the launcher that the README's commands
 use. Sharding, checkpoints and data are ours: accelerate shards on no CPU and knows no EMA, and its checkpoints and data
@@ -19,12 +19,88 @@ import warnings
 import torch
 
 from dlc.machine.cli import one_line, printable, warn_once
-from dlc.machine.launcher import is_on, local_world_size, refuse_launcher
 from dlc.machine.signals import on_first_signal
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may be writing a large file
 SAID_WAITING = 30  # seconds after which a process says that it waits for the others to start
+
+
+#################################################################################
+#                                 The launcher                                  #
+#################################################################################
+
+# `accelerate launch` passes its configuration through environment variables, on which accelerate's classes act by
+# themselves. What would train otherwise than our flags say is refused.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: shard with FSDP (train_options/fsdp.yaml)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: shard with FSDP (train_options/fsdp.yaml)",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism: use --multi_gpu",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "other parallelism: use --multi_gpu, or FSDP (train_options/fsdp.yaml)",
+    "FSDP_OFFLOAD_PARAMS": "FSDP with parameters offloaded to the CPU: leave out fsdp_offload_params",
+}
+
+
+def environment(variable: str, default: str = "") -> str:
+    """An environment variable in lower case. Unset and empty are the same, as for accelerate."""
+    return (os.environ.get(variable) or default).lower()
+
+
+def is_on(variable: str) -> bool:
+    return environment(variable) in ("1", "true", "yes", "on", "y", "t")
+
+
+def refuse_launcher(grad_accum: int | None = None):
+    """Raise ValueError if the launcher's variables ask for what this program does not have, or contradict a flag."""
+    for variable, what in REFUSED.items():
+        if is_on(variable):
+            raise ValueError(f"accelerate's configuration ({variable}) asks for {what}")
+    if environment("ACCELERATE_FP8_BACKEND", "no") != "no":
+        raise ValueError("accelerate's configuration (ACCELERATE_FP8_BACKEND) asks for 8-bit training: leave it out")
+    steps = environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if grad_accum and steps not in ("1", str(grad_accum)):
+        raise ValueError(
+            f"accelerate's configuration asks for {steps} gradient accumulation steps, --grad-accum for {grad_accum}: "
+            "set it by --grad-accum alone"
+        )
+
+
+def asked_to_compile(flag: bool | None, on_gpu: bool) -> bool:
+    """Whether to compile the blocks: --compile decides, else accelerate's dynamo backend, else the kind of device.
+
+    Raises ValueError if the backend decides and is not supported.
+    """
+    if flag is not None:
+        return flag
+    backend = environment("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend not in ("no", "inductor"):
+        raise ValueError(
+            f"accelerate's configuration asks for the dynamo backend {backend}, wanted no or inductor; --compile and "
+            "--no-compile override it"
+        )
+    return on_gpu or backend == "inductor"
+
+
+def asked_precision(precision: str | None = None) -> str:
+    """What --precision and the launcher's --mixed_precision together ask for: "fp32", "bf16" or "fp16".
+
+    Args:
+        precision: one of these; or "amp": the launcher's 16 bits, else bf16; or None: the launcher decides. Its "no" is
+            also its default, so it contradicts nothing.
+
+    Raises ValueError if they contradict each other.
+    """
+    launchers = environment("ACCELERATE_MIXED_PRECISION", "no")
+    if launchers not in ("no", "fp16", "bf16"):
+        raise ValueError(f"the launcher's --mixed_precision {launchers}: this trains in fp16, bf16 or, by no, in fp32")
+    if precision == "amp":
+        return "bf16" if launchers == "no" else launchers
+    if precision and launchers not in ("no", precision):
+        raise ValueError(
+            f"the launcher's --mixed_precision {launchers} contradicts --precision {precision}, which the files of "
+            "train_options/ set, too: launch with --mixed_precision no, or leave the flag out"
+        )
+    return precision or ("fp32" if launchers == "no" else launchers)
 
 
 #################################################################################
@@ -59,7 +135,7 @@ def said_when_waiting():
         timer.cancel()
 
 
-def start_processes():
+def start_processes(grad_accum: int | None = None):
     """Join the WORLD_SIZE processes of any launcher into one process group: NCCL on GPUs, gloo on the CPU.
 
     Returns accelerate's PartialState: device, process_index, num_processes, is_main_process, wait_for_everyone().
@@ -70,7 +146,7 @@ def start_processes():
     """
     from accelerate import PartialState  # imported late: --help and mistaken flags do not need it
 
-    refuse_launcher()
+    refuse_launcher(grad_accum)
     on_first_signal([signal.SIGINT], _interrupt)
     on_cpu = is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if on_cpu:
@@ -86,8 +162,8 @@ def start_processes():
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(
-            "the processes cannot be joined by what the launcher's variables say (WORLD_SIZE, RANK, "
-            f"LOCAL_RANK, MASTER_ADDR, ACCELERATE_…): {one_line(error, 150)}"
+            "cannot start the process group from WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
+            f"ACCELERATE_…: {one_line(error, 150)}"
         ) from None
     if state.num_processes != world_size:
         raise ValueError(
@@ -131,7 +207,8 @@ def agree(what: str, value):
 def cores_per_process() -> int:
     """This process's share of the cores, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // (local_world_size() or 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, cores // max(1, int(processes) if processes.isdecimal() else 1))
 
 
 def default_num_workers() -> int:
@@ -232,10 +309,8 @@ def create_accelerator(logger, precision: str, report_to: str | None = None, run
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     on_cpu = PartialState().device.type == "cpu"
-    # hidden from accelerate, which would shard in its own way
     sharded = is_on("ACCELERATE_USE_FSDP")
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        os.environ.pop(variable, None)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # no argument keeps Accelerator from sharding in its own way
     if precision == "fp16" and on_cpu:
         logger.warning("warning: fp16 needs a GPU; this run uses float32")
         precision = "fp32"

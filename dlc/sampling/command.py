@@ -348,7 +348,7 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
     try:
         state.wait_for_everyone()
     except RuntimeError:
-        parser.error("another process ended early, and said why; what is drawn is kept: run the same command again")
+        parser.error("another process failed, see its message; what is drawn is kept: run the same command again")
     if state.is_main_process:
         with parser.kept_on_error("what is drawn is kept", "--num-fid-samples"):
             finish(job)

@@ -22,12 +22,11 @@ def announce(run):
         run.resumed and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
         run.resumed and f"continued from {run.resumed}",
         run.changed and f"warning: changed since: {run.changed}",
-        *(f"warning: {line}" for line in run.unused),
         first >= last and "nothing to do: raise --max-steps or --epochs to train on",
     ):
         if line:
             run.logger.info(line)
-    return progress(total=last, initial=first, unit="step", desc="training", disable=not run.state.is_main_process)
+    return progress(total=last, initial=first, unit="step", desc="training")
 
 
 def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
@@ -54,4 +53,4 @@ def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
         f"step {step:,}: {run.losses.words(means)}, grad norm {line['grad_norm']:.3f}, {rate:.2f} "
         f"steps/s, {samples_per_second:.0f} {unit}/s" + (f", {run.skipped} steps skipped" if run.skipped else "")
     )
-    run.bar.set_postfix({"loss": f"{means['loss']:.4f}", f"{unit}_per_s": f"{samples_per_second:.0f}"})
+    run.bar.set_postfix({"loss": f"{means['loss']:.4f}", f"{unit}_per_s": f"{samples_per_second:.0f}"}, refresh=False)

@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 from dlc.machine.files import DirectoryLock, write_json
-from dlc.machine.launcher import asked_precision, asked_to_compile, unused_launcher_settings
 from dlc.machine.processes import (
     agree,
+    asked_precision,
+    asked_to_compile,
     compile_options,
     create_accelerator,
     create_logger,
@@ -72,8 +73,7 @@ class Run:
         self.lock = DirectoryLock(self.folder)
         with parser.one_line_errors():
             self.precision = asked_precision(args.precision)
-            self.unused = unused_launcher_settings(args.grad_accum, args.checkpoint_activations)
-            self.state = start_processes()
+            self.state = start_processes(args.grad_accum)
             self.device = self.state.device
             self.compiled = asked_to_compile(args.compile, self.device.type == "cuda")
 

@@ -16,7 +16,7 @@ from forked import Run
 from test_train import metrics, train_command
 
 import train_prior
-from dlc.machine.launcher import asked_precision
+from dlc.machine.processes import asked_precision
 from train_diffusion import argument_parser, main
 
 VARIANTS = sorted(path.stem for path in (ROOT / "train_options").glob("train_*.py"))
