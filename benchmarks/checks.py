@@ -1,8 +1,8 @@
-"""What must be equal before a rate means anything: small checks on the device, with their differences.
+"""What must be equal before a rate means anything: small checks on the device.
 
-Each function of CHECKS takes the device and returns (difference, bound), and what made the CPU wait for the GPU where
-that is looked at and happened; it raises `Unavailable` where the device cannot do it. `python -m benchmarks.gpu` runs
-them first.
+`python -m benchmarks.gpu` runs them first. Each function of CHECKS takes the device and returns (difference, largest
+allowed difference), then what made the CPU wait for the GPU if anything did. It raises `Unavailable` if the device
+cannot do it.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from copy import deepcopy
 
 import torch
 import torch.distributed as dist
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion import create_diffusion
 from dlc.machine.processes import autocast, compile_options
@@ -23,17 +22,17 @@ from models import DiTSEM
 from train_diffusion import losses_of
 
 N, L, V = 8, 16, 32
-STEPS, OVERFLOWING = 8, (1, 4, 5)
+OVERFLOWING, SKIPPED = (1, 4, 5), ((3, 0, 2), 2.0**7)  # the scale is halved three times
 
 
 class Unavailable(Exception):
-    """The device has no such thing."""
+    """The device cannot do it."""
 
 
-def small_model(device, depth=2):
-    """A DiTSEM whose output is not the zero of an untrained one."""
+def small_model(device: torch.device) -> DiTSEM:
+    """A DiTSEM whose output is not 0, as an untrained one's is."""
     torch.manual_seed(0)
-    model = DiTSEM(input_size=16, patch_size=2, hidden_size=128, depth=depth, num_heads=2, L=L, V=V)
+    model = DiTSEM(input_size=16, patch_size=2, hidden_size=128, depth=2, num_heads=2, L=L, V=V)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.05)
     return model.to(device).train()
@@ -50,14 +49,14 @@ def loss_of(model, device, precision, number=0):
     return terms["loss"].mean()
 
 
-def difference(one, two):
+def difference(one, two) -> float:
     """The mean difference of two lists of tensors, relative to the mean absolute value of the second."""
     return sum((a - b).abs().sum().item() for a, b in zip(one, two)) / sum(b.abs().sum().item() for b in two)
 
 
 @contextlib.contextmanager
 def waits_noted(device, notes):
-    """Add to notes what makes the CPU wait for the GPU in here, torch's own kernels included."""
+    """Add to notes what makes the CPU wait for the GPU in this block, torch's own kernels included."""
     if device.type != "cuda":
         yield
         return
@@ -71,45 +70,32 @@ def waits_noted(device, notes):
     notes += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
 
 
-def fp16_steps(device, fused, notes):
-    """How weights and EMA changed in steps of which some overflow; the skipped steps counted, and the scale.
-
-    fused: as training does it, noting what waits; else by the CPU's decision.
-    """
-    precision = "fp16" if device.type == "cuda" else "fp32"
+def fp16_steps(device, steps, notes):
+    """How weights and EMA change in these steps, some of which overflow; skipped steps, and the scale."""
     model, scaler = small_model(device), torch.amp.GradScaler(device.type, init_scale=2.0**10)
-    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), 1e-3, fused=fused, foreach=False)
+    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     averages, weights = list(ema.parameters()), list(model.parameters())
-    skips, skipped, longest, in_a_row = SkippedSteps(optimizer, device), 0, 0, 0
-    for step in range(1, STEPS + 1):
-        loss = loss_of(model, device, precision, step) * (math.inf if step in OVERFLOWING else 1)
-        with waits_noted(device, notes) if fused and step > 1 else contextlib.nullcontext():
-            scaler.scale(loss).backward()
+    begun, skips = [weight.detach().clone() for weight in (*weights, *averages)], SkippedSteps(optimizer, device)
+    for step in steps:
+        loss = loss_of(model, device, "fp16" if device.type == "cuda" else "fp32", step)
+        with waits_noted(device, notes) if step != steps[0] else contextlib.nullcontext():
+            scaler.scale(loss * (math.inf if step in OVERFLOWING else 1)).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if fused:
-                update_ema(averages, weights, 0.9, skips.last)
-        if not fused:
-            overflowed = step in OVERFLOWING
-            skipped, in_a_row = skipped + overflowed, (in_a_row + 1) * overflowed
-            longest = max(longest, in_a_row)
-            if not overflowed:
-                with torch.no_grad():
-                    get_ema_multi_avg_fn(0.9)(averages, weights, None)
-    counted = skips.read() if fused else (skipped, in_a_row, longest)
-    begun = [*small_model(device).parameters()] * 2
+            update_ema(averages, weights, 0.9, skips.last)
     changed = [(now - then).detach() for now, then in zip([*weights, *averages], begun)]
-    return changed, (counted, scaler.get_scale())
+    return changed, (skips.read(), scaler.get_scale())
 
 
 def fp16_skips(device):
-    """fp16: skipped steps are counted and kept from weights and EMA on the device, as the CPU would decide it."""
-    notes = []
-    (ours, counted), (theirs, wanted) = fp16_steps(device, True, notes), fp16_steps(device, False, [])
-    if counted != wanted:
-        raise AssertionError(f"skipped, in a row, longest, scale: {counted}, not {wanted}")
-    return difference(ours, theirs), 1e-2, *notes[:1]
+    """fp16: steps that overflow are counted on the device, and leave weights and EMA as if they had not been."""
+    notes, steps = [], range(1, 9)
+    ours, counted = fp16_steps(device, steps, notes)
+    wanted, _ = fp16_steps(device, [step for step in steps if step not in OVERFLOWING], [])
+    if counted != SKIPPED:
+        raise AssertionError(f"(skipped, in a row, longest), scale: {counted}, not {SKIPPED}")
+    return difference(ours, wanted), 1e-2, *notes[:1]
 
 
 def compiled(device):
@@ -117,9 +103,8 @@ def compiled(device):
     grads = []
     for compile in (False, True):
         model = small_model(device)
-        if compile:
-            for block in model.blocks:
-                block.compile(**compile_options(device))
+        for block in model.blocks if compile else ():
+            block.compile(**compile_options(device))
         loss_of(model, device, "bf16").backward()
         grads.append([weight.grad for weight in model.parameters()])
     return difference(grads[1], grads[0]), 0.1
@@ -129,16 +114,9 @@ def drawn(model, device, precision, denoise=None):
     """Latents of a few guided steps."""
     with autocast(device, precision):
         return sample_latents(
-            model,
-            create_sampler("ddim", 10),
-            y=torch.arange(N * L, device=device).view(N, L) % V,
-            seed=0,
-            indices=torch.arange(N, device=device),
-            latent_shape=(4, 16, 16),
-            cfg_scale=1.5,
-            t_max=500,
-            denoise=denoise,
-        )
+            model, create_sampler("ddim", 10), y=torch.arange(N * L, device=device).view(N, L) % V, seed=0,
+            indices=torch.arange(N, device=device), latent_shape=(4, 16, 16), cfg_scale=1.5, t_max=500, denoise=denoise,
+        )  # fmt: skip
 
 
 def cuda_graphs(device):
@@ -151,7 +129,7 @@ def cuda_graphs(device):
 
 
 def sampling_in_bf16(device):
-    """Sampling in bf16: the latents of float32, but for 16 bits' rounding."""
+    """Sampling in bf16: the latents of float32, up to 16-bit rounding."""
     exact = drawn(small_model(device).eval(), device, "fp32")
     model = small_model(device).eval()
     lower_precision(model, "bf16")
@@ -161,22 +139,18 @@ def sampling_in_bf16(device):
 def sharded(device):
     """FSDP with one process: a step in bf16 gives the weights of one without it."""
     weights = []
-    for shard in (False, True):
-        model = small_model(device)
-        if shard:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        try:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for shard in (False, True):
+            model = small_model(device)
             if shard:
                 fully_shard_blocks(model, device)
             optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
             loss_of(model, device, "bf16").backward()
             optimizer.step()
-            full = [weight.full_tensor() if shard else weight for weight in model.parameters()]
-            weights.append([weight.detach() for weight in full])
-        finally:
-            if shard:
-                dist.destroy_process_group()
+            weights.append([(weight.full_tensor() if shard else weight).detach() for weight in model.parameters()])
+    finally:
+        dist.destroy_process_group()
     return difference(weights[1], weights[0]), 0.1
 
 

@@ -1,89 +1,199 @@
-"""How time and memory of each stage grow with its work: 1, 10 and 100 times as many rows, samples, tokens, pixels.
+"""How time and memory of the stages grow with their work: 1, 10 and 100 times as many rows, images, tokens, steps.
 
     python -m benchmarks.growth
-    python -m benchmarks.growth --only "listing" "one file per image"     # rows whose name holds one of these
 
-Each measurement runs the project's own functions in a process of its own, which does the same work at a tiny size
-first. Seconds are the best of up to five; `MiB` is what the process's memory rises by at most, inputs included. An
-exponent is the slope of log time, or of log memory, between the last two sizes: 1 where twice the work takes twice as
-long. Above STEEP, the last column says why. The files lie in a temporary folder; most are links to a few.
+Each measurement runs the project's own functions in a process of its own, which first does the same work at a tiny
+size. Seconds are the best of up to five; `MiB` is the rise of the process's peak memory, inputs included. An exponent
+is the slope of log time between the last two sizes: 1 where twice the work takes twice as long. Networks are tiny: read
+exponents, not times. Most files are links to a few.
 """
 
 import argparse
-import json
+import gc
 import math
+import os
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.growth_stage import Stage, in_a_process, measure, prepare, stages
-from benchmarks.record import machine, record, result_path, write
+import numpy as np
+import torch
 
-STEEP = 1.15  # an exponent that wants a reason: caches and the first use of memory make up to 0.1
-LEAST_MIB = 8  # of memory, below which an exponent says nothing
+from benchmarks.record import peak_kilobytes, record, run_script
+from diffusion import create_diffusion
+from diffusion.masked import MaskedDiffusion
+from diffusion.masked_samplers import create_sampler as create_code_sampler
+from dlc.data import Features, FeatureWriter, Manifest
+from dlc.data.images import save_png
+from dlc.data.inspection import problems
+from dlc.data.listing import list_images
+from dlc.sampling.prior_engine import sample_codes
+from dlc.sampling.pictures import write_npz
+from dlc.sampling.latents import create_sampler, sample_latents
+from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+from models import DiT_models
+from prior import DLCPrior_models
+
+IMAGENET = 1_281_167  # images of its training set
+IMAGE_ROWS = (12_800, 128_000, IMAGENET)
+L, V = 16, 256
 
 
-def exponent(sizes, values, least=0.0) -> float | None:
-    """The slope of log value over log size between the last two sizes; None where a value is below `least`."""
-    if min(values[-2:]) <= least:
-        return None
-    return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
+class Row(NamedTuple):
+    """prepare(folder, size) writes the files that work(folder, size) reads, which returns the function to time."""
+
+    name: str
+    grows: str
+    sizes: tuple[int, ...]
+    tiny: int
+    prepare: Callable | None
+    work: Callable
+    why: str = "not known"  # an exponent is above 1.15
 
 
-def row_of(chosen: Stage, sizes, measured) -> dict:
+def linked(folder, names, write):
+    """Files of these names, up to 30,000 links each to one that write(path) makes: disks allow 65,000."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        if number % 30_000 == 0:
+            first = folder / name
+            write(first)
+        else:
+            os.link(first, folder / name)
+
+
+def class_folders(folder, size):
+    for number in range(classes := min(1000, size // 10)):
+        names = (f"{index}.JPEG" for index in range(number, size, classes))
+        linked(folder / f"n{number:08d}", names, Path.touch)
+
+
+def features(folder, size):
+    manifest = Manifest(latents="sample", dtype="float16", image_size=32, images=0, classes=["a"], L=L, V=V)
+    writer, random = FeatureWriter(folder, manifest), np.random.default_rng(0)
+    writer.start()
+    for shard, start in enumerate(range(0, size, 1024)):
+        rows = min(1024, size - start)
+        latents = random.standard_normal((rows, 4, 4, 4), dtype=np.float32).astype(np.float16)
+        codes = random.integers(0, V, (rows, L), dtype=np.uint8)
+        arrays = dict(features=latents, sem=codes, labels=np.zeros(rows, np.int64), path=np.full(rows, "a/0.png"))
+        writer.write(shard, arrays, [])
+    writer.finish(shard + 1)
+
+
+def samples(folder, size):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    linked(folder / "images", (f"{index:06d}.png" for index in range(size)), lambda path: save_png(path, image))
+
+
+def diffusion_step(batch, side):
+    """A forward and backward pass and AdamW's step."""
+    x, t, y = torch.randn(batch, 4, side, side), torch.zeros(batch, dtype=torch.long), torch.randint(V, (batch, L))
+    model, diffusion = DiT_models["DiTSEM-Ti/2"](input_size=side, L=L, V=V).train(), create_diffusion("")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def work():
+        diffusion.training_losses(model, x, t, dict(y=y))["loss"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return work
+
+
+def sampling(count, steps):
+    model, indices = DiT_models["DiTSEM-Ti/4"](input_size=16, L=L, V=V).eval(), torch.arange(count)
+    options = dict(y=torch.zeros(count, L, dtype=torch.long), seed=0, latent_shape=(4, 16, 16), cfg_scale=1.5)
+    return lambda: sample_latents(model, create_sampler("ddpm", steps), indices=indices, **options)
+
+
+def drawing_codes(folder, size):
+    model, sampler = DLCPrior_models["DLCPrior-Ti"](L=size, V=V).eval(), create_code_sampler("first-hitting", V, None)
+    return lambda: sample_codes(model, MaskedDiffusion(V), sampler, seed=0, indices=torch.arange(4))
+
+
+# fmt: off
+ROWS = [
+    Row("listing a folder of images", "files", (10_000, 100_000, IMAGENET), 100, class_folders,
+        lambda folder, _: partial(list_images, folder)),
+    Row("opening features", "rows", IMAGE_ROWS, 100, features, lambda folder, _: partial(Features, folder)),
+    Row("checking features before training", "rows", IMAGE_ROWS, 100, features,
+        lambda folder, _: Features(folder).validate),
+    Row("python -m dlc.features check", "rows", IMAGE_ROWS, 100, features,
+        lambda folder, _: lambda: list(problems(folder))),
+    Row("writing the .npz", "images of 32 x 32", (500, 5_000, 50_000), 100, samples,
+        lambda folder, size: partial(write_npz, folder / "images.npz", folder / "images", size)),
+    Row("training step", "images per batch", (1, 10, 100), 1, None, lambda _, size: diffusion_step(size, 16)),
+    Row("training step", "tokens of the image, 64 x 64 to 640 x 640", (16, 144, 1_600), 16, None,
+        lambda _, size: diffusion_step(4, 2 * round(size**0.5)),
+        "attention compares all pairs of tokens: between 1 and 2"),
+    Row("sampling, 10 steps", "images at once", (2, 20, 200), 1, None, lambda _, size: sampling(size, 10)),
+    Row("sampling, DDPM", "steps", (10, 100, 1_000), 2, None, lambda _, size: sampling(4, size)),
+    Row("drawing codes, first hitting", "L, tokens per code and calls of the network", (16, 64, 256), 4, None,
+        drawing_codes, "L calls of a network over L tokens: L^2, and more by attention"),
+    Row("Fréchet distance", "features", (64, 256, 1_024), 16, None,
+        lambda _, D: partial(frechet_distance, *map(FeatureStatistics.of, torch.randn(2, 2 * D, D))),
+        "roots of D x D matrices take D^3, and memory D^2"),
+    Row("precision and recall", "images in each set", (200, 2_000, 20_000), 100, None,
+        lambda _, size: partial(precision_recall, *torch.randn(2, size, 64)),
+        "each image is compared with every one: N^2; the tiles of distances have one size"),
+]
+# fmt: on
+
+
+def measure(row: Row, root: Path, size: int) -> tuple[float, float]:
+    """The seconds of a row's work, and the MiB by which memory rises."""
+    for count in (row.tiny, size):
+        folder = root / f"{row.prepare.__name__ if row.prepare else 'none'}-{count}"
+        if row.prepare and not folder.exists():
+            row.prepare(folder, count)
+        if count == row.tiny:
+            row.work(folder, count)()  # loads libraries, starts threads
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, seconds, work = peak_kilobytes(), [], row.work(folder, size)
+    while len(seconds) < 5 and sum(seconds) < 2:
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), (peak_kilobytes() - before) / 1024
+
+
+def table_row(row: Row, sizes, measured) -> dict:
     """A row of the table, of (seconds, MiB) at each size."""
     seconds, memory = zip(*measured)
-    exponents = exponent(sizes, seconds), exponent(sizes, memory, LEAST_MIB)
-    steep = any(one is not None and one > STEEP for one in exponents)
+    exponent = math.log(seconds[-1] / seconds[-2], sizes[-1] / sizes[-2])
     return {
-        "": chosen.name,
-        "grows": chosen.grows,
+        **{"": row.name, "grows": row.grows},
         "from … to": " / ".join(f"{size:,}" for size in sizes),
         "seconds": " / ".join(f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in seconds),
-        "exponent": exponents[0],
+        "exponent": exponent,
         "MiB": " / ".join(f"{value:,.0f}" for value in memory),
-        "memory exponent": exponents[1],
-        "why": (chosen.why or "not known") if steep else None,
+        "why": row.why if exponent > 1.15 else None,
     }
-
-
-def measured_before() -> dict[tuple[str, str], dict]:
-    """The rows in the result's file, if this machine measured them: one that was disturbed can be measured again."""
-    path = result_path("growth")
-    result = json.loads(path.read_text()) if path.is_file() else dict(machine=None)
-    if result["machine"] != {**machine(), "commit": (result["machine"] or {}).get("commit")}:
-        return {}
-    return {(row[""], row["grows"]): row for row in result["rows"]}
-
-
-def in_order(rows: dict[tuple[str, str], dict]) -> list[dict]:
-    return [rows[key] for key in stages() if key in rows]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="WORDS",
-        help="measure rows whose name holds one of these, and keep others of this machine [all]",
-    )
-    parser.add_argument("--tiny", action="store_true", help="try it out: sizes so small that they say nothing")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure rows whose name contains one of these [all]")
+    parser.add_argument("--tiny", action="store_true", help="use sizes so small that they mean nothing, to try it out")
     parser.add_argument("--dir", help="folder for the temporary files [the system's]")
-    args = parser.parse_args()
-    rows = measured_before() if args.only else {}
+    parser.add_argument("--measure", nargs=2, type=int, help=argparse.SUPPRESS)  # a row and a size, in its own process
+    args, rows = parser.parse_args(), []
+    if args.measure:
+        return print(*measure(ROWS[args.measure[0]], Path(args.dir), args.measure[1]))
     with tempfile.TemporaryDirectory(dir=args.dir) as root:
-        for key, chosen in stages().items():
-            if args.only and not any(words in chosen.name for words in args.only):
-                continue
-            sizes, measured = chosen.sizes_of(args.tiny), []
-            for size in dict.fromkeys((chosen.tiny, *sizes)):
-                in_a_process(prepare, key, Path(root), size)
-            for size in sizes:
-                measured.append(in_a_process(measure, key, Path(root), size))
-            rows[key] = row_of(chosen, sizes, measured)
-            print(rows[key], flush=True)
-            write("growth", in_order(rows))
-    record("growth", in_order(rows))
+        for number, row in enumerate(ROWS):
+            if any(words in row.name for words in args.only):
+                sizes, measured = (row.tiny, 4 * row.tiny) if args.tiny else row.sizes, []
+                for size in sizes:
+                    said = run_script("-m", "benchmarks.growth", "--dir", root, "--measure", number, size)
+                    measured.append(tuple(map(float, said.split())))
+                rows.append(table_row(row, sizes, measured))
+                print(rows[-1], flush=True)
+    record("growth", rows)
 
 
 if __name__ == "__main__":

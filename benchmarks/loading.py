@@ -1,4 +1,4 @@
-"""How fast batches of features load, from shards and from one file per image, warm and cold; how fast features open.
+"""How fast batches of features load, from shards and from one file per image, warm and cold.
 
     python -m benchmarks.loading
 
@@ -8,11 +8,10 @@ kernel was asked to drop the files' pages; `disk MB` is what was then read from 
 
 import argparse
 import gc
-import json
 import os
-import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,42 +19,22 @@ from torch.utils.data import DataLoader
 
 from benchmarks.record import record
 from dlc.data import Features, FeatureWriter, Manifest, kind_dir
-from dlc.machine.cli import progress
 from dlc.training.batches import TrainingBatches
 
-IMAGENET = 1_281_167  # images in its training set
+FILES, SHARDS, TIMES = "one file per image", "shards", "times one file per image"
 MANIFEST = Manifest(latents="sample", dtype="float16", image_size=256, images=0, L=512, V=256, classes=["a"])
 
 
-def sparse_features(root, count, per_shard=1024):
-    """Write features that take no room on the disk: each file is a header and a hole."""
-    writer = FeatureWriter(root, MANIFEST)
-    writer.start()
-    shards = range(-(-count // per_shard))
-    for number in shards:
-        rows = min(per_shard, count - number * per_shard)
-        for kind, shape, dtype in (
-            ("features", (4, 32, 32), "<f2"),
-            ("sem", (512,), "|u1"),
-            ("labels", (), "<i8"),
-            ("path", (), "<U40"),
-        ):
-            with open(kind_dir(root, 256, kind) / f"{number:06d}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=(rows, *shape)))
-                file.truncate(file.tell() + rows * int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        writer.record_path(number).write_text(json.dumps(dict(rows=rows, skipped=[])))
-    writer.finish(len(shards))
-
-
-def both_layouts(root, count, per_shard=1024):
+def both_layouts(root: Path, count: int, per_shard: int = 1024) -> None:
     """Write the same random rows as shards in root/shards, and as one .npy each in root/files."""
     random = np.random.default_rng(0)
     writer = FeatureWriter(root / "shards", MANIFEST)
     writer.start()
-    for kind in ("features", "sem"):
-        kind_dir(root / "files", 256, kind).mkdir(parents=True)
-    for number in progress(range(-(-count // per_shard)), desc="writing", unit="shard"):
-        rows = min(per_shard, count - number * per_shard)
+    folders = {kind: kind_dir(root / "files", 256, kind) for kind in ("features", "sem")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    for number, start in enumerate(range(0, count, per_shard)):
+        rows = min(per_shard, count - start)
         arrays = dict(
             features=random.standard_normal((rows, 4, 32, 32), dtype=np.float32).astype(np.float16),
             sem=random.integers(0, 256, (rows, 512), dtype=np.uint8),
@@ -63,47 +42,67 @@ def both_layouts(root, count, per_shard=1024):
             path=np.full(rows, "a/0.png"),
         )
         writer.write(number, arrays, [])
-        for kind in ("features", "sem"):
+        for kind, folder in folders.items():
             for row in range(rows):
-                path = kind_dir(root / "files", 256, kind) / f"{number * per_shard + row}.npy"
-                np.save(path, arrays[kind][row : row + 1])
-    writer.finish(-(-count // per_shard))
+                np.save(folder / f"{start + row}.npy", arrays[kind][row : row + 1])
+    writer.finish(number + 1)
     os.sync()
 
 
-def one_file_an_image(root):
-    """gather(rows) of that layout: latents (n, 4, 32, 32) and codes (n, 512)."""
-
-    def gather(rows):
-        return tuple(
-            np.concatenate([np.load(kind_dir(root, 256, kind) / f"{row}.npy") for row in rows])
-            for kind in ("features", "sem")
-        )
-
-    return gather
+def reader(layout: str, root: Path) -> Callable:
+    """gather(rows) of a layout: latents (n, 4, 32, 32) and codes (n, 512)."""
+    if layout == SHARDS:
+        features = Features(root / "shards")
+        return lambda rows: (features.latents.gather(rows), features.codes.gather(rows, limit=256))
+    folders = [kind_dir(root / "files", 256, kind) for kind in ("features", "sem")]
+    return lambda rows: tuple(np.concatenate([np.load(folder / f"{row}.npy") for row in rows]) for folder in folders)
 
 
-def shards(root):
-    features = Features(root)
-    return lambda rows: (features.latents.gather(rows), features.codes.gather(rows, limit=256))
-
-
-def drop_pages(root):
+def drop_pages(root: Path) -> None:
     gc.collect()  # open maps would keep their pages
     for path in root.rglob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_megabytes():
+def disk_megabytes() -> float:
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"]) / 1e6
 
 
-def samples_per_second(gather, batches):
+def samples_per_second(gather: Callable, batches) -> float:
     start = time.perf_counter()
     for rows in batches:
         gather(rows)
     return sum(map(len, batches)) / (time.perf_counter() - start)
+
+
+def best_rate(layout: str, cache: str, root: Path, batches) -> tuple[float, float]:
+    """The best of three: samples per second, and the MB read from the disk."""
+    found = []
+    for _ in range(3):
+        if cache == "cold":
+            drop_pages(root)
+        gather = reader(layout, root)
+        if cache == "warm":
+            samples_per_second(gather, batches)  # warms the cache
+        before = disk_megabytes()
+        rate = samples_per_second(gather, batches)
+        found.append((rate, disk_megabytes() - before))
+        del gather
+    return max(found)
+
+
+def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
+    """Samples per second out of training's loader."""
+    features = Features(root / "shards")
+    data = TrainingBatches(features, features.codes, features.V, seed=0, global_batch=batch)
+    loader = iter(DataLoader(data, sampler=range(10 * count), batch_size=None, num_workers=workers))
+    for _ in range(20):
+        next(loader)
+    start = time.perf_counter()
+    for _ in range(5 * count):
+        next(loader)
+    return 5 * count * batch / (time.perf_counter() - start)
 
 
 def main():
@@ -111,83 +110,26 @@ def main():
     parser.add_argument("--rows", type=int, default=32_768, help="rows of the features that are timed [%(default)s]")
     parser.add_argument("--batch", type=int, default=256, help="rows per batch [%(default)s]")
     parser.add_argument("--dir", help="folder for the temporary features [the system's]")
-    args = parser.parse_args()
+    args, table, rates = parser.parse_args(), [], {}
+
+    def add(layout, cache, rate, read):
+        rates.setdefault(cache, rate)  # the first row of a cache is of one file per image
+        times = round(rate / rates[cache], 1)
+        row = {"layout": layout, "cache": cache, "samples/s": round(rate), "disk MB": round(read), TIMES: times}
+        table.append(row)
+
     with tempfile.TemporaryDirectory(dir=args.dir) as root:
         root = Path(root)
-
-        sparse_features(root / "small", 10_000)
-        sparse_features(root / "large", IMAGENET)
-        Features(root / "small").latents.gather(np.arange(args.batch))
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        large = Features(root / "large")
-        seconds = time.perf_counter() - start
-        large.latents.gather(np.linspace(0, large.count - 1, args.batch).astype(int))
-        opening = dict(
-            rows=large.count,
-            seconds=round(seconds, 3),
-            memory_mb=round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1),
-        )
-        print("opening a set of {rows:,} rows: {seconds} s, {memory_mb} MB".format(**opening))
-
         both_layouts(root, args.rows)
         order = np.random.default_rng(1).permutation(args.rows)
         batches = [order[i : i + args.batch] for i in range(0, args.rows - args.batch + 1, args.batch)]
-        ours, theirs = shards(root / "shards"), one_file_an_image(root / "files")
-        for rows in batches[:8]:
-            for one, two in zip(ours(rows), theirs(rows)):
-                np.testing.assert_array_equal(one, two)
-        del large, ours
-
-        table = []
         for cache in ("warm", "cold"):
-            rates = {}
-            for layout, path, reader in (
-                ("one file an image", root / "files", one_file_an_image),
-                ("shards", root / "shards", shards),
-            ):
-                best, read = 0, 0
-                for _ in range(3):
-                    if cache == "cold":
-                        gather = None
-                        drop_pages(path)
-                    gather = reader(path)
-                    if cache == "warm":
-                        samples_per_second(gather, batches)  # warms the cache
-                    read_before = disk_megabytes()
-                    rate = samples_per_second(gather, batches)
-                    if rate > best:
-                        best, read = rate, disk_megabytes() - read_before
-                rates[layout] = best
-                table.append(
-                    {
-                        "layout": layout,
-                        "cache": cache,
-                        "samples/s": round(best),
-                        "disk MB": round(read),
-                        "times one file an image": round(best / rates["one file an image"], 1),
-                    }
-                )
+            for layout in (FILES, SHARDS):
+                add(layout, cache, *best_rate(layout, cache, root, batches))
         for workers in (1, 2):
-            features = Features(root / "shards")
-            data = TrainingBatches(features, features.codes, features.V, seed=0, global_batch=args.batch)
-            loader = iter(DataLoader(data, sampler=range(10 * len(batches)), batch_size=None, num_workers=workers))
-            for _ in range(20):
-                next(loader)
-            start = time.perf_counter()
-            for _ in range(5 * len(batches)):
-                next(loader)
-            rate = 5 * len(batches) * args.batch / (time.perf_counter() - start)
-            table.append(
-                {
-                    "layout": f"shards, training's loader, {workers} worker{'s' if workers > 1 else ''}",
-                    "cache": "warm",
-                    "samples/s": round(rate),
-                    "disk MB": 0,
-                    "times one file an image": round(rate / table[0]["samples/s"], 1),
-                }
-            )
-            del loader
-        record("loading", table, opening=opening, bytes_a_sample=4 * 32 * 32 * 2 + 512)
+            name = f"shards, training's loader, {workers} worker{'s' if workers > 1 else ''}"
+            add(name, "warm", loader_rate(root, args.batch, len(batches), workers), 0)
+    record("loading", table, bytes_per_sample=4 * 32 * 32 * 2 + 512)
 
 
 if __name__ == "__main__":

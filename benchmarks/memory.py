@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --model DiTSEM-XL/2
 
-Weights, gradients, AdamW's two moments and EMA are 20 bytes a parameter. What the backward pass needs of an image is
-measured: the bytes that autograd saves in the forward pass, counted once for each storage, under bf16 autocast on the
-CPU, at two batch sizes. Left out are what a step takes for the time being, and the allocator's fragments.
+Weights, gradients, AdamW's two moments and EMA take 20 bytes per parameter. The memory of activations is measured: the
+bytes that autograd saves in the forward pass, counted once for each storage, under bf16 autocast on the CPU, at two
+batch sizes. Temporary buffers of a step and the allocator's fragments are left out.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks.record import record
 from models import DiT_models
 
 
-def saved_bytes(module, *inputs):
+def saved_bytes(module, *inputs) -> int:
     """Bytes that module(*inputs) saves for its backward pass, beside its own parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     saved = {}
@@ -32,7 +32,7 @@ def saved_bytes(module, *inputs):
     return sum(saved.values())
 
 
-def of_a_batch(model, batch, checkpointing):
+def batch_bytes(model, batch: int, checkpointing: bool) -> int:
     """Bytes that the backward pass needs of a batch."""
     codes = torch.zeros(batch, model.sem_embedder.L, dtype=torch.long)
     model.train().set_grad_checkpointing(checkpointing)
@@ -48,35 +48,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiTSEM-XL/2", help="a DiTSEM [%(default)s]")
     parser.add_argument("--L", type=int, default=512, help="code positions [%(default)s]")
-    parser.add_argument("--V", type=int, default=256, help="tokens a position [%(default)s]")
+    parser.add_argument("--V", type=int, default=256, help="tokens per position [%(default)s]")
     args = parser.parse_args()
     model = DiT_models[args.model](L=args.L, V=args.V)
     states = 20 * sum(parameter.numel() for parameter in model.parameters())
     per_image, fixed = {}, {}
     for checkpointing in (False, True):
-        one, two = (of_a_batch(model, batch, checkpointing) for batch in (1, 2))
+        one, two = (batch_bytes(model, batch, checkpointing) for batch in (1, 2))
         per_image[checkpointing], fixed[checkpointing] = two - one, 2 * one - two  # fixed: the weights in bf16
-    record(
-        "memory",
-        [
-            {
-                "batch on a GPU": batch,
-                **{
-                    f"GiB, {'with' if checkpointing else 'without'} activation checkpointing": (
-                        states + fixed[checkpointing] + batch * per_image[checkpointing]
-                    )
-                    / 2**30
-                    for checkpointing in (False, True)
-                },
-            }
-            for batch in (8, 16, 32, 64, 128, 256)
-        ],
-        model=args.model,
-        L=args.L,
-        V=args.V,
-        states_gib=states / 2**30,
-        mib_an_image={("with" if key else "without"): value / 2**20 for key, value in per_image.items()},
-    )
+    names = {key: f"GiB, {'with' if key else 'without'} activation checkpointing" for key in (False, True)}
+    rows = []
+    for batch in (8, 16, 32, 64, 128, 256):
+        memory = {name: (states + fixed[key] + batch * per_image[key]) / 2**30 for key, name in names.items()}
+        rows.append({"batch on a GPU": batch, **memory})
+    record("memory", rows, **vars(args), states_gib=states / 2**30)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
     python -m benchmarks.prior
 
 The published way is SEDD's, as the DLC project runs it, on the same network: eager; training computes the score entropy
-of all places; a step of sampling computes the scores of all places, and draws every token anew from probabilities over
-all V + 1 tokens with Gumbel noise in float64; each step calls the network. Ours calls the network only when a token is
-due, and computes on a CPU the masked places alone, which does not change the distribution: tests/test_masked.py
-compares with an enumerated one. What differs beside that is named in the row.
+of all places; a step of sampling calls the network, computes the scores of all places, and draws every token anew from
+probabilities over all V + 1 tokens with Gumbel noise in float64. Ours calls the network only when a token is due, which
+does not change the distribution (tests compare with an enumerated one).
 
-Rows take turns, `--repeats` times, so that other work on the machine hits all of them; the shortest time counts. Of
-sampling, a call of the network is measured with all that goes with it, `--calls` calls at once with the drawing of the
-timetable; rows whose calls do the same work share the measurement. How many calls a code takes is counted by drawing
-whole timetables. Weights are random: no time depends on them.
+Rows take turns `--repeats` times, so that other work on the machine affects all of them; the shortest time counts. In
+sampling, `--calls` calls are timed together with the drawing; rows whose calls do the same work share the measurement.
+Calls per code are counted by drawing whole timetables. Weights are random: no time depends on them.
 """
 
 import argparse
@@ -20,23 +18,20 @@ import time
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks.flops import synchronize
-from benchmarks.record import record
+from benchmarks.record import DEVICE, ON_GPU, record, synchronize
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
 from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast
 from prior import DLCPrior_models
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-PUBLISHED = "published way"
-TRAINING = "training"
+PUBLISHED, TIMES = "published way", "times the published way"
 COUNTED_ROWS = 64  # codes whose timetables are drawn to count calls
 
 
-def published_loss(model, diffusion, x0, t, precision):
+def published_loss(model, diffusion, x0, t, precision: str):
     """SEDD's score entropy, equation 5, of all places (N, L), with the masked ones counted, as loss (N,)."""
     x_t, sigma = diffusion.corrupt(x0, t), diffusion.sigma(t)
     with autocast(DEVICE, precision):
@@ -48,7 +43,7 @@ def published_loss(model, diffusion, x0, t, precision):
     return rate * torch.where(x_t == diffusion.mask, entropy, 0).sum(dim=1)
 
 
-def train_step(model, optimizer, diffusion, x0, published, precision):
+def train_step(model, optimizer, diffusion, x0, published: bool, precision: str):
     t = stratified_times(torch.rand((), device=DEVICE), torch.arange(len(x0), device=DEVICE), len(x0))
     if published:
         loss = published_loss(model, diffusion, x0, t, precision)
@@ -64,33 +59,35 @@ def train_step(model, optimizer, diffusion, x0, published, precision):
 class PublishedSampler:
     """Every step: all scores, and a draw of every token, which keeps those that are there."""
 
-    def __init__(self, diffusion, steps, eta=0.0):
-        self.diffusion, self.eta = diffusion, eta
-        self.times = torch.linspace(1, 1e-5, steps + 1, device=DEVICE)
+    def __init__(self, diffusion, steps: int, eta: float):
+        self.V, self.eta, self.times = diffusion.V, eta, torch.linspace(1, 1e-5, steps + 1, device=DEVICE)
 
     def __call__(self, log_scores, codes):
         for t, s in itertools.pairwise(self.times):
-            t, s = t.expand(len(codes)), s.expand(len(codes))
-            logp = log_scores(codes, t)[..., : self.diffusion.V].log_softmax(dim=2)
-            eta = self.eta if 0.3 < t[0] < 0.55 else 0.0
-            weights = self.diffusion.reverse_weights(codes, logp, t, s, eta).double()  # (N, L, V+1)
+            logp = log_scores(codes, t.expand(len(codes)))[..., : self.V].log_softmax(dim=2)
+            eta = self.eta if 0.3 < t < 0.55 else 0.0
+            q = ((t - s + eta * (1 - t)) / t).clamp(max=1)  # the weight of all tokens together at a masked place
+            mask = (eta + (1 - eta) * (1 - q)).expand(*codes.shape, 1)
+            kept = (1 - eta) * F.one_hot(codes, self.V + 1).to(logp)
+            kept[..., self.V] += eta
+            masked = (codes == self.V).unsqueeze(2)
+            weights = torch.where(masked, torch.cat([q * logp.exp(), mask], dim=2), kept).double()  # (N, L, V+1)
             gumbel = 1e-10 - (torch.rand_like(weights) + 1e-10).log()
             codes = (weights / gumbel).argmax(dim=2)
             yield codes
 
 
-def sampling_rows(L):
-    """Name, steps, eta, whether it is the published way, and the row that it is compared with."""
+def sampling_rows(L: int) -> list[tuple]:
+    """Name, sampler, steps, eta, and whether it is the published way."""
     rows = []
     for name, steps, eta in (("analytic", 512, None), ("analytic", 1024, None), ("corrector", 4096, 0.01)):
-        rows.append((f"{PUBLISHED}, {name}", name, steps, eta, True))
-        rows.append((name, name, steps, eta, False))
+        rows += [(f"{PUBLISHED}, {name}", name, steps, eta, True), (name, name, steps, eta, False)]
     fewer = sorted({L, max(1, L // 4), 16}, reverse=True)
     rows += [("first-hitting", "first-hitting", calls, None, False) for calls in fewer]
     return [*rows, ("confidence", "confidence", 16, None, False)]
 
 
-def work_of(row, L):
+def work_of(row, L: int) -> str:
     """What a call of a row does, in words: equal for rows whose calls do the same work."""
     _, name, steps, _, published = row
     if published:
@@ -99,7 +96,11 @@ def work_of(row, L):
     return "one place per code" if one_place else f"{name}, {steps} calls"
 
 
-def timed_calls(row, model, diffusion, args):
+def draws(indices, L: int, draw: int):
+    return uniforms(0, Stream.SAMPLE_CODE, indices, L, draw)
+
+
+def timed_calls(row, model, diffusion, args) -> float:
     """Seconds of a call of the network, with all that goes with it."""
     _, name, steps, eta, published = row
     codes = torch.full((args.batch, args.L), args.V, device=DEVICE)
@@ -114,87 +115,69 @@ def timed_calls(row, model, diffusion, args):
     if published:
         calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
     else:
-        calls = create_sampler(name, args.V, steps, eta)(
-            lambda codes, t, places: scores(codes, t, places)[..., : args.V],
-            codes,
-            lambda draw: uniforms(0, Stream.SAMPLE_CODE, indices, args.L, draw),
-        )
+        sampler, draw = create_sampler(name, args.V, steps, eta), partial(draws, indices, args.L)
+        calls = sampler(lambda codes, t, places: scores(codes, t, places)[..., : args.V], codes, draw)
     done = sum(1 for _ in itertools.islice(calls, args.calls))
     synchronize()
     return (time.perf_counter() - start) / done
 
 
-def calls_per_code(row, args):
+def calls_per_code(row, args) -> float:
     """How often the network is called for a code, on average; where rows of a batch differ, a batch takes its most."""
     _, name, steps, eta, published = row
     if published:
-        return float(steps + 1)  # the last one for what is masked still
+        return float(steps + 1)  # one more for what is still masked
     sampler, indices = create_sampler(name, args.V, steps, eta), torch.arange(COUNTED_ROWS)
     if not hasattr(sampler, "timetable"):
         return float(sampler.most_calls(args.L))
-    table = sampler.timetable(
-        torch.full((COUNTED_ROWS, args.L), args.V), lambda draw: uniforms(0, Stream.SAMPLE_CODE, indices, args.L, draw)
-    )
+    masked = torch.full((COUNTED_ROWS, args.L), args.V)
+    table = sampler.timetable(masked, partial(draws, indices, args.L))
     calls = (table.row_steps() < table.never).sum(dim=1).double()
     return torch.stack([part.max() for part in calls.split(args.batch)]).mean().item()
 
 
-def training_rows(args):
-    """Each row's name, and a function that does one step. The two models are those of all rows."""
-    x0 = torch.randint(args.V, (args.train_batch, args.L), device=DEVICE)
-    trained = {}
-    for shared in (True, False):
-        torch.manual_seed(0)
-        model = DLCPrior_models[args.model](L=args.L, V=args.V, shared_embedding=shared, scale_by_sigma=shared)
-        model = model.to(DEVICE).train()
-        if args.compile:
-            for block in model.blocks:
-                block.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0, fused=True)
-        trained[shared] = (model, optimizer, MaskedDiffusion(args.V, time_conditioning=shared), x0)
-    for name, shared, published, compiled in (
-        (PUBLISHED, True, True, False),
-        ("ours", True, False, False),
-        ("ours, compiled", True, False, True),
-        ("ours, compiled, a table per position", False, False, True),
-    ):
-        if args.compile or not compiled:
-            step = partial(stepped, compiled, *trained[shared], published, args.precision)
-            step()  # allocates, compiles
-            yield name, step
-
-
-def stepped(compiled, *arguments):
-    with torch.compiler.set_stance("default" if compiled else "force_eager"):
-        train_step(*arguments)
-
-
-def seconds_of_steps(args):
-    """The shortest step of each row of training, by name."""
-    steps, seconds = dict(training_rows(args)), {}
-    for _ in range(args.repeats):
-        for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-            print(f"{name}: {seconds[name][-1]:.3g} s a step", flush=True)
+def shortest(functions: dict, repeats: int) -> dict[str, float]:
+    """The shortest of the seconds that each function returns, by name; they take turns."""
+    seconds = {}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds.setdefault(name, []).append(function())
+            print(f"{name}: {seconds[name][-1]:.3g} s", flush=True)
     return {name: min(times) for name, times in seconds.items()}
 
 
-def seconds_of_calls(rows, args):
+def seconds_of_steps(args) -> dict[str, float]:
+    """The shortest step of each row of training, by name. They train the same model."""
+    torch.manual_seed(0)
+    x0 = torch.randint(args.V, (args.train_batch, args.L), device=DEVICE)
+    model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).train()
+    for block in model.blocks:
+        block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0, fused=True)
+
+    def timed_step(published, compiled):
+        synchronize()
+        start = time.perf_counter()
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            train_step(model, optimizer, MaskedDiffusion(args.V), x0, published, args.precision)
+        synchronize()
+        return time.perf_counter() - start
+
+    rows = {PUBLISHED: (True, False), "ours": (False, False), "ours, compiled": (False, True)}
+    steps = {name: partial(timed_step, *row) for name, row in rows.items() if args.compile or not row[1]}
+    for step in steps.values():
+        step()  # allocates, compiles
+    return shortest(steps, args.repeats)
+
+
+def seconds_of_calls(rows, args) -> dict[str, float]:
     """The shortest call of the network for each kind of work of the rows of sampling; see `work_of`."""
     torch.manual_seed(0)
     model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval()
     torch.nn.init.normal_(model.output_layer.linear.weight, std=0.02)
-    diffusion, seconds = MaskedDiffusion(args.V), {}
-    for _ in range(args.repeats):
-        for work, row in {work_of(row, args.L): row for row in rows}.items():
-            with torch.inference_mode():
-                seconds.setdefault(work, []).append(timed_calls(row, model, diffusion, args))
-            print(f"{work}: {seconds[work][-1]:.3g} s a call", flush=True)
-    return {work: min(times) for work, times in seconds.items()}
+    with torch.inference_mode():
+        works = {work_of(row, args.L): partial(timed_calls, row, model, MaskedDiffusion(args.V), args) for row in rows}
+        return shortest(works, args.repeats)
 
 
 def argument_parser():
@@ -216,28 +199,23 @@ def main():
     args = argument_parser().parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in training and sampling
-    steps = seconds_of_steps(args)
-    table = [row_of(TRAINING, name, None, None, args.train_batch / seconds) for name, seconds in steps.items()]
-    for row in table:
-        row["times the published way"] = row["codes/s"] / table[0]["codes/s"]
+    table, steps = [], seconds_of_steps(args)
+
+    def add(what, name, rate, same, steps=None, calls=None, call_seconds=None):
+        row = {"": name, "what": what, "steps": steps, "calls": calls, "s per call": call_seconds, "codes/s": rate}
+        table.append({**row, TIMES: rate / same})
+
+    for name, seconds in steps.items():
+        add("training", name, args.train_batch / seconds, args.train_batch / steps[PUBLISHED])
     rows, rates = sampling_rows(args.L), {}
     seconds = seconds_of_calls(rows, args)
     for row in rows:
         calls, call_seconds = calls_per_code(row, args), seconds[work_of(row, args.L)]
         rates[row] = args.batch / (calls * call_seconds)
-        # of the same steps, or of the published default
+        # the published row of the same steps, or of the published default
         same = next((one for one in rows if one[4] and one[1:3] == row[1:3]), rows[2])
-        table.append(
-            dict(
-                row_of("sampling", row[0], row[2], calls, rates[row], call_seconds),
-                **{"times the published way": rates[row] / rates[same]},
-            )
-        )
-    record("prior", table, model=args.model, L=args.L, V=args.V, batch=args.batch, precision=args.precision)
-
-
-def row_of(what, name, steps, calls, rate, call_seconds=None):
-    return {"": name, "what": what, "steps": steps, "calls": calls, "s per call": call_seconds, "codes/s": rate}
+        add("sampling", row[0], rates[row], rates[same], row[2], calls, call_seconds)
+    record("prior", table, **vars(args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Writes the benchmarks' results into benchmarks/README.md (the tables) and README.md (five figures), between marks.
+"""Write the benchmarks' results into benchmarks/README.md (the tables) and README.md (five figures), between marks.
 
     python -m benchmarks.readme             # after a benchmark has written benchmarks/results/*.json
-    python -m benchmarks.readme --check     # exits with 1 if a page does not say what the results say
+    python -m benchmarks.readme --check     # exits with 1 if a page differs from the results
 
 A block `<!-- begin NAME (…) -->` … `<!-- end NAME -->` holds the table of the benchmark NAME; the block `figures` holds
 one line per entry of FIGURES. Published numbers to compare with are rows of benchmarks/published.json.
@@ -14,41 +14,30 @@ import sys
 import textwrap
 from pathlib import Path
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md")
 BOTH = ("cpu", "gpu")
 DEVICES = {
-    "gpu": ("gpu",),
-    "train_options": BOTH,
-    "memory": ("cpu",),
-    "loading": BOTH,
-    "extraction-fp32": BOTH,
-    "extraction-bf16": BOTH,
-    "sampling": BOTH,
-    "sampling-fp32": ("cpu",),
-    "block": ("cpu",),
-    "npz": ("cpu",),
-    "evaluation": BOTH,
-    "prior": BOTH,
-    "growth": ("cpu",),
-}  # memory is computed; disk and CPU limit npz and growth
-# columns with shares of 1
-PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1", "of the block", "of the peak")
+    **{name: BOTH for name in ("train_options", "loading", "extraction-fp32", "extraction-bf16", "sampling")},
+    **{name: BOTH for name in ("evaluation", "prior")},
+    **{"gpu": ("gpu",), "memory": ("cpu",), "growth": ("cpu",)},  # memory is computed; growth is of files, mostly
+}
+PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1
+NOT_VERSIONS = ("gpu", "cpu", "cores", "memory_gib", "commit")  # keys of a result's machine
 
 
-def read_result(name, device):
+def read_result(name: str, device: str) -> dict | None:
     """A benchmark's JSON for a device, "cpu" or "gpu"; None if it is not measured."""
     path = RESULTS / f"{name}-{device}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def device_name(machine):
+def device_name(machine: dict) -> str:
     return machine["gpu"] or f"{machine['cores']} CPU cores"
 
 
-def cell(value, key=""):
+def cell(value, key: str = "") -> str:
     """A value as a table shows it: three digits, shares in percent."""
     if value is None:
         return "–"
@@ -61,38 +50,29 @@ def cell(value, key=""):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def wrapped(paragraph, indent=""):
+def wrapped(paragraph: str, indent: str = "") -> list[str]:
     return textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
 
 
-def details(name):
-    """One benchmark: how and on which machine it was measured, its picture, and the table with published rows last."""
+def details(name: str) -> list[str]:
+    """One benchmark: how and on which machine it was measured, and the table, published rows last."""
     results, lines = {device: read_result(name, device) for device in DEVICES[name]}, []
     for device, result in results.items():
         if not result:
             lines += [f"{device.upper()}: not measured yet.", ""]
             continue
         machine = result["machine"]
-        versions = ", ".join(
-            f"{package} {machine[package]}"
-            for package in machine
-            if package not in ("gpu", "cpu", "cores", "memory_gib", "commit")
+        versions = ", ".join(f"{key} {value}" for key, value in machine.items() if key not in NOT_VERSIONS)
+        where = f"{machine['gpu']}, {machine['cores']}" if machine["gpu"] else machine["cores"]
+        lines += wrapped(
+            f"`{result['command']}`, {result['date']}, commit `{machine['commit']}`, on {where} cores of "
+            f"{machine['cpu']}, {machine['memory_gib']} GiB; {versions}."
         )
-        lines += [
-            *wrapped(
-                f"`{result['command']}`, {result['date']}, commit `{machine['commit']}`, on "
-                f"{machine['gpu'] + ', ' if machine['gpu'] else ''}{machine['cores']} cores of {machine['cpu']}, "
-                f"{machine['memory_gib']} GiB; {versions}."
-            ),
-            "",
-        ]
-        picture = RESULTS / f"{name}-{device}.png"
-        if picture.is_file():
-            lines += [f"![{name}](results/{picture.name})", ""]
+        lines.append("")
     rows = [
         dict(row, on=device_name(result["machine"])) for result in results.values() if result for row in result["rows"]
     ]
-    rows += json.loads((Path(__file__).parent / "published.json").read_text()).get(name, [])
+    rows += json.loads((ROOT / "benchmarks/published.json").read_text()).get(name, [])
     first, *others = dict.fromkeys(key for row in rows for key in row if key != "on") or [""]
     columns = [first, *(["on"] if len(DEVICES[name]) > 1 else []), *others]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -103,7 +83,8 @@ def details(name):
 FIGURES = {
     "train_options": lambda result, rows: (
         f"Training: {rows[-1]['images/s']} images/s with `train_fast` ({rows[-1]['model']}, batch {rows[-1]['batch']}, "
-        f"bf16, compiled), {rows[-1]['times the first']} times `train_original`, which encodes images at each step"
+        f"bf16, compiled), {rows[-1]['times the first']} times the rate of `train_original`, which encodes images at "
+        "each step"
     ),
     "memory": lambda result, rows: (
         f"Training memory: {rows[3]['GiB, without activation checkpointing']} GiB for {result['model']} in bf16 with "
@@ -111,21 +92,21 @@ FIGURES = {
         "`--checkpoint-activations`"
     ),
     "loading": lambda result, rows: (
-        f"Loading features: {rows[-1]['samples/s']} samples/s out of training's loader with two workers; from shards, "
-        f"random rows come {rows[1]['times one file an image']} times as fast as from one file per image"
+        f"Loading features: the training loader delivers {rows[-1]['samples/s']} samples/s with two workers. Reading "
+        f"random rows from shards is {rows[1]['times one file per image']} times as fast as from one file per image"
     ),
     "extraction-bf16": lambda result, rows: (
-        f"Extraction: {rows[-1]['images/s']} images/s in bf16 with Stable Diffusion's VAE and a ViT-L/14, "
-        f"{rows[-1]['times the bound']} times what the two networks reach without the rest"
+        f"Extraction: {rows[-1]['images/s']} images/s in bf16 with Stable Diffusion's VAE and a ViT-L/14. The two "
+        f"networks alone, without reading and writing, reach {rows[-2]['images/s']}"
     ),
     "sampling": lambda result, rows: (
         f"Sampling: {rows[-1]['images/s']} images/s ({result['model']}, DPM-Solver++ with 25 steps, bf16), "
-        f"{rows[-1]['times the first']} times the baseline (250 DDPM steps, fp32)"
+        f"{rows[-1]['times the first']} times the rate of the baseline (250 DDPM steps, fp32)"
     ),
 }
 
 
-def figures():
+def figures() -> list[str]:
     """The README's lines, each with the device it was measured on: a GPU if there is a result of one."""
     lines = []
     for name, words in FIGURES.items():
@@ -136,8 +117,8 @@ def figures():
     return lines
 
 
-def filled(path):
-    """A page's text with each marked block made anew. Raises ValueError for a block that nothing fills."""
+def filled(path: Path) -> str:
+    """A page's text with each marked block filled in. Raises ValueError for a block without a benchmark."""
 
     def block(match):
         name = match[2]
@@ -148,13 +129,13 @@ def filled(path):
     return re.sub(r"(<!-- begin (\S+) .*?-->)\n.*?(<!-- end \2 -->)", block, path.read_text(), flags=re.DOTALL)
 
 
-def outdated_pages():
-    """The pages that do not say what the results say."""
+def outdated_pages() -> list[str]:
+    """The pages that differ from the results."""
     return [page for page in PAGES if filled(ROOT / page) != (ROOT / page).read_text()]
 
 
-def write_pages():
-    """Make the pages anew. Returns those that were out of date."""
+def write_pages() -> list[str]:
+    """Fill in all pages. Returns those that were out of date."""
     outdated = outdated_pages()
     for page in outdated:
         (ROOT / page).write_text(filled(ROOT / page))

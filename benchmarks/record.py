@@ -1,40 +1,37 @@
-"""What every benchmark shares: the machine it ran on, and its rows as a table and as a JSON file."""
+"""What every benchmark shares: the machine and its peak, and its rows as a table and as a JSON file."""
 
 import datetime
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from dlc.machine.files import write_json
-from dlc.machine.processes import versions
+from dlc.machine.processes import PRECISIONS, versions
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
-def machine():
+def machine() -> dict:
     """Device, cores, memory, versions and commit; the commit ends in "+" where sources differ from it."""
-    cpu = (
-        [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else [platform.processor()]
-    )
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
 
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     written = [f":(top,exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md", "README.md")]
     changed = git("status", "--porcelain", "-uno", ":/", *written)
     return dict(
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        cpu=cpu[0],
+        gpu=torch.cuda.get_device_name() if ON_GPU else None,
+        cpu=names[0] if names else platform.processor(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         python=platform.python_version(),
@@ -43,43 +40,82 @@ def machine():
     )
 
 
-def result_path(name):
+def result_path(name: str) -> Path:
     """Where a benchmark's rows on this machine are written."""
-    return RESULTS / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+    return RESULTS / f"{name}-{'gpu' if ON_GPU else 'cpu'}.json"
 
 
-def show(rows):
+def show(rows: list[dict]) -> None:
     """Print rows (dicts of one set of keys) as a table."""
-    columns = list(rows[0])
-    cells = [columns] + [
-        [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key]) for key in columns] for row in rows
-    ]
+    cells = [list(rows[0])]
+    cells += [[f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
-def write(name, rows, **more):
+def write(name: str, rows: list[dict], **more) -> Path:
     """Write rows, with what they were measured on, to results/{name}-{cpu or gpu}.json, whole. Returns that path."""
-    path = result_path(name)
+    path, date = result_path(name), datetime.date.today().isoformat()
+    command = " ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]])
     path.parent.mkdir(exist_ok=True)
-    write_json(
-        path,
-        dict(
-            benchmark=name,
-            command=" ".join(["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
-            date=datetime.date.today().isoformat(),
-            machine=machine(),
-            **more,
-            rows=rows,
-        ),
-    )
+    write_json(path, dict(benchmark=name, command=command, date=date, machine=machine(), **more, rows=rows))
     return path
 
 
-def record(name, rows, **more):
+def record(name: str, rows: list[dict], **more) -> Path:
     """Print rows as a table and write them; see `show` and `write`. Returns the file's path."""
     show(rows)
     path = write(name, rows, **more)
     print(f"written to {path}")
     return path
+
+
+def flags(**values) -> list[str]:
+    """Words of a command line: flags(max_steps=3) is ["--max-steps", "3"]."""
+    return [word for key, value in values.items() for word in ("--" + key.replace("_", "-"), str(value))]
+
+
+def run_script(*command) -> str:
+    """Run python with these arguments in the repository's root. Returns its output.
+
+    Raises RuntimeError, with the end of its output, if it fails.
+    """
+    ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError((ended.stdout + ended.stderr)[-3000:])
+    return ended.stdout
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def peak_kilobytes() -> int:
+    """This process's own peak of memory: that of getrusage includes the process it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if "VmHWM" in line))
+
+
+def forward_flops(model, side: int) -> int:
+    """FLOPs of a forward pass on one latent of side x side: two for each multiply-add of each matrix product."""
+    D, P = model.pos_embed.shape[2], model.patch_size
+    T = (side // P) ** 2
+    block = 2 * T * D * (3 * D + D + 2 * 4 * D) + 4 * T * T * D + 2 * D * 6 * D
+    ends = 2 * T * D * P * P * (model.in_channels + model.out_channels) + 2 * D * 2 * D
+    return len(model.blocks) * block + ends + 2 * (256 * D + D * D)
+
+
+def peak_flops(precision: str, size: int) -> float:
+    """FLOPs per second of a product of two size x size matrices, the best of five; TF32 as torch is set."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=PRECISIONS[precision]) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])

@@ -9,15 +9,11 @@ nor, of three and more, the second: the first one's are late, because they are t
 
 The model is trained for a few steps on random latents, so that what it draws stays within bounds; the VAE has the shape
 of Stable Diffusion's and random weights (a rate does not depend on them). `share of peak`: the FLOPs of the model's
-forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision. `times
-the first, at most`: what the row would reach if all products of the model and of the decoder ran at that rate and
-nothing else took time.
-`differs by`: the mean difference of the PNGs, in grey levels, from those of the row named in `from`.
+forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision. `differs
+by`: the mean difference of the PNGs, in grey levels, from those of the row named in `from`.
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,12 +21,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.extraction import SD_VAE, write_networks
-from benchmarks.flops import forward_flops, peak_flops, synchronize
-from benchmarks.record import record
+from benchmarks.extraction import write_networks
+from benchmarks.record import DEVICE, ON_GPU, flags, forward_flops, peak_flops, record, run_script, synchronize
 from diffusion import create_diffusion
 from dlc.data.images import read_png, save_png, to_uint8
 from dlc.machine.noise import Stream, normal
@@ -41,21 +34,18 @@ from dlc.sampling.pictures import png_path
 from dlc.weights.load import load_weights, model_from_weights
 from models import DiT_models
 
-ROOT = Path(__file__).parents[1]
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)  # the interval holds half of the steps
 TRAINING_STEPS = 100
 
-FULL, HALF = "full guidance", "guidance in half the steps"
-BASELINE = "baseline"
+FULL, HALF, BASELINE = "full guidance", "guidance in half the steps", "baseline"
+HALVED = flags(t_min=INTERVAL[0], t_max=INTERVAL[1])
 ROWS = [  # name, precision, flags, the row whose images these should be
     (FULL, "fp32", [], (BASELINE, "fp32")),
     (FULL, "bf16", [], (BASELINE, "fp32")),
     (FULL, "fp16", [], (BASELINE, "fp32")),
     (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (BASELINE, "fp32")),
-    (HALF, "fp32", ["--t-min", INTERVAL[0], "--t-max", INTERVAL[1]], None),
-    (HALF, "bf16", ["--t-min", INTERVAL[0], "--t-max", INTERVAL[1]], (HALF, "fp32")),
+    (HALF, "fp32", HALVED, None),
+    (HALF, "bf16", HALVED, (HALF, "fp32")),
     ("DDIM-50", "fp32", ["--sampler", "ddim"], None),
     ("DDIM-50", "bf16", ["--sampler", "ddim"], ("DDIM-50", "fp32")),
     ("DPM-Solver++-25", "fp32", ["--sampler", "dpmsolver++"], None),
@@ -64,8 +54,8 @@ ROWS = [  # name, precision, flags, the row whose images these should be
 ]
 
 
-def rough_checkpoint(path, args):
-    """A model after a few steps on random latents and codes, and the codes to draw for."""
+def rough_checkpoint(path: Path, args) -> None:
+    """Write a model after a few steps on random latents and codes, and the codes to draw for."""
     torch.manual_seed(0)
     model = DiT_models[args.model](L=args.L, V=args.V).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4 if "XL" in args.model else 1e-3)
@@ -83,7 +73,7 @@ def rough_checkpoint(path, args):
 
 
 @torch.no_grad()
-def draw_baseline(root, folder, args):
+def draw_baseline(root: Path, folder: Path, args) -> float:
     """Images a second, after the first batch."""
     model, _ = model_from_weights(load_weights(root / "model.safetensors")[0], root)
     model, vae = model.to(DEVICE), load_vae(str(root / "vae"), DEVICE)
@@ -112,64 +102,39 @@ def draw_baseline(root, folder, args):
     return args.batch * (args.batches - 1) / (time.perf_counter() - start)
 
 
-def script(root, folder, precision, flags, args):
-    """Images a second of the script, after its first batches, and the folder of its PNGs."""
+def script(root: Path, folder: Path, precision: str, given: list[str], args) -> tuple[float, Path]:
+    """Images per second of the script, after its first batches, and the folder of its PNGs."""
     count = args.batch * args.batches
-    command = [
-        sys.executable,
-        "sample_ddp_computed_dlc.py",
-        "--model",
-        args.model,
-        "--ckpt",
-        root / "model.safetensors",
-        "--dlc-dir",
-        root / "codes.npy",
-        "--dlc-order",
-        "sequential",
-        "--vae",
-        root / "vae",
-        "--sample-dir",
-        folder,
-        "--num-fid-samples",
-        count,
-        "--per-proc-batch-size",
-        args.batch,
-        "--cfg-scale",
-        CFG_SCALE,
-        "--precision",
-        precision,
-        "--compile",
-        *flags,
-    ]
-    ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode:
-        raise RuntimeError(ended.stderr)
+    command = flags(
+        model=args.model, ckpt=root / "model.safetensors", dlc_dir=root / "codes.npy", dlc_order="sequential",
+        vae=root / "vae", sample_dir=folder, num_fid_samples=count, per_proc_batch_size=args.batch,
+        cfg_scale=CFG_SCALE, precision=precision,
+    )  # fmt: skip
+    run_script("sample_ddp_computed_dlc.py", *command, "--compile", *given)
     (folder,) = (path for path in folder.iterdir() if path.is_dir())
     written = [png_path(folder, index).stat().st_mtime for index in range(count)]
     before = args.batch * min(2, args.batches - 1)
     return (count - before) / (max(written) - max(written[:before])), folder
 
 
-def prepare(root, args):
+def prepare(root: Path, args) -> None:
     """Write the VAE, the model and the codes that all rows share."""
     write_networks(root, encoder=False)
     rough_checkpoint(root, args)
 
 
-def decoder_flops():
-    """FLOPs of decoding one latent: two for each multiply-add of each product and convolution."""
-    with torch.device("meta"):
-        vae, latent = AutoencoderKL(**SD_VAE), torch.empty(1, 4, 32, 32)
-    with FlopCounterMode(display=False) as counter:
-        decode(vae, latent)
-    return counter.get_total_flops()
-
-
-def sampler_of(flags):
+def sampler_of(given: list[str]):
     """The sampler that a row's flags ask for, and in how many of the model's calls guidance acts."""
-    sampler = create_sampler(flags[1]) if "--sampler" in flags else create_sampler("ddpm", STEPS)
-    bounds = INTERVAL if "--t-min" in flags else (0, 999)
+    sampler = create_sampler(given[1]) if "--sampler" in given else create_sampler("ddpm", STEPS)
+    bounds = INTERVAL if "--t-min" in given else (0, 999)
     return sampler, sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
+
+
+def differences(folder: Path, other: Path, count: int) -> dict[str, float]:
+    """Of the PNGs of two folders: the mean, in grey levels, and the share of values that are at most one."""
+    pairs = [(png_path(folder, index), png_path(other, index)) for index in range(count)]
+    levels = np.abs(np.stack([read_png(one).astype(int) - read_png(two) for one, two in pairs]))
+    return {"differs by": float(levels.mean()), "within 1": float((levels <= 1).mean())}
 
 
 def main():
@@ -177,81 +142,44 @@ def main():
     add = parser.add_argument
     add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="a DiTSEM [%(default)s here]")
     add("--L", type=int, default=512, help="code positions [%(default)s]")
-    add("--V", type=int, default=256, help="tokens a position [%(default)s]")
+    add("--V", type=int, default=256, help="tokens per position [%(default)s]")
     add("--batch", type=int, default=64 if ON_GPU else 4, help="images at once [%(default)s here]")
-    add(
-        "--batches",
-        type=int,
-        default=3 if ON_GPU else 2,
-        help="batches a row, of which the first two, or of two the first, are not counted [%(default)s here]",
-    )
-    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="rows to measure [all]")
+    add("--batches", type=int, default=3 if ON_GPU else 2, help="batches per row, see above [%(default)s here]")
     args = parser.parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling
-    peaks = {name: peak_flops(name, 8192 if ON_GPU else 4096) for name in dict.fromkeys(["fp32", *args.precisions])}
-    flops, decoding = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32), decoder_flops()
+    peaks = {name: peak_flops(name, 8192 if ON_GPU else 4096) for name in PRECISIONS}
+    flops = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32)
     table, folders = [], {}
-
-    def add_row(name, precision, rate, folder, sampler, guided, reference):
-        folders[name, precision] = folder
-        passes = len(sampler.times) + guided  # Heun's has two evaluations per step
-        vae_precision = precision if "VAE too" in name else "fp32"
-        at_most = 1 / (passes * flops / peaks[precision] + decoding / peaks[vae_precision])
-        row = {
-            "": name,
-            "precision": precision,
-            "steps": sampler.num_steps,
-            "guided": guided,
-            "images/s": rate,
-            "times the first": rate / (first := table[0]["images/s"] if table else rate),
-            "times the first, at most": at_most / first,
-            "share of peak": rate * passes * flops / peaks[precision],
-            "differs by": None,
-            "within 1": None,
-            "from": None,
-        }
-        if reference:
-            difference = np.abs(
-                np.stack(
-                    [
-                        read_png(png_path(folder, index)).astype(int) - read_png(png_path(folders[reference], index))
-                        for index in range(args.batch * args.batches)
-                    ]
-                )
-            )
-            row.update(
-                {
-                    "differs by": float(difference.mean()),
-                    "within 1": float((difference <= 1).mean()),
-                    "from": ", ".join(reference),
-                }
-            )
-        table.append(row)
-        print(row, flush=True)
-
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         prepare(root, args)
-        rate = draw_baseline(root, root / "baseline", args)
-        add_row(BASELINE, "fp32", rate, root / "baseline", *sampler_of([]), None)
-        for number, (name, precision, flags, reference) in enumerate(ROWS):
-            if precision not in args.precisions or "--cuda-graphs" in flags and not ON_GPU:
+        for name, precision, given, reference in [(BASELINE, "fp32", [], None), *ROWS]:
+            if "--cuda-graphs" in given and not ON_GPU:
                 continue
-            rate, folder = script(root, root / str(number), precision, flags, args)
-            add_row(name, precision, rate, folder, *sampler_of(flags), reference)
-    record(
-        "sampling" if len(args.precisions) > 1 else f"sampling-{args.precisions[0]}",
-        table,
-        model=args.model,
-        L=args.L,
-        V=args.V,
-        batch=args.batch,
-        cfg_scale=CFG_SCALE,
-        forward_gflops=flops / 1e9,
-        decoder_gflops=decoding / 1e9,
-        peak_tflops={key: peak / 1e12 for key, peak in peaks.items()},
-    )
+            folder = root / f"{len(table)}"
+            if name == BASELINE:
+                rate = draw_baseline(root, folder, args)
+            else:
+                rate, folder = script(root, folder, precision, given, args)
+            folders[name, precision] = folder
+            sampler, guided = sampler_of(given)
+            row = {
+                "": name,
+                "precision": precision,
+                "steps": sampler.num_steps,
+                "guided": guided,
+                "images/s": rate,
+                "times the first": rate / (table[0]["images/s"] if table else rate),
+                "share of peak": rate * (len(sampler.times) + guided) * flops / peaks[precision],
+                **{"differs by": None, "within 1": None, "from": reference and ", ".join(reference)},
+            }
+            if reference:
+                row.update(differences(folder, folders[reference], args.batch * args.batches))
+            table.append(row)
+            print(row, flush=True)
+    tflops = {key: peak / 1e12 for key, peak in peaks.items()}
+    record("sampling", table, **vars(args), cfg_scale=CFG_SCALE, forward_gflops=flops / 1e9, peak_tflops=tflops)
 
 
 if __name__ == "__main__":

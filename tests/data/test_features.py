@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT
+from sparse import IMAGENET, sparse_features
 
-from benchmarks.loading import IMAGENET, sparse_features
 from dlc.data import KINDS, Features, FeatureWriter, Manifest, NpyRows, kind_dir
 from dlc.data.inspection import problems
 from dlc.data.manifest import ArrayKind
