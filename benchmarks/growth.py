@@ -30,9 +30,9 @@ from dlc.data import Features, FeatureWriter, Manifest
 from dlc.data.images import save_png
 from dlc.data.inspection import problems
 from dlc.data.listing import list_images
-from dlc.sampling.prior_engine import sample_codes
-from dlc.sampling.pictures import write_npz
 from dlc.sampling.latents import create_sampler, sample_latents
+from dlc.sampling.pictures import write_npz
+from dlc.sampling.prior_engine import sample_codes
 from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 from models import DiT_models
 from prior import DLCPrior_models
