@@ -14,12 +14,14 @@ what is trained on.
 """
 
 import hashlib
+from functools import partial
 
 import numpy as np
+import torch
 
-from diffusion import create_diffusion
+from diffusion.processes import create_process
 from dlc.data import Features
-from dlc.data.rows import open_vectors
+from dlc.data.inputs import INPUTS
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, normal, uniform
@@ -115,34 +117,33 @@ def open_data(args, state):
     )
 
 
-def open_condition(args, features):
-    """What the model is conditioned on: NpyRows, its limit (see TrainingBatches), and the model's own arguments.
-
-    The rows are None if codes are made from images. Raises ValueError if the features do not have the condition.
-    """
+def open_inputs(args, features):
+    """What the model is conditioned on, `Inputs`. Raises ValueError if the features lack it, or flags do not fit it."""
     conditioning = DiT_models[args.model].conditioning
     if args.condition_path and conditioning != "vectors":
         raise ValueError(f"--condition-path is for DiTCONT models, not {args.model}")
     if args.code_init != "unit" and conditioning != "codes":
         raise ValueError(f"--code-init {args.code_init} is for DiTSEM models, not {args.model}")
-    if conditioning == "codes":
-        if features.codes is None and not args.encoder:
-            raise ValueError(f"features path {args.features_path} holds no codes, which {args.model} is trained on")
-        if features.V is None:
-            raise ValueError(f"{args.features_path} has no manifest.json to say V: give --V")
-        return features.codes, features.V, dict(L=features.L, V=features.V, code_init=args.code_init)
-    if conditioning == "vectors":
-        if not args.condition_path:
-            raise ValueError(f"{args.model} is trained on vectors: give --condition-path")
-        vectors = open_vectors(args.condition_path, features.count)
-        return vectors, None, dict(in_dim=vectors.array(0).shape[1])
-    return features.labels, features.num_classes, dict(num_classes=features.num_classes)
+    return INPUTS[conditioning](features, args)
 
 
-def data_settings(args, features, condition):
+def model_arguments(args) -> dict:
+    """The arguments of the model's constructor that flags decide: a new one is a line here, and its flag."""
+    return dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}
+
+
+def build_optimizer(args, model):
+    """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
+    # fused: it skips a step on the device, where the fp16 scaler would wait to find out
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def data_settings(args, features, inputs):
     """What the features are, as RunMeta records and compares it."""
-    vectors = condition.gather(np.arange(min(64, features.count))) if args.condition_path else None
+    first = np.arange(min(64, features.count))
+    vectors = inputs.arrays["vectors"].gather(first) if args.condition_path else None
     return dict(
+        image_size=features.image_size,
         features_count=features.count,
         latents=features.latent_kind,
         **{key: value for key, value in features.source().items() if key != "vae"},
@@ -151,7 +152,7 @@ def data_settings(args, features, condition):
 
 
 def draws(seed, indices, x, num_timesteps, dropout):
-    """Of samples with latents x: timesteps (n,), noise (n, 4, S/8, S/8), and whether to drop the condition (n,)."""
+    """Of samples with latents x: timesteps (n,), noise (n, C, S/f, S/f), and whether to drop the condition (n,)."""
     return (
         integers(seed, Stream.TRAIN_TIMESTEP, indices, num_timesteps),
         normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:]),
@@ -163,14 +164,13 @@ def losses_of(model, diffusion, indices, x, y, *, seed, dropout, draw_latents):
     """A micro-batch's losses (n,) by name, and its timesteps (n,).
 
     Args:
-        indices, x, y: sample indices (n,), latents or moments (n, 4 or 8, S/8, S/8), conditions, all on one device.
+        indices, x, y: sample indices (n,), latents or moments (n, C or 2C, S/f, S/f), conditions, all on one device.
         dropout: share of the samples whose condition is dropped.
         draw_latents: whether x are moments, from which latents are drawn.
     """
     x = x.float()
     if draw_latents:
-        x = draw_posterior(x, seed, indices)  # (n, 4, S/8, S/8)
-    y = y.float() if y.is_floating_point() else y  # (n, L), (n,) or (n, in_dim)
+        x = draw_posterior(x, seed, indices)  # (n, C, S/f, S/f)
     t, noise, drop = draws(seed, indices, x, diffusion.num_timesteps, dropout)
     return diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
 
@@ -192,8 +192,10 @@ def train(parser, args, run):
     with parser.one_line_errors():
         # ---------------------------------------------------------------------- data
         features, data_path = open_data(args, run.state), args.data_path or args.features_path
-        condition, limit, sizes = open_condition(args, features)
-        spec, (channels, latent_size, _) = DiT_models[args.model], features.latent_shape
+        inputs, (channels, latent_size, _) = open_inputs(args, features), features.latent_shape
+        spec, diffusion = DiT_models[args.model], create_process("gaussian", timestep_respacing="")
+        sizes = {**inputs.sizes, **model_arguments(args)}
+        build = partial(spec, input_size=latent_size, in_channels=channels, **sizes)
         if latent_size % spec.patch_size:
             raise ValueError(
                 f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
@@ -202,14 +204,16 @@ def train(parser, args, run):
         source = features.source()
         path_key = "data_path" if args.data_path else "features_path"
         run.claim(
-            identity=dict(model=args.model, image_size=features.image_size, **sizes),
-            settings=data_settings(args, features, condition),
+            args.model,
+            build,
+            diffusion,
+            settings=data_settings(args, features, inputs),
             notes={"vae": source["vae"], path_key: recorded_id(data_path)},
         )
         if is_main:
             features.validate()
             if args.condition_path:
-                condition.check_finite()
+                inputs.arrays["vectors"].check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
         vae = None
         if args.sample_every and is_main:
@@ -220,12 +224,11 @@ def train(parser, args, run):
 
         # ---------------------------------------------------------------------- model
         run.start()
-        model = spec(input_size=latent_size, in_channels=channels, **sizes).to(run.device)
-    run.adopt(model, LOSSES)
-    diffusion = create_diffusion("")
+        model = run.adopt(build())
+    run.optimize(build_optimizer(args, model), LOSSES)
 
     # ---------------------------------------------------------------------- run
-    batches = (ImageBatches if encode else TrainingBatches)(features, condition, limit, **run.share)
+    batches = (ImageBatches if encode else TrainingBatches)(features, inputs.arrays, inputs.limits, **run.share)
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -233,7 +236,7 @@ def train(parser, args, run):
     )
     run.logger.info(
         f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
-        f"{features.count / args.global_batch_size:.1f} steps an epoch"
+        f"{features.count / args.global_batch_size:.1f} steps per epoch"
     )
     for what, name, network in (
         ("VAE", args.vae or source["vae"] or "ema", features.vae if encode else vae),
@@ -242,16 +245,20 @@ def train(parser, args, run):
         if network is not None:
             run.logger.info(f"{what} {name}: {network.said}")
 
+    def seen(batch):
+        """Latents or moments, and conditions, of a batch."""
+        y = inputs.of(batch)
+        return encode(batch["images"], y) if encode else (batch["latents"], y)
+
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):
-        for indices, x, y in run.micro_batches(batch):
-            if encode:
-                x, y = encode(x, y)
+        for part in run.micro_batches(batch):
+            latents, y = seen(part)
             terms, t = losses_of(
                 run.model,
                 diffusion,
-                indices,
-                x,
+                part["indices"],
+                latents,
                 y,
                 seed=args.global_seed,
                 dropout=model.class_dropout_prob,
@@ -264,10 +271,10 @@ def train(parser, args, run):
             with run.whole_ema() as ema:
                 if ema is not None:
                     with parser.one_line_errors():
-                        latents, y = first_rows(batches, encode, run.device)
-                    run.record(
-                        save_preview, run.folder / f"previews/{step:07d}.png", ema, latents, y, vae, args.global_seed
-                    )
+                        batch = first_rows(batches, run.device)
+                    latents, y = seen(batch)
+                    path = run.folder / f"previews/{step:07d}.png"
+                    run.record(save_preview, path, ema, latents[:, :channels].float(), y, vae, args.global_seed)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ of processes nor a restart changes what is trained on. Dropout is a function of 
 """
 
 import argparse
+from functools import partial
 
-from diffusion.masked import MaskedDiffusion
+import torch
+
+from diffusion.processes import create_process
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, seed_torch
@@ -127,6 +130,12 @@ def losses_of(model, diffusion, indices, x, y, *, seed, label_dropout):
     return diffusion.training_losses(model, x, t, x_t, kwargs), t
 
 
+def build_optimizer(args, model):
+    """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
+    # fused: it skips a step on the device, where the fp16 scaler would wait to find out
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
 def main():
     # ---------------------------------------------------------------------- flags
     parser = argument_parser()
@@ -152,17 +161,20 @@ def train(parser, args, run):
             shared_embedding=args.shared_embedding,
             scale_by_sigma=args.score_entropy,
         )
+        build = partial(DLCPrior_models[args.model], **sizes, dropout=args.dropout)
+        diffusion = create_process(
+            "masked", V=codes.V, masking=MASKING, time_conditioning=args.score_entropy, score_entropy=args.score_entropy
+        )
         run.claim(
-            identity=dict(model=args.model, time_conditioning=args.score_entropy, **sizes),
+            args.model,
+            build,
+            diffusion,
             settings=dict(
                 features_count=codes.count,
                 latents="codes",
-                masking=MASKING,
-                score_entropy=args.score_entropy,
                 holdout=args.holdout,
                 heldout_path=args.heldout_path and recorded_id(args.heldout_path),
                 eval_levels=args.eval_levels if len(codes.heldout_rows) else None,
-                dropout=args.dropout,
                 label_dropout=args.label_dropout if args.class_conditional else None,
                 **{key: source[key] for key in ("encoder_sha256", "listing_sha256", "flip")},
             ),
@@ -176,11 +188,8 @@ def train(parser, args, run):
 
         # ---------------------------------------------------------------------- model
         run.start()
-        model = DLCPrior_models[args.model](**sizes, dropout=args.dropout)
-    run.adopt(model.to(run.device), LOSSES)
-    diffusion = MaskedDiffusion(
-        codes.V, masking=MASKING, time_conditioning=args.score_entropy, score_entropy=args.score_entropy
-    )
+        model = run.adopt(build())
+    run.optimize(build_optimizer(args, model), LOSSES)
 
     # ---------------------------------------------------------------------- run
     batches = CodeBatches(codes, **run.share)
@@ -189,7 +198,7 @@ def train(parser, args, run):
         + ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)
     )
     run.logger.info(
-        f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps an "
+        f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps per "
         "epoch"
     )
     heldout = HeldOut(run, codes, diffusion)
@@ -197,13 +206,13 @@ def train(parser, args, run):
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):
         seed_torch(args.global_seed, Stream.TRAIN_DROPOUT, step, run.state.process_index)
-        for indices, x, y in run.micro_batches(batch):
+        for part in run.micro_batches(batch):
             terms, t = losses_of(
                 run.model,
                 diffusion,
-                indices,
-                x,
-                y if args.class_conditional else None,
+                part["indices"],
+                part["codes"],
+                part["labels"] if args.class_conditional else None,
                 seed=args.global_seed,
                 label_dropout=args.label_dropout,
             )

@@ -24,7 +24,7 @@ from dlc.data.images import image_grid
 from dlc.machine.files import write_bytes
 from dlc.sampling.prior_draw import newest_prior
 from dlc.training.heldout import heldout_bounds
-from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
+from dlc.weights.load import load_prior, process_of
 from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 
 EM_STEPS, SMOOTHING = 60, 0.05
@@ -198,7 +198,7 @@ def prior_bound(results, codes, labels=None):
     model, meta = load_prior(newest_prior(results))
     kwargs = {} if labels is None else dict(y=torch.from_numpy(labels))
     codes = torch.from_numpy(codes)
-    bounds = heldout_bounds(model, diffusion_of(meta), codes, torch.arange(len(codes)), model.L, kwargs)
+    bounds = heldout_bounds(model, process_of(meta), codes, torch.arange(len(codes)), model.L, kwargs)
     return mean_bound(bounds, model.L)
 
 

@@ -21,7 +21,7 @@ from dlc.data import Features, FeatureWriter, Manifest
 from dlc.training.codes import STRATA, CodeBatches, Codes, draws, split_rows
 from dlc.training.heldout import heldout_bounds
 from dlc.weights.checkpoint import run_checkpoints
-from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
+from dlc.weights.load import load_prior, process_of
 
 
 def write_features(path, codes, labels=None, V=4, flip="none", encoder="e" * 64):
@@ -224,7 +224,7 @@ def test_the_published_kind(train, trained, tmp_path):
     checkpoint = run_checkpoints(tmp_path / "sedd")[-1]
     model, meta = load_prior(checkpoint)
     assert model.shared_embedding and model.scale_by_sigma and meta.score_entropy and meta.dropout == 0.1
-    diffusion = diffusion_of(meta)
+    diffusion = process_of(meta)
     assert diffusion.time_conditioning and diffusion.score_entropy and diffusion.masking == "counted"
     assert not (tmp_path / "sedd/best").exists() and "heldout_nats" not in str(metrics(tmp_path / "sedd"))
     begun = ("--max-steps", 1, "--lr", 0, "--shared-embedding", "--score-entropy", "--pretrained-path", checkpoint)

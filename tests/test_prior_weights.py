@@ -11,7 +11,7 @@ import torch
 from conftest import golden
 
 from dlc.weights.checkpoint import save_checkpoint
-from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
+from dlc.weights.load import load_prior, process_of
 from dlc.weights.info import info
 from dlc.weights.load import load_model
 from dlc.weights.meta import RunMeta
@@ -45,7 +45,7 @@ def test_sedd_folder(sedd, tmp_path):
     assert (output(model, values) - values["out"]).abs().max() < 1e-5 and not model.training
     assert (meta.model, meta.L, meta.V, meta.shared_embedding) == ("DLCPrior-2x32", 6, 7, True)
     assert meta.scale_by_sigma and meta.time_conditioning and meta.weights == "as in the file"
-    assert diffusion_of(meta).told(torch.ones(1)) > 6
+    assert process_of(meta).told(torch.ones(1)) > 6
     prefixed = {f"model.{name}": tensor for name, tensor in weights.items() if name != "rotary_emb.inv_freq"}
     other, _ = load_prior(write_folder(tmp_path / "prefixed", config, prefixed))
     assert torch.equal(output(other, values), output(model, values))
@@ -110,7 +110,7 @@ def test_our_checkpoints(shared, tmp_path):
     shutil.copy(tmp_path / "checkpoints/0000003/ema.safetensors", tmp_path)
     assert "taken to be told the noise level" in load_prior(tmp_path / "ema.safetensors")[1].layout
     assert (read.masking, read.holdout, read.weights) == ("counted", 0.01, "raw")
-    assert diffusion_of(read).told(torch.ones(2)).tolist() == [0, 0] and diffusion_of(read).masking == "counted"
+    assert process_of(read).told(torch.ones(2)).tolist() == [0, 0] and process_of(read).masking == "counted"
     with pytest.raises(ValueError, match="is a prior over codes .*, no diffusion transformer"):
         load_model(tmp_path)
     lines = info(tmp_path)

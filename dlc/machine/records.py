@@ -113,8 +113,8 @@ def key(kind: Kind, default=MISSING, *, decides: bool = True, name: str | None =
         name: the key, if it is not the field's name.
     """
     metadata = dict(kind=kind, decides=decides, name=name)
-    if isinstance(default, list):
-        return field(default_factory=list, metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=type(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

@@ -19,10 +19,8 @@ from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
 from dlc.weights.checkpoint import damage, newest_of_run, run_checkpoints
-from dlc.weights.foreign.prior_weights import diffusion_of, load_prior
-from dlc.weights.load import weights_sha256
-from dlc.weights.meta import read_meta
-from prior import DLCPrior_models
+from dlc.weights.load import load_prior, process_of, weights_sha256
+from dlc.weights.meta import is_prior
 
 BATCH = 64  # codes per batch; divides code_folder.SHARD
 
@@ -43,7 +41,7 @@ def newest_prior(results_dir, use_ema: bool = True) -> Path:
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
         whole = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp" and not damage(path, files))
         newest = [*run_checkpoints(run)[-1:], *whole[-1:]]
-        if newest and (newest[-1] / "meta.json").is_file() and read_meta(newest[-1]).model in DLCPrior_models:
+        if newest and is_prior(newest[-1]):
             best[run], written[run] = whole[-1] if whole else None, max(path.stat().st_mtime for path in newest)
     if not written:
         raise ValueError(
@@ -78,7 +76,7 @@ class PriorDraw:
         self.spec = CodeSpec(owner=f"the prior {path}", L=self.model.L, V=self.model.V, encoder_sha256=encoder)
         self.path, self.seed, self.precision, self.tf32 = path, seed, precision, tf32
         model, spec, classes = self.model, SAMPLERS[options.sampler], options.classes
-        self.diffusion = diffusion_of(self.meta)
+        self.diffusion = process_of(self.meta)
         steps = options.steps or spec.default_steps or model.L
         self.sampler = create_sampler(options.sampler, model.V, steps, options.eta, options.temperature, options.top_p)
         if classes:

@@ -7,6 +7,7 @@ function of (seed, index), so neither a restart nor the number of processes chan
 
 import signal
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,16 +34,16 @@ class TrainingBatches(Dataset):
 
     Args:
         features: a `Features`.
-        condition: the `NpyRows` that conditions are taken from.
-        limit: codes or labels are in 0..limit-1; None for vectors.
+        arrays: what else a batch holds, by name: rows aligned with the latents.
+        limits: by name, the number above all values of an array.
         first_step, first_index: where the run resumes: this step begins with this sample index.
     """
 
     def __init__(
         self,
         features,
-        condition,
-        limit: int | None,
+        arrays: Mapping[str, object],
+        limits: Mapping[str, int] | None = None,
         *,
         seed: int,
         global_batch: int,
@@ -51,7 +52,7 @@ class TrainingBatches(Dataset):
         first_step: int = 0,
         first_index: int = 0,
     ):
-        self.features, self.condition, self.limit, self.seed = features, condition, limit, seed
+        self.features, self.arrays, self.limits, self.seed = features, arrays, limits or {}, seed
         self.global_batch, self.local_batch, self.rank = global_batch, global_batch // world_size, rank
         self.first_step, self.first_index = first_step, first_index
         self.orders = {}  # only the current epoch's
@@ -79,25 +80,30 @@ class TrainingBatches(Dataset):
             rows[epochs == epoch] = self.orders[epoch][offsets[epochs == epoch]]
         return rows
 
-    def __getitem__(self, step: int):
-        """Sample indices (n,), latents as stored (n, C or 2C, S/f, S/f), conditions (n, ...); or `Unreadable`."""
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Unreadable:
+        """indices (n,) of the samples, latents as stored (n, C or 2C, S/f, S/f), and the arrays (n, ...) by name."""
         first = self.first_of(step) + self.rank * self.local_batch
         indices = np.arange(first, first + self.local_batch)
         try:
-            return torch.from_numpy(indices), *self.gather(self.rows(indices))
+            return dict(indices=torch.from_numpy(indices), **self.gather(self.rows(indices)))
         except (ValueError, OSError) as error:
             return Unreadable(f"step {step + 1:,}: {error}")
 
-    def gather(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and conditions of feature rows."""
-        condition = self.condition.gather(rows, limit=self.limit)
+    def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Latents and the arrays of feature rows."""
+        return dict(latents=torch.from_numpy(self.features.latents.gather(rows)), **self.gather_arrays(rows))
+
+    def gather_arrays(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        found = {name: array.gather(rows, limit=self.limits.get(name)) for name, array in self.arrays.items()}
         # uint16 codes become int32: torch has few operations on uint16
-        condition = condition.astype(np.int32) if condition.dtype == np.uint16 else condition
-        return torch.from_numpy(self.features.latents.gather(rows)), torch.from_numpy(condition)
+        return {
+            name: torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
+            for name, values in found.items()
+        }
 
 
 def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> torch.Tensor:
-    """Latents (n, 4, h, w) drawn from moments (n, 8, h, w), anew at each sample index."""
+    """Latents (n, C, h, w) drawn from moments (n, 2C, h, w), anew at each sample index."""
     mean, std = moments.chunk(2, dim=1)
     return mean + std * normal(seed, Stream.TRAIN_POSTERIOR, indices, mean.shape[1:])
 

@@ -121,14 +121,15 @@ def _gather(features, rows, V, num_classes):
 
 
 class CodeBatches(TrainingBatches):
-    """`TrainingBatches` of `Codes`. An item is sample indices (n,), codes (n, L) and labels (n,), all int64."""
+    """`TrainingBatches` of `Codes`. A batch holds indices (n,), codes (n, L) and labels (n,), all int64."""
 
     def __init__(self, codes: Codes, **kwargs):
-        super().__init__(codes, None, None, **kwargs)
+        super().__init__(codes, {}, **kwargs)
 
     def gather(self, rows):
         """Codes and labels of rows to train on, counted without those held out."""
-        return self.features.gather(self.features.rows[rows])
+        codes, labels = self.features.gather(self.features.rows[rows])
+        return dict(codes=codes, labels=labels)
 
 
 def draws(seed: int, indices: torch.Tensor, L: int, label_dropout: float = 0.0):

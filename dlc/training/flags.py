@@ -9,9 +9,9 @@ from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_worke
 OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")
 
 
-def learning_rate(args, step: int) -> float:
-    """AdamW's at a step, counted from 1."""
-    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+def warmup(args, step: int) -> float:
+    """The factor of the learning rates at a step, counted from 1."""
+    return min(1.0, step / max(1, args.warmup_steps))
 
 
 def ema_decay(args, step: int) -> float:
@@ -35,7 +35,7 @@ def add_run_flags(parser):
         default=1,
         help="split each process's batch into this many micro-batches, one after the other, to save memory",
     )
-    add("--lr", type=number(float, 0), default=1e-4, help="AdamW's learning rate, constant after --warmup-steps")
+    add("--lr", type=number(float, 0), default=1e-4, help="learning rate, constant after --warmup-steps")
     add(
         "--warmup-steps",
         type=number(int, 0),

@@ -103,7 +103,7 @@ class HeldOut:
         )
 
     def _keep(self, step, ema):
-        save_best(self.run.folder, self.run.meta(step), ema=ema, write=self.run.state.is_main_process)
+        save_best(self.run.folder, self.run.config, self.run.meta(step), ema=ema, write=self.run.state.is_main_process)
 
     def conclude(self) -> None:
         """Say in the log at which step the bound was lowest, and whether it has risen since."""

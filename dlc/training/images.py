@@ -95,24 +95,21 @@ class Images:
 
 
 class ImageBatches(TrainingBatches):
-    """`TrainingBatches` of Images: crops instead of latents and, if the condition is None, views for the encoder.
+    """`TrainingBatches` of Images: crops instead of latents and, in the place of an array None, views for the encoder.
 
     An item is `Unreadable`, instead of tensors, if an image cannot be read.
     """
 
-    def __getitem__(self, step: int):
-        """Sample indices (n,), crops (n, S, S, 3) uint8, conditions (n, ...) or views (n, s, s, 3) uint8."""
-        item = super().__getitem__(step)
-        if isinstance(item, Unreadable):
-            return item
-        indices, crops, condition = item
-        if self.features.flip == "random":
-            flipped = integers(self.seed, Stream.TRAIN_FLIP, indices, 2).bool()
-            crops = torch.where(flipped.view(-1, 1, 1, 1), crops.flip(2), crops)
-        return indices, crops, condition
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Unreadable:
+        """indices (n,), images (n, S, S, 3) uint8, and arrays (n, ...) or codes' views (n, s, s, 3) uint8."""
+        batch = super().__getitem__(step)
+        if not isinstance(batch, Unreadable) and self.features.flip == "random":
+            flipped = integers(self.seed, Stream.TRAIN_FLIP, batch["indices"], 2).bool()
+            batch["images"] = torch.where(flipped.view(-1, 1, 1, 1), batch["images"].flip(2), batch["images"])
+        return batch
 
     def gather(self, rows):
-        """Crops, and conditions or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
+        """Crops, and arrays or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
         views = self.features.views
         _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
@@ -121,5 +118,5 @@ class ImageBatches(TrainingBatches):
                 f"cannot read {what}: mend it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"
             )
-        condition = code_views if self.condition is None else torch.from_numpy(self.condition.gather(rows, self.limit))
-        return crops.squeeze(1), condition
+        arrays = dict(codes=code_views) if None in self.arrays.values() else self.gather_arrays(rows)
+        return dict(images=crops.squeeze(1), **arrays)

@@ -5,7 +5,6 @@ import time
 import torch
 
 from dlc.machine.cli import one_line, progress
-from dlc.training.flags import learning_rate
 from dlc.training.record import append_metrics
 from dlc.weights.checkpoint import gather_full
 
@@ -41,7 +40,7 @@ def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
         skipped_steps=run.skipped,
         scaler_scale=scaler.get_scale() if scaler else None,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else None,
-        lr=learning_rate(run.args, step),
+        lr=run.optimizers[0].param_groups[0]["lr"],
         steps_per_second=rate,
         **{f"{unit}_per_second": samples_per_second},
     )

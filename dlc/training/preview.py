@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from diffusion.masked_samplers import create_sampler as create_code_sampler
 from dlc.data.codes import CodeSet, CodeSpec, compare
@@ -17,16 +18,10 @@ PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most
 
 
-def first_rows(batches, encode, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (n, 4, S/8, S/8), of moments the mean, and conditions (n, ...) of the first rows.
-
-    encode: an `Encode` if batches are of images, else None.
-    """
+def first_rows(batches, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a batch holds, of the first rows, on the device."""
     rows = np.arange(min(PREVIEW_SAMPLES, batches.rows_per_epoch))
-    latents, y = (tensor.to(device) for tensor in batches.gather(rows))
-    if encode:
-        latents, y = encode(latents, y)
-    return latents[:, : batches.features.latent_shape[0]].float(), y.float() if y.is_floating_point() else y.long()
+    return {name: tensor.to(device) for name, tensor in batches.gather(rows).items()}
 
 
 def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, seed: int):
@@ -35,6 +30,7 @@ def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, s
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
+    y = tree_map(lambda value: value if value.is_floating_point() else value.long(), y)
     samples = sample_latents(
         ema,
         create_sampler("ddpm", PREVIEW_STEPS),

@@ -3,11 +3,12 @@
 A trainer calls `Run` and is never called by it; its loop stays its own, and reads as if there were one process:
 
     with Run(parser, args) as run:
-        run.claim(identity, settings, notes)        # the results folder; refuses another run
+        run.claim(name, build, process, settings, notes)    # the results folder; refuses another run
         run.start()                                 # log, accelerator, seed
-        run.adopt(model, losses)                    # EMA, optimizer; resumes
+        model = run.adopt(build())                  # EMA, compiling, sharding
+        run.optimize(optimizers, losses)            # resumes
         for step, batch in run.steps(batches):
-            for indices, x, y in run.micro_batches(batch):
+            for part in run.micro_batches(batch):   # a dict of tensors (n, ...)
                 terms = ...                         # dict of (n,), from run.model
                 run.backward(terms, t, num_timesteps)
             run.update(step)                        # clips, steps, counts skipped steps, updates the EMA
@@ -19,6 +20,7 @@ The flags that it reads are those of `add_run_flags`.
 import contextlib
 import math
 import time
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from dlc.machine.processes import (
     versions,
 )
 from dlc.training.batches import Unreadable, load_batches
-from dlc.training.flags import OPTIMISATION, ema_decay, learning_rate
+from dlc.training.flags import OPTIMISATION, ema_decay, warmup
 from dlc.training.log import announce, write_line
 from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
@@ -54,7 +56,7 @@ from dlc.weights.checkpoint import (
     save_checkpoint,
 )
 from dlc.weights.load import load_pretrained
-from dlc.weights.meta import RunMeta
+from dlc.weights.meta import RunMeta, config_of, plain
 
 
 class Run:
@@ -85,25 +87,33 @@ class Run:
 
     # ---------------------------------------------------------------------- setting up
 
-    def claim(self, identity: dict, settings: dict, notes: dict):
+    def claim(self, name: str, build: Callable, process, settings: dict, notes: dict):
         """Lock the results folder, which nobody may look into before, and find the checkpoint to resume from.
 
-        Args: all with fields of RunMeta as keys.
-            identity: what is trained; a run of another identity is refused.
-            settings: what it is trained on; with --allow-change a run may resume with others.
-            notes: what is recorded and never compared.
+        Args:
+            name: of the model.
+            build: makes the model. Here it is made without memory, to see what a checkpoint will say of it.
+            process: what the model is trained on, of `create_process`.
+            settings: what it is trained on, by any keys; with --allow-change a run may resume with others.
+            notes: what is recorded and never compared, by any keys.
 
-        Raises ValueError if the folder is in use, or holds another run or a damaged one; and if processes disagree.
+        Raises ValueError if the folder is in use, or holds another run or a damaged one; if processes disagree; and if
+        the model or a setting cannot be recorded.
         """
+        from accelerate import init_empty_weights
+
         args, processes = self.args, self.state.num_processes
         settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
         optimisation = {name: getattr(args, name) for name in OPTIMISATION}
-        self.recorded = {**identity, **settings, **notes, **optimisation}
+        with init_empty_weights():
+            self.config = config_of(name, build(), process)
+        self.recorded = settings, dict(notes, **optimisation, precision=self.precision, versions=versions())
+        RunMeta.of_run(*self.recorded)  # raises for what a checkpoint could not hold
         done_by_rank_0(self.state, self._take_folder)
-        self.resumed, meta, changed = resume_point(self.folder, identity, settings, args.allow_change)
-        known = {name: value for name, value in optimisation.items() if getattr(meta, name) is not None}
+        self.resumed, meta, changed = resume_point(self.folder, self.config, settings, args.allow_change)
+        known = {name: value for name, value in optimisation.items() if name in meta.noted}
         self.changed = "; ".join(filter(None, [changed, meta.differences(known)]))
-        agree("checkpoints and features", (self.resumed and self.resumed.name, identity, settings))
+        agree("checkpoints and features", (self.resumed and self.resumed.name, self.config, settings))
         if args.global_batch_size % (processes * args.grad_accum):
             raise ValueError(
                 f"--global-batch-size {args.global_batch_size} is not a multiple of {processes} processes "
@@ -127,13 +137,14 @@ class Run:
         set_numerics(args.tf32)
         torch.manual_seed(args.global_seed)
 
-    def adopt(self, model: torch.nn.Module, losses: Losses):
-        """Train this module: EMA, optimizer, DDP or shards; then resume, or load --pretrained-path.
+    def adopt(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Train this module: --pretrained-path, EMA, compiling, sharding. Returns it, on the device.
 
         It has `blocks`, which are compiled and sharded one by one, and set_grad_checkpointing(bool).
         """
-        args = self.args
-        self.module, self.losses, self.pretrained = model, losses, None
+        args, self.pretrained = self.args, None
+        self.module = model.to(self.device)
+        assert model.config == self.config.built or plain(model.config, "the model's") == self.config.built
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
                 self.pretrained = load_pretrained(args.pretrained_path, model, self.state)
@@ -150,20 +161,28 @@ class Run:
             for module in (model, self.ema):
                 fully_shard_blocks(module, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
-        # fused: it skips a step on the device, where accelerate would wait to see whether the scaler wants it
-        optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        self.skips = SkippedSteps(optimizer, self.device, self.skipped)
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
-        self.optimizer = self.accelerator.prepare(optimizer)
-        self.sums = losses.zeros(self.device)  # of this process, since the last line of the log
+        return model
+
+    def optimize(self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses):
+        """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times --warmup's
+        factor."""
+        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.losses, self.sums = losses, losses.zeros(self.device)  # of this process, since the last line of the log
+        self.skips = SkippedSteps(self.optimizers, self.accelerator.scaler, self.device, self.skipped)
         if self.resumed:
             with self.parser.one_line_errors():
                 self._load()
+        for group in self._groups():
+            group.setdefault("initial_lr", group["lr"])
+
+    def _groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _trained(self):
         """What a checkpoint holds the state of."""
-        return dict(model=self.module, ema=self.ema, optimizer=self.optimizer.optimizer, scaler=self.accelerator.scaler)
+        return dict(model=self.module, ema=self.ema, optimizers=self.optimizers, scaler=self.accelerator.scaler)
 
     def _load(self):
         saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
@@ -190,7 +209,7 @@ class Run:
         """Each step's number, from 1, and this process's batch. Ends after the last step, or after a request to stop.
 
         Args:
-            batches: a Dataset: batches[step] is a tuple of tensors (n, ...) with n the same in all of them, or
+            batches: a Dataset: batches[step] is a dict of tensors (n, ...) with n the same in all of them, or
                 `Unreadable`; first_of(step) is the sample index at which the step begins; last_step(epochs) is the last
                 one's number; rows_per_epoch.
         """
@@ -224,16 +243,16 @@ class Run:
                 f"{newest_of_run(self.folder)}"
             )
 
-    def micro_batches(self, batch):
+    def micro_batches(self, batch: dict[str, torch.Tensor]):
         """The --grad-accum parts of a batch, on the device. Gradients are all-reduced only after the last one."""
         self.step_sums = 0
-        parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch)))
+        parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch.values())))
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             if self.sharded:
                 self.module.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
-                yield tuple(tensor.to(self.device, non_blocking=True) for tensor in part)
+                yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(batch, part)}
 
     def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int):
         """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log: see `Losses.sums`."""
@@ -241,23 +260,38 @@ class Run:
         self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
 
     def update(self, step: int):
-        """Clip the gradients, take the optimizer's step and update the EMA, unless the fp16 scaler skips the step.
+        """Clip the gradients, take the optimizers' step and update the EMA, unless the fp16 scaler skips the step.
 
-        Whether it does, only the device knows: the CPU goes on without waiting for it.
+        Only the device knows whether it does; the CPU does not wait to find out.
         """
         args, scaler = self.args, self.accelerator.scaler
-        for group in self.optimizer.param_groups:  # the flags win over what a checkpoint says
-            group.update(lr=learning_rate(args, step), weight_decay=args.weight_decay)
+        if step == self.first_step + 1:
+            self._refuse_unreached()
+        for group in self._groups():
+            group["lr"] = group["initial_lr"] * warmup(args, step)
         self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             if scaler:
-                scaler.unscale_(self.optimizer.optimizer)
+                for optimizer in self.optimizers:
+                    scaler.unscale_(optimizer)
             self.grad_norm = clip_gradients(self.weights, args.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.skips.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         update_ema(local_shards(self.averages), local_shards(self.weights), ema_decay(args, step), self.skips.last)
         self.sums += self.step_sums if self.skips.last is None else self.step_sums.masked_fill(self.skips.last, 0)
         self.bar.update()
+
+    def _refuse_unreached(self):
+        """End the program with one line where DDP would wait for a gradient that the loss does not have."""
+        if self.state.num_processes == 1 or self.sharded:
+            return
+        unreached = [name for name, one in self.module.named_parameters() if one.requires_grad and one.grad is None]
+        if unreached:
+            self.parser.error(
+                f"no gradient reaches {len(unreached)} parameters, {', '.join(unreached[:3])} for example: several "
+                "processes would wait for it; freeze them with requires_grad_(False), or use them in the loss"
+            )
 
     def report(self, step: int):
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
@@ -302,22 +336,17 @@ class Run:
                 return f"step {step}: there are weights that are not finite"
 
     def meta(self, step: int) -> RunMeta:
-        """What a checkpoint of this step says of itself."""
-        return RunMeta(
-            **self.recorded,
-            step=step,
-            place=self.batches.first_of(step),
-            logged=self.logged,
-            skipped=self.skips.read()[0],
-            precision=self.precision,
-            versions=versions(),
-        )
+        """What a checkpoint of this step says of the run."""
+        progress = dict(step=step, place=self.batches.first_of(step), logged=self.logged, skipped=self.skips.read()[0])
+        return RunMeta.of_run(*self.recorded, **progress)
 
     def _save(self, step):
         args, meta = self.args, self.meta(step)
         sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
         try:
-            path = save_checkpoint(self.folder, meta, sums=sums, write=self.state.is_main_process, **self._trained())
+            path = save_checkpoint(
+                self.folder, self.config, meta, sums=sums, write=self.state.is_main_process, **self._trained()
+            )
         except OSError as error:
             self.parser.error(f"{error}: make room, then run the same command again; the last whole checkpoint is kept")
         if self.state.is_main_process:

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 def clip_gradients(weights: list[torch.Tensor], limit: float) -> torch.Tensor:
     """Scale the gradients of all weights so that their norm together is at most limit; 0: leave them. Returns the norm
-    that they had."""
+    that they had. Weights that no gradient reached are left out."""
+    weights = [weight for weight in weights if weight.grad is not None]
     norm = get_total_norm([weight.grad for weight in weights])
     if limit:
         clip_grads_with_norm_(weights, limit, norm)
@@ -30,27 +31,44 @@ def update_ema(averages: list[torch.Tensor], weights: list[torch.Tensor], decay:
 
 
 class SkippedSteps:
-    """Steps of a fused optimizer that the fp16 scaler skipped, counted on the device.
+    """Takes the optimizers' steps, and counts on the device those that the fp16 scaler skips.
 
     Args:
-        optimizer: torch's own, with fused=True, whose kernel then reads the scaler's finding and leaves all as it is.
+        optimizers: torch's own. The kernels of those with fused=True read the scaler's finding and leave all as it is;
+            for others the scaler waits for the device.
+        scaler: torch's GradScaler, or None.
         since_line: steps that are already counted since the log's last line.
 
     Attributes:
         last: whether the last step was skipped, a bool () tensor; None in a run without a scaler.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, since_line: int = 0):
-        self.last, self.counts = None, torch.tensor([since_line, 0, 0], device=device)
-        optimizer.register_step_post_hook(self._count)
+    def __init__(self, optimizers: list[torch.optim.Optimizer], scaler, device: torch.device, since_line: int = 0):
+        self.optimizers, self.scaler, self.device, self.last = optimizers, scaler, device, None
+        self.counts = torch.tensor([since_line, 0, 0], device=device)
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(self._stepped)
 
-    def _count(self, optimizer, args, kwargs):
-        found_inf = getattr(optimizer, "found_inf", None)  # which the scaler lends to the optimizer during the step
-        if found_inf is not None:
-            self.last = found_inf > 0
-            since_line, in_a_row, longest = self.counts.unbind()
-            in_a_row = (in_a_row + 1) * self.last
-            self.counts = torch.stack([since_line + self.last, in_a_row, torch.maximum(longest, in_a_row)])
+    def _stepped(self, optimizer, args, kwargs):
+        found_inf = getattr(optimizer, "found_inf", None)  # which the scaler lends to a fused one during the step
+        self.found = torch.tensor(False, device=self.device) if found_inf is None else found_inf > 0
+
+    def step(self) -> None:
+        """Take a step with all optimizers. The scaler looks at each one's gradients, and skips by each one's own."""
+        if self.scaler is None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            return
+        skipped = []
+        for optimizer in self.optimizers:
+            self.found = None
+            self.scaler.step(optimizer)
+            skipped.append(torch.tensor(True, device=self.device) if self.found is None else self.found)
+        self.scaler.update()
+        self.last = torch.stack(skipped).any()
+        since_line, in_a_row, longest = self.counts.unbind()
+        in_a_row = (in_a_row + 1) * self.last
+        self.counts = torch.stack([since_line + self.last, in_a_row, torch.maximum(longest, in_a_row)])
 
     def read(self) -> tuple[int, int, int]:
         """Skipped since the log's last line, in a row until now, and the longest such streak. Waits for the device."""

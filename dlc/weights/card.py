@@ -43,14 +43,15 @@ def model_card(job) -> str:
         f"{model.in_channels} x {height} x {width}; {sum(value.numel() for value in model.parameters()) / 1e6:,.1f} M "
         f"parameters. Written by dlc-dit from: {one_line(describe(job.meta), 200)}."
     )
+    recorded = dict(job.model.config["arguments"], step=job.meta.step, **job.meta.recorded())
     settings = [
-        f"| {name} | {one_line(getattr(job.meta, name), 100).replace('|', ' ')} |"
+        f"| {name} | {one_line(recorded[name], 100).replace('|', ' ')} |"
         for name in SETTINGS
-        if getattr(job.meta, name) is not None
+        if recorded.get(name) is not None
     ]
-    if job.meta.versions:
+    if recorded.get("versions"):
         settings.append(
-            "| versions | " + one_line(", ".join(" ".join(pair) for pair in job.meta.versions.items()), 200) + " |"
+            "| versions | " + one_line(", ".join(" ".join(pair) for pair in recorded["versions"].items()), 200) + " |"
         )
     training = (
         ["| setting | value |", "|---|---|", *settings] if settings else ["The file does not say how it was trained."]

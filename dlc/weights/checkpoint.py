@@ -1,9 +1,10 @@
 """A run's checkpoints: written whole, listed, loaded, and checked for damage.
 
 A checkpoint is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors (float32),
-optimizer.pt and meta.json. It is written under a temporary name and renamed, so one that has its final name is whole.
-There is no RNG state, since everything random in training is a function of (seed, global sample index): meta.json has
-the step and that index. optimizer.pt also holds the sums of the log's next line.
+optimizer.pt, config.json (what the model is) and meta.json (how far the run is, and on what). It is written under a
+temporary name and renamed, so one that has its final name is whole. There is no RNG state, since everything random in
+training is a function of (seed, global sample index): meta.json has the step and that index. optimizer.pt also holds
+the sums of the log's next line.
 """
 
 import contextlib
@@ -21,46 +22,47 @@ from safetensors import SafetensorError, safe_open
 from dlc.machine.cli import one_line
 from dlc.machine.files import sync
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
-from dlc.weights.meta import RunMeta, read_meta
+from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
 
-CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json")
+CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "config.json", "meta.json")
 
 
 def save_checkpoint(
-    run_dir, meta: RunMeta, *, model, ema, optimizer, scaler=None, sums=None, write: bool = True
+    run_dir, config: ModelConfig, meta: RunMeta, *, model, ema, optimizers, scaler=None, sums=None, write: bool = True
 ) -> Path | None:
     """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
 
     Args:
-        model, ema, optimizer: if they are sharded, every process must call this, since gathering them is collective.
+        model, ema, optimizers: if they are sharded, every process must call this, since gathering them is collective.
         sums: a tensor (processes, …): what each process has summed for the log since the last line.
         write: whether this process writes; True in one process only.
 
     Raises OSError, naming the checkpoint, if the disk does not take it.
     """
-    states = [gather_full(module.state_dict(), write) for module in (model, ema, optimizer)]
+    weights = {name: gather_full(module.state_dict(), write) for name, module in (("model", model), ("ema", ema))}
+    states = [dict(gather_full(one.state_dict(), write), kind=type(one).__name__) for one in optimizers]
     if not write:
         return None
-    rest = dict(optimizer=states[2], scaler=scaler.state_dict() if scaler else None, sums=sums)
-    return _write(Path(run_dir) / "checkpoints", meta, dict(model=states[0], ema=states[1]), rest)
+    rest = dict(optimizers=states, scaler=scaler.state_dict() if scaler else None, sums=sums)
+    return _write(Path(run_dir) / "checkpoints", config, meta, weights, rest)
 
 
-def save_best(run_dir, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
-    """Write RESULTS/best/{meta.step:07d}/, the EMA weights and meta.json, in the place of an earlier best.
+def save_best(run_dir, config: ModelConfig, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
+    """Write RESULTS/best/{meta.step:07d}/, the EMA weights and what they are, in the place of an earlier best.
 
     Arguments, result and errors are as of `save_checkpoint`.
     """
     state = gather_full(ema.state_dict(), write)
     if not write:
         return None
-    path = _write(Path(run_dir) / "best", meta, dict(ema=state))
+    path = _write(Path(run_dir) / "best", config, meta, dict(ema=state))
     for other in path.parent.iterdir():
         if other != path:
             shutil.rmtree(other, ignore_errors=True)
     return path
 
 
-def _write(folder: Path, meta: RunMeta, weights: dict[str, dict], rest: dict | None = None) -> Path:
+def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | None = None) -> Path:
     """Write FOLDER/{meta.step:07d}/, with {name}.safetensors of weights and optimizer.pt of the rest. Returns its path.
 
     Raises OSError, naming it, if the disk does not take it; nothing is left then.
@@ -74,7 +76,8 @@ def _write(folder: Path, meta: RunMeta, weights: dict[str, dict], rest: dict | N
             safetensors.torch.save_file(state, temporary / f"{name}.safetensors")
         if rest is not None:
             torch.save(rest, temporary / "optimizer.pt")
-        (temporary / "meta.json").write_text(json.dumps(meta.to_json(), indent=1) + "\n")
+        for name, record in (("config", config), ("meta", meta)):
+            (temporary / f"{name}.json").write_text(json.dumps(record.to_json(), indent=1) + "\n")
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
@@ -109,17 +112,43 @@ def distribute_like(tensor, other):
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
-def load_checkpoint(path, *, model, ema, optimizer, scaler=None, sums_shape=None):
+def load_checkpoint(path, *, model, ema, optimizers, scaler=None, sums_shape=None):
     """Load a checkpoint into the objects that it was saved from. Returns its sums.
 
     Args:
         sums_shape: of each process's sums; None: they may be anything.
 
-    Raises ValueError, naming the checkpoint and the file, if weights or the optimizer's state are damaged or are not of
-    this model.
+    Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
+    other optimizers.
     """
+    for module, name in ((model, "model"), (ema, "ema")):
+        file, ours = path / f"{name}.safetensors", module.state_dict()
+        weights = _undamaged(path, lambda file=file: check_tensors(load_tensors(file), file))
+        different = differences_from(ours, weights)
+        if different:
+            raise ValueError(
+                f"checkpoint {path} is of another model: {file.name} {different}. The model's code has changed since: "
+                "give another --results-dir to train this one from the start"
+            )
+        module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
+    state = _undamaged(path, lambda: _checked_state(path / "optimizer.pt", sums_shape))
+    there, here = ([_outline(one) for one in ones] for ones in (state["optimizers"], _states(optimizers)))
+    if there != here:
+        raise ValueError(
+            f"checkpoint {path} holds the state of {' and '.join(there)}, but this program trains with "
+            f"{' and '.join(here)}: give another --results-dir, or the same optimizer"
+        )
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        load_optimizer(optimizer, saved["state"])
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return None if state["sums"] is None else state["sums"].clone()  # not a view of the mapped file
+
+
+def _undamaged(path, read):
+    """read(). Raises ValueError, saying that the checkpoint is damaged, where that raises one."""
     try:
-        return _load(path, model, ema, optimizer, scaler, sums_shape)
+        return read()
     except ValueError as error:
         reason = str(error).replace(f"{path}{os.sep}", "")
         raise ValueError(
@@ -127,38 +156,49 @@ def load_checkpoint(path, *, model, ema, optimizer, scaler=None, sums_shape=None
         ) from None
 
 
-def _load(path, model, ema, optimizer, scaler, sums_shape):
-    for module, name in ((model, "model"), (ema, "ema")):
-        file, ours = path / f"{name}.safetensors", module.state_dict()
-        weights = check_tensors(load_tensors(file), file)
-        different = differences_from(ours, weights)
-        if different:
-            raise ValueError(f"{file} {different}")
-        module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
-    state = read_torch(path / "optimizer.pt", "an optimizer's state")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _checked_state(file: Path, sums_shape) -> dict:
+    """What optimizer.pt holds. Raises ValueError for anything but what `save_checkpoint` wrote."""
+    state = read_torch(file, "an optimizer's state")
     try:
-        for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-            group["fused"] = own["fused"]  # older fp16 checkpoints are of an unfused one
-        for index, moments in state["optimizer"]["state"].items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                fault = tensor_fault(moments[key])
-                if fault or moments[key].shape != parameters[index].shape:
-                    raise ValueError(f"{key} of parameter {index} {fault or 'has another shape'}")
-                moments[key] = distribute_like(moments[key], parameters[index])
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        for saved in state["optimizers"]:
+            for index, values in saved["state"].items():
+                for name, value in values.items():
+                    if isinstance(value, torch.Tensor) and tensor_fault(value):
+                        raise ValueError(f"{name} of parameter {index} {tensor_fault(value)}")
+            _outline(saved)
         sums = state["sums"]
         if sums_shape is not None:
             fault = tensor_fault(sums)
             if fault or sums.ndim != 1 + len(sums_shape) or not len(sums) or sums.shape[1:] != sums_shape:
                 raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
-        return sums if sums is None else sums.clone()  # not a view of the mapped file
+        return dict(state, scaler=state["scaler"])
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
-        raise ValueError(
-            f"{path / 'optimizer.pt'} is no optimizer's state of this model ({one_line(repr(error), 100)})"
-        ) from None
+        raise ValueError(f"{file} is no optimizer's state ({one_line(repr(error), 100)})") from None
+
+
+def _states(optimizers) -> list[dict]:
+    return [dict(one.state_dict(), kind=type(one).__name__) for one in optimizers]
+
+
+def _outline(saved: dict) -> str:
+    """Which optimizer of how many parameters a state is of, in words."""
+    return f"{saved['kind']} of {' + '.join(str(len(group['params'])) for group in saved['param_groups'])} parameters"
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimizer's state, whatever it holds, by parameter index. Hyperparameters stay those of this launch.
+
+    What has its parameter's shape is sharded as the parameter is; other tensors are the same in each process.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def placed(index, value):
+        alike = isinstance(value, torch.Tensor) and value.shape == parameters[index].shape
+        return distribute_like(value, parameters[index]) if alike else value
+
+    state = {index: {key: placed(index, value) for key, value in values.items()} for index, values in state.items()}
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
 def remove_old_checkpoints(run_dir, keep: int):
@@ -205,6 +245,9 @@ def damage(path, files=CHECKPOINT_FILES) -> str:
                 meta = read_meta(path)
                 if "optimizer.pt" in files and meta.missing():
                     return f"meta.json does not say {meta.missing()}"
+            elif name == "config.json":
+                if read_config(path) is None:
+                    return "config.json is of another program"
             elif name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):  # compares the header with the file's size
                     pass
@@ -235,22 +278,22 @@ def newest_of_run(run_dir, files=CHECKPOINT_FILES) -> Path | None:
     return checkpoints[-1]
 
 
-def resume_point(run_dir, identity: dict, settings: dict, allow_change: bool) -> tuple[Path | None, RunMeta, str]:
+def resume_point(run_dir, config: ModelConfig, settings: dict, allow_change: bool) -> tuple[Path | None, RunMeta, str]:
     """The checkpoint to resume a run from, its meta, and what of the settings changed since, in words.
 
     Without checkpoints that is None, the meta of step 0, and "".
 
-    Args: fields of RunMeta.
-        identity: what makes another run if it differs.
+    Args:
+        config: of the model: with another one it is another run.
         settings: what may differ if allow_change is set.
 
     Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
     """
-    path = newest_of_run(run_dir, ["meta.json"])
+    path = newest_of_run(run_dir, ["config.json", "meta.json"])
     if path is None:
         return None, RunMeta(step=0, place=0, logged=0, skipped=0), ""
     meta = read_meta(path)
-    different, changed = meta.differences(identity), meta.differences(settings)
+    different, changed = read_config(path).differences(config), meta.differences(settings)
     if different:
         raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
     if changed and not allow_change:
@@ -281,8 +324,8 @@ def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
             written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
             runs[run] = "an unknown model (damaged)"
         for path in reversed(checkpoints):
-            with contextlib.suppress(ValueError):  # if damaged, the one before it tells the model
-                runs[run] = read_meta(path).model
+            with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it tells the model
+                runs[run] = read_config(path).model
                 break
     of_model = [run for run, name in runs.items() if name == model]
     if not of_model:
@@ -292,4 +335,4 @@ def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
             "train_diffusion.py first, or name one with --ckpt"
         )
     weights = "ema.safetensors" if use_ema else "model.safetensors"
-    return newest_of_run(max(of_model, key=written.get), ("meta.json", weights))
+    return newest_of_run(max(of_model, key=written.get), ("config.json", "meta.json", weights))

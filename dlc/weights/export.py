@@ -11,7 +11,7 @@ Beside each lies a model card, README.md.
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -25,9 +25,8 @@ from dlc.machine.noise import Stream, normal
 from dlc.nets.vae import check_decodes, decode, load_vae
 from dlc.weights.card import model_card
 from dlc.weights.foreign.diffusers_dit import DiffusersTimestepEmbedder, to_diffusers, uses_diffusers_function
-from dlc.weights.foreign.folders import EXPORTED
-from dlc.weights.load import describe, load_model, weights_sha256
-from dlc.weights.meta import RunMeta
+from dlc.weights.load import describe, load_model, process_of, weights_sha256
+from dlc.weights.meta import ModelConfig, RunMeta, config_of
 from models import DiT, DiTSEM
 
 FORMATS = ("safetensors", "diffusers", "diffusers-stock")
@@ -128,7 +127,9 @@ def write(folder: Path, job: Export) -> None:
     """The files of a format, and the model card."""
     if job.format == "safetensors":
         save(job.model.state_dict(), folder / "model.safetensors")
-        write_json(folder / "config.json", own_config(job))
+        config, meta = own_records(job)
+        write_json(folder / "config.json", config.to_json())
+        write_json(folder / "meta.json", meta.to_json())
     else:
         write_pipeline(folder, job)
     (folder / "README.md").write_text(model_card(job), encoding="utf-8")
@@ -164,24 +165,12 @@ def trained_with(model) -> str:
     return "diffusers" if uses_diffusers_function(model) else "dit"
 
 
-def own_config(job: Export) -> dict:
-    """config.json of --format safetensors, which `dlc.checkpoints` reads back."""
-    recorded = (
-        job.meta.to_json()
-        if job.meta.missing() is None
-        else {key: value for key, value in job.meta.to_json().items() if value is not None and key != "format_version"}
-    )
-    return dict(
-        format=EXPORTED,
-        model=job.name,
-        family=type(job.model).__name__,
-        **sizes(job.model),
-        **condition_sizes(job.model),
-        trained_with=trained_with(job.model),
-        norm_eps=job.model.blocks[0].norm2.eps,
-        weights=job.meta.weights,
-        training=recorded,
-    )
+def own_records(job: Export) -> tuple[ModelConfig, RunMeta]:
+    """config.json and meta.json of --format safetensors, which --ckpt reads back."""
+    noted = dict(job.meta.noted, weights=job.meta.weights)
+    if uses_diffusers_function(job.model):
+        noted |= dict(trained_with="diffusers", norm_eps=job.model.blocks[0].norm2.eps)
+    return config_of(job.name, job.model, process_of(job.meta)), replace(job.meta, noted=noted)
 
 
 #################################################################################

@@ -30,7 +30,7 @@ def info(path, diffusers_time: str | None = None) -> list[str]:
 
         return [f"{path}: VAE, for --vae: {load_vae(path).said}"]
     except APrior:
-        from dlc.weights.foreign.prior_weights import describe_prior, load_prior
+        from dlc.weights.load import describe_prior, load_prior
 
         model, meta = load_prior(path)
         return about(path, meta.model, model, describe_prior(model, meta), meta)
@@ -45,6 +45,7 @@ def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
         f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, {sizes}",
         f"{describe(meta)}{f', {size_of(path) / 1e9:.2f} GB' if Path(path).exists() else ''}",
     ]
+    recorded = dict(model.config["arguments"], model=meta.model, **meta.recorded())
     for words, names in (
         (
             "trained on",
@@ -52,11 +53,11 @@ def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
         ),
         ("with", ("model", "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed")),
     ):
-        said = recorded(meta, names)
+        said = ", ".join(f"{name} {recorded[name]}" for name in names if recorded.get(name) is not None)
         if said:
             lines.append(f"{words}: {said}")
-    if meta.versions:
-        lines.append("by: " + ", ".join(f"{package} {version}" for package, version in meta.versions.items()))
+    if recorded.get("versions"):
+        lines.append("by: " + ", ".join(f"{package} {version}" for package, version in recorded["versions"].items()))
     return lines
 
 
@@ -76,10 +77,6 @@ def size_of(path) -> int:
     """Bytes of a file, or of all files of a folder."""
     path = Path(path)
     return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-
-
-def recorded(meta: RunMeta, names) -> str:
-    return ", ".join(f"{name} {getattr(meta, name)}" for name in names if getattr(meta, name) is not None)
 
 
 def ema_and_raw(path, meta: RunMeta) -> str:

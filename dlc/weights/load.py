@@ -1,9 +1,10 @@
-"""Models out of weights of any layout, by path or hub id; see `dlc.weights.foreign.layouts` for what is read.
+"""Models out of weights, by path or hub id: our own by the record beside them, others' through `dlc.weights.foreign`.
 
 model, name, meta = load_model("results/checkpoints/0400000")
 model, name, meta = load_model("facebook/DiT-XL-2-256")
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -11,16 +12,20 @@ from pathlib import Path
 
 import torch
 
+from diffusion.processes import create_process
 from dlc.machine.files import read_json
 from dlc.machine.records import check_values, one_of, real_number, whole_number
+from dlc.weights.checkpoint import newest_of_run, run_checkpoints
 from dlc.weights.foreign.diffusers_dit import DIFFUSERS_EPS, use_diffusers_function, uses_diffusers_function
 from dlc.weights.foreign.layouts import locate, read_layout
+from dlc.weights.foreign.prior_weights import foreign_prior
 from dlc.weights.foreign.probe import predicts_velocity
-from dlc.weights.foreign.safe import differences_from
-from dlc.weights.foreign.source import Source
+from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
+from dlc.weights.foreign.source import APrior, NoRawWeights, Source
 from dlc.weights.hub import fetched_by_node, is_id
-from dlc.weights.meta import RunMeta
-from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, sincos_position_embedding
+from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
+from models import FAMILIES, SIZES, DiT, DiT_models, ModelSpec, build_model, sincos_position_embedding
+from prior import DLCPrior
 
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 a cell
 DEEPEST = 256  # blocks
@@ -42,6 +47,73 @@ CONFIG = dict(
 )
 
 
+#################################################################################
+#                                  Our own weights                              #
+#################################################################################
+
+OWN_FILES = "ema.safetensors", "model.safetensors"
+
+
+def read_own(named, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunMeta] | None:
+    """The tensors, config and meta of a run, a checkpoint or an export of ours, or of a file in one; else None.
+
+    Args:
+        named: what the user called it, for errors.
+        at: where it is.
+        ema: the EMA weights rather than the raw ones, if there are both.
+
+    Raises ValueError, naming the file, for what is damaged; NoRawWeights if only EMA weights are there.
+    """
+    words = "checkpoint of this program"
+    if at.is_dir() and run_checkpoints(at):
+        at = newest_of_run(at, ("config.json", "meta.json", OWN_FILES[0 if ema else 1]))
+        words = f"newest checkpoint of the run, {at.name}, {words}"
+    folder = at if at.is_dir() else at.parent
+    config = read_config(folder) if at.is_dir() or at.name in OWN_FILES else None
+    if config is None:
+        return None
+    meta = read_meta(folder) if (folder / "meta.json").is_file() else RunMeta()
+    exported = meta.noted.get("weights")
+    file = at if at.is_file() else folder / OWN_FILES[0 if ema and not exported else 1]
+    if not file.is_file() and not ema or at.is_file() and not ema and at.name == OWN_FILES[0]:
+        raise NoRawWeights(f"{named} has no raw weights (model.safetensors): leave out --no-ema")
+    tensors = check_tensors(load_tensors(file), file)
+    kind = exported or ("ema" if file.name == OWN_FILES[0] else "raw")
+    meta = dataclasses.replace(meta, model=config.model, process=config.process, weights=kind)
+    return tensors, config, dataclasses.replace(meta, layout="exported by this program" if exported else words)
+
+
+def filled(config: ModelConfig, tensors: dict, named) -> torch.nn.Module:
+    """The model of a config, in eval mode and float32, with these tensors, which must be all of its own and no others.
+
+    Raises ValueError, naming `named`, if they are not.
+    """
+    if config.arguments.get("depth", 0) > len(tensors):  # before so many blocks are built
+        raise ValueError(f"{named} has {len(tensors)} tensors for {config.arguments['depth']} blocks")
+
+    def refuse_others(state):
+        different = differences_from(state, tensors)
+        if different:
+            raise ValueError(f"{named} does not fit the {config.model} that its config.json describes: it {different}")
+
+    outline = {}
+    with contextlib.suppress(Exception), torch.device("meta"):  # not every constructor can be run on it
+        outline = build_model(config.built).state_dict()
+    if outline:
+        refuse_others(outline)  # before memory is taken
+    model = config.build()
+    refuse_others(model.state_dict())
+    # copied: a mapped file that another program overwrites would end this process
+    dtypes = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in tensors.items()}
+    model.load_state_dict({name: value.to(dtypes[name], copy=True) for name, value in tensors.items()}, assign=True)
+    return model.eval()
+
+
+#################################################################################
+#                                   Any weights                                 #
+#################################################################################
+
+
 def load_weights(path, use_ema: bool = True) -> tuple[dict, RunMeta]:
     """A model's state dict under our names, and what is recorded of it: of a lone file only `weights` and `layout`.
 
@@ -51,6 +123,9 @@ def load_weights(path, use_ema: bool = True) -> tuple[dict, RunMeta]:
 
     Raises ValueError if path is none of these.
     """
+    own = read_own(path, locate(path), use_ema)
+    if own is not None:
+        return own[0], own[2]
     source = read_layout(path, use_ema)
     return source.values, with_layout(source)
 
@@ -77,6 +152,17 @@ def load_model(
 
     Raises ValueError, naming path, if it is no model that predicts noise, or is damaged.
     """
+    own = read_own(path, locate(path, flag, ask), ema)
+    if own is not None:
+        tensors, config, meta = own
+        if diffusers_time == "diffusers":
+            raise ValueError(f"{path} is not in diffusers' layout: --diffusers-time diffusers is for those")
+        model = filled(config, tensors, path)
+        if not isinstance(model, DiT):
+            raise APrior(f"{path} is a {config.model}, a prior over codes, no diffusion transformer")
+        if meta.noted.get("trained_with") == "diffusers":
+            use_diffusers_function(model, meta.noted.get("norm_eps", DIFFUSERS_EPS)).eval()
+        return model, config.model, meta
     source = read_layout(path, ema, flag, ask)
     weights, config = dict(source.values), checked_config(source)
     if "pos_embed" not in weights and getattr(weights.get("x_embedder.proj.weight"), "ndim", 0) == 4:
@@ -86,6 +172,35 @@ def load_model(
     if not source.is_eps and type(model) is DiT and predicts_velocity(model):
         source.refuse(VELOCITY)
     return model, name, with_layout(source)
+
+
+def load_prior(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True):
+    """The prior over codes that a path or hub id holds, in eval mode, and its RunMeta, whose process is known.
+
+    Arguments and errors are as of `load_model`.
+    """
+    own = read_own(named, locate(named, flag, ask), ema)
+    if own is None:
+        return foreign_prior(named, ema, flag, ask)
+    tensors, config, meta = own
+    model = filled(config, tensors, named)
+    if not isinstance(model, DLCPrior):
+        raise ValueError(f"{named} is not a prior over codes, but a {config.model}")
+    return model, meta
+
+
+def process_of(meta: RunMeta):
+    """The process that a model was trained on, by its meta; that of DiT's weights if nothing says one."""
+    config = meta.process or dict(process="gaussian", arguments=dict(timestep_respacing=""))
+    return create_process(config["process"], **config["arguments"])
+
+
+def describe_prior(model: DLCPrior, meta: RunMeta) -> str:
+    """What a prior is, in words, beside its name."""
+    tables = "one table for all positions" if model.shared_embedding else "a table per position"
+    classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
+    told = "told" if meta.process["arguments"]["time_conditioning"] else "not told"
+    return f"prior over codes of L {model.L}, V {model.V}, {tables}, {classes}, {told} the noise level"
 
 
 def with_layout(source: Source) -> RunMeta:
@@ -228,17 +343,21 @@ def load_pretrained(path, model, state=None) -> str:
     """
     if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
         fetched_by_node(state, lambda ask: locate(path, "--pretrained-path", ask))
-    source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
-    if source.in_diffusers or source.config.get("trained_with") == "diffusers":
-        source = source.saying("trained on in DiT's function")
-    weights, wanted = source.values, model.state_dict()
-    if not (source.is_eps or source.prior) and holds_velocity_model(source):
-        source.refuse(VELOCITY)
+    own, wanted = read_own(path, locate(path, "--pretrained-path")), model.state_dict()
+    if own is not None:
+        weights, _, meta = own
+    else:
+        source = read_layout(path, flag="--pretrained-path", prior=not isinstance(model, DiT))
+        if source.in_diffusers:
+            source = source.saying("trained on in DiT's function")
+        weights, meta = source.values, with_layout(source)
+        if not (source.is_eps or source.prior) and holds_velocity_model(source):
+            source.refuse(VELOCITY)
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
     model.load_state_dict(fit, strict=False)
-    said = [f"{len(fit)} of {len(wanted)} tensors from {path} ({describe(with_layout(source))})"]
+    said = [f"{len(fit)} of {len(wanted)} tensors from {path} ({describe(meta)})"]
     said += [
         f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
         for key in sorted(

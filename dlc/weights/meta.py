@@ -1,14 +1,20 @@
-"""meta.json: what a checkpoint says of itself. `RunMeta` owns every key; nothing else in the program spells one.
+"""What lies beside weights of ours: config.json, which says what the model is, and meta.json, which says what of.
 
-None means that a key does not apply, or is not recorded.
+config.json: the model's name, family and constructor arguments, and the process that it was trained on. The model is
+rebuilt from these alone, so a new argument of a model needs no line here. meta.json: how far the run is, what a reader
+of the weights must know of the latents and codes, and whatever else the trainer recorded.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from dlc.machine.files import read_json
 from dlc.machine.records import (
-    SWITCH,
+    OBJECT,
     TEXT,
     Record,
     differences,
@@ -19,81 +25,177 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
+from dlc.weights.foreign.safe import differences_from
+from models import Recorded, build_model
+from prior import DLCPrior
 
+OURS = "dlc-dit"  # the "format" of a config.json of ours
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
-COUNT, SIZE, ID = whole_number(0), whole_number(1), or_null(TEXT)
-VERSIONS = (
-    lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
-    "texts by name",
-)
+COUNT, SIZE, ID = or_null(whole_number(0)), or_null(whole_number(1)), or_null(TEXT)
+NUMBERS = or_null(list_of(real_number(-1e30, 1e30)))
+
+
+#################################################################################
+#                                  config.json                                  #
+#################################################################################
+
+
+@dataclass(frozen=True)
+class ModelConfig(Record):
+    """The keys of config.json."""
+
+    model: str = key(TEXT)  # its name, for people
+    family: str = key(TEXT)
+    arguments: dict = key(OBJECT)
+    process: dict = key(or_null(OBJECT))  # None: a model of others, trained on the process that its family expects
+    format: str = key(one_of(OURS), OURS)
+
+    @property
+    def built(self) -> dict:
+        """As `models.build_model` takes it."""
+        return dict(family=self.family, arguments=self.arguments)
+
+    def build(self) -> torch.nn.Module:
+        """The model without memory: its parameters are on the meta device, its buffers have their values.
+
+        Raises ValueError for arguments that do not build a model.
+        """
+        from accelerate import init_empty_weights
+
+        try:
+            with init_empty_weights(include_buffers=False):
+                return build_model(self.built)
+        except Exception as error:  # whatever a constructor makes of arguments that came from a file
+            raise ValueError(f"{self.model} cannot be built from its config.json: {error}") from error
+
+    def flat(self) -> dict:
+        """All that decides, by key: the model's arguments by their names, those of the process after "process"."""
+        process = self.process or dict(process=None, arguments={})
+        arguments = {f"process {name}": value for name, value in process["arguments"].items()}
+        return dict(self.arguments, model=self.model, family=self.family, process=process["process"], **arguments)
+
+    def differences(self, here: "ModelConfig") -> str:
+        """How the model and the process of another record differ from these, in words; "" where they do not."""
+        there, here = self.flat(), here.flat()
+        return differences(there, {**dict.fromkeys(there), **here})
+
+
+def config_of(name: str, model: torch.nn.Module, process=None) -> ModelConfig:
+    """What config.json says of a model, checked: the same model can be built from it.
+
+    Args:
+        name: of the model, for people.
+        model: a `Recorded`.
+        process: of `diffusion.processes.create_process`.
+
+    Raises ValueError, naming the argument, for one that JSON does not hold, or if the arguments do not build the model.
+    """
+    config = ModelConfig(
+        model=name,
+        family=model.config["family"],
+        arguments=plain(model.config["arguments"], f"{name}'s argument"),
+        process=process and plain(process.config, f"{name}'s process:"),
+    )
+    different = differences_from(model.state_dict(), config.build().state_dict())
+    if different:
+        raise ValueError(f"{name} is not what its recorded arguments build: what they build {different}")
+    return config
+
+
+def read_config(path) -> ModelConfig | None:
+    """The config.json of a folder, if it is one of ours. Raises ValueError, naming file and key, for a wrong value."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    return ModelConfig.from_json(values, file) if values.get("format") == OURS else None
+
+
+def is_prior(path) -> bool:
+    """Whether a folder's config.json is that of a prior over codes. Raises ValueError as `read_config` does."""
+    config = read_config(path)
+    return config is not None and issubclass(Recorded.families.get(config.family, object), DLCPrior)
+
+
+def plain(values: dict, what: str) -> dict:
+    """values as JSON gives them back. Raises ValueError, naming `what` and the key, for what JSON does not hold."""
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{what} {name} is a {type(value).__name__}, which a checkpoint cannot record ({error}): "
+                "make it a number, a text, a list or a dict of these"
+            ) from None
+    return json.loads(json.dumps(values))
+
+
+#################################################################################
+#                                   meta.json                                   #
+#################################################################################
 
 
 @dataclass(frozen=True)
 class RunMeta(Record):
-    """The keys of meta.json, in the order in which they are written. Another kind of trainer may add its own."""
+    """The keys of meta.json. None means "not known", as of weights that come from others."""
 
-    # what is trained: a run with other values is another run
-    model: str | None = key(ID, None)
-    image_size: int | None = key(or_null(SIZE), None)
-    L: int | None = key(SIZE, None)
-    V: int | None = key(SIZE, None)
-    code_init: str | None = key(one_of("unit", "dlc"), None)
-    num_classes: int | None = key(SIZE, None)
-    in_dim: int | None = key(SIZE, None)
-    shared_embedding: bool | None = key(SWITCH, None)  # of a prior, as the next two
-    scale_by_sigma: bool | None = key(SWITCH, None)
-    time_conditioning: bool | None = key(SWITCH, None)
-    # on what: a run continues with other values only by --allow-change
-    features_count: int | None = key(SIZE, None)
-    latents: str | None = key(ID, None)  # a kind of latents, or "images"
-    global_batch_size: int | None = key(SIZE, None)
-    global_seed: int | None = key(COUNT, None)
-    vae_sha256: str | None = key(ID, None)
-    scaling_factor: float | None = key(or_null(real_number(1e-30)), None)
-    shift_factor: float | None = key(or_null(real_number(-1e30, 1e30)), None)
-    latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30))), None)
-    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30))), None)
-    encoder_sha256: str | None = key(ID, None)
-    listing_sha256: str | None = key(ID, None)
-    flip: str | None = key(ID, None)
-    # of a prior
-    masking: str | None = key(one_of("independent", "counted"), None)
-    score_entropy: bool | None = key(SWITCH, None)
-    holdout: float | None = key(real_number(0, 1), None)
-    heldout_path: str | None = key(ID, None)
-    eval_levels: int | None = key(SIZE, None)
-    dropout: float | None = key(real_number(0, 1), None)
-    label_dropout: float | None = key(real_number(0, 1), None)
-    first_vectors_sha256: str | None = key(ID, None)
     # how far: optimizer steps, global sample index, step of the log's last line, steps skipped since
     step: int | None = key(COUNT, None)
     place: int | None = key(COUNT, None)
     logged: int | None = key(COUNT, None)
     skipped: int | None = key(COUNT, None)
-    # where from and how: a run may continue with other values
+    # what a reader of the weights needs
+    image_size: int | None = key(SIZE, None)
     vae: str | None = key(ID, None)
-    data_path: str | None = key(ID, None)
+    vae_sha256: str | None = key(ID, None)
+    scaling_factor: float | None = key(or_null(real_number(1e-30)), None)
+    shift_factor: float | None = key(or_null(real_number(-1e30, 1e30)), None)
+    latents_mean: list[float] | None = key(NUMBERS, None)
+    latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30))), None)
+    encoder_sha256: str | None = key(ID, None)
     features_path: str | None = key(ID, None)
-    precision: str | None = key(TEXT, None)
-    lr: float | None = key(real_number(0), None)
-    weight_decay: float | None = key(real_number(0), None)
-    ema_decay: float | None = key(real_number(0), None)
-    ema_warmup: bool | None = key(or_null(SWITCH), None)
-    warmup_steps: int | None = key(or_null(COUNT), None)
-    grad_clip: float | None = key(or_null(real_number(0)), None)
-    versions: dict[str, str] | None = key(VERSIONS, None)
-    # not in the file: which weights of the checkpoint were read, "ema", "raw", or "as in the file"; from what layout
+    data_path: str | None = key(ID, None)
+    holdout: float | None = key(or_null(real_number(0, 1)), None)
+    heldout_path: str | None = key(ID, None)
+    # whatever else a trainer recorded: what a run is compared by, and what is only kept
+    compared: dict = key(OBJECT, {})
+    noted: dict = key(OBJECT, {})
+    # not in the file: the model's name and process; which weights were read, "ema", "raw", or "as in the file"; from
+    # what layout
+    model: str | None = None
+    process: dict | None = None
     weights: str | None = None
     layout: str | None = None
 
+    @classmethod
+    def of_run(cls, settings: dict, notes: dict, **progress) -> "RunMeta":
+        """The meta of a run: `settings` decide what is trained, `notes` do not. Any key may be in either.
+
+        Raises ValueError, naming the key, for a value that JSON does not hold.
+        """
+        settings, notes = plain(settings, "the setting"), plain(notes, "the note")
+        own = {one.name for one in cls.keys().values()} - {"compared", "noted"}
+        return cls(
+            **{name: value for name, value in {**settings, **notes}.items() if name in own},
+            compared={name: value for name, value in settings.items() if name not in own},
+            noted={name: value for name, value in notes.items() if name not in own},
+            **progress,
+        )
+
     def to_json(self) -> dict:
-        """What meta.json holds: the keys that apply."""
+        """What meta.json holds: every key but those that are not known."""
         return {name: value for name, value in super().to_json().items() if value is not None}
 
+    def recorded(self) -> dict:
+        """Everything that is known, by key, apart from how far the run is."""
+        known = {name: value for name, value in self.to_json().items() if name not in (*RESUMED, "format_version")}
+        return {**known.pop("compared", {}), **known.pop("noted", {}), **known}
+
     def differences(self, settings: dict) -> str:
-        """How the checkpoint differs from these values of some of its keys, in words; "" where it does not."""
-        return differences(dataclasses.asdict(self), settings)
+        """How what is recorded differs from these values of some of its keys, in words; "" where it does not."""
+        there = self.recorded()
+        return differences({name: there.get(name) for name in settings}, plain(settings, "the setting"))
 
     def missing(self) -> str | None:
         """The first key that a run cannot continue without and that is not recorded."""
@@ -103,3 +205,8 @@ class RunMeta(Record):
 def read_meta(path) -> RunMeta:
     """A checkpoint's meta.json. Raises ValueError, naming file and key, for one that `RunMeta.from_json` refuses."""
     return RunMeta.read(Path(path) / "meta.json")
+
+
+def with_model(meta: RunMeta, config: ModelConfig, weights: str, layout: str) -> RunMeta:
+    """The meta, with what is not in its file."""
+    return dataclasses.replace(meta, model=config.model, process=config.process, weights=weights, layout=layout)

@@ -6,7 +6,8 @@ import safetensors.torch
 import torch
 from conftest import L, V
 
-from dlc.weights.meta import RunMeta
+from diffusion.processes import create_process
+from dlc.weights.meta import RunMeta, config_of
 from prior import DLCPrior_models
 
 
@@ -24,23 +25,12 @@ def save_prior(path, spread=0.1, weights=("ema", "model"), num_classes=None, **r
     path.mkdir(parents=True)
     for name in weights:
         safetensors.torch.save_file(model.state_dict(), path / f"{name}.safetensors")
-    known = dict(
-        features_count=9,
-        global_batch_size=1,
-        global_seed=0,
-        step=3,
-        place=0,
-        logged=0,
-        skipped=0,
-        precision="fp32",
-        lr=0.0,
-        weight_decay=0.0,
-        ema_decay=0.0,
+    process = create_process("masked", V=sizes["V"], masking="counted", time_conditioning=False)
+    meta = RunMeta.of_run(
+        dict(features_count=9, global_batch_size=1, global_seed=0, **recorded),
+        dict(precision="fp32", lr=0.0, weight_decay=0.0, ema_decay=0.0, versions={}),
+        **dict(step=3, place=0, logged=0, skipped=0),
     )
-    meta = RunMeta(
-        **dict(known, versions={}, model="DLCPrior-Ti", time_conditioning=False, score_entropy=False),
-        **sizes,
-        **recorded,
-    )
-    (path / "meta.json").write_text(json.dumps(meta.to_json()))
+    for name, record in (("config", config_of("DLCPrior-Ti", model, process)), ("meta", meta)):
+        (path / f"{name}.json").write_text(json.dumps(record.to_json()))
     return path

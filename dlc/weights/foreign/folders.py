@@ -5,13 +5,9 @@ import dataclasses
 import re
 
 from dlc.machine.files import read_json
-from dlc.weights.checkpoint import newest_of_run
 from dlc.weights.foreign.safe import read_file, weights_in
 from dlc.weights.foreign.source import NoRawWeights, Source, run_meta
-from dlc.weights.meta import RunMeta, read_meta
-
-EXPORTED = "dlc-dit"  # the "format" of a config.json of ours
-OWN_FILES = "ema.safetensors", "model.safetensors"  # of a checkpoint of ours
+from dlc.weights.meta import RunMeta
 
 
 def opened(source: Source, **changes) -> Source:
@@ -29,22 +25,6 @@ def finished(source: Source, values: dict, **changes) -> Source:
     """The last source: values are a model's tensors under our names, and checked."""
     meta = source.meta if source.meta.weights else with_kind(source, "as in the file")
     return dataclasses.replace(source, values=values, done=True, **{"meta": meta, **changes})
-
-
-def read_own_checkpoint(source):
-    meta, name = read_meta(source.at), "ema" if source.ema else "model"
-    if not source.ema and not (source.at / "model.safetensors").is_file():
-        source.refuse("has no raw weights (model.safetensors): leave out --no-ema", NoRawWeights)
-    return opened(
-        dataclasses.replace(source, at=source.at / f"{name}.safetensors"),
-        meta=dataclasses.replace(meta, weights="ema" if source.ema else "raw"),
-        is_eps=True,
-    ).saying("checkpoint of this program")
-
-
-def read_own_run(source):
-    newest = newest_of_run(source.at, ("meta.json", "ema.safetensors" if source.ema else "model.safetensors"))
-    return source.saying(f"newest checkpoint of the run, {newest.name}", at=newest)
 
 
 def dlc_checkpoints(source):
@@ -111,9 +91,5 @@ def read_weights_file(source):
     """A file of weights, or an index of its shards, with what the config.json beside it says."""
     beside, meta, is_eps = source.config_path, source.meta, source.is_eps
     config = read_json(beside) if beside.is_file() else {}
-    if config.get("format") == EXPORTED:
-        training, is_eps = config.get("training"), True
-        meta = RunMeta.from_json(training if isinstance(training, dict) else {}, f"{beside}, training")
-        source = source.saying("exported by this program")
     kind = config["weights"] if config.get("weights") in ("ema", "raw") else "as in the file"
     return opened(source, config=config, meta=dataclasses.replace(meta, weights=kind), is_eps=is_eps)

@@ -13,18 +13,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dlc.weights.checkpoint import run_checkpoints
 from dlc.weights.foreign.diffusers_dit import ANCHORS, FIXED, from_diffusers
 from dlc.weights.foreign.folders import (
-    OWN_FILES,
     dlc_checkpoints,
     finished,
     is_dlc_checkpoint,
     opened,
     read_dlc_checkpoint,
     read_dlc_run,
-    read_own_checkpoint,
-    read_own_run,
     read_pipeline,
     read_weights_file,
     read_weights_folder,
@@ -72,11 +68,7 @@ def read_layout(named, ema: bool = True, flag: str = "checkpoint", ask: bool = T
     """
     at = locate(named, flag, ask)
     source = Source(named, at, ema, said=("from the hub",) if is_id(named) else (), prior=prior)
-    if at.name in OWN_FILES and at.with_name("meta.json").is_file():  # of a checkpoint of ours, named by itself
-        if not ema and at.name == OWN_FILES[0]:
-            source.refuse("holds EMA weights: leave out --no-ema", NoRawWeights)
-        source = read_own_checkpoint(dataclasses.replace(source, at=at.parent, ema=at.name == OWN_FILES[0]))
-    elif not at.is_dir():
+    if not at.is_dir():
         known = at.name in WEIGHTS_FILES and source.config_path.is_file()
         source = read_weights_file(source) if known else opened(source)
     for _ in range(MOST_STEPS):
@@ -226,8 +218,6 @@ OTHER = "is another kind of diffusion model: wanted a DiT, DiTSEM or DiTCONT"
 
 LAYOUTS = (
     # folders
-    Layout("checkpoint of this program", has_file("meta.json"), read_own_checkpoint, "test_ours"),
-    Layout("run of this program", lambda source: bool(run_checkpoints(source.at)), read_own_run, "test_ours"),
     Layout("DLC checkpoint", is_dlc_checkpoint, read_dlc_checkpoint, "test_dlc_accelerate"),
     Layout("DLC run", lambda source: bool(dlc_checkpoints(source)), read_dlc_run, "test_dlc_accelerate"),
     Layout("diffusers pipeline", has_file("model_index.json"), read_pipeline, "test_diffusers_folders"),

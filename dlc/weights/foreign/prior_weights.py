@@ -1,20 +1,14 @@
-"""Priors over codes out of files: our runs' checkpoints, SEDD's published folders, and its training files.
-
-model, meta = load_prior("results_prior/checkpoints/0050000")
-model, meta = load_prior("lavoies/DLC_SEDD_L512")
-diffusion = diffusion_of(meta)
-"""
+"""Priors over codes out of SEDD's published folders and its training files, for `dlc.weights.load.load_prior`."""
 
 import dataclasses
 
 import torch
 
-from diffusion.masked import MaskedDiffusion
+from diffusion.processes import create_process
 from dlc.machine.records import SWITCH, TEXT, check_values, whole_number
 from dlc.weights.foreign.layouts import read_layout
 from dlc.weights.foreign.sedd import FREQUENCIES, outline
 from dlc.weights.foreign.source import Source
-from dlc.weights.load import with_layout
 from dlc.weights.meta import RunMeta
 from prior import DLCPrior, DLCPrior_models, Rotary
 
@@ -39,18 +33,17 @@ IN_SHAPES = {  # of those keys, the argument of DLCPrior that must agree
 }
 
 
-def load_prior(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> tuple[DLCPrior, RunMeta]:
+def foreign_prior(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> tuple[DLCPrior, RunMeta]:
     """The prior that a path or hub id holds, in eval mode, and what is known of it.
 
     Args:
-        named: a checkpoint or a run of train_prior.py; a folder or hub id with SEDD's config.json and weights; a file
-            of SEDD's training or of its weights.
+        named: a folder or hub id with SEDD's config.json and weights; a file of SEDD's training or of its weights.
         ema: the EMA weights rather than the raw ones, where there are both.
         flag: what the user gave the name to, for errors.
         ask: whether to ask the hub; see `dlc.weights.hub.fetch`.
 
-    In the meta, model, L, V, num_classes, shared_embedding, scale_by_sigma, time_conditioning, weights and layout are
-    always set. Raises ValueError, naming path and tensor or key, for what is no such prior, or is damaged.
+    In the meta, model, process, weights and layout are always set. Raises ValueError, naming path and tensor or key,
+    for what is no such prior, or is damaged.
     """
     source = read_layout(named, ema, flag, ask, prior=True)
     if not source.done:
@@ -62,41 +55,15 @@ def load_prior(named, ema: bool = True, flag: str = "checkpoint", ask: bool = Tr
             source.refuse(
                 f"says {key} {config[key]} in its config.json, while its tensors are of {arguments[argument]}"
             )
-    recorded = source.meta
-    model.scale_by_sigma = recorded.scale_by_sigma
-    if model.scale_by_sigma is None:
-        model.scale_by_sigma = config.get("model.scale_by_sigma", True)  # True in all published configurations
+    model.scale_by_sigma = config.get("model.scale_by_sigma", True)  # True in all published configurations
     frequencies = Rotary(arguments["hidden_size"] // arguments["num_heads"]).inv_freq
     weights = {FREQUENCIES: frequencies, **source.values}
     # copied: a mapped file that another program overwrites would end this process
     model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
-    told = recorded.time_conditioning
-    meta = dataclasses.replace(
-        with_layout(source),
-        model=recorded.model or size_name(arguments),
-        **{key: arguments.get(key) for key in ("L", "V", "num_classes", "shared_embedding")},
-        scale_by_sigma=model.scale_by_sigma,
-        time_conditioning=True if told is None else told,
-    )
+    said = source.said if set(source.said) - {"from the hub"} else (*source.said, "state dict")
+    process = create_process("masked", V=model.V)
+    meta = dataclasses.replace(source.meta, model=size_name(arguments), process=process.config, layout=", ".join(said))
     return model.eval(), meta
-
-
-def diffusion_of(meta: RunMeta) -> MaskedDiffusion:
-    """The process that a prior was trained on, by the meta of `load_prior`."""
-    return MaskedDiffusion(
-        meta.V,
-        masking=meta.masking or "independent",
-        time_conditioning=meta.time_conditioning,
-        score_entropy=bool(meta.score_entropy),
-    )
-
-
-def describe_prior(model: DLCPrior, meta: RunMeta) -> str:
-    """What a prior is, in words, beside its name."""
-    tables = "one table for all positions" if model.shared_embedding else "a table per position"
-    classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
-    told = "told the noise level" if meta.time_conditioning else "not told the noise level"
-    return f"prior over codes of L {model.L}, V {model.V}, {tables}, {classes}, {told}"
 
 
 def size_name(arguments: dict) -> str:

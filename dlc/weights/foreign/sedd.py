@@ -78,7 +78,7 @@ def read_sedd(source: Source) -> Source:
         source.refuse(f"holds two priors over codes, {token_table[:40]} and {others[0][:40]}")
     values = {str(name)[len(prefix) :]: value for name, value in source.values.items() if str(name).startswith(prefix)}
     said = [] if source.said else ["SEDD's names"]
-    if source.meta.time_conditioning is None and not source.config:
+    if not source.config:
         said.append("taken to be told the noise level, as SEDD's priors are")
     return finished(source.saying(*said), check_tensors(values, source.at))
 

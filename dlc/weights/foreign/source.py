@@ -106,11 +106,13 @@ class Source:
 
 def run_meta(arguments: dict, step: int | None, weights: str | None) -> RunMeta:
     """What the arguments of DiT's and fast-DiT's training scripts say of a run; values of another kind are left out."""
-    said = {
-        key: arguments.get(key) for key in ("model", "image_size", "num_classes", "global_batch_size", "global_seed")
-    }
-    # their VAEs are Stability AI's two, by these names; a file must not name another to load
-    said["vae"] = next((name for name in ("ema", "mse") if name == arguments.get("vae")), None)
-    keys = RunMeta.keys()
-    said = {key: value for key, value in said.items() if value is not None and keys[key].metadata["kind"][0](value)}
-    return RunMeta(**said, step=step, weights=weights)
+    said = {key: arguments.get(key) for key in ("model", "num_classes", "global_batch_size", "global_seed")}
+    size = arguments.get("image_size")
+    return RunMeta(
+        image_size=size if type(size) is int and 0 < size < 2**16 else None,
+        # their VAEs are Stability AI's two, by these names; a file must not name another to load
+        vae=next((name for name in ("ema", "mse") if name == arguments.get("vae")), None),
+        noted={key: value for key, value in said.items() if type(value) in (int, str)},
+        step=step,
+        weights=weights,
+    )

@@ -36,14 +36,13 @@ def on_device(clipped):
     """Weights, EMA, AdamW's state, the scaler's scales, what was counted of each step."""
     model, scaler = network(), torch.amp.GradScaler(**SCALER)
     ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), fused=True, **SETTINGS)
-    skips, counted, scales = SkippedSteps(optimizer, torch.device("cpu")), [], []
+    skips, counted, scales = SkippedSteps([optimizer], scaler, torch.device("cpu")), [], []
     for step, loss in losses(model):
         before = deepcopy([model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]])
         scaler.scale(loss).backward()
         if clipped:
             clip(scaler, optimizer, model)
-        scaler.step(optimizer)
-        scaler.update()
+        skips.step()
         optimizer.zero_grad()
         with torch.no_grad():
             update_ema(list(ema.parameters()), list(model.parameters()), 0.9, skips.last)
@@ -97,16 +96,29 @@ def test_as_the_cpu_would_decide(clipped):
     assert scales[0] == 2.0**9 and max(scales) > min(scales)
 
 
-def test_counting_goes_on_from_a_checkpoint_and_from_a_line():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer, scaler = torch.optim.AdamW([weight], fused=True), torch.amp.GradScaler("cpu")
-    skips = SkippedSteps(optimizer, torch.device("cpu"), since_line=2)
+def adamw(first, second):
+    return [torch.optim.AdamW([first, second], fused=True)]
+
+
+def sgd_and_muon(first, second):
+    return [torch.optim.SGD([first], lr=0.1), torch.optim.Muon([second])]
+
+
+@pytest.mark.parametrize("build", [adamw, sgd_and_muon])
+def test_counting_goes_on_from_a_checkpoint_and_from_a_line(build):
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 3))]
+    optimizers, scaler = build(*weights), torch.amp.GradScaler("cpu")
+    skips = SkippedSteps(optimizers, scaler, torch.device("cpu"), since_line=2)
     assert skips.last is None and skips.read() == (2, 0, 0)
     for factor, expected in ((math.nan, (3, 1, 1)), (math.inf, (4, 2, 2)), (1, (4, 0, 2))):
-        scaler.scale((factor * weight).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        before = deepcopy(weights)
+        scaler.scale(sum((factor * weight).sum() for weight in weights)).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        skips.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        assert all(torch.equal(*pair) == (factor != 1) for pair in zip(before, weights))
         assert skips.read() == expected and skips.last.item() == (factor != 1)
     skips.begin_line()
     assert skips.read() == (0, 0, 2)

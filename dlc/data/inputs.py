@@ -1,0 +1,63 @@
+"""What a model is conditioned on in training: which arrays of the features, by the model's `conditioning`.
+
+    inputs = INPUTS[model.conditioning](features, args)
+    y = inputs.of(batch)                        # as the model takes it
+
+To add a condition, write a function here and give it a row in INPUTS. `dlc.sampling.conditions` says what samples are
+drawn for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dlc.data.rows import open_vectors
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is conditioned on.
+
+    Attributes:
+        arrays: rows by name, aligned with the latents; a batch has them under these names. None for codes that are made
+            from images as training goes.
+        sizes: arguments of the model's constructor that the data decide.
+        limits: by name, the number above all values of an array, for labels and codes.
+    """
+
+    arrays: Mapping[str, object]
+    sizes: dict
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The condition y in a batch, as the model takes it: one array is a tensor, several are a dict of them."""
+        y = {name: batch[name].float() if batch[name].is_floating_point() else batch[name] for name in self.arrays}
+        return y if len(y) > 1 else next(iter(y.values()))
+
+
+def labels(features, args) -> Inputs:
+    """Class labels (n,)."""
+    return Inputs(
+        dict(labels=features.labels), dict(num_classes=features.num_classes), dict(labels=features.num_classes)
+    )
+
+
+def codes(features, args) -> Inputs:
+    """Codes (n, L). Raises ValueError if the features hold none, or do not say V."""
+    if features.codes is None and not args.encoder:
+        raise ValueError(f"features path {args.features_path} holds no codes, which {args.model} is trained on")
+    if features.V is None:
+        raise ValueError(f"{args.features_path} has no manifest.json to say V: give --V")
+    return Inputs(dict(codes=features.codes), dict(L=features.L, V=features.V), dict(codes=features.V))
+
+
+def vectors(features, args) -> Inputs:
+    """Vectors (n, in_dim), of --condition-path. Raises ValueError if there is none, or it does not fit the features."""
+    if not args.condition_path:
+        raise ValueError(f"{args.model} is trained on vectors: give --condition-path")
+    rows = open_vectors(args.condition_path, features.count)
+    return Inputs(dict(vectors=rows), dict(in_dim=rows.array(0).shape[1]))
+
+
+INPUTS = {"labels": labels, "codes": codes, "vectors": vectors}

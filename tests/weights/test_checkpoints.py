@@ -1,0 +1,244 @@
+import argparse
+import json
+
+import pytest
+import torch
+
+from diffusion.processes import create_process
+from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
+from dlc.weights.load import load_model, load_weights, model_from_weights, weights_sha256
+from dlc.weights.meta import RunMeta, config_of, read_config, read_meta
+from models import DiT_models
+
+
+def tiny(name="DiTSEM-Ti/8", seed=0, **sizes):
+    torch.manual_seed(seed)
+    return DiT_models[name](input_size=8, **(sizes or dict(L=3, V=4)))
+
+
+def config(model, name="DiTSEM-Ti/8"):
+    return config_of(name, model, create_process("gaussian", timestep_respacing=""))
+
+
+def meta_of(step, **values):
+    """The meta of a run of training."""
+    settings = dict(image_size=64, features_count=14, latents="sample", global_batch_size=8, global_seed=0)
+    notes = dict(precision="fp32", lr=1e-4, versions={"torch": "2.6"})
+    return RunMeta.of_run({**settings, **values}, notes, step=step, place=8 * step, logged=step, skipped=0)
+
+
+def save(run_dir, model, step=1, name="DiTSEM-Ti/8", ema=None, optimizers=(), **values):
+    meta = meta_of(step, **values)
+    return save_checkpoint(
+        run_dir, config(model, name), meta, model=model, ema=ema or model, optimizers=list(optimizers)
+    )
+
+
+def muon(model):
+    """As a script builds it: Muon for matrices, AdamW for what is not, each with a learning rate of its own."""
+    matrices = [one for one in model.blocks.parameters() if one.ndim == 2]
+    others = [one for one in model.parameters() if not any(one is matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=1e-3)]
+
+
+BUILDERS = dict(
+    adamw=lambda model: [torch.optim.AdamW(model.parameters())],
+    sgd=lambda model: [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)],
+    plain_sgd=lambda model: [torch.optim.SGD(model.parameters(), lr=0.1)],
+    muon=muon,
+)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_round_trip(tmp_path, name):
+    """Whatever an optimizer's state holds, also where no gradient reached a parameter."""
+    model, ema, build = tiny(seed=0), tiny(seed=1), BUILDERS[name]
+    model.unused = torch.nn.Linear(2, 2)
+    ema.unused = torch.nn.Linear(2, 2)
+    optimizers = build(model)
+    model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    path = save_checkpoint(tmp_path, config(tiny()), meta_of(7), model=model, ema=ema, optimizers=optimizers)
+    assert path == tmp_path / "checkpoints/0000007"
+    other, other_ema = tiny(seed=2), tiny(seed=3)
+    other.unused, other_ema.unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    others = build(other)
+    load_checkpoint(path, model=other, ema=other_ema, optimizers=others)
+    assert weights_sha256(other) == weights_sha256(model) != weights_sha256(ema) == weights_sha256(other_ema)
+    for one, two in zip(optimizers, others):
+        torch.testing.assert_close(two.state_dict()["state"], one.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_another_optimizer_or_model_is_no_damage(tmp_path):
+    """The checkpoint is good: nobody is told to remove it."""
+    model = tiny()
+    path = save(tmp_path, model, optimizers=BUILDERS["adamw"](model))
+    with pytest.raises(ValueError, match="holds the state of AdamW of .* trains with SGD of .* give another") as error:
+        load_checkpoint(path, model=model, ema=model, optimizers=BUILDERS["sgd"](model))
+    assert "damaged" not in str(error.value) and "remove" not in str(error.value)
+    model.new = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="is of another model: model.safetensors lacks new.bias") as error:
+        load_checkpoint(path, model=model, ema=model, optimizers=BUILDERS["adamw"](model))
+    assert "damaged" not in str(error.value) and "remove" not in str(error.value)
+
+
+def test_only_whole_checkpoints_count(tmp_path):
+    model = tiny()
+    for step in (1, 2):
+        save(tmp_path / "a", model, step)
+    (tmp_path / "a/checkpoints/0000003.tmp").mkdir()
+    (tmp_path / "a/checkpoints/0000003.tmp/meta.json").write_text("{}")
+    assert [path.name for path in run_checkpoints(tmp_path / "a")] == ["0000001", "0000002"]
+    assert newest_checkpoint(tmp_path / "a", "DiTSEM-Ti/8").name == "0000002"
+    save(tmp_path / "b", tiny("DiT-Ti/8", num_classes=3), name="DiT-Ti/8")
+    assert newest_checkpoint(tmp_path, "DiTSEM-Ti/8") == tmp_path / "a/checkpoints/0000002"
+    with pytest.raises(ValueError, match="no checkpoint of DiT-S/2 .*some of DiT-Ti/8, DiTSEM-Ti/8"):
+        newest_checkpoint(tmp_path, "DiT-S/2")
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("DiT-Ti/8", dict(num_classes=5)),
+        ("DiTSEM-Ti/4", dict(L=3, V=4)),
+        ("DiTCONT-Ti/2", dict(in_dim=6)),
+        ("DiT-Ti/2", dict(num_classes=5, learn_sigma=False)),
+    ],
+)
+def test_files_of_other_repositories(tmp_path, name, sizes):
+    """A bare state dict, and a training checkpoint with its arguments beside; wrapped by DDP or torch.compile."""
+    model, ema = tiny(name, 0, **sizes), tiny(name, 1, **sizes)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save(
+        dict(
+            model={f"module._orig_mod.{key}": value for key, value in model.state_dict().items()},
+            ema=ema.state_dict(),
+            opt={},
+            args=argparse.Namespace(lr=1e-4),
+        ),
+        tmp_path / "training.pt",
+    )
+    for file, use_ema, expected in (
+        ("bare.pt", True, model),
+        ("training.pt", False, model),
+        ("training.pt", True, ema),
+    ):
+        weights, meta = load_weights(tmp_path / file, use_ema)
+        loaded, found = model_from_weights(weights, file)
+        kind = "as in the file" if file == "bare.pt" else "ema" if use_ema else "raw"
+        assert found == name and meta.weights == kind and not loaded.training
+        assert weights_sha256(loaded) == weights_sha256(expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: torch.zeros(1)},
+        {"ema": torch.zeros(1)},
+        {"model": 3},
+        [torch.zeros(1)],
+        {"pos_embed": torch.zeros(3)},
+        {"x_embedder.proj.weight": torch.zeros(2, 2)},
+    ],
+)
+def test_other_files_are_refused(tmp_path, value):
+    torch.save(value, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt"):
+        model_from_weights(load_weights(tmp_path / "other.pt")[0], tmp_path / "other.pt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    torch.save(dict(model=Evil()), tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt cannot be read as weights"):
+        load_weights(tmp_path / "evil.pt")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_records_are_readable_and_read_back(tmp_path):
+    """Keys that nobody declared are kept; those that are not known are left out."""
+    path = save(tmp_path, tiny(), features_path="features", my_option=[1, "a"])
+    written = json.loads((path / "meta.json").read_text())
+    assert written["step"] == 1 and written["noted"]["lr"] == 1e-4 and written["compared"]["my_option"] == [1, "a"]
+    assert written["features_path"] == "features" and "data_path" not in written
+    assert read_meta(path) == meta_of(1, features_path="features", my_option=[1, "a"])
+    described = json.loads((path / "config.json").read_text())
+    assert described["family"] == "DiTSEM" and described["arguments"]["L"] == 3
+    assert described["process"]["process"] == "gaussian" and read_config(path) == config(tiny())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(step=-1), "meta.json: step is -1, wanted a whole number"),
+        (dict(compared=3), "meta.json: compared is 3, wanted an object"),
+        (dict(format_version=9), "is of format 9"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path, change, message):
+    path = save(tmp_path, tiny())
+    values = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(ValueError, match=message):
+        read_meta(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(family="Nobody"), "there is no family of models called 'Nobody'"),
+        (dict(arguments=dict(wings=2)), "cannot be built from its config.json: .*wings"),
+        (dict(arguments=dict(L=3, V=4, depth=10**9)), "tensors for 1000000000 blocks"),
+        (dict(arguments=dict(L=3, V=4, depth=1, input_size=2**19)), "does not fit the DiTSEM-Ti/8"),
+        (dict(arguments=dict(L=3, V=4, hidden_size="wide")), "cannot be built from its config.json"),
+        (dict(family=3), "family is 3, wanted text"),
+    ],
+)
+def test_configs_that_do_not_describe_the_weights(tmp_path, change, message):
+    path = save(tmp_path, tiny())
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_what_cannot_be_recorded_is_named():
+    model = tiny()
+    model.config["arguments"]["act"] = torch.nn.GELU
+    with pytest.raises(ValueError, match="DiTSEM-Ti/8's argument act is a type, which a checkpoint cannot record"):
+        config(model)
+    with pytest.raises(ValueError, match="the setting when is a complex"):
+        RunMeta.of_run(dict(when=1j), {})
+    model = tiny()
+    model.config["arguments"]["depth"] = 2
+    with pytest.raises(ValueError, match="is not what its recorded arguments build"):
+        config(model)
+
+
+def test_resume_point(tmp_path):
+    """Another model is another run; other data need to be allowed."""
+    model, settings = tiny(), dict(global_seed=0)
+    begin = RunMeta(step=0, place=0, logged=0, skipped=0)
+    assert resume_point(tmp_path, config(model), settings, False) == (None, begin, "")
+    path = save(tmp_path, model, 2)
+    assert resume_point(tmp_path, config(model), settings, False) == (path, meta_of(2), "")
+    with pytest.raises(ValueError, match="another run: L 3 there, 5 here; give another"):
+        resume_point(tmp_path, config(tiny(L=5, V=4)), settings, True)
+    with pytest.raises(ValueError, match="another run: global_seed 0 there, 1 here; .*--allow-change"):
+        resume_point(tmp_path, config(model), dict(global_seed=1), False)
+    assert resume_point(tmp_path, config(model), dict(global_seed=1), True)[2] == "global_seed 0 there, 1 here"
+    with pytest.raises(ValueError, match="another run: new None there, 3 here"):
+        resume_point(tmp_path, config(model), dict(new=3), False)
+
+
+def test_a_name_twice(tmp_path):
+    """With and without a wrapper's prefix: neither is taken for the other in silence."""
+    weights = tiny().state_dict()
+    name = next(iter(weights))
+    torch.save({**weights, f"module.{name}": weights[name] + 1}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="twice.pt holds tensors of one name twice"):
+        load_weights(tmp_path / "twice.pt")
