@@ -11,9 +11,8 @@ import torch
 from conftest import golden
 
 from dlc.weights.checkpoint import save_checkpoint
-from dlc.weights.load import load_prior, process_of
 from dlc.weights.info import info
-from dlc.weights.load import load_model
+from dlc.weights.load import load_model, load_prior, process_of
 from dlc.weights.meta import RunMeta
 from prior import DLCPrior, DLCPrior_models
 
