@@ -113,6 +113,7 @@ def test_every_key_is_described(workplace):
     sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, flags=re.DOTALL | re.MULTILINE))
     files = {
         "manifest.json": [workplace / "features/manifest.json"],
+        "config.json": sorted(workplace.glob("results*/checkpoints/*/config.json")),
         "meta.json": sorted(workplace.glob("results*/checkpoints/*/meta.json")),
         "metrics.jsonl": sorted(workplace.glob("results*/metrics.jsonl")),
         "samples.json": [sample_folder(workplace / "samples") / "samples.json"],
