@@ -2,8 +2,8 @@
 
     python -m demo.table demo_output
 
-writes demo_output/table.txt and demo_output/table.json. A row is a set of 360 images. To add one, write a function
-`name(demo) -> Row` and list it in ROWS; a row whose files are missing is left out.
+writes demo_output/table.txt and demo_output/table.json. A row is a set of 360 images: to add one, list it in ROWS. Rows
+whose files are missing are skipped.
 
 Frechet distance: to the 1,437 train digits, in the 20 directions in which those vary most as 8x8 scans. Not in the
 features of the digits encoder: it makes the codes, so samples for its codes would have an advantage there, and 480
@@ -14,8 +14,6 @@ share if images and codes were paired at random. Read as asked: by a classifier 
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +38,10 @@ def read_codes(source) -> np.ndarray:
     return rows.gather(np.arange(len(rows))).astype(np.int64)
 
 
-@dataclass
-class Row:
-    """A set of images and what they were drawn for; None: nothing to compare with.
-
-    images: (n, 64, 64, 3) uint8. codes: (n, L). labels: the digit on each, (n,).
-    """
-
-    name: str
-    images: np.ndarray
-    codes: np.ndarray | None = None
-    labels: np.ndarray | None = None
-
-
 class Demo:
     """The output folder of demo.sh, and the held-out digits: real images, labels and codes, row by row."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.features = Features(self.folder / "features_heldout")
         rows = np.arange(self.features.count)
@@ -75,7 +60,7 @@ class Demo:
         raise FileNotFoundError(self.folder / name)
 
     def prior_codes(self, name: str) -> np.ndarray:
-        """The codes (n, L) that a prior drew for samples. Raises FileNotFoundError where there are none."""
+        """The codes (n, L) that a prior drew for such samples. Raises FileNotFoundError where there are none."""
         for folder in (self.folder / name).glob("*.codes"):
             return read_codes(folder)
         raise FileNotFoundError(self.folder / name)
@@ -88,73 +73,40 @@ class Demo:
             return torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
 
 
-#################################################################################
-#                                     Rows                                      #
-#################################################################################
-
-
-def real(demo: Demo) -> Row:
-    return Row("real held-out digits", demo.images, demo.codes, demo.labels)
-
-
-def reconstructions(demo: Demo) -> Row:
-    return Row("their VAE reconstructions", demo.reconstructions(), demo.codes, demo.labels)
-
-
-def from_codes(demo: Demo) -> Row:
-    return Row("samples from their codes", demo.samples("samples"), demo.codes, demo.labels)
-
-
-def from_labels(demo: Demo) -> Row:
+def samples_by_class(demo: Demo):
     """Samples of a DiT that is told the digit, of the size of the DiTSEM and as many steps, at half the batch, which
     saves a minute. Sample i of `--label-sampling equal` is of digit i % 10, and is compared with a real code of it.
     """
     images = demo.samples("samples_class")
     labels = np.arange(len(images)) % 10
     own = [np.flatnonzero(demo.labels == digit) for digit in range(10)]
-    codes = demo.codes[[own[label][i // 10 % len(own[label])] for i, label in enumerate(labels)]]
-    return Row("DiT on classes, half batch", images, codes, labels)
+    return images, demo.codes[[own[label][i // 10 % len(own[label])] for i, label in enumerate(labels)]], labels
 
 
-def from_shuffled_codes(demo: Demo) -> Row:
-    return Row(
-        "samples from shuffled codes", demo.samples("samples_shuffled"), np.load(demo.folder / "shuffled_codes.npy")
-    )
+def simple_samples(demo: Demo, name: str, part: int):
+    """Samples for codes of a simpler model than a prior (demo.prior), which are this part of samples_simple."""
+    return np.split(demo.samples("samples_simple"), 2)[part], read_codes(demo.folder / f"simple_codes/{name}.npy"), None
 
 
-def from_prior(demo: Demo) -> Row:
-    return Row("samples from a prior's codes", demo.samples("samples_prior"), demo.prior_codes("samples_prior"))
-
-
-def from_prior_by_class(demo: Demo) -> Row:
-    """Sample i of `--prior-class all` is of digit i % 10."""
-    images, codes = demo.samples("samples_prior_class"), demo.prior_codes("samples_prior_class")
-    return Row("the same, by class", images, codes, np.arange(len(images)) % 10)
-
-
-def from_independent_positions(demo: Demo) -> Row:
-    codes = np.load(demo.folder / "simple_codes/independent.npy")
-    return Row("from independent positions", demo.samples("samples_simple")[-len(codes) :], codes)
-
-
-ROWS: list[Callable[[Demo], Row]] = [
-    real,
-    reconstructions,
-    from_codes,
-    from_labels,
-    from_prior,
-    from_prior_by_class,
-    from_independent_positions,
-    from_shuffled_codes,
-]
-
-#################################################################################
-#                                    Table                                      #
-#################################################################################
+# name: (images (n, 64, 64, 3) uint8, codes (n, L) or None, the digit on each (n,) or None), by a function of the Demo
+ROWS = {
+    "real held-out digits": lambda demo: (demo.images, demo.codes, demo.labels),
+    "their VAE reconstructions": lambda demo: (demo.reconstructions(), demo.codes, demo.labels),
+    "samples from their codes": lambda demo: (demo.samples("samples"), demo.codes, demo.labels),
+    "DiT on classes, half batch": samples_by_class,
+    "samples from a prior's codes": lambda demo: (
+        demo.samples("samples_prior"), demo.prior_codes("samples_prior"), None),
+    "the same, by class": lambda demo: (  # sample i of --prior-class all is of digit i % 10
+        demo.samples("samples_prior_class"), demo.prior_codes("samples_prior_class"), np.arange(360) % 10),
+    "from a mixture's codes": lambda demo: simple_samples(demo, "mixture", 0),
+    "from independent positions": lambda demo: simple_samples(demo, "independent", 1),
+    "samples from shuffled codes": lambda demo: (
+        demo.samples("samples_shuffled"), np.load(demo.folder / "shuffled_codes.npy"), None),
+}  # fmt: skip
 
 
 class Judge:
-    """Gives a row its numbers."""
+    """Gives the numbers of a set of images."""
 
     def __init__(self, demo: Demo):
         self.read_digit, self.V = DigitReader(), demo.features.V
@@ -166,15 +118,15 @@ class Judge:
     def statistics(self, scans: np.ndarray) -> FeatureStatistics:
         return FeatureStatistics.of(self.main_directions(scans))
 
-    def __call__(self, row: Row) -> dict:
-        distance = frechet_distance(self.train, self.statistics(DigitReader.scans(row.images)))
-        numbers = dict(name=row.name, images=len(row.images), frechet_distance=round(distance, 4))
-        if row.codes is not None:
-            found = np.concatenate([self.read_code(part).numpy() for part in np.array_split(row.images, 8)])
-            agreement = token_agreement(row.codes.astype(np.int64), found, self.V)
+    def __call__(self, name: str, images: np.ndarray, codes: np.ndarray | None, labels: np.ndarray | None) -> dict:
+        distance = frechet_distance(self.train, self.statistics(DigitReader.scans(images)))
+        numbers = dict(name=name, images=len(images), frechet_distance=round(distance, 4))
+        if codes is not None:
+            found = np.concatenate([self.read_code(part).numpy() for part in np.array_split(images, 8)])
+            agreement = token_agreement(codes.astype(np.int64), found, self.V)
             numbers.update(code_agreement=round(agreement["share"], 4), chance=round(agreement["chance"], 4))
-        if row.labels is not None:
-            numbers["read_as_asked"] = round(float((self.read_digit(row.images) == row.labels).mean()), 4)
+        if labels is not None:
+            numbers["read_as_asked"] = round(float((self.read_digit(images) == labels).mean()), 4)
         return numbers
 
 
@@ -196,15 +148,15 @@ def table_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(folder) -> list[dict]:
+def measure(folder: Path) -> list[dict]:
     """The numbers of each row whose files are there."""
     demo = Demo(folder)
     judge, rows = Judge(demo), []
-    for row_of in ROWS:
+    for name, row_of in ROWS.items():
         try:
-            rows.append(judge(row_of(demo)))
+            rows.append(judge(name, *row_of(demo)))
         except FileNotFoundError as error:
-            print(f"left out, for want of {error}: {row_of.__name__}")
+            print(f"skipped: {name}: {error} is missing")
     return rows
 
 

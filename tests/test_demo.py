@@ -98,26 +98,25 @@ class Demo:
 
 def test_codes_of_samples_for_classes():
     """Sample i is of digit i % 10, and is compared with the real codes of that digit in turn."""
-    row = table.from_labels(Demo())
-    assert row.labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert row.codes[[0, 10, 20, 30, 1, 39], 0].tolist() == [0, 1, 2, 0, 3, 27]
+    _, codes, labels = table.samples_by_class(Demo())
+    assert labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert codes[[0, 10, 20, 30, 1, 39], 0].tolist() == [0, 1, 2, 0, 3, 27]
 
 
 def test_rows_whose_files_are_missing(monkeypatch, capsys):
-    """They are left out with a line; the others are judged, and a value that a row lacks is a dash."""
+    """They are skipped with a line; the others are judged, and a value that a row lacks is a dash."""
+
+    def judge(name, images, codes, labels):
+        numbers = dict(frechet_distance=1.5, code_agreement=1, chance=0.25) if labels is not None else {}
+        return dict(name=name, images=len(images), **numbers)
+
+    rows = {name: table.ROWS[name] for name in ("real held-out digits", "samples from their codes")}
     monkeypatch.setattr(table, "Demo", lambda folder: Demo())
-    monkeypatch.setattr(table, "ROWS", [table.real, table.from_codes, lambda demo: table.Row("bare", demo.images)])
-    numbers = dict(frechet_distance=1.5, code_agreement=1, chance=0.25)
-    monkeypatch.setattr(
-        table,
-        "Judge",
-        lambda demo: (
-            lambda row: dict(name=row.name, images=len(row.images), **(numbers if row.labels is not None else {}))
-        ),
-    )
+    monkeypatch.setattr(table, "ROWS", {**rows, "bare": lambda demo: (demo.images, None, None)})
+    monkeypatch.setattr(table, "Judge", lambda demo: judge)
     rows = table.measure("nowhere")
     assert [row["name"] for row in rows] == ["real held-out digits", "bare"]
-    assert "left out, for want of samples: from_codes" in capsys.readouterr().out
+    assert "skipped: samples from their codes: samples is missing" in capsys.readouterr().out
     lines = [line.split() for line in table.table_of(rows).splitlines()]
     assert lines[1][-5:] == ["30", "1.500", "1.000", "0.250", "-"] and lines[2] == ["bare", "30", "-", "-", "-", "-"]
 
@@ -137,7 +136,7 @@ def test_judge(splits):
     judge = table.Judge(Digits)
     images, labels = splits[1]
     codes = judge.read_code(images[:40]).numpy()
-    numbers = judge(table.Row("some", images[:40], codes, labels[:40]))
+    numbers = judge("some", images[:40], codes, labels[:40])
     assert numbers["code_agreement"] == 1 and numbers["read_as_asked"] > 0.9 and numbers["images"] == 40
     train = DigitReader.scans(splits[0][0])
     values, vectors = np.linalg.eigh(np.cov(train, rowvar=False))
