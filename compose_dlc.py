@@ -24,7 +24,7 @@ from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.files import check_writable, write_whole
 from dlc.machine.noise import Stream, random_words
 from dlc.machine.processes import in_batches
-from dlc.nets.encoder import DEFAULT_ENCODER, add_encoder_flags, open_encoder
+from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
 
 
 def choose(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

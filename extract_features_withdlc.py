@@ -32,18 +32,9 @@ from dlc.machine.processes import (
     start_processes,
 )
 from dlc.machine.signals import ignore_signals
-from dlc.nets.encoder import add_encoder_flags
-from dlc.nets.pixels import (
-    BatchEncoder,
-    PixelEncoder,
-    all_codes,
-    batches_of,
-    data_settings,
-    extract,
-    open_networks,
-    set_exact_numerics,
-)
-from dlc.nets.vae import VAE_HELP, decode, downsampling_factor
+from dlc.nets.pixels import BatchEncoder, PixelEncoder, all_codes, batches_of, extract, set_exact_numerics
+from dlc.nets.vae import decode
+from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, downsampling_factor, open_networks
 from models import DiT_models
 
 COMPARED_BATCHES = 8  # batches in which the tokens of a lower precision are compared with those of fp32

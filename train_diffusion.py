@@ -25,15 +25,15 @@ from dlc.data.inputs import INPUTS
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, normal, uniform
-from dlc.nets.encoder import DEFAULT_ENCODER, add_encoder_flags
 from dlc.nets.pixels import PixelEncoder
-from dlc.nets.vae import VAE_HELP, check_decodes, load_vae
+from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.flags import add_run_flags
 from dlc.training.images import FLIPS, ImageBatches, Images
 from dlc.training.preview import first_rows, save_preview
 from dlc.training.record import Losses
 from dlc.training.run import Run
+from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
 from models import CODE_INITS, DiT_models
 
 LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")

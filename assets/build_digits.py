@@ -44,8 +44,9 @@ ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))  # the repository, whichever way this script is started
 from demo.digits import IMAGE_SIZE, SCAN_SIZE, DigitReader, load_split  # noqa: E402
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, to_uint8
-from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder  # noqa: E402
+from dlc.nets.encoder import SEMEncoder, save_encoder  # noqa: E402
 from dlc.nets.vae import decode, encode
+from dlc.weights.networks import load_encoder
 
 SEED = 0
 THREADS = 2

@@ -24,9 +24,9 @@ from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchro
 from dlc.data import kind_dir
 from dlc.data.images import Views, collate, flips_of
 from dlc.machine.processes import PRECISIONS, cores_per_process, default_num_workers, set_numerics
-from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder
+from dlc.nets.encoder import SEMEncoder, save_encoder
 from dlc.nets.pixels import PixelEncoder, encoding_pool, encoding_threads, in_order, set_exact_numerics
-from dlc.nets.vae import load_vae
+from dlc.weights.networks import load_encoder, load_vae
 
 DECODED = 10  # times that each image is decoded to measure the rate
 SD_VAE = dict(

@@ -28,10 +28,11 @@ from diffusion import create_diffusion
 from dlc.data.images import read_png, save_png, to_uint8
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS, autocast
-from dlc.nets.vae import decode, load_vae
+from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler
 from dlc.sampling.pictures import png_path
 from dlc.weights.load import load_weights, model_from_weights
+from dlc.weights.networks import load_vae
 from models import DiT_models
 
 STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)  # the interval holds half of the steps

@@ -28,7 +28,8 @@ from diffusers import AutoencoderKL
 from benchmarks.extraction import SD_VAE, write_photographs
 from benchmarks.record import ON_GPU, ROOT, flags, forward_flops, peak_flops, record, run_script
 from dlc.machine.processes import default_num_workers
-from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder
+from dlc.nets.encoder import SEMEncoder, save_encoder
+from dlc.weights.networks import load_encoder
 from models import DiT_models
 from train_diffusion import argument_parser
 

@@ -23,9 +23,9 @@ from demo.digits import DigitReader, MainDirections, load_split
 from dlc.data import Features
 from dlc.data.images import to_uint8
 from dlc.machine.files import write_bytes
-from dlc.nets.encoder import load_encoder
-from dlc.nets.vae import decode, load_vae
+from dlc.nets.vae import decode
 from dlc.sampling.code_folder import open_codes
+from dlc.weights.networks import load_encoder, load_vae
 from evaluation.metrics import FeatureStatistics, frechet_distance
 from evaluation.tokens import CodeReader, token_agreement
 

@@ -20,13 +20,13 @@ from dlc.data.images import read_png
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
 from dlc.machine.processes import agree, create_logger, start_processes
-from dlc.nets.encoder import add_encoder_flags
+from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodesRecord
 from dlc.sampling.command import open_model
 from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
 from dlc.sampling.pictures import missing_indices, png_path
 from dlc.sampling.samples_record import SamplesRecord
-from dlc.weights.load import weights_sha256
+from dlc.weights.networks import add_encoder_flags
 from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
 from evaluation.report import metrics_path, write_metrics
 from evaluation.tokens import CodeReader, agreement_of_images, open_encoder_of

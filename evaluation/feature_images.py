@@ -8,9 +8,9 @@ import torch
 from dlc.data import Features
 from dlc.data.images import Views, collate, flips_of
 from dlc.nets.pixels import PixelEncoder
-from dlc.nets.vae import check_decodes, load_vae
+from dlc.nets.vae import same_vae
 from dlc.sampling.decoder import Decoder
-from dlc.weights.load import weights_sha256
+from dlc.weights.networks import load_vae
 
 
 class FeatureImages:
@@ -60,19 +60,12 @@ def open_vae(name: str | None, features: Features, device):
 
     Raises ValueError where the features' own cannot be had, or where one does not fit the features' latents.
     """
-    manifest, notes = features.manifest, []
+    manifest = features.manifest
     if name is None and manifest.vae is None:
         raise ValueError(f"features {features.root} do not say which VAE made them: name one with --vae")
     vae = load_vae(name or manifest.vae, device)
-    digest = weights_sha256(vae)
-    if digest != manifest.vae_sha256:
-        if name is None:
-            raise ValueError(
-                f"the VAE at {manifest.vae} is not the one that the features were made with: name one with --vae"
-            )
-        notes.append(f"--vae {name} is not the VAE that the features were made with")
-    check_decodes(vae, name or manifest.vae, manifest.latent_channels, vars(manifest), "the features' latents")
-    return vae, digest, notes
+    whose, channels = "the features' latents", manifest.latent_channels
+    return vae, *same_vae(vae, name or manifest.vae, name is not None, channels, vars(manifest), whose)
 
 
 class Reconstructor:

@@ -16,8 +16,8 @@ import torch
 
 from dlc.machine.cli import number
 from dlc.machine.processes import done_by_rank_0
+from dlc.nets.digest import weights_sha256
 from dlc.weights.hub import fetch_file, is_offline, sha256_of
-from dlc.weights.load import weights_sha256
 from evaluation.dinov2 import load_dinov2, preprocess
 from evaluation.inception import SIDE, InceptionV3
 from evaluation.inception_weights import GRAPH, NAMES, SHA256_PREFIX, URL, digest_fault, load_inception

@@ -21,10 +21,9 @@ from dlc.data import Features
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable, recorded_id, write_bytes, write_json
 from dlc.machine.processes import PRECISIONS, agree, create_logger, start_processes, versions
-from dlc.nets.encoder import add_encoder_flags
-from dlc.nets.vae import vae_id
+from dlc.nets.digest import weights_sha256
 from dlc.weights.foreign.safe import load_tensors
-from dlc.weights.load import weights_sha256
+from dlc.weights.networks import add_encoder_flags, vae_id
 from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
 from evaluation.measuring import counts_of, merge, outputs_of, share
 from evaluation.metrics import FeatureStatistics, frechet_distance

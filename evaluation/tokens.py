@@ -11,9 +11,10 @@ from dlc.data.codes import token_counts
 from dlc.data.images import center_crop
 from dlc.machine.cli import progress
 from dlc.machine.processes import cores_per_process, in_batches
-from dlc.nets.encoder import DEFAULT_ENCODER, open_encoder, tokens
+from dlc.nets.digest import weights_sha256
+from dlc.nets.encoder import tokens
 from dlc.nets.pixels import encoding_pool, encoding_threads, in_order
-from dlc.weights.load import weights_sha256
+from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import counts_of, exact_numerics, gather, share
 
 BATCH = 32  # images at once; fixed, because a pixel or a token near a tie may depend on it

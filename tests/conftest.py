@@ -179,7 +179,7 @@ def tiny_models(tmp_path_factory):
 def encoder_logits(encoder, paths):
     """Of images, all in one batch: (n, L, V)."""
     from dlc.data.images import center_crop, load_rgb
-    from dlc.nets.encoder import load_encoder
+    from dlc.weights.networks import load_encoder
 
     encoder = load_encoder(encoder)
     views = np.stack([np.array(center_crop(load_rgb(path), encoder.image_size)) for path in paths])

@@ -16,8 +16,8 @@ import torch
 from conftest import IMAGE_SIZE, ROOT, L, V, launch, save_images
 
 from dlc.data import kind_dir
-from dlc.nets.encoder import DEFAULT_ENCODER
 from dlc.sampling.prior_options import PriorOptions, flags_of
+from dlc.weights.networks import DEFAULT_ENCODER
 from models import DiT_models
 
 SCRIPTS = (

@@ -12,8 +12,8 @@ from demo import table
 from demo.digits import DigitReader, load_split, write_image_folder
 from demo.shuffled import shuffle
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
-from dlc.nets.encoder import load_encoder
-from dlc.nets.vae import decode, encode, load_vae
+from dlc.nets.vae import decode, encode
+from dlc.weights.networks import load_encoder, load_vae
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ from test_checkpoints import meta_of
 from test_layouts import assert_same, tiny
 
 from dlc import checkpoints as tool
-from dlc.nets.vae import decode, load_vae
+from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.weights.checkpoint import save_checkpoint
 from dlc.weights.export import export, write_folder
 from dlc.weights.load import describe, load_model
+from dlc.weights.networks import load_vae
 from models import DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore")

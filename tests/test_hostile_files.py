@@ -25,8 +25,7 @@ from PIL import Image
 from dlc.data import Features, read_manifest
 from dlc.data.rows import load_array
 from dlc.features import main as features_tool
-from dlc.nets.encoder import SEMEncoder, load_encoder
-from dlc.nets.vae import downsampling_factor, load_vae
+from dlc.nets.encoder import SEMEncoder
 from dlc.sampling.conditions import open_codes
 from dlc.sampling.pictures import check_npz, npz_rows
 from dlc.training.record import draw_losses, read_metrics
@@ -35,6 +34,7 @@ from dlc.weights.foreign.safe import load_tensors
 from dlc.weights.info import info
 from dlc.weights.load import load_pretrained, load_weights, model_from_weights
 from dlc.weights.meta import RunMeta, read_meta
+from dlc.weights.networks import downsampling_factor, load_encoder, load_vae
 from models import DiT_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -14,12 +14,13 @@ from conftest import ROOT, golden
 from test_hostile_files import refusal
 
 from diffusion.samplers import DPMSolver
+from dlc.nets.digest import weights_sha256
 from dlc.weights.checkpoint import save_checkpoint
 from dlc.weights.foreign import layouts
 from dlc.weights.foreign.diffusers_dit import from_diffusers, to_diffusers
 from dlc.weights.foreign.probe import predicts_velocity
 from dlc.weights.info import info
-from dlc.weights.load import describe, load_model, load_pretrained, weights_sha256
+from dlc.weights.load import describe, load_model, load_pretrained
 from dlc.weights.meta import RunMeta
 from models import DiT, DiT_models
 

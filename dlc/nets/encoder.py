@@ -4,11 +4,8 @@ The class and register tokens, taken before the backbone's final norm and concat
 without bias to L*V numbers, a LayerNorm over all of them, and a softmax over each group of V. The code is the argmax of
 each group. SEM: Lavoie et al. 2022, arXiv 2204.00616; as an image code: Lavoie et al. 2025, arXiv 2507.12318.
 
-    encoder = load_encoder("lavoies/SEM_dinov2_L512")
+    encoder = dlc.weights.networks.load_encoder("lavoies/SEM_dinov2_L512")
     codes = encoder.codes(images)                                  # (N, 512) int64, each in 0..255
-
-`dlc.weights.foreign.encoder_layouts` lists the layouts of weights that are read. `save_encoder` writes a folder of
-config.json and model.safetensors.
 """
 
 import json
@@ -20,12 +17,9 @@ import torch
 import torch.nn as nn
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
-from dlc.machine.cli import number, one_line
-from dlc.machine.records import SWITCH, TEXT, check_values, differences, or_null, real_number, whole_number
-from dlc.weights.foreign.encoder_layouts import read_encoder
-from dlc.weights.foreign.safe import differences_from, shown
+from dlc.machine.cli import one_line
+from dlc.machine.records import SWITCH, TEXT, check_values, or_null, real_number, whole_number
 
-DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 # The keys that a configuration may have, with their bounds. None of them makes timm open a file, ask a hub or import.
 BACKBONE_ARGS = dict(
@@ -145,12 +139,14 @@ def check_config(path, config):
     for where, values, kinds in ((path, config, CONFIG), (f"{path}, backbone_args", more, BACKBONE_ARGS)):
         unknown = sorted(values.keys() - kinds.keys())
         if unknown:
-            raise ValueError(f"{where}: a SEM encoder has no key {shown(unknown[0])}, only {', '.join(kinds)}")
+            raise ValueError(f"{where}: a SEM encoder has no key {one_line(unknown[0], 80)}, only {', '.join(kinds)}")
     check_values(f"{path}, backbone_args", more, BACKBONE_ARGS)
     import timm
 
     if not re.fullmatch(r"\w+(\.\w+)?", backbone) or not timm.is_model(backbone):
-        raise ValueError(f"{path}: timm cannot build the encoder {shown(repr(backbone))}: it has no such model")
+        raise ValueError(
+            f"{path}: timm cannot build the encoder {one_line(repr(backbone)[:1000], 80)}: it has no such model"
+        )
 
 
 def save_encoder(encoder, directory):
@@ -159,64 +155,3 @@ def save_encoder(encoder, directory):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(encoder.config, indent=2) + "\n")
     safetensors.torch.save_model(encoder, str(directory / "model.safetensors"))
-
-
-def load_encoder(name, flag="--encoder", ask=True, **given):
-    """The encoder that a name stands for, in eval mode, float32, on the CPU. Its `said` is what was recognised.
-
-    Args:
-        name: a folder, a file, or a hub id with or without @revision, in a layout of
-            `dlc.weights.foreign.encoder_layouts`.
-        flag: what the user gave the name to, for errors.
-        ask: whether to ask the hub; see `dlc.weights.hub.fetch`.
-        given: backbone, L and V, for weights that do not say them; None stands for what is read off them.
-
-    Raises ValueError if weights are missing, left over or of other shapes, so that no weight stays random, and if a
-    config contradicts what is given.
-    """
-    given = {key: value for key, value in given.items() if value is not None}
-    if "backbone" in given:
-        check_config(f"{flag}-backbone", dict(backbone=given["backbone"]))
-    found = read_encoder(name, given, flag, ask)
-    different = differences(found.config, given)
-    if different:
-        raise ValueError(f"encoder {name}: {different}; leave out the flag")
-    check_config(found.path, found.config)
-    try:
-        with torch.device("meta"):  # no memory is allocated before the shapes agree, nor then: the weights are a file's
-            encoder = SEMEncoder(**found.config)
-    except ValueError as error:
-        raise ValueError(f"encoder {name}: {error}") from None
-    weights = found.weights(encoder.backbone)
-    different = differences_from(encoder.state_dict(), weights)
-    if different:
-        raise ValueError(
-            f"encoder {name} {different} (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})"
-        )
-    # copied: a mapped file that another program overwrites would end this process
-    weights = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
-    encoder.load_state_dict(weights, assign=True)
-    encoder.said = found.said
-    return encoder.eval()
-
-
-#################################################################################
-#                                     Flags                                     #
-#################################################################################
-
-
-def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
-    """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
-    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more} [%(default)s]")
-    add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
-    add("--L", type=number(int, 1), help="code positions, if the --encoder does not say them [512]")
-    add(
-        "--V",
-        type=number(int, 2, 65536),
-        help="tokens per code position, if the --encoder does not say them [256] or the features have no manifest",
-    )
-
-
-def open_encoder(args):
-    """The encoder that those flags name. Raises ValueError as `load_encoder` does."""
-    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)

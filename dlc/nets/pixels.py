@@ -16,71 +16,18 @@ import torch
 
 from dlc.data import NotFinite, as_stored
 from dlc.data.images import normalize
-from dlc.data.listing import listing_sha256
-from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS, cores_per_process, in_batches, set_numerics
-from dlc.nets.encoder import load_encoder, tokens
-from dlc.nets.vae import downsampling_factor, fetch_vae, latent_settings, latent_shape, load_vae, posterior, vae_id
-from dlc.weights.foreign.encoder_layouts import fetch_encoder
-from dlc.weights.hub import fetched_by_node
-from dlc.weights.load import weights_sha256
+from dlc.nets.encoder import tokens
+from dlc.nets.vae import latent_shape, posterior
 
 NOT_FINITE = "try --precision bf16 or fp32"  # what to do about latents or logits that are NaN or infinite
 ENCODED_AT_ONCE = 32  # images; the VAE's activations of more would take as much memory as training itself
 
 
-def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
-    """The keys of a `Manifest` that say of which images, and with which networks, latents and codes are made.
-
-    Args:
-        vae_name, vae: the value of --vae, and what `load_vae` made of it.
-        encoder_name, encoder: the value of --encoder, and its SEMEncoder or None.
-        paths: of all images, as `list_images` gives them.
-    """
-    return dict(
-        vae=recorded_id(vae_id(vae_name)),
-        vae_sha256=weights_sha256(vae),
-        **latent_settings(vae),
-        encoder=recorded_id(encoder_name) if encoder else None,
-        encoder_sha256=weights_sha256(encoder) if encoder else None,
-        L=encoder.L if encoder else None,
-        V=encoder.V if encoder else None,
-        images=len(paths),
-        listing_sha256=listing_sha256(paths),
-    )
-
-
 #################################################################################
 #                                    Networks                                   #
 #################################################################################
-
-
-def open_networks(state, image_size, vae, encoder, **given):
-    """The VAE and the encoder, or None for no encoder, on the CPU. What is on the hub, one process per node fetches.
-
-    Args:
-        state: of the processes.
-        vae, encoder: as --vae and --encoder take them.
-        given: the encoder's backbone, L and V, see `load_encoder`.
-
-    Raises ValueError if one of them cannot be loaded, if the image size is no multiple of the VAE's factor, and for
-    what is given of no encoder.
-    """
-    if not encoder and any(given.values()):
-        raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
-
-    def fetch_all(ask):
-        factor = downsampling_factor(vae, ask)
-        if image_size % factor:
-            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        fetch_vae(vae, ask)
-        if encoder:
-            fetch_encoder(encoder, ask=ask)
-
-    fetched_by_node(state, fetch_all)
-    loaded = load_encoder(encoder, **given) if encoder else None
-    return load_vae(vae), loaded
 
 
 def set_exact_numerics():
@@ -106,7 +53,7 @@ class PixelEncoder:
         self.vae, self.device = vae.to(device), device
         self.encoder = encoder.to(device).requires_grad_(False) if encoder else None
         dtype = PRECISIONS[precision]
-        for part in filter(None, (vae.encoder, vae.quant_conv)):
+        for part in filter(None, (vae.encoder, getattr(vae, "quant_conv", None))):
             part.to(dtype=dtype, memory_format=torch.channels_last)
         if encoder:
             encoder.backbone.to(dtype)

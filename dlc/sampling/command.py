@@ -26,7 +26,8 @@ from dlc.machine.processes import (
     set_numerics,
     start_processes,
 )
-from dlc.nets.vae import check_decodes, downsampling_factor, fetch_vae, load_vae, pixels_per_cell, vae_id, vae_label
+from dlc.nets.digest import weights_sha256
+from dlc.nets.vae import pixels_per_cell, same_vae
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
@@ -35,10 +36,11 @@ from dlc.sampling.sample_folder import SampleFolder
 from dlc.sampling.samples_record import SamplesRecord, this_launch
 from dlc.sampling.sampling_flags import RESULTS, sampling_parser
 from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
+from dlc.weights.foreign.dits import PUBLISHED, published_dit
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
-from dlc.weights.load import describe, load_model, weights_sha256
-from dlc.weights.published import PUBLISHED, published_dit
+from dlc.weights.load import describe, load_model
+from dlc.weights.networks import downsampling_factor, fetch_vae, load_vae, vae_id, vae_label
 from models import DiT_models
 
 #################################################################################
@@ -129,22 +131,8 @@ def open_vae(args, meta, channels, state):
     name = args.vae or meta.vae or "ema"
     fetched_by_node(state, lambda ask: fetch_vae(name, ask))
     vae = load_vae(name, state.device)
-    notes = [f"VAE {name}: {vae.said}"]
-    digest = weights_sha256(vae)
-    if args.vae is None:
-        if meta.vae_sha256 is None:
-            notes.append(f"the checkpoint does not say which VAE made its latents: {name} is used, not compared")
-        elif meta.vae_sha256 != digest:
-            raise ValueError(
-                f"the VAE at {name} is not the one that the checkpoint's features were made with; name one with --vae"
-            )
-    check_decodes(vae, name, channels, vars(meta), "the checkpoint's latents")
-    if meta.scaling_factor is None:
-        notes.append(
-            "the checkpoint does not say the scaling factor of its latents: taken to be "
-            f"{name}'s, {vae.config.scaling_factor}"
-        )
-    return vae, name, digest, notes
+    digest, notes = same_vae(vae, name, args.vae is not None, channels, vars(meta), "the checkpoint's latents")
+    return vae, name, digest, [f"VAE {name}: {vae.said}", *notes]
 
 
 def guided_channels(flag: str | None, model) -> int:
@@ -169,7 +157,7 @@ def prepare(args, script: str, default: str) -> Job:
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
     vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state)
-    image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae)
+    image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae.config)
     if args.image_size not in (None, image_size):
         raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
     record = SamplesRecord(

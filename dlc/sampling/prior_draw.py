@@ -15,11 +15,12 @@ from dlc.data.codes import CodeSpec
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import compile_options, set_numerics
+from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
 from dlc.weights.checkpoint import damage, newest_of_run, run_checkpoints
-from dlc.weights.load import load_prior, process_of, weights_sha256
+from dlc.weights.load import load_prior, process_of
 from dlc.weights.meta import is_prior
 
 BATCH = 64  # codes per batch; divides code_folder.SHARD

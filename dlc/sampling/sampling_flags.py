@@ -3,9 +3,9 @@
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags
-from dlc.nets.vae import VAE_HELP
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.weights.foreign.diffusers_dit import DIFFUSERS_TIMES
+from dlc.weights.networks import VAE_HELP
 from models import DiT_models
 
 RESULTS = "results"  # the default of --results-dir

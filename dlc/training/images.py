@@ -13,9 +13,9 @@ from dlc.data.listing import list_images
 from dlc.machine.cli import warn_once
 from dlc.machine.noise import Stream, integers
 from dlc.machine.processes import done_by_rank_0
-from dlc.nets.pixels import data_settings, open_networks
 from dlc.nets.vae import latent_shape
 from dlc.training.batches import TrainingBatches, Unreadable
+from dlc.weights.networks import data_settings, open_networks
 
 FLIPS = ("random", "none")
 

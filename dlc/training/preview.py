@@ -9,10 +9,11 @@ from torch.utils._pytree import tree_map
 from diffusion.masked_samplers import create_sampler as create_code_sampler
 from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import image_grid, save_png, to_uint8
-from dlc.nets.vae import check_decodes, decode, load_vae
+from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.weights.load import load_model
+from dlc.weights.networks import load_vae
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most

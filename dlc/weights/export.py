@@ -22,11 +22,12 @@ from dlc.data.images import to_uint8
 from dlc.machine.cli import progress
 from dlc.machine.files import sync, write_json
 from dlc.machine.noise import Stream, normal
-from dlc.nets.vae import check_decodes, decode, load_vae
+from dlc.nets.vae import decode, same_vae
 from dlc.weights.card import model_card
 from dlc.weights.foreign.diffusers_dit import DiffusersTimestepEmbedder, to_diffusers, uses_diffusers_function
-from dlc.weights.load import describe, load_model, process_of, weights_sha256
+from dlc.weights.load import describe, load_model, process_of
 from dlc.weights.meta import ModelConfig, RunMeta, config_of
+from dlc.weights.networks import load_vae
 from models import DiT, DiTSEM
 
 FORMATS = ("safetensors", "diffusers", "diffusers-stock")
@@ -85,12 +86,7 @@ def add_vae(job: Export, name: str | None) -> None:
         raise ValueError(f"{job.source} has an MLP that is not 4 times as wide as the rest, as diffusers' always is")
     job.vae_name = name or job.meta.vae or "ema"
     job.vae = load_vae(job.vae_name)
-    check_decodes(job.vae, job.vae_name, job.model.in_channels, vars(job.meta), "the checkpoint's latents")
-    if name is None and job.meta.vae_sha256 not in (None, weights_sha256(job.vae)):
-        raise ValueError(
-            f"the VAE at {job.vae_name} is not the one that the checkpoint's features were made with; name one with "
-            "--vae"
-        )
+    same_vae(job.vae, job.vae_name, name is not None, job.model.in_channels, vars(job.meta), "the checkpoint's latents")
     if type(job.model) is DiT:
         classes = job.model.condition_embedder.num_classes
         if classes > NULL_LABEL:

@@ -20,13 +20,13 @@ def info(path, diffusers_time: str | None = None) -> list[str]:
     try:
         model, name, meta = load_model(path, diffusers_time=diffusers_time)
     except AnEncoder:
-        from dlc.nets.encoder import load_encoder
+        from dlc.weights.networks import load_encoder
 
         encoder = load_encoder(path, flag="encoder")
         sizes = ", ".join(f"{name} {getattr(encoder, name)}" for name in ("L", "V", "image_size"))
         return [f"{path}: encoder of images, for --encoder: {encoder.said}; {sizes}"]
     except AVAE:
-        from dlc.nets.vae import load_vae
+        from dlc.weights.networks import load_vae
 
         return [f"{path}: VAE, for --vae: {load_vae(path).said}"]
     except APrior:

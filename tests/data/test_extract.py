@@ -16,7 +16,7 @@ from dlc.data import Features, kind_dir
 from dlc.data.images import center_crop, normalize
 from dlc.machine.noise import Stream, integers, normal
 from dlc.machine.processes import in_batches
-from dlc.nets.vae import load_vae
+from dlc.weights.networks import load_vae
 
 
 def contents(root):

@@ -12,10 +12,11 @@ from test_feature_tools import call, lone_files
 from test_train import metrics
 
 from dlc.data import Features, NotFinite, as_stored, kind_dir
-from dlc.nets.encoder import load_encoder, save_encoder
+from dlc.nets.encoder import save_encoder
 from dlc.nets.pixels import PixelEncoder
 from dlc.training.batches import draw_posterior
 from dlc.training.images import ImageBatches, Images
+from dlc.weights.networks import load_encoder
 
 
 @pytest.fixture(scope="module")

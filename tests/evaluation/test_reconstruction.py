@@ -19,9 +19,9 @@ from PIL import Image
 from dlc.data import Features
 from dlc.data.images import center_crop, load_rgb
 from dlc.machine.processes import start_processes
-from dlc.nets.encoder import load_encoder
+from dlc.nets.digest import weights_sha256
 from dlc.sampling.samples_record import SamplesRecord
-from dlc.weights.load import weights_sha256
+from dlc.weights.networks import load_encoder
 from evaluation import agreement, reconstruction
 from evaluation.feature_images import FeatureImages, Reconstructor
 from evaluation.reconstruction import Measured, joined, measure
@@ -145,7 +145,7 @@ def test_reader_of_images():
 @pytest.fixture(scope="module")
 def parts(workplace, images, tiny_models):
     """(features, images, reconstructor, reader, networks) of the tiny models."""
-    from dlc.nets.vae import load_vae
+    from dlc.weights.networks import load_vae
 
     features = Features(workplace / "features")
     encoder = load_encoder(tiny_models[1])

@@ -67,7 +67,8 @@ def test_images_are_the_models(workplace, tiny_models):
     from safetensors.torch import load_file
 
     from dlc.data.images import to_uint8
-    from dlc.nets.vae import decode, load_vae
+    from dlc.nets.vae import decode
+    from dlc.weights.networks import load_vae
 
     record = json.loads((sample_folder(workplace / "samples") / "samples.json").read_text())
     code = torch.from_numpy(Features(workplace / "features").codes.gather([record["code_rows"][17]]).astype(np.int64))

@@ -11,9 +11,9 @@ from diffusion import create_diffusion, named_betas
 from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
 from dlc.machine.noise import StepNoise, Stream, normal
 from dlc.machine.processes import PRECISIONS, compile_options
-from dlc.nets.vae import load_vae
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.weights.networks import load_vae
 from models import DiT_models
 
 SHAPE, INDICES = (4, 8, 8), torch.tensor([5, 0, 9])

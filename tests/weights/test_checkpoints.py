@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from diffusion.processes import create_process
+from dlc.nets.digest import weights_sha256
 from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
-from dlc.weights.load import load_model, load_weights, model_from_weights, weights_sha256
+from dlc.weights.load import load_model, load_weights, model_from_weights
 from dlc.weights.meta import RunMeta, config_of, read_config, read_meta
 from models import DiT_models
 

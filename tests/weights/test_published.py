@@ -10,8 +10,8 @@ from hub_standin import point_at
 from test_layouts import assert_same, tiny
 
 from dlc.sampling.command import open_model
-from dlc.weights import published
-from dlc.weights.published import published_dit
+from dlc.weights.foreign import dits as published
+from dlc.weights.foreign.dits import published_dit
 
 NAME, REPOSITORY, TINY = "DiT-XL-2-256x256.pt", "facebook/DiT-XL-2-256", ("DiT-Ti/4", 64)
 

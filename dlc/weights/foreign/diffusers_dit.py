@@ -134,6 +134,7 @@ def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
     model.t_embedder.mlp = embedder.mlp
     for block in model.blocks:
         block.norm2.eps = eps
+    model.function = f"diffusers, eps {eps}"  # for its digest
     return model
 
 

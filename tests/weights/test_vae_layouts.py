@@ -1,15 +1,19 @@
 """VAEs by path, file and hub id, in each layout; scale and shift from where each layout has them."""
 
-import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from dlc.nets.vae import decode, downsampling_factor, latent_settings, load_vae, posterior
-from dlc.weights.foreign.vae_layouts import config_of_shapes, read_vae
+from dlc.nets.pixels import PixelEncoder
+from dlc.nets.vae import decode, latent_settings, latent_shape, posterior
+from dlc.weights.foreign.files import File
+from dlc.weights.foreign.table import read_foreign
+from dlc.weights.foreign.vaes import config_of_shapes
+from dlc.weights.networks import downsampling_factor, load_vae
 
 MEAN, STD = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 4.0]
 
@@ -105,8 +109,8 @@ def test_single_files_of_ldm(tmp_path, attention):
         torch.save(value, tmp_path / "whole.ckpt")
         loaded = load_vae(str(tmp_path / "whole.ckpt"))
         assert same(loaded, vae) and loaded.config.scaling_factor == scale and said in loaded.said
-        assert "a file of LDM's names, inside a whole model (first_stage_model.*)" in loaded.said
-    with pytest.raises(ValueError, match="of 4 channels does not say its scaling factor: put a config.json"):
+        assert "its first_stage_model.*, LDM's names" in loaded.said
+    with pytest.raises(ValueError, match="of 4 channels, which does not say its scaling factor: put a config.json"):
         load_vae(str(tmp_path / "vae.safetensors"))
     torch.save({"mean": torch.tensor(MEAN).view(1, 4, 1, 1), "std": torch.tensor(STD)}, tmp_path / "latents_stats.pt")
     loaded = load_vae(str(tmp_path / "vae.safetensors"))
@@ -137,14 +141,14 @@ def test_sizes_of_single_files():
             **common,
         )
         with torch.device("meta"):
-            assert config_of_shapes(AutoencoderKL(**wanted).state_dict(), "x") == wanted
+            assert config_of_shapes(File("x", Path("x"), "vae"), AutoencoderKL(**wanted).state_dict()) == wanted
 
 
 def test_stable_diffusions_single_file(tmp_path, monkeypatch):
     """Its widths say 0.18215, unless the name says XL; other files have to bring a config."""
     from diffusers import AutoencoderKL
 
-    monkeypatch.setattr("dlc.weights.foreign.vae_layouts.check_tensors", lambda tensors, path: tensors)
+    monkeypatch.setattr("dlc.weights.foreign.vaes.check_tensors", lambda tensors, path: tensors)
     for channels, name, scale in ((4, "vae-ft-mse-840000", 0.18215), (4, "sdxl_vae", 0.13025), (16, "ae", None)):
         with torch.device("meta"):
             vae = AutoencoderKL(
@@ -155,10 +159,10 @@ def test_stable_diffusions_single_file(tmp_path, monkeypatch):
             )
         torch.save(ldm_names(vae), tmp_path / f"{name}.ckpt")
         if scale is None:
-            with pytest.raises(ValueError, match="a VAE of 16 channels does not say its scaling factor"):
-                read_vae(str(tmp_path / f"{name}.ckpt"))
+            with pytest.raises(ValueError, match="a VAE of 16 channels, which does not say its scaling"):
+                read_foreign(tmp_path / f"{name}.ckpt", "vae")
         else:
-            assert read_vae(str(tmp_path / f"{name}.ckpt")).config["scaling_factor"] == scale
+            assert read_foreign(tmp_path / f"{name}.ckpt", "vae").config["arguments"]["scaling_factor"] == scale
             assert downsampling_factor(str(tmp_path / f"{name}.ckpt")) == 8
 
 
@@ -167,7 +171,7 @@ def test_pipelines_and_hub_ids(tmp_path, hub):
     vae.save_pretrained(tmp_path / "pipeline/vae")
     (tmp_path / "pipeline/model_index.json").write_text("{}")
     loaded = load_vae(str(tmp_path / "pipeline"))
-    assert same(loaded, vae) and loaded.said.startswith("of a pipeline, AutoencoderKL of 4 channels, 2 pixels a cell")
+    assert same(loaded, vae) and "AutoencoderKL of 4 channels, 2 pixels per latent cell" in loaded.said
     folder = tmp_path / "pipeline/vae"
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     hub.add("owner/vae", files)
@@ -178,9 +182,9 @@ def test_pipelines_and_hub_ids(tmp_path, hub):
         "owner/file", {"vae.safetensors": safetensors.torch.save(ldm_names(vae)), "config.json": files["config.json"]}
     )
     for name, said in (
-        ("owner/vae", "from the hub, AutoencoderKL"),
-        ("owner/pipeline@v1", "from the hub, of a pipeline, AutoencoderKL"),
-        ("owner/file", "from the hub, AutoencoderKL"),
+        ("owner/vae", "from the hub, diffusers' names, AutoencoderKL"),
+        ("owner/pipeline@v1", "from the hub, diffusers pipeline (None), diffusers' names"),
+        ("owner/file", "from the hub, LDM's names"),
     ):
         loaded = load_vae(name)
         assert same(loaded, vae) and loaded.said.startswith(said) and loaded.config.scaling_factor == 0.3
@@ -188,10 +192,10 @@ def test_pipelines_and_hub_ids(tmp_path, hub):
     with pytest.raises(ValueError, match="--vae owner/pipeline: the hub has no revision 'main' of it"):
         load_vae("owner/pipeline")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="it has no config.json"):
+    with pytest.raises(ValueError, match="does not say its scaling factor: put a config.json"):
         load_vae(str(folder))
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="is not a directory of a diffusers AutoencoderKL: it has no vae/"):
+    with pytest.raises(ValueError, match="is a diffusers pipeline without vae/"):
         load_vae(str(tmp_path / "pipeline"))
 
 
@@ -207,14 +211,14 @@ def test_shards_and_variants(tmp_path):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"x": torch.zeros(1)}, "holds no AutoencoderKL: neither LDM's names"),
+        ({"x": torch.zeros(1)}, "is not a VAE: no tensor in it has a name that is known"),
         (
             {"encoder.down.0.block.0.conv1.weight": torch.zeros(3)},
             "holds no whole AutoencoderKL: it has no convolution",
         ),
         ({"encoder.down.0.block.0.conv1.weight": "x"}, "does not hold a dict of named tensors"),
         ({"encoder.down.0.block.0.conv1.weight": torch.full((3, 3, 1, 1), torch.nan)}, "NaN or infinite"),
-        ({"encoder.conv_in.weight": torch.zeros(3)}, "holds no whole AutoencoderKL"),
+        ({"encoder.conv_out.weight": torch.zeros(3)}, "holds no whole AutoencoderKL"),
         ({"state_dict": 3, "encoder.conv_in.weight": torch.zeros(3)}, "holds a|does not hold a dict"),
     ],
 )
@@ -225,20 +229,45 @@ def test_files_that_are_no_vae(tmp_path, tensors, message):
 
 
 def test_other_autoencoders(tmp_path):
-    """AutoencoderDC and AutoencoderTiny have no posterior; they are refused by their configs."""
-    from diffusers import AutoencoderTiny
+    """AutoencoderDC has no posterior, another factor and other names of its keys; other classes are refused."""
+    from diffusers import AutoencoderDC, AutoencoderTiny
 
+    torch.manual_seed(0)
+    vae = AutoencoderDC(
+        latent_channels=8,
+        encoder_block_out_channels=(16, 32, 32),
+        decoder_block_out_channels=(16, 32, 32),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.41,
+    ).eval()
+    vae.save_pretrained(tmp_path / "dc")
+    loaded = load_vae(str(tmp_path / "dc"))
+    assert (
+        same(loaded, vae)
+        and loaded.said
+        == "diffusers' names, AutoencoderDC of 8 channels, 4 pixels per latent cell, scaling factor 0.41"
+    )
+    assert downsampling_factor(str(tmp_path / "dc")) == 4 and latent_shape(loaded, 32) == (8, 8, 8)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        mean, std = posterior(loaded, images)
+        torch.testing.assert_close(mean, vae.encode(images).latent * 0.41)
+        torch.testing.assert_close(decode(loaded, mean), vae.decode(mean / 0.41).sample, atol=1e-4, rtol=1e-4)
+        assert mean.shape == (2, 8, 4, 4) and not std.any()
+        crops = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
+        assert PixelEncoder(loaded, None, torch.device("cpu")).moments(crops, 1).shape == (1, 16, 4, 4)
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
-    ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="its config.json is not an AutoencoderKL's"):
-        load_vae(str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(dict(config, _class_name="AutoencoderDC")))
-    with pytest.raises(ValueError, match="its config.json is not an AutoencoderKL's"):
-        load_vae(str(tmp_path))
+    ).save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="is not a VAE: no tensor in it has a name that is known"):
+        load_vae(str(tmp_path / "tiny"))
     with pytest.raises(ValueError, match="does not exist: it is no file or folder"):
         load_vae(str(tmp_path / "nothing.safetensors"))

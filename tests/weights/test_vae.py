@@ -15,8 +15,9 @@ from dlc.data import Features, FeatureWriter, Manifest
 from dlc.data.images import center_crop, normalize
 from dlc.machine.noise import Stream, integers
 from dlc.nets.pixels import PixelEncoder
-from dlc.nets.vae import check_decodes, decode, latent_settings, latent_shape, load_vae, posterior
+from dlc.nets.vae import check_decodes, decode, latent_settings, latent_shape, posterior
 from dlc.training.images import Images
+from dlc.weights.networks import load_vae
 
 CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3
 NORMAL = dict(latents_mean=[0.1 * i for i in range(CHANNELS)], latents_std=[0.5 + 0.1 * i for i in range(CHANNELS)])

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,9 +7,11 @@ import safetensors.torch
 import torch
 from conftest import ROOT, golden
 
-from dlc.nets.encoder import SEMEncoder, load_encoder, save_encoder
-from dlc.weights.foreign.encoder_layouts import read_encoder, recognise
-from dlc.weights.foreign.encoder_names import to_state_dict
+from dlc.nets.encoder import SEMEncoder, save_encoder
+from dlc.weights.foreign.encoders import state_dict_of
+from dlc.weights.foreign.files import File, unpack
+from dlc.weights.foreign.table import names_of, read_foreign
+from dlc.weights.networks import load_encoder
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=2)
 
@@ -17,10 +20,17 @@ def reference_encoder():
     return SEMEncoder("vit_small_patch14_reg4_dinov2", 224, L=3, V=4, backbone_args=SMALL).eval()
 
 
+def renamed(tensors, encoder):
+    """Tensors of a file as the state dict of an encoder."""
+    file = File("x", Path("x"), "encoder", tensors=tensors)
+    unpack(file)
+    return state_dict_of(names_of(file, "encoder")[0], encoder.backbone)
+
+
 def test_agrees_with_reference():
     values, weights = golden("sem_encoder")
     encoder = reference_encoder()
-    encoder.load_state_dict(to_state_dict(recognise("x", "x", weights)[1], encoder.backbone))
+    encoder.load_state_dict(renamed(weights, encoder))
     with torch.no_grad():
         images = values["x"].float()
         torch.testing.assert_close(encoder(images), values["sem"], atol=1e-5, rtol=1e-5)
@@ -40,9 +50,9 @@ def test_checkpoint_layouts(rename):
     """The layouts that training leaves: wrapped by DDP or torch.compile, or blocks in chunks; with losses' heads."""
     _, weights = golden("sem_encoder")
     encoder = reference_encoder()
-    expected = to_state_dict(recognise("x", "x", weights)[1], encoder.backbone)
+    expected = renamed(weights, encoder)
     teacher = {**{rename(key): value for key, value in weights.items()}, "dino_head.mlp.0.weight": torch.zeros(1)}
-    converted = to_state_dict(recognise("x", "x", {"teacher": teacher})[1], encoder.backbone)
+    converted = renamed({"teacher": teacher}, encoder)
     assert converted.keys() == expected.keys() == encoder.state_dict().keys()
     assert all(torch.equal(converted[key], expected[key]) for key in expected)
 
@@ -135,7 +145,7 @@ def test_missing_encoder():
 
 
 #################################################################################
-#                        Published layouts (see LAYOUTS)                         #
+#                        Published layouts                               #
 #################################################################################
 
 
@@ -216,7 +226,7 @@ def test_transformers(published, tmp_path, prefix, rename, file):
     assert agrees(encoder, values)
     assert (encoder.L, encoder.V, encoder.temperature, encoder.image_size) == (8, 8, 1.0, 224)
     assert encoder.said == (
-        "transformers' names: ViT of width 16 with 2 blocks and 4 registers, L=8, V=8 (by its config.json), "
+        "transformers' names, ViT of width 16 with 2 blocks and 4 registers, L=8, V=8 (by its config.json), "
         "224x224 pixels"
     )
     assert all(parameter.dtype == torch.float32 and not parameter.is_meta for parameter in encoder.parameters())
@@ -245,7 +255,7 @@ def test_dinov2s_and_timms_names(published, tmp_path):
         assert agrees(encoder, values) and encoder.said.startswith(layout)
     timm_names = {key.removeprefix("backbone."): value for key, value in encoder.state_dict().items()}
     encoder = load_encoder(save_published(tmp_path / "folder", config, timm_names, "pytorch_model.bin"))
-    assert agrees(encoder, values) and encoder.said.startswith("timm's names: ViT of width 16")
+    assert agrees(encoder, values) and encoder.said.startswith("timm's names, ViT of width 16")
 
 
 def test_timm(tmp_path):
@@ -286,12 +296,10 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
             vit = timm.create_model(name, num_classes=0, img_size=518)
             weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
             weights |= {"sem_norm.weight": torch.zeros(512 * 256), "sem_norm.bias": torch.zeros(512 * 256)}
-        monkeypatch.setattr(
-            "dlc.weights.foreign.encoder_layouts.read_file", lambda path, weights=weights: (dict(weights), "")
-        )
-        monkeypatch.setattr("dlc.weights.foreign.encoder_layouts.check_tensors", lambda tensors, path: tensors)
+        monkeypatch.setattr("dlc.weights.foreign.files.read_file", lambda path, weights=weights: (dict(weights), ""))
+        monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
         (tmp_path / "x.pth").touch()
-        found = read_encoder(tmp_path / "x.pth", {})
+        found = read_foreign(tmp_path / "x.pth", "encoder", given={})
         assert found.config == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
         assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in found.said
 
@@ -300,14 +308,14 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
     "change, message",
     [
         (dict(L=7), "has other shapes: sem_embed.weight"),
-        (dict(L=7, V=None), "its head has 64 numbers, no multiple of L 7"),
+        (dict(L=7, V=None), "has a head of 64 numbers, no multiple of L 7"),
         (dict(L=None, V=None), "does not say how its head's 64 numbers are L times V: give --L"),
-        (dict(L="8"), "config.json: L is '8', wanted a whole number"),
-        (dict(temp=0), "config.json: temp is 0, wanted a number from 1e-06"),
-        (dict(hidden_act="relu"), "config.json: hidden_act is 'relu', wanted one of gelu"),
+        (dict(L="8"), "says L '8' in its config.json, wanted a whole number"),
+        (dict(temp=0), "temperature is 0, wanted a number from 1e-06"),
+        (dict(hidden_act="relu"), "config.json: hidden_act is 'relu', wanted gelu"),
         (dict(layer_norm_eps=1e-5), "config.json: layer_norm_eps is 1e-05"),
-        (dict(hidden_size=32), "config.json: hidden_size is 32, but its weights have 16"),
-        (dict(num_hidden_layers=3), "config.json: num_hidden_layers is 3, but its weights have 2"),
+        (dict(hidden_size=32), "config.json: hidden_size is 32, wanted 16"),
+        (dict(num_hidden_layers=3), "config.json: num_hidden_layers is 3, wanted 2"),
         (dict(num_attention_heads=None), "has width 16, none of DINOv2's, and no config.json that says its number"),
         (dict(num_attention_heads=3), "timm cannot build"),
         (dict(num_channels=1), "num_channels is 1"),
@@ -326,7 +334,7 @@ def test_what_configurations_say(published, tmp_path):
     assert (encoder.L, encoder.V, encoder.temperature) == (8, 8, 0.5)
     encoder.temperature = 1.0
     assert agrees(encoder, values)
-    with pytest.raises(ValueError, match="L 8 there, 4 here; leave out the flag"):
+    with pytest.raises(ValueError, match="has L 8, the flag says 4: leave out the flag"):
         load_encoder(tmp_path, L=4)
     encoder = load_encoder(save_published(tmp_path, config, {**weights, "temp": torch.tensor(0.25)}))
     assert encoder.temperature == 0.25
@@ -342,10 +350,10 @@ def test_what_is_no_sem_encoder(published, tmp_path):
     bare = {key: value for key, value in weights.items() if not key.startswith("sem_")}
     head = {key: value for key, value in weights.items() if key.startswith("sem_")}
     for tensors, message in (
-        (bare, r"has transformers' names, but no SEM head \(sem_embed, sem_norm\): .* which DINOv2 alone is not"),
-        (dinov2_names(bare), r"has DINOv2's names, but no SEM head \(sem_embed, sem_norm\)"),
-        (head, "has no ViT backbone .*: wanted the weights of a SEM encoder$"),
-        ({"x": torch.zeros(1)}, "has no ViT backbone .* and no SEM head"),
+        (bare, r"has a backbone, but no SEM head \(sem_embed, sem_norm\): .* which DINOv2 alone is not"),
+        (dinov2_names(bare), "has a backbone, but no SEM head"),
+        (head, "has no ViT backbone .*: wanted the weights of a SEM encoder"),
+        ({"x": torch.zeros(1)}, "is not an encoder of images: no tensor in it has a name that is known"),
         ({**weights, "projector.weight": torch.zeros(1)}, "has unknown backbone.projector.weight"),
         (
             {key: value for key, value in weights.items() if ".1.attention.attention.key" not in key},
@@ -356,7 +364,7 @@ def test_what_is_no_sem_encoder(published, tmp_path):
         ({**weights, "embeddings.position_embeddings": torch.zeros(1, 12, 16)}, "has other shapes: backbone.pos_embed"),
         (
             {**weights, "encoder.layer.0.mlp.fc1.weight": torch.zeros(70, 16)},
-            "of width 16, has a gated MLP, other than DINOv2's",
+            "has width 16 and a gated MLP, other than DINOv2's",
         ),
     ):
         with pytest.raises(ValueError, match=message):

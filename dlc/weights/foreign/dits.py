@@ -1,0 +1,315 @@
+"""Diffusion transformers of others: DiT's names, which are ours, and those of diffusers' DiTTransformer2DModel.
+
+diffusers' network and DiT are one but for two constants. diffusers spaces the 128 frequencies of the time embedding
+over 127 steps, DiT over 128; and its blocks' second norm has the eps of the configuration, 1e-5 by default, where DiT
+has 1e-6. Weights that were trained in DiT and converted are right under DiT's constants, weights that were trained in
+diffusers under its own; nothing in a folder tells which.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dlc.weights.foreign.files import File
+from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
+from dlc.weights.hub import fetch_file, is_offline
+from models import FAMILIES, SIZES, DiT_models, TimestepEmbedder, sincos_position_embedding
+
+DEEPEST, WIDEST = 256, 2**16  # blocks; of every other size that a file asks for
+DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 pixels per cell
+DIFFUSERS_TIMES = ("dit", "diffusers")  # --diffusers-time
+DIT_EPS, DIFFUSERS_EPS = 1e-6, 1e-5  # of each block's second norm
+# Names of modules, ours and theirs: at the top, and in block N. Theirs has the embedders in every block.
+TOP = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+EMBEDDERS = {
+    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
+}
+ANCHOR = "proj_out_2.weight"  # by which it is recognised
+# what config.json may not have otherwise, though the tensors would be the same
+FIXED = dict(
+    norm_type="ada_norm_zero",
+    activation_fn="gelu-approximate",
+    norm_elementwise_affine=False,
+    only_cross_attention=False,
+    double_self_attention=False,
+)
+THIRDS = ("to_q", "to_k", "to_v")  # of attn.qkv
+
+
+def from_diffusers(file: File, tensors: dict) -> dict:
+    """Tensors under diffusers' names, under ours; those with other names stay as they are.
+
+    A code table (L, V+1, D) in the place of the labels' is a DiTSEM's. The rows of the label table that our export adds
+    between the last class, which it records, and the null label are left out.
+
+    Raises ValueError where the blocks' copies of the embedders differ: such a model was trained in diffusers, and no
+    DiT computes its function.
+    """
+    for key, wanted in FIXED.items():
+        if file.config.get(key) not in (wanted, None):
+            file.refuse(f"is no DiT: {key} in its config.json is {str(file.config[key])[:40]!r}, wanted {wanted!r}")
+    named, thirds = {}, {}
+    top = {theirs: ours for ours, theirs in TOP.items()}
+    block = {theirs: ours for ours, theirs in BLOCK.items()}
+    embedders = {theirs: ours for ours, theirs in EMBEDDERS.items()}
+    for key, value in check_tensors(tensors, file.path).items():
+        module, _, kind = key.rpartition(".")
+        inner = re.fullmatch(r"transformer_blocks\.(0|[1-9]\d{0,3})\.(.+)", key, re.ASCII)
+        if module in top:
+            named[f"{top[module]}.{kind}"] = value
+        elif not inner:
+            named[key] = value
+        else:
+            number, (module, _, kind) = int(inner[1]), inner[2].rpartition(".")
+            if kind == "embedding_table":  # a parameter of its own, as of a code table
+                module, kind = inner[2], "weight"
+            if module in embedders:
+                name = f"{embedders[module]}.{kind}"
+                first = named.setdefault(name, value)
+                if first.dtype != value.dtype or not torch.equal(first, value):
+                    file.refuse(
+                        f"has different copies of the time and label embedders in its blocks ({shown(key)}), as "
+                        "training in diffusers makes them; DiT has one for all blocks, and cannot compute this model"
+                    )
+            elif module.removeprefix("attn1.") in THIRDS:
+                thirds.setdefault((number, kind), {})[module.removeprefix("attn1.")] = value
+            else:
+                named[f"blocks.{number}.{block.get(module, module)}.{kind}"] = value
+    for (number, kind), parts in thirds.items():
+        if parts.keys() != set(THIRDS) or len({part.shape for part in parts.values()}) > 1 or not parts["to_q"].ndim:
+            file.refuse(f"has to_q, to_k and to_v of different shapes in block {number}")
+        named[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat([parts[third] for third in THIRDS])
+    table, classes = named.get("y_embedder.embedding_table.weight"), file.config.get("_num_classes")
+    if table is not None and table.ndim == 3:
+        named["sem_embedder.embedding_table"] = named.pop("y_embedder.embedding_table.weight")
+    elif table is not None and table.ndim and type(classes) is int and 0 < classes < len(table):
+        named["y_embedder.embedding_table.weight"] = table[: classes + 1]
+    return named
+
+
+def to_diffusers(weights: dict) -> dict:
+    """A DiT's state dict under diffusers' names: pos_embed left out, the embedders in every block."""
+    named, depth = {}, len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    for key, value in weights.items():
+        module, _, kind = key.rpartition(".")
+        inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+        if module in TOP:
+            named[f"{TOP[module]}.{kind}"] = value
+        elif module in EMBEDDERS:
+            for number in range(depth):
+                named[f"transformer_blocks.{number}.{EMBEDDERS[module]}.{kind}"] = value.clone()
+        elif inner and inner[2] == "attn.qkv":
+            for third, part in zip(THIRDS, value.chunk(3)):
+                named[f"transformer_blocks.{inner[1]}.attn1.{third}.{kind}"] = part.contiguous()
+        elif inner:
+            named[f"transformer_blocks.{inner[1]}.{BLOCK[inner[2]]}.{kind}"] = value
+        else:
+            assert key == "pos_embed", key
+    return named
+
+
+class DiffusersTimestepEmbedder(TimestepEmbedder):
+    """DiT's time embedder with diffusers' frequencies: the last of the dim/2 is 1/max_period, not one step before."""
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """Cosines then sines of t (N,) at dim/2 geometric frequencies from 1 to 1/max_period, (N, dim) float32."""
+        steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+        angles = t.float().unsqueeze(1) * torch.exp(-math.log(max_period) * steps / (dim // 2 - 1))
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
+    """Have a DiT compute what diffusers computes with the same weights, and record it. Returns the model."""
+    embedder = model.t_embedder
+    model.t_embedder = DiffusersTimestepEmbedder(embedder.mlp[0].out_features, embedder.mlp[0].in_features)
+    model.t_embedder.mlp = embedder.mlp
+    for block in model.blocks:
+        block.norm2.eps = eps
+    model.config = dict(model.config, trained_with="diffusers", norm_eps=eps)
+    model.function = f"diffusers, eps {eps}"  # for its digest
+    return model
+
+
+def uses_diffusers_function(model) -> bool:
+    return getattr(model, "config", {}).get("trained_with") == "diffusers"
+
+
+#################################################################################
+#                                 Names and sizes                               #
+#################################################################################
+
+
+def under_our_names(file: File, tensors: dict) -> dict:
+    """Tensors of DiT's names. Those of models that predict a velocity under the same names are refused."""
+    names = " ".join(map(str, tensors))
+    of_repa = {"enc_type", "proj_coeff"} & file.arguments.keys()
+    for name, found in (
+        ("LightningDiT", re.search(r"\.mlp\.w12\.|(^| )feat_rope\.", names)),
+        ("REPA", re.search(r"(^| )(projectors|decoder_blocks)\.", names)),
+        ("REPA" if of_repa else "SiT", {"path_type", "prediction"} & file.arguments.keys()),
+        ("SiT", re.match(r"SiT-(XL|L|B|S)-\d", file.path.name)),
+    ):
+        if found:
+            file.refuse(
+                f"is a {name} model, which predicts a velocity: only models that predict noise, as DiT, are read"
+            )
+    return check_tensors(tensors, file.path)
+
+
+def config_of(file: File, tensors: dict, input_size: int | None = None, diffusers_time: str | None = None):
+    """What to build for a DiT's tensors, {"family", "arguments", "process"}, and words. Adds a missing pos_embed.
+
+    Args:
+        input_size: height and width of the latents, for weights that do not tell [32].
+        diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
+            [what the config says, else "dit"].
+
+    Raises ValueError if the tensors are not those of a DiT, DiTSEM or DiTCONT.
+    """
+
+    def shape(name, ndim):
+        if name not in tensors or tensors[name].ndim != ndim:
+            file.refuse(f"is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
+        return tuple(tensors[name].shape)
+
+    words = []
+    hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
+    # from the last: a DiTCONT's linear layer is called as a DiT's table
+    family = next((family for family in reversed(FAMILIES) if family.table in tensors), FAMILIES[0])
+    # not by the highest number, which may be any
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    arguments = dict(
+        family.sizes_of(shape(family.table, family.table_ndim)),
+        in_channels=in_channels,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=heads_of(file, depth, hidden_size),
+        mlp_ratio=mlp_ratio(tensors, hidden_size),
+        learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2,
+    )
+    if "pos_embed" in tensors:
+        arguments["input_size"] = patch_size * math.isqrt(shape("pos_embed", 3)[1])
+    else:
+        recorded = file.arguments.get("image_size")
+        recorded = recorded // 8 if type(recorded) is int else None  # of DiT's training, whose VAEs have 8 per cell
+        told = [file.config.get("input_size"), file.config.get("sample_size"), recorded, input_size]
+        arguments["input_size"] = next((size for size in told if size), DEFAULT_INPUT)
+        if not any(told):
+            words.append(f"no pos_embed: taken to be of latents of {DEFAULT_INPUT} x {DEFAULT_INPUT} cells")
+    check_sizes(file, family.__name__, arguments)
+    if "pos_embed" not in tensors:
+        tensors["pos_embed"] = sincos_position_embedding(hidden_size, arguments["input_size"] // patch_size)[None]
+    config = dict(family=family.__name__, arguments=arguments, process="gaussian")
+    recorded = file.config.get("trained_with") or file.config.get("_trained_with")
+    in_diffusers = any(str(key).endswith(ANCHOR) for key in file.tensors)
+    chosen = diffusers_time or recorded or "dit"
+    if diffusers_time == "diffusers" and not in_diffusers:
+        file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
+    if chosen == "diffusers":
+        config.update(trained_with="diffusers", norm_eps=file.config.get("norm_eps", DIFFUSERS_EPS))
+    if in_diffusers:
+        why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
+        words.append(f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})")
+    elif not file.arguments and file.weights == "as in the file":
+        words.append("taken to predict noise, as it does not say what it predicts")
+    return config, ", ".join(words)
+
+
+def mlp_ratio(tensors: dict, hidden_size: int) -> float:
+    """The width of the MLPs over that of the rest, such that the model, which takes the whole part, has that width."""
+    inner = tensors["blocks.0.mlp.fc1.bias"].numel() if "blocks.0.mlp.fc1.bias" in tensors else 0
+    exact = hidden_size > 0 and int(hidden_size * (inner / hidden_size)) == inner
+    return inner / hidden_size if exact else (inner + 0.5) / max(hidden_size, 1)
+
+
+def heads_of(file: File, depth: int, hidden_size: int) -> int:
+    """The number of heads: the config's, or that of the published size of this depth and width."""
+    heads = file.config.get("num_heads", file.config.get("num_attention_heads"))
+    heads = heads or next((size[2] for size in SIZES.values() if size[:2] == (depth, hidden_size)), None)
+    if heads is None:
+        file.refuse(
+            f"is a DiT of depth {depth} and width {hidden_size}, no published size, and does not tell its heads: write "
+            f'{{"num_heads": N}} to {file.path.with_name("config.json")}'
+        )
+    return heads
+
+
+def check_sizes(file: File, what: str, arguments: dict) -> None:
+    """Refuse sizes that no model has, before anything is built for them. The only bounds on what a file asks for."""
+    sizes = {key: value for key, value in arguments.items() if key not in ("learn_sigma", "mlp_ratio")}
+    for key, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= (DEEPEST if key == "depth" else WIDEST):
+            file.refuse(f"is no {what}: by its shapes and config, {key} is {shown(value)}")
+    if arguments["hidden_size"] % arguments["num_heads"]:
+        file.refuse(f"has width {arguments['hidden_size']}, which {arguments['num_heads']} heads do not divide")
+
+
+#################################################################################
+#                             DiT's published weights                           #
+#################################################################################
+
+ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
+ADDRESS_VARIABLE = "DIT_WEIGHTS_URL"
+FOLDER = Path("pretrained_models")
+PUBLISHED = {  # by model and image size: the repository on the hub, and the file at the address
+    ("DiT-XL/2", 256): ("facebook/DiT-XL-2-256", "DiT-XL-2-256x256.pt"),
+    ("DiT-XL/2", 512): ("facebook/DiT-XL-2-512", "DiT-XL-2-512x512.pt"),
+}
+
+
+def published_dit(model: str, image_size: int, locate: Callable[[str], object]) -> str | Path:
+    """The hub id or the local file of a model's published weights; either is fetched if it is not there yet.
+
+    Args:
+        model, image_size: a key of PUBLISHED.
+        locate: fetches the weights that a hub id names, and raises ValueError if it cannot.
+
+    Raises ValueError, saying where to put the file, if neither the hub nor the address gives it.
+    """
+    repository, name = PUBLISHED[model, image_size]
+    path, mirror = FOLDER / name, os.environ.get(ADDRESS_VARIABLE)
+    if path.is_file():
+        return path
+    if not mirror:
+        try:
+            locate(repository)
+            return repository
+        except ValueError as error:
+            if is_offline():
+                raise ValueError(f"{error}; or put DiT's {name} at {path}") from None
+    url = f"{(mirror or ADDRESS).rstrip('/')}/{name}"
+    try:
+        return fetch_file(url, path, partial(check, url, model, image_size))
+    except ValueError as error:
+        raise ValueError(f"{error}: put the file at {path}, or name weights with --ckpt") from None
+
+
+def check(url: str, model: str, image_size: int, part: Path) -> None:
+    """Raise ValueError if a file does not hold its model's weights: names, shapes, finiteness."""
+    try:
+        with torch.device("meta"):
+            wanted = DiT_models[model](input_size=image_size // 8).state_dict()
+        different = differences_from(wanted, check_tensors(load_tensors(part), part))
+    except ValueError as error:
+        different = str(error).replace(str(part), "it")
+    if different:
+        raise ValueError(f"{url} did not send the weights of {model} ({different}), and nothing is kept of it")

@@ -1,0 +1,241 @@
+"""SEM encoders of others: the names of transformers, timm and DINOv2 to those of `SEMEncoder`, and its arguments.
+
+The tensors' shapes tell width, depth, patch and registers. What they do not tell, a config.json says, or a flag.
+"""
+
+import math
+import re
+
+import torch
+
+from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD
+from dlc.machine.cli import one_line
+from dlc.machine.files import read_json
+from dlc.weights.foreign.files import File
+from dlc.weights.foreign.safe import check_tensors, shown
+from dlc.weights.hub import id_and_revision, is_id
+
+SIZES = {384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16), 1536: ("giant", 40, 24)}
+DEFAULT_L, DEFAULT_V = 512, 256  # of the published encoder, where neither file nor flag says them
+IMAGE_SIZE = 224  # pixels, at which DINOv2's encoders are read
+HEAD = re.compile(r"(?:.*\.)?(sem_(?:embed|norm)\.\w+)")
+TEMPERATURE = re.compile(r"(?:.*\.)?(?:temp|temperature|tau)")
+# Parts of a self-supervised checkpoint that only its losses need.
+TRAINING_ONLY = "mask_token norm head sem_out sem_cls_norm dino_head ibot_head layernorm classifier".split()
+# Names that configurations give to what shapes do not tell, in order. They may be nested.
+L_NAMES, V_NAMES = ("L", "dlc_l", "sem_l", "sem_L"), ("V", "dlc_v", "sem_v", "sem_V")
+TEMPERATURE_NAMES = ("temp", "temperature", "tau", "sem_temp")
+SAME_FUNCTION = dict(hidden_act="gelu", layer_norm_eps=1e-6, num_channels=3)  # what a config may not say otherwise
+# To timm's names. A number is the place of a part: query, key and value are one layer, as are the two halves of a gated
+# MLP. DINOv2's blocks that are saved in chunks (blocks.2.13.…) have their index in second place.
+NAMES = [
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+    # transformers', of version 5's modules and of all files
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^embeddings\.", ""),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.qkv.0."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.qkv.1."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.qkv.2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1.0."),
+    (r"\.mlp\.up_proj\.", ".mlp.fc1.1."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
+    (r"^register_tokens$", "reg_token"),
+]
+
+
+def under_our_names(file: File, tensors: dict) -> dict:
+    """A ViT's tensors under timm's names, and those of the SEM head, which may lie elsewhere in the file.
+
+    Raises ValueError where one of the two is missing, and for tensors that belong to neither.
+    """
+    head = {HEAD.fullmatch(key)[1]: value for key, value in file.tensors.items() if HEAD.fullmatch(key)}
+    has_backbone = any(key.endswith("cls_token") or key == "reg_token" for key in tensors)
+    if not has_backbone or "sem_embed.weight" not in head:
+        lack = (
+            "no ViT backbone (cls_token)" if not has_backbone else "a backbone, but no SEM head (sem_embed, sem_norm)"
+        )
+        file.refuse(f"has {lack}: wanted the weights of a SEM encoder, which DINOv2 alone is not")
+    backbone, parts, temperature = {}, {}, {}
+    for key, value in check_tensors({key: one for key, one in tensors.items() if is_wanted(key)}, file.path).items():
+        for pattern, name in NAMES:
+            key = re.sub(pattern, name, key)
+        part = re.fullmatch(r"(.*\.(?:qkv|fc1))\.(\d)(\.\w+)", key)
+        if TEMPERATURE.fullmatch(key):
+            temperature[key] = value
+        elif part:
+            parts.setdefault(part[1] + part[3], {})[int(part[2])] = value
+        else:
+            backbone[key] = value
+    for key, found in parts.items():
+        whole = 3 if ".qkv." in key else 2
+        if len(found) == whole and all(value.ndim for value in found.values()):  # else the layer is missed by its name
+            backbone[key] = torch.cat([found[place] for place in range(whole)])
+    backbone.update(check_tensors(head, file.path))
+    for value in temperature.values():
+        backbone["temperature"] = value
+    return backbone
+
+
+def is_wanted(key: str) -> bool:
+    part = re.sub(r"^(backbone|embeddings)\.", "", key).split(".")[0]
+    return part not in TRAINING_ONLY and not HEAD.fullmatch(key)
+
+
+def config_of(file: File, tensors: dict, given: dict):
+    """The arguments of SEMEncoder for tensors under timm's names, and words for them.
+
+    Args:
+        given: the flags' backbone, L and V, without those that were not given.
+
+    Raises ValueError for sizes that neither tensors nor config nor flags tell, and where two of them disagree.
+    """
+    config, where = file.config, file.path.with_name("config.json")
+
+    def size(key, dimension, ndim):
+        if key not in tensors or tensors[key].ndim != ndim:
+            file.refuse(f"has no {key} of {ndim} dimensions")
+        return tensors[key].shape[dimension]
+
+    width, patch = size("cls_token", 2, 3), size("patch_embed.proj.weight", 3, 4)
+    registers = size("reg_token", 1, 3) if "reg_token" in tensors else 0
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    hidden = size("blocks.0.mlp.fc1.weight", 0, 2)
+    gated = hidden != size("blocks.0.mlp.fc2.weight", 1, 2)
+    told = dict(hidden_size=[width], num_hidden_layers=[depth], patch_size=[patch, [patch, patch]])
+    for key, fitting in (*told.items(), *((key, [value]) for key, value in SAME_FUNCTION.items())):
+        if lookup(config, [key]) not in (None, *fitting):
+            raise ValueError(f"{where}: {key} is {shown(repr(lookup(config, [key])))}, wanted {fitting[0]}")
+    arguments = dict(L=given.get("L"), V=given.get("V"))
+    source = code_size(file, arguments, size("sem_embed.weight", 0, 2))
+    own = tensors.pop("temperature", None)
+    temperature = lookup(config, TEMPERATURE_NAMES)
+    if temperature is None and own is not None and own.numel() == 1:
+        temperature = float(own)
+    if temperature is not None:
+        arguments["temperature"] = temperature
+    if "backbone" in given:
+        arguments["backbone"] = given["backbone"]
+    else:
+        heads = lookup(config, ["num_attention_heads"])
+        arguments |= backbone_of(file, width, depth, patch, registers, hidden, gated, heads)
+    arguments["image_size"] = image_size(file.path.with_name("preprocessor_config.json"))
+    return arguments, (
+        f"ViT of width {width} with {depth} blocks and {registers} registers, L={arguments['L']}, "
+        f"V={arguments['V']} ({source}), {arguments['image_size']}x{arguments['image_size']} pixels"
+    )
+
+
+def lookup(config: dict, names):
+    """The first value of a name in a configuration: at its top, else in one of the configurations within it."""
+    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in names:
+            if level.get(name) is not None:
+                return level[name]
+    return None
+
+
+def code_size(file: File, arguments: dict, numbers: int) -> str:
+    """Fill in L and V, whose product is the head's number of outputs. Returns words for where they are from."""
+    source = "by the flags"
+    for key, names in (("L", L_NAMES), ("V", V_NAMES)):
+        value = lookup(file.config, names)
+        if None not in (value, arguments[key]) and value != arguments[key]:
+            file.refuse(f"has {key} {shown(value)}, the flag says {arguments[key]}: leave out the flag")
+        if arguments[key] is None and value is not None:
+            if type(value) is not int or value < 1:
+                file.refuse(f"says {key} {shown(repr(value))} in its config.json, wanted a whole number from 1 on")
+            arguments[key], source = value, "by its config.json"
+    if arguments["L"] is arguments["V"] is None:
+        in_name = re.search(r"[-_]L(\d{1,5})$", id_and_revision(file.named)[0]) if is_id(file.named) else None
+        if in_name:
+            arguments["L"], source = int(in_name[1]), "by its name"
+        elif numbers == DEFAULT_L * DEFAULT_V:
+            arguments["L"], source = DEFAULT_L, "the published size, as it does not say L"
+        else:
+            file.refuse(f"does not say how its head's {numbers:,} numbers are L times V: give --L")
+    for one, other in (("L", "V"), ("V", "L")):
+        if arguments[one] is None:
+            if not arguments[other] or numbers % arguments[other]:
+                file.refuse(f"has a head of {numbers:,} numbers, no multiple of {other} {arguments[other]}")
+            arguments[one] = numbers // arguments[other]
+    return source
+
+
+def backbone_of(file: File, width, depth, patch, registers, hidden, gated, heads) -> dict:
+    """timm's name and arguments of a DINOv2 ViT of these sizes; heads: their number, or None if no config says it."""
+    size, usual_depth, usual_heads = SIZES.get(width, ("small", None, None))
+    if heads is None and usual_heads is None:
+        file.refuse(
+            f"has width {width}, none of DINOv2's, and no config.json that says its number of heads: name its timm "
+            "model with --encoder-backbone"
+        )
+    if gated != (size == "giant"):
+        file.refuse(
+            f"has width {width} and {'a' if gated else 'no'} gated MLP, other than DINOv2's: name its timm model with "
+            "--encoder-backbone"
+        )
+    arguments = {}
+    for key, value, usual in (
+        ("embed_dim", width, width if width in SIZES else None),
+        ("depth", depth, usual_depth),
+        ("num_heads", heads or usual_heads, usual_heads),
+        ("patch_size", patch, 14),
+        ("reg_tokens", registers, 4 if registers else 0),
+        ("mlp_ratio", hidden / width, hidden / width if gated else 4),
+    ):
+        if value != usual:
+            arguments[key] = value
+    return dict(backbone=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2", backbone_args=arguments)
+
+
+def image_size(file) -> int:
+    """The pixels that a preprocessor_config.json crops images to, else DINOv2's 224.
+
+    Raises ValueError if it normalises images otherwise than by ImageNet's mean and standard deviation.
+    """
+    values = read_json(file) if file.is_file() else {}
+    for key, wanted in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+        if key in values and list(map(float, wanted)) != values[key]:
+            raise ValueError(
+                f"{file}: {key} is {one_line(values[key], 60)}, wanted ImageNet's {list(wanted)}, which are used here"
+            )
+    for key in ("crop_size", "size"):
+        sizes = values.get(key)
+        height = sizes.get("height") if isinstance(sizes, dict) else sizes
+        if type(height) is int and height > 0:
+            return height
+    return IMAGE_SIZE
+
+
+def state_dict_of(tensors: dict, backbone) -> dict:
+    """Tensors under timm's names and the head's as SEMEncoder's state dict, for its timm backbone.
+
+    DINOv2 adds a position embedding to the class token; timm's register models have it folded into the token. DINOv2 is
+    also built for larger images, so the positions of its patches are resized (bicubic, antialiased) to the backbone's
+    grid. Positions whose number fits neither are left as they are, for the comparison of shapes.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    tensors = dict(tensors)
+    positions, token = tensors.get("pos_embed"), tensors.get("cls_token")
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if grid and positions is not None and positions.ndim == 3 and len(positions) == 1 and positions.numel():
+        wanted = backbone.pos_embed.shape[1] - grid[0] * grid[1]  # of tokens that are no patches
+        prefix = next(filter(lambda n: is_square(positions.shape[1] - n), (wanted, 1, 0)), None)
+        if prefix == 1 and wanted == 0 and token is not None and token.shape == positions[:, :1].shape:
+            tensors["cls_token"] = token + positions[:, :1]
+            positions, prefix = positions[:, 1:], 0
+        if prefix == wanted:
+            tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+    return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in tensors.items()}
+
+
+def is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number

@@ -1,0 +1,101 @@
+"""Priors over codes of others: SEDD's names, which are ours, and its training files, whose EMA is a list."""
+
+import re
+
+import torch
+
+from dlc.weights.foreign.dits import check_sizes
+from dlc.weights.foreign.files import File
+from dlc.weights.foreign.safe import check_tensors, differences_from
+from prior import DLCPrior, DLCPrior_models, Rotary
+
+TOKENS = "vocab_embed.embedding"
+FREQUENCIES = "rotary_emb.inv_freq"
+# What a published config.json has to say where it says anything; the sizes follow from the tensors' shapes.
+PROCESS = {("graph", "type"): "absorb", ("noise", "type"): "loglinear"}
+
+
+def under_our_names(file: File, tensors: dict) -> dict:
+    """Tensors of SEDD's names; of its training files, the parameters that the list of EMA weights is of."""
+    tensors = check_tensors(tensors, file.path)
+    if file.shadow is None:
+        return tensors
+    with torch.device("meta"):
+        wanted = dict(DLCPrior(**arguments_of(file, tensors)).named_parameters())
+    ema = file.shadow
+    if not isinstance(ema, list) or len(ema) != len(wanted):
+        file.refuse(f"has no list of {len(wanted)} EMA tensors: give --no-ema to read the raw ones")
+    ema = check_tensors(dict(zip(wanted, ema)), file.path)
+    different = differences_from(wanted, ema)
+    if different:
+        file.refuse(f"has EMA weights in another order than its parameters: by that order, it {different}")
+    return {**tensors, **ema}
+
+
+def config_of(file: File, tensors: dict):
+    """What to build for a prior's tensors, {"family", "arguments", "process"}, and words. Adds constant frequencies.
+
+    Raises ValueError for tensors of no such prior, and for a config that says another size or process.
+    """
+    for (outer, key), wanted in PROCESS.items():
+        said = file.config.get(outer)
+        if isinstance(said, dict) and said.get(key, wanted) != wanted:
+            file.refuse(f"says {outer}.{key} {str(said[key])[:40]!r}: only priors of the process {wanted!r} are read")
+    arguments = arguments_of(file, tensors)
+    width = arguments["hidden_size"] // arguments["num_heads"]
+    tensors.setdefault(FREQUENCIES, Rotary(width).inv_freq)
+    process = dict(masking="independent", time_conditioning=True, score_entropy=False)
+    return dict(family="DLCPrior", arguments=arguments, process=process), "taken to be told the noise level"
+
+
+def arguments_of(file: File, tensors: dict) -> dict:
+    """DLCPrior's arguments, read off tensors' shapes; the number of heads may be in nothing but the config."""
+
+    def shape(name, *dims):
+        if name not in tensors or tensors[name].ndim not in dims:
+            file.refuse(f"is not a prior over codes: it has no {name} of {' or '.join(map(str, dims))} dimensions")
+        return tuple(tensors[name].shape)
+
+    said = file.config.get("model") if isinstance(file.config.get("model"), dict) else {}
+    tokens, (L, hidden_size) = shape(TOKENS, 2, 3), shape("pos_embed", 2)
+    # not by the highest number, which may be any
+    depth = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d", name)})
+    found = dict(
+        L=L,
+        V=tokens[-2] - 1,
+        hidden_size=hidden_size,
+        depth=depth,
+        cond_dim=shape("sigma_map.mlp.2.bias", 1)[0],
+        num_heads=heads_of(
+            file, said, depth, hidden_size, shape(FREQUENCIES, 1)[0] if FREQUENCIES in tensors else None
+        ),
+    )
+    if "y_embedder.embedding_table.weight" in tensors:
+        found["num_classes"] = shape("y_embedder.embedding_table.weight", 2)[0] - 1
+    check_sizes(file, "prior over codes", found)
+    found.update(shared_embedding=len(tokens) == 2, scale_by_sigma=said.get("scale_by_sigma", True) is not False)
+    names = dict(length="L", hidden_size="hidden_size", n_blocks="depth", shared_embedding="shared_embedding")
+    for key, value in (*((f"model.{key}", said.get(key)) for key in names), ("tokens", file.config.get("tokens"))):
+        size = found[names.get(key.removeprefix("model."), "V")]
+        if value not in (None, size):
+            file.refuse(f"says {key} {str(value)[:40]} in its config.json, while its tensors are of {size}")
+    return found
+
+
+def heads_of(file: File, said: dict, depth: int, hidden_size: int, pairs: int | None = None) -> int:
+    """The number of heads: by the rotary frequencies, one per pair of a head's channels; the config; a known size."""
+    heads = said.get("n_heads")
+    if pairs is not None:
+        by_shape = hidden_size // (2 * pairs) if pairs else 0
+        if 2 * pairs * by_shape != hidden_size:
+            file.refuse(f"is not a prior over codes: {FREQUENCIES} of {pairs} values does not fit width {hidden_size}")
+        if heads not in (None, by_shape):
+            file.refuse(f"says {heads} heads in its config, while {FREQUENCIES} is of {by_shape}")
+        return by_shape
+    known = {(spec.hidden_size, spec.depth): spec.num_heads for spec in DLCPrior_models.values()}
+    heads = heads or known.get((hidden_size, depth))
+    if heads is None:
+        file.refuse(
+            f"does not tell its number of heads: it has neither {FREQUENCIES} nor a config.json with model.n_heads"
+        )
+    return heads

@@ -1,0 +1,98 @@
+"""Other people's weights: from a path or hub id to tensors under our names, what to build for them, and words.
+
+    found = read_foreign("DiT-XL-2-256x256.pt", "model")
+    found.tensors, found.config, found.said
+
+TABLE has a row for each set of names that tensors come under: what it is, a tensor by which it is recognised, and the
+function that gives our names. CONFIGS has, for each kind of network, the function that reads its constructor's
+arguments off the tensors' shapes and the JSON beside them. A new layout is one row and one function. Our own
+checkpoints and exports never come here: `dlc.weights.load` builds those from their config.json.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dlc.weights.foreign import dits, encoders, priors, vaes
+from dlc.weights.foreign.files import File, OtherKind, open_weights
+
+KINDS = {  # in words, and the flag that takes it
+    "model": "a diffusion transformer (DiT, DiTSEM or DiTCONT), which --ckpt takes",
+    "prior": "a prior over codes (SEDD), which --prior takes",
+    "encoder": "an encoder of images, which --encoder takes",
+    "vae": "a VAE, which --vae takes",
+    "other": "another kind of diffusion model, which nothing here takes",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """kind: a key of KINDS. anchor: the end of a tensor's name. rename(file, tensors) gives tensors under our names."""
+
+    kind: str
+    name: str
+    anchor: str
+    rename: Callable[[File, dict], dict]
+
+
+@dataclass
+class Found:
+    """What a name stands for: tensors under our names, checked; what to build for them; the file; words."""
+
+    kind: str
+    tensors: dict = field(repr=False)
+    config: dict
+    file: File = field(repr=False)
+    said: str
+
+
+def as_they_are(file: File, tensors: dict) -> dict:
+    return tensors
+
+
+TABLE = (
+    Row("model", "DiT under diffusers' names", dits.ANCHOR, dits.from_diffusers),
+    Row("model", "DiT's names", "x_embedder.proj.weight", dits.under_our_names),
+    Row("prior", "SEDD's names", "vocab_embed.embedding", priors.under_our_names),
+    Row("encoder", "transformers' names", "embeddings.cls_token", encoders.under_our_names),
+    Row("encoder", "timm's names", "reg_token", encoders.under_our_names),
+    Row("encoder", "DINOv2's names", "cls_token", encoders.under_our_names),
+    Row("encoder", "a SEM head", "sem_embed.weight", encoders.under_our_names),
+    Row("vae", "LDM's names", "encoder.down.0.block.0.conv1.weight", vaes.from_ldm),
+    Row("vae", "diffusers' names", "encoder.conv_out.weight", vaes.from_diffusers),
+    Row("encoder", "DINOv2", "blocks.0.ls1.gamma", as_they_are),
+    Row("vae", "VAE", "decoder.conv_in.weight", as_they_are),
+    Row("other", "transformer of diffusers", "transformer_blocks.0.attn1.to_q.weight", as_they_are),
+    Row("other", "UNet", "input_blocks.0.0.weight", as_they_are),
+    Row("other", "UNet of diffusers", "down_blocks.0.resnets.0.conv1.weight", as_they_are),
+)
+CONFIGS = dict(model=dits.config_of, prior=priors.config_of, encoder=encoders.config_of, vae=vaes.config_of)
+
+
+def read_foreign(named, kind: str, ema: bool = True, flag: str = "checkpoint", ask: bool = True, **options) -> Found:
+    """Recognise weights, and read what to build for them.
+
+    Args:
+        named: a path or hub id.
+        kind: "model", "prior", "encoder" or "vae".
+        ema: the EMA weights rather than the raw ones, where there are both.
+        flag, ask: see `dlc.weights.hub.fetch`.
+        options: of the kind's function in CONFIGS.
+
+    Raises ValueError, naming path and tensor or key; OtherKind, if the weights are of another kind of network.
+    """
+    file = open_weights(named, kind, ema, flag, ask)
+    tensors, row = names_of(file, kind)
+    config, words = CONFIGS[kind](file, tensors, **options)
+    return Found(kind, tensors, config, file, ", ".join(filter(None, [*file.words, row.name, words])))
+
+
+def names_of(file: File, kind: str) -> tuple[dict, Row]:
+    """A file's tensors under our names, checked, and the row that recognised them. Raises as `read_foreign` does."""
+    # a row of the wanted kind first: a whole Stable Diffusion has a UNet and a VAE in it
+    for row in sorted(TABLE, key=lambda row: row.kind != kind):
+        tensors = file.under(row.anchor)
+        if tensors is not None:
+            if row.kind != kind:
+                file.refuse(f"is {KINDS[row.kind]}: wanted {KINDS[kind].split(',')[0]}", OtherKind, row.kind)
+            return row.rename(file, tensors), row
+    file.refuse(f"is not {KINDS[kind].split(',')[0]}: no tensor in it has a name that is known")

@@ -1,0 +1,196 @@
+"""The encoder and the VAE that flags name, loaded strictly: from our folders, or by `dlc.weights.foreign`.
+
+encoder = load_encoder("lavoies/SEM_dinov2_L512")
+vae = load_vae("ema", device)
+"""
+
+from pathlib import Path
+
+import torch
+
+from dlc.data.listing import listing_sha256
+from dlc.machine.cli import number
+from dlc.machine.files import read_json, recorded_id
+from dlc.machine.records import differences
+from dlc.nets.digest import weights_sha256
+from dlc.nets.encoder import SEMEncoder, check_config
+from dlc.nets.vae import latent_settings, pixels_per_cell
+from dlc.weights.foreign import encoders, vaes
+from dlc.weights.foreign.files import locate
+from dlc.weights.foreign.safe import check_tensors, differences_from, read_file, weights_in
+from dlc.weights.foreign.table import read_foreign
+from dlc.weights.hub import fetched_by_node, id_and_revision, is_id
+
+DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
+VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision]"
+VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
+
+#################################################################################
+#                                    Encoders                                   #
+#################################################################################
+
+
+def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
+    """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
+    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more} [%(default)s]")
+    add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
+    add("--L", type=number(int, 1), help="code positions, if the --encoder does not say them [512]")
+    add(
+        "--V",
+        type=number(int, 2, 65536),
+        help="tokens per code position, if the --encoder does not say them [256] or the features have no manifest",
+    )
+
+
+def open_encoder(args) -> SEMEncoder:
+    """The encoder that those flags name. Raises ValueError as `load_encoder` does."""
+    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
+
+
+def load_encoder(name, flag: str = "--encoder", ask: bool = True, **given) -> SEMEncoder:
+    """The encoder that a name stands for, in eval mode, float32, on the CPU. Its `said` is what was recognised.
+
+    Args:
+        name: a folder that `save_encoder` wrote, or a folder, file or hub id in a layout of docs/weights.md.
+        flag: what the user gave the name to, for errors.
+        ask: whether to ask the hub; see `dlc.weights.hub.fetch`.
+        given: backbone, L and V, for weights that do not say them; None stands for what is read off them.
+
+    Raises ValueError if weights are missing, left over or of other shapes, so that no weight stays random, and if a
+    config contradicts what is given.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    if "backbone" in given:
+        check_config(f"{flag}-backbone", dict(backbone=given["backbone"]))
+    folder, tensors = locate(name, "encoder", flag, ask), None
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "backbone" in config and not {"model_type", "architectures"} & config.keys():
+        path, said = folder, "a folder of this program"
+    else:
+        found = read_foreign(name, "encoder", flag=flag, ask=ask, given=given)
+        path, config, tensors, said = found.file.path, found.config, found.tensors, found.said
+    different = differences(config, given)
+    if different:
+        raise ValueError(f"encoder {name}: {different}; leave out the flag")
+    check_config(path, config)
+    try:
+        with torch.device("meta"):  # compare shapes first; the loaded tensors are then used as they are
+            encoder = SEMEncoder(**config)
+    except ValueError as error:
+        raise ValueError(f"encoder {name}: {error}") from None
+    if tensors is None:
+        file = weights_in(entry.name for entry in folder.iterdir())
+        if file is None:
+            raise ValueError(f"encoder {name} has no model.safetensors")
+        weights = check_tensors(read_file(folder / file)[0], folder / file)
+    else:
+        weights = encoders.state_dict_of(tensors, encoder.backbone)
+    different = differences_from(encoder.state_dict(), weights)
+    if different:
+        raise ValueError(
+            f"encoder {name} {different} (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})"
+        )
+    # copied: a mapped file that another program overwrites would end this process
+    encoder.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in weights.items()}, assign=True)
+    encoder.said = said
+    return encoder.eval()
+
+
+#################################################################################
+#                                      VAEs                                     #
+#################################################################################
+
+
+def vae_id(name: str) -> str:
+    """The directory or hub id that a value of --vae stands for."""
+    return VAE_ALIASES.get(name, name)
+
+
+def vae_label(name: str) -> str:
+    """The short form of --vae for the name of a folder: its alias, or the last part of its path, or of its id."""
+    aliases = {full: alias for alias, full in VAE_ALIASES.items()}
+    return aliases.get(vae_id(name)) or Path(id_and_revision(name)[0] if is_id(name) else name).name
+
+
+def fetch_vae(name: str, ask: bool = True) -> Path:
+    """The local path of the VAE that --vae names, fetched if it is a hub's. See `dlc.weights.hub.fetched_by_node`."""
+    return locate(vae_id(name), "vae", "--vae", ask)
+
+
+def downsampling_factor(name: str, ask: bool = True) -> int:
+    """Pixels per latent cell along each axis of the VAE that --vae names, which is not built for it."""
+    if vae_id(name) in VAE_ALIASES.values():
+        return 8  # known without asking the hub
+    folder = fetch_vae(name, ask)
+    for file in (folder / "vae/config.json", folder / "config.json"):
+        if file.is_file():
+            return pixels_per_cell(vaes.checked_config(file, f"--vae {name}")["arguments"])
+    return pixels_per_cell(read_foreign(vae_id(name), "vae", flag="--vae", ask=ask).config["arguments"])
+
+
+def load_vae(name: str, device="cpu"):
+    """The VAE that --vae names, in eval mode, float32. Its `said` is what was recognised.
+
+    Args:
+        name: "ema" or "mse" (Stability AI's fine-tuned decoders), or a path or hub id in a layout of docs/weights.md.
+
+    Raises ValueError, naming what is missing or wrong, if it cannot be loaded.
+    """
+    found = read_foreign(vae_id(name), "vae", flag="--vae")
+    vae = vaes.build(found.config, found.tensors, f"--vae {name}: {found.file.path.name}")
+    vae.said = found.said
+    return vae.to(device).eval().requires_grad_(False)
+
+
+#################################################################################
+#                                      Both                                     #
+#################################################################################
+
+
+def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
+    """The keys of a `Manifest` that say of which images, and with which networks, latents and codes are made.
+
+    Args:
+        vae_name, vae: the value of --vae, and what `load_vae` made of it.
+        encoder_name, encoder: the value of --encoder, and its SEMEncoder or None.
+        paths: of all images, as `list_images` gives them.
+    """
+    return dict(
+        vae=recorded_id(vae_id(vae_name)),
+        vae_sha256=weights_sha256(vae),
+        **latent_settings(vae),
+        encoder=recorded_id(encoder_name) if encoder else None,
+        encoder_sha256=weights_sha256(encoder) if encoder else None,
+        L=encoder.L if encoder else None,
+        V=encoder.V if encoder else None,
+        images=len(paths),
+        listing_sha256=listing_sha256(paths),
+    )
+
+
+def open_networks(state, image_size, vae, encoder, **given):
+    """The VAE and the encoder, or None for no encoder, on the CPU. What is on the hub, one process per node fetches.
+
+    Args:
+        state: of the processes.
+        vae, encoder: as --vae and --encoder take them.
+        given: the encoder's backbone, L and V, see `load_encoder`.
+
+    Raises ValueError if one of them cannot be loaded, if the image size is no multiple of the VAE's factor, and for
+    what is given of no encoder.
+    """
+    if not encoder and any(given.values()):
+        raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
+
+    def fetch_all(ask):
+        factor = downsampling_factor(vae, ask)
+        if image_size % factor:
+            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+        fetch_vae(vae, ask)
+        if encoder:
+            locate(encoder, "encoder", "--encoder", ask)
+
+    fetched_by_node(state, fetch_all)
+    loaded = load_encoder(encoder, **given) if encoder else None
+    return load_vae(vae), loaded
