@@ -622,7 +622,7 @@ def test_timms_names(tmp_path):
         "vit_tiny_patch16_224", 32, L=3, V=4, backbone_args=dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
     )
     for weights, message in (
-        (encoder.backbone.state_dict(), "has timm's names, but no SEM head (sem_embed, sem_norm)"),
+        (encoder.backbone.state_dict(), "has a backbone, but no SEM head (sem_embed, sem_norm)"),
         (encoder.state_dict(), "lacks backbone.blocks.1."),
         ({"teacher": encoder.state_dict()}, "lacks backbone.blocks.1."),
     ):
@@ -630,7 +630,7 @@ def test_timms_names(tmp_path):
         assert message in refusal(load_encoder, tmp_path / "timm.pth", backbone="vit_tiny_patch16_224", L=3, V=4)
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "timm.pth")
-    assert "has DINOv2's names, but no SEM head" in refusal(load_encoder, tmp_path / "timm.pth")
+    assert "has a backbone, but no SEM head" in refusal(load_encoder, tmp_path / "timm.pth")
 
 
 #################################################################################
@@ -670,26 +670,25 @@ def vae(tmp_path, tiny_models):
         (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_8bit=True)), "the key quantization_config"),
         (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"),
         (dict(pretrained="x"), "the key pretrained"),
-        (dict(_class_name="UNet2DModel"), "not an AutoencoderKL's"),
-        (dict(_class_name=["a"]), "not an AutoencoderKL's"),
+        (dict(_class_name="UNet2DModel"), "its config.json is that of no"),
+        (dict(_class_name=["a"]), "its config.json is that of no"),
         (dict(block_out_channels=[]), "block_out_channels is []"),
         (dict(block_out_channels=8), "block_out_channels is 8"),
         (dict(block_out_channels=[8] * 100), "block_out_channels is"),
-        (dict(block_out_channels=[8] * 3), "as many entries"),
+        (dict(block_out_channels=[8] * 3), "diffusers cannot build"),
         (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
         (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
-        (dict(down_block_types=["os.system"] * 4), "down_block_types is"),
-        (dict(down_block_types="Down"), "down_block_types is"),
-        (dict(up_block_types=["UpDecoderBlock2D"]), "as many entries"),
-        (dict(act_fn="evil"), "act_fn is 'evil'"),
+        (dict(down_block_types=["os.system"] * 4), "diffusers cannot build"),
+        (dict(down_block_types="Down"), "diffusers cannot build"),
+        (dict(up_block_types=["UpDecoderBlock2D"]), "has unknown"),
+        (dict(act_fn="evil"), "it from its config"),
         (dict(layers_per_block=10**9), "layers_per_block is"),
         (dict(layers_per_block=2), "lacks"),
-        (dict(norm_num_groups=0), "norm_num_groups is 0"),
+        (dict(norm_num_groups=0), "diffusers cannot build"),
         (dict(use_quant_conv=False), "has unknown"),
-        (dict(use_quant_conv="no"), "use_quant_conv is 'no'"),
         (dict(block_out_channels=[16] * 4), "has other shapes"),
         (dict(block_out_channels=[8192] * 4), "has other shapes"),
-        (dict(sample_size=[]), "sample_size is []"),
+        (dict(sample_size=[]), "diffusers cannot build"),
         ({"\x1b[31mkey" * 99: 1}, "the key key"),
     ],
 )
@@ -792,14 +791,14 @@ def test_lone_files(tmp_path, monkeypatch, load, name):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dict(num_attention_heads="2"), "num_attention_heads is '2'"),
-        (dict(num_attention_heads=0), "num_attention_heads is 0"),
+        (dict(num_attention_heads="2"), "num_heads is '2'"),
+        (dict(num_attention_heads=0), "timm cannot build"),
         (dict(num_attention_heads=5), "timm cannot build the encoder"),
-        (dict(L=-3), "L is -3"),
+        (dict(L=-3), "says L -3"),
         (dict(V=10**9), "V is 1000000000"),
-        (dict(temp=float("nan")), "temp is nan"),
+        (dict(temp=float("nan")), "temperature is nan"),
         (dict(hidden_size=[3]), "hidden_size is [3]"),
-        (dict(backbone_config=dict(num_attention_heads=[])), "num_attention_heads is []"),
+        (dict(backbone_config=dict(num_attention_heads=[])), "timm cannot build"),
         (dict(auto_map=dict(AutoModel="evil.Model"), hidden_act="os.system"), "hidden_act is 'os.system'"),
         ({"preprocessor": dict(crop_size=dict(height=10**9))}, "image_size is 1000000000"),
         ({"preprocessor": dict(crop_size=225)}, "no multiple of its patch"),
