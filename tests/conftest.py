@@ -19,12 +19,10 @@ import torch
 from PIL import Image
 
 TESTS = Path(__file__).parent
-ROOT, HELPERS, STANDINS = TESTS.parent, TESTS / "helpers", TESTS / "standins"
+ROOT, HELPERS = TESTS.parent, TESTS / "helpers"
 SUBJECTS = [TESTS / name for name in ("data", "weights", "training", "sampling", "prior", "evaluation", "machine")]
-sys.path[:0] = [str(ROOT), str(HELPERS), str(STANDINS)]
+sys.path[:0] = [str(ROOT), str(HELPERS)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
-os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
-importlib.import_module("rounding").install()
 
 # The names by which tests start processes: pytest_collection_modifyitems marks what refers to one of them as slow.
 STARTERS = ("launch", "Run", "subprocess", "multiprocessing")
@@ -213,6 +211,15 @@ def hub(monkeypatch, tmp_path):
             monkeypatch.setattr(f"huggingface_hub.{module}.time.sleep", lambda _: None)
         monkeypatch.chdir(tmp_path)
         yield standin
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """Networks round otherwise in other batches, in this process and in those that forked.Run starts: see rounding."""
+    import rounding
+
+    rounding.change_networks(monkeypatch.setattr)
+    monkeypatch.setenv("ROUNDED", "1")
 
 
 @pytest.fixture(autouse=True)

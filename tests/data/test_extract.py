@@ -83,7 +83,7 @@ def everything(rows):
 
 
 @pytest.mark.parametrize("flags", [(), ("--posterior", "moments", "--flip", "both"), ("--precision", "bf16")], ids=str)
-def test_nor_do_they_depend_on_workers_and_threads(flags, extract, monkeypatch):
+def test_nor_do_they_depend_on_workers_and_threads(flags, extract):
     """The same bytes from one core and from two, from none, one and three readers; by 1, 2 and 3 processes."""
     one = contents(extract("--num-workers", 0, *flags)[0].root)
     for workers, processes in ((1, 2), (3, 1), (0, 3)):
@@ -148,7 +148,7 @@ def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_model
 
 
 @pytest.mark.parametrize("flags", [(), ("--flip", "both", "--posterior", "moments")], ids=str)
-def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, tmp_path):
+def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, rounded, tmp_path):
     """With two images of a batch of four broken, the third and fourth have the same bytes; and so the last of a shard
     with an image fewer."""
     flags = ("--batch-size", 4, "--dtype", "float32", *flags)

@@ -30,6 +30,8 @@ def _run(script, arguments, environment, output, cwd):
     os.dup2(descriptor, 2)
     os.chdir(cwd)
     sys.argv = [script, *arguments]
+    if "ROUNDED" in environment:
+        importlib.import_module("rounding").change_networks()
     importlib.import_module(script).main()
 
 
@@ -44,6 +46,8 @@ class Run:
         self.ranks = []
         for rank in range(processes):
             variables = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", **(environment or {}))
+            if "ROUNDED" in os.environ:
+                variables["ROUNDED"] = "1"
             if processes > 1:
                 variables.update(
                     MASTER_ADDR="127.0.0.1",
@@ -72,13 +76,26 @@ class Run:
     def kill(self, first, grace=0.1):
         """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would do it.
 
-        Their data loaders' workers go with them. Returns whether the first was still running.
+        Returns whether the first was still running.
         """
         assert all(rank.exitcode in (None, 0) for rank in self.ranks), self.said()
         alive = self.ranks[first].is_alive()
         self.ranks[first].kill()
         if len(self.ranks) > 1:
             time.sleep(grace)
+        self.end()
+        return alive
+
+    def wait_killed(self, seconds=120):
+        """Wait until a rank is killed, as faulty.signalled does it; then kill the others, as a launcher would do it."""
+        deadline = time.time() + seconds
+        while all(rank.exitcode != -signal.SIGKILL for rank in self.ranks):
+            assert time.time() < deadline and any(rank.is_alive() for rank in self.ranks), self.said()
+            time.sleep(0.01)
+        self.end()
+
+    def end(self):
+        """Kill all ranks and their data loaders' workers."""
         for rank in self.ranks:
             rank.kill()
             try:
@@ -86,4 +103,3 @@ class Run:
             except ProcessLookupError:  # no workers, or no group yet
                 pass
             rank.join()
-        return alive

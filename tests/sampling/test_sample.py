@@ -160,7 +160,7 @@ def test_the_same_command_again_draws_what_is_missing(workplace):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_is_drawn_again_has_the_same_bytes(workplace, tmp_path, processes):
+def test_what_is_drawn_again_has_the_same_bytes(workplace, rounded, tmp_path, processes):
     """Wherever in its batch it lies, and whichever others are missing."""
     command = (
         "forked",

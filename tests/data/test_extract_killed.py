@@ -1,37 +1,36 @@
-"""Real processes killed at random moments: the same command again, and the bytes are those of a run left alone."""
+"""Extraction whose processes are killed or interrupted at named points, on disks that are full or can do less."""
 
 import importlib
 import itertools
-import os
-import random
 import re
-import signal
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import extract_command, launch, save_images
 from forked import Run
 from test_extract import contents
 
+EXTRACT = "extract_features_withdlc"
+
 
 @pytest.fixture(scope="module")
 def many_images(tmp_path_factory):
+    """28 images and a broken one: 8 shards."""
     root = tmp_path_factory.mktemp("many_images")
-    save_images(root, per_class=60)
+    save_images(root, per_class=14)
     (root / "dog/1_broken.jpg").write_text("not an image")
     return root
 
 
 @pytest.fixture
 def extraction(many_images, tiny_models, tmp_path):
-    """extraction(folder, flags…, processes=N): a started run into that folder of tmp_path."""
+    """extraction(folder, flags…, fault=…, processes=N): a started run into that folder of tmp_path."""
     outputs = (tmp_path / f"output_{number}.txt" for number in itertools.count())
 
-    def start(name, *flags, processes=1):
+    def start(name, *flags, fault=None, processes=1):
         arguments = extract_command("", 1, many_images, tmp_path / name, tiny_models, *flags)[3:]
-        return Run("extract_features_withdlc", arguments, next(outputs), processes)
+        script, arguments = ("faulty", [fault, EXTRACT, *arguments]) if fault else (EXTRACT, arguments)
+        return Run(script, arguments, next(outputs), processes)
 
     return start
 
@@ -40,7 +39,7 @@ def extraction(many_images, tiny_models, tmp_path):
 def whole(tmp_path_factory, many_images, tiny_models):
     """The files of a run left alone."""
     path = tmp_path_factory.mktemp("whole")
-    launch(extract_command("torchrun", 1, many_images, path, tiny_models), path)
+    launch(extract_command("forked", 1, many_images, path, tiny_models), path)
     return contents(path)
 
 
@@ -53,49 +52,33 @@ def shards_done(features):
     }
 
 
-def test_extraction_killed_at_random_moments(whole, extraction, tmp_path):
-    """At least 20 kills of the only rank, the first or the second; a shard recorded as done is never done again."""
-    seconds = []
-    for name in ("warm", "timed"):
-        start = time.time()
-        run = extraction(name)
-        assert run.wait(), run.said()
-        seconds.append(time.time() - start)
-    chance = random.Random(0)
-    kills = midway = finished = 0
-    while kills < 25 or midway < 10 or not finished:
-        name = f"features_{finished}"
-        done = shards_done(tmp_path / name)
-        run = extraction(name, "--num-workers", chance.randint(0, 2), processes=chance.choice([1, 2]))
-        if not run.wait(chance.uniform(0.1, seconds[1])) and run.kill(
-            chance.randrange(len(run.ranks)), grace=chance.choice([0, 0.1, 0.5])
-        ):
-            kills += 1
-            midway += len(shards_done(tmp_path / name)) > len(done)
-        else:
-            assert run.wait(), run.said()
-            assert contents(tmp_path / name) == whole
-            finished += 1
+def test_killed_where_it_hurts(whole, extraction, tmp_path):
+    """Before each kind of file is renamed; a shard recorded as done is never done again."""
+    for processes, rank, part, number in (
+        (1, 0, "settings.json", 1),
+        (1, 0, "_features/", 1),
+        (2, 1, "_sem/", 2),
+        (1, 0, "progress/0", 1),
+        (2, 0, "_path/", 2),
+        (1, 0, "manifest.json", 1),
+    ):
+        done = shards_done(tmp_path / "features")
+        run = extraction("features", fault=f"signalled,SIGKILL,{part},{number},{rank}", processes=processes)
+        run.wait_killed()
         assert all(path.stat().st_mtime_ns == before for path, before in done.items())
-    print(f"{kills} kills survived, {midway} of them after new shards were done; {finished} extractions finished")
+        assert not (tmp_path / "features/manifest.json").exists()
+    assert len(shards_done(tmp_path / "features")) == 4 * 8
+    run = extraction("features")
+    assert run.wait() and contents(tmp_path / "features") == whole
 
 
 def test_a_rank_killed_under_torchrun(whole, many_images, tiny_models, tmp_path):
     """torchrun ends with the rank that was killed, and run again finishes."""
     command = extract_command("torchrun", 2, many_images, tmp_path, tiny_models)
-    process = launch(command, tmp_path, wait=False)
-    while not (ranks := children(process.pid)) or len(shards_done(tmp_path)) < 8:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.kill(ranks[1], signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode
-    launch(command, tmp_path)
+    faulty = (*command[:2], "tests/helpers/faulty.py", "signalled,SIGKILL,_features/,2,1", EXTRACT, *command[3:])
+    assert launch(faulty, tmp_path, check=False).returncode and shards_done(tmp_path)
+    launch(("forked", *command[1:]), tmp_path)
     assert contents(tmp_path) == whole
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_full_disk(many_images, tiny_models, tmp_path):
@@ -107,7 +90,7 @@ def test_a_full_disk(many_images, tiny_models, tmp_path):
             launcher, 1, many_images, tmp_path / name, tiny_models, "--num-workers", 0, "--shard-size", 100
         )
 
-    result = launch(command("python", "full"), tmp_path, check=False, largest_file=20_000)  # latents are 51,328
+    result = launch(command("python", "full"), tmp_path, check=False, largest_file=5_000)  # latents are 14,464
     error = [line for line in result.stderr.splitlines() if "error:" in line]
     assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
     assert re.search(r"cannot write .*_features/00000\d.npy \(.*\); what is done is kept: run the same", error[0])
@@ -140,18 +123,13 @@ def test_launches_at_once(whole, extraction, tmp_path):
 def test_disks_that_can_do_less(fault, warning, whole, many_images, tiny_models, tmp_path):
     """One warning, and the features are those of any disk."""
     arguments = extract_command("", 1, many_images, tmp_path / "features", tiny_models)[3:]
-    run = Run("faulty", [fault, "extract_features_withdlc", *arguments], tmp_path / "output.txt")
+    run = Run("faulty", [fault, EXTRACT, *arguments], tmp_path / "output.txt")
     assert run.wait(), run.said()
     assert run.said().count("warning: the disk of") == 1 and warning in run.said()
     assert contents(tmp_path / "features") == whole
 
 
-def wait_for_shard(run, features):
-    while not list((features / "progress").glob("0*.json")):
-        assert not run.wait(0.01), run.said()
-
-
-def one_line(run, status, beginning):
+def the_line(run, status, beginning):
     """The line that says how a run ended; no traceback, and what was done is kept."""
     assert not run.wait() and run.ranks[0].exitcode == status and "Traceback" not in run.said(), run.said()
     (line,) = [line for line in run.said().splitlines() if "what is done is kept: run the same command again" in line]
@@ -159,20 +137,16 @@ def one_line(run, status, beginning):
 
 
 def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
-    run = extraction("features", "--num-workers", 1)
-    wait_for_shard(run, tmp_path / "features")
-    os.kill(children(run.ranks[0].pid)[0], signal.SIGKILL)
-    one_line(run, 2, "error: a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num")
+    run = extraction("features", fault="signalled,readers:SIGKILL,progress/0,1")
+    the_line(run, 2, "error: a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num")
     run = extraction("features")
     assert run.wait() and contents(tmp_path / "features") == whole
 
 
 def test_interrupted(whole, extraction, tmp_path):
-    """Ctrl-C ends it with one line; what is done is kept."""
-    run = extraction("features")
-    wait_for_shard(run, tmp_path / "features")
-    os.kill(run.ranks[0].pid, signal.SIGINT)
-    one_line(run, 130, "stopped; ")
+    """Ctrl-C ends it with one line, its readers too; what is done is kept."""
+    run = extraction("features", "--num-workers", 2, fault="signalled,SIGINT,progress/0,1")
+    the_line(run, 130, "stopped; ")
     run = extraction("features")
     assert run.wait() and contents(tmp_path / "features") == whole
 
@@ -194,13 +168,5 @@ def test_interrupted_elsewhere(place, kept, images, tiny_models, tmp_path, monke
     flags = extract_command("python", 1, images, tmp_path / "features", tiny_models)[3:]
     monkeypatch.setattr(sys, "argv", ["extract_features_withdlc.py", *map(str, flags)])
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module("extract_features_withdlc").main()
+        importlib.import_module(EXTRACT).main()
     assert stopped.value.code == 130 and f"stopped; {kept}\n" in capsys.readouterr().err
-
-
-def test_readers_killed_at_the_end(whole, extraction, tmp_path):
-    """Readers that still work when the script ends are killed, which torch would raise as an error of its own."""
-    run = extraction("features", "--num-workers", 2)
-    wait_for_shard(run, tmp_path / "features")
-    os.kill(run.ranks[0].pid, signal.SIGINT)
-    one_line(run, 130, "stopped; ")
