@@ -21,9 +21,9 @@ import torch
 from dlc.data import Features, code_dtype
 from dlc.data.images import center_crop, load_rgb
 from dlc.machine.cli import SEED, ArgumentParser, number
+from dlc.machine.exact import in_batches
 from dlc.machine.files import check_writable, write_whole
 from dlc.machine.noise import Stream, random_words
-from dlc.machine.processes import in_batches
 from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
 
 

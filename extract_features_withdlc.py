@@ -17,10 +17,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from dlc.data import Features, FeatureWriter, Manifest, NotFinite
+from dlc.data.extraction import BatchEncoder, batches_of, extract
 from dlc.data.images import Views, collate, flips_of, image_grid, load_rgb, to_uint8
 from dlc.data.listing import list_images
 from dlc.data.manifest import DTYPES, LATENTS
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
+from dlc.machine.exact import set_exact_numerics
 from dlc.machine.files import write_whole
 from dlc.machine.processes import (
     PRECISIONS,
@@ -32,12 +34,11 @@ from dlc.machine.processes import (
     start_processes,
 )
 from dlc.machine.signals import ignore_signals
-from dlc.nets.pixels import BatchEncoder, PixelEncoder, all_codes, batches_of, extract, set_exact_numerics
+from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, downsampling_factor, open_networks
 from models import DiT_models
 
-COMPARED_BATCHES = 8  # batches in which the tokens of a lower precision are compared with those of fp32
 ON_GPU = torch.cuda.is_available()
 
 
@@ -190,7 +191,7 @@ def run(parser, args):
         pin_memory=state.device.type == "cuda",
     )
     set_exact_numerics()
-    encoder = open_pixel_encoder(args, vae, encoder, state, views, batches, logger)
+    encoder = PixelEncoder(vae, encoder, state.device, args.precision, args.compile)
     encode = BatchEncoder(encoder, views, labels, manifest, args.batch_size, args.strict)
     if args.compile and batches:
         encode.warm_up()
@@ -218,31 +219,11 @@ def run(parser, args):
         logger.info(
             f"done: {manifest.count:,} rows of {len(paths):,} images in {num_shards} shards, {skipped} skipped "
             f"{'(listed in manifest.json) ' if skipped else ''}at {args.features_path}; "
-            f"{rate:.2f} images/s a process; look at {preview}"
+            f"{rate:.2f} images/s per process; look at {preview}"
         )
         if skipped > 0.01 * len(paths):
             logger.warning(f"warning: {skipped / len(paths):.0%} of the images were skipped")
     state.destroy_process_group()
-
-
-def open_pixel_encoder(args, vae, encoder, state, views, batches, logger):
-    """The PixelEncoder in the wanted precision. For one lower than fp32, log how many tokens it changes."""
-    views_and_places = []
-    if encoder and args.precision != "fp32" and state.is_main_process:
-        for batch in batches[:COMPARED_BATCHES]:
-            indices, _, code_views, _ = collate([views[index] for index in batch])
-            if indices is not None:
-                views_and_places.append((code_views, indices - batch[0]))
-    if views_and_places:  # in fp32 first: the networks are then cast in place
-        exact = all_codes(PixelEncoder(vae, encoder, state.device), views_and_places, args.batch_size)
-    pixel_encoder = PixelEncoder(vae, encoder, state.device, args.precision, args.compile)
-    if views_and_places:
-        changed = int((all_codes(pixel_encoder, views_and_places, args.batch_size) != exact).sum())
-        logger.info(
-            f"{args.precision} changes {changed:,} of {exact.numel():,} tokens ({changed / exact.numel():.2%}) "
-            f"of the first {len(exact)} images against fp32"
-        )
-    return pixel_encoder
 
 
 def save_reconstructions(path, features_path, views, paths, vae, columns=8):

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchronize
 from dlc.data import kind_dir
 from dlc.data.images import Views, collate, flips_of
+from dlc.machine.exact import set_exact_numerics, side_by_side
 from dlc.machine.processes import PRECISIONS, cores_per_process, default_num_workers, set_numerics
 from dlc.nets.encoder import SEMEncoder, save_encoder
-from dlc.nets.pixels import PixelEncoder, encoding_pool, encoding_threads, in_order, set_exact_numerics
+from dlc.nets.pixels import PixelEncoder
 from dlc.weights.networks import load_encoder, load_vae
 
 DECODED = 10  # times that each image is decoded to measure the rate
@@ -66,9 +67,8 @@ def images_per_second(work, batches) -> float:
     work(batches[0])
     synchronize()
     start = time.perf_counter()
-    with encoding_pool(DEVICE) as pool:
-        for _ in in_order(pool, work, batches, encoding_threads(DEVICE)):
-            pass
+    for _ in side_by_side(work, batches, DEVICE):
+        pass
     return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
@@ -90,8 +90,8 @@ def rates_of_the_parts(root: Path, args, tf32: bool = False) -> dict[str, float]
     set_numerics(tf32, deterministic=True)
     encoder = PixelEncoder(vae, encoder, DEVICE, args.precision, args.compile)
     works = {
-        "VAE": lambda batch: [encoder.moments(batch[1], args.batch_size).cpu()],
-        "encoder": lambda batch: [encoder.codes(batch[2], args.batch_size).cpu()],
+        "VAE": lambda batch: [encoder.moments(batch[0], args.batch_size).cpu()],
+        "encoder": lambda batch: [encoder.codes(batch[1], args.batch_size).cpu()],
         "both networks": lambda batch: [works[name](batch) for name in ("VAE", "encoder")],
     }
     return {**rates, **{name: images_per_second(work, loaded) for name, work in works.items()}}
@@ -107,7 +107,7 @@ def rate_of_the_whole(root: Path, args) -> float:
     said = run_script("extract_features_withdlc.py", *paths, "--compile" if args.compile else "--no-compile")
     written = sorted(path.stat().st_mtime for path in kind_dir(root / "features", 256, "features").glob("*.npy"))
     if len(written) == 1:
-        return float(re.search(r"([\d.]+) images/s (a|per) process", said)[1])
+        return float(re.search(r"([\d.]+) images/s per process", said)[1])
     return (args.images - shard_size) / (written[-1] - written[0])
 
 

@@ -49,7 +49,7 @@ class FeatureImages:
 
     def crops(self, indices: np.ndarray) -> torch.Tensor:
         """The crops (n, S, S, 3) uint8 of images. Raises OSError, naming the file, for one that cannot be read."""
-        _, crops, _, unreadable = collate([self.views[index] for index in indices.tolist()])
+        crops, _, unreadable = collate([self.views[index] for index in indices.tolist()])
         for index, error, _ in unreadable:
             raise OSError(f"cannot read {self.views.path(index)!r} ({error}), which the features were made of")
         return crops.squeeze(1)

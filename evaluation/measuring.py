@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dlc.machine.cli import progress
-from dlc.machine.processes import in_batches
-from dlc.nets.pixels import encoding_pool, encoding_threads, in_order, set_exact_numerics
+from dlc.machine.exact import in_batches, set_exact_numerics, side_by_side
 from evaluation.metrics import FeatureStatistics
 from evaluation.sets import ImageSet
 
@@ -107,11 +106,10 @@ def measure(
 
     with (
         exact_numerics(),
-        encoding_pool(state.device) as pool,
         progress(total=stop - start, unit="img", desc=desc, disable=not state.is_main_process, delay=1) as bar,
     ):
         batches = images.batches(start, stop, batch_size)
-        for hashes, one_colour, features in in_order(pool, run, batches, encoding_threads(state.device)):
+        for hashes, one_colour, features in side_by_side(run, batches, state.device):
             blank += [start + len(digests) + i for i, is_blank in enumerate(one_colour) if is_blank]
             digests += hashes
             for name, found in features.items():

@@ -1,6 +1,5 @@
 """Codes of images in evaluation: how many tokens of two sets of codes agree, and the encoder that reads codes."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ from PIL import Image
 from dlc.data.codes import token_counts
 from dlc.data.images import center_crop
 from dlc.machine.cli import progress
-from dlc.machine.processes import cores_per_process, in_batches
+from dlc.machine.exact import in_batches, side_by_side
+from dlc.machine.processes import cores_per_process
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import tokens
-from dlc.nets.pixels import encoding_pool, encoding_threads, in_order
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import counts_of, exact_numerics, gather, share
 
@@ -134,15 +133,13 @@ def in_batches_of_images(read, work, start: int, stop: int, state, desc: str):
 
     read runs in threads of its own, ahead of work, of which several batches run side by side.
     """
-    threads, batches = cores_per_process(), batches_of(start, stop)
+    batches = batches_of(start, stop)
     with (
         exact_numerics(),
-        ThreadPoolExecutor(threads) as reading,
-        encoding_pool(state.device) as encoding,
         progress(total=stop - start, desc=desc, unit="img", delay=2, disable=not state.is_main_process) as bar,
     ):
-        loaded = zip(batches, in_order(reading, read, batches, threads))
-        done = in_order(encoding, lambda item: work(*item), loaded, encoding_threads(state.device))
+        loaded = zip(batches, side_by_side(read, batches, state.device, cores_per_process()))
+        done = side_by_side(lambda item: work(*item), loaded, state.device)
         for indices, result in zip(batches, done):
             yield result
             bar.update(len(indices))

@@ -155,15 +155,20 @@ class Views(Dataset):
         crop = center_crop(image, self.image_size)
         return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
 
-    def __getitem__(self, index):
-        """(index, crops (k, S, S, 3), view (s, s, 3) or None, None) or (index, None, None, (error, is broken))."""
+    def __getitem__(self, index: int):
+        """Crops (k, S, S, 3), the encoder's view (s, s, 3) or None, and None.
+
+        Where the image cannot be read they are black, and the last is (index, reason, whether the image is broken).
+        """
         try:
             image = load_rgb(self.path(index))
             code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
-            return index, self.crops(image, index), code_view, None
+            return self.crops(image, index), code_view, None
         except Exception as error:  # Pillow's readers raise many types
             reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
-            return index, None, None, (reason, is_broken(self.path(index), error))
+            crops = np.zeros((len(self.flips[index]), self.image_size, self.image_size, 3), np.uint8)
+            code_view = np.zeros((self.code_size, self.code_size, 3), np.uint8) if self.code_size else None
+            return crops, code_view, (index, reason, is_broken(self.path(index), error))
 
 
 def is_broken(path, error):
@@ -174,19 +179,11 @@ def is_broken(path, error):
 
 
 def collate(items):
-    """A batch of items of `Views`: of the readable images, indices (n,), crops (n, k, S, S, 3) and views (n, s, s, 3)
-    or None; of the others, a list of (index, error, is broken).
-
-    Without a readable image the first three are None.
-    """
-    good = [item[:3] for item in items if item[3] is None]
-    unreadable = [(item[0], *item[3]) for item in items if item[3] is not None]
-    if not good:
-        return None, None, None, unreadable
-    indices, crops, code_views = zip(*good)
+    """A batch of items of `Views`: crops (n, k, S, S, 3), views (n, s, s, 3) or None, and what is said of those
+    that cannot be read."""
+    crops, code_views, unreadable = zip(*items)
     return (
-        torch.tensor(indices),
         torch.from_numpy(np.stack(crops)),
         torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None,
-        unreadable,
+        [one for one in unreadable if one],
     )

@@ -333,23 +333,3 @@ def create_accelerator(logger, precision: str, report_to: str | None = None, run
     if sharded and precision == "fp16":
         raise ValueError("--mixed_precision fp16 does not go with FSDP: use bf16")
     return accelerator, precision, sharded
-
-
-def in_batches(network, rows: torch.Tensor, size: int, places: torch.Tensor | None = None) -> torch.Tensor:
-    """network(rows) for rows (n, ...), computed in batches of one size, each row at a fixed place in its batch.
-
-    How a network rounds a row depends on the batch size and, on some machines, on the row's place in the batch. So that
-    it depends on nothing else, free places are filled with copies of another row.
-
-    Args:
-        places: (n,) int64 on the CPU, ascending: batch places // size, row places % size. None: 0 to n - 1.
-    """
-    batches, outputs = {}, []
-    for row, place in enumerate(range(len(rows)) if places is None else places.tolist()):
-        batches.setdefault(place // size, {})[place % size] = row
-    for own in batches.values():  # place in the batch -> row
-        first = next(iter(own.values()))
-        # stacked: an index tensor would be copied to the GPU, and the CPU would wait for it
-        output = network(torch.stack([rows[own.get(place, first)] for place in range(size)]))
-        outputs += [output[place] for place in own]
-    return torch.stack(outputs)

@@ -286,7 +286,7 @@ def draw_missing(job: Job, args) -> None:
                 denoise,
                 lambda *_, share=images / job.sampler.num_steps: bar.update(share),
             )
-            decoder(parts[first].tolist(), latents, torch.from_numpy(parts[first] - start))
+            decoder(parts[first].tolist(), latents, (parts[first] - start).tolist())
         decoder.wait()
         bar.update(count - bar.n)  # what adding fractions left
 

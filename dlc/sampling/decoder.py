@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from dlc.data.images import image_grid, save_png, to_uint8
-from dlc.machine.processes import autocast, in_batches
+from dlc.machine.exact import in_batches
+from dlc.machine.processes import autocast
 from dlc.nets.vae import decode
 from dlc.sampling.pictures import png_path
 
@@ -36,8 +37,8 @@ class Decoder:
         )
         self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
-    def images(self, latents, places=None):
-        """Latents (N, C, h, w) to images (N, H, W, 3) uint8 NumPy: all, or those at places, int64 on the CPU.
+    def images(self, latents: torch.Tensor) -> np.ndarray:
+        """Latents (N, C, h, w) to images (N, H, W, 3) uint8.
 
         Raises ValueError where a decoded image is not finite.
         """
@@ -52,26 +53,26 @@ class Decoder:
             return to_uint8(decoded).cpu()
 
         with torch.inference_mode(), autocast(latents.device, self.precision):
-            rows = latents if places is None else latents[places]
-            return in_batches(network, rows, 16 if self.on_gpu else 1, places).numpy()
+            return in_batches(network, latents, 16 if self.on_gpu else 1).numpy()
 
-    def __call__(self, indices, latents, places=None):
-        """Start to write latents (N, C, h, w), all or those at places, as the PNGs of indices."""
+    def __call__(self, indices: list[int], latents: torch.Tensor, places: list[int] | None = None) -> None:
+        """Start to decode latents (N, C, h, w), and to write them, or those at places alone, as the PNGs of indices."""
         self.wait()  # for the batch before: at most one is pending
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
             self.pending = self.thread.submit(self._decode_and_write, indices, latents, places, ready)
         else:
-            self.pending = self.thread.submit(self._write, indices, self.images(latents, places))
+            self.pending = self.thread.submit(self._write, indices, self.images(latents), places)
 
     def _decode_and_write(self, indices, latents, places, ready):
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(ready)
-            images = self.images(latents, places)
-        self._write(indices, images)
+            images = self.images(latents)
+        self._write(indices, images, places)
 
-    def _write(self, indices, images):
+    def _write(self, indices, images, places):
+        images = images if places is None else images[places]
         list(self.pool.map(save_png, [png_path(self.folder, index) for index in indices], images))
         if self.after_first:
             self.after_first()

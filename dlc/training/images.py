@@ -111,11 +111,11 @@ class ImageBatches(TrainingBatches):
     def gather(self, rows):
         """Crops, and arrays or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
         views = self.features.views
-        _, crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
+        crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
             raise OSError(
-                f"cannot read {what}: mend it, or remove it (a run that has checkpoints then needs --allow-change; "
+                f"cannot read {what}: fix it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"
             )
         arrays = dict(codes=code_views) if None in self.arrays.values() else self.gather_arrays(rows)

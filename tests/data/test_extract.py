@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from dlc.data import Features, kind_dir
 from dlc.data.images import center_crop, normalize
 from dlc.machine.noise import Stream, integers, normal
-from dlc.machine.processes import in_batches
 from dlc.weights.networks import load_vae
 
 
@@ -122,15 +121,10 @@ def test_flips_and_posteriors(extract):
     assert 0.9 < noise.std() < 1.1
 
 
-def test_precision_says_what_it_changes(extract):
-    exact, _ = extract("--dtype", "float32")
-    assert "against fp32" not in _
-    rough, said = extract("--dtype", "float32", "--precision", "bf16")
-    latents, codes = everything(exact)[:2]
-    rough_latents, rough_codes = everything(rough)[:2]
+def test_lower_precision(extract):
+    rough, _ = extract("--dtype", "float32", "--precision", "bf16")
+    latents, rough_latents = everything(extract("--dtype", "float32")[0])[0], everything(rough)[0]
     assert 0 < np.abs(rough_latents - latents).max() < 0.1 * np.abs(latents).max()
-    changed = re.search(r"bf16 changes (\d+) of 84 tokens \(.*%\) of the first 14 images against fp32", said)
-    assert int(changed[1]) == (rough_codes != codes).sum()
     assert rough.manifest.precision == "bf16"
 
 
@@ -163,22 +157,6 @@ def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, rounded
     kept = np.array([index for index in range(14) if index not in (1, 4, 5, 13)])
     for one, two in zip(rows, whole):
         np.testing.assert_array_equal(one, two.reshape(14, copies, *two.shape[1:])[kept].reshape(one.shape))
-
-
-def test_batches_of_one_size():
-    """Each row at its own place, holes filled with other rows, and no batch without a row."""
-    seen = []
-
-    def network(batch):
-        seen.append(batch[:, 0].tolist())
-        return batch * 10
-
-    rows = torch.arange(1, 6).unsqueeze(1).expand(-1, 2)
-    assert torch.equal(in_batches(network, rows, 4), rows * 10)
-    assert seen == [[1, 2, 3, 4], [5, 5, 5, 5]]
-    seen.clear()
-    assert torch.equal(in_batches(network, rows, 3, torch.tensor([1, 2, 6, 8, 9])), rows * 10)
-    assert seen == [[1, 1, 2], [3, 3, 4], [5, 5, 5]]
 
 
 def test_without_an_encoder(features, images, tiny_models, tmp_path):

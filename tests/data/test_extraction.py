@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dlc.data import Features, FeatureWriter, Manifest
-from dlc.nets.pixels import BatchEncoder, batches_of, encoding_pool, extract, in_order, whole_shards
+from dlc.data.extraction import BatchEncoder, batches_of, extract, whole_shards
+from dlc.machine.exact import in_batches, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -43,10 +44,21 @@ def test_work_is_side_by_side_and_its_results_in_order():
     def work(item):
         return item, second.set() if item else second.wait(30)
 
-    with encoding_pool(CPU) as pool:
-        if pool._max_workers > 1:
-            assert [item for item, _ in in_order(pool, work, range(2), 2)] == [0, 1]
-        assert list(in_order(pool, str, range(20), 3)) == [str(item) for item in range(20)]
+    assert [item for item, _ in side_by_side(work, range(2), CPU, threads=2)] == [0, 1]
+    assert list(side_by_side(str, range(20), CPU)) == [str(item) for item in range(20)]
+
+
+def test_batches_of_one_size():
+    """The last one is filled up with copies of its first row."""
+    seen = []
+
+    def network(batch):
+        seen.append(batch[:, 0].tolist())
+        return batch * 10
+
+    rows = torch.arange(1, 7).unsqueeze(1).expand(-1, 2)
+    assert torch.equal(in_batches(network, rows, 4), rows * 10)
+    assert seen == [[1, 2, 3, 4], [5, 6, 5, 5]]
 
 
 class Pixels:
@@ -54,7 +66,7 @@ class Pixels:
 
     device, vae = CPU, None
 
-    def moments(self, crops, batch_size, places=None):
+    def moments(self, crops, batch_size):
         mean = crops[:, :, :1, :1, :1].float().expand(-1, -1, 4, 2, 2)
         return torch.cat([mean, torch.zeros_like(mean)], dim=2)
 
@@ -77,11 +89,7 @@ def test_extract_writes_every_row(latents, tmp_path):
     writer.start()
     batches = batches_of(range(3), 9, 4, 3)
     crops = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1, 1).expand(9, 2, 16, 16, 3)
-    kept = [[index for index in batch if index != 5] for batch in batches]  # number 5 is broken
-    loaded = [
-        (torch.tensor(good), crops[good], None, [(5, "bad", True)] if good != batch else [])
-        for good, batch in zip(kept, batches)
-    ]
+    loaded = [(crops[batch], None, [(5, "bad", True)] if 5 in batch else []) for batch in batches]
     extract(BatchEncoder(Pixels(), Names(), np.arange(9), manifest, 3), zip(batches, loaded), writer, 9)
     assert [path for path, _ in writer.finish(3).skipped] == ["a/5"]
     features, indices = Features(tmp_path), np.array([0, 1, 2, 3, 4, 6, 7, 8]).repeat(2)  # two crops per image
@@ -91,5 +99,5 @@ def test_extract_writes_every_row(latents, tmp_path):
     assert features.paths.gather(np.arange(16)).tolist() == [f"a/{index}" for index in indices]
 
     strict = BatchEncoder(Pixels(), Names(), np.arange(9), manifest, 3, strict=True)
-    with pytest.raises(OSError, match="cannot read 'a/5' .bad.: mend it, or leave out --strict"):
+    with pytest.raises(OSError, match="cannot read 'a/5' .bad.: fix the file, or leave out --strict"):
         extract(strict, zip(batches, loaded), writer, 9)

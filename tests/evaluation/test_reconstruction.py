@@ -218,7 +218,7 @@ def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
         return reconstruct(crops)
 
     cut_off.device = CPU
-    monkeypatch.setattr("evaluation.tokens.encoding_threads", lambda device: 1)
+    monkeypatch.setattr("dlc.machine.exact.cores_per_process", lambda: 1)
     with pytest.raises(Interrupted):
         measure(Measured(networks, L, {"a": 1}), images, cut_off, state, networks, read, path)
     rest = Measured(networks, L, {"a": 1})

@@ -21,9 +21,10 @@ import train_prior
 from diffusion import create_diffusion, masked_samplers, samplers
 from diffusion.masked import MaskedDiffusion
 from dlc.data.images import to_uint8
+from dlc.machine.exact import side_by_side
 from dlc.machine.processes import autocast, start_processes
 from dlc.nets.encoder import SEMEncoder, tokens
-from dlc.nets.pixels import PixelEncoder, encoding_pool
+from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
@@ -392,8 +393,7 @@ def test_one_process_without_a_launcher(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_setDevice", told.append, raising=False)
     PartialState._shared_state.clear()
     try:
-        with encoding_pool(start_processes().device) as pool:
-            assert list(pool.map(str, range(1))) == ["0"] and told == [0]
+        assert list(side_by_side(str, range(1), start_processes().device)) == ["0"] and told == [0]
     finally:
         PartialState._shared_state.clear()
         PartialState._shared_state.update(before)
