@@ -168,7 +168,7 @@ def shard_rows(root: str | Path, manifest: Manifest) -> dict[str, NpyRows]:
     return {
         kind: rows_of(kind, Files(folder, names), ends)
         for kind, folder in folders.items()
-        if kind in manifest.kinds or any(True for _ in folder.glob("*.npy"))
+        if kind in manifest.kinds or kind != "sem" and any(True for _ in folder.glob("*.npy"))  # codes need V
     }
 
 
