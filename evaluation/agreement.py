@@ -22,8 +22,8 @@ from dlc.machine.files import check_writable
 from dlc.machine.processes import agree, create_logger, start_processes
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodesRecord
-from dlc.sampling.command import open_model
 from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
+from dlc.sampling.opening import open_model
 from dlc.sampling.pictures import missing_indices, png_path
 from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.networks import add_encoder_flags

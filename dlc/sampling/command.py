@@ -5,7 +5,6 @@ label or vector it is drawn for, are functions of (global seed, i). A run that w
 missing index, with every sample at the same position in its batch, and so ends with the bytes of an uninterrupted run.
 """
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,21 +26,15 @@ from dlc.machine.processes import (
     start_processes,
 )
 from dlc.nets.digest import weights_sha256
-from dlc.nets.vae import pixels_per_cell, same_vae
-from dlc.sampling.conditions import CONDITIONINGS
+from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.decoder import Decoder, save_strip
-from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.sampling.latents import CudaGraphs, lower_precision, sample_latents
+from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
 from dlc.sampling.pictures import npz_rows, save_grid, write_npz
 from dlc.sampling.sample_folder import SampleFolder
 from dlc.sampling.samples_record import SamplesRecord, this_launch
-from dlc.sampling.sampling_flags import RESULTS, sampling_parser
-from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
-from dlc.weights.foreign.dits import PUBLISHED, published_dit
-from dlc.weights.foreign.layouts import locate
-from dlc.weights.hub import fetched_by_node, is_id
-from dlc.weights.load import describe, load_model
-from dlc.weights.networks import downsampling_factor, fetch_vae, load_vae, vae_id, vae_label
-from models import DiT_models
+from dlc.sampling.sampling_flags import sampling_parser
+from dlc.weights.load import describe
 
 #################################################################################
 #                                    Checks                                     #
@@ -50,96 +43,21 @@ from models import DiT_models
 
 @dataclass
 class Job:
-    """What the checks found out, and drawing needs."""
+    """A set of samples to draw: what the checks opened, and found out."""
 
     state: object  # accelerate's PartialState
-    checkpoint: Path
     model: torch.nn.Module
-    sampler: object
-    conditions: object  # see CONDITIONINGS
+    sampler: object  # see `create_sampler`
+    conditions: Conditions
     vae: torch.nn.Module
     record: SamplesRecord
     folder: SampleFolder
-    launch: dict  # see `this_launch`
     missing: np.ndarray  # indices of the images to draw, ascending
-    notes: list[str]  # what could not be compared
-    layout: str  # what the checkpoint was recognised as, in words
+    said: list[str]  # lines for the log: what is drawn, and what could not be compared
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.model.in_channels, *self.model.x_embedder.img_size
-
-
-def refuse_model(args, script: str, wanted: str) -> None:
-    """Raise ValueError where the script does not draw for a model's conditioning, or a flag is another's."""
-    if CONDITIONINGS[wanted].script != script:
-        here = " or ".join(name for name, one in CONDITIONINGS.items() if one.script == script)
-        raise ValueError(
-            f"--model {args.model} is not conditioned on {here}: draw from it with {CONDITIONINGS[wanted].script}"
-        )
-    for name, one in CONDITIONINGS.items():
-        for flag in one.flags:
-            if name != wanted and getattr(args, flag.strip("-").replace("-", "_"), None) is not None:
-                raise ValueError(f"{flag} is for models conditioned on {name}: {args.model} is conditioned on {wanted}")
-
-
-def open_model(args, script: str, default: str):
-    """The checkpoint's path, its model in eval mode, and its RunMeta; args.model becomes the model's name.
-
-    Raises ValueError where the checkpoint is not of --model, or the script does not draw from it.
-    """
-    if args.ckpt and args.results_dir != RESULTS:
-        raise ValueError("--results-dir is where a checkpoint is looked for, --ckpt names one: give one of them")
-    args.model = args.model or (None if args.ckpt else default)
-    if args.model:
-        refuse_model(args, script, DiT_models[args.model].conditioning)
-    if is_id(args.ckpt or "."):  # fetched by one process of each node, before the others read it
-        fetched_by_node(start_processes(), lambda ask: locate(args.ckpt, "--ckpt", ask))
-    path = args.ckpt or find_checkpoint(args)
-    model, name, meta = load_model(
-        path,
-        args.ema,
-        diffusers_time=args.diffusers_time,
-        input_size=args.image_size and args.image_size // downsampling_factor(args.vae or "ema"),
-    )
-    if args.model not in (None, name):
-        raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
-    args.model = name
-    refuse_model(args, script, model.conditioning)
-    return Path(path), model, meta
-
-
-def find_checkpoint(args) -> Path | str:
-    """The newest checkpoint of --model under --results-dir; where there is none, its published weights."""
-    try:
-        return newest_checkpoint(args.results_dir, args.model, args.ema)
-    except NoCheckpoint as error:
-        which = args.model, args.image_size or 256
-        if which not in PUBLISHED or args.results_dir != RESULTS or not args.ema:  # which are EMA weights
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{error}; without that, the published weights are used", flush=True)
-        return published_dit(*which, lambda name: locate(name, "--ckpt"))
-
-
-def open_vae(args, meta, channels, state):
-    """The VAE to decode with, its name, its digest, and notes on what the checkpoint does not say of it.
-
-    Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
-    weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
-    """
-    name = args.vae or meta.vae or "ema"
-    fetched_by_node(state, lambda ask: fetch_vae(name, ask))
-    vae = load_vae(name, state.device)
-    digest, notes = same_vae(vae, name, args.vae is not None, channels, vars(meta), "the checkpoint's latents")
-    return vae, name, digest, [f"VAE {name}: {vae.said}", *notes]
-
-
-def guided_channels(flag: str | None, model) -> int:
-    """How many latent channels --cfg-channels asks to guide."""
-    if flag is None:
-        return model.guided_channels or model.in_channels
-    return 3 if flag == "3" else model.in_channels
 
 
 def prepare(args, script: str, default: str) -> Job:
@@ -147,29 +65,21 @@ def prepare(args, script: str, default: str) -> Job:
     if args.t_min > args.t_max:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
     path, model, meta = open_model(args, script, default)
-    sampler = create_sampler(
-        args.sampler, args.num_sampling_steps, args.eta, learn_sigma=model.out_channels > model.in_channels
-    )
-    if (args.progressive or 0) > sampler.num_steps:
-        raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
+    sampler = open_sampler(args, model)
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
+    digest = conditions.digest(args.num_fid_samples)
     state = start_processes()
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
-    vae, vae_name, vae_digest, notes = open_vae(args, meta, model.in_channels, state)
-    image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae.config)
-    if args.image_size not in (None, image_size):
-        raise ValueError(f"--image-size {args.image_size}: checkpoint {path} is of {image_size}-pixel images")
+    vae, known_of_vae, notes = open_vae(args, meta, model, state)
     record = SamplesRecord(
         model=args.model,
         checkpoint=recorded_id(str(path)),
         weights_sha256=weights_sha256(model),
         step=meta.step,
         weights=meta.weights,
-        conditions={**conditions.recorded, "sha256": conditions.digest(args.num_fid_samples)},
-        image_size=image_size,
-        vae=recorded_id(vae_id(vae_name)),
-        vae_sha256=vae_digest,
+        conditions={**conditions.recorded, "sha256": digest},
+        **known_of_vae,
         vae_precision=args.vae_precision,
         sampler=args.sampler,
         num_sampling_steps=sampler.num_steps,
@@ -185,31 +95,16 @@ def prepare(args, script: str, default: str) -> Job:
         runs=[],
     )
     agree("checkpoint, codes and VAE", record)
-    ckpt = path.stem if path.is_file() else path.name
-    folder = SampleFolder(
-        Path(args.sample_dir)
-        / (
-            f"{args.model.replace('/', '-')}-{ckpt}-size-{image_size}-vae-{vae_label(vae_name)}-cfg-{args.cfg_scale}"
-            f"-seed-{args.global_seed}"
-        ),
-        conditions,
-    )
-    launch = this_launch(state, args.per_proc_batch_size)
-    missing = done_by_rank_0(state, lambda: folder.open(record, launch))
-    return Job(
-        state,
-        path,
-        model,
-        sampler,
-        conditions,
-        vae,
-        record,
-        folder,
-        launch,
-        np.array(missing, dtype=np.int64),
-        [*conditions.notes, *notes],
-        describe(meta),
-    )
+    folder = SampleFolder(Path(args.sample_dir) / folder_name(args, meta, path, record.image_size), conditions)
+    missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.per_proc_batch_size)))
+    said = [
+        f"{record.model} of {path} ({describe(meta)}); {conditions.describe()}; "
+        f"{len(missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
+        f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}",
+        *(f"note: {note}" for note in (*conditions.notes, *notes)),
+    ]
+    missing = np.array(missing, dtype=np.int64)
+    return Job(state, model, sampler, conditions, vae, record, folder, missing, said)
 
 
 #################################################################################
@@ -320,17 +215,12 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
         job = prepare(args, script, default)
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
-    logger.info(
-        f"{record.model} of {job.checkpoint} ({job.layout}); {job.conditions.describe()}; "
-        f"{len(job.missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
-        f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}"
-    )
-    for note in job.notes:
-        logger.info(f"note: {note}")
+    for line in job.said:
+        logger.info(line)
     if len(job.missing) or args.progressive:
         lower = "--batch-size of sample_prior.py, whose codes --dlc-dir takes in the place of --prior"
         with parser.kept_on_error("what is drawn is kept", lower):
-            job.conditions.prepare(folder.codes, state, job.launch)
+            job.conditions.prepare(folder.codes, state, this_launch(state, args.per_proc_batch_size))
     with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):
         draw_missing(job, args)
     try:

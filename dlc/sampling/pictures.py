@@ -76,7 +76,7 @@ def npz_rows(path: Path) -> int:
         return 0
 
 
-def check_npz(path: Path, grid: bool = False, progress: bool = False) -> tuple[list[str], list[str]]:
+def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> tuple[list[str], list[str]]:
     """What an .npz of samples holds, and what is wrong with it: two lists of lines. One image is in memory at a time.
 
     Args:
@@ -84,30 +84,23 @@ def check_npz(path: Path, grid: bool = False, progress: bool = False) -> tuple[l
 
     Raises ValueError where path is no such file, and OSError where the contact sheet cannot be written.
     """
-    path, wrong = Path(path), []
+    path = Path(path)
     shape, keys = image_shape(path), one_line(", ".join(array_names(path)), 100)
-    lines = [f"{path}: keys {keys}; arr_0 of uint8, shape {shape}"]
-    low, high, total, blank, seen, duplicates, first = 255, 0, 0.0, [], {}, [], []
-    images = read_images(path, 0, shape[0], 1)
-    for index, (image,) in enumerate(
-        progress_bar(images, total=shape[0], desc="checking", unit="img", disable=not progress)
-    ):
-        if grid and index < GRID_IMAGES:
-            first.append(image)
+    low, high, total, first, blank, twins, seen = 255, 0, 0.0, [], [], [], {}
+    images = progress_bar(read_images(path, 0, shape[0], 1), total=shape[0], desc="checking", disable=not progress)
+    for index, (image,) in enumerate(images):
         low, high, total = min(low, image.min()), max(high, image.max()), total + image.mean()
+        if index < GRID_IMAGES:
+            first.append(image)
         if (image == image[0, 0]).all():
-            blank.append(index)
+            blank.append(str(index))
         twin = seen.setdefault(hashlib.blake2b(image, digest_size=16).digest(), index)
         if twin != index:
-            duplicates.append((twin, index))
-    lines.append(f"values {low} to {high}, mean {total / shape[0]:.1f}")
-    if blank:
-        wrong.append(
-            f"{len(blank)} images of one colour: {', '.join(map(str, blank[:5]))}{', …' if len(blank) > 5 else ''}"
-        )
-    if duplicates:
-        pairs = ", ".join(f"{one} = {other}" for one, other in duplicates[:5])
-        wrong.append(f"{len(duplicates)} images twice: {pairs}{', …' if len(duplicates) > 5 else ''}")
+            twins.append(f"{twin} = {index}")
+    lines = [
+        f"{path}: keys {keys}; arr_0 of uint8, shape {shape}",
+        f"values {low} to {high}, mean {total / shape[0]:.1f}",
+    ]
     if shape[0] < FEWEST_FOR_FID:
         lines.append(
             f"warning: FID of {shape[0]:,} images says little: it wants {FEWEST_FOR_FID:,} or more (papers: 50,000)"
@@ -116,4 +109,9 @@ def check_npz(path: Path, grid: bool = False, progress: bool = False) -> tuple[l
         sheet = path.with_suffix(".grid.png")
         save_png(sheet, image_grid(np.stack(first), GRID_COLUMNS))
         lines.append(f"look at {sheet}")
+    wrong = [
+        f"{len(found)} images {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
+        for what, found in (("of one colour", blank), ("twice", twins))
+        if found
+    ]
     return lines, wrong

@@ -9,7 +9,7 @@ import torch
 from hub_standin import point_at
 from test_layouts import assert_same, tiny
 
-from dlc.sampling.command import open_model
+from dlc.sampling.opening import open_model
 from dlc.weights.foreign import dits as published
 from dlc.weights.foreign.dits import published_dit
 

@@ -1,0 +1,122 @@
+"""What a sampling script opens and checks before the work: the checkpoint, the sampler, the VAE."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from dlc.machine.files import recorded_id
+from dlc.machine.processes import start_processes
+from dlc.nets.vae import pixels_per_cell, same_vae
+from dlc.sampling.conditions import CONDITIONINGS
+from dlc.sampling.latents import create_sampler
+from dlc.sampling.sampling_flags import RESULTS
+from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
+from dlc.weights.foreign.dits import PUBLISHED, published_dit
+from dlc.weights.foreign.layouts import locate
+from dlc.weights.hub import fetched_by_node, is_id
+from dlc.weights.load import load_model
+from dlc.weights.meta import RunMeta
+from dlc.weights.networks import downsampling_factor, fetch_vae, load_vae, vae_id, vae_label
+from models import DiT_models
+
+
+def refuse_model(args, script: str, wanted: str) -> None:
+    """Raise ValueError where the script does not draw for a model's conditioning, or a flag is another's."""
+    if CONDITIONINGS[wanted].script != script:
+        here = " or ".join(name for name, one in CONDITIONINGS.items() if one.script == script)
+        raise ValueError(
+            f"--model {args.model} is not conditioned on {here}: draw from it with {CONDITIONINGS[wanted].script}"
+        )
+    for name, one in CONDITIONINGS.items():
+        for flag in one.flags:
+            if name != wanted and getattr(args, flag.strip("-").replace("-", "_"), None) is not None:
+                raise ValueError(f"{flag} is for models conditioned on {name}: {args.model} is conditioned on {wanted}")
+
+
+def open_model(args, script: str, default: str) -> tuple[Path, torch.nn.Module, RunMeta]:
+    """The checkpoint's path, its model in eval mode, and what is known of it; args.model becomes the model's name.
+
+    Args:
+        script: a sampling script's file name, by which CONDITIONINGS says what it draws for.
+        default: the model where neither --model nor --ckpt is given.
+
+    Raises ValueError where the checkpoint is not of --model, or the script does not draw from it.
+    """
+    if args.ckpt and args.results_dir != RESULTS:
+        raise ValueError("--results-dir is where a checkpoint is looked for, --ckpt names one: give one of them")
+    args.model = args.model or (None if args.ckpt else default)
+    if args.model:
+        refuse_model(args, script, DiT_models[args.model].conditioning)
+    if is_id(args.ckpt or "."):  # fetched by one process of each node, before the others read it
+        fetched_by_node(start_processes(), lambda ask: locate(args.ckpt, "--ckpt", ask))
+    path = args.ckpt or find_checkpoint(args)
+    model, name, meta = load_model(
+        path,
+        args.ema,
+        diffusers_time=args.diffusers_time,
+        input_size=args.image_size and args.image_size // downsampling_factor(args.vae or "ema"),
+    )
+    if args.model not in (None, name):
+        raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
+    args.model = name
+    refuse_model(args, script, model.conditioning)
+    return Path(path), model, meta
+
+
+def find_checkpoint(args) -> Path | str:
+    """The newest checkpoint of --model under --results-dir; where there is none, its published weights."""
+    try:
+        return newest_checkpoint(args.results_dir, args.model, args.ema)
+    except NoCheckpoint as error:
+        which = args.model, args.image_size or 256
+        if which not in PUBLISHED or args.results_dir != RESULTS or not args.ema:  # which are EMA weights
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{error}; without that, the published weights are used", flush=True)
+        return published_dit(*which, lambda name: locate(name, "--ckpt"))
+
+
+def open_sampler(args, model: torch.nn.Module):
+    """The sampler that the flags ask for. Raises ValueError for options that it does not have."""
+    learn_sigma = model.out_channels > model.in_channels
+    sampler = create_sampler(args.sampler, args.num_sampling_steps, args.eta, learn_sigma)
+    if (args.progressive or 0) > sampler.num_steps:
+        raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
+    return sampler
+
+
+def open_vae(args, meta: RunMeta, model: torch.nn.Module, state) -> tuple[torch.nn.Module, dict, list[str]]:
+    """The VAE to decode with, what samples.json says of it, and notes on what the checkpoint does not say of it.
+
+    Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
+    weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
+    """
+    name = args.vae or meta.vae or "ema"
+    fetched_by_node(state, lambda ask: fetch_vae(name, ask))
+    vae = load_vae(name, state.device)
+    digest, notes = same_vae(vae, name, args.vae is not None, model.in_channels, vars(meta), "the checkpoint's latents")
+    image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae.config)
+    if args.image_size not in (None, image_size):
+        raise ValueError(f"--image-size {args.image_size}: the checkpoint is of {image_size}-pixel images")
+    return (
+        vae,
+        dict(image_size=image_size, vae=recorded_id(vae_id(name)), vae_sha256=digest),
+        [f"VAE {name}: {vae.said}", *notes],
+    )
+
+
+def guided_channels(flag: str | None, model) -> int:
+    """How many latent channels --cfg-channels asks to guide."""
+    if flag is None:
+        return model.guided_channels or model.in_channels
+    return 3 if flag == "3" else model.in_channels
+
+
+def folder_name(args, meta: RunMeta, path: Path, image_size: int) -> str:
+    """Of the folder of a set of samples."""
+    checkpoint, vae = path.stem if path.is_file() else path.name, vae_label(args.vae or meta.vae or "ema")
+    return (
+        f"{args.model.replace('/', '-')}-{checkpoint}-size-{image_size}-vae-{vae}-cfg-{args.cfg_scale}"
+        f"-seed-{args.global_seed}"
+    )
