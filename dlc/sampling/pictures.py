@@ -110,8 +110,8 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
         save_png(sheet, image_grid(np.stack(first), GRID_COLUMNS))
         lines.append(f"look at {sheet}")
     wrong = [
-        f"{len(found)} images {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
-        for what, found in (("of one colour", blank), ("twice", twins))
+        f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"
+        for what, found in (("images of one colour", blank), ("images twice", twins))
         if found
     ]
     return lines, wrong
