@@ -1,0 +1,306 @@
+"""What a researcher changes, and how little: copies of the repository are patched, and their real scripts run.
+
+Each change touches no more files than CONTRIBUTING.md's table says. It trains, resumes, samples and is exported, and the
+export samples again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import HELPERS, ROOT
+
+pytestmark = pytest.mark.slow
+
+#################################################################################
+#                                  The changes                                  #
+#################################################################################
+
+# (a) a block variant: one argument of the model, and its flag
+BLOCKS = {
+    "models.py": [
+        (
+            "class FinalLayer(nn.Module):",
+            '''class RopeAttention(nn.Module):
+    """Attention with normalised queries and keys, and rotary positions."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads, width = num_heads, hidden_size // num_heads
+        self.qkv, self.proj = nn.Linear(hidden_size, 3 * hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.q_norm, self.k_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.register_buffer("frequencies", 1 / 100 ** (torch.arange(0, width, 2) / width), persistent=False)
+
+    def turn(self, x):
+        angles = torch.outer(torch.arange(x.shape[2], device=x.device), self.frequencies)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()], -1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(self.turn(self.q_norm(q)), self.turn(self.k_norm(k)), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, x = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * x)
+
+
+class ModernBlock(DiTBlock):
+    def __init__(self, hidden_size, num_heads, mlp_ratio):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.attn = RopeAttention(hidden_size, num_heads)
+        self.mlp = SwiGLU(hidden_size, int(hidden_size * mlp_ratio * 2 / 3))
+
+
+class FinalLayer(nn.Module):''',
+        ),
+        ("num_classes=1000, learn_sigma=True):", "num_classes=1000, learn_sigma=True, modern=False):"),
+        ("nn.ModuleList([DiTBlock(hidden_size", "nn.ModuleList([(ModernBlock if modern else DiTBlock)(hidden_size"),
+        (
+            "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
+            '        self.register_buffer("feat_rope", torch.zeros(1))\n        self.initialize_weights()\n\n'
+            "    @property\n    def condition_embedder",
+        ),
+    ],
+    "train_diffusion.py": [
+        (
+            '    group = parser.add_argument_group("data")',
+            '    parser.add_argument("--modern", action="store_true", help="QK-norm, RoPE and SwiGLU blocks")\n'
+            '    group = parser.add_argument_group("data")',
+        ),
+        (
+            'return dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}',
+            "return dict(code_init=args.code_init, modern=args.modern)",
+        ),
+    ],
+}
+
+# (b) a loss on hidden tokens: a tap and a head, a file for the loss, and the trainer; the projector is frozen
+HEAD = {
+    "models.py": [
+        (
+            "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
+            "        self.projectors = nn.ModuleList([nn.Linear(hidden_size, 8)]).requires_grad_(False)\n"
+            "        self.head, self.unused = nn.Linear(hidden_size, 8), nn.Linear(2, 2)\n"
+            "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
+        ),
+        (
+            "        return self.unpatchify(self.final_layer(x, c))",
+            "        self.tap = x\n        return self.unpatchify(self.final_layer(x, c))",
+        ),
+    ],
+    "diffusion/alignment.py": [
+        (
+            None,
+            "def alignment(model):\n"
+            "    target = model.projectors[0](model.tap.detach())\n"
+            "    return (model.head(model.tap) - target).square().mean(dim=(1, 2))\n",
+        )
+    ],
+    "train_diffusion.py": [
+        ("import numpy as np\n", "import numpy as np\nfrom diffusion.alignment import alignment\n"),
+        (
+            "            run.backward(terms, t, diffusion.num_timesteps)",
+            '            terms["loss"] = terms["loss"] + 0.5 * alignment(model)\n'
+            "            run.backward(terms, t, diffusion.num_timesteps)",
+        ),
+    ],
+}
+
+# (c) other optimizers: build_optimizer alone
+ADAMW = "return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)"
+SGD = {
+    "train_diffusion.py": [
+        (ADAMW, "return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)")
+    ]
+}
+MUON = {
+    "train_diffusion.py": [
+        (
+            ADAMW,
+            "matrices = [one for one in model.blocks.parameters() if one.ndim == 2]\n"
+            "    others = [one for one in model.parameters() if not any(one is matrix for matrix in matrices)]\n"
+            "    return [torch.optim.Muon(matrices, lr=20 * args.lr), torch.optim.AdamW(others, lr=args.lr)]",
+        )
+    ]
+}
+
+# (d) text tokens beside the code: the model, the array on disk, and what samples are drawn for
+TEXT = {
+    "models.py": [
+        (
+            "@dataclass(frozen=True)\nclass ModelSpec:",
+            '''class TextBlock(DiTBlock):
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.cross = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+
+    def forward(self, x, c, text):
+        return super().forward(x + self.cross(x, text, text, need_weights=False)[0], c)
+
+
+class DiTText(DiTSEM):
+    """Conditioned on a code, and by cross-attention on text tokens (N, T, text_dim)."""
+    conditioning = "codes and text"
+
+    def __init__(self, *, text_dim=5, text_length=3, hidden_size=1152, num_heads=16, **kwargs):
+        super().__init__(hidden_size=hidden_size, num_heads=num_heads, **kwargs)
+        self.text_null = nn.Parameter(torch.zeros(1, text_length, text_dim))
+        self.text_embedder = nn.Linear(text_dim, hidden_size)
+        self.blocks = nn.ModuleList([TextBlock(hidden_size, num_heads) for _ in self.blocks])
+
+    def null_condition(self, n):
+        return dict(codes=super().null_condition(n), text=self.text_null.expand(n, -1, -1))
+
+    def embed_condition(self, y, drop=None):
+        text = y["text"] if drop is None else torch.where(drop.view(-1, 1, 1), self.text_null, y["text"])
+        return dict(vector=super().embed_condition(y["codes"], drop), text=self.text_embedder(text))
+
+    def denoise(self, x, t, condition):
+        c, x = t + condition["vector"], self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, c, condition["text"])
+        return self.unpatchify(self.final_layer(x, c))
+
+
+@dataclass(frozen=True)
+class ModelSpec:''',
+        ),
+        ("FAMILIES, CODE_INITS = (DiT, DiTSEM, DiTCONT)", "FAMILIES, CODE_INITS = (DiT, DiTSEM, DiTCONT, DiTText)"),
+    ],
+    "dlc/data/manifest.py": [
+        (
+            '    path=ArrayKind(0, "U"),',
+            '    text=ArrayKind(2, "f"),  # text tokens (n, T, D)\n    path=ArrayKind(0, "U"),',
+        )
+    ],
+    "dlc/data/inputs.py": [
+        (
+            "INPUTS = {",
+            """def codes_and_text(features, args):
+    inputs, text = codes(features, args), features.arrays["text"]
+    T, D = text.array(0).shape[1:]
+    arrays = dict(inputs.arrays, text=text)
+    return Inputs(arrays, dict(inputs.sizes, text_dim=D, text_length=T), inputs.limits)
+
+
+INPUTS = {"codes and text": codes_and_text, """,
+        )
+    ],
+    "dlc/sampling/conditions.py": [
+        (
+            "# By a model's `conditioning`.\nCONDITIONINGS = {",
+            '''class CodesAndText(ComputedCodes):
+    """Codes of features, and their text."""
+
+    def __init__(self, source, model, meta, order, seed):
+        super().__init__(source, model, meta, order, seed)
+        self.text = open_codes(source).features.arrays["text"]
+
+    def __call__(self, indices):
+        text = self.text.gather(self.values(indices)).astype(np.float32)
+        return dict(codes=super().__call__(indices), text=torch.from_numpy(text))
+
+
+CONDITIONINGS = {"codes and text": CodesAndText, ''',
+        )
+    ],
+}
+
+# name: patch, model, flags of training, folders that the table of CONTRIBUTING.md allows beside the top level
+CHANGES = {
+    "blocks": (BLOCKS, "DiTSEM-Ti/4", ["--modern"], 2),
+    "head": (HEAD, "DiTSEM-Ti/4", ["--grad-clip", "1"], 3),
+    "sgd": (SGD, "DiTSEM-Ti/4", ["--lr", "0.01", "--warmup-steps", "3"], 1),
+    "muon": (MUON, "DiTSEM-Ti/4", ["--precision", "bf16"], 1),
+    "text": (TEXT, "DiTText-Ti/4", [], 4),
+}
+
+
+#################################################################################
+#                                     Tests                                     #
+#################################################################################
+
+
+def patched_copy(root, patch):
+    """The program, with `patch`: by file, pairs of a text that is there once and the one in its place."""
+    for name in ("dlc", "diffusion"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, root)
+    for name, changes in patch.items():
+        for before, after in changes:
+            text = (root / name).read_text() if before else ""
+            assert not before or text.count(before) == 1, (name, before)
+            (root / name).write_text(text.replace(before, after) if before else after)
+    return root
+
+
+def run_all(root, commands):
+    """The output of each command, all of which must end well."""
+    result = subprocess.run(
+        [sys.executable, HELPERS / "patched.py", root],
+        input=json.dumps([[str(word) for word in command] for command in commands]),
+        cwd=root,
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    ran = [json.loads(line) for line in result.stdout.splitlines()]
+    for one in ran:
+        assert one["status"] == 0, f"{one['script']}:\n{one['output']}"
+    return [one["output"] for one in ran]
+
+
+@pytest.fixture
+def described_features(features, tmp_path):
+    """The features, with text tokens beside each image."""
+    shutil.copytree(features, tmp_path / "features")
+    codes = sorted((tmp_path / "features/imagenet64_sem").glob("*.npy"))
+    (tmp_path / "features/imagenet64_text").mkdir()
+    for path in codes:
+        rows = len(np.load(path))
+        text = np.random.default_rng(rows).standard_normal((rows, 3, 5)).astype(np.float32)
+        np.save(tmp_path / "features/imagenet64_text" / path.name, text)
+    return tmp_path / "features"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_trains_resumes_samples_and_is_exported(name, described_features, tiny_models, tmp_path):
+    patch, model, flags, files = CHANGES[name]
+    assert len(patch) <= files
+    root = patched_copy(tmp_path / "copy", patch) if (tmp_path / "copy").mkdir() is None else None
+    train = ["train_diffusion.py", "--model", model, "--features-path", described_features, *flags]
+    train += ["--global-batch-size", 4, "--num-workers", 0, "--log-every", 1, "--ckpt-every", 2, "--no-compile"]
+    whole = [*train, "--results-dir", "whole", "--max-steps", 6]
+    sample = ["sample_ddp_computed_dlc.py", "--vae", tiny_models[0], "--num-fid-samples", 3, "--num-sampling-steps", 2]
+    sample += ["--sampler", "dpmsolver++", "--no-compile"]
+    outputs = run_all(
+        root,
+        [
+            [*train, "--max-steps", 4],
+            [*train, "--max-steps", 6],
+            whole,
+            [*sample, "--model", model],
+            ["-m dlc.checkpoints", "export", "results", "exported", "--format", "safetensors"],
+            [*sample, "--ckpt", "exported", "--sample-dir", "again"],
+            ["-m dlc.checkpoints", "info", "exported"],
+        ],
+    )
+    assert "continued from results/checkpoints/0000004" in outputs[1]
+    for file in ("model.safetensors", "ema.safetensors"):
+        resumed, straight = ((root / run / "checkpoints/0000006" / file).read_bytes() for run in ("results", "whole"))
+        assert resumed == straight
+    first, again = (sorted((root / folder).glob("*.npz")) for folder in ("samples", "again"))
+    assert np.array_equal(np.load(first[0])["arr_0"], np.load(again[0])["arr_0"])
+    assert model in outputs[-1]
