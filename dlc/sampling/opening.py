@@ -29,8 +29,8 @@ def refuse_model(args, script: str, wanted: str) -> None:
             f"--model {args.model} is not conditioned on {here}: draw from it with {CONDITIONINGS[wanted].script}"
         )
     for name, one in CONDITIONINGS.items():
-        for flag in one.flags:
-            if name != wanted and getattr(args, flag.strip("-").replace("-", "_"), None) is not None:
+        for flag in (flag for flag in one.flags if flag not in CONDITIONINGS[wanted].flags):
+            if getattr(args, flag.strip("-").replace("-", "_"), None) is not None:
                 raise ValueError(f"{flag} is for models conditioned on {name}: {args.model} is conditioned on {wanted}")
 
 

@@ -35,7 +35,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         "diffusers', which those trained there have [what the folder says, else dit]",
     )
     for conditioning in CONDITIONINGS.values():
-        if conditioning.script == script:
+        if conditioning.script == script and "add_flags" in vars(conditioning):  # one's own, not those of its base
             conditioning.add_flags(add)
     add("--sample-dir", default="samples", help="write the folder of PNGs and the .npz here [%(default)s]")
     add("--num-fid-samples", type=number(int, 1), default=50000, help="number of images to draw [%(default)s]")

@@ -38,8 +38,9 @@ def model_card(job) -> str:
     front += ["library_name: diffusers"] if job.format != "safetensors" else []
     front += ["tags: [diffusion-transformer, image-generation]", "---"]
     height, width = model.x_embedder.img_size
+    condition = CONDITIONS.get(model.conditioning, model.conditioning)
     about = (
-        f"A diffusion transformer ({PAPERS[family]}) conditioned on {CONDITIONS[model.conditioning]}, for latents of "
+        f"A diffusion transformer ({PAPERS.get(family, family)}) conditioned on {condition}, for latents of "
         f"{model.in_channels} x {height} x {width}; {sum(value.numel() for value in model.parameters()) / 1e6:,.1f} M "
         f"parameters. Written by dlc-dit from: {one_line(describe(job.meta), 200)}."
     )

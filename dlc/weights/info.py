@@ -63,14 +63,11 @@ def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
 
 def describe_model(model) -> str:
     """The sizes that a name in DiT_models does not tell."""
-    condition = {
-        "labels": lambda: f"{model.condition_embedder.num_classes} classes",
-        "codes": lambda: f"codes of L {model.condition_embedder.L}, V {model.condition_embedder.V}",
-        "vectors": lambda: f"vectors of {model.condition_embedder.fake_latent.shape[1]}",
-    }[model.conditioning]()
-    height, width = model.x_embedder.img_size
-    heads = model.blocks[0].attn.num_heads
-    return f"latents {model.in_channels} x {height} x {width}, {heads} heads, {condition}"
+    arguments, (height, width) = model.config["arguments"], model.x_embedder.img_size
+    sizes = ", ".join(f"{name} {arguments[name]}" for name in ("L", "V", "in_dim") if name in arguments)
+    labels = model.conditioning == "labels"
+    condition = f"{arguments['num_classes']} classes" if labels else f"{model.conditioning} of {sizes}"
+    return f"latents {model.in_channels} x {height} x {width}, {arguments['num_heads']} heads, {condition}"
 
 
 def size_of(path) -> int:

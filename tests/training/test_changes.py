@@ -1,7 +1,7 @@
 """What a researcher changes, and how little: copies of the repository are patched, and their real scripts run.
 
-Each change touches no more files than CONTRIBUTING.md's table says. It trains, resumes, samples and is exported, and the
-export samples again.
+Each change touches no more files than CONTRIBUTING.md's table says. It trains, resumes, samples and is exported, and
+the export samples again.
 """
 
 import json
@@ -37,7 +37,8 @@ BLOCKS = {
     def turn(self, x):
         angles = torch.outer(torch.arange(x.shape[2], device=x.device), self.frequencies)
         first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()], -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -234,6 +235,7 @@ CHANGES = {
 
 def patched_copy(root, patch):
     """The program, with `patch`: by file, pairs of a text that is there once and the one in its place."""
+    root.mkdir()
     for name in ("dlc", "diffusion"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
@@ -279,7 +281,7 @@ def described_features(features, tmp_path):
 def test_a_change_trains_resumes_samples_and_is_exported(name, described_features, tiny_models, tmp_path):
     patch, model, flags, files = CHANGES[name]
     assert len(patch) <= files
-    root = patched_copy(tmp_path / "copy", patch) if (tmp_path / "copy").mkdir() is None else None
+    root = patched_copy(tmp_path / "copy", patch)
     train = ["train_diffusion.py", "--model", model, "--features-path", described_features, *flags]
     train += ["--global-batch-size", 4, "--num-workers", 0, "--log-every", 1, "--ckpt-every", 2, "--no-compile"]
     whole = [*train, "--results-dir", "whole", "--max-steps", 6]
