@@ -182,7 +182,7 @@ def test_trained_on_images(deep_vae, images):
     """What is made as training goes is what extraction stores as moments."""
     folder = Images(PartialState(cpu=True), images, image_size=IMAGE_SIZE, vae=str(deep_vae), flip="none")
     assert folder.latent_shape == (CHANNELS, 16, 16) and folder.source()["shift_factor"] == SHIFT
-    crops, labels = torch.from_numpy(np.stack([folder.views[index][1][0] for index in range(5)])), torch.zeros(5)
+    crops, labels = torch.from_numpy(np.stack([folder.views[index][0][0] for index in range(5)])), torch.zeros(5)
     encoder = PixelEncoder(folder.vae, None, torch.device("cpu"))
     moments, same = encoder(crops, labels)
     assert moments.shape == (5, 2 * CHANNELS, 16, 16) and same is labels
