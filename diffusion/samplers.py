@@ -13,7 +13,7 @@ its class here and give it a row in SAMPLERS: the scripts' flags, their help and
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -124,6 +124,13 @@ class SamplerSpec:
     default_steps: int
     most_steps: int = FULL_STEPS
     has_eta: bool = False
+    process: str = "gaussian"       # in diffusion.processes.PROCESSES, with these arguments:
+    assumed: dict = field(default_factory=lambda: dict(noise_schedule="linear", predict_xstart=False,
+                                                       diffusion_steps=FULL_STEPS))
+
+    def draws_from(self, config):
+        """Whether it draws from models that were trained on a process, which create_process describes as `config`."""
+        return config["process"] == self.process and self.assumed.items() <= config["arguments"].items()
 
 
 SAMPLERS = {

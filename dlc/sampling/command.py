@@ -65,7 +65,7 @@ def prepare(args, script: str, default: str) -> Job:
     if args.t_min > args.t_max:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
     path, model, meta = open_model(args, script, default)
-    sampler = open_sampler(args, model)
+    sampler = open_sampler(args, model, meta)
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
     digest = conditions.digest(args.num_fid_samples)
     state = start_processes()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion.samplers import SAMPLERS
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import start_processes
 from dlc.nets.vae import pixels_per_cell, same_vae
@@ -15,7 +16,7 @@ from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
 from dlc.weights.foreign.dits import PUBLISHED, published_dit
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
-from dlc.weights.load import load_model
+from dlc.weights.load import load_model, process_of
 from dlc.weights.meta import RunMeta
 from dlc.weights.networks import downsampling_factor, fetch_vae, load_vae, vae_id, vae_label
 from models import DiT_models
@@ -77,8 +78,17 @@ def find_checkpoint(args) -> Path | str:
         return published_dit(*which, lambda name: locate(name, "--ckpt"))
 
 
-def open_sampler(args, model: torch.nn.Module):
-    """The sampler that the flags ask for. Raises ValueError for options that it does not have."""
+def open_sampler(args, model: torch.nn.Module, meta: RunMeta):
+    """The sampler that the flags ask for. Raises ValueError for options that it does not have, and where the model was
+    trained on a process that it does not draw from."""
+    process = process_of(meta).config
+    if not SAMPLERS[args.sampler].draws_from(process):
+        fitting = [name for name, spec in SAMPLERS.items() if spec.draws_from(process)]
+        given = ", ".join(f"{name} {value!r}" for name, value in process["arguments"].items())
+        raise ValueError(
+            f"--sampler {args.sampler} does not draw from {args.model}, which was trained on the process "
+            f"{process['process']} ({given}): {' or '.join(fitting) or 'no sampler'} does"
+        )
     learn_sigma = model.out_channels > model.in_channels
     sampler = create_sampler(args.sampler, args.num_sampling_steps, args.eta, learn_sigma)
     if (args.progressive or 0) > sampler.num_steps:

@@ -1,11 +1,14 @@
 import argparse
+import contextlib
 import json
+import types
 
 import pytest
 import torch
 
 from diffusion.processes import create_process
 from dlc.nets.digest import weights_sha256
+from dlc.sampling.opening import open_sampler
 from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
 from dlc.weights.load import load_model, load_weights, model_from_weights
 from dlc.weights.meta import RunMeta, config_of, read_config, read_meta
@@ -243,3 +246,19 @@ def test_a_name_twice(tmp_path):
     torch.save({**weights, f"module.{name}": weights[name] + 1}, tmp_path / "twice.pt")
     with pytest.raises(ValueError, match="twice.pt holds tensors of one name twice"):
         load_weights(tmp_path / "twice.pt")
+
+
+def test_samplers_draw_from_the_process_that_was_trained():
+    """What a sampler assumes of the process is compared with what config.json records."""
+    for arguments, fits in (
+        (dict(), True),
+        (dict(use_kl=True), True),
+        (dict(noise_schedule="squaredcos_cap_v2"), False),
+    ):
+        process = create_process("gaussian", timestep_respacing="", **arguments)
+        args = types.SimpleNamespace(
+            sampler="ddim", num_sampling_steps=3, eta=None, progressive=None, model="DiTSEM-Ti/8"
+        )
+        meta = RunMeta(process=config_of("DiTSEM-Ti/8", tiny(), process).process)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--sampler ddim does not draw from"):
+            assert open_sampler(args, tiny(), meta).num_steps == 3
