@@ -75,13 +75,13 @@ def fp16_steps(device, steps, notes):
     model, scaler = small_model(device), torch.amp.GradScaler(device.type, init_scale=2.0**10)
     ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     averages, weights = list(ema.parameters()), list(model.parameters())
-    begun, skips = [weight.detach().clone() for weight in (*weights, *averages)], SkippedSteps(optimizer, device)
+    begun = [weight.detach().clone() for weight in (*weights, *averages)]
+    skips = SkippedSteps([optimizer], scaler, device)
     for step in steps:
         loss = loss_of(model, device, "fp16" if device.type == "cuda" else "fp32", step)
         with waits_noted(device, notes) if step != steps[0] else contextlib.nullcontext():
             scaler.scale(loss * (math.inf if step in OVERFLOWING else 1)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            skips.step()
             optimizer.zero_grad()
             update_ema(averages, weights, 0.9, skips.last)
     changed = [(now - then).detach() for now, then in zip([*weights, *averages], begun)]

@@ -95,7 +95,7 @@ def best_rate(layout: str, cache: str, root: Path, batches) -> tuple[float, floa
 def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
     """Samples per second out of training's loader."""
     features = Features(root / "shards")
-    data = TrainingBatches(features, features.codes, features.V, seed=0, global_batch=batch)
+    data = TrainingBatches(features, dict(codes=features.codes), dict(codes=features.V), seed=0, global_batch=batch)
     loader = iter(DataLoader(data, sampler=range(10 * count), batch_size=None, num_workers=workers))
     for _ in range(20):
         next(loader)

@@ -116,13 +116,14 @@ def test_batches_are_the_training_codes(code_features):
     """Each once in an epoch, and none that is held out."""
     codes = Codes(code_features, holdout=0.25)
     batches = CodeBatches(codes, seed=0, global_batch=24)
-    seen = torch.cat([batches[step][1] for step in range(3)])
-    places = torch.cat([batches[step][0] for step in range(3)])
-    assert torch.equal(places, torch.arange(72))
+    indices, seen, seen_labels = (
+        torch.cat([batches[step][name] for step in range(3)]) for name in ("indices", "codes", "labels")
+    )
+    assert torch.equal(indices, torch.arange(72))
     all_rows, labels = codes.gather(codes.rows)
     assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, all_rows.tolist()))
-    assert torch.equal(batches[1][2], batches[1][1][:, 0] % 2) and labels.max() == 1
-    assert batches[0][1].dtype == batches[0][2].dtype == torch.int64
+    assert torch.equal(seen_labels, seen[:, 0] % 2) and labels.max() == 1
+    assert seen.dtype == seen_labels.dtype == torch.int64
 
 
 def test_bounds_of_models_that_are_known(code_features):
@@ -223,7 +224,7 @@ def test_the_published_kind(train, trained, tmp_path):
     trained("sedd", "--max-steps", 2, "--log-every", 1, "--shared-embedding", "--score-entropy", "--holdout", 0)
     checkpoint = run_checkpoints(tmp_path / "sedd")[-1]
     model, meta = load_prior(checkpoint)
-    assert model.shared_embedding and model.scale_by_sigma and meta.score_entropy and meta.dropout == 0.1
+    assert model.shared_embedding and model.scale_by_sigma and model.config["arguments"]["dropout"] == 0.1
     diffusion = process_of(meta)
     assert diffusion.time_conditioning and diffusion.score_entropy and diffusion.masking == "counted"
     assert not (tmp_path / "sedd/best").exists() and "heldout_nats" not in str(metrics(tmp_path / "sedd"))

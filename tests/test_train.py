@@ -53,10 +53,10 @@ def tensors(checkpoint):
         for name in ("model", "ema")
         for key, value in safetensors.torch.load_file(checkpoint / f"{name}.safetensors").items()
     }
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    found.update(
-        {f"optimizer/{index}/{key}": value for index, moments in state.items() for key, value in moments.items()}
-    )
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizers"]
+    for number, state in enumerate(states):
+        for index, values in state["state"].items():
+            found.update({f"optimizer {number}/{index}/{key}": value for key, value in values.items()})
     return found
 
 
@@ -89,8 +89,9 @@ def test_what_a_run_leaves(run, features):
     assert sorted(path.name for path in (results / "checkpoints").iterdir()) == [f"{step:07d}" for step in range(1, 7)]
     assert Image.open(results / "previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
     meta = json.loads((results / "checkpoints/0000006/meta.json").read_text())
-    assert (meta["step"], meta["model"], meta["L"], meta["V"]) == (6, "DiTSEM-Ti/4", 6, 300)
-    assert meta["features_path"] == str(features)
+    config = json.loads((results / "checkpoints/0000006/config.json").read_text())
+    assert (meta["step"], meta["features_path"], config["model"]) == (6, str(features), "DiTSEM-Ti/4")
+    assert (config["arguments"]["L"], config["arguments"]["V"], config["process"]["process"]) == (6, 300, "gaussian")
 
 
 def test_first_loss_is_the_mean_square_of_the_noise(run):
@@ -161,9 +162,10 @@ def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
 
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
+    codes = dict(codes=rows.codes)
     for world_size in (1, 2, 4):
         parts = [
-            TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=rank, world_size=world_size)
+            TrainingBatches(rows, codes, seed=0, global_batch=8, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         stream = [
@@ -178,10 +180,10 @@ def test_every_row_once_an_epoch(features):
         streams.append(stream)
     assert streams[0] == streams[1] == streams[2]
     # a batch in the middle, without those before it
-    indices, latents, codes = TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8, rank=1, world_size=4)[3]
-    assert indices.tolist() == [26, 27]
-    np.testing.assert_array_equal(latents, rows.latents.gather(np.array(stream[26:28])))
-    np.testing.assert_array_equal(codes, rows.codes.gather(np.array(stream[26:28])))
+    batch = TrainingBatches(rows, codes, seed=0, global_batch=8, rank=1, world_size=4)[3]
+    assert batch["indices"].tolist() == [26, 27]
+    np.testing.assert_array_equal(batch["latents"], rows.latents.gather(np.array(stream[26:28])))
+    np.testing.assert_array_equal(batch["codes"], rows.codes.gather(np.array(stream[26:28])))
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path):

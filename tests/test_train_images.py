@@ -86,7 +86,7 @@ def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path)
     )
     flags = ("--flip", "none", "--max-steps", 6, *conditions)
     said = train("one", *flags, model=model)
-    assert f"data: 14 images of {folder}, 1.8 steps an epoch" in said
+    assert f"data: 14 images of {folder}, 1.8 steps per epoch" in said
     train("two", *flags, "--grad-accum", 2, processes=2, model=model)
     train("stopped", *flags, "--max-steps", 3, "--sample-every", 3, model=model)
     train("stopped", *flags, model=model)
@@ -99,17 +99,17 @@ def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path)
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
     """By place alone, whatever the number of processes; and the labels are those of the images."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0])
-    batches = ImageBatches(images, images.labels, 2, seed=0, global_batch=14)
-    parts = [
-        ImageBatches(images, images.labels, 2, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)
-    ]
+    labels = dict(labels=images.labels)
+    batches = ImageBatches(images, labels, seed=0, global_batch=14)
+    parts = [ImageBatches(images, labels, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)]
     seen = {}
     for epoch in range(4):
-        places, crops, labels = batches[epoch]
-        for one, two in zip((places, crops, labels), zip(*(part[epoch] for part in parts))):
-            assert torch.equal(one, torch.cat(two))
-        flips = integers(0, Stream.TRAIN_FLIP, places, 2).tolist()
-        for row, crop, label, flip in zip(batches.rows(places.numpy()), crops, labels, flips):
+        batch, halves = batches[epoch], [part[epoch] for part in parts]
+        for name, whole in batch.items():
+            assert torch.equal(whole, torch.cat([half[name] for half in halves])), name
+        flips = integers(0, Stream.TRAIN_FLIP, batch["indices"], 2).tolist()
+        rows = batches.rows(batch["indices"].numpy())
+        for row, crop, label, flip in zip(rows, batch["images"], batch["labels"], flips):
             there = np.array(center_crop(load_rgb(images.views.path(row)), IMAGE_SIZE))
             np.testing.assert_array_equal(crop, there[:, ::-1] if flip else there)
             assert label == row // 7
@@ -120,8 +120,8 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
 def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
     """Flipped or not, as in extraction."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
-    batches = ImageBatches(images, None, None, seed=0, global_batch=14)
-    places, _, views = batches[0]
+    batches = ImageBatches(images, dict(codes=None), seed=0, global_batch=14)
+    places, views = batches[0]["indices"], batches[0]["codes"]
     assert 0 < integers(0, Stream.TRAIN_FLIP, places, 2).sum() < 14
     for row, view in zip(batches.rows(places.numpy()), views):
         np.testing.assert_array_equal(view, np.array(center_crop(load_rgb(images.views.path(row)), 32)))
@@ -130,8 +130,8 @@ def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
 def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     """Which bounds the memory, and changes nothing but the rounding."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
-    batches = ImageBatches(images, None, None, seed=0, global_batch=8)
-    places, crops, views = batches[0]
+    batches = ImageBatches(images, dict(codes=None), seed=0, global_batch=8)
+    places, crops, views = (batches[0][name] for name in ("indices", "images", "codes"))
     logits = encoder_logits(tiny_models[1], [images.views.path(row) for row in batches.rows(places.numpy())])
     encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)

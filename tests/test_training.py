@@ -24,8 +24,8 @@ from dlc.training.batches import TrainingBatches
 from dlc.training.record import Losses, draw_losses
 from dlc.weights.checkpoint import run_checkpoints
 from dlc.weights.info import info
-from dlc.weights.load import load_weights, model_from_weights
-from dlc.weights.meta import read_meta
+from dlc.weights.load import load_model
+from dlc.weights.meta import read_config, read_meta
 from models import DiT_models
 
 
@@ -183,8 +183,8 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
     assert read_meta(tmp_path / "run/checkpoints/0000005").place == 3 * 8 + 2 * 4
     assert metrics(tmp_path / "run")[-1]["epoch"] == 32 / 14
     rows = Features(features)
-    places, _, _ = TrainingBatches(rows, rows.codes, V, seed=1, global_batch=4, first_step=3, first_index=24)[4]
-    assert places.tolist() == [28, 29, 30, 31]
+    batches = TrainingBatches(rows, {}, seed=1, global_batch=4, first_step=3, first_index=24)
+    assert batches[4]["indices"].tolist() == [28, 29, 30, 31]
     run = train("run", "--model", "DiTSEM-Ti/2", "--allow-change")
     assert not run.wait() and "model 'DiTSEM-Ti/4' there, 'DiTSEM-Ti/2' here; give another --results-dir" in run.said()
 
@@ -193,13 +193,13 @@ def test_code_init_is_part_of_a_run(trained, train, tmp_path):
     """A run continues with its start of the code table alone."""
     first = trained("dlc", "--max-steps", 1, "--code-init", "dlc", "--lr", 0)
     assert "code_init=dlc" in first
-    table = tensors(tmp_path / "dlc/weights/0000001")["model/sem_embedder.embedding_table"]
+    table = tensors(tmp_path / "dlc/checkpoints/0000001")["model/sem_embedder.embedding_table"]
     assert table.std().item() == pytest.approx(192**-0.5, rel=0.02) and (table[:, V] == table[0, V]).all()
     run = train("dlc", "--max-steps", 2)
     assert not run.wait() and "code_init 'dlc' there, 'unit' here; give another --results-dir" in run.said()
     trained("unit", "--max-steps", 1)
     assert "steps 1 to 2" in trained("unit", "--max-steps", 2)
-    assert read_meta(tmp_path / "unit/checkpoints/0000002").code_init == "unit"
+    assert read_config(tmp_path / "unit/checkpoints/0000002").arguments["code_init"] == "unit"
     run = train("labels", "--model", "DiT-Ti/4", "--code-init", "dlc")
     assert not run.wait() and "--code-init dlc is for DiTSEM models, not DiT-Ti/4" in run.said()
 
@@ -210,7 +210,8 @@ def test_first_step_by_hand(trained, features, tmp_path):
     torch.manual_seed(0)
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
     rows = Features(features)
-    places, x, y = TrainingBatches(rows, rows.codes, rows.V, seed=0, global_batch=8)[0]
+    batch = TrainingBatches(rows, dict(codes=rows.codes), seed=0, global_batch=8)[0]
+    places, x, y = batch["indices"], batch["latents"], batch["codes"]
     t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
     terms = create_diffusion("").training_losses(
         model,
@@ -462,8 +463,7 @@ def test_sharded(trained, features, tmp_path):
         )
     shards, one = (tensors(tmp_path / f"{name}/checkpoints/0000006") for name in ("sharded", "one"))
     assert shards.keys() == one.keys() and alike(shards, one)
-    weights, meta = load_weights(tmp_path / "sharded/checkpoints/0000006")
-    assert model_from_weights(weights, "sharded")[1] == meta.model == "DiTSEM-Ti/4"
+    assert load_model(tmp_path / "sharded/checkpoints/0000006")[1] == "DiTSEM-Ti/4"
     for step in (4, 5, 6):
         two, one = (
             np.array(Image.open(tmp_path / f"{name}/previews/{step:07d}.png")).astype(int)

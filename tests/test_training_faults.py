@@ -175,14 +175,17 @@ def edit_optimizer(path, edit):
         (lambda path: edit_optimizer(path, lambda state: {"sums": state["sums"]}), "optimizer.pt"),
         (
             lambda path: edit_optimizer(
-                path, lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(np.nan).numel() == 0
+                path, lambda state: state["optimizers"][0]["state"][0]["exp_avg"].fill_(np.nan).numel() == 0
             ),
             "exp_avg of parameter 0",
         ),
-        (lambda path: edit_optimizer(path, lambda state: state["optimizer"].update(param_groups=[])), "optimizer.pt"),
+        (
+            lambda path: edit_optimizer(path, lambda state: state["optimizers"][0].update(param_groups=[])),
+            "optimizer.pt",
+        ),
         (
             lambda path: edit_optimizer(
-                path, lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(2))
+                path, lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(2))
             ),
             "exp_avg of parameter 0 has another shape",
         ),

@@ -46,12 +46,15 @@ class SkippedSteps:
     def __init__(self, optimizers: list[torch.optim.Optimizer], scaler, device: torch.device, since_line: int = 0):
         self.optimizers, self.scaler, self.device, self.last = optimizers, scaler, device, None
         self.counts = torch.tensor([since_line, 0, 0], device=device)
-        for optimizer in optimizers:
+        for optimizer in optimizers if scaler else ():
             optimizer.register_step_post_hook(self._stepped)
 
     def _stepped(self, optimizer, args, kwargs):
         found_inf = getattr(optimizer, "found_inf", None)  # which the scaler lends to a fused one during the step
-        self.found = torch.tensor(False, device=self.device) if found_inf is None else found_inf > 0
+        self.found = self._flag(False) if found_inf is None else found_inf > 0
+
+    def _flag(self, value):
+        return torch.full((), value, device=self.device)  # filled on the device; torch.tensor would copy and wait
 
     def step(self) -> None:
         """Take a step with all optimizers. The scaler looks at each one's gradients, and skips by each one's own."""
@@ -63,7 +66,7 @@ class SkippedSteps:
         for optimizer in self.optimizers:
             self.found = None
             self.scaler.step(optimizer)
-            skipped.append(torch.tensor(True, device=self.device) if self.found is None else self.found)
+            skipped.append(self._flag(True) if self.found is None else self.found)
         self.scaler.update()
         self.last = torch.stack(skipped).any()
         since_line, in_a_row, longest = self.counts.unbind()

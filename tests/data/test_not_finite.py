@@ -129,7 +129,8 @@ def test_the_encoder_marks_them(tiny_models):
 def test_training_on_images_sees_them(folder, tiny_models):
     """NaN latents stand for a code that is none, and so does the loss; the other images are as they were."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
-    _, crops, views = ImageBatches(images, None, None, seed=0, global_batch=6)[0]
+    batch = ImageBatches(images, dict(codes=None), seed=0, global_batch=6)[0]
+    crops, views = batch["images"], batch["codes"]
     encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)
     assert moments.isfinite().all()

@@ -7,6 +7,7 @@ the optimizer's state; the others may not wait. To add a path, give its function
 import contextlib
 import types
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -39,7 +40,7 @@ from evaluation.networks import DINOv2Network, InceptionNetwork
 from evaluation.similarity import psnr, ssim
 from models import DiT, DiTCONT, DiTSEM
 from prior import DLCPrior
-from train_diffusion import LOSSES, argument_parser, losses_of
+from train_diffusion import LOSSES, argument_parser, build_optimizer, losses_of
 
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
@@ -78,25 +79,30 @@ def launched_run(model, losses, parser, precision, flags, device):
     """A `Run` without launcher and folder, of that model."""
     run = Run.__new__(Run)
     run.parser, run.args = parser, parser.parse_args(["--log-every", "100", "--ckpt-every", "100", *flags])
-    run.state, run.device = types.SimpleNamespace(is_main_process=False), device
+    run.state, run.device = types.SimpleNamespace(is_main_process=False, num_processes=1), device
     run.accelerator, run.compiled, run.sharded = Launched(precision, device), run.args.compile, False
-    run.resumed, run.skipped = None, 0
+    run.resumed, run.first_step, run.skipped = None, 0, 0
     run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
     run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
-    run.adopt(model, losses)
+    run.folder, run.config = Path("nowhere"), types.SimpleNamespace(built=model.config)
+    run.adopt(model)
+    run.optimize(build_optimizer(run.args, model), losses)
     return run
 
 
 def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
-    """The loop of a trainer, step by step; losses_of_a_part(indices, x, y) gives losses by name and times."""
+    """The loop of a trainer, step by step; losses_of_a_part(indices, x, y) gives losses by name and times.
+
+    batch() gives these three of a whole batch.
+    """
 
     def step(number):
-        for part in run.micro_batches(batch()):
-            terms, t = losses_of_a_part(*part)
+        for part in run.micro_batches(dict(zip("ixy", batch()))):
+            terms, t = losses_of_a_part(*part.values())
             run.backward(terms, t, num_timesteps)
         run.update(number)
         run.report(number)
-        state = [list(values.values()) for values in run.optimizer.state.values()]
+        state = [list(values.values()) for one in run.optimizers for values in one.state.values()]
         assert_on(run.device, terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
         if run.accelerator.scaler:
             assert_on(run.device, run.skips.last, run.accelerator.scaler._scale)
