@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.record import ON_GPU, flags, peak_kilobytes, record, run_script
 from dlc.machine.processes import start_processes
+from evaluation.feature_networks import InceptionNetwork
 from evaluation.inception import InceptionV3
 from evaluation.measuring import measure
 from evaluation.metrics import FeatureStatistics, frechet_distance
-from evaluation.networks import InceptionNetwork
 from evaluation.sets import open_images
 
 DIM = 2048
@@ -59,8 +59,9 @@ def inception_pass(root: Path):
     network = InceptionNetwork.__new__(InceptionNetwork)
     network.module, network.device = InceptionV3().to(state.device), state.device
     images = open_images(root / "images.npz", "SAMPLES")
-    measure(images, [network], state, outputs={})  # once, to warm up
-    return timed(lambda: measure(images, [network], state, keep=("inception",)) and [images.count])
+    measure(images, [network], state, statistics=[])  # once, to warm up
+    keep = {("inception", "pool"): torch.float32}
+    return timed(lambda: measure(images, [network], state, keep=keep) and [images.count])
 
 
 def our_statistics(rows):

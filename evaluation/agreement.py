@@ -10,33 +10,31 @@ for the VAE's reconstructions of images, since no sample that this VAE decodes c
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from dlc.data import Features
-from dlc.data.images import read_png
+from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
 from dlc.machine.processes import agree, create_logger, start_processes
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodesRecord
-from dlc.sampling.conditions import ComputedCodes, RowConditions, open_codes
-from dlc.sampling.opening import open_model
-from dlc.sampling.pictures import missing_indices, png_path
+from dlc.sampling.conditions import RowConditions, open_codes
 from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.networks import add_encoder_flags
-from evaluation.feature_images import FeatureImages, Reconstructor, open_vae
+from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
 from evaluation.report import metrics_path, write_metrics
-from evaluation.tokens import CodeReader, agreement_of_images, open_encoder_of
+from evaluation.sets import open_images
+from evaluation.tokens import CodeReader, agreement_of, codes_of, encoder_of
 
 #################################################################################
 #                            The codes of the samples                           #
 #################################################################################
 
 
-def samples_folder(path) -> Path:
+def samples_folder(path: str | Path) -> Path:
     """The folder of PNGs that a user names by itself, or by its .npz. Raises ValueError where there is none of ours."""
     folder = Path(path)
     if folder.suffix == ".npz":
@@ -66,11 +64,11 @@ class DrawnCodes(RowConditions):
         prior = conditions.get("prior")  # drew them beside the samples
         source = dlc_dir or (folder.with_name(f"{folder.name}.codes") if prior else str(conditions.get("source")))
         try:
-            codes = open_codes(source)
+            self.codes = open_codes(source)
         except ValueError as error:
             raise ValueError(f"{error}; name the codes that {folder} was drawn for with --dlc-dir") from None
-        super().__init__("codes", source, codes.rows, conditions.get("order", "sequential"), record.global_seed)
-        self.features, self.L, self.V = codes.features, codes.L, None
+        order = conditions.get("order", "sequential")
+        super().__init__("codes", source, self.codes.rows, order, record.global_seed)
         if prior:
             drawn = CodesRecord.finished(source)
             agrees = drawn is not None and drawn.settings() == prior and drawn.num >= record.num_fid_samples
@@ -83,7 +81,7 @@ class DrawnCodes(RowConditions):
             )
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.rows.gather(self.values(indices), limit=self.V).astype(np.int64))
+        return torch.from_numpy(self.codes.gather(self.values(indices)))
 
 
 #################################################################################
@@ -119,100 +117,58 @@ def check_agreement_flags(args) -> None:
     """Raise ValueError for flags that nothing would read."""
     for flag in ("features-path", "vae", "num-images"):
         if getattr(args, flag.replace("-", "_")) is not None and not args.data_path:
-            raise ValueError(f"--{flag} is of the ceiling, which is measured on images: give --data-path")
+            raise ValueError(f"--{flag} sets up the ceiling, which needs images: add --data-path")
 
 
-def parse_args():
-    parser = ArgumentParser(__doc__)
+def parse_args(argv: list[str] | None):
+    parser = ArgumentParser(__doc__, prog="evaluate.py agreement")
     parser.add_argument("samples", help="folder of samples of a DiTSEM, or its .npz")
     add_agreement_flags(parser.add_argument)
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(argv)
 
 
-def open_judges(args, drawn, count: int, device):
-    """The encoder that reads `count` samples for codes, notes on it, and what `open_ceiling` gives, or None.
-
-    drawn: the codes: DrawnCodes, or what else has their source, features (or None) and L.
-    """
-    manifest = drawn.features.manifest if drawn.features is not None else None
-    encoder, notes = open_encoder_of(args, manifest, drawn.L, f"the codes of {drawn.source}")
-    return encoder, notes, open_ceiling(args, drawn, encoder, count, device) if args.data_path else None
-
-
-def open_ceiling(args, drawn, encoder, count: int, device):
-    """The images to measure the ceiling on, their codes (n, L), the Reconstructor, and notes.
+def ceiling_of(args, drawn: DrawnCodes, encoder, count: int, state):
+    """The images to measure the ceiling on, their codes (n, L), the VAE, and notes.
 
     Raises ValueError where there are none whose codes the encoder made.
     """
-    features = Features(args.features_path) if args.features_path else drawn.features
+    features = Features(args.features_path) if args.features_path else drawn.codes.features
     if features is None:
         raise ValueError(
-            f"--data-path: {drawn.source} is not of features; name those of the images with --features-path"
+            f"--data-path: {drawn.source} is no features directory; name that of the images with --features-path"
         )
-    if features.codes is None or features.L != drawn.L:
-        raise ValueError(f"features {features.root} have no codes of L={drawn.L}, as the samples were drawn for")
-    if features.manifest is not None and features.manifest.encoder_sha256 not in (None, weights_sha256(encoder)):
-        raise ValueError(f"the codes of features {features.root} are of another encoder than those of {drawn.source}")
+    codes = CodeSet.of_features(features)
+    compare(codes, codes_of(encoder, "the samples"))
     images = FeatureImages(features, args.data_path, args.num_images)
-    if args.num_images is None and len(images) > count:
+    if args.num_images is None and images.count > count:
         images = FeatureImages(features, args.data_path, count)
-    vae, _, notes = open_vae(args.vae, features, device)
-    codes = features.codes.gather(images.rows, limit=encoder.V).astype(np.int64)
-    return images, codes, Reconstructor(vae, device), notes
+    vae, _, notes = vae_of(args.vae, features, state)
+    return images, codes.gather(images.rows, encoder.V), vae, notes
 
 
-def check_before_drawing(args, sampling, default: str) -> None:
-    """Raise ValueError for what would hinder measuring the agreement of samples that are yet to be drawn.
-
-    Args:
-        args: flags of `add_agreement_flags`.
-        sampling: flags of the sampling script. default: the model that it draws from without --model and --ckpt.
-    """
-    _, model, meta = open_model(sampling, ComputedCodes.script, default)
-    if model.conditioning != "codes":
-        raise ValueError(f"--agreement is of samples for codes: {sampling.model} draws for {model.conditioning}")
-    conditions, count = ComputedCodes.open(sampling, model, meta), sampling.num_fid_samples
-    if args.dlc_dir:
-        moved = ComputedCodes.open(SimpleNamespace(**{**vars(sampling), "dlc_dir": args.dlc_dir}), model, meta)
-        if moved.digest(count) != conditions.digest(count):
-            raise ValueError(f"--dlc-dir {args.dlc_dir}: the samples are to be drawn for other codes")
-    source = sampling.prior or conditions.source
-    features = None if sampling.prior else open_codes(source).features
-    codes = SimpleNamespace(source=source, features=features, L=model.sem_embedder.L)
-    open_judges(args, codes, count, torch.device("cpu"))
-
-
-def main():
-    parser, args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
     with parser.one_line_errors():
         check_agreement_flags(args)
         folder = samples_folder(args.samples)
         record, path = SamplesRecord.read(folder / "samples.json"), metrics_path(folder)
-        count, drawn = record.num_fid_samples, DrawnCodes(folder, record, args.dlc_dir)
-        missing = missing_indices(folder, count)
-        if missing:
-            raise ValueError(
-                f"{folder} lacks {len(missing):,} of its {count:,} images: run the sampling command again to draw them"
-            )
+        samples, drawn = open_images(folder, "SAMPLES"), DrawnCodes(folder, record, args.dlc_dir)
         check_writable(path, "the numbers' file")
         state = start_processes()
-        encoder, notes, ceiling = open_judges(args, drawn, count, state.device)
-        drawn.V = encoder.V
-        wanted = drawn(np.arange(count)).numpy()  # (count, L)
+        encoder, notes = encoder_of(args, drawn.codes, state)
+        ceiling = ceiling_of(args, drawn, encoder, samples.count, state) if args.data_path else None
+        wanted = drawn.codes.gather(drawn.values(np.arange(samples.count)), encoder.V)  # (count, L)
         agree("samples, codes and encoder", (record.conditions, weights_sha256(encoder)))
-
-    def load(indices):
-        return np.stack([read_png(png_path(folder, index)) for index in indices.tolist()])
-
     logger = create_logger(state)
     for note in [*notes, *(ceiling[3] if ceiling else [])]:
         logger.info(f"note: {note}")
-    with parser.kept_on_error("nothing is written", "the number of other programs", (ValueError, OSError)):
+    with parser.kept_on_error("nothing was written", "the number of other programs", (ValueError, OSError)):
         read = CodeReader(encoder, state.device)
-        result = agreement_of_images(load, wanted, read, state, "encoding samples")
+        result = agreement_of(samples, wanted, read, encoder.V, state, "encoding samples")
         if ceiling:
-            images, codes, reconstruct, _ = ceiling
-            found = agreement_of_images(images.crops, codes, read, state, "encoding reconstructions", reconstruct)
+            images, codes, vae, _ = ceiling
+            network = Reconstruction(vae, state.device, read=read)
+            found = agreement_of(images, codes, network, encoder.V, state, "encoding reconstructions")
         if state.is_main_process:
             if ceiling:
                 result["ceiling"] = found
@@ -220,7 +176,3 @@ def main():
             logger.info(line_of(result))
             logger.info(f"written to {path}")
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Samples against a reference: which passes the wanted metrics need, and the metrics.
+"""Samples against a reference: which passes over the images the wanted metrics need, and the metrics.
 
-comparison = Comparison(reference, networks, metrics, state)   # the reference is measured once
-result = comparison(samples)                                   # for any number of sets of samples
+compare = Comparison(reference, networks, ("fid", "recall"), "inception", state)
+result = compare(samples)
 result.values                                                  # {"fid": 2.0, …}, on rank 0
 """
 
@@ -10,47 +10,69 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dlc.machine.cli import SEED, number
 from dlc.machine.processes import cores_per_process
 from evaluation import notes
-from evaluation.feature_file import NAME as FEATURE_FILE
-from evaluation.measuring import Measured, measure
-from evaluation.metrics import density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
+from evaluation.feature_networks import add_network_flags, check_weights_flags
+from evaluation.measuring import Measured, Output, measure
+from evaluation.metrics import METRICS, Pair
 from evaluation.reference import Reference
 from evaluation.sets import ImageSet
 
-SPLIT_SIZE = 5000  # rows of a split of the Inception Score, in the order of the samples: ADM's
-K_PRECISION, K_DENSITY = 3, 5  # nearest neighbours, of ADM and of the paper on density and coverage
-FEWEST = dict(precision=K_PRECISION + 1, recall=K_PRECISION + 1, density=K_DENSITY + 1, coverage=K_DENSITY + 1)
-# --metrics: what each needs, of the features that --features names unless another network is named
-METRICS = {
-    "fid": "statistics",
-    "sfid": "spatial",
-    "is": "probabilities",
-    "precision": "features",
-    "recall": "features",
-    "kid": "features",
-    "density": "features",
-    "coverage": "features",
-    "fd_dinov2": "dinov2",
-}
-DEFAULTS = {
-    "inception": ("fid", "sfid", "is", "precision", "recall"),
-    "dinov2": ("fid", "precision", "recall"),
-    FEATURE_FILE: ("fid", "sfid", "is", "precision", "recall"),
-}
-# the name of the Frechet distance, by network
-DISTANCES = {"inception": "fid", "dinov2": "fd_dinov2", FEATURE_FILE: "fd"}
+#################################################################################
+#                                     Flags                                     #
+#################################################################################
 
 
-def networks_of(features: str, metrics) -> list[str]:
-    """The networks that metrics need; that of --features, where it is one of them, comes first."""
-    needs = {METRICS[name] for name in metrics}
-    return list(dict.fromkeys([*([features] if needs - {"dinov2"} else []), *(needs & {"dinov2"})]))
+def add_comparison_flags(add) -> None:
+    """Add the flags of a comparison but for the samples, the reference and the output; sweep hands these on."""
+    add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"{', '.join(METRICS)} [those of the features]")
+    add_network_flags(add)
+    add("--crop", type=number(int, 1), help="crop the images of folders to this size as ADM does, pixels")
+    add("--resize", type=number(int, 1), help="resize the images of folders to this size squared, bicubic, pixels")
+    add(
+        "--pr-precision",
+        choices=["adm", "float32"],
+        default="adm",
+        help="round the distances of precision and recall; adm: to float16, as in published numbers",
+    )
+    add("--global-seed", type=SEED, default=0, help="seed of KID's subsets")
+
+
+def wanted_metrics(args) -> tuple[str, ...]:
+    """The names of the metrics that the flags ask for, in the order of METRICS."""
+    return tuple(
+        name
+        for name, one in METRICS.items()
+        if (name in args.metrics if args.metrics else one.is_default and one.network in (None, args.features))
+    )
+
+
+def check_comparison_flags(args) -> None:
+    """Raise ValueError for flags that contradict each other, or that nothing would read."""
+    if args.crop and args.resize:
+        raise ValueError("--crop and --resize exclude each other: give one")
+    metrics = wanted_metrics(args)
+    check_weights_flags(args, networks_of(metrics, args.features))
+    if args.pr_precision != "adm" and not {"precision", "recall"} & set(metrics):
+        raise ValueError(
+            f"--pr-precision {args.pr_precision} applies to precision and recall only: add them to --metrics"
+        )
+
+
+def networks_of(metrics, features: str) -> list[str]:
+    """The names of the networks that metrics need. features: the network of those that are tied to none."""
+    return list(dict.fromkeys(METRICS[name].network or features for name in metrics))
 
 
 def needs_reference(metrics) -> bool:
     """Whether some of the metrics compare samples with a reference."""
-    return any(METRICS[name] != "probabilities" for name in metrics)
+    return any(METRICS[name].needs != "probabilities" for name in metrics)
+
+
+#################################################################################
+#                                 The comparison                                #
+#################################################################################
 
 
 @dataclass
@@ -63,60 +85,43 @@ class Result:
     reference: Measured | None = None
 
 
+@dataclass
 class Comparison:
-    """Measures a reference, once, and sets of samples against it.
+    """Measures a reference and samples, and computes the wanted metrics of both.
 
     Args:
         reference: from `open_reference`; `Reference(None)` where no metric needs one.
         networks: {name: network} of `networks_of`.
         metrics: keys of METRICS.
+        features: the network of those metrics that are tied to none.
         state: accelerate's PartialState.
         pr_precision: see `precision_recall`.
         seed: of KID's subsets, and of the shuffle that shows whether the order decides the Inception Score.
         batch_size: images per batch of a network; None: see `measure`.
-        measured: of the reference, where somebody else measured it.
 
     Raises ValueError where the reference cannot give what a metric needs.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        networks,
-        metrics,
-        state,
-        pr_precision: str = "adm",
-        seed: int = 0,
-        batch_size: int | None = None,
-        measured: Measured | None = None,
-    ):
-        self.reference, self.networks, self.state = reference, networks, state
-        self.metrics = tuple(dict.fromkeys(metrics))
-        self.main = next(iter(networks))
-        self.pr_precision, self.seed, self.batch_size = pr_precision, seed, batch_size
-        self.needs = {METRICS[name] for name in self.metrics}
-        self.measured = measured
-        self._check()
-        if measured:
-            self._use_stored()
+    reference: Reference
+    networks: dict
+    metrics: tuple[str, ...]
+    features: str
+    state: object
+    pr_precision: str = "adm"
+    seed: int = 0
+    batch_size: int | None = None
 
-    def _check(self):
-        """Raise ValueError where a metric asks for what the network or the reference does not have."""
-        main = self.networks[self.main]
-        if "spatial" in self.needs and "spatial" not in main.outputs:
-            raise ValueError(f"--metrics sfid needs spatial features, and --features {self.main} has none")
-        if "probabilities" in self.needs and main.probabilities is None:
-            raise ValueError(f"--metrics is needs class probabilities, and --features {self.main} has none")
-        for name, output in self.distances():
-            if self.measured is None or self.reference.statistics:
-                self._check_stored(name, output)
-        if "features" in self.needs and self.reference.images is None and self.measured is None:
+    def __post_init__(self):
+        for key in self.distances():
+            self._check_stored(*key)
+        names = [name for name in self.metrics if METRICS[name].needs == "features"]
+        if names and self.reference.images is None:
             raise ValueError(
-                f"--reference {self.reference.path} holds statistics alone, and {self._names('features')} need its "
-                "images: leave them out of --metrics, or give a reference with arr_0"
+                f"--reference {self.reference.path} holds statistics alone, and {', '.join(names)} need its images: "
+                "leave them out of --metrics, or give a reference with arr_0"
             )
 
-    def _check_stored(self, name, output):
+    def _check_stored(self, name: str, output: str) -> None:
         """Raise ValueError where neither stored statistics nor images give the reference's side of a distance."""
         path, network = self.reference.path, self.networks[name]
         stored, digest = self.reference.stored(name, output), self.reference.network_sha256
@@ -136,129 +141,80 @@ class Comparison:
                 f"({network.digest[:8]}…)"
             )
 
-    def _names(self, need):
-        return ", ".join(name for name in self.metrics if METRICS[name] == need)
+    def needed(self, *needs: str) -> list[Output]:
+        """(network, output) of the wanted metrics that need one of these attributes of a Pair, each once."""
+        rows = [METRICS[name] for name in self.metrics]
+        return list(dict.fromkeys((one.network or self.features, one.output) for one in rows if one.needs in needs))
 
-    def distances(self):
+    def distances(self) -> list[Output]:
         """(network, output) of each Frechet distance that is wanted."""
-        wanted = []
-        if "statistics" in self.needs:
-            wanted.append((self.main, "pool"))
-        if "spatial" in self.needs:
-            wanted.append((self.main, "spatial"))
-        if "dinov2" in self.needs and ("dinov2", "pool") not in wanted:
-            wanted.append(("dinov2", "pool"))
-        return wanted
+        return self.needed("statistics")
 
-    def _pass(self, images: ImageSet, distances, keep, desc) -> Measured:
-        outputs = {}
-        for name, output in distances:
-            outputs[name] = (*outputs.get(name, ()), output)
-        networks = [one for name, one in self.networks.items() if name in outputs or name in keep]
-        return measure(images, networks, self.state, keep, outputs, self.batch_size, desc)
-
-    def measure_reference(self) -> None:
-        """Run the networks over the reference's images, where its stored statistics do not suffice."""
-        distances = [key for key in self.distances() if self.reference.stored(*key) is None]
-        keep = (self.main,) if "features" in self.needs else ()
-        if distances or keep:
-            self.measured = self._pass(self.reference.images, distances, keep, "reference")
-        else:
-            self.measured = Measured(0)
-        self._use_stored()
-
-    def _use_stored(self):
-        for key in self.distances():
-            stored = self.reference.stored(*key)
-            if stored is not None:
-                self.measured.statistics[key] = stored
+    def warnings_of(self, samples: ImageSet) -> list[str]:
+        """What is to be warned of before any work. Raises ValueError for fewer images than a metric needs."""
+        there = self.reference.images and self.reference.images.count
+        for name in self.metrics:
+            fewest = max(2, METRICS[name].neighbours + 1)
+            for count, whose in ((samples.count, "samples"), (there, "reference images")):
+                if count is not None and count < fewest:
+                    raise ValueError(
+                        f"--metrics {name} needs at least {fewest} images in each set, and there are {count} {whose}"
+                    )
+        width = max((self.networks[name].outputs[output] for name, output in self.distances()), default=0)
+        return [
+            *notes.of_counts(samples.count, width, self.reference, there, self.metrics),
+            *notes.of_record(samples.record or {}),
+            *notes.of_images(samples, self.reference),
+            *(line for network in self.networks.values() for line in network.notes),
+        ]
 
     def __call__(self, samples: ImageSet) -> Result:
-        """Measure samples, in all processes, and judge them on rank 0; elsewhere an empty Result."""
-        if self.measured is None:
-            self.measure_reference()
-        keep = (self.main,) if self.needs & {"features", "probabilities"} else ()
-        measured = self._pass(samples, self.distances(), keep, "samples")
+        """Measure both sets, in all processes, and compute the metrics on rank 0; elsewhere an empty Result."""
+        stored = {key: self.reference.stored(*key) for key in self.distances()}
+        lacking, features = [key for key, one in stored.items() if one is None], self.needed("features")
+        if lacking or features:
+            reference = self._measure(self.reference.images, lacking, features, "reference")
+        else:
+            reference = Measured(0)
+        reference.statistics.update({key: one for key, one in stored.items() if one is not None})
+        kept = self.needed("features", "probabilities")
+        measured = self._measure(samples, self.distances(), kept, "samples")
         if not self.state.is_main_process:
             return Result()
-        return self.judge(measured, samples)
-
-    def judge(self, measured: Measured, samples: ImageSet | None = None) -> Result:
-        """The numbers of what was measured of samples, and warnings; on rank 0."""
-        probs = None
-        if "probabilities" in self.needs:
-            probs = self.networks[self.main].probabilities(measured.features[self.main])
-        result = self.numbers(measured, probs)
-        found = notes.of_pixels(measured) if samples else []
-        result.warnings = [*self.warnings_of(samples), *found, *result.warnings]
-        return result
-
-    def check_counts(self, count: int) -> int | None:
-        """How many images the reference has, if it has any. Raises ValueError for fewer than a metric needs.
-
-        count: how many samples there are, or will be.
-        """
-        there = self.reference.images or self.measured
-        there = (there and there.count) or None
-        for name in self.metrics:
-            for images, whose in ((count, "samples"), (there, "reference images")):
-                if images is not None and images < FEWEST.get(name, 2):
-                    raise ValueError(
-                        f"--metrics {name} needs at least {FEWEST.get(name, 2)} images in each set, and there are "
-                        f"{images} {whose}"
-                    )
-        return there
-
-    def warnings_of(self, samples: ImageSet | None) -> list[str]:
-        """What is to be warned of before any work; samples None: of features of a file, which say how many they are.
-
-        Raises ValueError for fewer images than a metric needs.
-        """
-        reference = self.reference
-        count = samples.count if samples else self.networks[self.main].measured.count
-        there = self.check_counts(count)
-        width = max((self.networks[name].outputs[output] for name, output in self.distances()), default=0)
-        lines = notes.of_counts(count, width, reference, there, self.metrics)
-        if samples:
-            lines += notes.of_record(samples.record or {}) + notes.of_images(samples, reference)
-        return lines + [line for network in self.networks.values() for line in network.notes]
-
-    def numbers(self, samples: Measured, probs: torch.Tensor | None) -> Result:
-        """The wanted metrics of what was measured, on this process alone, with the cores of all that wait for it."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(cores_per_process() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(cores_per_process() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the others wait
         try:
-            return self._numbers(samples, probs)
+            values = self._values(reference, measured)
         finally:
             torch.set_num_threads(threads)
+        warnings = notes.of_pixels(measured) + notes.of_order(values)
+        return Result(values, warnings, measured, reference)
 
-    def _numbers(self, samples, probs):
-        result = Result(samples=samples, reference=self.measured)
-        values, statistics = result.values, self.measured.statistics
+    def _measure(self, images, statistics, kept, desc):
+        used = {name for name, _ in [*statistics, *kept]}
+        networks = [one for name, one in self.networks.items() if name in used]
+        keep = dict.fromkeys(kept, torch.float32)
+        return measure(images, networks, self.state, statistics, keep, self.batch_size, desc)
+
+    def _values(self, reference: Measured, samples: Measured) -> dict[str, float]:
+        values = {}
+        for network in self.networks:
+            pair = self._pair(network, reference, samples)
+            for row, name in ((METRICS[name], name) for name in self.metrics):
+                if (row.network or self.features) == network:
+                    found = row.function(pair)
+                    values.update(found if isinstance(found, dict) else {row.key or name: found})
+        return values
+
+    def _pair(self, network: str, reference: Measured, samples: Measured) -> Pair:
+        """Both sets as one network sees them."""
+        pair = Pair(pr_precision=self.pr_precision, seed=self.seed)
         for name, output in self.distances():
-            key = "sfid" if output == "spatial" else DISTANCES[name]
-            values[key] = frechet_distance(statistics[name, output], samples.statistics[name, output])
-        if probs is not None:
-            values["inception_score"] = inception_score(probs, SPLIT_SIZE)
-            if len(probs) > SPLIT_SIZE:
-                order = torch.randperm(len(probs), generator=torch.Generator().manual_seed(self.seed))
-                values["inception_score_shuffled"] = inception_score(probs[order], SPLIT_SIZE)
-                result.warnings += notes.of_order(values["inception_score"], values["inception_score_shuffled"])
-        if "features" in self.needs:
-            self.neighbours(
-                values, *(one.features[self.main].to(self.state.device) for one in (self.measured, samples))
-            )
-        return result
-
-    def neighbours(self, values, reference, samples) -> None:
-        """Add the metrics that compare features (N, D) one by one."""
-        wanted = set(self.metrics)
-        if wanted & {"precision", "recall"}:
-            both = precision_recall(reference, samples, K_PRECISION, self.pr_precision)
-            values.update({name: one for name, one in zip(("precision", "recall"), both) if name in wanted})
-        if wanted & {"density", "coverage"}:
-            both = density_coverage(reference, samples, K_DENSITY)
-            values.update({name: one for name, one in zip(("density", "coverage"), both) if name in wanted})
-        if "kid" in wanted:
-            generator = torch.Generator().manual_seed(self.seed)
-            values["kid"], values["kid_std"] = kernel_distance(reference, samples, generator=generator)
+            if name == network:
+                pair.statistics[output] = reference.statistics[name, output], samples.statistics[name, output]
+        key = network, "pool"
+        if key in self.needed("features"):
+            pair.features = tuple(one.rows[key].to(self.state.device) for one in (reference, samples))
+        if key in self.needed("probabilities"):
+            pair.probabilities = self.networks[network].probabilities(samples.rows[key])
+        return pair

@@ -6,15 +6,18 @@ import numpy as np
 import torch
 
 from dlc.data import Features
-from dlc.data.images import Views, collate, flips_of
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import same_vae
 from dlc.sampling.decoder import Decoder
-from dlc.weights.networks import load_vae
+from dlc.weights.hub import fetched_by_node
+from dlc.weights.networks import fetch_vae, load_vae
+from evaluation.sets import FileImages
+from evaluation.similarity import psnr, ssim
+from evaluation.tokens import CodeReader
 
 
-class FeatureImages:
-    """The image files that features were extracted from: the crops, never flipped, and the row of each.
+class FeatureImages(FileImages):
+    """The image files that features were extracted from: the crops, never flipped, and `rows`, the row of each.
 
     Args:
         features: with a manifest and paths.
@@ -24,14 +27,16 @@ class FeatureImages:
     Raises ValueError where the features do not say which images, or where the first of them is not in the folder.
     """
 
-    def __init__(self, features: Features, data_path: str, count: int | None = None):
+    def __init__(self, features: Features, data_path: str | Path, count: int | None = None):
         if features.manifest is None or features.paths is None:
             raise ValueError(f"features {features.root} have no manifest.json to say which images they were made of")
         copies = 2 if features.manifest.flip == "both" else 1  # rows of one image follow each other
         self.rows = np.arange(0, features.count, copies)
         if count is not None:
             if count > len(self.rows):
-                raise ValueError(f"--num-images {count}: features {features.root} are of {len(self.rows):,} images")
+                raise ValueError(
+                    f"--num-images {count}: features {features.root} were made of {len(self.rows):,} images"
+                )
             self.rows = self.rows[np.linspace(0, len(self.rows) - 1, count).round().astype(int)]
         names = features.paths.gather(self.rows).tolist()
         for name in names:
@@ -40,43 +45,62 @@ class FeatureImages:
         if not Path(data_path).is_dir():
             raise ValueError(f"--data-path {data_path} is not a folder")
         if not (Path(data_path) / names[0]).is_file():
-            raise ValueError(f"--data-path {data_path} has no {names[0]}, which features {features.root} are of")
-        flips = flips_of("none", len(names), 0)
-        self.views = Views(data_path, names, flips, features.image_size, None)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def crops(self, indices: np.ndarray) -> torch.Tensor:
-        """The crops (n, S, S, 3) uint8 of images. Raises OSError, naming the file, for one that cannot be read."""
-        crops, _, unreadable = collate([self.views[index] for index in indices.tolist()])
-        for index, error, _ in unreadable:
-            raise OSError(f"cannot read {self.views.path(index)!r} ({error}), which the features were made of")
-        return crops.squeeze(1)
+            raise ValueError(f"--data-path {data_path} has no {names[0]}, which features {features.root} were made of")
+        super().__init__(Path(data_path), names, crop=features.image_size)
 
 
-def open_vae(name: str | None, features: Features, device):
-    """The VAE that a flag names, or the features' own; its name, its digest, and notes.
+def vae_of(name: str | None, features: Features, state):
+    """The VAE that a flag names, or the features' own, on the device; its digest; and notes.
 
     Raises ValueError where the features' own cannot be had, or where one does not fit the features' latents.
     """
     manifest = features.manifest
     if name is None and manifest.vae is None:
         raise ValueError(f"features {features.root} do not say which VAE made them: name one with --vae")
-    vae = load_vae(name or manifest.vae, device)
-    whose, channels = "the features' latents", manifest.latent_channels
-    return vae, *same_vae(vae, name or manifest.vae, name is not None, channels, vars(manifest), whose)
+    named = name or manifest.vae
+    fetched_by_node(state, lambda ask: fetch_vae(named, ask))
+    vae, whose = load_vae(named, state.device), "the features' latents"
+    return vae, *same_vae(vae, named, name is not None, manifest.latent_channels, vars(manifest), whose)
 
 
-class Reconstructor:
-    """Crops (n, S, S, 3) uint8 to what the VAE makes of them, decoded from the mean of the posterior as samples are."""
+class Reconstruction:
+    """What a VAE makes of images, decoded from the mean of the posterior as samples are: a network of `measure`.
 
+    Its outputs are `psnr` and `ssim` of each image and its reconstruction, `codes` of the reconstruction, and, of each
+    network's features, NAME.originals and NAME.reconstructions.
+
+    Args:
+        precision: of the VAE.
+        networks: whose features are wanted of both.
+        read: a CodeReader; None: no codes.
+    """
+
+    name, notes = "reconstruction", ()
     AT_ONCE = 8  # images encoded at once; fixed, because rounding depends on it
 
-    def __init__(self, vae, device: torch.device, precision: str = "fp32"):
-        self.device, self.encoder = device, PixelEncoder(vae, None, device, precision)
-        self.decoder = Decoder(vae, None, precision)
+    def __init__(self, vae, device: torch.device, precision: str = "fp32", networks=(), read: CodeReader | None = None):
+        self.device, self.networks, self.read = device, networks, read
+        self.encoder, self.decoder = PixelEncoder(vae, None, device, precision), Decoder(vae, None, precision)
+        self.outputs = dict(psnr=1, ssim=1, **(read.outputs if read else {}))
+        for one in networks:
+            self.outputs.update(
+                {f"{one.name}.{which}": one.outputs["pool"] for which in ("originals", "reconstructions")}
+            )
 
-    def __call__(self, crops: torch.Tensor) -> np.ndarray:
-        moments = self.encoder.moments(crops, self.AT_ONCE)  # (n, 2C, S/f, S/f)
-        return self.decoder.images(moments.chunk(2, dim=1)[0])
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, S, S, 3) uint8 to their reconstructions, the same shape and type, on the CPU."""
+        moments = self.encoder.moments(images, self.AT_ONCE)  # (n, 2C, S/f, S/f)
+        return torch.from_numpy(self.decoder.images(moments.chunk(2, dim=1)[0]))
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = self.reconstruct(images)
+        originals, reconstructions = images.to(self.device), found.to(self.device)
+        outputs = dict(
+            psnr=psnr(originals, reconstructions)[:, None],
+            ssim=ssim(originals, reconstructions)[:, None],
+            **(self.read(found) if self.read else {}),
+        )
+        for one in self.networks:
+            outputs[f"{one.name}.originals"] = one(originals)["pool"]
+            outputs[f"{one.name}.reconstructions"] = one(reconstructions)["pool"]
+        return outputs

@@ -1,6 +1,6 @@
 """The Inception network of FID: the graph of 5 December 2015 that TensorFlow published, with its resize.
 
-    network = InceptionV3()
+    network = load_inception(path)
     pool, spatial = network(images)                                # (N, 2048), (N, 2023)
     probs = network.probabilities(pool)                            # (N, 1008)
 
@@ -12,6 +12,8 @@ Names are those of the published PyTorch weights, which are torchvision's.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
 
 SIDE = 299  # pixels that the network sees
 SPATIAL_CHANNELS = 7  # of the output of mixed_6/conv, as sFID takes them (Nash et al. 2021, arXiv 2103.03841)
@@ -226,3 +228,23 @@ class InceptionV3(nn.Module):
         """The softmax (N, 1008) of pool (N, 2048) times the last layer's weights: without its bias, as ADM has it."""
         weight = self.fc.weight.float()
         return torch.cat([torch.softmax(rows.to(weight) @ weight.T, dim=1) for rows in pool.split(PROBS_ROWS)])
+
+
+def load_inception(path) -> InceptionV3:
+    """The network with the weights of a .pth of any torch or a .safetensors, float32, on the CPU.
+
+    Raises ValueError, naming the file.
+    """
+    weights = {key: value for key, value in load_tensors(path).items() if not str(key).endswith(".num_batches_tracked")}
+    check_tensors(weights, path)
+    with torch.device("meta"):
+        network = InceptionV3()
+    wanted = {key: value for key, value in network.state_dict().items() if not key.endswith(".num_batches_tracked")}
+    different = differences_from(wanted, weights)
+    if different:
+        raise ValueError(f"{path} is not of the 2015 Inception network of FID: it {different}")
+    counts = {key: torch.tensor(0) for key in network.state_dict().keys() - wanted.keys()}
+    network.load_state_dict(
+        {**{key: value.float().contiguous() for key, value in weights.items()}, **counts}, assign=True
+    )
+    return network.eval().requires_grad_(False)

@@ -14,18 +14,16 @@ import numpy as np
 from dlc.data.npz import write_images
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
-from dlc.machine.processes import create_logger, done_by_rank_0, start_processes
-from evaluation.flags import nothing_written
+from dlc.machine.processes import create_logger, start_processes
+from evaluation.feature_networks import add_network_flags, check_weights_flags, feature_networks
 from evaluation.measuring import measure
-from evaluation.networks import NETWORKS, add_network_flags, check_weights_flags, open_networks
 from evaluation.notes import PUBLISHED_REFERENCE
 from evaluation.reference import STORED
-from evaluation.self_check import check_arithmetic, check_network
 from evaluation.sets import open_images
 
 
-def parse_args():
-    parser = ArgumentParser(__doc__)
+def parse_args(argv: list[str] | None):
+    parser = ArgumentParser(__doc__, prog="evaluate.py make-reference")
     add = parser.add_argument
     add("images", metavar="FOLDER", help="images: a folder, an ImageFolder-style folder, or an .npz with arr_0")
     add("output", metavar="OUT.npz", help="the .npz to write")
@@ -34,42 +32,33 @@ def parse_args():
         "--num-images",
         type=number(int, 0),
         default=PUBLISHED_REFERENCE,
-        help="store so many images as arr_0, at most all; 0: statistics alone [%(default)s]",
+        help="store so many images as arr_0, at most all; 0: statistics alone",
     )
     add_network_flags(add)
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(argv)
 
 
-def check_flags(args):
-    """Raise ValueError for flags that contradict each other, or that nothing would read."""
-    if args.features not in NETWORKS:
-        raise ValueError(f"--features {args.features}: choose from {', '.join(NETWORKS)}")
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    unwritten = "nothing was written"
+    with parser.kept_on_error(unwritten, "--batch-size", ()), parser.one_line_errors(unwritten):
+        run(args)
+
+
+def run(args) -> None:
+    """Measure the images, and write the reference."""
     if not args.output.endswith(".npz"):
         raise ValueError(f"{args.output} does not end in .npz")
     check_writable(args.output, "OUT.npz")
     check_weights_flags(args, [args.features])
-
-
-def main():
-    parser, args = parse_args()
-    with nothing_written(parser):
-        run(args)
-
-
-def run(args):
-    """Measure the images, and write the reference."""
-    check_flags(args)
-    check_arithmetic()
     images = open_images(args.images, "FOLDER", crop=args.image_size)
     if images.size != (args.image_size, args.image_size):
-        raise ValueError(f"{args.images} is of {images.size[1]} x {images.size[0]} pixels, not --image-size")
+        raise ValueError(f"{args.images} has images of {images.size[1]} x {images.size[0]} pixels, not --image-size")
     if images.count < 2:
         raise ValueError(f"{args.images} has {images.count} image, and a covariance needs at least 2")
     state = start_processes()
     logger = create_logger(state)
-    network = open_networks(args, [args.features], state)[args.features]
-    probe, error = done_by_rank_0(state, lambda: check_network(network, None))
-    logger.info(f"self-check passed: {network.name}'s features differ by {error:.1e} from float64's")
+    network = feature_networks(args, [args.features], state)[args.features]
     for note in (*images.notes, *network.notes):
         logger.warning(f"warning: {note}")
     measured = measure(images, [network], state, batch_size=args.batch_size)
@@ -80,7 +69,6 @@ def run(args):
             network_sha256=np.array(network.digest),
             count=np.array(images.count),
             sha256=np.array(measured.digest),
-            probe=probe,
         )
         for output, (mean, covariance) in STORED.items():
             if output in network.outputs:
@@ -88,7 +76,7 @@ def run(args):
                 arrays.update({mean: statistics.mean.numpy(), covariance: statistics.covariance.numpy()})
         write_images(Path(args.output), (len(rows), *images.size, 3), images.chosen(rows.tolist()), arrays)
         logger.info(f"{args.output}: statistics of {images.count:,} images, and {len(rows):,} of them as arr_0")
-        if len(measured.twins):
+        if measured.twins:
             logger.warning(f"warning: {len(measured.twins):,} of the images equal an earlier one")
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -1,7 +1,7 @@
-"""One pass over a set of images: statistics of each network's features, and, where a metric needs them, the features.
+"""One pass over a set of images: statistics of networks' outputs, and, where a metric needs them, the outputs.
 
-    measured = measure(images, [network], state, keep=True)
-    measured.statistics["inception", "pool"], measured.features["inception"]          # on rank 0
+    measured = measure(images, [network], state, keep={("inception", "pool"): torch.float32})
+    measured.statistics["inception", "pool"], measured.rows["inception", "pool"]          # on rank 0
 
 Every process takes a range of batches. A batch is the same images whatever the number of processes, so features are
 equal to the bit on a CPU, and statistics, which are merged, to about 1e-15 relative. Everything else is computed on
@@ -17,26 +17,27 @@ import torch
 import torch.distributed as dist
 
 from dlc.machine.cli import progress
-from dlc.machine.exact import in_batches, set_exact_numerics, side_by_side
+from dlc.machine.exact import set_exact_numerics, side_by_side
 from evaluation.metrics import FeatureStatistics
 from evaluation.sets import ImageSet
 
 DIGEST = 16  # bytes per image
 BATCH = dict(cuda=64, cpu=8)  # images, which decide rounding; on a CPU each core has a batch
+Output = tuple[str, str]  # name of a network, name of one of its outputs
 
 
 @dataclass
 class Measured:
     """What a pass found. All but `count` only on rank 0.
 
-    statistics: {(network, output): FeatureStatistics}. features: {network: `pool` (N, D) float32 on the CPU}, empty
-    unless kept. digest: of all pixels and their size; the same for a folder and its .npz. twins: index of an image and
-    of an earlier one that it equals. blank: indices of images of one colour.
+    statistics: of outputs. rows: {output: (N, D) on the CPU} of the outputs that were to be kept. digest: of all pixels
+    and their size; the same for a folder and its .npz. twins: index of an image and of an earlier one that it equals.
+    blank: indices of images of one colour.
     """
 
     count: int
-    statistics: dict[tuple[str, str], FeatureStatistics] = field(default_factory=dict)
-    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    statistics: dict[Output, FeatureStatistics] = field(default_factory=dict)
+    rows: dict[Output, torch.Tensor] = field(default_factory=dict)
     digest: str = ""
     twins: list[tuple[int, int]] = field(default_factory=list)
     blank: list[int] = field(default_factory=list)
@@ -47,12 +48,6 @@ def share(count: int, batch: int, rank: int, processes: int) -> tuple[int, int]:
     batches = -(-count // batch)
     low, high = (batches * k // processes * batch for k in (rank, rank + 1))
     return min(low, count), min(high, count)
-
-
-def counts_of(count: int, batch: int, state) -> list[int]:
-    """How many of `count` images each process has."""
-    shares = [share(count, batch, rank, state.num_processes) for rank in range(state.num_processes)]
-    return [stop - start for start, stop in shares]
 
 
 @contextlib.contextmanager
@@ -70,100 +65,67 @@ def measure(
     images: ImageSet,
     networks,
     state,
-    keep: tuple[str, ...] = (),
-    outputs: dict[str, tuple[str, ...]] | None = None,
+    statistics: list[Output] | None = None,
+    keep: dict[Output, torch.dtype] | None = None,
     batch_size: int | None = None,
     desc: str = "features",
 ) -> Measured:
     """Run networks over a set of images, in all processes.
 
     Args:
-        networks: as NETWORKS makes them; may be none, for digests alone.
+        networks: as those of NETWORKS; may be none, for digests alone.
         state: accelerate's PartialState.
-        keep: names of the networks whose features `pool` are kept.
-        outputs: {network: outputs of which statistics are wanted}; None: all of all.
+        statistics: the outputs whose statistics are wanted; None: all of all networks.
+        keep: the outputs whose rows are kept, and as which type.
         batch_size: images per batch; another one changes how features round.
 
     Raises ValueError, naming the file, for images that cannot be read, and for features that are not finite.
     """
-    outputs = {one.name: tuple(one.outputs) for one in networks} if outputs is None else outputs
+    widths = {(one.name, output): width for one in networks for output, width in one.outputs.items()}
+    sums = {key: FeatureStatistics(widths[key]) for key in (widths if statistics is None else statistics)}
+    kept = {key: [torch.empty(0, widths[key], dtype=dtype)] for key, dtype in (keep or {}).items()}
     batch_size = batch_size or BATCH[state.device.type]
-    start, stop = share(images.count, batch_size, state.process_index, state.num_processes)
-    statistics = {
-        (one.name, output): FeatureStatistics(one.outputs[output])
-        for one in networks
-        for output in outputs.get(one.name, ())
-    }
-    kept = {name: [] for name in keep}
-    digests, blank = [], []
+    shares = [share(images.count, batch_size, rank, state.num_processes) for rank in range(state.num_processes)]
+    start, stop = shares[state.process_index]
+    hashes, blank = [], []
 
     @torch.inference_mode()
     def run(batch):
         batch = torch.from_numpy(batch.copy())  # the arrays of a stream are read-only
-        hashes = [hashlib.blake2b(image.numpy(), digest_size=DIGEST).digest() for image in batch]
+        digests = [hashlib.blake2b(image.numpy(), digest_size=DIGEST).digest() for image in batch]
         one_colour = (batch == batch[:, :1, :1]).flatten(1).all(dim=1).tolist()
-        return hashes, one_colour, {one.name: outputs_of(one, batch, batch_size) for one in networks}
+        # filled up with copies of the first image: rounding depends on the shape
+        full = torch.cat([batch, batch[:1].expand(batch_size - len(batch), -1, -1, -1)])
+        found = {(one.name, name): rows[: len(batch)] for one in networks for name, rows in one(full).items()}
+        return digests, one_colour, found
 
     with (
         exact_numerics(),
         progress(total=stop - start, unit="img", desc=desc, disable=not state.is_main_process, delay=1) as bar,
     ):
         batches = images.batches(start, stop, batch_size)
-        for hashes, one_colour, features in side_by_side(run, batches, state.device):
-            blank += [start + len(digests) + i for i, is_blank in enumerate(one_colour) if is_blank]
-            digests += hashes
-            for name, found in features.items():
-                for output in outputs.get(name, ()):
-                    statistics[name, output].update(found[output])
-                if name in kept:
-                    kept[name].append(found["pool"].cpu())
-            bar.update(len(hashes))
-    return joined(images, state, batch_size, statistics, kept, digests, blank, networks)
+        for digests, one_colour, found in side_by_side(run, batches, state.device):
+            hashes += digests
+            blank += one_colour
+            for key, one in sums.items():
+                one.update(found[key])
+            for key, rows in kept.items():
+                rows.append(found[key].to(rows[0].dtype).cpu())
+            bar.update(len(digests))
+
+    # ---------------------------------------------------------------------- what all processes found, on rank 0
+    counts = [stop - start for start, stop in shares]
+    hashes = torch.frombuffer(bytearray(b"".join([bytes(DIGEST), *hashes])), dtype=torch.uint8).view(-1, DIGEST)[1:]
+    hashes, blank = gathered(hashes, counts, state), gathered(torch.tensor(blank, dtype=torch.uint8), counts, state)
+    rows = {key: gathered(torch.cat(parts), counts, state) for key, parts in kept.items()}
+    sums = {key: merged(one, counts, state) for key, one in sums.items()}
+    if not state.is_main_process:
+        return Measured(images.count)
+    digest, twins = summary(hashes.numpy(), images.size)
+    return Measured(images.count, sums, rows, digest, twins, blank.nonzero().flatten().tolist())
 
 
-def outputs_of(network, batch, size):
-    """A network's outputs for a batch, which is filled up to `size` with copies: rounding depends on the shape."""
-    outputs = in_batches(lambda rows: torch.cat(list(network(rows).values()), dim=1), batch, size)
-    return dict(zip(network.outputs, outputs.split(list(network.outputs.values()), dim=1)))
-
-
-#################################################################################
-#                               Joining processes                               #
-#################################################################################
-
-
-def joined(images, state, batch_size, statistics, kept, digests, blank, networks) -> Measured:
-    """What all processes measured, on rank 0; elsewhere the count alone."""
-    counts = counts_of(images.count, batch_size, state)
-    hashes = gather(
-        torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, DIGEST)
-        if digests
-        else torch.empty(0, DIGEST, dtype=torch.uint8),
-        counts,
-        state,
-    )
-    flags = torch.zeros(images.count, dtype=torch.uint8)
-    flags[blank] = 1
-    start, stop = share(images.count, batch_size, state.process_index, state.num_processes)
-    flags = gather(flags[start:stop, None], counts, state)
-    measured = Measured(images.count)
-    widths = {one.name: one.outputs["pool"] for one in networks}
-    for name, rows in kept.items():
-        rows = torch.cat(rows) if rows else torch.empty(0, widths[name])
-        rows = gather(rows, counts, state)
-        if rows is not None:
-            measured.features[name] = rows
-    for key, one in statistics.items():
-        merged = merge(one, counts, state)
-        if merged is not None:
-            measured.statistics[key] = merged
-    if state.is_main_process:
-        measured.digest, measured.twins = summary(hashes.numpy(), images.size)
-        measured.blank = flags[:, 0].nonzero().flatten().tolist()
-    return measured
-
-
-def gather(rows: torch.Tensor, counts: list[int], state) -> torch.Tensor | None:
+def gathered(rows: torch.Tensor, counts: list[int], state) -> torch.Tensor | None:
     """The rows (n, ...) of all processes in the order of the ranks, on rank 0's CPU; None elsewhere."""
     if state.num_processes == 1:
         return rows
@@ -174,7 +136,7 @@ def gather(rows: torch.Tensor, counts: list[int], state) -> torch.Tensor | None:
     return torch.cat([part[:count].cpu() for part, count in zip(parts, counts)]) if parts else None
 
 
-def merge(statistics: FeatureStatistics, counts: list[int], state) -> FeatureStatistics | None:
+def merged(statistics: FeatureStatistics, counts: list[int], state) -> FeatureStatistics | None:
     """The statistics of all processes, merged in the order of the ranks, on rank 0; None elsewhere."""
     if state.num_processes == 1:
         return statistics
@@ -183,14 +145,14 @@ def merge(statistics: FeatureStatistics, counts: list[int], state) -> FeatureSta
     dist.gather(packed, parts, dst=0)
     if not parts:
         return None
-    merged = FeatureStatistics(statistics.dim)
-    for part, count in zip(parts, counts):
+    total = FeatureStatistics(statistics.dim)
+    for count, part in zip(counts, parts):
         part = part.cpu()
-        merged.add_moments(count, part[0], part[1:])
-    return merged
+        total.add_moments(count, part[0], part[1:])
+    return total
 
 
-def summary(hashes: np.ndarray, size) -> tuple[str, list[tuple[int, int]]]:
+def summary(hashes: np.ndarray, size: tuple[int, int]) -> tuple[str, list[tuple[int, int]]]:
     """A digest of all images (N, DIGEST) and their size, and the pairs of equal ones: (an earlier one, the index)."""
     digest = hashlib.sha256(f"{len(hashes)} x {size[0]} x {size[1]}".encode() + hashes.tobytes()).hexdigest()
     seen, twins = {}, []

@@ -6,9 +6,14 @@
 
 The definitions are those of ADM's evaluator (Dhariwal & Nichol 2021, arXiv 2105.05233), whose numbers people publish,
 and of the papers that each function names. No file, no network and no rank is known here; randomness is passed in.
+
+To add a metric, write a function of a `Pair` and give it a row in METRICS, at the end of this file.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -330,3 +335,118 @@ def kernel_distance(
         values.append(off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean())
     values = torch.stack(values)
     return float(values.mean()), float(values.std(correction=0)) if subsets > 1 else math.nan
+
+
+#################################################################################
+#                                The table of metrics                           #
+#################################################################################
+
+SPLIT_SIZE = 5000  # rows of a split of the Inception Score, in the order of the samples: ADM's
+K_PRECISION, K_DENSITY = 3, 5  # nearest neighbours, of ADM and of the paper on density and coverage
+
+
+@dataclass
+class Pair:
+    """The reference and the samples as one network sees them: what a metric is computed from.
+
+    Attributes:
+        statistics: {output of the network: (the reference's, the samples')}, of the outputs that a wanted metric names.
+        features: `pool` (N, D) of the reference and (M, D) of the samples, on the device, if a wanted metric needs it.
+        probabilities: of the samples' classes (M, classes), if a wanted metric needs them.
+        pr_precision: see `precision_recall`. seed: of whatever a metric draws.
+    """
+
+    statistics: dict[str, tuple[FeatureStatistics, FeatureStatistics]] = field(default_factory=dict)
+    features: tuple[torch.Tensor, torch.Tensor] | None = None
+    probabilities: torch.Tensor | None = None
+    pr_precision: str = "adm"
+    seed: int = 0
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float]:
+        return precision_recall(*self.features, K_PRECISION, self.pr_precision)
+
+    @cached_property
+    def density_coverage(self) -> tuple[float, float]:
+        return density_coverage(*self.features, K_DENSITY)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric that --metrics can name: a row of METRICS.
+
+    Attributes:
+        label, digits: its name in tables, and digits after the point in the line for a paper.
+        needs: the attribute of a Pair that it is computed from: "statistics", "features" or "probabilities".
+        function: of a Pair: the number; or {key: number}, where another number belongs to it.
+        network: whose features; None: the network that --features names.
+        output: the network's output that "statistics" are of.
+        is_default: computed where --metrics is not given and --features names its network.
+        neighbours: k of its balls, which k + 1 images in each set define; 0: it has none.
+        key: in metrics.json, where it is not the name; the number KEY_std is shown after ±.
+        paper: whose definition it follows, where that is not ADM's.
+    """
+
+    label: str
+    digits: int
+    needs: str
+    function: Callable[[Pair], float | dict[str, float]]
+    network: str | None = None
+    output: str = "pool"
+    is_default: bool = False
+    neighbours: int = 0
+    key: str | None = None
+    paper: str | None = None
+
+
+def pool_distance(pair: Pair) -> float:
+    return frechet_distance(*pair.statistics["pool"])
+
+
+def spatial_distance(pair: Pair) -> float:
+    return frechet_distance(*pair.statistics["spatial"])
+
+
+def score(pair: Pair) -> dict[str, float]:
+    """The Inception Score in the order of the samples, and in random order where there is more than one split."""
+    probs, found = pair.probabilities, dict(inception_score=inception_score(pair.probabilities, SPLIT_SIZE))
+    if len(probs) > SPLIT_SIZE:
+        order = torch.randperm(len(probs), generator=torch.Generator().manual_seed(pair.seed))
+        found["inception_score_shuffled"] = inception_score(probs[order], SPLIT_SIZE)
+    return found
+
+
+def precision(pair: Pair) -> float:
+    return pair.precision_recall[0]
+
+
+def recall(pair: Pair) -> float:
+    return pair.precision_recall[1]
+
+
+def density(pair: Pair) -> float:
+    return pair.density_coverage[0]
+
+
+def coverage(pair: Pair) -> float:
+    return pair.density_coverage[1]
+
+
+def kid(pair: Pair) -> dict[str, float]:
+    mean, deviation = kernel_distance(*pair.features, generator=torch.Generator().manual_seed(pair.seed))
+    return dict(kid=mean, kid_std=deviation)
+
+
+METRICS = {
+    "fid": Metric("FID", 2, "statistics", pool_distance, "inception", is_default=True),
+    "fd_dinov2": Metric(
+        "FD-DINOv2", 1, "statistics", pool_distance, "dinov2", is_default=True, paper="Stein et al. 2023"
+    ),
+    "sfid": Metric("sFID", 2, "statistics", spatial_distance, "inception", "spatial", is_default=True),
+    "is": Metric("IS", 1, "probabilities", score, "inception", is_default=True, key="inception_score"),
+    "precision": Metric("precision", 3, "features", precision, is_default=True, neighbours=K_PRECISION),
+    "recall": Metric("recall", 3, "features", recall, is_default=True, neighbours=K_PRECISION),
+    "kid": Metric("KID", 5, "features", kid, paper="Binkowski et al. 2018"),
+    "density": Metric("density", 3, "features", density, neighbours=K_DENSITY, paper="Naeem et al. 2020"),
+    "coverage": Metric("coverage", 3, "features", coverage, neighbours=K_DENSITY, paper="Naeem et al. 2020"),
+}

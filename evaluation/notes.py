@@ -1,6 +1,7 @@
 """Warnings that prevent the wrong numbers people are known to publish, as lines."""
 
 from evaluation.measuring import Measured
+from evaluation.metrics import METRICS
 from evaluation.reference import Reference
 from evaluation.sets import ImageSet
 from models import DiT_models
@@ -10,16 +11,17 @@ SORTED = 0.9  # of the Inception Score in random order: below it, the order of t
 EXAMPLES = 3
 
 
-def listed(items) -> str:
+def listed(items: list[str]) -> str:
+    """The first of some words."""
     return f"{', '.join(items[:EXAMPLES])}{', …' if len(items) > EXAMPLES else ''}"
 
 
 def of_counts(samples: int, width: int, reference: Reference, reference_count: int | None, metrics) -> list[str]:
-    """Warnings of sets that are too small, or are not those of the published protocol.
+    """Warnings of sets that are too small, or of other sizes than in the published protocol.
 
     Args:
         samples, reference_count: numbers of images.
-        width: of the widest features that have a Frechet distance, 2048 of Inception's; 0 where no distance is wanted.
+        width: of the widest features with a Frechet distance, 2048 of Inception; 0 where no distance is wanted.
     """
     lines = []
     if samples < width:
@@ -29,7 +31,7 @@ def of_counts(samples: int, width: int, reference: Reference, reference_count: i
         )
     elif samples != PUBLISHED_SAMPLES:
         lines.append(
-            f"{samples:,} samples: published numbers are of {PUBLISHED_SAMPLES:,}"
+            f"{samples:,} samples: published numbers use {PUBLISHED_SAMPLES:,}"
             + (", and fewer give a larger distance" if width else "")
         )
     if width and reference_count is not None and not reference.statistics and reference_count != samples:
@@ -37,11 +39,10 @@ def of_counts(samples: int, width: int, reference: Reference, reference_count: i
             f"the reference is {reference_count:,} images of {reference.path} and the samples are {samples:,}: "
             "published FIDs compare with the statistics of a whole data set, which ADM's files store as mu and sigma"
         )
-    balls = {"precision", "recall", "density", "coverage"} & set(metrics)
+    balls = sorted(name for name in metrics if METRICS[name].neighbours)
     if balls and reference_count is not None and reference_count != PUBLISHED_REFERENCE:
         lines.append(
-            f"{', '.join(sorted(balls))}: {reference_count:,} reference images; published numbers use "
-            f"{PUBLISHED_REFERENCE:,}"
+            f"{', '.join(balls)}: {reference_count:,} reference images; published numbers use {PUBLISHED_REFERENCE:,}"
         )
     return lines
 
@@ -62,9 +63,11 @@ def of_record(record: dict) -> list[str]:
                 f"guidance covers 3 latent channels: the published samples of {record['model']} guide all of them"
             )
     if record.get("weights") in ("raw", "model"):
-        lines.append("the samples are of the raw weights: published ones are of the EMA weights")
+        lines.append("the samples were drawn from the raw weights: published ones from the EMA weights")
     elif record.get("weights") == "as in the file":
-        lines.append("samples.json does not say whether the weights are EMA's, which published samples are of")
+        lines.append(
+            "samples.json does not say whether the weights are the EMA weights, which published samples were drawn from"
+        )
     return lines
 
 
@@ -78,7 +81,7 @@ def of_images(samples: ImageSet, reference: Reference) -> list[str]:
             )
     if reference.images is not None and reference.images.size != samples.size:
         there, here = (f"{width} x {height}" for height, width in (reference.images.size, samples.size))
-        lines.append(f"the reference is of {there} pixels, the samples of {here}: their distances mean little")
+        lines.append(f"the reference has {there} pixels, the samples have {here}: their distances mean little")
     side = getattr(samples, "crop", None) or getattr(samples, "resize", None)
     if side:
         lines.append(f"the samples were brought to {side} x {side} pixels before they were compared")
@@ -96,8 +99,9 @@ def of_pixels(measured: Measured) -> list[str]:
     return lines
 
 
-def of_order(score: float, shuffled: float) -> list[str]:
+def of_order(values: dict[str, float]) -> list[str]:
     """A warning where the order of the samples lowers their Inception Score, as one sorted by class does."""
+    score, shuffled = values.get("inception_score", 0), values.get("inception_score_shuffled", 0)
     if score >= SORTED * shuffled:
         return []
     return [

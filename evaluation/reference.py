@@ -1,4 +1,4 @@
-"""References: the stored statistics of an .npz, its images, or a folder's images; and the writing of such an .npz.
+"""References: the stored statistics of an .npz, its images, or the images of a folder.
 
 | array of an ADM reference | content |
 |---|---|
@@ -6,8 +6,8 @@
 | `mu`, `sigma` | mean (2048,) and covariance (2048, 2048) of Inception's pool_3 over the whole data set |
 | `mu_s`, `sigma_s` | the same of the 2023 spatial features, for sFID |
 
-`make-reference` adds `network`, `network_sha256`, `count` (images behind the statistics) and `probe` (the network's
-features of a fixed image, by which another network or machine is noticed). ADM's evaluator ignores these.
+`make-reference` adds `network`, `network_sha256`, `count` (images behind the statistics) and `sha256` (of their
+pixels). ADM's evaluator ignores these.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Reference:
     """What the samples are compared with; path is None where nothing is.
 
     statistics: {output: stored FeatureStatistics} of the network called `network`. images: None where there are
-    statistics alone. probe: features of the probe image, or None.
+    statistics alone. count: images behind the statistics, if known.
     """
 
     path: Path | None
@@ -38,8 +38,7 @@ class Reference:
     statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
     network: str = DEFAULT_NETWORK
     network_sha256: str | None = None
-    count: int | None = None  # images behind the statistics, if known
-    probe: np.ndarray | None = None
+    count: int | None = None
 
     def stored(self, network: str, output: str = "pool") -> FeatureStatistics | None:
         """The stored statistics of a network's output, if there are any."""
@@ -53,7 +52,7 @@ class Reference:
         return digest.hexdigest() if self.statistics else None
 
 
-def open_reference(path, crop: int | None = None, resize: int | None = None) -> Reference:
+def open_reference(path: str | Path, crop: int | None = None, resize: int | None = None) -> Reference:
     """The reference at path: an .npz with statistics, images or both, or a folder of images.
 
     Raises ValueError in one line, naming path and array, where it is none of these.
@@ -67,8 +66,6 @@ def open_reference(path, crop: int | None = None, resize: int | None = None) -> 
     reference.network_sha256 = text(path, names, "network_sha256")
     if "count" in names:
         reference.count = int(numbers(path, "count", ()))
-    if "probe" in names:
-        reference.probe = numbers(path, "probe").ravel()
     for output, (mean, covariance) in STORED.items():
         if (mean in names) != (covariance in names):
             there, lacking = (mean, covariance) if mean in names else (covariance, mean)
@@ -88,7 +85,7 @@ def open_reference(path, crop: int | None = None, resize: int | None = None) -> 
     return reference
 
 
-def text(path, names, name) -> str | None:
+def text(path: Path, names: list[str], name: str) -> str | None:
     """A text in an .npz, or None."""
     if name not in names:
         return None
@@ -98,7 +95,7 @@ def text(path, names, name) -> str | None:
     return str(array)
 
 
-def numbers(path, name, shape=None) -> np.ndarray:
+def numbers(path: Path, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """An array of real numbers in an .npz as float64. Raises ValueError for another kind, or another given shape."""
     array = read_array(path, name)
     if array.dtype.kind not in "fiu":

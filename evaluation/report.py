@@ -7,31 +7,11 @@ from pathlib import Path
 
 from dlc.machine.files import read_json, recorded_id, write_json
 from dlc.machine.processes import versions
-from evaluation.comparison import DISTANCES, K_DENSITY, K_PRECISION, SPLIT_SIZE, Comparison, Result
+from evaluation.comparison import Comparison, Result
+from evaluation.metrics import K_DENSITY, K_PRECISION, METRICS, SPLIT_SIZE, Metric
 from evaluation.sets import ImageSet
 
 FORMAT = 1
-# key: the name in the table and the line, and digits after the point in the line
-NAMES = {
-    "fid": ("FID", 2),
-    "fd_dinov2": ("FD-DINOv2", 1),
-    "fd": ("Frechet distance", 3),
-    "sfid": ("sFID", 2),
-    "inception_score": ("IS", 1),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "kid": ("KID", 5),
-    "density": ("density", 3),
-    "coverage": ("coverage", 3),
-}
-# whose definition a number follows, where it is not ADM's
-PAPERS = {
-    "fd_dinov2": "Stein et al. 2023",
-    "kid": "Binkowski et al. 2018",
-    "density": "Naeem et al. 2020",
-    "coverage": "Naeem et al. 2020",
-}
-MORE = {"kid": "kid_std"}  # printed after a value, with ±
 LISTS = ("runs", "labels", "code_rows", "vector_rows")  # keys of samples.json that are lists as long as the samples
 
 
@@ -41,65 +21,63 @@ def metrics_path(samples: Path) -> Path:
     return samples.with_name(samples.name.removesuffix(".npz") + ".metrics.json")
 
 
-def shown(key: str, value: float) -> str:
-    """A value as the table shows it: a distance of equal sets may be below 0 by rounding, and is shown as 0."""
-    if key in DISTANCES.values() or key == "sfid":
-        value = max(0.0, value)
-    return f"{value:.{max(4, NAMES[key][1])}f}"
+def shown(row: Metric, value: float, digits: int) -> str:
+    """A value as it is printed: a distance of equal sets may be below 0 by rounding, and is shown as 0."""
+    return f"{max(0.0, value) if row.needs == 'statistics' else value:.{digits}f}"
+
+
+def rows_of(values: dict[str, float]) -> dict[str, Metric]:
+    """The metrics whose numbers are in a dict as metrics.json holds it, by key, in the order of METRICS."""
+    return {row.key or name: row for name, row in METRICS.items() if (row.key or name) in values}
 
 
 def table(values: dict[str, float]) -> list[str]:
     """The metrics, a line each."""
-    width = max(len(NAMES[key][0]) for key in values if key in NAMES)
+    rows = rows_of(values)
+    width = max(len(row.label) for row in rows.values())
     lines = []
-    for key, (name, _) in NAMES.items():
-        if key in values:
-            more = f" ± {values[MORE[key]]:.5f}" if key in MORE else ""
-            lines.append(f"{name:<{width}}  {shown(key, values[key]):>12}{more}")
+    for key, row in rows.items():
+        more = f" ± {values[f'{key}_std']:.5f}" if f"{key}_std" in values else ""
+        lines.append(f"{row.label:<{width}}  {shown(row, values[key], max(4, row.digits)):>12}{more}")
     return lines
 
 
-def behind(comparison: Comparison) -> str:
-    """What of the reference the numbers are of, in words."""
+def compared_with(comparison: Comparison, result: Result) -> str:
+    """What the numbers compare the samples with, in words."""
     reference, parts = comparison.reference, []
-    if reference.statistics and any(reference.stored(*key) for key in comparison.distances()):
+    if any(reference.stored(*key) for key in comparison.distances()):
         parts.append("its stored statistics" + (f" of {reference.count:,} images" if reference.count else ""))
-    if comparison.measured.count:
-        parts.append(f"{comparison.measured.count:,} images")
+    if result.reference.count:
+        parts.append(f"{result.reference.count:,} images")
     return " and ".join(parts)
 
 
-def definitions(result: Result, comparison: Comparison) -> str:
+def definitions(comparison: Comparison) -> str:
     """Whose definitions the numbers follow: ADM's, but for those that a flag changes or that ADM does not have."""
-    names = {key: name for key, (name, _) in NAMES.items() if key in result.values}
-    parts = ["ADM's definitions in PyTorch"] if names.keys() - PAPERS.keys() else []
-    if comparison.pr_precision != "adm" and {"precision", "recall"} & names.keys():
+    rows = [METRICS[name] for name in comparison.metrics]
+    parts = [] if all(row.paper for row in rows) else ["ADM's definitions in PyTorch"]
+    if comparison.pr_precision != "adm":
         parts.append("distances of precision and recall in float32")
-    for paper in dict.fromkeys(PAPERS.values()):
-        of_paper = [name for key, name in names.items() if PAPERS.get(key) == paper]
-        parts += [f"{' and '.join(of_paper)} as in {paper}"] if of_paper else []
+    for paper in dict.fromkeys(row.paper for row in rows if row.paper):
+        parts.append(f"{' and '.join(row.label for row in rows if row.paper == paper)} as in {paper}")
+    if len(comparison.networks) > 1 and any(row.network is None for row in rows):
+        untied = " and ".join(row.label for row in rows if row.network is None)
+        parts.append(f"{untied} of {comparison.features}'s features")
     return ", ".join(parts)
 
 
-def paper_line(result: Result, comparison: Comparison, samples: ImageSet | None) -> str:
+def paper_line(result: Result, comparison: Comparison, samples: ImageSet) -> str:
     """One line with the numbers, both sets, the network, and what drew the samples."""
-    numbers = ", ".join(
-        f"{name} {max(0.0, result.values[key]) if key != 'kid' else result.values[key]:.{digits}f}"
-        for key, (name, digits) in NAMES.items()
-        if key in result.values
-    )
-    size = f" of {samples.size[1]} x {samples.size[0]}" if samples else ""
-    path = comparison.reference.path
-    parts = [
-        f"{numbers}: {result.samples.count:,} samples{size}"
-        + (f" against {path.name} ({behind(comparison)})" if path else ""),
-        definitions(result, comparison),
-        *(
-            f"{one.name} {one.digest[:8]}" if one.digest else f"features {one.path}"
-            for one in comparison.networks.values()
-        ),
+    numbers = [
+        f"{row.label} {shown(row, result.values[key], row.digits)}" for key, row in rows_of(result.values).items()
     ]
-    record = samples.record if samples else None
+    path, record = comparison.reference.path, samples.record
+    parts = [
+        f"{', '.join(numbers)}: {samples.count:,} samples of {samples.size[1]} x {samples.size[0]}"
+        + (f" against {path.name} ({compared_with(comparison, result)})" if path else ""),
+        definitions(comparison),
+        *(f"{one.name} {one.digest[:8]}" for one in comparison.networks.values()),
+    ]
     if record:
         parts.append(
             f"{record.get('model')}, step {record.get('step')}, {record.get('weights')} weights, "
@@ -109,18 +87,18 @@ def paper_line(result: Result, comparison: Comparison, samples: ImageSet | None)
     return "; ".join(parts)
 
 
-def metrics_json(result: Result, comparison: Comparison, samples: ImageSet | None, self_check: dict) -> dict:
+def metrics_json(result: Result, comparison: Comparison, samples: ImageSet, warnings: list[str]) -> dict:
     """The whole of SAMPLES.metrics.json."""
-    reference, measured = comparison.reference, comparison.measured
-    settings = {key: value for key, value in ((samples.record if samples else None) or {}).items() if key not in LISTS}
+    reference, measured = comparison.reference, result.reference
+    settings = {key: value for key, value in (samples.record or {}).items() if key not in LISTS}
     return dict(
         format_version=FORMAT,
         metrics=result.values,
         samples=dict(
-            path=recorded_id(str(samples.path)) if samples else None,
-            count=result.samples.count,
-            size=list(samples.size) if samples else None,
-            sha256=result.samples.digest or None,
+            path=recorded_id(str(samples.path)),
+            count=samples.count,
+            size=list(samples.size),
+            sha256=result.samples.digest,
             equal_images=len(result.samples.twins),
             settings=settings or None,
         ),
@@ -142,8 +120,7 @@ def metrics_json(result: Result, comparison: Comparison, samples: ImageSet | Non
             pr_precision=comparison.pr_precision,
             seed=comparison.seed,
         ),
-        self_check=self_check,
-        warnings=result.warnings,
+        warnings=warnings,
         command=sys.argv,
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         processes=comparison.state.num_processes,

@@ -6,24 +6,27 @@
 One set is a few batches in memory, whatever its size.
 """
 
+import itertools
 import os
 from abc import ABC, abstractmethod
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dlc.data.images import center_crop, load_rgb
 from dlc.data.listing import is_image, list_images
 from dlc.data.npz import array_names, image_shape, read_images
+from dlc.data.rows import file_order
 from dlc.machine.cli import one_line
+from dlc.machine.exact import side_by_side
 from dlc.machine.files import read_json
 from dlc.machine.processes import default_num_workers
 
 JPEG = (".jpg", ".jpeg")
-CHOSEN_FROM = 64  # images that are read at once to choose some of them
+AT_ONCE = 64  # images in memory while some are chosen
 CHECKED_FIRST = 32  # images of a folder whose size is looked at before the work
 
 
@@ -37,25 +40,17 @@ class ImageSet(ABC):
     path: Path
     count: int
     size: tuple[int, int]
+    notes: list[str]
     record: dict | None = None
     jpeg: int = 0
 
-    def __init__(self):
-        self.notes: list[str] = []
-
     @abstractmethod
-    def batches(self, start: int, stop: int, size: int):
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         """Images start to stop - 1 as arrays (n, H, W, 3) uint8 of `size` images, the last one of fewer."""
 
-    def chosen(self, indices: list[int]):
-        """The images of ascending indices, (H, W, 3) each. All images before the last one are read, once."""
-        wanted, place = iter(indices), 0
-        index = next(wanted, None)
-        for batch in self.batches(0, indices[-1] + 1 if indices else 0, CHOSEN_FROM):
-            while index is not None and index < place + len(batch):
-                yield batch[index - place]
-                index = next(wanted, None)
-            place += len(batch)
+    @abstractmethod
+    def chosen(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The images of ascending indices, (H, W, 3) each."""
 
 
 #################################################################################
@@ -67,82 +62,58 @@ class NpzImages(ImageSet):
     """arr_0 of an .npz, read as a stream. Raises ValueError, naming file and fault, where there is none."""
 
     def __init__(self, path: Path):
-        super().__init__()
         self.path, (self.count, *size, _) = path, image_shape(path)
         self.size, self.record = tuple(size), read_record(path.with_suffix(""), self.count)
-        others = [name for name in array_names(path) if name != "arr_0"]
-        if others:
-            self.notes.append(f"{path}: not used: {one_line(', '.join(others), 100)}; the numbers are of arr_0")
+        others = one_line(", ".join(name for name in array_names(path) if name != "arr_0"), 100)
+        self.notes = [f"{path}: not used: {others}; the numbers are those of arr_0"] if others else []
 
     def batches(self, start, stop, size):
         return read_images(self.path, start, stop, size)
+
+    def chosen(self, indices):
+        """All images before the last one are read, once."""
+        wanted = set(indices)
+        images = itertools.chain.from_iterable(self.batches(0, max(indices, default=-1) + 1, AT_ONCE))
+        return (image for index, image in enumerate(images) if index in wanted)
 
 
 def read_record(folder: Path, count: int) -> dict | None:
     """The samples.json of a folder of ours, or of the folder beside an .npz; None where it is of other images."""
     path = folder / "samples.json"
-    if not path.is_file():
-        return None
-    record = read_json(path)
+    record = read_json(path) if path.is_file() else {}
     return record if record.get("num_fid_samples") == count else None
 
 
 #################################################################################
-#                                    Folders                                    #
+#                                     Files                                     #
 #################################################################################
 
 
-class FolderImages(ImageSet):
-    """The images in a folder, sorted by name, or in an ImageFolder-style folder, class by class.
+class FileImages(ImageSet):
+    """Image files of a folder, read by threads ahead of their use.
 
     Args:
+        names: paths relative to the folder.
         crop: ADM's crop to so many pixels, as extraction does; or None.
         resize: resize to so many pixels squared, bicubic and antialiased, whatever the aspect; or None.
-        flag: by which errors call the folder.
 
-    Raises ValueError where there are no images, or fewer than its samples.json says.
+    Raises ValueError where images have different sizes that neither changes.
     """
 
-    def __init__(self, path, flag: str, crop: int | None = None, resize: int | None = None):
-        super().__init__()
-        self.path, self.crop, self.resize = Path(path), crop, resize
-        with os.scandir(path) as entries:
-            seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
-        names = sorted(name for name, is_folder in seen if is_image(name) and not is_folder)
-        folders = sum(is_folder for _, is_folder in seen)
-        if not names:
-            try:
-                _, names, _, remarks = list_images(path)
-            except ValueError as error:
-                raise ValueError(f"no images: {error}".replace("--data-path", flag)) from None
-            self.notes += [remark.replace("--data-path", flag) for remark in remarks]
-        elif folders:
-            self.notes.append(
-                f"{flag} {path}: its own {len(names):,} images are compared, not those of its {folders:,} folders"
-            )
-        self.names, self.count = names, len(names)
-        if (self.path / "samples.json").is_file():
-            wanted = read_json(self.path / "samples.json").get("num_fid_samples")
-            if wanted != self.count:
-                raise ValueError(
-                    f"{path} has {self.count:,} images, and its samples.json says {wanted}: run the sampling command "
-                    "again, which draws what is missing"
-                )
-            self.record = read_record(self.path, self.count)
-        if not (crop or resize):
-            self.jpeg = sum(name.lower().endswith(JPEG) for name in names)
-        self.size = self._size()
-
-    def _size(self):
-        side = self.crop or self.resize
+    def __init__(self, path: Path, names: list[str], crop: int | None = None, resize: int | None = None):
+        self.path, self.names, self.count, self.notes = path, names, len(names), []
+        self.crop, self.resize = crop, resize
+        side = crop or resize
         if side:
-            return side, side
+            self.size = side, side
+            return
+        self.jpeg = sum(name.lower().endswith(JPEG) for name in names)
         first = np.unique(np.linspace(0, self.count - 1, CHECKED_FIRST).astype(int)).tolist()
-        sizes = {self._size_of(self.names[index]): self.names[index] for index in reversed(first)}
+        sizes = {self._size_of(names[index]): names[index] for index in reversed(first)}
         if len(sizes) > 1:
             (one, name), (other, second) = list(sizes.items())[:2]
             raise ValueError(self._mixed(name, one, second, other))
-        return next(iter(sizes))
+        self.size = next(iter(sizes))
 
     def _size_of(self, name):
         try:
@@ -172,32 +143,52 @@ class FolderImages(ImageSet):
         return np.asarray(image)
 
     def batches(self, start, stop, size):
-        return self._batches(range(start, stop), size)
+        images = self.chosen(range(start, stop))
+        while batch := list(itertools.islice(images, size)):
+            yield np.stack(batch)
 
     def chosen(self, indices):
-        for batch in self._batches(indices, CHOSEN_FROM):
-            yield from batch
-
-    def _batches(self, indices, size):
-        threads = default_num_workers()
-        with ThreadPoolExecutor(threads) as pool:
-            ahead, places = deque(), iter(range(0, len(indices), size))
-            try:
-                while True:
-                    while len(ahead) * size < 2 * threads + size and (place := next(places, None)) is not None:
-                        ahead.append([pool.submit(self._read, index) for index in indices[place : place + size]])
-                    if not ahead:
-                        return
-                    yield np.stack([one.result() for one in ahead.popleft()])
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return side_by_side(self._read, indices, torch.device("cpu"), default_num_workers())
 
 
-def open_images(path, flag: str, crop: int | None = None, resize: int | None = None) -> ImageSet:
+def open_folder(path: Path, flag: str, crop: int | None = None, resize: int | None = None) -> FileImages:
+    """The images in a folder, sorted by name, or in an ImageFolder-style folder, class by class.
+
+    Args:
+        flag: by which errors call the folder.
+
+    Raises ValueError where there are no images, or fewer than its samples.json says.
+    """
+    with os.scandir(path) as entries:
+        seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+    names, notes = sorted(name for name, is_folder in seen if is_image(name) and not is_folder), []
+    folders = sum(is_folder for _, is_folder in seen)
+    if not names:
+        try:
+            _, names, _, remarks = list_images(path)
+        except ValueError as error:
+            raise ValueError(f"no images: {error}".replace("--data-path", flag)) from None
+        notes = [remark.replace("--data-path", flag) for remark in remarks]
+    elif folders:
+        notes = [f"{flag} {path}: its own {len(names):,} images are compared, not those of its {folders:,} folders"]
+    record = read_json(path / "samples.json") if (path / "samples.json").is_file() else {}
+    if record and record.get("num_fid_samples") != len(names):
+        raise ValueError(
+            f"{path} has {len(names):,} images, and its samples.json says {record.get('num_fid_samples')}: run the "
+            "sampling command again, which draws what is missing"
+        )
+    if record:
+        names.sort(key=file_order)  # ours by index, which may have more than six digits
+    images = FileImages(path, names, crop, resize)
+    images.record, images.notes = record or None, notes
+    return images
+
+
+def open_images(path: str | Path, flag: str, crop: int | None = None, resize: int | None = None) -> ImageSet:
     """The images at path, an .npz or a folder. Raises ValueError in one line that names path or flag."""
     path = Path(path)
     if path.is_dir():
-        return FolderImages(path, f"{flag} folder", crop, resize)
+        return open_folder(path, f"{flag} folder", crop, resize)
     if path.exists() and path.suffix != ".npz":
         raise ValueError(f"{flag} {path} is neither an .npz nor a folder of images")
     return NpzImages(path)

@@ -1,4 +1,4 @@
-"""Codes of images in evaluation: how many tokens of two sets of codes agree, and the encoder that reads codes."""
+"""How many tokens of two sets of codes agree, and the SEM encoder as a network of `measure`, which reads codes."""
 
 from pathlib import Path
 
@@ -6,21 +6,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dlc.data.codes import token_counts
+from dlc.data.codes import CodeSet, CodeSpec, compare, token_counts
 from dlc.data.images import center_crop
-from dlc.machine.cli import progress
-from dlc.machine.exact import in_batches, side_by_side
-from dlc.machine.processes import cores_per_process
+from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import tokens
+from dlc.weights.foreign.files import locate
+from dlc.weights.hub import fetched_by_node
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
-from evaluation.measuring import counts_of, exact_numerics, gather, share
+from evaluation.measuring import measure
+from evaluation.sets import ImageSet
 
 BATCH = 32  # images at once; fixed, because a pixel or a token near a tie may depend on it
-
-#################################################################################
-#                                  Arithmetic                                   #
-#################################################################################
 
 
 def token_agreement(wanted: np.ndarray, found: np.ndarray, V: int) -> dict:
@@ -51,19 +48,22 @@ def token_agreement(wanted: np.ndarray, found: np.ndarray, V: int) -> dict:
 
 
 #################################################################################
-#                                    Encoding                                   #
+#                                  The encoder                                  #
 #################################################################################
 
 
 class CodeReader:
-    """Images to their codes, by a SEM encoder on a device."""
+    """A SEM encoder as a network whose output `codes` (n, L) is the code of each image."""
+
+    name, notes = "codes", ()
 
     def __init__(self, encoder, device: torch.device):
         self.encoder, self.device = encoder.to(device).requires_grad_(False), device
+        self.outputs = dict(codes=encoder.L)
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> torch.Tensor:
-        """Images (n, H, W, 3) uint8 to codes (n, L) int64 on the CPU.
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images (n, H, W, 3) uint8 to dict(codes=(n, L)) int64 on the CPU.
 
         Raises ValueError where the encoder's logits are not finite.
         """
@@ -71,13 +71,13 @@ class CodeReader:
         codes = in_batches(lambda some: tokens(self.encoder.encode_pixels(some)), pixels, BATCH).cpu()
         if (codes < 0).any():
             raise ValueError("the encoder's logits of an image are not finite numbers: try another --encoder")
-        return codes
+        return dict(codes=codes)
 
 
 class EncoderNetwork:
-    """The SEM encoder's class and register tokens, from which it reads codes, as a network of features."""
+    """A SEM encoder as a network whose features are its class and register tokens, from which it reads codes."""
 
-    name, distance, notes = "encoder", "FD-encoder", ()
+    name, notes = "encoder", ()
 
     def __init__(self, encoder, device: torch.device):
         self.encoder, self.device = encoder.to(device).requires_grad_(False), device
@@ -86,81 +86,44 @@ class EncoderNetwork:
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (n, H, W, 3) uint8 to dict(pool=(n, D)) float32."""
-        return dict(pool=self.encoder.prefix_tokens(pixels_for(self.encoder, images.cpu().numpy(), self.device)))
+        return dict(pool=self.encoder.prefix_tokens(pixels_for(self.encoder, images, self.device)))
 
 
-def pixels_for(encoder, images: np.ndarray, device: torch.device) -> torch.Tensor:
+def pixels_for(encoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Images (n, H, W, 3) uint8 as extraction shows them to an encoder: (n, s, s, 3) uint8 on the device."""
+    images = images.cpu().numpy()
     views = [np.array(center_crop(Image.fromarray(image), encoder.image_size)) for image in images]
     return torch.from_numpy(np.stack(views)).to(device)
 
 
-def open_encoder_of(args, manifest, L: int, whose: str):
-    """The encoder that the flags name, or the features' own, to compare codes of L positions with; and notes.
+def encoder_of(args, codes: CodeSet, state):
+    """The encoder that the flags name, or else the one that made the codes, if it is still there; and notes.
 
     Args:
-        manifest: of the features that the codes belong to, or None.
-        whose: words for the codes.
+        args: flags of `add_encoder_flags`.
+        state: of the processes, one of which per node fetches what is on the hub.
 
-    Raises ValueError where it is not the one that made the codes, or makes codes of another L.
+    Raises ValueError where it is not the one that made the codes, or makes codes of another L or V.
     """
     if args.encoder is None:
+        manifest = codes.features.manifest if codes.features is not None else None
         named = manifest.encoder if manifest is not None else None
         args.encoder = named if named and Path(named).exists() else DEFAULT_ENCODER
+    fetched_by_node(state, lambda ask: locate(args.encoder, "encoder", "--encoder", ask))
     encoder = open_encoder(args)
-    if encoder.L != L:
-        raise ValueError(f"encoder {args.encoder} makes codes of L={encoder.L}, {whose} have L={L}")
-    made_by = manifest.encoder_sha256 if manifest is not None else None
-    if made_by is None:
-        return encoder, [f"{whose} do not say which encoder made them: {args.encoder} was not compared"]
-    if made_by != weights_sha256(encoder):
-        raise ValueError(f"encoder {args.encoder} is not the one that made {whose}: name it with --encoder")
-    return encoder, []
+    try:
+        return encoder, compare(codes, codes_of(encoder, f"the encoder {args.encoder}"))
+    except ValueError as error:
+        raise ValueError(f"{error}: name the one that made them with --encoder") from None
 
 
-#################################################################################
-#                             Batches, side by side                             #
-#################################################################################
+def codes_of(encoder, owner: str) -> CodeSpec:
+    """What the codes of an encoder are. owner: the encoder, in words."""
+    return CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=weights_sha256(encoder))
 
 
-def batches_of(start: int, stop: int) -> list[np.ndarray]:
-    """The numbers start to stop - 1, BATCH at once."""
-    return [np.arange(place, min(place + BATCH, stop)) for place in range(start, stop, BATCH)]
-
-
-def in_batches_of_images(read, work, start: int, stop: int, state, desc: str):
-    """work(indices, read(indices)) for images start to stop - 1, a batch at a time and in order.
-
-    read runs in threads of its own, ahead of work, of which several batches run side by side.
-    """
-    batches = batches_of(start, stop)
-    with (
-        exact_numerics(),
-        progress(total=stop - start, desc=desc, unit="img", delay=2, disable=not state.is_main_process) as bar,
-    ):
-        loaded = zip(batches, side_by_side(read, batches, state.device, cores_per_process()))
-        done = side_by_side(lambda item: work(*item), loaded, state.device)
-        for indices, result in zip(batches, done):
-            yield result
-            bar.update(len(indices))
-
-
-def agreement_of_images(load, wanted: np.ndarray, read: CodeReader, state, desc: str, change=None) -> dict | None:
-    """`token_agreement` of wanted codes (n, L) with those of n images, read by all processes; None but on rank 0.
-
-    Args:
-        load: of indices (k,), their images (k, H, W, 3) uint8.
-        change: makes other images of those, on the device, which are then read; None: they are read as they are.
-    """
-    count, L = wanted.shape
-    start, stop = share(count, BATCH, state.process_index, state.num_processes)
-    parts = in_batches_of_images(
-        load, lambda _, images: read(change(images) if change else images), start, stop, state, desc
-    )
-    codes = gathered([torch.zeros(0, L, dtype=torch.int64), *parts], count, state)
-    return None if codes is None else token_agreement(wanted, codes.numpy(), read.encoder.V)
-
-
-def gathered(parts: list[torch.Tensor], count: int, state) -> torch.Tensor | None:
-    """The rows (count, ...) of the shares of all processes, each given in parts, on rank 0; None elsewhere."""
-    return gather(torch.cat(parts), counts_of(count, BATCH, state), state)
+def agreement_of(images: ImageSet, wanted: np.ndarray, network, V: int, state, desc: str) -> dict | None:
+    """`token_agreement` of wanted codes (n, L) with a network's output `codes` of n images; None but on rank 0."""
+    key = network.name, "codes"
+    measured = measure(images, [network], state, [], {key: torch.int64}, BATCH, desc)
+    return token_agreement(wanted, measured.rows[key].numpy(), V) if state.is_main_process else None

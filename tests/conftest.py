@@ -324,9 +324,9 @@ def evaluation_place(tmp_path, monkeypatch):
     """A directory with samples.npz, reference.npz and the weights of a small network, which is in Inception's place."""
     import tiny_networks
 
-    from evaluation import networks
+    from evaluation.feature_networks import NETWORKS
 
-    monkeypatch.setitem(networks.NETWORKS, "inception", tiny_networks.TinyInception)
+    monkeypatch.setitem(NETWORKS, "inception", tiny_networks.TinyInception)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.chdir(tmp_path)

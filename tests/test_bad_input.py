@@ -379,7 +379,7 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
     """Each destination of the script's parser is read as an attribute of `args` in some source file."""
     parsers = []
 
-    def parse_args(parser):
+    def parse_args(parser, argv=None):
         parsers.append(parser)
         raise SystemExit
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from evaluation import distances, self_check
+from evaluation import distances, notes
 from evaluation.inception import resize_tf1
 from evaluation.metrics import (
+    METRICS,
     FeatureStatistics,
+    Pair,
     density_coverage,
     frechet_distance,
     inception_score,
@@ -240,18 +242,23 @@ def test_features_that_do_not_fit(function):
         function(good[:1], good[:1])
 
 
-def test_self_check_knows_its_machine(monkeypatch):
-    """The recorded values are those of SciPy's matrix root and of all distances at once; other ones are refused."""
-    from scipy.linalg import sqrtm
+def test_recorded_numbers():
+    """Of two sets made of integers, so the same everywhere; NumPy's and SciPy's ways gave the same numbers."""
+    n, d = np.meshgrid(np.arange(96), np.arange(12), indexing="ij")
+    one = torch.from_numpy((n * n * 31 + d * d * 17 + n * d * 7) % 101 / 50.0).float()
+    other = torch.from_numpy((n * n * 29 + d * d * 13 + n * d * 5 + 40) % 97 / 55.0).float()
+    assert frechet_distance(statistics_of(one), statistics_of(other)) == pytest.approx(0.5234831267596824, rel=1e-6)
+    assert precision_recall(one, other) == (pytest.approx(95 / 96), pytest.approx(77 / 96))
+    score = inception_score(torch.softmax(one.double(), dim=1), split_size=40)
+    assert score == pytest.approx(1.149668778296041, rel=1e-6)
 
-    one, other = (rows.double().numpy() for rows in self_check.stored_sets())
-    A, B = (np.cov(rows, rowvar=False) for rows in (one, other))
-    distance = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(A + B - 2 * sqrtm(A @ B).real)
-    assert self_check.RECORDED["distance"] == pytest.approx(distance, rel=1e-8)
-    exact = precision_recall(one, other, precision="float32")
-    recorded = self_check.RECORDED["precision"], self_check.RECORDED["recall"]
-    assert [abs(a - b) <= 1 / 96 for a, b in zip(exact, recorded)] == [True, True]
-    assert abs(self_check.check_arithmetic()) < 1e-9
-    monkeypatch.setitem(self_check.RECORDED, "score", 1.2)
-    with pytest.raises(ValueError, match="score 1.149668.*wanted 1.2: its PyTorch cannot be trusted"):
-        self_check.check_arithmetic()
+
+def test_samples_sorted_by_class_are_noticed():
+    """Made-up certain classes, 10,000 of 100: sorted, the score of the splits falls; shuffled, it does not."""
+    classes = np.arange(10_000) % 100
+    for order, warned in ((np.sort(classes), True), (np.random.default_rng(0).permutation(classes), False)):
+        probs = torch.full((10_000, 100), 0.1 / 99)
+        probs[torch.arange(10_000), torch.from_numpy(order)] = 0.9
+        values = METRICS["is"].function(Pair(probabilities=probs))
+        assert any("sorted by class" in line for line in notes.of_order(values)) == warned
+        assert (values["inception_score"] < 0.9 * values["inception_score_shuffled"]) == warned

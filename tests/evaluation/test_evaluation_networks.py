@@ -4,21 +4,19 @@ import functools
 import hashlib
 import http.server
 import math
-import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_networks import tiny_dinov2
 
-from dlc.weights.foreign.safe import load_tensors
 from dlc.weights.hub import fetch_file
-from evaluation import networks
+from evaluation import feature_networks as networks
 from evaluation.dinov2 import load_dinov2, preprocess, resample_positions
-from evaluation.graph_def import read_constants
-from evaluation.inception import InceptionV3
-from evaluation.inception_weights import load_inception, tensorflow_names
+from evaluation.inception import InceptionV3, load_inception
 
 
 @functools.cache
@@ -85,118 +83,6 @@ def test_both_layouts_of_the_published_names(inception_file, tmp_path):
     torch.save(few, tmp_path / "new.pth")
     for path in (inception_file, tmp_path / "new.pth"):
         assert same(load_inception(path), network), path
-
-
-#################################################################################
-#                              TensorFlow's graph                               #
-#################################################################################
-
-
-def varint(value):
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def message(number, value):
-    """A field of a protobuf message: an int, or bytes."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def const_node(name, array, packed=True, dtype=1):
-    """A NodeDef of a constant, its values in tensor_content, or in float_val one by one."""
-    shape = b"".join(message(2, message(1, side)) for side in array.shape)
-    values = array.astype("<f4")
-    content = (
-        message(4, values.tobytes())
-        if packed
-        else b"".join(varint(5 << 3 | 5) + struct.pack("<f", one) for one in values.ravel())
-    )
-    tensor = message(1, dtype) + message(2, shape) + content
-    attributes = message(5, message(1, b"dtype") + message(2, message(6, dtype)))
-    attributes += message(5, message(1, b"value") + message(2, message(8, tensor)))
-    return message(1, name.encode()) + message(2, b"Const") + attributes
-
-
-def save_graph(path, nodes):
-    path.write_bytes(b"".join(message(1, node) for node in nodes) + message(4, message(1, 21)))  # versions last
-    return path
-
-
-def test_tensorflows_graph(tmp_path):
-    """All 472 constants, laid out as TensorFlow has them, beside nodes of other kinds: the same weights."""
-    network = seeded_inception()
-    weights, nodes = network.state_dict(), [message(1, b"ExpandDims") + message(2, b"ExpandDims")]
-    for theirs, ours in tensorflow_names().items():
-        array = weights[ours].numpy()
-        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T if array.ndim == 2 else array
-        nodes.append(const_node(theirs, np.ascontiguousarray(array), packed=array.ndim > 1 or "beta" not in theirs))
-    nodes.append(const_node("pool_3/_reshape/shape", np.zeros(2), dtype=3))
-    assert len(nodes) == 474
-    path = save_graph(tmp_path / "classify_image_graph_def.pb", nodes)
-    assert same(load_inception(path), network)
-    save_graph(tmp_path / "less.pb", nodes[-2:])
-    with pytest.raises(ValueError, match="less.pb is not of the 2015 Inception.*lacks"):
-        load_inception(tmp_path / "less.pb")
-
-
-def test_hostile_graphs(tmp_path):
-    """Cut off, of another kind, or lying about lengths and shapes: one line, and no memory."""
-    good = save_graph(tmp_path / "good.pb", [const_node("a", np.arange(6.0).reshape(2, 3))])
-    assert read_constants(good)["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    whole = good.read_bytes()
-    huge = message(2, message(2, message(1, 2**40)) * 3)
-    for content in (
-        whole[: len(whole) // 2],
-        b"",
-        b"not a graph at all" * 9,
-        varint(1 << 3 | 2) + varint(2**60) + b"x",
-        b"\xff" * 40,
-        varint(1 << 3 | 3),
-        message(1, message(2, b"Const") + message(5, message(1, b"value") + message(2, 7))),
-        message(
-            1, message(2, b"Const") + message(5, message(1, b"value") + message(2, message(8, message(1, 1) + huge)))
-        ),
-        message(1, message(1, b"\xff\xfe") + message(2, b"Const")),
-    ):
-        (tmp_path / "bad.pb").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.pb cannot be read as a TensorFlow graph: .+"):
-            read_constants(tmp_path / "bad.pb")
-
-
-#################################################################################
-#                            torch before 1.6, and digests                      #
-#################################################################################
-
-
-class Call:
-    def __reduce__(self):
-        return print, ("called",)
-
-
-def test_hostile_old_files(tmp_path, capsys):
-    """No call, no memory, one line."""
-    path = tmp_path / "old.pth"
-    tensors = dict(a=torch.arange(6.0).reshape(2, 3).T, b=torch.zeros(3, dtype=torch.float16))
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
-    assert all(torch.equal(tensors[key], value) for key, value in load_tensors(path).items())
-    whole = path.read_bytes()
-    torch.save(dict(a=Call()), tmp_path / "call.pth", _use_new_zipfile_serialization=False)
-    for content, words in (
-        (whole[:-8], "cut off"),
-        (whole[:40], "cut off or damaged"),
-        (b"\x80\x02" + b"junk" * 50, "no file of torch.save"),
-        (whole.replace(b"torch\nFloatStorage", b"builtins\ngetattr\x00"), "cut off or damaged|may only hold tensors"),
-        ((tmp_path / "call.pth").read_bytes(), r"names (__builtin__|builtins)\.print, and may only hold tensors"),
-        (whole.replace(struct.pack("<q", 6), struct.pack("<q", 2**50)), "cut off"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"old.pth cannot be read as weights: .*({words})"):
-            load_tensors(path)
-    assert "called" not in capsys.readouterr().out
 
 
 def test_published_name_with_other_bytes(inception_file, tmp_path):
@@ -278,42 +164,29 @@ def test_where_weights_are_looked_for(server, tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "url", server.url)
     cache = tmp_path / "hub/checkpoints"
     with pytest.raises(ValueError, match="not the published file.*put it into .*hub/checkpoints, or name.*--inception"):
-        networks.find_weights(kind)
+        networks.find_weights("inception")
     monkeypatch.setattr(kind, "sha256_prefix", digest_of(server.content)[:8])
-    assert networks.find_weights(kind) == cache / kind.files[0] and server.requests == 2
-    assert networks.find_weights(kind) == cache / kind.files[0] and server.requests == 2
+    assert networks.find_weights("inception") == cache / kind.files[0] and server.requests == 2
+    assert networks.find_weights("inception") == cache / kind.files[0] and server.requests == 2
     (cache / kind.files[0]).rename(cache / kind.files[1])
-    assert networks.find_weights(kind) == cache / kind.files[1]
-    (cache / kind.files[1]).rename("classify_image_graph_def.pb")
-    assert networks.find_weights(kind).name == "classify_image_graph_def.pb" and server.requests == 2
+    assert networks.find_weights("inception") == cache / kind.files[1]
+    (cache / kind.files[1]).rename(kind.files[1])
+    assert networks.find_weights("inception") == Path(kind.files[1]) and server.requests == 2
     with pytest.raises(ValueError, match="--inception nowhere.pth does not exist"):
-        networks.find_weights(kind, "nowhere.pth")
-    (tmp_path / "here/classify_image_graph_def.pb").unlink()
+        networks.find_weights("inception", "nowhere.pth")
+    Path(kind.files[1]).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set.*fetch http.*put it into .*hub/checkpoints"):
-        networks.find_weights(kind)
+        networks.find_weights("inception")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(kind, "url", "http://127.0.0.1:9/nothing")
     with pytest.raises(ValueError, match="out of reach .*fetch http.*put it into .*hub/checkpoints"):
-        networks.find_weights(kind)
+        networks.find_weights("inception")
 
 
 #################################################################################
 #                                    DINOv2                                     #
 #################################################################################
-
-
-def tiny_dinov2(path, width=64, depth=2, side=37):
-    """Seeded weights of a small ViT in DINOv2's names, with its mask token."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(1)
-    module = VisionTransformer(
-        img_size=side * 14, patch_size=14, embed_dim=width, depth=depth, num_heads=1, init_values=0.5, num_classes=0
-    )
-    weights = {key: torch.randn_like(value) * 0.1 for key, value in module.state_dict().items()}
-    torch.save({**weights, "mask_token": torch.zeros(1, width)}, path)
-    return weights
 
 
 def cubic(x, a=-0.75):

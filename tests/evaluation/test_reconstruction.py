@@ -18,15 +18,15 @@ from PIL import Image
 
 from dlc.data import Features
 from dlc.data.images import center_crop, load_rgb
-from dlc.machine.processes import start_processes
-from dlc.nets.digest import weights_sha256
+from dlc.nets.encoder import SEMEncoder, save_encoder
 from dlc.sampling.samples_record import SamplesRecord
-from dlc.weights.networks import load_encoder
-from evaluation import agreement, reconstruction
-from evaluation.feature_images import FeatureImages, Reconstructor
-from evaluation.reconstruction import Measured, joined, measure
+from dlc.weights.networks import load_encoder, load_vae
+from evaluation import agreement
+from evaluation.feature_images import FeatureImages, Reconstruction
+from evaluation.measuring import exact_numerics
+from evaluation.metrics import FeatureStatistics, frechet_distance
 from evaluation.similarity import psnr, ssim
-from evaluation.tokens import CodeReader, EncoderNetwork, exact_numerics, token_agreement
+from evaluation.tokens import CodeReader, EncoderNetwork, token_agreement
 
 CPU = torch.device("cpu")
 
@@ -127,11 +127,12 @@ class Stripes(torch.nn.Module):
 
 def test_reader_of_images():
     """Tokens are read off the images as extraction would show them, in any batch; a code that is none is refused."""
-    images = noise(37, 16, 16, 3).numpy()
+    images = noise(37, 16, 16, 3)
     read = CodeReader(Stripes(), CPU)
-    assert (read(images).numpy() == images[:, 0, :8, 0] // 16).all()
-    large = images.repeat(2, axis=1).repeat(2, axis=2)  # halved by a box filter, as by the crop of extraction
-    assert (read(large[:5]).numpy() == images[:5, 0, :8, 0] // 16).all()
+    wanted = images[:, 0, :8, 0] // 16
+    assert torch.equal(read(images)["codes"], wanted.long())
+    large = images.repeat_interleave(2, 1).repeat_interleave(2, 2)  # halved by a box filter, as by extraction's crop
+    assert torch.equal(read(large[:5])["codes"], wanted[:5].long())
     read.encoder.encode_pixels = lambda pixels: torch.full((len(pixels), 8, 16), math.nan)
     with pytest.raises(ValueError, match="not finite numbers: try another --encoder"):
         read(images)
@@ -142,32 +143,18 @@ def test_reader_of_images():
 #################################################################################
 
 
-@pytest.fixture(scope="module")
-def parts(workplace, images, tiny_models):
-    """(features, images, reconstructor, reader, networks) of the tiny models."""
-    from dlc.weights.networks import load_vae
-
-    features = Features(workplace / "features")
-    encoder = load_encoder(tiny_models[1])
-    return (
-        features,
-        FeatureImages(features, images),
-        Reconstructor(load_vae(str(tiny_models[0])), CPU),
-        CodeReader(encoder, CPU),
-        [EncoderNetwork(encoder, CPU)],
-    )
-
-
-def test_images_of_features(parts, images, tmp_path):
+def test_images_of_features(workplace, images, tmp_path):
     """Row by row the crops of extraction, whatever the flips; a part of them is spread over all."""
-    features, of_features, *_ = parts
-    assert len(of_features) == 14 and (of_features.rows == np.arange(14)).all()
-    crops = of_features.crops(np.array([0, 13]))
-    assert crops.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert of_features.views.name(13) == "dog/6.png"
+    features = Features(workplace / "features")
+    of_features = FeatureImages(features, images)
+    assert of_features.count == 14 and (of_features.rows == np.arange(14)).all()
+    assert of_features.names[13] == "dog/6.png"
+    (crops,) = of_features.batches(0, 14, 14)
+    wanted = np.array(center_crop(load_rgb(images / "dog/6.png"), IMAGE_SIZE))
+    assert crops.shape == (14, IMAGE_SIZE, IMAGE_SIZE, 3) and (crops[13] == wanted).all()
     assert FeatureImages(features, images, 3).rows.tolist() == [0, 6, 13]
     for count, path, message in (
-        (15, images, "--num-images 15: features .* are of 14 images"),
+        (15, images, "--num-images 15: features .* were made of 14 images"),
         (None, tmp_path / "nowhere", "--data-path .*nowhere is not a folder"),
         (None, tmp_path, "has no cat/0.png, which features"),
     ):
@@ -186,55 +173,6 @@ def test_names_that_lead_elsewhere(workplace, images, tmp_path):
             FeatureImages(Features(tmp_path / "features"), images)
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_numbers_and_their_continuation(parts, tmp_path, monkeypatch):
-    """The numbers are those of all images at once; a measurement that is cut off continues to the same numbers."""
-    features, images, reconstruct, read, networks = parts
-    monkeypatch.setattr(reconstruction, "BATCH", 5)
-    monkeypatch.setattr("evaluation.tokens.BATCH", 5)
-    state, path = start_processes(), tmp_path / "done.safetensors"
-    whole = Measured(networks, L, {"a": 1})
-    measure(whole, images, reconstruct, state, networks, read)
-    result = joined(whole, images, state, networks, features.codes, V)
-
-    crops = images.crops(np.arange(14))
-    with exact_numerics():
-        found = torch.cat([torch.from_numpy(reconstruct(part)) for part in crops.split(5)])
-    assert result["psnr"] == pytest.approx(psnr(crops, found).mean().item(), rel=1e-6)
-    assert result["ssim"] == pytest.approx(ssim(crops, found).mean().item(), rel=1e-6)
-    codes = features.codes.gather(np.arange(14))
-    assert result["code_agreement"] == token_agreement(codes, read(found.numpy()).numpy(), V)
-    assert result["frechet_distances"]["encoder"] > 0
-
-    calls = []
-
-    def cut_off(crops):
-        calls.append(len(crops))
-        if len(calls) == 2:
-            raise Interrupted
-        return reconstruct(crops)
-
-    cut_off.device = CPU
-    monkeypatch.setattr("dlc.machine.exact.cores_per_process", lambda: 1)
-    with pytest.raises(Interrupted):
-        measure(Measured(networks, L, {"a": 1}), images, cut_off, state, networks, read, path)
-    rest = Measured(networks, L, {"a": 1})
-    rest.load(path)
-    assert rest.done == 5
-    measure(rest, images, reconstruct, state, networks, read, path)
-    again = joined(rest, images, state, networks, features.codes, V)
-    distances = again.pop("frechet_distances"), result.pop("frechet_distances")
-    assert again == result and distances[0] == pytest.approx(distances[1], rel=1e-3)  # 14 images of 72 features
-    for settings, harm in (({"a": 2}, b""), ({"a": 1}, b"damaged")):
-        path.write_bytes(harm or path.read_bytes())
-        other = Measured(networks, L, settings)
-        other.load(path)
-        assert other.done == 0
-
-
 def run(monkeypatch, capsys, *argv):
     """evaluate.py in this process; gives standard output."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
@@ -242,17 +180,34 @@ def run(monkeypatch, capsys, *argv):
     return capsys.readouterr().out
 
 
-def test_reconstruction_command(workplace, images, tmp_path, monkeypatch, capsys):
+def test_reconstruction_command(workplace, images, tiny_models, tmp_path, monkeypatch, capsys):
+    """Its numbers are those of all images at once, and two processes give the same."""
     out = tmp_path / "numbers.json"
     command = ("reconstruction", workplace / "features", "--data-path", images, "--features", "encoder", "--out", out)
     said = run(monkeypatch, capsys, *command)
     numbers = json.loads(out.read_text())
+    features, encoder = Features(workplace / "features"), load_encoder(tiny_models[1])
+    reconstruction, read = Reconstruction(load_vae(str(tiny_models[0])), CPU), CodeReader(encoder, CPU)
+    with exact_numerics():
+        originals = torch.from_numpy(next(FeatureImages(features, images).batches(0, 14, 14)))
+        found = reconstruction.reconstruct(originals)
+    assert numbers["psnr"] == pytest.approx(psnr(originals, found).mean().item(), rel=1e-6)
+    assert numbers["ssim"] == pytest.approx(ssim(originals, found).mean().item(), rel=1e-6)
+    codes = features.codes.gather(np.arange(14))
+    assert numbers["code_agreement"] == token_agreement(codes, read(found)["codes"].numpy(), V)
+    network = EncoderNetwork(encoder, CPU)
+    sets = [FeatureStatistics.of(network(one)["pool"]) for one in (originals, found)]
+    assert numbers["frechet_distances"] == {"encoder": pytest.approx(frechet_distance(*sets), rel=1e-3)}
     assert f"{numbers['psnr']:.3f}" in said and "tokens kept" in said and "FD of encoder features" in said
-    assert numbers["images"] == 14 and set(numbers["frechet_distances"]) == {"encoder"}
-    assert numbers["vae_sha256"] == Features(workplace / "features").manifest.vae_sha256
+    assert numbers["images"] == 14 and numbers["vae_sha256"] == features.manifest.vae_sha256
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
     text = (ROOT / "docs/formats.md").read_text()
     assert all(f"`{key}`" in text for key in {**numbers, **numbers["code_agreement"]})
+    launch(("forked", 2, "evaluate.py", *command), tmp_path)
+    two = json.loads(out.read_text())
+    assert {key: two[key] for key in ("psnr", "ssim", "code_agreement")} == {
+        key: numbers[key] for key in ("psnr", "ssim", "code_agreement")
+    }
 
 
 #################################################################################
@@ -278,7 +233,7 @@ def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch,
     assert numbers["metrics"] == {"fid": 1}
     record = json.loads((samples / "samples.json").read_text())
     pictures = np.stack([np.array(Image.open(samples / f"{index:06d}.png")) for index in range(21)])
-    found = CodeReader(load_encoder(tiny_models[1]), CPU)(pictures).numpy()
+    found = CodeReader(load_encoder(tiny_models[1]), CPU)(torch.from_numpy(pictures))["codes"].numpy()
     wanted = Features(workplace / "features").codes.gather(np.array(record["code_rows"]))
     assert {key: value for key, value in result.items() if key != "ceiling"} == token_agreement(wanted, found, V)
     run(monkeypatch, capsys, "reconstruction", workplace / "features", "--data-path", images, "--features", "none")
@@ -291,10 +246,9 @@ def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch,
 def test_agreement_of_what_it_should_be(samples, images, monkeypatch, capsys, workplace):
     """The images themselves in the place of their samples, as the encoder saw them, agree wholly, in random order."""
     record = json.loads((samples / "samples.json").read_text())
-    of_features = FeatureImages(Features(workplace / "features"), images)
-    monkeypatch.setattr(agreement, "read_png", lambda path: np.array(center_crop(load_rgb(path), 32)))
-    paths = [images / of_features.views.name(row) for row in record["code_rows"]]
-    monkeypatch.setattr(agreement, "png_path", lambda folder, index: paths[index])
+    names = FeatureImages(Features(workplace / "features"), images).names
+    for index, row in enumerate(record["code_rows"]):
+        center_crop(load_rgb(images / names[row]), 32).save(samples / f"{index:06d}.png")
     run(monkeypatch, capsys, "agreement", samples)
     numbers = json.loads(samples.with_name(samples.name + ".metrics.json").read_text())["code_agreement"]
     assert numbers["share"] == numbers["whole_codes"] == 1 > numbers["chance"]
@@ -315,7 +269,7 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
         return error_of("evaluate", "agreement", path, *flags)
 
     assert "there is no " in error(path=tmp_path) and "samples.json" in error(path=tmp_path / "x.npz")
-    assert "--vae is of the ceiling, which is measured on images: give --data-path" in error("--vae", "ema")
+    assert "--vae sets up the ceiling, which needs images: add --data-path" in error("--vae", "ema")
     assert "nowhere does not exist; name the codes that" in error("--dlc-dir", "nowhere")
     codes = Features(workplace / "features").codes.gather(np.arange(14))
     np.save(tmp_path / "codes.npy", codes[::-1])
@@ -324,28 +278,45 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     right = ("--dlc-dir", tmp_path / "codes.npy")
     assert "--encoder lavoies/SEM_dinov2_L512: no such local path" in error(*right)
     right = (*right, "--encoder", tiny_models[1], "--data-path", images)
-    assert "is not of features; name those of the images with --features-path" in error(*right)
+    assert "is no features directory; name that of the images with --features-path" in error(*right)
     (samples / "000003.png").unlink()
-    assert "lacks 1 of its 21 images: run the sampling command again" in error()
+    assert "has 20 images, and its samples.json says 21: run the sampling command again" in error()
     record = SamplesRecord.read(samples / "samples.json")
     with pytest.raises(ValueError, match="drawn for labels, not for codes"):
         agreement.DrawnCodes(samples, dataclasses.replace(record, conditions=dict(kind="labels")))
 
 
-def test_encoder_of_the_codes(samples, workplace, tmp_path, error_of):
+def test_encoder_of_the_codes(samples, tmp_path, error_of):
     """Another encoder than the one that made the codes is refused, and one of other codes."""
-    from dlc.nets.encoder import SEMEncoder, save_encoder
-
-    for name, positions, message in (
-        ("other", L, "is not the one that made the codes of"),
-        ("short", L - 1, f"makes codes of L={L - 1}, the codes of .* have L={L}"),
+    for positions, message in (
+        (L, "codes of .* come from another encoder than those of the encoder .*: name the one that made them"),
+        (L - 1, f"codes of .* have L={L}, but those of the encoder .* have L={L - 1}: name the one that made them"),
     ):
         arguments = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
         encoder = SEMEncoder("vit_tiny_patch16_224", 32, positions, V, backbone_args=arguments)
-        save_encoder(encoder, tmp_path / name)
-        error = error_of("evaluate", "agreement", samples, "--encoder", tmp_path / name)
+        save_encoder(encoder, tmp_path / f"sem_{positions}")
+        error = error_of("evaluate", "agreement", samples, "--encoder", tmp_path / f"sem_{positions}")
         assert re.search(message, error), error
-    assert weights_sha256(encoder) != Features(workplace / "features").manifest.encoder_sha256
+
+
+@pytest.mark.parametrize("command", ["agreement", "reconstruction"])
+def test_a_hub_id_is_fetched_by_one_process_of_a_node(command, samples, workplace, images, monkeypatch, error_of):
+    asked = []
+
+    def fetched_by_node(state, fetch_all):
+        assert state.num_processes == 1
+        with pytest.raises(ValueError, match="owner/name"):
+            fetch_all(True)
+        asked.append(True)
+        raise ValueError("asked once")
+
+    monkeypatch.setattr("evaluation.tokens.fetched_by_node", fetched_by_node)
+    monkeypatch.setattr("evaluation.feature_images.fetched_by_node", fetched_by_node)
+    flags = dict(
+        agreement=(samples, "--encoder", "owner/name"),
+        reconstruction=(workplace / "features", "--data-path", images, "--encoder", "none", "--vae", "owner/name"),
+    )
+    assert "asked once" in error_of("evaluate", command, *flags[command]) and asked == [True]
 
 
 def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, tiny_models):
@@ -362,6 +333,5 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
     shutil.copytree(workplace / "features", lone)
     manifest = json.loads((lone / "manifest.json").read_text())
     (lone / "manifest.json").write_text(json.dumps({**manifest, "encoder": None, "L": None, "V": None}))
+    shutil.rmtree(lone / f"imagenet{IMAGE_SIZE}_sem")
     assert "--encoder x: features" in error("--encoder", "x", features=lone)
-    (lone / "manifest.json").unlink()
-    assert "half-written" in error(features=lone) or "have no manifest.json" in error(features=lone)

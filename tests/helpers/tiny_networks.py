@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation import networks
+from evaluation.feature_networks import NETWORKS
 
 
 class TinyInception:
     """A random layer on the colours of 4 x 4 cells: 12 features, 6 spatial ones, 5 classes. Any file is its weights."""
 
-    name, flag, files, url, sha256_prefix = "inception", "--inception", ("tiny.bin",), "http://127.0.0.1:9/tiny.bin", ""
-    outputs = dict(pool=12, spatial=6)
+    name, outputs = "inception", dict(pool=12, spatial=6)
+    files, url, sha256_prefix = ("tiny.bin",), "http://127.0.0.1:9/tiny.bin", ""
 
     def __init__(self, path, device):
         self.path, self.device, self.notes = path, device, []
@@ -32,7 +32,7 @@ class TinyInception:
 def main():
     import evaluate
 
-    networks.NETWORKS["inception"] = TinyInception
+    NETWORKS["inception"] = TinyInception
     evaluate.main()
 
 
@@ -53,3 +53,16 @@ def record_of(count, **changes):
     return (
         dict(common, num_fid_samples=count, sampler="ddpm", num_sampling_steps=250, global_seed=3, labels=[0]) | changes
     )
+
+
+def tiny_dinov2(path, width=64, depth=2, side=37):
+    """Seeded weights of a small ViT in DINOv2's names, with its mask token."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(1)
+    module = VisionTransformer(
+        img_size=side * 14, patch_size=14, embed_dim=width, depth=depth, num_heads=1, init_values=0.5, num_classes=0
+    )
+    weights = {key: torch.randn_like(value) * 0.1 for key, value in module.state_dict().items()}
+    torch.save({**weights, "mask_token": torch.zeros(1, width)}, path)
+    return weights

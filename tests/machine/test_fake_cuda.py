@@ -32,11 +32,12 @@ from dlc.sampling.prior_engine import sample_codes
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
-from evaluation import distances, networks
+from evaluation import distances
+from evaluation import feature_networks as networks
 from evaluation import similarity as similarities
+from evaluation.feature_networks import DINOv2Network, InceptionNetwork
 from evaluation.inception import InceptionV3
 from evaluation.metrics import FeatureStatistics, density_coverage, kernel_distance, precision_recall, squared_radii
-from evaluation.networks import DINOv2Network, InceptionNetwork
 from evaluation.similarity import psnr, ssim
 from models import DiT, DiTCONT, DiTSEM
 from prior import DLCPrior
