@@ -282,6 +282,25 @@ def extract_moments(images, features, tiny_models):
     launch(extract_command("forked", 1, images, features, tiny_models, *exact), features.parent)
 
 
+def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta):
+    """A checkpoint of an untrained model, EMA weights alone, whose meta.json has these keys."""
+    from safetensors.torch import save_file
+
+    from diffusion.processes import create_process
+    from dlc.machine.files import write_json
+    from dlc.weights.meta import RunMeta, config_of
+    from models import DiT_models
+
+    path.mkdir(parents=True)
+    model = DiT_models[name](input_size=IMAGE_SIZE // 8, **(sizes or dict(L=L, V=V)))
+    save_file(model.state_dict(), path / "ema.safetensors")
+    config = config_of(name, model, create_process("gaussian", timestep_respacing=""))
+    write_json(path / "config.json", config.to_json())
+    meta = {key: str(value) for key, value in meta.items()}
+    write_json(path / "meta.json", RunMeta.of_run(settings or {}, meta, step=1, place=4, logged=0, skipped=0).to_json())
+    return path
+
+
 @pytest.fixture
 def trained(train):
     """trained(…): as a test module's train(…), but ended well; gives what it said."""
@@ -298,7 +317,7 @@ def trained(train):
 def features(tmp_path_factory, images, tiny_models):
     """Features of the images, extracted by one process."""
     path = tmp_path_factory.mktemp("features")
-    launch(extract_command("torchrun", 1, images, path, tiny_models), path)
+    launch(extract_command("forked", 1, images, path, tiny_models), path)
     return path
 
 
@@ -310,7 +329,7 @@ def workplace(images, tiny_models, tmp_path_factory):
     common = ("--max-steps", 3, "--global-batch-size", 4, "--lr", 0.01, "--ema-decay", 0.5, "--num-workers", 0)
     launch(("forked", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", *common), root)
     launch(("forked", 1, "train.py", "--model", "DiT-Ti/4", "--results-dir", "results_dit", *common), root)
-    launch(("torchrun", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS), root)
+    launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS), root)
     return root
 
 

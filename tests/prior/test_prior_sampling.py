@@ -360,7 +360,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),
     ):
         flags = ("--results-dir", "results", *flags)
-        from test_bad_input import save_checkpoint
+        from conftest import save_checkpoint
 
         if not (tmp_path / "results").exists():
             save_checkpoint(tmp_path / "results/checkpoints/0000001")

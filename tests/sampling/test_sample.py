@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import IMAGE_SIZE, SAMPLE_FLAGS, L, V, launch, sample_folder
+from conftest import IMAGE_SIZE, SAMPLE_FLAGS, L, V, launch, sample_folder, save_checkpoint
 from PIL import Image
-from test_bad_input import save_checkpoint
 
 import sample_ddp_computed_dlc
 from diffusion import create_diffusion
@@ -337,7 +336,9 @@ def test_class_conditional_sampling(workplace):
 def test_sampling_for_vectors(tiny_models, tmp_path):
     """A DiTCONT draws for the rows of --condition-path, the same by two processes, and by Heun's method; and is refused
     vectors that changed."""
-    path = save_checkpoint(tmp_path / "results/checkpoints/0000001", "DiTCONT-Ti/4", vae=tiny_models[0], in_dim=5)
+    path = save_checkpoint(
+        tmp_path / "results/checkpoints/0000001", "DiTCONT-Ti/4", vae=tiny_models[0], sizes=dict(in_dim=5)
+    )
     weights = safetensors.torch.load_file(path / "ema.safetensors")
     generator = torch.Generator().manual_seed(0)
     safetensors.torch.save_file(

@@ -1,0 +1,105 @@
+"""Mistakes at sampling: one line on standard error that names them, and exit status 2, before any work."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import IMAGE_SIZE, L, V, save_checkpoint
+
+from dlc.data import kind_dir
+
+
+@pytest.fixture
+def sample_error(error_of, features, tiny_models, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "results/checkpoints/0000001", vae=tiny_models[0], features_path=features)
+
+    def call(*flags, ckpt=checkpoint, script="sample_ddp_computed_dlc"):
+        error = error_of(script, "--model", "DiTSEM-Ti/4", "--ckpt", ckpt, *flags)
+        assert not (tmp_path / "samples").exists()
+        return error
+
+    return call
+
+
+def test_sampling_flags(sample_error):
+    assert "argument --num-fid-samples: 0: must be at least 1" in sample_error("--num-fid-samples", 0)
+    assert "argument --cfg-scale: 0.9: must be at least 1" in sample_error("--cfg-scale", 0.9)
+    for value in ("nan", "inf"):
+        assert f"argument --cfg-scale: {value}" in sample_error("--cfg-scale", value)
+    assert "argument --num-sampling-steps: 1001: must be 2 to 1000" in sample_error("--num-sampling-steps", 1001)
+    assert "--eta 0.5: --sampler ddpm has none" in sample_error("--eta", 0.5)
+    assert "--ckpt names one: give one of them" in sample_error("--results-dir", "elsewhere")
+    assert "--sampler dpmsolver++ has at most 999" in sample_error(
+        "--sampler", "dpmsolver++", "--num-sampling-steps", 1000
+    )
+    assert "--t-min 500 is above --t-max 400" in sample_error("--t-min", 500, "--t-max", 400)
+    assert "argument --progressive: 1: must be at least 2" in sample_error("--progressive", 1)
+    assert "--progressive 8: there are 4 steps" in sample_error("--progressive", 8, "--num-sampling-steps", 4)
+    assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
+    assert "--image-size 256: the checkpoint is of 64-pixel images" in sample_error("--image-size", 256)
+    other = sample_error(script="sample_ddp")
+    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
+    assert "not conditioned on codes or vectors: draw from it with sample_ddp.py" in sample_error("--model", "DiT-S/2")
+    assert "--condition-path is for models conditioned on vectors" in sample_error("--condition-path", "vectors")
+
+
+def test_flags_of_vectors(sample_error, tmp_path):
+    vectors = save_checkpoint(tmp_path / "vectors", "DiTCONT-Ti/4", dict(in_dim=3))
+
+    def error(*flags):
+        return sample_error("--model", "DiTCONT-Ti/4", *flags, ckpt=vectors)
+
+    assert "DiTCONT-Ti/4 is conditioned on vectors: name them with --condition-path" in error()
+    assert "--dlc-dir is for models conditioned on codes" in error("--dlc-dir", "x")
+    assert "--prior-class is for models conditioned on codes" in error("--prior-class", 1)
+    assert "--condition-path nowhere does not exist" in error("--condition-path", "nowhere")
+    np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
+    assert "in_dim=4, the checkpoint's model in_dim=3" in error("--condition-path", tmp_path / "wide.npy")
+
+
+def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_models):
+    assert "checkpoint nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
+    assert "is of model DiTSEM-Ti/4, not DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    assert "broken.pt cannot be read as weights" in sample_error(ckpt=tmp_path / "broken.pt")
+    torch.save(torch.zeros(3), tmp_path / "lone.pt")
+    assert "lone.pt holds a Tensor" in sample_error(ckpt=tmp_path / "lone.pt")
+    (tmp_path / "dir").mkdir()
+    assert "has no meta.json" in sample_error(ckpt=tmp_path / "dir")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert "is not a DiT, DiTSEM or DiTCONT" in sample_error(ckpt=tmp_path / "other.safetensors")
+    label_model = save_checkpoint(tmp_path / "dit", "DiT-Ti/4", dict(num_classes=3))
+    assert "is of model DiT-Ti/4, not DiTSEM-Ti/4" in sample_error(ckpt=label_model)
+    assert "(there are some of DiTSEM-Ti/4)" in error_of("sample_ddp_computed_dlc", "--model", "DiTSEM-S/2")
+    shutil.rmtree(tmp_path / "results")
+    assert "no checkpoint of DiTSEM-XL/2 under --results-dir results" in error_of("sample_ddp_computed_dlc")
+
+
+def test_code_sources(sample_error, features, tiny_models, tmp_path):
+    other = save_checkpoint(tmp_path / "other", sizes=dict(L=L + 1, V=V))
+    assert f"have L={L}, but those of the checkpoint's model have L={L + 1}" in sample_error(
+        "--dlc-dir", features, ckpt=other
+    )
+    assert "does not say which features it was trained on" in sample_error(ckpt=other)
+    small = save_checkpoint(tmp_path / "small", sizes=dict(L=L, V=2))
+    assert f"have V={V}, but those of the checkpoint's model have V=2" in sample_error(
+        "--dlc-dir", features, ckpt=small
+    )
+    assert re.search(
+        r"imagenet64_sem/0.*npy, row \d: value \d+ outside 0..1",
+        sample_error("--dlc-dir", kind_dir(features, IMAGE_SIZE, "sem"), ckpt=small),
+    )
+    stranger = save_checkpoint(tmp_path / "stranger", vae=tiny_models[0], encoder_sha256="0")
+    assert "come from another encoder" in sample_error("--dlc-dir", features, ckpt=stranger)
+    assert "code source nowhere does not exist" in sample_error("--dlc-dir", "nowhere")
+    np.save(tmp_path / "codes.npy", np.array([[None] * L], dtype=object), allow_pickle=True)
+    assert "holds pickled objects" in sample_error("--sem-dir", tmp_path / "codes.npy")
+    np.save(tmp_path / "codes.npy", np.full((3, L), -1))
+    assert "value -1 outside 0..299" in sample_error("--dlc-dir", tmp_path / "codes.npy")
+    np.save(tmp_path / "codes.npy", np.zeros((0, L), int))
+    assert "has no rows" in sample_error("--dlc-dir", tmp_path / "codes.npy")
+    np.savez(tmp_path / "codes.npz", np.zeros((3, L), int))
+    assert "codes.npz is not a readable .npy" in sample_error("--dlc-dir", tmp_path / "codes.npz")

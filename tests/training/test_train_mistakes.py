@@ -1,0 +1,103 @@
+"""Mistakes at training: one line on standard error that names them, and exit status 2, before any work."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import IMAGE_SIZE, V, save_checkpoint
+
+from dlc.data import kind_dir
+
+
+def test_features_path(error_of, features, tmp_path):
+    assert "features path nowhere does not exist" in error_of("train_diffusion", "--features-path", "nowhere")
+    assert "has no features" in error_of("train_diffusion", "--features-path", tmp_path)
+    half = tmp_path / "half"
+    shutil.copytree(features, half)
+    (half / "manifest.json").unlink()
+    assert "half-written" in error_of("train_diffusion", "--features-path", half)
+    (half / "progress").mkdir()
+    assert "half-written" in error_of("train_diffusion", "--features-path", half)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "model, kind, value, message",
+    [
+        ("DiTSEM-Ti/2", "sem", V, rf"imagenet64_sem/000002.npy, row 1: value {V} outside 0..{V - 1}"),
+        ("DiT-Ti/2", "labels", 2, r"imagenet64_labels/000002.npy, row 1: value 2 outside 0..1"),
+    ],
+)
+def test_values_outside_their_range(error_of, features, tmp_path, model, kind, value, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(features, copy)
+    path = kind_dir(copy, IMAGE_SIZE, kind) / "000002.npy"
+    array = np.load(path)
+    array[1] = value
+    np.save(path, array)
+    assert re.search(message, error_of("train_diffusion", "--features-path", copy, "--model", model))
+
+
+def test_pickled_objects(error_of, features, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(features, copy)
+    np.save(kind_dir(copy, IMAGE_SIZE, "sem") / "000000.npy", np.array([None] * 4, dtype=object), allow_pickle=True)
+    assert "holds pickled objects" in error_of("train_diffusion", "--features-path", copy)
+
+
+def test_training_flags(error_of, features, tmp_path):
+    def error(*flags):
+        return error_of("train_diffusion", "--features-path", features, *flags)
+
+    assert "invalid choice: 'DiTSEM-XXL/2'" in error("--model", "DiTSEM-XXL/2")
+    assert "DiTCONT-S/2 is trained on vectors: give --condition-path" in error("--model", "DiTCONT-S/2")
+    assert "argument --global-batch-size: 0: must be at least 1" in error("--global-batch-size", 0)
+    assert "argument --lr: -1: must be at least 0" in error("--lr", "-1")
+    (tmp_path / "file").write_text("")
+    assert "file" in error("--results-dir", tmp_path / "file", "--model", "DiTSEM-Ti/2")
+    assert "--V 7" in error("--V", 7)
+    assert "--vae decodes previews" in error("--vae", "ema")
+
+
+@pytest.mark.parametrize(
+    "vectors, message",
+    [
+        (np.where(np.arange(14)[:, None] == 9, np.nan, np.zeros((14, 3))), r"0.npy, row 9: values that are not finite"),
+        (np.zeros((14, 0)), "0.npy has vectors of no numbers"),
+        (np.zeros((14, 3), int), "0.npy has values of type int64, wanted floats"),
+        (np.zeros((13, 3)), "has 13 rows, the data 14"),
+    ],
+    ids=["NaN", "no width", "integers", "rows"],
+)
+def test_vectors_to_train_on(error_of, features, tmp_path, vectors, message):
+    (tmp_path / "vectors").mkdir()
+    np.save(tmp_path / "vectors/0.npy", vectors)
+    flags = ("--model", "DiTCONT-Ti/2", "--features-path", features, "--condition-path", tmp_path / "vectors")
+    assert re.search(message, error_of("train_diffusion", *flags))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "previews", "args.json", "log.txt", "metrics.jsonl", "loss.png"])
+def test_results_of_the_wrong_kind(error_of, features, tmp_path, name):
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / name
+    path.mkdir() if "." in name else path.write_text("")
+    error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/2")
+    assert f"results/{name} is a {'folder' if '.' in name else 'file'}, where a run has a" in error
+
+
+def test_results_of_another_run(error_of, features, tmp_path):
+    settings = dict(
+        features_count=14, latents="sample", flip="random", global_batch_size=8, global_seed=0, scaling_factor=0.3
+    )
+    save_checkpoint(tmp_path / "results/checkpoints/0000001", "DiTSEM-Ti/2", settings=settings)
+
+    def error(*flags):
+        return error_of("train_diffusion", "--features-path", features, "--global-batch-size", 4, *flags)
+
+    other = error("--model", "DiTSEM-Ti/4")
+    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in other
+    changed = error("--model", "DiTSEM-Ti/2")
+    assert "global_batch_size 8 there, 4 here" in changed and "scaling_factor 0.3 there, 0.18215 here" in changed
+    assert "--allow-change to continue that one so" in changed
