@@ -62,6 +62,7 @@ def test_extraction_flags(extract_error, tmp_path):
     assert "config.json is that of no AutoencoderKL" in extract_error("--vae", tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json is not readable JSON" in extract_error("--vae", tmp_path)
+    (tmp_path / "config.json").unlink()
     (tmp_path / "junk.pth").write_bytes(b"junk")
     assert "junk.pth cannot be read as weights" in extract_error("--encoder", tmp_path / "junk.pth")
     (tmp_path / "file").write_text("")
