@@ -12,6 +12,7 @@ L code positions, V tokens per position.
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,13 +21,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+Condition = torch.Tensor | dict[str, torch.Tensor]      # what y is; the families here take a tensor
 
-def modulate(x, shift, scale):
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Shift and scale tokens x (N, T, D) by per-sample vectors (N, D), in x's precision: 1 + scale keeps its bits."""
     return x * (1 + scale.unsqueeze(1).to(x.dtype)) + shift.unsqueeze(1)
 
 
-def sincos_position_embedding(dim, grid_size):
+def sincos_position_embedding(dim: int, grid_size: int) -> torch.Tensor:
     """Fixed 2-D sine-cosine position embedding, (grid_size**2, dim) float32, rows in raster order.
 
     A quarter of the channels each for sin(column), cos(column), sin(row), cos(row), at wavelengths from 2 pi to
@@ -58,7 +61,7 @@ class Recorded(nn.Module):
             cls.__init__ = recording(cls.__init__)
 
 
-def recording(init):
+def recording(init: Callable) -> Callable:
     """A constructor that also notes its arguments in self.config."""
     signature = inspect.signature(init)
 
@@ -68,12 +71,12 @@ def recording(init):
         given = set(bound.arguments)
         bound.apply_defaults()
         _, *named = bound.arguments.items()
-        if "config" not in vars(self):              # of the class itself: all arguments
+        if "config" not in vars(self):              # the class's own constructor: note all arguments
             passed_on = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
             arguments = {name: value for name, value in named if name != passed_on}
             vars(self)["config"] = dict(family=type(self).__name__,
                                         arguments=arguments | bound.arguments.get(passed_on, {}))
-        else:                                       # of a base: those that were left to their defaults
+        else:                                       # a base's: note those that were left to their defaults
             for name, value in named:
                 if name not in given:
                     self.config["arguments"].setdefault(name, value)
@@ -82,7 +85,7 @@ def recording(init):
     return wrapped
 
 
-def build_model(config):
+def build_model(config: dict) -> nn.Module:
     """The model that a `Recorded.config` describes, with new weights.
 
     Raises ValueError for a family that does not exist, or arguments that it does not take.
@@ -102,13 +105,13 @@ def build_model(config):
 class TimestepEmbedder(nn.Module):
     """Diffusion time (N,), possibly fractional, to a vector (N, D)."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
                                  nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
-    def timestep_embedding(t, dim, max_period=10000):
+    def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
         """Cosines then sines of t (N,) at dim/2 geometric frequencies from 1 down to 1/max_period, (N, dim) float32."""
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -116,7 +119,7 @@ class TimestepEmbedder(nn.Module):
         embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
         return F.pad(embedding, (0, dim % 2))
 
-    def forward(self, t):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(self.timestep_embedding(t, self.mlp[0].in_features))   # (N, D)
 
@@ -125,15 +128,15 @@ class LabelEmbedder(nn.Module):
     """Class labels (N,) to vectors (N, D); the row after the last class is the null label."""
     init_std = 0.02
 
-    def __init__(self, num_classes, hidden_size):
+    def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
         self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
-    def null(self, n):
+    def null(self, n: int) -> torch.Tensor:
         return torch.full((n,), self.num_classes, device=self.embedding_table.weight.device)
 
-    def forward(self, labels, drop=None):
+    def forward(self, labels: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
         if drop is not None:
             labels = torch.where(drop, self.num_classes, labels)
         return self.embedding_table(labels)                                # (N, D)
@@ -142,23 +145,23 @@ class LabelEmbedder(nn.Module):
 class SEMEmbedder(nn.Module):
     """Codes (N, L), or soft codes (N, L, V), to the mean over positions of the table's rows, (N, D) float32.
 
-    Row V of each position is its null token, of which soft codes may carry a weight, too: (N, L, V+1). The rows are
+    Row V of each position is its null token; soft codes may give it a weight, too: (N, L, V+1). The rows are
     gathered and averaged in one pass: neither a one-hot product nor an (N, L, D) intermediate is made.
     """
     # The mean over L shrinks the rows' scale by sqrt(L). From N(0, 1) it is 0.044 at L=512, beside 0.08 of the timestep
     # embedding; from the labels' N(0, 0.02) it would be 0.0009, and codes are followed only much later.
     init_std = 1.0
 
-    def __init__(self, L, V, hidden_size):
+    def __init__(self, L: int, V: int, hidden_size: int):
         super().__init__()
         self.L, self.V = L, V
         self.embedding_table = nn.Parameter(torch.empty(L, V + 1, hidden_size))
         self.register_buffer("row_offset", torch.arange(L) * (V + 1), persistent=False)
 
-    def null(self, n):
+    def null(self, n: int) -> torch.Tensor:
         return torch.full((n, self.L), self.V, device=self.embedding_table.device)
 
-    def forward(self, codes, drop=None):
+    def forward(self, codes: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(codes.device.type, enabled=False):
             table = self.embedding_table.float()
             if codes.ndim == 3:
@@ -176,15 +179,15 @@ class LinearEmbedder(nn.Module):
     """Vectors (N, in_dim) to (N, D) by a linear layer without bias; a learned vector is the null condition."""
     init_std = 0.02
 
-    def __init__(self, in_dim, hidden_size):
+    def __init__(self, in_dim: int, hidden_size: int):
         super().__init__()
         self.embedding_table = nn.Linear(in_dim, hidden_size, bias=False)
         self.fake_latent = nn.Parameter(torch.empty(1, in_dim))
 
-    def null(self, n):
+    def null(self, n: int) -> torch.Tensor:
         return self.fake_latent.expand(n, -1)
 
-    def forward(self, vectors, drop=None):
+    def forward(self, vectors: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
         if drop is not None:
             vectors = torch.where(drop.unsqueeze(1), self.fake_latent, vectors)
         return self.embedding_table(vectors)                               # (N, D)
@@ -200,7 +203,7 @@ layer_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 class DiTBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
         # here, because timm takes longer to import than torch, and --help needs neither
         from timm.layers import Mlp
         from timm.models.vision_transformer import Attention
@@ -211,7 +214,7 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, c):
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)   # (N, D) each
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))           # (N, T, D)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))         # (N, T, D)
@@ -220,13 +223,13 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens (N, T, D) to patches (N, T, P*P*out_channels)."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = layer_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, c):
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -245,13 +248,14 @@ class DiT(Recorded):
     """
     conditioning = "labels"         # what y is
     embedder_name = "y_embedder"    # in the state dict
-    build_embedder = None           # of the other families: hidden_size to their embedder
-    guided_channels = 3             # that classifier-free guidance covers, as in the published samples; None: all
+    build_embedder = None           # in the other families: hidden_size to their embedder
+    guided_channels = 3             # guided by classifier-free guidance, as in the published samples; None: all
     table, table_ndim = "y_embedder.embedding_table.weight", 2      # the tensor whose shape tells these arguments
     sizes_of = staticmethod(lambda shape: dict(num_classes=shape[0] - 1))
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+    def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
+                 depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1,
+                 num_classes: int = 1000, learn_sigma: bool = True):
         from timm.layers import PatchEmbed
         super().__init__()
         if input_size % patch_size:
@@ -268,10 +272,10 @@ class DiT(Recorded):
         self.initialize_weights()
 
     @property
-    def condition_embedder(self):
+    def condition_embedder(self) -> nn.Module:
         return getattr(self, self.embedder_name)
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Xavier weights, normal embeddings, and zeros where adaLN-Zero wants them: the output starts at exactly 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -288,38 +292,38 @@ class DiT(Recorded):
             for parameter in part.parameters():
                 nn.init.zeros_(parameter)
 
-    def set_grad_checkpointing(self, enable=True):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more work."""
         self.grad_checkpointing = enable
 
-    def null_condition(self, n):
+    def null_condition(self, n: int) -> Condition:
         """n times the condition that means "none"."""
         return self.condition_embedder.null(n)
 
-    def unpatchify(self, x):
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """Patches (N, T, P*P*C) to an image (N, C, H, W)."""
         n, p, side = x.shape[0], self.patch_size, math.isqrt(x.shape[1])
         x = x.view(n, side, side, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
 
-    def forward(self, x, t, y, drop=None):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: Condition, drop: torch.Tensor | None = None) -> torch.Tensor:
         """Predict eps, and with learn_sigma the variance, of noisy latents.
 
         Args:
             x: (N, C, H, W) noisy latents.
             t: (N,) diffusion times from 0 to 999, whole or fractional.
             y: labels (N,) for DiT; codes (N, L) or soft codes (N, L, V) for DiTSEM; vectors (N, in_dim) for DiTCONT.
-            drop: (N,) bool, whose condition becomes the null one [by class_dropout_prob in training, none in eval].
+            drop: (N,) bool, samples that get the null condition [by class_dropout_prob in training, none in eval].
         """
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
         return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop))
 
-    def embed_condition(self, y, drop=None):
+    def embed_condition(self, y: Condition, drop: torch.Tensor | None = None) -> Condition:
         """y as `denoise` takes it: here (N, D). A model of another condition may give a tuple or dict of tensors."""
         return self.condition_embedder(y, drop)
 
-    def denoise(self, x, t, condition):
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """forward, given the embedded time t, (N, D) or (D,), and condition, which a sampler embeds once for many."""
         recompute, c = self.grad_checkpointing and self.training, t + condition             # (N, D)
         x = self.x_embedder(x) + self.pos_embed                                             # (N, T, D)
@@ -329,7 +333,9 @@ class DiT(Recorded):
 
     # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
     # dlc/sampling/latents.py, which computes the null half only where guidance acts.
-    def forward_with_cfg(self, x, t, y, cfg_scale, t_max=None, channels=None, t_min=None):
+    def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: Condition, cfg_scale: float,
+                         t_max: float | None = None, channels: int | None = None,
+                         t_min: float | None = None) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022): null + cfg_scale * (conditional - null), on a doubled batch.
 
         Args:
@@ -363,11 +369,11 @@ class DiTSEM(DiT):
     table, table_ndim = "sem_embedder.embedding_table", 3
     sizes_of = staticmethod(lambda shape: dict(L=shape[0], V=shape[1] - 1))
 
-    def __init__(self, *, L=512, V=256, code_init="unit", **kwargs):
+    def __init__(self, *, L: int = 512, V: int = 256, code_init: str = "unit", **kwargs):
         self.build_embedder, self.code_init = partial(SEMEmbedder, L, V), code_init
         super().__init__(**kwargs)
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         super().initialize_weights()
         if self.code_init == "dlc":
             with torch.no_grad():
@@ -381,7 +387,7 @@ class DiTCONT(DiT):
     conditioning, table, table_ndim, guided_channels = "vectors", "y_embedder.fake_latent", 2, None
     sizes_of = staticmethod(lambda shape: dict(in_dim=shape[1]))
 
-    def __init__(self, *, in_dim=1024, **kwargs):
+    def __init__(self, *, in_dim: int = 1024, **kwargs):
         self.build_embedder = partial(LinearEmbedder, in_dim)
         super().__init__(**kwargs)
 
@@ -396,10 +402,10 @@ class ModelSpec:
     num_heads: int
 
     @property
-    def conditioning(self):
+    def conditioning(self) -> str:
         return self.family.conditioning
 
-    def __call__(self, **sizes):
+    def __call__(self, **sizes) -> DiT:
         return self.family(patch_size=self.patch_size, depth=self.depth, hidden_size=self.hidden_size,
                            num_heads=self.num_heads, **sizes)
 

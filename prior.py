@@ -22,6 +22,8 @@ from models import LabelEmbedder, Recorded, TimestepEmbedder, modulate
 
 SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
 
+Rotation = tuple[torch.Tensor, torch.Tensor]        # cos and sin of the positions' angles
+
 
 #################################################################################
 #                                     Parts                                     #
@@ -30,17 +32,17 @@ SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864), base 10,000, of the two halves of each head's channels."""
 
-    def __init__(self, head_dim):
+    def __init__(self, head_dim: int):
         super().__init__()
         self.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
 
-    def forward(self, L):
+    def forward(self, L: int) -> Rotation:
         """cos and sin, (L, head_dim / 2) float32 each."""
         angles = torch.outer(torch.arange(L, device=self.inv_freq.device).float(), self.inv_freq.float())
         return angles.cos(), angles.sin()
 
 
-def rotate(x, rotation):
+def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Turn q or k, (N, H, L, D / H), by its positions' angles."""
     cos, sin = (part.to(x.dtype) for part in rotation)
     first, second = x.chunk(2, dim=-1)
@@ -50,12 +52,12 @@ def rotate(x, rotation):
 class TokenEmbedding(nn.Module):
     """Tokens (N, L) in 0..V to vectors (N, L, D), from one table for all positions or one for each."""
 
-    def __init__(self, L, V, hidden_size, shared):
+    def __init__(self, L: int, V: int, hidden_size: int, shared: bool):
         super().__init__()
         self.shared, self.rows = shared, V + 1
         self.embedding = nn.Parameter(torch.empty(*(() if shared else (L,)), V + 1, hidden_size))
 
-    def forward(self, codes):
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
         if self.shared:
             return F.embedding(codes, self.embedding)
         offset = torch.arange(codes.shape[1], device=codes.device) * self.rows
@@ -65,17 +67,17 @@ class TokenEmbedding(nn.Module):
 class PositionLinear(nn.Module):
     """A linear layer of its own for each position: (N, L, D) to (N, L, out)."""
 
-    def __init__(self, L, in_features, out_features):
+    def __init__(self, L: int, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(L, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(L, out_features))
 
-    def forward(self, x, places=None):
+    def forward(self, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         """With places (N, L) bool, x is (M, D), what is there in row-major order, and so is the output (M, out)."""
         if places is None:
             return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
         position = places.nonzero()[:, 1]                                                    # (M,)
-        if len(position) < len(self.weight):    # of few places, fetch the matrices; of many, use all, which are fewer
+        if len(position) < len(self.weight):     # few: fetch their matrices; many: use all matrices, which are fewer
             return torch.bmm(x.unsqueeze(1), self.weight[position]).squeeze(1) + self.bias[position]
         whole = x.new_zeros(*places.shape, x.shape[1])
         whole[places] = x
@@ -85,7 +87,7 @@ class PositionLinear(nn.Module):
 class PriorBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero), with dropout before the gate."""
 
-    def __init__(self, hidden_size, num_heads, cond_dim, dropout):
+    def __init__(self, hidden_size: int, num_heads: int, cond_dim: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(hidden_size, bias=False)
@@ -98,12 +100,12 @@ class PriorBlock(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
         self.adaLN_modulation = nn.Linear(cond_dim, 6 * hidden_size)
 
-    def attention(self, x, rotation):
+    def attention(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         q, k, v = self.attn_qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)     # (N, H, L, D/H)
         x = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
         return self.attn_out(x.transpose(1, 2).flatten(2))                                          # (N, L, D)
 
-    def forward(self, x, c, rotation):
+    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)     # (N, D) each
         update = self.attention(modulate(self.norm1(x), shift1, scale1), rotation)
         x = x + gate1.unsqueeze(1) * self.dropout1(update)                                          # (N, L, D)
@@ -117,13 +119,13 @@ class PriorHead(nn.Module):
     In bfloat16 a log probability of -8 would be off by up to 0.03.
     """
 
-    def __init__(self, L, V, hidden_size, cond_dim, shared):
+    def __init__(self, L: int, V: int, hidden_size: int, cond_dim: int, shared: bool):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, bias=False)
         self.linear = nn.Linear(hidden_size, V + 1) if shared else PositionLinear(L, hidden_size, V + 1)
         self.adaLN_modulation = nn.Linear(cond_dim, 2 * hidden_size)
 
-    def forward(self, x, c, places=None):
+    def forward(self, x: torch.Tensor, c: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.adaLN_modulation(c.float()).chunk(2, dim=1)
             x = modulate(self.norm_final(x.float()), shift, scale)
@@ -145,13 +147,14 @@ class DLCPrior(Recorded):
         dropout: share of the blocks' updates that is dropped in training.
         scale_by_sigma: subtract log(e^sigma - 1) + log V from the output, as SEDD's score has it. The softmax over the
             clean tokens does not change.
-        shared_embedding: one token table and one output layer for all positions, as published. False: of their own for
-            each, since token 7 of one position has nothing to do with token 7 of another.
-        num_classes: of a prior that can be conditioned on a class; None: of one that cannot.
+        shared_embedding: one token table and one output layer for all positions, as published. False: one of each per
+            position, since token 7 of one position has nothing to do with token 7 of another.
+        num_classes: how many classes the prior can be conditioned on; None: it cannot.
     """
 
-    def __init__(self, L, V, hidden_size, depth, num_heads, cond_dim=128, dropout=0.1, scale_by_sigma=True,
-                 shared_embedding=True, num_classes=None):
+    def __init__(self, L: int, V: int, hidden_size: int, depth: int, num_heads: int, cond_dim: int = 128,
+                 dropout: float = 0.1, scale_by_sigma: bool = True, shared_embedding: bool = True,
+                 num_classes: int | None = None):
         super().__init__()
         if hidden_size % (2 * num_heads):
             raise ValueError(f"width {hidden_size} is not a multiple of twice the {num_heads} heads")
@@ -167,7 +170,7 @@ class DLCPrior(Recorded):
         self.output_layer = PriorHead(L, V, hidden_size, cond_dim, shared_embedding)
         self.initialize_weights()
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """PyTorch's linear layers, small tables, and zeros where adaLN-Zero wants them: the output starts uniform."""
         for table in (self.vocab_embed.embedding, self.pos_embed):
             nn.init.normal_(table, std=0.02)
@@ -178,15 +181,16 @@ class DLCPrior(Recorded):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def set_grad_checkpointing(self, enable=True):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more work."""
         self.grad_checkpointing = enable
 
-    def null_condition(self, n):
+    def null_condition(self, n: int) -> torch.Tensor:
         """n times the class that means "none"."""
         return self.y_embedder.null(n)
 
-    def condition(self, sigma, y=None, drop=None):
+    def condition(self, sigma: torch.Tensor, y: torch.Tensor | None = None,
+                  drop: torch.Tensor | None = None) -> torch.Tensor:
         """Noise level, and class if the prior has classes, as the vectors (N, C) that all layers are conditioned on."""
         c = self.sigma_map(sigma)
         if self.num_classes is not None:
@@ -195,14 +199,15 @@ class DLCPrior(Recorded):
             raise ValueError("this prior has no classes")
         return F.silu(c)
 
-    def forward(self, codes, sigma, y=None, drop=None, places=None):
-        """Log scores, up to a constant per place log p(token | the tokens that are not masked).
+    def forward(self, codes: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None,
+                drop: torch.Tensor | None = None, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Log scores: up to a constant per place, log p(token | the tokens that are not masked).
 
         Args:
             codes: (N, L) int64 in 0..V; V is the mask.
             sigma: (N,) float32 noise levels; 0 where the network is not told (see MaskedDiffusion).
             y: (N,) classes [none], for a prior that has some.
-            drop: (N,) bool, whose class becomes the null class.
+            drop: (N,) bool, samples that get the null class.
             places: (N, L) bool, the M places to compute [all].
 
         Returns (N, L, V+1) float32, 0 for the token that is there, as SEDD has it; with places (M, V+1), row-major.
@@ -229,7 +234,7 @@ class PriorSpec:
     depth: int
     num_heads: int
 
-    def __call__(self, **sizes):
+    def __call__(self, **sizes) -> DLCPrior:
         return DLCPrior(hidden_size=self.hidden_size, depth=self.depth, num_heads=self.num_heads, **sizes)
 
 

@@ -5,6 +5,7 @@ arXiv 2010.02502). x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t)
 """
 import collections
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -28,7 +29,8 @@ class GaussianDiffusion:
     randomness comes from `noise` or `randn_like` where a caller wants to hold it.
     """
 
-    def __init__(self, betas, timesteps, *, predict="eps", variance="learned_range", loss="mse"):
+    def __init__(self, betas: torch.Tensor, timesteps: Sequence[int], *, predict: str = "eps",
+                 variance: str = "learned_range", loss: str = "mse"):
         assert predict in ("eps", "x_start"), predict
         assert variance in ("learned_range", "fixed_small", "fixed_large"), variance
         assert loss in ("mse", "rescaled_mse", "kl", "rescaled_kl"), loss
@@ -79,19 +81,21 @@ class GaussianDiffusion:
 
     # ------------------------------------------------------------------ forward process
 
-    def q_mean_variance(self, x_start, t):
+    def q_mean_variance(self, x_start: torch.Tensor,
+                        t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0), each of a shape that broadcasts to x_start (N, ...)."""
         return (self._at("sqrt_alphas_cumprod", t, x_start) * x_start,
                 1 - self._at("alphas_cumprod", t, x_start),
                 self._at("log_one_minus_alphas_cumprod", t, x_start))
 
-    def q_sample(self, x_start, t, noise=None):
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t from x_0 (N, ...) at steps t (N,): DDPM equation 4."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return (self._at("sqrt_alphas_cumprod", t, x_start) * x_start
                 + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise)
 
-    def q_posterior_mean_variance(self, x_start, x_t, t):
+    def q_posterior_mean_variance(self, x_start: torch.Tensor, x_t: torch.Tensor,
+                                  t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of q(x_{t-1} | x_t, x_0)."""
         mean = (self._at("posterior_coefficient_x_start", t, x_t) * x_start
                 + self._at("posterior_coefficient_x_t", t, x_t) * x_t)
@@ -99,7 +103,9 @@ class GaussianDiffusion:
 
     # ------------------------------------------------------------------ reverse process
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def p_mean_variance(self, model: Callable, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool = True,
+                        denoised_fn: Callable | None = None,
+                        model_kwargs: dict | None = None) -> dict[str, torch.Tensor]:
         """The model's p(x_{t-1} | x_t), and the x_0 that it predicts.
 
         Args:
@@ -139,8 +145,9 @@ class GaussianDiffusion:
         return ((self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x_start)
                 / self._at("sqrt_recipm1_alphas_cumprod", t, x_t))
 
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None,
-                 randn_like=torch.randn_like):
+    def p_sample(self, model: Callable, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool = True,
+                 denoised_fn: Callable | None = None, model_kwargs: dict | None = None,
+                 randn_like: Callable = torch.randn_like) -> dict[str, torch.Tensor]:
         """One ancestral step x_t -> x_{t-1}. Draws one standard normal, also at t = 0, where its weight is 0.
 
         Returns a dict: sample, pred_xstart.
@@ -151,8 +158,9 @@ class GaussianDiffusion:
         return dict(sample=out["mean"] + torch.exp(0.5 * out["log_variance"]) * noise,
                     pred_xstart=out["pred_xstart"])
 
-    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0,
-                    randn_like=torch.randn_like):
+    def ddim_sample(self, model: Callable, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool = True,
+                    denoised_fn: Callable | None = None, model_kwargs: dict | None = None, eta: float = 0.0,
+                    randn_like: Callable = torch.randn_like) -> dict[str, torch.Tensor]:
         """One DDIM step x_t -> x_{t-1} (DDIM equation 12); eta 0 is deterministic and draws nothing, eta 1 is DDPM.
 
         Returns a dict: sample, pred_xstart.
@@ -167,7 +175,9 @@ class GaussianDiffusion:
             sample = sample + sigma * randn_like(x)      # sigma is 0 at t = 0
         return dict(sample=sample, pred_xstart=x_start)
 
-    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def ddim_reverse_sample(self, model: Callable, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool = True,
+                            denoised_fn: Callable | None = None,
+                            model_kwargs: dict | None = None) -> dict[str, torch.Tensor]:
         """One step x_t -> x_{t+1} of the deterministic DDIM path run backwards. Returns a dict: sample, pred_xstart."""
         x_start = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
         eps = self._eps_from_x_start(x, t, x_start)
@@ -191,8 +201,11 @@ class GaussianDiffusion:
             yield out
             x = out["sample"]
 
-    def p_sample_loop_progressive(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None,
-                                  model_kwargs=None, device=None, progress=False, randn_like=torch.randn_like):
+    def p_sample_loop_progressive(self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None,
+                                  clip_denoised: bool = True, denoised_fn: Callable | None = None,
+                                  model_kwargs: dict | None = None, device: torch.device | str | None = None,
+                                  progress: bool = False,
+                                  randn_like: Callable = torch.randn_like) -> Iterator[dict[str, torch.Tensor]]:
         """Ancestral sampling from x_T (N, ...), a generator of each step's dict: sample, pred_xstart.
 
         `noise` is x_T; None draws it. With a fixed global seed the draws are those of the reference implementations:
@@ -201,19 +214,23 @@ class GaussianDiffusion:
         return self._loop(self.p_sample, model, shape, noise, device, progress, randn_like,
                           dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs))
 
-    def p_sample_loop(self, model, shape, noise=None, **options):
+    def p_sample_loop(self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None,
+                      **options) -> torch.Tensor:
         """The last sample of `p_sample_loop_progressive`, same arguments: x_0 (N, ...)."""
         return last_sample(self.p_sample_loop_progressive(model, shape, noise, **options))
 
-    def ddim_sample_loop_progressive(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None,
-                                     model_kwargs=None, device=None, progress=False, eta=0.0,
-                                     randn_like=torch.randn_like):
+    def ddim_sample_loop_progressive(self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None,
+                                     clip_denoised: bool = True, denoised_fn: Callable | None = None,
+                                     model_kwargs: dict | None = None, device: torch.device | str | None = None,
+                                     progress: bool = False, eta: float = 0.0,
+                                     randn_like: Callable = torch.randn_like) -> Iterator[dict[str, torch.Tensor]]:
         """DDIM sampling from x_T, a generator of each step's dict: sample, pred_xstart."""
         return self._loop(self.ddim_sample, model, shape, noise, device, progress, randn_like,
                           dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs,
                                eta=eta))
 
-    def ddim_sample_loop(self, model, shape, noise=None, **options):
+    def ddim_sample_loop(self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None,
+                         **options) -> torch.Tensor:
         """The last sample of `ddim_sample_loop_progressive`, same arguments: x_0 (N, ...)."""
         return last_sample(self.ddim_sample_loop_progressive(model, shape, noise, **options))
 
@@ -230,7 +247,8 @@ class GaussianDiffusion:
         nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, out["mean"], 0.5 * out["log_variance"]))
         return torch.where(t == 0, nll, kl) / math.log(2), out["pred_xstart"]
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+    def training_losses(self, model: Callable, x_start: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None,
+                        noise: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The loss of each sample at steps t (N,).
 
         "mse": squared error of the prediction, and with a learned variance plus the bound of the variance alone (the
@@ -260,7 +278,9 @@ class GaussianDiffusion:
         return terms
 
     @torch.no_grad()
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, randn_like=torch.randn_like):
+    def calc_bpd_loop(self, model: Callable, x_start: torch.Tensor, clip_denoised: bool = True,
+                      model_kwargs: dict | None = None,
+                      randn_like: Callable = torch.randn_like) -> dict[str, torch.Tensor]:
         """The variational bound on -log p(x_0), term by term, in bits per dimension.
 
         Returns a dict: total_bpd (N,), prior_bpd (N,), and, with steps from the last to the first, vb (N, steps),
@@ -285,5 +305,5 @@ class GaussianDiffusion:
         return dict(total_bpd=vb.sum(dim=1) + prior_bpd, prior_bpd=prior_bpd, vb=vb, xstart_mse=xstart_mse, mse=mse)
 
 
-def last_sample(steps):
+def last_sample(steps: Iterable[dict]) -> torch.Tensor:
     return collections.deque(steps, maxlen=1).pop()["sample"]

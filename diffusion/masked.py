@@ -124,9 +124,9 @@ class MaskedDiffusion:
         return dict(loss=loss, nats=nats.detach() / L)
 
     def _of_places(self, model, x0, x_t, t, places, model_kwargs):
-        """What the model says of M places: log scores (M, V), the cross-entropy of x0's tokens (M,), the rows (M,).
+        """The model's output at M places: log scores (M, V), the cross-entropy of x0's tokens (M,), the rows (M,).
 
-        On GPUs all N * L places, with a cross-entropy of 0 where none is asked for.
+        On GPUs these are all N * L places, with a cross-entropy of 0 where no token is wanted.
         """
         kwargs = dict(model_kwargs or {})
         if not at_all_places(x0.device):
@@ -212,7 +212,7 @@ class MaskedDiffusion:
 def at_all_places(device: torch.device) -> bool:
     """Whether to ask the model for all places, and leave out those that are not wanted afterwards: on GPUs.
 
-    How many places are wanted, only the device knows, and the CPU would wait for it. On a CPU only those are computed.
+    Only the device knows how many places are wanted, so the CPU would have to wait. On a CPU only those are computed.
     """
     return device.type != "cpu"
 

@@ -9,12 +9,12 @@ times t (N,) and places (N, L) bool; (N, L, V) of all places, if places is None.
 precision. uniforms(draw) is (N, L) in [0, 1), the same whenever it is asked for the same draw: randomness belongs to
 samples.
 
-When each place is revealed does not depend on the tokens (but in the confidence order). So the whole timetable is drawn
-first, and the model is only asked when a token is due, on a CPU for these places alone: no call is spent on a step in
-which a code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the model at
-most once per token, plus once per token that was masked again.
+When each place is revealed does not depend on the tokens (except with the confidence sampler). So the whole timetable
+is drawn first, and the model is only asked when a token is due, on a CPU for these places alone: no call is spent on a
+step in which a code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the
+model at most once per token, plus once per token that was masked again.
 
-How many calls there are, the random numbers and the given tokens decide: on a GPU the CPU waits for this number once,
+The random numbers and the given tokens decide how many calls there are: on a GPU the CPU waits for this number once,
 before the first call, and the corrector once for each round of masking again. It waits for nothing after that.
 
 To add a sampler, write its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests
@@ -59,7 +59,7 @@ class TokenDraw:
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([logp for _, logp in parts])
 
     def at(self, places: torch.Tensor, u: torch.Tensor, predict: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (N, L) at places (N, L) bool, by u (N, L), and their log probabilities; elsewhere numbers of no use.
+        """Tokens (N, L) at places (N, L) bool, by u (N, L), and their log probabilities; no meaning elsewhere.
 
         predict(places) gives the logits there; on GPUs predict(None) those of all places, see `at_all_places`.
         """
@@ -70,7 +70,7 @@ class TokenDraw:
         tokens[places], logp[places] = self(predict(places), u[places])
         return tokens, logp
 
-    def draw(self, logits, u):
+    def draw(self, logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits.double()
         if self.temperature == 0:
             tokens = logits.argmax(dim=1)
@@ -108,7 +108,7 @@ class Timetable:
     times: torch.Tensor
 
     @property
-    def never(self):
+    def never(self) -> int:
         return self.times.shape[1]
 
     def row_steps(self) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Timetable:
         steps = torch.where(repeated | (steps < 0), self.never, steps).sort(dim=1).values
         return steps[:, :int((steps < self.never).sum(dim=1).max())]
 
-    def at(self, steps) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """In rows' steps (N,): the places that are masked, (N, L) bool, and in which round a place is due, or -1."""
         steps = steps.unsqueeze(1)
         masked, due = torch.ones_like(self.reveal[0], dtype=torch.bool), torch.full_like(self.reveal[0], -1)
@@ -135,13 +135,13 @@ REVEAL, TOKEN, REMASK, PER_ROUND = 0, 1, 2, 3
 class TimetableSampler:
     """A sampler whose timetable(codes, uniforms) is drawn before the model is asked."""
 
-    def __init__(self, V, draw):
+    def __init__(self, V: int, draw: TokenDraw):
         self.V, self.draw = V, draw
 
     def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
         table = self.timetable(codes, uniforms)
         u_token = torch.stack([uniforms(PER_ROUND * number + TOKEN) for number in range(len(table.reveal))])
-        times = torch.nn.functional.pad(table.times, (0, 1), value=1.0).expand(len(codes), -1)  # of rows that are done
+        times = torch.nn.functional.pad(table.times, (0, 1), value=1.0).expand(len(codes), -1)  # for rows that are done
         for steps in table.row_steps().unbind(dim=1):
             masked, due = table.at(steps)
             places, t = due >= 0, times.gather(1, steps.unsqueeze(1)).squeeze(1)
@@ -152,16 +152,16 @@ class TimetableSampler:
 
 
 class FirstHittingSampler(TimetableSampler):
-    """One token a call, in random order: exact, in as many calls as there are tokens to draw.
+    """One token per call, in random order: exact, in as many calls as there are tokens to draw.
 
     Zheng et al. 2024, arXiv 2409.02908: with k tokens masked, the next is revealed at the largest of k uniform times,
     at a random place. That is the analytic sampler of infinitely many steps. With fewer calls, several tokens are drawn
     at once, each as if the others of its call were not there: no longer exact.
 
-    calls: of the model, or None for one per token.
+    calls: how often to call the model, or None for once per token.
     """
 
-    def __init__(self, V, calls, draw):
+    def __init__(self, V: int, calls: int | None, draw: TokenDraw):
         super().__init__(V, draw)
         self.calls = calls
 
@@ -169,7 +169,7 @@ class FirstHittingSampler(TimetableSampler):
         """How often the model is called at most, for codes of L tokens."""
         return min(self.calls or L, L)
 
-    def timetable(self, codes, uniforms):
+    def timetable(self, codes: torch.Tensor, uniforms: Callable) -> Timetable:
         u, wanted = uniforms(REVEAL), codes == self.V
         count = wanted.sum(dim=1, keepdim=True)                                          # (N, 1)
         never = self.most_calls(codes.shape[1])
@@ -192,7 +192,7 @@ class AnalyticSampler(TimetableSampler):
     step, and more are revealed. A step in which several tokens are revealed is not exact.
     """
 
-    def __init__(self, V, steps, eta, draw, window=(0.3, 0.55)):
+    def __init__(self, V: int, steps: int, eta: float, draw: TokenDraw, window: tuple[float, float] = (0.3, 0.55)):
         super().__init__(V, draw)
         self.steps, self.eta = steps, eta
         self.times = torch.linspace(FIRST_TIME, LAST_TIME, steps + 1, dtype=torch.float64)   # (steps + 1,)
@@ -206,7 +206,7 @@ class AnalyticSampler(TimetableSampler):
         """How often the model is called at most, for codes of L tokens; without remasking also at most L times."""
         return self.steps + 1 if self.eta else min(self.steps + 1, L)
 
-    def timetable(self, codes, uniforms):
+    def timetable(self, codes: torch.Tensor, uniforms: Callable) -> Timetable:
         never, device = len(self.times), codes.device
         log_masked, log_revealed = self.log_masked.to(device), self.log_revealed.to(device)
         alive = codes == self.V
@@ -227,20 +227,19 @@ class AnalyticSampler(TimetableSampler):
         return table
 
 
-def log_survival(p, last):
-    """Log probability to have stayed in a state up to the beginning of each step, which is left with p (steps,).
+def log_survival(p: torch.Tensor, last: float) -> torch.Tensor:
+    """Log probability of still being in a state when each step begins, if steps leave it with probability p (steps,).
 
-    (steps + 2,): from 0 before the first step; after the last one comes a step more, at whose end it is `last`, in
-    addition.
+    (steps + 2,): 0 before the first step; one more step follows the last, and adds `last`.
     """
     stayed = torch.log1p(-p.clamp(max=NEARLY_ONE)).cumsum(0)
     return torch.cat([stayed.new_zeros(1), stayed, stayed[-1:] + last])
 
 
-def survived(log_survival, first, u):
+def survived(log_survival: torch.Tensor, first: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The step in which a state is left that began with step `first` (N, L), by uniform numbers u (N, L).
 
-    len(log_survival) - 1, if it is left in none.
+    len(log_survival) - 1, if no step leaves it.
     """
     return torch.searchsorted(-log_survival, -(log_survival[first] + u.log())) - 1
 
@@ -250,11 +249,11 @@ class ConfidenceSampler:
 
     MaskGIT (Chang et al. 2022, arXiv 2202.04200). It is not exact for any number of calls: easy tokens come first.
 
-    calls: of the model; as many tokens are kept at each.
-    noise: of the Gumbel noise in the log probabilities that are compared, at the start; it falls to 0 in a line.
+    calls: how often to call the model; as many tokens are kept at each call.
+    noise: scale of the Gumbel noise in the log probabilities that are compared, at the start; it falls linearly to 0.
     """
 
-    def __init__(self, V, calls, draw, noise=4.5):
+    def __init__(self, V: int, calls: int, draw: TokenDraw, noise: float = 4.5):
         self.V, self.calls, self.draw, self.noise = V, calls, draw, noise
 
     def most_calls(self, L: int) -> int:
@@ -294,7 +293,7 @@ class SamplerSpec:
 
 SAMPLERS = {
     "first-hitting": SamplerSpec(
-        "one token a call in random order, which is exact; with fewer calls than tokens, several at once",
+        "one token per call in random order, which is exact; with fewer calls than tokens, several at once",
         lambda V, steps, eta, draw: FirstHittingSampler(V, steps, draw), None),
     "analytic": SamplerSpec(
         "SEDD's analytic steps at evenly spaced times; exact only for many more steps than tokens",
@@ -309,7 +308,7 @@ SAMPLERS = {
 
 
 def create_sampler(name: str, V: int, steps: int | None = None, eta: float | None = None, temperature: float = 1.0,
-                   top_p: float = 1.0):
+                   top_p: float = 1.0) -> TimetableSampler | ConfidenceSampler:
     """The sampler of a name in SAMPLERS.
 
     Args:

@@ -7,13 +7,13 @@ To add one, write its class in a file beside this one and give it a row in PROCE
 """
 import inspect
 
-from . import create_diffusion
+from . import GaussianDiffusion, create_diffusion
 from .masked import MaskedDiffusion
 
 PROCESSES = {"gaussian": create_diffusion, "masked": MaskedDiffusion}
 
 
-def create_process(name: str, **arguments):
+def create_process(name: str, **arguments) -> GaussianDiffusion | MaskedDiffusion:
     """A process by its name in PROCESSES. It keeps the name and all arguments, with the defaults, as `config`.
 
     Raises ValueError for a name or arguments that do not exist.

@@ -12,7 +12,7 @@ its class here and give it a row in SAMPLERS: the scripts' flags, their help and
 """
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,8 +23,10 @@ from .schedules import named_betas, spaced_timesteps
 
 FULL_STEPS = 1000           # of the process that the models are trained on, whose schedule is the linear one
 
+Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]     # x and x_start of each
 
-def noise_levels():
+
+def noise_levels() -> np.ndarray:
     """sigma(t) = sqrt((1 - alphas_cumprod) / alphas_cumprod) of the full process, ascending (1000,) float64 NumPy.
 
     It is the noise of x_t / sqrt(alphas_cumprod_t) = x_0 + sigma(t) eps.
@@ -33,7 +35,7 @@ def noise_levels():
     return np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
 
 
-def signal_scale(sigma):
+def signal_scale(sigma: float) -> float:
     """sqrt(alphas_cumprod) at a noise level: what x_0 is multiplied by in x_t."""
     return 1 / math.sqrt(1 + sigma**2)
 
@@ -44,7 +46,7 @@ class AncestralSampler:
     learn_sigma: whether the model's output has the variance's channels.
     """
 
-    def __init__(self, steps, eta=None, learn_sigma=True):
+    def __init__(self, steps: int, eta: float | None = None, learn_sigma: bool = True):
         self.diffusion = GaussianDiffusion(
             named_betas("linear", FULL_STEPS), spaced_timesteps(FULL_STEPS, [steps]),
             variance="learned_range" if learn_sigma else "fixed_large")
@@ -52,7 +54,7 @@ class AncestralSampler:
                           else functools.partial(self.diffusion.ddim_sample, eta=eta))
         self.num_steps, self.times = steps, self.diffusion.timestep_map[::-1]
 
-    def __call__(self, predict, x, noise):
+    def __call__(self, predict: Callable, x: torch.Tensor, noise: Callable) -> Steps:
         for step, time in enumerate(self.times):
             t = torch.full((len(x),), self.num_steps - 1 - step, device=x.device)
             out = self.take_step(lambda x, _, time=time: predict(x, time), x, t, clip_denoised=False,
@@ -67,12 +69,12 @@ class DPMSolver:
     The first step, which has no step before it, and the last, to sigma = 0, are of first order.
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps: int):
         self.num_steps = steps
         self.times = np.linspace(0, FULL_STEPS - 1, steps + 1).round()[:0:-1].astype(int).tolist()
         self.sigmas = [*noise_levels()[self.times].tolist(), 0.0]
 
-    def __call__(self, predict, x, noise):
+    def __call__(self, predict: Callable, x: torch.Tensor, noise: Callable) -> Steps:
         before = step_before = None
         for time, sigma, following in zip(self.times, self.sigmas, self.sigmas[1:]):
             scale, following_scale = signal_scale(sigma), signal_scale(following)
@@ -96,7 +98,7 @@ class HeunSampler:
     """
     rho = 7
 
-    def __init__(self, steps):
+    def __init__(self, steps: int):
         levels = noise_levels()
         sigmas = np.linspace(levels[-1] ** (1 / self.rho), levels[0] ** (1 / self.rho), steps) ** self.rho
         sigmas[[0, -1]] = levels[[-1, 0]]                       # the power's rounding would make 999 a little less
@@ -104,7 +106,7 @@ class HeunSampler:
         self.step_times = np.interp(np.log(sigmas), np.log(levels), np.arange(FULL_STEPS)).tolist()
         self.times = [self.step_times[0], *(time for time in self.step_times[1:] for _ in range(2))]
 
-    def __call__(self, predict, x, noise):
+    def __call__(self, predict: Callable, x: torch.Tensor, noise: Callable) -> Steps:
         def slope(y, step):
             return predict(y * signal_scale(self.sigmas[step]), self.step_times[step])[:, :y.shape[1]]
 
@@ -128,7 +130,7 @@ class SamplerSpec:
     assumed: dict = field(default_factory=lambda: dict(noise_schedule="linear", predict_xstart=False,
                                                        diffusion_steps=FULL_STEPS))
 
-    def draws_from(self, config):
+    def draws_from(self, config: dict) -> bool:
         """Whether it draws from models that were trained on a process, which create_process describes as `config`."""
         return config["process"] == self.process and self.assumed.items() <= config["arguments"].items()
 

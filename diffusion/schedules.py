@@ -1,10 +1,11 @@
 """Noise schedules, and which of their steps a sampler keeps."""
 import math
+from collections.abc import Sequence
 
 import torch
 
 
-def named_betas(name, steps):
+def named_betas(name: str, steps: int) -> torch.Tensor:
     """The variances beta_1..beta_steps of a named schedule, (steps,) float64.
 
     "linear": Ho et al. 2020, section 4, 1e-4 to 0.02 at 1000 steps, scaled to keep the end point at other lengths.
@@ -20,7 +21,7 @@ def named_betas(name, steps):
     raise ValueError(f"noise schedule {name!r} does not exist: linear, squaredcos_cap_v2")
 
 
-def spaced_timesteps(steps, respacing):
+def spaced_timesteps(steps: int, respacing: str | Sequence[int]) -> list[int]:
     """The kept times out of range(steps), ascending list of int.
 
     Args:
@@ -48,7 +49,7 @@ def spaced_timesteps(steps, respacing):
     return kept
 
 
-def fixed_stride_timesteps(steps, count):
+def fixed_stride_timesteps(steps: int, count: int) -> list[int]:
     for stride in range(1, steps + 1):
         times = range(0, steps, stride)
         if len(times) == count:

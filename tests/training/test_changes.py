@@ -65,7 +65,7 @@ class ModernBlock(DiTBlock):
 
 class FinalLayer(nn.Module):''',
         ),
-        ("num_classes=1000, learn_sigma=True):", "num_classes=1000, learn_sigma=True, modern=False):"),
+        ("learn_sigma: bool = True):", "learn_sigma: bool = True, modern: bool = False):"),
         ("nn.ModuleList([DiTBlock(hidden_size", "nn.ModuleList([(ModernBlock if modern else DiTBlock)(hidden_size"),
         (
             "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
