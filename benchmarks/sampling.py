@@ -31,7 +31,7 @@ from dlc.machine.processes import PRECISIONS, autocast
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler
 from dlc.sampling.pictures import png_path
-from dlc.weights.load import load_weights, model_from_weights
+from dlc.weights.load import load_model
 from dlc.weights.networks import load_vae
 from models import DiT_models
 
@@ -76,7 +76,7 @@ def rough_checkpoint(path: Path, args) -> None:
 @torch.no_grad()
 def draw_baseline(root: Path, folder: Path, args) -> float:
     """Images a second, after the first batch."""
-    model, _ = model_from_weights(load_weights(root / "model.safetensors")[0], root)
+    model, _, _ = load_model(root / "model.safetensors")
     model, vae = model.to(DEVICE), load_vae(str(root / "vae"), DEVICE)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     diffusion, codes = create_diffusion(str(STEPS)), torch.from_numpy(np.load(root / "codes.npy")).to(DEVICE)

@@ -6,7 +6,7 @@ python -m dlc.checkpoints export PATH OUT --format diffusers   a pipeline folder
 
 from dlc.machine.cli import ArgumentParser, one_line
 from dlc.weights.export import FORMATS, export
-from dlc.weights.foreign.diffusers_dit import DIFFUSERS_TIMES
+from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.info import info
 
 
@@ -33,8 +33,7 @@ def main():
         "--format",
         choices=FORMATS,
         required=True,
-        help="write model.safetensors and config.json, or a pipeline folder of diffusers: exact, with a file of code, "
-        "or stock, without it and a little off",
+        help="write model.safetensors and config.json, or a pipeline folder of diffusers with a file of code",
     )
     add("--no-ema", dest="ema", action="store_false", help="write the raw weights instead of the EMA weights [no]")
     add(

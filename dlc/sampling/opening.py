@@ -14,7 +14,7 @@ from dlc.sampling.latents import create_sampler
 from dlc.sampling.sampling_flags import RESULTS
 from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
 from dlc.weights.foreign.dits import PUBLISHED, published_dit
-from dlc.weights.foreign.layouts import locate
+from dlc.weights.foreign.files import locate
 from dlc.weights.hub import fetched_by_node, is_id
 from dlc.weights.load import load_model, process_of
 from dlc.weights.meta import RunMeta
@@ -50,12 +50,13 @@ def open_model(args, script: str, default: str) -> tuple[Path, torch.nn.Module, 
     if args.model:
         refuse_model(args, script, DiT_models[args.model].conditioning)
     if is_id(args.ckpt or "."):  # fetched by one process of each node, before the others read it
-        fetched_by_node(start_processes(), lambda ask: locate(args.ckpt, "--ckpt", ask))
+        fetched_by_node(start_processes(), lambda ask: locate(args.ckpt, "model", "--ckpt", ask))
     path = args.ckpt or find_checkpoint(args)
     model, name, meta = load_model(
         path,
         args.ema,
         diffusers_time=args.diffusers_time,
+        process=args.process,
         input_size=args.image_size and args.image_size // downsampling_factor(args.vae or "ema"),
     )
     if args.model not in (None, name):
@@ -75,7 +76,7 @@ def find_checkpoint(args) -> Path | str:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{error}; without that, the published weights are used", flush=True)
-        return published_dit(*which, lambda name: locate(name, "--ckpt"))
+        return published_dit(*which, lambda name: locate(name, "model", "--ckpt"))
 
 
 def open_sampler(args, model: torch.nn.Module, meta: RunMeta):

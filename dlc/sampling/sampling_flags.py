@@ -1,10 +1,11 @@
 """The flags of both sampling scripts."""
 
+from diffusion.processes import PROCESSES
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags
 from dlc.sampling.conditions import CONDITIONINGS
-from dlc.weights.foreign.diffusers_dit import DIFFUSERS_TIMES
+from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.networks import VAE_HELP
 from models import DiT_models
 
@@ -33,6 +34,11 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         choices=DIFFUSERS_TIMES,
         help="with weights in diffusers' layout: compute DiT's function, which those converted from DiT have, or "
         "diffusers', which those trained there have [what the folder says, else dit]",
+    )
+    add(
+        "--process",
+        choices=[name for name in PROCESSES if name != "masked"],  # which is that of priors
+        help="with weights of others, whose files do not say it: what they were trained on [gaussian]",
     )
     for conditioning in CONDITIONINGS.values():
         if conditioning.script == script and "add_flags" in vars(conditioning):  # one's own, not those of its base

@@ -8,55 +8,31 @@ PAPERS = {
     "DiTSEM": "Lavoie et al. 2025, arXiv 2507.12318",
     "DiTCONT": "Lavoie et al. 2025, arXiv 2507.12318",
 }
-CONDITIONS = {"labels": "class labels", "codes": "discrete latent codes", "vectors": "vectors"}
-SETTINGS = (
-    "step",
-    "image_size",
-    "num_classes",
-    "L",
-    "V",
-    "in_dim",
-    "code_init",
-    "features_count",
-    "latents",
-    "vae",
-    "scaling_factor",
-    "shift_factor",
-    "global_batch_size",
-    "global_seed",
-    "precision",
-    "lr",
-    "weight_decay",
-    "ema_decay",
-)
+CONDITIONS = {"labels": "class labels", "codes": "discrete latent codes"}
 
 
 def model_card(job) -> str:
     """The text of README.md for an `Export`: what it is, how to draw from it, how it was trained, its licence."""
-    family, model = type(job.model).__name__, job.model
+    model = job.model
     front = ["---", f"license: {job.license}", "pipeline_tag: unconditional-image-generation"]
     front += ["library_name: diffusers"] if job.format != "safetensors" else []
     front += ["tags: [diffusion-transformer, image-generation]", "---"]
     height, width = model.x_embedder.img_size
-    condition = CONDITIONS.get(model.conditioning, model.conditioning)
+    family = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in PAPERS), None)
     about = (
-        f"A diffusion transformer ({PAPERS.get(family, family)}) conditioned on {condition}, for latents of "
-        f"{model.in_channels} x {height} x {width}; {sum(value.numel() for value in model.parameters()) / 1e6:,.1f} M "
-        f"parameters. Written by dlc-dit from: {one_line(describe(job.meta), 200)}."
+        f"A {type(model).__name__}, a diffusion transformer{f' ({PAPERS[family]})' if family else ''} conditioned on "
+        f"{CONDITIONS.get(model.conditioning, model.conditioning)}, for latents of {model.in_channels} x {height} x "
+        f"{width}; {sum(value.numel() for value in model.parameters()) / 1e6:,.1f} M parameters. Written by dlc-dit "
+        f"from: {one_line(describe(job.meta), 200)}."
     )
-    recorded = dict(job.model.config["arguments"], step=job.meta.step, **job.meta.recorded())
-    settings = [
-        f"| {name} | {one_line(recorded[name], 100).replace('|', ' ')} |"
-        for name in SETTINGS
-        if recorded.get(name) is not None
-    ]
-    if recorded.get("versions"):
-        settings.append(
-            "| versions | " + one_line(", ".join(" ".join(pair) for pair in recorded["versions"].items()), 200) + " |"
-        )
-    training = (
-        ["| setting | value |", "|---|---|", *settings] if settings else ["The file does not say how it was trained."]
-    )
+    recorded = dict(step=job.meta.step, **job.meta.recorded())
+    versions = ", ".join(" ".join(pair) for pair in (recorded.pop("versions", None) or {}).items())
+    settings = {
+        name: value
+        for name, value in {**model.config["arguments"], **recorded, "versions": versions}.items()
+        if value not in (None, "") and not name.endswith(("_path", "_sha256"))  # of no use on another machine
+    }
+    rows = [f"| {name} | {one_line(value, 100).replace('|', ' ')} |" for name, value in settings.items()]
     licence = (
         "The file that these weights come from does not record their licence; that of their authors holds."
         if job.license == "unknown"
@@ -68,8 +44,8 @@ def model_card(job) -> str:
         about,
         "## Use",
         usage(job),
-        "## Training",
-        "\n".join(training),
+        "## Model and training",
+        "\n".join(["| setting | value |", "|---|---|", *rows]),
         "## Licence",
         licence,
     ]
@@ -82,28 +58,24 @@ def usage(job) -> str:
     command = f"torchrun --nnodes=1 --nproc_per_node=1 {script} --ckpt THIS_FOLDER"
     if job.format == "safetensors":
         return f"With dlc-dit: `{command}`."
-    sampler = "--sampler dpmsolver++ --num-sampling-steps 25 --cfg-channels all"
-    condition = "class_labels=[0]" if job.model.conditioning == "labels" else "dlcs=codes"
-    exact = job.format == "diffusers"
     lines = [
         "```python",
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{", trust_remote_code=True" if exact else ""})',
+        'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
     ]
+    condition = "class_labels=[0]"
     if job.model.conditioning == "codes":
-        L, V = job.model.condition_embedder.L, job.model.condition_embedder.V
-        lines.append(f"codes = torch.randint({V}, (1, {L}))  # in earnest, codes of images")
+        condition, (L, V) = "dlcs=codes", (job.model.config["arguments"][name] for name in ("L", "V"))
+        lines.append(f"codes = torch.randint({V}, (1, {L}))  # for real images, use their codes")
     lines += [
         "noise = torch.Generator().manual_seed(0)",
         f"images = pipe({condition}, guidance_scale=1.5, num_inference_steps=25, generator=noise).images",
         "```",
-    ]
-    words = (
+        "",
         "The folder's files of code make diffusers compute the function that the weights were trained for; read them "
-        f"before you trust them. For the same noise the images are those of `{command} {sampler}`."
-        if exact
-        else "diffusers' own class computes a function that is a little off the one that the weights were trained for."
-    )
-    return "\n".join([*lines, "", words])
+        f"before you trust them. For the same noise the images are those of `{command} --sampler dpmsolver++ "
+        "--num-sampling-steps 25 --cfg-channels all`.",
+    ]
+    return "\n".join(lines)

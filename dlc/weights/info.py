@@ -4,10 +4,13 @@ from pathlib import Path
 
 import torch
 
+from dlc.weights.foreign.files import NoRawWeights, OtherKind
 from dlc.weights.foreign.safe import differences_from
-from dlc.weights.foreign.source import AVAE, AnEncoder, APrior, NoRawWeights
-from dlc.weights.load import describe, load_model, load_weights
+from dlc.weights.load import describe, describe_prior, load_model, load_prior, read_weights
 from dlc.weights.meta import RunMeta
+from dlc.weights.networks import load_encoder, load_vae
+
+SIZE_KEYS = {"input_size", "in_channels", "hidden_size", "depth", "patch_size", "mlp_ratio", "class_dropout_prob"}
 
 
 def info(path, diffusers_time: str | None = None) -> list[str]:
@@ -19,19 +22,15 @@ def info(path, diffusers_time: str | None = None) -> list[str]:
     """
     try:
         model, name, meta = load_model(path, diffusers_time=diffusers_time)
-    except AnEncoder:
-        from dlc.weights.networks import load_encoder
-
-        encoder = load_encoder(path, flag="encoder")
-        sizes = ", ".join(f"{name} {getattr(encoder, name)}" for name in ("L", "V", "image_size"))
-        return [f"{path}: encoder of images, for --encoder: {encoder.said}; {sizes}"]
-    except AVAE:
-        from dlc.weights.networks import load_vae
-
-        return [f"{path}: VAE, for --vae: {load_vae(path).said}"]
-    except APrior:
-        from dlc.weights.load import describe_prior, load_prior
-
+    except OtherKind as error:
+        if error.kind == "encoder":
+            encoder = load_encoder(path, flag="encoder")
+            sizes = ", ".join(f"{name} {getattr(encoder, name)}" for name in ("L", "V", "image_size"))
+            return [f"{path}: encoder of images, for --encoder: {encoder.said}; {sizes}"]
+        if error.kind == "vae":
+            return [f"{path}: VAE, for --vae: {load_vae(str(path)).said}"]
+        if error.kind != "prior":
+            raise
         model, meta = load_prior(path)
         return about(path, meta.model, model, describe_prior(model, meta), meta)
     lines = about(path, name, model, describe_model(model), meta)
@@ -45,29 +44,24 @@ def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
         f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, {sizes}",
         f"{describe(meta)}{f', {size_of(path) / 1e9:.2f} GB' if Path(path).exists() else ''}",
     ]
-    recorded = dict(model.config["arguments"], model=meta.model, **meta.recorded())
-    for words, names in (
-        (
-            "trained on",
-            ("features_path", "data_path", "image_size", "L", "V", "code_init", "num_classes", "in_dim", "vae"),
-        ),
-        ("with", ("model", "global_batch_size", "precision", "lr", "weight_decay", "ema_decay", "global_seed")),
-    ):
-        said = ", ".join(f"{name} {recorded[name]}" for name in names if recorded.get(name) is not None)
+    recorded = meta.recorded()
+    versions = recorded.pop("versions", None) or {}
+    on = ("features_path", "data_path", "image_size", "features_count", "latents", "vae")
+    known = {key: value for key, value in recorded.items() if value is not None and not key.endswith("_sha256")}
+    for words, keys in (("trained on", on), ("with", [key for key in known if key not in on])):
+        said = ", ".join(f"{key} {known[key]}" for key in keys if key in known)
         if said:
             lines.append(f"{words}: {said}")
-    if recorded.get("versions"):
-        lines.append("by: " + ", ".join(f"{package} {version}" for package, version in recorded["versions"].items()))
+    if versions:
+        lines.append("by: " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     return lines
 
 
 def describe_model(model) -> str:
-    """The sizes that a name in DiT_models does not tell."""
+    """The latents, and those arguments of a model that its name does not tell."""
     arguments, (height, width) = model.config["arguments"], model.x_embedder.img_size
-    sizes = ", ".join(f"{name} {arguments[name]}" for name in ("L", "V", "in_dim") if name in arguments)
-    labels = model.conditioning == "labels"
-    condition = f"{arguments['num_classes']} classes" if labels else f"{model.conditioning} of {sizes}"
-    return f"latents {model.in_channels} x {height} x {width}, {arguments['num_heads']} heads, {condition}"
+    others = (f"{key} {value}" for key, value in arguments.items() if key not in SIZE_KEYS)
+    return ", ".join([f"latents {model.in_channels} x {height} x {width}", *others])
 
 
 def size_of(path) -> int:
@@ -81,12 +75,12 @@ def ema_and_raw(path, meta: RunMeta) -> str:
     if meta.weights != "ema":
         return ""
     try:
-        raw, of_raw = load_weights(path, use_ema=False)
+        raw, _, of_raw = read_weights(path, ema=False)
     except NoRawWeights:
         return ""
     if of_raw.weights != "raw":
         return ""
-    ema = load_weights(path)[0]
+    ema = read_weights(path)[0]
     different = differences_from(ema, raw)
     if different:
         raise ValueError(

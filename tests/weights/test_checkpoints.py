@@ -10,7 +10,7 @@ from diffusion.processes import create_process
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.opening import open_sampler
 from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
-from dlc.weights.load import load_model, load_weights, model_from_weights
+from dlc.weights.load import load_model
 from dlc.weights.meta import RunMeta, config_of, read_config, read_meta
 from models import DiT_models
 
@@ -128,8 +128,7 @@ def test_files_of_other_repositories(tmp_path, name, sizes):
         ("training.pt", False, model),
         ("training.pt", True, ema),
     ):
-        weights, meta = load_weights(tmp_path / file, use_ema)
-        loaded, found = model_from_weights(weights, file)
+        loaded, found, meta = load_model(tmp_path / file, use_ema)
         kind = "as in the file" if file == "bare.pt" else "ema" if use_ema else "raw"
         assert found == name and meta.weights == kind and not loaded.training
         assert weights_sha256(loaded) == weights_sha256(expected)
@@ -149,7 +148,7 @@ def test_files_of_other_repositories(tmp_path, name, sizes):
 def test_other_files_are_refused(tmp_path, value):
     torch.save(value, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt"):
-        model_from_weights(load_weights(tmp_path / "other.pt")[0], tmp_path / "other.pt")
+        load_model(tmp_path / "other.pt")
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -159,7 +158,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="evil.pt cannot be read as weights"):
-        load_weights(tmp_path / "evil.pt")
+        load_model(tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
 
 
@@ -244,8 +243,8 @@ def test_a_name_twice(tmp_path):
     weights = tiny().state_dict()
     name = next(iter(weights))
     torch.save({**weights, f"module.{name}": weights[name] + 1}, tmp_path / "twice.pt")
-    with pytest.raises(ValueError, match="twice.pt holds tensors of one name twice"):
-        load_weights(tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="twice.pt holds names that are no text, or one name twice"):
+        load_model(tmp_path / "twice.pt")
 
 
 def test_samplers_draw_from_the_process_that_was_trained():

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from hub_standin import point_at
-from test_layouts import assert_same, tiny
+from tiny_weights import assert_same, tiny
 
 from dlc.sampling.opening import open_model
 from dlc.weights.foreign import dits as published
@@ -55,7 +55,10 @@ def server(tmp_path, monkeypatch):
 
 def open_without_ckpt():
     """What sample_ddp.py opens without --ckpt and without a run."""
-    flags = dict(model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, image_size=64, vae=None)
+    flags = dict(
+        model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, process=None, image_size=64
+    )
+    flags["vae"] = None
     return open_model(types.SimpleNamespace(**flags), "sample_ddp.py", TINY[0])
 
 

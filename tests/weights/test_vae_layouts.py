@@ -1,5 +1,6 @@
 """VAEs by path, file and hub id, in each layout; scale and shift from where each layout has them."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -197,6 +198,26 @@ def test_pipelines_and_hub_ids(tmp_path, hub):
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="is a diffusers pipeline without vae/"):
         load_vae(str(tmp_path / "pipeline"))
+
+
+def test_names_of_older_diffusers(tiny_models, tmp_path):
+    """Stability AI's files name the attention's layers as diffusers did before 0.17."""
+    vae = shutil.copytree(tiny_models[0], tmp_path / "vae")
+    path = vae / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    expected = load_vae(str(vae)).state_dict()
+    assert sum("attentions" in name for name in weights) == 20
+    for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
+        weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
+    path.unlink()
+    torch.save(weights, vae / "diffusion_pytorch_model.bin")
+    config = json.loads((vae / "config.json").read_text())
+    for key in ("scaling_factor", "force_upcast", "shift_factor", "latents_mean", "use_quant_conv"):
+        del config[key]  # as old, its config says less
+    (vae / "config.json").write_text(json.dumps(config))
+    loaded = load_vae(str(vae))
+    assert loaded.config.scaling_factor == 0.18215
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
 def test_shards_and_variants(tmp_path):

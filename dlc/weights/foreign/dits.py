@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion.processes import create_process
 from dlc.weights.foreign.files import File
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
 from dlc.weights.hub import fetch_file, is_offline
@@ -137,19 +138,18 @@ class DiffusersTimestepEmbedder(TimestepEmbedder):
 
 
 def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
-    """Have a DiT compute what diffusers computes with the same weights, and record it. Returns the model."""
+    """Have a DiT compute what diffusers computes with the same weights. Returns the model."""
     embedder = model.t_embedder
     model.t_embedder = DiffusersTimestepEmbedder(embedder.mlp[0].out_features, embedder.mlp[0].in_features)
     model.t_embedder.mlp = embedder.mlp
     for block in model.blocks:
         block.norm2.eps = eps
-    model.config = dict(model.config, trained_with="diffusers", norm_eps=eps)
     model.function = f"diffusers, eps {eps}"  # for its digest
     return model
 
 
 def uses_diffusers_function(model) -> bool:
-    return getattr(model, "config", {}).get("trained_with") == "diffusers"
+    return getattr(model, "function", "").startswith("diffusers")
 
 
 #################################################################################
@@ -174,13 +174,20 @@ def under_our_names(file: File, tensors: dict) -> dict:
     return check_tensors(tensors, file.path)
 
 
-def config_of(file: File, tensors: dict, input_size: int | None = None, diffusers_time: str | None = None):
+def config_of(
+    file: File,
+    tensors: dict,
+    input_size: int | None = None,
+    diffusers_time: str | None = None,
+    process: str | None = None,
+) -> tuple[dict, str]:
     """What to build for a DiT's tensors, {"family", "arguments", "process"}, and words. Adds a missing pos_embed.
 
     Args:
         input_size: height and width of the latents, for weights that do not tell [32].
         diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
-            [what the config says, else "dit"].
+            [what the config says, else "dit"]. What it is is noted in the file.
+        process: what the weights were trained on, a name in `diffusion.processes` ["gaussian", to predict noise].
 
     Raises ValueError if the tensors are not those of a DiT, DiTSEM or DiTCONT.
     """
@@ -218,20 +225,32 @@ def config_of(file: File, tensors: dict, input_size: int | None = None, diffuser
     check_sizes(file, family.__name__, arguments)
     if "pos_embed" not in tensors:
         tensors["pos_embed"] = sincos_position_embedding(hidden_size, arguments["input_size"] // patch_size)[None]
-    config = dict(family=family.__name__, arguments=arguments, process="gaussian")
-    recorded = file.config.get("trained_with") or file.config.get("_trained_with")
-    in_diffusers = any(str(key).endswith(ANCHOR) for key in file.tensors)
-    chosen = diffusers_time or recorded or "dit"
-    if diffusers_time == "diffusers" and not in_diffusers:
-        file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
+    words.append(function_of(file, diffusers_time))
+    if process is None and file.weights == "as in the file" and not file.arguments and not is_of_diffusers(file):
+        words.append("taken to predict noise (--process says another)")
+    respacing = dict(timestep_respacing="") if process == "gaussian" else {}
+    trained_on = process and create_process(process, **respacing).config
+    return dict(family=family.__name__, arguments=arguments, process=trained_on), ", ".join(filter(None, words))
+
+
+def is_of_diffusers(file: File) -> bool:
+    return any(str(key).endswith(ANCHOR) for key in file.tensors)
+
+
+def function_of(file: File, diffusers_time: str | None) -> str:
+    """Note in the file whose function to compute, where its layout leaves that open. Returns words for it, or ""."""
+    recorded, eps = file.config.get("_trained_with"), file.config.get("norm_eps", DIFFUSERS_EPS)
+    if not is_of_diffusers(file):
+        if diffusers_time == "diffusers":
+            file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
+        return ""
+    chosen = diffusers_time or (recorded if recorded in DIFFUSERS_TIMES else "dit")
     if chosen == "diffusers":
-        config.update(trained_with="diffusers", norm_eps=file.config.get("norm_eps", DIFFUSERS_EPS))
-    if in_diffusers:
-        why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
-        words.append(f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})")
-    elif not file.arguments and file.weights == "as in the file":
-        words.append("taken to predict noise, as it does not say what it predicts")
-    return config, ", ".join(words)
+        if type(eps) not in (int, float) or not 0 < eps < 1:
+            file.refuse(f"says norm_eps {shown(eps)} in its config.json, wanted a number between 0 and 1")
+        file.noted.update(trained_with="diffusers", norm_eps=eps)
+    why = "as asked" if diffusers_time else "as recorded" if recorded else "--diffusers-time gives the other"
+    return f"with the time frequencies and eps of {'DiT' if chosen == 'dit' else 'diffusers'} ({why})"
 
 
 def mlp_ratio(tensors: dict, hidden_size: int) -> float:
@@ -258,7 +277,7 @@ def check_sizes(file: File, what: str, arguments: dict) -> None:
     sizes = {key: value for key, value in arguments.items() if key not in ("learn_sigma", "mlp_ratio")}
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value <= (DEEPEST if key == "depth" else WIDEST):
-            file.refuse(f"is no {what}: by its shapes and config, {key} is {shown(value)}")
+            file.refuse(f"is no {what}: by its shapes and config, {key} is {shown(repr(value))}")
     if arguments["hidden_size"] % arguments["num_heads"]:
         file.refuse(f"has width {arguments['hidden_size']}, which {arguments['num_heads']} heads do not divide")
 

@@ -16,6 +16,14 @@ from dlc.machine.files import read_json
 from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, hub_patterns, plain_name, read_file, weights_in
 from dlc.weights.hub import fetch, is_id
 
+KINDS = {  # of networks
+    "model": "a diffusion transformer (DiT, DiTSEM or DiTCONT)",
+    "prior": "a prior over codes (SEDD)",
+    "encoder": "an encoder of images",
+    "vae": "a VAE",
+    "other": "another kind of diffusion model",
+}
+FLAGS = dict(model="--ckpt", prior="--prior", encoder="--encoder", vae="--vae")  # that take them
 DLC_EMA, DLC_STATE = "custom_checkpoint_0.pkl", "random_states_0.pkl"  # of accelerate's folders
 IN_PIPELINES = dict(model="transformer", vae="vae", prior="", encoder="")  # the folder of such weights
 # What is fetched beside weights: small files, and the EMA of our checkpoints and of the DLC project's.
@@ -40,7 +48,7 @@ class File:
 
     named: the path or hub id that the user gave, for errors.
     path: the file of weights.
-    kind: of network that is wanted, a key of `dlc.weights.foreign.table.KINDS`.
+    kind: of network that is wanted, a key of KINDS.
     ema: whether the EMA weights are wanted rather than the raw ones.
     tensors: what the file holds, tensors by name, without the wrappers of DDP and torch.compile.
     config: the JSON beside it, or {}.
@@ -50,6 +58,7 @@ class File:
     step: of the training, if it is known.
     shadow: EMA weights as a list in the order of the parameters, as SEDD's training keeps them.
     vae: the VAE of a pipeline.
+    noted: what else is known of the weights, for their meta.
     """
 
     named: object
@@ -64,10 +73,16 @@ class File:
     step: int | None = None
     shadow: list | None = field(default=None, repr=False)
     vae: str | None = None
+    noted: dict = field(default_factory=dict)
 
     def refuse(self, fault: str, error: type = ValueError, *more):
         """Raise an error, a ValueError, with the name and a fault."""
         raise error(f"{self.named} {fault}", *more)
+
+    def refuse_other(self, kind: str):
+        """Raise OtherKind: the weights are of that kind."""
+        takes = f", which {FLAGS[kind]} takes" if kind in FLAGS else ""
+        self.refuse(f"is {KINDS[kind]}{takes}: wanted {KINDS[self.kind]}", OtherKind, kind)
 
     def under(self, anchor: str) -> dict | None:
         """The tensors of the module that has a tensor of this name, without the names of what it is an attribute of.
@@ -167,7 +182,10 @@ def unpack(file: File) -> None:
             break
     ema = values.get("ema")
     if isinstance(ema, dict) and "shadow_params" in ema:  # SEDD's
-        file.tensors, file.step = values.get("model"), values.get("step")
+        if file.kind != "prior":
+            file.refuse_other("prior")
+        file.tensors, step = values.get("model"), values.get("step")
+        file.step = step if type(step) is int and step >= 0 else None
         file.shadow = ema["shadow_params"] if file.ema else None
         file.weights = "ema" if file.ema else "raw"
         file.words.append("training checkpoint of SEDD")

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from diffusion.processes import create_process
 from dlc.weights.foreign.dits import check_sizes
 from dlc.weights.foreign.files import File
 from dlc.weights.foreign.safe import check_tensors, differences_from
@@ -44,8 +45,9 @@ def config_of(file: File, tensors: dict):
     arguments = arguments_of(file, tensors)
     width = arguments["hidden_size"] // arguments["num_heads"]
     tensors.setdefault(FREQUENCIES, Rotary(width).inv_freq)
-    process = dict(masking="independent", time_conditioning=True, score_entropy=False)
-    return dict(family="DLCPrior", arguments=arguments, process=process), "taken to be told the noise level"
+    said = "" if file.config else "taken to be told the noise level, as SEDD's priors are"
+    process = create_process("masked", V=arguments["V"]).config
+    return dict(family="DLCPrior", arguments=arguments, process=process), said
 
 
 def arguments_of(file: File, tensors: dict) -> dict:

@@ -13,15 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dlc.weights.foreign import dits, encoders, priors, vaes
-from dlc.weights.foreign.files import File, OtherKind, open_weights
-
-KINDS = {  # in words, and the flag that takes it
-    "model": "a diffusion transformer (DiT, DiTSEM or DiTCONT), which --ckpt takes",
-    "prior": "a prior over codes (SEDD), which --prior takes",
-    "encoder": "an encoder of images, which --encoder takes",
-    "vae": "a VAE, which --vae takes",
-    "other": "another kind of diffusion model, which nothing here takes",
-}
+from dlc.weights.foreign.files import KINDS, File, open_weights
 
 
 @dataclass(frozen=True)
@@ -93,6 +85,6 @@ def names_of(file: File, kind: str) -> tuple[dict, Row]:
         tensors = file.under(row.anchor)
         if tensors is not None:
             if row.kind != kind:
-                file.refuse(f"is {KINDS[row.kind]}: wanted {KINDS[kind].split(',')[0]}", OtherKind, row.kind)
+                file.refuse_other(row.kind)
             return row.rename(file, tensors), row
-    file.refuse(f"is not {KINDS[kind].split(',')[0]}: no tensor in it has a name that is known")
+    file.refuse(f"is not {KINDS[kind]}: no tensor in it has a name that is known")

@@ -10,10 +10,11 @@ import safetensors.torch
 import torch
 from conftest import golden
 
+from diffusion.processes import create_process
 from dlc.weights.checkpoint import save_checkpoint
 from dlc.weights.info import info
 from dlc.weights.load import load_model, load_prior, process_of
-from dlc.weights.meta import RunMeta
+from dlc.weights.meta import RunMeta, config_of
 from prior import DLCPrior, DLCPrior_models
 
 
@@ -42,8 +43,8 @@ def test_sedd_folder(sedd, tmp_path):
     config, weights, values, _ = sedd
     model, meta = load_prior(write_folder(tmp_path / "plain", config, weights))
     assert (output(model, values) - values["out"]).abs().max() < 1e-5 and not model.training
-    assert (meta.model, meta.L, meta.V, meta.shared_embedding) == ("DLCPrior-2x32", 6, 7, True)
-    assert meta.scale_by_sigma and meta.time_conditioning and meta.weights == "as in the file"
+    assert meta.model == "DLCPrior-2x32" and (model.L, model.V, model.shared_embedding) == (6, 7, True)
+    assert model.scale_by_sigma and meta.weights == "as in the file"
     assert process_of(meta).told(torch.ones(1)) > 6
     prefixed = {f"model.{name}": tensor for name, tensor in weights.items() if name != "rotary_emb.inv_freq"}
     other, _ = load_prior(write_folder(tmp_path / "prefixed", config, prefixed))
@@ -72,14 +73,14 @@ def test_sedd_training_file(sedd, tmp_path):
     raw, meta = load_prior(tmp_path / "checkpoint.pth", ema=False)
     assert meta.weights == "raw" and torch.equal(raw.pos_embed, weights["pos_embed"] + 1)
     for change, words in (
-        (dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][:-1])), "has 30 EMA tensors for 31"),
+        (dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][:-1])), "has no list of 31 EMA tensors"),
         (
             dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][::-1])),
             "has EMA weights in another order than its",
         ),
-        (dict(ema=dict(file["ema"], shadow_params={})), "has EMA weights that are no list"),
-        (dict(model={**file["model"], "pos_embed": 3}), ".*pos_embed is a int"),
-        (dict(model=None), "has no dict of named tensors under 'model'"),
+        (dict(ema=dict(file["ema"], shadow_params={})), "has no list of 31 EMA tensors"),
+        (dict(model={**file["model"], "module.pos_embed": 3}), ".*pos_embed is a int"),
+        (dict(model=None), "does not hold a dict of named tensors"),
     ):
         torch.save({**file, **change}, tmp_path / "broken.pth")
         with pytest.raises(ValueError, match=f"broken.pth:? ?{words}"):
@@ -92,25 +93,23 @@ def test_our_checkpoints(shared, tmp_path):
     torch.manual_seed(0)
     sizes = dict(L=5, V=6, shared_embedding=shared, scale_by_sigma=False, num_classes=3)
     model, ema = DLCPrior_models["DLCPrior-Ti"](**sizes), DLCPrior_models["DLCPrior-Ti"](**sizes)
-    meta = RunMeta(
-        **dict(model="DLCPrior-Ti", step=3, place=24, logged=0, skipped=0, features_count=9, global_batch_size=8),
-        **dict(global_seed=0, precision="fp32", lr=1e-3, weight_decay=0.0, ema_decay=0.9, versions={}),
-        **dict(sizes, time_conditioning=False, masking="counted", score_entropy=False, holdout=0.01),
-    )
-    save_checkpoint(tmp_path, meta, model=model, ema=ema, optimizer=torch.optim.AdamW(model.parameters()))
+    meta = RunMeta.of_run(dict(holdout=0.01), {}, step=3, place=24, logged=0, skipped=0)
+    process = create_process("masked", V=6, masking="counted", time_conditioning=False)
+    config = config_of("DLCPrior-Ti", model, process)
+    save_checkpoint(tmp_path, config, meta, model=model, ema=ema, optimizers=[torch.optim.AdamW(model.parameters())])
     for use_ema, wanted in ((True, ema), (False, model)):
         loaded, read = load_prior(tmp_path, use_ema)
         assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in loaded.state_dict().items())
         assert loaded.scale_by_sigma is False and loaded.num_classes == 3
         alone, kind = load_prior(tmp_path / f"checkpoints/0000003/{read.weights.replace('raw', 'model')}.safetensors")
         assert torch.equal(alone.pos_embed, loaded.pos_embed) and replace(kind, layout=read.layout) == read
-    with pytest.raises(ValueError, match="ema.safetensors holds EMA weights: leave out --no-ema"):
+    with pytest.raises(ValueError, match="ema.safetensors has no raw weights .*: leave out --no-ema"):
         load_prior(tmp_path / "checkpoints/0000003/ema.safetensors", ema=False)
     shutil.copy(tmp_path / "checkpoints/0000003/ema.safetensors", tmp_path)
     assert "taken to be told the noise level" in load_prior(tmp_path / "ema.safetensors")[1].layout
-    assert (read.masking, read.holdout, read.weights) == ("counted", 0.01, "raw")
+    assert (read.holdout, read.weights) == (0.01, "raw")
     assert process_of(read).told(torch.ones(2)).tolist() == [0, 0] and process_of(read).masking == "counted"
-    with pytest.raises(ValueError, match="is a prior over codes .*, no diffusion transformer"):
+    with pytest.raises(ValueError, match="a prior over codes, no diffusion transformer"):
         load_model(tmp_path)
     lines = info(tmp_path)
     tables = "one table for all positions" if shared else "a table per position"
@@ -137,14 +136,14 @@ def test_refusals_name_tensor_or_key(sedd, tmp_path):
     assert f"tensor {name} has values that are NaN" in said(weights={**weights, name: weights[name] * torch.nan})
     assert "no pos_embed of 2 dimensions" in said(weights={**weights, "pos_embed": torch.zeros(6)})
     assert "does not fit width 32" in said(weights={**weights, "rotary_emb.inv_freq": torch.zeros(7)})
-    assert "graph.type is 'uniform'" in said(config=dict(config, graph=dict(type="uniform")))
+    assert "says graph.type 'uniform'" in said(config=dict(config, graph=dict(type="uniform")))
     assert "says tokens 9 in its config.json, while its tensors are of 7" in said(config=dict(config, tokens=9))
-    assert "model.n_heads is 'x', wanted" in said(config=dict(config, model=dict(config["model"], n_heads="x")))
+    assert "says x heads in its config" in said(config=dict(config, model=dict(config["model"], n_heads="x")))
     assert "says 4 heads" in said(config=dict(config, model=dict(config["model"], n_heads=4)))
     assert "does not tell its number of heads" in said(
         config={}, weights={key: value for key, value in weights.items() if key != "rotary_emb.inv_freq"}
     )
-    assert "is not a prior over codes: it has no vocab_embed" in said(config={}, weights={"a": torch.zeros(1)})
+    assert "is not a prior over codes (SEDD): no tensor in it" in said(config={}, weights={"a": torch.zeros(1)})
 
 
 def test_sizes():

@@ -1,7 +1,8 @@
-"""Weights of others: each row of LAYOUTS is read, and says what it is, or is refused in one line."""
+"""Diffusion transformers of others: each layout is read, and says what it is, or is refused in one line."""
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -11,32 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, golden
-from test_hostile_files import refusal
+from tiny_weights import Call, assert_same, refusal, tiny
 
 from diffusion.samplers import DPMSolver
 from dlc.nets.digest import weights_sha256
-from dlc.weights.checkpoint import save_checkpoint
-from dlc.weights.foreign import layouts
-from dlc.weights.foreign.diffusers_dit import from_diffusers, to_diffusers
-from dlc.weights.foreign.probe import predicts_velocity
+from dlc.weights.foreign.dits import to_diffusers
 from dlc.weights.info import info
 from dlc.weights.load import describe, load_model, load_pretrained
-from dlc.weights.meta import RunMeta
-from models import DiT, DiT_models
+from dlc.weights.meta import config_of
+from models import DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def tiny(name="DiT-Ti/4", seed=0, **sizes):
-    torch.manual_seed(seed)
-    model = DiT_models[name](input_size=8, **(sizes or dict(num_classes=5)))
-    for parameter in model.parameters():  # so that outputs are not the zeros of a model before training
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model.eval()
-
-
-def assert_same(model, expected):
-    assert weights_sha256(model) == weights_sha256(expected) and not model.training
 
 
 def said(path, **options):
@@ -47,35 +33,13 @@ def said(path, **options):
 def everywhere_refused(path, **options):
     """The line by which the sampler, --pretrained-path and info refuse weights: the same."""
     line = refusal(load_model, path, **options)
-    assert refusal(load_pretrained, path, tiny()).removeprefix("--pretrained-path ") in line
-    assert refusal(info, path) == line and str(path) in line
+    assert refusal(load_pretrained, path, tiny()) == refusal(info, path) == line and str(path) in line
     return line
 
 
-def test_each_row_of_the_table_has_its_test():
-    assert len({row.name for row in layouts.LAYOUTS}) == len(layouts.LAYOUTS)
-    for row in layouts.LAYOUTS:
-        assert callable(globals().get(row.test)), row
-
-
 #################################################################################
-#                               Ours, DiT's, DLC's                              #
+#                                  DiT's, DLC's                                 #
 #################################################################################
-
-
-def test_ours(tmp_path):
-    """A checkpoint, and the run above it, of which the newest is read."""
-    model, ema = tiny(), tiny(seed=1)
-    for step in (7, 12):
-        meta = RunMeta(step=step, model="DiT-Ti/4", place=8, logged=7, skipped=0)
-        path = save_checkpoint(tmp_path, meta, model=model, ema=ema, optimizer=torch.optim.AdamW(model.parameters()))
-    for where, step in ((path, "checkpoint of this program"), (tmp_path, "newest checkpoint of the run, 0000012, ")):
-        loaded, name, found = load_model(where)
-        assert_same(loaded, ema)
-        assert name == "DiT-Ti/4" and found.step == 12 and found.weights == "ema"
-        assert describe(found).startswith(step) and describe(found).endswith("; EMA weights, step 12")
-    assert_same(load_model(tmp_path, ema=False)[0], model)
-    assert "EMA weights differ from the raw ones by" in info(tmp_path)[-1]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors", ".weights"])
@@ -86,8 +50,12 @@ def test_bare_files(suffix, tmp_path):
     loaded, name, meta = load_model(path)
     assert_same(loaded, model)
     assert name == "DiT-Ti/4" and meta.step is None
-    assert describe(meta) == "state dict; weights as in the file, EMA or raw unknown, step unknown"
-    assert "4.2 M parameters, latents 4 x 8 x 8, 3 heads, 5 classes" in info(path)[0]
+    assert describe(meta) == (
+        "DiT's names, taken to predict noise (--process says another); "
+        "weights as in the file, EMA or raw unknown, step unknown"
+    )
+    assert meta.process is None and load_model(path, process="gaussian")[2].process["process"] == "gaussian"
+    assert "4.2 M parameters, latents 4 x 8 x 8" in info(path)[0] and "num_classes 5" in info(path)[0]
 
 
 def test_without_positions(tmp_path):
@@ -127,15 +95,15 @@ def test_training_files(tmp_path):
     torch.save(dict(model=wrapped, ema=ema.state_dict(), opt={}, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, ema)
-    assert describe(meta) == "training checkpoint; EMA weights, step 50,000"
-    assert (meta.image_size, meta.vae, meta.global_seed, meta.global_batch_size) == (64, "mse", 3, None)
+    assert describe(meta) == "training checkpoint, DiT's names; EMA weights, step 50,000"
+    assert (meta.image_size, meta.vae, meta.noted) == (64, "mse", dict(model="DiT-Ti/4", global_seed=3))
     assert_same(load_model(path, ema=False)[0], model)
     lines = info(path)
     assert "trained on: image_size 64, vae mse" in lines and "EMA weights differ" in lines[-1]
     torch.save(dict(model=model.state_dict(), ema=None, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, model)
-    assert describe(meta) == "training checkpoint whose 'ema' is empty; raw weights, step 50,000"
+    assert describe(meta) == "training checkpoint whose 'ema' is empty, DiT's names; raw weights, step 50,000"
     torch.save(dict(model=model.state_dict(), opt={}), path)
     assert "has no ema weights, only 'model': give --no-ema" in refusal(load_model, path)
     arguments.vae = "/somewhere/else"
@@ -150,9 +118,11 @@ def test_training_files(tmp_path):
     torch.save(dict(state_dict=both, hyper_parameters=dict(lr=1e-4), epoch=3), tmp_path / "last.ckpt")
     assert_same(load_model(tmp_path / "last.ckpt")[0], ema)
     assert_same(load_model(tmp_path / "last.ckpt", ema=False)[0], model)
-    assert said(tmp_path / "last.ckpt").startswith("state_dict of a training checkpoint, its ema_model.*; EMA weights")
+    assert said(tmp_path / "last.ckpt").startswith(
+        "state_dict of a training checkpoint, its ema_model.*, DiT's names; EMA weights"
+    )
     torch.save(dict(state_dict={"encoder.weight": torch.zeros(1)}), tmp_path / "last.ckpt")
-    assert "is not a DiT, DiTSEM or DiTCONT" in refusal(load_model, tmp_path / "last.ckpt")
+    assert "is not a diffusion transformer (DiT" in refusal(load_model, tmp_path / "last.ckpt")
 
 
 def dlc_accelerate():
@@ -186,13 +156,14 @@ def test_dlc_accelerate(tmp_path):
             for key, value in model.state_dict().items():
                 assert torch.equal(value, sets[kind][f"_orig_mod.{key}"])
     assert said(tmp_path / "RESULTS") == (
-        "newest checkpoint of a DLC run, checkpoint_10, accelerate checkpoint of the DLC project; "
+        "newest checkpoint of a DLC run, checkpoint_10, accelerate checkpoint of the DLC project, DiT's names; "
         "EMA weights, step unknown"
     )
-    assert "codes of L 16, V 16" in info(last)[0]
-    assert {"trained on: image_size 64, vae ema", "with: model DiTSEM-Ti/4, global_batch_size 256"} < set(
-        info(tmp_path / "RESULTS")
-    )
+    assert "L 16, V 16" in info(last)[0]
+    assert {
+        "trained on: image_size 64, vae ema",
+        "with: model DiTSEM-Ti/4, global_batch_size 256, global_seed x",
+    } < set(info(tmp_path / "RESULTS"))
     metadata.write_text("{")
     load_model(tmp_path / "RESULTS")
     for name, kind in (("custom_checkpoint_0.pkl", "ema"), ("model.safetensors", "raw")):
@@ -280,7 +251,7 @@ def test_diffusers_folders(reference, tmp_path):
     def check(path, words):
         model, _, meta = load_model(path)
         assert weights_sha256(model) == expected and words in describe(meta), describe(meta)
-        assert "DiT-2x16/2" in info(path)[0] and "2 heads, 7 classes" in info(path)[0]
+        assert "DiT-2x16/2" in info(path)[0] and "num_heads 2, num_classes 7" in info(path)[0]
         return model
 
     check(tmp_path / "pipe", "diffusers pipeline (DiTPipeline), DiT under diffusers' names")
@@ -317,11 +288,11 @@ def test_broken_diffusers_folders(reference, tmp_path):
     name = "transformer_blocks.1.norm1.emb.{}.weight"
     for part in ("timestep_embedder.linear_1", "class_embedder.embedding_table"):
         changed = {**weights, name.format(part): weights[name.format(part)] + 1e-6}
-        assert "the blocks have different copies of the time and label embedders" in line(changed)
+        assert "has different copies of the time and label embedders in its blocks" in line(changed)
     changed = {**weights, name.format("class_embedder.embedding_table"): torch.zeros(2)}
     assert "different copies" in line(changed)
     changed = {**weights, "transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}
-    assert "to_q, to_k and to_v of block 0 are not of one shape" in line(changed)
+    assert "has to_q, to_k and to_v of different shapes in block 0" in line(changed)
     changed = {key: value for key, value in weights.items() if "to_k" not in key}
     assert "to_q, to_k and to_v" in line(changed)
     safetensors.torch.save_file({**weights, "more": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
@@ -329,7 +300,7 @@ def test_broken_diffusers_folders(reference, tmp_path):
     safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     for key, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm"), ("norm_elementwise_affine", True)):
         assert f"is no DiT: {key} in its config.json" in line(weights, {**config, key: value})
-    for key, value in (("num_attention_heads", 3), ("num_attention_heads", 0), ("sample_size", "8"), ("norm_eps", [])):
+    for key, value in (("num_attention_heads", 3), ("num_attention_heads", 0), ("sample_size", "8")):
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         assert "transformer" in refusal(load_model, folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -383,7 +354,8 @@ def test_ema_of_the_hub(hub, tmp_path):
     torch.manual_seed(0)
     raw, ema = ({name: torch.randn_like(value) for name, value in tiny().state_dict().items()} for _ in range(2))
     ours = {name: safetensors.torch.save(one) for name, one in (("model.safetensors", raw), ("ema.safetensors", ema))}
-    hub.add("owner/ours", {**ours, "meta.json": b'{"step": 3, "model": "DiT-Ti/4"}'})
+    config = json.dumps(config_of("DiT-Ti/4", tiny()).to_json()).encode()
+    hub.add("owner/ours", {**ours, "meta.json": b'{"step": 3}', "config.json": config})
     torch.save(ema, tmp_path / "custom_checkpoint_0.pkl")
     dlc = dict(contents(tmp_path), **{"model.safetensors": ours["model.safetensors"], "random_states_0.pkl": b"x"})
     hub.add("owner/dlc", dlc)
@@ -412,7 +384,7 @@ def test_hub_ids(hub, reference, tmp_path):
         assert torch.equal(loaded.pos_embed, ours["pos_embed"]) and words in describe(meta) and meta.vae == name
     assert not any("vae/" in path for _, path, _ in hub.requests if "resolve" in path)
     assert_same(load_model("owner/lone")[0], model)
-    assert "owner/lone" in info("owner/lone")[0] and "state dict" in load_pretrained("owner/lone", tiny(seed=2))
+    assert "owner/lone" in info("owner/lone")[0] and "DiT's names" in load_pretrained("owner/lone", tiny(seed=2))
     assert "at revision main, has no file of weights" in refusal(load_model, "owner/nothing")
     assert "owner/gone" in refusal(load_pretrained, "owner/gone", model)
 
@@ -422,94 +394,27 @@ def test_hub_ids(hub, reference, tmp_path):
 #################################################################################
 
 
-def test_sizes_without_a_name(hub, tmp_path):
-    """Heads by a config beside, or by the only published width that fits; else one line says how to give them."""
-
-    def save(width, heads, depth=2):
-        torch.manual_seed(0)
-        model = DiT(
-            input_size=8, patch_size=2, hidden_size=width, depth=depth, num_heads=heads, num_classes=3, mlp_ratio=2
-        )
-        path = tmp_path / f"{width}.pt"
-        torch.save(model.state_dict(), path)
-        return model.eval(), path
-
-    for width, heads in ((128, 2), (144, 2)):  # of 64, of 72
-        model, path = save(width, heads)
-        loaded, name, _ = load_model(path)
-        assert_same(loaded, model)
-        assert name == f"DiT-2x{width}/2" and loaded.blocks[0].attn.num_heads == heads
-    for width, heads in ((96, 4), (576, 8)):  # of neither, of both
-        model, path = save(width, heads)
-        assert f'does not tell its heads: write {{"num_heads": N}} to {tmp_path / "config.json"}' in refusal(
-            load_model, path
-        )
+def test_sizes_without_a_name(tmp_path):
+    """Heads by a config beside; else one line says how to give them."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=2, hidden_size=96, depth=2, num_heads=4, num_classes=3, mlp_ratio=2.3).eval()
+    path = tmp_path / "96.pt"
+    torch.save(model.state_dict(), path)
+    assert f'does not tell its heads: write {{"num_heads": N}} to {tmp_path / "config.json"}' in refusal(
+        load_model, path
+    )
+    (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=4)))
+    loaded, name, _ = load_model(path)
+    assert_same(loaded, model)
+    assert name == "DiT-2x96/2" and loaded.blocks[0].attn.num_heads == 4
+    for heads, words in ((7, "7 heads do not divide"), ("4", "num_heads is '4'"), (10**9, "num_heads is 1000000000")):
         (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=heads)))
-        assert load_model(path)[0].blocks[0].attn.num_heads == heads
-        (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=7)))
-        assert "7 heads do not divide" in refusal(load_model, path)
-        (tmp_path / "config.json").unlink()
-        files = {"ema.safetensors": safetensors.torch.save(model.state_dict()), "meta.json": b"{}"}
-        hub.add(f"owner/{width}", {**files, "config.json": b'{"num_heads": %d}' % heads, "model.safetensors": b""})
-        assert load_model(f"owner/{width}")[0].blocks[0].attn.num_heads == heads
+        assert words in refusal(load_model, path)
 
 
 #################################################################################
 #                           What predicts something else                        #
 #################################################################################
-
-
-def smooth_latents(n, generator):
-    return torch.nn.functional.interpolate(torch.randn(n, 4, 2, 2, generator=generator), size=8, mode="bilinear")
-
-
-def trained(target, steps):
-    """A small DiT trained for a moment: to predict noise, or SiT's or REPA's velocity. 3 s at most."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = DiT(input_size=8, patch_size=2, hidden_size=64, depth=1, num_heads=1, num_classes=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
-    for _ in range(steps):
-        x, noise, t = smooth_latents(32, generator), torch.randn(32, 4, 8, 8, generator=generator), torch.rand(32)
-        share = t.view(-1, 1, 1, 1)
-        if target == "noise":
-            t = (t * 1000).long()
-            signal = alphas_cumprod[t].view(-1, 1, 1, 1)
-            x_t, wanted = signal.sqrt() * x + (1 - signal).sqrt() * noise, noise
-        elif target == "SiT":
-            x_t, wanted = share * x + (1 - share) * noise, x - noise
-        else:
-            x_t, wanted = (1 - share) * x + share * noise, noise - x
-        loss = (model(x_t, t, torch.zeros(32, dtype=torch.long))[:, :4] - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def test_velocity_by_outputs(tmp_path):
-    """Nothing but the outputs tells; and a model of noise passes at every stage of training, and before it."""
-    for target in ("SiT", "REPA"):
-        torch.save(trained(target, 60).state_dict(), tmp_path / "bare.pt")
-        assert "bare.pt predicts a velocity by its outputs" in everywhere_refused(tmp_path / "bare.pt")
-    for steps in (0, 3, 80):
-        model = trained("noise", steps)
-        torch.save(model.state_dict(), tmp_path / "bare.pt")
-        load_model(tmp_path / "bare.pt")
-        assert "state dict; weights as in the file" in load_pretrained(tmp_path / "bare.pt", model)
-
-
-def test_no_untrained_model_is_refused():
-    """Random weights of any size, whose outputs may be large."""
-    for seed in range(12):
-        torch.manual_seed(seed)
-        model = DiT(
-            input_size=4 + 4 * (seed % 2), patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3
-        ).eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02 * 3 ** (seed % 4))
-        assert not predicts_velocity(model)
 
 
 def test_velocity_by_arguments(tmp_path):
@@ -578,16 +483,6 @@ def test_other_kinds(tmp_path, tiny_models):
 def test_objects_are_passed_over_and_nothing_is_run(tmp_path, monkeypatch):
     """Objects of harmless names become inert; of a call that does something, the file is refused."""
     monkeypatch.chdir(tmp_path)
-
-    class Call:
-        def __init__(self, function, *args):
-            self.call = function, args
-
-        def __reduce__(self):
-            return self.call
-
-    import os
-
     model = tiny().state_dict()
     for call in (
         Call(os.system, "touch touched"),
@@ -599,4 +494,3 @@ def test_objects_are_passed_over_and_nothing_is_run(tmp_path, monkeypatch):
     torch.save(dict(model=pathlib.Path("x"), ema=pathlib.Path("x")), tmp_path / "evil.pt")
     assert "evil.pt does not hold a dict of named tensors" in everywhere_refused(tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
-    assert from_diffusers({}, tmp_path) == {}

@@ -1,0 +1,248 @@
+"""Data files that may come from anyone: manifests, .npy, .npz and saved data sets. One line says why one is refused,
+before memory is taken for what it claims."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_weights import refusal
+
+from dlc.data import Features, read_manifest
+from dlc.data.rows import load_array
+from dlc.features import main as features_tool
+from dlc.sampling.conditions import open_codes
+from dlc.sampling.pictures import check_npz, npz_rows
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        *[
+            (dict(shards=[dict(name=name, rows=4)]), "a shard is")
+            for name in ("../outside", "/etc/passwd", "", "C:x", 3)
+        ],
+        *[(dict(shards=[dict(name="000000", rows=rows)]), "a shard is") for rows in (-1, "4", True, 10**30)],
+        (dict(shards=[dict(name="000000", rows=10**12)]), "says 1,000,000,000,000 rows"),
+        (dict(shards=["000000"]), "shards is"),
+        *[
+            ({key: value}, f"{key} is")
+            for key, value in dict(
+                count=-1,
+                image_size="64",
+                L=True,
+                V=10**9,
+                classes=[1],
+                skipped=[["x"]],
+                vae=["ema"],
+                scaling_factor=0,
+                seed=1.5,
+                latent_channels=0,
+                shift_factor=[],
+                latents=3,
+            ).items()
+        ],
+        (dict(latents="\x1b[31m" + "x" * 999), "latents of kind"),
+        (dict(dtype="x" * 999), "type"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_manifests(features, tmp_path, change, message):
+    manifest = json.loads((features / "manifest.json").read_text())
+    for directory in features.glob("imagenet*"):
+        (tmp_path / directory.name).symlink_to(directory)
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    assert message in refusal(read_manifest, tmp_path)
+    assert message in refusal(Features, tmp_path)
+
+
+def npy(header, body=b"", version=(1, 0), length=None):
+    """A .npy of any header."""
+    header = header if isinstance(header, bytes) else header.encode()
+    size = (len(header) if length is None else length).to_bytes(2 if version == (1, 0) else 4, "little")
+    return b"\x93NUMPY" + bytes(version) + size + header + body
+
+
+def described(shape, descr="'|u1'", order=False):
+    return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n"
+
+
+BAD_NPY = [
+    (npy(described("(1099511627776, 6)"), bytes(60)), "its header claims 6,597,069,766,656 bytes, 60 follow"),
+    (npy(described("(11,)"), bytes(10)), "claims 11 bytes, 10 follow"),
+    (npy(described("(4611686018427387904, 4611686018427387904)"), bytes(60)), "claims"),
+    (npy(described("(10,)", "'<U250000000'"), bytes(60)), "claims 10,000,000,000 bytes"),
+    (npy(described("(-1,)"), bytes(60)), "shape"),
+    (npy(described("(True,)"), bytes(60)), "shape"),
+    (npy(described("(1,) * 10**9"), bytes(60)), "not a readable"),
+    (npy(described(str((1,) * 60)), bytes(60)), "shape"),
+    (npy(described("[4]"), bytes(60)), "not a readable"),
+    (npy(described("(1,)", "'|V0'"), bytes(60)), "values of type"),
+    (npy(described("(1,)", "[('a', '<f4')]"), bytes(60)), "values of type"),
+    (npy(described("(1,)", "'<M8[s]'"), bytes(60)), "values of type"),
+    (npy(described("(1,)", "'|O'"), bytes(60)), "holds pickled objects"),
+    (npy(b"(" * 9000), "not a readable"),
+    (npy(b"[" * 60_000), "header of 60,000 bytes"),
+    (npy(b"{}", version=(2, 0), length=2**32 - 1), "header of 4,294,967,295 bytes"),
+    (npy(b"{}", version=(3, 0)), "version"),
+    (npy(b"{}", version=(9, 9)), "not a readable"),
+    (b"", "not a readable"),
+    (b"\x93NUMPY", "not a readable"),
+    (npy("{'descr': '\x1b[31m', 'fortran_order': False, 'shape': (1,)}"), "not a readable"),
+]
+
+
+@pytest.mark.parametrize("content, message", BAD_NPY, ids=range(len(BAD_NPY)))
+def test_npy(tmp_path, content, message):
+    path = tmp_path / "bad.npy"
+    path.write_bytes(content)
+    for mmap in (True, False):
+        assert re.search(message, refusal(load_array, path, mmap))
+    assert "bad.npy" in refusal(open_codes, path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.zeros((0, 4), np.float16),
+        np.array(3),
+        np.array(["a", "bc"]),
+        np.arange(4, dtype=">i4"),
+        np.array([True, False]),
+    ],
+)
+def test_npy_that_are_kept(tmp_path, array):
+    np.save(tmp_path / "good.npy", array)
+    for mmap in (True, False):
+        loaded = load_array(tmp_path / "good.npy", mmap)
+        np.testing.assert_array_equal(loaded, array)
+        assert loaded.dtype == array.dtype and loaded.flags.fnc == array.flags.fnc
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        *[(content, "bad.npz: arr_0 ") for content, _ in BAD_NPY],
+        (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
+        (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
+        (npy(described("()"), bytes(8)), "wanted uint8"),
+        (npy(described("(2, 8, 8, 3)"), bytes(2 * 8 * 8 * 3 + 1)), "there is more"),
+    ],
+    ids=lambda value: "",
+)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_npz(tmp_path, content, message, compression):
+    path = tmp_path / "bad.npz"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("arr_0.npy", content)
+    message = "another way than NumPy's" if compression == zipfile.ZIP_LZMA else message
+    assert re.search(message, refusal(check_npz, path))
+    assert npz_rows(path) in (0, 2)
+
+
+def test_npz_that_inflates_without_end(tmp_path):
+    """One image of 192 MB in 0.2 MB is refused by its header; so is a header without end."""
+    for head in (npy(described("(1, 8000, 8000, 3)")), npy(b"{}", version=(2, 0), length=2**27)):
+        with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            with archive.open("arr_0.npy", "w") as entry:
+                entry.write(head)
+                for _ in range(192):
+                    entry.write(bytes(10**6))
+        tracemalloc.start()
+        refusal(check_npz, tmp_path / "bomb.npz")
+        assert npz_rows(tmp_path / "bomb.npz") == 0
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**22
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path_factory.mktemp("dataset") / "saved"
+    datasets.Dataset.from_dict(dict(features=np.zeros((2, 4, 8, 8)).tolist(), labels=[0, 1])).save_to_disk(path)
+    return path
+
+
+def change_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        (
+            "state.json",
+            lambda state: state["_data_files"][0].update(filename="../outside.arrow"),
+            "names '../outside.arrow'",
+        ),
+        ("state.json", lambda state: state["_data_files"][0].update(filename="/etc/passwd"), "names '/etc/passwd'"),
+        ("state.json", lambda state: state["_data_files"][0].update(filename=3), "names 3"),
+        ("state.json", lambda state: state.clear(), "is not a dataset saved to disk"),
+        (
+            "dataset_info.json",
+            lambda info: info["features"].update(features={"_type": "Image"}),
+            "columns of the kind Image",
+        ),
+        (
+            "dataset_info.json",
+            lambda info: info["features"].update(labels={"feature": {"_type": "Audio"}, "_type": "Sequence"}),
+            "columns of the kind Audio",
+        ),
+        (
+            "dataset_info.json",
+            lambda info: info["features"].update(more={"_type": "\x1b[31mpopen" + "x" * 999}),
+            "columns of the kind popen",
+        ),
+        ("dataset_info.json", lambda info: info.update(features="x"), "is not a dataset saved to disk"),
+    ],
+)
+def test_datasets(dataset, tmp_path, monkeypatch, capsys, file, change, message):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    change_json(copy / file, change)
+    monkeypatch.setattr("datasets.load_from_disk", lambda *_: pytest.fail("reached"))
+    assert message in import_error(monkeypatch, capsys, copy, tmp_path / "new")
+
+
+def import_error(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dlc.features", "import-hf", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        features_tool()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and len(error) < 360 and "\x1b" not in error, error
+    return error
+
+
+def test_datasets_whose_arrow_files_name_other_columns(tmp_path, monkeypatch, capsys):
+    """What dataset_info.json does not say, the schema of the Arrow file may."""
+    datasets = pytest.importorskip("datasets")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    data = datasets.Dataset.from_dict(dict(features=[str(tmp_path / "x.png")], labels=[1]))
+    data.cast_column("features", datasets.Image()).save_to_disk(tmp_path / "images")
+    change_json(tmp_path / "images/dataset_info.json", lambda info: info.pop("features"))
+    monkeypatch.setattr("datasets.load_from_disk", lambda *_: pytest.fail("reached"))
+    capsys.readouterr()
+    assert "columns of the kind Image" in import_error(monkeypatch, capsys, tmp_path / "images", tmp_path / "new")
+    for place in ("hf://datasets/x", "http://localhost/x", "s3://x"):
+        assert "no such directory" in import_error(monkeypatch, capsys, place, tmp_path / "new")
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict/dataset_dict.json").write_text(json.dumps(dict(splits=["../images"])))
+    assert "names '../images'" in import_error(monkeypatch, capsys, tmp_path / "dict", tmp_path / "new")
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe, at which a reader would wait for ever, or a device, which has no end."""
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "endless.npz").symlink_to("/dev/zero")
+    for read, name in ((load_array, "pipe.npy"), (check_npz, "pipe.npy"), (check_npz, "endless.npz"), (open_codes, "")):
+        assert "is no file" in refusal(read, tmp_path / name)

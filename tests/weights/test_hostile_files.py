@@ -1,0 +1,505 @@
+"""Files that may come from anyone: nothing in them is run, nothing they name is opened or fetched, and one line says
+why they are refused, before memory is taken for what they claim."""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT, golden
+from tiny_weights import Call, bomb, claim, compressed, refusal, rezip, tiny
+
+from dlc import checkpoints as tool
+from dlc.weights.checkpoint import load_checkpoint
+from dlc.weights.foreign.safe import check_tensors, load_tensors, read_torch
+from dlc.weights.info import info
+from dlc.weights.load import load_model, load_pretrained, load_prior
+from dlc.weights.meta import config_of, read_config, read_meta
+from dlc.weights.networks import downsampling_factor, load_encoder, load_vae
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+WEIGHTS = tiny("DiTSEM-Ti/8", L=3, V=4).state_dict()
+BIAS, ZEROS = "final_layer.linear.bias", {"a": torch.zeros(9)}
+EVIL = Call(os.system, "touch touched")
+PAGE = b"<!DOCTYPE html><html>not found</html>"
+
+
+#################################################################################
+#                              One file, for the reader                         #
+#################################################################################
+
+
+def saved(value, harm=None, **options):
+    """A file of torch.save, then harmed."""
+
+    def write(path):
+        torch.save(value, path, **options)
+        if harm:
+            harm(path)
+
+    return write
+
+
+def holding(content):
+    return lambda path: path.write_bytes(content)
+
+
+def in_entry(ending, content):
+    return lambda path: rezip(path, change=lambda name, old: content if name.endswith(ending) else old)
+
+
+OLD = dict(_use_new_zipfile_serialization=False)
+READER = {  # what is written, and words of the line
+    "compressed.pt": (saved(ZEROS, compressed), "compressed entries"),
+    "bomb.pt": (saved(ZEROS, bomb), "compressed entries"),
+    "claims.pt": (saved(ZEROS, lambda path: claim(path, "data/0", 2**31)), "claim more than the file's"),
+    "text.pt": (saved({"a": "x" * 2**23}), "more than 4,194,304 bytes beside its tensors"),
+    "entry.pt": (saved(ZEROS, in_entry("byteorder", bytes(2**23))), "more than 4,194,304 bytes beside its tensors"),
+    "cut.pt": (saved(ZEROS, lambda path: path.write_bytes(path.read_bytes()[:-200])), "cut off or damaged"),
+    "opcode.pt": (saved(ZEROS, in_entry("data.pkl", b"\x80\x02}q\x00X\xff")), "cut off or damaged"),
+    "start.pt": (holding(b"PK\x03\x04"), "cut off or damaged"),
+    "empty.pt": (holding(b""), "no file of torch.save"),
+    "page.pt": (holding(PAGE), "no file of torch.save"),
+    "raw pickle.pt": (holding(pickle.dumps(EVIL)), "no file of torch.save"),
+    "other.pt": (lambda path: zipfile.ZipFile(path, "w").writestr("x/data.txt", "x"), "cut off or damaged"),
+    "memory.pt": (saved(Call(bytearray, 10**13)), "it names __builtin__.bytearray"),
+    "call.pt": (saved(EVIL), "it names posix.system"),
+    "eval.pt": (saved(Call(eval, "1")), "it names __builtin__.eval"),
+    "tensor.pt": (saved(Call(torch.Tensor, 10**6, 10**6)), "it names torch.Tensor"),
+    "array.pt": (saved(Call(np.zeros, 3)), "it names numpy.zeros"),
+    "module.pt": (saved(torch.nn.Linear(2, 2)), "it names torch.nn.modules.linear.Linear"),
+    "method.pt": (saved(dict(ema=Call(pathlib.Path.touch, pathlib.Path("touched")))), "it names __builtin__.getattr"),
+    "list.pt": (saved([torch.zeros(3)]), "holds a list, wanted a dict of tensors"),
+    "old call.pt": (saved(EVIL, **OLD), "it names posix.system"),
+    "old memory.pt": (saved(Call(bytearray, 10**10), **OLD), "it names __builtin__.bytearray"),
+    "old cut.pt": (saved(ZEROS, lambda path: path.write_bytes(path.read_bytes()[:-8]), **OLD), "cut off or damaged"),
+    "old claims.pt": (
+        saved(
+            {"a": torch.zeros(77)},
+            lambda path: path.write_bytes(
+                path.read_bytes()
+                .replace(struct.pack("<q", 77), struct.pack("<q", 2**50))
+                .replace(b"KM", b"J\0\0\0\x40")
+            ),
+            **OLD,
+        ),
+        "cut off or damaged",
+    ),
+    "cut.safetensors": (holding(struct.pack("<Q", 2**40)), "cut off or damaged"),
+    "signed.safetensors": (holding(struct.pack("<Q", 2**63) + b"{}"), "cut off or damaged"),
+    "spaces.safetensors": (holding(struct.pack("<Q", 2**23) + b" " * 2**23), "cut off or damaged"),
+    "header.safetensors": (holding(struct.pack("<Q", 8) + b'{"a": 1}'), "cut off or damaged"),
+    "pickle.safetensors": (holding(pickle.dumps(EVIL)), "cut off or damaged"),
+    "page.safetensors": (holding(PAGE), "cut off or damaged"),
+    "beyond.safetensors": (
+        holding(
+            struct.pack("<Q", 70)
+            + json.dumps({"x": dict(dtype="F32", shape=[9], data_offsets=[0, 36])}).ljust(70).encode()
+        ),
+        "cut off or damaged",
+    ),
+    "folder.safetensors": (lambda path: path.mkdir(), "does not exist"),
+    "loop.pt": (lambda path: path.symlink_to(path.name), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", READER)
+def test_reader(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write, words = READER[name]
+    write(tmp_path / name)
+    line = refusal(load_tensors, tmp_path / name)
+    assert name in line and words in line and not (tmp_path / "touched").exists()
+
+
+def test_a_bomb_takes_no_memory(tmp_path):
+    """A file of 0.3 MB that inflates to 256 MB: in C++, where only the process's own memory tells."""
+    torch.save({}, tmp_path / "bomb.pt")
+    rezip(
+        tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED, lambda name, content: bytes(2**28 * name.endswith("pkl")) or content
+    )
+    assert (tmp_path / "bomb.pt").stat().st_size < 2**19
+    code = (
+        "import resource, sys; from dlc.weights.foreign.safe import load_tensors\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_tensors(sys.argv[1])\n"
+        "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "bomb.pt"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert int(result.stdout) < 20_000, result.stderr  # KiB
+
+
+@pytest.mark.parametrize(
+    "tensor, words",
+    [
+        (torch.tensor([0, torch.nan]), "NaN or infinite"),
+        (torch.tensor([0, -torch.inf]), "NaN or infinite"),
+        (torch.full((2,), torch.nan, dtype=torch.float16), "NaN or infinite"),
+        (torch.full((2,), 1e300, dtype=torch.float64), "NaN or infinite"),  # as float32
+        (torch.zeros(2).long(), "is of type torch.int64"),
+        (torch.zeros(2).bool(), "is of type torch.bool"),
+        (torch.zeros(2).to(torch.complex64), "is of type torch.complex64"),
+        (torch.zeros(2).to(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn"),
+        (torch.zeros(2).to_sparse(), "is sparse_coo, wanted dense"),
+        (torch.zeros(2, device="meta"), "is on the device meta"),
+        (torch.zeros(1).expand(10**12), "but fewer values"),
+        ({"b": torch.zeros(1)}, "is a dict"),
+    ],
+)
+def test_tensors(tensor, words):
+    assert words in refusal(check_tensors, {"\x1b[31m" + "n" * 5000: tensor}, "file.pt")
+
+
+def test_what_is_kept(tmp_path):
+    """Training files with arguments, parameters and optimizer; without checksums; of torch before 1.6; of any dtype."""
+    model = tiny("DiTSEM-Ti/8", L=3, V=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+    args = argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)
+    training = dict(
+        model=dict(model.named_parameters(), pos_embed=model.pos_embed),
+        opt=optimizer.state_dict(),
+        steps={3},
+        args=args,
+    )
+    for options in ({}, OLD):
+        torch.save(training, tmp_path / "one.pt", **options)
+        assert all(
+            torch.equal(value, WEIGHTS[key])
+            for key, value in load_model(tmp_path / "one.pt", ema=False)[0].state_dict().items()
+        )
+    nested = {}
+    for _ in range(60):  # as a tree, 2**60 dicts
+        nested = {"a": nested, "b": nested}
+    torch.save(dict(WEIGHTS, nested=nested), tmp_path / "nested.pt", **OLD)
+    assert "nested" in refusal(load_model, tmp_path / "nested.pt")
+    torch.save(torch.zeros(2, 3, dtype=torch.int64), tmp_path / "codes.pt", **OLD)
+    assert read_torch(tmp_path / "codes.pt").shape == (2, 3)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.save({key: value.to(dtype) for key, value in WEIGHTS.items()}, tmp_path / "cast.pt")
+        state = load_model(tmp_path / "cast.pt")[0].state_dict()
+        assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+#################################################################################
+#                         Each flag that takes such a file                      #
+#################################################################################
+
+
+def folder(**files):
+    """A folder of files: JSON of dicts and lists, tensors where a name ends in "weights", bytes as they are."""
+
+    def write(path):
+        path.mkdir()
+        for name, content in files.items():
+            if name.endswith("weights"):
+                safetensors.torch.save_file(content, path / "model.safetensors")
+            else:
+                content = json.dumps(content).encode() if isinstance(content, (dict, list)) else content
+                (path / name).write_bytes(content)
+
+    return write
+
+
+def changed(name, value):
+    return saved({**WEIGHTS, name: value})
+
+
+OURS = config_of("DiTSEM-Ti/8", tiny("DiTSEM-Ti/8", L=3, V=4)).to_json()
+NO_POSITIONS = {key: value for key, value in WEIGHTS.items() if key != "pos_embed"}
+MODELS = {
+    "call beside the weights.pt": saved(dict(ema=WEIGHTS, model=WEIGHTS, args=argparse.Namespace(value=EVIL))),
+    "call as a tensor.pt": saved(dict(WEIGHTS, more=EVIL)),
+    "array in place of weights.pt": saved(dict(ema=np.zeros(3))),
+    "no ema.pt": saved(dict(ema=None, model=None)),
+    "text as ema.pt": saved(dict(ema="x", model="x")),
+    "no dimensions.pt": changed(BIAS, torch.tensor(0.5)),
+    "no patches.pt": changed("x_embedder.proj.weight", torch.zeros(192, 0, 0, 0)),
+    "many.pt": changed("pos_embed", torch.zeros(1, 10**15, 0)),
+    "wide.pt": changed("x_embedder.proj.weight", torch.zeros(10**9, 10**9, 0, 1)),
+    "no codes.pt": changed("sem_embedder.embedding_table", torch.zeros(3, 1, 192)),
+    "no blocks.pt": saved({key: value for key, value in WEIGHTS.items() if "blocks." not in key}),
+    "block.pt": changed("blocks.999999999.attn.qkv.bias", torch.zeros(1)),
+    "numeral.pt": changed("blocks.\u0663.a", torch.zeros(1)),
+    "number.pt": changed(f"blocks.{'9' * 5000}.a", torch.zeros(1)),
+    "escape.pt": changed("\x1b[2J", torch.zeros(1)),
+    "lists.json": holding(b"[" * 10**5),
+    "leads out.index.json": holding(b'{"weight_map": {"a": "../x.safetensors"}}'),
+    "itself.index.json": lambda path: path.write_text(json.dumps(dict(weight_map={"a": path.name}))),
+    "empty folder": folder(),
+    "pipeline of nothing": folder(**{"model_index.json": {"_class_name": ["os", "system"]}}),
+    "brackets": folder(**{"model_index.json": b"[" * 10**5}),
+    "endless size": folder(**{"config.json": dict(input_size=10**12), "weights": NO_POSITIONS}),
+    "evil code": folder(**{"config.json": b"{", "transformer_dit.py": b"import os; os.system('touch touched')"}),
+    "DLC of evil": folder(**{"custom_checkpoint_0.pkl": pickle.dumps(EVIL)}),
+    "ours of nothing": folder(**{"config.json": OURS}),
+    "ours of a million blocks": folder(
+        **{"config.json": {**OURS, "arguments": {**OURS["arguments"], "depth": 10**6}}, "weights": WEIGHTS}
+    ),
+    "ours of os": folder(**{"config.json": dict(OURS, family="system"), "weights": WEIGHTS}),
+    "ours of evil meta": folder(
+        **{"config.json": OURS, "meta.json": dict(step="x" * 10**4), "ema.safetensors": b"", "weights": WEIGHTS}
+    ),
+}
+PARTS = ("no dimensions.pt", "no patches.pt", "endless size", "no blocks.pt", "ours of a million blocks", "ours of os")
+PARTS += ("many.pt", "wide.pt", "no codes.pt", "block.pt", "numeral.pt", "number.pt", "escape.pt")  # is read in part
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, tmp_path, error_of, monkeypatch, capsys):
+    """The sampler, info and --pretrained-path refuse them; a part of a model --pretrained-path takes."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    MODELS[name](path)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.exists()}
+    lines = [error_of("sample_ddp", "--ckpt", path)]
+    monkeypatch.setattr(sys, "argv", ["tool", "info", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        tool.main()
+    lines.append(capsys.readouterr().err)
+    assert stopped.value.code == 2
+    for line in lines:
+        assert name.split(".")[0] in line and line.count("\n") == 1 and len(line) < 380 + len(str(tmp_path)), line
+        assert "weights_only" not in line and "trust" not in line and "\x1b" not in line
+    if name not in PARTS:
+        assert name.split(".")[0] in refusal(load_pretrained, path, tiny())
+    assert name.split(".")[0] in refusal(load_prior, path)
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.exists()}
+
+
+@pytest.mark.parametrize("load", [load_vae, load_encoder])
+@pytest.mark.parametrize("name", ["call.pt", "page.safetensors", "cut.pt", "old memory.pt", "loop.pt"])
+def test_lone_files(tmp_path, monkeypatch, load, name):
+    monkeypatch.chdir(tmp_path)
+    READER[name][0](tmp_path / name)
+    assert name in refusal(load, str(tmp_path / name)) and not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["nobody/nothing", "../nothing", "a b", "\x1b[31m", "http://localhost/x", "x" * 3000, "nobody/nothing\0"]
+)
+def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = "HF_HUB_OFFLINE is set" if name == "nobody/nothing" else "does not exist: it is no file or folder"
+    assert said in refusal(load_vae, name)
+    assert downsampling_factor("ema") == downsampling_factor("stabilityai/sd-vae-ft-mse") == 8
+
+
+def test_a_run_that_continues(tmp_path):
+    """What is damaged in a checkpoint of ours is named; nothing in it is run."""
+    model = tiny("DiTSEM-Ti/8", L=3, V=4)
+    for weights, words in (
+        ({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan}, "model.safetensors: tensor pos_embed has values"),
+        ({"pos_embed": WEIGHTS["pos_embed"]}, "model.safetensors lacks"),
+        (WEIGHTS, "cannot be read as an optimizer's state"),
+    ):
+        for name in ("model", "ema"):
+            safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
+        torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
+        assert words in refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizers=[])
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"step": "3"}', "meta.json: step is '3'"),
+        ('{"step": 1.5}', "meta.json: step is 1.5"),
+        ('{"step": -1}', "meta.json: step is -1"),
+        ('{"vae": ["ema"]}', "meta.json: vae is"),
+        ('{"scaling_factor": 0}', "scaling_factor is 0"),
+        ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
+        ('{"noted": []}', "noted is []"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[]", "holds a JSON list"),
+        ("{", "not readable JSON"),
+        ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "vae is"),
+        ('{"step": ' + "9" * 5000 + "}", "meta.json"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_meta(tmp_path, text, words):
+    (tmp_path / "meta.json").write_text(text)
+    assert words in refusal(read_meta, tmp_path)
+    for key, value in (("family", 3), ("arguments", []), ("process", "x"), ("model", None)):
+        (tmp_path / "config.json").write_text(json.dumps({**OURS, key: value}))
+        assert f"config.json: {key} is" in refusal(read_config, tmp_path)
+
+
+def test_info_of_hostile_checkpoints(tmp_path, capsys, monkeypatch):
+    """Raw weights of another model than the EMA's, and names that could steer a terminal."""
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "ema.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(OURS))
+    (tmp_path / "meta.json").write_text(json.dumps(dict(step=1, features_path="\x1b[31m" + "z" * 5000)))
+    for raw, words in ((dict(WEIGHTS, more=torch.zeros(1)), "has unknown more"), ({}, "lacks ")):
+        safetensors.torch.save_file(raw, tmp_path / "model.safetensors")
+        assert words in refusal(info, tmp_path)
+    safetensors.torch.save_file({name: value * 0 for name, value in WEIGHTS.items()}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(sys, "argv", ["tool", "info", str(tmp_path)])
+    tool.main()
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and max(map(len, said.splitlines())) <= 2001
+
+
+#################################################################################
+#                               Encoders and VAEs                               #
+#################################################################################
+
+
+@pytest.fixture
+def sem(tmp_path, tiny_models):
+    return shutil.copytree(tiny_models[1], tmp_path / "sem")
+
+
+@pytest.fixture
+def vae(tmp_path, tiny_models):
+    return shutil.copytree(tiny_models[0], tmp_path / "vae")
+
+
+def with_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("load", ["encoder", "vae", "vae.bin"])
+def test_damaged_networks(load, sem, vae):
+    """NaN, a tensor that is missing, one too many."""
+    path = sem / "model.safetensors" if load == "encoder" else vae / "diffusion_pytorch_model.safetensors"
+    name = "sem_norm.bias" if load == "encoder" else "decoder.conv_in.bias"
+    weights = safetensors.torch.load_file(path)
+    for changed, words in (
+        ({**weights, name: weights[name] * torch.nan}, f"tensor {name} has values that are NaN"),
+        ({key: value for key, value in weights.items() if key != name}, f"lacks {name}"),
+        ({**weights, "more": torch.zeros(1)}, "has unknown more"),
+        ({**weights, name: torch.zeros(1, 1)}, "has other shapes"),
+    ):
+        if load == "vae.bin":
+            path.unlink(missing_ok=True)
+            torch.save(changed, path.with_suffix(".bin"))
+        else:
+            safetensors.torch.save_file(changed, path)
+        line = refusal(load_encoder, sem) if load == "encoder" else refusal(load_vae, str(vae))
+        assert words in line and str(path.parent) in line
+
+
+ENCODERS = [
+    *[dict(backbone=name) for name in ("hf-hub:timm/vit", "local-dir:.", "../x", "timm/vit_tiny_patch16_224", "")],
+    *[dict(backbone=name) for name in ("vit_nothing", "vit_tiny_patch16_224\n", "x" * 10**5, "\x1b[31mvit", [], None)],
+    *[dict(backbone=name, backbone_args={}) for name in ("resnet18", "mixer_s16_224", "vit_base_patch16_siglip_224")],
+    *[
+        dict(backbone_args={key: "evil.pth"})
+        for key in ("checkpoint_path", "pretrained", "pretrained_cfg", "features_only", "file", "__class__", "\x1b[31m")
+    ],
+    *[dict(backbone_args=value) for value in ([], "x", dict(depth=10**9), dict(embed_dim=10**9), dict(num_heads=-1))],
+    *[dict(backbone_args=value) for value in (dict(patch_size=0), dict(mlp_ratio=float("nan")), dict(depth="2"))],
+    *[dict(L=value) for value in (-3, 65536, "6", True, None, 10**4000)],
+    *[dict(V=1), dict(V=70000), dict(image_size=10**9), dict(image_size=[32, 32]), dict(image_size=4096)],
+    *[
+        dict(temperature=0),
+        dict(temperature=float("nan")),
+        dict(checkpoint_path="evil.pth"),
+        dict(_target_="os.system"),
+    ],
+]
+
+
+@pytest.mark.parametrize("change", ENCODERS, ids=lambda change: repr(change)[:60])
+def test_encoder_configs(sem, monkeypatch, change):
+    def create_model(name, **given):
+        assert name.isidentifier() and given["pretrained"] is False
+        assert not given.keys() & {"checkpoint_path", "pretrained_cfg", "features_only", "file"}
+        return create(name, **given)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create_model)
+    config = json.loads((sem / "config.json").read_text())
+    assert load_encoder(sem).config == config
+    if isinstance(change.get("backbone_args"), dict) and "backbone" not in change:
+        change = {**change, "backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
+    with_json(sem / "config.json", **change)
+    assert str(sem) in refusal(load_encoder, sem)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (dict(num_attention_heads="2"), "num_heads is '2'"),
+        (dict(num_attention_heads=5), "timm cannot build the encoder"),
+        (dict(V=10**9), "V is 1000000000"),
+        (dict(auto_map=dict(AutoModel="evil.Model"), hidden_act="os.system"), "hidden_act is 'os.system'"),
+        ({"preprocessor": dict(crop_size=dict(height=10**9))}, "image_size is 1000000000"),
+        ({"preprocessor": dict(crop_size=225)}, "no multiple of its patch"),
+    ],
+)
+def test_encoders_of_transformers(tmp_path, config, words):
+    _, weights = golden("dinov2_registers_sem")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config.pop("preprocessor", {})))
+    usual = dict(model_type="dinov2_with_registers", num_attention_heads=2, L=8)
+    (tmp_path / "config.json").write_text(json.dumps({**usual, **config}))
+    assert words in refusal(load_encoder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(latent_channels=16), "has other shapes"),
+        (dict(latent_channels=10**12), "latent_channels is"),
+        (dict(shift_factor="0.1"), "shift_factor is '0.1'"),
+        (dict(in_channels=1), "has 1 in channels, wanted 3"),
+        (dict(latents_mean=[0, 0, 0, 0.0], latents_std=None), "has latents_mean alone"),
+        (dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), "latents_mean has 3 numbers, wanted one per"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0, 1.0]), "latents_std is"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "both latents_mean and shift_factor"),
+        (dict(scaling_factor=0), "scaling_factor is 0"),
+        (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
+        (dict(scaling_factor=None), "scaling_factor is None"),
+        (dict(quantization_config=dict(quant_method="bitsandbytes")), "the key quantization_config"),
+        (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"),
+        (dict(_class_name="UNet2DModel"), "its config.json is that of no"),
+        (dict(block_out_channels=[]), "block_out_channels is []"),
+        (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
+        (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
+        (dict(block_out_channels=[8192] * 4), "has other shapes"),
+        (dict(down_block_types=["os.system"] * 4), "diffusers cannot build"),
+        (dict(layers_per_block=10**9), "layers_per_block is"),
+        (dict(layers_per_block=2), "lacks"),
+        (dict(norm_num_groups=0), "diffusers cannot build"),
+        ({"\x1b[31mkey" * 99: 1}, "the key key"),
+    ],
+)
+def test_vae_configs(vae, change, words):
+    with_json(vae / "config.json", **change)
+    assert words in refusal(load_vae, str(vae))
+
+
+def test_vae_whose_index_points_elsewhere(vae, tmp_path):
+    """An index is read only where no whole file is, and refused where it names files elsewhere."""
+    index = dict(metadata={}, weight_map={"encoder.conv_in.weight": "../outside.safetensors"})
+    (vae / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    load_vae(str(vae))
+    shutil.move(vae / "diffusion_pytorch_model.safetensors", tmp_path / "outside.safetensors")
+    assert "its weight_map is not of names of files beside it" in refusal(load_vae, str(vae))
+
+
+def test_extraction_ends_with_one_line(tmp_path, images, sem, vae, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with_json(sem / "config.json", backbone_args=dict(checkpoint_path="evil.pt"))
+    flags = ("--data-path", images, "--encoder", sem, "--vae", vae)
+    monkeypatch.setattr(sys, "argv", ["extract", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("extract_features_withdlc").main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "no key checkpoint_path" in error, error
