@@ -9,10 +9,9 @@ from dlc.data.listing import listing_sha256
 from dlc.data.manifest import Manifest
 from dlc.data.rows import check_range
 from dlc.data.store import Features, FeatureWriter, as_stored
-from dlc.data.tables import open_table
+from dlc.data.tables import Table, open_table
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
-from dlc.weights.hub import is_id, quiet
 
 
 def write_shards(args, source, count, latent_shape, names, read, **keys):
@@ -55,7 +54,7 @@ def write_shards(args, source, count, latent_shape, names, read, **keys):
                 arrays["features"],
                 manifest.dtype,
                 lambda row, rows=rows: f"{source}, row {rows[row]}",
-                "mend that row, or take it out",
+                "fix that row, or take it out",
             )
             arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
             writer.write(shard, arrays, [])
@@ -99,12 +98,11 @@ def pack(args):
 
 def import_hf(args):
     """The command import-hf: a Hugging Face dataset, saved to disk, in Parquet files or on the hub, to shards."""
-    with quiet() if is_id(args.dataset) else contextlib.nullcontext():
-        import_table(args)
+    with contextlib.closing(open_table(args.dataset, args.split)) as table:
+        import_table(args, table)
 
 
-def import_table(args):
-    table = open_table(args.dataset, args.split)
+def import_table(args, table: Table) -> None:
     first = table.read(0, 1)
     latent_shape = first["features"].shape[-3:]
     if first["features"].size != np.prod(latent_shape) or len(latent_shape) != 3:

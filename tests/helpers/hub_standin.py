@@ -92,7 +92,10 @@ class Hub:
             entries = [dict(path=path, size=len(content), oid=digest(content)) for path, content in files.items()]
             if what[:1] == ["paths-info"]:
                 entries = [entry for entry in entries if entry["path"] in asked.get("paths", [])]
-            if what[:1] in (["tree"], ["paths-info"]):
+            if what[:1] == ["tree"]:
+                recursive = urllib.parse.parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
+                return self.send_json(request, list(tree_of(entries, "/".join(what[2:]), recursive)))
+            if what[:1] == ["paths-info"]:
                 return self.send_json(request, [dict(entry, type="file") for entry in entries])
             siblings = [dict(rfilename=entry["path"], size=entry["size"], blobId=entry["oid"]) for entry in entries]
             self.send_json(request, dict(id=name, sha=commit, siblings=siblings, private=False, tags=[], downloads=0))
@@ -144,6 +147,22 @@ class Hub:
 
 def digest(content):
     return hashlib.sha1(content).hexdigest()
+
+
+def tree_of(entries, folder, recursive):
+    """What the hub lists of a folder: its files, and its folders; recursive: and what is in these."""
+    seen = set()
+    for entry in entries:
+        if folder and not entry["path"].startswith(f"{folder}/"):
+            continue
+        inner = entry["path"][len(folder) + 1 if folder else 0 :].split("/")
+        for depth in range(1, len(inner) if recursive else min(2, len(inner))):
+            path = "/".join(([folder] if folder else []) + inner[:depth])
+            if path not in seen:
+                seen.add(path)
+                yield dict(type="directory", path=path, oid=digest(path.encode()), size=0)
+        if recursive or len(inner) == 1:
+            yield dict(entry, type="file")
 
 
 def point_at(url, monkeypatch, cache, offline=False):
