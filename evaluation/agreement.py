@@ -20,6 +20,7 @@ from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
 from dlc.machine.processes import agree, create_logger, start_processes
 from dlc.nets.digest import weights_sha256
+from dlc.nets.encoder import SEMEncoder
 from dlc.sampling.code_folder import CodesRecord
 from dlc.sampling.conditions import RowConditions, open_codes
 from dlc.sampling.samples_record import SamplesRecord
@@ -35,7 +36,7 @@ from evaluation.tokens import CodeReader, agreement_of, codes_of, encoder_of
 
 
 def samples_folder(path: str | Path) -> Path:
-    """The folder of PNGs that a user names by itself, or by its .npz. Raises ValueError where there is none of ours."""
+    """The folder of PNGs that a user names by itself, or by its .npz. Raises ValueError where we wrote none there."""
     folder = Path(path)
     if folder.suffix == ".npz":
         folder = folder.with_suffix("")
@@ -127,7 +128,7 @@ def parse_args(argv: list[str] | None):
     return parser, parser.parse_args(argv)
 
 
-def ceiling_of(args, drawn: DrawnCodes, encoder, count: int, state):
+def ceiling_of(args, drawn: DrawnCodes, encoder: SEMEncoder, count: int, state) -> tuple:
     """The images to measure the ceiling on, their codes (n, L), the VAE, and notes.
 
     Raises ValueError where there are none whose codes the encoder made.

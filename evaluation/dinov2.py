@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
@@ -39,7 +40,7 @@ def resample_positions(positions: torch.Tensor, side: int = SIDE // PATCH) -> to
     return torch.cat([token, grid], dim=1)
 
 
-def load_dinov2(path):
+def load_dinov2(path) -> nn.Module:
     """The ViT in a file of weights, DINOv2's own or timm's, which have the same names, in eval mode, on the CPU.
 
     Width and depth are read off the tensors. Raises ValueError naming the file.
@@ -55,7 +56,7 @@ def load_dinov2(path):
         )
     width, depth = positions.shape[2], len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     if width % HEAD or not 1 <= depth <= 64 or width > 4096:
-        raise ValueError(f"{path} is of width {width} and depth {depth}, which no DINOv2 has")
+        raise ValueError(f"{path} has width {width} and depth {depth}, as no DINOv2")
     weights["pos_embed"] = resample_positions(positions)
     from timm.models.vision_transformer import VisionTransformer
 

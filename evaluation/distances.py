@@ -1,5 +1,7 @@
 """Squared distances between two sets of features, in tiles, in float32 or as ADM's evaluator rounds them."""
 
+from collections.abc import Iterator
+
 import torch
 
 TILE = 2000  # rows and columns of distances in memory at once
@@ -25,12 +27,12 @@ def exact_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.addmm(norm_u[:, None] + norm_v, u, v.T, alpha=-2).clamp(min=0)
 
 
-def tiles(count: int, size: int, start: int = 0):
+def tiles(count: int, size: int, start: int = 0) -> list[slice]:
     """Slices of at most `size` that cover start..count."""
     return [slice(low, min(low + size, count)) for low in range(start, count, size)]
 
 
-def distance_tiles(u: torch.Tensor, v: torch.Tensor, half: bool):
+def distance_tiles(u: torch.Tensor, v: torch.Tensor, half: bool) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """(rows, columns, squared distances) over all pairs of rows of u (N, D) and v (M, D), TILE x TILE at once.
 
     half: distances in float16 where a block of ADM_BLOCK x ADM_BLOCK is finite, in float32 where it is not.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from dlc.data import Features
 from dlc.nets.pixels import PixelEncoder
@@ -49,7 +50,7 @@ class FeatureImages(FileImages):
         super().__init__(Path(data_path), names, crop=features.image_size)
 
 
-def vae_of(name: str | None, features: Features, state):
+def vae_of(name: str | None, features: Features, state) -> tuple[nn.Module, str, list[str]]:
     """The VAE that a flag names, or the features' own, on the device; its digest; and notes.
 
     Raises ValueError where the features' own cannot be had, or where one does not fit the features' latents.

@@ -10,6 +10,7 @@ rank 0 from the features in the order of the images.
 
 import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +52,7 @@ def share(count: int, batch: int, rank: int, processes: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def exact_numerics():
+def exact_numerics() -> Iterator[None]:
     """Sums that depend neither on the cores nor on the processes: see `set_exact_numerics`."""
     threads = torch.get_num_threads()
     set_exact_numerics()

@@ -30,7 +30,7 @@ def shaped(features, name: str = "features") -> torch.Tensor:
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{name} have shape {tuple(features.shape)}, wanted (N, D)")
     if not features.is_floating_point():
-        raise ValueError(f"{name} are of type {str(features.dtype).removeprefix('torch.')}, wanted floats")
+        raise ValueError(f"{name} have type {str(features.dtype).removeprefix('torch.')}, wanted floats")
     return features
 
 

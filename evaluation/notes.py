@@ -95,7 +95,7 @@ def of_pixels(measured: Measured) -> list[str]:
         pairs = listed([f"{one} = {other}" for one, other in measured.twins])
         lines.append(f"{len(measured.twins):,} samples equal an earlier one ({pairs})")
     if measured.blank:
-        lines.append(f"{len(measured.blank):,} samples are of one colour ({listed(list(map(str, measured.blank)))})")
+        lines.append(f"{len(measured.blank):,} samples have one colour ({listed(list(map(str, measured.blank)))})")
     return lines
 
 

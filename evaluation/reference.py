@@ -99,7 +99,7 @@ def numbers(path: Path, name: str, shape: tuple[int, ...] | None = None) -> np.n
     """An array of real numbers in an .npz as float64. Raises ValueError for another kind, or another given shape."""
     array = read_array(path, name)
     if array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {name} is of type {array.dtype}, wanted real numbers")
+        raise ValueError(f"{path}: {name} has type {array.dtype}, wanted real numbers")
     if shape is not None and array.shape != shape:
         raise ValueError(f"{path}: {name} has shape {array.shape}, wanted {shape}")
     return array.astype(np.float64)

@@ -21,24 +21,24 @@ def metrics_path(samples: Path) -> Path:
     return samples.with_name(samples.name.removesuffix(".npz") + ".metrics.json")
 
 
-def shown(row: Metric, value: float, digits: int) -> str:
+def printed(row: Metric, value: float, digits: int) -> str:
     """A value as it is printed: a distance of equal sets may be below 0 by rounding, and is shown as 0."""
     return f"{max(0.0, value) if row.needs == 'statistics' else value:.{digits}f}"
 
 
-def rows_of(values: dict[str, float]) -> dict[str, Metric]:
+def metric_rows(values: dict[str, float]) -> dict[str, Metric]:
     """The metrics whose numbers are in a dict as metrics.json holds it, by key, in the order of METRICS."""
     return {row.key or name: row for name, row in METRICS.items() if (row.key or name) in values}
 
 
 def table(values: dict[str, float]) -> list[str]:
     """The metrics, a line each."""
-    rows = rows_of(values)
+    rows = metric_rows(values)
     width = max(len(row.label) for row in rows.values())
     lines = []
     for key, row in rows.items():
         more = f" ± {values[f'{key}_std']:.5f}" if f"{key}_std" in values else ""
-        lines.append(f"{row.label:<{width}}  {shown(row, values[key], max(4, row.digits)):>12}{more}")
+        lines.append(f"{row.label:<{width}}  {printed(row, values[key], max(4, row.digits)):>12}{more}")
     return lines
 
 
@@ -69,7 +69,7 @@ def definitions(comparison: Comparison) -> str:
 def paper_line(result: Result, comparison: Comparison, samples: ImageSet) -> str:
     """One line with the numbers, both sets, the network, and what drew the samples."""
     numbers = [
-        f"{row.label} {shown(row, result.values[key], row.digits)}" for key, row in rows_of(result.values).items()
+        f"{row.label} {printed(row, result.values[key], row.digits)}" for key, row in metric_rows(result.values).items()
     ]
     path, record = comparison.reference.path, samples.record
     parts = [

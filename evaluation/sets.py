@@ -1,4 +1,4 @@
-"""The sets of images that are compared: an .npz of ours or ADM's, or a folder, in batches of 8-bit RGB.
+"""The sets of images that are compared: an .npz or a folder, in batches of 8-bit RGB.
 
     images = open_images("samples/FILE.npz", "SAMPLES")
     for batch in images.batches(0, images.count, 64): ...          # (n, H, W, 3) uint8
@@ -78,7 +78,7 @@ class NpzImages(ImageSet):
 
 
 def read_record(folder: Path, count: int) -> dict | None:
-    """The samples.json of a folder of ours, or of the folder beside an .npz; None where it is of other images."""
+    """The samples.json in a folder, which may lie beside an .npz; None where it describes another number of images."""
     path = folder / "samples.json"
     record = read_json(path) if path.is_file() else {}
     return record if record.get("num_fid_samples") == count else None

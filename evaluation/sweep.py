@@ -69,7 +69,7 @@ def words_of(setting: Setting) -> str:
     return ", ".join(f"{flag} {value}" for flag, value in setting.items())
 
 
-def flags_of(setting: Setting) -> list[str]:
+def setting_flags(setting: Setting) -> list[str]:
     return [text for flag, value in setting.items() for text in (f"--{flag}", str(value))]
 
 
@@ -240,7 +240,7 @@ def check_flags(args, handed: dict[str, list[str]]) -> list[Setting]:
 
 
 def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
-    """Run a script of ours by so many processes. Raises ValueError where it fails, which it explains itself."""
+    """Run a script of this repository by so many processes. Raises ValueError where it fails; it has then said why."""
     prefix = [sys.executable]
     if processes > 1:
         prefix += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -252,7 +252,7 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
 def draw_and_evaluate(args, handed: dict[str, list[str]], setting: Setting) -> dict:
     """Draw the samples of a setting into its folder and evaluate them. Returns the metrics by name."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
-    flags = [*handed["sampling"], *flags_of(setting), "--sample-dir", str(folder)]
+    flags = [*handed["sampling"], *setting_flags(setting), "--sample-dir", str(folder)]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:

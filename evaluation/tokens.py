@@ -10,7 +10,7 @@ from dlc.data.codes import CodeSet, CodeSpec, compare, token_counts
 from dlc.data.images import center_crop
 from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
-from dlc.nets.encoder import tokens
+from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.weights.foreign.files import locate
 from dlc.weights.hub import fetched_by_node
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
@@ -57,7 +57,7 @@ class CodeReader:
 
     name, notes = "codes", ()
 
-    def __init__(self, encoder, device: torch.device):
+    def __init__(self, encoder: SEMEncoder, device: torch.device):
         self.encoder, self.device = encoder.to(device).requires_grad_(False), device
         self.outputs = dict(codes=encoder.L)
 
@@ -79,7 +79,7 @@ class EncoderNetwork:
 
     name, notes = "encoder", ()
 
-    def __init__(self, encoder, device: torch.device):
+    def __init__(self, encoder: SEMEncoder, device: torch.device):
         self.encoder, self.device = encoder.to(device).requires_grad_(False), device
         self.outputs = dict(pool=encoder.backbone.num_prefix_tokens * encoder.backbone.embed_dim)
         self.digest = weights_sha256(encoder)
@@ -89,14 +89,14 @@ class EncoderNetwork:
         return dict(pool=self.encoder.prefix_tokens(pixels_for(self.encoder, images, self.device)))
 
 
-def pixels_for(encoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pixels_for(encoder: SEMEncoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Images (n, H, W, 3) uint8 as extraction shows them to an encoder: (n, s, s, 3) uint8 on the device."""
     images = images.cpu().numpy()
     views = [np.array(center_crop(Image.fromarray(image), encoder.image_size)) for image in images]
     return torch.from_numpy(np.stack(views)).to(device)
 
 
-def encoder_of(args, codes: CodeSet, state):
+def encoder_of(args, codes: CodeSet, state) -> tuple[SEMEncoder, list[str]]:
     """The encoder that the flags name, or else the one that made the codes, if it is still there; and notes.
 
     Args:
@@ -117,7 +117,7 @@ def encoder_of(args, codes: CodeSet, state):
         raise ValueError(f"{error}: name the one that made them with --encoder") from None
 
 
-def codes_of(encoder, owner: str) -> CodeSpec:
+def codes_of(encoder: SEMEncoder, owner: str) -> CodeSpec:
     """What the codes of an encoder are. owner: the encoder, in words."""
     return CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=weights_sha256(encoder))
 

@@ -15,7 +15,6 @@ from tiny_networks import pixels, record_of, save_folder, tiny_dinov2
 from dlc.data.images import center_crop
 from dlc.sampling.pictures import write_npz
 from evaluation.feature_networks import NETWORKS
-from evaluation.measuring import share
 from evaluation.metrics import METRICS, FeatureStatistics, Metric, frechet_distance, inception_score, precision_recall
 from evaluation.sets import open_images
 
@@ -41,11 +40,6 @@ def by_hand(samples, reference):
     )
 
 
-#################################################################################
-#                                   The whole                                   #
-#################################################################################
-
-
 def test_table_file_and_line(evaluate, evaluation_place):
     """ADM's five numbers in the table, in samples.metrics.json with all that it compared, and in a line."""
     said = evaluate("samples.npz", "--reference", "reference.npz")
@@ -66,17 +60,8 @@ def test_table_file_and_line(evaluate, evaluation_place):
 
 
 def test_every_metric(evaluate, evaluation_place):
-    said = evaluate(
-        "samples.npz",
-        "--reference",
-        "reference.npz",
-        "--metrics",
-        "kid",
-        "density",
-        "coverage",
-        "--output",
-        "more.json",
-    )
+    flags = ("--metrics", "kid", "density", "coverage", "--output", "more.json")
+    said = evaluate("samples.npz", "--reference", "reference.npz", *flags)
     found = numbers_in(evaluation_place / "more.json")
     assert found.keys() == {"kid", "kid_std", "density", "coverage"}
     assert re.search(rf"KID +{NUMBER} ± {NUMBER}\n", said) and not (evaluation_place / "samples.metrics.json").exists()
@@ -156,19 +141,6 @@ def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
     assert re.search(r"\(50 images\); FD-DINOv2 as in Stein et al. 2023; dinov2 [0-9a-f]{8}\n", said)
 
 
-def test_chosen_images(evaluation_place):
-    """Of an .npz and of a folder, in order, whatever the batches."""
-    images = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 3), dtype=np.uint8)
-    np.savez("many.npz", arr_0=images)
-    (evaluation_place / "many").mkdir()
-    for index, image in enumerate(images):
-        Image.fromarray(image).save(evaluation_place / f"many/{index:03d}.png")
-    for path in ("many.npz", "many"):
-        for indices in ([], [0], [3, 63, 64, 149], list(range(150))):
-            found = list(open_images(path, "FOLDER").chosen(indices))
-            assert len(found) == len(indices) and all(np.array_equal(*pair) for pair in zip(found, images[indices]))
-
-
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_equal_numbers(evaluation_place, evaluate, processes):
     """Batches of 8 of 10 and 50 images, so that a third process has no samples: all numbers of one process."""
@@ -182,19 +154,6 @@ def test_processes_give_equal_numbers(evaluation_place, evaluate, processes):
     assert many["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
     for exact in ("inception_score", "precision", "recall"):
         assert many["metrics"][exact] == alone["metrics"][exact]
-
-
-def test_shares_are_whole_batches():
-    for count, batch, processes in ((40, 8, 3), (1, 64, 4), (50_000, 64, 8), (7, 8, 2)):
-        shares = [share(count, batch, rank, processes) for rank in range(processes)]
-        assert [one for one, _ in shares][1:] == [stop for _, stop in shares][:-1]
-        assert shares[0][0] == 0 and shares[-1][1] == count
-        assert all(start % batch == 0 or start == count for start, _ in shares)
-
-
-#################################################################################
-#                                    Inputs                                     #
-#################################################################################
 
 
 def test_a_folder_is_its_npz(evaluate, evaluation_place):
@@ -214,12 +173,7 @@ def test_a_folder_is_its_npz(evaluate, evaluation_place):
     settings = found[0]["samples"]["settings"]
     assert settings == found[1]["samples"]["settings"] and settings["cfg_scale"] == 1.5 and "labels" not in settings
     assert found[2]["samples"]["settings"] is None and "cfg 1.5" not in said
-
-
-def test_the_line_says_what_drew_the_samples(evaluate, evaluation_place):
-    save_folder(evaluation_place / "set", pixels(40))
-    (evaluation_place / "set/samples.json").write_text(json.dumps(record_of(40)))
-    said = evaluate("set", "--reference", "reference.npz", "--metrics", "fid")
+    said = evaluate("samples/set", "--reference", "reference.npz", "--metrics", "fid")
     assert said.endswith("; DiTSEM-XL/2, step 7, ema weights, ddpm 250 steps, cfg 1.5, seed 3\n")
 
 
@@ -243,15 +197,19 @@ def test_image_folder_with_adms_crop(evaluation_place):
         open_images(evaluation_place / "folder", "--reference")
 
 
-def test_any_part_of_an_npz(evaluation_place):
-    """Each process begins where its share does, in stored and in compressed files, and memory is a few batches."""
-    array = pixels(30, seed=4)
-    np.savez_compressed(evaluation_place / "packed.npz", labels=np.arange(30), arr_0=array)
-    np.savez(evaluation_place / "stored.npz", arr_0=array)
-    for name in ("packed.npz", "stored.npz"):
-        one = open_images(evaluation_place / name, "SAMPLES")
+def test_any_part_of_a_set(evaluation_place):
+    """Each process begins where its share does, in stored and compressed files and in folders; some are chosen."""
+    array = pixels(150, seed=4)
+    np.savez_compressed("packed.npz", labels=np.arange(150), arr_0=array)
+    np.savez("stored.npz", arr_0=array)
+    save_folder(evaluation_place / "folder", array)
+    for name in ("packed.npz", "stored.npz", "folder"):
+        one = open_images(name, "SAMPLES")
         assert (np.concatenate(list(one.batches(11, 25, 6))) == array[11:25]).all()
         assert [len(batch) for batch in one.batches(0, 30, 8)] == [8, 8, 8, 6]
+        for indices in ([], [0], [3, 63, 64, 149]):
+            found = list(one.chosen(indices))
+            assert len(found) == len(indices) and all(np.array_equal(*pair) for pair in zip(found, array[indices]))
 
 
 def test_an_npz_is_streamed(evaluation_place, monkeypatch):
@@ -267,11 +225,6 @@ def test_an_npz_is_streamed(evaluation_place, monkeypatch):
     for _ in open_images(evaluation_place / "samples.npz", "SAMPLES").batches(8, 40, 8):
         pass
     assert 0 < max(largest) <= max(8 * 16 * 16 * 3, zipfile.ZipExtFile.MIN_READ_SIZE, 2**20) and min(largest) > 0
-
-
-#################################################################################
-#                                  References                                   #
-#################################################################################
 
 
 def test_make_reference(evaluate, evaluation_place):
@@ -293,13 +246,11 @@ def test_make_reference(evaluate, evaluation_place):
     wanted = by_hand(pixels(40), pixels(50, seed=1)[rows])
     assert [found[key] for key in ("precision", "recall")] == [wanted[key] for key in ("precision", "recall")]
     assert "against made.npz (its stored statistics of 50 images and 20 images)" in said
-
-
-def test_statistics_alone(evaluate, evaluation_place):
-    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16, "--num-images", 0)
-    said = evaluate("samples.npz", "--reference", "made.npz", "--metrics", "fid", "sfid", "is")
+    evaluate("make-reference", "reference.npz", "alone.npz", "--image-size", 16, "--num-images", 0)
+    said = evaluate("samples.npz", "--reference", "alone.npz", "--metrics", "fid", "sfid", "is")
     assert "(its stored statistics of 50 images)" in said
-    assert numbers_in(evaluation_place / "samples.metrics.json").keys() == {"fid", "sfid", "inception_score"}
+    found = numbers_in(evaluation_place / "samples.metrics.json")
+    assert found.keys() == {"fid", "sfid", "inception_score"} and found["fid"] == pytest.approx(direct["fid"], rel=1e-9)
 
 
 def test_stored_statistics_of_the_samples_are_not_believed(evaluate, evaluation_place):

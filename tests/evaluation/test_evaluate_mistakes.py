@@ -11,11 +11,7 @@ from tiny_networks import pixels, record_of, save_folder
 
 import evaluate
 from evaluation import notes, sets
-from evaluation.reference import Reference, open_reference
-
-#################################################################################
-#                                   Warnings                                    #
-#################################################################################
+from evaluation.reference import Reference
 
 
 def counted(samples, width=2048, reference=None, count=10_000, metrics=("fid",)):
@@ -64,7 +60,7 @@ def test_warnings_of_images(evaluate, evaluation_place):
     (evaluation_place / "set/samples.json").write_text(json.dumps(record_of(40, weights="raw")))
     said = evaluate("set", "--reference", "reference.npz", "--metrics", "fid")
     assert "warning: 1 samples equal an earlier one (3 = 7)" in said
-    assert "warning: 1 samples are of one colour (8)" in said and "warning: the samples were drawn from the raw" in said
+    assert "warning: 1 samples have one colour (8)" in said and "warning: the samples were drawn from the raw" in said
     save_folder(evaluation_place / "jpegs", pixels(20, size=32), "jpg")
     said = evaluate("jpegs", "--reference", "reference.npz", "--metrics", "fid")
     assert "warning: 20 of the samples are JPEG files, whose compression changes the features" in said
@@ -74,11 +70,6 @@ def test_warnings_of_images(evaluate, evaluation_place):
     assert "warning: the samples were brought to 16 x 16 pixels before they were compared" in said
     warnings = json.loads((evaluation_place / "jpegs.metrics.json").read_text())["warnings"]
     assert all(f"warning: {line}" in said for line in warnings) and len(warnings) >= 2
-
-
-#################################################################################
-#                                  Bad input                                    #
-#################################################################################
 
 
 @pytest.fixture
@@ -173,7 +164,7 @@ def test_references_that_are_none(mistake):
     assert "mu, sigma: the mean or the covariance holds values that are NaN" in complain(
         mu=np.full(12, np.nan), sigma=np.eye(12)
     )
-    assert "mu is of type complex128, wanted real numbers" in complain(mu=np.zeros(12, complex), sigma=np.eye(12))
+    assert "mu has type complex128, wanted real numbers" in complain(mu=np.zeros(12, complex), sigma=np.eye(12))
     statistics = dict(mu=np.zeros(12), sigma=np.eye(12))
     assert "count has shape (2,), wanted ()" in complain(**statistics, count=np.zeros(2))
     assert "network is no text" in complain(**statistics, network=np.zeros(2))
@@ -211,11 +202,3 @@ def test_make_reference_mistakes(evaluation_place, monkeypatch, capsys):
     (evaluation_place / "folder.npz").mkdir()
     assert "folder.npz is a folder: name a file" in complain("reference.npz", "folder.npz", "--image-size", 16)
     assert not list(evaluation_place.glob("o*"))
-
-
-def test_open_reference_gives_what_the_file_says(evaluate, evaluation_place):
-    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
-    found = open_reference("made.npz")
-    assert (found.network, found.count, found.images.count) == ("inception", 50, 50)
-    assert found.stored("dinov2") is None and found.stored("inception").dim == 12
-    assert found.stored("inception", "spatial").dim == 6 and len(found.statistics_sha256()) == 64

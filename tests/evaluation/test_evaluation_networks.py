@@ -2,9 +2,7 @@
 
 import functools
 import hashlib
-import http.server
 import math
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ import torch
 from PIL import Image
 from tiny_networks import tiny_dinov2
 
-from dlc.weights.hub import fetch_file
 from evaluation import feature_networks as networks
 from evaluation.dinov2 import load_dinov2, preprocess, resample_positions
 from evaluation.inception import InceptionV3, load_inception
@@ -95,98 +92,39 @@ def test_published_name_with_other_bytes(inception_file, tmp_path):
     assert "not the published file" in network.notes[0] and len(network.digest) == 64
 
 
-#################################################################################
-#                                   Fetching                                    #
-#################################################################################
-
-
-@pytest.fixture
-def server():
-    """A file server on this machine: server.content, and after how many bytes it stops. It counts requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.requests += 1
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(server.content)))
-            self.end_headers()
-            self.wfile.write(server.content[: server.stops_after])
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.stops_after, server.requests = bytes(range(256)) * 40, None, 0
-    server.url = f"http://127.0.0.1:{server.server_port}/weights.pth"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def digest_of(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture
-def fetched(server, monkeypatch):
-    """Fetch the server's file as Inception's published one, whose digest starts with the given digits."""
-
-    def fetch(path, prefix=None):
-        monkeypatch.setattr(networks.InceptionNetwork, "url", server.url)
-        monkeypatch.setattr(networks.InceptionNetwork, "sha256_prefix", prefix or digest_of(server.content)[:8])
-        return fetch_file(server.url, path, functools.partial(networks.check_digest, networks.InceptionNetwork))
-
-    return fetch
-
-
-def test_what_is_fetched_is_whole_and_the_published_file(server, fetched, tmp_path):
-    path = tmp_path / "cache/weights.pth"
-    for stops_after, prefix in ((1000, digest_of(server.content)[:8]), (None, "6726825d")):
-        server.stops_after = stops_after
-        with pytest.raises(ValueError, match=f"wanted {prefix}…: it is not the published file, and was removed"):
-            fetched(path, prefix)
-        assert not [one for one in path.parent.iterdir() if one.suffix != ".lock"]
-    path.with_name(".weights.pth.part.0.partial").write_bytes(b"of a process that was killed")
-    assert fetched(path).read_bytes() == server.content and server.requests == 3
-    assert fetched(path) == path and server.requests == 3  # it is there
-    assert [one for one in path.parent.iterdir() if one.suffix != ".lock"] == [path]
-
-
-def test_where_weights_are_looked_for(server, tmp_path, monkeypatch):
+def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     """The flag, then torch's hub cache, then the working directory, then the public address."""
-    kind = networks.InceptionNetwork
+    kind, cache, content, asked = networks.InceptionNetwork, tmp_path / "hub/checkpoints", b"sent", []
+
+    def fetch_file(url, path, check):
+        asked.append(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        check(path.with_suffix(".part"))
+        return path.with_suffix(".part").rename(path)
+
+    def offline(value):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", value)
+
+    monkeypatch.setattr(networks, "fetch_file", fetch_file)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(kind, "url", server.url)
-    cache = tmp_path / "hub/checkpoints"
+    monkeypatch.chdir(tmp_path)
+    offline(True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set.*fetch http.*put it into .*hub/checkpoints"):
+        networks.find_weights("inception")
+    offline(False)
     with pytest.raises(ValueError, match="not the published file.*put it into .*hub/checkpoints, or name.*--inception"):
         networks.find_weights("inception")
-    monkeypatch.setattr(kind, "sha256_prefix", digest_of(server.content)[:8])
-    assert networks.find_weights("inception") == cache / kind.files[0] and server.requests == 2
-    assert networks.find_weights("inception") == cache / kind.files[0] and server.requests == 2
+    monkeypatch.setattr(kind, "sha256_prefix", hashlib.sha256(content).hexdigest()[:8])
+    for _ in range(2):
+        assert networks.find_weights("inception") == cache / kind.files[0] and asked == [kind.url] * 2
     (cache / kind.files[0]).rename(cache / kind.files[1])
     assert networks.find_weights("inception") == cache / kind.files[1]
     (cache / kind.files[1]).rename(kind.files[1])
-    assert networks.find_weights("inception") == Path(kind.files[1]) and server.requests == 2
+    assert networks.find_weights("inception") == Path(kind.files[1]) and len(asked) == 2
     with pytest.raises(ValueError, match="--inception nowhere.pth does not exist"):
         networks.find_weights("inception", "nowhere.pth")
-    Path(kind.files[1]).unlink()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set.*fetch http.*put it into .*hub/checkpoints"):
-        networks.find_weights("inception")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(kind, "url", "http://127.0.0.1:9/nothing")
-    with pytest.raises(ValueError, match="out of reach .*fetch http.*put it into .*hub/checkpoints"):
-        networks.find_weights("inception")
-
-
-#################################################################################
-#                                    DINOv2                                     #
-#################################################################################
 
 
 def cubic(x, a=-0.75):

@@ -35,11 +35,6 @@ def noise(*shape, seed=0, low=0, high=256):
     return torch.from_numpy(np.random.default_rng(seed).integers(low, high, shape, dtype=np.uint8))
 
 
-#################################################################################
-#                                 PSNR and SSIM                                 #
-#################################################################################
-
-
 def test_psnr_of_a_known_error():
     """Pixels that are 5 grey levels apart: 20 log10(255 / 5). One image per number; equal images are capped."""
     images = noise(3, 16, 12, 3, high=200)
@@ -76,23 +71,11 @@ def test_ssim_is_the_formula():
     assert ssim(a, a).tolist() == pytest.approx([1, 1])
 
 
-def test_ssim_of_flat_images():
-    """Only the luminance term differs from 1."""
-    a, b = torch.full((1, 11, 11, 3), 100, dtype=torch.uint8), torch.full((1, 11, 11, 3), 150, dtype=torch.uint8)
-    wanted = (2 * 100 * 150 + 6.5025) / (100**2 + 150**2 + 6.5025)
-    assert ssim(a, b).item() == pytest.approx(wanted, rel=1e-5)
-
-
 def test_pairs_that_cannot_be_compared():
     with pytest.raises(ValueError, match="11 x 11 pixels or more, these have"):
         ssim(noise(1, 10, 20, 3), noise(1, 10, 20, 3))
     with pytest.raises(ValueError, match="wanted uint8 alike"):
         psnr(noise(1, 16, 16, 3), noise(1, 16, 12, 3))
-
-
-#################################################################################
-#                                Code agreement                                 #
-#################################################################################
 
 
 def test_agreement_of_known_codes():
@@ -136,11 +119,6 @@ def test_reader_of_images():
     read.encoder.encode_pixels = lambda pixels: torch.full((len(pixels), 8, 16), math.nan)
     with pytest.raises(ValueError, match="not finite numbers: try another --encoder"):
         read(images)
-
-
-#################################################################################
-#                                Reconstruction                                 #
-#################################################################################
 
 
 def test_images_of_features(workplace, images, tmp_path):
@@ -210,11 +188,6 @@ def test_reconstruction_command(workplace, images, tiny_models, tmp_path, monkey
     }
 
 
-#################################################################################
-#                          Agreement of a samples folder                        #
-#################################################################################
-
-
 @pytest.fixture
 def samples(workplace, tmp_path):
     """A copy of samples of a DiTSEM for the codes of workplace's features."""
@@ -252,16 +225,6 @@ def test_agreement_of_what_it_should_be(samples, images, monkeypatch, capsys, wo
     run(monkeypatch, capsys, "agreement", samples)
     numbers = json.loads(samples.with_name(samples.name + ".metrics.json").read_text())["code_agreement"]
     assert numbers["share"] == numbers["whole_codes"] == 1 > numbers["chance"]
-
-
-def test_agreement_by_two_processes(samples, images):
-    """The same numbers, gathered from two processes."""
-    metrics, found = samples.with_name(samples.name + ".metrics.json"), []
-    for processes in (1, 2):
-        launch(("forked", processes, "evaluate.py", "agreement", samples, "--data-path", images), samples.parent)
-        found.append(json.loads(metrics.read_text()))
-        metrics.unlink()
-    assert found[0] == found[1]
 
 
 def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models, error_of, tmp_path):
