@@ -1,7 +1,6 @@
 """Tiny models and images, and the launching of the real scripts."""
 
 import importlib
-import inspect
 import json
 import os
 import re
@@ -20,43 +19,24 @@ from PIL import Image
 
 TESTS = Path(__file__).parent
 ROOT, HELPERS = TESTS.parent, TESTS / "helpers"
-SUBJECTS = [TESTS / name for name in ("data", "weights", "training", "sampling", "prior", "evaluation", "machine")]
 sys.path[:0] = [str(ROOT), str(HELPERS)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
-
-# The names by which tests start processes: pytest_collection_modifyitems marks what refers to one of them as slow.
-STARTERS = ("launch", "Run", "subprocess", "multiprocessing")
 
 IMAGE_SIZE, L, V = 64, 6, 300  # V above 256: codes are stored in 16 bits
 SAMPLE_FLAGS = ("--num-fid-samples", 21, "--num-sampling-steps", 3)
 
 
-def starts_processes(function, seen):
-    """Whether a function of the tests refers to one of STARTERS, itself or through other functions of the tests."""
-    function = inspect.unwrap(function)
-    if not inspect.isfunction(function) or function in seen:
-        return False
-    if Path(function.__code__.co_filename).parent not in (TESTS, *SUBJECTS):
-        return False
-    seen.add(function)
-    codes, names = [function.__code__], set()
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes += filter(inspect.iscode, code.co_consts)  # functions and lambdas within it
-    return not names.isdisjoint(STARTERS) or any(
-        starts_processes(function.__globals__[name], seen) for name in names if name in function.__globals__
-    )
+running = []  # the test that is
 
 
-def pytest_collection_modifyitems(items):
-    """Mark as slow each test that starts a process, by its own code or by that of a fixture it uses."""
-    for item in items:
-        fixtures = [
-            definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
-        ]
-        if any(starts_processes(function, set()) for function in (item.function, *fixtures)):
-            item.add_marker(pytest.mark.slow)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    running[:] = [item]
+
+
+def check_marked():
+    """Fail a test that starts a script's processes, by itself or by a fixture, and is not marked slow."""
+    assert not running or running[0].get_closest_marker("slow"), "it starts processes: mark it with @pytest.mark.slow"
 
 
 def golden(name):
@@ -78,6 +58,7 @@ def launch(command, cwd, check=True, wait=True, largest_file=None):
     The launcher "forked" is forked.Run, which is seconds faster; there standard output and error are one.
     largest_file: bytes that the disk takes of one file.
     """
+    check_marked()
     launcher, processes, script, *flags = command
     if launcher == "forked":
         from forked import Run

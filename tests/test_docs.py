@@ -107,6 +107,7 @@ def test_messages_are_quoted_as_they_are():
             assert any(part in text for text in texts), quote
 
 
+@pytest.mark.slow
 def test_every_key_is_described(workplace):
     """docs/formats.md has each key of the files that a run of all stages writes."""
     text = (ROOT / "docs/formats.md").read_text()

@@ -155,6 +155,7 @@ def test_bounds_of_models_that_are_known(code_features):
 #################################################################################
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_same_run(train, trained, tmp_path):
     """Weights, EMA, optimizer, losses and held-out bounds, to the bit, dropout and classes included; and the
     weights of the lowest bound are kept. Other flags that decide them are refused."""
@@ -187,6 +188,7 @@ def test_stopped_and_resumed_is_the_same_run(train, trained, tmp_path):
     assert rates == pytest.approx([3e-3 * 3 / 4, 3e-3, 3e-3])
 
 
+@pytest.mark.slow
 def test_processes_train_alike(trained, tmp_path):
     """Without dropout, from weights whose gradients are not mere rounding, as some of a new run are."""
     prior = save_prior(tmp_path / "prior", 0.2, num_classes=2, L=6, V=4)
@@ -202,6 +204,7 @@ def test_processes_train_alike(trained, tmp_path):
     assert max(abs(np.subtract(losses["other"], losses["one"]))) > 0.05
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(trained, train, tmp_path):
     """With a checkpoint and a measurement at each step, the end is the same."""
     flags = ("--max-steps", 12, "--ckpt-every", 1, "--eval-every", 1, "--log-every", 1)
@@ -219,6 +222,7 @@ def test_killed_at_random_moments(trained, train, tmp_path):
     assert best[0] == best[1] and len(best[0]) == 1
 
 
+@pytest.mark.slow
 def test_the_published_kind(train, trained, tmp_path):
     """One table for all positions and SEDD's loss: what is recorded, and that it can be begun with."""
     trained("sedd", "--max-steps", 2, "--log-every", 1, "--shared-embedding", "--score-entropy", "--holdout", 0)
@@ -238,6 +242,7 @@ def test_the_published_kind(train, trained, tmp_path):
     assert "another run" in run.said() and "Traceback" not in run.said()
 
 
+@pytest.mark.slow
 def test_by_its_launcher_with_pictures(workplace, tiny_models, tmp_path):
     """accelerate launch, with two processes, on extracted features, whose codes take 16 bits; previews by a DiTSEM."""
     command = (

@@ -78,6 +78,7 @@ def run(features, tmp_path_factory):
     return results, result
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(run, features):
     results, result = run
     assert result.stdout.count("warning: fp16 needs a GPU; this run uses float32") == 1
@@ -94,12 +95,14 @@ def test_what_a_run_leaves(run, features):
     assert (config["arguments"]["L"], config["arguments"]["V"], config["process"]["process"]) == (6, 300, "gaussian")
 
 
+@pytest.mark.slow
 def test_first_loss_is_the_mean_square_of_the_noise(run):
     """adaLN-Zero's output is 0 at the start, so the first MSE is that of the noise of places 0 to 7."""
     noise = normal(0, Stream.TRAIN_NOISE, torch.arange(8), (4, 8, 8))
     assert metrics(run[0])[0]["mse"] == pytest.approx(noise.square().mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ema_is_its_closed_form(run):
     results, _ = run
     checkpoints = [tensors(results / f"checkpoints/{step:07d}") for step in range(1, 7)]
@@ -110,6 +113,7 @@ def test_ema_is_its_closed_form(run):
         assert now.dtype == torch.float32 and not torch.equal(now, weight)
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_the_same(run, features, tmp_path):
     """train.py is the same door; two processes form one group, write one run, and log the mean of both losses."""
     results = tmp_path / "results"
@@ -127,6 +131,7 @@ def test_two_processes_train_on_the_same(run, features, tmp_path):
     assert json.loads((results / "args.json").read_text())["max_steps"] == 6
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(features, tmp_path):
     """No checkpoint after it; the last good one is named, and no line of metrics is invalid JSON."""
     copy, results = tmp_path / "copy", tmp_path / "results"
@@ -145,6 +150,7 @@ def test_a_loss_that_is_no_number_stops_the_run(features, tmp_path):
     assert metrics(results)[-1]["loss"] is None
 
 
+@pytest.mark.slow
 def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
     """One file an image, codes in int64, no manifest: the same run."""
     rows = Features(features)
@@ -160,6 +166,7 @@ def test_a_directory_of_the_reference_scripts(run, features, tmp_path):
     assert [line["loss"] for line in metrics(tmp_path / "results")] == [line["loss"] for line in metrics(run[0])[:2]]
 
 
+@pytest.mark.slow
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
     codes = dict(codes=rows.codes)
@@ -203,6 +210,7 @@ def test_moments_are_drawn_anew_in_each_epoch():
     torch.testing.assert_close(draw_posterior(moments[2:4], 0, places[2:4]), x[2:4], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_on_moments_and_both_flips(images, tiny_models, tmp_path):
     """Losses do not depend on the number of processes, and continue those of a run that was stopped."""
 

@@ -64,6 +64,7 @@ def losses(run):
     return [line["loss"] for line in metrics(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4", "DiTCONT-Ti/4"])
 def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path):
     """Of the posterior's moments, unflipped; by one process, by two, in parts, and by one stopped and continued."""
@@ -150,6 +151,7 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
             assert torch.equal(one[:8], two[:n])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tmp_path):
     """Both samplers draw from it; other images, and features, are refused."""
     train("labels", "--max-steps", 1, model="DiT-Ti/4")
@@ -194,6 +196,7 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tm
     assert "steps 1 to 2" in train("codes", "--max-steps", 2, "--allow-change", data=tmp_path / "others")
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read(train, images, tmp_path):
     """One line that names it, when its turn comes."""
     for readers in (0, 1):
@@ -212,6 +215,7 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
     assert "1_broken.jpg' (" in said and said.count("error:") == 1  # the others may be cut off
 
 
+@pytest.mark.slow
 def test_flags(train, folder, tmp_path):
     assert "--encoder is for DiTSEM models, not DiT-Ti/4" in train("x", "--encoder", "x", model="DiT-Ti/4", fails=True)
     assert "DiTCONT-Ti/4 is trained on vectors" in train("x", model="DiTCONT-Ti/4", fails=True)

@@ -54,6 +54,7 @@ def same_run(one, two, step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_stopped_in_an_epoch_and_between_lines(processes, accumulation, trained, tmp_path):
     """10 steps; or 5, which ends within the third epoch and between two lines of the log, and 5 more."""
@@ -65,6 +66,7 @@ def test_stopped_in_an_epoch_and_between_lines(processes, accumulation, trained,
     assert same_run(tmp_path / "whole", tmp_path / "parts", 10)
 
 
+@pytest.mark.slow
 def test_parts_and_processes_train_alike(trained, tmp_path):
     """The losses of one process, of two, of one in parts, and of a run whose number of processes changed."""
     trained("one", "--max-steps", 6)
@@ -79,6 +81,7 @@ def test_parts_and_processes_train_alike(trained, tmp_path):
     np.testing.assert_allclose(losses["changed"], np.reshape(losses["one"], (3, 2)).mean(axis=1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(trained, train, tmp_path):
     """At least 20 kills with a checkpoint at each step, so many in the midst of writing one; the end is the same."""
     flags = ("--max-steps", 12, "--ckpt-every", 1, "--ckpt-total-limit", 3)
@@ -114,6 +117,7 @@ def test_killed_at_random_moments(trained, train, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, which, send",
     [
@@ -144,6 +148,7 @@ def metrics_lines(run):
     return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").is_file() else 0
 
 
+@pytest.mark.slow
 def test_checkpoints_to_keep(trained, tmp_path):
     """The newest whole ones; a half-written one is neither counted nor loaded."""
     half = tmp_path / "run/checkpoints/0000009.tmp"
@@ -155,6 +160,7 @@ def test_checkpoints_to_keep(trained, tmp_path):
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000004", "0000005", "0000006"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(trained, features, tmp_path):
     """One line, nothing half-written, and the same command goes on once there is room."""
     trained("run", "--max-steps", 1)
@@ -166,6 +172,7 @@ def test_a_disk_that_is_full(trained, features, tmp_path):
     assert "steps 1 to 2" in trained("run", "--max-steps", 2)
 
 
+@pytest.mark.slow
 def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
     """Another global batch goes on at the place in the data where the first one stopped."""
     trained("run", "--max-steps", 3)
@@ -189,6 +196,7 @@ def test_changes_are_refused_unless_allowed(trained, train, features, tmp_path):
     assert not run.wait() and "model 'DiTSEM-Ti/4' there, 'DiTSEM-Ti/2' here; give another --results-dir" in run.said()
 
 
+@pytest.mark.slow
 def test_code_init_is_part_of_a_run(trained, train, tmp_path):
     """A run continues with its start of the code table alone."""
     first = trained("dlc", "--max-steps", 1, "--code-init", "dlc", "--lr", 0)
@@ -204,6 +212,7 @@ def test_code_init_is_part_of_a_run(trained, train, tmp_path):
     assert not run.wait() and "--code-init dlc is for DiTSEM models, not DiT-Ti/4" in run.said()
 
 
+@pytest.mark.slow
 def test_first_step_by_hand(trained, features, tmp_path):
     """Losses by quarter of t and the gradient's norm, and AdamW's first moment of the clipped gradient."""
     trained("run", "--max-steps", 1, "--grad-clip", 0.5, "--grad-accum", 2)
@@ -249,6 +258,7 @@ def test_sums_are_means():
     assert np.isnan(quarters[3])
 
 
+@pytest.mark.slow
 def test_ema_warms_up(trained, tmp_path):
     """The first steps' decay is (1 + step) / (10 + step), and does not depend on when checkpoints are written."""
     trained("run", "--max-steps", 4, "--ckpt-every", 1, "--ema-warmup")
@@ -261,6 +271,7 @@ def test_ema_warms_up(trained, tmp_path):
         torch.testing.assert_close(now[f"ema/{key}"], decay * before[f"ema/{key}"] + (1 - decay) * now[f"model/{key}"])
 
 
+@pytest.mark.slow
 def test_begun_with_other_weights(trained, train, tmp_path):
     """What fits is taken; tables of another size, what is left out and what is new are told."""
     trained("first", "--max-steps", 2)
@@ -282,6 +293,7 @@ def test_begun_with_other_weights(trained, train, tmp_path):
     assert not run.wait() and "junk.pt cannot be read as weights" in run.said() and "Traceback" not in run.said()
 
 
+@pytest.mark.slow
 def test_steps_that_the_scaler_skips(train, tmp_path):
     """They are counted, leave the EMA alone, and end the run where there are too many in a row."""
     run = train("run", "--max-steps", 9, "--max-nonfinite", 3, "--ckpt-every", 2, script="skipping")
@@ -299,6 +311,7 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
     assert all(torch.equal(two[key], three[key]) for key in two if key.startswith("ema/"))
 
 
+@pytest.mark.slow
 def test_skipped_steps_of_two_processes_and_of_a_resumed_run(trained, tmp_path):
     """One of them overflows, and both skip; stopped after a skipped step, between two lines, it goes on to the bit."""
     flags = ("--log-every", 4, "--ckpt-every", 2, "--grad-clip", 1)
@@ -317,6 +330,7 @@ def test_skipped_steps_of_two_processes_and_of_a_resumed_run(trained, tmp_path):
     assert {value.item() for key, value in state.items() if key.endswith("step")} == {5.0}
 
 
+@pytest.mark.slow
 def test_a_streak_of_skipped_steps_between_two_lines_ends_the_run(train, tmp_path):
     """It is seen at the next line of the log, or at the checkpoint that would have been written before."""
     for name, line, checkpoint in (("checkpoint", 9, 4), ("line", 8, 10)):
@@ -326,6 +340,7 @@ def test_a_streak_of_skipped_steps_between_two_lines_ends_the_run(train, tmp_pat
         assert "step 8: 3 steps in a row without a finite gradient; stopped." in run.said()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite(train, tmp_path):
     """A gradient may be NaN though the loss is not: no checkpoint holds what AdamW makes of it."""
     run = train(
@@ -336,6 +351,7 @@ def test_weights_that_are_not_finite(train, tmp_path):
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002"]
 
 
+@pytest.mark.slow
 def test_vectors_as_conditions(trained, train, features, tmp_path):
     """A DiTCONT on vectors in two shards; previews; and what does not fit."""
     vectors = np.random.default_rng(0).normal(size=(14, 5)).astype(np.float16)
@@ -372,6 +388,7 @@ def test_vectors_as_conditions(trained, train, features, tmp_path):
     assert "has values of type int64, wanted floats" in refused(*flags)
 
 
+@pytest.mark.slow
 def test_loss_curve_is_the_committed_one(tmp_path):
     """20 steps on made-up features. A change that moves it changes what is trained, and must say so."""
     manifest = Manifest(image_size=64, latents="sample", dtype="float32", L=4, V=8, classes=["a"], images=40)
@@ -412,6 +429,7 @@ def test_picture_of_the_losses(tmp_path):
     assert left[0] < 40 and right[0] > 340 and right[1] - left[1] > 700  # falls, over the whole width
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_is(trained, tmp_path):
     trained("run", "--max-steps", 2)
     lines = info(tmp_path / "run/checkpoints/0000002")
@@ -419,6 +437,7 @@ def test_what_a_checkpoint_is(trained, tmp_path):
     assert "L 6, V 300" in lines[2] and "global_batch_size 8" in lines[3] and "EMA weights differ" in lines[-1]
 
 
+@pytest.mark.slow
 def test_reports(trained, train, tmp_path):
     """The numbers of metrics.jsonl in TensorBoard's files; and one line where a package is not there."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -440,6 +459,7 @@ def test_reports(trained, train, tmp_path):
     assert "--report-to wandb needs its package: pip install wandb" in run.said() and "Traceback" not in run.said()
 
 
+@pytest.mark.slow
 def test_sharded(trained, features, tmp_path):
     """FSDP by the configuration file that is shipped, on two CPU processes: the losses of one process; its checkpoints
     load as any other, are continued sharded and whole, and previews are drawn."""

@@ -65,6 +65,7 @@ def wait_for_lines(process, run, count=1):
 #################################################################################
 
 
+@pytest.mark.slow
 def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
     """It waits a little, then says so; the first one's checkpoints and lines are those of a run left alone."""
     flags = ("--max-steps", 30, "--ckpt-every", 5)
@@ -81,6 +82,7 @@ def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
     assert not (tmp_path / "run/.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_launch_that_waited_continues(trained, train, tmp_path):
     first = train("run", "--max-steps", 20)
     wait_for_lines(first, tmp_path / "run")
@@ -91,6 +93,7 @@ def test_a_launch_that_waited_continues(trained, train, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "alone", 22)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")]
 )
@@ -100,6 +103,7 @@ def test_disks_that_can_do_less(fault, warning, trained, tmp_path):
     assert len(run_checkpoints(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_newest_is_the_highest_step_of_the_newest_run(trained, tmp_path):
     """A copy may have lost the files' times, or turned them round."""
     for name in ("one", "two"):
@@ -123,6 +127,7 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm, reason",
     [
@@ -161,6 +166,7 @@ def edit_optimizer(path, edit):
     torch.save(edit(state) or state, path / "optimizer.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm, reason",
     [
@@ -207,6 +213,7 @@ def run_of_three(features, tmp_path_factory):
     return root / "run"
 
 
+@pytest.mark.slow
 def test_sampling_wants_the_weights_alone(run_of_three, tmp_path):
     """Of a run stripped of its optimizer state the newest is drawn from; cut short weights are named."""
     shutil.copytree(run_of_three, tmp_path / "run")
@@ -227,6 +234,7 @@ def test_sampling_wants_the_weights_alone(run_of_three, tmp_path):
     assert re.search("error: checkpoint .*0000003 is damaged .* whole one before it is 0000002$", result.stderr, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -254,6 +262,7 @@ def test_lines_damaged_by_a_crash(damage, run_of_three, trained, tmp_path):
 #################################################################################
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_path):
@@ -280,6 +289,7 @@ def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_p
     assert same_run(tmp_path / "run", tmp_path / "alone", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     """Nothing is lost: a checkpoint, one line, and the same command goes on to the same end."""
@@ -352,6 +362,7 @@ def test_a_connection_to_a_reader_that_breaks(monkeypatch):
 #################################################################################
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
     """Rank 0 hangs in a collective, since the other was stopped: the first signal waits for a step, the second not."""
     process = train("run", "--max-steps", 5000, processes=2)
@@ -372,6 +383,7 @@ def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
     assert "Traceback" not in process.said()
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_says_where(features, tmp_path):
     """Of two processes one is never started."""
     run = Run(
@@ -411,6 +423,7 @@ def train_with(environment, features, results, *flags, script="train_diffusion")
     return run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment, message",
     [
@@ -433,6 +446,7 @@ def test_what_cannot_be_honoured(environment, message, features, error_of, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_environment_never_overrides_a_flag(features, tmp_path):
     """With dynamo and FSDP's activation checkpointing on, nothing is compiled and losses are the same."""
     environment = dict(
@@ -450,6 +464,7 @@ def test_the_environment_never_overrides_a_flag(features, tmp_path):
     assert "compiled: 6 blocks" in said  # no flag says otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--features-path", "--results-dir", "--vae", "--pretrained-path"])
 def test_empty_values(flag, error_of, features, tmp_path):
     """Of an unset variable: not the current folder."""
@@ -458,6 +473,7 @@ def test_empty_values(flag, error_of, features, tmp_path):
     assert error_of("train_diffusion", flag, " ") and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_home_folders(features, error_of, tmp_path):
     """In --flag=~/x shells leave ~ alone."""
     home = tmp_path / "home"
@@ -473,6 +489,7 @@ def test_home_folders(features, error_of, tmp_path):
 #################################################################################
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     "content",

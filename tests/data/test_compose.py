@@ -47,6 +47,7 @@ def test_sem_draws_from_the_mean_of_the_distributions():
     assert torch.equal(cold, distributions.argmax(dim=2)[source, torch.arange(3)])
 
 
+@pytest.mark.slow
 def test_the_script(images, features, tiny_models, tmp_path):
     """From images and from rows, to codes for --dlc-dir, and the count of tokens from each source."""
     files = [images / "cat/0.png", images / "dog/3.png"]
@@ -116,6 +117,7 @@ def test_a_source_does_not_depend_on_the_others(images, tiny_models):
     assert torch.equal(two[0], three[2]) and torch.equal(two[1], three[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [

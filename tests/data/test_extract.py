@@ -22,6 +22,7 @@ def contents(root):
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.suffix in (".npy", ".json")}
 
 
+@pytest.mark.slow
 def test_rows_are_what_the_contract_says(features, images, tiny_models):
     rows = Features(features)
     rows.validate()
@@ -48,6 +49,7 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
         assert_codes(rows.codes.gather([row]), encoder_logits(tiny_models[1], [images / name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher, processes", [("torchrun", 2), ("forked", 3)])
 def test_shards_do_not_depend_on_the_number_of_processes(launcher, processes, features, images, tiny_models, tmp_path):
     result = launch(extract_command(launcher, processes, images, tmp_path, tiny_models), tmp_path)
@@ -81,6 +83,7 @@ def everything(rows):
     return [stack.gather(all_rows) for stack in (rows.latents, rows.codes, rows.labels, rows.paths)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--posterior", "moments", "--flip", "both"), ("--precision", "bf16")], ids=str)
 def test_nor_do_they_depend_on_workers_and_threads(flags, extract):
     """The same bytes from one core and from two, from none, one and three readers; by 1, 2 and 3 processes."""
@@ -89,6 +92,7 @@ def test_nor_do_they_depend_on_workers_and_threads(flags, extract):
         assert contents(extract("--num-workers", workers, *flags, processes=processes)[0].root) == one
 
 
+@pytest.mark.slow
 def test_flips_and_posteriors(extract):
     """Of `both`, the even rows are those of `none`, and `random` takes one of the two; moments give back the sample."""
     kinds = ("--dtype", "float32", "--posterior")
@@ -121,6 +125,7 @@ def test_flips_and_posteriors(extract):
     assert 0.9 < noise.std() < 1.1
 
 
+@pytest.mark.slow
 def test_lower_precision(extract):
     rough, _ = extract("--dtype", "float32", "--precision", "bf16")
     latents, rough_latents = everything(extract("--dtype", "float32")[0])[0], everything(rough)[0]
@@ -128,6 +133,7 @@ def test_lower_precision(extract):
     assert rough.manifest.precision == "bf16"
 
 
+@pytest.mark.slow
 def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_models):
     """Compiled for batches of 8, of which shards of 4 and the broken image leave 4 and 3."""
     plain, compiled = (
@@ -141,6 +147,7 @@ def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_model
         assert_codes(codes, logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--flip", "both", "--posterior", "moments")], ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, rounded, tmp_path):
     """With two images of a batch of four broken, the third and fourth have the same bytes; and so the last of a shard
@@ -159,6 +166,7 @@ def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, rounded
         np.testing.assert_array_equal(one, two.reshape(14, copies, *two.shape[1:])[kept].reshape(one.shape))
 
 
+@pytest.mark.slow
 def test_without_an_encoder(features, images, tiny_models, tmp_path):
     """Latents and labels alone; and, the flips left out, every crop as it is."""
     flags = ("--encoder", "none", "--flip", "none", "--dtype", "float32")
@@ -175,6 +183,7 @@ def test_without_an_encoder(features, images, tiny_models, tmp_path):
     assert 0 < flipped.sum() < 14 and same == (~flipped).tolist()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_path):
     shutil.copytree(features, tmp_path, dirs_exist_ok=True)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -198,6 +207,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     assert Image.open(tmp_path / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
 
 
+@pytest.mark.slow
 def test_nothing_that_can_be_read(tiny_models, tmp_path):
     (tmp_path / "images/cat").mkdir(parents=True)
     (tmp_path / "images/cat/0.png").write_text("")

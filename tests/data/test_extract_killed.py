@@ -52,6 +52,7 @@ def shards_done(features):
     }
 
 
+@pytest.mark.slow
 def test_killed_where_it_hurts(whole, extraction, tmp_path):
     """Before each kind of file is renamed; a shard recorded as done is never done again."""
     for processes, rank, part, number in (
@@ -72,6 +73,7 @@ def test_killed_where_it_hurts(whole, extraction, tmp_path):
     assert run.wait() and contents(tmp_path / "features") == whole
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_torchrun(whole, many_images, tiny_models, tmp_path):
     """torchrun ends with the rank that was killed, and run again finishes."""
     command = extract_command("torchrun", 2, many_images, tmp_path, tiny_models)
@@ -81,6 +83,7 @@ def test_a_rank_killed_under_torchrun(whole, many_images, tiny_models, tmp_path)
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk(many_images, tiny_models, tmp_path):
     """One line that names the file and says how to go on; and so it does, once there is room."""
 
@@ -100,6 +103,7 @@ def test_a_full_disk(many_images, tiny_models, tmp_path):
     assert contents(tmp_path / "full") == contents(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_launches_at_once(whole, extraction, tmp_path):
     """One works, the others wait and find it done; one with other settings is refused."""
     runs = [extraction("features") for _ in range(3)]
@@ -117,6 +121,7 @@ def test_launches_at_once(whole, extraction, tmp_path):
     assert first.wait() and contents(tmp_path / "seed_0") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")]
 )
@@ -136,6 +141,7 @@ def the_line(run, status, beginning):
     assert beginning in line
 
 
+@pytest.mark.slow
 def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
     run = extraction("features", fault="signalled,readers:SIGKILL,progress/0,1")
     the_line(run, 2, "error: a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num")
@@ -143,6 +149,7 @@ def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
     assert run.wait() and contents(tmp_path / "features") == whole
 
 
+@pytest.mark.slow
 def test_interrupted(whole, extraction, tmp_path):
     """Ctrl-C ends it with one line, its readers too; what is done is kept."""
     run = extraction("features", "--num-workers", 2, fault="signalled,SIGINT,progress/0,1")

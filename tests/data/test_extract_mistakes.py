@@ -81,6 +81,7 @@ def test_hub_out_of_reach(extract_error):
         assert f"{name}: no such local path, and the hub's cache" in error and "or give a local path" in error
 
 
+@pytest.mark.slow
 def test_features_of_other_settings(extract_error, features):
     error = extract_error("--features-path", features, "--shard-size", 4, "--flip", "none", "--global-seed", 3)
     assert "flip 'random' there, 'none' here; seed 0 there, 3 here" in error
@@ -96,6 +97,7 @@ def test_features_of_other_settings(extract_error, features):
         assert message in extract_error("--features-path", features, *flags)
 
 
+@pytest.mark.slow
 def test_features_of_other_images_or_networks(extract_error, images, tiny_models, features, tmp_path):
     """Told by what they are, not by where they lie."""
     same = ("--features-path", features, "--shard-size", 4)

@@ -92,6 +92,7 @@ def lone_files(root, count=30, side=8, codes=True):
     return arrays
 
 
+@pytest.mark.slow
 def test_info_says_what_is_there(features):
     result = tool("info", features)
     assert result.returncode == 0, result.stderr
@@ -132,6 +133,7 @@ def test_moments_and_both_flips_are_understood(tmp_path, capsys):
     assert status == 0 and "duplicates: 0 images" in out and "40 rows of 20 images" in out
 
 
+@pytest.mark.slow
 def test_check_finds_nothing_wrong_with_what_is_right(features, tmp_path, capsys):
     result = tool("check", features)
     assert result.returncode == 0 and result.stdout == f"{features}: nothing wrong with its 14 rows\n"
@@ -203,6 +205,7 @@ def test_check_of_what_is_no_manifest(tmp_path, capsys):
     assert call(capsys, "check", tmp_path / "nowhere")[0] == 1
 
 
+@pytest.mark.slow
 def test_pack(tmp_path, capsys):
     """Rows in numeric order of their names, to the bit; twice does nothing; what does not fit is refused by name."""
     arrays = lone_files(tmp_path / "old")
@@ -432,6 +435,7 @@ def test_import_from_the_hub(tmp_path, hub):
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_import_says_what_it_needs(tmp_path):
     (tmp_path / "datasets.py").write_text("raise ImportError")
     result = tool("import-hf", tmp_path, tmp_path / "new", env=dict(PYTHONPATH=str(tmp_path)))

@@ -347,6 +347,7 @@ def test_other_manifests_are_refused(written):
             Features(root)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """ImageNet's 1,281,167 rows, opened and read from, take no more than 10,000 do."""
     script = """if True:

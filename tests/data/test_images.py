@@ -188,6 +188,7 @@ def zoo(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
     result = launch(
         extract_command(
@@ -234,6 +235,7 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
     assert np.abs(row("a b/same.png") - row("z/same.png")).max() > 0.01  # one basename, two classes
 
 
+@pytest.mark.slow
 def test_strict_stops_at_the_first(zoo, tiny_models, tmp_path):
     command = extract_command("torchrun", 1, zoo, tmp_path, tiny_models, "--strict", "--shard-size", 3)
     result = launch(command, tmp_path, check=False)

@@ -330,6 +330,7 @@ def messy(tmp_path_factory):
 SAID = "left out 1 .gif, 2 hidden or system files and folders (.ipynb_checkpoints, …); 1 empty classes (bee)"
 
 
+@pytest.mark.slow
 def test_extraction_says_it_once(messy, tiny_models, tmp_path):
     result = launch(extract_command("forked", 2, messy, tmp_path / "features", tiny_models), tmp_path)
     assert result.stdout.count(SAID) == 1 and "warning: --data-path" in result.stdout
@@ -339,6 +340,7 @@ def test_extraction_says_it_once(messy, tiny_models, tmp_path):
     assert features.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_class_that_cannot_be_read_stops_extraction(messy, tiny_models, tmp_path):
     root = shutil.copytree(messy, tmp_path / "data")
     (root / "cow").symlink_to("cow")

@@ -60,6 +60,7 @@ def refused(path, result):
     return line
 
 
+@pytest.mark.slow
 def test_latents_too_large_for_the_precision(extract, tiny_models, tmp_path):
     """Weights that are finite in float32, and not in float16."""
     vae = scaled_vae(tiny_models, tmp_path / "vae", lambda weight, bias: bias.fill_(1e5))
@@ -75,6 +76,7 @@ def test_latents_too_large_for_the_precision(extract, tiny_models, tmp_path):
     assert Features(path).count == 6
 
 
+@pytest.mark.slow
 def test_latents_too_large_for_the_stored_type(extract, folder, tiny_models, tmp_path):
     """Of one image only: the shards before it are kept, its own is not written; and a float32 store has room."""
     flags = ("--posterior", "mean", "--shard-size", 1, "--flip", "both")
@@ -106,6 +108,7 @@ def loud_encoder(tiny_models, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_codes_of_logits_that_are_not_finite(extract, tiny_models, loud_encoder):
     path, result = extract("codes", tiny_models[0], "--precision", "fp16", encoder=loud_encoder)
     assert "the encoder's logits of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32" in refused(
@@ -143,6 +146,7 @@ def test_training_on_images_sees_them(folder, tiny_models):
     assert draw_posterior(spoilt, 0, torch.arange(6))[2].isnan().all()
 
 
+@pytest.mark.slow
 def test_training_on_images_ends_at_them(folder, tiny_models, tmp_path):
     """By the loss, before a checkpoint; weights of the encoder that overflow in float32."""
     encoder = load_encoder(tiny_models[1])
@@ -182,6 +186,7 @@ def test_training_on_images_ends_at_them(folder, tiny_models, tmp_path):
     assert len(metrics(tmp_path / "run")) == 1 and not list((tmp_path / "run").glob("checkpoints/0*"))
 
 
+@pytest.mark.slow
 def test_composing_refuses_them(folder, tiny_models, tmp_path):
     encoder = load_encoder(tiny_models[1])
     with torch.no_grad():

@@ -120,6 +120,7 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["set.metrics.json"]  # --discard
 
 
+@pytest.mark.slow
 def test_a_program_that_fails(tmp_path):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
     with pytest.raises(ValueError, match="sampling ended with exit status 3 .see above."):

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 
-from conftest import HELPERS, ROOT
+from conftest import HELPERS, ROOT, check_marked
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
@@ -39,6 +39,7 @@ class Run:
     """The ranks of one launch, their output in the file `output`."""
 
     def __init__(self, script, arguments, output, processes=1, cwd=".", environment=None):
+        check_marked()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -51,6 +51,7 @@ def test_progress_of_short_work(capsys):
     assert lines[1].endswith("loss=0.5]")
 
 
+@pytest.mark.slow
 def test_progress_in_a_terminal():
     """A bar drawn in place."""
     main, terminal = pty.openpty()

@@ -17,6 +17,7 @@ SCRIPTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_line_under_the_launcher(processes, tmp_path):
     """Among what torchrun says of a failed child, the line appears once, and nothing is left behind."""
@@ -53,6 +54,7 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
         assert action.help and action.dest in read, action.option_strings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
 def test_sources_are_clean(command):
     """By ruff's rules in pyproject.toml."""

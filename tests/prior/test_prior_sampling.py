@@ -58,6 +58,7 @@ def read(folder):
 #################################################################################
 
 
+@pytest.mark.slow
 def test_processes_do_not_matter(codes, prior, tmp_path):
     """Byte for byte, by two processes under torchrun, by one and by three."""
     folder, said = codes
@@ -74,11 +75,13 @@ def test_processes_do_not_matter(codes, prior, tmp_path):
     assert len(np.unique(read(folder), axis=0)) > 0.99 * NUM
 
 
+@pytest.mark.slow
 def test_other_batch_sizes_differ_by_rounding(codes, prior, run):
     run("--ckpt", prior, "--num", SHARD, "--out", "small", "--batch-size", 40, "--no-usage")
     assert (read("small") == read(codes[0])[:SHARD]).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_the_same_command_again(codes, prior, run, tmp_path):
     """Draws what is missing, cut off or of too few rows; nothing if nothing is; more where more are asked for."""
     whole = {path.name: path.read_bytes() for path in codes[0].glob("*.npy")}
@@ -102,6 +105,7 @@ def test_the_same_command_again(codes, prior, run, tmp_path):
     assert record.codes_sha256 == CodesRecord.read(codes[0] / "codes.json").codes_sha256
 
 
+@pytest.mark.slow
 def test_killed(prior, codes, tmp_path):
     """Three times, at once and later; then the same bytes, and until then no source of codes."""
     from forked import Run
@@ -245,6 +249,7 @@ def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):
 DRAW = ("sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--num-sampling-steps", 2, "--cfg-scale", 1)
 
 
+@pytest.mark.slow
 def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     """Sample i gets code i, byte for byte, by any processes and batches; resumed, with more samples; recorded so that
     agreement with the codes can be measured."""
@@ -290,6 +295,7 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert sample_folder(tmp_path / "listed").name == folder.name
 
 
+@pytest.mark.slow
 def test_a_prior_that_fills_the_memory(error_of, workplace, prior, monkeypatch):
     """The line names the flag that helps. Before that, its weights are hashed once."""
     hashed = []
@@ -309,6 +315,7 @@ def test_a_prior_that_fills_the_memory(error_of, workplace, prior, monkeypatch):
 #################################################################################
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
     plain = save_prior(tmp_path / "plain")
     np.save(tmp_path / "short.npy", np.zeros((2, L - 1), int))
@@ -368,6 +375,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         assert message in error_of("sample_ddp_computed_dlc", *flags), flags
 
 
+@pytest.mark.slow
 def test_damaged_folders_of_codes(codes, tmp_path):
     """A missing shard, a lost digest, a codes.json of a newer version or with a wrong value: one line each."""
     import shutil

@@ -44,6 +44,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, precision, flags",
     [
@@ -60,6 +61,7 @@ def test_training(graphs, family, precision, flags):
         assert graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [None, 7])
 def test_training_a_prior(graphs, classes):
     for step in prior_training(classes, False, "bf16", "--compile", "--grad-accum", "2", device=CPU, steps=3, depth=10):

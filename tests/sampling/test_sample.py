@@ -17,6 +17,8 @@ from dlc.data import Features
 from dlc.machine.noise import Stream, normal
 from models import DiT_models
 
+pytestmark = pytest.mark.slow
+
 
 def read_npz(root):
     (path,) = root.glob("*.npz")

@@ -10,6 +10,8 @@ import pytest
 from conftest import launch, sample_folder
 from forked import Run
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
     "--model",
     "DiTSEM-Ti/4",

@@ -305,6 +305,7 @@ def test_vectors_that_are_refused(vectors, harm, message):
         ComputedVectors(vectors, CONT, "sequential", 0).digest(7)
 
 
+@pytest.mark.slow
 def test_what_could_not_be_compared_is_said(tmp_path, features):
     np.save(tmp_path / "codes.npy", CODES)
     assert "do not say which encoder" in of(tmp_path / "codes.npy").notes[0]

@@ -11,6 +11,8 @@ from conftest import IMAGE_SIZE, L, V, save_checkpoint
 
 from dlc.data import kind_dir
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sample_error(error_of, features, tiny_models, tmp_path):

@@ -9,6 +9,8 @@ from conftest import IMAGE_SIZE, V, save_checkpoint
 
 from dlc.data import kind_dir
 
+pytestmark = pytest.mark.slow
+
 
 def test_features_path(error_of, features, tmp_path):
     assert "features path nowhere does not exist" in error_of("train_diffusion", "--features-path", "nowhere")

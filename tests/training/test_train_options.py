@@ -120,6 +120,7 @@ def runs(flags_of, tmp_path_factory):
     return said, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_alike(name, runs):
     """The losses are those of the first, to what 16 bits are worth, and the rounding of images in other batches."""
@@ -130,6 +131,7 @@ def test_every_variant_trains_alike(name, runs):
     np.testing.assert_allclose(losses[name], losses["train_original"], rtol=1e-2 if precision == "bf16" else 1e-4)
 
 
+@pytest.mark.slow
 def test_flags_reach_what_they_are_of(flags_of, tmp_path):
     for flags, said in (
         ((), "compiled: 0 blocks; checkpointing: False; TF32: True, True"),
@@ -142,6 +144,7 @@ def test_flags_reach_what_they_are_of(flags_of, tmp_path):
         assert run.wait() and said in run.said(), run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [[str(ROOT / "train_options/train_amp.py")], ["-m", "train_options.train_amp"]])
 def test_launched_by_path_and_as_a_module(how, flags_of, tmp_path):
     """From anywhere, and from the repository's root."""
@@ -229,6 +232,7 @@ def run_recipe(name, programs, *flags, **variables):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_give_flags_that_exist(name, tmp_path):
     """The launcher's and the script's own; and each says what it should reach, in how long, and its source."""
@@ -263,6 +267,7 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
     assert args.model == ("DiT-XL/2" if name == "dit_xl2_400k.sh" else "DiTSEM-XL/2")
 
 
+@pytest.mark.slow
 def test_slurm_example_trains(both_data, flags_of, tmp_path):
     """Two tasks, as a stand-in for srun starts them, form one group."""
     stand_in(tmp_path / "bin", "scontrol", "echo 127.0.0.1")

@@ -93,6 +93,7 @@ def deep_features(deep_vae, normal_vae, tiny_models, images, tmp_path_factory):
     return {kind: root / kind for kind in ("mean", "moments")}
 
 
+@pytest.mark.slow
 def test_extracted(deep_features, deep_vae, normal_vae, images):
     features = Features(deep_features["mean"])
     features.validate()
@@ -118,6 +119,7 @@ def test_extracted(deep_features, deep_vae, normal_vae, images):
     assert moments.latent_shape == (CHANNELS, 16, 16) and moments.latents.array(0).shape[1:] == (2 * CHANNELS, 16, 16)
 
 
+@pytest.mark.slow
 def test_inspected(deep_features, monkeypatch, capsys):
     from dlc.features import main
 
@@ -131,6 +133,7 @@ def test_inspected(deep_features, monkeypatch, capsys):
             assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "moments"])
 def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_path):
     """The model has 16 channels in, and another VAE than the features' is refused, by training as by sampling."""
