@@ -21,6 +21,7 @@ from dlc.sampling.conditions import open_codes
 from dlc.sampling.pictures import check_npz, npz_rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -124,6 +124,7 @@ def test_reader(name, tmp_path, monkeypatch):
     assert name in line and words in line and not (tmp_path / "touched").exists()
 
 
+@pytest.mark.slow
 def test_a_bomb_takes_no_memory(tmp_path):
     """A file of 0.3 MB that inflates to 256 MB: in C++, where only the process's own memory tells."""
     torch.save({}, tmp_path / "bomb.pt")
