@@ -404,6 +404,7 @@ def test_import_of_parquet_files(tmp_path, capsys):
         assert message in refused(tmp_path / "other.parquet")
 
 
+@pytest.mark.slow
 def test_import_from_the_hub(tmp_path, hub):
     """By id and revision; Parquet is streamed, and the commit recorded. In processes of their own: datasets reads the
     hub's address when it is imported."""

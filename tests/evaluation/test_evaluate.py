@@ -141,6 +141,7 @@ def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
     assert re.search(r"\(50 images\); FD-DINOv2 as in Stein et al. 2023; dinov2 [0-9a-f]{8}\n", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_equal_numbers(evaluation_place, evaluate, processes):
     """Batches of 8 of 10 and 50 images, so that a third process has no samples: all numbers of one process."""

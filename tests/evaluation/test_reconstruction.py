@@ -121,6 +121,7 @@ def test_reader_of_images():
         read(images)
 
 
+@pytest.mark.slow
 def test_images_of_features(workplace, images, tmp_path):
     """Row by row the crops of extraction, whatever the flips; a part of them is spread over all."""
     features = Features(workplace / "features")
@@ -140,6 +141,7 @@ def test_images_of_features(workplace, images, tmp_path):
             FeatureImages(features, path, count)
 
 
+@pytest.mark.slow
 def test_names_that_lead_elsewhere(workplace, images, tmp_path):
     shutil.copytree(workplace / "features", tmp_path / "features")
     names = np.load(tmp_path / f"features/imagenet{IMAGE_SIZE}_path/000000.npy")
@@ -158,6 +160,7 @@ def run(monkeypatch, capsys, *argv):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_reconstruction_command(workplace, images, tiny_models, tmp_path, monkeypatch, capsys):
     """Its numbers are those of all images at once, and two processes give the same."""
     out = tmp_path / "numbers.json"
@@ -196,6 +199,7 @@ def samples(workplace, tmp_path):
     return tmp_path / "samples" / folder.name
 
 
+@pytest.mark.slow
 def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch, capsys):
     """Found codes are compared with the rows that samples.json lists; the numbers join those of other commands."""
     metrics = samples.with_name(samples.name + ".metrics.json")
@@ -216,6 +220,7 @@ def test_agreement_command(samples, workplace, images, tiny_models, monkeypatch,
     assert f"code agreement {result['share']:.3f} +- " in said and "VAE reconstructions of 14 images" in said
 
 
+@pytest.mark.slow
 def test_agreement_of_what_it_should_be(samples, images, monkeypatch, capsys, workplace):
     """The images themselves in the place of their samples, as the encoder saw them, agree wholly, in random order."""
     record = json.loads((samples / "samples.json").read_text())
@@ -227,6 +232,7 @@ def test_agreement_of_what_it_should_be(samples, images, monkeypatch, capsys, wo
     assert numbers["share"] == numbers["whole_codes"] == 1 > numbers["chance"]
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models, error_of, tmp_path):
     def error(*flags, path=samples):
         return error_of("evaluate", "agreement", path, *flags)
@@ -249,6 +255,7 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
         agreement.DrawnCodes(samples, dataclasses.replace(record, conditions=dict(kind="labels")))
 
 
+@pytest.mark.slow
 def test_encoder_of_the_codes(samples, tmp_path, error_of):
     """Another encoder than the one that made the codes is refused, and one of other codes."""
     for positions, message in (
@@ -262,6 +269,7 @@ def test_encoder_of_the_codes(samples, tmp_path, error_of):
         assert re.search(message, error), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["agreement", "reconstruction"])
 def test_a_hub_id_is_fetched_by_one_process_of_a_node(command, samples, workplace, images, monkeypatch, error_of):
     asked = []
@@ -282,6 +290,7 @@ def test_a_hub_id_is_fetched_by_one_process_of_a_node(command, samples, workplac
     assert "asked once" in error_of("evaluate", command, *flags[command]) and asked == [True]
 
 
+@pytest.mark.slow
 def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, tiny_models):
     def error(*flags, features=workplace / "features", data=images):
         return error_of("evaluate", "reconstruction", features, "--data-path", data, *flags)
