@@ -13,15 +13,19 @@ flips and draws from the VAE's posterior if they are made here: neither the numb
 what is trained on.
 """
 
+import argparse
 import hashlib
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from diffusion import GaussianDiffusion
 from diffusion.processes import create_process
 from dlc.data import Features
-from dlc.data.inputs import INPUTS
+from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, normal, uniform
@@ -34,12 +38,15 @@ from dlc.training.preview import first_rows, save_preview
 from dlc.training.record import Losses
 from dlc.training.run import Run
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
-from models import CODE_INITS, DiT_models
+from models import CODE_INITS, Condition, DiT_models
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")
 
 
-def argument_parser(**defaults):
+def argument_parser(**defaults) -> ArgumentParser:
     """The flags. The files of train_options/ state other defaults."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("model").add_argument
@@ -79,7 +86,7 @@ def argument_parser(**defaults):
     return parser
 
 
-def open_data(args, state):
+def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Images:
     """The `Features` or `Images` to train on. Raises ValueError if they cannot be read or flags do not fit them."""
     if not args.data_path:
         if args.features_path is None:
@@ -117,7 +124,7 @@ def open_data(args, state):
     )
 
 
-def open_inputs(args, features):
+def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs:
     """What the model is conditioned on, `Inputs`. Raises ValueError if the features lack it, or flags do not fit it."""
     conditioning = DiT_models[args.model].conditioning
     if args.condition_path and conditioning != "vectors":
@@ -127,18 +134,20 @@ def open_inputs(args, features):
     return INPUTS[conditioning](features, args)
 
 
-def model_arguments(args) -> dict:
-    """The arguments of the model's constructor that flags decide: a new one is a line here, and its flag."""
+def model_arguments(args: argparse.Namespace) -> dict:
+    """The arguments of the model's constructor that flags decide: to add one, add a line here and its flag."""
     return dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}
 
 
-def build_optimizer(args, model):
+def build_optimizer(
+    args: argparse.Namespace, model: torch.nn.Module
+) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
     """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
     return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
-def data_settings(args, features, inputs):
+def data_settings(args: argparse.Namespace, features: Features | Images, inputs: Inputs) -> dict:
     """What the features are, as RunMeta records and compares it."""
     first = np.arange(min(64, features.count))
     vectors = inputs.arrays["vectors"].gather(first) if args.condition_path else None
@@ -151,8 +160,10 @@ def data_settings(args, features, inputs):
     )
 
 
-def draws(seed, indices, x, num_timesteps, dropout):
-    """Of samples with latents x: timesteps (n,), noise (n, C, S/f, S/f), and whether to drop the condition (n,)."""
+def draws(
+    seed: int, indices: torch.Tensor, x: torch.Tensor, num_timesteps: int, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Timesteps (n,), noise (n, C, S/f, S/f) and whether to drop the condition (n,), for samples with latents x."""
     return (
         integers(seed, Stream.TRAIN_TIMESTEP, indices, num_timesteps),
         normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:]),
@@ -160,7 +171,17 @@ def draws(seed, indices, x, num_timesteps, dropout):
     )
 
 
-def losses_of(model, diffusion, indices, x, y, *, seed, dropout, draw_latents):
+def losses_of(
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    indices: torch.Tensor,
+    x: torch.Tensor,
+    y: Condition,
+    *,
+    seed: int,
+    dropout: float,
+    draw_latents: bool,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A micro-batch's losses (n,) by name, and its timesteps (n,).
 
     Args:
@@ -175,7 +196,7 @@ def losses_of(model, diffusion, indices, x, y, *, seed, dropout, draw_latents):
     return diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
 
 
-def main(**defaults):
+def main(**defaults) -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
     args = parser.parse_args()
@@ -186,7 +207,7 @@ def main(**defaults):
         train(parser, args, run)
 
 
-def train(parser, args, run):
+def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     """The run that args ask for."""
     is_main = run.state.is_main_process
     with parser.one_line_errors():

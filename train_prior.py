@@ -13,10 +13,12 @@ of processes nor a restart changes what is trained on. Dropout is a function of 
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from diffusion.masked import MaskedDiffusion
 from diffusion.processes import create_process
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
@@ -33,7 +35,7 @@ LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")
 MASKING = "counted"  # the same mean loss as independent masks, and less variance
 
 
-def argument_parser():
+def argument_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="DLCPrior-M", choices=DLCPrior_models, metavar="MODEL", help="name in DLCPrior_models")
@@ -95,7 +97,7 @@ def argument_parser():
     return parser
 
 
-def settle_flags(args):
+def settle_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that would have no effect; give the others that were left out their values."""
     if args.vae and not args.preview_ckpt:
         raise ValueError("--vae decodes previews: give a --preview-ckpt as well")
@@ -107,7 +109,7 @@ def settle_flags(args):
         raise ValueError("--holdout holds out a share of --features-path, --heldout-path other codes: give one of them")
     for flag, given in (("every", args.eval_every), ("levels", args.eval_levels)):
         if given is not None and args.holdout == 0:
-            raise ValueError(f"--eval-{flag} is of the bound on held-out codes, and --holdout 0 holds none out")
+            raise ValueError(f"--eval-{flag} needs held-out codes, but --holdout is 0")
     default = dict(
         label_dropout=0.1 if args.class_conditional else 0.0,
         holdout=0.0 if args.heldout_path else 0.01,
@@ -117,7 +119,16 @@ def settle_flags(args):
     vars(args).update({name: value for name, value in default.items() if getattr(args, name) is None})
 
 
-def losses_of(model, diffusion, indices, x, y, *, seed, label_dropout):
+def losses_of(
+    model: Callable,
+    diffusion: MaskedDiffusion,
+    indices: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    *,
+    seed: int,
+    label_dropout: float,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A micro-batch's losses (n,) by name, and its times (n,).
 
     Args:
@@ -130,13 +141,15 @@ def losses_of(model, diffusion, indices, x, y, *, seed, label_dropout):
     return diffusion.training_losses(model, x, t, x_t, kwargs), t
 
 
-def build_optimizer(args, model):
+def build_optimizer(
+    args: argparse.Namespace, model: torch.nn.Module
+) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
     """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
     return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
-def main():
+def main() -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser()
     args = parser.parse_args()
@@ -147,7 +160,7 @@ def main():
         train(parser, args, run)
 
 
-def train(parser, args, run):
+def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     """The run that args ask for."""
     with parser.one_line_errors():
         # ---------------------------------------------------------------------- data

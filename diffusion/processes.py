@@ -10,10 +10,11 @@ import inspect
 from . import GaussianDiffusion, create_diffusion
 from .masked import MaskedDiffusion
 
+Process = GaussianDiffusion | MaskedDiffusion
 PROCESSES = {"gaussian": create_diffusion, "masked": MaskedDiffusion}
 
 
-def create_process(name: str, **arguments) -> GaussianDiffusion | MaskedDiffusion:
+def create_process(name: str, **arguments) -> Process:
     """A process by its name in PROCESSES. It keeps the name and all arguments, with the defaults, as `config`.
 
     Raises ValueError for a name or arguments that do not exist.

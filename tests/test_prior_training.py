@@ -276,7 +276,7 @@ def test_mistakes_are_one_line(error_of, code_features, tmp_path):
         (("--heldout-path", "nowhere"), "nowhere does not exist"),
         (("--heldout-path", other, "--holdout", 0.01), "--heldout-path other codes: give one of them"),
         (("--label-dropout", 0.1), "--label-dropout hides classes: give --class-conditional"),
-        (("--holdout", 0, "--eval-levels", 8), "--eval-levels is of the bound on held-out codes, and --holdout 0"),
+        (("--holdout", 0, "--eval-levels", 8), "--eval-levels needs held-out codes, but --holdout is 0"),
         (("--heldout-path", other), "have V=3, but those of"),
         (("--heldout-path", foreign), "another encoder"),
         (("--model", "DLCPrior-XL"), "invalid choice: 'DLCPrior-XL'"),

@@ -1,4 +1,4 @@
-"""The command line: flags, errors in one line, warnings said once, and progress. Imports nothing heavy."""
+"""The command line: flags, errors in one line, warnings printed once, and progress. Imports nothing heavy."""
 
 import argparse
 import contextlib
@@ -10,27 +10,32 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LONGEST_LINE = 300  # characters of an error
 PLAIN_SECONDS = 30  # between two lines of progress where standard error is no terminal
 WARNED = set()  # subjects that this process has warned of
 
 
-def printable(text):
-    """The text without control characters, by which a file's name or content could steer the terminal."""
+def printable(text: object) -> str:
+    """The text without control characters, with which a file's name or content could steer the terminal."""
     return "".join(
         character if character.isprintable() else "?" if character > " " else " "
         for character in re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", str(text))
     )
 
 
-def one_line(text, limit=LONGEST_LINE):
+def one_line(text: object, limit: int = LONGEST_LINE) -> str:
     """The text as one printable line; of one that is too long, the middle is left out: its end says what to do."""
     line = " ".join(printable(text).split())
     return line if len(line) <= limit else f"{line[: limit * 3 // 5]} … {line[-limit * 2 // 5 + 3 :]}"
 
 
-def warn_once(subject, message):
+def warn_once(subject: str, message: str) -> None:
     """Print a warning to standard error: on rank 0 only, and only the first one on its subject."""
     if subject not in WARNED and os.environ.get("RANK", "0") == "0":
         WARNED.add(subject)
@@ -42,7 +47,7 @@ def warn_once(subject, message):
 #################################################################################
 
 
-def number(kind, low, high=math.inf):
+def number(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or float from low to high, never infinite or NaN (which no comparison holds for)."""
 
     def parse(text):
@@ -60,7 +65,7 @@ def number(kind, low, high=math.inf):
 SEED = number(int, 0, 2**63 - 1)  # the argparse type of --global-seed
 
 
-def path_or_name(text):
+def path_or_name(text: str) -> str:
     """The argparse type of every flag without another: ~ expanded, which shells leave alone in --flag=~/x.
 
     An empty value, which an unset shell variable gives, would mean the current folder: it is refused.
@@ -74,7 +79,7 @@ def path_or_name(text):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default in brackets, unless its help ends with one, as of a default that depends on the data."""
+    """Adds each flag's default in brackets, unless its help ends with one, such as one that depends on the data."""
 
     def _get_help_string(self, action):
         text = action.help
@@ -85,19 +90,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line on standard error, once for all ranks, and exit status 2."""
 
-    def __init__(self, doc, **kwargs):
+    def __init__(self, doc: str, **kwargs):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.register("type", None, path_or_name)
 
-    def error(self, message):
+    def error(self, message: object) -> NoReturn:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            # A launcher stops every rank at the first that ends: where rank 0 finds the same mistake, it alone speaks.
+            # A launcher stops all ranks when the first one ends: if rank 0 finds the same mistake, only it prints it.
             time.sleep(10)
         where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
         self.exit(2, f"{where}: error: {one_line(message)}\n")
 
-    def exit(self, status=0, message=None):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End the script. Kill the data readers: they ignore the signal that multiprocessing would end them with."""
         readers = multiprocessing.active_children()
         if readers and threading.current_thread() is threading.main_thread():
@@ -106,17 +111,17 @@ class ArgumentParser(argparse.ArgumentParser):
             reader.kill()
         super().exit(status, message)
 
-    def interrupted(self, kept):
+    def interrupted(self, kept: str) -> NoReturn:
         """End after Ctrl-C, with one line that says what is kept."""
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped; {kept}", file=sys.stderr, flush=True)
         self.exit(130)
 
     @contextlib.contextmanager
-    def one_line_errors(self, kept="nothing was begun"):
+    def one_line_errors(self, kept: str = "nothing was begun") -> Iterator[None]:
         """Report a user's mistake, raised within as ValueError or OSError, by `error`. For checks before the work.
 
-        kept: what Ctrl-C is answered with.
+        kept: what Ctrl-C prints after "stopped".
         """
         try:
             yield
@@ -126,14 +131,16 @@ class ArgumentParser(argparse.ArgumentParser):
             self.interrupted(kept)
 
     @contextlib.contextmanager
-    def kept_on_error(self, kept, lower, mistakes=(ValueError, OSError)):
+    def kept_on_error(
+        self, kept: str, lower: str, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
+    ) -> Iterator[None]:
         """Report what ends the work itself in one line that says what is kept: a full disk or memory, Ctrl-C, a killed
         data reader.
 
         Args:
             kept: what that is, as "what is drawn is kept".
             lower: the flag that makes the work need less memory.
-            mistakes: exceptions whose own words are the line.
+            mistakes: exceptions whose own message is the line.
         """
         again = f"{kept}: run the same command again"
         try:
@@ -150,13 +157,13 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
-            if "by peer" in str(error):  # gloo's words for a process that is gone
+            if "by peer" in str(error):  # gloo's message when a process is gone
                 self.error(f"another process failed, see its message; {again}")
             raise
 
 
-def is_killed_reader(error):
-    """Whether an exception says that a data loader's worker process died of a signal.
+def is_killed_reader(error: BaseException) -> bool:
+    """Whether an exception means that a data loader's worker process died of a signal.
 
     torch raises a RuntimeError, unless the worker dies while a batch is fetched from it, which breaks their connection.
     An exception within a worker, which is raised here again, starts with "Caught".
@@ -176,15 +183,15 @@ def is_killed_reader(error):
 class Lines:
     """A file for tqdm where there is no terminal: what would redraw the bar is a line on standard error."""
 
-    def write(self, text: str):
+    def write(self, text: str) -> None:
         if line := printable(text).strip():
             print(line, file=sys.stderr, flush=True)
 
-    def flush(self):
+    def flush(self) -> None:
         pass
 
 
-def progress(iterable=None, *, disable: bool = False, **kwargs):
+def progress(iterable: Iterable | None = None, *, disable: bool = False, **kwargs) -> "tqdm":
     """tqdm, in rank 0 alone. Where standard error is no terminal it prints a line every 30 s, and one at each end.
 
     Takes tqdm's arguments: total, initial, desc, unit, bar_format, delay (seconds; shorter work shows nothing).

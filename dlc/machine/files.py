@@ -22,7 +22,7 @@ LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped ima
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 
-def sync(path: str | Path):
+def sync(path: str | Path) -> None:
     """Flush a file's bytes, or a directory's names, to the disk, so that they survive a crash of the machine.
 
     On a disk that cannot do this, warn once. Raises OSError if the disk can do it and fails.
@@ -46,7 +46,7 @@ def sync(path: str | Path):
         )
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]):
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let write(file) fill a temporary file, then rename it to path, so that readers see the whole file or none.
 
     If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the file, if the disk fails.
@@ -65,12 +65,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]):
         raise
 
 
-def write_bytes(path: Path, content: bytes):
+def write_bytes(path: Path, content: bytes) -> None:
     """Write bytes as `write_whole` does."""
     write_whole(path, lambda file: file.write(content))
 
 
-def check_writable(path: str | Path, flag: str):
+def check_writable(path: str | Path, flag: str) -> None:
     """Raise ValueError, naming the flag that a path was given to, where no file can be written there."""
     folder = Path(path).absolute().parent
     if Path(path).is_dir():
@@ -81,7 +81,7 @@ def check_writable(path: str | Path, flag: str):
         raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
 
 
-def remove_temporaries(directory: Path, name: str = ""):
+def remove_temporaries(directory: Path, name: str = "") -> None:
     """Remove the temporary files of killed `write_whole` calls whose targets' names start with `name`."""
     for temporary in directory.glob(f".*.{'?' * 32}.tmp"):
         if temporary.name.startswith(f".{name}"):
@@ -98,7 +98,7 @@ class DirectoryLock:
     def __init__(self, directory: str | Path):
         self.path, self.file = Path(directory) / ".lock", None
 
-    def acquire(self):
+    def acquire(self) -> None:
         """Take the lock; create the directory if it does not exist. On a disk without locks, warn once and go on.
 
         Raises ValueError if another launch keeps the lock for LOCK_PATIENCE, OSError if the file cannot be opened.
@@ -130,7 +130,7 @@ class DirectoryLock:
         self.file = file
         return True
 
-    def release(self):
+    def release(self) -> None:
         """Release the lock, and remove its file and, if empty, the directory. Does nothing if the lock is not held."""
         if self.file is None:
             return
@@ -141,7 +141,7 @@ class DirectoryLock:
         self.file = None
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value: dict) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -160,7 +160,7 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def is_plain_name(text) -> bool:
+def is_plain_name(text: object) -> bool:
     """Whether a text from a file is the name of an entry of a folder, rather than a path that leads out of it."""
     return isinstance(text, str) and text.isprintable() and text not in ("", ".", "..") and not set("/\\:") & set(text)
 

@@ -7,6 +7,7 @@ device of `indices`.
 """
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -39,7 +40,7 @@ class Stream(IntEnum):
 LOW = 0xFFFFFFFF
 
 
-def philox(counter, key) -> tuple[torch.Tensor, ...]:
+def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10: from four counter words and two key words to four words, each 32 bits in an int64 tensor."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -75,7 +76,9 @@ def random_words(
     return torch.stack(words, dim=2).flatten(1)[:, :count]
 
 
-def normal(seed: int, stream: Stream, indices: torch.Tensor, shape, draw: int | torch.Tensor = 0) -> torch.Tensor:
+def normal(
+    seed: int, stream: Stream, indices: torch.Tensor, shape: Sequence[int], draw: int | torch.Tensor = 0
+) -> torch.Tensor:
     """Standard normals (N, *shape), float32, by Box and Muller's transform in float64."""
     count = math.prod(shape)
     words = random_words(seed, stream, indices, count + count % 2, draw).double()
@@ -85,7 +88,7 @@ def normal(seed: int, stream: Stream, indices: torch.Tensor, shape, draw: int | 
     return normals[:, :count].reshape(-1, *shape).float()
 
 
-def seed_torch(seed: int, stream: Stream, step: int, process: int):
+def seed_torch(seed: int, stream: Stream, step: int, process: int) -> None:
     """Seed torch's own generators, for a step of training in which a layer draws from them, such as nn.Dropout."""
     high, low = random_words(seed, stream, torch.tensor([step]), 2, draw=process)[0].tolist()
     torch.manual_seed(high << 31 | low >> 1)  # 63 bits
@@ -101,7 +104,7 @@ class StepNoise:
 
     AT_ONCE = 2**21
 
-    def __init__(self, seed: int, stream: Stream, indices: torch.Tensor, shape, steps: int):
+    def __init__(self, seed: int, stream: Stream, indices: torch.Tensor, shape: Sequence[int], steps: int):
         self.key, self.indices, self.shape, self.steps = (seed, stream), indices, shape, steps
         self.chunk = max(1, self.AT_ONCE // (len(indices) * math.prod(shape)))  # steps
         self.first, self.normals = None, None  # (chunk, N, *shape)
@@ -132,7 +135,7 @@ def uniform(seed: int, stream: Stream, indices: torch.Tensor) -> torch.Tensor:
 def uniforms(
     seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
-    """Several uniform numbers in [0, 1) for each sample, (N, count) float32; arguments as of `random_words`."""
+    """Several uniform numbers in [0, 1) for each sample, (N, count) float32; arguments as in `random_words`."""
     return in_unit_interval(random_words(seed, stream, indices, count, draw))
 
 

@@ -15,15 +15,21 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dlc.machine.cli import one_line, printable, warn_once
 from dlc.machine.signals import on_first_signal
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may be writing a large file
-SAID_WAITING = 30  # seconds after which a process says that it waits for the others to start
+SAID_WAITING = 30  # seconds after which a process prints that it waits for the others to start
 
 
 #################################################################################
@@ -31,7 +37,7 @@ SAID_WAITING = 30  # seconds after which a process says that it waits for the ot
 #################################################################################
 
 # `accelerate launch` passes its configuration through environment variables, on which accelerate's classes act by
-# themselves. What would train otherwise than our flags say is refused.
+# themselves. Settings that would make training differ from our flags are refused.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: shard with FSDP (train_options/fsdp.yaml)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: shard with FSDP (train_options/fsdp.yaml)",
@@ -50,7 +56,7 @@ def is_on(variable: str) -> bool:
     return environment(variable) in ("1", "true", "yes", "on", "y", "t")
 
 
-def refuse_launcher(grad_accum: int | None = None):
+def refuse_launcher(grad_accum: int | None = None) -> None:
     """Raise ValueError if the launcher's variables ask for what this program does not have, or contradict a flag."""
     for variable, what in REFUSED.items():
         if is_on(variable):
@@ -92,7 +98,9 @@ def asked_precision(precision: str | None = None) -> str:
     """
     launchers = environment("ACCELERATE_MIXED_PRECISION", "no")
     if launchers not in ("no", "fp16", "bf16"):
-        raise ValueError(f"the launcher's --mixed_precision {launchers}: this trains in fp16, bf16 or, by no, in fp32")
+        raise ValueError(
+            f"the launcher's --mixed_precision {launchers}: this trains in fp16, bf16 or, with no, in fp32"
+        )
     if precision == "amp":
         return "bf16" if launchers == "no" else launchers
     if precision and launchers not in ("no", precision):
@@ -113,7 +121,7 @@ def _interrupt(number):
 
 
 @contextlib.contextmanager
-def said_when_waiting():
+def said_when_waiting() -> Iterator[None]:
     """If waiting for the other processes takes long, print the address at which this one waits."""
 
     def say():
@@ -135,7 +143,7 @@ def said_when_waiting():
         timer.cancel()
 
 
-def start_processes(grad_accum: int | None = None):
+def start_processes(grad_accum: int | None = None) -> "PartialState":
     """Join the WORLD_SIZE processes of any launcher into one process group: NCCL on GPUs, gloo on the CPU.
 
     Returns accelerate's PartialState: device, process_index, num_processes, is_main_process, wait_for_everyone().
@@ -157,7 +165,7 @@ def start_processes(grad_accum: int | None = None):
     try:
         with said_when_waiting():
             state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
-        if state.device == torch.device("cuda"):  # of one process without a launcher; threads want a number
+        if state.device == torch.device("cuda"):  # one process without a launcher; threads need its number
             state.device = torch.device("cuda", 0)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
@@ -173,7 +181,7 @@ def start_processes(grad_accum: int | None = None):
     return state
 
 
-def from_rank_0(value):
+def from_rank_0(value: Any) -> Any:
     """Rank 0's value of a picklable object, in every process: what it saw on a shared disk, for example."""
     from accelerate.utils import broadcast_object_list
 
@@ -182,7 +190,7 @@ def from_rank_0(value):
     return values[0]
 
 
-def done_by_rank_0(state, work):
+def done_by_rank_0(state: "PartialState", work: Callable[[], Any]) -> Any:
     """Call work() in rank 0; give its value, or raise its ValueError or OSError as a ValueError, in every process."""
     value, error = None, None
     if state.is_main_process:
@@ -196,7 +204,7 @@ def done_by_rank_0(state, work):
     return value
 
 
-def agree(what: str, value):
+def agree(what: str, value: Any) -> None:
     """Raise ValueError in every process if one of them has another value than rank 0, such as from another disk."""
     from accelerate.utils import gather_object
 
@@ -234,7 +242,7 @@ def compile_options(device: torch.device) -> dict:
     return dict(options={"cpp.use_decompose_tanh": True}) if hasattr(config.cpp, "use_decompose_tanh") else {}
 
 
-def add_speed_flags(add):
+def add_speed_flags(add: Callable) -> None:
     """The flags --tf32 and --compile; `add` is the add_argument of a parser or a group."""
     add(
         "--tf32",
@@ -245,7 +253,7 @@ def add_speed_flags(add):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks [on GPUs]")
 
 
-def set_numerics(tf32: bool, deterministic: bool = False):
+def set_numerics(tf32: bool, deterministic: bool = False) -> None:
     """Set how GPUs compute, for the whole process.
 
     Args:
@@ -264,7 +272,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def create_logger(state, log_file=None):
+def create_logger(state: "PartialState", log_file: Path | None = None) -> logging.Logger:
     """A logger to standard output and, if given, to the end of log_file; silent on all ranks but 0."""
     logger = logging.getLogger("dlc")
     logger.setLevel(logging.INFO)
@@ -282,18 +290,20 @@ def create_logger(state, log_file=None):
 class PrintableFormatter(logging.Formatter):
     """Lines without control characters, which names of files and classes may hold."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class LogFile(logging.FileHandler):
     """A log file whose disk may be full: one warning, and the work goes on."""
 
-    def handleError(self, record):
+    def handleError(self, record: logging.LogRecord) -> None:
         warn_once("log file", f"cannot write {self.baseFilename} ({one_line(sys.exc_info()[1])})")
 
 
-def create_accelerator(logger, precision: str, report_to: str | None = None, run_dir=None):
+def create_accelerator(
+    logger: logging.Logger, precision: str, report_to: str | None = None, run_dir: Path | None = None
+) -> tuple["Accelerator", str, bool]:
     """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
 
     Returns the Accelerator; the precision, which is fp32 instead of fp16 if there is no GPU (logged once); and whether
@@ -314,7 +324,7 @@ def create_accelerator(logger, precision: str, report_to: str | None = None, run
     if precision == "fp16" and on_cpu:
         logger.warning("warning: fp16 needs a GPU; this run uses float32")
         precision = "fp32"
-    # torch 2.15 warns of this name; the one that it wants instead does not exist in 2.6
+    # torch 2.15 warns about this name, whose replacement does not exist in 2.6
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
         cpu=on_cpu,

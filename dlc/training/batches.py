@@ -7,8 +7,9 @@ function of (seed, index), so neither a restart nor the number of processes chan
 
 import signal
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 from dlc.machine.cli import is_killed_reader
 from dlc.machine.noise import Stream, normal, permutation
 from dlc.machine.signals import ignore_signals
+from dlc.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from dlc.data import Features
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of a batch: which of its files cannot be read, and what to do. Data, since an exception that comes
-    from a data loader's worker has its traceback as its text."""
+    """In the place of a batch: which of its files cannot be read, and what to do. It is data, because an exception that
+    comes from a data loader's worker has its traceback as its text."""
 
     message: str
 
@@ -41,7 +46,7 @@ class TrainingBatches(Dataset):
 
     def __init__(
         self,
-        features,
+        features: "Features",
         arrays: Mapping[str, object],
         limits: Mapping[str, int] | None = None,
         *,
@@ -108,7 +113,9 @@ def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> t
     return mean + std * normal(seed, Stream.TRAIN_POSTERIOR, indices, mean.shape[1:])
 
 
-def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int, pin_memory: bool):
+def load_batches(
+    batches: Dataset, steps: range, stop_request: StopRequest, num_workers: int, pin_memory: bool
+) -> Iterator[dict[str, torch.Tensor] | Unreadable]:
     """The batch of each of these steps, read as many steps ahead as the processes need to agree on a stop.
 
     So all of them stop with a checkpoint before an `Unreadable` batch has its turn, unless it is one of the first.
@@ -124,7 +131,9 @@ def load_batches(batches: Dataset, steps: range, stop_request, num_workers: int,
     yield from ahead
 
 
-def read_batches(batches: Dataset, steps: range, stop_request, num_workers: int, pin_memory: bool):
+def read_batches(
+    batches: Dataset, steps: range, stop_request: StopRequest, num_workers: int, pin_memory: bool
+) -> Iterator[dict[str, torch.Tensor] | Unreadable]:
     """The batch of each of these steps, read by worker processes. If one is killed, this process reads from then on.
 
     The kernel kills a worker if memory is short. All processes then stop with a checkpoint, but until they have agreed

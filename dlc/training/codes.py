@@ -20,7 +20,7 @@ STRATA = 64  # consecutive samples that share the range of times evenly
 COUNTED = 200_000  # rows whose tokens are counted, at most, for the bound of independent positions
 
 
-def open_features(path, V: int | None = None) -> Features:
+def open_features(path: str | Path, V: int | None = None) -> Features:
     """The `Features` at path. Raises ValueError if they hold no codes, or do not say V."""
     features = Features(path, V)
     if features.codes is None:
@@ -34,7 +34,7 @@ def split_rows(count: int, share: float, copies: int = 1) -> tuple[np.ndarray, n
     """Which of `count` rows to train on and which to hold out, int64, each ascending; the same in every run.
 
     Args:
-        share: of the rows to hold out, 0 to 1; if it is above 0, at least one row is.
+        share: share of the rows to hold out, 0 to 1; above 0, at least one row is held out.
         copies: consecutive rows of one image, 2 with --flip both: they have one code, so they stay together.
 
     Raises ValueError if nothing is left to train on.
@@ -60,7 +60,7 @@ class Codes:
     those held out.
 
     Args:
-        path: of the features.
+        path: the features'.
         V: tokens per position, for features without a manifest.
         holdout: the share of these rows to hold out.
         heldout_path: other features, all of which are held out, instead.
@@ -70,7 +70,9 @@ class Codes:
     Raises ValueError if there are no such codes, or if those of the two paths do not fit each other.
     """
 
-    def __init__(self, path, V: int | None = None, holdout: float = 0.0, heldout_path=None):
+    def __init__(
+        self, path: str | Path, V: int | None = None, holdout: float = 0.0, heldout_path: str | Path | None = None
+    ):
         self.path, self.features = Path(path), open_features(path, V)
         self.L, self.V, self.num_classes = self.features.L, self.features.V, self.features.num_classes
         self.copies = copies_of(self.features)
@@ -91,7 +93,7 @@ class Codes:
             features.labels.check_range(self.num_classes)
             features.codes.check_range(self.V)
 
-    def gather(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (n, L) and labels (n,), int64, of the features' rows."""
         return _gather(self.features, rows, self.V, self.num_classes)
 
@@ -103,7 +105,7 @@ class Codes:
         return _gather(self.heldout_features, self.heldout_rows, self.V, self.num_classes)
 
     def independent_nats(self) -> float:
-        """Nats a token of the held-out codes under the frequency of each token at each position in the training codes.
+        """Nats per token of the held-out codes under each token's frequency at each position in the training codes.
 
         Frequencies are those of at most COUNTED rows, plus one of each token.
         """
@@ -126,13 +128,15 @@ class CodeBatches(TrainingBatches):
     def __init__(self, codes: Codes, **kwargs):
         super().__init__(codes, {}, **kwargs)
 
-    def gather(self, rows):
+    def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Codes and labels of rows to train on, counted without those held out."""
         codes, labels = self.features.gather(self.features.rows[rows])
         return dict(codes=codes, labels=labels)
 
 
-def draws(seed: int, indices: torch.Tensor, L: int, label_dropout: float = 0.0):
+def draws(
+    seed: int, indices: torch.Tensor, L: int, label_dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The randomness of training samples with these indices (n,).
 
     In every STRATA consecutive samples the times are spread evenly, so that the mean loss of a batch varies less.

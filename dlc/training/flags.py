@@ -1,6 +1,7 @@
 """The flags of a training run, whatever is trained: those that `Run` reads."""
 
 import argparse
+from collections.abc import Callable
 
 from dlc.machine.cli import SEED, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_workers
@@ -9,17 +10,17 @@ from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_worke
 OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")
 
 
-def warmup(args, step: int) -> float:
+def warmup(args: argparse.Namespace, step: int) -> float:
     """The factor of the learning rates at a step, counted from 1."""
     return min(1.0, step / max(1, args.warmup_steps))
 
 
-def ema_decay(args, step: int) -> float:
-    """The EMA's at a step, counted from 1."""
+def ema_decay(args: argparse.Namespace, step: int) -> float:
+    """The EMA's decay at a step, counted from 1."""
     return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
 
 
-def add_run_flags(parser):
+def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     """Add the groups "optimisation", "precision and speed" and "run". Returns the last one."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1), default=1400, help="stop after this many passes over the data")
@@ -53,8 +54,8 @@ def add_run_flags(parser):
         "--max-nonfinite",
         type=number(int, 1),
         default=10,
-        help="stop after this many fp16 steps in a row without a finite gradient; seen at the next line of the log "
-        "or checkpoint",
+        help="stop after this many fp16 steps in a row without a finite gradient; checked at each log line "
+        "and checkpoint",
     )
     add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="EMA decay per step")
     add(

@@ -1,20 +1,32 @@
 """The bound on codes that a prior is not trained on, as training goes: logged, and the best weights kept."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from diffusion.masked import MaskedDiffusion
 from dlc.machine.noise import Stream, random_words
+from dlc.training.codes import Codes
 from dlc.training.record import append_metrics, read_metrics
 from dlc.weights.checkpoint import save_best
+
+if TYPE_CHECKING:
+    from dlc.training.run import Run
 
 SEED = 0  # of the masks: the same in all runs, so that they compare
 ROWS_AT_ONCE = 256
 
 
 @torch.no_grad()
-def heldout_bounds(model, diffusion: MaskedDiffusion, codes, indices, levels: int, model_kwargs=None) -> torch.Tensor:
+def heldout_bounds(
+    model: torch.nn.Module,
+    diffusion: MaskedDiffusion,
+    codes: torch.Tensor,
+    indices: torch.Tensor,
+    levels: int,
+    model_kwargs: dict | None = None,
+) -> torch.Tensor:
     """The bound of each of the codes (n, L), in nats per code, (n,) float64.
 
     Args:
@@ -43,9 +55,9 @@ class HeldOut:
         diffusion: the `MaskedDiffusion` that is trained.
     """
 
-    def __init__(self, run, codes, diffusion: MaskedDiffusion):
+    def __init__(self, run: "Run", codes: Codes, diffusion: MaskedDiffusion):
         self.run, self.codes, self.diffusion = run, codes, diffusion
-        self.size, self.bounds = len(codes.heldout_rows), []  # (step, nats a token) of each measurement
+        self.size, self.bounds = len(codes.heldout_rows), []  # (step, nats per token) of each measurement
         if not self.size:
             return
         # as many for each process, some twice: a sharded EMA is gathered at every call
@@ -56,8 +68,8 @@ class HeldOut:
         self.tokens, self.labels, self.indices = tokens, labels, (places % self.size).to(run.device)
         self.uniform, self.independent = math.log(codes.V), codes.independent_nats()
         run.logger.info(
-            f"held out: {self.size:,} codes; nats a token of uniform tokens (ln V) {self.uniform:.4f}, of independent "
-            f"positions {self.independent:.4f}"
+            f"held out: {self.size:,} codes; nats per token of uniform tokens (ln V) {self.uniform:.4f}, of "
+            f"independent positions {self.independent:.4f}"
         )
         self.bounds = [
             (line["step"], line["heldout_nats"])
@@ -96,7 +108,7 @@ class HeldOut:
         if args.report_to:
             run.accelerator.log({name: value for name, value in line.items() if name != "step"}, step)
         run.logger.info(
-            f"step {step:,}: held-out bound {nats:.4f} +- {found['heldout_error']:.4f} nats a token"
+            f"step {step:,}: held-out bound {nats:.4f} +- {found['heldout_error']:.4f} nats per token"
             + (f" given the class, {found['heldout_no_class_nats']:.4f} without it" if len(kinds) > 1 else "")
             + f" (uniform {self.uniform:.4f}, independent positions {self.independent:.4f})"
             + (", the lowest so far" if best else "")
@@ -112,6 +124,6 @@ class HeldOut:
         (last, nats), (step, best) = self.bounds[-1], min(self.bounds, key=lambda one: one[1])
         risen = f"; it has risen to {nats:.4f} by step {last:,}: training overfits" if nats > best else ""
         self.run.logger.info(
-            f"held-out bound: lowest at step {step:,}, {best:.4f} nats a token{risen}; "
+            f"held-out bound: lowest at step {step:,}, {best:.4f} nats per token{risen}; "
             f"those weights are {self.run.folder / 'best' / f'{step:07d}'}"
         )

@@ -5,6 +5,10 @@ gradients and in float32: the training precision must change neither the latents
 and codes equal those of extraction but for rounding (on GPUs that of TF32, which --no-tf32 turns off).
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 
 from dlc.data import Manifest
@@ -17,6 +21,9 @@ from dlc.nets.vae import latent_shape
 from dlc.training.batches import TrainingBatches, Unreadable
 from dlc.weights.networks import data_settings, open_networks
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 FLIPS = ("random", "none")
 
 
@@ -26,10 +33,10 @@ class Column:
     No range check: the labels come from list_images.
     """
 
-    def __init__(self, values):
+    def __init__(self, values: np.ndarray):
         self.values = values
 
-    def gather(self, rows, limit=None):
+    def gather(self, rows: np.ndarray, limit: int | None = None) -> np.ndarray:
         return self.values[rows]
 
 
@@ -40,7 +47,7 @@ class Images:
     moments.
 
     Args:
-        state: of the processes; rank 0 lists the images for all.
+        state: from `start_processes`; rank 0 lists the images for all.
         image_size: height and width of the crop, pixels.
         vae: as --vae takes it.
         encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for no codes.
@@ -53,8 +60,8 @@ class Images:
 
     def __init__(
         self,
-        state,
-        data_path,
+        state: "PartialState",
+        data_path: str | Path,
         *,
         image_size: int,
         vae: str,
@@ -87,10 +94,10 @@ class Images:
     def __getstate__(self):
         return {**self.__dict__, "vae": None, "encoder": None}  # a spawned worker gets a pickle: no networks in it
 
-    def source(self):
+    def source(self) -> dict:
         return self.manifest.source()
 
-    def validate(self):
+    def validate(self) -> None:
         """Nothing: checking every image takes as long as an epoch, so each is checked when its turn comes."""
 
 
@@ -108,7 +115,7 @@ class ImageBatches(TrainingBatches):
             batch["images"] = torch.where(flipped.view(-1, 1, 1, 1), batch["images"].flip(2), batch["images"])
         return batch
 
-    def gather(self, rows):
+    def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Crops, and arrays or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
         views = self.features.views
         crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])

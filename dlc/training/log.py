@@ -1,6 +1,7 @@
-"""What a `Run` says of itself: the lines at its start, and one per --log-every steps to all its logs."""
+"""What a `Run` logs: the lines at its start, and one per --log-every steps to all its logs."""
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,8 +9,13 @@ from dlc.machine.cli import one_line, progress
 from dlc.training.record import append_metrics
 from dlc.weights.checkpoint import gather_full
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
-def announce(run):
+    from dlc.training.run import Run
+
+
+def announce(run: "Run") -> "tqdm":
     """Log what the run is about to do, and with what. Returns the bar of its progress."""
     args, first, last = run.args, run.first_step, run.last_step
     for line in (
@@ -28,7 +34,7 @@ def announce(run):
     return progress(total=last, initial=first, unit="step", desc="training")
 
 
-def write_line(run, step: int, means: dict, log_due: bool, failure: str | None):
+def write_line(run: "Run", step: int, means: dict, log_due: bool, failure: str | None) -> None:
     """Write a line to log.txt and, if it is due or the run fails, to metrics.jsonl and the tracker."""
     scaler, rate = run.accelerator.scaler, (step - run.last_line[1]) / (time.time() - run.last_line[0])
     samples_per_second, unit = rate * run.args.global_batch_size, run.losses.unit

@@ -6,26 +6,33 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import create_sampler as create_code_sampler
 from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.sampling.prior_engine import sample_codes
+from dlc.training.batches import TrainingBatches
+from dlc.training.codes import Codes
 from dlc.weights.load import load_model
 from dlc.weights.networks import load_vae
+from models import Condition
+from prior import DLCPrior
 
 PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most
 
 
-def first_rows(batches, device: torch.device) -> dict[str, torch.Tensor]:
+def first_rows(batches: TrainingBatches, device: torch.device) -> dict[str, torch.Tensor]:
     """What a batch holds, of the first rows, on the device."""
     rows = np.arange(min(PREVIEW_SAMPLES, batches.rows_per_epoch))
     return {name: tensor.to(device) for name, tensor in batches.gather(rows).items()}
 
 
-def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, seed: int):
+def save_preview(
+    path: Path, ema: torch.nn.Module, latents: torch.Tensor, y: Condition, vae: torch.nn.Module | None, seed: int
+) -> None:
     """Write a picture: latents decoded, above EMA samples for their conditions y, from the same noise every time.
 
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
@@ -49,7 +56,7 @@ def save_preview(path: Path, ema, latents: torch.Tensor, y: torch.Tensor, vae, s
     save_png(path, image_grid(images, len(latents)))
 
 
-def preview_codes(prior, diffusion, seed: int, device: torch.device) -> torch.Tensor:
+def preview_codes(prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device) -> torch.Tensor:
     """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, from the same noise every time.
 
     If the prior is sharded, every process calls this.
@@ -63,14 +70,14 @@ class CodePreview:
     """Pictures of codes that a prior in training draws, made by a DiTSEM: under those of training codes.
 
     Args:
-        checkpoint: of the DiTSEM.
+        checkpoint: the DiTSEM's.
         vae: as --vae takes it [the checkpoint's].
         codes: the `Codes` that the prior is trained on.
 
-    Raises ValueError if there is no such model, if it is of other codes, or if its VAE cannot be loaded.
+    Raises ValueError if there is no such model, if it was trained on other codes, or if its VAE cannot be loaded.
     """
 
-    def __init__(self, checkpoint, vae: str | None, codes, device: torch.device, seed: int):
+    def __init__(self, checkpoint: str | Path, vae: str | None, codes: Codes, device: torch.device, seed: int):
         self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
         if self.model.conditioning != "codes":
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")

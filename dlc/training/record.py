@@ -1,4 +1,4 @@
-"""What a run of training writes of itself: loss means, metrics.jsonl, loss.png."""
+"""What a training run writes about itself: loss means, metrics.jsonl, loss.png."""
 
 import errno
 import json
@@ -77,7 +77,7 @@ class Losses:
         return f"loss {means['loss']:.4f}" + (f" ({parts})" if parts else "")
 
 
-def refuse_wrong_kinds(folder: Path):
+def refuse_wrong_kinds(folder: Path) -> None:
     """Raise ValueError for a file of RESULTS/ that is a folder, or the other way round: it would stop the run later."""
     for name in FOLDERS:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
@@ -91,7 +91,7 @@ def refuse_wrong_kinds(folder: Path):
             )
 
 
-def append_metrics(path: Path, line: dict):
+def append_metrics(path: Path, line: dict) -> None:
     """Append a dict to a file of JSON lines. NaN and infinities, which JSON does not have, become null.
 
     Raises OSError, naming the file, if the disk does not take the line; no part of it is left then.
@@ -143,14 +143,14 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def trim_metrics(path: Path, step: int):
+def trim_metrics(path: Path, step: int) -> None:
     """Drop the lines after the step from which a run resumes."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     if path.is_file():
         write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
 
 
-def draw_losses(metrics: list[dict], path: Path, width: int = 800, height: int = 400):
+def draw_losses(metrics: list[dict], path: Path, width: int = 800, height: int = 400) -> None:
     """Plot the logged losses over the steps, from the dicts of `read_metrics`; without any, write nothing.
 
     Losses above the 98th percentile, which are the first few, are clipped.

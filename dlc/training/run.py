@@ -17,15 +17,19 @@ A trainer calls `Run` and is never called by it; its loop stays its own, and rea
 The flags that it reads are those of `add_run_flags`.
 """
 
+import argparse
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
+from diffusion.processes import Process
+from dlc.machine.cli import ArgumentParser
 from dlc.machine.files import DirectoryLock, write_json
 from dlc.machine.processes import (
     agree,
@@ -60,16 +64,16 @@ from dlc.weights.meta import RunMeta, config_of, plain
 
 
 class Run:
-    """See above. As a context it gives the lock of the results folder up in the end.
+    """See above. As a context it releases the lock of the results folder at the end.
 
     Attributes:
-        state: of the processes: num_processes, process_index, is_main_process.
+        state: from `start_processes`: num_processes, process_index, is_main_process.
         device: where this process trains.
         model: what a trainer calls: the module, wrapped for autocast, and for DDP or sharded.
         first_step, first_index: steps done before, and the global sample index of the next step; 0 for a new run.
     """
 
-    def __init__(self, parser, args):
+    def __init__(self, parser: ArgumentParser, args: argparse.Namespace):
         """Read the launcher's settings and join the processes. Contradictory flags end the program with one line."""
         self.parser, self.args, self.folder = parser, args, Path(args.results_dir)
         self.lock = DirectoryLock(self.folder)
@@ -87,13 +91,13 @@ class Run:
 
     # ---------------------------------------------------------------------- setting up
 
-    def claim(self, name: str, build: Callable, process, settings: dict, notes: dict):
-        """Lock the results folder, which nobody may look into before, and find the checkpoint to resume from.
+    def claim(self, name: str, build: Callable, process: Process, settings: dict, notes: dict) -> None:
+        """Lock the results folder, before anything reads it, and find the checkpoint to resume from.
 
         Args:
-            name: of the model.
-            build: makes the model. Here it is made without memory, to see what a checkpoint will say of it.
-            process: what the model is trained on, of `create_process`.
+            name: the model's.
+            build: makes the model. Here it is made without memory, to see what a checkpoint will record of it.
+            process: what the model is trained on, from `create_process`.
             settings: what it is trained on, by any keys; with --allow-change a run may resume with others.
             notes: what is recorded and never compared, by any keys.
 
@@ -127,8 +131,11 @@ class Run:
         self.lock.acquire()
         refuse_wrong_kinds(self.folder)
 
-    def start(self):
-        """Open log.txt, create the accelerator (with its ValueErrors), and seed the weights alike in every process."""
+    def start(self) -> None:
+        """Open log.txt, create the accelerator, and seed the weights alike in every process.
+
+        Raises ValueError as `create_accelerator` does.
+        """
         args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
             self.logger, self.precision, args.report_to, self.folder
@@ -165,9 +172,9 @@ class Run:
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
         return model
 
-    def optimize(self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses):
-        """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times --warmup's
-        factor."""
+    def optimize(self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses) -> None:
+        """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times the factor of
+        --warmup-steps."""
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.losses, self.sums = losses, losses.zeros(self.device)  # of this process, since the last line of the log
         self.skips = SkippedSteps(self.optimizers, self.accelerator.scaler, self.device, self.skipped)
@@ -181,7 +188,7 @@ class Run:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _trained(self):
-        """What a checkpoint holds the state of."""
+        """What a checkpoint saves."""
         return dict(model=self.module, ema=self.ema, optimizers=self.optimizers, scaler=self.accelerator.scaler)
 
     def _load(self):
@@ -205,7 +212,7 @@ class Run:
 
     # ---------------------------------------------------------------------- the loop
 
-    def steps(self, batches):
+    def steps(self, batches: Dataset) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Each step's number, from 1, and this process's batch. Ends after the last step, or after a request to stop.
 
         Args:
@@ -243,7 +250,7 @@ class Run:
                 f"{newest_of_run(self.folder)}"
             )
 
-    def micro_batches(self, batch: dict[str, torch.Tensor]):
+    def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """The --grad-accum parts of a batch, on the device. Gradients are all-reduced only after the last one."""
         self.step_sums = 0
         parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch.values())))
@@ -254,12 +261,12 @@ class Run:
             with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
                 yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(batch, part)}
 
-    def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int):
+    def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> None:
         """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log: see `Losses.sums`."""
         self.accelerator.backward(terms["loss"].mean() / self.args.grad_accum)
         self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
 
-    def update(self, step: int):
+    def update(self, step: int) -> None:
         """Clip the gradients, take the optimizers' step and update the EMA, unless the fp16 scaler skips the step.
 
         Only the device knows whether it does; the CPU does not wait to find out.
@@ -293,7 +300,7 @@ class Run:
                 "processes would wait for it; freeze them with requires_grad_(False), or use them in the loss"
             )
 
-    def report(self, step: int):
+    def report(self, step: int) -> None:
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
         args, stopped_by = self.args, self.stop_request.agreed()
         log_due, ending = step % args.log_every == 0, step == self.last_step or stopped_by
@@ -327,7 +334,7 @@ class Run:
 
     def _not_finite(self, step, means, checkpoint_due):
         """Why the run must end, in words, else None."""
-        # the fp16 scaler skips a step with such a loss; nothing else mends it, and no checkpoint may hold it
+        # the fp16 scaler skips a step with such a loss; nothing else fixes it, and no checkpoint may hold it
         if not math.isfinite(means["loss"]) and self.skipped < step - self.logged:
             return f"step {step}: the loss is {means['loss']}"
         if checkpoint_due:  # a gradient may be infinite though the loss is finite
@@ -336,7 +343,7 @@ class Run:
                 return f"step {step}: there are weights that are not finite"
 
     def meta(self, step: int) -> RunMeta:
-        """What a checkpoint of this step says of the run."""
+        """What a checkpoint of this step records of the run."""
         progress = dict(step=step, place=self.batches.first_of(step), logged=self.logged, skipped=self.skips.read()[0])
         return RunMeta.of_run(*self.recorded, **progress)
 
@@ -358,7 +365,7 @@ class Run:
 
     # ---------------------------------------------------------------------- beside the loop
 
-    def record(self, write, *values):
+    def record(self, write: Callable, *values) -> None:
         """write(*values). If the disk does not take it, ask for a stop: there may still be room for a checkpoint."""
         try:
             write(*values)
@@ -366,7 +373,7 @@ class Run:
             self.stop_request.ask(f"{error}: make room")
 
     @contextlib.contextmanager
-    def whole_ema(self, everywhere: bool = False):
+    def whole_ema(self, everywhere: bool = False) -> Iterator[torch.nn.Module | None]:
         """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None."""
         if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
             self.ema.unshard()

@@ -19,8 +19,8 @@ class StopRequest:
     all-reduce on the CPU (gloo) at each step, whose result is read one step later, so no rank blocks.
 
     Attributes:
-        reason: for which this process asked to stop; None if it did not.
-        steps: of a request, how many calls of `agreed` it takes until all processes know.
+        reason: why this process asked to stop; None if it did not.
+        steps: how many calls of `agreed` it takes until all processes know of a request.
     """
 
     def __init__(self, num_processes: int):
@@ -32,7 +32,7 @@ class StopRequest:
     def _receive(self, number):
         self.signal = self.signal or number
 
-    def ask(self, reason: str):
+    def ask(self, reason: str) -> None:
         """Stop all processes after this step or the next, with a checkpoint: for an error that leaves time for one."""
         self.signal, self.reason = ASKED, self.reason or reason
 

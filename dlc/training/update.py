@@ -1,8 +1,7 @@
-"""What goes with an optimizer's step, on the device: clipping before it; after it the EMA, and the count of the steps
-that the fp16 scaler skipped.
+"""Gradient clipping, the EMA update and the count of skipped fp16 steps, none of which makes the CPU wait.
 
-The scaler skips a step whose gradients are not finite, which only the device knows at that time. Nothing here makes the
-CPU wait for it but `SkippedSteps.read`.
+The fp16 scaler skips a step whose gradients are not finite, which only the device knows at that time. The CPU waits for
+it in `SkippedSteps.read` alone.
 """
 
 import torch
@@ -21,7 +20,9 @@ def clip_gradients(weights: list[torch.Tensor], limit: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def update_ema(averages: list[torch.Tensor], weights: list[torch.Tensor], decay: float, skipped=None):
+def update_ema(
+    averages: list[torch.Tensor], weights: list[torch.Tensor], decay: float, skipped: torch.Tensor | None = None
+) -> None:
     """averages = decay * averages + (1 - decay) * weights, in place; unchanged if `skipped`, a bool (), is set."""
     if skipped is None:
         get_ema_multi_avg_fn(decay)(averages, weights, None)
@@ -43,7 +44,13 @@ class SkippedSteps:
         last: whether the last step was skipped, a bool () tensor; None in a run without a scaler.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], scaler, device: torch.device, since_line: int = 0):
+    def __init__(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler | None,
+        device: torch.device,
+        since_line: int = 0,
+    ):
         self.optimizers, self.scaler, self.device, self.last = optimizers, scaler, device, None
         self.counts = torch.tensor([since_line, 0, 0], device=device)
         for optimizer in optimizers if scaler else ():
@@ -77,6 +84,6 @@ class SkippedSteps:
         """Skipped since the log's last line, in a row until now, and the longest such streak. Waits for the device."""
         return tuple(self.counts.tolist())
 
-    def begin_line(self):
+    def begin_line(self) -> None:
         """Count anew what is skipped since the log's last line."""
         self.counts[0] = 0

@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,7 +30,16 @@ CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "con
 
 
 def save_checkpoint(
-    run_dir, config: ModelConfig, meta: RunMeta, *, model, ema, optimizers, scaler=None, sums=None, write: bool = True
+    run_dir: str | Path,
+    config: ModelConfig,
+    meta: RunMeta,
+    *,
+    model: torch.nn.Module,
+    ema: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler | None = None,
+    sums: torch.Tensor | None = None,
+    write: bool = True,
 ) -> Path | None:
     """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
 
@@ -47,10 +58,12 @@ def save_checkpoint(
     return _write(Path(run_dir) / "checkpoints", config, meta, weights, rest)
 
 
-def save_best(run_dir, config: ModelConfig, meta: RunMeta, *, ema, write: bool = True) -> Path | None:
+def save_best(
+    run_dir: str | Path, config: ModelConfig, meta: RunMeta, *, ema: torch.nn.Module, write: bool = True
+) -> Path | None:
     """Write RESULTS/best/{meta.step:07d}/, the EMA weights and what they are, in the place of an earlier best.
 
-    Arguments, result and errors are as of `save_checkpoint`.
+    Arguments, result and errors are those of `save_checkpoint`.
     """
     state = gather_full(ema.state_dict(), write)
     if not write:
@@ -81,16 +94,16 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed after this step, and comes by again
+        shutil.rmtree(path, ignore_errors=True)  # left by a run that was killed after this step and has come back to it
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers make of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers raise on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write checkpoint {path} ({error})") from error
-    sync(path.parent)  # before older ones may go
+    sync(path.parent)  # before older ones are removed
     return path
 
 
-def gather_full(state, keep: bool = True):
+def gather_full(state: Any, keep: bool = True) -> Any:
     """A state dict whose sharded tensors are gathered to full ones on the CPU.
 
     Every process must take part; those with keep=False get None in the place of each tensor.
@@ -103,7 +116,7 @@ def gather_full(state, keep: bool = True):
     return state
 
 
-def distribute_like(tensor, other):
+def distribute_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """A full tensor, sharded as `other` is; unchanged if `other` is not sharded."""
     if not hasattr(other, "full_tensor"):
         return tensor
@@ -112,11 +125,19 @@ def distribute_like(tensor, other):
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
-def load_checkpoint(path, *, model, ema, optimizers, scaler=None, sums_shape=None):
+def load_checkpoint(
+    path: Path,
+    *,
+    model: torch.nn.Module,
+    ema: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler | None = None,
+    sums_shape: tuple[int, ...] | None = None,
+) -> torch.Tensor | None:
     """Load a checkpoint into the objects that it was saved from. Returns its sums.
 
     Args:
-        sums_shape: of each process's sums; None: they may be anything.
+        sums_shape: the shape of each process's sums; None: they may be anything.
 
     Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
     other optimizers.
@@ -127,8 +148,8 @@ def load_checkpoint(path, *, model, ema, optimizers, scaler=None, sums_shape=Non
         different = differences_from(ours, weights)
         if different:
             raise ValueError(
-                f"checkpoint {path} is of another model: {file.name} {different}. The model's code has changed since: "
-                "give another --results-dir to train this one from the start"
+                f"checkpoint {path} belongs to another model: {file.name} {different}. The model's code has changed "
+                "since: give another --results-dir to train this one from the start"
             )
         module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
     state = _undamaged(path, lambda: _checked_state(path / "optimizer.pt", sums_shape))
@@ -181,7 +202,7 @@ def _states(optimizers) -> list[dict]:
 
 
 def _outline(saved: dict) -> str:
-    """Which optimizer of how many parameters a state is of, in words."""
+    """The optimizer that a state belongs to and its numbers of parameters, in words."""
     return f"{saved['kind']} of {' + '.join(str(len(group['params'])) for group in saved['param_groups'])} parameters"
 
 
@@ -201,7 +222,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
-def remove_old_checkpoints(run_dir, keep: int):
+def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints of a run. Each is renamed first: half removed, it is not whole."""
     for path in run_checkpoints(run_dir)[:-keep]:
         going = path.with_name(f"{path.name}.tmp")
@@ -210,13 +231,13 @@ def remove_old_checkpoints(run_dir, keep: int):
         shutil.rmtree(going, ignore_errors=True)
 
 
-def remove_unfinished(run_dir):
+def remove_unfinished(run_dir: str | Path) -> None:
     """Remove checkpoints that a killed run was writing or removing."""
     for path in Path(run_dir).glob("checkpoints/*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def run_checkpoints(run_dir) -> list[Path]:
+def run_checkpoints(run_dir: str | Path) -> list[Path]:
     """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
     return sorted(
         (
@@ -228,7 +249,7 @@ def run_checkpoints(run_dir) -> list[Path]:
     )
 
 
-def damage(path, files=CHECKPOINT_FILES) -> str:
+def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
     """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
 
     A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that, so
@@ -247,7 +268,7 @@ def damage(path, files=CHECKPOINT_FILES) -> str:
                     return f"meta.json does not say {meta.missing()}"
             elif name == "config.json":
                 if read_config(path) is None:
-                    return "config.json is of another program"
+                    return "config.json was written by another program"
             elif name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):  # compares the header with the file's size
                     pass
@@ -260,7 +281,7 @@ def damage(path, files=CHECKPOINT_FILES) -> str:
     return ""
 
 
-def newest_of_run(run_dir, files=CHECKPOINT_FILES) -> Path | None:
+def newest_of_run(run_dir: str | Path, files: Sequence[str] = CHECKPOINT_FILES) -> Path | None:
     """The checkpoint of the highest step of a run; None if there is none.
 
     Raises ValueError if it is damaged (see `damage`), naming the newest whole one before it.
@@ -278,13 +299,15 @@ def newest_of_run(run_dir, files=CHECKPOINT_FILES) -> Path | None:
     return checkpoints[-1]
 
 
-def resume_point(run_dir, config: ModelConfig, settings: dict, allow_change: bool) -> tuple[Path | None, RunMeta, str]:
-    """The checkpoint to resume a run from, its meta, and what of the settings changed since, in words.
+def resume_point(
+    run_dir: str | Path, config: ModelConfig, settings: dict, allow_change: bool
+) -> tuple[Path | None, RunMeta, str]:
+    """The checkpoint to resume a run from, its meta, and which settings changed since, in words.
 
     Without checkpoints that is None, the meta of step 0, and "".
 
     Args:
-        config: of the model: with another one it is another run.
+        config: the model's; a run with another one is another run.
         settings: what may differ if allow_change is set.
 
     Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
@@ -309,7 +332,7 @@ class NoCheckpoint(ValueError):
     """There is no checkpoint of a model where one was looked for."""
 
 
-def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
+def newest_checkpoint(results_dir: str | Path, model: str, use_ema: bool = True) -> Path:
     """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
 
     Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
@@ -324,7 +347,7 @@ def newest_checkpoint(results_dir, model: str, use_ema: bool = True) -> Path:
             written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
             runs[run] = "an unknown model (damaged)"
         for path in reversed(checkpoints):
-            with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it tells the model
+            with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it names the model
                 runs[run] = read_config(path).model
                 break
     of_model = [run for run, name in runs.items() if name == model]

@@ -1,14 +1,15 @@
-"""What lies beside weights of ours: config.json, which says what the model is, and meta.json, which says what of.
+"""The records beside our weights: config.json, what the model is, and meta.json, what it was trained on.
 
 config.json: the model's name, family and constructor arguments, and the process that it was trained on. The model is
 rebuilt from these alone, so a new argument of a model needs no line here. meta.json: how far the run is, what a reader
-of the weights must know of the latents and codes, and whatever else the trainer recorded.
+of the weights must know about the latents and codes, and whatever else the trainer recorded.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +30,10 @@ from dlc.weights.foreign.safe import differences_from
 from models import Recorded, build_model
 from prior import DLCPrior
 
-OURS = "dlc-dit"  # the "format" of a config.json of ours
+if TYPE_CHECKING:
+    from diffusion.processes import Process
+
+OURS = "dlc-dit"  # the "format" of our config.json
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = or_null(whole_number(0)), or_null(whole_number(1)), or_null(TEXT)
@@ -48,7 +52,7 @@ class ModelConfig(Record):
     model: str = key(TEXT)  # its name, for people
     family: str = key(TEXT)
     arguments: dict = key(OBJECT)
-    process: dict = key(or_null(OBJECT))  # None: a model of others, trained on the process that its family expects
+    process: dict = key(or_null(OBJECT))  # None: others' model, trained on the process that its family expects
     format: str = key(one_of(OURS), OURS)
 
     @property
@@ -66,11 +70,11 @@ class ModelConfig(Record):
         try:
             with init_empty_weights(include_buffers=False):
                 return build_model(self.built)
-        except Exception as error:  # whatever a constructor makes of arguments that came from a file
+        except Exception as error:  # whatever a constructor raises for arguments that came from a file
             raise ValueError(f"{self.model} cannot be built from its config.json: {error}") from error
 
     def flat(self) -> dict:
-        """All that decides, by key: the model's arguments by their names, those of the process after "process"."""
+        """What is trained, by key: the model's arguments by their names, those of the process after "process"."""
         process = self.process or dict(process=None, arguments={})
         arguments = {f"process {name}": value for name, value in process["arguments"].items()}
         return dict(self.arguments, model=self.model, family=self.family, process=process["process"], **arguments)
@@ -81,13 +85,13 @@ class ModelConfig(Record):
         return differences(there, {**dict.fromkeys(there), **here})
 
 
-def config_of(name: str, model: torch.nn.Module, process=None) -> ModelConfig:
+def config_of(name: str, model: torch.nn.Module, process: "Process | None" = None) -> ModelConfig:
     """What config.json says of a model, checked: the same model can be built from it.
 
     Args:
-        name: of the model, for people.
+        name: the model's, for people.
         model: a `Recorded`.
-        process: of `diffusion.processes.create_process`.
+        process: as `diffusion.processes.create_process` makes it.
 
     Raises ValueError, naming the argument, for one that JSON does not hold, or if the arguments do not build the model.
     """
@@ -103,7 +107,7 @@ def config_of(name: str, model: torch.nn.Module, process=None) -> ModelConfig:
     return config
 
 
-def read_config(path) -> ModelConfig | None:
+def read_config(path: str | Path) -> ModelConfig | None:
     """The config.json of a folder, if it is one of ours. Raises ValueError, naming file and key, for a wrong value."""
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -112,7 +116,7 @@ def read_config(path) -> ModelConfig | None:
     return ModelConfig.from_json(values, file) if values.get("format") == OURS else None
 
 
-def is_prior(path) -> bool:
+def is_prior(path: str | Path) -> bool:
     """Whether a folder's config.json is that of a prior over codes. Raises ValueError as `read_config` does."""
     config = read_config(path)
     return config is not None and issubclass(Recorded.families.get(config.family, object), DLCPrior)
@@ -202,7 +206,7 @@ class RunMeta(Record):
         return next((name for name in RESUMED if getattr(self, name) is None), None)
 
 
-def read_meta(path) -> RunMeta:
+def read_meta(path: str | Path) -> RunMeta:
     """A checkpoint's meta.json. Raises ValueError, naming file and key, for one that `RunMeta.from_json` refuses."""
     return RunMeta.read(Path(path) / "meta.json")
 

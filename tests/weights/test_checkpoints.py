@@ -82,7 +82,7 @@ def test_another_optimizer_or_model_is_no_damage(tmp_path):
         load_checkpoint(path, model=model, ema=model, optimizers=BUILDERS["sgd"](model))
     assert "damaged" not in str(error.value) and "remove" not in str(error.value)
     model.new = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="is of another model: model.safetensors lacks new.bias") as error:
+    with pytest.raises(ValueError, match="belongs to another model: model.safetensors lacks new.bias") as error:
         load_checkpoint(path, model=model, ema=model, optimizers=BUILDERS["adamw"](model))
     assert "damaged" not in str(error.value) and "remove" not in str(error.value)
 
