@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.data.manifest import KINDS, WRITTEN_LAST, Manifest, kind_dir, read_manifest
+from dlc.data.manifest import KINDS, Manifest, kind_dir, read_manifest
 from dlc.data.rows import Files, NpyRows, file_order, load_array, load_floats
-from dlc.machine.files import DirectoryLock, read_json, remove_temporaries, write_bytes, write_json
+from dlc.machine.files import read_json, remove_temporaries, write_bytes, write_json
+from dlc.machine.folder import ResumableFolder
 
 
 class NotFinite(ValueError):
@@ -43,7 +44,7 @@ def as_stored(latents, dtype, locate, advice):
 #################################################################################
 
 
-class FeatureWriter:
+class FeatureWriter(ResumableFolder):
     """Writes shards in any order from any number of processes, and the manifest at the end.
 
     Until the manifest is written, `progress/` holds the settings and one record per finished shard, so a run that was
@@ -54,10 +55,21 @@ class FeatureWriter:
         manifest: the `Manifest`, still without rows.
     """
 
+    record_type, record_name, holds, elsewhere = Manifest, "manifest.json", ".npy files", "give another path"
+
     def __init__(self, root: str | Path, manifest: Manifest):
-        self.root, self.manifest = Path(root), manifest
-        self.progress = self.root / "progress"
-        self.lock = DirectoryLock(self.root)
+        super().__init__(root)
+        self.root, self.manifest, self.progress = self.path, manifest, self.path / "progress"
+        self.files = tuple(f"imagenet{manifest.image_size}_{kind}/*.npy" for kind in manifest.kinds)
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.root / "manifest.json").is_file()
+
+    @property
+    def record_path(self) -> Path:
+        """The manifest, or before it is written the settings of the launch that began."""
+        return self.root / "manifest.json" if self.is_complete else self.progress / "settings.json"
 
     def start(self) -> bool:
         """Lock the directory and create its folders. One process of a launch calls this, before any process writes.
@@ -67,57 +79,55 @@ class FeatureWriter:
         Raises ValueError if another launch holds the lock, or if the directory holds features made with other
         settings; the error names the difference.
         """
-        directories = [kind_dir(self.root, self.manifest.image_size, kind) for kind in self.manifest.kinds]
-        if not self._is_complete():
-            if not (self.progress / "settings.json").is_file() and any(
-                True for directory in directories for _ in directory.glob("*.npy")
-            ):
-                raise ValueError(f"{self.root} holds .npy files that this did not write; give another path")
-            self.progress.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire()
-        if self._is_complete():  # perhaps by the launch that held the lock
-            refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
+        self.compare(self.manifest)  # before the lock: with other settings there is nothing to wait for
+        if self.is_complete:  # needs no lock, which a read-only disk could not give
+            self.missing(self.manifest)
+        else:
+            self.open(self.manifest)
+        if self.is_complete:  # perhaps by the launch that held the lock
             self._clear()
             return False
-        for directory in directories:
+        for directory in (self.progress, *(self.folder(kind) for kind in self.manifest.kinds)):
             directory.mkdir(exist_ok=True)
-        for directory in (self.root, self.progress, *directories):
             remove_temporaries(directory)
-        write_json(self.progress / "settings.json", self.manifest.to_json())
         return True
 
-    def _is_complete(self):
-        """Whether there is a manifest. Raises ValueError if it, or unfinished shards, were made with other settings."""
-        for path in (self.root / "manifest.json", self.progress / "settings.json"):
-            finished = path.parent == self.root
-            if path.is_file() and (finished or any(self.progress.glob("0*.json"))):
-                different = self.manifest.difference(Manifest.read(path, also_needed=WRITTEN_LAST if finished else ()))
-                if different:
-                    if "listing_sha256" in different:
-                        different += " (the names of the images)"
-                    raise ValueError(
-                        f"{self.root} holds features made with other settings: {different}; give another path"
-                    )
-        return (self.root / "manifest.json").is_file()
+    def missing(self, record: Manifest) -> list[int]:
+        """The shards that are not written, ascending. Raises ValueError if complete features lack a file."""
+        if self.is_complete:
+            refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
+            return []
+        shards = range(-(-record.images // (record.shard_size or record.images or 1)))
+        return [shard for shard in shards if not self.is_done(shard)]
+
+    def difference(self, record: Manifest, earlier: Manifest) -> str:
+        different = super().difference(record, earlier)
+        return f"{different} (the names of the images)" if "listing_sha256" in different else different
+
+    def write_record(self, record: Manifest) -> None:
+        self.progress.mkdir(exist_ok=True)
+        super().write_record(record)
 
     def _clear(self):
         """Leave the directory with nothing but features in it."""
         shutil.rmtree(self.progress, ignore_errors=True)
         self.lock.release()
 
-    def record_path(self, shard):
+    def folder(self, kind: str) -> Path:
+        return kind_dir(self.root, self.manifest.image_size, kind)
+
+    def shard_record(self, shard: int) -> Path:
         return self.progress / f"{shard:06d}.json"
 
     def is_done(self, shard: int) -> bool:
         """Whether a shard is written: its record is there and, in case a crash of the machine lost them, its files."""
-        return self.record_path(shard).is_file() and all(
-            self.shard_path(kind, shard).is_file() for kind in self.manifest.kinds
-        )
+        files = [self.shard_record(shard), *(self.shard_path(kind, shard) for kind in self.manifest.kinds)]
+        return all(path.is_file() for path in files)
 
-    def shard_path(self, kind, shard):
-        return kind_dir(self.root, self.manifest.image_size, kind) / f"{shard:06d}.npy"
+    def shard_path(self, kind: str, shard: int) -> Path:
+        return self.folder(kind) / f"{shard:06d}.npy"
 
-    def write(self, shard, arrays, skipped):
+    def write(self, shard: int, arrays: dict[str, np.ndarray], skipped: list[list[str]]) -> None:
         """Write one shard, whole or not at all.
 
         Args:
@@ -132,7 +142,7 @@ class FeatureWriter:
             content = io.BytesIO()  # np.save into a file does not notice a full disk
             np.save(content, array, allow_pickle=False)
             write_bytes(self.shard_path(kind, shard), content.getbuffer())
-        write_json(self.record_path(shard), dict(rows=rows.pop(), skipped=skipped))
+        write_json(self.shard_record(shard), dict(rows=rows.pop(), skipped=skipped))
 
     def finish(self, num_shards: int) -> Manifest:
         """Write the manifest from the records of all shards, and return it. One process calls this, after all writing.
@@ -141,7 +151,7 @@ class FeatureWriter:
         """
         os.listdir(self.progress)  # a network disk may have cached that a record was not there
         try:
-            records = [read_json(self.record_path(shard)) for shard in range(num_shards)]
+            records = [read_json(self.shard_record(shard)) for shard in range(num_shards)]
         except ValueError as error:
             raise OSError(str(error)) from None
         manifest = replace(

@@ -128,7 +128,7 @@ def test_what_others_wrote_is_left_alone(tmp_path):
     """A directory with files that have no record here, and hidden files that are not this writer's."""
     (tmp_path / "imagenet64_features").mkdir()
     np.save(tmp_path / "imagenet64_features/0.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="holds .npy files that this did not write"):
+    with pytest.raises(ValueError, match="holds .npy files but no manifest.json to say what they are"):
         FeatureWriter(tmp_path, MANIFEST).start()
     (tmp_path / "imagenet64_features/0.npy").unlink()
     others = [tmp_path / ".other.tmp", tmp_path / "elsewhere/.000001.npy.0123456789abcdef0123456789abcdef.tmp"]
@@ -319,7 +319,7 @@ def test_other_settings_are_refused(written):
 
 
 def test_settings_without_shards_do_not_count(tmp_path):
-    """A mistaken flag, mended before anything was written; and what differs is told briefly."""
+    """A mistaken flag, corrected before anything was written; and what differs is told briefly."""
     assert FeatureWriter(tmp_path, replace(MANIFEST, V=6)).start()
     classes = [f"n{i:08d}" for i in range(1000)]
     writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))

@@ -26,5 +26,5 @@ def sparse_features(root, count, per_shard=1024):
             with open(kind_dir(root, 256, kind) / f"{number:06d}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=(rows, *shape)))
                 file.truncate(file.tell() + rows * int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        writer.record_path(number).write_text(json.dumps(dict(rows=rows, skipped=[])))
+        writer.shard_record(number).write_text(json.dumps(dict(rows=rows, skipped=[])))
     writer.finish(len(shards))
