@@ -192,6 +192,7 @@ def main():
                     chosen = options(name)
                     peak = peaks[chosen.precision, chosen.tf32]
                     row, losses = measure(name, model, batch, data, root, args, flops, peak)
+                    first, first_losses = first or row["images/s"], first_losses or losses
                     row["times the first"] = row["images/s"] and row["images/s"] / first
                     differences = losses and np.abs(np.array(losses) / np.array(first_losses) - 1)
                     row["loss differs by"] = losses and float(differences.max())
