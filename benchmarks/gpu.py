@@ -1,7 +1,6 @@
 """Everything on a GPU in one command: what must be equal first, then the rates, each beside the ancestors' way.
 
-    python -m benchmarks.gpu --minutes 9
-    python -m benchmarks.gpu --minutes 9 --only training sampling
+    python -m benchmarks.gpu --minutes 9 --only training sampling       # without --only: all of it
 
 Each row is written to results/gpu-gpu.json as soon as it is measured. A row that would not end within the minutes is
 put off: the same command goes on with it, as long as commit, card and sizes are the same. At the end the pages are

@@ -96,10 +96,6 @@ def work_of(row, L: int) -> str:
     return "one place per code" if one_place else f"{name}, {steps} calls"
 
 
-def draws(indices, L: int, draw: int):
-    return uniforms(0, Stream.SAMPLE_CODE, indices, L, draw)
-
-
 def timed_calls(row, model, diffusion, args) -> float:
     """Seconds of a call of the network, with all that goes with it."""
     _, name, steps, eta, published = row
@@ -115,7 +111,7 @@ def timed_calls(row, model, diffusion, args) -> float:
     if published:
         calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
     else:
-        sampler, draw = create_sampler(name, args.V, steps, eta), partial(draws, indices, args.L)
+        sampler, draw = create_sampler(name, args.V, steps, eta), partial(uniforms, 0, Stream.SAMPLE_CODE, indices, args.L)
         calls = sampler(lambda codes, t, places: scores(codes, t, places)[..., : args.V], codes, draw)
     done = sum(1 for _ in itertools.islice(calls, args.calls))
     synchronize()
@@ -131,7 +127,7 @@ def calls_per_code(row, args) -> float:
     if not hasattr(sampler, "timetable"):
         return float(sampler.most_calls(args.L))
     masked = torch.full((COUNTED_ROWS, args.L), args.V)
-    table = sampler.timetable(masked, partial(draws, indices, args.L))
+    table = sampler.timetable(masked, partial(uniforms, 0, Stream.SAMPLE_CODE, indices, args.L))
     calls = (table.row_steps() < table.never).sum(dim=1).double()
     return torch.stack([part.max() for part in calls.split(args.batch)]).mean().item()
 

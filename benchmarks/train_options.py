@@ -21,7 +21,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
@@ -194,8 +193,8 @@ def main():
                     row, losses = measure(name, model, batch, data, root, args, flops, peak)
                     first, first_losses = first or row["images/s"], first_losses or losses
                     row["times the first"] = row["images/s"] and row["images/s"] / first
-                    differences = losses and np.abs(np.array(losses) / np.array(first_losses) - 1)
-                    row["loss differs by"] = losses and float(differences.max())
+                    ratios = losses and [one / other for one, other in zip(losses, first_losses)]
+                    row["loss differs by"] = losses and max(abs(ratio - 1) for ratio in ratios)
                     table.append(row)
                     print(row, flush=True)
     tflops = {f"{precision}{'' if tf32 else ', no TF32'}": peak / 1e12 for (precision, tf32), peak in peaks.items()}
