@@ -5,7 +5,7 @@
 The published way is SEDD's, as the DLC project runs it, on the same network: eager; training computes the score entropy
 of all places; a step of sampling calls the network, computes the scores of all places, and draws every token anew from
 probabilities over all V + 1 tokens with Gumbel noise in float64. Ours calls the network only when a token is due, which
-does not change the distribution (tests compare with an enumerated one).
+does not change the distribution.
 
 Rows take turns `--repeats` times, so that other work on the machine affects all of them; the shortest time counts. In
 sampling, `--calls` calls are timed together with the drawing; rows whose calls do the same work share the measurement.
@@ -111,7 +111,8 @@ def timed_calls(row, model, diffusion, args) -> float:
     if published:
         calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
     else:
-        sampler, draw = create_sampler(name, args.V, steps, eta), partial(uniforms, 0, Stream.SAMPLE_CODE, indices, args.L)
+        draw = partial(uniforms, 0, Stream.SAMPLE_CODE, indices, args.L)
+        sampler = create_sampler(name, args.V, steps, eta)
         calls = sampler(lambda codes, t, places: scores(codes, t, places)[..., : args.V], codes, draw)
     done = sum(1 for _ in itertools.islice(calls, args.calls))
     synchronize()
