@@ -23,7 +23,7 @@ from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.samples_record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.codes import Codes
-from dlc.weights.foreign.files import locate
+from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
 
 RESULTS = "results_prior"  # the default of --results-dir

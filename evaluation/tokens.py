@@ -11,7 +11,7 @@ from dlc.data.images import center_crop
 from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, tokens
-from dlc.weights.foreign.files import locate
+from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import measure

@@ -14,7 +14,7 @@ from dlc.sampling.latents import create_sampler
 from dlc.sampling.sampling_flags import RESULTS
 from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
 from dlc.weights.foreign.dits import PUBLISHED, published_dit
-from dlc.weights.foreign.files import locate
+from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
 from dlc.weights.load import load_model, process_of
 from dlc.weights.meta import RunMeta

@@ -20,7 +20,6 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from dlc.machine.cli import one_line, warn_once
@@ -51,7 +50,7 @@ def id_and_revision(name: object) -> tuple[str, str]:
     return repository, revision or "main"
 
 
-def fetch(name, needed, optional=(), flag: str = "", kind: str = "model", ask: bool = True) -> Path:
+def fetch(name, needed, optional=(), flag: str = "", ask: bool = True) -> Path:
     """The local path that a name stands for; of a hub id, the folder of the wanted files in the hub's cache.
 
     Args:
@@ -60,7 +59,6 @@ def fetch(name, needed, optional=(), flag: str = "", kind: str = "model", ask: b
             alternatives: the first that matches files is taken.
         optional: the same, of files that need not be there.
         flag: the flag that the name was given to, for errors.
-        kind: "model" or "dataset".
         ask: whether to ask the hub; else only the cache is read. See `fetched_by_node`.
 
     If the hub is out of reach or refuses, the copy in the cache is used, with a warning, provided that all needed
@@ -76,16 +74,16 @@ def fetch(name, needed, optional=(), flag: str = "", kind: str = "model", ask: b
         raise ValueError(
             f"{said} does not exist: it is no file or folder, nor a hub id (owner/name or owner/name@revision)"
         )
-    key = (str(name), *map(tuple, (needed, optional)), kind)
+    key = (str(name), *map(tuple, (needed, optional)))
     if key not in FETCHED:
         try:
-            FETCHED[key] = _snapshot(str(name), needed, optional, kind, ask)
+            FETCHED[key] = _snapshot(str(name), needed, optional, ask)
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from None
     return FETCHED[key]
 
 
-def _snapshot(name, needed, optional, kind, ask):
+def _snapshot(name, needed, optional, ask):
     """The folder of a hub id's wanted files, see `fetch`. Raises ValueError saying what is wrong, without the name."""
     from huggingface_hub import constants
 
@@ -98,13 +96,13 @@ def _snapshot(name, needed, optional, kind, ask):
     )
     if not offline:
         try:
-            return _download(repository, revision, needed, optional, kind)
+            return _download(repository, revision, needed, optional)
         except LookupError as error:
             raise ValueError(error.args[0]) from None
         except Exception as error:  # the hub's client and its transport raise many types
             refusal = in_words(error, revision)
     # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
-    folder = cached_snapshot(repository, revision, kind)
+    folder = cached_snapshot(repository, revision)
     if folder is None or missing(files_in(folder), needed):
         raise ValueError(refusal)
     if not offline:
@@ -112,27 +110,25 @@ def _snapshot(name, needed, optional, kind, ask):
     return folder
 
 
-def _download(repository, revision, needed, optional, kind):
+def _download(repository, revision, needed, optional):
     """Fetch the wanted files that the cache does not have yet. Raises LookupError if the repository lacks a needed
     file, and what the hub's client raises."""
     import huggingface_hub
 
     with quiet():
-        info = huggingface_hub.HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=NO_ANSWER)
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=NO_ANSWER)
         files = [entry.rfilename for entry in info.siblings or []]
         files = [file for file in files if all(map(is_plain_name, file.split("/")))]
         lack = missing(files, needed)
         if lack:
             raise LookupError(f"the hub's repository, at revision {revision}, has no {lack}")
         wanted = chosen(files, (*needed, *optional))
-        folder = cached_snapshot(repository, info.sha, kind)
+        folder = cached_snapshot(repository, info.sha)
         absent = set(wanted) - set(files_in(folder) if folder else ())
         if absent and os.environ.get("RANK", "0") == "0":
             print(f"fetching {repository} from the hub: {len(absent)} files", file=sys.stderr, flush=True)
         patterns = [glob.escape(file) for file in wanted]
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision, repo_type=kind, allow_patterns=patterns)
-        )
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
 def in_words(error: Exception, revision: str) -> str:
@@ -160,27 +156,6 @@ def in_words(error: Exception, revision: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files of a repository at a commit: bytes by path."""
-
-    repository: str
-    commit: str
-    sizes: dict[str, int]
-
-
-def list_files(name, flag="", kind="model") -> Listing:
-    """The files of a hub id. Raises ValueError, one line with the remedy, if the hub refuses or is out of reach."""
-    import huggingface_hub
-
-    repository, revision = id_and_revision(name)
-    try:
-        info = huggingface_hub.HfApi().repo_info(repository, revision=revision, repo_type=kind, files_metadata=True)
-    except Exception as error:  # the hub's client and its transport raise many types
-        raise ValueError(f"{flag} {name}: {in_words(error, revision)}".strip()) from None
-    return Listing(repository, info.sha, {entry.rfilename: entry.size or 0 for entry in info.siblings or []})
-
-
 @contextlib.contextmanager
 def quiet():
     """Without the log lines of the hub's client, which say in many words what the errors here say in one line; and
@@ -205,23 +180,19 @@ def quiet():
 #################################################################################
 
 
-def matching(files: Iterable[str], pattern: str) -> list[str]:
-    """The files, paths with slashes, that a pattern matches part by part, in order."""
-    parts = pattern.split("/")
-    return sorted(
-        file
-        for file in files
-        if file.count("/") == len(parts) - 1 and all(map(fnmatch.fnmatchcase, file.split("/"), parts))
-    )
+def matches(file: str, pattern: str) -> bool:
+    """Whether a pattern matches a path with slashes. `*` matches no slash: both have as many."""
+    return file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)
 
 
 def chosen(files: Iterable[str], patterns) -> list[str]:
     """The files that patterns match; of a tuple of patterns, only those of the first that matches any."""
-    found = []
+    found = set()
     for one in patterns:
         alternatives = (one,) if isinstance(one, str) else one
-        found += next(filter(None, (matching(files, pattern) for pattern in alternatives)), [])
-    return sorted(set(found))
+        hits = ([file for file in files if matches(file, pattern)] for pattern in alternatives)
+        found.update(next(filter(None, hits), ()))
+    return sorted(found)
 
 
 def missing(files: Iterable[str], needed) -> str:
@@ -229,11 +200,11 @@ def missing(files: Iterable[str], needed) -> str:
     return next((one if isinstance(one, str) else " or ".join(one) for one in needed if not chosen(files, [one])), "")
 
 
-def cached_snapshot(repository: str, revision: str, kind: str) -> Path | None:
+def cached_snapshot(repository: str, revision: str) -> Path | None:
     """The folder of a revision in the hub's cache, whether all files are there or not, or None."""
     from huggingface_hub import constants
 
-    root = Path(constants.HF_HUB_CACHE) / "--".join([f"{kind}s", *repository.split("/")])
+    root = Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
     reference, commit = root / "refs" / revision, revision
     if not re.fullmatch("[0-9a-f]{40}", revision):
         if ".." in revision or not reference.is_file():

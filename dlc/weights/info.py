@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.weights.foreign.files import NoRawWeights, OtherKind
+from dlc.weights.foreign.layouts import NoRawWeights, OtherKind
 from dlc.weights.foreign.safe import differences_from
 from dlc.weights.load import describe, describe_prior, load_model, load_prior, read_weights
 from dlc.weights.meta import RunMeta

@@ -15,9 +15,9 @@ import torch
 from diffusion.processes import create_process
 from dlc.weights.checkpoint import newest_of_run, run_checkpoints
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, use_diffusers_function
-from dlc.weights.foreign.files import File, NoRawWeights, OtherKind, locate, open_weights
+from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, locate, open_weights
+from dlc.weights.foreign.names import names_of, read_foreign
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
-from dlc.weights.foreign.table import names_of, read_foreign
 from dlc.weights.hub import fetched_by_node, is_id
 from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
 from models import DiT, DiT_models, build_model

@@ -16,9 +16,9 @@ from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, check_config
 from dlc.nets.vae import latent_settings, pixels_per_cell
 from dlc.weights.foreign import encoders, vaes
-from dlc.weights.foreign.files import locate
+from dlc.weights.foreign.layouts import locate
+from dlc.weights.foreign.names import read_foreign
 from dlc.weights.foreign.safe import check_tensors, differences_from, read_file, weights_in
-from dlc.weights.foreign.table import read_foreign
 from dlc.weights.hub import fetched_by_node, id_and_revision, is_id
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"

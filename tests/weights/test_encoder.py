@@ -9,8 +9,8 @@ from conftest import ROOT, golden
 
 from dlc.nets.encoder import SEMEncoder, save_encoder
 from dlc.weights.foreign.encoders import state_dict_of
-from dlc.weights.foreign.files import File, unpack
-from dlc.weights.foreign.table import names_of, read_foreign
+from dlc.weights.foreign.layouts import File, unpack
+from dlc.weights.foreign.names import names_of, read_foreign
 from dlc.weights.networks import load_encoder
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=2)
@@ -296,7 +296,7 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
             vit = timm.create_model(name, num_classes=0, img_size=518)
             weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
             weights |= {"sem_norm.weight": torch.zeros(512 * 256), "sem_norm.bias": torch.zeros(512 * 256)}
-        monkeypatch.setattr("dlc.weights.foreign.files.read_file", lambda path, weights=weights: (dict(weights), ""))
+        monkeypatch.setattr("dlc.weights.foreign.layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
         monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
         (tmp_path / "x.pth").touch()
         found = read_foreign(tmp_path / "x.pth", "encoder", given={})

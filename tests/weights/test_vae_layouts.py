@@ -11,8 +11,8 @@ import torch
 
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode, latent_settings, latent_shape, posterior
-from dlc.weights.foreign.files import File
-from dlc.weights.foreign.table import read_foreign
+from dlc.weights.foreign.layouts import File
+from dlc.weights.foreign.names import read_foreign
 from dlc.weights.foreign.vaes import config_of_shapes
 from dlc.weights.networks import downsampling_factor, load_vae
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from diffusion.processes import create_process
-from dlc.weights.foreign.files import File
+from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
 from dlc.weights.hub import fetch_file, is_offline
 from models import FAMILIES, SIZES, DiT_models, TimestepEmbedder, sincos_position_embedding

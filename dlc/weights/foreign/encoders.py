@@ -11,7 +11,7 @@ import torch
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
-from dlc.weights.foreign.files import File
+from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, shown
 from dlc.weights.hub import id_and_revision, is_id
 

@@ -6,7 +6,7 @@ import torch
 
 from diffusion.processes import create_process
 from dlc.weights.foreign.dits import check_sizes
-from dlc.weights.foreign.files import File
+from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from
 from prior import DLCPrior, DLCPrior_models, Rotary
 

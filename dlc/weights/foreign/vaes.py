@@ -14,7 +14,7 @@ from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
 from dlc.machine.records import check_values, list_of, or_null, real_number, whole_number
 from dlc.nets.vae import pixels_per_cell
-from dlc.weights.foreign.files import File
+from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")  # of diffusers, that are read from a folder

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dlc.weights.foreign import dits, encoders, priors, vaes
-from dlc.weights.foreign.files import KINDS, File, open_weights
+from dlc.weights.foreign.layouts import KINDS, File, open_weights
+from dlc.weights.foreign.safe import check_tensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Found:
 
 
 def as_they_are(file: File, tensors: dict) -> dict:
-    return tensors
+    return check_tensors(tensors, file.path)
 
 
 TABLE = (
