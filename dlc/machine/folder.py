@@ -1,6 +1,6 @@
 """A folder that one launch begins and the next completes: features, samples, the codes of a prior.
 
-A JSON file in it, its record, says what is being made. A launch takes the folder's lock, refuses a folder that holds
+A JSON file in it, the record, holds the settings. A launch takes the folder's lock, refuses a folder that holds
 something else, lists the parts that are missing, and notes itself in the record before it makes the first of them.
 """
 
@@ -18,8 +18,8 @@ class ResumableFolder:
         record_type, record_name: the dataclass of the record, and the name of its file.
         holds, files: what the folder holds, in the plural, and the glob patterns of those files.
         elsewhere: what a user is to do about a folder that holds something else.
-        count: the record's key that says how many there are: a set may grow, but not shrink. None: it has one size.
-        parts: under which an entry of the record's `runs` says how many parts were missing.
+        count: the record's key for the size of the set, which may grow but not shrink. None: the size is fixed.
+        parts: the key for the number of missing parts in an entry of the record's `runs`.
     """
 
     record_type: type[Record]

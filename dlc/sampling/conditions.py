@@ -25,16 +25,16 @@ __all__ = ["CONDITIONINGS", "load_codes", "open_codes"]
 class Conditions:
     """What samples are drawn for. Called with indices (N,) it gives their conditions y, a tensor (N, ...) or a tree.
 
-    A tree is a dict of tensors, say, such as {"codes": (N, L), "text": (N, T, D)}; see `model.embed_condition`.
+    A tree is for example a dict of tensors {"codes": (N, L), "text": (N, T, D)}; see `model.embed_condition`.
 
     Attributes and methods beside those below:
-        key, script: under which samples.json lists values(indices), and which script draws from such models.
-        flags: of its own, which other models are refused; add_flags(add) adds them to the script's parser.
-        open(args, model, meta): gives the object.
+        key, script: the key of samples.json that lists values(indices); the script that draws from such models.
+        flags: those that only such models take; add_flags(add) adds them to the script's parser.
+        open(args, model, meta): returns the object.
 
     Attributes:
-        recorded: what samples.json says of them: `kind`, `source`, and what decides which they are.
-        sentence: the same for the log, as a format of `recorded`.
+        recorded: the object in samples.json: `kind`, `source`, and everything else that decides them.
+        sentence: a format string that makes the line of the log from `recorded`.
         notes: what could not be compared with the checkpoint, lines.
     """
 
@@ -50,9 +50,9 @@ class Conditions:
         return self.sentence.format(**self.recorded)
 
     def digest(self, count: int) -> str | None:
-        """A digest of what samples 0..count-1 are drawn for, which also reads and checks all of it.
+        """A digest of the conditions of samples 0..count-1, which reads and checks all of them.
 
-        None where `recorded` decides all of it.
+        None where `recorded` alone decides them.
         """
         digest = hashlib.sha256()
         for start in range(0, count, 4096):
@@ -61,7 +61,7 @@ class Conditions:
         return digest.hexdigest()
 
     def prepare(self, folder, state, launch: dict) -> None:
-        """Make what is yet to be made before the first call, in a folder. Every process calls this."""
+        """Make what has to exist before the first call, in a folder. Every process calls this."""
 
 
 #################################################################################
@@ -76,7 +76,7 @@ class RowConditions(Conditions):
         kind: what a row is, in the plural.
         rows: a `NpyRows`.
         order: "random", a permutation of all rows keyed by the seed, or "sequential".
-        recorded: more of what samples.json says.
+        recorded: more keys of the object in samples.json.
     """
 
     sentence = "{count:,} {kind} of {source} in {order} order"
@@ -203,7 +203,7 @@ class PriorCodes(Conditions):
 
 
 class ComputedVectors(RowConditions):
-    """Vectors that were computed before, of another encoder, say: rows of `.npy` files (n, in_dim).
+    """Vectors that were computed before, for example by another encoder: rows of `.npy` files (n, in_dim).
 
     They need not be those that the model was trained on, so nothing but their width is compared with the checkpoint.
 

@@ -98,7 +98,7 @@ def open_sampler(args, model: torch.nn.Module, meta: RunMeta):
 
 
 def open_vae(args, meta: RunMeta, model: torch.nn.Module, state) -> tuple[torch.nn.Module, dict, list[str]]:
-    """The VAE to decode with, what samples.json says of it, and notes on what the checkpoint does not say of it.
+    """The VAE to decode with, its keys of samples.json, and notes on what could not be compared with the checkpoint.
 
     Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
     weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
@@ -109,7 +109,7 @@ def open_vae(args, meta: RunMeta, model: torch.nn.Module, state) -> tuple[torch.
     digest, notes = same_vae(vae, name, args.vae is not None, model.in_channels, vars(meta), "the checkpoint's latents")
     image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae.config)
     if args.image_size not in (None, image_size):
-        raise ValueError(f"--image-size {args.image_size}: the checkpoint is of {image_size}-pixel images")
+        raise ValueError(f"--image-size {args.image_size}: the checkpoint was trained on {image_size}-pixel images")
     return (
         vae,
         dict(image_size=image_size, vae=recorded_id(vae_id(name)), vae_sha256=digest),
@@ -125,7 +125,7 @@ def guided_channels(flag: str | None, model) -> int:
 
 
 def folder_name(args, meta: RunMeta, path: Path, image_size: int) -> str:
-    """Of the folder of a set of samples."""
+    """The name of the folder for a set of samples."""
     checkpoint, vae = path.stem if path.is_file() else path.name, vae_label(args.vae or meta.vae or "ema")
     return (
         f"{args.model.replace('/', '-')}-{checkpoint}-size-{image_size}-vae-{vae}-cfg-{args.cfg_scale}"

@@ -103,7 +103,7 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
     ]
     if shape[0] < FEWEST_FOR_FID:
         lines.append(
-            f"warning: FID of {shape[0]:,} images says little: it wants {FEWEST_FOR_FID:,} or more (papers: 50,000)"
+            f"warning: FID of {shape[0]:,} images is unreliable: draw {FEWEST_FOR_FID:,} or more (papers: 50,000)"
         )
     if grid:
         sheet = path.with_suffix(".grid.png")

@@ -32,7 +32,7 @@ BATCH = 64  # codes per batch; divides code_folder.SHARD
 
 
 def newest_prior(results_dir, use_ema: bool = True) -> Path:
-    """The weights to draw codes with, of results_dir, a run of train_prior.py or a folder of runs.
+    """The weights to draw codes with, from results_dir, which is a run of train_prior.py or a folder of runs.
 
     Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint. Of several runs, the one
     that wrote last. Raises ValueError if there is no prior.
@@ -63,7 +63,7 @@ class PriorDraw:
 
     Args:
         path: of the prior, as `load_prior` takes it.
-        precision: "fp32", "bf16" or "fp16", of the network.
+        precision: of the network, "fp32", "bf16" or "fp16".
 
     Raises ValueError if it cannot be loaded, or for options that it does not have.
     """
@@ -98,7 +98,7 @@ class PriorDraw:
         return classes and [classes[i % len(classes)] for i in range(num)]
 
     def record(self, num: int) -> CodesRecord:
-        """What codes.json says of `num` codes, but for the launches that draw them."""
+        """The record in codes.json of `num` codes, without the launches that draw them."""
         meta = self.meta
         return CodesRecord(
             model=meta.model or "DLCPrior",

@@ -32,10 +32,10 @@ def sample_codes(
         sampler: see `create_sampler` in diffusion/masked_samplers.py.
         seed, indices: all random numbers of a code are functions of (seed, its index); indices is (N,) int64 on the
             model's device.
-        y: (N,) classes, of a prior that has classes [none].
-        cfg_scale: guidance by class (Ho & Salimans 2022), of log probabilities; at 1 the null half is not computed.
+        y: (N,) classes, if the prior has classes [none].
+        cfg_scale: guidance by class (Ho & Salimans 2022) in log probabilities; at 1 the null half is not computed.
         codes: (N, L) tokens to keep, and V where tokens are to be drawn [V everywhere].
-        precision: "fp32", "bf16" or "fp16", of the blocks; scores and draws are in float32 and float64 at any.
+        precision: of the blocks, "fp32", "bf16" or "fp16"; scores are always float32, and draws float64.
         on_call: called after each call of the model with the codes so far, where V is left to draw.
     """
     if codes is None:

@@ -36,7 +36,7 @@ class SampleFolder(ResumableFolder):
         return missing_indices(self.path, record.num_fid_samples)
 
     def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
-        """Of the settings; where they agree, of what those samples are drawn for that are there."""
+        """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""
         different, drawn = record.difference(earlier), earlier.num_fid_samples
         if different or drawn > record.num_fid_samples:
             return different
@@ -45,7 +45,7 @@ class SampleFolder(ResumableFolder):
         return differences(there, {"conditions.sha256": digest})
 
     def write_record(self, record: SamplesRecord) -> None:
-        """Write it with what each sample is drawn for; and remove the .npz, which is of fewer images or other ones."""
+        """Write samples.json with the condition of each sample, and remove the .npz, whose images are out of date."""
         self.npz.unlink(missing_ok=True)
         values = self.conditions.values(np.arange(record.num_fid_samples)).tolist()
         write_json(self.record_path, {**record.to_json(), self.conditions.key: values})

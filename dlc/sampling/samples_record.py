@@ -1,4 +1,4 @@
-"""samples.json, which says what made the images of a folder: every key of it."""
+"""The keys of samples.json, which records what made the images of a folder."""
 
 import datetime
 import platform
@@ -59,7 +59,7 @@ class SamplesRecord(Record):
 
 
 def this_launch(state, per_proc_batch_size: int) -> dict:
-    """What an entry of `runs` says of this launch, but for `images`, how many it draws."""
+    """The entry of `runs` for this launch, but for the number of images or shards that it draws."""
     return dict(
         command=sys.argv,
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

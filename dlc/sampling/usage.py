@@ -53,7 +53,7 @@ def nearest(codes, others, compared: int, leave_out: bool = False) -> np.ndarray
     """Of `compared` of the codes, evenly spaced: in how many tokens each differs from the nearest of `others`.
 
     Args:
-        leave_out: whether codes are `others`, of which each then leaves itself out.
+        leave_out: whether the codes are `others` themselves: each is then not compared with itself.
     """
     places = codes.spread(compared)
     these, least = codes.take(places), np.full(compared, np.iinfo(np.int32).max)

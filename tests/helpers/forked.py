@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing import connection
 
 from conftest import HELPERS, ROOT, check_marked
 
@@ -73,6 +74,14 @@ class Run:
         for rank in self.ranks:
             rank.join(max(0, deadline - time.time()))
         return all(rank.exitcode == 0 for rank in self.ranks)
+
+    def dies(self):
+        """Wait until a rank was killed, at a point that `faulty` names, and kill the others as a launcher would."""
+        connection.wait([rank.sentinel for rank in self.ranks], timeout=120)
+        assert any(rank.exitcode == -signal.SIGKILL for rank in self.ranks), self.said()
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
 
     def kill(self, first, grace=0.1):
         """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would do it.

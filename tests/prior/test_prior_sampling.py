@@ -1,12 +1,14 @@
 """sample_prior.py and --prior: the same codes by any processes, resumed, infilled, by class; usage; mistaken flags."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import L, V, launch, sample_folder
+from conftest import L, V, launch, sample_folder, save_checkpoint
+from forked import Run
 from test_prior_training import write_features
 from tiny_prior import save_prior
 
@@ -107,21 +109,16 @@ def test_the_same_command_again(codes, prior, run, tmp_path):
 
 @pytest.mark.slow
 def test_killed(prior, codes, tmp_path):
-    """Three times, at once and later; then the same bytes, and until then no source of codes."""
-    from forked import Run
-
-    flags = ("--ckpt", prior, "--num", NUM, "--out", tmp_path / "codes", "--sampler", "corrector", "--steps", 60)
-    for number in range(3):
-        process = Run("sample_prior", (*flags, "--no-usage"), tmp_path / f"{number}.txt")
-        while not list((tmp_path / "codes").glob("*.npy"))[number:] and process.ranks[0].is_alive():
-            pass
-        process.kill(0)
-        if number == 0:
-            with pytest.raises(ValueError, match="does not have all of its 542 codes yet"):
-                open_codes(tmp_path / "codes")
-    assert launch(("forked", 1, "sample_prior.py", *flags, "--no-usage"), tmp_path).returncode == 0
-    draw = PriorDraw(prior, True, PriorOptions(sampler="corrector", steps=60), seed=0)
-    assert np.array_equal(read(tmp_path / "codes")[-30:], draw.draw(np.arange(NUM - 30, NUM)))
+    """Before each of these files gets its name; then the same bytes, and until then no source of codes."""
+    flags = ("--ckpt", prior, "--num", NUM, "--out", tmp_path / "killed", "--no-usage")
+    for point in ("codes.json,1", "000000.npy,1", "000002.npy,1", "codes.json,2"):
+        Run("faulty", [f"signalled,SIGKILL,{point}", "sample_prior", *flags], tmp_path / f"{point}.txt").dies()
+    with pytest.raises(ValueError, match="does not have all of its 542 codes yet"):
+        open_codes(tmp_path / "killed")
+    assert launch(("forked", 1, "sample_prior.py", *flags), tmp_path).returncode == 0
+    for path in codes[0].glob("*.npy"):
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "killed").iterdir())) == 4
 
 
 #################################################################################
@@ -165,19 +162,14 @@ def test_infilling_keeps_what_it_is_to_keep(prior, run, tmp_path):
     same = codes == given[np.arange(BATCH) % 7]
     assert (same.sum(axis=1) >= 4).all() and same.mean() < 0.75 and (same.mean(axis=0) < 0.9).all()
     assert np.array_equal(drawn(prior, given=tmp_path / "given.npy", keep_tokens=L), given[np.arange(BATCH) % 7])
-    said = run(
-        *("--ckpt", prior, "--num", 9, "--out", "infilled", "--no-usage", "--given", "given.npy"),
-        *("--given-rows", 3, "--keep-places", "0-2", 5),
-    )
-    assert "given_rows [3], keep_places [0, 1, 2, 5]" in said
+    infill = ("--ckpt", prior, "--num", 9, "--out", "infilled", "--no-usage", "--given", "given.npy")
+    infill = (*infill, "--given-rows", 3, "--keep-places", "0-2", 5)
+    assert "given_rows [3], keep_places [0, 1, 2, 5]" in run(*infill)
     same = read("infilled") == given[3]
     assert same[:, [0, 1, 2, 5]].all() and same[:, 3:5].mean() < 0.5
     np.save(tmp_path / "given.npy", np.roll(given, 1, axis=0))
     with pytest.raises(SystemExit):
-        run(
-            *("--ckpt", prior, "--num", 9, "--out", "infilled", "--given", "given.npy"),
-            *("--given-rows", 3, "--keep-places", "0-2", 5),
-        )
+        run(*infill)
 
 
 def test_classes_are_recorded(prior, run, tmp_path):
@@ -268,27 +260,11 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert drawn["options"]["sampler"] == "first-hitting" and drawn["weights_sha256"]
     assert json.loads((folder / "samples.json").read_text())["code_rows"] == list(range(5))
     assert torch.equal(DrawnCodes(folder, record)(np.arange(5)), torch.from_numpy(read(codes[0])[:5]))
-    launch(
-        ("forked", 1, *command, "--num-fid-samples", 5, "--progressive", 2), workplace
-    )  # nothing to draw but a strip
+    launch(("forked", 1, *command, "--num-fid-samples", 5, "--progressive", 2), workplace)  # only a strip to draw
     result = launch(("forked", 1, *command, "--num-fid-samples", 5, "--prior-steps", 2), workplace, check=False)
     assert result.returncode == 2 and "other settings: conditions.prior.options.steps 6 there, 2 here" in result.stdout
-    listed = launch(
-        (
-            "forked",
-            1,
-            *DRAW,
-            "--dlc-dir",
-            codes[0],
-            "--dlc-order",
-            "sequential",
-            "--sample-dir",
-            tmp_path / "listed",
-            "--num-fid-samples",
-            5,
-        ),
-        workplace,
-    ).stdout
+    listed = (*DRAW, "--dlc-dir", codes[0], "--dlc-order", "sequential", "--sample-dir", tmp_path / "listed")
+    listed = launch(("forked", 1, *listed, "--num-fid-samples", 5), workplace).stdout
     assert f"{NUM} codes of {codes[0]} in sequential order" in listed
     images = [np.load(next((tmp_path / name).glob("*.npz")))["arr_0"].astype(int) for name in ("one", "two", "listed")]
     assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
@@ -358,6 +334,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
     ):
         flags = flags if {"--ckpt", "--results-dir"} & set(flags) else ("--ckpt", prior, *flags)
         assert message in error_of("sample_prior", *flags), flags
+    save_checkpoint(tmp_path / "results/checkpoints/0000001")
     for flags, message in (
         (("--prior-steps", 2), "name it with --prior"),
         (("--prior", prior, "--dlc-dir", codes[0]), "give one of them"),
@@ -367,10 +344,6 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),
     ):
         flags = ("--results-dir", "results", *flags)
-        from conftest import save_checkpoint
-
-        if not (tmp_path / "results").exists():
-            save_checkpoint(tmp_path / "results/checkpoints/0000001")
         flags = flags if "--model" in flags else ("--model", "DiTSEM-Ti/4", *flags)
         assert message in error_of("sample_ddp_computed_dlc", *flags), flags
 
@@ -378,25 +351,20 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_damaged_folders_of_codes(codes, tmp_path):
     """A missing shard, a lost digest, a codes.json of a newer version or with a wrong value: one line each."""
-    import shutil
 
-    def damaged(name, change):
+    def damaged(name, gone=None, **values):
         folder = tmp_path / name
         shutil.copytree(codes[0], folder)
-        change(folder)
+        if gone:
+            (folder / gone).unlink()
+        record = json.loads((folder / "codes.json").read_text())
+        (folder / "codes.json").write_text(json.dumps({**record, **values}))
         with pytest.raises(ValueError) as error:
             open_codes(folder)
         return str(error.value)
 
-    def edit(**values):
-        def change(folder):
-            json_path = folder / "codes.json"
-            json_path.write_text(json.dumps({**json.loads(json_path.read_text()), **values}))
-
-        return change
-
-    assert "has 2 shards of codes, by codes.json it has 3" in damaged("a", lambda one: (one / "000001.npy").unlink())
-    assert "does not have all of its 542 codes yet" in damaged("b", edit(codes_sha256=None))
-    assert "is of format 99, this program knows format 1" in damaged("c", edit(format_version=99))
-    assert "num is 'many', wanted a whole number" in damaged("d", edit(num="many"))
+    assert "has 2 shards of codes, by codes.json it has 3" in damaged("a", gone="000001.npy")
+    assert "does not have all of its 542 codes yet" in damaged("b", codes_sha256=None)
+    assert "is of format 99, this program knows format 1" in damaged("c", format_version=99)
+    assert "num is 'many', wanted a whole number" in damaged("d", num="many")
     assert CodeFolder.shards(NUM) == 3

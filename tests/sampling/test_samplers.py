@@ -14,7 +14,7 @@ from dlc.machine.processes import PRECISIONS, compile_options
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.weights.networks import load_vae
-from models import DiT_models
+from models import DiT_models, DiTSEM
 
 SHAPE, INDICES = (4, 8, 8), torch.tensor([5, 0, 9])
 # Of latents drawn in batches of other sizes: the first step, at time 999, divides eps and its rounding by 0.006.
@@ -48,6 +48,37 @@ def full_computation(model, y, loop, draws, **cfg):
     )[:3]
 
 
+TINY = dict(input_size=8, patch_size=4, hidden_size=24, depth=2, num_heads=2, L=L, V=V)
+
+
+class WithText(DiTSEM):
+    """A condition of two parts: codes (N, L), and tokens of a text (N, T, D) that shift each image's condition."""
+
+    def embed_condition(self, y, drop=None):
+        return {"codes": super().embed_condition(y["codes"], drop), "text": y["text"]}
+
+    def null_condition(self, n):
+        return {"codes": super().null_condition(n), "text": torch.zeros(n, 2, 24)}
+
+    def denoise(self, x, t, condition):
+        return super().denoise(x, t, condition["codes"] + condition["text"].sum(dim=1))
+
+
+def test_conditions_may_be_trees():
+    """Guided, each half gets its own parts; a text of zeros, which the null condition has, changes nothing."""
+    torch.manual_seed(0)
+    plain, model = (one(**TINY).eval() for one in (DiTSEM, WithText))
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.load_state_dict(plain.state_dict())
+    codes, text = torch.randint(0, V, (3, L)), torch.randn(3, 2, 24)
+    sampler, options = create_sampler("ddim", 4), dict(cfg_scale=2.0, t_max=700)
+    expected = draw(plain, sampler, codes, **options)
+    assert torch.equal(draw(model, sampler, dict(codes=codes, text=torch.zeros_like(text)), **options), expected)
+    changed = draw(model, sampler, dict(codes=codes, text=text), **options)
+    assert (changed - expected).abs().mean() > 1e-2
+
+
 @pytest.mark.parametrize("channels", [None, 3, 4])
 @pytest.mark.parametrize("name, keywords", MODELS)
 def test_guidance_only_where_it_acts(name, keywords, channels):
@@ -65,14 +96,8 @@ def test_guidance_only_where_it_acts(name, keywords, channels):
     part = sample(cfg_scale=2.0, t_min=200, t_max=500)
     assert sorted(rows) == [3] * (10 - guided) + [6] * guided
     full = full_computation(
-        model,
-        y,
-        diffusion.p_sample_loop,
-        [0, *range(10, 0, -1)],
-        cfg_scale=2.0,
-        t_min=200,
-        t_max=500,
-        channels=channels,
+        *(model, y, diffusion.p_sample_loop, [0, *range(10, 0, -1)]),
+        **dict(cfg_scale=2.0, t_min=200, t_max=500, channels=channels),
     )
     torch.testing.assert_close(part, full, **CLOSE)
 
@@ -127,17 +152,8 @@ def test_samplers_on_a_distribution_that_is_known():
     x = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
     error = {
         (name, steps): float(((solve(create_sampler(name, steps), x, std) / (std * x)) - 1).abs().median())
-        for name, steps in (
-            ("ddim", 250),
-            ("ddim", 25),
-            ("dpmsolver++", 25),
-            ("dpmsolver++", 10),
-            ("heun", 25),
-            ("heun", 20),
-            ("heun", 40),
-            ("heun", 80),
-            ("ddim", 49),
-        )
+        for name, all_steps in (("ddim", (250, 25, 49)), ("dpmsolver++", (25, 10)), ("heun", (25, 20, 40, 80)))
+        for steps in all_steps
     }
     assert error["dpmsolver++", 25] < 0.03 and error["ddim", 250] < 0.02
     assert error["dpmsolver++", 25] < error["ddim", 25] / 3
@@ -153,7 +169,7 @@ def nonlinear(x, time):
     return torch.cat([torch.tanh(1.3 * x) * (1 + 1e-3 * time) + 0.1 * torch.sin(3 * x), x], dim=1)
 
 
-@pytest.mark.parametrize("steps", [2, 10, 14, 15, 25, 999])
+@pytest.mark.parametrize("steps", [2, 14, 15, 999])
 def test_dpm_solver_is_that_of_diffusers(steps):
     """x and x_0 after each step. Theirs computes the schedule's part in float32, ours in float64."""
     from diffusers import DPMSolverMultistepScheduler
@@ -226,14 +242,8 @@ def test_a_sample_belongs_to_its_index(name):
     model, y = random_model(MODELS[0][0], **MODELS[0][1])
     sampler, seen = create_sampler(name, 6), []
     both = draw(model, sampler, y, cfg_scale=1.5)
-    alone = draw(
-        model,
-        sampler,
-        y[1:2],
-        indices=INDICES[1:2],
-        cfg_scale=1.5,
-        on_step=lambda number, x, x_start: seen.append(x_start),
-    )
+    options = dict(indices=INDICES[1:2], cfg_scale=1.5, on_step=lambda number, x, x_start: seen.append(x_start))
+    alone = draw(model, sampler, y[1:2], **options)
     torch.testing.assert_close(both[1:2], alone, **CLOSE)
     assert len(seen) == sampler.num_steps == 6
     assert sampler.times == sorted(sampler.times, reverse=True) and sampler.times[0] == 999
@@ -251,22 +261,8 @@ def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_decoding_does_not_depend_on_which_are_wanted(tiny_models, tmp_path):
-    decoder = Decoder(load_vae(tiny_models[0]), tmp_path)
-    latents = torch.randn(37, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for decoder.on_gpu in (False, True):  # one at a time, and 16
-        everything = decoder.images(latents)
-        for wanted in (torch.tensor([3, 17, 20, 36]), torch.tensor([36])):
-            assert (decoder.images(latents, wanted) == everything[wanted]).all()
-
-
 def test_default_steps_and_what_is_refused():
-    assert {name: create_sampler(name).num_steps for name in SAMPLERS} == {
-        "ddpm": 250,
-        "ddim": 50,
-        "dpmsolver++": 25,
-        "heun": 25,
-    }
+    assert [create_sampler(name).num_steps for name in ("ddpm", "ddim", "dpmsolver++", "heun")] == [250, 50, 25, 25]
     for arguments, message in (
         (("ddpm", 10, 0.5), "--eta 0.5: --sampler ddpm has none"),
         (("dpmsolver++", 1000), "at most 999"),
@@ -328,15 +324,8 @@ def test_cuda_graphs_give_the_same(precision):
 
     def sample(name, denoise, y):
         with torch.autocast("cuda", PRECISIONS[precision], enabled=precision != "fp32"):
-            return draw(
-                model,
-                create_sampler(name, 6),
-                y.cuda(),
-                indices=INDICES.cuda(),
-                cfg_scale=1.5,
-                t_max=500,
-                denoise=denoise,
-            )
+            options = dict(indices=INDICES.cuda(), cfg_scale=1.5, t_max=500, denoise=denoise)
+            return draw(model, create_sampler(name, 6), y.cuda(), **options)
 
     for name, codes in (("ddpm", y), ("heun", y.flip(0))):  # Heun's keeps one output while it asks for the next
         torch.testing.assert_close(sample(name, graphs, codes), sample(name, None, codes), **CLOSE)

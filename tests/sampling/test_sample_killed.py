@@ -1,0 +1,104 @@
+"""Sampling that is killed at named points or interrupted, or whose disk can do less: the same command completes it."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from conftest import launch, sample_folder
+from forked import Run
+
+pytestmark = pytest.mark.slow
+
+COUNT = 10
+FLAGS = (
+    *("--model", "DiTSEM-Ti/4", "--num-fid-samples", COUNT, "--num-sampling-steps", 3),
+    *("--per-proc-batch-size", 2, "--progressive", 3),
+)
+
+
+@pytest.fixture
+def start(workplace, tmp_path):
+    """start(): a launch of the sampling script that draws into samples/; by several processes, or with a fault."""
+
+    def run(processes=1, fault=None, into="samples"):
+        command = ["sample_ddp_computed_dlc", *FLAGS, "--sample-dir", tmp_path / into]
+        script, *flags = ["faulty", fault, *command] if fault else command
+        return Run(script, flags, tmp_path / f"{time.time_ns()}.txt", processes, workplace)
+
+    return run
+
+
+def contents(root):
+    """The bytes of every picture, and of the .npz; nothing else may be left."""
+    folder = sample_folder(root)
+    assert {path.name for path in folder.iterdir()} == {f"{i:06d}.png" for i in range(COUNT)} | {"samples.json"}
+    beside = {f"{folder.name}.{end}" for end in ("npz", "grid.png", "progressive.png")}
+    assert {path.name for path in root.iterdir()} == {folder.name, *beside}
+    return {path.name: path.read_bytes() for path in [*folder.glob("*.png"), *root.glob("*.npz"), *root.glob("*.png")]}
+
+
+@pytest.mark.parametrize(
+    "processes, points",
+    [
+        (1, ["samples.json,1", "000003.png,1", "000006.png,1", ".npz,1", "grid.png,1"]),  # the last: after the .npz
+        (2, ["000002.png,1,1", "000009.png,1,0"]),  # by rank 1, and by rank 0
+    ],
+)
+def test_killed(start, tmp_path, processes, points):
+    """Before a file gets its name. It ends with the bytes of a run that was not killed, and draws no image twice."""
+    whole = start(processes, into="whole")
+    assert whole.wait(), whole.said()
+    for point in points:
+        drawn = {path: path.stat().st_mtime_ns for path in tmp_path.glob("samples/*/*.png")}
+        start(processes, f"signalled,SIGKILL,{point}").dies()
+        assert all(path.stat().st_mtime_ns == when for path, when in drawn.items())
+    last = start(processes)
+    assert last.wait(), last.said()
+    assert contents(tmp_path / "samples") == contents(tmp_path / "whole")
+    runs = json.loads((sample_folder(tmp_path / "samples") / "samples.json").read_text())["runs"]
+    assert runs[0]["images"] == COUNT and runs[-1]["processes"] == processes
+
+
+def test_a_full_disk(workplace, tmp_path):
+    """One line that names the file, and the same command goes on once there is room."""
+    command = ("python", 1, "sample_ddp_computed_dlc.py", *FLAGS[:-2], "--sample-dir", tmp_path / "samples")
+    result = launch(command, workplace, check=False, largest_file=20_000)  # the .npz is larger, a PNG is not
+    error = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
+    assert "cannot write" in error[0] and ".npz" in error[0]
+    assert len(list((tmp_path / "samples").glob("*/*.png"))) == COUNT
+    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.tmp"))
+    assert f"0 of {COUNT} images to draw" in launch(command, workplace).stdout
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+def test_launches_at_once(start, tmp_path):
+    """One draws, the other waits and finds it done."""
+    runs = [start(), start()]
+    for run in runs:
+        assert run.wait(), run.said()
+    assert sorted(f" {COUNT} of {COUNT} images to draw" in run.said() for run in runs) == [False, True]
+    contents(tmp_path / "samples")
+
+
+@pytest.mark.parametrize("fault, warning", [("no_locks", "no locks"), ("no_directory_sync", "cannot sync directories")])
+def test_disks_that_can_do_less(fault, warning, start, tmp_path):
+    run = start(fault=fault)
+    assert run.wait(), run.said()
+    assert run.said().count("warning: the disk of") == 1 and warning in run.said()
+    contents(tmp_path / "samples")
+
+
+def test_interrupted(start, tmp_path):
+    """Ctrl-C ends it with one line, and the same command draws what is missing."""
+    run = start()
+    while not list(tmp_path.glob("samples/*/*.png")):
+        assert not run.wait(0.01), run.said()
+    os.kill(run.ranks[0].pid, signal.SIGINT)
+    assert not run.wait() and run.ranks[0].exitcode == 130 and "Traceback" not in run.said(), run.said()
+    assert run.said().count("stopped; what is drawn is kept: run the same command again") == 1
+    run = start()
+    assert run.wait(), run.said()
+    contents(tmp_path / "samples")
