@@ -21,8 +21,8 @@ from dlc.machine.files import check_writable
 from dlc.machine.processes import agree, create_logger, start_processes
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder
-from dlc.sampling.code_folder import CodesRecord
-from dlc.sampling.conditions import RowConditions, open_codes
+from dlc.sampling.code_folder import CodesRecord, open_codes
+from dlc.sampling.conditions import RowConditions
 from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.networks import add_encoder_flags
 from evaluation.feature_images import FeatureImages, Reconstruction, vae_of

@@ -13,13 +13,11 @@ from dlc.data.rows import NpyRows, check_finite, open_vectors
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
 from dlc.machine.processes import done_by_rank_0, start_processes
-from dlc.sampling.code_folder import CodeFolder, load_codes, open_codes
+from dlc.sampling.code_folder import CodeFolder, open_codes
 from dlc.sampling.prior_draw import PriorDraw, draw_into
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags, flags_of
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
-
-__all__ = ["CONDITIONINGS", "load_codes", "open_codes"]
 
 
 class Conditions:

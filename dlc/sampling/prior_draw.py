@@ -31,7 +31,7 @@ BATCH = 64  # codes per batch; divides code_folder.SHARD
 #################################################################################
 
 
-def newest_prior(results_dir, use_ema: bool = True) -> Path:
+def newest_prior(results_dir: str | Path, use_ema: bool = True) -> Path:
     """The weights to draw codes with, from results_dir, which is a run of train_prior.py or a folder of runs.
 
     Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint. Of several runs, the one
@@ -52,7 +52,7 @@ def newest_prior(results_dir, use_ema: bool = True) -> Path:
     return best[run] or newest_of_run(run, files)
 
 
-def resolved(path, use_ema: bool = True):
+def resolved(path: str | Path, use_ema: bool = True) -> str | Path:
     """The path of a prior that a user names: of a run, that of the weights to draw with; anything else as it is."""
     is_run = Path(path).is_dir() and not (Path(path) / "meta.json").exists() and any(run_checkpoints(path))
     return newest_prior(path, use_ema) if is_run else path

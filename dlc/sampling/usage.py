@@ -1,7 +1,7 @@
 """How a set of codes uses its tokens, beside the codes that a prior was trained on: perplexity, copies, distances."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -16,19 +16,18 @@ COMPARISONS = 3 * 10**10  # of two tokens in that search, at most: half a minute
 class Rows:
     """Codes (n, L) that are read in parts: gather(rows) gives those rows, as any integers."""
 
-    def __init__(self, count: int, gather: Callable, rows=None):
+    def __init__(self, count: int, gather: Callable[[np.ndarray], np.ndarray], rows: np.ndarray | None = None):
         self.count, self._gather, self.rows = count, gather, rows
 
-    def take(self, places) -> np.ndarray:
+    def take(self, places: np.ndarray) -> np.ndarray:
         """The codes at these places among the `count`, as int32."""
-        places = np.asarray(places)
         return np.asarray(self._gather(places if self.rows is None else self.rows[places])).astype(np.int32)
 
     def spread(self, count: int) -> np.ndarray:
         """The places of `count` codes that are evenly spaced: rows often go class by class."""
         return np.linspace(0, self.count - 1, count).round().astype(np.int64)
 
-    def parts(self, count: int | None = None):
+    def parts(self, count: int | None = None) -> Iterator[np.ndarray]:
         """All codes, or `count` of them, AT_ONCE at a time."""
         places = np.arange(self.count) if count is None else self.spread(count)
         for start in range(0, len(places), AT_ONCE):
@@ -39,7 +38,7 @@ class Rows:
         return sum(token_counts(part, V) for part in self.parts(count))
 
 
-def digests(codes, desc: str | None = None) -> list[bytes]:
+def digests(codes: Rows, desc: str | None = None) -> list[bytes]:
     """A digest of each code, in order."""
     found = []
     with progress(total=codes.count, desc=desc, unit="code", delay=5, disable=desc is None) as bar:
@@ -49,7 +48,7 @@ def digests(codes, desc: str | None = None) -> list[bytes]:
     return found
 
 
-def nearest(codes, others, compared: int, leave_out: bool = False) -> np.ndarray:
+def nearest(codes: Rows, others: Rows, compared: int, leave_out: bool = False) -> np.ndarray:
     """Of `compared` of the codes, evenly spaced: in how many tokens each differs from the nearest of `others`.
 
     Args:
@@ -71,7 +70,7 @@ def nearest(codes, others, compared: int, leave_out: bool = False) -> np.ndarray
     return least
 
 
-def usage(codes, V: int, training=None, heldout=None) -> dict:
+def usage(codes: Rows, V: int, training: Rows | None = None, heldout: Rows | None = None) -> dict:
     """Statistics of codes, and where there are training codes those of both beside each other, as JSON holds them.
 
     Args:

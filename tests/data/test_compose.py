@@ -12,7 +12,7 @@ from conftest import L, V, assert_codes, encoder_logits, launch
 import compose_dlc
 from compose_dlc import choose, compose
 from dlc.data import Features
-from dlc.sampling.conditions import open_codes
+from dlc.sampling.code_folder import open_codes
 
 
 def test_choose():

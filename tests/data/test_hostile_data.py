@@ -17,7 +17,7 @@ from tiny_weights import refusal
 from dlc.data import Features, read_manifest
 from dlc.data.rows import load_array
 from dlc.features import main as features_tool
-from dlc.sampling.conditions import open_codes
+from dlc.sampling.code_folder import open_codes
 from dlc.sampling.pictures import check_npz, npz_rows
 
 

@@ -77,7 +77,7 @@ class Run:
 
     def dies(self):
         """Wait until a rank was killed, at a point that `faulty` names, and kill the others as a launcher would."""
-        connection.wait([rank.sentinel for rank in self.ranks], timeout=120)
+        connection.wait([rank.sentinel for rank in self.ranks], timeout=300)
         assert any(rank.exitcode == -signal.SIGKILL for rank in self.ranks), self.said()
         for rank in self.ranks:
             rank.kill()

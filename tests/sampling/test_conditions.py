@@ -10,7 +10,8 @@ import torch
 from conftest import L, V
 
 from dlc.data.images import save_png
-from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors, open_codes
+from dlc.sampling.code_folder import open_codes
+from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors
 from dlc.sampling.pictures import png_path
 from dlc.sampling.sample_folder import SampleFolder
 from dlc.sampling.samples_record import SamplesRecord
