@@ -38,6 +38,10 @@ def no_locks():
     fcntl.flock = failing
 
 
+def patient():
+    dlc.machine.files.LOCK_PATIENCE = 600
+
+
 def impatient():
     dlc.machine.files.LOCK_PATIENCE = 1
 

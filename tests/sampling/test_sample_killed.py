@@ -76,7 +76,7 @@ def test_a_full_disk(workplace, tmp_path):
 
 def test_launches_at_once(start, tmp_path):
     """One draws, the other waits and finds it done."""
-    runs = [start(), start()]
+    runs = [start(fault="patient"), start(fault="patient")]
     for run in runs:
         assert run.wait(PATIENCE), run.said()
     assert sorted(f" {COUNT} of {COUNT} images to draw" in run.said() for run in runs) == [False, True]
