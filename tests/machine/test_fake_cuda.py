@@ -278,7 +278,6 @@ def similarity():
 
 
 PATHS = {
-    "training in fp32": partial(training, "DiTSEM", "fp32"),
     "training in bf16, all options": partial(
         training,
         "DiTSEM",
@@ -291,13 +290,9 @@ PATHS = {
         training, "DiTCONT", "fp16", "--grad-accum", "2", "--grad-clip", "1", moments=True
     ),
     **{f"sampling by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999)) for name in samplers.SAMPLERS},
-    **{
-        f"sampling by {name}, interval": partial(sampling, "DiT", "bf16", name, 4, (250, 749))
-        for name in samplers.SAMPLERS
-    },
+    "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction in fp32": partial(extraction, "fp32"),
-    "extraction in bf16": partial(extraction, "bf16"),
     "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
     "training a prior in bf16": partial(prior_training, None, True, "bf16"),
     "training a prior with classes in fp16": partial(
