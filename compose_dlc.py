@@ -92,7 +92,7 @@ def check_sources(args) -> None:
         if given and args.features_path:
             raise ValueError(f"--{flag.replace('_', '-')} is for images, and --features-path holds codes: leave it out")
     if args.temp and args.mode != "sem":
-        raise ValueError("--temp is of --mode sem, and has no effect on tokens")
+        raise ValueError("--temp applies to --mode sem only")
     if Path(args.out).suffix != ".npy":
         raise ValueError(f"--out {args.out}: wanted a .npy")
     check_writable(args.out, "--out")

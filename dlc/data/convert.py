@@ -1,6 +1,7 @@
 """Convert other layouts of features to shards: the commands pack and import-hf."""
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
 
 
-def write_shards(args, source, count, latent_shape, names, read, **keys):
+def write_shards(
+    args, source: str, count: int, latent_shape: tuple, names: list[str], read: Callable[[range], dict], **keys
+) -> None:
     """Write rows 0..count-1 as shards to args.new.
 
     Args:
@@ -62,7 +65,7 @@ def write_shards(args, source, count, latent_shape, names, read, **keys):
     print(f"done: {count:,} rows in {len(shards):,} shards at {new}")
 
 
-def pack(args):
+def pack(args) -> None:
     """The command pack: one .npy per image, as the reference scripts write them, to shards."""
     old = Features(args.old, args.V, args.num_classes)
     if old.manifest is not None:
@@ -96,7 +99,7 @@ def pack(args):
     )
 
 
-def import_hf(args):
+def import_hf(args) -> None:
     """The command import-hf: a Hugging Face dataset, saved to disk, in Parquet files or on the hub, to shards."""
     with contextlib.closing(open_table(args.dataset, args.split)) as table:
         import_table(args, table)

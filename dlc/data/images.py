@@ -3,6 +3,7 @@
 import errno
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ PNG_END = b"IEND\xaeB`\x82"
 #################################################################################
 
 
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The crop of ADM (Dhariwal & Nichol 2021): resize the shorter side to `size`, then cut out the central square.
 
     The image is halved with a box filter while its shorter side is at least twice the size, then resized bicubically.
@@ -40,7 +41,7 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def load_rgb(path):
+def load_rgb(path: str | os.PathLike) -> Image.Image:
     """The image at path in RGB, as torchvision's loader gives it: transparency is dropped, not blended.
 
     Of 16-bit grey the high byte is kept, as Pillow does for 16-bit colour; for grey Pillow would clip at 255.
@@ -63,19 +64,19 @@ def load_rgb(path):
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def normalize(pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+def normalize(pixels: torch.Tensor, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) -> torch.Tensor:
     """Pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 on the same device: scaled to [0, 1], minus mean, over std."""
     # filled on the device: a copy from the CPU would make the CPU wait for the GPU
     mean, std = (torch.stack([torch.full((1, 1), one, device=pixels.device) for one in value]) for value in (mean, std))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def to_uint8(images):
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8, by 127.5 x + 128, clamped, as in DiT's sampler."""
     return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
-def image_grid(images, columns):
+def image_grid(images: np.ndarray, columns: int) -> Image.Image:
     """Lay out images (n, H, W, 3) uint8 NumPy in rows of so many columns, as a PIL image; empty places are black."""
     n, height, width, _ = images.shape
     rows = -(-n // columns)
@@ -90,13 +91,13 @@ def image_grid(images, columns):
 #################################################################################
 
 
-def save_png(path, image):
+def save_png(path: Path, image: Image.Image | np.ndarray) -> None:
     """Write an image, PIL or (H, W, 3) uint8 NumPy, whole or not at all. Raises OSError naming the file."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     write_whole(path, lambda file: image.save(file, format="png"))
 
 
-def read_png(path):
+def read_png(path: str | os.PathLike) -> np.ndarray:
     """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it cannot be read."""
     try:
         return np.array(Image.open(path).convert("RGB"))
@@ -106,7 +107,7 @@ def read_png(path):
         ) from None
 
 
-def is_whole(path):
+def is_whole(path: str | os.PathLike) -> bool:
     """Whether a PNG ends as a whole one does."""
     with open(path, "rb", buffering=0) as file:  # unbuffered: there may be a million to look at
         file.seek(max(0, os.fstat(file.fileno()).st_size - len(PNG_END)))
@@ -118,7 +119,7 @@ def is_whole(path):
 #################################################################################
 
 
-def flips_of(policy, count, seed):
+def flips_of(policy: str, count: int, seed: int) -> np.ndarray:
     """Whether each row of each image is flipped: (count, 1) bool, or (count, 2) for the policy "both".
 
     The flips of "random" are a function of the seed and the image's index.
@@ -139,19 +140,19 @@ class Views(Dataset):
         image_size, code_size: sides of the crops and of the encoder's view, pixels; code_size None: no such view.
     """
 
-    def __init__(self, root, paths, flips, image_size, code_size):
+    def __init__(self, root, paths: list[str], flips: np.ndarray, image_size: int, code_size: int | None):
         # one array, because reference counts would make each worker copy a list of a million strings
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
         self.flips, self.image_size, self.code_size = flips, image_size, code_size
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         """The path of an image relative to the root."""
         return os.fsdecode(self.paths[index])
 
-    def path(self, index):
+    def path(self, index: int) -> str:
         return os.path.join(self.root, self.name(index))
 
-    def crops(self, image, index):
+    def crops(self, image: Image.Image, index: int) -> np.ndarray:
         crop = center_crop(image, self.image_size)
         return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
 
@@ -171,14 +172,14 @@ class Views(Dataset):
             return crops, code_view, (index, reason, is_broken(self.path(index), error))
 
 
-def is_broken(path, error):
+def is_broken(path: str, error: Exception) -> bool:
     """Whether the image itself is at fault, and is to be skipped, not the disk or the memory, whose faults may pass."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a wrong offset
         return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)  # a dangling link
     return not isinstance(error, MemoryError)
 
 
-def collate(items):
+def collate(items: list) -> tuple[torch.Tensor, torch.Tensor | None, list]:
     """A batch of items of `Views`: crops (n, k, S, S, 3), views (n, s, s, 3) or None, and what is said of those
     that cannot be read."""
     crops, code_views, unreadable = zip(*items)

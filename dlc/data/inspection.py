@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlc.data.codes import perplexity, token_counts
-from dlc.data.manifest import read_manifest
+from dlc.data.manifest import Manifest, read_manifest
 from dlc.data.rows import NpyRows, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
@@ -18,7 +19,7 @@ from dlc.machine.files import write_whole
 BLOCK = 4096  # rows in memory at a time, so that no file need fit in memory
 
 
-def blocks(rows, what):
+def blocks(rows: NpyRows, what: str) -> Iterator[np.ndarray]:
     """The arrays of the files of some NpyRows, in blocks, with a progress bar."""
     for index in progress(range(len(rows.paths)), desc=what, unit="file", delay=2):
         array = rows.array(index)
@@ -26,7 +27,7 @@ def blocks(rows, what):
             yield array[start : start + BLOCK]
 
 
-def needs_V(V, has_codes):
+def needs_V(V: int | None, has_codes: bool) -> None:
     if has_codes and V is None:
         raise ValueError("there are codes, and no manifest.json to say V: give --V, the tokens a position can have")
 
@@ -36,7 +37,7 @@ def needs_V(V, has_codes):
 #################################################################################
 
 
-def latent_statistics(features):
+def latent_statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (C,) of each channel over all rows; for moments, those of a draw of the posterior."""
     total = squares = 0
     for block in blocks(features.latents, "latents"):
@@ -50,7 +51,7 @@ def latent_statistics(features):
     return mean, np.sqrt(squares - mean**2)
 
 
-def code_usage(features):
+def code_usage(features: Features) -> tuple[np.ndarray, int]:
     """How often each token is used at each position (L, V) int64, and how many rows have the code of an earlier row.
 
     Codes are compared by a random linear hash of 64 bits. Two flips of one image count as one row.
@@ -67,7 +68,7 @@ def code_usage(features):
     return counts, len(hashes) - len(np.unique(hashes))
 
 
-def usage_picture(counts):
+def usage_picture(counts: np.ndarray) -> Image.Image:
     """Draw token usage (L, V): positions down, tokens across, dead tokens in red, others from black to white."""
     L, V = counts.shape
     relative = counts * V / counts.sum(axis=1, keepdims=True)  # 1: even use
@@ -84,7 +85,7 @@ def usage_picture(counts):
     return picture
 
 
-def print_info(args):
+def print_info(args) -> None:
     """The command info."""
     features = Features(args.path, args.V, args.num_classes)
     needs_V(features.V, features.codes is not None)
@@ -97,7 +98,7 @@ def print_info(args):
         print_codes(features)
 
 
-def print_origin(features):
+def print_origin(features: Features) -> None:
     manifest, size = features.manifest, features.image_size
     if manifest is None:
         print(f"{features.root}: {features.count:,} rows at {size}x{size}, one .npy each (no manifest.json)")
@@ -119,7 +120,7 @@ def print_origin(features):
         print(one_line("made with: " + ", ".join(known), 2000))
 
 
-def print_latents(features):
+def print_latents(features: Features) -> None:
     mean, std = latent_statistics(features)
     print(
         f"latents: {features.latent_kind}, {features.latents.array(0).dtype}, {features.latent_shape}; of each "
@@ -134,7 +135,7 @@ def print_latents(features):
         )
 
 
-def print_labels(features):
+def print_labels(features: Features) -> None:
     features.labels.check_range(features.num_classes)
     counts = np.bincount(np.concatenate([block.astype(np.int64) for block in blocks(features.labels, "labels")]))
     print(
@@ -143,7 +144,7 @@ def print_labels(features):
     )
 
 
-def print_codes(features):
+def print_codes(features: Features) -> None:
     """Say how codes use their tokens, and draw it as FEATURES/codes.png."""
     features.codes.check_range(features.V)
     counts, duplicates = code_usage(features)
@@ -176,7 +177,7 @@ class Expected:
     limit: int | None = None  # values are 0..limit-1
 
 
-def problems(root, V=None, num_classes=None):
+def problems(root: str | Path, V: int | None = None, num_classes: int | None = None) -> Iterator[str]:
     """Lines on what is wrong with FEATURES/: files, shapes, types, values, and what the manifest says of them."""
     try:
         manifest = read_manifest(root) if (Path(root) / "manifest.json").is_file() else None
@@ -193,7 +194,7 @@ def problems(root, V=None, num_classes=None):
         yield from shape_problems(expected, shapes)
 
 
-def expected_by_manifest(root, manifest):
+def expected_by_manifest(root: str | Path, manifest: Manifest) -> dict[str, Expected]:
     """The Expected of each kind, by kind."""
     limits = dict(labels=len(manifest.classes), sem=manifest.V)
     widths = dict(features=manifest.stored_channels, sem=manifest.L)
@@ -203,7 +204,7 @@ def expected_by_manifest(root, manifest):
     }
 
 
-def expected_of_lone_files(root, V, num_classes):
+def expected_of_lone_files(root: str | Path, V: int | None, num_classes: int | None) -> dict[str, Expected]:
     """The same of a directory of the reference scripts. Raises ValueError as `Features` does, and for lack of V."""
     features = Features(root, V, num_classes)
     needs_V(V, features.codes is not None)
@@ -211,7 +212,7 @@ def expected_of_lone_files(root, V, num_classes):
     return kinds if features.codes is None else dict(kinds, sem=Expected(features.codes, limit=V))
 
 
-def manifest_problems(root, manifest, kinds):
+def manifest_problems(root: str | Path, manifest: Manifest, kinds: dict[str, Expected]) -> Iterator[str]:
     """Row counts that do not add up, and files that the manifest does not list."""
     listed = sum(shard["rows"] for shard in manifest.shards)
     if not listed or listed != manifest.count:
@@ -224,7 +225,7 @@ def manifest_problems(root, manifest, kinds):
                 yield f"{path} is not in the manifest"
 
 
-def file_problems(kind, expected, index, shapes):
+def file_problems(kind: str, expected: Expected, index: int, shapes: dict) -> Iterator[str]:
     """What is wrong with one file. The shape of its rows is added to shapes, by path, if it can be read."""
     path = expected.rows.paths[index]
     if not path.is_file():
@@ -249,7 +250,7 @@ def file_problems(kind, expected, index, shapes):
         yield from latent_problems(path, array)
 
 
-def latent_problems(path, array):
+def latent_problems(path: Path, array: np.ndarray) -> Iterator[str]:
     """Latents (n, C, h, w) of another type than floats, or the first row that is not finite."""
     if array.dtype.kind != "f":
         yield f"{path} has values of type {array.dtype}, wanted floats"
@@ -261,7 +262,7 @@ def latent_problems(path, array):
             return
 
 
-def shape_problems(expected, shapes):
+def shape_problems(expected: Expected, shapes: dict) -> Iterator[str]:
     """Files whose rows have another shape than those of most files, beside those whose width is wrong already."""
     usual = Counter(shapes.values()).most_common(1)
     for path, shape in shapes.items():
@@ -269,7 +270,7 @@ def shape_problems(expected, shapes):
             yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
 
 
-def print_problems(args):
+def print_problems(args) -> None:
     """The command check."""
     lines = list(problems(args.path, args.V, args.num_classes))
     for line in lines:

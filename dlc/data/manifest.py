@@ -77,7 +77,7 @@ class Manifest(Record):
     skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], decides=False)  # [path, reason] each
 
     @classmethod
-    def from_json(cls, values, where, also_needed=()):
+    def from_json(cls, values: dict, where, also_needed=()) -> "Manifest":
         """See `Record`. WRITTEN_LAST is needed too in manifest.json; a writer's settings lack these keys."""
         manifest = super().from_json(values, where, also_needed)
         if manifest.latents not in LATENTS or manifest.dtype not in DTYPES:
@@ -88,12 +88,12 @@ class Manifest(Record):
             )
         return manifest
 
-    def source(self):
+    def source(self) -> dict:
         """What a training run records of its data: a dict with the keys of SOURCE."""
         return {name: getattr(self, name) for name in SOURCE}
 
     @classmethod
-    def unknown_source(cls):
+    def unknown_source(cls) -> dict:
         """The same of features without a manifest."""
         return {one.name: one.default for one in fields(cls) if one.name in SOURCE}
 
@@ -103,12 +103,12 @@ class Manifest(Record):
         return ["features", *(["sem"] if self.V else []), "labels", "path"]
 
     @property
-    def stored_channels(self):
+    def stored_channels(self) -> int:
         """Channels of a stored row of latents: of moments, those of the mean and those of the std."""
         return 2 * self.latent_channels if self.latents == "moments" else self.latent_channels
 
     @property
-    def dtypes(self):
+    def dtypes(self) -> dict[str, np.dtype]:
         """The types of the stored arrays, by kind; paths are unicode of any length."""
         return dict(
             features=np.dtype(self.dtype),
@@ -117,17 +117,17 @@ class Manifest(Record):
         )
 
 
-def code_dtype(V):
+def code_dtype(V: int) -> type:
     """The type that codes of V tokens are stored in."""
     return np.uint8 if V <= 256 else np.uint16
 
 
-def kind_dir(root, image_size, kind):
+def kind_dir(root: str | Path, image_size: int, kind: str) -> Path:
     """The folder of FEATURES/ with the shards of a kind, a key of KINDS."""
     return Path(root) / f"imagenet{image_size}_{kind}"
 
 
-def read_manifest(root):
+def read_manifest(root: str | Path) -> Manifest:
     """The `Manifest` of FEATURES/. Raises ValueError if it cannot be read, or if its shards cannot be what it says."""
     path = Path(root) / "manifest.json"
     manifest = Manifest.read(path, also_needed=WRITTEN_LAST)

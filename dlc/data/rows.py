@@ -4,7 +4,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; 
 MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
 
 
-def load_array(path, mmap=True):
+def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
     """The array in a `.npy` file, memory-mapped or read. Raises ValueError naming the file.
 
     Pickled objects are refused, and so is a header that claims more bytes than the file holds, before memory is
@@ -24,7 +24,7 @@ def load_array(path, mmap=True):
     have more shards than a process may have descriptors.
     """
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
+        if not os.path.isfile(path):  # opening a pipe would block forever
             raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
         with open(path, "rb") as file:
             shape, fortran_order, dtype = read_npy_header(file)
@@ -47,7 +47,7 @@ def load_array(path, mmap=True):
         raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
 
 
-def load_floats(path, mmap=True):
+def load_floats(path: str | Path, mmap: bool = True) -> np.ndarray:
     """The same, of floats that torch knows."""
     array = load_array(path, mmap)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -84,7 +84,7 @@ def parsed_header(version, header):
     return shape, fortran_order, dtype
 
 
-def file_order(name):
+def file_order(name: str) -> tuple[int, str]:
     """The sorting key of numbered files' names: 2.npy comes before 10.npy."""
     return len(name), name
 
@@ -129,7 +129,7 @@ class NpyRows:
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled: a spawned worker opens its own
 
-    def array(self, index):
+    def array(self, index: int) -> np.ndarray:
         """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read."""
         if index in self._open:
             return self._open[index]
@@ -152,16 +152,16 @@ class NpyRows:
             self._open[index] = array
         return array
 
-    def rows(self, index):
+    def rows(self, index: int) -> int:
         """The number of rows in file number `index`."""
         return int(self.ends[index] - self._starts[index])
 
-    def locate(self, row):
+    def locate(self, row: int) -> tuple[Path, int]:
         """The file that holds a row, and the index of the row within the file."""
         index = int(np.searchsorted(self.ends, row, side="right"))
         return self.paths[index], int(row - self._starts[index])
 
-    def gather(self, rows, limit=None):
+    def gather(self, rows: np.ndarray, limit: int | None = None) -> np.ndarray:
         """Rows (n,) as one array (n, ...), read in ascending order. With a limit, values must lie in 0..limit-1."""
         rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
@@ -181,18 +181,18 @@ class NpyRows:
                 raise
         return out
 
-    def check_range(self, limit):
+    def check_range(self, limit: int) -> None:
         """Raise ValueError, naming file and row, for the first value outside 0..limit-1."""
         for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
             check_range(self.array(index), limit, lambda i, path=path: (path, i))
 
-    def check_finite(self):
+    def check_finite(self) -> None:
         """Raise ValueError, naming file and row, for the first row that is not finite in float32."""
         for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
             check_finite(self.array(index), lambda i, path=path: (path, i))
 
 
-def check_range(array, limit, locate):
+def check_range(array: np.ndarray, limit: int, locate: Callable) -> None:
     """Raise ValueError for the first value outside 0..limit-1, and their count. locate(i) is (file, row) of row i."""
     if array.dtype.kind not in "ui":
         raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
@@ -212,7 +212,7 @@ def check_range(array, limit, locate):
         raise ValueError(f"{path}, row {row}: value {first[1]} outside 0..{limit - 1}{more}")
 
 
-def check_finite(array, locate):
+def check_finite(array: np.ndarray, locate: Callable) -> None:
     """Raise ValueError for the first row that is not finite in float32; locate(i) gives the (file, row) of row i."""
     for start in range(0, len(array), 4096):
         with np.errstate(over="ignore"):  # of float64, becoming infinite

@@ -127,7 +127,7 @@ def test_a_source_does_not_depend_on_the_others(images, tiny_models):
         (["{cat}"], "two or more sources"),
         (["{cat}", "{cat}", "--weights", "1"], "--weights: give one for each of the 2 sources"),
         (["{cat}", "{cat}", "--weights", "0", "0"], "not all 0"),
-        (["{cat}", "{cat}", "--temp", "1"], "--temp is of --mode sem"),
+        (["{cat}", "{cat}", "--temp", "1"], "--temp applies to --mode sem only"),
         (["{cat}", "{cat}", "--out", "codes.txt"], "--out codes.txt: wanted a .npy"),
         (["{cat}", "{cat}", "--out", "no/codes.npy"], "--out no/codes.npy: there is no such folder"),
         (["{cat}", "{broken}", "--encoder", "{encoder}"], "cannot read the image {broken}"),
