@@ -4,6 +4,7 @@ encoder = load_encoder("lavoies/SEM_dinov2_L512")
 vae = load_vae("ema", device)
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft
 #################################################################################
 
 
-def add_encoder_flags(add, default=DEFAULT_ENCODER, more=""):
+def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more: str = "") -> None:
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
     add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more} [%(default)s]")
     add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
@@ -129,7 +130,7 @@ def downsampling_factor(name: str, ask: bool = True) -> int:
     return pixels_per_cell(read_foreign(vae_id(name), "vae", flag="--vae", ask=ask).config["arguments"])
 
 
-def load_vae(name: str, device="cpu"):
+def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
     """The VAE that --vae names, in eval mode, float32. Its `said` is what was recognised.
 
     Args:
@@ -148,7 +149,7 @@ def load_vae(name: str, device="cpu"):
 #################################################################################
 
 
-def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
+def data_settings(vae_name: str, vae, encoder_name: str, encoder: SEMEncoder | None, paths) -> dict:
     """The keys of a `Manifest` that say of which images, and with which networks, latents and codes are made.
 
     Args:
@@ -169,7 +170,7 @@ def data_settings(vae_name, vae, encoder_name, encoder, paths) -> dict:
     )
 
 
-def open_networks(state, image_size, vae, encoder, **given):
+def open_networks(state, image_size: int, vae: str, encoder: str | None, **given) -> tuple:
     """The VAE and the encoder, or None for no encoder, on the CPU. What is on the hub, one process per node fetches.
 
     Args:

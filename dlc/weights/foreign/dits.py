@@ -19,7 +19,7 @@ from diffusion.processes import create_process
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
 from dlc.weights.hub import fetch_file, is_offline
-from models import FAMILIES, SIZES, DiT_models, TimestepEmbedder, sincos_position_embedding
+from models import FAMILIES, SIZES, DiT, DiT_models, TimestepEmbedder, sincos_position_embedding
 
 DEEPEST, WIDEST = 256, 2**16  # blocks; of every other size that a file asks for
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 pixels per cell
@@ -130,14 +130,14 @@ class DiffusersTimestepEmbedder(TimestepEmbedder):
     """DiT's time embedder with diffusers' frequencies: the last of the dim/2 is 1/max_period, not one step before."""
 
     @staticmethod
-    def timestep_embedding(t, dim, max_period=10000):
+    def timestep_embedding(t: torch.Tensor, dim: int, max_period: int = 10000) -> torch.Tensor:
         """Cosines then sines of t (N,) at dim/2 geometric frequencies from 1 to 1/max_period, (N, dim) float32."""
         steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
         angles = t.float().unsqueeze(1) * torch.exp(-math.log(max_period) * steps / (dim // 2 - 1))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
+def use_diffusers_function(model: DiT, eps: float = DIFFUSERS_EPS) -> DiT:
     """Have a DiT compute what diffusers computes with the same weights. Returns the model."""
     embedder = model.t_embedder
     model.t_embedder = DiffusersTimestepEmbedder(embedder.mlp[0].out_features, embedder.mlp[0].in_features)
@@ -148,7 +148,7 @@ def use_diffusers_function(model, eps: float = DIFFUSERS_EPS):
     return model
 
 
-def uses_diffusers_function(model) -> bool:
+def uses_diffusers_function(model: torch.nn.Module) -> bool:
     return getattr(model, "function", "").startswith("diffusers")
 
 

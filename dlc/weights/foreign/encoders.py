@@ -88,7 +88,7 @@ def is_wanted(key: str) -> bool:
     return part not in TRAINING_ONLY and not HEAD.fullmatch(key)
 
 
-def config_of(file: File, tensors: dict, given: dict):
+def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
     """The arguments of SEMEncoder for tensors under timm's names, and words for them.
 
     Args:

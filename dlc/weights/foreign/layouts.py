@@ -11,6 +11,7 @@ import contextlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from dlc.machine.files import read_json
 from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, hub_patterns, plain_name, read_file, weights_in
@@ -75,11 +76,11 @@ class File:
     vae: str | None = None
     noted: dict = field(default_factory=dict)
 
-    def refuse(self, fault: str, error: type = ValueError, *more):
+    def refuse(self, fault: str, error: type = ValueError, *more) -> NoReturn:
         """Raise an error, a ValueError, with the name and a fault."""
         raise error(f"{self.named} {fault}", *more)
 
-    def refuse_other(self, kind: str):
+    def refuse_other(self, kind: str) -> NoReturn:
         """Raise OtherKind: the weights are of that kind."""
         takes = f", which {FLAGS[kind]} takes" if kind in FLAGS else ""
         self.refuse(f"is {KINDS[kind]}{takes}: wanted {KINDS[self.kind]}", OtherKind, kind)

@@ -33,7 +33,7 @@ def under_our_names(file: File, tensors: dict) -> dict:
     return {**tensors, **ema}
 
 
-def config_of(file: File, tensors: dict):
+def config_of(file: File, tensors: dict) -> tuple[dict, str]:
     """What to build for a prior's tensors, {"family", "arguments", "process"}, and words. Adds constant frequencies.
 
     Raises ValueError for tensors of no such prior, and for a config that says another size or process.

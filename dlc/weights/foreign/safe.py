@@ -162,7 +162,7 @@ def in_words(value: object) -> str:
     return "an object that is no tensor" if isinstance(value, PassedOver) else f"a {type(value).__name__}"
 
 
-def read_torch(path: Path, what: str = "weights"):
+def read_torch(path: Path, what: str = "weights") -> object:
     """The value in a file of torch.save, with memory-mapped tensors; those of torch before 1.6 are read whole.
 
     Objects that PASSED_OVER names are `PassedOver` in it. Raises ValueError naming the file and `what`.

@@ -183,7 +183,7 @@ def scale_of(file: File, config: dict) -> tuple[dict | None, str]:
     return None, ""
 
 
-def build(config: dict, tensors: dict, said: str):
+def build(config: dict, tensors: dict, said: str) -> torch.nn.Module:
     """The VAE of a config and its tensors. Raises ValueError if it cannot be built, or they do not fit."""
     import diffusers
 
