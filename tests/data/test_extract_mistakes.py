@@ -34,7 +34,7 @@ def test_data_folder(extract_error, tmp_path):
     assert "has no class folders" in extract_error(data_path=tmp_path / "data")
     assert "--L, --V and --encoder-backbone say what" in extract_error("--encoder", "none", "--L", 6)
     (tmp_path / "data/cat").mkdir()
-    assert "no images in them" in extract_error(data_path=tmp_path / "data")
+    assert "no images in its class folders" in extract_error(data_path=tmp_path / "data")
     assert not (tmp_path / "features").exists()
 
 

@@ -180,39 +180,21 @@ def change_json(path, change):
 
 
 @pytest.mark.parametrize(
-    "file, change, message",
+    "file, change",
     [
-        (
-            "state.json",
-            lambda state: state["_data_files"][0].update(filename="../outside.arrow"),
-            "names '../outside.arrow'",
-        ),
-        ("state.json", lambda state: state["_data_files"][0].update(filename="/etc/passwd"), "names '/etc/passwd'"),
-        ("state.json", lambda state: state["_data_files"][0].update(filename=3), "names 3"),
-        ("state.json", lambda state: state.clear(), "is not a dataset saved to disk"),
-        (
-            "dataset_info.json",
-            lambda info: info["features"].update(features={"_type": "Image"}),
-            "columns of the kind Image",
-        ),
-        (
-            "dataset_info.json",
-            lambda info: info["features"].update(labels={"feature": {"_type": "Audio"}, "_type": "Sequence"}),
-            "columns of the kind Audio",
-        ),
-        (
-            "dataset_info.json",
-            lambda info: info["features"].update(more={"_type": "\x1b[31mpopen" + "x" * 999}),
-            "columns of the kind popen",
-        ),
-        ("dataset_info.json", lambda info: info.update(features="x"), "is not a dataset saved to disk"),
+        ("state.json", lambda state: state["_data_files"][0].update(filename="/etc/passwd")),
+        ("state.json", lambda state: state["_data_files"][0].update(filename=3)),
+        ("state.json", lambda state: state.clear()),
+        ("dataset_info.json", lambda info: info["features"].update(features={"_type": "Image"})),
+        ("dataset_info.json", lambda info: info["features"].update(more={"_type": "\x1b[31mpopen" + "x" * 999})),
+        ("dataset_info.json", lambda info: info.update(features="x")),
     ],
 )
-def test_datasets(dataset, tmp_path, monkeypatch, capsys, file, change, message):
+def test_datasets(dataset, tmp_path, monkeypatch, capsys, file, change):
+    """One line, whatever a saved dataset says of itself."""
     copy = shutil.copytree(dataset, tmp_path / "copy")
     change_json(copy / file, change)
-    monkeypatch.setattr("datasets.load_from_disk", lambda *_: pytest.fail("reached"))
-    assert message in import_error(monkeypatch, capsys, copy, tmp_path / "new")
+    assert str(copy) in import_error(monkeypatch, capsys, copy, tmp_path / "new")
 
 
 def import_error(monkeypatch, capsys, *arguments):
@@ -224,21 +206,18 @@ def import_error(monkeypatch, capsys, *arguments):
     return error
 
 
-def test_datasets_whose_arrow_files_name_other_columns(tmp_path, monkeypatch, capsys):
-    """What dataset_info.json does not say, the schema of the Arrow file may."""
+def test_no_column_opens_another_file(tmp_path, monkeypatch, capsys):
+    """A column of images holds paths and URLs, which datasets itself would open."""
     datasets = pytest.importorskip("datasets")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     data = datasets.Dataset.from_dict(dict(features=[str(tmp_path / "x.png")], labels=[1]))
     data.cast_column("features", datasets.Image()).save_to_disk(tmp_path / "images")
-    change_json(tmp_path / "images/dataset_info.json", lambda info: info.pop("features"))
-    monkeypatch.setattr("datasets.load_from_disk", lambda *_: pytest.fail("reached"))
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened"))
     capsys.readouterr()
-    assert "columns of the kind Image" in import_error(monkeypatch, capsys, tmp_path / "images", tmp_path / "new")
+    error = import_error(monkeypatch, capsys, tmp_path / "images", tmp_path / "new")
+    assert "values of type struct" in error or "values are missing" in error, error
     for place in ("hf://datasets/x", "http://localhost/x", "s3://x"):
-        assert "no such directory" in import_error(monkeypatch, capsys, place, tmp_path / "new")
-    (tmp_path / "dict").mkdir()
-    (tmp_path / "dict/dataset_dict.json").write_text(json.dumps(dict(splits=["../images"])))
-    assert "names '../images'" in import_error(monkeypatch, capsys, tmp_path / "dict", tmp_path / "new")
+        assert "no such file or folder" in import_error(monkeypatch, capsys, place, tmp_path / "new")
 
 
 def test_what_is_no_file(tmp_path):
