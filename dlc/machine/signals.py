@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENDING = (signal.SIGINT, signal.SIGTERM)  # a second one ends the process; clusters may repeat SIGUSR1
@@ -13,7 +14,7 @@ ECHO_SECONDS = 2  # torchrun repeats Ctrl-C to its ranks, which already have it 
 _watched = {}  # time of each signal's first arrival; empty until the watcher runs
 
 
-def on_first_signal(numbers, react):
+def on_first_signal(numbers: Iterable[int], react: Callable[[int], object]) -> None:
     """Call react(number) in the main thread when each of these signals first arrives, and do nothing at later ones.
 
     A second SIGINT or SIGTERM ends the process at once, even if the main thread hangs: a separate thread learns of it
@@ -32,7 +33,7 @@ def on_first_signal(numbers, react):
         signal.signal(number, receive)
 
 
-def ignore_signals(worker):
+def ignore_signals(worker: int) -> None:
     """A data loader's worker_init_fn. Launchers and terminals signal the whole process group, but the main process ends
     its workers itself, and may still need their batches."""
     for number in STOPPING:
