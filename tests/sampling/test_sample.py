@@ -230,8 +230,8 @@ def test_sampling_for_vectors(tiny_models, tmp_path):
     for processes in (1, 2):
         said = launch(("forked", processes, *command, "--sample-dir", f"samples_{processes}"), tmp_path).stdout
         assert f"4 vectors of {tmp_path / 'vectors'} in random order" in said and "6 of 6 images to draw" in said
-        assert "note: the checkpoint does not say which VAE made its latents" in said
-        assert "note: the checkpoint does not say the scaling factor" in said
+        assert "note: nothing says which VAE made the checkpoint's latents" in said
+        assert "note: nothing says the scaling factor of the checkpoint's latents" in said
     one, two = (read_npz(tmp_path / f"samples_{processes}").astype(int) for processes in (1, 2))
     assert np.abs(one - two).max() <= 1 and one.std() > 1
     record = record_of(tmp_path / "samples_1")
