@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT
-from sparse import IMAGENET, sparse_features
+from sparse_features import IMAGENET, sparse_features
 
 from dlc.data import KINDS, Features, FeatureWriter, Manifest, NpyRows, kind_dir
 from dlc.data.inspection import problems

@@ -243,8 +243,8 @@ def test_as_stored():
     "value, dtype, message",
     [
         (1e5, "float16", "are too large for float16: give --dtype float32"),
-        (np.nan, "float32", "are not finite numbers: mend that row, or take it out"),
-        (-np.inf, None, "are not finite numbers: mend that row, or take it out"),
+        (np.nan, "float32", "are not finite numbers: fix that row, or take it out"),
+        (-np.inf, None, "are not finite numbers: fix that row, or take it out"),
     ],
 )
 def test_pack_refuses_them(value, dtype, message, tmp_path, capsys):
