@@ -103,7 +103,7 @@ def parse_args():
     return parser, parser.parse_args()
 
 
-def check_flags(args):
+def check_flags(args) -> None:
     """Raise ValueError for flags that contradict each other."""
     data_path, features_path = Path(args.data_path).resolve(), Path(args.features_path).resolve()
     if features_path == data_path or data_path in features_path.parents:
@@ -119,6 +119,42 @@ def main():
         run(parser, args)
 
 
+def open_inputs(args, state, logger) -> tuple:
+    """The VAE, the encoder or None, the images' paths and labels, and the manifest of what is to be written.
+
+    Raises ValueError or OSError, naming the flag or file, for what cannot be opened or does not go together.
+    """
+    vae, encoder = open_networks(
+        state,
+        args.image_size,
+        args.vae,
+        None if args.encoder == "none" else args.encoder,
+        backbone=args.encoder_backbone,
+        L=args.L,
+        V=args.V,
+    )
+    logger.info(f"VAE {args.vae}: {vae.said}")
+    if encoder:
+        logger.info(f"encoder {args.encoder}: {encoder.said}")
+    logger.info(f"listing {args.data_path}")
+    classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(args.data_path))
+    for remark in remarks:
+        logger.warning(f"warning: {remark}")
+    manifest = Manifest(
+        image_size=args.image_size,
+        shard_size=args.shard_size,
+        latents=args.posterior,
+        dtype=args.dtype,
+        precision=args.precision,
+        flip=args.flip,
+        seed=args.global_seed,
+        classes=classes,
+        **data_settings(args.vae, vae, args.encoder, encoder, paths),
+    )
+    agree("VAE and encoder", manifest.to_json())
+    return vae, encoder, paths, labels, manifest
+
+
 def run(parser, args):
     """Extract the features that args ask for."""
     # ---------------------------------------------------------------------- checks
@@ -126,35 +162,7 @@ def run(parser, args):
         check_flags(args)
         state = start_processes()
         logger = create_logger(state)
-        vae, encoder = open_networks(
-            state,
-            args.image_size,
-            args.vae,
-            None if args.encoder == "none" else args.encoder,
-            backbone=args.encoder_backbone,
-            L=args.L,
-            V=args.V,
-        )
-        logger.info(f"VAE {args.vae}: {vae.said}")
-        if encoder:
-            logger.info(f"encoder {args.encoder}: {encoder.said}")
-        logger.info(f"listing {args.data_path}")
-        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(args.data_path))
-        for remark in remarks:
-            logger.warning(f"warning: {remark}")
-    with parser.one_line_errors():
-        manifest = Manifest(
-            image_size=args.image_size,
-            shard_size=args.shard_size,
-            latents=args.posterior,
-            dtype=args.dtype,
-            precision=args.precision,
-            flip=args.flip,
-            seed=args.global_seed,
-            classes=classes,
-            **data_settings(args.vae, vae, args.encoder, encoder, paths),
-        )
-        agree("VAE and encoder", manifest.to_json())
+        vae, encoder, paths, labels, manifest = open_inputs(args, state, logger)
         writer = FeatureWriter(args.features_path, manifest)
         incomplete = done_by_rank_0(state, writer.start)
     patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
@@ -178,7 +186,7 @@ def run(parser, args):
     num_shards = -(-len(paths) // args.shard_size)
     todo = from_rank_0([shard for shard in range(num_shards) if not writer.is_done(shard)])
     logger.info(
-        f"{len(paths):,} images in {len(classes)} classes, {num_shards} shards, {len(todo)} to do, "
+        f"{len(paths):,} images in {len(manifest.classes)} classes, {num_shards} shards, {len(todo)} to do, "
         f"{state.num_processes} processes on {state.device.type}, {args.precision}"
     )
     batches = batches_of(todo[state.process_index :: state.num_processes], len(paths), args.shard_size, args.batch_size)

@@ -233,7 +233,7 @@ def compile_options(device: torch.device) -> dict:
     """torch.compile's arguments for the blocks of a transformer on a device.
 
     On a CPU, GELU's tanh is then computed by exp, with an absolute error of float32's rounding, and a block takes 6%
-    less time than by torch's defaults (`python -m benchmarks.block`).
+    less time than by torch's defaults (measured: benchmarks/README.md).
     """
     if device.type != "cpu":
         return {}

@@ -5,7 +5,6 @@ rebuilt from these alone, so a new argument of a model needs no line here. meta.
 of the weights must know about the latents and codes, and whatever else the trainer recorded.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +208,3 @@ class RunMeta(Record):
 def read_meta(path: str | Path) -> RunMeta:
     """A checkpoint's meta.json. Raises ValueError, naming file and key, for one that `RunMeta.from_json` refuses."""
     return RunMeta.read(Path(path) / "meta.json")
-
-
-def with_model(meta: RunMeta, config: ModelConfig, weights: str, layout: str) -> RunMeta:
-    """The meta, with what is not in its file."""
-    return dataclasses.replace(meta, model=config.model, process=config.process, weights=weights, layout=layout)

@@ -26,7 +26,7 @@ PATHS = ["cat/0.png", "cat/6.png", "dog/6.png"]
 
 @pytest.fixture(scope="module")
 def deep_vae(tmp_path_factory):
-    """A tiny VAE as that of Stable Diffusion 3, of 16 channels, 4 pixels a cell, without the 1x1 convolutions."""
+    """A tiny VAE like Stable Diffusion 3's: 16 channels, 4 pixels per cell, no 1x1 convolutions."""
     from diffusers import AutoencoderKL
 
     path = tmp_path_factory.mktemp("deep_vae")
