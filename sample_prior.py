@@ -22,7 +22,7 @@ from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.samples_record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
-from dlc.training.codes import Codes
+from dlc.training.code_batches import Codes
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
 

@@ -32,11 +32,11 @@ from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.flags import add_run_flags
-from dlc.training.images import FLIPS, ImageBatches, Images
+from dlc.training.image_batches import FLIPS, ImageBatches, Images
+from dlc.training.losses import Losses
 from dlc.training.preview import first_rows, save_preview
-from dlc.training.record import Losses
 from dlc.training.run import Run
+from dlc.training.run_flags import add_run_flags
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
 from models import CODE_INITS, Condition, DiT_models
 

@@ -23,12 +23,12 @@ from diffusion.processes import create_process
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, seed_torch
-from dlc.training.codes import CodeBatches, Codes, draws
-from dlc.training.flags import add_run_flags
+from dlc.training.code_batches import CodeBatches, Codes, draws
 from dlc.training.heldout import HeldOut
+from dlc.training.losses import Losses
 from dlc.training.preview import CodePreview, preview_codes
-from dlc.training.record import Losses
 from dlc.training.run import Run
+from dlc.training.run_flags import add_run_flags
 from prior import DLCPrior_models
 
 LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")

@@ -7,8 +7,8 @@ import torch
 
 from diffusion.masked import MaskedDiffusion
 from dlc.machine.noise import Stream, random_words
-from dlc.training.codes import Codes
-from dlc.training.record import append_metrics, read_metrics
+from dlc.training.code_batches import Codes
+from dlc.training.metrics_file import append_metrics, read_metrics
 from dlc.weights.checkpoint import save_best
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dlc.machine.cli import one_line, progress
-from dlc.training.record import append_metrics
+from dlc.training.metrics_file import append_metrics
 from dlc.weights.checkpoint import gather_full
 
 if TYPE_CHECKING:

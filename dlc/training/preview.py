@@ -14,7 +14,7 @@ from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.training.batches import TrainingBatches
-from dlc.training.codes import Codes
+from dlc.training.code_batches import Codes
 from dlc.weights.load import load_model
 from dlc.weights.networks import load_vae
 from models import Condition

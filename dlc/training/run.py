@@ -20,6 +20,7 @@ The flags that it reads are those of `add_run_flags`.
 import argparse
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -44,9 +45,10 @@ from dlc.machine.processes import (
     versions,
 )
 from dlc.training.batches import Unreadable, load_batches
-from dlc.training.flags import OPTIMISATION, ema_decay, warmup
 from dlc.training.log import announce, write_line
-from dlc.training.record import Losses, draw_losses, read_metrics, refuse_wrong_kinds, trim_metrics
+from dlc.training.losses import Losses
+from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
+from dlc.training.run_flags import OPTIMISATION, ema_decay, warmup
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
@@ -61,6 +63,9 @@ from dlc.weights.checkpoint import (
 )
 from dlc.weights.load import load_pretrained
 from dlc.weights.meta import RunMeta, config_of, plain
+
+FOLDERS = ("checkpoints", "previews", "best")  # of RESULTS/
+FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")
 
 
 class Run:
@@ -129,7 +134,13 @@ class Run:
 
     def _take_folder(self):
         self.lock.acquire()
-        refuse_wrong_kinds(self.folder)
+        for name in (*FOLDERS, *FILES):  # one of the wrong kind would stop the run later
+            path = self.folder / name
+            if path.is_dir() if name in FILES else os.path.lexists(path) and not path.is_dir():
+                here, wanted = ("folder", "file") if name in FILES else ("file", "folder")
+                raise ValueError(
+                    f"{path} is a {here}, where a run has a {wanted}: remove it, or give another --results-dir"
+                )
 
     def start(self) -> None:
         """Open log.txt, create the accelerator, and seed the weights alike in every process.

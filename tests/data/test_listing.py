@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dlc.data import Features
 from dlc.data.listing import ENDINGS, list_images, listing_sha256
 from dlc.machine import cli
-from dlc.training.images import Images
+from dlc.training.image_batches import Images
 
 
 def make(root, *names):

@@ -9,13 +9,13 @@ from accelerate import PartialState
 from conftest import IMAGE_SIZE, extract_command, launch, save_images
 from diffusers import AutoencoderKL
 from test_feature_tools import call, lone_files
-from test_train import metrics
+from training_runs import metrics
 
 from dlc.data import Features, NotFinite, as_stored, kind_dir
 from dlc.nets.encoder import save_encoder
 from dlc.nets.pixels import PixelEncoder
 from dlc.training.batches import draw_posterior
-from dlc.training.images import ImageBatches, Images
+from dlc.training.image_batches import ImageBatches, Images
 from dlc.weights.networks import load_encoder
 
 

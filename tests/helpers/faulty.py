@@ -53,20 +53,70 @@ def said_soon():
 def signalled(name, part, number, rank="0"):
     """Of this rank alone: before the Nth file whose path has `part` in it is renamed, the process gets that signal.
 
-    Or, by a name such as readers:SIGKILL, its data readers do.
+    By a name such as readers:SIGKILL its data readers do instead, by group:SIGKILL it and they.
     """
-    to, _, name = name.rpartition(":")
     replace, seen = os.replace, []
 
     def replaced(source, target):
         if part in str(target) and os.environ.get("RANK", "0") == rank:
             seen.append(target)
             if len(seen) == int(number):
-                for pid in [reader.pid for reader in multiprocessing.active_children()] if to else [os.getpid()]:
-                    os.kill(pid, signal.Signals[name])
+                send(name)
         replace(source, target)
 
     os.replace = replaced
+
+
+def send(name):
+    """See `signalled`."""
+    to, _, name = name.rpartition(":")
+    readers = [reader.pid for reader in multiprocessing.active_children()]
+    for pid in {"": [os.getpid()], "readers": readers, "group": [0]}[to]:
+        os.kill(pid, signal.Signals[name])
+
+
+def signalled_at_step(name, step, rank):
+    """Of this rank alone: at this step's end, as `signalled`."""
+    from dlc.training.run import Run
+
+    report = Run.report
+
+    def reporting(self, number):
+        if number == int(step) and self.state.process_index == int(rank):
+            send(name)
+        report(self, number)
+
+    Run.report = reporting
+
+
+def killed_syncing(name, number):
+    """SIGKILL after the Nth time that a file or folder of this name was synced."""
+    fsync, seen = os.fsync, []
+
+    def synced(descriptor):
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}"):
+            seen.append(name)
+            if len(seen) == int(number):
+                send("group:SIGKILL")
+
+    os.fsync = synced
+
+
+def killed_in_a_line(number):
+    """SIGKILL when the Nth line of metrics.jsonl is written but for its end."""
+    from dlc.training import log
+
+    append, seen = log.append_metrics, []
+
+    def cut_short(path, line):
+        append(path, line)
+        seen.append(line)
+        if len(seen) == int(number):
+            os.truncate(path, path.stat().st_size - 9)
+            send("group:SIGKILL")
+
+    log.append_metrics = cut_short
 
 
 def main():

@@ -5,6 +5,7 @@ import importlib
 for name in (
     "accelerate.utils",
     "diffusers.models.autoencoders.autoencoder_kl",
+    "matplotlib.backends.backend_agg",
     "timm.models.vision_transformer",
     "torch.distributed.fsdp",
 ):

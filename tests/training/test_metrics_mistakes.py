@@ -2,9 +2,8 @@
 
 import re
 
-from PIL import Image
-
 from dlc.training.record import draw_losses, read_metrics
+from PIL import Image
 
 
 def test_metrics_that_are_not_finite(tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import IMAGE_SIZE, ROOT, extract_moments, save_images
 from forked import Run
-from test_train import metrics, train_command
+from training_runs import metrics, train_command
 
 import train_prior
 from dlc.machine.processes import asked_precision

@@ -16,7 +16,7 @@ from dlc.data.images import center_crop, normalize
 from dlc.machine.noise import Stream, integers
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes, decode, latent_settings, latent_shape, posterior
-from dlc.training.images import Images
+from dlc.training.image_batches import Images
 from dlc.weights.networks import load_vae
 
 CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3

@@ -15,8 +15,7 @@ import torch
 from conftest import launch
 from forked import Run
 from safetensors.torch import load_file, save_file
-from test_train import metrics, train_command
-from test_training import metrics_lines, same_run
+from training_runs import metrics, metrics_lines, same_run, train_command
 
 from dlc.machine.cli import is_killed_reader
 from dlc.training.batches import load_batches
@@ -66,31 +65,21 @@ def wait_for_lines(process, run, count=1):
 
 
 @pytest.mark.slow
-def test_a_second_launch_in_one_folder(trained, train, failed, tmp_path):
-    """It waits a little, then says so; the first one's checkpoints and lines are those of a run left alone."""
-    flags = ("--max-steps", 30, "--ckpt-every", 5)
-    first = train("run", *flags)
-    wait_for_lines(first, tmp_path / "run")
-    second = train("run", *flags, fault="impatient")
-    assert not second.wait()
-    assert re.search(
-        f"another process is writing to {tmp_path}/run: wait for it, or give another path", the_error(second)
-    )
+def test_two_launches_in_one_folder(trained, train, tmp_path):
+    """The second waits for the first, and continues it; one that waits too long says so. The end is that of one run."""
+    first = train("run", "--max-steps", 4, "--ckpt-every", 2, fault="signalled,SIGSTOP,checkpoints/,1")
+    while not (tmp_path / "run/checkpoints/0000002.tmp/meta.json").exists():
+        assert not first.wait(0.01), first.said()
+    refused = train("run", "--max-steps", 6, fault="impatient")
+    assert not refused.wait()
+    assert f"another process is writing to {tmp_path}/run: wait for it, or give another path" in the_error(refused)
+    second = train("run", "--max-steps", 6)
+    second.wait(1)
+    os.kill(first.ranks[0].pid, signal.SIGCONT)
     assert first.wait(), first.said()
-    trained("alone", *flags)
-    assert same_run(tmp_path / "run", tmp_path / "alone", 30)
-    assert not (tmp_path / "run/.lock").exists()
-
-
-@pytest.mark.slow
-def test_a_launch_that_waited_continues(trained, train, tmp_path):
-    first = train("run", "--max-steps", 20)
-    wait_for_lines(first, tmp_path / "run")
-    assert "steps 20 to 22" in trained("run", "--max-steps", 22)
-    assert first.ranks[0].exitcode == 0
-    trained("alone", "--max-steps", 20)
-    trained("alone", "--max-steps", 22)
-    assert same_run(tmp_path / "run", tmp_path / "alone", 22)
+    assert second.wait() and "steps 4 to 6" in second.said(), second.said()
+    trained("alone", "--max-steps", 6)
+    assert same_run(tmp_path / "run", tmp_path / "alone", 6) and not (tmp_path / "run/.lock").exists()
 
 
 @pytest.mark.slow
@@ -293,13 +282,8 @@ def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_p
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     """Nothing is lost: a checkpoint, one line, and the same command goes on to the same end."""
-    flags = ("--max-steps", 60, "--num-workers", 2)
-    process = train("run", *flags, processes=processes)
-    wait_for_lines(process, tmp_path / "run", 2)
-    os.kill(
-        int(Path(f"/proc/{process.ranks[0].pid}/task/{process.ranks[0].pid}/children").read_text().split()[0]),
-        signal.SIGKILL,
-    )
+    flags = ("--max-steps", 16, "--num-workers", 2, "--ckpt-every", 3)
+    process = train("run", *flags, processes=processes, fault="signalled,readers:SIGKILL,checkpoints/,1")
     assert not process.wait()
     assert re.search(
         "a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; "
@@ -307,10 +291,10 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
         the_error(process),
     )
     step = int(run_checkpoints(tmp_path / "run")[-1].name)
-    assert 2 <= step < 60 and metrics_lines(tmp_path / "run") == step
+    assert 3 <= step < 16 and metrics_lines(tmp_path / "run") == step
     trained("run", *flags, processes=processes)
     trained("alone", *flags, processes=processes)
-    assert same_run(tmp_path / "run", tmp_path / "alone", 60)
+    assert same_run(tmp_path / "run", tmp_path / "alone", 16)
 
 
 def test_what_tells_of_a_killed_reader():

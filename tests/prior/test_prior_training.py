@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import random
+import signal
 
 import numpy as np
 import pytest
@@ -12,13 +12,12 @@ from conftest import L as TOKENS
 from conftest import V as VALUES
 from forked import Run
 from PIL import Image
-from test_train import metrics, tensors
-from test_training import same_run
 from tiny_prior import save_prior
+from training_runs import metrics, same_run, tensors
 
 from diffusion.masked import MaskedDiffusion
 from dlc.data import Features, FeatureWriter, Manifest
-from dlc.training.codes import STRATA, CodeBatches, Codes, draws, split_rows
+from dlc.training.code_batches import STRATA, CodeBatches, Codes, draws, split_rows
 from dlc.training.heldout import heldout_bounds
 from dlc.weights.checkpoint import run_checkpoints
 from dlc.weights.load import load_prior, process_of
@@ -59,17 +58,18 @@ def code_features(tmp_path_factory):
 
 @pytest.fixture
 def train(code_features, tmp_path):
-    """train(name, flags…, processes=N): a started run into that folder of tmp_path."""
+    """train(name, flags…, processes=N, fault=…): a started run into that folder of tmp_path."""
     outputs = (tmp_path / f"output_{number}.txt" for number in itertools.count())
 
-    def start(name, *flags, processes=1):
+    def start(name, *flags, processes=1, fault=None):
         flags = (
             *("--model", "DLCPrior-Ti", "--features-path", code_features, "--results-dir", tmp_path / name),
             *("--global-batch-size", 8, "--lr", 3e-3, "--warmup-steps", 4, "--ema-decay", 0.9, "--num-workers", 0),
             *(() if "--holdout" in flags else ("--holdout", 0.2, "--eval-every", 4, "--eval-levels", 3)),
             *flags,
         )
-        return Run("train_prior", flags, next(outputs), processes)
+        script, flags = ("faulty", [fault, "train_prior", *flags]) if fault else ("train_prior", flags)
+        return Run(script, flags, next(outputs), processes)
 
     return start
 
@@ -205,19 +205,16 @@ def test_processes_train_alike(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(trained, train, tmp_path):
+def test_killed_at_named_points(trained, train, tmp_path):
     """With a checkpoint and a measurement at each step, the end is the same."""
-    flags = ("--max-steps", 12, "--ckpt-every", 1, "--eval-every", 1, "--log-every", 1)
-    trained("whole", *flags)
-    chance = random.Random(0)
-    for steps in (1, 4, 8):
-        run = train("run", *flags)
-        while len(run_checkpoints(tmp_path / "run")) < steps:
-            assert not run.wait(0.01), run.said()
-        run.wait(chance.uniform(0, 0.1))
-        assert run.kill(0)
+    flags = ("--max-steps", 7, "--ckpt-every", 1, "--eval-every", 1, "--log-every", 1)
+    kills = ("signalled,SIGKILL,checkpoints/,2", "signalled,SIGKILL,best/,1", "killed_syncing,best,2")
+    for fault in (*kills, "killed_syncing,checkpoints,1"):
+        run = train("run", *flags, fault=fault)
+        assert not run.wait() and run.ranks[0].exitcode == -signal.SIGKILL, run.said()
     trained("run", *flags)
-    assert same_run(tmp_path / "whole", tmp_path / "run", 12)
+    trained("whole", *flags)
+    assert same_run(tmp_path / "whole", tmp_path / "run", 7)
     best = [[path.name for path in (tmp_path / name / "best").iterdir()] for name in ("whole", "run")]
     assert best[0] == best[1] and len(best[0]) == 1
 

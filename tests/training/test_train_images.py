@@ -11,13 +11,12 @@ from accelerate import PartialState
 from conftest import IMAGE_SIZE, assert_codes, encoder_logits, extract_moments, launch, save_images
 from forked import Run
 from PIL import Image
-from test_train import metrics, train_command
-from test_training import same_run
+from training_runs import metrics, same_run, train_command
 
 from dlc.data.images import center_crop, load_rgb
 from dlc.machine.noise import Stream, integers
 from dlc.nets.pixels import PixelEncoder
-from dlc.training.images import ImageBatches, Images
+from dlc.training.image_batches import ImageBatches, Images
 from dlc.weights.info import info
 
 

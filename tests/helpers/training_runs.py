@@ -1,0 +1,58 @@
+"""The commands of tests that train, and what their runs leave."""
+
+import json
+
+import safetensors.torch
+import torch
+
+
+def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):
+    """For conftest.launch: a DiTSEM-Ti/4 on features, with a line of the log at each step."""
+    return (
+        *(launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results),
+        *("--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 1, *flags),
+    )
+
+
+def metrics(results):
+    return [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(checkpoint):
+    """Every tensor of a checkpoint: weights, EMA, optimizer."""
+    found = {
+        f"{name}/{key}": value
+        for name in ("model", "ema")
+        for key, value in safetensors.torch.load_file(checkpoint / f"{name}.safetensors").items()
+    }
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizers"]
+    for number, state in enumerate(states):
+        for index, values in state["state"].items():
+            found.update({f"optimizer {number}/{index}/{key}": value for key, value in values.items()})
+    return found
+
+
+def alike(one, two):
+    """Whether tensors of two runs, whose batches round differently, are the same on the whole.
+
+    AdamW makes full steps even of gradients that are mere rounding.
+    """
+    return all((one[key] - two[key]).norm() <= 1e-3 * two[key].norm() for key in two)
+
+
+def metrics_lines(run):
+    return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").is_file() else 0
+
+
+def same_run(one, two, step):
+    """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates."""
+    first, second = (tensors(root / f"checkpoints/{step:07d}") for root in (one, two))
+    lines = [
+        [{key: value for key, value in line.items() if "per_second" not in key} for line in metrics(root)]
+        for root in (one, two)
+    ]
+    return (
+        first.keys() == second.keys()
+        and all(torch.equal(first[key], second[key]) for key in first)
+        and lines[0] == lines[1]
+    )
