@@ -10,7 +10,7 @@ from dlc.machine.cli import warn_once
 from dlc.machine.files import write_whole
 
 
-def append_metrics(path: Path, line: dict):
+def append_metrics(path: Path, line: dict) -> None:
     """Append a dict to a file of JSON lines. NaN and infinities, which JSON does not have, become null.
 
     Raises OSError, naming the file, if the disk does not take the line; no part of it is left then.
@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def trim_metrics(path: Path, step: int):
+def trim_metrics(path: Path, step: int) -> None:
     """Drop the lines after the step from which a run resumes."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     if path.is_file():

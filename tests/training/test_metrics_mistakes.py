@@ -2,7 +2,7 @@
 
 import re
 
-from dlc.training.record import draw_losses, read_metrics
+from dlc.training.metrics_file import draw_losses, read_metrics
 from PIL import Image
 
 
