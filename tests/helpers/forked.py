@@ -68,7 +68,7 @@ class Run:
     def said(self):
         return self.output.read_text()
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=300):
         """Whether all ranks ended well in that time."""
         deadline = time.time() + seconds
         for rank in self.ranks:

@@ -2,8 +2,9 @@
 
 import re
 
-from dlc.training.metrics_file import draw_losses, read_metrics
 from PIL import Image
+
+from dlc.training.metrics_file import draw_losses, read_metrics
 
 
 def test_metrics_that_are_not_finite(tmp_path, capsys):

@@ -34,22 +34,9 @@ def train(folder, tiny_models, tmp_path):
     fails=True, not; gives what it said."""
 
     def run(name, *flags, processes=1, model="DiTSEM-Ti/4", data=folder, fails=False):
-        command = train_command(
-            1,
-            "",
-            tmp_path / name,
-            "--model",
-            model,
-            "--data-path",
-            data,
-            "--image-size",
-            IMAGE_SIZE,
-            "--vae",
-            tiny_models[0],
-            *flags,
-        )
-        if model.startswith("DiTSEM"):
-            command += ("--encoder", tiny_models[1])
+        images = ("--data-path", data, "--image-size", IMAGE_SIZE, "--vae", tiny_models[0])
+        encoder = ("--encoder", tiny_models[1]) if model.startswith("DiTSEM") else ()
+        command = train_command(1, "", tmp_path / name, "--model", model, *images, *flags, *encoder)
         at = command.index("--features-path")
         process = Run("train_diffusion", command[3:at] + command[at + 2 :], tmp_path / f"{name}.txt", processes)
         assert process.wait() != fails, process.said()
@@ -70,20 +57,8 @@ def test_same_losses_as_on_features(model, train, folder, tiny_models, tmp_path)
     extract_moments(folder, tmp_path / "features", tiny_models)
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(14, 5)).astype(np.float32))
     conditions = ("--condition-path", tmp_path) if model.startswith("DiTCONT") else ()
-    launch(
-        train_command(
-            1,
-            tmp_path / "features",
-            tmp_path / "on_features",
-            "--model",
-            model,
-            "--max-steps",
-            6,
-            *conditions,
-            launcher="forked",
-        ),
-        tmp_path,
-    )
+    flags = ("--model", model, "--max-steps", 6, *conditions)
+    launch(train_command(1, tmp_path / "features", tmp_path / "on_features", *flags, launcher="forked"), tmp_path)
     flags = ("--flip", "none", "--max-steps", 6, *conditions)
     said = train("one", *flags, model=model)
     assert f"data: 14 images of {folder}, 1.8 steps per epoch" in said
@@ -161,24 +136,8 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, folder, tiny_models, tm
     assert any(f"data_path {folder}" in line for line in info(tmp_path / "codes/checkpoints/0000001"))
 
     def sample(script, model, run, *flags, check=True):
-        return launch(
-            (
-                "forked",
-                1,
-                script,
-                "--model",
-                model,
-                "--results-dir",
-                run,
-                "--num-fid-samples",
-                2,
-                "--num-sampling-steps",
-                2,
-                *flags,
-            ),
-            tmp_path,
-            check=check,
-        )
+        flags = ("--model", model, "--results-dir", run, "--num-fid-samples", 2, "--num-sampling-steps", 2, *flags)
+        return launch(("forked", 1, script, *flags), tmp_path, check=check)
 
     assert "done: 2 images" in sample("sample_ddp.py", "DiT-Ti/4", "labels").stdout
     result = sample("sample_ddp_computed_dlc.py", "DiTSEM-Ti/4", "codes", check=False)

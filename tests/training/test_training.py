@@ -84,7 +84,7 @@ def test_killed_at_named_points(processes, kills, trained, train, tmp_path):
     flags = ("--max-steps", 7, "--ckpt-every", 1, "--ckpt-total-limit", 3)
     for fault in kills:
         run = train("run", *flags, processes=processes, fault=fault)
-        run.ranks[0].join(120)
+        run.ranks[0].join(300)
         assert run.ranks[0].exitcode == -signal.SIGKILL, run.said()
         for rank in run.ranks[1:]:  # which wait for it
             os.killpg(rank.pid, signal.SIGKILL)
