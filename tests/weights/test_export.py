@@ -1,8 +1,6 @@
 """Weights out: what is written is read back, and a pipeline of diffusers draws what our sampler draws."""
 
-import json
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from dlc import checkpoints as tool
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.weights.checkpoint import save_checkpoint
-from dlc.weights.export import Export, add_vae, export, write_folder
+from dlc.weights.export import Export, add_vae, write_folder
 from dlc.weights.info import info
 from dlc.weights.load import describe, load_model
 from dlc.weights.networks import load_vae
@@ -108,19 +106,6 @@ def test_safetensors(name, export_to, tmp_path):
         "meta.json",
         "model.safetensors",
     ]
-
-
-def test_sizes_without_a_name(export_to, tmp_path):
-    """Heads and the function of diffusers come back out of config.json."""
-    torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=2, hidden_size=96, depth=1, num_heads=4, num_classes=3, mlp_ratio=2.0).eval()
-    torch.save(model.state_dict(), tmp_path / "odd.pt")
-    (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=4)))
-    folder, said = export_to(tmp_path / "odd.pt", "safetensors")
-    loaded, name, meta = load_model(folder)
-    assert_same(loaded, model)
-    assert name == "DiT-1x96/2" and loaded.blocks[0].attn.num_heads == 4 and meta.step is None
-    assert "licence unknown" in said and "does not record their licence" in (folder / "README.md").read_text()
 
 
 class Variant(DiT):
@@ -225,7 +210,6 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
     model = tiny("DiTCONT-Ti/4", in_dim=6)
     torch.save(model.state_dict(), tmp_path / "cont.pt")
     torch.save(tiny().state_dict(), tmp_path / "dit.pt")
-    torch.save(tiny("DiTSEM-Ti/4", L=3, V=4).state_dict(), tmp_path / "sem.pt")
     torch.save(
         DiT(input_size=8, patch_size=4, hidden_size=192, depth=6, num_heads=3, mlp_ratio=2.0).state_dict(),
         tmp_path / "mlp.pt",
@@ -245,7 +229,7 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
             export_to(tmp_path / checkpoint, format, *flags, name=name)
         line = capsys.readouterr().err
         assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cont.pt", "dit.pt", "mlp.pt", "sem.pt", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cont.pt", "dit.pt", "mlp.pt", "there"]
 
 
 def test_whole_or_not_at_all(tmp_path):
@@ -256,14 +240,3 @@ def test_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="cannot write .*out"):
         write_folder(tmp_path / "out", cut_off)
     assert not list(tmp_path.iterdir())
-    torch.save(tiny().state_dict(), tmp_path / "dit.pt")
-    args = types.SimpleNamespace(
-        checkpoint=str(tmp_path / "dit.pt"),
-        out=str(tmp_path / "out"),
-        ema=True,
-        diffusers_time=None,
-        format="safetensors",
-        license=None,
-        vae=None,
-    )
-    assert export(args)[0].startswith(f"{tmp_path / 'out'}: DiT-Ti/4 (DiT's names, taken to predict noise")

@@ -74,6 +74,8 @@ def test_the_hub_then_the_address_then_the_file(server, hub, monkeypatch, tmp_pa
     assert "no checkpoint of DiT-Ti/4 under --results-dir results: train one" in capsys.readouterr().out
     hub.repositories.clear()
     point_at(hub.url, monkeypatch, tmp_path / "other_cache")
+    published.FOLDER.mkdir()
+    (published.FOLDER / f".{NAME}.part.0.partial").write_bytes(b"of a process that was killed")
     asked = []
     for _ in range(2):
         path, model, meta = open_without_ckpt()

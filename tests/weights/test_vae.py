@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from accelerate import PartialState
 from conftest import IMAGE_SIZE, extract_command, launch, sample_folder
 from PIL import Image, ImageOps
 
-from dlc.data import Features, FeatureWriter, Manifest
+from dlc.data import Features
 from dlc.data.images import center_crop, normalize
 from dlc.machine.noise import Stream, integers
 from dlc.nets.pixels import PixelEncoder
@@ -120,20 +119,6 @@ def test_extracted(deep_features, deep_vae, normal_vae, images):
 
 
 @pytest.mark.slow
-def test_inspected(deep_features, monkeypatch, capsys):
-    from dlc.features import main
-
-    for kind, path in deep_features.items():
-        for command, said in (
-            ("check", "nothing wrong with its 14 rows"),
-            ("info", f"latents: {kind}, float32, (16, 16, 16)"),
-        ):
-            monkeypatch.setattr("sys.argv", ["features", command, str(path)])
-            main()
-            assert said in capsys.readouterr().out
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "moments"])
 def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_path):
     """The model has 16 channels in, and another VAE than the features' is refused, by training as by sampling."""
@@ -210,56 +195,3 @@ def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
     ):
         with pytest.raises(ValueError, match=message):
             check_decodes(vae, "x", channels, source, "the latents")
-
-
-#################################################################################
-#                                   Manifests                                   #
-#################################################################################
-
-MANIFEST = Manifest(
-    image_size=32, latents="mean", dtype="float32", L=None, V=None, classes=["a"], images=3, scaling_factor=0.5
-)
-
-
-def write(root, manifest, channels):
-    writer = FeatureWriter(root, manifest)
-    if writer.start():
-        writer.write(
-            0,
-            dict(
-                features=np.zeros((3, channels, 4, 4), np.float32),
-                labels=np.zeros(3, np.int64),
-                path=np.array(["a", "b", "c"]),
-            ),
-            [],
-        )
-        writer.finish(1)
-
-
-@pytest.mark.parametrize("key", ["count", "L"])
-def test_missing_keys(tmp_path, key):
-    write(tmp_path, MANIFEST, 4)
-    path = tmp_path / "manifest.json"
-    values = json.loads(path.read_text())
-    del values[key]
-    path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"manifest.json: {key} is missing"):
-        Features(tmp_path)
-
-
-def test_what_a_run_records_of_its_data(tmp_path):
-    manifest = replace(MANIFEST, vae="v", vae_sha256="1", encoder_sha256="2", listing_sha256="3", flip="none")
-    assert manifest.source() == dict(
-        vae="v",
-        vae_sha256="1",
-        scaling_factor=0.5,
-        shift_factor=0.0,
-        latents_mean=None,
-        latents_std=None,
-        encoder_sha256="2",
-        listing_sha256="3",
-        flip="none",
-    )
-    assert Manifest.unknown_source() == dict.fromkeys(manifest.source(), None) | dict(shift_factor=0.0)
-    moved = replace(manifest, vae="elsewhere", encoder="elsewhere", count=7)
-    assert moved.settings() == manifest.settings() != replace(manifest, vae_sha256="4").settings()
