@@ -60,7 +60,7 @@ class FeatureWriter(ResumableFolder):
     def __init__(self, root: str | Path, manifest: Manifest):
         super().__init__(root)
         self.root, self.manifest, self.progress = self.path, manifest, self.path / "progress"
-        self.files = tuple(f"imagenet{manifest.image_size}_{kind}/*.npy" for kind in manifest.kinds)
+        self.files = tuple(f"imagenet*_{kind}/*.npy" for kind in manifest.kinds)  # of any image size
 
     @property
     def is_complete(self) -> bool:

@@ -74,16 +74,6 @@ def test_killed_where_it_hurts(whole, extraction, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_killed_under_torchrun(whole, many_images, tiny_models, tmp_path):
-    """torchrun ends with the rank that was killed, and run again finishes."""
-    command = extract_command("torchrun", 2, many_images, tmp_path, tiny_models)
-    faulty = (*command[:2], "tests/helpers/faulty.py", "signalled,SIGKILL,_features/,2,1", EXTRACT, *command[3:])
-    assert launch(faulty, tmp_path, check=False).returncode and shards_done(tmp_path)
-    launch(("forked", *command[1:]), tmp_path)
-    assert contents(tmp_path) == whole
-
-
-@pytest.mark.slow
 def test_a_full_disk(many_images, tiny_models, tmp_path):
     """One line that names the file and says how to go on; and so it does, once there is room."""
 
@@ -149,15 +139,6 @@ def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
     assert run.wait() and contents(tmp_path / "features") == whole
 
 
-@pytest.mark.slow
-def test_interrupted(whole, extraction, tmp_path):
-    """Ctrl-C ends it with one line, its readers too; what is done is kept."""
-    run = extraction("features", "--num-workers", 2, fault="signalled,SIGINT,progress/0,1")
-    the_line(run, 130, "stopped; ")
-    run = extraction("features")
-    assert run.wait() and contents(tmp_path / "features") == whole
-
-
 @pytest.mark.parametrize(
     "place, kept",
     [
@@ -177,3 +158,12 @@ def test_interrupted_elsewhere(place, kept, images, tiny_models, tmp_path, monke
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(EXTRACT).main()
     assert stopped.value.code == 130 and f"stopped; {kept}\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_interrupted(whole, extraction, tmp_path):
+    """Ctrl-C ends it with one line, its readers too; what is done is kept."""
+    run = extraction("features", "--num-workers", 2, fault="signalled,SIGINT,progress/0,1")
+    the_line(run, 130, "stopped; ")
+    run = extraction("features")
+    assert run.wait() and contents(tmp_path / "features") == whole

@@ -94,7 +94,7 @@ def test_features_of_other_settings(extract_error, features):
         (("--image-size", 32), "image_size 64 there, 32 here"),
         ((), "shard_size 4 there, 1024 here"),
     ):
-        assert message in extract_error("--features-path", features, *flags)
+        assert message in extract_error("--features-path", features, *flags), flags
 
 
 @pytest.mark.slow

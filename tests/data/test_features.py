@@ -16,10 +16,6 @@ from sparse_features import IMAGENET, sparse_features
 from dlc.data import KINDS, Features, FeatureWriter, Manifest, NpyRows, kind_dir
 from dlc.data.inspection import problems
 from dlc.data.manifest import ArrayKind
-from dlc.machine.files import write_whole
-from dlc.sampling.conditions import ComputedCodes
-from dlc.weights.meta import RunMeta
-from models import DiT_models
 
 MANIFEST = Manifest(
     latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b"], images=10, vae_sha256="x"
@@ -90,14 +86,6 @@ def test_directory_of_the_reference_scripts(tmp_path):
         Features(tmp_path)
 
 
-def test_moments_have_the_latents_shape(tmp_path):
-    writer = FeatureWriter(tmp_path, replace(MANIFEST, latents="moments"))
-    writer.start()
-    writer.write(0, dict(shard(3), features=np.zeros((3, 8, 16, 16), np.float16)), [])
-    writer.finish(1)
-    assert (Features(tmp_path).latent_kind, Features(tmp_path).latent_shape) == ("moments", (4, 16, 16))
-
-
 def test_one_launch_at_a_time(tmp_path, monkeypatch):
     """A second one waits a while, then says so; or finds the work done. What a killed one left behind is swept."""
     first, second = FeatureWriter(tmp_path, MANIFEST), FeatureWriter(tmp_path, MANIFEST)
@@ -138,23 +126,6 @@ def test_what_others_wrote_is_left_alone(tmp_path):
     assert FeatureWriter(tmp_path, MANIFEST).start() and all(path.exists() for path in others)
 
 
-def test_a_shard_whose_files_went_is_not_done(tmp_path):
-    """As after a crash of the machine; and of a complete directory, the missing file is named."""
-    writer = FeatureWriter(tmp_path, MANIFEST)
-    writer.start()
-    writer.write(0, shard(3), [])
-    assert writer.is_done(0) and not writer.is_done(1)
-    path = kind_dir(tmp_path, 64, "labels") / "000000.npy"
-    content = path.read_bytes()
-    path.unlink()
-    assert not writer.is_done(0)
-    path.write_bytes(content)
-    writer.finish(1)
-    path.unlink()
-    with pytest.raises(ValueError, match="labels/000000.npy is missing, though the manifest lists it"):
-        FeatureWriter(tmp_path, MANIFEST).start()
-
-
 @pytest.mark.parametrize(
     "call, number",
     [
@@ -183,15 +154,6 @@ def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number
     assert said and all(line.startswith(f"warning: the disk of {tmp_path}") for line in said)
 
 
-def test_a_disk_that_fails_to_sync_is_no_such_disk(tmp_path, monkeypatch):
-    def fail(descriptor):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="cannot write .*settings.json .*Input/output error"):
-        FeatureWriter(tmp_path, MANIFEST).start()
-
-
 def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("dlc.data.rows.MAX_OPEN", 4)
     paths = [tmp_path / f"{index}.npy" for index in range(9)]
@@ -201,16 +163,6 @@ def test_maps_kept_open_are_bounded(tmp_path, monkeypatch):
     rows = RANDOM.permutation(27)
     np.testing.assert_array_equal(stack.gather(rows)[:, 1], rows // 3)
     assert len(stack._open) <= 4
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    def no_space(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=r"cannot write .*codes.npy .*No space left"):
-        write_whole(tmp_path / "codes.npy", no_space)
-    assert not list(tmp_path.iterdir())
 
 
 def test_more_shards_than_open_files(tmp_path):
@@ -264,13 +216,6 @@ def test_nothing_half_written_passes_for_whole(written, tmp_path_factory):
         Features(root)
 
 
-def test_a_shard_of_another_length_is_refused(written):
-    root, _ = written
-    np.save(kind_dir(root, 64, "labels") / "000001.npy", np.zeros(4, int))
-    with pytest.raises(ValueError, match=r"000001.npy has shape \(4,\), wanted 5"):
-        Features(root).validate()
-
-
 def test_a_shard_of_another_width_is_refused(written):
     """NumPy would spread a row of one value over the whole row."""
     root, arrays = written
@@ -282,30 +227,12 @@ def test_a_shard_of_another_width_is_refused(written):
         Features(root).validate()
 
 
-def test_a_folder_of_lone_codes_is_in_numeric_order(tmp_path):
-    for index in range(12):
-        np.save(tmp_path / f"{index}.npy", np.array([[index, 0, 0]]))
-    model = DiT_models["DiTSEM-Ti/8"](input_size=8, L=3, V=12)
-    codes = ComputedCodes(tmp_path, model, RunMeta(), "sequential", 0)
-    assert codes(np.arange(14))[:, 0].tolist() == [*range(12), 0, 1]
-
-
 def test_names_that_are_no_utf8(tmp_path):
     writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=["a", "b\udcff"]))
     writer.start()
     writer.write(0, shard(2), [["b\udcff/x.png", "reason"]])
     writer.finish(1)
     assert Features(tmp_path).manifest.classes == ["a", "b\udcff"]
-
-
-def test_pickled_objects_are_refused(tmp_path):
-    np.save(tmp_path / "codes.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="codes.npy holds pickled objects"):
-        NpyRows([tmp_path / "codes.npy"], sample_ndim=1)
-    for junk in (b"", b"xy", b"junk" * 100):
-        (tmp_path / "codes.npy").write_bytes(junk)
-        with pytest.raises(ValueError, match="codes.npy is not a readable .npy"):
-            NpyRows([tmp_path / "codes.npy"], sample_ndim=1)
 
 
 def test_other_settings_are_refused(written):
@@ -327,24 +254,6 @@ def test_settings_without_shards_do_not_count(tmp_path):
     writer.write(0, shard(3), [])
     with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b'\] here.*\(the names of"):
         FeatureWriter(tmp_path, replace(MANIFEST, listing_sha256="1" * 64)).start()
-
-
-def test_other_manifests_are_refused(written):
-    root, _ = written
-    manifest = json.loads((root / "manifest.json").read_text())
-    for text, message in (
-        (json.dumps({**manifest, "format_version": 4}), "format 4, this program knows format 1"),
-        (json.dumps({**manifest, "count": "3"}), "count is '3'"),
-        (json.dumps({key: value for key, value in manifest.items() if key != "images"}), "images is missing"),
-        (json.dumps({**manifest, "shards": [dict(name="000000", rows=-1)]}), "a shard is"),
-        (json.dumps({**manifest, "latents": "median"}), "latents of kind 'median'"),
-        ("{}", "manifest.json: image_size is missing"),
-        ("[]", "wanted an object"),
-        ("{", "not readable JSON"),
-    ):
-        (root / "manifest.json").write_text(text)
-        with pytest.raises(ValueError, match=f"(manifest.json|{root}).*{message}"):
-            Features(root)
 
 
 @pytest.mark.slow
@@ -402,3 +311,20 @@ def test_another_kind_of_array(written, tmp_path, monkeypatch):
         for index in range(10):
             np.save(kind_dir(lone, 64, kind) / f"{index}.npy", values[index])
     np.testing.assert_array_equal(Features(lone).gather("text", rows), text[rows])
+
+
+def test_a_shard_whose_files_went_is_not_done(tmp_path):
+    """As after a crash of the machine; and of a complete directory, the missing file is named."""
+    writer = FeatureWriter(tmp_path, MANIFEST)
+    writer.start()
+    writer.write(0, shard(3), [])
+    assert writer.is_done(0) and not writer.is_done(1)
+    path = kind_dir(tmp_path, 64, "labels") / "000000.npy"
+    content = path.read_bytes()
+    path.unlink()
+    assert not writer.is_done(0)
+    path.write_bytes(content)
+    writer.finish(1)
+    path.unlink()
+    with pytest.raises(ValueError, match="labels/000000.npy is missing, though the manifest lists it"):
+        FeatureWriter(tmp_path, MANIFEST).start()
