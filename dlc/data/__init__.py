@@ -15,7 +15,7 @@ read as well.
 
 from dlc.data.manifest import KINDS, Manifest, code_dtype, kind_dir, read_manifest
 from dlc.data.rows import NpyRows
-from dlc.data.store import Features, FeatureWriter, NotFinite, as_stored
+from dlc.data.store import Features, FeatureWriter, NotFinite
 
 __all__ = [
     "KINDS",
@@ -24,7 +24,6 @@ __all__ = [
     "Manifest",
     "NotFinite",
     "NpyRows",
-    "as_stored",
     "code_dtype",
     "kind_dir",
     "read_manifest",

@@ -1,6 +1,6 @@
 """Sets of codes (n, L), integers in 0..V-1: open one wherever it lies, compare it with what wants it, count its tokens.
 
-codes = CodeSet.open("prior_codes")                                   # a features directory, a folder of .npy, a file
+codes = open_codes("prior_codes")    # of dlc.sampling.code_folder: a features directory, a folder of .npy, a file
 notes = compare(codes, CodeSpec("the model", L=512, V=256, encoder_sha256=None))      # ValueError where they differ
 codes.gather(rows)                                                    # (n, L) int64
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.data.rows import Files, NpyRows, file_order, load_array
+from dlc.data.rows import Files, NpyRows, file_order
 from dlc.data.store import Features
 from dlc.machine.records import TEXT, Record, key, or_null, whole_number
 
@@ -99,11 +99,6 @@ def as_codes(array: np.ndarray, path: Path) -> np.ndarray:
     return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
 
 
-def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
-    """The codes in a `.npy`, as `as_codes` gives them, memory-mapped or read."""
-    return as_codes(load_array(path, mmap), path)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CodeSet(CodeSpec):
     """Codes on disk: `rows`, and the `Features` that they belong to, if any."""
@@ -112,7 +107,7 @@ class CodeSet(CodeSpec):
     features: Features | None = None
 
     @classmethod
-    def open(cls, source: str | Path, load: Callable = load_codes) -> "CodeSet":
+    def open(cls, source: str | Path, load: Callable) -> "CodeSet":
         """The codes at source: a features directory, a folder of files, or one file.
 
         Args:

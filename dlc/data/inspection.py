@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from dlc.data.codes import perplexity, token_counts
 from dlc.data.manifest import Manifest, read_manifest
-from dlc.data.rows import NpyRows, check_range
+from dlc.data.rows import NpyRows, check_finite, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
 from dlc.machine.files import write_whole
@@ -246,20 +246,13 @@ def file_problems(kind: str, expected: Expected, index: int, shapes: dict) -> It
         yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {expected.width}"
     if kind == "path" and array.dtype.kind != "U":
         yield f"{path} has values of type {array.dtype}, wanted unicode"
-    if kind == "features":
-        yield from latent_problems(path, array)
-
-
-def latent_problems(path: Path, array: np.ndarray) -> Iterator[str]:
-    """Latents (n, C, h, w) of another type than floats, or the first row that is not finite."""
-    if array.dtype.kind != "f":
+    if kind == "features" and array.dtype.kind != "f":
         yield f"{path} has values of type {array.dtype}, wanted floats"
-        return
-    for start in range(0, len(array), BLOCK):
-        finite = np.isfinite(array[start : start + BLOCK]).all(axis=(1, 2, 3))
-        if not finite.all():
-            yield f"{path}, row {start + int(np.argmin(finite))}: a latent that is not finite"
-            return
+    elif kind == "features":
+        try:
+            check_finite(array, lambda row: (path, row))
+        except ValueError as error:
+            yield str(error)
 
 
 def shape_problems(expected: Expected, shapes: dict) -> Iterator[str]:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dlc.data.codes import CodeSet, CodeSpec, compare, perplexity, token_counts
+from dlc.data.codes import CodeSpec, compare, perplexity, token_counts
+from dlc.sampling.code_folder import open_codes
 
 
 def spec(owner="the model", **values):
@@ -29,21 +30,21 @@ def test_what_a_set_says(tmp_path):
     """A file says L alone; a folder that a prior filled says V and the encoder, once it has all codes."""
     codes = np.arange(12).reshape(3, 4) % 8
     np.save(tmp_path / "000000.npy", codes)
-    alone = CodeSet.open(tmp_path / "000000.npy")
+    alone = open_codes(tmp_path / "000000.npy")
     assert (alone.L, alone.V, alone.encoder_sha256, alone.features, len(alone)) == (4, None, None, None, 3)
     np.testing.assert_array_equal(alone.gather([2, 0], 8), codes[[2, 0]])
     with pytest.raises(ValueError, match="000000.npy, row 1: value 4 outside 0..3"):
         alone.gather([1], 4)
     record = dict(format_version=1, L=4, V=8, encoder_sha256="a", num=3, codes_sha256="b")
     (tmp_path / "codes.json").write_text(json.dumps(record))
-    assert compare(CodeSet.open(tmp_path), spec()) == []
+    assert compare(open_codes(tmp_path), spec()) == []
     for change, message in (
         (dict(num=300), "1 shards of codes, by codes.json it has 2"),
         (dict(codes_sha256=None), "yet"),
     ):
         (tmp_path / "codes.json").write_text(json.dumps({**record, **change}))
         with pytest.raises(ValueError, match=message):
-            CodeSet.open(tmp_path)
+            open_codes(tmp_path)
 
 
 def test_counts():

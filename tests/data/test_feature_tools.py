@@ -169,7 +169,7 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     wanted = (
         "manifest.json counts 101 rows, its shards 100",
         "features/000009.npy is not in the manifest",
-        "features/000000.npy, row 7: a latent that is not finite",
+        "features/000000.npy, row 7: values that are not finite",
         "features/000002.npy has rows of shape (2, 4, 4)",
         "features/000003.npy has values of type float16, the manifest says float32",
         "sem/000000.npy, row 6: value 5 outside 0..4",

@@ -10,7 +10,8 @@ from conftest import IMAGE_SIZE, extract_command, launch, save_images
 from diffusers import AutoencoderKL
 from test_feature_tools import call, lone_files
 
-from dlc.data import Features, NotFinite, as_stored, kind_dir
+from dlc.data import Features, NotFinite, kind_dir
+from dlc.data.store import as_stored
 from dlc.nets.encoder import save_encoder
 from dlc.nets.pixels import PixelEncoder
 from dlc.training.batches import draw_posterior

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from conftest import golden
@@ -133,21 +132,6 @@ def test_independent_masking_has_the_same_mean_loss(sedd):
     assert abs(loss.mean() - sedd["bound_nats"][0]) < 4 * loss.std() / n**0.5
 
 
-def test_the_model_is_told_the_time_of_each_count(sedd):
-    """With k of L tokens masked, times are spread as the k-th smallest of L uniform numbers: of mean k / (L + 1)."""
-    told = []
-
-    def model(x_t, sigma, places):
-        told.append((places.sum(dim=1), -torch.expm1(-sigma.double()) / (1 - 1e-3)))
-        return toy_network(sedd)(x_t, sigma, places)
-
-    torch.manual_seed(0)
-    n = 2000
-    MaskedDiffusion(5).code_bounds(model, sedd["x0"][0].expand(n, 4), torch.rand(n, 4).double())
-    for number, (count, times) in enumerate(told, 1):
-        assert (count == number).all() and abs(times.mean() - number / 5) < 0.02
-
-
 def test_stratified_times():
     times = stratified_times(torch.tensor(0.7), torch.arange(8), 8)
     assert times.min() >= 1e-3 and times.max() <= 1
@@ -270,38 +254,6 @@ def test_tokens_stay(name):
     assert not changed.any() or name == "corrector"
 
 
-def test_infilling_draws_from_the_conditional():
-    """The first token given: the rest is drawn from p(rest | first)."""
-    given, n = torch.tensor([1, V, V]).expand(5000, L), 5000
-    for name in ("first-hitting", "analytic"):
-        codes = draw(create_sampler(name, V), codes=given, indices=torch.arange(n))[-1]
-        counts = torch.bincount(codes[:, 1:] @ torch.tensor([3, 1]), minlength=9)
-        assert chisquare(counts.numpy(), (P[1] / P[1].sum()).flatten().numpy() * n).pvalue > 1e-3
-
-
-def test_remasking_follows_the_step(monkeypatch):
-    """How often tokens are revealed and masked again in each step, against the step's own probabilities."""
-    steps, eta, n = 16, 0.1, 4000
-    sampler = AnalyticSampler(V, steps, eta, TokenDraw())
-    table = sampler.timetable(
-        torch.full((n, L), V), lambda number: uniforms(0, Stream.SAMPLE_CODE, torch.arange(n), L, number)
-    )
-    t = sampler.times
-    for step in range(steps):
-        masked, due = table.at(torch.full((n,), step))
-        after, _ = table.at(torch.full((n,), step + 1))
-        window = 0.3 < t[step] < 0.55
-        wanted = MaskedDiffusion.reveal_probability(t[step], t[step + 1], eta * float(window)).item()
-        assert ((due >= 0) == (masked & ~after)).all()
-        for share, of, probability in (
-            ((due >= 0)[masked].double().mean(), masked.sum(), wanted),
-            (after[~masked].double().mean(), (~masked).sum(), eta * float(window)),
-        ):
-            if of:
-                assert abs(share - probability) <= 4 * (probability * (1 - probability) / of) ** 0.5
-    assert not table.at(torch.full((n,), steps + 1))[0].any()
-
-
 # ---------------------------------------------------------------------- tokens
 
 
@@ -329,11 +281,6 @@ def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
 
 def test_rank():
     assert rank(torch.tensor([[0.3, 0.1, 0.3, 0.0]])).tolist() == [[2, 1, 3, 0]]
-
-
-def test_options_that_a_sampler_does_not_have():
-    with pytest.raises(ValueError, match="--eta 0.1: --sampler analytic masks no token again, corrector does"):
-        create_sampler("analytic", V, eta=0.1)
 
 
 # ---------------------------------------------------------------------- the engine
@@ -390,20 +337,6 @@ def test_codes_belong_to_samples(name):
     assert torch.equal(whole[[3, 30]], codes(torch.tensor([3, 30]))) and not torch.equal(
         whole, codes(torch.arange(40), 1)
     )
-
-
-def test_calls_are_reported():
-    """After each call, with V where a token is left to draw."""
-    seen = []
-    codes = sample_codes(
-        Table(),
-        MaskedDiffusion(V),
-        create_sampler("first-hitting", V),
-        seed=0,
-        indices=torch.arange(5),
-        on_call=lambda codes: seen.append((codes == V).sum(dim=1).tolist()),
-    )
-    assert seen == [[2] * 5, [1] * 5, [0] * 5] and codes.dtype == torch.int64 and np.asarray(codes).max() < V
 
 
 @pytest.mark.parametrize("masking, entropy", [("independent", False), ("counted", True)])

@@ -9,7 +9,7 @@ from conftest import L, V
 
 from diffusion import create_diffusion, named_betas
 from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
-from dlc.machine.noise import StepNoise, Stream, normal
+from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS, compile_options
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
@@ -222,18 +222,6 @@ def test_a_solver_may_choose_its_times_as_it_goes():
     torch.testing.assert_close(
         draw(model, Unannounced(4), y, cfg_scale=1.5), draw(model, HeunSampler(4), y, cfg_scale=1.5), **CLOSE
     )
-
-
-def test_noise_drawn_for_several_steps_at_once_is_that_of_each(monkeypatch):
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
-
-    def sample(numbers):
-        monkeypatch.setattr(StepNoise, "AT_ONCE", numbers)
-        return draw(model, create_sampler("ddpm", 7), y, cfg_scale=1.5)
-
-    one = sample(1)
-    for numbers in (3 * 256 * 3, 10**6):  # 3 steps at once, and all; logarithms of longer rows
-        torch.testing.assert_close(sample(numbers), one, **CLOSE)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,7 +1,6 @@
 """sample_prior.py and --prior: the same codes by any processes, resumed, infilled, by class; usage; mistaken flags."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
@@ -14,7 +13,7 @@ from tiny_prior import save_prior
 
 import sample_prior
 from dlc.data.codes import perplexity
-from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord, open_codes
+from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes
 from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.samples_record import SamplesRecord
@@ -75,12 +74,6 @@ def test_processes_do_not_matter(codes, prior, tmp_path):
         one, other = (CodesRecord.read(where / "codes.json") for where in (folder, tmp_path / str(processes)))
         assert one.codes_sha256 == other.codes_sha256 and not one.difference(other)
     assert len(np.unique(read(folder), axis=0)) > 0.99 * NUM
-
-
-@pytest.mark.slow
-def test_other_batch_sizes_differ_by_rounding(codes, prior, run):
-    run("--ckpt", prior, "--num", SHARD, "--out", "small", "--batch-size", 40, "--no-usage")
-    assert (read("small") == read(codes[0])[:SHARD]).mean() > 0.999
 
 
 @pytest.mark.slow
@@ -346,25 +339,3 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         flags = ("--results-dir", "results", *flags)
         flags = flags if "--model" in flags else ("--model", "DiTSEM-Ti/4", *flags)
         assert message in error_of("sample_ddp_computed_dlc", *flags), flags
-
-
-@pytest.mark.slow
-def test_damaged_folders_of_codes(codes, tmp_path):
-    """A missing shard, a lost digest, a codes.json of a newer version or with a wrong value: one line each."""
-
-    def damaged(name, gone=None, **values):
-        folder = tmp_path / name
-        shutil.copytree(codes[0], folder)
-        if gone:
-            (folder / gone).unlink()
-        record = json.loads((folder / "codes.json").read_text())
-        (folder / "codes.json").write_text(json.dumps({**record, **values}))
-        with pytest.raises(ValueError) as error:
-            open_codes(folder)
-        return str(error.value)
-
-    assert "has 2 shards of codes, by codes.json it has 3" in damaged("a", gone="000001.npy")
-    assert "does not have all of its 542 codes yet" in damaged("b", codes_sha256=None)
-    assert "is of format 99, this program knows format 1" in damaged("c", format_version=99)
-    assert "num is 'many', wanted a whole number" in damaged("d", num="many")
-    assert CodeFolder.shards(NUM) == 3
