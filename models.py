@@ -50,7 +50,8 @@ class Recorded(nn.Module):
     """The base of all models. It keeps its constructor's arguments, by which `build_model` makes it again.
 
     model.config is {"family": the class's name, "arguments": every argument by name, with the defaults}. The
-    constructor takes its arguments by name; one that passes **kwargs on to its base has those of the base as well.
+    constructor takes its arguments by name; one that passes **kwargs on to its base has those of the base as well,
+    and one that fixes them has only its own.
     """
     families = {}
 
@@ -70,15 +71,17 @@ def recording(init: Callable) -> Callable:
         bound = signature.bind(self, *args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
+        passed_on = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
         _, *named = bound.arguments.items()
+        open_so_far = vars(self).get("takes_more", True)    # whether all constructors up to here pass **kwargs on
+        vars(self)["takes_more"] = open_so_far and passed_on is not None
         if "config" not in vars(self):              # the class's own constructor: note all arguments
-            passed_on = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
             arguments = {name: value for name, value in named if name != passed_on}
             vars(self)["config"] = dict(family=type(self).__name__,
                                         arguments=arguments | bound.arguments.get(passed_on, {}))
-        else:                                       # a base's: note those that were left to their defaults
+        elif open_so_far:                           # a base's: note those that were left to their defaults
             for name, value in named:
-                if name not in given:
+                if name not in given and name != passed_on:
                     self.config["arguments"].setdefault(name, value)
         init(self, *args, **kwargs)
 

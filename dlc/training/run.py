@@ -53,6 +53,7 @@ from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocas
 from dlc.training.stop import StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
 from dlc.weights.checkpoint import (
+    begin_groups,
     load_checkpoint,
     newest_of_run,
     remove_old_checkpoints,
@@ -60,9 +61,10 @@ from dlc.weights.checkpoint import (
     resume_point,
     run_checkpoints,
     save_checkpoint,
+    unrecordable,
 )
 from dlc.weights.load import load_pretrained
-from dlc.weights.meta import RunMeta, config_of, plain
+from dlc.weights.meta import RunMeta, config_of, plain, without_memory
 
 FOLDERS = ("checkpoints", "previews", "best")  # of RESULTS/
 FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")
@@ -109,13 +111,10 @@ class Run:
         Raises ValueError if the folder is in use, or holds another run or a damaged one; if processes disagree; and if
         the model or a setting cannot be recorded.
         """
-        from accelerate import init_empty_weights
-
         args, processes = self.args, self.state.num_processes
         settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
         optimisation = {name: getattr(args, name) for name in OPTIMISATION}
-        with init_empty_weights():
-            self.config = config_of(name, build(), process)
+        self.config = config_of(name, without_memory(build), process)
         self.recorded = settings, dict(notes, **optimisation, precision=self.precision, versions=versions())
         RunMeta.of_run(*self.recorded)  # raises for what a checkpoint could not hold
         done_by_rank_0(self.state, self._take_folder)
@@ -187,6 +186,8 @@ class Run:
         """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times the factor of
         --warmup-steps."""
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        for optimizer in self.optimizers:
+            begin_groups(optimizer)
         self.losses, self.sums = losses, losses.zeros(self.device)  # of this process, since the last line of the log
         self.skips = SkippedSteps(self.optimizers, self.accelerator.scaler, self.device, self.skipped)
         if self.resumed:
@@ -200,7 +201,14 @@ class Run:
 
     def _trained(self):
         """What a checkpoint saves."""
+        self._share_buffers()
         return dict(model=self.module, ema=self.ema, optimizers=self.optimizers, scaler=self.accelerator.scaler)
+
+    @torch.no_grad()
+    def _share_buffers(self):
+        """Give the EMA the model's buffers of now, which are not averaged: counts, masks, running statistics."""
+        for average, value in zip(self.ema.buffers(), self.module.buffers()):
+            average.copy_(value)
 
     def _load(self):
         saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
@@ -294,6 +302,8 @@ class Run:
                     scaler.unscale_(optimizer)
             self.grad_norm = clip_gradients(self.weights, args.grad_clip)
         self.skips.step()
+        if step == self.first_step + 1:
+            self._refuse_unrecordable()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         update_ema(local_shards(self.averages), local_shards(self.weights), ema_decay(args, step), self.skips.last)
@@ -310,6 +320,16 @@ class Run:
                 f"no gradient reaches {len(unreached)} parameters, {', '.join(unreached[:3])} for example: several "
                 "processes would wait for it; freeze them with requires_grad_(False), or use them in the loss"
             )
+
+    def _refuse_unrecordable(self):
+        """End the program with one line where the first checkpoint would hold a state that cannot be read again."""
+        for optimizer in self.optimizers:
+            fault = unrecordable(optimizer.state_dict())
+            if fault:
+                self.parser.error(
+                    f"the state of {type(optimizer).__name__} holds {fault}, which a checkpoint does not give back: "
+                    "keep tensors and plain numbers"
+                )
 
     def report(self, step: int) -> None:
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
@@ -386,6 +406,7 @@ class Run:
     @contextlib.contextmanager
     def whole_ema(self, everywhere: bool = False) -> Iterator[torch.nn.Module | None]:
         """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None."""
+        self._share_buffers()
         if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
             self.ema.unshard()
         yield self.ema if self.state.is_main_process or self.sharded or everywhere else None

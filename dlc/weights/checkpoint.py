@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from dlc.machine.cli import one_line
 from dlc.machine.files import sync
-from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, read_torch, tensor_fault
+from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
 
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "config.json", "meta.json")
@@ -86,7 +88,7 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, state in weights.items():
-            safetensors.torch.save_file(state, temporary / f"{name}.safetensors")
+            safetensors.torch.save_file(apart(state), temporary / f"{name}.safetensors")
         if rest is not None:
             torch.save(rest, temporary / "optimizer.pt")
         for name, record in (("config", config), ("meta", meta)):
@@ -101,6 +103,16 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
         raise OSError(f"cannot write checkpoint {path} ({error})") from error
     sync(path.parent)  # before older ones are removed
     return path
+
+
+def apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, each contiguous and in memory of its own, as safetensors wants them: tied ones are copied."""
+    taken, result = set(), {}
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone(memory_format=torch.contiguous_format) if place in taken else tensor.contiguous()
+        taken.add(place)
+    return result
 
 
 def gather_full(state: Any, keep: bool = True) -> Any:
@@ -144,7 +156,7 @@ def load_checkpoint(
     """
     for module, name in ((model, "model"), (ema, "ema")):
         file, ours = path / f"{name}.safetensors", module.state_dict()
-        weights = _undamaged(path, lambda file=file: check_tensors(load_tensors(file), file))
+        weights = _undamaged(path, lambda file=file: check_tensors(load_tensors(file), file, RECORDABLE))
         different = differences_from(ours, weights)
         if different:
             raise ValueError(
@@ -160,7 +172,7 @@ def load_checkpoint(
             f"{' and '.join(here)}: give another --results-dir, or the same optimizer"
         )
     for optimizer, saved in zip(optimizers, state["optimizers"]):
-        load_optimizer(optimizer, saved["state"])
+        load_optimizer(optimizer, saved)
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return None if state["sums"] is None else state["sums"].clone()  # not a view of the mapped file
@@ -183,9 +195,10 @@ def _checked_state(file: Path, sums_shape) -> dict:
     try:
         for saved in state["optimizers"]:
             for index, values in saved["state"].items():
-                for name, value in values.items():
-                    if isinstance(value, torch.Tensor) and tensor_fault(value):
-                        raise ValueError(f"{name} of parameter {index} {tensor_fault(value)}")
+                for name, value in values.items() if isinstance(values, dict) else ():
+                    fault = isinstance(value, torch.Tensor) and tensor_fault(value, RECORDABLE)
+                    if fault:
+                        raise ValueError(f"{name} of parameter {index} {fault}")
             _outline(saved)
         sums = state["sums"]
         if sums_shape is not None:
@@ -206,20 +219,54 @@ def _outline(saved: dict) -> str:
     return f"{saved['kind']} of {' + '.join(str(len(group['params'])) for group in saved['param_groups'])} parameters"
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimizer's state, whatever it holds, by parameter index. Hyperparameters stay those of this launch.
+def begin_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Note in each group, as "initial", what it begins with: what the optimizer changes of it is part of its state."""
+    for group in optimizer.param_groups:
+        group["initial"] = {name: deepcopy(value) for name, value in group.items() if name != "params"}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load an optimizer's state, whatever it holds, by parameter index. Hyperparameters stay those of this launch,
+    but for those that the optimizer itself had changed (see `begin_groups`).
 
     What has its parameter's shape is sharded as the parameter is; other tensors are the same in each process.
     """
     groups = optimizer.state_dict()["param_groups"]
+    for group, before in zip(groups, saved["param_groups"]):
+        for name, value in before.get("initial", {}).items():
+            if name != "lr" and name in group and not same(before.get(name), value):
+                group[name] = before[name]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def placed(index, value):
         alike = isinstance(value, torch.Tensor) and value.shape == parameters[index].shape
         return distribute_like(value, parameters[index]) if alike else value
 
-    state = {index: {key: placed(index, value) for key, value in values.items()} for index, values in state.items()}
-    optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    state = {
+        index: {key: placed(index, value) for key, value in values.items()}
+        if isinstance(values, dict) and index in range(len(parameters))
+        else values
+        for index, values in saved["state"].items()
+    }
+    rest = {name: value for name, value in saved.items() if name != "kind"}
+    optimizer.load_state_dict(dict(rest, state=state, param_groups=groups))
+
+
+def unrecordable(state: Any) -> str:
+    """What of an optimizer's state a checkpoint would not give back, in words; "" if nothing is."""
+    if isinstance(state, torch.Tensor):
+        return "" if state.dtype in RECORDABLE else f"a tensor of type {state.dtype}"
+    if type(state) in (dict, list, tuple, OrderedDict):
+        parts = [*state, *state.values()] if isinstance(state, dict) else state
+        return next(filter(None, map(unrecordable, parts)), "")
+    return "" if state is None or type(state) in (bool, int, float, str) else f"a {type(state).__name__}"
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of a group, which may be tensors, are equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and bool((one.cpu() == other.cpu()).all())
+    return type(one) is type(other) and one == other
 
 
 def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
@@ -316,7 +363,7 @@ def resume_point(
     if path is None:
         return None, RunMeta(step=0, place=0, logged=0, skipped=0), ""
     meta = read_meta(path)
-    different, changed = read_config(path).differences(config), meta.differences(settings)
+    different, changed = read_config(path).completed().differences(config), meta.differences(settings)
     if different:
         raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
     if changed and not allow_change:

@@ -87,6 +87,8 @@ def ema_and_raw(path, meta: RunMeta) -> str:
             f"{path}: its raw weights are not of the model that its EMA weights are of: the raw {different}"
         )
     with torch.no_grad():
-        norms = [((value - raw[name]).norm(), raw[name].norm()) for name, value in ema.items()]
+        norms = [
+            ((value - raw[name]).norm(), raw[name].norm()) for name, value in ema.items() if value.is_floating_point()
+        ]
     difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]
     return f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm"

@@ -17,7 +17,7 @@ from dlc.weights.checkpoint import newest_of_run, run_checkpoints
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, use_diffusers_function
 from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, locate, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
-from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
+from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
 from dlc.weights.hub import fetched_by_node, is_id
 from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
 from models import DiT, DiT_models, build_model
@@ -53,7 +53,7 @@ def read_own(named, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunM
     file = at if at.is_file() else folder / OWN_FILES[0 if ema and not exported else 1]
     if not file.is_file() and not ema or at.is_file() and not ema and at.name == OWN_FILES[0]:
         raise NoRawWeights(f"{named} has no raw weights (model.safetensors): leave out --no-ema")
-    tensors = check_tensors(load_tensors(file), file)
+    tensors = check_tensors(load_tensors(file), file, RECORDABLE)
     kind = exported or ("ema" if file.name == OWN_FILES[0] else "raw")
     meta = dataclasses.replace(meta, model=config.model, process=config.process, weights=kind)
     return tensors, config, dataclasses.replace(meta, layout="exported by this program" if exported else words)

@@ -5,13 +5,15 @@ rebuilt from these alone, so a new argument of a model needs no line here. meta.
 of the weights must know about the latents and codes, and whatever else the trainer recorded.
 """
 
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from diffusion.processes import Process, create_process
 from dlc.machine.files import read_json
 from dlc.machine.records import (
     OBJECT,
@@ -25,12 +27,9 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
-from dlc.weights.foreign.safe import differences_from
+from dlc.weights.foreign.safe import RECORDABLE, differences_from, in_words, tensor_fault
 from models import Recorded, build_model
 from prior import DLCPrior
-
-if TYPE_CHECKING:
-    from diffusion.processes import Process
 
 OURS = "dlc-dit"  # the "format" of our config.json
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
@@ -64,11 +63,8 @@ class ModelConfig(Record):
 
         Raises ValueError for arguments that do not build a model.
         """
-        from accelerate import init_empty_weights
-
         try:
-            with init_empty_weights(include_buffers=False):
-                return build_model(self.built)
+            return without_memory(lambda: build_model(self.built))
         except Exception as error:  # whatever a constructor raises for arguments that came from a file
             raise ValueError(f"{self.model} cannot be built from its config.json: {error}") from error
 
@@ -78,13 +74,37 @@ class ModelConfig(Record):
         arguments = {f"process {name}": value for name, value in process["arguments"].items()}
         return dict(self.arguments, model=self.model, family=self.family, process=process["process"], **arguments)
 
+    def completed(self) -> "ModelConfig":
+        """With the defaults of arguments that the model and its process got after this was written."""
+        try:
+            process = self.process and create_process(self.process["process"], **self.process["arguments"]).config
+            arguments = {**self.build().config["arguments"], **self.arguments}
+            return replace(self, arguments=plain(arguments, "argument"), process=process and plain(process, "process"))
+        except Exception:  # what is recorded is of another program: to be compared as it is
+            return self
+
     def differences(self, here: "ModelConfig") -> str:
         """How the model and the process of another record differ from these, in words; "" where they do not."""
         there, here = self.flat(), here.flat()
         return differences(there, {**dict.fromkeys(there), **here})
 
 
-def config_of(name: str, model: torch.nn.Module, process: "Process | None" = None) -> ModelConfig:
+def without_memory(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """build() with its parameters on the meta device; with memory, if its constructor reads the values of parameters.
+
+    Its buffers have their values either way.
+    """
+    from accelerate import init_empty_weights
+
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # what torch raises for values on that device
+        with init_empty_weights(include_buffers=False):
+            model = build()
+        if not any(buffer.is_meta for buffer in model.buffers()):
+            return model
+    return build()
+
+
+def config_of(name: str, model: torch.nn.Module, process: Process | None = None) -> ModelConfig:
     """What config.json says of a model, checked: the same model can be built from it.
 
     Args:
@@ -100,10 +120,25 @@ def config_of(name: str, model: torch.nn.Module, process: "Process | None" = Non
         arguments=plain(model.config["arguments"], f"{name}'s argument"),
         process=process and plain(process.config, f"{name}'s process:"),
     )
+    for tensor, value in model.state_dict().items():
+        fault = unrecordable(value)
+        if fault:
+            raise ValueError(
+                f"{name}'s {tensor} {fault}, which a checkpoint cannot hold: register it with persistent=False"
+            )
     different = differences_from(model.state_dict(), config.build().state_dict())
     if different:
         raise ValueError(f"{name} is not what its recorded arguments build: what they build {different}")
     return config
+
+
+def unrecordable(value: object) -> str | None:
+    """Why a checkpoint cannot hold a value of a model's state dict, in words, or None."""
+    if not isinstance(value, torch.Tensor):
+        return f"is {in_words(value)}"
+    if value.is_meta:
+        return None if value.dtype in RECORDABLE else f"is of type {value.dtype}"
+    return tensor_fault(value.detach().cpu().contiguous(), RECORDABLE)
 
 
 def read_config(path: str | Path) -> ModelConfig | None:
@@ -125,13 +160,21 @@ def plain(values: dict, what: str) -> dict:
     """values as JSON gives them back. Raises ValueError, naming `what` and the key, for what JSON does not hold."""
     for name, value in values.items():
         try:
-            json.dumps(value, allow_nan=False)
+            if json.loads(json.dumps(value, allow_nan=False)) != listed(value):
+                raise ValueError("JSON gives it back as another value")
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{what} {name} is a {type(value).__name__}, which a checkpoint cannot record ({error}): "
                 "make it a number, a text, a list or a dict of these"
             ) from None
     return json.loads(json.dumps(values))
+
+
+def listed(value: object) -> object:
+    """The value with lists in the place of tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {name: listed(one) for name, one in value.items()}
+    return [listed(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 #################################################################################

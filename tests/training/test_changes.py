@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import HELPERS, ROOT
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -93,11 +94,12 @@ HEAD = {
             "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
             "        self.projectors = nn.ModuleList([nn.Linear(hidden_size, 8)]).requires_grad_(False)\n"
             "        self.head, self.unused = nn.Linear(hidden_size, 8), nn.Linear(2, 2)\n"
+            '        self.register_buffer("seen", torch.zeros((), dtype=torch.long))\n'
             "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
         ),
         (
             "        return self.unpatchify(self.final_layer(x, c))",
-            "        self.tap = x\n        return self.unpatchify(self.final_layer(x, c))",
+            "        self.tap, self.seen = x, self.seen + self.training\n        return self.unpatchify(self.final_layer(x, c))",
         ),
     ],
     "diffusion/alignment.py": [
@@ -303,6 +305,8 @@ def test_a_change_trains_resumes_samples_and_is_exported(name, described_feature
     for file in ("model.safetensors", "ema.safetensors"):
         resumed, straight = ((root / run / "checkpoints/0000006" / file).read_bytes() for run in ("results", "whole"))
         assert resumed == straight
+        if name == "head":  # the EMA has the model's counts
+            assert load_file(root / "results/checkpoints/0000006" / file)["seen"] == 6
     first, again = (sorted((root / folder).glob("*.npz")) for folder in ("samples", "again"))
     assert np.array_equal(np.load(first[0])["arr_0"], np.load(again[0])["arr_0"])
     assert model in outputs[-1]

@@ -39,6 +39,8 @@ WEIGHTS_FILES = tuple(stem + end for end in ENDS for stem in STEMS)
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\n"  # first bytes of what torch.save writes since 1.6, and before
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# what our own checkpoints may hold as well: masks, indices, an optimizer's counters
+RECORDABLE = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Bytes of the index of a file's tensors: the pickle of torch.save, the header of a .safetensors. That of a training
 # checkpoint of a DiT-XL/2, with weights, EMA and optimizer, has 0.2 MB. A hostile one grows about 70-fold as objects.
 LARGEST_INDEX = 2**22
@@ -225,26 +227,26 @@ def names_in(pickles) -> Iterator[str]:
 #################################################################################
 
 
-def check_tensors(tensors: dict, path) -> dict[str, torch.Tensor]:
+def check_tensors(tensors: dict, path, types: tuple[torch.dtype, ...] = FLOATS) -> dict[str, torch.Tensor]:
     """Return the dict if all its values can be weights. Raises ValueError naming file and tensor.
 
-    Weights are floating point, dense, in memory and finite. A single value that is not finite makes all outputs NaN,
-    which nothing would notice in a VAE or an encoder.
+    Weights are floating point, or of `types`, dense, in memory and finite. A single value that is not finite makes
+    all outputs NaN, which nothing would notice in a VAE or an encoder.
     """
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} does not hold a dict of named tensors")
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
             raise ValueError(f"{path} does not hold a dict of named tensors: {shown(name)} is {in_words(tensor)}")
-        fault = tensor_fault(tensor)
+        fault = tensor_fault(tensor, types)
         if fault:
             raise ValueError(f"{path}: tensor {shown(name)} {fault}")
     return tensors
 
 
-def tensor_fault(tensor: torch.Tensor) -> str | None:
+def tensor_fault(tensor: torch.Tensor, types: tuple[torch.dtype, ...] = FLOATS) -> str | None:
     """Why a tensor cannot be a weight, in words, or None."""
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in types:
         return f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
     fault = storage_fault(tensor)
     # as float32, which all of them become: a float64 may hold what is infinite there
