@@ -26,6 +26,9 @@ def create_process(name: str, **arguments) -> Process:
     except TypeError as error:
         raise ValueError(f"process {name}: {error}") from None
     bound.apply_defaults()
-    process = PROCESSES[name](**arguments)
+    try:
+        process = PROCESSES[name](**arguments)
+    except TypeError as error:      # a value of another type, as from an edited config.json
+        raise ValueError(f"process {name}: {error}") from None
     process.config = dict(process=name, arguments=dict(bound.arguments))
     return process

@@ -35,6 +35,15 @@ OURS = "dlc-dit"  # the "format" of our config.json
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = or_null(whole_number(0)), or_null(whole_number(1)), or_null(TEXT)
+PROCESS = (
+    lambda value: (
+        isinstance(value, dict)
+        and isinstance(value.get("process"), str)
+        and "arguments" in value
+        and isinstance(value["arguments"], dict)
+    ),
+    "an object of process, a name, and arguments, an object",
+)  # as `Process.config`
 NUMBERS = or_null(list_of(real_number(-1e30, 1e30)))
 
 
@@ -50,7 +59,7 @@ class ModelConfig(Record):
     model: str = key(TEXT)  # its name, for people
     family: str = key(TEXT)
     arguments: dict = key(OBJECT)
-    process: dict = key(or_null(OBJECT))  # None: others' model, trained on the process that its family expects
+    process: dict = key(or_null(PROCESS))  # None: others' model, trained on the process that its family expects
     format: str = key(one_of(OURS), OURS)
 
     @property

@@ -99,7 +99,8 @@ HEAD = {
         ),
         (
             "        return self.unpatchify(self.final_layer(x, c))",
-            "        self.tap, self.seen = x, self.seen + self.training\n        return self.unpatchify(self.final_layer(x, c))",
+            "        self.tap, self.seen = x, self.seen + self.training\n"
+            "        return self.unpatchify(self.final_layer(x, c))",
         ),
     ],
     "diffusion/alignment.py": [

@@ -9,7 +9,7 @@ import torch
 from diffusion.processes import create_process
 from dlc.weights.checkpoint import begin_groups, load_checkpoint, save_checkpoint, unrecordable
 from dlc.weights.load import filled, read_own
-from dlc.weights.meta import RunMeta, config_of, plain
+from dlc.weights.meta import ModelConfig, RunMeta, config_of, plain
 from models import DiTSEM, Recorded, build_model
 
 SIZES = dict(input_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=2, L=4, V=8)
@@ -124,3 +124,15 @@ def test_a_state_that_is_not_read_again_is_named():
     assert unrecordable(dict(state={0: dict(step=torch.ones(1), old=[torch.ones(2, dtype=torch.int64)])})) == ""
     assert re.search("float64", unrecordable(dict(state={0: dict(step=np.float64(1))})))
     assert "function" in unrecordable(dict(groups=[dict(rule=lambda: 0)]))
+
+
+@pytest.mark.parametrize("process", [dict(process="gaussian"), dict(process=3, arguments={}), dict(arguments={}), {}])
+def test_a_record_of_a_process_that_is_none_is_refused(process):
+    values = dict(model="a", family="DiT", arguments={}, process=process, format="dlc-dit", format_version=1)
+    with pytest.raises(ValueError, match="config.json: process is .*, wanted an object of process"):
+        ModelConfig.from_json(values, "config.json")
+
+
+def test_a_process_refuses_a_value_of_another_type():
+    with pytest.raises(ValueError, match="^process gaussian: "):
+        create_process("gaussian", timestep_respacing="", diffusion_steps="many")
