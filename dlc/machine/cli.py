@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-LONGEST_LINE = 300  # characters of an error
+LONGEST_LINE = 500  # characters of an error
 PLAIN_SECONDS = 30  # between two lines of progress where standard error is no terminal
 WARNED = set()  # subjects that this process has warned of
 

@@ -162,9 +162,15 @@ def test_stopped_and_resumed_is_the_same_run(train, trained, tmp_path):
     flags = ("--log-every", 3, "--grad-accum", 2, "--class-conditional", "--label-dropout", 0.3, "--ckpt-every", 4)
     said = trained("whole", "--max-steps", 10, *flags)
     trained("parts", "--max-steps", 5, *flags)
-    run = train("parts", *flags, "--label-dropout", 0.2, "--dropout", 0.2, "--eval-levels", 4)
-    other = "eval_levels 3 there, 4 here; dropout 0.1 there, 0.2 here; label_dropout 0.3 there, 0.2 here; give another"
-    assert not run.wait() and other in run.said()
+    for changed, other in (
+        (("--dropout", 0.2), "dropout 0.1 there, 0.2 here; give another"),
+        (
+            ("--label-dropout", 0.2, "--eval-levels", 4),
+            "eval_levels 3 there, 4 here; label_dropout 0.3 there, 0.2 here",
+        ),
+    ):
+        run = train("parts", *flags, *changed)
+        assert not run.wait() and other in run.said()
     trained("parts", "--max-steps", 10, *flags)
     # the run of 5 steps was measured at its end, too
     lines = [line for line in metrics(tmp_path / "parts") if line["step"] != 5]
