@@ -394,7 +394,7 @@ def test_what_a_checkpoint_is(trained, tmp_path):
     trained("run", "--max-steps", 2)
     lines = info(tmp_path / "run/checkpoints/0000002")
     assert "DiTSEM-Ti/4, 4.5 M parameters" in lines[0] and "step 2" in lines[1]
-    assert "codes of L 6, V 300" in lines[0] and "global_batch_size 8" in lines[3] and "EMA weights differ" in lines[-1]
+    assert "L 6, V 300" in lines[0] and "global_batch_size 8" in lines[3] and "EMA weights differ" in lines[-1]
 
 
 @pytest.mark.slow
