@@ -92,13 +92,6 @@ def test_agreement_of_known_codes():
     assert (result["images"], result["L"], result["V"], result["whole_codes"]) == (4, 3, 3, 0)
 
 
-def test_chance_is_the_mean_over_all_pairs():
-    generator = np.random.default_rng(0)
-    wanted, found = generator.integers(0, 4, (2, 20, 5)) ** 2 % 7
-    every = np.mean([(wanted == np.roll(found, shift, axis=0)).mean() for shift in range(20)])
-    assert token_agreement(wanted, found, 7)["chance"] == pytest.approx(every)
-
-
 class Stripes(torch.nn.Module):
     """A made-up encoder: token l of an image is its grey level at pixel (0, l), over 16."""
 
@@ -267,27 +260,6 @@ def test_encoder_of_the_codes(samples, tmp_path, error_of):
         save_encoder(encoder, tmp_path / f"sem_{positions}")
         error = error_of("evaluate", "agreement", samples, "--encoder", tmp_path / f"sem_{positions}")
         assert re.search(message, error), error
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["agreement", "reconstruction"])
-def test_a_hub_id_is_fetched_by_one_process_of_a_node(command, samples, workplace, images, monkeypatch, error_of):
-    asked = []
-
-    def fetched_by_node(state, fetch_all):
-        assert state.num_processes == 1
-        with pytest.raises(ValueError, match="owner/name"):
-            fetch_all(True)
-        asked.append(True)
-        raise ValueError("asked once")
-
-    monkeypatch.setattr("evaluation.tokens.fetched_by_node", fetched_by_node)
-    monkeypatch.setattr("evaluation.feature_images.fetched_by_node", fetched_by_node)
-    flags = dict(
-        agreement=(samples, "--encoder", "owner/name"),
-        reconstruction=(workplace / "features", "--data-path", images, "--encoder", "none", "--vae", "owner/name"),
-    )
-    assert "asked once" in error_of("evaluate", command, *flags[command]) and asked == [True]
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from conftest import IMAGE_SIZE, L, V, save_checkpoint
 
 from dlc.data import kind_dir
@@ -41,7 +39,7 @@ def test_sampling_flags(sample_error):
     assert "argument --progressive: 1: must be at least 2" in sample_error("--progressive", 1)
     assert "--progressive 8: there are 4 steps" in sample_error("--progressive", 8, "--num-sampling-steps", 4)
     assert "invalid choice: 'DiTSEM-XXL/2'" in sample_error("--model", "DiTSEM-XXL/2")
-    assert "--image-size 256: the checkpoint is of 64-pixel images" in sample_error("--image-size", 256)
+    assert "--image-size 256: the checkpoint was trained on 64-pixel images" in sample_error("--image-size", 256)
     other = sample_error(script="sample_ddp")
     assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
     assert "not conditioned on codes or vectors: draw from it with sample_ddp.py" in sample_error("--model", "DiT-S/2")
@@ -65,14 +63,6 @@ def test_flags_of_vectors(sample_error, tmp_path):
 def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_models):
     assert "checkpoint nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
     assert "is of model DiTSEM-Ti/4, not DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
-    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    assert "broken.pt cannot be read as weights" in sample_error(ckpt=tmp_path / "broken.pt")
-    torch.save(torch.zeros(3), tmp_path / "lone.pt")
-    assert "lone.pt holds a Tensor" in sample_error(ckpt=tmp_path / "lone.pt")
-    (tmp_path / "dir").mkdir()
-    assert "has no meta.json" in sample_error(ckpt=tmp_path / "dir")
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert "is not a DiT, DiTSEM or DiTCONT" in sample_error(ckpt=tmp_path / "other.safetensors")
     label_model = save_checkpoint(tmp_path / "dit", "DiT-Ti/4", dict(num_classes=3))
     assert "is of model DiT-Ti/4, not DiTSEM-Ti/4" in sample_error(ckpt=label_model)
     assert "(there are some of DiTSEM-Ti/4)" in error_of("sample_ddp_computed_dlc", "--model", "DiTSEM-S/2")
@@ -97,11 +87,7 @@ def test_code_sources(sample_error, features, tiny_models, tmp_path):
     stranger = save_checkpoint(tmp_path / "stranger", vae=tiny_models[0], encoder_sha256="0")
     assert "come from another encoder" in sample_error("--dlc-dir", features, ckpt=stranger)
     assert "code source nowhere does not exist" in sample_error("--dlc-dir", "nowhere")
-    np.save(tmp_path / "codes.npy", np.array([[None] * L], dtype=object), allow_pickle=True)
-    assert "holds pickled objects" in sample_error("--sem-dir", tmp_path / "codes.npy")
     np.save(tmp_path / "codes.npy", np.full((3, L), -1))
-    assert "value -1 outside 0..299" in sample_error("--dlc-dir", tmp_path / "codes.npy")
-    np.save(tmp_path / "codes.npy", np.zeros((0, L), int))
-    assert "has no rows" in sample_error("--dlc-dir", tmp_path / "codes.npy")
+    assert "value -1 outside 0..299" in sample_error("--sem-dir", tmp_path / "codes.npy")
     np.savez(tmp_path / "codes.npz", np.zeros((3, L), int))
     assert "codes.npz is not a readable .npy" in sample_error("--dlc-dir", tmp_path / "codes.npz")

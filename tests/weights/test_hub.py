@@ -42,17 +42,6 @@ def test_fetched_whole_and_only_what_is_wanted(hub, capsys):
     assert fetch("owner/name", WANTED) == folder and len(hub.requests) == asked  # known to this process
 
 
-def test_resumed(hub, monkeypatch):
-    """A connection that breaks is taken up where it broke."""
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
-    hub.add("owner/name", FILES)
-    hub.break_off("model.safetensors", after=30_000, times=2)
-    assert (fetch("owner/name", WANTED) / "model.safetensors").read_bytes() == CONTENT
-    assert [
-        span for command, path, span in hub.requests if command == "GET" and path.endswith("model.safetensors")
-    ] == [None, "bytes=30000-", "bytes=60000-"]
-
-
 def test_cut_off(hub, monkeypatch, tmp_path):
     """A download that ends early leaves nothing that passes for the file, and the next one completes it."""
     hub.add("owner/name", FILES)
