@@ -60,7 +60,8 @@ def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
 def describe_model(model) -> str:
     """The latents, and those arguments of a model that its name does not tell."""
     arguments, (height, width) = model.config["arguments"], model.x_embedder.img_size
-    others = (f"{key} {value}" for key, value in arguments.items() if key not in SIZE_KEYS)
+    unused = () if model.conditioning == "labels" else ("num_classes",)  # which any family takes
+    others = (f"{key} {value}" for key, value in arguments.items() if key not in (*SIZE_KEYS, *unused))
     return ", ".join([f"latents {model.in_channels} x {height} x {width}", *others])
 
 
