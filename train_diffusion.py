@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from diffusion import GaussianDiffusion
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.data import Features
 from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, number

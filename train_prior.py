@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from diffusion.masked import MaskedDiffusion
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, seed_torch

@@ -126,7 +126,7 @@ class SamplerSpec:
     default_steps: int
     most_steps: int = FULL_STEPS
     has_eta: bool = False
-    process: str = "gaussian"       # in diffusion.processes.PROCESSES, with these arguments:
+    process: str = "gaussian"       # in diffusion.process_table.PROCESSES, with these arguments:
     assumed: dict = field(default_factory=lambda: dict(noise_schedule="linear", predict_xstart=False,
                                                        diffusion_steps=FULL_STEPS))
 

@@ -267,7 +267,7 @@ def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta)
     """A checkpoint of an untrained model, EMA weights alone, whose meta.json has these keys."""
     from safetensors.torch import save_file
 
-    from diffusion.processes import create_process
+    from diffusion.process_table import create_process
     from dlc.machine.files import write_json
     from dlc.weights.meta import RunMeta, config_of
     from models import DiT_models

@@ -1,6 +1,6 @@
 """The flags of both sampling scripts."""
 
-from diffusion.processes import PROCESSES
+from diffusion.process_table import PROCESSES
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags

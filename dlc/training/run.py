@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from diffusion.processes import Process
+from diffusion.process_table import Process
 from dlc.machine.cli import ArgumentParser
 from dlc.machine.files import DirectoryLock, write_json
 from dlc.machine.processes import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.weights.checkpoint import newest_of_run, run_checkpoints
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, use_diffusers_function
 from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, locate, open_weights
@@ -161,7 +161,7 @@ def load_model(
         diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
             [what the folder says, else "dit"].
         input_size: height and width of the latents, for weights that do not tell [32].
-        process: what weights without a record were trained on, a name in `diffusion.processes` ["gaussian"].
+        process: what weights without a record were trained on, a name in `diffusion.process_table` ["gaussian"].
         flag, ask: see `dlc.weights.hub.fetch`.
 
     Raises ValueError, naming path, for what is no such model, or is damaged; OtherKind if it is another network.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.processes import Process, create_process
+from diffusion.process_table import Process, create_process
 from dlc.machine.files import read_json
 from dlc.machine.records import (
     OBJECT,
@@ -119,7 +119,7 @@ def config_of(name: str, model: torch.nn.Module, process: Process | None = None)
     Args:
         name: the model's, for people.
         model: a `Recorded`.
-        process: as `diffusion.processes.create_process` makes it.
+        process: as `diffusion.process_table.create_process` makes it.
 
     Raises ValueError, naming the argument, for one that JSON does not hold, or if the arguments do not build the model.
     """

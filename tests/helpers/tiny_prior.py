@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from conftest import L, V
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.weights.meta import RunMeta, config_of
 from prior import DLCPrior_models
 

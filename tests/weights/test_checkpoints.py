@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.opening import open_sampler
 from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint

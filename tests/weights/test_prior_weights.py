@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from conftest import golden
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.weights.checkpoint import save_checkpoint
 from dlc.weights.info import info
 from dlc.weights.load import load_model, load_prior, process_of

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.weights.checkpoint import begin_groups, load_checkpoint, save_checkpoint, unrecordable
 from dlc.weights.load import filled, read_own
 from dlc.weights.meta import ModelConfig, RunMeta, config_of, plain

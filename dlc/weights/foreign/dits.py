@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
 from dlc.weights.hub import fetch_file, is_offline
@@ -187,7 +187,7 @@ def config_of(
         input_size: height and width of the latents, for weights that do not tell [32].
         diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
             [what the config says, else "dit"]. What it is is noted in the file.
-        process: what the weights were trained on, a name in `diffusion.processes` ["gaussian", to predict noise].
+        process: what the weights were trained on, a name in `diffusion.process_table` ["gaussian", to predict noise].
 
     Raises ValueError if the tensors are not those of a DiT, DiTSEM or DiTCONT.
     """

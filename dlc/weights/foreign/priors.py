@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from diffusion.processes import create_process
+from diffusion.process_table import create_process
 from dlc.weights.foreign.dits import check_sizes
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from
