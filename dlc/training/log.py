@@ -1,7 +1,7 @@
 """What a `Run` logs: the lines at its start, and one per --log-every steps to all its logs."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,10 +12,8 @@ from dlc.weights.checkpoint import gather_full
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dlc.training.run import Run
 
-
-def announce(run: "Run") -> "tqdm":
+def announce(run: Any) -> "tqdm":
     """Log what the run is about to do, and with what. Returns the bar of its progress."""
     args, first, last = run.args, run.first_step, run.last_step
     for line in (
@@ -34,7 +32,7 @@ def announce(run: "Run") -> "tqdm":
     return progress(total=last, initial=first, unit="step", desc="training")
 
 
-def write_line(run: "Run", step: int, means: dict, log_due: bool, failure: str | None) -> None:
+def write_line(run: Any, step: int, means: dict, log_due: bool, failure: str | None) -> None:
     """Write a line to log.txt and, if it is due or the run fails, to metrics.jsonl and the tracker."""
     scaler, rate = run.accelerator.scaler, (step - run.last_line[1]) / (time.time() - run.last_line[0])
     samples_per_second, unit = rate * run.args.global_batch_size, run.losses.unit
