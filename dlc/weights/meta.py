@@ -89,7 +89,7 @@ class ModelConfig(Record):
             process = self.process and create_process(self.process["process"], **self.process["arguments"]).config
             arguments = {**self.build().config["arguments"], **self.arguments}
             return replace(self, arguments=plain(arguments, "argument"), process=process and plain(process, "process"))
-        except Exception:  # what is recorded is of another program: to be compared as it is
+        except Exception:  # another program recorded it: compared as it is
             return self
 
     def differences(self, here: "ModelConfig") -> str:

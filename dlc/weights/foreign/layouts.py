@@ -32,7 +32,7 @@ BESIDE = ("*.json", "*/*.json", "ema.safetensors", DLC_EMA, DLC_STATE)
 
 
 class OtherKind(ValueError):
-    """The weights are of another kind of network than the wanted one: `kind`."""
+    """The weights belong to another kind of network than the wanted one: `kind`."""
 
     def __init__(self, text: str, kind: str):
         super().__init__(text)

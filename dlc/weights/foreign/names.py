@@ -71,7 +71,7 @@ def read_foreign(named, kind: str, ema: bool = True, flag: str = "checkpoint", a
         flag, ask: see `dlc.weights.hub.fetch`.
         options: of the kind's function in CONFIGS.
 
-    Raises ValueError, naming path and tensor or key; OtherKind, if the weights are of another kind of network.
+    Raises ValueError, naming path and tensor or key; OtherKind for another kind of network.
     """
     file = open_weights(named, kind, ema, flag, ask)
     tensors, row = names_of(file, kind)
