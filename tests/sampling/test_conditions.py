@@ -140,7 +140,7 @@ def vectors(tmp_path):
 
 
 def test_vectors_by_their_rows(vectors):
-    """Row i in file order, or by a seeded permutation, cycling; the digest covers the order, the seed and the values."""
+    """Row i in file order, or by a seeded permutation, cycling; the digest covers order, seed and values."""
     stored = np.concatenate([VECTORS[:3].astype(np.float16), VECTORS[3:]]).astype(np.float32)
     sequential = ComputedVectors(vectors, CONT, "sequential", 0)
     indices = np.array([0, 6, 7, 3, 20])

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import HELPERS, ROOT
 from safetensors.torch import load_file
 
@@ -280,7 +281,7 @@ def described_features(features, tmp_path):
     return tmp_path / "features"
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "muon" or hasattr(torch.optim, "Muon")])
 def test_a_change_trains_resumes_samples_and_is_exported(name, described_features, tiny_models, tmp_path):
     patch, model, flags, files = CHANGES[name]
     assert len(patch) <= files

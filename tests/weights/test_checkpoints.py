@@ -52,7 +52,7 @@ BUILDERS = dict(
 )
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "muon" or hasattr(torch.optim, "Muon")])
 def test_round_trip(tmp_path, name):
     """Whatever an optimizer's state holds, also where no gradient reached a parameter."""
     model, ema, build = tiny(seed=0), tiny(seed=1), BUILDERS[name]
