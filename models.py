@@ -329,7 +329,8 @@ class DiT(Recorded):
     def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """forward, given the embedded time t, (N, D) or (D,), and condition, which a sampler embeds once for many."""
         recompute, c = self.grad_checkpointing and self.training, t + condition             # (N, D)
-        x = self.x_embedder(x) + self.pos_embed                                             # (N, T, D)
+        # the convolution's output is channel-first, and would stay so through all blocks, which slows each LayerNorm
+        x = (self.x_embedder(x) + self.pos_embed).contiguous()                              # (N, T, D)
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))                                      # (N, out_channels, H, W)

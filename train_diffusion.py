@@ -28,7 +28,7 @@ from dlc.data import Features
 from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
-from dlc.machine.noise import Stream, integers, normal, uniform
+from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
@@ -164,11 +164,9 @@ def draws(
     seed: int, indices: torch.Tensor, x: torch.Tensor, num_timesteps: int, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Timesteps (n,), noise (n, C, S/f, S/f) and whether to drop the condition (n,), for samples with latents x."""
-    return (
-        integers(seed, Stream.TRAIN_TIMESTEP, indices, num_timesteps),
-        normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:]),
-        uniform(seed, Stream.TRAIN_DROP, indices) < dropout,
-    )
+    counts = {Stream.TRAIN_TIMESTEP: 1, Stream.TRAIN_NOISE: words_for(x.shape[1:]), Stream.TRAIN_DROP: 1}
+    t, noise, drop = words_of_streams(seed, counts, indices)
+    return t[:, 0] * num_timesteps >> 32, as_normals(noise, x.shape[1:]), in_unit_interval(drop[:, 0]) < dropout
 
 
 def losses_of(

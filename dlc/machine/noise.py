@@ -7,7 +7,7 @@ device of `indices`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -57,6 +57,21 @@ def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch
     return c0, c1, c2, c3
 
 
+def words_of_streams(
+    seed: int, counts: Mapping[Stream, int], indices: torch.Tensor, draw: int | torch.Tensor = 0
+) -> list[torch.Tensor]:
+    """What `random_words` gives for each stream and its count. The generator's many small kernels run once for all."""
+    device, blocks = indices.device, [-(-count // 4) for count in counts.values()]
+    block = torch.cat([torch.arange(n, device=device) for n in blocks])
+    streams = torch.cat([torch.full((n,), int(stream), device=device) for stream, n in zip(counts, blocks)])
+    index = indices.unsqueeze(1)
+    draws = draw.unsqueeze(1) if isinstance(draw, torch.Tensor) else torch.full_like(block, draw)
+    counter = (block, draws, index & LOW, (index >> 32) * 256 + streams)
+    words = philox(torch.broadcast_tensors(*counter), (seed & LOW, seed >> 32 & LOW))
+    parts = torch.stack(words, dim=2).split(blocks, dim=1)  # (N, blocks, 4) each
+    return [part.flatten(1)[:, :count] for part, count in zip(parts, counts.values())]
+
+
 def random_words(
     seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
@@ -68,24 +83,28 @@ def random_words(
         indices: (N,) int64, the samples' indices.
         draw: int or (N,) int64, which of a sample's repeated draws, such as the steps of a sampler.
     """
-    block = torch.arange(-(-count // 4), device=indices.device)
-    index = indices.unsqueeze(1)
-    draws = draw.unsqueeze(1) if isinstance(draw, torch.Tensor) else torch.full_like(block, draw)
-    counter = (block, draws, index & LOW, (index >> 32) * 256 + int(stream))
-    words = philox(torch.broadcast_tensors(*counter), (seed & LOW, seed >> 32 & LOW))
-    return torch.stack(words, dim=2).flatten(1)[:, :count]
+    return words_of_streams(seed, {stream: count}, indices, draw)[0]
 
 
 def normal(
     seed: int, stream: Stream, indices: torch.Tensor, shape: Sequence[int], draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
-    """Standard normals (N, *shape), float32, by Box and Muller's transform in float64."""
-    count = math.prod(shape)
-    words = random_words(seed, stream, indices, count + count % 2, draw).double()
+    """Standard normals (N, *shape), float32."""
+    return as_normals(random_words(seed, stream, indices, words_for(shape), draw), shape)
+
+
+def words_for(shape: Sequence[int]) -> int:
+    """How many words `as_normals` takes for a sample of this shape: it takes them in pairs."""
+    return -(-math.prod(shape) // 2) * 2
+
+
+def as_normals(words: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Words (N, words_for(shape)) to normals (N, *shape), float32, by Box and Muller's transform in float64."""
+    words = words.double()
     radius = (-2 * ((words[:, 0::2] + 1) / 2**32).log()).sqrt()
     angle = words[:, 1::2] * (2 * math.pi / 2**32)
     normals = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1)
-    return normals[:, :count].reshape(-1, *shape).float()
+    return normals[:, : math.prod(shape)].reshape(-1, *shape).float()
 
 
 def seed_torch(seed: int, stream: Stream, step: int, process: int) -> None:

@@ -126,6 +126,15 @@ def test_code_embedding_is_the_mean_of_table_rows(L, V):
     torch.testing.assert_close(embedder(one_hot, drop), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_residual_stream_is_contiguous():
+    """As the patch embedding gives it, it would stay channel-first through all blocks, and slow each LayerNorm."""
+    model, strides = DiTSEM(L=3, V=4, **SMALL), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].is_contiguous()))
+    model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)))
+    assert strides == [True] * len(model.blocks)
+
+
 def test_what_stays_float32_under_autocast():
     """Norms, the residual stream, the sum of timestep and code embedding; products alone are in 16 bits."""
     model, dtypes = scrambled(DiTSEM(L=3, V=4, **SMALL)), {}
