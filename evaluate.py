@@ -11,6 +11,7 @@ make-reference, reconstruction, agreement, sweep.
 
 import importlib
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from dlc.machine.cli import ArgumentParser
@@ -38,7 +39,7 @@ COMMANDS = {
 }
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("samples", metavar="SAMPLES", help="samples: an .npz with arr_0, or a folder of images")
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None):
     return parser, parser.parse_args(argv)
 
 
-def check_flags(args) -> None:
+def check_flags(args: Namespace) -> None:
     """Raise ValueError for flags that contradict each other."""
     check_comparison_flags(args)
     if args.reference is None and needs_reference(wanted_metrics(args)):
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
 
 
-def run(args) -> None:
+def run(args: Namespace) -> None:
     """Compare the samples with the reference."""
     # ---------------------------------------------------------------------- checks
     check_flags(args)

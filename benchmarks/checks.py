@@ -8,6 +8,7 @@ cannot do it.
 import contextlib
 import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 
 import torch
@@ -22,6 +23,7 @@ from models import DiTSEM
 from train_diffusion import losses_of
 
 N, L, V = 8, 16, 32
+Found = tuple  # of a check: the difference, the largest allowed one, then what made the CPU wait
 OVERFLOWING, SKIPPED = (1, 4, 5), ((3, 0, 2), 2.0**7)  # the scale is halved three times
 
 
@@ -38,7 +40,7 @@ def small_model(device: torch.device) -> DiTSEM:
     return model.to(device).train()
 
 
-def loss_of(model, device, precision, number=0):
+def loss_of(model: DiTSEM, device: torch.device, precision: str, number: int = 0) -> torch.Tensor:
     """The mean loss of a training step of train_diffusion.py."""
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(N, 4, 16, 16, generator=generator).to(device, non_blocking=True)
@@ -49,13 +51,13 @@ def loss_of(model, device, precision, number=0):
     return terms["loss"].mean()
 
 
-def difference(one, two) -> float:
+def difference(one: list[torch.Tensor], two: list[torch.Tensor]) -> float:
     """The mean difference of two lists of tensors, relative to the mean absolute value of the second."""
     return sum((a - b).abs().sum().item() for a, b in zip(one, two)) / sum(b.abs().sum().item() for b in two)
 
 
 @contextlib.contextmanager
-def waits_noted(device, notes):
+def waits_noted(device: torch.device, notes: list[str]) -> Iterator[None]:
     """Add to notes what makes the CPU wait for the GPU in this block, torch's own kernels included."""
     if device.type != "cuda":
         yield
@@ -70,7 +72,7 @@ def waits_noted(device, notes):
     notes += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
 
 
-def fp16_steps(device, steps, notes):
+def fp16_steps(device: torch.device, steps: Sequence[int], notes: list[str]) -> tuple[list[torch.Tensor], tuple]:
     """How weights and EMA change in these steps, some of which overflow; skipped steps, and the scale."""
     model, scaler = small_model(device), torch.amp.GradScaler(device.type, init_scale=2.0**10)
     ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
@@ -88,7 +90,7 @@ def fp16_steps(device, steps, notes):
     return changed, (skips.read(), scaler.get_scale())
 
 
-def fp16_skips(device):
+def fp16_skips(device: torch.device) -> Found:
     """fp16: steps that overflow are counted on the device, and leave weights and EMA as if they had not been."""
     notes, steps = [], range(1, 9)
     ours, counted = fp16_steps(device, steps, notes)
@@ -98,7 +100,7 @@ def fp16_skips(device):
     return difference(ours, wanted), 1e-2, *notes[:1]
 
 
-def compiled(device):
+def compiled(device: torch.device) -> Found:
     """A training step in bf16, compiled: the gradients of the eager one."""
     grads = []
     for compile in (False, True):
@@ -110,7 +112,7 @@ def compiled(device):
     return difference(grads[1], grads[0]), 0.1
 
 
-def drawn(model, device, precision, denoise=None):
+def drawn(model: DiTSEM, device: torch.device, precision: str, denoise: Callable | None = None) -> torch.Tensor:
     """Latents of a few guided steps."""
     with autocast(device, precision):
         return sample_latents(
@@ -119,7 +121,7 @@ def drawn(model, device, precision, denoise=None):
         )  # fmt: skip
 
 
-def cuda_graphs(device):
+def cuda_graphs(device: torch.device) -> Found:
     """Sampling in bf16 by CUDA graphs: the latents of sampling without them."""
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
@@ -128,7 +130,7 @@ def cuda_graphs(device):
     return difference([drawn(model, device, "bf16", CudaGraphs(model.denoise))], [drawn(model, device, "bf16")]), 1e-3
 
 
-def sampling_in_bf16(device):
+def sampling_in_bf16(device: torch.device) -> Found:
     """Sampling in bf16: the latents of float32, up to 16-bit rounding."""
     exact = drawn(small_model(device).eval(), device, "fp32")
     model = small_model(device).eval()
@@ -136,7 +138,7 @@ def sampling_in_bf16(device):
     return difference([drawn(model, device, "bf16")], [exact]), 0.1
 
 
-def sharded(device):
+def sharded(device: torch.device) -> Found:
     """FSDP with one process: a step in bf16 gives the weights of one without it."""
     weights = []
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -12,6 +12,7 @@ Inception pass runs the real network with random weights. `OMP_NUM_THREADS=1` ru
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from evaluation.metrics import FeatureStatistics, frechet_distance
 from evaluation.sets import open_images
 
 DIM = 2048
+Moments = tuple[np.ndarray, np.ndarray]  # mean and covariance
 INCEPTION = "Inception pass"
 PARTS = STATISTICS, DISTANCE = "statistics", "Frechet distance"
 
@@ -41,11 +43,11 @@ def make_features(path: Path, count: int, seed: int) -> None:
         rows[start : start + n] = np.abs(common @ mix + 0.3 * own + 0.02 * seed) * 0.5
 
 
-def numpy_statistics(rows):
+def numpy_statistics(rows: np.ndarray) -> Moments:
     return rows.mean(axis=0), np.cov(rows, rowvar=False)
 
 
-def scipy_distance(a, b):
+def scipy_distance(a: Moments, b: Moments) -> float:
     from scipy.linalg import sqrtm
 
     (mean_a, A), (mean_b, B) = a, b
@@ -53,7 +55,7 @@ def scipy_distance(a, b):
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * np.trace(root).real)
 
 
-def inception_pass(root: Path):
+def inception_pass(root: Path) -> tuple:
     """The real pass, timed, over an .npz of 256 x 256 pixels, with random weights."""
     state = start_processes()
     network = InceptionNetwork.__new__(InceptionNetwork)
@@ -64,21 +66,21 @@ def inception_pass(root: Path):
     return timed(lambda: measure(images, [network], state, keep=keep) and [images.count])
 
 
-def our_statistics(rows):
+def our_statistics(rows: np.ndarray) -> Moments:
     statistics = FeatureStatistics(DIM)
     for some in np.array_split(rows, len(rows) // 64):
         statistics.update(torch.from_numpy(some))
     return statistics.mean.numpy(), statistics.covariance.numpy()
 
 
-def timed(function):
+def timed(function: Callable) -> tuple:
     """The seconds and the CPU seconds of all threads that function() takes, and the numbers it returns."""
     start, cpu_start = time.perf_counter(), time.process_time()
     found = function()
     return time.perf_counter() - start, time.process_time() - cpu_start, *found
 
 
-def work(part: str, root: Path):
+def work(part: str, root: Path) -> tuple:
     """One part, timed; see `timed`."""
     if part == INCEPTION:
         return inception_pass(root)
@@ -92,28 +94,23 @@ def work(part: str, root: Path):
     return timed(lambda: [one.sum() for one in (our_statistics if ours else numpy_statistics)(samples)])
 
 
-def measure_part(part: str, root: Path):
+def measure_part(part: str, root: Path) -> tuple[tuple[float, float], float, list[float]]:
     """Seconds, CPU seconds, peak of memory in GiB, and result of a part in a process of its own."""
     said = run_script("-m", "benchmarks.evaluation", *flags(part=part, root=root))
     kilobytes, seconds, cpu_seconds, *result = map(float, said.splitlines()[-1].split())
     return (seconds, cpu_seconds), kilobytes / 2**20, result
 
 
-def row_of(part, size, seconds, memory, first=None, difference=None) -> dict:
+def row_of(
+    part: str, size: str, seconds: tuple, memory: float, first: tuple = (), difference: float | None = None
+) -> dict:
     by = 0 if ON_GPU else 1
-    return {
-        "": part,
-        "size": size,
-        "seconds": seconds[0],
-        "CPU s": seconds[1],
-        "images/s": None,
-        "memory GiB": memory,
-        "times ADM's way": None if first is None else first[by] / seconds[by],
-        "differs by": difference,
-    }
+    measured = {"seconds": seconds[0], "CPU s": seconds[1], "images/s": None, "memory GiB": memory}
+    times = first[by] / seconds[by] if first else None
+    return {"": part, "size": size, **measured, "times ADM's way": times, "differs by": difference}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", type=int, default=50_000, help="samples [%(default)s]")

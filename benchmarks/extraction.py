@@ -12,6 +12,7 @@ import argparse
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,12 @@ def write_networks(root: Path, encoder: bool = True) -> None:
         save_encoder(SEMEncoder(), root / "sem")
 
 
-def prepare(root: Path, args) -> None:
+def prepare(root: Path, args: argparse.Namespace) -> None:
     write_photographs(root / "images", args.images)
     write_networks(root)
 
 
-def images_per_second(work, batches) -> float:
+def images_per_second(work: Callable, batches: list) -> float:
     """The rate of work(batch) over the batches, in threads as in extraction, after one batch to warm up."""
     work(batches[0])
     synchronize()
@@ -72,7 +73,7 @@ def images_per_second(work, batches) -> float:
     return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
-def rates_of_the_parts(root: Path, args, tf32: bool = False) -> dict[str, float]:
+def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False) -> dict[str, float]:
     """Images per second of decoding, the VAE, the encoder, and both networks. tf32: which extraction does not use."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
     paths = sorted(path.name for path in (root / "images/class").iterdir())
@@ -97,7 +98,7 @@ def rates_of_the_parts(root: Path, args, tf32: bool = False) -> dict[str, float]
     return {**rates, **{name: images_per_second(work, loaded) for name, work in works.items()}}
 
 
-def rate_of_the_whole(root: Path, args) -> float:
+def rate_of_the_whole(root: Path, args: argparse.Namespace) -> float:
     """Images per second of the script from its first to its last shard; if there is one shard, as it reports them."""
     shard_size = max(4 * args.batch_size, args.images // 8)
     paths = flags(
@@ -111,7 +112,7 @@ def rate_of_the_whole(root: Path, args) -> float:
     return (args.images - shard_size) / (written[-1] - written[0])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=int, default=4096 if ON_GPU else 96, help="images [%(default)s here]")

@@ -17,6 +17,7 @@ import gc
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Bench:
     rows: list = field(default_factory=list)
     prepared: dict = field(default_factory=dict)
 
-    def once(self, name: str, make, *inputs):
+    def once(self, name: str, make: Callable, *inputs) -> object:
         """make(*inputs) at the first call with this name; what it returned at the others."""
         if name not in self.prepared:
             self.prepared[name] = make(*inputs)
@@ -69,7 +70,7 @@ class Bench:
         }
 
 
-def check(name, bench):
+def check(name: str, bench: Bench) -> dict:
     try:
         differs, bound, *waits = CHECKS[name](DEVICE)
     except Unavailable as reason:
@@ -78,7 +79,7 @@ def check(name, bench):
     return {"differs by": differs, "bar": f"at most {bound:g}", "said": said}
 
 
-def training(given, bench):
+def training(given: str, bench: Bench) -> dict:
     """Images per second of train_fast with these flags, on features, with all that a run does."""
     args = bench.args
     bench.once("features", loading.both_layouts, bench.root / "training", args.rows)
@@ -98,7 +99,7 @@ def is_short_of_memory() -> bool:
     return ON_GPU and torch.cuda.get_device_properties(0).total_memory < 120e9
 
 
-def drawing(precision, given, bench):
+def drawing(precision: str, given: str, bench: Bench) -> dict:
     """Images per second of the sampling script, or if `given` is None of the ancestors' loop."""
     args, root = bench.args, bench.root / "sampling"
     shape = dict(batch=args.sampling_batch, batches=3 if ON_GPU else 2, L=L, V=V)
@@ -114,7 +115,7 @@ def drawing(precision, given, bench):
     return {"images/s": rate, **bench.shares(rate * (len(sampler.times) + guided) * bench.flops(), precision)}
 
 
-def extracting(way, bench):
+def extracting(way: str, bench: Bench) -> dict:
     """Images per second of one of extraction's parts, or of the script."""
     args, root = bench.args, bench.root / "extraction"
     how = dict(precision="bf16", compile=ON_GPU, batch_size=min(32, args.images))
@@ -129,13 +130,13 @@ def extracting(way, bench):
     return {"images/s": extraction.rate_of_the_whole(root, sizes) if way == "the whole" else rates[way]}
 
 
-def training_a_prior(name, bench):
+def training_a_prior(name: str, bench: Bench) -> dict:
     """Codes per second of a row of training of benchmarks/prior.py."""
     sizes = sizes_of_a_prior()
     return {"codes/s": sizes.train_batch / bench.once("a prior's steps", prior.seconds_of_steps, sizes)[name]}
 
 
-def drawing_codes(name, steps, bench):
+def drawing_codes(name: str, steps: int, bench: Bench) -> dict:
     """Codes per second of a row of sampling of benchmarks/prior.py."""
     sizes, rows = sizes_of_a_prior(), {(row[0], row[2]): row for row in prior.sampling_rows(L)}
     wanted, row = [rows[one] for one in DRAWN_CODES.values()], rows[name, steps]
@@ -143,7 +144,7 @@ def drawing_codes(name, steps, bench):
     return {"codes/s": sizes.batch / (prior.calls_per_code(row, sizes) * seconds)}
 
 
-def sizes_of_a_prior():
+def sizes_of_a_prior() -> argparse.Namespace:
     return prior.argument_parser().parse_args([] if ON_GPU else ["--model", "DLCPrior-Ti"])
 
 
@@ -180,12 +181,12 @@ BARS = {  # what a row should reach on an H100
 PARTS_OF_ALL = tuple(dict.fromkeys(row[0] for row in ROWS))
 
 
-def sizes_of(args) -> dict:
+def sizes_of(args: argparse.Namespace) -> dict:
     """The flags on which rows depend: a result with other ones is another result."""
     return {key: value for key, value in vars(args).items() if key not in ("minutes", "only", "dir")}
 
 
-def measured_before(args) -> list[dict]:
+def measured_before(args: argparse.Namespace) -> list[dict]:
     """The rows of an earlier call that was cut off, without those that failed."""
     path = result_path("gpu")
     before = json.loads(path.read_text()) if path.is_file() else None
@@ -194,7 +195,7 @@ def measured_before(args) -> list[dict]:
     return [row for row in before["rows"] if not (row["said"] or "").startswith("failed")]
 
 
-def measure(bench: Bench, part: str, name: str, function, inputs) -> dict:
+def measure(bench: Bench, part: str, name: str, function: Callable, inputs: tuple) -> dict:
     """A row of the table. It says if it failed; the others go on."""
     row, threads = dict.fromkeys(COLUMNS), torch.get_num_threads()
     row.update({"part": part, "": name, "bar": BARS.get((part, name))})
@@ -231,7 +232,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main():
+def main() -> None:
     args, start = argument_parser().parse_args(), time.monotonic()
     rows = measured_before(args)
     done, put_off = {(row["part"], row[""]) for row in rows}, []

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class Row(NamedTuple):
     why: str = "not known"  # an exponent is above 1.15
 
 
-def linked(folder, names, write):
+def linked(folder: Path, names: Iterable[str], write: Callable[[Path], object]) -> None:
     """Files of these names, up to 30,000 links each to one that write(path) makes: disks allow 65,000."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
@@ -65,13 +65,13 @@ def linked(folder, names, write):
             os.link(first, folder / name)
 
 
-def class_folders(folder, size):
+def class_folders(folder: Path, size: int) -> None:
     for number in range(classes := min(1000, size // 10)):
         names = (f"{index}.JPEG" for index in range(number, size, classes))
         linked(folder / f"n{number:08d}", names, Path.touch)
 
 
-def features(folder, size):
+def features(folder: Path, size: int) -> None:
     manifest = Manifest(latents="sample", dtype="float16", image_size=32, images=0, classes=["a"], L=L, V=V)
     writer, random = FeatureWriter(folder, manifest), np.random.default_rng(0)
     writer.start()
@@ -84,12 +84,12 @@ def features(folder, size):
     writer.finish(shard + 1)
 
 
-def samples(folder, size):
+def samples(folder: Path, size: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     linked(folder / "images", (f"{index:06d}.png" for index in range(size)), lambda path: save_png(path, image))
 
 
-def diffusion_step(batch, side):
+def diffusion_step(batch: int, side: int) -> Callable:
     """A forward and backward pass and AdamW's step."""
     x, t, y = torch.randn(batch, 4, side, side), torch.zeros(batch, dtype=torch.long), torch.randint(V, (batch, L))
     model, diffusion = DiT_models["DiTSEM-Ti/2"](input_size=side, L=L, V=V).train(), create_diffusion("")
@@ -103,13 +103,13 @@ def diffusion_step(batch, side):
     return work
 
 
-def sampling(count, steps):
+def sampling(count: int, steps: int) -> Callable:
     model, indices = DiT_models["DiTSEM-Ti/4"](input_size=16, L=L, V=V).eval(), torch.arange(count)
     options = dict(y=torch.zeros(count, L, dtype=torch.long), seed=0, latent_shape=(4, 16, 16), cfg_scale=1.5)
     return lambda: sample_latents(model, create_sampler("ddpm", steps), indices=indices, **options)
 
 
-def drawing_codes(folder, size):
+def drawing_codes(folder: Path, size: int) -> Callable:
     model, sampler = DLCPrior_models["DLCPrior-Ti"](L=size, V=V).eval(), create_code_sampler("first-hitting", V, None)
     return lambda: sample_codes(model, MaskedDiffusion(V), sampler, seed=0, indices=torch.arange(4))
 
@@ -161,7 +161,7 @@ def measure(row: Row, root: Path, size: int) -> tuple[float, float]:
     return min(seconds), (peak_kilobytes() - before) / 1024
 
 
-def table_row(row: Row, sizes, measured) -> dict:
+def table_row(row: Row, sizes: Sequence[int], measured: list[tuple[float, float]]) -> dict:
     """A row of the table, of (seconds, MiB) at each size."""
     seconds, memory = zip(*measured)
     exponent = math.log(seconds[-1] / seconds[-2], sizes[-1] / sizes[-2])
@@ -175,7 +175,7 @@ def table_row(row: Row, sizes, measured) -> dict:
     }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="measure rows whose name contains one of these [all]")
     parser.add_argument("--tiny", action="store_true", help="use sizes so small that they mean nothing, to try it out")

@@ -11,7 +11,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +69,14 @@ def disk_megabytes() -> float:
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"]) / 1e6
 
 
-def samples_per_second(gather: Callable, batches) -> float:
+def samples_per_second(gather: Callable, batches: Iterable) -> float:
     start = time.perf_counter()
     for rows in batches:
         gather(rows)
     return sum(map(len, batches)) / (time.perf_counter() - start)
 
 
-def best_rate(layout: str, cache: str, root: Path, batches) -> tuple[float, float]:
+def best_rate(layout: str, cache: str, root: Path, batches: Iterable) -> tuple[float, float]:
     """The best of three: samples per second, and the MB read from the disk."""
     found = []
     for _ in range(3):
@@ -105,7 +105,7 @@ def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
     return 5 * count * batch / (time.perf_counter() - start)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32_768, help="rows of the features that are timed [%(default)s]")
     parser.add_argument("--batch", type=int, default=256, help="rows per batch [%(default)s]")

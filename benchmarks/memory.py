@@ -12,10 +12,10 @@ import argparse
 import torch
 
 from benchmarks.record import record
-from models import DiT_models
+from models import DiT, DiT_models
 
 
-def saved_bytes(module, *inputs) -> int:
+def saved_bytes(module: torch.nn.Module, *inputs) -> int:
     """Bytes that module(*inputs) saves for its backward pass, beside its own parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     saved = {}
@@ -32,7 +32,7 @@ def saved_bytes(module, *inputs) -> int:
     return sum(saved.values())
 
 
-def batch_bytes(model, batch: int, checkpointing: bool) -> int:
+def batch_bytes(model: DiT, batch: int, checkpointing: bool) -> int:
     """Bytes that the backward pass needs of a batch."""
     codes = torch.zeros(batch, model.sem_embedder.L, dtype=torch.long)
     model.train().set_grad_checkpointing(checkpointing)
@@ -44,7 +44,7 @@ def batch_bytes(model, batch: int, checkpointing: bool) -> int:
     return total
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiTSEM-XL/2", help="a DiTSEM [%(default)s]")
     parser.add_argument("--L", type=int, default=512, help="code positions [%(default)s]")

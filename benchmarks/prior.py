@@ -15,23 +15,25 @@ Calls per code are counted by drawing whole timetables. Weights are random: no t
 import argparse
 import itertools
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.record import DEVICE, ON_GPU, record, synchronize
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
 from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast
-from prior import DLCPrior_models
+from prior import DLCPrior, DLCPrior_models
 
 PUBLISHED, TIMES = "published way", "times the published way"
 COUNTED_ROWS = 64  # codes whose timetables are drawn to count calls
 
 
-def published_loss(model, diffusion, x0, t, precision: str):
+def published_loss(model: DLCPrior, diffusion: MaskedDiffusion, x0: Tensor, t: Tensor, precision: str) -> Tensor:
     """SEDD's score entropy, equation 5, of all places (N, L), with the masked ones counted, as loss (N,)."""
     x_t, sigma = diffusion.corrupt(x0, t), diffusion.sigma(t)
     with autocast(DEVICE, precision):
@@ -43,26 +45,13 @@ def published_loss(model, diffusion, x0, t, precision: str):
     return rate * torch.where(x_t == diffusion.mask, entropy, 0).sum(dim=1)
 
 
-def train_step(model, optimizer, diffusion, x0, published: bool, precision: str):
-    t = stratified_times(torch.rand((), device=DEVICE), torch.arange(len(x0), device=DEVICE), len(x0))
-    if published:
-        loss = published_loss(model, diffusion, x0, t, precision)
-    else:
-        with autocast(DEVICE, precision):
-            loss = diffusion.training_losses(model, x0, t)["loss"]
-    loss.mean().backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 class PublishedSampler:
     """Every step: all scores, and a draw of every token, which keeps those that are there."""
 
-    def __init__(self, diffusion, steps: int, eta: float):
+    def __init__(self, diffusion: MaskedDiffusion, steps: int, eta: float):
         self.V, self.eta, self.times = diffusion.V, eta, torch.linspace(1, 1e-5, steps + 1, device=DEVICE)
 
-    def __call__(self, log_scores, codes):
+    def __call__(self, log_scores: Callable, codes: Tensor) -> Iterator[Tensor]:
         for t, s in itertools.pairwise(self.times):
             logp = log_scores(codes, t.expand(len(codes)))[..., : self.V].log_softmax(dim=2)
             eta = self.eta if 0.3 < t < 0.55 else 0.0
@@ -87,7 +76,7 @@ def sampling_rows(L: int) -> list[tuple]:
     return [*rows, ("confidence", "confidence", 16, None, False)]
 
 
-def work_of(row, L: int) -> str:
+def work_of(row: tuple, L: int) -> str:
     """What a call of a row does, in words: equal for rows whose calls do the same work."""
     _, name, steps, _, published = row
     if published:
@@ -96,7 +85,7 @@ def work_of(row, L: int) -> str:
     return "one place per code" if one_place else f"{name}, {steps} calls"
 
 
-def timed_calls(row, model, diffusion, args) -> float:
+def timed_calls(row: tuple, model: DLCPrior, diffusion: MaskedDiffusion, args: argparse.Namespace) -> float:
     """Seconds of a call of the network, with all that goes with it."""
     _, name, steps, eta, published = row
     codes = torch.full((args.batch, args.L), args.V, device=DEVICE)
@@ -119,7 +108,7 @@ def timed_calls(row, model, diffusion, args) -> float:
     return (time.perf_counter() - start) / done
 
 
-def calls_per_code(row, args) -> float:
+def calls_per_code(row: tuple, args: argparse.Namespace) -> float:
     """How often the network is called for a code, on average; where rows of a batch differ, a batch takes its most."""
     _, name, steps, eta, published = row
     if published:
@@ -143,7 +132,7 @@ def shortest(functions: dict, repeats: int) -> dict[str, float]:
     return {name: min(times) for name, times in seconds.items()}
 
 
-def seconds_of_steps(args) -> dict[str, float]:
+def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
     """The shortest step of each row of training, by name. They train the same model."""
     torch.manual_seed(0)
     x0 = torch.randint(args.V, (args.train_batch, args.L), device=DEVICE)
@@ -152,11 +141,22 @@ def seconds_of_steps(args) -> dict[str, float]:
         block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0, fused=True)
 
+    diffusion, indices = MaskedDiffusion(args.V), torch.arange(len(x0), device=DEVICE)
+
     def timed_step(published, compiled):
         synchronize()
         start = time.perf_counter()
         with torch.compiler.set_stance("default" if compiled else "force_eager"):
-            train_step(model, optimizer, MaskedDiffusion(args.V), x0, published, args.precision)
+            t = stratified_times(torch.rand((), device=DEVICE), indices, len(x0))
+            if published:
+                loss = published_loss(model, diffusion, x0, t, args.precision)
+            else:
+                with autocast(DEVICE, args.precision):
+                    loss = diffusion.training_losses(model, x0, t)["loss"]
+            loss.mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         synchronize()
         return time.perf_counter() - start
 
@@ -167,7 +167,7 @@ def seconds_of_steps(args) -> dict[str, float]:
     return shortest(steps, args.repeats)
 
 
-def seconds_of_calls(rows, args) -> dict[str, float]:
+def seconds_of_calls(rows: list[tuple], args: argparse.Namespace) -> dict[str, float]:
     """The shortest call of the network for each kind of work of the rows of sampling; see `work_of`."""
     torch.manual_seed(0)
     model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval()
@@ -177,7 +177,7 @@ def seconds_of_calls(rows, args) -> dict[str, float]:
         return shortest(works, args.repeats)
 
 
-def argument_parser():
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models, help="[%(default)s here]")
@@ -192,7 +192,7 @@ def argument_parser():
     return parser
 
 
-def main():
+def main() -> None:
     args = argument_parser().parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in training and sampling

@@ -37,7 +37,7 @@ def device_name(machine: dict) -> str:
     return machine["gpu"] or f"{machine['cores']} CPU cores"
 
 
-def cell(value, key: str = "") -> str:
+def cell(value: object, key: str = "") -> str:
     """A value as a table shows it: three digits, shares in percent."""
     if value is None:
         return "–"
@@ -142,7 +142,7 @@ def write_pages() -> list[str]:
     return outdated
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     args = parser.parse_args()

@@ -99,7 +99,7 @@ def peak_kilobytes() -> int:
     return int(next(line.split()[1] for line in lines if "VmHWM" in line))
 
 
-def forward_flops(model, side: int) -> int:
+def forward_flops(model: torch.nn.Module, side: int) -> int:
     """FLOPs of a forward pass on one latent of side x side: two for each multiply-add of each matrix product."""
     D, P = model.pos_embed.shape[2], model.patch_size
     T = (side // P) ** 2

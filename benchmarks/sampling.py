@@ -55,7 +55,7 @@ ROWS = [  # name, precision, flags, the row whose images these should be
 ]
 
 
-def rough_checkpoint(path: Path, args) -> None:
+def rough_checkpoint(path: Path, args: argparse.Namespace) -> None:
     """Write a model after a few steps on random latents and codes, and the codes to draw for."""
     torch.manual_seed(0)
     model = DiT_models[args.model](L=args.L, V=args.V).to(DEVICE).train()
@@ -74,7 +74,7 @@ def rough_checkpoint(path: Path, args) -> None:
 
 
 @torch.no_grad()
-def draw_baseline(root: Path, folder: Path, args) -> float:
+def draw_baseline(root: Path, folder: Path, args: argparse.Namespace) -> float:
     """Images a second, after the first batch."""
     model, _, _ = load_model(root / "model.safetensors")
     model, vae = model.to(DEVICE), load_vae(str(root / "vae"), DEVICE)
@@ -103,7 +103,7 @@ def draw_baseline(root: Path, folder: Path, args) -> float:
     return args.batch * (args.batches - 1) / (time.perf_counter() - start)
 
 
-def script(root: Path, folder: Path, precision: str, given: list[str], args) -> tuple[float, Path]:
+def script(root: Path, folder: Path, precision: str, given: list[str], args: argparse.Namespace) -> tuple[float, Path]:
     """Images per second of the script, after its first batches, and the folder of its PNGs."""
     count = args.batch * args.batches
     command = flags(
@@ -118,13 +118,13 @@ def script(root: Path, folder: Path, precision: str, given: list[str], args) -> 
     return (count - before) / (max(written) - max(written[:before])), folder
 
 
-def prepare(root: Path, args) -> None:
+def prepare(root: Path, args: argparse.Namespace) -> None:
     """Write the VAE, the model and the codes that all rows share."""
     write_networks(root, encoder=False)
     rough_checkpoint(root, args)
 
 
-def sampler_of(given: list[str]):
+def sampler_of(given: list[str]) -> tuple:
     """The sampler that a row's flags ask for, and in how many of the model's calls guidance acts."""
     sampler = create_sampler(given[1]) if "--sampler" in given else create_sampler("ddpm", STEPS)
     bounds = INTERVAL if "--t-min" in given else (0, 999)
@@ -138,7 +138,7 @@ def differences(folder: Path, other: Path, count: int) -> dict[str, float]:
     return {"differs by": float(levels.mean()), "within 1": float((levels <= 1).mean())}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="a DiTSEM [%(default)s here]")

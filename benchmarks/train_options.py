@@ -60,19 +60,6 @@ def options(row: str) -> argparse.Namespace:
     return found
 
 
-def described(row: str) -> dict:
-    """What a row's options are, by the columns of the table."""
-    chosen = options(row)
-    return {
-        "": row,
-        "data": "images" if chosen.features_path is None else "features",
-        "checkpointing": chosen.checkpoint_activations,
-        "precision": chosen.precision,
-        "TF32": ON_GPU and chosen.tf32,
-        "compiled": ON_GPU if chosen.compile is None else chosen.compile,
-    }
-
-
 def run(*command, output: Path) -> tuple[str | None, float]:
     """Run python with these arguments. Returns None, or "out of memory"; and the peak of its memory in GiB.
 
@@ -86,7 +73,7 @@ def run(*command, output: Path) -> tuple[str | None, float]:
     return "out of memory" if status else None, peak / 2**20
 
 
-def make_data(root: Path, args) -> dict[str, list[str]]:
+def make_data(root: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """The flags by which a row reads images, those of the encoder, and those by which it reads their features."""
     vae, encoder, images = args.vae or root / "vae", args.encoder or root / "sem", args.data_path or root / "images"
     if not args.data_path:
@@ -104,7 +91,7 @@ def make_data(root: Path, args) -> dict[str, list[str]]:
     return dict(images=read, encoder=flags(encoder=encoder), features=features)
 
 
-def train(row: str, model: str, batch: int, data, root: Path, args):
+def train(row: str, model: str, batch: int, data: dict[str, list[str]], root: Path, args: argparse.Namespace) -> tuple:
     """Steps per second of the variant and its losses, or None for both if it is out of memory; and the peak in GiB."""
     variant, *given = row.split()
     source = data["features"]
@@ -123,7 +110,7 @@ def train(row: str, model: str, batch: int, data, root: Path, args):
     return lines[-1]["steps_per_second"], [line["loss"] for line in lines], lines[-1]["peak_memory_gib"] or memory
 
 
-def build(model: str, args):
+def build(model: str, args: argparse.Namespace) -> torch.nn.Module:
     """The model for these images and, for a DiTSEM, the encoder's codes."""
     sizes = dict(input_size=args.image_size // 8)
     if DiT_models[model].conditioning == "codes" and args.encoder:
@@ -132,20 +119,7 @@ def build(model: str, args):
     return DiT_models[model](**sizes)
 
 
-def measure(row: str, model: str, batch: int, data, root: Path, args, flops: float, peak: float):
-    """A row of the table, and its losses."""
-    rate, losses, memory = train(row, model, batch, data, root, args)
-    return {
-        **{"": row, "model": model, "batch": batch},
-        **described(row),
-        "steps/s": rate,
-        "images/s": rate and rate * batch,
-        "MFU": rate and rate * batch * flops / peak,
-        "memory GiB": memory,
-    }, losses
-
-
-def peak_of(chosen) -> float:
+def peak_of(chosen: argparse.Namespace) -> float:
     """FLOPs per second that the device reaches in a row's precision."""
     torch.backends.cuda.matmul.allow_tf32 = chosen.tf32
     peak = peak_flops(chosen.precision, 8192 if ON_GPU else 4096)
@@ -153,21 +127,13 @@ def peak_of(chosen) -> float:
     return peak
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     models = ["DiT-XL/2", "DiTSEM-XL/2"] if ON_GPU else ["DiTSEM-S/2"]
-    add(
-        "--model",
-        nargs="+",
-        default=models,
-        choices=DiT_models,
-        metavar="MODEL",
-        help="in DiT_models [%(default)s here]",
-    )
-    add(
-        "--batch", nargs="+", type=int, default=[128, 256] if ON_GPU else [8], help="images per step [%(default)s here]"
-    )
+    batches = [128, 256] if ON_GPU else [8]
+    add("--model", nargs="+", default=models, choices=DiT_models, metavar="DIT", help="a DiT's name [%(default)s here]")
+    add("--batch", nargs="+", type=int, default=batches, help="images per step [%(default)s here]")
     add("--rows", nargs="+", default=ROWS, help="variants, each with its flags in quotes [all of them]")
     add("--steps", type=int, default=30 if ON_GPU else 6, help="measured steps, after as many [%(default)s here]")
     add("--images", type=int, default=2048 if ON_GPU else 64, help="synthetic images [%(default)s here]")
@@ -190,11 +156,21 @@ def main():
                 for name in args.rows:
                     chosen = options(name)
                     peak = peaks[chosen.precision, chosen.tf32]
-                    row, losses = measure(name, model, batch, data, root, args, flops, peak)
-                    first, first_losses = first or row["images/s"], first_losses or losses
-                    row["times the first"] = row["images/s"] and row["images/s"] / first
+                    steps, losses, memory = train(name, model, batch, data, root, args)
+                    rate = steps and steps * batch
+                    first, first_losses = first or rate, first_losses or losses
                     ratios = losses and [one / other for one, other in zip(losses, first_losses)]
-                    row["loss differs by"] = losses and max(abs(ratio - 1) for ratio in ratios)
+                    row = {
+                        **{"": name, "model": model, "batch": batch},
+                        "data": "images" if chosen.features_path is None else "features",
+                        "checkpointing": chosen.checkpoint_activations,
+                        "precision": chosen.precision,
+                        "TF32": ON_GPU and chosen.tf32,
+                        "compiled": ON_GPU if chosen.compile is None else chosen.compile,
+                        **{"steps/s": steps, "images/s": rate, "MFU": rate and rate * flops / peak},
+                        **{"memory GiB": memory, "times the first": rate and rate / first},
+                        "loss differs by": losses and max(abs(ratio - 1) for ratio in ratios),
+                    }
                     table.append(row)
                     print(row, flush=True)
     tflops = {f"{precision}{'' if tf32 else ', no TF32'}": peak / 1e12 for (precision, tf32), peak in peaks.items()}

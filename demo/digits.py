@@ -25,7 +25,7 @@ SPLIT_SEED = 0
 DIRECTIONS = 20  # they hold 89% of the variance of the train scans
 
 
-def load_images():
+def load_images() -> tuple[np.ndarray, np.ndarray]:
     """All digits in scikit-learn's order: images (1797, 64, 64, 3) uint8 and labels (1797,) int64."""
     scans, labels = load_digits(return_X_y=True)
     grey = np.rint(scans.reshape(-1, SCAN_SIZE, SCAN_SIZE) * (255 / INK)).astype(np.uint8)
@@ -35,7 +35,7 @@ def load_images():
     return np.repeat(images[..., None], 3, axis=3), labels.astype(np.int64)
 
 
-def split_indices(labels):
+def split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the train and held-out images, (1437,) and (360,), each ascending."""
     train, heldout = train_test_split(
         np.arange(len(labels)), test_size=HELDOUT, random_state=SPLIT_SEED, stratify=labels
@@ -43,7 +43,7 @@ def split_indices(labels):
     return np.sort(train), np.sort(heldout)
 
 
-def load_split(name):
+def load_split(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 64, 64, 3) uint8 and labels (n,) int64 of "train" or "heldout"."""
     images, labels = load_images()
     indices = dict(zip(("train", "heldout"), split_indices(labels)))[name]
@@ -58,13 +58,13 @@ class DigitReader:
         self.svc = SVC(C=10, gamma="scale").fit(self.scans(images), labels)
 
     @staticmethod
-    def scans(images):
+    def scans(images: np.ndarray) -> np.ndarray:
         """Images (n, 64, 64, 3) uint8 back to scans (n, 64) in 0..1: averages over 8x8 pixels."""
         cell = IMAGE_SIZE // SCAN_SIZE
         cells = images.reshape(-1, SCAN_SIZE, cell, SCAN_SIZE, cell, 3)
         return cells.mean(axis=(2, 4, 5)).reshape(-1, SCAN_SIZE**2) / 255
 
-    def __call__(self, images):
+    def __call__(self, images: np.ndarray) -> np.ndarray:
         """The digits on images (n, 64, 64, 3) uint8: (n,) int64."""
         return self.svc.predict(self.scans(images))
 
@@ -75,15 +75,15 @@ class MainDirections:
     Called with scans (m, 64), gives their coordinates (m, DIRECTIONS).
     """
 
-    def __init__(self, scans):
+    def __init__(self, scans: np.ndarray):
         self.mean = scans.mean(axis=0)
         self.axes = np.linalg.svd(scans - self.mean, full_matrices=False)[2][:DIRECTIONS].T  # (64, 20)
 
-    def __call__(self, scans):
+    def __call__(self, scans: np.ndarray) -> np.ndarray:
         return (scans - self.mean) @ self.axes
 
 
-def write_image_folder(root):
+def write_image_folder(root: Path) -> None:
     """Write both splits under root as PNG files, one folder per digit. Returns the number of images."""
     images, labels = load_images()
     for name, indices in zip(("train", "heldout"), split_indices(labels)):
@@ -94,7 +94,7 @@ def write_image_folder(root):
     return len(images)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an image folder.")
     parser.add_argument("out_dir", help="write the images into this folder, which is created if missing")
     args = parser.parse_args()

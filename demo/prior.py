@@ -113,7 +113,7 @@ def report(folder: Path) -> None:
     print(f"look at {folder / 'prior.png'}: digits for codes that the prior drew; bottom row: independent positions")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a prior's bound on codes with that of simpler models.")
     parser.add_argument("command", choices=["codes", "report"], help="draw the simpler models' codes, or report")
     parser.add_argument("folder", type=Path, help="read and write in this folder, which demo.sh fills")

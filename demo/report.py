@@ -19,14 +19,14 @@ COLUMNS = 20  # of the picture: two per digit
 COMPOSED = 12  # codes per pair of weights
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Print the demo's times and draw its pictures.")
     parser.add_argument("folder", type=Path, help="read what demo.sh made, and write demo.png and composed.png here")
     parser.add_argument("--sources", nargs=2, required=True, help="the two digits that codes were composed of")
     return parser.parse_args()
 
 
-def draw_composed(samples, sources, path):
+def draw_composed(samples: Path, sources: list[Path], path: Path) -> None:
     """Draw COMPOSED samples per row, between the two images they are composed of."""
     rows = samples.reshape(-1, COMPOSED, *samples.shape[1:])
     first, last = (
@@ -35,7 +35,7 @@ def draw_composed(samples, sources, path):
     image_grid(np.concatenate([first, rows, last], axis=1).reshape(-1, *samples.shape[1:]), COMPOSED + 2).save(path)
 
 
-def main():
+def main() -> None:
     args = parse_args()
     demo, picture, composed = Demo(args.folder), args.folder / "demo.png", args.folder / "composed.png"
 

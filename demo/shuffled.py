@@ -19,13 +19,13 @@ from dlc.machine.noise import Stream, permutation
 SEED = 0
 
 
-def shuffle(codes):
+def shuffle(codes: np.ndarray) -> np.ndarray:
     """Codes (n, L), each column in another order, which is a function of SEED and the position."""
     orders = [permutation(SEED, Stream.SAMPLE_ORDER, position, len(codes)) for position in range(codes.shape[1])]
     return np.take_along_axis(codes, np.stack(orders, axis=1), axis=0)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Shuffle the tokens of codes, position by position.")
     parser.add_argument("features", help="read codes from these features")
     parser.add_argument("out", help="write the shuffled codes (n, L) to this .npy")

@@ -32,7 +32,7 @@ from evaluation.tokens import CodeReader, token_agreement
 CPU = torch.device("cpu")
 
 
-def read_codes(source) -> np.ndarray:
+def read_codes(source: str | Path) -> np.ndarray:
     """All codes of a source as --dlc-dir takes it, (n, L) int64."""
     rows = open_codes(source).rows
     return rows.gather(np.arange(len(rows))).astype(np.int64)
@@ -73,7 +73,7 @@ class Demo:
             return torch.cat([to_uint8(decode(vae, part)) for part in latents.split(64)]).numpy()
 
 
-def samples_by_class(demo: Demo):
+def samples_by_class(demo: Demo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Samples of a DiT that is told the digit, of the size of the DiTSEM and as many steps, at half the batch, which
     saves a minute. Sample i of `--label-sampling equal` is of digit i % 10, and is compared with a real code of it.
     """
@@ -83,7 +83,7 @@ def samples_by_class(demo: Demo):
     return images, demo.codes[[own[label][i // 10 % len(own[label])] for i, label in enumerate(labels)]], labels
 
 
-def simple_samples(demo: Demo, name: str, part: int):
+def simple_samples(demo: Demo, name: str, part: int) -> tuple[np.ndarray, np.ndarray, None]:
     """Samples for codes of a simpler model than a prior (demo.prior), which are this part of samples_simple."""
     return np.split(demo.samples("samples_simple"), 2)[part], read_codes(demo.folder / f"simple_codes/{name}.npy"), None
 
@@ -160,7 +160,7 @@ def measure(folder: Path) -> list[dict]:
     return rows
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Print the demo's table, and write it as text and JSON.")
     parser.add_argument("folder", help="read what demo.sh made, and write table.txt and table.json here")
     folder = Path(parser.parse_args().folder)

@@ -9,7 +9,10 @@ position; the level of chance; and, given the images of the features that the co
 for the VAE's reconstructions of images, since no sample that this VAE decodes can be expected to keep more.
 """
 
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +32,9 @@ from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
 from evaluation.report import metrics_path, write_metrics
 from evaluation.sets import open_images
 from evaluation.tokens import CodeReader, agreement_of, codes_of, encoder_of
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 #################################################################################
 #                            The codes of the samples                           #
@@ -104,7 +110,7 @@ def line_of(result: dict) -> str:
     )
 
 
-def add_agreement_flags(add) -> None:
+def add_agreement_flags(add: Callable) -> None:
     """Add all but the samples; evaluate.py sweep hands them on."""
     add_encoder_flags(add, None, " that made the codes; default: the one that the codes' features name")
     add("--dlc-dir", help="codes that the samples were drawn for, if they have moved [those that samples.json names]")
@@ -114,21 +120,21 @@ def add_agreement_flags(add) -> None:
     add("--num-images", type=number(int, 1), help="with --data-path: images to use, spread over all [one per sample]")
 
 
-def check_agreement_flags(args) -> None:
+def check_agreement_flags(args: Namespace) -> None:
     """Raise ValueError for flags that nothing would read."""
     for flag in ("features-path", "vae", "num-images"):
         if getattr(args, flag.replace("-", "_")) is not None and not args.data_path:
             raise ValueError(f"--{flag} sets up the ceiling, which needs images: add --data-path")
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__, prog="evaluate.py agreement")
     parser.add_argument("samples", help="folder of samples of a DiTSEM, or its .npz")
     add_agreement_flags(parser.add_argument)
     return parser, parser.parse_args(argv)
 
 
-def ceiling_of(args, drawn: DrawnCodes, encoder: SEMEncoder, count: int, state) -> tuple:
+def ceiling_of(args: Namespace, drawn: DrawnCodes, encoder: SEMEncoder, count: int, state: "PartialState") -> tuple:
     """The images to measure the ceiling on, their codes (n, L), the VAE, and notes.
 
     Raises ValueError where there are none whose codes the encoder made.

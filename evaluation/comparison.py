@@ -6,6 +6,8 @@ result.values                                                  # {"fid": 2.0, â€
 """
 
 import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +26,7 @@ from evaluation.sets import ImageSet
 #################################################################################
 
 
-def add_comparison_flags(add) -> None:
+def add_comparison_flags(add: Callable) -> None:
     """Add the flags of a comparison but for the samples, the reference and the output; sweep hands these on."""
     add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"{', '.join(METRICS)} [those of the features]")
     add_network_flags(add)
@@ -39,7 +41,7 @@ def add_comparison_flags(add) -> None:
     add("--global-seed", type=SEED, default=0, help="seed of KID's subsets")
 
 
-def wanted_metrics(args) -> tuple[str, ...]:
+def wanted_metrics(args: Namespace) -> tuple[str, ...]:
     """The names of the metrics that the flags ask for, in the order of METRICS."""
     return tuple(
         name
@@ -48,7 +50,7 @@ def wanted_metrics(args) -> tuple[str, ...]:
     )
 
 
-def check_comparison_flags(args) -> None:
+def check_comparison_flags(args: Namespace) -> None:
     """Raise ValueError for flags that contradict each other, or that nothing would read."""
     if args.crop and args.resize:
         raise ValueError("--crop and --resize exclude each other: give one")
@@ -60,12 +62,12 @@ def check_comparison_flags(args) -> None:
         )
 
 
-def networks_of(metrics, features: str) -> list[str]:
+def networks_of(metrics: Iterable[str], features: str) -> list[str]:
     """The names of the networks that metrics need. features: the network of those that are tied to none."""
     return list(dict.fromkeys(METRICS[name].network or features for name in metrics))
 
 
-def needs_reference(metrics) -> bool:
+def needs_reference(metrics: Iterable[str]) -> bool:
     """Whether some of the metrics compare samples with a reference."""
     return any(METRICS[name].needs != "probabilities" for name in metrics)
 

@@ -6,6 +6,7 @@ them with antialiasing, which gives other features; so the weights are resampled
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def resample_positions(positions: torch.Tensor, side: int = SIDE // PATCH) -> to
     return torch.cat([token, grid], dim=1)
 
 
-def load_dinov2(path) -> nn.Module:
+def load_dinov2(path: str | Path) -> nn.Module:
     """The ViT in a file of weights, DINOv2's own or timm's, which have the same names, in eval mode, on the CPU.
 
     Width and depth are read off the tensors. Raises ValueError naming the file.

@@ -1,6 +1,8 @@
 """The images that features were extracted from, and what the features' VAE makes of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ from dlc.weights.networks import fetch_vae, load_vae
 from evaluation.sets import FileImages
 from evaluation.similarity import psnr, ssim
 from evaluation.tokens import CodeReader
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class FeatureImages(FileImages):
@@ -50,7 +55,7 @@ class FeatureImages(FileImages):
         super().__init__(Path(data_path), names, crop=features.image_size)
 
 
-def vae_of(name: str | None, features: Features, state) -> tuple[nn.Module, str, list[str]]:
+def vae_of(name: str | None, features: Features, state: "PartialState") -> tuple[nn.Module, str, list[str]]:
     """The VAE that a flag names, or the features' own, on the device; its digest; and notes.
 
     Raises ValueError where the features' own cannot be had, or where one does not fit the features' latents.
@@ -79,7 +84,14 @@ class Reconstruction:
     name, notes = "reconstruction", ()
     AT_ONCE = 8  # images encoded at once; fixed, because rounding depends on it
 
-    def __init__(self, vae, device: torch.device, precision: str = "fp32", networks=(), read: CodeReader | None = None):
+    def __init__(
+        self,
+        vae: nn.Module,
+        device: torch.device,
+        precision: str = "fp32",
+        networks: Iterable = (),
+        read: CodeReader | None = None,
+    ):
         self.device, self.networks, self.read = device, networks, read
         self.encoder, self.decoder = PixelEncoder(vae, None, device, precision), Decoder(vae, None, precision)
         self.outputs = dict(psnr=1, ssim=1, **(read.outputs if read else {}))

@@ -8,8 +8,11 @@ output that every network has. To add one, write such a class, and give it a row
 weights, and --features NAME computes each metric that is tied to no network. Its Frechet distance is a row of METRICS.
 """
 
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +22,9 @@ from dlc.nets.digest import weights_sha256
 from dlc.weights.hub import fetch_file, is_offline, sha256_of
 from evaluation.dinov2 import load_dinov2, preprocess
 from evaluation.inception import load_inception
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class InceptionNetwork:
@@ -83,7 +89,7 @@ NETWORKS = {network.name: network for network in (InceptionNetwork, DINOv2Networ
 #################################################################################
 
 
-def add_weights_flags(add) -> None:
+def add_weights_flags(add: Callable) -> None:
     """Add a flag per network that names the file of its weights."""
     for name in NETWORKS:
         add(
@@ -97,7 +103,7 @@ def add_weights_flags(add) -> None:
         )
 
 
-def add_network_flags(add) -> None:
+def add_network_flags(add: Callable) -> None:
     """Add the flags that choose the network and its weights."""
     add("--features", choices=NETWORKS, default="inception", help="compare features of this network")
     add_weights_flags(add)
@@ -108,7 +114,7 @@ def add_network_flags(add) -> None:
     )
 
 
-def check_weights_flags(args, names) -> None:
+def check_weights_flags(args: Namespace, names: Iterable[str]) -> None:
     """Raise ValueError where weights are named of a network that is none of the wanted ones."""
     for name, _ in args.weights:
         if name not in names:
@@ -139,7 +145,7 @@ def find_weights(name: str, given: str | None = None) -> Path:
         ) from None
 
 
-def check_digest(kind, part: Path) -> None:
+def check_digest(kind: type, part: Path) -> None:
     """Raise ValueError if a fetched file's SHA-256 has other first digits than those of a network's published file."""
     found = sha256_of(part)
     if not found.startswith(kind.sha256_prefix):
@@ -149,7 +155,7 @@ def check_digest(kind, part: Path) -> None:
         )
 
 
-def feature_networks(args, names, state) -> dict:
+def feature_networks(args: Namespace, names: Iterable[str], state: "PartialState") -> dict:
     """{name: network} of these names, on this process's device. Rank 0 fetches weights that are nowhere."""
     given = dict(args.weights)
     paths = done_by_rank_0(state, lambda: {name: find_weights(name, given.get(name)) for name in names})

@@ -9,6 +9,10 @@ has 1008 classes, resizes in its own way, its average pools leave the padding ou
 Names are those of the published PyTorch weights, which are torchvision's.
 """
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,8 +20,12 @@ import torch.nn.functional as F
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
 
 SIDE = 299  # pixels that the network sees
-SPATIAL_CHANNELS = 7  # of the output of mixed_6/conv, as sFID takes them (Nash et al. 2021, arXiv 2103.03841)
+SPATIAL_CHANNELS = (
+    7  # of mixed_6/conv, the first branch of Mixed_6d, as sFID takes them (Nash et al. 2021, arXiv 2103.03841)
+)
 PROBS_ROWS = 512  # rows of one softmax, as in ADM
+UNREAD = ".num_batches_tracked"  # of batch norms; some files have it
+Kernel = int | tuple[int, int]
 
 
 def resize_tf1(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
@@ -47,134 +55,105 @@ def resize_tf1(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
 class BasicConv2d(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, channels, out_channels, kernel_size, stride=1, padding=0):
+    def __init__(self, channels: int, out_channels: int, kernel_size: Kernel, stride: int = 1, padding: Kernel = 0):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def average(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+maximum_halved = partial(F.max_pool2d, kernel_size=3, stride=2)
+ROW, COLUMN, SHORT_ROW, SHORT_COLUMN = (1, 7), (7, 1), (1, 3), (3, 1)  # kernels along one axis
+HALVED = None  # stands for a 3 x 3 kernel with stride 2 and no padding
 
 
-def maximum(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+class Mixed(nn.Module):
+    """Branches of convolutions from one input, whose outputs are concatenated; the last branch pools.
 
+    Args:
+        branches: each a list of (name, channels, kernel). Where two begin with the same names, these are shared.
+        pool: what the last branch begins with. pool_channels: of its convolution `branch_pool`; 0: it has none.
+    """
 
-class InceptionA(nn.Module):
-    """35 x 35 cells: 1x1, 5x5, two 3x3, pool."""
-
-    def __init__(self, channels, pool_channels):
+    def __init__(self, channels: int, *branches: list, pool: Callable = average, pool_channels: int = 0):
         super().__init__()
-        self.branch1x1 = BasicConv2d(channels, 64, 1)
-        self.branch5x5_1 = BasicConv2d(channels, 48, 1)
-        self.branch5x5_2 = BasicConv2d(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = BasicConv2d(channels, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1)
-        self.branch_pool = BasicConv2d(channels, pool_channels, 1)
+        self.pool, self.branches = pool, [[name for name, _, _ in branch] for branch in branches]
+        for branch in branches:
+            width = channels
+            for name, out, kernel in branch:
+                size = kernel if isinstance(kernel, tuple) else (kernel or 3,) * 2
+                shape = (size, 2) if kernel is HALVED else (size, 1, (size[0] // 2, size[1] // 2))
+                self.add_module(name, BasicConv2d(width, out, *shape))
+                width = out
+        self.branch_pool = BasicConv2d(channels, pool_channels, 1) if pool_channels else nn.Identity()
 
-    def forward(self, x):
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(average(x))], dim=1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = {}
+        for branch in self.branches:
+            y = x
+            for name in branch:
+                y = outputs[name] = outputs[name] if name in outputs else getattr(self, name)(y)
+        last = [outputs[branch[-1]] for branch in self.branches]
+        return torch.cat([*last, self.branch_pool(self.pool(x))], dim=1)
 
 
-class InceptionB(nn.Module):
+def mixed_a(channels: int, pool_channels: int) -> Mixed:
+    """35 x 35 cells."""
+    return Mixed(
+        channels,
+        [("branch1x1", 64, 1)],
+        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        pool_channels=pool_channels,
+    )
+
+
+def mixed_b(channels: int) -> Mixed:
     """35 x 35 to 17 x 17 cells."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.branch3x3 = BasicConv2d(channels, 384, 3, stride=2)
-        self.branch3x3dbl_1 = BasicConv2d(channels, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
-
-    def forward(self, x):
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
+    double = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, HALVED)]
+    return Mixed(channels, [("branch3x3", 384, HALVED)], double, pool=maximum_halved)
 
 
-class InceptionC(nn.Module):
-    """17 x 17 cells: 1x1, 7x7 in two steps, 7x7 in four steps, pool."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        row, column = dict(kernel_size=(1, 7), padding=(0, 3)), dict(kernel_size=(7, 1), padding=(3, 0))
-        self.branch1x1 = BasicConv2d(channels, 192, 1)
-        self.branch7x7_1 = BasicConv2d(channels, width, 1)
-        self.branch7x7_2 = BasicConv2d(width, width, **row)
-        self.branch7x7_3 = BasicConv2d(width, 192, **column)
-        self.branch7x7dbl_1 = BasicConv2d(channels, width, 1)
-        self.branch7x7dbl_2 = BasicConv2d(width, width, **column)
-        self.branch7x7dbl_3 = BasicConv2d(width, width, **row)
-        self.branch7x7dbl_4 = BasicConv2d(width, width, **column)
-        self.branch7x7dbl_5 = BasicConv2d(width, 192, **row)
-        self.branch_pool = BasicConv2d(channels, 192, 1)
-
-    def forward(self, x):
-        return self.after(self.branch1x1(x), x)
-
-    def after(self, one, x):
-        """The block's output, given that of its 1x1 branch."""
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([one, seven, double, self.branch_pool(average(x))], dim=1)
+def mixed_c(channels: int, width: int) -> Mixed:
+    """17 x 17 cells; 7 x 7 kernels as pairs of a row and a column."""
+    double = [("branch7x7dbl_1", width, 1), ("branch7x7dbl_2", width, COLUMN), ("branch7x7dbl_3", width, ROW)]
+    return Mixed(
+        channels,
+        [("branch1x1", 192, 1)],
+        [("branch7x7_1", width, 1), ("branch7x7_2", width, ROW), ("branch7x7_3", 192, COLUMN)],
+        [*double, ("branch7x7dbl_4", width, COLUMN), ("branch7x7dbl_5", 192, ROW)],
+        pool_channels=192,
+    )
 
 
-class InceptionD(nn.Module):
+def mixed_d(channels: int) -> Mixed:
     """17 x 17 to 8 x 8 cells."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.branch3x3_1 = BasicConv2d(channels, 192, 1)
-        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = BasicConv2d(channels, 192, 1)
-        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
-
-    def forward(self, x):
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], dim=1)
+    seven = [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, ROW), ("branch7x7x3_3", 192, COLUMN)]
+    return Mixed(
+        channels,
+        [("branch3x3_1", 192, 1), ("branch3x3_2", 320, HALVED)],
+        [*seven, ("branch7x7x3_4", 192, HALVED)],
+        pool=maximum_halved,
+    )
 
 
-class InceptionE(nn.Module):
-    """8 x 8 cells: 1x1, a fork of 1x3 and 3x1, the same after a 3x3, pool (`average` or `maximum`)."""
-
-    def __init__(self, channels, pool):
-        super().__init__()
-        row, column = dict(kernel_size=(1, 3), padding=(0, 1)), dict(kernel_size=(3, 1), padding=(1, 0))
-        self.pool = pool
-        self.branch1x1 = BasicConv2d(channels, 320, 1)
-        self.branch3x3_1 = BasicConv2d(channels, 384, 1)
-        self.branch3x3_2a = BasicConv2d(384, 384, **row)
-        self.branch3x3_2b = BasicConv2d(384, 384, **column)
-        self.branch3x3dbl_1 = BasicConv2d(channels, 448, 1)
-        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = BasicConv2d(384, 384, **row)
-        self.branch3x3dbl_3b = BasicConv2d(384, 384, **column)
-        self.branch_pool = BasicConv2d(channels, 192, 1)
-
-    def forward(self, x):
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch3x3_2a(three),
-                self.branch3x3_2b(three),
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(self.pool(x)),
-            ],
-            dim=1,
-        )
+def mixed_e(channels: int, pool: Callable) -> Mixed:
+    """8 x 8 cells; forks of a row and a column."""
+    double = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3)]
+    return Mixed(
+        channels,
+        [("branch1x1", 320, 1)],
+        [("branch3x3_1", 384, 1), ("branch3x3_2a", 384, SHORT_ROW)],
+        [("branch3x3_1", 384, 1), ("branch3x3_2b", 384, SHORT_COLUMN)],
+        [*double, ("branch3x3dbl_3a", 384, SHORT_ROW)],
+        [*double, ("branch3x3dbl_3b", 384, SHORT_COLUMN)],
+        pool=pool,
+        pool_channels=192,
+    )
 
 
 #################################################################################
@@ -192,17 +171,17 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
         self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
-        self.Mixed_5b = InceptionA(192, 32)
-        self.Mixed_5c = InceptionA(256, 64)
-        self.Mixed_5d = InceptionA(288, 64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(768, 128)
-        self.Mixed_6c = InceptionC(768, 160)
-        self.Mixed_6d = InceptionC(768, 160)
-        self.Mixed_6e = InceptionC(768, 192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280, average)
-        self.Mixed_7c = InceptionE(2048, maximum)
+        self.Mixed_5b = mixed_a(192, 32)
+        self.Mixed_5c = mixed_a(256, 64)
+        self.Mixed_5d = mixed_a(288, 64)
+        self.Mixed_6a = mixed_b(288)
+        self.Mixed_6b = mixed_c(768, 128)
+        self.Mixed_6c = mixed_c(768, 160)
+        self.Mixed_6d = mixed_c(768, 160)
+        self.Mixed_6e = mixed_c(768, 192)
+        self.Mixed_7a = mixed_d(768)
+        self.Mixed_7b = mixed_e(1280, average)
+        self.Mixed_7c = mixed_e(2048, maximum)
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
@@ -217,11 +196,10 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (N, 768, 17, 17)
-        one = self.Mixed_6d.branch1x1(x)  # (N, 192, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d.after(one, x))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (N, 768, 17, 17)
+        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        x = self.Mixed_6e(x)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (N, 2048, 8, 8)
-        spatial = one[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return x.mean(dim=(2, 3)).float(), spatial.float()
 
     def probabilities(self, pool: torch.Tensor) -> torch.Tensor:
@@ -230,21 +208,19 @@ class InceptionV3(nn.Module):
         return torch.cat([torch.softmax(rows.to(weight) @ weight.T, dim=1) for rows in pool.split(PROBS_ROWS)])
 
 
-def load_inception(path) -> InceptionV3:
+def load_inception(path: str | Path) -> InceptionV3:
     """The network with the weights of a .pth of any torch or a .safetensors, float32, on the CPU.
 
     Raises ValueError, naming the file.
     """
-    weights = {key: value for key, value in load_tensors(path).items() if not str(key).endswith(".num_batches_tracked")}
+    weights = {key: value for key, value in load_tensors(path).items() if not str(key).endswith(UNREAD)}
     check_tensors(weights, path)
     with torch.device("meta"):
         network = InceptionV3()
-    wanted = {key: value for key, value in network.state_dict().items() if not key.endswith(".num_batches_tracked")}
-    different = differences_from(wanted, weights)
+    names = network.state_dict()
+    different = differences_from({key: value for key, value in names.items() if not key.endswith(UNREAD)}, weights)
     if different:
         raise ValueError(f"{path} is not of the 2015 Inception network of FID: it {different}")
-    counts = {key: torch.tensor(0) for key in network.state_dict().keys() - wanted.keys()}
-    network.load_state_dict(
-        {**{key: value.float().contiguous() for key, value in weights.items()}, **counts}, assign=True
-    )
+    values = {key: torch.tensor(0) if key.endswith(UNREAD) else weights[key].float().contiguous() for key in names}
+    network.load_state_dict(values, assign=True)
     return network.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ In: an .npz or a folder of images, whose images are cropped as ADM does. Out: OU
 over the folder, for precision and recall), mu and sigma, and, of Inception, mu_s and sigma_s.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from evaluation.reference import STORED
 from evaluation.sets import open_images
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__, prog="evaluate.py make-reference")
     add = parser.add_argument
     add("images", metavar="FOLDER", help="images: a folder, an ImageFolder-style folder, or an .npz with arr_0")
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
 
 
-def run(args) -> None:
+def run(args: Namespace) -> None:
     """Measure the images, and write the reference."""
     if not args.output.endswith(".npz"):
         raise ValueError(f"{args.output} does not end in .npz")

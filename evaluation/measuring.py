@@ -10,8 +10,9 @@ rank 0 from the features in the order of the images.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from dlc.machine.cli import progress
 from dlc.machine.exact import set_exact_numerics, side_by_side
 from evaluation.metrics import FeatureStatistics
 from evaluation.sets import ImageSet
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 DIGEST = 16  # bytes per image
 BATCH = dict(cuda=64, cpu=8)  # images, which decide rounding; on a CPU each core has a batch
@@ -64,8 +68,8 @@ def exact_numerics() -> Iterator[None]:
 
 def measure(
     images: ImageSet,
-    networks,
-    state,
+    networks: Iterable[Callable],
+    state: "PartialState",
     statistics: list[Output] | None = None,
     keep: dict[Output, torch.dtype] | None = None,
     batch_size: int | None = None,
@@ -126,7 +130,7 @@ def measure(
     return Measured(images.count, sums, rows, digest, twins, blank.nonzero().flatten().tolist())
 
 
-def gathered(rows: torch.Tensor, counts: list[int], state) -> torch.Tensor | None:
+def gathered(rows: torch.Tensor, counts: list[int], state: "PartialState") -> torch.Tensor | None:
     """The rows (n, ...) of all processes in the order of the ranks, on rank 0's CPU; None elsewhere."""
     if state.num_processes == 1:
         return rows
@@ -137,7 +141,7 @@ def gathered(rows: torch.Tensor, counts: list[int], state) -> torch.Tensor | Non
     return torch.cat([part[:count].cpu() for part, count in zip(parts, counts)]) if parts else None
 
 
-def merged(statistics: FeatureStatistics, counts: list[int], state) -> FeatureStatistics | None:
+def merged(statistics: FeatureStatistics, counts: list[int], state: "PartialState") -> FeatureStatistics | None:
     """The statistics of all processes, merged in the order of the ranks, on rank 0; None elsewhere."""
     if state.num_processes == 1:
         return statistics

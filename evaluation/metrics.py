@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from evaluation.distances import distance_tiles
 
@@ -24,7 +25,7 @@ EPS = torch.finfo(torch.float64).eps
 ROWS_AT_ONCE = 2048  # rows that are added to statistics at once: fewer make sums of D x D a large share
 
 
-def shaped(features, name: str = "features") -> torch.Tensor:
+def shaped(features: ArrayLike, name: str = "features") -> torch.Tensor:
     """Features as a tensor (N, D). Raises ValueError for another shape, no rows, or values that are no floats."""
     features = torch.as_tensor(features)
     if features.ndim != 2 or 0 in features.shape:
@@ -34,7 +35,7 @@ def shaped(features, name: str = "features") -> torch.Tensor:
     return features
 
 
-def checked(features, name: str = "features") -> torch.Tensor:
+def checked(features: ArrayLike, name: str = "features") -> torch.Tensor:
     """Features as a tensor (N, D). Raises ValueError as `shaped` does, and for values that are not finite."""
     features = shaped(features, name)
     if not features.isfinite().all():
@@ -68,14 +69,14 @@ class FeatureStatistics:
         self._covariance = None  # where it is given rather than measured
 
     @classmethod
-    def of(cls, rows) -> "FeatureStatistics":
+    def of(cls, rows: ArrayLike) -> "FeatureStatistics":
         """Those of rows (N, D) of floats."""
         statistics = cls(rows.shape[1])
         statistics.update(rows)
         return statistics
 
     @classmethod
-    def from_moments(cls, mean, covariance, count: int | None = None) -> "FeatureStatistics":
+    def from_moments(cls, mean: ArrayLike, covariance: ArrayLike, count: int | None = None) -> "FeatureStatistics":
         """Statistics that somebody else computed: mean (D,), covariance (D, D), and the number of rows, if known.
 
         Raises ValueError where they are no mean and covariance of one set.
@@ -95,7 +96,7 @@ class FeatureStatistics:
         statistics._mean, statistics._covariance, statistics._count = mean, (covariance + covariance.T) / 2, count
         return statistics
 
-    def update(self, features) -> None:
+    def update(self, features: ArrayLike) -> None:
         """Add rows (n, dim) of floats. Raises ValueError for another width.
 
         Values that are not finite raise it here or where the statistics are read: rows are looked at in large batches.
@@ -212,7 +213,7 @@ def square_root(covariance: torch.Tensor) -> torch.Tensor:
 #################################################################################
 
 
-def inception_score(probs, split_size: int = 5000) -> float:
+def inception_score(probs: ArrayLike, split_size: int = 5000) -> float:
     """exp of the mean KL divergence of p(y|x) from its mean over a split, averaged over splits (Salimans et al. 2016).
 
     Args:
@@ -245,7 +246,9 @@ def squared_radii(features: torch.Tensor, k: int, half: bool) -> torch.Tensor:
     return torch.cat([nearest[start][:, k] for start in sorted(nearest)])
 
 
-def precision_recall(reference, samples, k: int = 3, precision: str = "adm") -> tuple[float, float]:
+def precision_recall(
+    reference: ArrayLike, samples: ArrayLike, k: int = 3, precision: str = "adm"
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), on the device of the features.
 
     Precision is the share of samples within the ball of some reference image, whose radius is the distance to its k-th
@@ -272,13 +275,13 @@ def precision_recall(reference, samples, k: int = 3, precision: str = "adm") -> 
     return float(in_reference.double().mean()), float(in_samples.double().mean())
 
 
-def enough_for(k, *sets):
+def enough_for(k: int, *sets) -> None:
     fewest = min(map(len, sets))
     if fewest < k + 1:
         raise ValueError(f"neighbourhoods of {k} need at least {k + 1} images in each set, and one has {fewest}")
 
 
-def density_coverage(reference, samples, k: int = 5) -> tuple[float, float]:
+def density_coverage(reference: ArrayLike, samples: ArrayLike, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, arXiv 2002.09797), with distances in float32, strictly within balls.
 
     Density counts, per sample, the reference balls that it lies in, over k; it may exceed 1. Coverage is the share of
@@ -303,7 +306,11 @@ def density_coverage(reference, samples, k: int = 5) -> tuple[float, float]:
 
 
 def kernel_distance(
-    reference, samples, subsets: int = 100, subset_size: int = 1000, generator: torch.Generator | None = None
+    reference: ArrayLike,
+    samples: ArrayLike,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
     """KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased squared MMD of the kernel (x.y / D + 1)^3.
 

@@ -1,5 +1,7 @@
 """Warnings that prevent the wrong numbers people are known to publish, as lines."""
 
+from collections.abc import Iterable
+
 from evaluation.measuring import Measured
 from evaluation.metrics import METRICS
 from evaluation.reference import Reference
@@ -16,7 +18,9 @@ def listed(items: list[str]) -> str:
     return f"{', '.join(items[:EXAMPLES])}{', …' if len(items) > EXAMPLES else ''}"
 
 
-def of_counts(samples: int, width: int, reference: Reference, reference_count: int | None, metrics) -> list[str]:
+def of_counts(
+    samples: int, width: int, reference: Reference, reference_count: int | None, metrics: Iterable[str]
+) -> list[str]:
     """Warnings of sets that are too small, or of other sizes than in the published protocol.
 
     Args:

@@ -8,17 +8,21 @@ where the features hold codes, the share of tokens that reconstructions keep. It
 latents can reach.
 """
 
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dlc.data import Features
 from dlc.data.codes import CodeSet
+from dlc.data.rows import NpyRows
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable, recorded_id, write_json
 from dlc.machine.processes import PRECISIONS, agree, create_logger, start_processes, versions
 from dlc.nets.digest import weights_sha256
+from dlc.nets.encoder import SEMEncoder
 from dlc.weights.networks import add_encoder_flags, vae_id
 from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
 from evaluation.feature_networks import NETWORKS, add_weights_flags, check_weights_flags, feature_networks
@@ -26,8 +30,11 @@ from evaluation.measuring import measure
 from evaluation.metrics import frechet_distance
 from evaluation.tokens import BATCH, CodeReader, EncoderNetwork, encoder_of, token_agreement
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
-def parse_args(argv: list[str] | None):
+
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__, prog="evaluate.py reconstruction")
     add = parser.add_argument
     add("features", help="FEATURES/, with a manifest.json")
@@ -49,7 +56,7 @@ def parse_args(argv: list[str] | None):
     return parser, parser.parse_args(argv)
 
 
-def chosen_networks(args, encoder, state) -> list:
+def chosen_networks(args: Namespace, encoder: SEMEncoder | None, state: "PartialState") -> list:
     """The networks of --features. Raises ValueError where their weights are not to be had."""
     names = [] if args.networks == ["none"] else list(dict.fromkeys(args.networks))
     if "none" in names:
@@ -77,7 +84,9 @@ def lines_of(result: dict) -> list[str]:
     return [f"{name:28}{value:>12}" for name, value in rows]
 
 
-def numbers_of(images: FeatureImages, network: Reconstruction, state, codes=None) -> dict | None:
+def numbers_of(
+    images: FeatureImages, network: Reconstruction, state: "PartialState", codes: NpyRows | None = None
+) -> dict | None:
     """The numbers of all images, as reconstruction.json holds them, on rank 0; None elsewhere.
 
     codes: the features' codes, a `NpyRows`; None: they are not compared.

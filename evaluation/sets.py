@@ -9,7 +9,7 @@ One set is a few batches in memory, whatever its size.
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +67,10 @@ class NpzImages(ImageSet):
         others = one_line(", ".join(name for name in array_names(path) if name != "arr_0"), 100)
         self.notes = [f"{path}: not used: {others}; the numbers are those of arr_0"] if others else []
 
-    def batches(self, start, stop, size):
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         return read_images(self.path, start, stop, size)
 
-    def chosen(self, indices):
+    def chosen(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         """All images before the last one are read, once."""
         wanted = set(indices)
         images = itertools.chain.from_iterable(self.batches(0, max(indices, default=-1) + 1, AT_ONCE))
@@ -142,12 +142,12 @@ class FileImages(ImageSet):
             raise ValueError(self._mixed(self.names[0], self.size, name, (image.height, image.width)))
         return np.asarray(image)
 
-    def batches(self, start, stop, size):
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         images = self.chosen(range(start, stop))
         while batch := list(itertools.islice(images, size)):
             yield np.stack(batch)
 
-    def chosen(self, indices):
+    def chosen(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         return side_by_side(self._read, indices, torch.device("cpu"), default_num_workers())
 
 

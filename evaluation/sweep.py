@@ -13,6 +13,8 @@ import itertools
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusion.samplers import SAMPLERS
@@ -156,7 +158,7 @@ def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
 #################################################################################
 
 
-def add_sweep_flags(add) -> None:
+def add_sweep_flags(add: Callable) -> None:
     for flag, kind in SWEPT.items():
         choices = SAMPLERS if flag == "sampler" else None
         add(
@@ -182,7 +184,7 @@ def left_by(argv: list[str], *known) -> list[str]:
     return parser.parse_known_args(argv)[1]
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace, dict[str, list[str]]]:
     """The parser; all flags before --; and, as lists of texts, what sampling, evaluation and agreement get of all."""
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
@@ -201,12 +203,12 @@ def parse_args(argv: list[str] | None):
     return parser, args, handed
 
 
-def is_compared(args) -> bool:
+def is_compared(args: Namespace) -> bool:
     """Whether evaluate.py is to measure something."""
     return bool(args.reference) or bool(args.metrics) and not needs_reference(args.metrics)
 
 
-def check_flags(args, handed: dict[str, list[str]]) -> list[Setting]:
+def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
     """All settings. Raises ValueError for flags that clash, and where there is nothing to do."""
     check_comparison_flags(args)
     check_agreement_flags(args)
@@ -249,7 +251,7 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
         raise ValueError(f"{what} ended with exit status {status} (see above)")
 
 
-def draw_and_evaluate(args, handed: dict[str, list[str]], setting: Setting) -> dict:
+def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Setting) -> dict:
     """Draw the samples of a setting into its folder and evaluate them. Returns the metrics by name."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
     flags = [*handed["sampling"], *setting_flags(setting), "--sample-dir", str(folder)]

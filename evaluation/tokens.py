@@ -1,6 +1,9 @@
 """How many tokens of two sets of codes agree, and the SEM encoder as a network of `measure`, which reads codes."""
 
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ from dlc.weights.hub import fetched_by_node
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import measure
 from evaluation.sets import ImageSet
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 BATCH = 32  # images at once; fixed, because a pixel or a token near a tie may depend on it
 
@@ -96,7 +102,7 @@ def pixels_for(encoder: SEMEncoder, images: torch.Tensor, device: torch.device) 
     return torch.from_numpy(np.stack(views)).to(device)
 
 
-def encoder_of(args, codes: CodeSet, state) -> tuple[SEMEncoder, list[str]]:
+def encoder_of(args: Namespace, codes: CodeSet, state: "PartialState") -> tuple[SEMEncoder, list[str]]:
     """The encoder that the flags name, or else the one that made the codes, if it is still there; and notes.
 
     Args:
@@ -122,7 +128,9 @@ def codes_of(encoder: SEMEncoder, owner: str) -> CodeSpec:
     return CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=weights_sha256(encoder))
 
 
-def agreement_of(images: ImageSet, wanted: np.ndarray, network, V: int, state, desc: str) -> dict | None:
+def agreement_of(
+    images: ImageSet, wanted: np.ndarray, network: Callable, V: int, state: "PartialState", desc: str
+) -> dict | None:
     """`token_agreement` of wanted codes (n, L) with a network's output `codes` of n images; None but on rank 0."""
     key = network.name, "codes"
     measured = measure(images, [network], state, [], {key: torch.int64}, BATCH, desc)
