@@ -23,7 +23,7 @@ stage "extract: train" "${extract[@]}" --data-path "$out/digits/train" --feature
 stage "extract: held out" "${extract[@]}" --data-path "$out/digits/heldout" --features-path "$out/features_heldout"
 stage "train" accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     train_diffusion.py --model $model --features-path "$out/features_train" --results-dir "$out/results" \
-    --max-steps 2000 --global-batch-size 64 --lr 2e-3 --ema-decay 0.995 --log-every 200
+    --max-steps 2000 --global-batch-size 64 --lr 2e-3 --ema-decay 0.995 --no-ema-warmup --log-every 200
 sample=(torchrun --standalone --nproc_per_node=1 sample_ddp_computed_dlc.py --model $model --dlc-order sequential
         --results-dir "$out/results" --num-sampling-steps 50 --per-proc-batch-size 120)
 stage "sample" "${sample[@]}" --sample-dir "$out/samples" --dlc-dir "$out/features_heldout" --num-fid-samples 360
@@ -45,7 +45,7 @@ stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffle
     --dlc-dir "$out/shuffled_codes.npy" --num-fid-samples 360
 stage "train: DiT on classes" python train.py --model DiT-Ti/4 --features-path "$out/features_train" \
     --results-dir "$out/results_class" --max-steps 2000 --global-batch-size 32 --lr 2e-3 --ema-decay 0.995 \
-    --log-every 200 --num-workers 0
+    --no-ema-warmup --log-every 200 --num-workers 0
 stage "sample: DiT on classes" python sample_ddp.py --model DiT-Ti/4 --label-sampling equal \
     --results-dir "$out/results_class" --num-sampling-steps 50 --per-proc-batch-size 120 \
     --sample-dir "$out/samples_class" --num-fid-samples 360

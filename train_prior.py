@@ -86,13 +86,7 @@ def argument_parser() -> ArgumentParser:
     add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [none]")
     add("--vae", help="ema, mse, a directory or a hub id: decodes the previews [that of --preview-ckpt, or ema]")
     parser.set_defaults(
-        epochs=200,
-        global_batch_size=512,
-        lr=3e-4,
-        warmup_steps=2500,
-        grad_clip=1.0,
-        ema_warmup=True,
-        results_dir="results_prior",
+        epochs=200, global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior"
     )
     return parser
 

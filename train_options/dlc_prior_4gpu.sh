@@ -18,5 +18,5 @@ gpus=${GPUS:-4}
 exec accelerate launch $([ "$gpus" = 1 ] || echo --multi_gpu) --num_machines 1 --num_processes "$gpus" \
     --mixed_precision bf16 --dynamo_backend no "$root/train_prior.py" --model DLCPrior-M \
     --features-path "${FEATURES:-features}" --results-dir "${RESULTS:-results_prior}" --shared-embedding \
-    --score-entropy --global-batch-size 512 --lr 3e-4 --warmup-steps 2500 --grad-clip 1 --ema-decay 0.9999 --ema-warmup \
+    --score-entropy --global-batch-size 512 --lr 3e-4 --warmup-steps 2500 --grad-clip 1 --ema-decay 0.9999 \
     --epochs 200 --ckpt-every 25000 --ckpt-total-limit 3 "$@"

@@ -129,6 +129,7 @@ class Run:
             )
         self.first_step, self.first_index = meta.step, meta.place
         self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
+        self.ema_start = meta.ema_start or 0.0
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
 
     def _take_folder(self):
@@ -164,7 +165,7 @@ class Run:
         assert model.config == self.config.built or plain(model.config, "the model's") == self.config.built
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
-                self.pretrained = load_pretrained(args.pretrained_path, model, self.state)
+                self.pretrained, self.ema_start = load_pretrained(args.pretrained_path, model, self.state), 0.0
             if self.state.is_main_process:
                 write_json(self.folder / "args.json", vars(args))
                 trim_metrics(self.folder / "metrics.jsonl", self.first_step)
@@ -306,7 +307,9 @@ class Run:
             self._refuse_unrecordable()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        update_ema(local_shards(self.averages), local_shards(self.weights), ema_decay(args, step), self.skips.last)
+        decay = ema_decay(args, step)
+        update_ema(local_shards(self.averages), local_shards(self.weights), decay, self.skips.last)
+        self.ema_start *= decay
         self.sums += self.step_sums if self.skips.last is None else self.step_sums.masked_fill(self.skips.last, 0)
         self.bar.update()
 
@@ -376,7 +379,7 @@ class Run:
     def meta(self, step: int) -> RunMeta:
         """What a checkpoint of this step records of the run."""
         progress = dict(step=step, place=self.batches.first_of(step), logged=self.logged, skipped=self.skips.read()[0])
-        return RunMeta.of_run(*self.recorded, **progress)
+        return RunMeta.of_run(*self.recorded, ema_start=self.ema_start, **progress)
 
     def _save(self, step):
         args, meta = self.args, self.meta(step)

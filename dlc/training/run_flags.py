@@ -16,7 +16,7 @@ def warmup(args: argparse.Namespace, step: int) -> float:
 
 
 def ema_decay(args: argparse.Namespace, step: int) -> float:
-    """The EMA's decay at a step, counted from 1."""
+    """The EMA's decay at a step, counted from 1. The warm-up is that of TensorFlow's ExponentialMovingAverage."""
     return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
 
 
@@ -61,8 +61,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--ema-warmup",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="bound the EMA decay by (1 + step) / (10 + step) [%(default)s]",
+        default=True,
+        help="bound the EMA decay by (1 + step) / (10 + step), so that a short run's EMA is not still its random start "
+        "[%(default)s]",
     )
 
     add = parser.add_argument_group("precision and speed").add_argument

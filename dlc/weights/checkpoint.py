@@ -361,7 +361,7 @@ def resume_point(
     """
     path = newest_of_run(run_dir, ["config.json", "meta.json"])
     if path is None:
-        return None, RunMeta(step=0, place=0, logged=0, skipped=0), ""
+        return None, RunMeta(step=0, place=0, logged=0, skipped=0, ema_start=1.0), ""
     meta = read_meta(path)
     different, changed = read_config(path).completed().differences(config), meta.differences(settings)
     if different:

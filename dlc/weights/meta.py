@@ -200,6 +200,8 @@ class RunMeta(Record):
     place: int | None = key(COUNT, None)
     logged: int | None = key(COUNT, None)
     skipped: int | None = key(COUNT, None)
+    # the share of the EMA that is still the random network that training began with; 0 after --pretrained-path
+    ema_start: float | None = key(or_null(real_number(0, 1)), None)
     # what a reader of the weights needs
     image_size: int | None = key(SIZE, None)
     vae: str | None = key(ID, None)

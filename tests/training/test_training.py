@@ -222,9 +222,14 @@ def test_sums_are_means():
 
 @pytest.mark.slow
 def test_ema_warms_up(trained, tmp_path):
-    """The first steps' decay is (1 + step) / (10 + step), and does not depend on when checkpoints are written."""
+    """The first steps' decay is (1 + step) / (10 + step), and depends neither on checkpoints nor on a stop. What is left
+    of the start is recorded."""
     trained("run", "--max-steps", 4, "--ckpt-every", 1, "--ema-warmup")
+    trained("rarely", "--max-steps", 2, "--ema-warmup")
     trained("rarely", "--max-steps", 4, "--ema-warmup")
+    for name in ("run", "rarely"):
+        left = read_meta(tmp_path / name / "checkpoints/0000004").ema_start
+        assert left == pytest.approx(2 / 11 * 3 / 12 * 4 / 13 * 5 / 14)
     assert same_run(tmp_path / "run", tmp_path / "rarely", 4)
     checkpoints = [tensors(path) for path in run_checkpoints(tmp_path / "run")]
     key = "t_embedder.mlp.0.weight"
@@ -240,6 +245,7 @@ def test_begun_with_other_weights(trained, train, tmp_path):
     first = tmp_path / "first/checkpoints/0000002"
     said = trained("second", "--max-steps", 1, "--lr", 0, "--pretrained-path", first)
     assert f"tensors from {first}" in said and "not taken" not in said
+    assert read_meta(tmp_path / "second/checkpoints/0000001").ema_start == 0
     for key, value in tensors(tmp_path / "second/checkpoints/0000001").items():
         if key.startswith(("model/", "ema/")):
             assert torch.equal(value, tensors(first)[f"ema/{key.split('/')[1]}"]), key
