@@ -222,8 +222,8 @@ def test_sums_are_means():
 
 @pytest.mark.slow
 def test_ema_warms_up(trained, tmp_path):
-    """The first steps' decay is (1 + step) / (10 + step), and depends neither on checkpoints nor on a stop. What is left
-    of the start is recorded."""
+    """The first steps' decay is (1 + step) / (10 + step), whatever checkpoints and stops; what is left of the start is
+    recorded."""
     trained("run", "--max-steps", 4, "--ckpt-every", 1, "--ema-warmup")
     trained("rarely", "--max-steps", 2, "--ema-warmup")
     trained("rarely", "--max-steps", 4, "--ema-warmup")
