@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dlc.machine.cli import ArgumentParser
 from dlc.machine.files import check_writable
-from dlc.machine.processes import create_logger, start_processes
+from dlc.machine.processes import create_logger, start_processes, wait_for_all
 from evaluation.comparison import (
     Comparison,
     add_comparison_flags,
@@ -108,7 +108,7 @@ def run(args: Namespace) -> None:
             logger.info(f"written to {output}")
         finally:  # print the numbers even if the disk is full
             logger.info(f"to paste: {paper_line(result, compare, samples)}")
-    state.wait_for_everyone()
+    wait_for_all()
     state.destroy_process_group()
 
 

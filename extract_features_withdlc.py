@@ -32,6 +32,7 @@ from dlc.machine.processes import (
     done_by_rank_0,
     from_rank_0,
     start_processes,
+    wait_for_all,
 )
 from dlc.machine.signals import ignore_signals
 from dlc.nets.pixels import PixelEncoder
@@ -160,7 +161,7 @@ def run(parser, args):
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         check_flags(args)
-        state = start_processes()
+        state = start_processes(precisions=[args.precision])
         logger = create_logger(state)
         vae, encoder, paths, labels, manifest = open_inputs(args, state, logger)
         writer = FeatureWriter(args.features_path, manifest)
@@ -216,7 +217,7 @@ def run(parser, args):
     except NotFinite as error:
         parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
     rate = images / (time.time() - start)
-    state.wait_for_everyone()
+    wait_for_all()
     manifest = writer.finish(num_shards) if state.is_main_process else None
 
     # ---------------------------------------------------------------------- preview

@@ -16,7 +16,15 @@ from pathlib import Path
 
 from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
-from dlc.machine.processes import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
+from dlc.machine.processes import (
+    PRECISIONS,
+    add_speed_flags,
+    agree,
+    create_logger,
+    done_by_rank_0,
+    start_processes,
+    wait_for_all,
+)
 from dlc.sampling.code_folder import SHARD, CodeFolder
 from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
@@ -107,7 +115,7 @@ def run(parser, args):
             raise ValueError("--features-path names codes to compare the usage of tokens with: leave out --no-usage")
         if Path(args.out).exists() and not Path(args.out).is_dir():
             raise ValueError(f"--out {args.out} is a file: name a folder")
-        state = start_processes()
+        state = start_processes(precisions=[args.precision])
         path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
         if is_id(path):
             fetched_by_node(state, lambda ask: locate(path, "prior", "--ckpt", ask))
@@ -133,7 +141,7 @@ def run(parser, args):
     with parser.kept_on_error("what is drawn is kept", "--batch-size"):
         draw_into(folder, missing, prior, args.num, state, args.batch_size, args.compile)
     try:
-        state.wait_for_everyone()
+        wait_for_all()
     except RuntimeError:
         parser.error("another process failed, see its message; what is drawn is kept: run the same command again")
 

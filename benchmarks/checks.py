@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from diffusion import create_diffusion
-from dlc.machine.processes import autocast, compile_options
+from dlc.machine.processes import autocast, compile_blocks
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.training.sharding import fully_shard_blocks
 from dlc.training.update import SkippedSteps, update_ema
@@ -105,8 +105,8 @@ def compiled(device: torch.device) -> Found:
     grads = []
     for compile in (False, True):
         model = small_model(device)
-        for block in model.blocks if compile else ():
-            block.compile(**compile_options(device))
+        if compile:
+            compile_blocks(model, device)
         loss_of(model, device, "bf16").backward()
         grads.append([weight.grad for weight in model.parameters()])
     return difference(grads[1], grads[0]), 0.1

@@ -15,7 +15,7 @@ import numpy as np
 from dlc.data.npz import write_images
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import check_writable
-from dlc.machine.processes import create_logger, start_processes
+from dlc.machine.processes import create_logger, start_processes, wait_for_all
 from evaluation.feature_networks import add_network_flags, check_weights_flags, feature_networks
 from evaluation.measuring import measure
 from evaluation.notes import PUBLISHED_REFERENCE
@@ -79,5 +79,5 @@ def run(args: Namespace) -> None:
         logger.info(f"{args.output}: statistics of {images.count:,} images, and {len(rows):,} of them as arr_0")
         if measured.twins:
             logger.warning(f"warning: {len(measured.twins):,} of the images equal an earlier one")
-    state.wait_for_everyone()
+    wait_for_all()
     state.destroy_process_group()

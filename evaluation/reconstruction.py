@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(out, "--out")
         if features.codes is None and args.encoder not in (None, "none"):
             raise ValueError(f"--encoder {args.encoder}: features {args.features} hold no codes to compare with")
-        state = start_processes()
+        state = start_processes(precisions=[args.precision])
         encoder, notes = None, []
         if features.codes is not None and args.encoder != "none":
             encoder, notes = encoder_of(args, CodeSet.of_features(features), state)

@@ -157,9 +157,18 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
                 self.error(f"the memory is full: lower {lower}; {again}")
+            if isinstance(error, RuntimeError) and re.search(NO_COMPILER, str(error)):
+                self.error(
+                    f"torch.compile needs a C and C++ compiler and Python.h ({one_line(error, 200)}): install gcc, g++ "
+                    f"and python3-dev, or give --no-compile; {again}"
+                )
             if "by peer" in str(error):  # gloo's message when a process is gone
                 self.error(f"another process failed, see its message; {again}")
             raise
+
+
+# what torch's and Triton's errors say where a kernel cannot be built
+NO_COMPILER = r"C(\+\+)? compiler|C\+\+ compile error|Python\.h|\bgcc\b"
 
 
 def is_killed_reader(error: BaseException) -> bool:

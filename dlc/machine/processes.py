@@ -8,6 +8,7 @@ loaders have no place for a resume that is exact to the bit.
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import logging
 import os
@@ -15,20 +16,26 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from dlc.machine.cli import one_line, printable, warn_once
+from dlc.machine.gpus import identity, refuse_old_gpu, refuse_shared_gpus, refuse_unusable_gpus
 from dlc.machine.signals import on_first_signal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may be writing a large file
+WAIT_FOR_GPUS = datetime.timedelta(hours=1)  # a link that is dead holds all of them that long
+WAIT_FOR_FILES = datetime.timedelta(hours=12)  # rank 0 may be fetching or writing large ones
+# Share of a compiled block's activations that is kept; the backward pass computes the rest again, without any matrix
+# product: 0.8 takes 37% less memory per image and 2% more elementwise traffic (benchmarks/memory.py).
+ACTIVATION_BUDGET = 0.8
 SAID_WAITING = 30  # seconds after which a process prints that it waits for the others to start
 
 
@@ -125,7 +132,7 @@ def said_when_waiting() -> Iterator[None]:
     """If waiting for the other processes takes long, print the address at which this one waits."""
 
     def say():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_of_node():
             address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
             print(
                 f"rank {os.environ.get('RANK', '0')} still waits for all {os.environ.get('WORLD_SIZE', '?')} "
@@ -143,20 +150,23 @@ def said_when_waiting() -> Iterator[None]:
         timer.cancel()
 
 
-def start_processes(grad_accum: int | None = None) -> "PartialState":
+def start_processes(grad_accum: int | None = None, precisions: Collection[str] = ()) -> "PartialState":
     """Join the WORLD_SIZE processes of any launcher into one process group: NCCL on GPUs, gloo on the CPU.
 
-    Returns accelerate's PartialState: device, process_index, num_processes, is_main_process, wait_for_everyone().
+    Returns accelerate's PartialState: device, process_index, num_processes, is_main_process.
 
     From here on, Ctrl-C raises KeyboardInterrupt, and a second Ctrl-C ends the process.
 
-    Raises ValueError if the group is smaller than the launcher says, and as refuse_launcher does.
+    Raises ValueError if the group is smaller than the launcher says; if GPUs are here that torch cannot use, that two
+    processes share, or that lack one of the precisions; and as refuse_launcher does.
     """
     from accelerate import PartialState  # imported late: --help and mistaken flags do not need it
 
     refuse_launcher(grad_accum)
     on_first_signal([signal.SIGINT], _interrupt)
     on_cpu = is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if not is_on("ACCELERATE_USE_CPU"):
+        refuse_unusable_gpus()
     if on_cpu:
         # launchers set 1 if the user set nothing, which looks like a user's own 1: take a fair share of the cores
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -164,30 +174,66 @@ def start_processes(grad_accum: int | None = None) -> "PartialState":
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
         with said_when_waiting():
-            state = PartialState(cpu=on_cpu, timeout=PROCESS_GROUP_TIMEOUT)
-        if state.device == torch.device("cuda"):  # one process without a launcher; threads need its number
-            state.device = torch.device("cuda", 0)
+            state = PartialState(cpu=on_cpu, timeout=WAIT_FOR_FILES if on_cpu else WAIT_FOR_GPUS)
+            files_group()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
+        network = "; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that reaches the other nodes"
         raise ValueError(
             "cannot start the process group from WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
-            f"ACCELERATE_…: {one_line(error, 150)}"
+            f"ACCELERATE_…: {one_line(error, 150)}{network if 'gloo' in str(error).lower() else ''}"
         ) from None
     if state.num_processes != world_size:
         raise ValueError(
             f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
             "start the script with torchrun or accelerate launch"
         )
+    if state.device.type == "cuda":
+        state.device = torch.device("cuda", state.device.index or 0)  # threads need its number
+        # accelerate passes this on as the GPU's number, which it is not where each process sees one GPU alone
+        state.local_process_index = state.device.index
+        refuse_old_gpu(state.device, precisions)
+        refuse_shared_gpus(from_all(identity(state.device)))
     return state
+
+
+@functools.cache
+def files_group() -> dist.ProcessGroup | None:
+    """The group in which processes tell each other what they did and read, on the CPU and with a long time limit.
+
+    None for a single process. All processes call this first at the same place, once they are joined.
+    """
+    if not dist.is_initialized():
+        return None
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=WAIT_FOR_FILES)
+
+
+def from_all(value: Any) -> list:
+    """A picklable object of each process, in the order of ranks."""
+    if files_group() is None:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=files_group())
+    return values
 
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value of a picklable object, in every process: what it saw on a shared disk, for example."""
-    from accelerate.utils import broadcast_object_list
-
     values = [value]
-    broadcast_object_list(values)
+    if files_group() is not None:
+        dist.broadcast_object_list(values, group=files_group())
     return values[0]
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here, for hours if need be: rank 0 may be writing a large file."""
+    if files_group() is not None:
+        dist.barrier(group=files_group())
+
+
+def is_first_of_node() -> bool:
+    """Whether this process does what is done once per node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def done_by_rank_0(state: "PartialState", work: Callable[[], Any]) -> Any:
@@ -206,9 +252,7 @@ def done_by_rank_0(state: "PartialState", work: Callable[[], Any]) -> Any:
 
 def agree(what: str, value: Any) -> None:
     """Raise ValueError in every process if one of them has another value than rank 0, such as from another disk."""
-    from accelerate.utils import gather_object
-
-    if any(gather_object([from_rank_0(value) != value])):
+    if any(from_all(from_rank_0(value) != value)):
         raise ValueError(f"the processes do not see the same {what}: is every path on a disk that all of them share?")
 
 
@@ -229,17 +273,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def compile_options(device: torch.device) -> dict:
-    """torch.compile's arguments for the blocks of a transformer on a device.
+def compile_blocks(model: torch.nn.Module, device: torch.device, **kwargs) -> None:
+    """torch.compile the blocks of a transformer for a device, when they are first called. kwargs: as torch.compile's.
 
-    On a CPU, GELU's tanh is then computed by exp, with an absolute error of float32's rounding, and a block takes 6%
-    less time than by torch's defaults (measured: benchmarks/README.md).
+    On a GPU, what a block keeps for its backward pass is held to ACTIVATION_BUDGET. On a CPU, exp computes GELU's tanh,
+    with an absolute error of float32's rounding, and a block takes 6% less time (measured: benchmarks/README.md).
     """
-    if device.type != "cpu":
-        return {}
+    import torch._functorch.config as partitioner
     from torch._inductor import config
 
-    return dict(options={"cpp.use_decompose_tanh": True}) if hasattr(config.cpp, "use_decompose_tanh") else {}
+    torch._dynamo.config.optimize_ddp = False  # would cut a block into three graphs, at each 25 MB of its weights
+    if device.type == "cuda":
+        partitioner.activation_memory_budget = ACTIVATION_BUDGET
+    elif hasattr(config.cpp, "use_decompose_tanh") and "backend" not in kwargs:
+        kwargs["options"] = {"cpp.use_decompose_tanh": True}
+    for block in model.blocks:
+        block.compile(**kwargs)
 
 
 def add_speed_flags(add: Callable) -> None:

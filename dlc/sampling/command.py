@@ -19,11 +19,12 @@ from dlc.machine.files import recorded_id
 from dlc.machine.processes import (
     agree,
     autocast,
-    compile_options,
+    compile_blocks,
     create_logger,
     done_by_rank_0,
     set_numerics,
     start_processes,
+    wait_for_all,
 )
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.conditions import CONDITIONINGS, Conditions
@@ -68,7 +69,7 @@ def prepare(args, script: str, default: str) -> Job:
     sampler = open_sampler(args, model, meta)
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
     digest = conditions.digest(args.num_fid_samples)
-    state = start_processes()
+    state = start_processes(precisions=[args.precision, args.vae_precision])
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
     vae, known_of_vae, notes = open_vae(args, meta, model, state)
@@ -146,8 +147,7 @@ def draw_missing(job: Job, args) -> None:
     lower_precision(job.model, args.precision)
     job.model.to(state.device)
     if args.compile if args.compile is not None else state.device.type == "cuda":
-        for block in job.model.blocks:
-            block.compile(dynamic=False, **compile_options(state.device))
+        compile_blocks(job.model, state.device, dynamic=False)
     denoise = CudaGraphs(job.model.denoise) if args.cuda_graphs else job.model.denoise
     decoder = Decoder(
         job.vae,
@@ -223,10 +223,7 @@ def run(parser: ArgumentParser, args, script: str, default: str) -> None:
             job.conditions.prepare(folder.codes, state, this_launch(state, args.per_proc_batch_size))
     with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):
         draw_missing(job, args)
-    try:
-        state.wait_for_everyone()
-    except RuntimeError:
-        parser.error("another process failed, see its message; what is drawn is kept: run the same command again")
+        wait_for_all()
     if state.is_main_process:
         with parser.kept_on_error("what is drawn is kept", "--num-fid-samples"):
             finish(job)

@@ -12,7 +12,7 @@ from dlc.data.codes import CodeSpec, compare
 from dlc.data.rows import NpyRows, check_finite, open_vectors
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
-from dlc.machine.processes import done_by_rank_0, start_processes
+from dlc.machine.processes import done_by_rank_0, start_processes, wait_for_all
 from dlc.sampling.code_folder import CodeFolder, open_codes
 from dlc.sampling.prior_draw import PriorDraw, draw_into
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags, flags_of
@@ -191,7 +191,7 @@ class PriorCodes(Conditions):
         codes = CodeFolder(folder)
         missing = done_by_rank_0(state, lambda: codes.open(self.record, launch))
         draw_into(codes, missing, self.draw, self.record.num, state, compiled=self.compiled)
-        state.wait_for_everyone()
+        wait_for_all()
         done_by_rank_0(state, codes.finish)
         self.rows, self.draw.model = open_codes(folder).rows, None  # frees the prior's memory
 

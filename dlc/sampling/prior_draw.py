@@ -14,7 +14,7 @@ from diffusion.masked_samplers import SAMPLERS, create_sampler
 from dlc.data.codes import CodeSpec
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
-from dlc.machine.processes import compile_options, set_numerics
+from dlc.machine.processes import compile_blocks, set_numerics
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
@@ -124,8 +124,7 @@ class PriorDraw:
         set_numerics(self.tf32)
         self.model.to(device)
         if compiled if compiled is not None else device.type == "cuda":
-            for block in self.model.blocks:
-                block.compile(**compile_options(device))
+            compile_blocks(self.model, device)
         return self
 
     def draw(self, indices: np.ndarray, batch: int = BATCH, on_batch=None) -> np.ndarray:

@@ -36,13 +36,14 @@ from dlc.machine.processes import (
     agree,
     asked_precision,
     asked_to_compile,
-    compile_options,
+    compile_blocks,
     create_accelerator,
     create_logger,
     done_by_rank_0,
     set_numerics,
     start_processes,
     versions,
+    wait_for_all,
 )
 from dlc.training.batches import Unreadable, load_batches
 from dlc.training.log import announce, write_line
@@ -86,7 +87,7 @@ class Run:
         self.lock = DirectoryLock(self.folder)
         with parser.one_line_errors():
             self.precision = asked_precision(args.precision)
-            self.state = start_processes(args.grad_accum)
+            self.state = start_processes(args.grad_accum, [self.precision])
             self.device = self.state.device
             self.compiled = asked_to_compile(args.compile, self.device.type == "cuda")
 
@@ -173,8 +174,7 @@ class Run:
         model.set_grad_checkpointing(args.checkpoint_activations)
         self.ema = deepcopy(model).requires_grad_(False).eval()
         if self.compiled:
-            for block in model.blocks:
-                block.compile(**compile_options(self.device))
+            compile_blocks(model, self.device)
         if self.sharded:
             for module in (model, self.ema):
                 fully_shard_blocks(module, self.device)
@@ -243,7 +243,7 @@ class Run:
         args, self.batches = self.args, batches
         self.last_step = min(batches.last_step(args.epochs), args.max_steps or math.inf)
         self.bar = announce(self)
-        self.stop_request = StopRequest(self.state.num_processes)
+        self.stop_request = StopRequest()
         self.postponed, self.stopped_by = False, None
         self.last_line = time.time(), self.first_step
         loaded = load_batches(
@@ -395,7 +395,7 @@ class Run:
             if args.ckpt_total_limit:
                 remove_old_checkpoints(self.folder, args.ckpt_total_limit)
             self.record(draw_losses, read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss.png")
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     # ---------------------------------------------------------------------- beside the loop
 

@@ -5,7 +5,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from dlc.machine.processes import PROCESS_GROUP_TIMEOUT
+from dlc.machine.processes import files_group
 from dlc.machine.signals import STOPPING, on_first_signal
 
 ASKED = 1000  # beside the signals' numbers: a process asked to stop for a reason of its own
@@ -23,9 +23,9 @@ class StopRequest:
         steps: how many calls of `agreed` it takes until all processes know of a request.
     """
 
-    def __init__(self, num_processes: int):
+    def __init__(self):
         self.signal, self.reason, self.reduced, self.pending = None, None, None, None
-        self.group = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if num_processes > 1 else None
+        self.group = files_group()
         self.steps = 1 if self.group is None else 2
         on_first_signal(STOPPING, self._receive)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from dlc.machine.cli import one_line, warn_once
 from dlc.machine.files import is_plain_name, sync
+from dlc.machine.processes import from_all, is_first_of_node
 
 # A name that ends like a file of weights is a path, such as pretrained/encoder.pth, which could be an id, too.
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npy", ".npz", ".json", ".yaml", ".zip")
@@ -228,18 +229,16 @@ def fetched_by_node(state, fetch_all: Callable[[bool], object]) -> None:
     Later calls of `fetch` in the same process find what this one has found. Raises ValueError in every process if a
     first one does.
     """
-    from accelerate.utils import gather_object
-
     error = None
-    if state.is_local_main_process:
+    if is_first_of_node():
         try:
             fetch_all(True)
         except (ValueError, OSError) as raised:
             error = str(raised)
-    errors = list(filter(None, gather_object([error])))  # also waits for the first ones
+    errors = list(filter(None, from_all(error)))  # also waits for the first ones
     if errors:
         raise ValueError(errors[0])
-    if not state.is_local_main_process:
+    if not is_first_of_node():
         fetch_all(False)
 
 

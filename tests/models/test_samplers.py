@@ -10,7 +10,7 @@ from conftest import L, V
 from diffusion import create_diffusion, named_betas
 from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
 from dlc.machine.noise import Stream, normal
-from dlc.machine.processes import PRECISIONS, compile_options
+from dlc.machine.processes import PRECISIONS, compile_blocks
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.weights.networks import load_vae
@@ -294,8 +294,7 @@ def test_compiled_blocks_are_those_that_run_under_guidance():
     eager = draw(model, create_sampler("ddpm", 6), y, **options)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for block in model.blocks:
-        block.compile(dynamic=False, **compile_options(torch.device("cpu")))
+    compile_blocks(model, torch.device("cpu"), dynamic=False)
     compiled = draw(model, create_sampler("ddpm", 6), y, **options)
     torch.testing.assert_close(compiled, eager, **CLOSE)
     counters = torch._dynamo.utils.counters

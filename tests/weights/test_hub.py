@@ -2,7 +2,6 @@
 
 import errno
 import threading
-from types import SimpleNamespace
 
 import pytest
 from hub_standin import point_at
@@ -163,12 +162,13 @@ def test_one_process_of_a_node_fetches_first(hub, monkeypatch):
     gathered, barrier = [None, None], threading.Barrier(2)
     rank = threading.local()
 
-    def gather(values):
-        gathered[rank.index] = values[0]
+    def gather(value):
+        gathered[rank.index] = value
         barrier.wait(10)
         return list(gathered)
 
-    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+    monkeypatch.setattr(hub_module, "from_all", gather)
+    monkeypatch.setattr(hub_module, "is_first_of_node", lambda: rank.index == 0)
     results, asked = [{}, {}], []
 
     def process(index, name):
@@ -181,7 +181,7 @@ def test_one_process_of_a_node_fetches_first(hub, monkeypatch):
             results[index] = fetch(name, WANTED, ask=ask)
 
         try:
-            fetched_by_node(SimpleNamespace(is_local_main_process=index == 0), fetch_all)
+            fetched_by_node(None, fetch_all)
         except ValueError as error:
             results[index] = str(error)
 

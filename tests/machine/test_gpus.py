@@ -1,0 +1,109 @@
+"""What GPUs need: those that torch cannot use, or that two processes share, end a program before its work; one graph a
+block inside DDP. torch.cuda is made up here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dlc.machine import processes
+from dlc.machine.cli import ArgumentParser
+from dlc.machine.gpus import refuse_shared_gpus
+from dlc.machine.processes import compile_blocks, start_processes
+from models import DiTSEM
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """cuda(available=…, count=…, …): what torch.cuda says."""
+    for variable in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def say(available=True, count=1, capability=(9, 0)):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"u{device.index}")
+        )
+
+    return say
+
+
+def test_driver_that_is_too_old(cuda, monkeypatch):
+    cuda(available=False, count=8)
+    with pytest.raises(
+        ValueError, match=r"8 GPUs, but torch .* for CUDA 13.0 .*driver.*older CUDA.*ACCELERATE_USE_CPU=1"
+    ):
+        start_processes()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert start_processes().device.type == "cpu"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    cuda(available=False, count=0)
+    assert start_processes().device.type == "cpu"
+
+
+def test_one_visible_gpu_per_process(cuda, monkeypatch):
+    """accelerate gives DDP and barriers local_process_index as the GPU's number: LOCAL_RANK is not it here."""
+    cuda()
+    state = SimpleNamespace(device=torch.device("cuda:0"), local_process_index=3, num_processes=1)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    assert start_processes().local_process_index == 0
+
+
+def test_bf16_where_it_is_emulated(cuda, monkeypatch):
+    cuda(capability=(7, 5))
+    state = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    with pytest.raises(ValueError, match=r"Tesla T4 \(compute capability 7.5\) has no bf16: take fp16"):
+        start_processes(precisions=["fp32", "bf16"])
+    assert start_processes(precisions=["fp16"]).device == torch.device("cuda:0")
+
+
+def test_processes_that_share_a_gpu():
+    refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0")])
+    with pytest.raises(ValueError, match="ranks 0, 2 have the same GPU of a: start as many processes on a node"):
+        refuse_shared_gpus([("a", "0"), ("a", "1"), ("a", "0")])
+
+
+def test_network_that_does_not_connect_the_nodes(monkeypatch):
+    """The variables that help are named where gloo fails: it takes the address to which the host's name resolves."""
+
+    def fail():
+        raise RuntimeError("Gloo connectFullMesh failed with [...] Connection refused, remote=[127.0.1.1]:5")
+
+    monkeypatch.setattr(processes, "files_group", fail)
+    with pytest.raises(ValueError, match=r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"):
+        start_processes()
+
+
+def test_block_is_one_graph_inside_ddp(tmp_path):
+    """DDP would have each block cut at its buckets of gradients: three graphs for a block of DiT-XL."""
+    model, counters = DiTSEM(L=3, V=4, input_size=8, hidden_size=32, depth=2, num_heads=2), torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compile_blocks(model, torch.device("cpu"), backend="aot_eager")
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
+        wrapped(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3))).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Failed to find C compiler. Please specify via CC environment variable.",
+        "Command '['/usr/bin/gcc', 'main.c', …]' returned non-zero exit status 1.",
+        "C++ compile error … fatal error: Python.h: No such file or directory",
+        "No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+    ],
+)
+def test_no_compiler(said, capsys):
+    with pytest.raises(SystemExit), ArgumentParser("").kept_on_error("all is kept", "--batch-size"):
+        raise RuntimeError(said)
+    assert "or give --no-compile; all is kept: run the same command again" in capsys.readouterr().err
