@@ -10,7 +10,7 @@ images do not depend on the number of processes.
 from dlc.sampling.command import sample
 
 
-def main():
+def main() -> None:
     sample(__doc__, "sample_ddp.py", model="DiT-XL/2")
 
 

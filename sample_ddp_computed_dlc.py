@@ -11,7 +11,7 @@ processes.
 from dlc.sampling.command import sample
 
 
-def main():
+def main() -> None:
     sample(__doc__, "sample_ddp_computed_dlc.py", model="DiTSEM-XL/2")
 
 

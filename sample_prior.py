@@ -12,7 +12,10 @@ With --given and --keep-tokens, parts of given codes are kept and the rest is dr
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
@@ -37,7 +40,7 @@ from dlc.weights.hub import fetched_by_node, is_id
 RESULTS = "results_prior"  # the default of --results-dir
 
 
-def parse_args():
+def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("prior").add_argument
     add(
@@ -70,7 +73,7 @@ def parse_args():
     return parser, parser.parse_args()
 
 
-def open_training_codes(args, prior: PriorDraw):
+def open_training_codes(args: argparse.Namespace, prior: PriorDraw) -> tuple[Codes | None, str | None]:
     """The `Codes` to compare with, or None with a reason. Raises ValueError if those of --features-path do not fit."""
     path = args.features_path or prior.meta.features_path
     if not args.usage or path is None:
@@ -88,23 +91,22 @@ def open_training_codes(args, prior: PriorDraw):
     return codes, note
 
 
-def count_usage(folder: CodeFolder, num: int, V: int, codes) -> dict:
+def count_usage(folder: CodeFolder, num: int, V: int, codes: Codes | None) -> dict:
     """See `usage`, of a folder of codes and those that the prior was trained on."""
-    drawn, training, heldout = folder.read(num), None, None
+    training = heldout = None
     if codes is not None:
-        gather = codes.features.codes.gather
-        training = Rows(len(codes.rows[:: codes.copies]), gather, codes.rows[:: codes.copies])
-        heldout = Rows(len(codes.heldout_rows), codes.heldout_features.codes.gather, codes.heldout_rows)
-    return usage(Rows(num, lambda places: drawn[places]), V, training, heldout)
+        training = Rows(partial(codes.features.codes.gather, limit=V), codes.rows[:: codes.copies], V)
+        heldout = Rows(partial(codes.heldout_features.codes.gather, limit=V), codes.heldout_rows, V)
+    return usage(Rows(folder.rows(num).gather, np.arange(num), V), training, heldout)
 
 
-def main():
+def main() -> None:
     parser, args = parse_args()
     with parser.kept_on_error("what is drawn is kept", "--batch-size", ()):
         run(parser, args)
 
 
-def run(parser, args):
+def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Check, draw and finish."""
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
@@ -140,10 +142,7 @@ def run(parser, args):
     # ---------------------------------------------------------------------- codes
     with parser.kept_on_error("what is drawn is kept", "--batch-size"):
         draw_into(folder, missing, prior, args.num, state, args.batch_size, args.compile)
-    try:
         wait_for_all()
-    except RuntimeError:
-        parser.error("another process failed, see its message; what is drawn is kept: run the same command again")
 
     # ---------------------------------------------------------------------- what they are
     if state.is_main_process:

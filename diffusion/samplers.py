@@ -23,6 +23,7 @@ from .schedules import named_betas, spaced_timesteps
 
 FULL_STEPS = 1000           # of the process that the models are trained on, whose schedule is the linear one
 
+Sampler = Callable          # (predict, x, noise) -> Steps, with num_steps and times, as above
 Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]     # x and x_start of each
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 LONGEST_LINE = 500  # characters of an error
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # of fractions
 PLAIN_SECONDS = 30  # between two lines of progress where standard error is no terminal
 WARNED = set()  # subjects that this process has warned of
 

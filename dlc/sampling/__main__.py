@@ -6,11 +6,9 @@ from dlc.machine.cli import ArgumentParser
 from dlc.sampling.pictures import check_npz
 
 
-def main():
-    parser = ArgumentParser(
-        "Say what an .npz of samples holds and whether anything is wrong with it (exit 1).",
-        prog="python -m dlc.sampling",
-    )
+def main() -> None:
+    about = "Say what an .npz of samples holds and whether anything is wrong with it (exit 1)."
+    parser = ArgumentParser(about, prog="python -m dlc.sampling")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("path", help="the .npz")
     parser.add_argument("--grid", action="store_true", help="write a contact sheet of its first images beside it")

@@ -1,8 +1,7 @@
 """Codes from anywhere, also from `.pt` files; and a folder of codes that a prior drew.
 
-Such a folder has {shard:06d}.npy and codes.json, which says what made them and whether they are all there. Shard k
-holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them, and is written whole or not at all. The
-folder is a source of codes for --dlc-dir once codes.json has the digest of all of them.
+Such a folder has {shard:06d}.npy, of SHARD samples each, and codes.json, which says what made them. It is a source of
+codes for --dlc-dir once codes.json has the digest of all of them.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import torch
 
 from dlc.data import code_dtype
 from dlc.data.codes import SHARD, CodeSet, DrawnSet, as_codes
-from dlc.data.rows import load_array
+from dlc.data.rows import NpyRows, load_array
 from dlc.machine.files import write_bytes
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.records import OBJECT, SWITCH, TEXT, key, list_of, or_null, whole_number
@@ -23,11 +22,6 @@ from dlc.weights.foreign.safe import read_torch, storage_fault
 
 COUNT, SIZE = whole_number(0), whole_number(1)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
-
-
-#################################################################################
-#                                    Reading                                    #
-#################################################################################
 
 
 def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
@@ -54,11 +48,6 @@ def open_codes(source: str | Path) -> CodeSet:
     return CodeSet.open(source, load_codes)
 
 
-#################################################################################
-#                                  Drawn codes                                  #
-#################################################################################
-
-
 @dataclass(frozen=True, kw_only=True)
 class CodesRecord(DrawnSet):
     """Every key of codes.json but format_version."""
@@ -82,7 +71,7 @@ class CodesRecord(DrawnSet):
 
 
 class CodeFolder(ResumableFolder):
-    """OUT/ for writing: its lock, the shards that are missing, and codes.json."""
+    """OUT/ for writing. Shard k holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them."""
 
     record_type, record_name, holds, files = CodesRecord, "codes.json", "codes", ("*.npy", "*.pt")
     count, parts = "num", "shards"
@@ -99,6 +88,10 @@ class CodeFolder(ResumableFolder):
     def places(shard: int, num: int) -> np.ndarray:
         """The indices of the samples in a shard of `num` in all."""
         return np.arange(shard * SHARD, min((shard + 1) * SHARD, num))
+
+    def rows(self, num: int) -> NpyRows:
+        """All `num` codes, once they are drawn."""
+        return NpyRows([self.shard_path(shard) for shard in range(self.shards(num))], sample_ndim=1)
 
     def missing(self, record: CodesRecord) -> list[int]:
         """The shards that are not there with all rows that they have to have: the last one grows with num."""
@@ -118,20 +111,11 @@ class CodeFolder(ResumableFolder):
         np.save(content, codes.astype(code_dtype(V)), allow_pickle=False)
         write_bytes(self.shard_path(shard), content.getbuffer())
 
-    def read(self, num: int) -> np.ndarray:
-        """All codes (num, L), once they are drawn."""
-        return np.concatenate([load_array(self.shard_path(shard)) for shard in range(self.shards(num))])
-
-    def finish(self, **values) -> CodesRecord:
-        """Complete codes.json, with values of its keys, and release the lock. Returns the record.
-
-        One process calls this, after all writing.
-        """
-        record = CodesRecord.read(self.record_path)
-        digest = hashlib.sha256()
+    def finish(self, **values) -> None:
+        """Complete codes.json, with values of its keys, and release the lock: one process, after all writing."""
+        record, digest = CodesRecord.read(self.record_path), hashlib.sha256()
+        rows = self.rows(record.num)
         for shard in range(self.shards(record.num)):
-            digest.update(load_array(self.shard_path(shard)).astype("<u2").tobytes())
-        record = replace(record, codes_sha256=digest.hexdigest(), **values)
-        self.write_record(record)
+            digest.update(rows.gather(self.places(shard, record.num)).astype("<u2"))
+        self.write_record(replace(record, codes_sha256=digest.hexdigest(), **values))
         self.lock.release()
-        return record

@@ -1,20 +1,23 @@
 """The command that both sampling scripts are: flags, checks, drawing, and the .npz for FID.
 
-Sample i is the same, but for rounding, whatever the number of processes and the batch size: its noise, and the code,
-label or vector it is drawn for, are functions of (global seed, i). A run that was killed draws the batches that have a
-missing index, with every sample at the same position in its batch, and so ends with the bytes of an uninterrupted run.
+Sample i's noise, and the code, label or vector it is drawn for, are functions of (global seed, i). A run that was
+killed draws the batches that have a missing index, with every sample at the same position in its batch, and so ends
+with the bytes of an uninterrupted run.
 """
 
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
 from diffusion.samplers import SAMPLERS
-from dlc.machine.cli import ArgumentParser, progress
+from dlc.machine.cli import BAR, ArgumentParser, progress
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import (
     agree,
@@ -32,23 +35,26 @@ from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.latents import CudaGraphs, lower_precision, sample_latents
 from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
 from dlc.sampling.pictures import npz_rows, save_grid, write_npz
-from dlc.sampling.sample_folder import SampleFolder
-from dlc.sampling.samples_record import SamplesRecord, this_launch
+from dlc.sampling.samples_record import SampleFolder, SamplesRecord, this_launch
 from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.load import describe
+from models import DiT
 
-#################################################################################
-#                                    Checks                                     #
-#################################################################################
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+KEPT = "what is drawn is kept"
+# keys of samples.json that are flags
+FLAGS = "model sampler cfg_scale t_min t_max precision vae_precision tf32 global_seed num_fid_samples".split()
 
 
 @dataclass
 class Job:
     """A set of samples to draw: what the checks opened, and found out."""
 
-    state: object  # accelerate's PartialState
-    model: torch.nn.Module
-    sampler: object  # see `create_sampler`
+    state: "PartialState"
+    model: DiT
+    sampler: Callable  # see `create_sampler`
     conditions: Conditions
     vae: torch.nn.Module
     record: SamplesRecord
@@ -56,12 +62,8 @@ class Job:
     missing: np.ndarray  # indices of the images to draw, ascending
     said: list[str]  # lines for the log: what is drawn, and what could not be compared
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.model.in_channels, *self.model.x_embedder.img_size
 
-
-def prepare(args, script: str, default: str) -> Job:
+def prepare(args: Namespace, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
     if args.t_min > args.t_max:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
@@ -74,25 +76,16 @@ def prepare(args, script: str, default: str) -> Job:
         raise ValueError("--cuda-graphs needs a GPU")
     vae, known_of_vae, notes = open_vae(args, meta, model, state)
     record = SamplesRecord(
-        model=args.model,
+        **{name: getattr(args, name) for name in FLAGS},
         checkpoint=recorded_id(str(path)),
         weights_sha256=weights_sha256(model),
         step=meta.step,
         weights=meta.weights,
         conditions={**conditions.recorded, "sha256": digest},
         **known_of_vae,
-        vae_precision=args.vae_precision,
-        sampler=args.sampler,
         num_sampling_steps=sampler.num_steps,
         eta=(args.eta or 0.0) if SAMPLERS[args.sampler].has_eta else None,
-        cfg_scale=args.cfg_scale,
         cfg_channels=guided_channels(args.cfg_channels, model),
-        t_min=args.t_min,
-        t_max=args.t_max,
-        precision=args.precision,
-        tf32=args.tf32,
-        global_seed=args.global_seed,
-        num_fid_samples=args.num_fid_samples,
         runs=[],
     )
     agree("checkpoint, codes and VAE", record)
@@ -104,26 +97,19 @@ def prepare(args, script: str, default: str) -> Job:
         f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}",
         *(f"note: {note}" for note in (*conditions.notes, *notes)),
     ]
-    missing = np.array(missing, dtype=np.int64)
-    return Job(state, model, sampler, conditions, vae, record, folder, missing, said)
+    return Job(state, model, sampler, conditions, vae, record, folder, np.array(missing, dtype=np.int64), said)
 
 
-#################################################################################
-#                                    Drawing                                    #
-#################################################################################
-
-
-def draw_batch(job: Job, indices: np.ndarray, denoise, on_step) -> torch.Tensor:
+def draw_batch(job: Job, indices: np.ndarray, denoise: Callable, on_step: Callable) -> torch.Tensor:
     """The latents (N, C, h, w) of these samples."""
     device, record = job.state.device, job.record
     with autocast(device, record.precision):
         return sample_latents(
-            job.model,
-            job.sampler,
+            *(job.model, job.sampler),
             y=tree_map(lambda value: value.to(device), job.conditions(indices)),
             seed=record.global_seed,
             indices=torch.from_numpy(indices).to(device),
-            latent_shape=job.latent_shape,
+            latent_shape=(job.model.in_channels, *job.model.x_embedder.img_size),
             cfg_scale=record.cfg_scale,
             t_min=record.t_min,
             t_max=record.t_max,
@@ -133,7 +119,7 @@ def draw_batch(job: Job, indices: np.ndarray, denoise, on_step) -> torch.Tensor:
         )
 
 
-def draw_missing(job: Job, args) -> None:
+def draw_missing(job: Job, args: Namespace) -> None:
     """Denoise, decode and write this process's share of the missing images."""
     state, folder, missing, count = job.state, job.folder, job.missing, job.record.num_fid_samples
     # All batches have one size and are cut by index, and those with a missing sample are drawn whole: the rounding of a
@@ -149,29 +135,14 @@ def draw_missing(job: Job, args) -> None:
     if args.compile if args.compile is not None else state.device.type == "cuda":
         compile_blocks(job.model, state.device, dynamic=False)
     denoise = CudaGraphs(job.model.denoise) if args.cuda_graphs else job.model.denoise
-    decoder = Decoder(
-        job.vae,
-        folder.path,
-        args.vae_precision,
-        partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None,
-    )
+    grid = partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None
+    decoder = Decoder(job.vae, folder.path, args.vae_precision, grid)
     if args.progressive and state.is_main_process:
+        draw_first = partial(draw_batch, job, np.arange(1), job.model.denoise)
         with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for
-            save_strip(
-                folder.strip,
-                args.progressive,
-                job.sampler.num_steps,
-                partial(draw_batch, job, np.arange(1), job.model.denoise),
-                decoder,
-            )
-    with progress(
-        total=count,
-        initial=count - len(missing),
-        unit="img",
-        desc="sampling",
-        disable=not state.is_main_process,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
-    ) as bar:
+            save_strip(folder.strip, args.progressive, job.sampler.num_steps, draw_first, decoder)
+    bar = progress(total=count, initial=count - len(missing), unit="img", desc="sampling", bar_format=BAR)
+    with bar:
         for first in range(state.process_index, len(batches), state.num_processes):
             start = batches[first] * size
             images = sum(map(len, parts[first : first + state.num_processes]))  # the other ranks keep pace
@@ -205,27 +176,26 @@ def sample(doc: str, script: str, model: str) -> None:
     """
     parser = sampling_parser(doc, script, model)
     args = parser.parse_args()
-    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size", ()):
-        run(parser, args, script, model)
+    with parser.kept_on_error(KEPT, "--per-proc-batch-size", ()):
+        with parser.one_line_errors():
+            job = prepare(args, script, model)
+        run(parser, args, job)
 
 
-def run(parser: ArgumentParser, args, script: str, default: str) -> None:
-    """Check, draw and finish."""
-    with parser.one_line_errors():
-        job = prepare(args, script, default)
+def run(parser: ArgumentParser, args: Namespace, job: Job) -> None:
+    """Draw and finish."""
     state, record, folder = job.state, job.record, job.folder
     logger = create_logger(state)
     for line in job.said:
         logger.info(line)
     if len(job.missing) or args.progressive:
         lower = "--batch-size of sample_prior.py, whose codes --dlc-dir takes in the place of --prior"
-        with parser.kept_on_error("what is drawn is kept", lower):
+        with parser.kept_on_error(KEPT, lower):
             job.conditions.prepare(folder.codes, state, this_launch(state, args.per_proc_batch_size))
-    with parser.kept_on_error("what is drawn is kept", "--per-proc-batch-size"):
+    with parser.kept_on_error(KEPT, "--per-proc-batch-size"):
         draw_missing(job, args)
         wait_for_all()
-    if state.is_main_process:
-        with parser.kept_on_error("what is drawn is kept", "--num-fid-samples"):
+        if state.is_main_process:
             finish(job)
-        logger.info(f"done: {record.num_fid_samples:,} images in {folder.path} and {folder.npz}; look at {folder.grid}")
+    logger.info(f"done: {record.num_fid_samples:,} images in {folder.path} and {folder.npz}; look at {folder.grid}")
     state.destroy_process_group()

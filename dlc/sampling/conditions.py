@@ -1,8 +1,11 @@
 """What each sample is drawn for: a class, a code or a vector, as a function of (global seed, sample index)."""
 
 import hashlib
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +21,11 @@ from dlc.sampling.prior_draw import PriorDraw, draw_into
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags, flags_of
 from dlc.weights.foreign.layouts import locate
 from dlc.weights.hub import fetched_by_node, is_id
+from dlc.weights.meta import RunMeta
+from models import DiT
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class Conditions:
@@ -29,8 +37,6 @@ class Conditions:
         key, script: the key of samples.json that lists values(indices); the script that draws from such models.
         flags: those that only such models take; add_flags(add) adds them to the script's parser.
         open(args, model, meta): returns the object.
-
-    Attributes:
         recorded: the object in samples.json: `kind`, `source`, and everything else that decides them.
         sentence: a format string that makes the line of the log from `recorded`.
         notes: what could not be compared with the checkpoint, lines.
@@ -58,13 +64,8 @@ class Conditions:
                 digest.update(leaf.numpy())
         return digest.hexdigest()
 
-    def prepare(self, folder, state, launch: dict) -> None:
+    def prepare(self, folder: Path, state: "PartialState", launch: dict) -> None:
         """Make what has to exist before the first call, in a folder. Every process calls this."""
-
-
-#################################################################################
-#                          One class per conditioning                           #
-#################################################################################
 
 
 class RowConditions(Conditions):
@@ -72,14 +73,13 @@ class RowConditions(Conditions):
 
     Args:
         kind: what a row is, in the plural.
-        rows: a `NpyRows`.
         order: "random", a permutation of all rows keyed by the seed, or "sequential".
         recorded: more keys of the object in samples.json.
     """
 
     sentence = "{count:,} {kind} of {source} in {order} order"
 
-    def __init__(self, kind: str, source, rows: NpyRows, order: str, seed: int, **recorded):
+    def __init__(self, kind: str, source: str | Path, rows: NpyRows, order: str, seed: int, **recorded):
         self.source, self.rows = recorded_id(str(source)), rows
         self.order = permutation(seed, Stream.SAMPLE_ORDER, 0, len(rows)) if order == "random" else np.arange(len(rows))
         self.recorded = dict(kind=kind, source=self.source, count=len(rows), order=order, **recorded)
@@ -89,19 +89,14 @@ class RowConditions(Conditions):
         return self.order[indices % len(self.order)]
 
 
-def spec_of(model, meta) -> CodeSpec:
-    """What the codes of a DiTSEM are; meta: of its checkpoint."""
-    embedder = model.sem_embedder
-    return CodeSpec(owner="the checkpoint's model", L=embedder.L, V=embedder.V, encoder_sha256=meta.encoder_sha256)
+def compare_with_model(codes: CodeSpec, model: DiT, meta: RunMeta) -> list[str]:
+    """See `compare`: codes and those that a DiTSEM was trained on, by its checkpoint's meta."""
+    L, V = model.sem_embedder.L, model.sem_embedder.V
+    return compare(codes, CodeSpec(owner="the checkpoint's model", L=L, V=V, encoder_sha256=meta.encoder_sha256))
 
 
 class ComputedCodes(RowConditions):
-    """Discrete latent codes that were computed before: rows of a features directory, a folder or a file.
-
-    Args:
-        source: as in `open_codes`.
-        meta: of the model's checkpoint, to compare the encoders.
-        order, seed: as in `RowConditions`.
+    """Discrete latent codes that were computed before: rows of a source as in `open_codes`.
 
     Raises ValueError where the source has no codes, or not such as the model was trained on.
     """
@@ -110,17 +105,14 @@ class ComputedCodes(RowConditions):
     flags = ("--dlc-dir", "--prior", *(f"--prior-{flags_of(one)[0]}" for one in fields(PriorOptions)))
 
     @staticmethod
-    def add_flags(add) -> None:
+    def add_flags(add: Callable) -> None:
         add(
-            "--dlc-dir",
-            "--sem-dir",
-            help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt "
-            "files (n, L) or (n, k, L), or one such file [the features it was trained "
-            "on]",
+            *("--dlc-dir", "--sem-dir"),
+            help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt files (n, L) or (n, k, L), "
+            "or one such file [the features it was trained on]",
         )
         add(
-            "--dlc-order",
-            "--condition-order",
+            *("--dlc-order", "--condition-order"),
             choices=["random", "sequential"],
             help="row of sample i: entry i of a seeded permutation, or row i; cycling [random]",
         )
@@ -133,7 +125,7 @@ class ComputedCodes(RowConditions):
         add_prior_flags(add, "prior-")
 
     @classmethod
-    def open(cls, args, model, meta) -> "ComputedCodes | PriorCodes":
+    def open(cls, args: Namespace, model: DiT, meta: RunMeta) -> "ComputedCodes | PriorCodes":
         options = PriorOptions.of(args, "prior-")
         if args.prior:
             if args.dlc_dir:
@@ -148,9 +140,9 @@ class ComputedCodes(RowConditions):
             raise ValueError("this checkpoint does not say which features it was trained on: name codes with --dlc-dir")
         return cls(source, model, meta, args.dlc_order or "random", args.global_seed)
 
-    def __init__(self, source, model, meta, order: str, seed: int):
+    def __init__(self, source: str | Path, model: DiT, meta: RunMeta, order: str, seed: int):
         codes = open_codes(source)
-        self.V, self.notes = model.sem_embedder.V, compare(codes, spec_of(model, meta))
+        self.V, self.notes = model.sem_embedder.V, compare_with_model(codes, model, meta)
         known = dict(L=codes.L, V=self.V, encoder_sha256=codes.encoder_sha256)
         super().__init__("codes", source, codes.rows, order, seed, **known)
 
@@ -168,14 +160,12 @@ class PriorCodes(Conditions):
     key = ComputedCodes.key
     sentence = "codes drawn from {prior[model]} of {source}: {prior[options][sampler]}, {prior[options][steps]} steps"
 
-    def __init__(self, args, options: PriorOptions, model, meta):
+    def __init__(self, args: Namespace, options: PriorOptions, model: DiT, meta: RunMeta):
         if is_id(args.prior):
             fetched_by_node(start_processes(), lambda ask: locate(args.prior, "prior", "--prior", ask))
-        self.draw = PriorDraw(
-            args.prior, True, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32
-        )
-        self.rows, self.compiled = None, args.compile
-        self.notes = compare(self.draw.spec, spec_of(model, meta))
+        settings = dict(seed=args.global_seed, precision=args.precision, tf32=args.tf32)
+        self.draw, self.compiled = PriorDraw(args.prior, True, options, **settings), args.compile
+        self.notes = compare_with_model(self.draw.spec, model, meta)
         self.record = self.draw.record(args.num_fid_samples)
         self.recorded = dict(kind="codes", source=self.record.checkpoint, prior=self.record.settings())
 
@@ -186,7 +176,7 @@ class PriorCodes(Conditions):
         """The row of each sample in the folder of codes, (N,)."""
         return indices
 
-    def prepare(self, folder, state, launch: dict) -> None:
+    def prepare(self, folder: Path, state: "PartialState", launch: dict) -> None:
         """Draw those codes that are not in the folder yet."""
         codes = CodeFolder(folder)
         missing = done_by_rank_0(state, lambda: codes.open(self.record, launch))
@@ -203,16 +193,14 @@ class PriorCodes(Conditions):
 class ComputedVectors(RowConditions):
     """Vectors that were computed before, for example by another encoder: rows of `.npy` files (n, in_dim).
 
-    They need not be those that the model was trained on, so nothing but their width is compared with the checkpoint.
-
-    Raises ValueError where the source has no vectors, or of another width than the model's.
+    They need not be those that the model was trained on. Raises ValueError where there are none of its width.
     """
 
     key, script = "vector_rows", "sample_ddp_computed_dlc.py"
     flags = ("--condition-path",)
 
     @staticmethod
-    def add_flags(add) -> None:
+    def add_flags(add: Callable) -> None:
         add(
             "--condition-path",
             help="DiTCONT only: a folder of .npy files of vectors (n, in_dim), or one such file; "
@@ -220,12 +208,12 @@ class ComputedVectors(RowConditions):
         )
 
     @classmethod
-    def open(cls, args, model, meta) -> "ComputedVectors":
+    def open(cls, args: Namespace, model: DiT, meta: RunMeta) -> "ComputedVectors":
         if not args.condition_path:
             raise ValueError(f"{args.model} is conditioned on vectors: name them with --condition-path")
         return cls(args.condition_path, model, args.dlc_order or "random", args.global_seed)
 
-    def __init__(self, source, model, order: str, seed: int):
+    def __init__(self, source: str | Path, model: DiT, order: str, seed: int):
         rows = open_vectors(source)
         width, wanted = rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
         super().__init__("vectors", source, rows, order, seed, in_dim=width)
@@ -249,7 +237,7 @@ class ClassLabels(Conditions):
     sentence = "{order} labels of {num_classes} classes"
 
     @staticmethod
-    def add_flags(add) -> None:
+    def add_flags(add: Callable) -> None:
         add(
             "--label-sampling",
             choices=["random", "equal"],
@@ -259,10 +247,10 @@ class ClassLabels(Conditions):
         )
 
     @classmethod
-    def open(cls, args, model, meta) -> "ClassLabels":
+    def open(cls, args: Namespace, model: DiT, meta: RunMeta) -> "ClassLabels":
         return cls(model, args.label_sampling, args.global_seed)
 
-    def __init__(self, model, sampling: str, seed: int):
+    def __init__(self, model: DiT, sampling: str, seed: int):
         self.num_classes, self.sampling, self.seed = model.y_embedder.num_classes, sampling, seed
         self.recorded = dict(kind="labels", num_classes=self.num_classes, order=sampling)
 

@@ -20,28 +20,21 @@ class Decoder:
     On the CPU, where decoding and denoising would share the cores, only the writing overlaps. Images are decoded 16
     at a time, so that memory does not grow with the batch, and one at a time on the CPU, where that is faster.
 
-    Args:
-        precision: the VAE's, "fp32", "bf16" or "fp16".
-        after_first: called once, when the first batch has been written.
+    after_first: called once, when the first batch has been written.
     """
 
-    def __init__(self, vae, folder: Path, precision: str = "fp32", after_first: Callable | None = None):
+    def __init__(
+        self, vae: torch.nn.Module, folder: Path, precision: str = "fp32", after_first: Callable | None = None
+    ):
         self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
         self.on_gpu = vae.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_gpu else None
-        # new threads default to cuda:0
-        self.thread = (
-            ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(vae.device,))
-            if self.on_gpu
-            else ThreadPoolExecutor(1)
-        )
+        in_device = dict(initializer=torch.cuda.set_device, initargs=(vae.device,)) if self.on_gpu else {}  # not cuda:0
+        self.thread = ThreadPoolExecutor(1, **in_device)
         self.pool, self.pending, self.after_first = ThreadPoolExecutor(), None, after_first
 
     def images(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents (N, C, h, w) to images (N, H, W, 3) uint8.
-
-        Raises ValueError where a decoded image is not finite.
-        """
+        """Latents (N, C, h, w) to images (N, H, W, 3) uint8. Raises ValueError where one is not finite."""
 
         def network(some):
             decoded = decode(self.vae, some).float()
@@ -78,20 +71,16 @@ class Decoder:
             self.after_first()
             self.after_first = None
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until all is written. Raises the exception that writing raised."""
         if self.pending:
             self.pending.result()
             self.pending = None
 
 
-def save_strip(path: Path, pictures: int, num_steps: int, draw, decoder: Decoder) -> None:
-    """A strip of how one sample is denoised: the model's estimate of the image, from the first step to the last.
-
-    draw(on_step) draws that sample in num_steps steps, of which as many as there are pictures are shown.
-    """
-    shown = np.linspace(0, num_steps - 1, pictures).round().astype(int).tolist()
-    seen = []
+def save_strip(path: Path, pictures: int, num_steps: int, draw: Callable, decoder: Decoder) -> None:
+    """A strip of the x_0 that a model sees in some of the num_steps steps by which draw(on_step) draws a sample."""
+    shown, seen = np.linspace(0, num_steps - 1, pictures).round().astype(int).tolist(), []
     draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
     images = decoder.images(torch.cat(seen))
     save_png(path, image_grid(images, len(images)))

@@ -5,26 +5,23 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SAMPLERS, Sampler
 from dlc.machine.noise import StepNoise, Stream, normal
 from dlc.machine.processes import PRECISIONS
+from models import Condition, DiT
 
 
-def create_sampler(name: str, steps: int | None = None, eta: float | None = None, learn_sigma: bool = True):
-    """The sampler of a name in SAMPLERS; see diffusion/samplers.py for what one is.
+def create_sampler(name: str, steps: int | None = None, eta: float | None = None, learn_sigma: bool = True) -> Sampler:
+    """The sampler of a name in SAMPLERS. Raises ValueError for an option that it does not have.
 
     Args:
         steps: None for the sampler's default.
         learn_sigma: whether the model's output has the variance's channels.
-
-    Raises ValueError for an option that the sampler does not have.
     """
     spec = SAMPLERS[name]
     if eta is not None and not spec.has_eta:
-        raise ValueError(
-            f"--eta {eta}: --sampler {name} has none, "
-            f"{' and '.join(other for other, one in SAMPLERS.items() if one.has_eta)} has"
-        )
+        others = " and ".join(other for other, one in SAMPLERS.items() if one.has_eta)
+        raise ValueError(f"--eta {eta}: --sampler {name} has none, {others} has")
     if (steps or 0) > spec.most_steps:
         raise ValueError(f"--num-sampling-steps: --sampler {name} has at most {spec.most_steps}")
     return spec.build(steps or spec.default_steps, eta or 0.0, learn_sigma)
@@ -32,10 +29,10 @@ def create_sampler(name: str, steps: int | None = None, eta: float | None = None
 
 @torch.inference_mode()
 def sample_latents(
-    model,
-    sampler,
+    model: DiT,
+    sampler: Sampler,
     *,
-    y,
+    y: Condition,
     seed: int,
     indices: torch.Tensor,
     latent_shape: tuple[int, int, int],
@@ -49,10 +46,8 @@ def sample_latents(
     """Draw latents (N, *latent_shape) for the conditions y.
 
     Args:
-        model: a DiT, DiTSEM or DiTCONT in eval mode.
-        sampler: see `create_sampler`.
-        y: N conditions, a tensor (N, ...) or a tree of them such as a dict, on the model's device; the model's
-            `null_condition` gives a tree like it.
+        model: in eval mode.
+        y: N conditions, a tensor (N, ...) or a tree of them as the model's `null_condition` gives it, on its device.
         seed, indices: a sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
         cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
         channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].

@@ -1,11 +1,13 @@
 """What a sampling script opens and checks before the work: the checkpoint, the sampler, the VAE."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SAMPLERS, Sampler
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import start_processes
 from dlc.nets.vae import pixels_per_cell, same_vae
@@ -19,10 +21,13 @@ from dlc.weights.hub import fetched_by_node, is_id
 from dlc.weights.load import load_model, process_of
 from dlc.weights.meta import RunMeta
 from dlc.weights.networks import downsampling_factor, fetch_vae, load_vae, vae_id, vae_label
-from models import DiT_models
+from models import DiT, DiT_models
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
-def refuse_model(args, script: str, wanted: str) -> None:
+def refuse_model(args: Namespace, script: str, wanted: str) -> None:
     """Raise ValueError where the script does not draw for a model's conditioning, or a flag is another's."""
     if CONDITIONINGS[wanted].script != script:
         here = " or ".join(name for name, one in CONDITIONINGS.items() if one.script == script)
@@ -35,7 +40,7 @@ def refuse_model(args, script: str, wanted: str) -> None:
                 raise ValueError(f"{flag} is for models conditioned on {name}: {args.model} is conditioned on {wanted}")
 
 
-def open_model(args, script: str, default: str) -> tuple[Path, torch.nn.Module, RunMeta]:
+def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, RunMeta]:
     """The checkpoint's path, its model in eval mode, and what is known of it; args.model becomes the model's name.
 
     Args:
@@ -66,7 +71,7 @@ def open_model(args, script: str, default: str) -> tuple[Path, torch.nn.Module, 
     return Path(path), model, meta
 
 
-def find_checkpoint(args) -> Path | str:
+def find_checkpoint(args: Namespace) -> Path | str:
     """The newest checkpoint of --model under --results-dir; where there is none, its published weights."""
     try:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
@@ -79,7 +84,7 @@ def find_checkpoint(args) -> Path | str:
         return published_dit(*which, lambda name: locate(name, "model", "--ckpt"))
 
 
-def open_sampler(args, model: torch.nn.Module, meta: RunMeta):
+def open_sampler(args: Namespace, model: DiT, meta: RunMeta) -> Sampler:
     """The sampler that the flags ask for. Raises ValueError for options that it does not have, and where the model was
     trained on a process that it does not draw from."""
     process = process_of(meta).config
@@ -97,7 +102,9 @@ def open_sampler(args, model: torch.nn.Module, meta: RunMeta):
     return sampler
 
 
-def open_vae(args, meta: RunMeta, model: torch.nn.Module, state) -> tuple[torch.nn.Module, dict, list[str]]:
+def open_vae(
+    args: Namespace, meta: RunMeta, model: DiT, state: "PartialState"
+) -> tuple[torch.nn.Module, dict, list[str]]:
     """The VAE to decode with, its keys of samples.json, and notes on what could not be compared with the checkpoint.
 
     Raises ValueError where it is not the VAE that made the checkpoint's latents. A --vae of the user's may have other
@@ -117,14 +124,14 @@ def open_vae(args, meta: RunMeta, model: torch.nn.Module, state) -> tuple[torch.
     )
 
 
-def guided_channels(flag: str | None, model) -> int:
+def guided_channels(flag: str | None, model: DiT) -> int:
     """How many latent channels --cfg-channels asks to guide."""
     if flag is None:
         return model.guided_channels or model.in_channels
     return 3 if flag == "3" else model.in_channels
 
 
-def folder_name(args, meta: RunMeta, path: Path, image_size: int) -> str:
+def folder_name(args: Namespace, meta: RunMeta, path: Path, image_size: int) -> str:
     """The name of the folder for a set of samples."""
     checkpoint, vae = path.stem if path.is_file() else path.name, vae_label(args.vae or meta.vae or "ema")
     return (

@@ -1,7 +1,4 @@
-"""Samples on disk: PNGs named by index, the .npz that ADM's evaluation reads, and a check of such a file.
-
-python -m dlc.sampling check FILE.npz [--grid]
-"""
+"""Samples on disk: PNGs named by index, the .npz that ADM's evaluation reads, and a check of such a file."""
 
 import hashlib
 import itertools
@@ -47,10 +44,9 @@ def save_grid(path: Path, folder: Path, count: int) -> None:
 
 
 def write_npz(path: Path, folder: Path, count: int, progress: bool = False) -> None:
-    """Stream PNGs 0..count-1 into path as arr_0 (count, S, S, 3) uint8, in index order.
+    """Stream PNGs 0..count-1 into path as arr_0 (count, S, S, 3) uint8, in index order, a few hundred at a time.
 
-    A few hundred images are in memory at a time. Raises ValueError, naming the image, where one is missing, broken or
-    of another size; path is then not written.
+    Raises ValueError, naming the image, where one is missing, broken or of another size; path is then not written.
     """
     shape = (count, *read_png(png_path(folder, 0)).shape)
 
@@ -77,12 +73,9 @@ def npz_rows(path: Path) -> int:
 
 
 def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> tuple[list[str], list[str]]:
-    """What an .npz of samples holds, and what is wrong with it: two lists of lines. One image is in memory at a time.
+    """What an .npz of samples holds, and what is wrong with it: two lists of lines. Raises ValueError if it is none.
 
-    Args:
-        grid: write a contact sheet of the first images beside it, as FILE.grid.png.
-
-    Raises ValueError where path is no such file, and OSError where the contact sheet cannot be written.
+    grid: write a contact sheet of the first images beside it, as FILE.grid.png.
     """
     path = Path(path)
     shape, keys = image_shape(path), one_line(", ".join(array_names(path)), 100)
@@ -102,9 +95,8 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
         f"values {low} to {high}, mean {total / shape[0]:.1f}",
     ]
     if shape[0] < FEWEST_FOR_FID:
-        lines.append(
-            f"warning: FID of {shape[0]:,} images is unreliable: draw {FEWEST_FOR_FID:,} or more (papers: 50,000)"
-        )
+        few = f"FID of {shape[0]:,} images is unreliable"
+        lines.append(f"warning: {few}: draw {FEWEST_FOR_FID:,} or more (papers: 50,000)")
     if grid:
         sheet = path.with_suffix(".grid.png")
         save_png(sheet, image_grid(np.stack(first), GRID_COLUMNS))

@@ -4,15 +4,17 @@ The code of sample i is a function of (seed, i) and the settings. The network is
 by index, so neither the number of processes, nor which codes are missing, nor how many are wanted changes a code.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS, create_sampler
-from dlc.data.codes import CodeSpec
-from dlc.machine.cli import progress
+from dlc.data.codes import SHARD, CodeSpec
+from dlc.machine.cli import BAR, progress
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import compile_blocks, set_numerics
 from dlc.nets.digest import weights_sha256
@@ -23,19 +25,17 @@ from dlc.weights.checkpoint import damage, newest_of_run, run_checkpoints
 from dlc.weights.load import load_prior, process_of
 from dlc.weights.meta import is_prior
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 BATCH = 64  # codes per batch; divides code_folder.SHARD
-
-
-#################################################################################
-#                                   The prior                                   #
-#################################################################################
 
 
 def newest_prior(results_dir: str | Path, use_ema: bool = True) -> Path:
     """The weights to draw codes with, from results_dir, which is a run of train_prior.py or a folder of runs.
 
-    Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint. Of several runs, the one
-    that wrote last. Raises ValueError if there is no prior.
+    Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint; of the run that wrote
+    last. Raises ValueError if there is no prior.
     """
     best, written = {}, {}
     files = "meta.json", "ema.safetensors" if use_ema else "model.safetensors"
@@ -59,25 +59,26 @@ def resolved(path: str | Path, use_ema: bool = True) -> str | Path:
 
 
 class PriorDraw:
-    """A prior with all that decides its codes: draw(indices) gives them.
-
-    Args:
-        path: of the prior, as `load_prior` takes it.
-        precision: of the network, "fp32", "bf16" or "fp16".
+    """A prior, by a path as `load_prior` takes it, with all that decides its codes: draw(indices) gives them.
 
     Raises ValueError if it cannot be loaded, or for options that it does not have.
     """
 
     def __init__(
-        self, path, use_ema: bool, options: PriorOptions, *, seed: int, precision: str = "fp32", tf32: bool = True
+        self,
+        path: str | Path,
+        use_ema: bool,
+        options: PriorOptions,
+        *,
+        seed: int,
+        precision: str = "fp32",
+        tf32: bool = True,
     ):
         path = resolved(path, use_ema)
-        self.model, self.meta = load_prior(path, use_ema)
-        encoder = self.meta.encoder_sha256
-        self.spec = CodeSpec(owner=f"the prior {path}", L=self.model.L, V=self.model.V, encoder_sha256=encoder)
         self.path, self.seed, self.precision, self.tf32 = path, seed, precision, tf32
-        model, spec, classes = self.model, SAMPLERS[options.sampler], options.classes
-        self.diffusion = process_of(self.meta)
+        self.model, self.meta = model, meta = load_prior(path, use_ema)
+        self.spec = CodeSpec(owner=f"the prior {path}", L=model.L, V=model.V, encoder_sha256=meta.encoder_sha256)
+        self.diffusion, spec, classes = process_of(meta), SAMPLERS[options.sampler], options.classes
         steps = options.steps or spec.default_steps or model.L
         self.sampler = create_sampler(options.sampler, model.V, steps, options.eta, options.temperature, options.top_p)
         if classes:
@@ -92,34 +93,27 @@ class PriorDraw:
         eta = (spec.default_eta if options.eta is None else options.eta) if spec.has_eta else None
         self.options = replace(options, steps=steps, eta=eta, classes=classes)
 
-    def labels(self, num: int) -> list[int] | None:
-        """The class of each of `num` samples, if there are classes."""
-        classes = self.options.classes
-        return classes and [classes[i % len(classes)] for i in range(num)]
-
     def record(self, num: int) -> CodesRecord:
         """The record in codes.json of `num` codes, without the launches that draw them."""
-        meta = self.meta
+        classes, own = self.options.classes, dict(precision=self.precision, tf32=self.tf32, global_seed=self.seed)
         return CodesRecord(
-            model=meta.model or "DLCPrior",
+            model=self.meta.model or "DLCPrior",
             checkpoint=recorded_id(str(self.path)),
             weights_sha256=weights_sha256(self.model),
-            step=meta.step,
-            weights=meta.weights,
+            step=self.meta.step,
+            weights=self.meta.weights,
             L=self.model.L,
             V=self.model.V,
-            encoder_sha256=meta.encoder_sha256,
+            encoder_sha256=self.meta.encoder_sha256,
             options={**asdict(self.options), "given": self.given and self.given.sha256},
             given=self.options.given and recorded_id(self.options.given),
-            precision=self.precision,
-            tf32=self.tf32,
-            global_seed=self.seed,
+            **own,
             num=num,
-            labels=self.labels(num),
+            labels=classes and [classes[i % len(classes)] for i in range(num)],
             runs=[],
         )
 
-    def to(self, device, compiled: bool | None = None) -> "PriorDraw":
+    def to(self, device: torch.device, compiled: bool | None = None) -> "PriorDraw":
         """Get ready to draw on a device. compiled: whether the blocks are; None: on GPUs."""
         set_numerics(self.tf32)
         self.model.to(device)
@@ -127,53 +121,48 @@ class PriorDraw:
             compile_blocks(self.model, device)
         return self
 
-    def draw(self, indices: np.ndarray, batch: int = BATCH, on_batch=None) -> np.ndarray:
+    def draw(self, indices: np.ndarray, batch: int = BATCH, on_call: Callable | None = None) -> np.ndarray:
         """Codes (N, L) int64 of consecutive samples; `to` a device first.
 
         Args:
             batch: codes at once. How a network rounds depends on it, so that of very many codes some differ.
-            on_batch: called after each batch's call of the network, with the share of the batch that is done.
+            on_call: called after each call of the network, with the number of codes that it completed, a fraction.
         """
-        device, parts = next(self.model.parameters()).device, []
-        calls = self.sampler.most_calls(self.model.L)
+        device, parts, classes = next(self.model.parameters()).device, [], self.options.classes
+        share = batch / self.sampler.most_calls(self.model.L)
         for first in range(int(indices[0]) // batch * batch, int(indices[-1]) + 1, batch):
             own = torch.arange(first, first + batch)  # always whole, so that each sample keeps its place
-            given = None if self.given is None else self.given(own).to(device)
-            classes = self.options.classes
-            y = torch.tensor(classes)[own % len(classes)].to(device) if classes else None
             codes = sample_codes(
-                self.model,
-                self.diffusion,
-                self.sampler,
+                *(self.model, self.diffusion, self.sampler),
                 seed=self.seed,
                 indices=own.to(device),
-                y=y,
+                y=torch.tensor(classes)[own % len(classes)].to(device) if classes else None,
                 cfg_scale=self.options.cfg_scale,
-                codes=given,
+                codes=None if self.given is None else self.given(own).to(device),
                 precision=self.precision,
-                on_call=on_batch and (lambda _: on_batch(batch / calls)),
+                on_call=on_call and (lambda _: on_call(share)),
             )
             parts.append(codes.cpu().numpy()[np.isin(own.numpy(), indices)])
         return np.concatenate(parts)
 
 
-def draw_into(folder: CodeFolder, missing: list[int], draw: PriorDraw, num: int, state, batch=BATCH, compiled=None):
+def draw_into(
+    folder: CodeFolder,
+    missing: list[int],
+    draw: PriorDraw,
+    num: int,
+    state: "PartialState",
+    batch: int = BATCH,
+    compiled: bool | None = None,
+) -> None:
     """Draw this process's share of the missing shards of a folder of `num` codes. compiled: see `PriorDraw.to`."""
     draw.to(state.device, compiled)
-    own = missing[state.process_index :: state.num_processes]
-    total = sum(len(folder.places(shard, num)) for shard in own)
-    with progress(
-        total=total,
-        unit="code",
-        desc="drawing codes" + (f" (of {state.num_processes} processes, this one)" if state.num_processes > 1 else ""),
-        delay=2,
-        disable=not state.is_main_process,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
-    ) as bar:
-        done = 0
-        for shard in own:
-            indices = folder.places(shard, num)
+    own, done = [folder.places(shard, num) for shard in missing[state.process_index :: state.num_processes]], 0
+    share = f" (of {state.num_processes} processes, this one)" if state.num_processes > 1 else ""
+    total = sum(map(len, own))
+    with progress(total=total, unit="code", desc="drawing codes" + share, delay=2, bar_format=BAR) as bar:
+        for indices in own:
             codes = draw.draw(indices, batch, lambda codes: bar.update(min(codes, total - bar.n)))
-            folder.write(shard, codes, draw.model.V)
+            folder.write(int(indices[0]) // SHARD, codes, draw.model.V)
             done += len(indices)
             bar.update(done - bar.n)

@@ -8,13 +8,14 @@ import torch
 from diffusion.masked import MaskedDiffusion
 from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast
+from prior import DLCPrior
 
 
 @torch.inference_mode()
 def sample_codes(
-    model,
+    model: DLCPrior,
     diffusion: MaskedDiffusion,
-    sampler,
+    sampler: Callable,
     *,
     seed: int,
     indices: torch.Tensor,
@@ -27,11 +28,9 @@ def sample_codes(
     """Draw codes, (N, L) int64 in 0..V-1.
 
     Args:
-        model: a DLCPrior in eval mode.
-        diffusion: the process that it was trained on, which says what the model is told of the time.
+        model, diffusion: in eval mode, and the process that it was trained on, which says what it is told of the time.
         sampler: see `create_sampler` in diffusion/masked_samplers.py.
-        seed, indices: all random numbers of a code are functions of (seed, its index); indices is (N,) int64 on the
-            model's device.
+        seed, indices: a code's random numbers are functions of (seed, its index); (N,) int64 on the model's device.
         y: (N,) classes, if the prior has classes [none].
         cfg_scale: guidance by class (Ho & Salimans 2022) in log probabilities; at 1 the null half is not computed.
         codes: (N, L) tokens to keep, and V where tokens are to be drawn [V everywhere].

@@ -2,7 +2,10 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, field, fields
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +15,6 @@ from dlc.data.codes import CodeSpec, compare
 from dlc.machine.cli import number
 from dlc.machine.noise import Stream, random_words
 from dlc.sampling.code_folder import open_codes
-
-#################################################################################
-#                                     Flags                                     #
-#################################################################################
 
 
 def _places(text):
@@ -37,7 +36,7 @@ SAMPLERS_HELP = "; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.ite
 STEPS_HELP = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
 
 
-def option(default, help: str, *names: str, **argument):
+def option(default: object, help: str, *names: str, **argument) -> Any:
     """A field of `PriorOptions`: its default; the help, names [the field's] and argparse's argument of its flag."""
     return field(default=default, metadata=dict(help=help, names=names, argument=argument))
 
@@ -51,8 +50,7 @@ class PriorOptions:
         None,
         "calls of the network per code, or steps in time of the analytic sampler and the corrector, which call it only "
         f"where a token changes [{STEPS_HELP}]",
-        "steps",
-        "calls",
+        *("steps", "calls"),
         type=number(int, 1),
     )
     temperature: float = option(1.0, "divide the logits by this; 0 takes the likeliest", type=number(float, 0))
@@ -93,7 +91,7 @@ class PriorOptions:
     )
 
     @classmethod
-    def of(cls, args, prefix: str = "") -> "PriorOptions":
+    def of(cls, args: Namespace, prefix: str = "") -> "PriorOptions":
         """Those of parsed args. Raises ValueError for flags that do not go together."""
         values = {one.name: getattr(args, f"prior_{flags_of(one)[0].replace('-', '_')}") for one in fields(cls)}
         if values["keep_places"]:
@@ -110,12 +108,12 @@ class PriorOptions:
         return options
 
 
-def flags_of(option) -> tuple[str, ...]:
+def flags_of(option: Field) -> tuple[str, ...]:
     """The names of an option's flag, without dashes and prefix."""
     return option.metadata["names"] or (option.name.replace("_", "-"),)
 
 
-def add_prior_flags(add, prefix: str = "") -> None:
+def add_prior_flags(add: Callable, prefix: str = "") -> None:
     """Add a flag for each field of `PriorOptions`. The parser has no defaults: it gives None for what is not there."""
     for one in fields(PriorOptions):
         name, *others = flags_of(one)
@@ -124,11 +122,6 @@ def add_prior_flags(add, prefix: str = "") -> None:
             argument.setdefault("metavar", name.upper().replace("-", "_"))
         help = one.metadata["help"].format(prefix=prefix) + ("" if one.default is None else f" [{one.default}]")
         add(*(f"--{prefix}{flag}" for flag in (name, *others)), help=help, **argument)
-
-
-#################################################################################
-#                               Codes to keep in part                           #
-#################################################################################
 
 
 class Given:
@@ -145,10 +138,9 @@ class Given:
         if self.rows.max() >= len(codes):
             raise ValueError(f"row {self.rows.max()} is not in {options.given}, which has rows 0 to {len(codes) - 1}")
         self.tokens, self.places = options.keep_tokens, options.keep_places
-        if (self.tokens or 0) > L:
-            raise ValueError(f"there are only {L} tokens to keep, not {self.tokens}")
-        if self.places and self.places[-1] >= L:
-            raise ValueError(f"position {self.places[-1]} is not in a code, which has positions 0 to {L - 1}")
+        if (self.tokens or 0) > L or self.places and self.places[-1] >= L:
+            what = f"keep {self.tokens} tokens" if self.places is None else f"keep the token at {self.places[-1]}"
+            raise ValueError(f"cannot {what} of codes of {L} tokens, at positions 0 to {L - 1}")
         digest = hashlib.sha256()
         for part in np.array_split(self.rows, 1 + len(self.rows) // 4096):
             digest.update(self.codes.gather(part, V).astype("<u2").tobytes())

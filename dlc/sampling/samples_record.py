@@ -1,22 +1,40 @@
-"""The keys of samples.json, which records what made the images of a folder."""
+"""The folder of PNGs that one set of samples goes to, the files beside it, and samples.json: what made them."""
 
 import datetime
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from dlc.machine.files import remove_temporaries, write_json
+from dlc.machine.folder import ResumableFolder
 from dlc.machine.processes import versions
-from dlc.machine.records import OBJECT, SWITCH, TEXT, Record, key, list_of, or_null, real_number, whole_number
+from dlc.machine.records import (
+    OBJECT,
+    SWITCH,
+    TEXT,
+    Record,
+    differences,
+    key,
+    list_of,
+    or_null,
+    real_number,
+    whole_number,
+)
+from dlc.sampling.pictures import missing_indices
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from dlc.sampling.conditions import Conditions
 
 COUNT, SIZE = whole_number(0), whole_number(1)
-
-
-CONDITIONS = (
-    (lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)),
-    "an object with a kind of conditions",
-)
+HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)  # noqa: E731
+CONDITIONS = HAS_KIND, "an object with a kind of conditions"
 SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
 
 
@@ -58,7 +76,7 @@ class SamplesRecord(Record):
         return {**super().settings(), "conditions": conditions}
 
 
-def this_launch(state, per_proc_batch_size: int) -> dict:
+def this_launch(state: "PartialState", per_proc_batch_size: int) -> dict:
     """The entry of `runs` for this launch, but for the number of images or shards that it draws."""
     return dict(
         command=sys.argv,
@@ -68,3 +86,43 @@ def this_launch(state, per_proc_batch_size: int) -> dict:
         device=torch.cuda.get_device_name() if state.device.type == "cuda" else platform.processor() or "cpu",
         versions=versions(),
     )
+
+
+class SampleFolder(ResumableFolder):
+    """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png.
+
+    If a prior draws the codes, FOLDER.codes/, too.
+
+    Args:
+        conditions: what the samples are drawn for, see CONDITIONINGS.
+    """
+
+    record_type, record_name, holds, files = SamplesRecord, "samples.json", "samples", ("*.png",)
+    elsewhere, count, parts = "give another --sample-dir", "num_fid_samples", "images"
+
+    def __init__(self, path: str | Path, conditions: "Conditions"):
+        super().__init__(path)
+        self.conditions = conditions
+        self.npz, self.grid, self.strip, self.codes = (
+            self.path.with_name(self.path.name + end) for end in (".npz", ".grid.png", ".progressive.png", ".codes")
+        )
+
+    def missing(self, record: SamplesRecord) -> list[int]:
+        """The indices of the images to draw."""
+        remove_temporaries(self.path.parent, self.path.name + ".")
+        return missing_indices(self.path, record.num_fid_samples)
+
+    def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
+        """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""
+        different, drawn = record.difference(earlier), earlier.num_fid_samples
+        if different or drawn > record.num_fid_samples:
+            return different
+        digest = record.conditions["sha256"] if drawn == record.num_fid_samples else self.conditions.digest(drawn)
+        there = {"conditions.sha256": earlier.conditions.get("sha256")}
+        return differences(there, {"conditions.sha256": digest})
+
+    def write_record(self, record: SamplesRecord) -> None:
+        """Write samples.json with the condition of each sample, and remove the .npz, whose images are out of date."""
+        self.npz.unlink(missing_ok=True)
+        values = self.conditions.values(np.arange(record.num_fid_samples)).tolist()
+        write_json(self.record_path, {**record.to_json(), self.conditions.key: values})

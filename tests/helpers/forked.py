@@ -77,8 +77,9 @@ class Run:
 
     def dies(self):
         """Wait until a rank was killed, at a point that `faulty` names, and kill the others as a launcher would."""
-        connection.wait([rank.sentinel for rank in self.ranks], timeout=300)
-        assert any(rank.exitcode == -signal.SIGKILL for rank in self.ranks), self.said()
+        while all(rank.exitcode != -signal.SIGKILL for rank in self.ranks):
+            alive = [rank.sentinel for rank in self.ranks if rank.is_alive()]
+            assert alive and connection.wait(alive, timeout=300), self.said()
         for rank in self.ranks:
             rank.kill()
             rank.join()

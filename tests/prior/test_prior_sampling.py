@@ -12,7 +12,6 @@ from test_prior_training import write_features
 from tiny_prior import save_prior
 
 import sample_prior
-from dlc.data.codes import perplexity
 from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes
 from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
@@ -192,8 +191,8 @@ def test_usage_by_hand():
     rng = np.random.default_rng(0)
     train, new = rng.integers(0, 3, (40, 5)), rng.integers(0, 3, (12, 5))
     train[7], new[3], new[4], new[9] = train[2], train[2], new[1], train[11]
-    rows = [Rows(len(one), lambda places, one=one: one[places]) for one in (new, train)]
-    found = usage(rows[0], 3, rows[1], rows[0])
+    rows = [Rows(one.__getitem__, np.arange(len(one)), 3) for one in (new, train)]
+    found = usage(rows[0], rows[1], rows[0])
     apart = (new[:, None] != train).sum(axis=2)
     assert found["samples"]["copies"] == (apart.min(axis=1) == 0).mean() >= 2 / 12
     assert found["samples"]["repeated"] == pytest.approx(1 - len(np.unique(new, axis=0)) / 12)
@@ -203,13 +202,11 @@ def test_usage_by_hand():
     assert found["training"]["copies"] == (own.min(axis=1) == 0).mean() >= 2 / 40
     assert found["training"]["nearest_mean"] == own.min(axis=1).mean()
     shares = [np.bincount(column, minlength=3) / 12 for column in new.T]
-    np.testing.assert_allclose(
-        perplexity(rows[0].counts(3)), [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares], rtol=1e-9
-    )
+    expected = [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares]
+    np.testing.assert_allclose(found["samples"]["perplexity"], expected, atol=1e-3)
     assert nearest(rows[0], rows[1], 3).shape == (3,)
-    assert usage(rows[0], 3)["samples"].keys().isdisjoint({"copies", "nearest_mean"})
-    alone = Rows(9, lambda places: np.ones((9, 2), int)[places], np.arange(9))
-    np.testing.assert_allclose(perplexity(alone.counts(300)), 1)
+    assert usage(rows[0])["samples"].keys().isdisjoint({"copies", "nearest_mean"})
+    assert usage(Rows(np.ones((9, 2), int).__getitem__, np.arange(9), 300))["samples"]["perplexity"] == [1, 1]
 
 
 def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):
@@ -313,8 +310,8 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
         (("--keep-tokens", 2), "name the codes with --given"),
         (given, "say what to keep of it"),
         ((*given, "--keep-tokens", 2, "--keep-places", 1), "say what to keep of it"),
-        ((*given, "--keep-tokens", L + 1), f"only {L} tokens to keep"),
-        ((*given, "--keep-places", L), f"positions 0 to {L - 1}"),
+        ((*given, "--keep-tokens", L + 1), f"cannot keep {L + 1} tokens of codes of {L} tokens"),
+        ((*given, "--keep-places", L), f"cannot keep the token at {L} of codes of {L} tokens"),
         ((*given, "--keep-places", "3-1"), "invalid position or range value"),
         ((*given, "--keep-tokens", 1, "--given-rows", 2), "has rows 0 to 1"),
         (("--given", "short.npy", "--keep-tokens", 1), f"have L={L - 1}, but those of the prior have L={L}"),

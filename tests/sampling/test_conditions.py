@@ -13,8 +13,7 @@ from dlc.data.images import save_png
 from dlc.sampling.code_folder import open_codes
 from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors
 from dlc.sampling.pictures import png_path
-from dlc.sampling.sample_folder import SampleFolder
-from dlc.sampling.samples_record import SamplesRecord
+from dlc.sampling.samples_record import SampleFolder, SamplesRecord
 from dlc.weights.meta import RunMeta
 
 MODEL = types.SimpleNamespace(sem_embedder=types.SimpleNamespace(L=L, V=V))
