@@ -1,4 +1,4 @@
-"""Masked (absorbing-state) diffusion over tokens: noise, loss, bound and one reverse step, apart from any model.
+"""Masked (absorbing-state) diffusion over tokens: noise, loss, bound and reverse steps, apart from any model.
 
     diffusion = MaskedDiffusion(V=256)
     x_t = diffusion.corrupt(x0, t, u)                            # tokens (N, L), of which some are V, the mask
@@ -194,19 +194,6 @@ class MaskedDiffusion:
         """
         q = cls.reveal_weight(t, s, eta)
         return q / (1 + eta * q)
-
-    def reverse_weights(self, x_t: torch.Tensor, logp: torch.Tensor, t: torch.Tensor, s: torch.Tensor,
-                        eta: float = 0.0) -> torch.Tensor:
-        """Weights of the tokens 0..V after a reverse step, (N, L, V+1), as SEDD and the DLC project's corrector draw.
-
-        Args:
-            x_t: (N, L); logp: (N, L, V) log probabilities of the clean tokens; t, s: (N,) from and to.
-        """
-        q = self.reveal_weight(t, s, eta).view(-1, 1, 1)
-        masked = torch.cat([q * logp.exp(), (eta + (1 - eta) * (1 - q)).expand(*logp.shape[:2], 1)], dim=2)
-        kept = (1 - eta) * F.one_hot(x_t, self.V + 1).to(logp)
-        kept[..., self.V] += eta
-        return torch.where((x_t == self.mask).unsqueeze(2), masked, kept)
 
 
 def at_all_places(device: torch.device) -> bool:

@@ -19,9 +19,7 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-#################################################################################
-#                               Reference values                                #
-#################################################################################
+# ---------------------------------------------------------------------- reference values
 
 
 def test_schedule_and_forward_process_agree_with_reference():
@@ -57,14 +55,7 @@ def test_samplers_agree_with_reference():
     close(diffusion.ddim_sample_loop(toy_network, (2, 4, 4, 4), VALUES["z"], clip_denoised=False), VALUES["ddim12"])
 
 
-@pytest.mark.parametrize("respacing", ["250", "ddim50", "10,15,20"])
-def test_kept_timesteps_agree_with_reference(respacing):
-    assert create_diffusion(respacing).timestep_map == VALUES[f"timesteps_{respacing}"].tolist()
-
-
-#################################################################################
-#                                 Closed forms                                  #
-#################################################################################
+# ---------------------------------------------------------------------- closed forms
 
 
 def test_cosine_schedule_is_the_squared_cosine():
@@ -82,20 +73,19 @@ def test_respacing_keeps_the_marginals(respacing):
     close(torch.cumprod(1 - kept.betas, 0), kept.alphas_cumprod, 1e-12)
 
 
-def test_respacing_by_sections():
+def test_kept_times():
+    for respacing in ("250", "ddim50", "10,15,20"):
+        assert create_diffusion(respacing).timestep_map == VALUES[f"timesteps_{respacing}"].tolist()
     assert spaced_timesteps(10, "10") == list(range(10))
     assert spaced_timesteps(10, "ddim5") == [0, 2, 4, 6, 8]
     assert spaced_timesteps(10, [2, 1]) == [0, 4, 5]
     assert spaced_timesteps(1000, "1") == [0]
 
 
-@pytest.mark.parametrize("respacing", ["1001", "0", "ddim300", "ten", "600,1", "ddim"])
-def test_impossible_respacing_is_refused(respacing):
-    with pytest.raises(ValueError, match="respacing"):
-        create_diffusion(respacing)
-
-
-def test_unknown_schedule_is_refused():
+def test_what_does_not_exist_is_refused():
+    for respacing in ("1001", "0", "ddim300", "ten", "600,1", "ddim"):
+        with pytest.raises(ValueError, match="respacing"):
+            create_diffusion(respacing)
     with pytest.raises(ValueError, match="'sine' does not exist"):
         create_diffusion("", noise_schedule="sine")
 
@@ -139,7 +129,7 @@ def exact_network(x_start):
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-@pytest.mark.parametrize("respacing", ["", "9"])
+@pytest.mark.parametrize("respacing", ["60", "9"])
 def test_a_network_that_knows_x_start_is_led_back_to_it(loop, respacing):
     diffusion = create_diffusion(respacing)
     torch.manual_seed(0)
@@ -164,8 +154,7 @@ def test_loss_weights():
 
 def test_variance_bound_leaves_the_mean_alone():
     output = torch.randn(2, 8, 4, 4, requires_grad=True)
-    diffusion = create_diffusion("")
-    losses = diffusion.training_losses(lambda x, t: output, torch.randn(2, 4, 4, 4), torch.tensor([4, 800]))
+    losses = create_diffusion("").training_losses(lambda x, t: output, torch.randn(2, 4, 4, 4), torch.tensor([4, 800]))
     losses["vb"].sum().backward()
     assert (output.grad[:, :4] == 0).all() and (output.grad[:, 4:] != 0).any()
 
@@ -175,11 +164,8 @@ def test_fixed_variances(small):
     diffusion = create_diffusion("", learn_sigma=False, sigma_small=small)
     x, t = torch.randn(2, 4, 4, 4), torch.tensor([0, 600])
     out = diffusion.p_mean_variance(lambda x, t: torch.zeros_like(x), x, t)
-    posterior = (
-        diffusion.betas
-        * (1 - torch.cat([torch.ones(1), diffusion.alphas_cumprod[:-1]]))
-        / (1 - diffusion.alphas_cumprod)
-    )
+    previous = torch.cat([torch.ones(1), diffusion.alphas_cumprod[:-1]])
+    posterior = diffusion.betas * (1 - previous) / (1 - diffusion.alphas_cumprod)
     expected = torch.stack([posterior[1], posterior[600] if small else diffusion.betas[600]]).float()
     close(out["variance"], expected.view(2, 1, 1, 1).expand_as(x))
     assert set(diffusion.training_losses(lambda x, t: torch.zeros_like(x), x, t)) == {"mse", "loss"}
@@ -236,10 +222,3 @@ def test_likelihood_of_a_network_that_knows_x_start():
     alpha = diffusion.alphas_cumprod[-1]
     prior = 0.5 * (-(1 - alpha).log() - alpha + alpha * x_start.double() ** 2).mean(dim=(1, 2, 3)) / math.log(2)
     close(out["prior_bpd"], prior.float())
-
-
-def test_progressive_loop_ends_in_the_sample():
-    diffusion = create_diffusion("6")
-    steps = list(diffusion.ddim_sample_loop_progressive(toy_network, (1, 4, 4, 4), VALUES["z"][:1]))
-    assert len(steps) == 6
-    assert torch.equal(steps[-1]["sample"], diffusion.ddim_sample_loop(toy_network, (1, 4, 4, 4), VALUES["z"][:1]))

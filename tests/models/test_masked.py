@@ -7,8 +7,8 @@ import torch
 from conftest import golden
 from scipy.stats import chisquare
 
-from diffusion.masked import MaskedDiffusion, mean_bound, rank, stratified_times
-from diffusion.masked_samplers import SAMPLERS, AnalyticSampler, FirstHittingSampler, TokenDraw, create_sampler
+from diffusion.masked import MaskedDiffusion, mean_bound, stratified_times
+from diffusion.masked_samplers import SAMPLERS, TokenDraw, create_sampler
 from dlc.machine.noise import Stream, uniforms
 from dlc.sampling.prior_engine import sample_codes
 
@@ -63,30 +63,24 @@ def test_loss_of_a_score_that_is_not_normalised(sedd):
     assert torch.equal(full["nats"], masked["nats"])
 
 
-@pytest.mark.parametrize("score", ["", "_raw"])
-def test_steps_are_sedds(sedd, score):
-    """Reading a score by its softmax: of one that is not normalised, the tokens' shares are SEDD's, not their sum."""
-    diffusion, t, s = MaskedDiffusion(5), sedd["t"], sedd["t_next"]
-    masked, logp = sedd["xt"] == 5, sedd["raw"].log_softmax(dim=2) if score else sedd["logp"]
-    analytic = diffusion.reverse_weights(sedd["xt"], logp, t, s)
-    denoise = diffusion.reverse_weights(sedd["xt"], logp, t, 0 * t)[..., :5]
-    if not score:
-        assert (analytic - sedd["step_analytic"]).abs().max() < 1e-12
-        assert (analytic - sedd["posterior"]).abs().max() < 1e-12
-        assert (denoise - sedd["step_denoise"]).abs().max() < 1e-12
-    for ours, theirs in ((analytic, sedd["step_analytic_raw"]), (denoise, sedd["step_denoise_raw"])):
-        if score:
-            shares = [values[..., :5] / values[..., :5].sum(dim=2, keepdim=True) for values in (ours, theirs)]
-            assert (shares[0] - shares[1])[masked].abs().max() < 1e-12
-
-
-def test_corrector_step_is_the_dlc_projects(sedd):
-    diffusion, n = MaskedDiffusion(5), torch.ones(5, dtype=torch.float64)
-    t, step, eta = sedd["corrector_t"] * n, sedd["corrector_step"], sedd["corrector_eta"].item()
-    weights = diffusion.reverse_weights(sedd["xt"], sedd["logp"], t, t - step, eta)
-    assert (weights - sedd["step_corrector"]).abs().max() < 1e-12
-    revealed = (weights[..., :5].sum(dim=2) / weights.sum(dim=2))[sedd["xt"] == 5]
-    assert (revealed - diffusion.reveal_probability(t, t - step, eta)[0]).abs().max() < 1e-12
+@pytest.mark.parametrize("step", ["analytic", "denoise", "corrector"])
+def test_steps_are_sedds(sedd, step):
+    """How much SEDD's analytic step, its last one, to time 0, and the DLC project's corrector reveal, and what."""
+    n, masked = torch.ones(5, dtype=torch.float64), sedd["xt"] == 5
+    t, s, eta = dict(
+        analytic=(sedd["t"], sedd["t_next"], 0.0),
+        denoise=(sedd["t"], 0 * n, 0.0),
+        corrector=(sedd["corrector_t"] * n, (sedd["corrector_t"] - sedd["corrector_step"]) * n, sedd["corrector_eta"]),
+    )[step]
+    weights = sedd[f"step_{step}"]
+    revealed = weights[..., :5].sum(dim=2) / (weights.sum(dim=2) if step != "denoise" else 1)
+    expected = MaskedDiffusion.reveal_probability(t, s, eta).view(-1, 1).expand(masked.shape)
+    assert (revealed - expected)[masked].abs().max() < 1e-12
+    for kind, logp in (("", sedd["logp"]), ("_raw", sedd["raw"].log_softmax(dim=2))):
+        if f"step_{step}{kind}" in sedd:  # of a score that is not normalised, the tokens' shares are SEDD's
+            shares = sedd[f"step_{step}{kind}"][..., :5]
+            shares = shares / shares.sum(dim=2, keepdim=True)
+            assert (shares - logp.exp())[masked].abs().max() < 1e-12
 
 
 # ---------------------------------------------------------------------- loss and bound
@@ -130,12 +124,6 @@ def test_independent_masking_has_the_same_mean_loss(sedd):
     x0, t = sedd["x0"][0].expand(n, 4), stratified_times(torch.rand(()), torch.arange(n), n, low=1e-6).double()
     loss = diffusion.training_losses(model, x0, t)["loss"]
     assert abs(loss.mean() - sedd["bound_nats"][0]) < 4 * loss.std() / n**0.5
-
-
-def test_stratified_times():
-    times = stratified_times(torch.tensor(0.7), torch.arange(8), 8)
-    assert times.min() >= 1e-3 and times.max() <= 1
-    assert sorted(((times - 1e-3) / (1 - 1e-3) * 8).long().tolist()) == list(range(8))
 
 
 def test_counted_masking_masks_so_many():
@@ -237,8 +225,7 @@ def test_bound_is_above_the_negative_log_likelihood():
 def test_analytic_sampler_in_many_steps_is_first_hitting():
     """To the code: both reveal a token when its own uniform time has come."""
     indices = torch.arange(1000)
-    few = draw(FirstHittingSampler(V, None, TokenDraw()), indices=indices)
-    many = draw(AnalyticSampler(V, 2**16, 0.0, TokenDraw()), indices=indices)
+    few, many = (draw(create_sampler(*one), indices=indices) for one in (("first-hitting", V), ("analytic", V, 2**16)))
     assert torch.equal(few[-1], many[-1]) and len(few) == len(many) == L
 
 
@@ -279,10 +266,6 @@ def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     assert all(map(torch.equal, whole, TokenDraw(0.9, 0.8)(logits, u)))
 
 
-def test_rank():
-    assert rank(torch.tensor([[0.3, 0.1, 0.3, 0.0]])).tolist() == [[2, 1, 3, 0]]
-
-
 # ---------------------------------------------------------------------- the engine
 
 
@@ -309,16 +292,8 @@ def test_guidance_is_of_log_probabilities():
     given, scale = torch.tensor([1, 2, V]).expand(N, L), 2.0
     logp = [enumerated(seed)[1][1 * 16 + 2 * 4 + 3, 2] for seed in (1, 0)]
     wanted = (logp[1] + scale * (logp[0] - logp[1])).softmax(dim=0)
-    codes = sample_codes(
-        Table(),
-        MaskedDiffusion(V),
-        create_sampler("first-hitting", V),
-        seed=0,
-        indices=torch.arange(N),
-        y=torch.zeros(N, dtype=torch.long),
-        cfg_scale=scale,
-        codes=given,
-    )
+    given = dict(seed=0, indices=torch.arange(N), y=torch.zeros(N, dtype=torch.long), cfg_scale=scale, codes=given)
+    codes = sample_codes(Table(), MaskedDiffusion(V), create_sampler("first-hitting", V), **given)
     counts = torch.bincount(codes[:, 2], minlength=V)
     assert chisquare(counts.numpy(), wanted.numpy() * N).pvalue > 1e-3
 

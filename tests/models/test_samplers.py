@@ -1,6 +1,7 @@
 """sample_latents: guidance where it acts, every sampler against its definition, precision, and what may not matter."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,21 +15,22 @@ from dlc.machine.processes import PRECISIONS, compile_blocks
 from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
 from dlc.weights.networks import load_vae
-from models import DiT_models, DiTSEM
+from models import DiT, DiTCONT, DiTSEM
 
 SHAPE, INDICES = (4, 8, 8), torch.tensor([5, 0, 9])
 # Of latents drawn in batches of other sizes: the first step, at time 999, divides eps and its rounding by 0.006.
 CLOSE = dict(atol=2e-3, rtol=2e-3)
-MODELS = [("DiTSEM-Ti/4", dict(L=L, V=V)), ("DiT-Ti/4", dict(num_classes=9)), ("DiTCONT-Ti/4", dict(in_dim=5))]
+MODELS = [(DiTSEM, dict(L=L, V=V)), (DiT, dict(num_classes=9)), (DiTCONT, dict(in_dim=5))]
 
 
-def random_model(name, **keywords):
+def random_model(family=DiTSEM, keywords=MODELS[0][1]):
+    """And conditions for three samples."""
     torch.manual_seed(0)
-    model = DiT_models[name](input_size=8, **keywords).eval()
+    model = family(input_size=8, patch_size=4, hidden_size=96, depth=3, num_heads=3, **keywords).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    y = {"DiTSEM": torch.randint(0, V, (3, L)), "DiT": torch.tensor([0, 4, 8]), "DiTCONT": torch.randn(3, 5)}
-    return model, y[name.split("-")[0]]
+        torch.nn.init.normal_(parameter, std=0.07)
+    y = {DiTSEM: torch.randint(0, V, (3, L)), DiT: torch.tensor([0, 4, 8]), DiTCONT: torch.randn(3, 5)}
+    return model, y[family]
 
 
 def draw(model, sampler, y, indices=INDICES, **options):
@@ -79,46 +81,37 @@ def test_conditions_may_be_trees():
     assert (changed - expected).abs().mean() > 1e-2
 
 
-@pytest.mark.parametrize("channels", [None, 3, 4])
-@pytest.mark.parametrize("name, keywords", MODELS)
-def test_guidance_only_where_it_acts(name, keywords, channels):
+@pytest.mark.parametrize("kind, channels", [(0, None), (0, 3), (1, None), (1, 4), (2, None)])
+def test_guidance_only_where_it_acts(kind, channels):
     """At times outside t_min..t_max, and always at scale 1, the conditional half alone runs; the result is the same."""
-    model, y = random_model(name, **keywords)
-    rows, diffusion = [], create_diffusion("10")
+    model, y = random_model(*MODELS[kind])
+    rows, diffusion, interval = [], create_diffusion("6"), dict(cfg_scale=2.0, t_min=200, t_max=500)
     model.blocks[0].register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
 
     def sample(**options):
         rows.clear()
-        return draw(model, create_sampler("ddpm", 10), y, channels=channels, **options)
+        return draw(model, create_sampler("ddpm", 6), y, channels=channels, **options)
 
     guided = sum(200 <= t <= 500 for t in diffusion.timestep_map)
-    assert 0 < guided < 10
-    part = sample(cfg_scale=2.0, t_min=200, t_max=500)
-    assert sorted(rows) == [3] * (10 - guided) + [6] * guided
-    full = full_computation(
-        *(model, y, diffusion.p_sample_loop, [0, *range(10, 0, -1)]),
-        **dict(cfg_scale=2.0, t_min=200, t_max=500, channels=channels),
-    )
+    assert 0 < guided < 6
+    part = sample(**interval)
+    assert sorted(rows) == [3] * (6 - guided) + [6] * guided
+    full = full_computation(model, y, diffusion.p_sample_loop, [0, *range(6, 0, -1)], **interval, channels=channels)
     torch.testing.assert_close(part, full, **CLOSE)
 
     plain = sample(cfg_scale=1.0)
-    assert rows == [3] * 10
+    assert rows == [3] * 6
     assert (part - plain).abs().max() > 1e-2
     torch.testing.assert_close(sample(cfg_scale=1 + 1e-6), plain, **CLOSE)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_is_the_diffusions(eta):
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+    model, y = random_model()
     diffusion = create_diffusion("7")
     ours = draw(model, create_sampler("ddim", 7, eta), y, cfg_scale=1.5)
-    full = full_computation(
-        model,
-        y,
-        lambda *args, **kwargs: diffusion.ddim_sample_loop(*args, eta=eta, **kwargs),
-        [0, *range(7, 0, -1)],
-        cfg_scale=1.5,
-    )
+    loop = partial(diffusion.ddim_sample_loop, eta=eta)
+    full = full_computation(model, y, loop, [0, *range(7, 0, -1)], cfg_scale=1.5)
     torch.testing.assert_close(ours, full, **CLOSE)
 
 
@@ -210,7 +203,7 @@ def test_heun_is_algorithm_1_of_edm():
 
 def test_a_solver_may_choose_its_times_as_it_goes():
     """A time that the sampler did not announce, also a fractional one, is embedded when it is first asked for."""
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+    model, y = random_model()
 
     class Unannounced(HeunSampler):
         times = ()
@@ -227,7 +220,7 @@ def test_a_solver_may_choose_its_times_as_it_goes():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_belongs_to_its_index(name):
     """Drawn in another batch, after another, or with all steps seen: the same; and each sampler ends near x_0."""
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+    model, y = random_model()
     sampler, seen = create_sampler(name, 6), []
     both = draw(model, sampler, y, cfg_scale=1.5)
     options = dict(indices=INDICES[1:2], cfg_scale=1.5, on_step=lambda number, x, x_start: seen.append(x_start))
@@ -249,20 +242,14 @@ def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_default_steps_and_what_is_refused():
+def test_default_steps():
     assert [create_sampler(name).num_steps for name in ("ddpm", "ddim", "dpmsolver++", "heun")] == [250, 50, 25, 25]
-    for arguments, message in (
-        (("ddpm", 10, 0.5), "--eta 0.5: --sampler ddpm has none"),
-        (("dpmsolver++", 1000), "at most 999"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            create_sampler(*arguments)
     assert len(set(DPMSolver(999).times)) == 999
 
 
 def test_a_model_without_sigma():
     torch.manual_seed(0)
-    model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=L, V=V, learn_sigma=False).eval()
+    model = DiTSEM(**TINY, learn_sigma=False).eval()
     for name in SAMPLERS:
         sampler = create_sampler(name, 4, learn_sigma=False)
         x = draw(model, sampler, torch.zeros(3, L, dtype=torch.long), cfg_scale=2.0)
@@ -271,7 +258,7 @@ def test_a_model_without_sigma():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_in_16_bits_give_what_autocast_gives(precision):
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+    model, y = random_model()
 
     def sample():
         with torch.autocast("cpu", PRECISIONS[precision]):
@@ -289,7 +276,7 @@ def test_weights_in_16_bits_give_what_autocast_gives(precision):
 @pytest.mark.slow
 def test_compiled_blocks_are_those_that_run_under_guidance():
     """Compiled, the guided and the unguided steps give what they gave, and no step runs the eager block."""
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+    model, y = random_model()
     options = dict(cfg_scale=1.5, t_max=500)
     eager = draw(model, create_sampler("ddpm", 6), y, **options)
     torch._dynamo.reset()
@@ -304,7 +291,7 @@ def test_compiled_blocks_are_those_that_run_under_guidance():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 def test_cuda_graphs_give_the_same(precision):
-    model, y = random_model(MODELS[0][0], **MODELS[0][1])
+    model, y = random_model()
     lower_precision(model, precision)
     model.cuda()
     graphs = CudaGraphs(model.denoise)
