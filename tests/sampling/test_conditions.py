@@ -120,9 +120,7 @@ def test_labels():
     assert (random.values(indices) != ClassLabels(model, "random", 1).values(indices)).any()
 
 
-#################################################################################
-#                                    Vectors                                    #
-#################################################################################
+# ---------------------------------------------------------------------- vectors
 
 CONT = types.SimpleNamespace(y_embedder=types.SimpleNamespace(embedding_table=torch.nn.Linear(5, 8, bias=False)))
 VECTORS = np.random.default_rng(1).normal(size=(7, 5))
@@ -192,9 +190,7 @@ def test_what_could_not_be_compared_is_said(tmp_path, features):
     )
 
 
-#################################################################################
-#                                 samples.json                                  #
-#################################################################################
+# ---------------------------------------------------------------------- samples.json
 
 RECORD = SamplesRecord(
     **dict(model="DiT-Ti/4", checkpoint="/a", weights_sha256="0" * 64, step=None, weights="ema", image_size=64),

@@ -1,5 +1,6 @@
 """PNGs, the .npz and its check."""
 
+import shutil
 import struct
 import zipfile
 
@@ -12,14 +13,20 @@ from dlc.sampling.__main__ import main
 from dlc.sampling.pictures import check_npz, missing_indices, npz_rows, png_path, write_npz
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """300 PNGs of noise, more than are read at once."""
     images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
-    (tmp_path / "images").mkdir()
+    root = tmp_path_factory.mktemp("images")
     for index, image in enumerate(images):
-        save_png(png_path(tmp_path / "images", index), image)
-    return tmp_path / "images", images
+        save_png(png_path(root, index), image)
+    return root, images
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    shutil.copytree(written[0], tmp_path / "images")
+    return tmp_path / "images", written[1]
 
 
 def streamed(path, rows):
