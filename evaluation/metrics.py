@@ -109,10 +109,6 @@ class FeatureStatistics:
         if self._rows >= ROWS_AT_ONCE:
             self._add_waiting()
 
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add the rows of another set, such as another process's."""
-        self.add_moments(other.count, other.mean, other.scatter)
-
     def add_moments(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         """Add `count` rows by their mean (dim,) and their `scatter` (dim, dim), both float64."""
         self._add_waiting()
@@ -406,12 +402,8 @@ class Metric:
     paper: str | None = None
 
 
-def pool_distance(pair: Pair) -> float:
-    return frechet_distance(*pair.statistics["pool"])
-
-
-def spatial_distance(pair: Pair) -> float:
-    return frechet_distance(*pair.statistics["spatial"])
+def distance(pair: Pair, output: str = "pool") -> float:
+    return frechet_distance(*pair.statistics[output])
 
 
 def score(pair: Pair) -> dict[str, float]:
@@ -423,37 +415,26 @@ def score(pair: Pair) -> dict[str, float]:
     return found
 
 
-def precision(pair: Pair) -> float:
-    return pair.precision_recall[0]
-
-
-def recall(pair: Pair) -> float:
-    return pair.precision_recall[1]
-
-
-def density(pair: Pair) -> float:
-    return pair.density_coverage[0]
-
-
-def coverage(pair: Pair) -> float:
-    return pair.density_coverage[1]
-
-
 def kid(pair: Pair) -> dict[str, float]:
     mean, deviation = kernel_distance(*pair.features, generator=torch.Generator().manual_seed(pair.seed))
     return dict(kid=mean, kid_std=deviation)
 
 
+# fmt: off
 METRICS = {
-    "fid": Metric("FID", 2, "statistics", pool_distance, "inception", is_default=True),
-    "fd_dinov2": Metric(
-        "FD-DINOv2", 1, "statistics", pool_distance, "dinov2", is_default=True, paper="Stein et al. 2023"
-    ),
-    "sfid": Metric("sFID", 2, "statistics", spatial_distance, "inception", "spatial", is_default=True),
+    "fid": Metric("FID", 2, "statistics", distance, "inception", is_default=True),
+    "fd_dinov2": Metric("FD-DINOv2", 1, "statistics", distance, "dinov2", is_default=True, paper="Stein et al. 2023"),
+    "sfid": Metric("sFID", 2, "statistics", lambda pair: distance(pair, "spatial"), "inception", "spatial",
+                   is_default=True),
     "is": Metric("IS", 1, "probabilities", score, "inception", is_default=True, key="inception_score"),
-    "precision": Metric("precision", 3, "features", precision, is_default=True, neighbours=K_PRECISION),
-    "recall": Metric("recall", 3, "features", recall, is_default=True, neighbours=K_PRECISION),
+    "precision": Metric("precision", 3, "features", lambda pair: pair.precision_recall[0], is_default=True,
+                        neighbours=K_PRECISION),
+    "recall": Metric("recall", 3, "features", lambda pair: pair.precision_recall[1], is_default=True,
+                     neighbours=K_PRECISION),
     "kid": Metric("KID", 5, "features", kid, paper="Binkowski et al. 2018"),
-    "density": Metric("density", 3, "features", density, neighbours=K_DENSITY, paper="Naeem et al. 2020"),
-    "coverage": Metric("coverage", 3, "features", coverage, neighbours=K_DENSITY, paper="Naeem et al. 2020"),
+    "density": Metric("density", 3, "features", lambda pair: pair.density_coverage[0], neighbours=K_DENSITY,
+                      paper="Naeem et al. 2020"),
+    "coverage": Metric("coverage", 3, "features", lambda pair: pair.density_coverage[1], neighbours=K_DENSITY,
+                       paper="Naeem et al. 2020"),
 }
+# fmt: on

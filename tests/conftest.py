@@ -308,6 +308,7 @@ def workplace(images, tiny_models, tmp_path_factory):
     root = tmp_path_factory.mktemp("workplace")
     launch(extract_command("forked", 1, images, "features", tiny_models), root)
     common = ("--max-steps", 3, "--global-batch-size", 4, "--lr", 0.01, "--ema-decay", 0.5, "--num-workers", 0)
+    common += ("--log-every", 1)
     launch(("forked", 1, "train_diffusion.py", "--model", "DiTSEM-Ti/4", *common), root)
     launch(("forked", 1, "train.py", "--model", "DiT-Ti/4", "--results-dir", "results_dit", *common), root)
     launch(("forked", 1, "sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS), root)

@@ -1,4 +1,7 @@
-"""The digits demo's parts: its images, and the assets that assets/build_digits.py made. The whole is `bash demo.sh`."""
+"""The digits demo's parts: its images, its assets, its table and its models of codes. The whole is `bash demo.sh`."""
+
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,10 +9,12 @@ import scipy.linalg
 import torch
 from conftest import ROOT
 from PIL import Image
+from scipy.stats import chisquare
 from sklearn.neighbors import KNeighborsClassifier
 
 from demo import table
 from demo.digits import DigitReader, load_split, write_image_folder
+from demo.prior import Mixture
 from demo.shuffled import shuffle
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
 from dlc.nets.vae import decode, encode
@@ -50,25 +55,15 @@ def test_vae_keeps_the_digits_legible(splits):
 def test_codes_say_which_digit_it_is(splits):
     encoder = load_encoder(ROOT / "assets/digits-sem")
     with torch.inference_mode():
-        codes = [
-            torch.cat(
-                [
-                    encoder.codes(normalize(torch.from_numpy(part), IMAGENET_MEAN, IMAGENET_STD))
-                    for part in np.array_split(images, 4)
-                ]
-            ).numpy()
-            for images, _ in splits
-        ]
+        pixels = [normalize(torch.from_numpy(images), IMAGENET_MEAN, IMAGENET_STD) for images, _ in splits]
+        codes = [torch.cat([encoder.codes(part) for part in one.split(360)]).numpy() for one in pixels]
     nearest = KNeighborsClassifier(1, metric="hamming").fit(codes[0], splits[0][1])
     assert nearest.score(codes[1], splits[1][1]) > 0.95
     assert all(len(np.unique(position)) >= encoder.V // 2 for position in codes[0].T)  # no dead positions
 
 
 def test_assets_are_small():
-    size = sum(
-        path.stat().st_size for folder in ("digits-vae", "digits-sem") for path in (ROOT / "assets" / folder).iterdir()
-    )
-    assert size < 4e6
+    assert sum(path.stat().st_size for path in ROOT.glob("assets/digits-*/*")) < 4e6
 
 
 #################################################################################
@@ -126,16 +121,8 @@ def test_rows_whose_files_are_missing(monkeypatch, capsys):
 def test_judge(splits):
     """Real digits: every token comes back, and the distance is that of closed-form Gaussians in 20 directions."""
 
-    class Features:
-        V = 16
-
-        class manifest:
-            encoder = ROOT / "assets/digits-sem"
-
-    class Digits:
-        features = Features
-
-    judge = table.Judge(Digits)
+    manifest = SimpleNamespace(encoder=ROOT / "assets/digits-sem")
+    judge = table.Judge(SimpleNamespace(features=SimpleNamespace(V=16, manifest=manifest)))
     images, labels = splits[1]
     codes = judge.read_code(torch.from_numpy(images[:40]))["codes"].numpy()
     numbers = judge("some", images[:40], codes, labels[:40])
@@ -146,3 +133,21 @@ def test_judge(splits):
     root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
     distance = np.square(b.mean(axis=0)).sum() + np.trace(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root)
     assert numbers["frechet_distance"] == pytest.approx(distance, abs=1e-4)
+
+
+def test_mixture_is_a_distribution_and_better():
+    """Of codes of two clusters: its probabilities add up to 1, its draws follow them, it beats independence."""
+    rng = np.random.default_rng(0)
+    cluster = rng.integers(0, 2, (500, 1))
+    codes = np.where(rng.random((500, 3)) < 0.8, cluster * 2, rng.integers(0, 4, (500, 3)))
+    every = np.array(list(itertools.product(range(4), repeat=3)))
+    mixture, independent = Mixture(codes, 4, 6), Mixture(codes, 4, 1)
+    shares = np.stack([(codes == value).mean(axis=0) for value in range(4)], axis=1)  # (L, V)
+    np.testing.assert_allclose(np.exp(independent.log_p[0]), shares, atol=1e-3)
+    p = np.exp(-3 * mixture.nats(every))
+    assert p.sum() == pytest.approx(1)
+    assert mixture.nats(codes).mean() < independent.nats(codes).mean() - 0.1
+    drawn = mixture.draw(5000) @ [16, 4, 1]
+    seen = np.bincount(drawn, minlength=64)
+    often = p > 1e-3
+    assert chisquare([*seen[often], seen[~often].sum()], [*(5000 * p[often]), 5000 * p[~often].sum()]).pvalue > 1e-3

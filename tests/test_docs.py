@@ -6,26 +6,12 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, sample_folder
+from conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
-SCRIPTS = [
-    "extract_features_withdlc",
-    "train_diffusion",
-    "sample_ddp",
-    "sample_ddp_computed_dlc",
-    "train_prior",
-    "sample_prior",
-    "compose_dlc",
-    "evaluate",
-    "evaluation.agreement",
-    "evaluation.make_reference",
-    "evaluation.reconstruction",
-    "evaluation.sweep",
-    "dlc.features",
-    "dlc.checkpoints",
-    "dlc.sampling.__main__",
-]
+SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
+    compose_dlc evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction evaluation.sweep
+    dlc.features dlc.checkpoints dlc.sampling.__main__""".split()
 # of torchrun, accelerate launch, docker, pip and the benchmarks
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
@@ -44,20 +30,13 @@ def test_readme_is_short():
 def test_links_lead_somewhere(page):
     """To files of this repository and to headings in them."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
         if "://" not in target:
-            path, _, heading = target.partition("#")
             file = (page.parent / path) if path else page
             assert file.exists(), target
-            headings = (
-                {
-                    re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
-                    for line in file.read_text().splitlines()
-                    if line.startswith("#")
-                }
-                if heading
-                else {""}
-            )
-            assert heading in headings, target
+            headings = re.findall(r"^#+ +(.*)", file.read_text(), flags=re.MULTILINE) if heading else [""]
+            anchors = [re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-") for text in headings]
+            assert heading in anchors, target
 
 
 def options(parser):
@@ -93,12 +72,7 @@ def test_messages_are_quoted_as_they_are():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py"), *ROOT.glob("evaluation/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts.add(
-                "".join(
-                    part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "…"
-                    for part in parts
-                )
-            )
+            texts.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
     symptoms = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
     quotes = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+ [^`]+)`", symptom)]
     assert len(quotes) > 20
@@ -113,16 +87,16 @@ def test_every_key_is_described(workplace):
     text = (ROOT / "docs/formats.md").read_text()
     sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, flags=re.DOTALL | re.MULTILINE))
     files = {
-        "manifest.json": [workplace / "features/manifest.json"],
-        "config.json": sorted(workplace.glob("results*/checkpoints/*/config.json")),
-        "meta.json": sorted(workplace.glob("results*/checkpoints/*/meta.json")),
-        "metrics.jsonl": sorted(workplace.glob("results*/metrics.jsonl")),
-        "samples.json": [sample_folder(workplace / "samples") / "samples.json"],
+        "manifest.json": "features/manifest.json",
+        "config.json": "results*/checkpoints/*/config.json",
+        "meta.json": "results*/checkpoints/*/meta.json",
+        "metrics.jsonl": "results*/metrics.jsonl",
+        "samples.json": "samples/*/samples.json",
     }
-    for name, paths in files.items():
+    for name, pattern in files.items():
         described = set(re.findall(r"`(\w+)`", sections[name]))
+        assert (paths := list(workplace.glob(pattern)))
         for path in paths:
-            texts = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
-            for value in map(json.loads, texts):
+            for value in map(json.loads, path.read_text().splitlines() if "jsonl" in name else [path.read_text()]):
                 keys = value.keys() | {key for run in value.get("runs", []) for key in run}
                 assert keys <= described, (name, keys - described)
