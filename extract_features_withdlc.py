@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from dlc.data import Features, FeatureWriter, Manifest, NotFinite
 from dlc.data.extraction import BatchEncoder, batches_of, extract
@@ -34,7 +33,7 @@ from dlc.machine.processes import (
     start_processes,
     wait_for_all,
 )
-from dlc.machine.signals import ignore_signals
+from dlc.machine.readers import read_ahead
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, downsampling_factor, open_networks
@@ -191,13 +190,11 @@ def run(parser, args):
         f"{state.num_processes} processes on {state.device.type}, {args.precision}"
     )
     batches = batches_of(todo[state.process_index :: state.num_processes], len(paths), args.shard_size, args.batch_size)
-    loader = DataLoader(
-        views,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=state.device.type == "cuda",
+    loaded = read_ahead(
+        lambda batch: collate([views[index] for index in batch]),
+        batches,
+        args.num_workers,
+        pin=state.device.type == "cuda",
     )
     set_exact_numerics()
     encoder = PixelEncoder(vae, encoder, state.device, args.precision, args.compile)
@@ -213,7 +210,7 @@ def run(parser, args):
     )
     try:
         with bar:
-            extract(encode, zip(batches, loader), writer, len(paths), bar.update)
+            extract(encode, zip(batches, loaded), writer, len(paths), bar.update)
     except NotFinite as error:
         parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
     rate = images / (time.time() - start)

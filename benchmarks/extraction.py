@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchronize
 from dlc.data import kind_dir
 from dlc.data.images import Views, collate, flips_of
 from dlc.machine.exact import set_exact_numerics, side_by_side
 from dlc.machine.processes import PRECISIONS, cores_per_process, default_num_workers, set_numerics
+from dlc.machine.readers import read_ahead
 from dlc.nets.encoder import SEMEncoder, save_encoder
 from dlc.nets.pixels import PixelEncoder
 from dlc.weights.networks import load_encoder, load_vae
@@ -79,8 +79,8 @@ def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False)
     paths = sorted(path.name for path in (root / "images/class").iterdir())
     views = Views(root / "images/class", paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
     batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
-    order = dict(batch_sampler=(1 + DECODED) * batches, collate_fn=collate, num_workers=args.num_workers)
-    loader = iter(DataLoader(views, **order))
+    load = lambda batch: collate([views[index] for index in batch])  # noqa: E731
+    loader = read_ahead(load, (1 + DECODED) * batches, args.num_workers)
     loaded = [next(loader) for _ in batches]
     start = time.perf_counter()
     for _ in loader:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from benchmarks.record import record
 from dlc.data import Features, FeatureWriter, Manifest, kind_dir
+from dlc.machine.readers import read_ahead
 from dlc.training.batches import TrainingBatches
 
 FILES, SHARDS, TIMES = "one file per image", "shards", "times one file per image"
@@ -96,7 +96,7 @@ def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
     """Samples per second out of training's loader."""
     features = Features(root / "shards")
     data = TrainingBatches(features, dict(codes=features.codes), dict(codes=features.V), seed=0, global_batch=batch)
-    loader = iter(DataLoader(data, sampler=range(10 * count), batch_size=None, num_workers=workers))
+    loader = read_ahead(data.__getitem__, range(10 * count), workers)
     for _ in range(20):
         next(loader)
     start = time.perf_counter()

@@ -52,11 +52,26 @@ def golden(name):
     return values, weights
 
 
-def launch(command, cwd, check=True, wait=True, largest_file=None):
-    """Run "python|torchrun|accelerate|fsdp N script.py flags", scripts named from the root. Gives the process.
+ACCELERATE = "-m accelerate.commands.launch --main_process_port {port} --num_processes {processes}"
+LAUNCHERS = {
+    "python": "",
+    "torchrun": "-m torch.distributed.run --nnodes=1 --nproc_per_node={processes} --master_port={port}",
+    "accelerate": f"{ACCELERATE} --mixed_precision fp16",
+    "fsdp": f"{ACCELERATE} --mixed_precision no --config_file {{root}}/train_options/fsdp.yaml",
+}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(command, cwd, check=True, largest_file=None, descriptors=None):
+    """Run "LAUNCHER N script.py flags", scripts named from the root, by one of LAUNCHERS. Gives the ended process.
 
     The launcher "forked" is forked.Run, which is seconds faster; there standard output and error are one.
-    largest_file: bytes that the disk takes of one file.
+    largest_file, descriptors: bytes that the disk takes of one file; files that a process may open.
     """
     check_marked()
     launcher, processes, script, *flags = command
@@ -67,53 +82,24 @@ def launch(command, cwd, check=True, wait=True, largest_file=None):
         if not run.wait() and check:
             pytest.fail(f"{script} failed:\n{run.said()}")
         return types.SimpleNamespace(returncode=run.ranks[0].exitcode, stdout=run.said(), stderr=run.said())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    prefix = {
-        "python": [sys.executable],
-        "torchrun": [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=1",
-            f"--nproc_per_node={processes}",
-            f"--master_port={port}",
-        ],
-        "accelerate": [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--mixed_precision",
-            "fp16",
-            "--main_process_port",
-            port,
-            "--num_processes",
-            str(processes),
-        ]
-        + (["--multi_gpu"] if processes > 1 else []),
-        "fsdp": [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(ROOT / "train_options/fsdp.yaml"),
-            "--mixed_precision",
-            "no",
-            "--main_process_port",
-            port,
-            "--num_processes",
-            str(processes),
-        ],
-    }[launcher]
-    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    env["HF_HUB_OFFLINE"] = "1"
-    limit = largest_file and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
-    kwargs = dict(preexec_fn=limit, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    arguments = [*prefix, str(ROOT / script), *map(str, flags)]
-    if not wait:
-        return subprocess.Popen(arguments, **kwargs)
-    result = subprocess.run(arguments, timeout=600, **kwargs)
+    words = dict(port=free_port(), processes=processes, root=ROOT)
+    prefix = [word.format(**words) for word in LAUNCHERS[launcher].split()]
+    prefix += ["--multi_gpu"] if launcher == "accelerate" and processes > 1 else []
+
+    def limit():
+        for kind, most in ((resource.RLIMIT_FSIZE, largest_file), (resource.RLIMIT_NOFILE, descriptors)):
+            if most:
+                resource.setrlimit(kind, (most, most))
+
+    result = subprocess.run(
+        [sys.executable, *prefix, str(ROOT / script), *map(str, flags)],
+        timeout=600,
+        preexec_fn=limit,
+        cwd=cwd,
+        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+        text=True,
+        capture_output=True,
+    )
     if check and result.returncode:
         pytest.fail(f"{script} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
@@ -129,29 +115,25 @@ def save_images(folder, per_class=7, classes=("cat", "dog"), seed=0):
             Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(folder / name / f"{index}.png")
 
 
+def tiny_vae(blocks=2, **config):
+    """An untrained VAE of 4 channels that halves the image blocks - 1 times."""
+    from diffusers import AutoencoderKL
+
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks)
+    sizes = dict(block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=4, layers_per_block=1)
+    return AutoencoderKL(**kinds, **sizes, **config).eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Paths of an untrained VAE (8x, 4 channels) and an untrained SEM encoder at 32x32."""
-    from diffusers import AutoencoderKL
-
     from dlc.nets.encoder import SEMEncoder, save_encoder
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-    ).save_pretrained(root / "vae")
-    save_encoder(
-        SEMEncoder(
-            "vit_tiny_patch16_224", 32, L, V, backbone_args=dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
-        ),
-        root / "sem",
-    )
+    tiny_vae(4).save_pretrained(root / "vae")
+    backbone = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+    save_encoder(SEMEncoder("vit_tiny_patch16_224", 32, L, V, backbone_args=backbone), root / "sem")
     return root / "vae", root / "sem"
 
 
@@ -232,28 +214,9 @@ def error_of(monkeypatch, capsys, tmp_path):
 
 def extract_command(launcher, processes, images, features, tiny_models, *flags):
     return (
-        launcher,
-        processes,
-        "extract_features_withdlc.py",
-        "--model",
-        "DiT-S/2",
-        "--data-path",
-        images,
-        "--features-path",
-        features,
-        "--image-size",
-        IMAGE_SIZE,
-        "--vae",
-        tiny_models[0],
-        "--encoder",
-        tiny_models[1],
-        "--batch-size",
-        2,
-        "--shard-size",
-        4,
-        "--num-workers",
-        1,
-        *flags,
+        *(launcher, processes, "extract_features_withdlc.py", "--data-path", images, "--features-path", features),
+        *("--vae", tiny_models[0], "--encoder", tiny_models[1], "--image-size", IMAGE_SIZE, "--model", "DiT-S/2"),
+        *("--batch-size", 2, "--shard-size", 4, "--num-workers", 1, *flags),
     )
 
 

@@ -3,12 +3,9 @@
 import argparse
 import contextlib
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
@@ -103,15 +100,6 @@ class ArgumentParser(argparse.ArgumentParser):
         where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
         self.exit(2, f"{where}: error: {one_line(message)}\n")
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """End the script. Kill the data readers: they ignore the signal that multiprocessing would end them with."""
-        readers = multiprocessing.active_children()
-        if readers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
-        for reader in readers:
-            reader.kill()
-        super().exit(status, message)
-
     def interrupted(self, kept: str) -> NoReturn:
         """End after Ctrl-C, with one line that says what is kept."""
         if os.environ.get("RANK", "0") == "0":
@@ -135,8 +123,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def kept_on_error(
         self, kept: str, lower: str, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
     ) -> Iterator[None]:
-        """Report what ends the work itself in one line that says what is kept: a full disk or memory, Ctrl-C, a killed
-        data reader.
+        """Report what ends the work itself in one line that says what is kept: a full disk or memory, Ctrl-C.
 
         Args:
             kept: what that is, as "what is drawn is kept".
@@ -148,12 +135,7 @@ class ArgumentParser(argparse.ArgumentParser):
             yield
         except KeyboardInterrupt:
             self.interrupted(again)
-        except (*mistakes, ConnectionError, EOFError, RuntimeError, MemoryError) as error:
-            if is_killed_reader(error):
-                self.error(
-                    f"a data reader was killed, by the kernel where memory or /dev/shm is short: lower "
-                    f"--num-workers; {again}"
-                )
+        except (*mistakes, RuntimeError, MemoryError) as error:
             if isinstance(error, mistakes):
                 self.error(f"{error}; {again}")
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
@@ -170,19 +152,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
 # what torch's and Triton's errors say where a kernel cannot be built
 NO_COMPILER = r"C(\+\+)? compiler|C\+\+ compile error|Python\.h|\bgcc\b"
-
-
-def is_killed_reader(error: BaseException) -> bool:
-    """Whether an exception means that a data loader's worker process died of a signal.
-
-    torch raises a RuntimeError, unless the worker dies while a batch is fetched from it, which breaks their connection.
-    An exception within a worker, which is raised here again, starts with "Caught".
-    """
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    return isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)) and not str(error).startswith(
-        "Caught"
-    )
 
 
 #################################################################################

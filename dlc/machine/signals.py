@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,20 +32,11 @@ def on_first_signal(numbers: Iterable[int], react: Callable[[int], object]) -> N
         signal.signal(number, receive)
 
 
-def ignore_signals(worker: int) -> None:
-    """A data loader's worker_init_fn. Launchers and terminals signal the whole process group, but the main process ends
-    its workers itself, and may still need their batches."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    # reading errors come back as data; all else that would be printed is that the main process closed a connection
-    sys.excepthook = lambda *error: None
-
-
 def _start_watcher():
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    # a data loader's worker that does not ignore signals yet must not write to the same pipe
+    # a data reader that does not ignore signals yet must not write to the same pipe
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     _watched.update(dict.fromkeys(ENDING))
     threading.Thread(target=_watch, args=(readable,), daemon=True, name="second signal").start()

@@ -5,7 +5,6 @@ epoch, and a batch may span two. The global sample index counts the samples of t
 function of (seed, index), so neither a restart nor the number of processes changes what is trained on.
 """
 
-import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dlc.machine.cli import is_killed_reader
 from dlc.machine.noise import Stream, normal, permutation
-from dlc.machine.signals import ignore_signals
+from dlc.machine.readers import ReaderFailed, read_ahead
 from dlc.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -26,8 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of a batch: which of its files cannot be read, and what to do. It is data, because an exception that
-    comes from a data loader's worker has its traceback as its text."""
+    """In the place of a batch: which of its files cannot be read, or how its reader failed, and what to do."""
 
     message: str
 
@@ -121,7 +118,7 @@ def load_batches(
     So all of them stop with a checkpoint before an `Unreadable` batch has its turn, unless it is one of the first.
     """
     ahead = deque()
-    for batch in read_batches(batches, steps, stop_request, num_workers, pin_memory):
+    for batch in _read(batches, steps, num_workers, pin_memory):
         ahead.append(batch)
         if isinstance(batch, Unreadable):
             stop_request.ask(batch.message)
@@ -131,35 +128,8 @@ def load_batches(
     yield from ahead
 
 
-def read_batches(
-    batches: Dataset, steps: range, stop_request: StopRequest, num_workers: int, pin_memory: bool
-) -> Iterator[dict[str, torch.Tensor] | Unreadable]:
-    """The batch of each of these steps, read by worker processes. If one is killed, this process reads from then on.
-
-    The kernel kills a worker if memory is short. All processes then stop with a checkpoint, but until they have agreed
-    on it, this one must take part in their steps.
-    """
-    iterator = iter(
-        DataLoader(
-            batches,
-            sampler=steps,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=ignore_signals,
-        )
-    )
-    # torch's handler would raise in the middle of any code; without it, the loss shows where a batch is waited for
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for step in steps:
-        if stop_request.reason is None:
-            try:
-                yield next(iterator)
-                continue
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                if not is_killed_reader(error):
-                    raise
-                stop_request.ask(
-                    "a data reader was killed, by the kernel where memory or /dev/shm is short: lower --num-workers"
-                )
-        yield batches[step]
+def _read(batches, steps, num_workers, pin_memory):
+    try:
+        yield from read_ahead(batches.__getitem__, steps, num_workers, pin_memory)
+    except ReaderFailed as error:
+        yield Unreadable(str(error))

@@ -12,21 +12,6 @@ from models import DiTSEM
 STEPS = 3
 
 
-def tiny_vae(**config):
-    """4x4 latents of 4 channels to 8x8 pixels."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-        **config,
-    ).eval()
-
-
 def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 999), sampler="ddim"):
     """Draw the images batch by batch into a folder that exists."""
     count = batch * batches

@@ -1,20 +1,25 @@
 """A real script with a fault: `faulty FAULT SCRIPT flags…`, for forked.Run and, by its path, for launchers.
 
-A system call fails, a wait is short, or a process gets a signal at a named point. FAULT is the name of a function below
-and its arguments, joined by commas.
+A system call fails, a wait is short, a gradient overflows, or a process gets a signal at a named point. FAULT is the
+name of a function below and its arguments, joined by commas, or several joined by +. What such a function gives is
+called at the end.
 """
 
 import errno
 import fcntl
 import importlib
-import multiprocessing
+import math
 import os
 import signal
 import stat
 import sys
 
+import torch
+from accelerate import Accelerator
+
 import dlc.machine.files
 import dlc.machine.processes
+import dlc.machine.readers
 
 
 def no_directory_sync():
@@ -46,6 +51,11 @@ def impatient():
     dlc.machine.files.LOCK_PATIENCE = 1
 
 
+def small_pipes():
+    """Readers are not far ahead."""
+    dlc.machine.readers.PIPE_BYTES = 4096
+
+
 def said_soon():
     dlc.machine.processes.SAID_WAITING = 1
 
@@ -70,7 +80,7 @@ def signalled(name, part, number, rank="0"):
 def send(name):
     """See `signalled`."""
     to, _, name = name.rpartition(":")
-    readers = [reader.pid for reader in multiprocessing.active_children()]
+    readers = list(dlc.machine.readers.running)
     for pid in {"": [os.getpid()], "readers": readers, "group": [0]}[to]:
         os.kill(pid, signal.Signals[name])
 
@@ -119,12 +129,57 @@ def killed_in_a_line(number):
     log.append_metrics = cut_short
 
 
+def nan_gradients(step):
+    """At this step, though its loss is finite."""
+    backward, seen = Accelerator.backward, []
+
+    def broken(self, loss, **kwargs):
+        seen.append(loss)
+        backward(self, loss * (math.nan if len(seen) == int(step) else 1), **kwargs)
+
+    Accelerator.backward = broken
+
+
+def skipping():
+    """The fp16 scaler, on the CPU; gradients overflow in steps 3 and 5 to 7, in the last process."""
+    from dlc.training import run
+
+    create_accelerator, backward = run.create_accelerator, run.Run.backward
+
+    def with_scaler(*args):
+        accelerator, *others = create_accelerator(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator, *others
+
+    def overflowing(self, terms, t, num_timesteps):
+        self.number = getattr(self, "number", self.first_step) + 1
+        if self.number in (3, 5, 6, 7) and self.state.process_index == self.state.num_processes - 1:
+            terms = dict(terms, loss=terms["loss"] * math.inf)
+        backward(self, terms, t, num_timesteps)
+
+    run.create_accelerator, run.Run.backward = with_scaler, overflowing
+
+
+def spying():
+    """Nothing is compiled; at the end a line says what would have been, and what else flags turn on."""
+    from models import DiT, DiTBlock
+
+    compiled, checkpointing, set_grad_checkpointing = [], [], DiT.set_grad_checkpointing
+    DiTBlock.compile = lambda self, **keywords: compiled.append(self)
+    DiT.set_grad_checkpointing = lambda self, on=True: checkpointing.append(on) or set_grad_checkpointing(self, on)
+    return lambda: print(
+        f"compiled: {len(compiled)} blocks; checkpointing: {any(checkpointing)}; TF32: "
+        f"{torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}"
+    )
+
+
 def main():
     fault, script = sys.argv[1:3]
-    name, *arguments = fault.split(",")
-    globals()[name](*arguments)
+    ends = [globals()[name](*arguments) for name, *arguments in (one.split(",") for one in fault.split("+"))]
     sys.argv[:3] = [script]
     importlib.import_module(script).main()
+    for end in filter(None, ends):
+        end()
 
 
 if __name__ == "__main__":

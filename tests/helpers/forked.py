@@ -7,17 +7,18 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from multiprocessing import connection
 
-from conftest import HELPERS, ROOT, check_marked
+from conftest import HELPERS, ROOT, check_marked, free_port
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["heavy", "extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "train_prior", "sample_prior"]
-)
+# what the scripts import where they use it
+HEAVY = ["accelerate.utils", "diffusers.models.autoencoders.autoencoder_kl", "matplotlib.backends.backend_agg"]
+HEAVY += ["timm.models.vision_transformer", "torch.distributed.fsdp"]
+SCRIPTS = ["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "train_prior", "sample_prior"]
+context.set_forkserver_preload([*HEAVY, *SCRIPTS])
 # the server that is forked from looks for what it preloads here
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -33,7 +34,8 @@ def _run(script, arguments, environment, output, cwd):
     sys.argv = [script, *arguments]
     if "ROUNDED" in environment:
         importlib.import_module("rounding").change_networks()
-    importlib.import_module(script).main()
+    module = importlib.import_module(script)
+    module.main(**getattr(module, "OPTIONS", {}))
 
 
 class Run:
@@ -41,24 +43,16 @@ class Run:
 
     def __init__(self, script, arguments, output, processes=1, cwd=".", environment=None):
         check_marked()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.output = output
+        self.output, port = output, str(free_port())
         self.ranks = []
         for rank in range(processes):
             variables = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", **(environment or {}))
             if "ROUNDED" in os.environ:
                 variables["ROUNDED"] = "1"
             if processes > 1:
-                variables.update(
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                    WORLD_SIZE=str(processes),
-                    LOCAL_WORLD_SIZE=str(processes),
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                )
+                variables.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)))
+                variables.update(dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
+                variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             self.ranks.append(
                 context.Process(target=_run, args=(script, [*map(str, arguments)], variables, str(output), str(cwd)))
             )
@@ -80,29 +74,6 @@ class Run:
         while all(rank.exitcode != -signal.SIGKILL for rank in self.ranks):
             alive = [rank.sentinel for rank in self.ranks if rank.is_alive()]
             assert alive and connection.wait(alive, timeout=300), self.said()
-        for rank in self.ranks:
-            rank.kill()
-            rank.join()
-
-    def kill(self, first, grace=0.1):
-        """SIGKILL to rank number `first` and, so many seconds later, to the others, as a launcher would do it.
-
-        Returns whether the first was still running.
-        """
-        assert all(rank.exitcode in (None, 0) for rank in self.ranks), self.said()
-        alive = self.ranks[first].is_alive()
-        self.ranks[first].kill()
-        if len(self.ranks) > 1:
-            time.sleep(grace)
-        self.end()
-        return alive
-
-    def wait_killed(self, seconds=120):
-        """Wait until a rank is killed, as faulty.signalled does it; then kill the others, as a launcher would do it."""
-        deadline = time.time() + seconds
-        while all(rank.exitcode != -signal.SIGKILL for rank in self.ranks):
-            assert time.time() < deadline and any(rank.is_alive() for rank in self.ranks), self.said()
-            time.sleep(0.01)
         self.end()
 
     def end(self):

@@ -13,8 +13,15 @@ import tempfile
 import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-importlib.import_module("heavy")
-for name in ("numpy", "torch", "torchvision", "tqdm", "PIL.Image", "torch.distributed"):
+for name in (
+    *importlib.import_module("forked").HEAVY,
+    "numpy",
+    "torch",
+    "torchvision",
+    "tqdm",
+    "PIL.Image",
+    "torch.distributed",
+):
     importlib.import_module(name)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from drawing import tiny_vae
+from conftest import tiny_vae
 from fake_cuda import CUDA, Waits, assert_on, backward, fake_cuda, no_waiting, real
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from drawing import draw, tiny_model, tiny_vae
+from conftest import tiny_vae
+from drawing import draw, tiny_model
 from test_fake_cuda import L, N, V, prior_training, training
 from tiny_prior import save_prior
 from torch._dynamo.utils import counters

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 import torch
-from drawing import STEPS, draw, tiny_model, tiny_vae
+from conftest import tiny_vae
+from drawing import STEPS, draw, tiny_model
 
 from dlc.data.images import read_png
 from dlc.sampling import decoder

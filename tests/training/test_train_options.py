@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import IMAGE_SIZE, ROOT, extract_moments, save_images
+from conftest import IMAGE_SIZE, ROOT, extract_moments, free_port, save_images
 from forked import Run
 from training_runs import metrics, train_command
 
@@ -112,7 +111,7 @@ def runs(flags_of, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     said, losses = {}, {}
     for name in VARIANTS:
-        run = Run("variant", [f"train_options.{name}", *flags_of(name, root / name)], root / f"{name}.txt")
+        run = Run(f"train_options.{name}", flags_of(name, root / name), root / f"{name}.txt")
         assert run.wait(), run.said()
         said[name], losses[name] = run.said(), [line["loss"] for line in metrics(root / name)]
         written = json.loads((root / name / "args.json").read_text())
@@ -140,7 +139,8 @@ def test_flags_reach_what_they_are_of(flags_of, tmp_path):
             "compiled: 6 blocks; checkpointing: True; TF32: False, False",
         ),
     ):
-        run = Run("spying", flags_of("train_fast", tmp_path / str(len(flags)), *flags), tmp_path / "said.txt")
+        flags = ["spying", "train_diffusion", *flags_of("train_fast", tmp_path / str(len(flags)), *flags)]
+        run = Run("faulty", flags, tmp_path / "said.txt")
         assert run.wait() and said in run.said(), run.said()
 
 
@@ -275,12 +275,8 @@ def test_slurm_example_trains(both_data, flags_of, tmp_path):
         "srun",
         'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2',
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    result = run_recipe(
-        "slurm_multinode.sh", tmp_path / "bin", *flags_of("train_features", tmp_path / "run"), MASTER_PORT=port
-    )
+    flags = flags_of("train_features", tmp_path / "run")
+    result = run_recipe("slurm_multinode.sh", tmp_path / "bin", *flags, MASTER_PORT=str(free_port()))
     assert result.returncode == 0, result.stderr
     assert "batch: 4 x 2 processes" in result.stdout and "precision: bf16" in result.stdout
     assert len(metrics(tmp_path / "run")) == 3

@@ -264,16 +264,16 @@ def test_begun_with_other_weights(trained, train, tmp_path):
 @pytest.mark.slow
 def test_steps_that_the_scaler_skips(train, tmp_path):
     """They are counted, leave the EMA alone, and end the run where there are too many in a row."""
-    run = train("run", "--max-steps", 9, "--max-nonfinite", 3, "--ckpt-every", 2, script="skipping")
+    run = train("run", "--max-steps", 9, "--max-nonfinite", 3, "--ckpt-every", 2, fault="skipping")
     assert not run.wait()
     assert "step 7: 3 steps in a row without a finite gradient; stopped. The last good checkpoint: " in run.said()
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 1, 1, 1]
     assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, False, True, True, True]
     assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000002", "0000004"]  # 6 was put off
-    run = train("every", "--max-steps", 4, "--ckpt-every", 1, script="skipping")
+    run = train("every", "--max-steps", 4, "--ckpt-every", 1, fault="skipping")
     assert run.wait(), run.said()
     assert [path.name for path in run_checkpoints(tmp_path / "every")] == ["0000001", "0000002", "0000004"]
-    run = train("last", "--max-steps", 3, "--ckpt-every", 1, script="skipping")
+    run = train("last", "--max-steps", 3, "--ckpt-every", 1, fault="skipping")
     assert run.wait(), run.said()
     two, three = (tensors(path) for path in run_checkpoints(tmp_path / "last")[-2:])
     assert all(torch.equal(two[key], three[key]) for key in two if key.startswith("ema/"))
@@ -283,10 +283,10 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
 def test_skipped_steps_of_two_processes_and_of_a_resumed_run(trained, tmp_path):
     """One of them overflows, and both skip; stopped after a skipped step, between two lines, it goes on to the bit."""
     flags = ("--log-every", 4, "--ckpt-every", 2, "--grad-clip", 1)
-    trained("one", "--max-steps", 9, *flags, script="skipping")
-    trained("two", "--max-steps", 9, *flags, processes=2, script="skipping")
-    trained("parts", "--max-steps", 5, *flags, script="skipping")
-    trained("parts", "--max-steps", 9, *flags, script="skipping")
+    trained("one", "--max-steps", 9, *flags, fault="skipping")
+    trained("two", "--max-steps", 9, *flags, processes=2, fault="skipping")
+    trained("parts", "--max-steps", 5, *flags, fault="skipping")
+    trained("parts", "--max-steps", 9, *flags, fault="skipping")
     assert same_run(tmp_path / "one", tmp_path / "parts", 9)
     assert [path.name for path in run_checkpoints(tmp_path / "one")] == ["0000002", "0000004", "0000008", "0000009"]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -303,7 +303,7 @@ def test_a_streak_of_skipped_steps_between_two_lines_ends_the_run(train, tmp_pat
     """It is seen at the next line of the log, or at the checkpoint that would have been written before."""
     for name, line, checkpoint in (("checkpoint", 9, 4), ("line", 8, 10)):
         flags = ("--max-steps", 12, "--max-nonfinite", 3, "--log-every", line, "--ckpt-every", checkpoint)
-        run = train(name, *flags, script="skipping")
+        run = train(name, *flags, fault="skipping")
         assert not run.wait() and "Traceback" not in run.said()
         assert "step 8: 3 steps in a row without a finite gradient; stopped." in run.said()
 
@@ -312,7 +312,7 @@ def test_a_streak_of_skipped_steps_between_two_lines_ends_the_run(train, tmp_pat
 def test_weights_that_are_not_finite(train, tmp_path):
     """A gradient may be NaN though the loss is not: no checkpoint holds what AdamW makes of it."""
     run = train(
-        "run", "--max-steps", 9, "--ckpt-every", 2, "--log-every", 9, "--ckpt-total-limit", 1, script="broken_gradient"
+        "run", "--max-steps", 9, "--ckpt-every", 2, "--log-every", 9, "--ckpt-total-limit", 1, fault="nan_gradients,4"
     )
     assert not run.wait() and "Traceback" not in run.said()
     assert re.search("step 4: .*stopped. The last good checkpoint: .*/0000002", run.said())
