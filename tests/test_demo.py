@@ -53,6 +53,7 @@ def test_vae_keeps_the_digits_legible(splits):
 
 @pytest.mark.slow
 def test_codes_say_which_digit_it_is(splits):
+    assert sum(path.stat().st_size for path in ROOT.glob("assets/digits-*/*")) < 4e6
     encoder = load_encoder(ROOT / "assets/digits-sem")
     with torch.inference_mode():
         pixels = [normalize(torch.from_numpy(images), IMAGENET_MEAN, IMAGENET_STD) for images, _ in splits]
@@ -60,10 +61,6 @@ def test_codes_say_which_digit_it_is(splits):
     nearest = KNeighborsClassifier(1, metric="hamming").fit(codes[0], splits[0][1])
     assert nearest.score(codes[1], splits[1][1]) > 0.95
     assert all(len(np.unique(position)) >= encoder.V // 2 for position in codes[0].T)  # no dead positions
-
-
-def test_assets_are_small():
-    assert sum(path.stat().st_size for path in ROOT.glob("assets/digits-*/*")) < 4e6
 
 
 #################################################################################

@@ -60,31 +60,30 @@ def test_table_file_and_line(evaluate, evaluation_place):
 
 
 def test_every_metric(evaluate, evaluation_place):
-    flags = ("--metrics", "kid", "density", "coverage", "--output", "more.json")
-    said = evaluate("samples.npz", "--reference", "reference.npz", *flags)
-    found = numbers_in("more.json")
-    assert found.keys() == {"kid", "kid_std", "density", "coverage"}
+    """Their numbers, words and warnings; docs/formats.md has each key of the JSON, and each array of a reference."""
+    flags = ("--metrics", *(one for one in METRICS if one != "fd_dinov2"), "--output", "more.json")
+    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
+    said, content = evaluate("samples.npz", "--reference", "made.npz", *flags), content_of("more.json")
+    assert content["metrics"].keys() > {"kid", "kid_std", "density", "coverage"}
     assert re.search(rf"KID +{NUMBER} ± {NUMBER}\n", said) and not (evaluation_place / "samples.metrics.json").exists()
-    assert "; KID as in Binkowski et al. 2018, density and coverage as in Naeem et al. 2020; inception 0" in said
+    assert "PyTorch, KID as in Binkowski et al. 2018, density and coverage as in Naeem et al. 2020; inception 0" in said
+    nested = {key for part in ("metrics", "samples", "reference", "definitions") for key in content[part]}
+    keys = content.keys() | nested | content["networks"]["inception"].keys() | set(np.load("made.npz").files)
+    text = (ROOT / "docs/formats.md").read_text()
+    assert keys <= set(re.findall(r"`(\w+)`", text[text.index("### SAMPLES.metrics.json") :]))
+    said = evaluate("samples.npz", "--reference", "reference.npz", "--metrics", "kid", "density")
     warnings = said.split("warning", 1)[1]
     assert warnings.startswith(": 40 samples: published numbers use 50,000\n") and "istance" not in warnings
 
 
-def test_inception_score_alone(evaluate, evaluation_place):
+def test_inception_score_alone(evaluate):
     """It compares with nothing: no reference is wanted, none is read, and nothing is said of one."""
-    said = evaluate("samples.npz", "--metrics", "is")
-    content = content_of()
+    said, content = evaluate("samples.npz", "--metrics", "is"), content_of()
     assert content["metrics"] == {"inception_score": pytest.approx(by_hand(pixels(40), pixels(50))["inception_score"])}
-    assert set(content["reference"].values()) == {None}
+    assert set(content["reference"].values()) == {None} and "istance" not in said and "reference" not in said
     assert re.search(rf"to paste: IS {NUMBER}: 40 samples of 16 x 16; ADM's definitions in PyTorch; inception 0", said)
-    assert "istance" not in said.split("warning", 1)[1] and "reference" not in said
     said = evaluate("samples.npz", "--metrics", "is", "--reference", "nowhere.npz")
     assert "warning: --reference is not used: no metric compares with it" in said
-
-
-def largest(pair):
-    """A metric for a test: of the samples' features."""
-    return dict(largest=float(pair.features[1].max()), largest_std=0.25)
 
 
 class Colours:
@@ -102,6 +101,10 @@ class Colours:
 
 def test_a_metric_is_a_row_and_so_is_a_network(evaluate, evaluation_place, monkeypatch):
     """With nothing but a row added, it has a flag, and stands in the table, the line and the JSON."""
+
+    def largest(pair):
+        return dict(largest=float(pair.features[1].max()), largest_std=0.25)
+
     monkeypatch.setitem(METRICS, "largest", Metric("largest feature", 2, "features", largest, paper="Nobody 2026"))
     monkeypatch.setitem(NETWORKS, "colours", Colours)
     (evaluation_place / "reference.npz").rename("other.npz")
@@ -140,14 +143,13 @@ def test_processes_give_equal_numbers(evaluation_place, evaluate):
     """Batches of 8 of 10 and 50 images, so that a third process has no samples: all numbers of one process."""
     np.savez("samples.npz", arr_0=pixels(10))
     evaluate("samples.npz", "--reference", "reference.npz")
-    alone = content_of()
     flags = ("samples.npz", "--reference", "reference.npz", "--output", "many.json")
     launch(("forked", 3, "tiny_networks.py", *flags), evaluation_place)
-    many = content_of("many.json")
+    alone, many = content_of(), content_of("many.json")
     assert many["processes"] == 3 and many["samples"] == alone["samples"]
     assert many["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
-    for exact in ("inception_score", "precision", "recall"):
-        assert many["metrics"][exact] == alone["metrics"][exact]
+    exact = ("inception_score", "precision", "recall")
+    assert [many["metrics"][key] for key in exact] == [alone["metrics"][key] for key in exact]
 
 
 def test_a_folder_is_its_npz(evaluate, evaluation_place):
@@ -214,7 +216,8 @@ def test_any_part_of_a_set(evaluation_place, monkeypatch):
 
 def test_make_reference(evaluate, evaluation_place):
     """Statistics of all images, some of them as arr_0: read again, the same distances; ADM's keys are there."""
-    evaluate("samples.npz", "--reference", "reference.npz")
+    flags = ("samples.npz", "--reference")
+    evaluate(*flags, "reference.npz")
     direct = numbers_in()
     evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16, "--num-images", 20)
     rows = np.linspace(0, 49, 20).round().astype(int)
@@ -222,16 +225,14 @@ def test_make_reference(evaluate, evaluation_place):
         shapes = {key: made[key].shape for key in made.files if made[key].dtype == np.float64}
         assert shapes == dict(mu=(12,), sigma=(12, 12), mu_s=(6,), sigma_s=(6, 6)) and int(made["count"]) == 50
         assert (made["arr_0"] == pixels(50, seed=1)[rows]).all() and made["arr_0"].dtype == np.uint8
-    said = evaluate("samples.npz", "--reference", "made.npz")
-    found = numbers_in()
+    said = evaluate(*flags, "made.npz")
     wanted = by_hand(pixels(40), pixels(50, seed=1)[rows])
-    assert found == pytest.approx({**wanted, "fid": direct["fid"], "sfid": direct["sfid"]}, rel=1e-6)
+    assert numbers_in() == pytest.approx({**wanted, "fid": direct["fid"], "sfid": direct["sfid"]}, rel=1e-6)
     assert "against made.npz (its stored statistics of 50 images and 20 images)" in said
     evaluate("make-reference", "reference.npz", "alone.npz", "--image-size", 16, "--num-images", 0)
-    said = evaluate("samples.npz", "--reference", "alone.npz", "--metrics", "fid", "sfid", "is")
+    said = evaluate(*flags, "alone.npz", "--metrics", "fid", "sfid", "is")
     assert "(its stored statistics of 50 images)" in said
-    found = numbers_in()
-    assert found.keys() == {"fid", "sfid", "inception_score"} and found["fid"] == pytest.approx(direct["fid"], rel=1e-9)
+    assert numbers_in() == pytest.approx({key: direct[key] for key in ("fid", "sfid", "inception_score")}, rel=1e-9)
 
 
 def test_stored_statistics_of_the_samples_are_not_believed(evaluate, evaluation_place):
@@ -240,14 +241,3 @@ def test_stored_statistics_of_the_samples_are_not_believed(evaluate, evaluation_
     said = [evaluate(name, "--reference", "reference.npz", "--metrics", "fid") for name in ("samples.npz", "more.npz")]
     assert numbers_in("more.metrics.json") == numbers_in()
     assert "more.npz: not used: mu, sigma; the numbers are those of arr_0" in said[1]
-
-
-def test_every_key_is_described(evaluate, evaluation_place):
-    """docs/formats.md has each key of SAMPLES.metrics.json, and each array of a reference."""
-    text = (ROOT / "docs/formats.md").read_text()
-    evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
-    evaluate("samples.npz", "--reference", "made.npz", "--metrics", *(one for one in METRICS if one != "fd_dinov2"))
-    content = content_of()
-    nested = {key for part in ("metrics", "samples", "reference", "definitions") for key in content[part]}
-    keys = content.keys() | nested | content["networks"]["inception"].keys() | set(np.load("made.npz").files)
-    assert keys <= set(re.findall(r"`(\w+)`", text[text.index("### SAMPLES.metrics.json") :]))

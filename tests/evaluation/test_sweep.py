@@ -1,8 +1,7 @@
 """evaluate.py sweep: which settings are drawn, that none is drawn twice, the table and the plot, and wrong flags."""
 
-import importlib
+import contextlib
 import json
-import sys
 
 import pytest
 from PIL import Image
@@ -10,18 +9,15 @@ from PIL import Image
 from evaluation import sweep
 from evaluation.sweep import all_settings, drawn_as, folder_of
 
-COMMAND = ["--cfg-scale", "1", "1.5", "2", "--t-max", "400", "999", "--agreement", "--", "--model", "DiTSEM-Ti/4"]
+COMMAND = "--cfg-scale 1 1.5 2 --t-max 400 999 --agreement -- --model DiTSEM-Ti/4".split()
 
 
-@pytest.fixture
-def drawn(tmp_path, monkeypatch, capsys):
-    """drawn(command, fail_at): run it with a stand-in for the programs; the settings it drew, and what it said.
-
-    A setting's FID is a function of it. The stand-in ends with an error at call number fail_at.
-    """
+def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
+    """Finished settings are not repeated, values may be added, and unguided settings are drawn once."""
     monkeypatch.chdir(tmp_path)
 
-    def run(command, fail_at=None):
+    def drawn(command, fail_at=None):
+        """The settings that a stand-in for the programs draws, and what is said; it fails at call number fail_at."""
         settings = []
 
         def draw_and_evaluate(args, handed, setting):
@@ -32,19 +28,10 @@ def drawn(tmp_path, monkeypatch, capsys):
             return dict(fid=fid, code_agreement=0.5)
 
         monkeypatch.setattr(sweep, "draw_and_evaluate", draw_and_evaluate)
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "sweep", *command])
-        try:
-            importlib.import_module("evaluate").main()
-        except SystemExit:
-            pass
-        said = capsys.readouterr()
-        return settings, said.out + said.err
+        with contextlib.suppress(SystemExit):
+            sweep.main(command)
+        return settings, "".join(capsys.readouterr())
 
-    return run
-
-
-def test_a_stopped_sweep_continues(drawn, tmp_path):
-    """Finished settings are not repeated, values may be added, and unguided settings are drawn once."""
     settings, said = drawn(COMMAND, fail_at=2)
     assert settings == [(1.0, 999), (1.5, 400)]
     assert "error: sampling ended with exit status 1; finished settings are kept: run the same command again" in said
@@ -56,8 +43,7 @@ def test_a_stopped_sweep_continues(drawn, tmp_path):
     assert lines[0] == ["cfg-scale", "t-max", "fid", "code_agreement"] and lines[1][2:] == lines[2][2:]
     assert lines[4] == ["1.5", "999", "0.1099", "0.5"] and len(lines) == 7
     assert Image.open(tmp_path / "sweep/sweep.png").size[0] > 900  # two panels beside each other
-    more = ["--cfg-scale", "1", "3", *COMMAND[4:]]
-    assert drawn(more)[0] == [(3.0, 400), (3.0, 999)]
+    assert drawn(["--cfg-scale", "1", "3", *COMMAND[4:]])[0] == [(3.0, 400), (3.0, 999)]
     assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())["results"]) == 7
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.json", "sweep.png", "sweep.txt"]
     settings, said = drawn([*COMMAND, "--vae", "mse"])
@@ -88,9 +74,8 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "launch", launch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reference.npz").write_bytes(b"")
-    own = ["--cfg-scale", "1.5", "--reference", "reference.npz", "--agreement", "--processes", "2", "--discard"]
-    own += ["--encoder", "sem", "--metrics", "fid", "is", "--dlc-dir", "codes"]
-    sweep.main([*own, "--", "--num-fid-samples", "8"])
+    own = "--cfg-scale 1.5 --reference reference.npz --agreement --processes 2 --discard --encoder sem --metrics fid is"
+    sweep.main(f"{own} --dlc-dir codes -- --num-fid-samples 8".split())
     metrics = json.loads((tmp_path / "sweep/sweep.json").read_text())["results"][0]["metrics"]
     assert metrics == dict(fid=2.0, code_agreement=0.5)
     samples = "sweep/cfg-scale-1.5/set.npz"
@@ -113,21 +98,20 @@ def test_a_program_that_fails(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--agreement"], "nothing to sweep: give values of one or more of --cfg-scale"),
-        (["--cfg-scale", "1"], "nothing to measure: give --reference, --agreement or both"),
-        (["--cfg-scale", "0.5", "--agreement"], "argument --cfg-scale: 0.5: must be at least 1"),
-        (["--cfg-scale", "1", "--reference", "nowhere"], "--reference nowhere does not exist"),
-        (["--t-min", "500", "--t-max", "400", "--agreement"], "t-min 500 is above t-max 400"),
-        (["--cfg-scale", "1", "--agreement", "--script", "sample_ddp.py"], "which sample_ddp.py does not draw"),
-        (["--cfg-scale", "1", "--agreement", "--metrics", "fid"], "--metrics goes with --reference"),
-        (["--cfg-scale", "1", "--metrics", "is", "--encoder", "x"], "--encoder goes with --agreement"),
-        (["--cfg-scale", "1", "--agreement", "--vae", "ema"], "--vae sets up the ceiling, which needs images"),
-        (["--cfg-scale", "1", "--agreement", "--", "--cfg-scale", "2"], "--cfg-scale after -- is a flag that is swept"),
-        (["--cfg-scale", "1", "--agreement", "--", "--sample-dir=x"], "--sample-dir after -- is for sweep to choose"),
-        (["--cfg-scale", "1", "--agreement", "--", "--modle", "x"], "unrecognized arguments: --modle x"),
+        ("--agreement", "nothing to sweep: give values of one or more of --cfg-scale"),
+        ("--cfg-scale 1", "nothing to measure: give --reference, --agreement or both"),
+        ("--cfg-scale 0.5 --agreement", "argument --cfg-scale: 0.5: must be at least 1"),
+        ("--cfg-scale 1 --reference nowhere", "--reference nowhere does not exist"),
+        ("--t-min 500 --t-max 400 --agreement", "t-min 500 is above t-max 400"),
+        ("--cfg-scale 1 --agreement --script sample_ddp.py", "which sample_ddp.py does not draw"),
+        ("--cfg-scale 1 --agreement --metrics fid", "--metrics goes with --reference"),
+        ("--cfg-scale 1 --metrics is --encoder x", "--encoder goes with --agreement"),
+        ("--cfg-scale 1 --agreement --vae ema", "--vae sets up the ceiling, which needs images"),
+        ("--cfg-scale 1 --agreement -- --cfg-scale 2", "--cfg-scale after -- is a flag that is swept"),
+        ("--cfg-scale 1 --agreement -- --sample-dir=x", "--sample-dir after -- is for sweep to choose"),
+        ("--cfg-scale 1 --agreement -- --modle x", "unrecognized arguments: --modle x"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_flags(flags, message, error_of, tmp_path):
-    assert message in error_of("evaluate", "sweep", *flags)
+    assert message in error_of("evaluate", "sweep", *flags.split())
     assert not list(tmp_path.iterdir())  # nothing is begun
