@@ -1,67 +1,118 @@
-"""Memory of training by batch size, with and without activation checkpointing, without a GPU to measure it on.
+"""Memory of training by card: how many images a GPU holds at once, and the flags to type. Needs no GPU.
 
-    python -m benchmarks.memory --model DiTSEM-XL/2
+    python -m benchmarks.memory
 
-Weights, gradients, AdamW's two moments and EMA take 20 bytes per parameter. The memory of activations is measured: the
-bytes that autograd saves in the forward pass, counted once for each storage, under bf16 autocast on the CPU, at two
-batch sizes. Temporary buffers of a step and the allocator's fragments are left out.
+A weight takes 16 bytes with AdamW's two moments and the EMA, and 4 more for its gradient where micro-batches accumulate
+it. Of a compiled block, the tensors are counted that torch's partitioner keeps for the backward pass under bf16
+autocast, with the budget of `compile_blocks`; outside the blocks, those that autograd saves. RESERVE is left for CUDA,
+the kernels' buffers and the allocator's fragments.
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
+import torch._functorch.config as partitioner
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from benchmarks.record import record
-from models import DiT, DiT_models
+from dlc.machine.processes import ACTIVATION_BUDGET
+from models import DiT_models
+
+CARDS, RESERVE = (24, 48, 80), 3  # GiB
+GIB = 2**30
 
 
-def saved_bytes(module: torch.nn.Module, *inputs) -> int:
-    """Bytes that module(*inputs) saves for its backward pass, beside its own parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+def compiled_bytes(block, *inputs) -> int:
+    """Bytes that a compiled block keeps for its backward pass of a batch: inputs (n, ...). It is not run."""
+    kept = {}
+
+    def forward(graph, _):
+        of_batch = set()  # the rest are weights, or copies of them
+        for node in graph.graph.nodes:
+            given = node.op == "placeholder" and node.meta["val"].shape in [one.shape for one in inputs]
+            if given or of_batch.intersection(node.all_input_nodes):
+                of_batch.add(node)
+        outputs = graph.graph.find_nodes(op="output")[0].args[0]
+        values = [node.meta["val"] for node in outputs]
+        for node, value in list(zip(outputs, values))[1:]:
+            if node in of_batch:
+                kept[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+
+        def run(_):
+            return [torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) for value in values]
+
+        run._boxed_call = True
+        return run
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=forward,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(block, dynamic=False, backend=backend)(*inputs)
+    return sum(kept.values())
+
+
+def eager_bytes(model, n: int) -> int:
+    """Bytes that autograd saves of a batch of n latents."""
     saved = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    latents, codes = torch.randn(n, 4, 32, 32), torch.zeros(n, model.sem_embedder.L, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        out = module(*inputs)
+        out = model(latents, torch.zeros(n), codes)
     del out
     return sum(saved.values())
 
 
-def batch_bytes(model: DiT, batch: int, checkpointing: bool) -> int:
-    """Bytes that the backward pass needs of a batch."""
-    codes = torch.zeros(batch, model.sem_embedder.L, dtype=torch.long)
-    model.train().set_grad_checkpointing(checkpointing)
-    total = saved_bytes(model, torch.randn(batch, 4, 32, 32), torch.zeros(batch), codes)
-    if checkpointing:  # which hides its blocks from the hooks: each block's input, and one block at a time
-        tokens, width = model.pos_embed.shape[1:]
-        x, c = torch.randn(batch, tokens, width, requires_grad=True), torch.randn(batch, width, requires_grad=True)
-        total += len(model.blocks) * x.numel() * 4 + saved_bytes(model.blocks[0], x, c)
-    return total
+class Memory:
+    """Of training a DiTSEM. Called with a number of images, it gives the bytes that their activations take."""
+
+    def __init__(self, spec, **sizes):
+        with torch.device("meta"):
+            self.weights = sum(weight.numel() for weight in spec(**sizes).parameters())
+        one, self.depth = replace(spec, depth=1)(**sizes), spec.depth
+        self.block, (_, self.tokens, self.width) = one.blocks[0], one.pos_embed.shape
+        one.blocks = torch.nn.ModuleList()
+        self.outside = eager_bytes(one, 2) - eager_bytes(one, 1)  # per image
+
+    def __call__(self, n: int) -> int:
+        x, c = torch.empty(n, self.tokens, self.width), torch.empty(n, self.width)
+        return n * self.outside + self.depth * compiled_bytes(self.block, x.requires_grad_(), c.requires_grad_())
+
+    def fits(self, card: int, batch: int) -> dict:
+        """The largest part of a batch that a card of so many GiB holds, halving it, with the flags for it."""
+        parts = 1
+        while True:
+            needed = self.weights * (16 if parts == 1 else 20) + self(batch // parts)
+            if needed / GIB <= card - RESERVE or parts == batch:
+                break
+            parts *= 2
+        return {"images at once": batch // parts, "GiB": needed / GIB + RESERVE, "flags": f"--grad-accum {parts}"}
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="DiTSEM-XL/2", help="a DiTSEM [%(default)s]")
-    parser.add_argument("--L", type=int, default=512, help="code positions [%(default)s]")
-    parser.add_argument("--V", type=int, default=256, help="tokens per position [%(default)s]")
+    add = parser.add_argument
+    add("--models", nargs="+", default=[f"DiTSEM-{size}/2" for size in "S B L XL".split()], help="[S, B, L, XL]")
+    add("--batch", type=int, default=256, help="images per GPU and step, a power of 2 [%(default)s]")
+    add("--L", type=int, default=512, help="code positions [%(default)s]")
+    add("--V", type=int, default=256, help="tokens per position [%(default)s]")
     args = parser.parse_args()
-    model = DiT_models[args.model](L=args.L, V=args.V)
-    states = 20 * sum(parameter.numel() for parameter in model.parameters())
-    per_image, fixed = {}, {}
-    for checkpointing in (False, True):
-        one, two = (batch_bytes(model, batch, checkpointing) for batch in (1, 2))
-        per_image[checkpointing], fixed[checkpointing] = two - one, 2 * one - two  # fixed: the weights in bf16
-    names = {key: f"GiB, {'with' if key else 'without'} activation checkpointing" for key in (False, True)}
-    rows = []
-    for batch in (8, 16, 32, 64, 128, 256):
-        memory = {name: (states + fixed[key] + batch * per_image[key]) / 2**30 for key, name in names.items()}
-        rows.append({"batch on a GPU": batch, **memory})
-    record("memory", rows, **vars(args), states_gib=states / 2**30)
+    partitioner.activation_memory_budget, rows = ACTIVATION_BUDGET, []
+    for model in args.models:
+        memory = Memory(DiT_models[model], L=args.L, V=args.V)
+        rows += [{"model": model, "card, GiB": card, **memory.fits(card, args.batch)} for card in CARDS]
+    record("memory", rows, batch=args.batch, L=args.L, V=args.V)
 
 
 if __name__ == "__main__":

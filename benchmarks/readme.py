@@ -87,9 +87,9 @@ FIGURES = {
         "each step"
     ),
     "memory": lambda result, rows: (
-        f"Training memory: {rows[3]['GiB, without activation checkpointing']} GiB for {result['model']} in bf16 with "
-        f"{rows[3]['batch on a GPU']} images per GPU, {rows[3]['GiB, with activation checkpointing']} GiB with "
-        "`--checkpoint-activations`"
+        f"Training memory: {rows[-1]['model']} in bf16, compiled, takes {rows[-1]['GiB']} GiB for {result['batch']} "
+        f"images at once. A GPU of {rows[-2]['card, GiB']} GiB holds {rows[-2]['images at once']} and one of "
+        f"{rows[-3]['card, GiB']} GiB {rows[-3]['images at once']}: `{rows[-3]['flags']}`"
     ),
     "loading": lambda result, rows: (
         f"Loading features: the training loader delivers {rows[-1]['samples/s']} samples/s with two workers. Reading "
