@@ -75,7 +75,8 @@ def recording(init: Callable) -> Callable:
         _, *named = bound.arguments.items()
         open_so_far = vars(self).get("takes_more", True)    # whether all constructors up to here pass **kwargs on
         vars(self)["takes_more"] = open_so_far and passed_on is not None
-        if "config" not in vars(self):              # the class's own constructor: note all arguments
+        own = "config" not in vars(self)
+        if own:                                     # the class's own constructor: note all arguments
             arguments = {name: value for name, value in named if name != passed_on}
             vars(self)["config"] = dict(family=type(self).__name__,
                                         arguments=arguments | bound.arguments.get(passed_on, {}))
@@ -84,6 +85,8 @@ def recording(init: Callable) -> Callable:
                 if name not in given and name != passed_on:
                     self.config["arguments"].setdefault(name, value)
         init(self, *args, **kwargs)
+        if own:
+            vars(self).pop("takes_more")
 
     return wrapped
 
@@ -323,7 +326,7 @@ class DiT(Recorded):
         return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop))
 
     def embed_condition(self, y: Condition, drop: torch.Tensor | None = None) -> Condition:
-        """y as `denoise` takes it: here (N, D). A model of another condition may give a tuple or dict of tensors."""
+        """y as `denoise` takes it: here (N, D). A model of another condition may give a dict of tensors."""
         return self.condition_embedder(y, drop)
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -34,8 +34,7 @@ from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.samples_record import this_launch
 from dlc.sampling.usage import Rows, usage, usage_lines
 from dlc.training.code_batches import Codes
-from dlc.weights.foreign.layouts import locate
-from dlc.weights.hub import fetched_by_node, is_id
+from dlc.weights.hub import is_id, locate
 
 RESULTS = "results_prior"  # the default of --results-dir
 
@@ -120,7 +119,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         state = start_processes(precisions=[args.precision])
         path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
         if is_id(path):
-            fetched_by_node(state, lambda ask: locate(path, "prior", "--ckpt", ask))
+            locate(path, "prior", "--ckpt", state)  # fetched once per node, before all read it
         prior = PriorDraw(path, args.ema, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32)
         training, reason = open_training_codes(args, prior)
         record = prior.record(args.num)

@@ -40,7 +40,7 @@ def main():
         "--vae",
         help="put this VAE into the pipeline: ema, mse, a local directory or a hub id [the checkpoint's, or ema]",
     )
-    add("--license", help="state this licence in the model card, as the hub names it [mit for our runs, else unknown]")
+    add("--license", help="state this licence in the model card, as the hub names it [unknown]")
     args = parser.parse_args()
     with parser.one_line_errors():
         print("\n".join(one_line(line, 2000) for line in args.function(args)))

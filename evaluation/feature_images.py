@@ -12,8 +12,7 @@ from dlc.data import Features
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import same_vae
 from dlc.sampling.decoder import Decoder
-from dlc.weights.hub import fetched_by_node
-from dlc.weights.networks import fetch_vae, load_vae
+from dlc.weights.networks import load_vae
 from evaluation.sets import FileImages
 from evaluation.similarity import psnr, ssim
 from evaluation.tokens import CodeReader
@@ -64,8 +63,7 @@ def vae_of(name: str | None, features: Features, state: "PartialState") -> tuple
     if name is None and manifest.vae is None:
         raise ValueError(f"features {features.root} do not say which VAE made them: name one with --vae")
     named = name or manifest.vae
-    fetched_by_node(state, lambda ask: fetch_vae(named, ask))
-    vae, whose = load_vae(named, state.device), "the features' latents"
+    vae, whose = load_vae(named, state.device, state), "the features' latents"
     return vae, *same_vae(vae, named, name is not None, manifest.latent_channels, vars(manifest), whose)
 
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dlc.machine.cli import number, path_or_name
+from dlc.machine.files import sha256_of
 from dlc.machine.processes import done_by_rank_0
 from dlc.nets.digest import weights_sha256
-from dlc.weights.hub import fetch_file, is_offline, sha256_of
+from dlc.weights.hub import fetch_file, is_offline
 from evaluation.dinov2 import load_dinov2, preprocess
 from evaluation.inception import load_inception
 

@@ -14,8 +14,6 @@ from dlc.data.images import center_crop
 from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, tokens
-from dlc.weights.foreign.layouts import locate
-from dlc.weights.hub import fetched_by_node
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import measure
 from evaluation.sets import ImageSet
@@ -115,8 +113,7 @@ def encoder_of(args: Namespace, codes: CodeSet, state: "PartialState") -> tuple[
         manifest = codes.features.manifest if codes.features is not None else None
         named = manifest.encoder if manifest is not None else None
         args.encoder = named if named and Path(named).exists() else DEFAULT_ENCODER
-    fetched_by_node(state, lambda ask: locate(args.encoder, "encoder", "--encoder", ask))
-    encoder = open_encoder(args)
+    encoder = open_encoder(args, state)
     try:
         return encoder, compare(codes, codes_of(encoder, f"the encoder {args.encoder}"))
     except ValueError as error:

@@ -7,19 +7,74 @@ error that means lost data (EIO, ENOSPC, …) is always raised.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dlc.machine.cli import warn_once
+from dlc.machine.cli import one_line, warn_once
 
 LOCK_PATIENCE = 20  # seconds to wait for a launch that was just killed
 LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+FULL = {errno.ENOSPC, errno.EDQUOT}  # errors that more room on the disk mends
+
+
+#################################################################################
+#                          Errors of reading and writing                        #
+#################################################################################
+
+
+class Damaged(ValueError):
+    """A file was read and, by its size, header, form or digest, is not whole. Nothing else is called damage."""
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's error number in an exception, also where a library wraps it in its own; None if there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return errno.ENOMEM
+    if isinstance(error, ValueError):
+        return None
+    if isinstance(error.__context__, OSError):  # as of torch.save to a file of Python's
+        return error.__context__.errno
+    found = re.search(r"(?:errno|os error|error code) (\d+)|: [A-Z][^()]* \((\d+)\)$", str(error), re.IGNORECASE)
+    return int(found[1] or found[2]) if found else None
+
+
+def failed(what: str, error: BaseException) -> OSError:
+    """An OSError of the same number: what failed, why in the system's words, and on a full disk what to do."""
+    number, kind = errno_of(error), type(error) if isinstance(error, OSError) else OSError
+    why = os.strerror(number) if number else one_line(error, 200)
+    made = kind(f"{what} ({why}){': make room' if number in FULL else ''}")
+    made.errno = number
+    return made
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Around every reader of a file. What the system refuses, such as permission, open files, memory or a failing disk,
+    becomes an OSError in its own words, whatever the reader makes of it: it says nothing about the file. Other errors
+    pass: the reader calls them `Damaged` if the bytes that it read prove that.
+    """
+    try:
+        open(path, "rb").close()  # some libraries call every failure to open "no such file"
+        yield
+    except Exception as error:
+        if errno_of(error) is None:
+            raise
+        raise failed(f"cannot read {path}", error) from error
+
+
+#################################################################################
+#                                  Whole files                                  #
+#################################################################################
 
 
 def sync(path: str | Path) -> None:
@@ -61,7 +116,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"cannot write {path} ({error})") from error
+            raise failed(f"cannot write {path}", error) from error
         raise
 
 
@@ -146,18 +201,35 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """The dict in a JSON file. Raises ValueError, naming the file, if there is none."""
-    try:
-        if os.path.getsize(path) > LARGEST_JSON:
-            raise ValueError(f"{os.path.getsize(path):,} bytes, more than any that this program writes")
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is not readable JSON (nested too deeply)") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error})") from None
+    """The dict in a JSON file. Raises `Damaged`, naming the file, if there is none, and OSError as `reading` does."""
+    with reading(path):
+        try:
+            if os.path.getsize(path) > LARGEST_JSON:
+                raise ValueError(f"{os.path.getsize(path):,} bytes, more than any that this program writes")
+            value = json.loads(Path(path).read_bytes())
+        except RecursionError:
+            raise Damaged(f"{path} is not readable JSON (nested too deeply)") from None
+        except ValueError as error:
+            pointer = "a git-lfs pointer: run git lfs pull" if is_pointer(path) else error
+            raise Damaged(f"{path} is not readable JSON ({pointer})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Whether a file is what git-lfs leaves in the place of one that was not fetched."""
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def is_plain_name(text: object) -> bool:

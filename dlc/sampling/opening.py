@@ -14,13 +14,10 @@ from dlc.nets.vae import pixels_per_cell, same_vae
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.sampling.latents import create_sampler
 from dlc.sampling.sampling_flags import RESULTS
-from dlc.weights.checkpoint import NoCheckpoint, newest_checkpoint
-from dlc.weights.foreign.dits import PUBLISHED, published_dit
-from dlc.weights.foreign.layouts import locate
-from dlc.weights.hub import fetched_by_node, is_id
+from dlc.weights.hub import PUBLISHED, is_id, published_dit
 from dlc.weights.load import load_model, process_of
-from dlc.weights.meta import RunMeta
-from dlc.weights.networks import downsampling_factor, fetch_vae, load_vae, vae_id, vae_label
+from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint
+from dlc.weights.networks import downsampling_factor, load_vae, vae_id, vae_label
 from models import DiT, DiT_models
 
 if TYPE_CHECKING:
@@ -54,12 +51,12 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
     args.model = args.model or (None if args.ckpt else default)
     if args.model:
         refuse_model(args, script, DiT_models[args.model].conditioning)
-    if is_id(args.ckpt or "."):  # fetched by one process of each node, before the others read it
-        fetched_by_node(start_processes(), lambda ask: locate(args.ckpt, "model", "--ckpt", ask))
     path = args.ckpt or find_checkpoint(args)
     model, name, meta = load_model(
         path,
         args.ema,
+        flag="--ckpt",
+        state=start_processes() if is_id(path) else None,
         diffusers_time=args.diffusers_time,
         process=args.process,
         input_size=args.image_size and args.image_size // downsampling_factor(args.vae or "ema"),
@@ -81,7 +78,7 @@ def find_checkpoint(args: Namespace) -> Path | str:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{error}; without that, the published weights are used", flush=True)
-        return published_dit(*which, lambda name: locate(name, "model", "--ckpt"))
+        return published_dit(*which, start_processes())
 
 
 def open_sampler(args: Namespace, model: DiT, meta: RunMeta) -> Sampler:
@@ -111,8 +108,7 @@ def open_vae(
     weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
     """
     name = args.vae or meta.vae or "ema"
-    fetched_by_node(state, lambda ask: fetch_vae(name, ask))
-    vae = load_vae(name, state.device)
+    vae = load_vae(name, state.device, state)
     digest, notes = same_vae(vae, name, args.vae is not None, model.in_channels, vars(meta), "the checkpoint's latents")
     image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae.config)
     if args.image_size not in (None, image_size):

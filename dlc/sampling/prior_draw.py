@@ -21,9 +21,8 @@ from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
-from dlc.weights.checkpoint import damage, newest_of_run, run_checkpoints
 from dlc.weights.load import load_prior, process_of
-from dlc.weights.meta import is_prior
+from dlc.weights.meta import damage, is_prior, newest_of_run, run_checkpoints
 
 if TYPE_CHECKING:
     from accelerate import PartialState

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from dlc.machine.cli import warn_once
-from dlc.machine.files import write_whole
+from dlc.machine.files import failed, write_whole
 
 
 def append_metrics(path: Path, line: dict) -> None:
@@ -29,7 +29,7 @@ def append_metrics(path: Path, line: dict) -> None:
                 file.truncate(before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error})") from error
+        raise failed(f"cannot write {path}", error) from error
 
 
 def finite_number(text: str) -> float:

@@ -56,16 +56,13 @@ from dlc.training.update import SkippedSteps, clip_gradients, update_ema
 from dlc.weights.checkpoint import (
     begin_groups,
     load_checkpoint,
-    newest_of_run,
     remove_old_checkpoints,
     remove_unfinished,
-    resume_point,
-    run_checkpoints,
     save_checkpoint,
     unrecordable,
 )
 from dlc.weights.load import load_pretrained
-from dlc.weights.meta import RunMeta, config_of, plain, without_memory
+from dlc.weights.meta import RunMeta, config_of, newest_of_run, plain, resume_point, run_checkpoints, without_memory
 
 FOLDERS = ("checkpoints", "previews", "best")  # of RESULTS/
 FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")
@@ -266,7 +263,7 @@ class Run:
         self.accelerator.end_training()
         if self.stop_request.reason:
             self.parser.error(
-                f"{self.stop_request.reason}, then run the same command again; what is done is kept: "
+                f"{self.stop_request.reason}; run the same command again; what is done is kept: "
                 f"{newest_of_run(self.folder)}"
             )
 
@@ -389,7 +386,7 @@ class Run:
                 self.folder, self.config, meta, sums=sums, write=self.state.is_main_process, **self._trained()
             )
         except OSError as error:
-            self.parser.error(f"{error}: make room, then run the same command again; the last whole checkpoint is kept")
+            self.parser.error(f"{error}; run the same command again; the last whole checkpoint is kept")
         if self.state.is_main_process:
             self.logger.info(f"checkpoint {path}")
             if args.ckpt_total_limit:
@@ -404,7 +401,7 @@ class Run:
         try:
             write(*values)
         except OSError as error:
-            self.stop_request.ask(f"{error}: make room")
+            self.stop_request.ask(str(error))
 
     @contextlib.contextmanager
     def whole_ema(self, everywhere: bool = False) -> Iterator[torch.nn.Module | None]:

@@ -34,7 +34,8 @@ def model_card(job) -> str:
     }
     rows = [f"| {name} | {one_line(value, 100).replace('|', ' ')} |" for name, value in settings.items()]
     licence = (
-        "The file that these weights come from does not record their licence; that of their authors holds."
+        "Nobody has stated a licence for these weights; that of their authors, and of the weights and data that they "
+        "were trained from, holds."
         if job.license == "unknown"
         else f"{job.license}."
     )

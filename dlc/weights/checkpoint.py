@@ -1,4 +1,4 @@
-"""A run's checkpoints: written whole, listed, loaded, and checked for damage.
+"""A run's checkpoints: written whole, and loaded.
 
 A checkpoint is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors (float32),
 optimizer.pt, config.json (what the model is) and meta.json (how far the run is, and on what). It is written under a
@@ -7,12 +7,9 @@ training is a function of (seed, global sample index): meta.json has the step an
 the sums of the log's next line.
 """
 
-import contextlib
 import json
 import os
-import re
 import shutil
-import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
@@ -21,14 +18,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import sync
+from dlc.machine.files import Damaged, failed, sync
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch, tensor_fault
-from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
-
-CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "config.json", "meta.json")
+from dlc.weights.meta import ModelConfig, RunMeta, run_checkpoints
 
 
 def save_checkpoint(
@@ -90,7 +85,8 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
         for name, state in weights.items():
             safetensors.torch.save_file(apart(state), temporary / f"{name}.safetensors")
         if rest is not None:
-            torch.save(rest, temporary / "optimizer.pt")
+            with open(temporary / "optimizer.pt", "wb") as file:  # of Python's, whose error says why it failed
+                torch.save(rest, file)
         for name, record in (("config", config), ("meta", meta)):
             (temporary / f"{name}.json").write_text(json.dumps(record.to_json(), indent=1) + "\n")
         for file in temporary.iterdir():
@@ -100,7 +96,7 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers raise on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {path} ({error})") from error
+        raise failed(f"cannot write checkpoint {path}", error) from error
     sync(path.parent)  # before older ones are removed
     return path
 
@@ -152,20 +148,27 @@ def load_checkpoint(
         sums_shape: the shape of each process's sums; None: they may be anything.
 
     Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
-    other optimizers.
+    other optimizers; OSError if it cannot be read.
     """
-    for module, name in ((model, "model"), (ema, "ema")):
-        file, ours = path / f"{name}.safetensors", module.state_dict()
-        weights = _undamaged(path, lambda file=file: check_tensors(load_tensors(file), file, RECORDABLE))
-        different = differences_from(ours, weights)
-        if different:
-            raise ValueError(
-                f"checkpoint {path} belongs to another model: {file.name} {different}. The model's code has changed "
-                "since: give another --results-dir to train this one from the start"
-            )
-        module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
-    state = _undamaged(path, lambda: _checked_state(path / "optimizer.pt", sums_shape))
-    there, here = ([_outline(one) for one in ones] for ones in (state["optimizers"], _states(optimizers)))
+    try:
+        for module, name in ((model, "model"), (ema, "ema")):
+            file, ours = path / f"{name}.safetensors", module.state_dict()
+            weights = check_tensors(load_tensors(file), file, RECORDABLE)
+            different = differences_from(ours, weights)
+            if different:
+                raise ValueError(
+                    f"checkpoint {path} belongs to another model: {file.name} {different}. The model's code has "
+                    "changed since: give another --results-dir to train this one from the start"
+                )
+            module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
+        state = _checked_state(path / "optimizer.pt", sums_shape)
+    except Damaged as error:
+        reason = str(error).replace(f"{path}{os.sep}", "")
+        raise ValueError(
+            f"checkpoint {path} is damaged ({reason}): remove it to continue from the one before"
+        ) from None
+    there = [_outline(one) for one in state["optimizers"]]
+    here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]
     if there != here:
         raise ValueError(
             f"checkpoint {path} holds the state of {' and '.join(there)}, but this program trains with "
@@ -176,17 +179,6 @@ def load_checkpoint(
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return None if state["sums"] is None else state["sums"].clone()  # not a view of the mapped file
-
-
-def _undamaged(path, read):
-    """read(). Raises ValueError, saying that the checkpoint is damaged, where that raises one."""
-    try:
-        return read()
-    except ValueError as error:
-        reason = str(error).replace(f"{path}{os.sep}", "")
-        raise ValueError(
-            f"checkpoint {path} is damaged ({reason}): remove it to continue from the one before"
-        ) from None
 
 
 def _checked_state(file: Path, sums_shape) -> dict:
@@ -207,11 +199,7 @@ def _checked_state(file: Path, sums_shape) -> dict:
                 raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
         return dict(state, scaler=state["scaler"])
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
-        raise ValueError(f"{file} is no optimizer's state ({one_line(repr(error), 100)})") from None
-
-
-def _states(optimizers) -> list[dict]:
-    return [dict(one.state_dict(), kind=type(one).__name__) for one in optimizers]
+        raise Damaged(f"{file} is no optimizer's state ({one_line(repr(error), 100)})") from None
 
 
 def _outline(saved: dict) -> str:
@@ -282,127 +270,3 @@ def remove_unfinished(run_dir: str | Path) -> None:
     """Remove checkpoints that a killed run was writing or removing."""
     for path in Path(run_dir).glob("checkpoints/*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def run_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
-    return sorted(
-        (
-            path
-            for path in Path(run_dir).glob("checkpoints/*")
-            if re.fullmatch(r"[0-9]{7,}", path.name) and path.is_dir()
-        ),
-        key=lambda path: int(path.name),
-    )
-
-
-def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
-    """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
-
-    A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that, so
-    no tensor is read.
-
-    Args:
-        files: the files that the caller needs; a checkpoint may have been stripped of the others.
-    """
-    try:
-        for name in files:
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if name == "meta.json":
-                meta = read_meta(path)
-                if "optimizer.pt" in files and meta.missing():
-                    return f"meta.json does not say {meta.missing()}"
-            elif name == "config.json":
-                if read_config(path) is None:
-                    return "config.json was written by another program"
-            elif name.endswith(".safetensors"):
-                with safe_open(path / name, framework="pt"):  # compares the header with the file's size
-                    pass
-            elif not zipfile.is_zipfile(path / name):  # a zip's directory is at its end
-                return f"{name} is cut short"
-    except SafetensorError as error:
-        return f"{name} is cut short or overwritten: {error}"
-    except (ValueError, OSError) as error:
-        return str(error).replace(f"{path}{os.sep}", "")
-    return ""
-
-
-def newest_of_run(run_dir: str | Path, files: Sequence[str] = CHECKPOINT_FILES) -> Path | None:
-    """The checkpoint of the highest step of a run; None if there is none.
-
-    Raises ValueError if it is damaged (see `damage`), naming the newest whole one before it.
-    """
-    checkpoints = run_checkpoints(run_dir)
-    if not checkpoints:
-        return None
-    reason = damage(checkpoints[-1], files)
-    if reason:
-        before = next((path for path in reversed(checkpoints[:-1]) if not damage(path, files)), None)
-        raise ValueError(
-            f"checkpoint {checkpoints[-1]} is damaged ({reason}): remove it; "
-            + (f"the newest whole one before it is {before.name}" if before else "there is no whole one before it")
-        )
-    return checkpoints[-1]
-
-
-def resume_point(
-    run_dir: str | Path, config: ModelConfig, settings: dict, allow_change: bool
-) -> tuple[Path | None, RunMeta, str]:
-    """The checkpoint to resume a run from, its meta, and which settings changed since, in words.
-
-    Without checkpoints that is None, the meta of step 0, and "".
-
-    Args:
-        config: the model's; a run with another one is another run.
-        settings: what may differ if allow_change is set.
-
-    Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
-    """
-    path = newest_of_run(run_dir, ["config.json", "meta.json"])
-    if path is None:
-        return None, RunMeta(step=0, place=0, logged=0, skipped=0, ema_start=1.0), ""
-    meta = read_meta(path)
-    different, changed = read_config(path).completed().differences(config), meta.differences(settings)
-    if different:
-        raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
-    if changed and not allow_change:
-        raise ValueError(
-            f"{run_dir} holds another run: {changed}; give another --results-dir, or --allow-change to "
-            "continue that one so"
-        )
-    newest_of_run(run_dir)
-    return path, meta, changed
-
-
-class NoCheckpoint(ValueError):
-    """There is no checkpoint of a model where one was looked for."""
-
-
-def newest_checkpoint(results_dir: str | Path, model: str, use_ema: bool = True) -> Path:
-    """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
-
-    Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
-
-    Raises NoCheckpoint if there is none, ValueError if its meta.json or the wanted weights are damaged.
-    """
-    runs, written = {}, {}
-    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
-        checkpoints = run_checkpoints(run)
-        if checkpoints:
-            meta = checkpoints[-1] / "meta.json"
-            written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
-            runs[run] = "an unknown model (damaged)"
-        for path in reversed(checkpoints):
-            with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it names the model
-                runs[run] = read_config(path).model
-                break
-    of_model = [run for run, name in runs.items() if name == model]
-    if not of_model:
-        others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
-        raise NoCheckpoint(
-            f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
-            "train_diffusion.py first, or name one with --ckpt"
-        )
-    weights = "ema.safetensors" if use_ema else "model.safetensors"
-    return newest_of_run(max(of_model, key=written.get), ("config.json", "meta.json", weights))

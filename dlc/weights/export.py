@@ -17,7 +17,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from dlc.machine.files import sync, write_json
+from dlc.machine.files import failed, sync, write_json
 from dlc.nets.vae import same_vae
 from dlc.weights.card import model_card
 from dlc.weights.foreign.dits import to_diffusers, uses_diffusers_function
@@ -59,8 +59,7 @@ def export(args) -> list[str]:
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent}, the folder to write {out.name} in, does not exist")
     model, name, meta = load_model(args.checkpoint, args.ema, diffusers_time=args.diffusers_time)
-    ours = meta.missing() is None
-    job = Export(model, name, meta, args.checkpoint, args.format, args.license or ("mit" if ours else "unknown"))
+    job = Export(model, name, meta, args.checkpoint, args.format, args.license or "unknown")
     if args.format != "safetensors":
         add_vae(job, args.vae)
     elif args.vae:
@@ -114,7 +113,7 @@ def write_folder(out: Path, write) -> None:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, (OSError, RuntimeError, safetensors.SafetensorError)):
-            raise OSError(f"cannot write {out} ({error})") from error
+            raise failed(f"cannot write {out}", error) from error
         raise
 
 

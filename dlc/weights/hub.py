@@ -1,9 +1,9 @@
 """Names of weights: a local path if it exists, else a repository on the Hugging Face hub, of which files are fetched.
 
-    folder = fetch("stabilityai/sd-vae-ft-ema", ["config.json", ("*.safetensors", "*.bin")], flag="--vae")
-    folder = fetch("owner/name@v1.0", …)                           # a branch, a tag or a commit
-    folder = fetch("results/checkpoints/0000500", …)               # a local path comes back as it is
-    path = fetch_file("https://…/weights.pth", Path("weights.pth"), check)
+    path = locate("stabilityai/sd-vae-ft-ema", "vae", "--vae")     # the folder of its weights in the hub's cache
+    path = locate("owner/name@v1.0", …)                            # a branch, a tag or a commit
+    path = locate("owner/name:0400000.pt", …)                      # one file of it, or one folder
+    path = locate("results/checkpoints/0000500", …)                # a local path comes back as it is
 
 huggingface_hub keeps the cache (HF_HOME), shows progress, resumes downloads, and reads HF_ENDPOINT, HF_HUB_OFFLINE and
 the token (`hf auth login` or HF_TOKEN). Only the files asked for are fetched; nothing in them is run.
@@ -13,60 +13,73 @@ import contextlib
 import errno
 import fnmatch
 import glob
-import hashlib
 import http.client
 import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from dlc.machine.cli import one_line, warn_once
-from dlc.machine.files import is_plain_name, sync
+from dlc.machine.files import FULL, is_plain_name, sync
 from dlc.machine.processes import from_all, is_first_of_node
+from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, check_tensors, differences_from, hub_patterns, load_tensors
+from models import DiT_models
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 # A name that ends like a file of weights is a path, such as pretrained/encoder.pth, which could be an id, too.
-FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npy", ".npz", ".json", ".yaml", ".zip")
+FILE_SUFFIXES = (*WEIGHTS_SUFFIXES, ".pkl", ".npy", ".npz", ".json", ".yaml", ".zip")
 PART_OF_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+DLC_EMA, DLC_STATE = "custom_checkpoint_0.pkl", "random_states_0.pkl"  # of accelerate's folders, in the DLC project
+IN_PIPELINES = dict(model="transformer", vae="vae", prior="", encoder="")  # the folder of such weights
+# What is fetched beside weights: small files, and the EMA of our checkpoints and of the DLC project's.
+BESIDE = ("*.json", "*/*.json", "ema.safetensors", DLC_EMA, DLC_STATE)
 FETCHED = {}  # what this process has fetched: all parts of a program see one commit
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 NO_ANSWER = 30  # seconds after which an address counts as out of reach
 
 
+def parts_of(name: object) -> tuple[str, str, str]:
+    """The hub id in a name; the revision, a branch, a tag or a commit ["main"]; the file or folder in it [""]."""
+    name, _, inside = str(name).partition(":")
+    repository, _, revision = name.partition("@")
+    return repository, revision or "main", inside.strip("/")
+
+
 def is_id(name: object) -> bool:
-    """Whether a name can be a hub id, `owner/name` or `owner/name@revision`, rather than a local path."""
-    parts = str(name).partition("@")[0].split("/")
+    """Whether a name can be a hub id, `owner/name[@revision][:file]`, rather than a local path."""
+    repository, _, inside = parts_of(name)
+    parts = repository.split("/")
     return (
         not os.path.lexists(name)
         and len(parts) == 2
         and all(map(PART_OF_ID.fullmatch, parts))
         and not parts[1].lower().endswith(FILE_SUFFIXES)
+        and (not inside or all(map(is_plain_name, inside.split("/"))))
     )
 
 
-def id_and_revision(name: object) -> tuple[str, str]:
-    """The hub id in a name, and the revision: a branch, a tag or a commit; "main" where the name has none."""
-    repository, _, revision = str(name).partition("@")
-    return repository, revision or "main"
-
-
-def fetch(name, needed, optional=(), flag: str = "", ask: bool = True) -> Path:
-    """The local path that a name stands for; of a hub id, the folder of the wanted files in the hub's cache.
+def locate(name: object, kind: str, flag: str = "checkpoint", state: "PartialState | None" = None) -> Path:
+    """The local path that a name stands for; of a hub id, its folder or file in the hub's cache.
 
     Args:
-        name: a local path, which comes back unread, or a hub id with or without @revision.
-        needed: patterns of files, such as "vae/*.json"; `*` matches no slash. In place of one pattern, a tuple of
-            alternatives: the first that matches files is taken.
-        optional: the same, of files that need not be there.
+        name: a local path, which comes back unread, or a hub id.
+        kind: of network that is wanted, a key of IN_PIPELINES, which says what files are.
         flag: the flag that the name was given to, for errors.
-        ask: whether to ask the hub; else only the cache is read. See `fetched_by_node`.
+        state: of the processes, all of which call this: one per node asks the hub, then the others read its cache.
 
     If the hub is out of reach or refuses, the copy in the cache is used, with a warning, provided that all needed
     files are there. A repository is asked for once per process.
 
     Raises ValueError, one line with the remedy, if there is no such path or repository, if the hub refuses access or
-    is out of reach, and if needed files are missing.
+    is out of reach, and if there is no file of weights.
     """
     if os.path.exists(name):
         return Path(name)
@@ -75,61 +88,103 @@ def fetch(name, needed, optional=(), flag: str = "", ask: bool = True) -> Path:
         raise ValueError(
             f"{said} does not exist: it is no file or folder, nor a hub id (owner/name or owner/name@revision)"
         )
-    key = (str(name), *map(tuple, (needed, optional)))
+    key = str(name), kind
     if key not in FETCHED:
         try:
-            FETCHED[key] = _snapshot(str(name), needed, optional, ask)
+            if state is None:
+                FETCHED[key] = _fetch(*key, True)
+            else:
+                FETCHED[key] = _first_of_node(lambda ask: _fetch(*key, ask))
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from None
     return FETCHED[key]
 
 
-def _snapshot(name, needed, optional, ask):
-    """The folder of a hub id's wanted files, see `fetch`. Raises ValueError saying what is wrong, without the name."""
+def _first_of_node(fetch: Callable[[bool], Path]) -> Path:
+    """fetch(True) in the first process of each node, then fetch(False) in the others. Raises ValueError in every
+    process if a first one does."""
+    found, error = None, None
+    if is_first_of_node():
+        try:
+            found = fetch(True)
+        except (ValueError, OSError) as raised:
+            error = str(raised)
+    errors = list(filter(None, from_all(error)))  # also waits for the first ones
+    if errors:
+        raise ValueError(errors[0])
+    return found or fetch(False)
+
+
+def _fetch(name, kind, ask) -> Path:
+    """The path of a hub id, see `locate`. Raises ValueError saying what is wrong, without the name."""
     from huggingface_hub import constants
 
-    repository, revision = id_and_revision(name)
+    repository, revision, inside = parts_of(name)
     offline = not ask or constants.HF_HUB_OFFLINE
     refusal = (
         f"no such local path, and the hub's cache {constants.HF_HUB_CACHE} does not have all of it"
         + (", while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "")
-        + ": fetch it once where the hub is in reach, or give a local path"
+        + f"{other_commits(repository, revision)}: fetch it once where the hub is in reach, or give a local path"
     )
     if not offline:
         try:
-            return _download(repository, revision, needed, optional)
+            return _download(repository, revision, kind, inside) / inside
         except LookupError as error:
             raise ValueError(error.args[0]) from None
         except Exception as error:  # the hub's client and its transport raise many types
             refusal = in_words(error, revision)
     # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
     folder = cached_snapshot(repository, revision)
-    if folder is None or missing(files_in(folder), needed):
+    try:
+        wanted = wanted_files(files_in(folder), kind, inside) if folder else []
+    except LookupError:
+        wanted = []
+    if not wanted:
         raise ValueError(refusal)
+    config = next(config for config in map(config_beside, wanted) if config)
+    if config not in wanted and not (absent_mark(folder, config)).exists():
+        raise ValueError(
+            f"the hub's cache {constants.HF_HUB_CACHE} has its weights, but no {config}, which decides what they are: "
+            "fetch it once where the hub is in reach, or give a local path"
+        )
     if not offline:
         warn_once(f"hub {name}", f"{name}: {refusal}; its copy in the hub's cache is used")
-    return folder
+    return folder / inside
 
 
-def _download(repository, revision, needed, optional):
-    """Fetch the wanted files that the cache does not have yet. Raises LookupError if the repository lacks a needed
-    file, and what the hub's client raises."""
+def _download(repository, revision, kind, inside) -> Path:
+    """Fetch the wanted files that the cache does not have whole. Raises LookupError if there are no weights of a kind,
+    and what the hub's client raises."""
     import huggingface_hub
 
     with quiet():
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=NO_ANSWER)
-        files = [entry.rfilename for entry in info.siblings or []]
-        files = [file for file in files if all(map(is_plain_name, file.split("/")))]
-        lack = missing(files, needed)
-        if lack:
-            raise LookupError(f"the hub's repository, at revision {revision}, has no {lack}")
-        wanted = chosen(files, (*needed, *optional))
-        folder = cached_snapshot(repository, info.sha)
-        absent = set(wanted) - set(files_in(folder) if folder else ())
-        if absent and os.environ.get("RANK", "0") == "0":
-            print(f"fetching {repository} from the hub: {len(absent)} files", file=sys.stderr, flush=True)
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=NO_ANSWER, files_metadata=True)
+        sizes = {file.rfilename: file.size for file in info.siblings or []}
+        sizes = {file: size for file, size in sizes.items() if all(map(is_plain_name, file.split("/")))}
+        try:
+            wanted = wanted_files(sizes, kind, inside)
+        except LookupError as error:
+            raise LookupError(f"the hub's repository, at revision {revision}, {error.args[0]}") from None
+        folder, lacking = cached_snapshot(repository, info.sha), []
+        for file in wanted:
+            path = folder and folder / file
+            if not path or not path.is_file():
+                lacking.append(file)
+            elif sizes[file] not in (None, path.stat().st_size):  # cut off, such as by a full disk
+                path.resolve().unlink()
+                path.unlink(missing_ok=True)
+                lacking.append(file)
+        if lacking and os.environ.get("RANK", "0") == "0":
+            print(f"fetching {repository} from the hub: {len(lacking)} files", file=sys.stderr, flush=True)
         patterns = [glob.escape(file) for file in wanted]
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        for config in filter(None, map(config_beside, wanted)):
+            if config not in sizes:  # as the library marks it, for later runs without the hub
+                mark = absent_mark(folder, config)
+                with contextlib.suppress(OSError):
+                    mark.parent.mkdir(parents=True, exist_ok=True)
+                    mark.touch()
+        return folder
 
 
 def in_words(error: Exception, revision: str) -> str:
@@ -145,12 +200,15 @@ def in_words(error: Exception, revision: str) -> str:
         return f"no such local path, and the hub has no such repository, or keeps it private: then {LOG_IN}"
     if status in (401, 403):
         return f"the hub refuses access (status {status}): {LOG_IN}, with a token that may read it"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+    if getattr(error, "errno", None) in {*FULL, errno.EACCES, errno.EPERM, errno.EROFS}:
         return (
             f"the hub's cache {constants.HF_HUB_CACHE} cannot be written ({os.strerror(error.errno)}): "
-            "free the disk, or set HF_HOME"
+            f"{'free the disk, or ' if error.errno in FULL else ''}set HF_HOME"
         )
     what = f"status {status}" if status else type(error).__name__
+    scheme = constants.ENDPOINT.partition(":")[0]
+    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(constants.ENDPOINT.split("/")[2]):
+        what += f", by the proxy that {scheme.upper()}_PROXY names"
     return (
         f"no such local path, and fetching it from the hub at {constants.ENDPOINT} failed ({what}): run again when "
         "the hub is in reach, or give a local path"
@@ -158,7 +216,7 @@ def in_words(error: Exception, revision: str) -> str:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Without the log lines of the hub's client, which say in many words what the errors here say in one line; and
     with its progress bars only in the terminal of rank 0."""
     from huggingface_hub import utils
@@ -181,31 +239,48 @@ def quiet():
 #################################################################################
 
 
-def matches(file: str, pattern: str) -> bool:
-    """Whether a pattern matches a path with slashes. `*` matches no slash: both have as many."""
-    return file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)
+def wanted_files(files: Iterable[str], kind: str, inside: str = "") -> list[str]:
+    """Of a repository's files, the weights of a kind and what is read beside them.
+
+    Args:
+        inside: a file or a folder of it, which the user named [""].
+
+    Raises LookupError, saying what there is, without one file of weights, or one set of shards.
+    """
+    files = list(files)
+    top = f"{inside}/" if inside and inside not in files else inside.rpartition("/")[0] + "/" * ("/" in inside)
+
+    def matching(pattern):  # `*` matches no slash: both have as many
+        return [file for file in files if file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)]
+
+    patterns = [*hub_patterns(f"{top}{IN_PIPELINES[kind]}/"), *hub_patterns(top)]
+    found, beside = next(filter(None, map(matching, patterns)), []), BESIDE
+    if inside in files:
+        shards = f"{inside.partition('.')[0]}-*-of-*" if inside.endswith(".json") else ""
+        found, beside = [inside, *matching(shards)], BESIDE[:1]
+    if not found:
+        found = [file for suffix in WEIGHTS_SUFFIXES for file in matching(f"{top}*{suffix}")]
+        others = found or [file for file in files if file.endswith(WEIGHTS_SUFFIXES)]
+        if len(found) != 1:
+            names = ", ".join(one_line(file, 60) for file in others[:4]) + ", …" * (len(others) > 4)
+            what = f"no file of weights{f' in {inside}' if inside else ''}" if not found else "several files of weights"
+            raise LookupError(f"has {what}" + (f": name one of {names} after a colon, ID:FILE" if others else ""))
+    return sorted({*found, *(file for pattern in beside for file in matching(f"{top}{pattern}"))})
 
 
-def chosen(files: Iterable[str], patterns) -> list[str]:
-    """The files that patterns match; of a tuple of patterns, only those of the first that matches any."""
-    found = set()
-    for one in patterns:
-        alternatives = (one,) if isinstance(one, str) else one
-        hits = ([file for file in files if matches(file, pattern)] for pattern in alternatives)
-        found.update(next(filter(None, hits), ()))
-    return sorted(found)
+def config_beside(file: str) -> str | None:
+    """The config.json that belongs to a file of weights; None if it is none."""
+    return f"{file.rpartition('/')[0]}/config.json".lstrip("/") if file.endswith(WEIGHTS_SUFFIXES) else None
 
 
-def missing(files: Iterable[str], needed) -> str:
-    """The first of the needed patterns that no file matches, in words, or ""."""
-    return next((one if isinstance(one, str) else " or ".join(one) for one in needed if not chosen(files, [one])), "")
+def absent_mark(folder: Path, file: str) -> Path:
+    """The mark in the hub's cache that a snapshot's repository does not have a file."""
+    return folder.parent.parent / ".no_exist" / folder.name / file
 
 
 def cached_snapshot(repository: str, revision: str) -> Path | None:
     """The folder of a revision in the hub's cache, whether all files are there or not, or None."""
-    from huggingface_hub import constants
-
-    root = Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
+    root = cache_of(repository)
     reference, commit = root / "refs" / revision, revision
     if not re.fullmatch("[0-9a-f]{40}", revision):
         if ".." in revision or not reference.is_file():
@@ -215,36 +290,35 @@ def cached_snapshot(repository: str, revision: str) -> Path | None:
     return folder if is_plain_name(commit) and folder.is_dir() else None
 
 
+def cache_of(repository: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
+
+
+def other_commits(repository: str, revision: str) -> str:
+    """Words for what the cache has of a repository when it does not have a revision."""
+    there = sorted(path.name for path in cache_of(repository).glob("snapshots/*"))
+    if not there or cached_snapshot(repository, revision):
+        return ""
+    return f", but {repository}@{there[0]}"
+
+
 def files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def fetched_by_node(state, fetch_all: Callable[[bool], object]) -> None:
-    """Fetch what a program needs from the hub: first one process of each node, then the others, from the cache.
-
-    Args:
-        state: accelerate's PartialState.
-        fetch_all: a function fetch_all(ask) that calls `fetch(…, ask=ask)` for each name, in every process.
-
-    Later calls of `fetch` in the same process find what this one has found. Raises ValueError in every process if a
-    first one does.
-    """
-    error = None
-    if is_first_of_node():
-        try:
-            fetch_all(True)
-        except (ValueError, OSError) as raised:
-            error = str(raised)
-    errors = list(filter(None, from_all(error)))  # also waits for the first ones
-    if errors:
-        raise ValueError(errors[0])
-    if not is_first_of_node():
-        fetch_all(False)
 
 
 #################################################################################
 #                               Public addresses                                #
 #################################################################################
+
+ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
+ADDRESS_VARIABLE = "DIT_WEIGHTS_URL"
+FOLDER = Path("pretrained_models")
+PUBLISHED = {  # by model and image size: the repository on the hub, and the file at the address
+    ("DiT-XL/2", 256): ("facebook/DiT-XL-2-256", "DiT-XL-2-256x256.pt"),
+    ("DiT-XL/2", 512): ("facebook/DiT-XL-2-512", "DiT-XL-2-512x512.pt"),
+}
 
 
 def is_offline() -> bool:
@@ -254,13 +328,42 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def sha256_of(path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def published_dit(model: str, image_size: int, state: "PartialState | None" = None) -> str | Path:
+    """The hub id or the local file of DiT's published weights; either is fetched if it is not there yet.
+
+    Args:
+        model, image_size: a key of PUBLISHED.
+        state: see `locate`.
+
+    Raises ValueError, saying where to put the file, if neither the hub nor the address gives it.
+    """
+    repository, name = PUBLISHED[model, image_size]
+    path, mirror = FOLDER / name, os.environ.get(ADDRESS_VARIABLE)
+    if path.is_file():
+        return path
+    if not mirror:
+        try:
+            locate(repository, "model", "--ckpt", state)
+            return repository
+        except ValueError as error:
+            if is_offline():
+                raise ValueError(f"{error}; or put DiT's {name} at {path}") from None
+    url = f"{(mirror or ADDRESS).rstrip('/')}/{name}"
+
+    def check(part):
+        try:
+            with torch.device("meta"):
+                wanted = DiT_models[model](input_size=image_size // 8).state_dict()
+            different = differences_from(wanted, check_tensors(load_tensors(part), part))
+        except ValueError as error:
+            different = str(error).replace(str(part), "it")
+        if different:
+            raise ValueError(f"{url} did not send the weights of {model} ({different}), and nothing is kept of it")
+
+    try:
+        return fetch_file(url, path, check)
+    except ValueError as error:
+        raise ValueError(f"{error}: put the file at {path}, or name weights with --ckpt") from None
 
 
 def fetch_file(url: str, path: Path, check: Callable[[Path], None]) -> Path:
@@ -272,7 +375,6 @@ def fetch_file(url: str, path: Path, check: Callable[[Path], None]) -> Path:
     Raises ValueError if url is out of reach or refuses, and what check raises.
     """
     import filelock
-    import torch.hub
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part, patience = path.with_name(f".{path.name}.part"), socket.getdefaulttimeout()
@@ -290,7 +392,7 @@ def fetch_file(url: str, path: Path, check: Callable[[Path], None]) -> Path:
             sync(part)
             os.replace(part, path)
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) in FULL:
                 raise
             why = f"status {error.code}" if hasattr(error, "code") else getattr(error, "reason", error)
             raise ValueError(f"{url} is out of reach ({one_line(why, 80)})") from None

@@ -6,6 +6,7 @@ import torch
 
 from dlc.weights.foreign.layouts import NoRawWeights, OtherKind
 from dlc.weights.foreign.safe import differences_from
+from dlc.weights.hub import locate
 from dlc.weights.load import describe, describe_prior, load_model, load_prior, read_weights
 from dlc.weights.meta import RunMeta
 from dlc.weights.networks import load_encoder, load_vae
@@ -13,7 +14,7 @@ from dlc.weights.networks import load_encoder, load_vae
 SIZE_KEYS = {"input_size", "in_channels", "hidden_size", "depth", "patch_size", "mlp_ratio", "class_dropout_prob"}
 
 
-def info(path, diffusers_time: str | None = None) -> list[str]:
+def info(path: str | Path, diffusers_time: str | None = None) -> list[str]:
     """Lines that say what weights are: model, layout, EMA or raw, step, and what else is recorded of them.
 
     Of an encoder or a VAE, one line says what it is.
@@ -38,7 +39,7 @@ def info(path, diffusers_time: str | None = None) -> list[str]:
     return [*lines, difference] if difference else lines
 
 
-def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
+def about(path: str | Path, name: str, model: torch.nn.Module, sizes: str, meta: RunMeta) -> list[str]:
     """Lines on a model: name and sizes, layout, what it was trained on, with and by."""
     lines = [
         f"{path}: {name}, {sum(tensor.numel() for tensor in model.parameters()) / 1e6:.1f} M parameters, {sizes}",
@@ -57,7 +58,7 @@ def about(path, name: str, model, sizes: str, meta: RunMeta) -> list[str]:
     return lines
 
 
-def describe_model(model) -> str:
+def describe_model(model: torch.nn.Module) -> str:
     """The latents, and those arguments of a model that its name does not tell."""
     arguments, (height, width) = model.config["arguments"], model.x_embedder.img_size
     unused = () if model.conditioning == "labels" else ("num_classes",)  # which any family takes
@@ -65,23 +66,24 @@ def describe_model(model) -> str:
     return ", ".join([f"latents {model.in_channels} x {height} x {width}", *others])
 
 
-def size_of(path) -> int:
+def size_of(path: str | Path) -> int:
     """Bytes of a file, or of all files of a folder."""
     path = Path(path)
     return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
 
 
-def ema_and_raw(path, meta: RunMeta) -> str:
+def ema_and_raw(path: str | Path, meta: RunMeta) -> str:
     """How far the EMA weights are from the raw ones, in words; "" where there are not both."""
     if meta.weights != "ema":
         return ""
+    at = locate(path, "model")
     try:
-        raw, _, of_raw = read_weights(path, ema=False)
+        raw, _, of_raw = read_weights(path, at, ema=False)
     except NoRawWeights:
         return ""
     if of_raw.weights != "raw":
         return ""
-    ema = read_weights(path)[0]
+    ema = read_weights(path, at)[0]
     different = differences_from(ema, raw)
     if different:
         raise ValueError(

@@ -7,35 +7,33 @@ Either way: tensors and a `ModelConfig`, from which the model is built and fille
 """
 
 import contextlib
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from diffusion.process_table import create_process
-from dlc.weights.checkpoint import newest_of_run, run_checkpoints
+from diffusion.process_table import Process, create_process
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, use_diffusers_function
-from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, locate, open_weights
+from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
-from dlc.weights.hub import fetched_by_node, is_id
-from dlc.weights.meta import ModelConfig, RunMeta, read_config, read_meta
+from dlc.weights.hub import locate
+from dlc.weights.meta import ModelConfig, RunMeta, newest_of_run, read_config, read_meta, run_checkpoints
 from models import DiT, DiT_models, build_model
 from prior import DLCPrior, DLCPrior_models
 
-#################################################################################
-#                                  Our own weights                              #
-#################################################################################
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 OWN_FILES = "ema.safetensors", "model.safetensors"
 
 
-def read_own(named, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunMeta] | None:
+def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunMeta] | None:
     """The tensors, config and meta of a run, a checkpoint or an export of ours, or of a file in one; else None.
 
     Args:
-        named: what the user called it, for errors.
-        at: where it is.
+        named, at: what the user called it, for errors, and where it is.
         ema: the EMA weights rather than the raw ones, if there are both.
 
     Raises ValueError, naming the file, for what is damaged; NoRawWeights if only EMA weights are there.
@@ -55,63 +53,53 @@ def read_own(named, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunM
         raise NoRawWeights(f"{named} has no raw weights (model.safetensors): leave out --no-ema")
     tensors = check_tensors(load_tensors(file), file, RECORDABLE)
     kind = exported or ("ema" if file.name == OWN_FILES[0] else "raw")
-    meta = dataclasses.replace(meta, model=config.model, process=config.process, weights=kind)
-    return tensors, config, dataclasses.replace(meta, layout="exported by this program" if exported else words)
+    words = "exported by this program" if exported else words
+    return tensors, config, replace(meta, model=config.model, process=config.process, weights=kind, layout=words)
 
 
-def filled(config: ModelConfig, tensors: dict, named) -> torch.nn.Module:
+def filled(config: ModelConfig, tensors: dict, named: object) -> torch.nn.Module:
     """The model of a config, in eval mode and float32, with these tensors, which must be all of its own and no others.
 
     Raises ValueError, naming `named`, if they are not.
     """
     if config.arguments.get("depth", 0) > len(tensors):  # before so many blocks are built
         raise ValueError(f"{named} has {len(tensors)} tensors for {config.arguments['depth']} blocks")
-
-    def refuse_others(state):
-        different = differences_from(state, tensors)
-        if different:
-            raise ValueError(f"{named} does not fit the {config.model}: it {different}")
-
     outline = {}
     with contextlib.suppress(Exception), torch.device("meta"):  # not every constructor can be run on it
         outline = build_model(config.built).state_dict()
-    if outline:
-        refuse_others(outline)  # before memory is taken
-    model = config.build()
-    refuse_others(model.state_dict())
+    different = differences_from(outline, tensors) if outline else ""  # before memory is taken
+    if not different:
+        model = config.build()
+        different = differences_from(model.state_dict(), tensors)
+    if different:
+        raise ValueError(f"{named} does not fit the {config.model}: it {different}")
     # copied: a mapped file that another program overwrites would end this process
     dtypes = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in tensors.items()}
     model.load_state_dict({name: value.to(dtypes[name], copy=True) for name, value in tensors.items()}, assign=True)
     return model.eval()
 
 
-#################################################################################
-#                                   Any weights                                 #
-#################################################################################
-
-
 def read_weights(
-    named, kind: str = "model", ema: bool = True, flag: str = "checkpoint", ask: bool = True, **options
+    named: object, at: Path, kind: str = "model", ema: bool = True, **options
 ) -> tuple[dict, ModelConfig, RunMeta]:
     """A model's tensors under our names, what to build for them, and what is recorded of them.
 
     Args:
-        named: a path or hub id, in any layout of docs/weights.md.
+        named, at: a path or hub id, in any layout of docs/weights.md, and where `locate` found it.
         kind: "model" or "prior".
         ema: the EMA weights rather than the raw ones, if there are both.
-        flag, ask: see `dlc.weights.hub.fetch`.
-        options: for weights without a record of ours, see `dlc.weights.foreign.dits.config_of`.
+        options: for weights without a record of ours, see `load_model`.
 
     Raises ValueError, naming the path, for what is damaged or of no layout; OtherKind for another kind of network.
     """
-    own = read_own(named, locate(named, kind, flag, ask), ema)
+    own = read_own(named, at, ema)
     if own is not None:
         if options.get("diffusers_time") == "diffusers":
             raise ValueError(f"{named} is not in diffusers' layout: --diffusers-time diffusers is for those")
         if options.get("process") not in (None, (own[1].process or {}).get("process")):
             raise ValueError(f"{named} records the process that it was trained on: leave out --process")
         return own
-    found = read_foreign(named, kind, ema, flag, ask, **options)
+    found = read_foreign(named, at, kind, ema, **options)
     config = ModelConfig(model=name_of(**found.config["arguments"], family=found.config["family"]), **found.config)
     return found.tensors, config, meta_of(found.file, model=config.model, process=config.process, layout=found.said)
 
@@ -145,50 +133,45 @@ def name_of(family: str, depth: int, hidden_size: int, num_heads: int, patch_siz
 
 
 def load_model(
-    path,
-    ema: bool = True,
-    *,
-    diffusers_time: str | None = None,
-    input_size: int | None = None,
-    process: str | None = None,
-    flag: str = "checkpoint",
-    ask: bool = True,
+    named: object, ema: bool = True, *, flag: str = "checkpoint", state: "PartialState | None" = None, **options
 ) -> tuple[DiT, str, RunMeta]:
     """The diffusion transformer that a path or hub id holds, in eval mode; its name; and its RunMeta.
 
     Args:
         ema: the EMA weights rather than the raw ones, if there are both.
-        diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
-            [what the folder says, else "dit"].
-        input_size: height and width of the latents, for weights that do not tell [32].
-        process: what weights without a record were trained on, a name in `diffusion.process_table` ["gaussian"].
-        flag, ask: see `dlc.weights.hub.fetch`.
+        flag, state: see `dlc.weights.hub.locate`.
+        options: for weights without a record of ours:
+            diffusers_time: of diffusers' layout, whose function to compute, "dit" or "diffusers" [what the folder says,
+                else "dit"].
+            input_size: height and width of the latents, for weights that do not tell [32].
+            process: what they were trained on, a name in `diffusion.process_table` ["gaussian", to predict noise].
 
-    Raises ValueError, naming path, for what is no such model, or is damaged; OtherKind if it is another network.
+    Raises ValueError, naming the path, for what is no such model, or is damaged; OtherKind if it is another network.
     """
-    options = dict(diffusers_time=diffusers_time, input_size=input_size, process=process)
-    tensors, config, meta = read_weights(path, "model", ema, flag, ask, **options)
-    model = filled(config, tensors, path)
+    tensors, config, meta = read_weights(named, locate(named, "model", flag, state), "model", ema, **options)
+    model = filled(config, tensors, named)
     if not isinstance(model, DiT):
-        raise OtherKind(f"{path} is a {config.model}, a prior over codes, no diffusion transformer", "prior")
+        raise OtherKind(f"{named} is a {config.model}, a prior over codes, no diffusion transformer", "prior")
     if meta.noted.get("trained_with") == "diffusers":
         use_diffusers_function(model, meta.noted.get("norm_eps", DIFFUSERS_EPS)).eval()
     return model, config.model, meta
 
 
-def load_prior(named, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> tuple[DLCPrior, RunMeta]:
+def load_prior(
+    named: object, ema: bool = True, flag: str = "checkpoint", state: "PartialState | None" = None
+) -> tuple[DLCPrior, RunMeta]:
     """The prior over codes that a path or hub id holds, in eval mode, and its RunMeta, whose process is known.
 
     Arguments and errors are as of `load_model`.
     """
-    tensors, config, meta = read_weights(named, "prior", ema, flag, ask)
+    tensors, config, meta = read_weights(named, locate(named, "prior", flag, state), "prior", ema)
     model = filled(config, tensors, named)
     if not isinstance(model, DLCPrior):
         raise OtherKind(f"{named} is not a prior over codes, but a {config.model}", "model")
     return model, meta
 
 
-def process_of(meta: RunMeta):
+def process_of(meta: RunMeta) -> Process:
     """The process that a model was trained on, by its meta; that of DiT's weights if nothing says one."""
     config = meta.process or dict(process="gaussian", arguments=dict(timestep_respacing=""))
     return create_process(config["process"], **config["arguments"])
@@ -208,32 +191,28 @@ def describe(meta: RunMeta) -> str:
     return f"{meta.layout}; {kind}, step {'unknown' if meta.step is None else f'{meta.step:,}'}"
 
 
-def load_pretrained(path, model, state=None) -> str:
+def load_pretrained(named: object, model: torch.nn.Module, state: "PartialState | None" = None) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
-    Raises ValueError if path holds no weights, or none that fit.
+    Raises ValueError if there are no weights, or none that fit.
     """
-    kind, flag = "model" if isinstance(model, DiT) else "prior", "--pretrained-path"
-    if state is not None and is_id(path):  # fetched by one process of each node, before the others read it
-        fetched_by_node(state, lambda ask: locate(path, kind, flag, ask))
-    own, wanted = read_own(path, locate(path, kind, flag)), model.state_dict()
+    kind = "model" if isinstance(model, DiT) else "prior"
+    at = locate(named, kind, "--pretrained-path", state)
+    own, wanted = read_own(named, at), model.state_dict()
     if own is not None:
         weights, _, meta = own
     else:
-        file = open_weights(path, kind, flag=flag)
-        weights, row = names_of(file, kind)
+        file = open_weights(named, at, kind)
+        weights, row = names_of(file)
         meta = meta_of(file, layout=", ".join([*file.words, row.name]))
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
-        raise ValueError(f"--pretrained-path {path} has no tensor that fits the model")
+        raise ValueError(f"--pretrained-path {named} has no tensor that fits the model")
     model.load_state_dict(fit, strict=False)
-    said = [f"{len(fit)} of {len(wanted)} tensors from {path} ({describe(meta)})"]
-    said += [
-        f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here"
-        for key in sorted(
-            (key for key in weights if key in wanted and key not in fit), key=lambda key: "embedding_table" not in key
-        )[:5]
-    ]
+    said = [f"{len(fit)} of {len(wanted)} tensors from {named} ({describe(meta)})"]
+    others = sorted(weights.keys() & wanted.keys() - fit.keys(), key=lambda key: ("embedding_table" not in key, key))
+    for key in others[:5]:
+        said.append(f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here")
     for what, keys in (("left out", weights.keys() - wanted.keys()), ("new", wanted.keys() - weights.keys())):
         if keys:
             said.append(f"{what}: {', '.join(sorted(keys)[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}")

@@ -1,20 +1,27 @@
-"""The records beside our weights: config.json, what the model is, and meta.json, what it was trained on.
+"""The records beside our weights, and by them the checkpoints of a run: listed, chosen, and checked for damage.
 
 config.json: the model's name, family and constructor arguments, and the process that it was trained on. The model is
 rebuilt from these alone, so a new argument of a model needs no line here. meta.json: how far the run is, what a reader
 of the weights must know about the latents and codes, and whatever else the trainer recorded.
+
+`dlc.weights.checkpoint` writes checkpoints `checkpoints/{step:07d}/`, under a temporary name that is then changed, so
+that one with its final name is whole.
 """
 
 import contextlib
 import json
-from collections.abc import Callable
+import os
+import re
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from diffusion.process_table import Process, create_process
-from dlc.machine.files import read_json
+from dlc.machine.files import Damaged, read_json, reading
 from dlc.machine.records import (
     OBJECT,
     TEXT,
@@ -32,15 +39,13 @@ from models import Recorded, build_model
 from prior import DLCPrior
 
 OURS = "dlc-dit"  # the "format" of our config.json
+CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "config.json", "meta.json")
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = or_null(whole_number(0)), or_null(whole_number(1)), or_null(TEXT)
 PROCESS = (
     lambda value: (
-        isinstance(value, dict)
-        and isinstance(value.get("process"), str)
-        and "arguments" in value
-        and isinstance(value["arguments"], dict)
+        isinstance(value, dict) and isinstance(value.get("process"), str) and isinstance(value.get("arguments"), dict)
     ),
     "an object of process, a name, and arguments, an object",
 )  # as `Process.config`
@@ -105,11 +110,14 @@ def without_memory(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """
     from accelerate import init_empty_weights
 
-    with contextlib.suppress(NotImplementedError, RuntimeError):  # what torch raises for values on that device
+    try:
         with init_empty_weights(include_buffers=False):
             model = build()
         if not any(buffer.is_meta for buffer in model.buffers()):
             return model
+    except (NotImplementedError, RuntimeError) as error:  # what torch raises for values on that device
+        if "meta" not in str(error):
+            raise
     return build()
 
 
@@ -262,3 +270,129 @@ class RunMeta(Record):
 def read_meta(path: str | Path) -> RunMeta:
     """A checkpoint's meta.json. Raises ValueError, naming file and key, for one that `RunMeta.from_json` refuses."""
     return RunMeta.read(Path(path) / "meta.json")
+
+
+#################################################################################
+#                              Checkpoints of a run                             #
+#################################################################################
+
+
+def run_checkpoints(run_dir: str | Path) -> list[Path]:
+    """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
+    return sorted(
+        (one for one in Path(run_dir).glob("checkpoints/*") if re.fullmatch(r"[0-9]{7,}", one.name) and one.is_dir()),
+        key=lambda path: int(path.name),
+    )
+
+
+def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
+    """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
+
+    A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that, so
+    no tensor is read. Raises OSError for what cannot be read, and ValueError for a record that another program wrote:
+    neither is damage.
+
+    Args:
+        files: the files that the caller needs; a checkpoint may have been stripped of the others.
+    """
+    for name in files:
+        try:
+            os.stat(path / name)
+            if name == "meta.json":
+                meta = read_meta(path)
+                if "optimizer.pt" in files and meta.missing():
+                    return f"meta.json does not say {meta.missing()}"
+            elif name == "config.json":
+                if read_config(path) is None:
+                    return "config.json was written by another program"
+            else:
+                with reading(path / name):
+                    # the one compares the header with the file's size, of the other the directory is at the end
+                    safe = name.endswith(".safetensors")
+                    with safe_open(path / name, framework="pt") if safe else zipfile.ZipFile(path / name):
+                        pass
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except Damaged as error:
+            return str(error).replace(f"{path}{os.sep}", "")
+        except (SafetensorError, zipfile.BadZipFile) as error:
+            return f"{name} is cut short or overwritten: {error}"
+    return ""
+
+
+def newest_of_run(run_dir: str | Path, files: Sequence[str] = CHECKPOINT_FILES) -> Path | None:
+    """The checkpoint of the highest step of a run; None if there is none.
+
+    Raises ValueError if it is damaged (see `damage`), naming the newest whole one before it.
+    """
+    *others, newest = run_checkpoints(run_dir) or [None]
+    reason = newest and damage(newest, files)
+    if reason:
+        before = next((path for path in reversed(others) if not damage(path, files)), None)
+        raise ValueError(
+            f"checkpoint {newest} is damaged ({reason}): remove it; "
+            + (f"the newest whole one before it is {before.name}" if before else "there is no whole one before it")
+        )
+    return newest
+
+
+def resume_point(
+    run_dir: str | Path, config: ModelConfig, settings: dict, allow_change: bool
+) -> tuple[Path | None, RunMeta, str]:
+    """The checkpoint to resume a run from, its meta, and which settings changed since, in words.
+
+    Without checkpoints that is None, the meta of step 0, and "".
+
+    Args:
+        config: the model's; a run with another one is another run.
+        settings: what may differ if allow_change is set.
+
+    Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
+    """
+    path = newest_of_run(run_dir, ["config.json", "meta.json"])
+    if path is None:
+        return None, RunMeta(step=0, place=0, logged=0, skipped=0, ema_start=1.0), ""
+    meta = read_meta(path)
+    different, changed = read_config(path).completed().differences(config), meta.differences(settings)
+    if different:
+        raise ValueError(f"{run_dir} holds another run: {different}; give another --results-dir")
+    if changed and not allow_change:
+        raise ValueError(
+            f"{run_dir} holds another run: {changed}; give another --results-dir, or --allow-change to "
+            "continue that one so"
+        )
+    newest_of_run(run_dir)
+    return path, meta, changed
+
+
+class NoCheckpoint(ValueError):
+    """There is no checkpoint of a model where one was looked for."""
+
+
+def newest_checkpoint(results_dir: str | Path, model: str, use_ema: bool = True) -> Path:
+    """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
+
+    Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
+
+    Raises NoCheckpoint if there is none, ValueError if its meta.json or the wanted weights are damaged.
+    """
+    runs, written = {}, {}
+    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
+        checkpoints = run_checkpoints(run)
+        if checkpoints:
+            meta = checkpoints[-1] / "meta.json"
+            written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
+            runs[run] = "an unknown model (damaged)"
+        for path in reversed(checkpoints):
+            with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it names the model
+                runs[run] = read_config(path).model
+                break
+    of_model = [run for run, name in runs.items() if name == model]
+    if not of_model:
+        others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
+        raise NoCheckpoint(
+            f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
+            "train_diffusion.py first, or name one with --ckpt"
+        )
+    weights = "ema.safetensors" if use_ema else "model.safetensors"
+    return newest_of_run(max(of_model, key=written.get), ("config.json", "meta.json", weights))

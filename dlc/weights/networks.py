@@ -4,8 +4,10 @@ encoder = load_encoder("lavoies/SEM_dinov2_L512")
 vae = load_vae("ema", device)
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +19,12 @@ from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, check_config
 from dlc.nets.vae import latent_settings, pixels_per_cell
 from dlc.weights.foreign import encoders, vaes
-from dlc.weights.foreign.layouts import locate
 from dlc.weights.foreign.names import read_foreign
 from dlc.weights.foreign.safe import check_tensors, differences_from, read_file, weights_in
-from dlc.weights.hub import fetched_by_node, id_and_revision, is_id
+from dlc.weights.hub import is_id, locate, parts_of
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
 VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision]"
@@ -44,18 +48,17 @@ def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more
     )
 
 
-def open_encoder(args) -> SEMEncoder:
+def open_encoder(args: argparse.Namespace, state: "PartialState | None" = None) -> SEMEncoder:
     """The encoder that those flags name. Raises ValueError as `load_encoder` does."""
-    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
+    return load_encoder(args.encoder, state=state, backbone=args.encoder_backbone, L=args.L, V=args.V)
 
 
-def load_encoder(name, flag: str = "--encoder", ask: bool = True, **given) -> SEMEncoder:
+def load_encoder(name: str | Path, flag: str = "--encoder", state: "PartialState | None" = None, **given) -> SEMEncoder:
     """The encoder that a name stands for, in eval mode, float32, on the CPU. Its `said` is what was recognised.
 
     Args:
         name: a folder that `save_encoder` wrote, or a folder, file or hub id in a layout of docs/weights.md.
-        flag: what the user gave the name to, for errors.
-        ask: whether to ask the hub; see `dlc.weights.hub.fetch`.
+        flag, state: see `dlc.weights.hub.locate`.
         given: backbone, L and V, for weights that do not say them; None stands for what is read off them.
 
     Raises ValueError if weights are missing, left over or of other shapes, so that no weight stays random, and if a
@@ -64,13 +67,11 @@ def load_encoder(name, flag: str = "--encoder", ask: bool = True, **given) -> SE
     given = {key: value for key, value in given.items() if value is not None}
     if "backbone" in given:
         check_config(f"{flag}-backbone", dict(backbone=given["backbone"]))
-    folder, tensors = locate(name, "encoder", flag, ask), None
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "backbone" in config and not {"model_type", "architectures"} & config.keys():
-        path, said = folder, "a folder of this program"
-    else:
-        found = read_foreign(name, "encoder", flag=flag, ask=ask, given=given)
-        path, config, tensors, said = found.file.path, found.config, found.tensors, found.said
+    path, found, said = locate(name, "encoder", flag, state), None, "a folder of this program"
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "backbone" not in config or {"model_type", "architectures"} & config.keys():
+        found = read_foreign(name, path, "encoder", given=given)
+        path, config, said = found.file.path, found.config, found.said
     different = differences(config, given)
     if different:
         raise ValueError(f"encoder {name}: {different}; leave out the flag")
@@ -80,13 +81,13 @@ def load_encoder(name, flag: str = "--encoder", ask: bool = True, **given) -> SE
             encoder = SEMEncoder(**config)
     except ValueError as error:
         raise ValueError(f"encoder {name}: {error}") from None
-    if tensors is None:
-        file = weights_in(entry.name for entry in folder.iterdir())
+    if found:
+        weights = encoders.state_dict_of(found.tensors, encoder.backbone)
+    else:
+        file = weights_in(entry.name for entry in path.iterdir())
         if file is None:
             raise ValueError(f"encoder {name} has no model.safetensors")
-        weights = check_tensors(read_file(folder / file)[0], folder / file)
-    else:
-        weights = encoders.state_dict_of(tensors, encoder.backbone)
+        weights = check_tensors(read_file(path / file)[0], path / file)
     different = differences_from(encoder.state_dict(), weights)
     if different:
         raise ValueError(
@@ -111,34 +112,31 @@ def vae_id(name: str) -> str:
 def vae_label(name: str) -> str:
     """The short form of --vae for the name of a folder: its alias, or the last part of its path, or of its id."""
     aliases = {full: alias for alias, full in VAE_ALIASES.items()}
-    return aliases.get(vae_id(name)) or Path(id_and_revision(name)[0] if is_id(name) else name).name
+    return aliases.get(vae_id(name)) or Path(parts_of(name)[0] if is_id(name) else name).name
 
 
-def fetch_vae(name: str, ask: bool = True) -> Path:
-    """The local path of the VAE that --vae names, fetched if it is a hub's. See `dlc.weights.hub.fetched_by_node`."""
-    return locate(vae_id(name), "vae", "--vae", ask)
-
-
-def downsampling_factor(name: str, ask: bool = True) -> int:
+def downsampling_factor(name: str, state: "PartialState | None" = None) -> int:
     """Pixels per latent cell along each axis of the VAE that --vae names, which is not built for it."""
-    if vae_id(name) in VAE_ALIASES.values():
+    name = vae_id(name)
+    if name in VAE_ALIASES.values():
         return 8  # known without asking the hub
-    folder = fetch_vae(name, ask)
-    for file in (folder / "vae/config.json", folder / "config.json"):
+    path = locate(name, "vae", "--vae", state)
+    for file in (path / "vae/config.json", path / "config.json"):
         if file.is_file():
             return pixels_per_cell(vaes.checked_config(file, f"--vae {name}")["arguments"])
-    return pixels_per_cell(read_foreign(vae_id(name), "vae", flag="--vae", ask=ask).config["arguments"])
+    return pixels_per_cell(read_foreign(name, path, "vae").config["arguments"])
 
 
-def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
+def load_vae(name: str, device: torch.device | str = "cpu", state: "PartialState | None" = None) -> torch.nn.Module:
     """The VAE that --vae names, in eval mode, float32. Its `said` is what was recognised.
 
     Args:
         name: "ema" or "mse" (Stability AI's fine-tuned decoders), or a path or hub id in a layout of docs/weights.md.
+        state: see `dlc.weights.hub.locate`.
 
     Raises ValueError, naming what is missing or wrong, if it cannot be loaded.
     """
-    found = read_foreign(vae_id(name), "vae", flag="--vae")
+    found = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae", state), "vae")
     vae = vaes.build(found.config, found.tensors, f"--vae {name}: {found.file.path.name}")
     vae.said = found.said
     return vae.to(device).eval().requires_grad_(False)
@@ -149,7 +147,9 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
 #################################################################################
 
 
-def data_settings(vae_name: str, vae, encoder_name: str, encoder: SEMEncoder | None, paths) -> dict:
+def data_settings(
+    vae_name: str, vae: torch.nn.Module, encoder_name: str, encoder: SEMEncoder | None, paths: Sequence[str]
+) -> dict:
     """The keys of a `Manifest` that say of which images, and with which networks, latents and codes are made.
 
     Args:
@@ -170,11 +170,13 @@ def data_settings(vae_name: str, vae, encoder_name: str, encoder: SEMEncoder | N
     )
 
 
-def open_networks(state, image_size: int, vae: str, encoder: str | None, **given) -> tuple:
-    """The VAE and the encoder, or None for no encoder, on the CPU. What is on the hub, one process per node fetches.
+def open_networks(
+    state: "PartialState", image_size: int, vae: str, encoder: str | None, **given
+) -> tuple[torch.nn.Module, SEMEncoder | None]:
+    """The VAE and the encoder, or None for no encoder, on the CPU.
 
     Args:
-        state: of the processes.
+        state: see `dlc.weights.hub.locate`.
         vae, encoder: as --vae and --encoder take them.
         given: the encoder's backbone, L and V, see `load_encoder`.
 
@@ -184,14 +186,8 @@ def open_networks(state, image_size: int, vae: str, encoder: str | None, **given
     if not encoder and any(given.values()):
         raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
 
-    def fetch_all(ask):
-        factor = downsampling_factor(vae, ask)
-        if image_size % factor:
-            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-        fetch_vae(vae, ask)
-        if encoder:
-            locate(encoder, "encoder", "--encoder", ask)
-
-    fetched_by_node(state, fetch_all)
-    loaded = load_encoder(encoder, **given) if encoder else None
-    return load_vae(vae), loaded
+    factor = downsampling_factor(vae, state)
+    if image_size % factor:
+        raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+    loaded = load_encoder(encoder, state=state, **given) if encoder else None
+    return load_vae(vae, state=state), loaded

@@ -19,8 +19,8 @@ from diffusion.masked import MaskedDiffusion
 from dlc.data import Features, FeatureWriter, Manifest
 from dlc.training.code_batches import STRATA, CodeBatches, Codes, draws, split_rows
 from dlc.training.heldout import heldout_bounds
-from dlc.weights.checkpoint import run_checkpoints
 from dlc.weights.load import load_prior, process_of
+from dlc.weights.meta import run_checkpoints
 
 
 def write_features(path, codes, labels=None, V=4, flip="none", encoder="e" * 64):

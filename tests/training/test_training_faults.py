@@ -17,7 +17,7 @@ from forked import Run
 from safetensors.torch import load_file, save_file
 from training_runs import metrics, metrics_lines, same_run, train_command
 
-from dlc.weights.checkpoint import newest_checkpoint, newest_of_run, run_checkpoints
+from dlc.weights.meta import newest_checkpoint, newest_of_run, run_checkpoints
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_a_disk_that_fills_at_a_line_of_the_log(processes, trained, train, tmp_p
     assert not process.wait()
     error = the_error(process)
     assert re.search(
-        r"cannot write .*metrics.jsonl \(.*No space left on device\): make room, then run the same "
+        r"cannot write .*metrics.jsonl \(.*No space left on device\): make room; run the same "
         r"command again; what is done is kept: .*run/checkpoints/000000[456]$",
         error,
     ), error

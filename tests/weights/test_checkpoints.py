@@ -8,9 +8,17 @@ import torch
 from diffusion.process_table import create_process
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.opening import open_sampler
-from dlc.weights.checkpoint import load_checkpoint, newest_checkpoint, resume_point, run_checkpoints, save_checkpoint
+from dlc.weights.checkpoint import load_checkpoint, save_checkpoint
 from dlc.weights.load import load_model
-from dlc.weights.meta import RunMeta, config_of, read_config, read_meta
+from dlc.weights.meta import (
+    RunMeta,
+    config_of,
+    newest_checkpoint,
+    read_config,
+    read_meta,
+    resume_point,
+    run_checkpoints,
+)
 from models import DiT_models
 
 

@@ -24,7 +24,7 @@ def renamed(tensors, encoder):
     """Tensors of a file as the state dict of an encoder."""
     file = File("x", Path("x"), "encoder", tensors=tensors)
     unpack(file)
-    return state_dict_of(names_of(file, "encoder")[0], encoder.backbone)
+    return state_dict_of(names_of(file)[0], encoder.backbone)
 
 
 def test_agrees_with_reference():
@@ -213,7 +213,7 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
         monkeypatch.setattr("dlc.weights.foreign.layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
         monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
         (tmp_path / "x.pth").touch()
-        found = read_foreign(tmp_path / "x.pth", "encoder", given={})
+        found = read_foreign("x.pth", tmp_path / "x.pth", "encoder", given={})
         assert found.config == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
         assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in found.said
 

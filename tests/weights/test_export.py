@@ -93,9 +93,9 @@ def test_safetensors(name, export_to, tmp_path):
     )
     assert describe(meta) == "exported by this program; EMA weights, step 7"
     assert_same(load_model(folder / "model.safetensors")[0], ema)
-    assert "as safetensors, licence mit" in said
+    assert "as safetensors, licence unknown" in said
     card = (folder / "README.md").read_text()
-    assert all(words in card for words in ("license: mit", "| lr | 0.0001 |", "| step | 7 |", "| depth | 6 |"))
+    assert all(words in card for words in ("license: unknown", "| lr | 0.0001 |", "| step | 7 |", "| depth | 6 |"))
     assert "somewhere" not in card
     raw, _ = export_to(path, "safetensors", "--no-ema", "--license", "cc-by-nc-4.0", name="raw")
     assert_same(load_model(raw)[0], model)

@@ -70,8 +70,8 @@ READER = {  # what is written, and words of the line
     "opcode.pt": (saved(ZEROS, in_entry("data.pkl", b"\x80\x02}q\x00X\xff")), "cut off or damaged"),
     "start.pt": (holding(b"PK\x03\x04"), "cut off or damaged"),
     "empty.pt": (holding(b""), "no file of torch.save"),
-    "page.pt": (holding(PAGE), "no file of torch.save"),
-    "raw pickle.pt": (holding(pickle.dumps(EVIL)), "no file of torch.save"),
+    "page.pt": (holding(PAGE), "it is a web page"),
+    "raw pickle.pt": (holding(pickle.dumps(EVIL)), "it is a bare pickle"),
     "other.pt": (lambda path: zipfile.ZipFile(path, "w").writestr("x/data.txt", "x"), "cut off or damaged"),
     "memory.pt": (saved(Call(bytearray, 10**13)), "it names __builtin__.bytearray"),
     "call.pt": (saved(EVIL), "it names posix.system"),
@@ -108,8 +108,8 @@ READER = {  # what is written, and words of the line
     "signed.safetensors": (holding(struct.pack("<Q", 2**63) + b"{}"), "cut off or damaged"),
     "spaces.safetensors": (holding(struct.pack("<Q", 2**23) + b" " * 2**23), "cut off or damaged"),
     "header.safetensors": (holding(struct.pack("<Q", 8) + b'{"a": 1}'), "cut off or damaged"),
-    "pickle.safetensors": (holding(pickle.dumps(EVIL)), "cut off or damaged"),
-    "page.safetensors": (holding(PAGE), "cut off or damaged"),
+    "pickle.safetensors": (holding(pickle.dumps(EVIL)), "it is a bare pickle"),
+    "page.safetensors": (holding(PAGE), "it is a web page"),
     "beyond.safetensors": (
         holding(
             struct.pack("<Q", 70)

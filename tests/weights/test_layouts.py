@@ -58,8 +58,8 @@ def test_bare_files(name, sizes, suffix, tmp_path):
     assert_same(loaded, model)
     assert (found, meta.step, meta.process, loaded.training) == (name, None, None, False)
     assert describe(meta) == (
-        "DiT's names, taken to predict noise (--process says another); "
-        "weights as in the file, EMA or raw unknown, step unknown"
+        f"DiT's names, {'5 classes and the null label, ' * (sizes.get('num_classes') == 5)}taken to predict noise "
+        "(--process says another); weights as in the file, EMA or raw unknown, step unknown"
     )
     assert load_model(path, process="gaussian")[2].process["process"] == "gaussian"
     assert "M parameters, latents 4 x 8 x 8" in info(path)[0]
@@ -102,7 +102,7 @@ def test_training_files(tmp_path):
     torch.save(dict(model=wrapped, ema=ema.state_dict(), opt={}, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, ema)
-    assert describe(meta) == "training checkpoint, DiT's names; EMA weights, step 50,000"
+    assert describe(meta) == "training checkpoint, DiT's names, 5 classes and the null label; EMA weights, step 50,000"
     assert (meta.image_size, meta.vae, meta.noted) == (64, "mse", dict(model="DiT-Ti/4", global_seed=3))
     assert_same(load_model(path, ema=False)[0], model)
     lines = info(path)
@@ -110,7 +110,9 @@ def test_training_files(tmp_path):
     torch.save(dict(model=model.state_dict(), ema=None, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, model)
-    assert describe(meta) == "training checkpoint whose 'ema' is empty, DiT's names; raw weights, step 50,000"
+    assert describe(meta) == (
+        "training checkpoint, whose 'ema' is empty, DiT's names, 5 classes and the null label; raw weights, step 50,000"
+    )
     torch.save(dict(model=model.state_dict(), opt={}), path)
     assert "has no ema weights, only 'model': give --no-ema" in refusal(load_model, path)
     arguments.vae = "/somewhere/else"
@@ -126,7 +128,7 @@ def test_training_files(tmp_path):
     assert_same(load_model(tmp_path / "last.ckpt")[0], ema)
     assert_same(load_model(tmp_path / "last.ckpt", ema=False)[0], model)
     assert said(tmp_path / "last.ckpt").startswith(
-        "state_dict of a training checkpoint, its ema_model.*, DiT's names; EMA weights"
+        "its state_dict.ema_model.*, DiT's names, 5 classes and the null label; EMA weights"
     )
     torch.save(dict(state_dict={"encoder.weight": torch.zeros(1)}), tmp_path / "last.ckpt")
     assert "is not a diffusion transformer (DiT" in refusal(load_model, tmp_path / "last.ckpt")
@@ -455,7 +457,10 @@ def test_velocity_by_names(tmp_path):
 def test_other_kinds(tmp_path, tiny_models):
     """Each is named, and where there is a flag for it, that."""
     torch.save(dict(teacher={"backbone.cls_token": torch.zeros(1)}), tmp_path / "teacher.pth")
-    torch.save(dict(model={}, ema=dict(decay=0.9, shadow_params=[torch.zeros(1)])), tmp_path / "sedd.pth")
+    torch.save(
+        dict(model={"vocab_embed.embedding": torch.zeros(1)}, ema=dict(decay=0.9, shadow_params=[torch.zeros(1)])),
+        tmp_path / "sedd.pth",
+    )
     lone = dict(
         sedd="vocab_embed.embedding",
         dino="blocks.0.ls1.gamma",

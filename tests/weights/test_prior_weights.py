@@ -80,7 +80,7 @@ def test_sedd_training_file(sedd, tmp_path):
         ),
         (dict(ema=dict(file["ema"], shadow_params={})), "has no list of 31 EMA tensors"),
         (dict(model={**file["model"], "module.pos_embed": 3}), ".*pos_embed is a int"),
-        (dict(model=None), "does not hold a dict of named tensors"),
+        (dict(model=None), "is not a prior over codes .SEDD.: no tensor in it"),
     ):
         torch.save({**file, **change}, tmp_path / "broken.pth")
         with pytest.raises(ValueError, match=f"broken.pth:? ?{words}"):

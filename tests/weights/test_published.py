@@ -10,8 +10,8 @@ from hub_standin import point_at
 from tiny_weights import assert_same, tiny
 
 from dlc.sampling.opening import open_model
-from dlc.weights.foreign import dits as published
-from dlc.weights.foreign.dits import published_dit
+from dlc.weights import hub as published
+from dlc.weights.hub import published_dit
 
 NAME, REPOSITORY, TINY = "DiT-XL-2-256x256.pt", "facebook/DiT-XL-2-256", ("DiT-Ti/4", 64)
 
@@ -22,7 +22,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, content):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.cut, self.asked = content, None, []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,14 +30,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server = self.server
-        server.asked.append(self.path)
+        self.server.asked.append(self.path)
         if self.path != f"/models/{NAME}":
             return self.send_error(404)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(server.content)))
+        self.send_header("Content-Length", str(len(self.server.content)))
         self.end_headers()
-        self.wfile.write(server.content[: server.cut])
+        self.wfile.write(self.server.content[: self.server.cut])
 
 
 @pytest.fixture
@@ -53,24 +52,22 @@ def server(tmp_path, monkeypatch):
     server.server_close()
 
 
-def open_without_ckpt():
-    """What sample_ddp.py opens without --ckpt and without a run."""
-    flags = dict(
-        model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, process=None, image_size=64
-    )
-    flags["vae"] = None
-    return open_model(types.SimpleNamespace(**flags), "sample_ddp.py", TINY[0])
-
-
 def left():
     return sorted(path.name for path in published.FOLDER.glob("*") if not path.name.endswith(".lock"))
 
 
 def test_the_hub_then_the_address_then_the_file(server, hub, monkeypatch, tmp_path, capsys):
+    """What sample_ddp.py opens without --ckpt and without a run."""
+    flags = dict(model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, process=None)
+    flags = types.SimpleNamespace(**flags, image_size=64, vae=None)
+
+    def opened():
+        path, model, meta = open_model(types.SimpleNamespace(**vars(flags)), "sample_ddp.py", TINY[0])
+        assert_same(model, tiny(num_classes=1000))
+        return path, meta
+
     hub.add(REPOSITORY, {"model.pt": server.content})
-    path, model, _ = open_without_ckpt()
-    assert_same(model, tiny(num_classes=1000))
-    assert str(path) == REPOSITORY and not server.asked and not published.FOLDER.exists()
+    assert str(opened()[0]) == REPOSITORY and not server.asked and not published.FOLDER.exists()
     assert "no checkpoint of DiT-Ti/4 under --results-dir results: train one" in capsys.readouterr().out
     hub.repositories.clear()
     point_at(hub.url, monkeypatch, tmp_path / "other_cache")
@@ -78,33 +75,25 @@ def test_the_hub_then_the_address_then_the_file(server, hub, monkeypatch, tmp_pa
     (published.FOLDER / f".{NAME}.part.0.partial").write_bytes(b"of a process that was killed")
     asked = []
     for _ in range(2):
-        path, model, meta = open_without_ckpt()
-        assert_same(model, tiny(num_classes=1000))
+        path, meta = opened()
         assert path == published.FOLDER / NAME and meta.weights == "as in the file"
         asked.append(len(hub.requests))
     assert server.asked == [f"/models/{NAME}"] and left() == [NAME] and asked[0] == asked[1]
 
 
-def test_a_mirror_is_asked_in_place_of_the_hub(server, monkeypatch):
+def test_what_is_not_the_model_is_refused(server, monkeypatch, tmp_path):
+    """From a mirror, which is asked in place of the hub: names, shapes and finiteness before the file gets its name."""
     monkeypatch.setenv(published.ADDRESS_VARIABLE, f"{published.ADDRESS}/")
     monkeypatch.setattr(published, "ADDRESS", "http://127.0.0.1:9")
-    assert published_dit(*TINY, pytest.fail) == published.FOLDER / NAME
-
-
-def test_what_is_not_the_model_is_refused(server, hub, tmp_path):
-    """Names, shapes and finiteness are compared before the file gets its name."""
-
-    def locate(name):
-        raise ValueError
-
-    right = tiny(num_classes=1000).state_dict()
+    monkeypatch.setattr(published, "locate", pytest.fail)
+    right, content = tiny(num_classes=1000).state_dict(), server.content
     nan = {**right, "pos_embed": right["pos_embed"] * torch.nan}
     for weights, fault in (
         (nan, "has values that are NaN"),
         ({**right, "more": torch.zeros(1)}, "has unknown more"),
         (tiny(num_classes=10).state_dict(), "has other shapes: y_embedder"),
         (None, "cut off or damaged"),
-        ("<html>", "cannot be read as weights"),
+        ("<html>", "cannot be read as weights: it is a web page"),
     ):
         if isinstance(weights, dict):
             torch.save(weights, tmp_path / "served.pt")
@@ -112,11 +101,13 @@ def test_what_is_not_the_model_is_refused(server, hub, tmp_path):
         server.cut = None if weights else 10_000  # a connection that breaks
         server.content = weights.encode() if isinstance(weights, str) else server.content
         with pytest.raises(ValueError, match=f"did not send the weights of DiT-Ti/4 .*{fault}.*put the file at"):
-            published_dit(*TINY, locate)
+            published_dit(*TINY)
         assert left() == []
+    server.content = content
+    assert published_dit(*TINY) == published.FOLDER / NAME
     published.PUBLISHED[TINY] = REPOSITORY, "other.pt"
     with pytest.raises(ValueError, match=r"is out of reach \(status 404\): put the file at pretrained_models.other.pt"):
-        published_dit(*TINY, locate)
+        published_dit(*TINY)
 
 
 def test_offline(error_of):

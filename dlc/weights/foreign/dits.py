@@ -7,24 +7,19 @@ diffusers under its own; nothing in a folder tells which.
 """
 
 import math
-import os
 import re
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 import torch
 
 from diffusion.process_table import create_process
 from dlc.weights.foreign.layouts import File
-from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
-from dlc.weights.hub import fetch_file, is_offline
-from models import FAMILIES, SIZES, DiT, DiT_models, TimestepEmbedder, sincos_position_embedding
+from dlc.weights.foreign.safe import check_tensors, shown
+from models import FAMILIES, SIZES, DiT, TimestepEmbedder, sincos_position_embedding
 
 DEEPEST, WIDEST = 256, 2**16  # blocks; of every other size that a file asks for
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 pixels per cell
 DIFFUSERS_TIMES = ("dit", "diffusers")  # --diffusers-time
-DIT_EPS, DIFFUSERS_EPS = 1e-6, 1e-5  # of each block's second norm
+DIFFUSERS_EPS = 1e-5  # of each block's second norm; DiT's is 1e-6
 # Names of modules, ours and theirs: at the top, and in block N. Theirs has the embedders in every block.
 TOP = {
     "x_embedder.proj": "pos_embed.proj",
@@ -67,36 +62,30 @@ def from_diffusers(file: File, tensors: dict) -> dict:
         if file.config.get(key) not in (wanted, None):
             file.refuse(f"is no DiT: {key} in its config.json is {str(file.config[key])[:40]!r}, wanted {wanted!r}")
     named, thirds = {}, {}
-    top = {theirs: ours for ours, theirs in TOP.items()}
-    block = {theirs: ours for ours, theirs in BLOCK.items()}
-    embedders = {theirs: ours for ours, theirs in EMBEDDERS.items()}
+    ours = {theirs: ours for names in (TOP, BLOCK, EMBEDDERS) for ours, theirs in names.items()}
     for key, value in check_tensors(tensors, file.path).items():
-        module, _, kind = key.rpartition(".")
         inner = re.fullmatch(r"transformer_blocks\.(0|[1-9]\d{0,3})\.(.+)", key, re.ASCII)
-        if module in top:
-            named[f"{top[module]}.{kind}"] = value
-        elif not inner:
-            named[key] = value
+        module, _, kind = (inner[2] if inner else key).rpartition(".")
+        if inner and kind == "embedding_table":  # a parameter of its own, as of a code table
+            module, kind = inner[2], "weight"
+        name = f"{ours.get(module, module)}.{kind}"
+        if not inner:
+            named[name if module in TOP.values() else key] = value
+        elif module in EMBEDDERS.values():
+            first = named.setdefault(name, value)
+            if first.dtype != value.dtype or not torch.equal(first, value):
+                file.refuse(
+                    f"has different copies of the time and label embedders in its blocks ({shown(key)}), as training "
+                    "in diffusers makes them; DiT has one for all blocks, and cannot compute this model"
+                )
+        elif module.removeprefix("attn1.") in THIRDS:
+            thirds.setdefault(f"blocks.{inner[1]}.attn.qkv.{kind}", {})[module.removeprefix("attn1.")] = value
         else:
-            number, (module, _, kind) = int(inner[1]), inner[2].rpartition(".")
-            if kind == "embedding_table":  # a parameter of its own, as of a code table
-                module, kind = inner[2], "weight"
-            if module in embedders:
-                name = f"{embedders[module]}.{kind}"
-                first = named.setdefault(name, value)
-                if first.dtype != value.dtype or not torch.equal(first, value):
-                    file.refuse(
-                        f"has different copies of the time and label embedders in its blocks ({shown(key)}), as "
-                        "training in diffusers makes them; DiT has one for all blocks, and cannot compute this model"
-                    )
-            elif module.removeprefix("attn1.") in THIRDS:
-                thirds.setdefault((number, kind), {})[module.removeprefix("attn1.")] = value
-            else:
-                named[f"blocks.{number}.{block.get(module, module)}.{kind}"] = value
-    for (number, kind), parts in thirds.items():
+            named[f"blocks.{inner[1]}.{name}"] = value
+    for name, parts in thirds.items():
         if parts.keys() != set(THIRDS) or len({part.shape for part in parts.values()}) > 1 or not parts["to_q"].ndim:
-            file.refuse(f"has to_q, to_k and to_v of different shapes in block {number}")
-        named[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat([parts[third] for third in THIRDS])
+            file.refuse(f"has to_q, to_k and to_v of different shapes in block {name.split('.')[1]}")
+        named[name] = torch.cat([parts[third] for third in THIRDS])
     table, classes = named.get("y_embedder.embedding_table.weight"), file.config.get("_num_classes")
     if table is not None and table.ndim == 3:
         named["sem_embedder.embedding_table"] = named.pop("y_embedder.embedding_table.weight")
@@ -149,6 +138,7 @@ def use_diffusers_function(model: DiT, eps: float = DIFFUSERS_EPS) -> DiT:
 
 
 def uses_diffusers_function(model: torch.nn.Module) -> bool:
+    """Whether `use_diffusers_function` was called for a model."""
     return getattr(model, "function", "").startswith("diffusers")
 
 
@@ -184,10 +174,7 @@ def config_of(
     """What to build for a DiT's tensors, {"family", "arguments", "process"}, and words. Adds a missing pos_embed.
 
     Args:
-        input_size: height and width of the latents, for weights that do not tell [32].
-        diffusers_time: of weights in diffusers' layout, whose function to compute, "dit" or "diffusers"
-            [what the config says, else "dit"]. What it is is noted in the file.
-        process: what the weights were trained on, a name in `diffusion.process_table` ["gaussian", to predict noise].
+        input_size, diffusers_time, process: as `dlc.weights.load.load_model` takes them.
 
     Raises ValueError if the tensors are not those of a DiT, DiTSEM or DiTCONT.
     """
@@ -197,7 +184,7 @@ def config_of(
             file.refuse(f"is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
         return tuple(tensors[name].shape)
 
-    words = []
+    words, of_diffusers = [], any(name.endswith(ANCHOR) for name in file.tensors)
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     # from the last: a DiTCONT's linear layer is called as a DiT's table
     family = next((family for family in reversed(FAMILIES) if family.table in tensors), FAMILIES[0])
@@ -213,6 +200,8 @@ def config_of(
         mlp_ratio=mlp_ratio(tensors, hidden_size),
         learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2,
     )
+    if family is DiT:
+        words.append(check_classes(file, arguments["num_classes"]))
     if "pos_embed" in tensors:
         arguments["input_size"] = patch_size * math.isqrt(shape("pos_embed", 3)[1])
     else:
@@ -225,25 +214,32 @@ def config_of(
     check_sizes(file, family.__name__, arguments)
     if "pos_embed" not in tensors:
         tensors["pos_embed"] = sincos_position_embedding(hidden_size, arguments["input_size"] // patch_size)[None]
-    words.append(function_of(file, diffusers_time))
-    if process is None and file.weights == "as in the file" and not file.arguments and not is_of_diffusers(file):
+    if of_diffusers:
+        words.append(function_of(file, diffusers_time))
+    elif diffusers_time == "diffusers":
+        file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
+    elif process is None and file.weights == "as in the file" and not file.arguments:
         words.append("taken to predict noise (--process says another)")
     respacing = dict(timestep_respacing="") if process == "gaussian" else {}
     trained_on = process and create_process(process, **respacing).config
     return dict(family=family.__name__, arguments=arguments, process=trained_on), ", ".join(filter(None, words))
 
 
-def is_of_diffusers(file: File) -> bool:
-    return any(str(key).endswith(ANCHOR) for key in file.tensors)
+def check_classes(file: File, classes: int) -> str:
+    """Compare the number of classes that a label table has beside its null row with what the file says. Returns words
+    where it says nothing. Raises ValueError for another number, such as that of a table without a null row."""
+    keys = ("num_classes", "num_embeds_ada_norm", "_num_classes")
+    said = [where.get(key) for where in (file.arguments, file.config) for key in keys]
+    said = [number for number in said if type(number) is int]
+    if said and said[-1] != classes:
+        null = ": it was trained without a null label, and is not read" if said[-1] == classes + 1 else ""
+        file.refuse(f"says {said[-1]} classes, and its table of labels has {classes + 1} rows{null}")
+    return "" if said else f"{classes:,} classes and the null label"
 
 
 def function_of(file: File, diffusers_time: str | None) -> str:
-    """Note in the file whose function to compute, where its layout leaves that open. Returns words for it, or ""."""
+    """Note in a file of diffusers whose function to compute, which its layout leaves open. Returns words for it."""
     recorded, eps = file.config.get("_trained_with"), file.config.get("norm_eps", DIFFUSERS_EPS)
-    if not is_of_diffusers(file):
-        if diffusers_time == "diffusers":
-            file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
-        return ""
     chosen = diffusers_time or (recorded if recorded in DIFFUSERS_TIMES else "dit")
     if chosen == "diffusers":
         if type(eps) not in (int, float) or not 0 < eps < 1:
@@ -280,55 +276,3 @@ def check_sizes(file: File, what: str, arguments: dict) -> None:
             file.refuse(f"is no {what}: by its shapes and config, {key} is {shown(repr(value))}")
     if arguments["hidden_size"] % arguments["num_heads"]:
         file.refuse(f"has width {arguments['hidden_size']}, which {arguments['num_heads']} heads do not divide")
-
-
-#################################################################################
-#                             DiT's published weights                           #
-#################################################################################
-
-ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
-ADDRESS_VARIABLE = "DIT_WEIGHTS_URL"
-FOLDER = Path("pretrained_models")
-PUBLISHED = {  # by model and image size: the repository on the hub, and the file at the address
-    ("DiT-XL/2", 256): ("facebook/DiT-XL-2-256", "DiT-XL-2-256x256.pt"),
-    ("DiT-XL/2", 512): ("facebook/DiT-XL-2-512", "DiT-XL-2-512x512.pt"),
-}
-
-
-def published_dit(model: str, image_size: int, locate: Callable[[str], object]) -> str | Path:
-    """The hub id or the local file of a model's published weights; either is fetched if it is not there yet.
-
-    Args:
-        model, image_size: a key of PUBLISHED.
-        locate: fetches the weights that a hub id names, and raises ValueError if it cannot.
-
-    Raises ValueError, saying where to put the file, if neither the hub nor the address gives it.
-    """
-    repository, name = PUBLISHED[model, image_size]
-    path, mirror = FOLDER / name, os.environ.get(ADDRESS_VARIABLE)
-    if path.is_file():
-        return path
-    if not mirror:
-        try:
-            locate(repository)
-            return repository
-        except ValueError as error:
-            if is_offline():
-                raise ValueError(f"{error}; or put DiT's {name} at {path}") from None
-    url = f"{(mirror or ADDRESS).rstrip('/')}/{name}"
-    try:
-        return fetch_file(url, path, partial(check, url, model, image_size))
-    except ValueError as error:
-        raise ValueError(f"{error}: put the file at {path}, or name weights with --ckpt") from None
-
-
-def check(url: str, model: str, image_size: int, part: Path) -> None:
-    """Raise ValueError if a file does not hold its model's weights: names, shapes, finiteness."""
-    try:
-        with torch.device("meta"):
-            wanted = DiT_models[model](input_size=image_size // 8).state_dict()
-        different = differences_from(wanted, check_tensors(load_tensors(part), part))
-    except ValueError as error:
-        different = str(error).replace(str(part), "it")
-    if different:
-        raise ValueError(f"{url} did not send the weights of {model} ({different}), and nothing is kept of it")

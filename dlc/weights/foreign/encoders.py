@@ -13,7 +13,7 @@ from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, shown
-from dlc.weights.hub import id_and_revision, is_id
+from dlc.weights.hub import is_id, parts_of
 
 SIZES = {384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16), 1536: ("giant", 40, 24)}
 DEFAULT_L, DEFAULT_V = 512, 256  # of the published encoder, where neither file nor flag says them
@@ -55,7 +55,8 @@ def under_our_names(file: File, tensors: dict) -> dict:
 
     Raises ValueError where one of the two is missing, and for tensors that belong to neither.
     """
-    head = {HEAD.fullmatch(key)[1]: value for key, value in file.tensors.items() if HEAD.fullmatch(key)}
+    head = file.under("sem_embed.weight") or {}
+    head = {HEAD.fullmatch(key)[1]: value for key, value in head.items() if HEAD.fullmatch(key)}
     has_backbone = any(key.endswith("cls_token") or key == "reg_token" for key in tensors)
     if not has_backbone or "sem_embed.weight" not in head:
         lack = (
@@ -153,7 +154,7 @@ def code_size(file: File, arguments: dict, numbers: int) -> str:
                 file.refuse(f"says {key} {shown(repr(value))} in its config.json, wanted a whole number from 1 on")
             arguments[key], source = value, "by its config.json"
     if arguments["L"] is arguments["V"] is None:
-        in_name = re.search(r"[-_]L(\d{1,5})$", id_and_revision(file.named)[0]) if is_id(file.named) else None
+        in_name = re.search(r"[-_]L(\d{1,5})$", parts_of(file.named)[0]) if is_id(file.named) else None
         if in_name:
             arguments["L"], source = int(in_name[1]), "by its name"
         elif numbers == DEFAULT_L * DEFAULT_V:

@@ -1,6 +1,6 @@
-"""Where foreign weights lie: from a path or hub id to the tensors of one file, and what lies around them.
+"""Where foreign weights lie: from a local path to the tensors of one file, and what lies around them.
 
-    file = open_weights("DiT-XL-2-256x256.pt", "model")            # file.tensors, file.config, file.words
+    file = open_weights("DiT-XL-2-256x256.pt", path, "model")      # file.tensors, file.config, file.words
 
 A folder may be a pipeline of diffusers, the DLC project's checkpoint or run, or have one file of weights. A file may be
 a training script's, with tensors, EMA and arguments in it.
@@ -8,14 +8,18 @@ a training script's, with tensors, EMA and arguments in it.
 
 import argparse
 import contextlib
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from dlc.machine.files import read_json
-from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, hub_patterns, plain_name, read_file, weights_in
-from dlc.weights.hub import fetch, is_id
+from dlc.weights.foreign.safe import plain_name, read_file, weights_in
+from dlc.weights.hub import DLC_EMA, DLC_STATE, IN_PIPELINES
 
 KINDS = {  # of networks
     "model": "a diffusion transformer (DiT, DiTSEM or DiTCONT)",
@@ -25,10 +29,24 @@ KINDS = {  # of networks
     "other": "another kind of diffusion model",
 }
 FLAGS = dict(model="--ckpt", prior="--prior", encoder="--encoder", vae="--vae")  # that take them
-DLC_EMA, DLC_STATE = "custom_checkpoint_0.pkl", "random_states_0.pkl"  # of accelerate's folders
-IN_PIPELINES = dict(model="transformer", vae="vae", prior="", encoder="")  # the folder of such weights
-# What is fetched beside weights: small files, and the EMA of our checkpoints and of the DLC project's.
-BESIDE = ("*.json", "*/*.json", "ema.safetensors", DLC_EMA, DLC_STATE)
+# Folders that are often met in the place of weights, by a file in them.
+OTHER_FOLDERS = {
+    "adapter_config.json": "is a LoRA adapter: merge it into the model that it changes, and save that",
+    "*lora*.safetensors": "is a LoRA adapter: merge it into the model that it changes, and save that",
+    "zero_to_fp32.py": "is a DeepSpeed checkpoint: `python zero_to_fp32.py . OUT` in it writes whole weights",
+    "*/*_model_states.pt": "is a DeepSpeed checkpoint: its zero_to_fp32.py, or DeepSpeed's, writes whole weights",
+    ".metadata": "is a sharded checkpoint of torch (DCP): `python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch FOLDER FILE` writes whole weights",
+    "*/.metadata": "has sharded checkpoints of torch (DCP) in it: `accelerate merge-weights`, or `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`, writes whole weights",
+}
+# Words in the names under which training scripts keep averaged weights, and the parts of a file that are not weights.
+AVERAGED = {"ema", "averaged", "averaging", "avg", "shadow", "swa", "polyak", "teacher"}
+NO_WEIGHTS = re.compile(r"args|config|hyper_parameters|opt|\w*(optim|scheduler|scaler|rng)\w*|loops")
+TRAINING = "training checkpoint"  # the word for {"model", "ema", …}
+OF_SEDD, SHADOW = f"{TRAINING} of SEDD", "ema.shadow_params"  # with a list of EMA weights
+COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step", "updates"}  # beside averaged weights
+DEEPEST, MOST = 6, 2**18  # dicts in dicts, and values in all of them
 
 
 class OtherKind(ValueError):
@@ -51,13 +69,13 @@ class File:
     path: the file of weights.
     kind: of network that is wanted, a key of KINDS.
     ema: whether the EMA weights are wanted rather than the raw ones.
-    tensors: what the file holds, tensors by name, without the wrappers of DDP and torch.compile.
+    tensors: what the file holds, by name: of dicts in dicts, the names with dots; without wrappers of DDP and
+        torch.compile.
     config: the JSON beside it, or {}.
     arguments: those of the training script, where it keeps them.
     words: what was recognised so far.
     weights: "ema", "raw" or "as in the file".
     step: of the training, if it is known.
-    shadow: EMA weights as a list in the order of the parameters, as SEDD's training keeps them.
     vae: the VAE of a pipeline.
     noted: what else is known of the weights, for their meta.
     """
@@ -72,7 +90,6 @@ class File:
     words: list[str] = field(default_factory=list)
     weights: str = "as in the file"
     step: int | None = None
-    shadow: list | None = field(default=None, repr=False)
     vae: str | None = None
     noted: dict = field(default_factory=dict)
 
@@ -80,43 +97,63 @@ class File:
         """Raise an error, a ValueError, with the name and a fault."""
         raise error(f"{self.named} {fault}", *more)
 
-    def refuse_other(self, kind: str) -> NoReturn:
-        """Raise OtherKind: the weights are of that kind."""
-        takes = f", which {FLAGS[kind]} takes" if kind in FLAGS else ""
-        self.refuse(f"is {KINDS[kind]}{takes}: wanted {KINDS[self.kind]}", OtherKind, kind)
-
     def under(self, anchor: str) -> dict | None:
         """The tensors of the module that has a tensor of this name, without the names of what it is an attribute of.
 
-        Of several, the EMA's or a teacher's is taken if EMA weights are wanted. None if there is none.
+        Of several, the EMA's or a teacher's is taken if EMA weights are wanted, else the raw one. None if there is
+        none. Raises ValueError where the wanted one is not there, and the file says that it had one.
         """
-        found = [str(name)[: -len(anchor)] for name in self.tensors if f".{name}".endswith(f".{anchor}")]
+        found = sorted(name[: -len(anchor)] for name in self.tensors if f".{name}".endswith(f".{anchor}"))
         if not found:
             return None
-        averaged = [prefix for prefix in found if "ema" in prefix or "teacher" in prefix]
+        averaged = [prefix for prefix in found if is_averaged(prefix)]
         raw = [prefix for prefix in found if prefix not in averaged]
-        prefix = min((averaged or raw) if self.ema else (raw or averaged))
-        if prefix and self.weights == "as in the file" and (len(found) > 1 or "ema" in prefix):
+        if self.kind in ("model", "prior") and not (averaged if self.ema else raw):
+            self.refuse_the_other(found[0])
+        prefix = ((averaged or raw) if self.ema else (raw or averaged))[0]
+        if self.weights == "as in the file" and (averaged or TRAINING in self.words):
             self.weights = "ema" if prefix in averaged else "raw"
-        if prefix and self.kind != "encoder":  # whose backbone is a part of something
+        if prefix not in ("", "model.", "ema.") and self.kind != "encoder":  # whose backbone is a part of something
             self.words.append(f"its {prefix[:40]}*")
-        return {name[len(prefix) :]: value for name, value in self.tensors.items() if str(name).startswith(prefix)}
+        return {
+            name[len(prefix) :]: value
+            for name, value in self.tensors.items()
+            if name.startswith(prefix) and not (prefix in averaged and name[len(prefix) :] in COUNTERS)
+        }
+
+    def refuse_the_other(self, prefix: str) -> None:
+        """Refuse a file that has EMA weights alone, or raw ones beside EMA weights that are not read, or raw ones alone
+        where a training script of DiT's saves both. Other files do not say what they have, and are not refused."""
+        if not self.ema:
+            self.refuse(f"has no raw weights, only {prefix}*: leave out --no-ema to sample from those", NoRawWeights)
+        kept = [name for name, value in self.tensors.items() if is_averaged(name) and holds_tensors(value)]
+        if kept and not (self.kind == "prior" and SHADOW in kept):
+            self.refuse(
+                f"keeps EMA weights as {kept[0][:60]!r}, in a form that is not read: save them as a dict of named "
+                "tensors, or give --no-ema to sample from the raw ones"
+            )
+        if self.kind == "model" and TRAINING in self.words:
+            if "ema" not in self.tensors:
+                self.refuse("has no ema weights, only 'model': give --no-ema to sample from those")
+            self.words.append("whose 'ema' is empty")
 
 
-def locate(named, kind: str, flag: str = "checkpoint", ask: bool = True) -> Path:
-    """The local path of a name; of a hub id, the folder of its weights in the hub's cache. See `hub.fetch`."""
-    inside = [f"{folder}/" for folder in (IN_PIPELINES[kind],) if folder]
-    wanted = (*(pattern for folder in inside for pattern in hub_patterns(folder)), *hub_patterns())
-    wanted += tuple(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)
-    try:
-        return fetch(named, [wanted], BESIDE, flag, ask=ask)
-    except ValueError as error:  # which may name all alternatives
-        raise ValueError(str(error).replace(" or ".join(wanted), "file of weights")) from None
+def is_averaged(name: str) -> bool:
+    """Whether a word of a name says that weights are averaged; words are told apart by dots, _ and capitals."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return any(word.lower() in AVERAGED for word in words)
 
 
-def open_weights(named, kind: str, ema: bool = True, flag: str = "checkpoint", ask: bool = True) -> File:
-    """The file of weights that a name stands for. Raises ValueError, naming it, if there is none that can be read."""
-    file = File(named, locate(named, kind, flag, ask), kind, ema, words=["from the hub"] if is_id(named) else [])
+def holds_tensors(value: object) -> bool:
+    """Whether a value is a tensor with dimensions, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_tensors, value[:3]))
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def open_weights(named: object, path: Path, kind: str, ema: bool = True) -> File:
+    """The file of weights at a path. Raises ValueError, with the user's name of it, if none can be read."""
+    file = File(named, path, kind, ema, words=[] if str(named) == str(path) else ["from the hub"])
     if file.path.is_dir():
         enter(file)
     beside = file.path.with_name("config.json")
@@ -134,7 +171,7 @@ def enter(file: File) -> None:
     if runs:
         file.path = runs[-1]
         file.words.append(f"newest checkpoint of a DLC run, {file.path.name}")
-        with contextlib.suppress(ValueError):  # it only describes the run, and may be missing
+        with contextlib.suppress(ValueError, OSError):  # it only describes the run, and may be missing
             arguments = read_json(file.path.parent.parent / "metadata.json").get("args")
             file.arguments = arguments if isinstance(arguments, dict) else {}
     names, inside = names_in(file.path), IN_PIPELINES[file.kind]
@@ -157,8 +194,11 @@ def enter(file: File) -> None:
             file.refuse(f"has no {words}", ValueError if file.ema else NoRawWeights)
         file.weights = "ema" if file.ema else "raw"
         file.words.append("accelerate checkpoint of the DLC project")
-    if name is None:
-        file.refuse("is a folder of no layout that is known: it has no model_index.json and no file of weights")
+    other = next((words for pattern, words in OTHER_FOLDERS.items() if any(file.path.glob(pattern))), None)
+    if name is None or other and name.startswith(("adapter", "pytorch_lora")):
+        others = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")))
+        several = others and f"has several files of weights: name one of {', '.join(others[:4])}"
+        file.refuse(other or several or "is a folder of no layout that is known: it has no file of weights")
     file.path = file.path / name
 
 
@@ -175,52 +215,33 @@ def dlc_checkpoints(folder: Path) -> list[Path]:
 
 
 def unpack(file: File) -> None:
-    """Go from a training script's file to the tensors in it; DDP's and torch.compile's wrappers are left out."""
+    """Go from a training script's file to the values in it by name; its arguments and step are noted."""
     values = file.tensors
     for key in ("args", "config", "hyper_parameters"):
         if isinstance(values.get(key), argparse.Namespace | dict):
             file.arguments = values[key] if isinstance(values[key], dict) else vars(values[key])
             break
-    ema = values.get("ema")
-    if isinstance(ema, dict) and "shadow_params" in ema:  # SEDD's
-        if file.kind != "prior":
-            file.refuse_other("prior")
-        file.tensors, step = values.get("model"), values.get("step")
-        file.step = step if type(step) is int and step >= 0 else None
-        file.shadow = ema["shadow_params"] if file.ema else None
-        file.weights = "ema" if file.ema else "raw"
-        file.words.append("training checkpoint of SEDD")
-    elif "teacher" in values:
-        file.tensors = values["teacher"]
-    elif {"model", "ema"} & values.keys():
-        unpack_training(file, values)
-    elif "state_dict" in values:
-        file.tensors = values["state_dict"]
-        file.words.append("state_dict of a training checkpoint")
-    if not isinstance(file.tensors, dict):
-        raise ValueError(f"{file.path} does not hold a dict of named tensors")
-    plain = {plain_name(key): value for key, value in file.tensors.items() if isinstance(key, str)}
-    if len(plain) < len(file.tensors):
-        file.refuse("holds names that are no text, or one name twice, with and without module. or _orig_mod. before it")
-    file.tensors = plain
+    for key in ("step", "global_step"):
+        if type(values.get(key)) is int and values[key] >= 0:
+            file.step = values[key]
+    if {"model", "ema"} & values.keys():  # as of DiT and fast-DiT
+        of_sedd = isinstance(values.get("ema"), dict) and "shadow_params" in values["ema"]
+        file.words.append(OF_SEDD if of_sedd else TRAINING)
+        if re.fullmatch(r"\d{7,12}", file.path.stem, re.ASCII):
+            file.step = int(file.path.stem)
+    if "current_model_state" in values:  # of Lightning's WeightAveraging, which saves the averaged ones as the model's
+        values = {f"averaged {key}" if key == "state_dict" else key: value for key, value in values.items()}
+    named = list(itertools.islice(flattened(values), MOST + 1))
+    file.tensors = dict(named)
+    if len(named) > MOST:
+        file.refuse(f"holds more than {MOST:,} values")
+    if len(file.tensors) < len(named):
+        file.refuse("holds one name twice, with and without module. or _orig_mod. before it")
 
 
-def unpack_training(file: File, values: dict) -> None:
-    """{"model": …, "ema": …, "opt": …, "args": …}, as the training scripts of DiT, fast-DiT and SiT save it."""
-    wanted, other = ("ema", "model") if file.ema else ("model", "ema")
-    words, name = "training checkpoint", wanted
-    if values.get(wanted) is None and isinstance(values.get(other), dict):
-        if wanted in values:
-            words, name = f"training checkpoint whose {wanted!r} is empty", other
-        elif file.kind != "model":
-            name = other
-    if values.get(name) is None:
-        file.refuse(
-            f"has no {'ema' if file.ema else 'raw'} weights, only {other!r}: "
-            f"{'give --no-ema' if file.ema else 'leave out --no-ema'} to sample from those",
-            ValueError if file.ema else NoRawWeights,
-        )
-    file.tensors, file.weights = values[name], "ema" if name == "ema" else "raw"
-    file.words.append(words)
-    if re.fullmatch(r"\d{7,12}", file.path.stem, re.ASCII):
-        file.step = int(file.path.stem)
+def flattened(values: dict, depth: int = 0) -> Iterator[tuple[str, object]]:
+    """Names with dots, without wrappers, and values of dicts in dicts, except for optimizers and arguments."""
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor) or not NO_WEIGHTS.fullmatch(str(key)):
+            inner = flattened(value, depth + 1) if isinstance(value, dict) and depth < DEEPEST else [("", value)]
+            yield from ((plain_name(f"{key}.{name}".rstrip(".")), one) for name, one in inner)

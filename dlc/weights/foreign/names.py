@@ -1,6 +1,6 @@
 """Other people's weights: from a path or hub id to tensors under our names, what to build for them, and words.
 
-    found = read_foreign("DiT-XL-2-256x256.pt", "model")
+    found = read_foreign("owner/name", folder, "model")
     found.tensors, found.config, found.said
 
 TABLE has a row for each set of names that tensors come under: what it is, a tensor by which it is recognised, and the
@@ -11,9 +11,10 @@ checkpoints and exports never come here: `dlc.weights.load` builds those from th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dlc.weights.foreign import dits, encoders, priors, vaes
-from dlc.weights.foreign.layouts import KINDS, File, open_weights
+from dlc.weights.foreign.layouts import FLAGS, KINDS, File, OtherKind, open_weights
 from dlc.weights.foreign.safe import check_tensors
 
 
@@ -31,7 +32,6 @@ class Row:
 class Found:
     """What a name stands for: tensors under our names, checked; what to build for them; the file; words."""
 
-    kind: str
     tensors: dict = field(repr=False)
     config: dict
     file: File = field(repr=False)
@@ -61,31 +61,30 @@ TABLE = (
 CONFIGS = dict(model=dits.config_of, prior=priors.config_of, encoder=encoders.config_of, vae=vaes.config_of)
 
 
-def read_foreign(named, kind: str, ema: bool = True, flag: str = "checkpoint", ask: bool = True, **options) -> Found:
+def read_foreign(named: object, path: Path, kind: str, ema: bool = True, **options) -> Found:
     """Recognise weights, and read what to build for them.
 
     Args:
-        named: a path or hub id.
+        named, path: what the user called them, for errors, and where they are, by `dlc.weights.hub.locate`.
         kind: "model", "prior", "encoder" or "vae".
         ema: the EMA weights rather than the raw ones, where there are both.
-        flag, ask: see `dlc.weights.hub.fetch`.
         options: of the kind's function in CONFIGS.
 
     Raises ValueError, naming path and tensor or key; OtherKind for another kind of network.
     """
-    file = open_weights(named, kind, ema, flag, ask)
-    tensors, row = names_of(file, kind)
+    file = open_weights(named, path, kind, ema)
+    tensors, row = names_of(file)
     config, words = CONFIGS[kind](file, tensors, **options)
-    return Found(kind, tensors, config, file, ", ".join(filter(None, [*file.words, row.name, words])))
+    return Found(tensors, config, file, ", ".join(filter(None, [*file.words, row.name, words])))
 
 
-def names_of(file: File, kind: str) -> tuple[dict, Row]:
+def names_of(file: File) -> tuple[dict, Row]:
     """A file's tensors under our names, checked, and the row that recognised them. Raises as `read_foreign` does."""
     # a row of the wanted kind first: a whole Stable Diffusion has a UNet and a VAE in it
-    for row in sorted(TABLE, key=lambda row: row.kind != kind):
-        tensors = file.under(row.anchor)
-        if tensors is not None:
-            if row.kind != kind:
-                file.refuse_other(row.kind)
-            return row.rename(file, tensors), row
-    file.refuse(f"is not {KINDS[kind]}: no tensor in it has a name that is known")
+    for row in sorted(TABLE, key=lambda row: row.kind != file.kind):
+        if any(f".{name}".endswith(f".{row.anchor}") for name in file.tensors):
+            if row.kind != file.kind:
+                takes = f", which {FLAGS[row.kind]} takes" if row.kind in FLAGS else ""
+                file.refuse(f"is {KINDS[row.kind]}{takes}: wanted {KINDS[file.kind]}", OtherKind, row.kind)
+            return row.rename(file, file.under(row.anchor)), row
+    file.refuse(f"is not {KINDS[file.kind]}: no tensor in it has a name that is known")

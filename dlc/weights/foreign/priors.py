@@ -5,8 +5,8 @@ import re
 import torch
 
 from diffusion.process_table import create_process
-from dlc.weights.foreign.dits import check_sizes
-from dlc.weights.foreign.layouts import File
+from dlc.weights.foreign.dits import check_classes, check_sizes
+from dlc.weights.foreign.layouts import OF_SEDD, SHADOW, File
 from dlc.weights.foreign.safe import check_tensors, differences_from
 from prior import DLCPrior, DLCPrior_models, Rotary
 
@@ -18,12 +18,13 @@ PROCESS = {("graph", "type"): "absorb", ("noise", "type"): "loglinear"}
 
 def under_our_names(file: File, tensors: dict) -> dict:
     """Tensors of SEDD's names; of its training files, the parameters that the list of EMA weights is of."""
-    tensors = check_tensors(tensors, file.path)
-    if file.shadow is None:
+    tensors, ema = check_tensors(tensors, file.path), file.tensors.get(SHADOW)
+    if OF_SEDD in file.words:
+        file.weights = "ema" if file.ema else "raw"
+    if OF_SEDD not in file.words or not file.ema:
         return tensors
     with torch.device("meta"):
         wanted = dict(DLCPrior(**arguments_of(file, tensors)).named_parameters())
-    ema = file.shadow
     if not isinstance(ema, list) or len(ema) != len(wanted):
         file.refuse(f"has no list of {len(wanted)} EMA tensors: give --no-ema to read the raw ones")
     ema = check_tensors(dict(zip(wanted, ema)), file.path)
@@ -43,8 +44,7 @@ def config_of(file: File, tensors: dict) -> tuple[dict, str]:
         if isinstance(said, dict) and said.get(key, wanted) != wanted:
             file.refuse(f"says {outer}.{key} {str(said[key])[:40]!r}: only priors of the process {wanted!r} are read")
     arguments = arguments_of(file, tensors)
-    width = arguments["hidden_size"] // arguments["num_heads"]
-    tensors.setdefault(FREQUENCIES, Rotary(width).inv_freq)
+    tensors.setdefault(FREQUENCIES, Rotary(arguments["hidden_size"] // arguments["num_heads"]).inv_freq)
     said = "" if file.config else "taken to be told the noise level, as SEDD's priors are"
     process = create_process("masked", V=arguments["V"]).config
     return dict(family="DLCPrior", arguments=arguments, process=process), said
@@ -62,18 +62,13 @@ def arguments_of(file: File, tensors: dict) -> dict:
     tokens, (L, hidden_size) = shape(TOKENS, 2, 3), shape("pos_embed", 2)
     # not by the highest number, which may be any
     depth = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d", name)})
-    found = dict(
-        L=L,
-        V=tokens[-2] - 1,
-        hidden_size=hidden_size,
-        depth=depth,
-        cond_dim=shape("sigma_map.mlp.2.bias", 1)[0],
-        num_heads=heads_of(
-            file, said, depth, hidden_size, shape(FREQUENCIES, 1)[0] if FREQUENCIES in tensors else None
-        ),
-    )
+    found = dict(L=L, V=tokens[-2] - 1, hidden_size=hidden_size, depth=depth)
+    found["cond_dim"] = shape("sigma_map.mlp.2.bias", 1)[0]
+    pairs = shape(FREQUENCIES, 1)[0] if FREQUENCIES in tensors else None
+    found["num_heads"] = heads_of(file, said, depth, hidden_size, pairs)
     if "y_embedder.embedding_table.weight" in tensors:
         found["num_classes"] = shape("y_embedder.embedding_table.weight", 2)[0] - 1
+        check_classes(file, found["num_classes"])
     check_sizes(file, "prior over codes", found)
     found.update(shared_embedding=len(tokens) == 2, scale_by_sigma=said.get("scale_by_sigma", True) is not False)
     names = dict(length="L", hidden_size="hidden_size", n_blocks="depth", shared_embedding="shared_embedding")

@@ -14,14 +14,14 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import is_plain_name, read_json
+from dlc.machine.files import Damaged, errno_of, is_plain_name, is_pointer, read_json, reading
 
 # Of a folder the first of these is read: weights whole before shards, full precision before half.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -68,14 +68,9 @@ def plain_name(name: object) -> str:
     return WRAPPERS.sub("", str(name))
 
 
-#################################################################################
-#                              Files and their shards                           #
-#################################################################################
-
-
-def hub_patterns(folder: str = "", stems: Iterable[str] = STEMS) -> tuple[str, ...]:
-    """Patterns of what is fetched from a repository on the hub for such a file, in the order of preference."""
-    return tuple(f"{folder}{stem}{end}" for end in ENDS.values() for stem in stems)
+def hub_patterns(folder: str = "") -> tuple[str, ...]:
+    """Patterns of a file of weights in a repository on the hub, in the order of preference."""
+    return tuple(f"{folder}{stem}{end}" for end in ENDS.values() for stem in STEMS)
 
 
 def weights_in(files: Iterable[str]) -> str | None:
@@ -83,39 +78,6 @@ def weights_in(files: Iterable[str]) -> str | None:
     files = set(files)
     others = [name for name in files if name.endswith(WEIGHTS_SUFFIXES)]
     return next((name for name in WEIGHTS_FILES if name in files), others[0] if len(others) == 1 else None)
-
-
-def read_file(path: Path) -> tuple[dict, str]:
-    """What a file of weights, or an index of shards, holds; and words for shards and variants, or ""."""
-    path, said = Path(path), []
-    if is_index(path):
-        places = shards_of(path)
-        shards = {name: load_tensors(path.with_name(name)) for name in sorted(set(places.values()))}
-        lacking = next((key for key, name in places.items() if key not in shards[name]), None)
-        if lacking is not None:
-            raise ValueError(f"{path} says that {places[lacking]} has {lacking[:80]!r}, which it does not")
-        values, said = {key: shards[name][key] for key, name in places.items()}, [f"{len(shards)} shards"]
-    else:
-        values = load_tensors(path)
-    return values, ", ".join(said + ["fp16 variant"] * (".fp16." in path.name))
-
-
-def is_index(path: Path) -> bool:
-    """Whether a file is the JSON index of shards, by its first bytes."""
-    if not path.is_file() or path.stat().st_size > LARGEST_INDEX:
-        return False
-    with open(path, "rb") as file:
-        start = file.read(64)
-    # a .safetensors begins with the length of its header, whose first bytes are no text
-    return start.lstrip()[:1] == b"{" and b"\0" not in start
-
-
-def shards_of(index: Path) -> dict[str, str]:
-    """The file beside an index that holds each tensor. Raises ValueError for names of files elsewhere."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
-        raise ValueError(f"{index} is no index of shards: its weight_map is not of names of files beside it")
-    return names
 
 
 #################################################################################
@@ -136,27 +98,52 @@ class PassedOver:
         pass
 
 
+def read_file(path: Path) -> tuple[dict, str]:
+    """What a file of weights, or an index of shards, holds; and words for shards and variants, or "".
+
+    Raises ValueError as `load_tensors` does, and for an index whose shards are not files beside it.
+    """
+    path, said = Path(path), []
+    if path.name.endswith(".json"):
+        places = read_json(path).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(map(is_plain_name, places.values())):
+            raise ValueError(f"{path} is no index of shards: its weight_map is not of names of files beside it")
+        shards = {name: load_tensors(path.with_name(name)) for name in sorted(set(places.values()))}
+        lacking = next((key for key, name in places.items() if key not in shards[name]), None)
+        if lacking is not None:
+            raise ValueError(f"{path} says that {places[lacking]} has {shown(lacking)}, which it does not")
+        values, said = {key: shards[name][key] for key, name in places.items()}, [f"{len(shards)} shards"]
+    else:
+        values = load_tensors(path)
+    return values, ", ".join(said + ["fp16 variant"] * (".fp16." in path.name))
+
+
 def load_tensors(path: Path) -> dict:
     """The dict in a `.safetensors` file or in a file of torch.save, which may also hold values that are not tensors.
 
-    Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file.
+    Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file, `Damaged` for one
+    that is not whole, and OSError as `files.reading` does.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[:4] in (ZIP, OLD) or (path.suffix != ".safetensors" and start[8:] != b"{"):
-        value = read_torch(path)
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} holds {in_words(value)}, wanted a dict of tensors")
-        return value
-    if int.from_bytes(start[:8], "little") <= LARGEST_INDEX:
+    with reading(path):
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[:4] in (ZIP, OLD) or (path.suffix != ".safetensors" and start[8:] != b"{"):
+            value = read_torch(path)
+            if not isinstance(value, dict):
+                raise ValueError(f"{path} holds {in_words(value)}, wanted a dict of tensors")
+            return value
         try:
-            return safetensors.torch.load_file(path)
-        except Exception:  # broken files raise many types
-            pass
-    raise ValueError(f"{path} cannot be read as weights: it is no .safetensors, or cut off or damaged")
+            if int.from_bytes(start[:8], "little") <= LARGEST_INDEX:
+                return safetensors.torch.load_file(path)
+        except Exception as error:  # broken files raise many types
+            if errno_of(error) is not None:
+                raise
+    raise Damaged(
+        f"{path} cannot be read as weights: {other_form(path) or 'it is no .safetensors, or cut off or damaged'}"
+    )
 
 
 def in_words(value: object) -> str:
@@ -164,23 +151,40 @@ def in_words(value: object) -> str:
     return "an object that is no tensor" if isinstance(value, PassedOver) else f"a {type(value).__name__}"
 
 
+def other_form(path: Path) -> str:
+    """What a file is that is often met in the place of weights, and the remedy; or ""."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if is_pointer(path):
+        return "it is a git-lfs pointer, which stands for a file that was not fetched: run git lfs pull"
+    if start[:1] == b"<":
+        return "it is a web page: fetch the file itself"
+    if start[:1] == b"\x80":
+        return "it is a bare pickle, which would have to be run: save the state dict with torch.save"
+    return ""
+
+
 def read_torch(path: Path, what: str = "weights") -> object:
     """The value in a file of torch.save, with memory-mapped tensors; those of torch before 1.6 are read whole.
 
-    Objects that PASSED_OVER names are `PassedOver` in it. Raises ValueError naming the file and `what`.
+    Objects that PASSED_OVER names are `PassedOver` in it. Raises errors as `load_tensors` does, naming the file and
+    `what`.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    try:
-        fault, names = survey(path)
-        if not fault:
-            inert = [(PassedOver, name.replace(" ", ".")) for name in names if PASSED_OVER.fullmatch(name)]
-            with torch.serialization.safe_globals([argparse.Namespace, *inert]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception:  # zip readers and the unpickler raise many types
-        fault = "it is cut off or damaged"
+    with reading(path):
+        try:
+            fault, names = survey(path)
+            if not fault:
+                inert = [(PassedOver, name.replace(" ", ".")) for name in names if PASSED_OVER.fullmatch(name)]
+                with torch.serialization.safe_globals([argparse.Namespace, *inert]), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # zip readers and the unpickler raise many types
+            if errno_of(error) is not None:
+                raise
+            raise Damaged(f"{path} cannot be read as {what}: it is cut off or damaged") from None
     raise ValueError(f"{path} cannot be read as {what}: {fault}")
 
 
@@ -197,6 +201,8 @@ def survey(path: Path) -> tuple[str, set[str]]:
             return "it has compressed entries, which torch.save does not write", set()
         if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
             return f"its entries claim more than the file's {size:,} bytes", set()
+        if any(re.search(r"/code/|/constants\.pkl$", entry.filename) for entry in entries):
+            return "it is a TorchScript program, which is not run: save the state_dict() of the loaded one", set()
         if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
             return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors", set()
         # as torch.load reads it, because other zip readers may find another entry
@@ -206,20 +212,17 @@ def survey(path: Path) -> tuple[str, set[str]]:
     ):  # a magic number, a version, facts about the machine, the objects, the keys of their storages
         pickles, count = io.BytesIO(start), 5
     else:
-        return "it is no file of torch.save", set()
-    names = {name for _ in range(count) for name in names_in(pickles)}
-    unfit = next(
-        (name for name in sorted(names) if not (ADMITTED.fullmatch(name) or PASSED_OVER.fullmatch(name))), None
-    )
-    if unfit is not None:
-        unfit = shown(unfit.replace(" ", "."))
-        return f"it names {unfit}, and may only hold tensors and plain values: save the weights alone", names
+        return other_form(path) or "it is no file of torch.save", set()
+    found = [(opcode.name, argument) for _ in range(count) for opcode, argument, _ in pickletools.genops(pickles)]
+    protocol = max((argument for opcode, argument in found if opcode == "PROTO"), default=0)
+    if protocol > 2:
+        return f"it has pickle protocol {protocol}: save it again by torch.save without pickle_protocol", set()
+    names = {argument for opcode, argument in found if opcode in ("GLOBAL", "INST")}
+    for name in sorted(names):
+        if not (ADMITTED.fullmatch(name) or PASSED_OVER.fullmatch(name)):
+            name = shown(name.replace(" ", "."))
+            return f"it names {name}, and may only hold tensors and plain values: save the weights alone", names
     return "", names
-
-
-def names_in(pickles) -> Iterator[str]:
-    """The names "module name" of all that the next pickle of a file asks for."""
-    return (argument for opcode, argument, _ in pickletools.genops(pickles) if opcode.name in ("GLOBAL", "INST"))
 
 
 #################################################################################
@@ -227,8 +230,8 @@ def names_in(pickles) -> Iterator[str]:
 #################################################################################
 
 
-def check_tensors(tensors: dict, path, types: tuple[torch.dtype, ...] = FLOATS) -> dict[str, torch.Tensor]:
-    """Return the dict if all its values can be weights. Raises ValueError naming file and tensor.
+def check_tensors(tensors: dict, path: object, types: tuple[torch.dtype, ...] = FLOATS) -> dict[str, torch.Tensor]:
+    """Return the dict if all its values can be weights. Raises `Damaged` naming file and tensor.
 
     Weights are floating point, or of `types`, dense, in memory and finite. A single value that is not finite makes
     all outputs NaN, which nothing would notice in a VAE or an encoder.
@@ -237,10 +240,10 @@ def check_tensors(tensors: dict, path, types: tuple[torch.dtype, ...] = FLOATS) 
         raise ValueError(f"{path} does not hold a dict of named tensors")
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise ValueError(f"{path} does not hold a dict of named tensors: {shown(name)} is {in_words(tensor)}")
+            raise Damaged(f"{path} does not hold a dict of named tensors: {shown(name)} is {in_words(tensor)}")
         fault = tensor_fault(tensor, types)
         if fault:
-            raise ValueError(f"{path}: tensor {shown(name)} {fault}")
+            raise Damaged(f"{path}: tensor {shown(name)} {fault}")
     return tensors
 
 

@@ -174,7 +174,7 @@ def scale_of(file: File, config: dict) -> tuple[dict | None, str]:
         mean, std = (values[key].flatten().tolist() for key in ("mean", "std"))
         return dict(scaling_factor=1.0, latents_mean=mean, latents_std=std), "by latents_stats.pt beside it"
     for start, (model, scale) in WHOLE_MODELS.items():
-        if any(key.startswith(start) for key in file.tensors):
+        if any(f".{start}" in f".{key}" for key in file.tensors):
             return scale, f"{model}'s, by the model around it"
     if (config["latent_channels"], config["block_out_channels"]) == STABLE_DIFFUSION:
         if "xl" in file.path.name.lower():
