@@ -63,7 +63,7 @@ class DrawnSet(Record):
 
     L: int = key(whole_number(1))
     V: int = key(whole_number(1))
-    encoder_sha256: str | None = key(or_null(TEXT))  # of the encoder whose codes the prior was trained on
+    encoder_sha256: str | None = key(or_null(TEXT))  # whose codes the prior was trained on
     num: int = key(whole_number(1), decides=False)
     codes_sha256: str | None = key(or_null(TEXT), None, decides=False)  # null: not all are drawn
 
@@ -83,9 +83,7 @@ class DrawnSet(Record):
             )
         there, wanted = len(list(Path(folder).glob("*.npy"))), -(-record.num // SHARD)
         if there != wanted:
-            raise ValueError(
-                f"{folder} has {there} shards of codes, by codes.json it has {wanted}: draw the codes anew"
-            )
+            raise ValueError(f"{folder} has {there} shards of codes, by codes.json {wanted}: draw the codes anew")
         return record
 
 
@@ -107,11 +105,8 @@ class CodeSet(CodeSpec):
     features: Features | None = None
 
     @classmethod
-    def open(cls, source: str | Path, load: Callable) -> "CodeSet":
-        """The codes at source: a features directory, a folder of files, or one file.
-
-        Args:
-            load: a function load(path, mmap) that returns the codes in a file.
+    def open(cls, source: str | Path, load: Callable[..., np.ndarray]) -> "CodeSet":
+        """The codes at source: a features directory, a folder of files, or one file, which load(path, mmap) reads.
 
         Raises ValueError where there are none, or where a prior has not drawn all of them yet.
         """
@@ -151,13 +146,8 @@ class CodeSet(CodeSpec):
         return len(self.rows)
 
     def gather(self, rows: np.ndarray, V: int | None = None) -> np.ndarray:
-        """The codes (n, L) int64 of rows (n,).
-
-        Args:
-            V: tokens per position, where the set does not say it.
-
-        Raises ValueError, naming file and row, for a value outside 0..V-1.
-        """
+        """The codes (n, L) int64 of rows (n,); V where the set does not say it. Raises ValueError, naming file and row,
+        for a value outside 0..V-1."""
         return self.rows.gather(rows, limit=V or self.V).astype(np.int64)
 
 

@@ -1,5 +1,6 @@
 """Convert other layouts of features to shards: the commands pack and import-hf."""
 
+import argparse
 import contextlib
 from collections.abc import Callable
 
@@ -10,15 +11,15 @@ from dlc.data.listing import listing_sha256
 from dlc.data.manifest import Manifest
 from dlc.data.rows import check_range
 from dlc.data.store import Features, FeatureWriter, as_stored
-from dlc.data.tables import Table, open_table
+from dlc.data.tables import open_table
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
 
 
 def write_shards(
-    args, source: str, count: int, latent_shape: tuple, names: list[str], read: Callable[[range], dict], **keys
+    new: str, source: str, latent_shape: tuple[int, ...], names: list[str], read: Callable[[range], dict], **keys
 ) -> None:
-    """Write rows 0..count-1 as shards to args.new.
+    """Write rows as shards to the features directory `new`.
 
     Args:
         source: the id of what is converted.
@@ -29,7 +30,6 @@ def write_shards(
 
     Raises ValueError if latents are not square, or not finite in that type.
     """
-    new, shard_size = args.new, args.shard_size
     if latent_shape[1] != latent_shape[2]:
         raise ValueError(
             f"{source} has latents of shape {tuple(latent_shape)}, wanted (channels, height, width) with "
@@ -38,8 +38,6 @@ def write_shards(
     manifest = Manifest(
         latents="sample",
         latent_channels=int(latent_shape[0]),
-        shard_size=shard_size,
-        images=count,
         converted_from=source,
         listing_sha256=listing_sha256(names),
         **keys,
@@ -48,31 +46,27 @@ def write_shards(
     if not writer.start():
         print(f"{new} is complete; nothing to do")
         return
+    count, shard_size = manifest.images, manifest.shard_size
     shards = range(-(-count // shard_size))
     for shard in progress(shards, desc="packing", unit="shard", delay=2):
         if not writer.is_done(shard):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
             arrays = read(rows)
-            arrays["features"] = as_stored(
-                arrays["features"],
-                manifest.dtype,
-                lambda row, rows=rows: f"{source}, row {rows[row]}",
-                "fix that row, or take it out",
-            )
+            where, advice = lambda row, rows=rows: f"{source}, row {rows[row]}", "fix that row, or take it out"
+            arrays["features"] = as_stored(arrays["features"], manifest.dtype, where, advice)
             arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
             writer.write(shard, arrays, [])
     writer.finish(len(shards))
     print(f"done: {count:,} rows in {len(shards):,} shards at {new}")
 
 
-def pack(args) -> None:
+def pack(args: argparse.Namespace) -> None:
     """The command pack: one .npy per image, as the reference scripts write them, to shards."""
     old = Features(args.old, args.V, args.num_classes)
     if old.manifest is not None:
         raise ValueError(f"{args.old} has a manifest.json: it is packed already")
     needs_V(args.V, old.codes is not None)
     names = [path.name for path in old.latents.paths]
-    dtype = args.dtype or str(old.latents.array(0).dtype)
 
     def read(rows):
         arrays = dict(
@@ -85,27 +79,28 @@ def pack(args) -> None:
         return arrays
 
     write_shards(
-        args,
+        args.new,
         recorded_id(args.old),
-        old.count,
         old.latent_shape,
         names,
         read,
+        shard_size=args.shard_size,
+        images=old.count,
         image_size=old.image_size,
-        dtype=dtype,
+        dtype=args.dtype or str(old.latents.array(0).dtype),
         L=old.L,
         V=old.V if old.codes is not None else None,
         classes=[str(i) for i in range(old.num_classes)],
     )
 
 
-def import_hf(args) -> None:
+def import_hf(args: argparse.Namespace) -> None:
     """The command import-hf: a Hugging Face dataset, saved to disk, in Parquet files or on the hub, to shards."""
     with contextlib.closing(open_table(args.dataset, args.split)) as table:
-        import_table(args, table)
+        _import_table(args, table)
 
 
-def import_table(args, table: Table) -> None:
+def _import_table(args, table):
     first = table.read(0, 1)
     latent_shape = first["features"].shape[-3:]
     if first["features"].size != np.prod(latent_shape) or len(latent_shape) != 3:
@@ -116,7 +111,6 @@ def import_table(args, table: Table) -> None:
     L = first["labels"].size if first["labels"].ndim > 1 else None  # one number per row is a class, not a code
     needs_V(args.V, L is not None)
     num_classes = 1 if L else args.num_classes or 1000
-    dtype = args.dtype or "float32"
 
     def read(rows):
         block = table.read(rows.start, rows.stop)
@@ -135,13 +129,14 @@ def import_table(args, table: Table) -> None:
         return dict(arrays, labels=values)
 
     write_shards(
-        args,
+        args.new,
         table.source,
-        table.count,
         latent_shape,
         [table.source],
         read,
-        dtype=dtype,
+        shard_size=args.shard_size,
+        images=table.count,
+        dtype=args.dtype or "float32",
         L=L,
         image_size=latent_shape[-1] * args.factor,
         V=args.V if L else None,

@@ -5,6 +5,7 @@ extract(BatchEncoder(encoder, views, labels, manifest, batch_size), zip(batches,
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from dlc.data.store import FeatureWriter, NotFinite, as_stored
 from dlc.machine.exact import side_by_side
 from dlc.machine.noise import Stream, normal
 
-NOT_FINITE = "try --precision bf16 or fp32"  # what to do about latents or logits that are NaN or infinite
+if TYPE_CHECKING:
+    from dlc.nets.pixels import PixelEncoder
+
+HELP = "try --precision bf16 or fp32"  # what to do about latents or logits that are NaN or infinite
 
 
 def batches_of(shards: Iterable[int], count: int, shard_size: int, batch_size: int) -> list[list[int]]:
@@ -31,8 +35,7 @@ class BatchEncoder:
     """Turns a batch of loaded images into the arrays of its rows, as shards hold them.
 
     Args:
-        encoder: a PixelEncoder, see dlc/nets/pixels.py.
-        views: the `Views` that the batches are loaded from, with k crops per image.
+        views: what the batches are loaded from, with k crops per image.
         labels: (images,) int64.
         manifest: says what is stored, and the seed of the posterior's draws.
         batch_size: images that each batch is filled up to.
@@ -40,7 +43,13 @@ class BatchEncoder:
     """
 
     def __init__(
-        self, encoder, views: Views, labels: np.ndarray, manifest: Manifest, batch_size: int, strict: bool = False
+        self,
+        encoder: "PixelEncoder",
+        views: Views,
+        labels: np.ndarray,
+        manifest: Manifest,
+        batch_size: int,
+        strict: bool = False,
     ):
         self.encoder, self.views, self.labels, self.manifest = encoder, views, labels, manifest
         self.batch_size, self.strict = batch_size, strict
@@ -52,7 +61,7 @@ class BatchEncoder:
         if self.manifest.V:
             self.encoder.codes(torch.zeros(1, s, s, 3, dtype=torch.uint8), self.batch_size)
 
-    def __call__(self, item) -> tuple[list[int], dict[str, np.ndarray], list[list[str]]]:
+    def __call__(self, item: tuple) -> tuple[list[int], dict[str, np.ndarray], list[list[str]]]:
         """Encode (consecutive indices of images, what `collate` made of the images).
 
         Images that cannot be read are encoded as well, as the black ones that they are by then, and dropped afterwards:
@@ -66,18 +75,14 @@ class BatchEncoder:
         batch, (crops, code_views, unreadable) = item
         for index, error, broken in unreadable:
             if self.strict or not broken:
-                raise OSError(
-                    f"cannot read {self.views.path(index)!r} ({error}): fix the file"
-                    f"{', or leave out --strict' if broken else ''}"
-                )
+                advice = "fix the file, or leave out --strict" if broken else "fix the file"
+                raise OSError(f"cannot read {self.views.path(index)!r} ({error}): {advice}")
         copies, skipped = crops.shape[1], {index for index, _, _ in unreadable}
         good = np.array([index not in skipped for index in batch])
         names = np.array([self.views.name(index) for index in batch])[good]
         latents = self._latents(batch, crops)[torch.from_numpy(good)].flatten(0, 1)  # (n * k, C or 2C, S/f, S/f)
         rows = dict(
-            features=as_stored(
-                latents.numpy(), self.manifest.dtype, lambda row: repr(str(names[row // copies])), NOT_FINITE
-            ),
+            features=as_stored(latents.numpy(), self.manifest.dtype, lambda row: repr(str(names[row // copies])), HELP),
             labels=self.labels[batch][good].repeat(copies),
             path=names.repeat(copies),
         )
@@ -85,7 +90,7 @@ class BatchEncoder:
             codes = self.encoder.codes(code_views, self.batch_size).cpu().numpy()[good]  # (n, L)
             if (codes < 0).any():
                 name = str(names[(codes < 0).any(axis=1).argmax()])
-                raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {NOT_FINITE}")
+                raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {HELP}")
             rows["sem"] = codes.astype(self.manifest.dtypes["sem"]).repeat(copies, axis=0)
         return batch, rows, [[self.views.name(index), error] for index, error, _ in unreadable]
 

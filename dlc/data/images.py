@@ -3,6 +3,7 @@
 import errno
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dlc.machine.files import write_whole
 from dlc.machine.noise import Stream, integers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -44,7 +46,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def load_rgb(path: str | os.PathLike) -> Image.Image:
     """The image at path in RGB, as torchvision's loader gives it: transparency is dropped, not blended.
 
-    Of 16-bit grey the high byte is kept, as Pillow does for 16-bit colour; for grey Pillow would clip at 255.
+    Of 16-bit grey the high byte is kept; Pillow would clip it at 255.
 
     Raises ValueError for an image with more pixels than Pillow's limit, and for grey without a known range. Errors of
     Pillow for broken files, and of the system for files out of reach, are passed on.
@@ -64,7 +66,7 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def normalize(pixels: torch.Tensor, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) -> torch.Tensor:
+def normalize(pixels: torch.Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> torch.Tensor:
     """Pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 on the same device: scaled to [0, 1], minus mean, over std."""
     # filled on the device: a copy from the CPU would make the CPU wait for the GPU
     mean, std = (torch.stack([torch.full((1, 1), one, device=pixels.device) for one in value]) for value in (mean, std))
@@ -94,7 +96,7 @@ def image_grid(images: np.ndarray, columns: int) -> Image.Image:
 def save_png(path: Path, image: Image.Image | np.ndarray) -> None:
     """Write an image, PIL or (H, W, 3) uint8 NumPy, whole or not at all. Raises OSError naming the file."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    write_whole(path, lambda file: image.save(file, format="png"))
+    write_whole(path, lambda file: image.save(file, "png"))
 
 
 def read_png(path: str | os.PathLike) -> np.ndarray:
@@ -124,11 +126,9 @@ def flips_of(policy: str, count: int, seed: int) -> np.ndarray:
 
     The flips of "random" are a function of the seed and the image's index.
     """
-    if policy == "both":
-        return np.tile([False, True], (count, 1))
-    if policy == "none":
-        return np.zeros((count, 1), bool)
-    return integers(seed, Stream.FLIP, torch.arange(count), 2).bool().unsqueeze(1).numpy()
+    if policy == "random":
+        return integers(seed, Stream.FLIP, torch.arange(count), 2).bool().unsqueeze(1).numpy()
+    return np.tile([False, True] if policy == "both" else [False], (count, 1))
 
 
 class Views(Dataset):
@@ -140,7 +140,7 @@ class Views(Dataset):
         image_size, code_size: sides of the crops and of the encoder's view, pixels; code_size None: no such view.
     """
 
-    def __init__(self, root, paths: list[str], flips: np.ndarray, image_size: int, code_size: int | None):
+    def __init__(self, root: str | Path, paths: list[str], flips: np.ndarray, image_size: int, code_size: int | None):
         # one array, because reference counts would make each worker copy a list of a million strings
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
         self.flips, self.image_size, self.code_size = flips, image_size, code_size

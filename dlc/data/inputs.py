@@ -7,23 +7,24 @@ To add a condition, write a function here and give it a row in INPUTS. `dlc.samp
 drawn for.
 """
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from dlc.data.rows import open_vectors
+from dlc.data.store import Features
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a model is conditioned on.
 
-    Attributes:
-        arrays: rows by name, aligned with the latents; a batch has them under these names. None for codes that are made
-            from images as training goes.
-        sizes: arguments of the model's constructor that the data decide.
-        limits: by name, the number above all values of an array, for labels and codes.
+    arrays: rows by name, aligned with the latents, as a batch has them; None for codes that are made from images as
+        training goes.
+    sizes: arguments of the model's constructor that the data decide.
+    limits: by name, the number above all values of an array, for labels and codes.
     """
 
     arrays: Mapping[str, object]
@@ -36,14 +37,13 @@ class Inputs:
         return y if len(y) > 1 else next(iter(y.values()))
 
 
-def labels(features, args) -> Inputs:
+def labels(features: Features, args: argparse.Namespace) -> Inputs:
     """Class labels (n,)."""
-    return Inputs(
-        dict(labels=features.labels), dict(num_classes=features.num_classes), dict(labels=features.num_classes)
-    )
+    count = features.num_classes
+    return Inputs(dict(labels=features.labels), dict(num_classes=count), dict(labels=count))
 
 
-def codes(features, args) -> Inputs:
+def codes(features: Features, args: argparse.Namespace) -> Inputs:
     """Codes (n, L). Raises ValueError if the features hold none, or do not say V."""
     if features.codes is None and not args.encoder:
         raise ValueError(f"features path {args.features_path} holds no codes, which {args.model} is trained on")
@@ -52,7 +52,7 @@ def codes(features, args) -> Inputs:
     return Inputs(dict(codes=features.codes), dict(L=features.L, V=features.V), dict(codes=features.V))
 
 
-def vectors(features, args) -> Inputs:
+def vectors(features: Features, args: argparse.Namespace) -> Inputs:
     """Vectors (n, in_dim), of --condition-path. Raises ValueError if there is none, or it does not fit the features."""
     if not args.condition_path:
         raise ValueError(f"{args.model} is trained on vectors: give --condition-path")

@@ -1,16 +1,16 @@
 """Describe features in words, and list what is wrong with them: the commands info and check."""
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from dlc.data.codes import perplexity, token_counts
-from dlc.data.manifest import Manifest, read_manifest
+from dlc.data.manifest import read_manifest
 from dlc.data.rows import NpyRows, check_finite, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
@@ -85,7 +85,7 @@ def usage_picture(counts: np.ndarray) -> Image.Image:
     return picture
 
 
-def print_info(args) -> None:
+def print_info(args: argparse.Namespace) -> None:
     """The command info."""
     features = Features(args.path, args.V, args.num_classes)
     needs_V(features.V, features.codes is not None)
@@ -167,87 +167,76 @@ def print_codes(features: Features) -> None:
 #################################################################################
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the files of one kind should be; None where nothing says."""
-
-    rows: NpyRows
-    dtype: np.dtype | None = None  # by the manifest
-    width: int | None = None  # by the manifest: channels of latents, L of codes
-    limit: int | None = None  # values are 0..limit-1
-
-
 def problems(root: str | Path, V: int | None = None, num_classes: int | None = None) -> Iterator[str]:
     """Lines on what is wrong with FEATURES/: files, shapes, types, values, and what the manifest says of them."""
+    manifest, dtypes, widths = None, {}, {}
     try:
-        manifest = read_manifest(root) if (Path(root) / "manifest.json").is_file() else None
-        kinds = expected_by_manifest(root, manifest) if manifest else expected_of_lone_files(root, V, num_classes)
+        if (Path(root) / "manifest.json").is_file():
+            manifest = read_manifest(root)
+            kinds, dtypes = shard_rows(root, manifest), manifest.dtypes
+            widths = dict(features=manifest.stored_channels, sem=manifest.L)
+            limits = dict(labels=len(manifest.classes), sem=manifest.V)
+        else:
+            features = Features(root, V, num_classes)
+            needs_V(V, features.codes is not None)
+            kinds, limits = features.arrays, features.limits
     except ValueError as error:
         yield str(error)
         return
     if manifest:
-        yield from manifest_problems(root, manifest, kinds)
-    for kind, expected in kinds.items():
-        shapes = {}
-        for index in progress(range(len(expected.rows.paths)), desc=kind, unit="file", delay=2):
-            yield from file_problems(kind, expected, index, shapes)
-        yield from shape_problems(expected, shapes)
-
-
-def expected_by_manifest(root: str | Path, manifest: Manifest) -> dict[str, Expected]:
-    """The Expected of each kind, by kind."""
-    limits = dict(labels=len(manifest.classes), sem=manifest.V)
-    widths = dict(features=manifest.stored_channels, sem=manifest.L)
-    return {
-        kind: Expected(rows, manifest.dtypes.get(kind), widths.get(kind), limits.get(kind))
-        for kind, rows in shard_rows(root, manifest).items()
-    }
-
-
-def expected_of_lone_files(root: str | Path, V: int | None, num_classes: int | None) -> dict[str, Expected]:
-    """The same of a directory of the reference scripts. Raises ValueError as `Features` does, and for lack of V."""
-    features = Features(root, V, num_classes)
-    needs_V(V, features.codes is not None)
-    kinds = dict(features=Expected(features.latents), labels=Expected(features.labels, limit=features.num_classes))
-    return kinds if features.codes is None else dict(kinds, sem=Expected(features.codes, limit=V))
-
-
-def manifest_problems(root: str | Path, manifest: Manifest, kinds: dict[str, Expected]) -> Iterator[str]:
-    """Row counts that do not add up, and files that the manifest does not list."""
-    listed = sum(shard["rows"] for shard in manifest.shards)
-    if not listed or listed != manifest.count:
-        yield f"{Path(root) / 'manifest.json'} counts {manifest.count} rows, its shards {listed}"
-    for expected in kinds.values():
-        paths = expected.rows.paths
-        known = {path.name for path in paths}
-        for path in sorted(paths[0].parent.glob("*.npy")) if paths else ():
+        listed = sum(shard["rows"] for shard in manifest.shards)
+        if not listed or listed != manifest.count:
+            yield f"{Path(root) / 'manifest.json'} counts {manifest.count} rows, its shards {listed}"
+    for kind, rows in kinds.items():
+        known = {path.name for path in rows.paths}
+        for path in sorted(rows.paths.folder.glob("*.npy")):
             if path.name not in known:
                 yield f"{path} is not in the manifest"
+        shapes, width = {}, widths.get(kind)
+        for index in progress(range(len(rows.paths)), desc=kind, unit="file", delay=2):
+            yield from file_problems(kind, rows, index, shapes, dtypes.get(kind), width, limits.get(kind))
+        usual = Counter(shapes.values()).most_common(1)
+        for path, shape in shapes.items():  # beside those whose width is wrong already
+            if shape != usual[0][0] and width in (None, shape[0]):
+                yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
 
 
-def file_problems(kind: str, expected: Expected, index: int, shapes: dict) -> Iterator[str]:
-    """What is wrong with one file. The shape of its rows is added to shapes, by path, if it can be read."""
-    path = expected.rows.paths[index]
+def file_problems(
+    kind: str,
+    rows: NpyRows,
+    index: int,
+    shapes: dict[Path, tuple],
+    dtype: np.dtype | None,
+    width: int | None,
+    limit: int | None,
+) -> Iterator[str]:
+    """What is wrong with one file of some rows.
+
+    Args:
+        shapes: the shape of its rows is added to it, by path, if it can be read.
+        dtype, width: its type, and channels of latents or L of codes, by the manifest; None where nothing says.
+        limit: values are in 0..limit-1.
+    """
+    path = rows.paths[index]
     if not path.is_file():
         yield f"{path} is missing"
         return
     try:
         # on its own, because NpyRows hold every file against the first
-        array = NpyRows([path], [expected.rows.rows(index)], expected.rows.sample_ndim, expected.rows.lone).array(0)
+        array = NpyRows([path], [rows.rows(index)], rows.sample_ndim, rows.lone).array(0)
         shapes[path] = array.shape[1:]
-        if expected.limit is not None:
-            check_range(array, expected.limit, lambda row: (path, row))
+        if limit is not None:
+            check_range(array, limit, lambda row: (path, row))
     except ValueError as error:
         yield str(error)
         return
-    if expected.dtype is not None and array.dtype != expected.dtype:
-        yield f"{path} has values of type {array.dtype}, the manifest says {expected.dtype}"
-    if expected.width is not None and array.shape[1] != expected.width:
-        yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {expected.width}"
-    if kind == "path" and array.dtype.kind != "U":
-        yield f"{path} has values of type {array.dtype}, wanted unicode"
-    if kind == "features" and array.dtype.kind != "f":
-        yield f"{path} has values of type {array.dtype}, wanted floats"
+    if dtype is not None and array.dtype != dtype:
+        yield f"{path} has values of type {array.dtype}, the manifest says {dtype}"
+    if width is not None and array.shape[1] != width:
+        yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {width}"
+    wanted = dict(path=("U", "unicode"), features=("f", "floats")).get(kind)
+    if wanted and array.dtype.kind != wanted[0]:
+        yield f"{path} has values of type {array.dtype}, wanted {wanted[1]}"
     elif kind == "features":
         try:
             check_finite(array, lambda row: (path, row))
@@ -255,15 +244,7 @@ def file_problems(kind: str, expected: Expected, index: int, shapes: dict) -> It
             yield str(error)
 
 
-def shape_problems(expected: Expected, shapes: dict) -> Iterator[str]:
-    """Files whose rows have another shape than those of most files, beside those whose width is wrong already."""
-    usual = Counter(shapes.values()).most_common(1)
-    for path, shape in shapes.items():
-        if shape != usual[0][0] and expected.width in (None, shape[0]):
-            yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
-
-
-def print_problems(args) -> None:
+def print_problems(args: argparse.Namespace) -> None:
     """The command check."""
     lines = list(problems(args.path, args.V, args.num_classes))
     for line in lines:

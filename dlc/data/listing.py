@@ -9,7 +9,6 @@ folders and files are left out, and the remark counts what was left out.
 import errno
 import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable
 
@@ -50,18 +49,19 @@ class Walk:
             with os.scandir(place) as entries:
                 for entry in entries:
                     name, path = entry.name, os.path.join(folder, entry.name)
+                    is_folder, is_file, is_dangling = self._type(entry)
                     if name[0] == "." or name.lower() in SYSTEM:
                         self.leave_out("hidden or system files and folders", path)
-                        continue
-                    mode = self._mode(entry, folder)
-                    if stat.S_ISDIR(mode):
+                    elif is_folder:
                         folders.append(name)
-                    elif not stat.S_ISREG(mode):  # a pipe would block its reader
-                        self.leave_out("links to nowhere and special files", path)
-                    elif is_image(name):
+                    elif is_image(name) and (is_file or is_dangling):  # reading a link to nowhere says so, and is noted
                         images.append(name)
-                    else:
+                    elif is_file:
                         self.endings[os.path.splitext(name)[1].lower().rstrip(".") or "without an ending"] += 1
+                    elif is_dangling and not folder:
+                        os.stat(entry.path)  # raises: perhaps a class on a disk that is not mounted
+                    else:  # a pipe would block its reader
+                        self.leave_out("links to nowhere and special files", path)
         except OSError as error:
             raise OSError(
                 f"cannot list {str(error.filename or place)!r} ({error.strerror or error}), without which images or "
@@ -69,38 +69,34 @@ class Walk:
             ) from None
         return images, folders
 
-    def _mode(self, entry, folder):
-        """The type of an entry, or of what a link leads to, as bits of its mode; 0 for a link to nowhere."""
-        if entry.is_dir(follow_symlinks=False):  # known without another access to the disk
-            return stat.S_IFDIR
-        if entry.is_file(follow_symlinks=False):
-            return stat.S_IFREG
+    def _type(self, entry):
+        """Whether an entry, or what a link leads to, is a folder, a file, or a link to nowhere."""
         try:
-            return entry.stat().st_mode
+            is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError as error:
-            if error.errno in DANGLING and is_image(entry.name):
-                return stat.S_IFREG  # listed: reading it fails, and the reason is recorded
-            if error.errno not in DANGLING or not folder:  # perhaps a class on a disk that is not mounted
+            if error.errno not in DANGLING:
                 raise
-            return 0
+            is_folder = is_file = False
+        return is_folder, is_file, not (is_folder or is_file) and entry.is_symlink() and not os.path.exists(entry.path)
 
     def images(self, folder: str) -> list[str] | None:
         """The paths of all images in and below a folder, sorted by their folder's path, then by name.
 
         None where the folder is a link to one that it lies in.
         """
-        found, todo = {}, [(folder, [self._identity("")])]
+        found, todo = [], [(folder, [self._identity("")])]
         while todo:
             inner, above = todo.pop()
-            chain = [*above, self._identity(inner)]
-            if chain[-1] in above:
+            own = self._identity(inner)
+            if own in above:
                 self.leave_out("links to a folder that they lie in", inner)
-            else:
-                found[inner], folders = self.scan(inner)
-                todo += [(os.path.join(inner, name), chain) for name in folders]
-        return (
-            [os.path.join(inner, name) for inner in sorted(found) for name in sorted(found[inner])] if found else None
-        )
+                if inner == folder:
+                    return None
+                continue
+            images, folders = self.scan(inner)
+            found += [(inner, name) for name in images]
+            todo += [(os.path.join(inner, name), [*above, own]) for name in folders]
+        return [os.path.join(inner, name) for inner, name in sorted(found)]
 
     def _identity(self, folder):
         status = os.stat(os.path.join(self.root, folder))
@@ -109,9 +105,8 @@ class Walk:
     def left_out(self) -> str:
         """What was left out, in words; "" for nothing."""
         kinds = self.endings.most_common()
-        parts = [f"{count:,} {one_line(ending, 20)}" for ending, count in kinds[:MOST_ENDINGS]]
-        rest = sum(count for _, count in kinds[MOST_ENDINGS:])
-        parts += [f"{rest:,} of other endings"] if rest else []
+        kinds = [*kinds[:MOST_ENDINGS], ("of other endings", sum(count for _, count in kinds[MOST_ENDINGS:]))]
+        parts = [f"{count:,} {one_line(ending, 20)}" for ending, count in kinds if count]
         parts += [
             f"{count:,} {reason} ({example(self.examples[reason], count)})" for reason, count in self.others.items()
         ]

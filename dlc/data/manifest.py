@@ -8,7 +8,7 @@ import numpy as np
 
 from dlc.machine.cli import one_line
 from dlc.machine.files import is_plain_name
-from dlc.machine.records import OBJECT, TEXT, Record, key, list_of, or_null, real_number, whole_number
+from dlc.machine.records import OBJECT, TEXT, Record, key, list_of, one_of, or_null, real_number, whole_number
 
 DTYPES = ("float16", "float32")  # of stored latents
 LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
@@ -44,7 +44,10 @@ PATH_AND_REASON = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Record):
-    """Every key of manifest.json but format_version. None stands for "not known", as of features from elsewhere."""
+    """Every key of manifest.json but format_version. None stands for "not known", as of features from elsewhere.
+
+    In manifest.json WRITTEN_LAST is needed, too; a writer's settings lack these keys.
+    """
 
     image_size: int = key(whole_number(1, 2**20))  # pixels
     shard_size: int | None = key(SIZE, None)  # images that a shard covers, skipped ones included
@@ -56,8 +59,8 @@ class Manifest(Record):
     latents_mean: list[float] | None = key(or_null(list_of(real_number(-1e30, 1e30), 1, 8192)), None)
     latents_std: list[float] | None = key(or_null(list_of(real_number(1e-30, 1e30), 1, 8192)), None)
     latent_channels: int = key(whole_number(1, 8192), 4)
-    latents: str = key(TEXT)  # one of LATENTS
-    dtype: str = key(TEXT)  # one of DTYPES
+    latents: str = key(one_of(*LATENTS))
+    dtype: str = key(one_of(*DTYPES))
     # the encoder and its codes; L and V are None where there are none
     encoder: str | None = key(ID, None, decides=False)
     encoder_sha256: str | None = key(ID, None)
@@ -75,18 +78,6 @@ class Manifest(Record):
     count: int = key(COUNT, 0, decides=False)
     shards: list[dict] = key(list_of(OBJECT), [], decides=False)  # dict(name=, rows=) each
     skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], decides=False)  # [path, reason] each
-
-    @classmethod
-    def from_json(cls, values: dict, where, also_needed=()) -> "Manifest":
-        """See `Record`. WRITTEN_LAST is needed too in manifest.json; a writer's settings lack these keys."""
-        manifest = super().from_json(values, where, also_needed)
-        if manifest.latents not in LATENTS or manifest.dtype not in DTYPES:
-            latents, dtype = (one_line(repr(text)[:1000], 40) for text in (manifest.latents, manifest.dtype))
-            raise ValueError(
-                f"{where} has latents of kind {latents} and type {dtype}, wanted {', '.join(LATENTS)} and "
-                f"{', '.join(DTYPES)}"
-            )
-        return manifest
 
     def source(self) -> dict:
         """What a training run records of its data: a dict with the keys of SOURCE."""
@@ -134,14 +125,10 @@ def read_manifest(root: str | Path) -> Manifest:
     folder = kind_dir(root, manifest.image_size, "labels")
     for shard in manifest.shards:
         if not (is_plain_name(shard.get("name")) and COUNT[0](shard.get("rows"))):
-            raise ValueError(
-                f"{path} is not a manifest of ours: a shard is {one_line(repr(shard)[:1000], 80)}, wanted "
-                "a plain name and a number of rows"
-            )
-        labels = os.path.join(folder, f"{shard['name']}.npy")
+            found = one_line(repr(shard)[:1000], 80)
+            raise ValueError(f"{path}: a shard is {found}, wanted a plain name and a number of rows")
+        labels, rows = os.path.join(folder, f"{shard['name']}.npy"), shard["rows"]
         # each row takes at least a byte, so nothing that is made per row can outgrow the files
-        if shard["rows"] > SMALLEST and os.path.isfile(labels) and shard["rows"] > os.path.getsize(labels):
-            raise ValueError(
-                f"{path} says {shard['rows']:,} rows of {labels}, which has {os.path.getsize(labels):,} bytes"
-            )
+        if rows > SMALLEST and os.path.isfile(labels) and rows > os.path.getsize(labels):
+            raise ValueError(f"{path} says {rows:,} rows of {labels}, which has {os.path.getsize(labels):,} bytes")
     return manifest

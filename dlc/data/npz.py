@@ -51,9 +51,8 @@ def array_names(path: Path) -> list[str]:
 def open_array(archive: zipfile.ZipFile, name: str = "arr_0") -> tuple[IO[bytes], tuple[int, ...], np.dtype]:
     """An array as a stream of the bytes after its header, its shape and its type.
 
-    No more of the stream is inflated than is read, and a row has at most LARGEST_IMAGE bytes.
-
-    Raises ValueError for what is no such array, or has fewer bytes than its shape says.
+    No more is inflated than is read. Raises ValueError for an array with rows of more than LARGEST_IMAGE bytes, or with
+    fewer bytes than its shape says.
     """
     entry, where = archive.getinfo(f"{name}.npy"), f"{archive.filename}: {name}"
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without limit
@@ -81,7 +80,7 @@ def read_array(path: Path, name: str) -> np.ndarray:
         data = stream.read(size)
         if len(data) < size:
             raise ValueError(f"{path}: {name} ends early")
-        return np.frombuffer(data, dtype).reshape(shape) if size else np.empty(shape, dtype)
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 #################################################################################
@@ -97,24 +96,17 @@ def image_shape(path: Path) -> tuple[int, int, int, int]:
         raise ValueError(f"{path} has no arr_0, which holds the images: its keys are {keys}")
     with opened(path) as archive:
         _, shape, dtype = open_array(archive)
-    fault = images_fault(shape, dtype)
-    if fault:
-        raise ValueError(f"{path}: arr_0 {fault}")
+    is_4d = len(shape) == 4
+    for is_wrong, fault, advice in (
+        (is_4d and shape[3] != 3 and shape[1] == 3, "has its channels first", ": transpose it by (0, 2, 3, 1)"),
+        (len(shape) == 3 or is_4d and shape[3] == 1, "is grey", ": repeat the channel"),
+        (not is_4d or shape[3] != 3, "has another shape", ""),
+        (dtype != np.uint8, f"is {dtype}", ", values 0 to 255: round and convert it"),
+        (0 in shape, "is empty", ""),
+    ):
+        if is_wrong:
+            raise ValueError(f"{path}: arr_0 {fault}, shape {shape}, wanted uint8 (N, H, W, 3){advice}")
     return shape
-
-
-def images_fault(shape: tuple[int, ...], dtype: np.dtype) -> str | None:
-    """Why an array is no set of images, and what to do, in words; or None."""
-    wanted = "wanted uint8 (N, H, W, 3)"
-    if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
-        return f"has its channels first, shape {shape}, {wanted}: transpose it by (0, 2, 3, 1)"
-    if len(shape) == 3 or len(shape) == 4 and shape[3] == 1:
-        return f"is grey, shape {shape}, {wanted}: repeat the channel"
-    if len(shape) != 4 or shape[3] != 3:
-        return f"has shape {shape}, {wanted}"
-    if dtype != np.uint8:
-        return f"is {dtype}, {wanted}, values 0 to 255: round and convert it"
-    return f"is empty, shape {shape}, {wanted}" if 0 in shape else None
 
 
 def read_images(path: Path, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -142,9 +134,8 @@ def write_images(
     images: Iterable[np.ndarray],
     arrays: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Write images, of the given shape (N, H, W, 3) in all, one by one as arr_0, and other arrays; whole or not at all.
-
-    No images, no arr_0. Nothing is compressed, so that other programs can stream it, too.
+    """Write images, of shape (N, H, W, 3) in all, one by one as arr_0 (none: no arr_0), and other arrays; whole or not
+    at all. Nothing is compressed, so that other programs can stream it, too.
     """
 
     def write(file):

@@ -4,8 +4,9 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from dlc.machine.cli import one_line, progress
 
 LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
 MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
+BLOCK = 4096  # rows looked at together, so that a file need not fit in memory
 
 
 def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
@@ -29,7 +31,7 @@ def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
         with open(path, "rb") as file:
             shape, fortran_order, dtype = read_npy_header(file)
             if dtype.hasobject:
-                raise ValueError("pickled objects")
+                raise ValueError("it holds pickled objects")
             count, offset, size = math.prod(shape), file.tell(), os.fstat(file.fileno()).st_size
             if count * dtype.itemsize > size - offset:
                 raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {size - offset:,} follow")
@@ -42,8 +44,6 @@ def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
             data.flags.writeable = False
         return data.reshape(shape, order="F" if fortran_order else "C")
     except (ValueError, EOFError, OSError, RuntimeError) as error:
-        if str(error) == "pickled objects":
-            raise ValueError(f"{path} holds pickled objects") from None
         raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
 
 
@@ -55,7 +55,7 @@ def load_floats(path: str | Path, mmap: bool = True) -> np.ndarray:
     return array
 
 
-def read_npy_header(stream):
+def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Read the header of a `.npy`: shape, whether in Fortran order, and dtype. The stream then stands at the data.
 
     Raises ValueError for any header but one of plain numbers or text. No more than LONGEST_HEADER bytes are read.
@@ -65,7 +65,7 @@ def read_npy_header(stream):
         length = stream.read(2 if version == (1, 0) else 4)
         if version not in ((1, 0), (2, 0)) or int.from_bytes(length, "little") > LONGEST_HEADER:
             raise ValueError(f"version {version}, a header of {int.from_bytes(length, 'little'):,} bytes")
-        return parsed_header(version, length + stream.read(int.from_bytes(length, "little")))
+        return _parsed_header(version, length + stream.read(int.from_bytes(length, "little")))
     except (ValueError, OSError):
         raise
     except Exception:  # NumPy calls Python's parser, which raises many types
@@ -73,8 +73,7 @@ def read_npy_header(stream):
 
 
 @functools.lru_cache(64)  # a million files of one row have one header, and to parse it takes as long as to read a file
-def parsed_header(version, header):
-    """What `read_npy_header` says of a header's bytes, its length first."""
+def _parsed_header(version, header):
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read(io.BytesIO(header))
     if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
@@ -92,13 +91,13 @@ def file_order(name: str) -> tuple[int, str]:
 class Files(Sequence):
     """The files of a folder with some names, as Paths that are made when asked for: a million take 0.25 GB."""
 
-    def __init__(self, folder: Path, names):
+    def __init__(self, folder: Path, names: Iterable[str]):
         self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Path:
         return self.folder / os.fsdecode(self.names[index])
 
 
@@ -106,14 +105,21 @@ class NpyRows:
     """The rows of many `.npy` files as one array, gathered through memory maps.
 
     Args:
-        paths: the files, each of shape (n, ...): a list of Paths or `Files`.
+        paths: the files, each of shape (n, ...).
         ends: (len(paths),) cumulative row counts; None reads them from the files.
         sample_ndim: number of dimensions of one row.
         lone: whether each file holds one sample, with or without a leading dimension of 1.
         load: a function load(path, mmap) that returns the array in a file.
     """
 
-    def __init__(self, paths, ends=None, sample_ndim=0, lone=False, load=load_array):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        ends: Sequence[int] | None = None,
+        sample_ndim: int = 0,
+        lone: bool = False,
+        load: Callable[..., np.ndarray] = load_array,
+    ):
         self.paths, self.sample_ndim, self.lone, self.ends, self.load = paths, sample_ndim, lone, None, load
         self._open, self._first_opened = {}, None
         if lone:
@@ -123,10 +129,10 @@ class NpyRows:
         self.ends = np.asarray(ends)
         self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)  # the first row of each file
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled: a spawned worker opens its own
 
     def array(self, index: int) -> np.ndarray:
@@ -142,10 +148,9 @@ class NpyRows:
                 f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of {self.sample_ndim} dimensions"
             )
         self._first_opened = self._first_opened or (self.paths[index], array.shape[1:])
-        if array.shape[1:] != self._first_opened[1]:
-            raise ValueError(
-                f"{self.paths[index]} has rows of shape {array.shape[1:]}, {{}} of {{}}".format(*self._first_opened)
-            )
+        first, shape = self._first_opened
+        if array.shape[1:] != shape:
+            raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, {first} of {shape}")
         if not self.lone:
             if len(self._open) == MAX_OPEN:
                 self._open.clear()
@@ -183,24 +188,31 @@ class NpyRows:
 
     def check_range(self, limit: int) -> None:
         """Raise ValueError, naming file and row, for the first value outside 0..limit-1."""
-        for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
-            check_range(self.array(index), limit, lambda i, path=path: (path, i))
+        for array, locate in self._files():
+            check_range(array, limit, locate)
 
     def check_finite(self) -> None:
         """Raise ValueError, naming file and row, for the first row that is not finite in float32."""
+        for array, locate in self._files():
+            check_finite(array, locate)
+
+    def _files(self):
         for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
-            check_finite(self.array(index), lambda i, path=path: (path, i))
+            yield self.array(index), lambda i, path=path: (path, i)
 
 
-def check_range(array: np.ndarray, limit: int, locate: Callable) -> None:
-    """Raise ValueError for the first value outside 0..limit-1, and their count. locate(i) is (file, row) of row i."""
+Locate = Callable[[int], tuple[object, int]]  # the file that holds row i of an array, and the row within the file
+
+
+def check_range(array: np.ndarray, limit: int, locate: Locate) -> None:
+    """Raise ValueError for the first value outside 0..limit-1, and their count."""
     if array.dtype.kind not in "ui":
         raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
     if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
         return  # no value of this type is out of range
     first, count = None, 0
-    for start in range(0, len(array), 4096):  # in blocks, so that a file need not fit in memory
-        part = array[start : start + 4096]
+    for start in range(0, len(array), BLOCK):
+        part = array[start : start + BLOCK]
         bad = (part < 0) | (part >= limit)
         if bad.any():
             count += int(bad.sum())
@@ -212,11 +224,11 @@ def check_range(array: np.ndarray, limit: int, locate: Callable) -> None:
         raise ValueError(f"{path}, row {row}: value {first[1]} outside 0..{limit - 1}{more}")
 
 
-def check_finite(array: np.ndarray, locate: Callable) -> None:
-    """Raise ValueError for the first row that is not finite in float32; locate(i) gives the (file, row) of row i."""
-    for start in range(0, len(array), 4096):
+def check_finite(array: np.ndarray, locate: Locate) -> None:
+    """Raise ValueError for the first row that is not finite in float32."""
+    for start in range(0, len(array), BLOCK):
         with np.errstate(over="ignore"):  # of float64, becoming infinite
-            part = array[start : start + 4096].astype(np.float32)
+            part = array[start : start + BLOCK].astype(np.float32)
         finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
         if not finite.all():
             path, row = locate(start + int(finite.argmin()))
@@ -236,11 +248,9 @@ def open_vectors(source: str | Path, count: int | None = None, ndim: int = 1) ->
     if not path.exists():
         raise ValueError(f"--condition-path {source} does not exist")
     files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=lambda file: file_order(file.name))
-    if not files:
-        raise ValueError(f"--condition-path {source} has no .npy files")
     vectors = NpyRows(files, sample_ndim=ndim, load=load_floats)
     if not len(vectors):
-        raise ValueError(f"--condition-path {source} has no rows")
+        raise ValueError(f"--condition-path {source} has no {'rows' if files else '.npy files'}")
     if 0 in vectors.array(0).shape:
         raise ValueError(f"{vectors.paths[0]} has vectors of no numbers, wanted (n, in_dim)")
     if count not in (None, len(vectors)):

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ class NotFinite(ValueError):
     """Latents or codes that training cannot use: NaN, infinite, or too large for the type they are stored in."""
 
 
-def as_stored(latents, dtype, locate, advice):
+def as_stored(
+    latents: np.ndarray, dtype: str | np.dtype, locate: Callable[[int], object] | None, advice: str
+) -> np.ndarray:
     """Latents (n, ...) cast to the type they are stored in.
 
     Args:
@@ -176,19 +179,18 @@ def shard_rows(root: str | Path, manifest: Manifest) -> dict[str, NpyRows]:
     names = [f"{shard['name']}.npy" for shard in manifest.shards]
     folders = {kind: kind_dir(root, manifest.image_size, kind) for kind in KINDS}
     return {
-        kind: rows_of(kind, Files(folder, names), ends)
+        kind: _rows_of(kind, Files(folder, names), ends)
         for kind, folder in folders.items()
         if kind in manifest.kinds or kind != "sem" and any(True for _ in folder.glob("*.npy"))  # codes need V
     }
 
 
-def rows_of(kind: str, files: Files, ends=None, lone: bool = False) -> NpyRows:
-    """The `NpyRows` of files of a kind of array."""
+def _rows_of(kind: str, files: Files, ends: Sequence[int] | None = None, lone: bool = False) -> NpyRows:
     load = load_floats if KINDS[kind].dtype == "f" else load_array
     return NpyRows(files, ends, KINDS[kind].ndim, lone, load)
 
 
-def refuse_missing_files(rows_by_kind):
+def refuse_missing_files(rows_by_kind: dict[str, NpyRows]) -> None:
     """Raise ValueError for the first file of some `NpyRows` that is not there."""
     for rows in rows_by_kind.values():
         folder = rows.paths.folder
@@ -241,18 +243,11 @@ class Features:
         self.latent_kind = self.manifest.latents if self.manifest else "sample"
         self.latent_shape = self.latents.array(0).shape[1:]
         if self.manifest is not None:
-            self._compare_with_manifest()
-
-    def _compare_with_manifest(self):
-        channels, *sides = self.latent_shape
-        if channels != self.manifest.stored_channels:
-            raise ValueError(
-                f"{self.root}: latents have {channels} channels, by manifest.json they have "
-                f"{self.manifest.stored_channels}"
-            )
-        if self.L != self.manifest.L:
-            raise ValueError(f"{self.root}: codes have L={self.L}, manifest.json says {self.manifest.L}")
-        self.latent_shape = (self.manifest.latent_channels, *sides)
+            channels, wanted = self.latent_shape[0], self.manifest.stored_channels
+            for what, there, said in (("channels of latents", channels, wanted), ("L", self.L, self.manifest.L)):
+                if there != said:
+                    raise ValueError(f"{self.root}: {what}: the files have {there}, manifest.json says {said}")
+            self.latent_shape = (self.manifest.latent_channels, *self.latent_shape[1:])
 
     def gather(self, kind: str, rows: np.ndarray) -> np.ndarray:
         """Rows (n,) of a kind of array, a key of KINDS, as (n, ...).
@@ -284,41 +279,31 @@ class Features:
         return rows
 
     def _open_lone_files(self):
-        sizes = [
-            int(match[1])
-            for path in self.root.iterdir()
-            if (match := re.fullmatch(r"imagenet(\d+)_features", path.name))
-        ]
+        found = [re.fullmatch(r"imagenet(\d+)_features", path.name) for path in self.root.iterdir()]
+        sizes = [int(match[1]) for match in found if match]
         if len(sizes) != 1:
-            raise ValueError(
-                f"features path {self.root} has "
-                + (
-                    "no features: no manifest.json and no imagenet{S}_features"
-                    if not sizes
-                    else f"no manifest.json and several sizes {sizes}"
-                )
-            )
+            also = f"and several sizes {sizes}" if sizes else "and no imagenet{S}_features"
+            raise ValueError(f"features path {self.root} has no features: no manifest.json {also}")
         self.image_size = sizes[0]
-        directories = {kind: kind_dir(self.root, self.image_size, kind) for kind in KINDS}
+        folders = {kind: kind_dir(self.root, self.image_size, kind) for kind in KINDS}
         names = {
-            kind: {name for name in os.listdir(directory) if name.endswith(".npy")} if directory.is_dir() else set()
-            for kind, directory in directories.items()
-            if KINDS[kind].needed or directory.is_dir()
+            kind: {name for name in os.listdir(folder) if name.endswith(".npy")} if folder.is_dir() else set()
+            for kind, folder in folders.items()
+            if KINDS[kind].needed or folder.is_dir()
         }
         if not names["features"]:
-            raise ValueError(f"{directories['features']} has no .npy files")
+            raise ValueError(f"{folders['features']} has no .npy files")
         for kind in names:
             unpaired = sorted(names[kind] ^ names["features"])
             if unpaired:
                 raise ValueError(
-                    f"{unpaired[0]} is not in both {directories['features']} and {directories[kind]} "
+                    f"{unpaired[0]} is not in both {folders['features']} and {folders[kind]} "
                     f"({len(unpaired)} such files)"
                 )
         in_order = sorted(names["features"], key=file_order)
-        paths = {kind: Files(directories[kind], in_order) for kind in names}
-        if load_array(paths["features"][0]).shape[:-3] not in ((), (1,)):
+        if load_array(folders["features"] / in_order[0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: rows_of(kind, paths[kind], lone=True) for kind in names}
+        return {kind: _rows_of(kind, Files(folders[kind], in_order), lone=True) for kind in names}
 
     def validate(self) -> None:
         """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.

@@ -24,10 +24,9 @@ SAVED = ("dataset_dict.json", "state.json")  # one of them lies in a folder that
 
 @dataclass
 class Table:
-    """Rows with the columns of COLUMNS.
+    """`count` rows with the columns of COLUMNS.
 
-    name: for errors. source: the dataset's id, for the manifest. count: how many rows.
-    stream: of (first row, size), Arrow tables of so many rows each.
+    name: for errors. source: the dataset's id, for the manifest. stream(row, size): Arrow tables from that row on.
     """
 
     name: str
@@ -44,24 +43,24 @@ class Table:
                 self.close()
                 self.tables = self.stream(start, stop - start)
             table, self.at = next(self.tables), stop
-            return {column: as_array(table[column], f"rows {start} to {stop - 1}") for column in COLUMNS}
+            return {column: _as_array(table[column], f"rows {start} to {stop - 1}") for column in COLUMNS}
 
     def close(self) -> None:
-        """Close the files that are open: datasets' readers complain where the program's end does it."""
+        """Close the open files: datasets' readers complain where the program's end does it."""
         getattr(self.tables, "close", bool)()
 
 
 @contextlib.contextmanager
-def said_of(name: str):
+def said_of(name: str) -> Iterator[None]:
     """Turn all that datasets, Arrow and the hub's client raise into a ValueError of one line that names the dataset."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {one_line(error, 200)}") from None
     except Exception as error:
+        what = f"{type(error).__name__}: {one_line(error, 150)}"
         raise ValueError(
-            f"{name} cannot be read ({type(error).__name__}: {one_line(error, 150)}); what is written is kept: run the "
-            "same command again"
+            f"{name} cannot be read ({what}); what is written is kept: run the same command again"
         ) from None
 
 
@@ -95,23 +94,21 @@ def open_table(name: str, split: str) -> Table:
         elif path.is_file():
             files = dict(path="parquet", data_files=str(path))
         if any((path / one).is_file() for one in SAVED):
-            return open_saved(name, source, datasets.load_from_disk(str(path)), split)
-        return open_parquet(name, source, files, split)
+            return _open_saved(name, source, datasets.load_from_disk(str(path)), split)
+        return _open_parquet(name, source, files, split)
 
 
-def open_saved(name: str, source: str, data, split: str) -> Table:
+def _open_saved(name, source, data, split):
     if hasattr(data, "keys"):  # a DatasetDict
         if split not in data:
             raise ValueError(f"no split {split!r}: --split one of {', '.join(data)}")
         data, source = data[split], f"{source}, split {split}"
-    check_columns(data.column_names, len(data))
-    data = data.select_columns(list(COLUMNS)).with_format("arrow")
-    return Table(
-        name, source, len(data), lambda start, size: (data[at : at + size] for at in range(start, len(data), size))
-    )
+    _check_columns(data.column_names, len(data))
+    data, count = data.select_columns(list(COLUMNS)).with_format("arrow"), len(data)
+    return Table(name, source, count, lambda row, size: (data[at : at + size] for at in range(row, count, size)))
 
 
-def open_parquet(name: str, source: str, files: dict, split: str) -> Table:
+def _open_parquet(name, source, files, split):
     """files: what datasets' load_dataset takes, which also finds the splits, by the files' names."""
     import fsspec
     from datasets import load_dataset, load_dataset_builder
@@ -127,7 +124,7 @@ def open_parquet(name: str, source: str, files: dict, split: str) -> Table:
     for url in urls:
         with fsspec.open(url, "rb") as file, ParquetFile(file) as parquet:  # the footer only
             ends.append(ends[-1] + parquet.metadata.num_rows)
-            check_columns(parquet.schema_arrow.names, ends[-1])
+            _check_columns(parquet.schema_arrow.names, ends[-1])
 
     def stream(start, size):
         first = int(np.searchsorted(ends, start, side="right")) - 1  # earlier files are not opened
@@ -137,7 +134,7 @@ def open_parquet(name: str, source: str, files: dict, split: str) -> Table:
     return Table(name, source if "data_files" in files else f"{source}, split {split}", ends[-1], stream)
 
 
-def check_columns(names: list[str], rows: int) -> None:
+def _check_columns(names, rows):
     for column in COLUMNS:
         if column not in names:
             raise ValueError(f"there is no column {column!r}, only {', '.join(names)}")
@@ -145,11 +142,8 @@ def check_columns(names: list[str], rows: int) -> None:
         raise ValueError("there are no rows")
 
 
-def as_array(column, where: str) -> np.ndarray:
-    """An Arrow column of numbers, or of lists of them of one shape, as an array (rows, ...).
-
-    Raises ValueError, naming where, for other columns and for lists of several lengths.
-    """
+def _as_array(column, where):
+    """An Arrow column of numbers, or of lists of them of one shape, as an array (rows, ...)."""
     import pyarrow
 
     part, shape, types = column.combine_chunks(), [len(column)], pyarrow.types

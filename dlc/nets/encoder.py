@@ -60,16 +60,18 @@ class SEMEncoder(nn.Module):
     register token.
     """
 
-    def __init__(self, backbone=DEFAULT_BACKBONE, image_size=224, L=512, V=256, temperature=1.0, backbone_args=None):
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        image_size: int = 224,
+        L: int = 512,
+        V: int = 256,
+        temperature: float = 1.0,
+        backbone_args: dict | None = None,
+    ):
         super().__init__()
-        self.config = dict(
-            backbone=backbone,
-            image_size=image_size,
-            L=L,
-            V=V,
-            temperature=temperature,
-            backbone_args=backbone_args or {},
-        )
+        self.config = dict(backbone=backbone, image_size=image_size, L=L, V=V, temperature=temperature)
+        self.config["backbone_args"] = backbone_args or {}
         check_config("encoder", self.config)
         import timm  # imported here: slower to import than torch
 
@@ -78,9 +80,8 @@ class SEMEncoder(nn.Module):
                 backbone, pretrained=False, num_classes=0, img_size=image_size, **self.config["backbone_args"]
             )
         except Exception as error:  # timm's models raise many types
-            raise ValueError(
-                f"timm cannot build the encoder {backbone!r} from its config: {one_line(error, 100)}"
-            ) from None
+            why = one_line(error, 100)
+            raise ValueError(f"timm cannot build the encoder {backbone!r} from its config: {why}") from None
         if not getattr(self.backbone, "num_prefix_tokens", 0):
             raise ValueError(f"{backbone!r} has no class or register tokens to read a code from")
         patch = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None) or (1, 1)
@@ -132,8 +133,8 @@ def tokens(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=2).masked_fill(~logits.isfinite().all(dim=2), -1)
 
 
-def check_config(path, config):
-    """Raise ValueError, naming path and key, for a configuration with unknown keys or with values out of bounds."""
+def check_config(path: str | Path, config: dict) -> None:
+    """Raise ValueError, naming path and key, for a configuration with unknown keys or values out of bounds."""
     backbone, more = config.get("backbone", DEFAULT_BACKBONE), config.get("backbone_args") or {}
     check_values(path, config, CONFIG)  # first, since what follows relies on the types
     for where, values, kinds in ((path, config, CONFIG), (f"{path}, backbone_args", more, BACKBONE_ARGS)):
@@ -144,12 +145,10 @@ def check_config(path, config):
     import timm
 
     if not re.fullmatch(r"\w+(\.\w+)?", backbone) or not timm.is_model(backbone):
-        raise ValueError(
-            f"{path}: timm cannot build the encoder {one_line(repr(backbone)[:1000], 80)}: it has no such model"
-        )
+        raise ValueError(f"{path}: timm cannot build the encoder {one_line(repr(backbone)[:1000], 80)}: no such model")
 
 
-def save_encoder(encoder, directory):
+def save_encoder(encoder: SEMEncoder, directory: str | Path) -> None:
     """Write config.json and model.safetensors into a directory, which is created if it does not exist."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

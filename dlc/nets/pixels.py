@@ -8,11 +8,12 @@ moments, codes = encoder.moments(crops, 32), encoder.codes(views, 32)           
 import math
 
 import torch
+import torch.nn as nn
 
 from dlc.data.images import normalize
 from dlc.machine.exact import in_batches
 from dlc.machine.processes import PRECISIONS
-from dlc.nets.encoder import tokens
+from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.nets.vae import posterior
 
 ENCODED_AT_ONCE = 32  # images; the VAE's activations of more would take as much memory as training itself
@@ -22,12 +23,19 @@ class PixelEncoder:
     """8-bit pixels to the moments of VAE latents and to discrete latent codes, on a device, without gradients.
 
     Args:
-        vae, encoder: as loaded, float32 and on the CPU; both are moved and cast in place. encoder may be None.
+        vae, encoder: as loaded, float32 and on the CPU; both are moved and cast in place.
         precision: a key of PRECISIONS, for the VAE's encoder and the SEM encoder's backbone.
         compile: whether to torch.compile both.
     """
 
-    def __init__(self, vae, encoder, device: torch.device, precision: str = "fp32", compile: bool = False):
+    def __init__(
+        self,
+        vae: nn.Module,
+        encoder: SEMEncoder | None,
+        device: torch.device,
+        precision: str = "fp32",
+        compile: bool = False,
+    ):
         self.vae, self.device = vae.to(device), device
         self.encoder = encoder.to(device).requires_grad_(False) if encoder else None
         dtype = PRECISIONS[precision]
@@ -56,7 +64,7 @@ class PixelEncoder:
         pixels = views.to(self.device, non_blocking=True)
         return in_batches(lambda some: tokens(self.encoder.encode_pixels(some)), pixels, batch_size)
 
-    def __call__(self, crops, condition):
+    def __call__(self, crops: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn a batch of images into the (moments, conditions) that a batch of features with moments would hold.
 
         Crops (n, S, S, 3) become moments (n, 2C, S/f, S/f). With an encoder, condition is views, which become codes

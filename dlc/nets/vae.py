@@ -7,13 +7,18 @@ A VAE is a module with `encoder`, `encode`, `decode` and a `config`, as diffuser
 `dlc.weights.networks.load_vae` loads one. One that encodes to a tensor has a posterior of standard deviation 0.
 """
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn as nn
 
 from dlc.machine.cli import one_line
 from dlc.nets.digest import weights_sha256
 
+Scale = float | torch.Tensor  # a number, or (C, 1, 1) of VAEs that say one per channel
 
-def latent_settings(vae) -> dict:
+
+def latent_settings(vae: nn.Module) -> dict:
     """How a VAE's latents are scaled, and how many channels they have, as the manifest records it."""
     mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
     return dict(
@@ -25,8 +30,8 @@ def latent_settings(vae) -> dict:
     )
 
 
-def scale_and_shift(vae, device):
-    """The two of latents = (z - shift) * scale: numbers, or tensors (C, 1, 1) of VAEs that say them per channel."""
+def scale_and_shift(vae: nn.Module, device: torch.device) -> tuple[Scale, Scale]:
+    """The two of latents = (z - shift) * scale."""
     settings = latent_settings(vae)
     if settings["latents_mean"] is None:
         return settings["scaling_factor"], settings["shift_factor"]
@@ -37,18 +42,18 @@ def scale_and_shift(vae, device):
     return settings["scaling_factor"] / std, mean
 
 
-def pixels_per_cell(config) -> int:
+def pixels_per_cell(config: Mapping) -> int:
     """The downsampling factor f, by a VAE's config: pixels per latent cell along each axis."""
     return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
-def latent_shape(vae, image_size: int) -> tuple[int, int, int]:
+def latent_shape(vae: nn.Module, image_size: int) -> tuple[int, int, int]:
     """The shape (C, S/f, S/f) of the latents of images of S = image_size pixels."""
     side = image_size // pixels_per_cell(vae.config)
     return vae.config["latent_channels"], side, side
 
 
-def posterior(vae, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior(vae: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, S, S) in [-1, 1] to the mean and the standard deviation of their latents, shifted and scaled.
 
     Each is (N, C, S/f, S/f) float32, whatever the precision of the VAE's weights.
@@ -62,12 +67,12 @@ def posterior(vae, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (moments.mean.float() - shift) * scale, moments.std.float() * scale
 
 
-def encode(vae, images: torch.Tensor) -> torch.Tensor:
+def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Images (N, 3, S, S) in [-1, 1] to latents (N, C, S/f, S/f), the posterior's mean, of about unit variance."""
     return posterior(vae, images)[0]
 
 
-def decode(vae, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents (N, C, h, w) to images (N, 3, S, S), about in [-1, 1]."""
     scale, shift = scale_and_shift(vae, latents.device)
     return vae.decode((latents / scale + shift).to(latents.dtype)).sample
@@ -78,7 +83,7 @@ def decode(vae, latents: torch.Tensor) -> torch.Tensor:
 #################################################################################
 
 
-def check_decodes(vae, name: str, channels: int, source: dict, whose: str) -> None:
+def check_decodes(vae: nn.Module, name: str, channels: int, source: dict, whose: str) -> None:
     """Raise ValueError if a VAE cannot decode latents of so many channels, or of another scale or shift than its own.
 
     Args:
@@ -100,7 +105,7 @@ def check_decodes(vae, name: str, channels: int, source: dict, whose: str) -> No
             raise ValueError(f"--vae {name} has {words} {one_line(settings[key], 60)}, {whose} {one_line(theirs, 60)}")
 
 
-def same_vae(vae, name: str, given: bool, channels: int, source: dict, whose: str) -> tuple[str, list[str]]:
+def same_vae(vae: nn.Module, name: str, given: bool, channels: int, source: dict, whose: str) -> tuple[str, list[str]]:
     """The digest of a VAE that is to decode latents, and notes where it differs or nothing tells whether it does.
 
     Args:

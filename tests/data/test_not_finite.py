@@ -61,19 +61,23 @@ def refused(path, result):
 
 
 @pytest.mark.slow
-def test_latents_too_large_for_the_precision(extract, tiny_models, tmp_path):
-    """Weights that are finite in float32, and not in float16."""
-    vae = scaled_vae(tiny_models, tmp_path / "vae", lambda weight, bias: bias.fill_(1e5))
-    for posterior in ("sample", "moments"):
-        path, result = extract(
-            f"fp16 {posterior}", vae, "--precision", "fp16", "--dtype", "float32", "--posterior", posterior
-        )
-        assert (
-            "latents of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32; what is done is kept"
-            in refused(path, result)
-        )
-    path, _ = extract("bf16", vae, "--precision", "bf16", "--dtype", "float32")
-    assert Features(path).count == 6
+def test_what_is_too_large_for_the_precision(extract, tiny_models, tmp_path):
+    """Weights that are finite in float32, and not in float16: of the VAE's mean, and of the encoder's first layer."""
+    loud_vae = scaled_vae(tiny_models, tmp_path / "vae", lambda weight, bias: bias.fill_(1e5))
+    encoder = load_encoder(tiny_models[1])
+    with torch.no_grad():
+        encoder.backbone.patch_embed.proj.bias.fill_(1e5)
+    save_encoder(encoder, tmp_path / "sem")
+    for name, vae, sem, what in (
+        ("latents", loud_vae, tiny_models[1], "latents"),
+        ("codes", tiny_models[0], tmp_path / "sem", "the encoder's logits"),
+    ):
+        flags = ("--dtype", "float32", "--posterior", "moments")
+        path, result = extract(f"{name} fp16", vae, *flags, "--precision", "fp16", encoder=sem)
+        line = refused(path, result)
+        assert f"{what} of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32; what is done is" in line
+        path, _ = extract(f"{name} bf16", vae, *flags, "--precision", "bf16", encoder=sem)
+        assert Features(path).count == 6
 
 
 @pytest.mark.slow
@@ -95,26 +99,6 @@ def test_latents_too_large_for_the_stored_type(extract, folder, tiny_models, tmp
         f"{shard:06d}.npy" for shard in range(place)
     ]
     assert extract("room", vae, *flags, "--dtype", "float32")[1].returncode == 0
-
-
-@pytest.fixture(scope="module")
-def loud_encoder(tiny_models, tmp_path_factory):
-    """The tiny encoder, whose first layer is finite in float32 and not in float16."""
-    encoder = load_encoder(tiny_models[1])
-    with torch.no_grad():
-        encoder.backbone.patch_embed.proj.bias.fill_(1e5)
-    path = tmp_path_factory.mktemp("loud")
-    save_encoder(encoder, path)
-    return path
-
-
-@pytest.mark.slow
-def test_codes_of_logits_that_are_not_finite(extract, tiny_models, loud_encoder):
-    path, result = extract("codes", tiny_models[0], "--precision", "fp16", encoder=loud_encoder)
-    assert "the encoder's logits of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32" in refused(
-        path, result
-    )
-    assert extract("codes bf16", tiny_models[0], "--precision", "bf16", encoder=loud_encoder)[1].returncode == 0
 
 
 def test_the_encoder_marks_them(tiny_models):
