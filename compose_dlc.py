@@ -12,6 +12,7 @@ For example, of a dog and a fern with --weights 3 1, three in four tokens are th
 (seed, i).
 """
 
+import argparse
 import io
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def compose(sources: torch.Tensor, weights: torch.Tensor, num: int, seed: int) -
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def parse_args():
+def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="two or more image files")
@@ -76,7 +77,7 @@ def parse_args():
     return parser, parser.parse_args()
 
 
-def check_sources(args) -> None:
+def check_sources(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, and for an --out that cannot be written."""
     names = args.rows if args.features_path else args.images
     if bool(args.images) == bool(args.features_path) or bool(args.rows) != bool(args.features_path):
@@ -99,7 +100,7 @@ def check_sources(args) -> None:
 
 
 @torch.inference_mode()
-def read_images(args) -> tuple[torch.Tensor, int]:
+def read_images(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     """The images' codes (K, L) or, with --mode sem, distributions (K, L, V); and V."""
     encoder = open_encoder(args)
     print(f"encoder {args.encoder}: {encoder.said}")
@@ -120,7 +121,7 @@ def read_images(args) -> tuple[torch.Tensor, int]:
     return torch.softmax(logits / (args.temp or encoder.temperature), dim=2), encoder.V
 
 
-def read_rows(args) -> tuple[torch.Tensor, int]:
+def read_rows(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     """The rows' codes (K, L), and V."""
     features = Features(args.features_path, V=args.V)
     if features.codes is None:
@@ -132,7 +133,7 @@ def read_rows(args) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(features.codes.gather(args.rows, limit=features.V).astype(np.int64)), features.V
 
 
-def main():
+def main() -> None:
     parser, args = parse_args()
     with parser.one_line_errors():
         check_sources(args)

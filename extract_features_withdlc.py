@@ -9,8 +9,10 @@ continues. The stored bytes depend neither on the number of processes and worker
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,10 +41,13 @@ from dlc.nets.vae import decode
 from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, downsampling_factor, open_networks
 from models import DiT_models
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 ON_GPU = torch.cuda.is_available()
 
 
-def parse_args():
+def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data-path", required=True, help="images: an ImageFolder-style directory, one subfolder per class")
@@ -103,7 +108,7 @@ def parse_args():
     return parser, parser.parse_args()
 
 
-def check_flags(args) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other."""
     data_path, features_path = Path(args.data_path).resolve(), Path(args.features_path).resolve()
     if features_path == data_path or data_path in features_path.parents:
@@ -113,13 +118,13 @@ def check_flags(args) -> None:
         )
 
 
-def main():
+def main() -> None:
     parser, args = parse_args()
     with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
         run(parser, args)
 
 
-def open_inputs(args, state, logger) -> tuple:
+def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging.Logger) -> tuple:
     """The VAE, the encoder or None, the images' paths and labels, and the manifest of what is to be written.
 
     Raises ValueError or OSError, naming the flag or file, for what cannot be opened or does not go together.
@@ -155,7 +160,7 @@ def open_inputs(args, state, logger) -> tuple:
     return vae, encoder, paths, labels, manifest
 
 
-def run(parser, args):
+def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Extract the features that args ask for."""
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
@@ -232,7 +237,9 @@ def run(parser, args):
     state.destroy_process_group()
 
 
-def save_reconstructions(path, features_path, views, paths, vae, columns=8):
+def save_reconstructions(
+    path: Path, features_path: str, views: Views, paths: list[str], vae: torch.nn.Module, columns: int = 8
+) -> None:
     """Draw crops of some images, spread over the rows, above the VAE's reconstructions from the stored latents."""
     features = Features(features_path)
     rows = np.unique(np.linspace(0, features.count - 1, columns).astype(int))

@@ -11,7 +11,7 @@ from dlc.data.inspection import print_info, print_problems
 from dlc.machine.cli import ArgumentParser, number
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(__doc__, prog="python -m dlc.features")
     tools = parser.add_subparsers(required=True, dest="command", metavar="info|check|pack|import-hf")
 

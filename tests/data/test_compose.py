@@ -51,10 +51,14 @@ def test_sem_draws_from_the_mean_of_the_distributions():
 def test_the_script(images, features, tiny_models, tmp_path):
     """From images and from rows, to codes for --dlc-dir, and the count of tokens from each source."""
     files = [images / "cat/0.png", images / "dog/3.png"]
-    result = launch(("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30), tmp_path)
-    counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", result.stdout, re.M)]
+
+    def run(launcher, *flags, out="composed.npy"):
+        result = launch((launcher, 1, "compose_dlc.py", *flags, "--num", 30, "--out", out), tmp_path)
+        return np.load(tmp_path / out), result.stdout
+
+    composed, said = run("python", *files, "--encoder", tiny_models[1])
+    counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", said, re.M)]
     assert len(counts) == 2 and sum(counts) == 30 * L and min(counts) > 60
-    composed = np.load(tmp_path / "composed.npy")
     assert composed.shape == (30, L) and composed.dtype == np.uint16
     codes = torch.cat([encoder_logits(tiny_models[1], [path]) for path in files]).argmax(dim=2).numpy()
     assert ((composed == codes[0]) | (composed == codes[1])).all()
@@ -62,56 +66,26 @@ def test_the_script(images, features, tiny_models, tmp_path):
     assert len(open_codes(tmp_path / "composed.npy")) == 30
 
     # the features' rows of the same images: cat/0.png is row 0, dog/3.png row 10
-    paths = Features(features).paths.gather([0, 10])
-    assert paths.tolist() == ["cat/0.png", "dog/3.png"]
-    launch(
-        ("forked", 1, "compose_dlc.py", "--features-path", features, "--rows", 0, 10, "--num", 30, "--out", "rows.npy"),
-        tmp_path,
-    )
+    assert Features(features).paths.gather([0, 10]).tolist() == ["cat/0.png", "dog/3.png"]
+    of_rows, _ = run("forked", "--features-path", features, "--rows", 0, 10, out="rows.npy")
     stored = Features(features).codes.gather([0, 10])
     assert_codes(stored, encoder_logits(tiny_models[1], files))  # extracted in other batches
-    of_rows, same = np.load(tmp_path / "rows.npy"), (stored == codes).all(0)
+    same = (stored == codes).all(0)
     assert ((of_rows == stored[0]) | (of_rows == stored[1])).all()
     np.testing.assert_array_equal(of_rows[:, same], composed[:, same])
 
     for temp, own in ((1e-4, True), (1, False)):
-        launch(
-            (
-                "forked",
-                1,
-                "compose_dlc.py",
-                *files,
-                "--encoder",
-                tiny_models[1],
-                "--num",
-                30,
-                "--mode",
-                "sem",
-                "--temp",
-                temp,
-                "--out",
-                "sem.npy",
-            ),
-            tmp_path,
-        )
-        sem = np.load(tmp_path / "sem.npy")
+        sem, _ = run("forked", *files, "--encoder", tiny_models[1], "--mode", "sem", "--temp", temp, out="sem.npy")
         assert sem.shape == (30, L) and sem.max() < V
         assert ((sem == codes[0]) | (sem == codes[1])).all() == own
 
 
 def test_a_source_does_not_depend_on_the_others(images, tiny_models):
     def read(*names):
-        return compose_dlc.read_images(
-            argparse.Namespace(
-                images=[images / name for name in names],
-                encoder=tiny_models[1],
-                encoder_backbone=None,
-                L=None,
-                V=None,
-                mode="sem",
-                temp=None,
-            )
-        )[0]
+        paths, unknown = [images / name for name in names], dict(encoder_backbone=None, L=None, V=None, temp=None)
+        return compose_dlc.read_images(argparse.Namespace(images=paths, encoder=tiny_models[1], mode="sem", **unknown))[
+            0
+        ]
 
     two, three = read("cat/0.png", "dog/3.png"), read("dog/3.png", "cat/1.png", "cat/0.png")
     assert torch.equal(two[0], three[2]) and torch.equal(two[1], three[0])

@@ -115,10 +115,9 @@ def test_launches_at_once(whole, extraction, tmp_path):
 @pytest.mark.parametrize(
     "fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")]
 )
-def test_disks_that_can_do_less(fault, warning, whole, many_images, tiny_models, tmp_path):
+def test_disks_that_can_do_less(fault, warning, whole, extraction, tmp_path):
     """One warning, and the features are those of any disk."""
-    arguments = extract_command("", 1, many_images, tmp_path / "features", tiny_models)[3:]
-    run = Run("faulty", [fault, EXTRACT, *arguments], tmp_path / "output.txt")
+    run = extraction("features", fault=fault)
     assert run.wait(), run.said()
     assert run.said().count("warning: the disk of") == 1 and warning in run.said()
     assert contents(tmp_path / "features") == whole
@@ -132,9 +131,16 @@ def the_line(run, status, beginning):
 
 
 @pytest.mark.slow
-def test_a_reader_killed_by_the_kernel(whole, extraction, tmp_path):
-    run = extraction("features", fault="signalled,readers:SIGKILL,progress/0,1")
-    the_line(run, 2, "error: a data reader was killed, by the kernel where memory is short: lower --num")
+@pytest.mark.parametrize(
+    "to, status, beginning",
+    [
+        ("readers:SIGKILL", 2, "error: a data reader was killed, by the kernel where memory is short: lower"),
+        ("SIGINT", 130, "stopped; "),  # Ctrl-C, which ends its readers, too
+    ],
+)
+def test_ended_by_a_signal(to, status, beginning, whole, extraction, tmp_path):
+    run = extraction("features", "--num-workers", 2, fault=f"signalled,{to},progress/0,1")
+    the_line(run, status, beginning)
     run = extraction("features")
     assert run.wait() and contents(tmp_path / "features") == whole
 
@@ -158,12 +164,3 @@ def test_interrupted_elsewhere(place, kept, images, tiny_models, tmp_path, monke
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(EXTRACT).main()
     assert stopped.value.code == 130 and f"stopped; {kept}\n" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_interrupted(whole, extraction, tmp_path):
-    """Ctrl-C ends it with one line, its readers too; what is done is kept."""
-    run = extraction("features", "--num-workers", 2, fault="signalled,SIGINT,progress/0,1")
-    the_line(run, 130, "stopped; ")
-    run = extraction("features")
-    assert run.wait() and contents(tmp_path / "features") == whole

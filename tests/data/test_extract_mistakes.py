@@ -11,28 +11,17 @@ from dlc.weights.networks import DEFAULT_ENCODER
 
 @pytest.fixture
 def extract_error(error_of, images, tiny_models):
-    def call(*flags, data_path=images):
-        return error_of(
-            "extract_features_withdlc",
-            "--data-path",
-            data_path,
-            "--image-size",
-            IMAGE_SIZE,
-            "--vae",
-            tiny_models[0],
-            "--encoder",
-            tiny_models[1],
-            *flags,
-        )
-
-    return call
+    """The line by which extraction refuses flags, which come after those of a good launch."""
+    good = ("--image-size", IMAGE_SIZE, "--vae", tiny_models[0], "--encoder", tiny_models[1])
+    return lambda *flags, data_path=images: error_of(
+        "extract_features_withdlc", "--data-path", data_path, *good, *flags
+    )
 
 
 def test_data_folder(extract_error, tmp_path):
     assert "--data-path nowhere is not a folder" in extract_error(data_path="nowhere")
     (tmp_path / "data").mkdir()
     assert "has no class folders" in extract_error(data_path=tmp_path / "data")
-    assert "--L, --V and --encoder-backbone say what" in extract_error("--encoder", "none", "--L", 6)
     (tmp_path / "data/cat").mkdir()
     assert "no images in its class folders" in extract_error(data_path=tmp_path / "data")
     assert not (tmp_path / "features").exists()
@@ -44,41 +33,35 @@ def test_features_within_the_data(extract_error, images):
 
 
 def test_extraction_flags(extract_error, tmp_path):
-    assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100)
-    assert "--image-size 100 is not a multiple of 8" in extract_error("--image-size", 100, "--vae", "ema")
-    error = extract_error("--model", "DiT-XXL/2")
-    assert "argument --model: invalid choice: 'DiT-XXL/2'" in error and "DiTCONT-Ti/8" in error
-    assert "--encoder pretrained/dlc_encoder.pth does not exist" in extract_error(
-        "--encoder", "pretrained/dlc_encoder.pth"
-    )
-    assert "encoder nowhere does not exist" in extract_error("--encoder", "nowhere")
-    assert f"{tmp_path} is a folder of no layout that is known" in extract_error("--vae", tmp_path)
-    assert "argument --batch-size: 0: must be at least 1" in extract_error("--batch-size", 0)
-    assert "argument --V: 70000: must be 2 to 65536" in extract_error("--V", 70000)
-    assert "argument --global-seed: 9223372036854775808: must be 0 to" in extract_error("--global-seed", 2**63)
-    assert "argument --L: invalid int value: 'many'" in extract_error("--L", "many")
-    assert "L 6 there, 512 here" in extract_error("--L", 512)
-    (tmp_path / "config.json").write_text("{}")
-    assert "config.json is that of no AutoencoderKL" in extract_error("--vae", tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    assert "config.json is not readable JSON" in extract_error("--vae", tmp_path)
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "junk.pth").write_bytes(b"junk")
-    assert "junk.pth cannot be read as weights" in extract_error("--encoder", tmp_path / "junk.pth")
-    (tmp_path / "file").write_text("")
-    assert "file" in extract_error("--features-path", tmp_path / "file")
-    assert "unrecognized arguments: --btch-size" in extract_error("--btch-size", 3)
-    assert not (tmp_path / "features").exists()
-
-
-def test_hub_out_of_reach(extract_error):
-    for flags, name in (
-        (("--vae", "mse"), "--vae stabilityai/sd-vae-ft-mse"),
-        (("--encoder", "owner/name@v1"), "--encoder owner/name@v1"),
-        (("--encoder", DEFAULT_ENCODER), f"--encoder {DEFAULT_ENCODER}"),
+    for name, content in (("empty/config.json", "{}"), ("cut/config.json", "{"), ("junk.pth", "junk"), ("file", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "nothing").mkdir()
+    cache = ": no such local path, and the hub's cache"
+    for flags, message in (
+        (("--encoder", "none", "--L", 6), "--L, --V and --encoder-backbone say what"),
+        (("--image-size", 100), "--image-size 100 is not a multiple of 8"),
+        (("--image-size", 100, "--vae", "ema"), "--image-size 100 is not a multiple of 8"),
+        (("--model", "DiT-XXL/2"), "argument --model: invalid choice: 'DiT-XXL/2'"),
+        (("--encoder", "pretrained/x.pth"), "--encoder pretrained/x.pth does not exist"),
+        (("--encoder", "nowhere"), "encoder nowhere does not exist"),
+        (("--vae", tmp_path / "nothing"), "nothing is a folder of no layout that is known"),
+        (("--batch-size", 0), "argument --batch-size: 0: must be at least 1"),
+        (("--V", 70000), "argument --V: 70000: must be 2 to 65536"),
+        (("--global-seed", 2**63), "argument --global-seed: 9223372036854775808: must be 0 to"),
+        (("--L", "many"), "argument --L: invalid int value: 'many'"),
+        (("--L", 512), "L 6 there, 512 here"),
+        (("--vae", tmp_path / "empty"), "config.json is that of no AutoencoderKL"),
+        (("--vae", tmp_path / "cut"), "config.json is not readable JSON"),
+        (("--encoder", tmp_path / "junk.pth"), "junk.pth cannot be read as weights"),
+        (("--features-path", tmp_path / "file"), "file"),
+        (("--btch-size", 3), "unrecognized arguments: --btch-size"),
+        (("--vae", "mse"), "--vae stabilityai/sd-vae-ft-mse" + cache),
+        (("--encoder", "owner/name@v1"), "--encoder owner/name@v1" + cache),
+        (("--encoder", DEFAULT_ENCODER), f"--encoder {DEFAULT_ENCODER}" + cache),
     ):
-        error = extract_error(*flags)
-        assert f"{name}: no such local path, and the hub's cache" in error and "or give a local path" in error
+        assert message in extract_error(*flags), flags
+    assert not (tmp_path / "features").exists()
 
 
 @pytest.mark.slow

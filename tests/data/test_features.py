@@ -55,7 +55,9 @@ def test_round_trip(written):
         assert stack.array(1).dtype == arrays[kind].dtype or kind == "path"
         np.testing.assert_array_equal(stack.gather(rows), arrays[kind][rows])
         np.testing.assert_array_equal(stack.gather(np.arange(10)), arrays[kind])
-    assert features.manifest.skipped == [["b\udcff/bad.png", "reason"]] and features.manifest.classes == MANIFEST.classes
+    assert (
+        features.manifest.skipped == [["b\udcff/bad.png", "reason"]] and features.manifest.classes == MANIFEST.classes
+    )
     assert not (root / "progress").exists()
 
 

@@ -54,36 +54,10 @@ def only_line(root):
 def test_a_sane_folder_is_listed_as_torchvision_does(tmp_path):
     """Classes, order, labels; nested folders, whose order is that of their paths' text; and nothing is said."""
     assert set(ENDINGS) == set(IMG_EXTENSIONS)
-    make(
-        tmp_path,
-        "n02/b.png",
-        "n02/a.JPEG",
-        "n02/10.jpg",
-        "n02/9.jpg",
-        "n02/B.WebP",
-        "n01/x.tif",
-        "N01/x.TIFF",
-        "a/b/1.png",
-        "a/b/c/1.png",
-        "a/b c/1.png",
-        "a/b-c/1.png",
-        "a/b.c/1.png",
-        "a/z.png",
-        "a/b/C/1.png",
-        "10/1.bmp",
-        "9/1.ppm",
-        "9/1.pgm",
-        "with space/two\nlines.png",
-        "ünï/çà 猫 🐈.png",
-        "ünï/çà.png",
-        "é/1.png",
-        "folder.png/named as an image.jpg/1.png",
-        "z~/İ.JPG",
-        "z~/ſ.jpg",
-        "#tag/1.png",
-        "@user/1.png",
-        "$/1.png",
-    )
+    names = """n02/b.png n02/a.JPEG n02/10.jpg n02/9.jpg n02/B.WebP n01/x.tif N01/x.TIFF a/b/1.png a/b/c/1.png
+        a/b-c/1.png a/b.c/1.png a/z.png a/b/C/1.png 10/1.bmp 9/1.ppm 9/1.pgm ünï/çà.png é/1.png z~/İ.JPG z~/ſ.jpg
+        folder.png/named_as_an_image.jpg/1.png #tag/1.png @user/1.png $/1.png"""
+    make(tmp_path, *names.split(), "a/b c/1.png", "with space/two\nlines.png", "ünï/çà 猫 🐈.png")
     (tmp_path / os.fsdecode(b"not utf-8 \xff")).mkdir()
     (tmp_path / os.fsdecode(b"not utf-8 \xff") / os.fsdecode(b"\xfe.png")).write_text("")
     paths = same_as_torchvisions(tmp_path)
@@ -115,15 +89,8 @@ def test_links_are_followed(tmp_path):
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir"])
 def test_hidden_and_system_folders_are_no_classes(name, tmp_path):
     """At the top and within a class; and they may be closed."""
-    make(
-        tmp_path,
-        "cat/1.png",
-        "dog/1.png",
-        f"{name}/1.png",
-        f"dog/{name}/2.png",
-        f"dog/deep/{name}/3.png",
-        "dog/deep/1.png",
-    )
+    make(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png", f"dog/{name}/2.png", f"dog/deep/{name}/3.png")
+    make(tmp_path, "dog/deep/1.png")
     classes, paths, labels, _ = list_images(tmp_path)
     assert (classes, paths) == (["cat", "dog"], ["cat/1.png", "dog/1.png", "dog/deep/1.png"])
     assert labels.tolist() == [0, 1, 1]
@@ -132,19 +99,9 @@ def test_hidden_and_system_folders_are_no_classes(name, tmp_path):
 
 
 def test_other_endings_are_counted(tmp_path):
-    make(
-        tmp_path,
-        "cat/1.png",
-        "README.md",
-        *(f"cat/{i}.GIF" for i in range(12)),
-        *(f"dog/sub/{i}.jfif" for i in range(3)),
-        "dog/1.avif",
-        "dog/README",
-        "dog/LICENSE",
-        "dog/dot.",
-        "dog/1.png",
-        *(f"dog/{i}.txt" for i in range(20)),
-    )
+    make(tmp_path, "cat/1.png", "README.md", "dog/1.avif", "dog/README", "dog/LICENSE", "dog/dot.", "dog/1.png")
+    counts = dict(GIF=("cat", 12), jfif=("dog/sub", 3), txt=("dog", 20))
+    make(tmp_path, *(f"{folder}/{i}.{ending}" for ending, (folder, n) in counts.items() for i in range(n)))
     assert only_line(tmp_path).endswith("1 of other endings")
     assert list_images(tmp_path)[1] == ["cat/1.png", "dog/1.png"]
     assert "left out 20 .txt, 12 .gif, " in only_line(tmp_path)
@@ -160,14 +117,8 @@ def test_empty_classes_stay_classes(tmp_path):
 def test_folders_that_link_back(tmp_path):
     """To a class, to the root, to one another, and above the root: each is cut where it begins anew."""
     root = make(tmp_path / "data", "cat/1.png", "cat/deep/2.png", "dog/1.png")
-    for link, target in (
-        ("cat/deep/back", ".."),
-        ("cat/root", ".."),
-        ("cat/self", "."),
-        ("cat/dog", "../dog"),
-        ("dog/cat", "../cat"),
-        ("all", "."),
-    ):
+    links = {"cat/deep/back": "..", "cat/root": "..", "cat/self": ".", "cat/dog": "../dog", "dog/cat": "../cat"}
+    for link, target in (links | {"all": "."}).items():
         (root / link).symlink_to(target, target_is_directory=True)
     classes, paths, _, _ = list_images(root)
     assert classes == ["cat", "dog"] and len(paths) == 6  # cat's two and dog's one, from either side

@@ -127,7 +127,7 @@ POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
         (dict(arr_0=pixels(3)[..., :1]), "", "arr_0 is grey, shape (3, 16, 16, 1)"),
         (dict(arr_0=pixels(3)[:0]), "", "arr_0 is empty, shape (0, 16, 16, 3)"),
         (dict(arr_0=np.array([{}], object)), "", "bad.npz: arr_0 is of pickled objects"),
-        (dict(arr_0=np.zeros(5, np.uint8)), "", "arr_0 has shape (5,)"),
+        (dict(arr_0=np.zeros(5, np.uint8)), "", "arr_0 has another shape, shape (5,)"),
         (dict(arr_0=pixels(3)), "", "--metrics precision needs at least 4 images in each set, and there are 3"),
         (dict(arr_0=pixels(1)), "--metrics fid", "--metrics fid needs at least 2 images in each set, and there are 1"),
         # of references alone
