@@ -18,13 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dlc.data import Features, code_dtype
-from dlc.data.images import center_crop, load_rgb
+from dlc.data import Features, code_dtype, read_manifest
+from dlc.data.codes import CodeSpec, compare
+from dlc.data.images import WHITE, add_background_flag, center_crop, is_transparent, load_rgb
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.exact import in_batches
 from dlc.machine.files import check_writable, write_whole
 from dlc.machine.noise import Stream, random_words
+from dlc.nets.digest import weights_sha256
 from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
 
 
@@ -60,9 +63,10 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="two or more image files")
-    add("--features-path", "--feature-path", help="take the sources' codes from these features, not from images")
-    add("--rows", type=number(int, 0), nargs="+", help="two or more rows of the features, counted from 0")
-    add_encoder_flags(add)
+    add("--features-path", "--feature-path", help="features, for --rows or for the encoder that made them [features]")
+    add("--rows", type=number(int, 0), nargs="+", help="in place of images: rows of the features, counted from 0")
+    add_background_flag(add, None)
+    add_encoder_flags(add, None, f" [that of the features, or {DEFAULT_ENCODER}]")
     add(
         "--mode",
         choices=["tokens", "sem"],
@@ -79,19 +83,18 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
 
 def check_sources(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, and for an --out that cannot be written."""
-    names = args.rows if args.features_path else args.images
-    if bool(args.images) == bool(args.features_path) or bool(args.rows) != bool(args.features_path):
+    names = args.rows or args.images
+    if bool(args.images) == bool(args.rows) or args.rows and not args.features_path:
         raise ValueError("name the sources as image files, or by --features-path with --rows")
     if len(names) < 2:
         raise ValueError("composing takes two or more sources")
     if args.weights and (len(args.weights) != len(names) or not sum(args.weights)):
         raise ValueError(f"--weights: give one for each of the {len(names)} sources, not all 0")
-    if args.mode == "sem" and args.features_path:
+    if args.mode == "sem" and args.rows:
         raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
-    encoder = dict(encoder=args.encoder != DEFAULT_ENCODER, encoder_backbone=args.encoder_backbone, L=args.L)
-    for flag, given in encoder.items():
-        if given and args.features_path:
-            raise ValueError(f"--{flag.replace('_', '-')} is for images, and --features-path holds codes: leave it out")
+    for flag in ("encoder", "encoder_backbone", "L", "background"):
+        if getattr(args, flag) is not None and args.rows:
+            raise ValueError(f"--{flag.replace('_', '-')} is for images, and --rows are of codes: leave it out")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp applies to --mode sem only")
     if Path(args.out).suffix != ".npy":
@@ -99,17 +102,35 @@ def check_sources(args: argparse.Namespace) -> None:
     check_writable(args.out, "--out")
 
 
+def view_of(path: str, size: int, background: tuple[int, int, int]) -> Image.Image:
+    """What the encoder sees of an image, size pixels squared. Raises ValueError, naming it, if it cannot be read."""
+    try:
+        image = load_rgb(path, background)
+    except Exception as error:  # Pillow's readers raise all kinds
+        raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
+    if is_transparent(image):
+        print(f"{path} is transparent: it is blended on --background")
+    return center_crop(image, size)
+
+
 @torch.inference_mode()
 def read_images(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
-    """The images' codes (K, L) or, with --mode sem, distributions (K, L, V); and V."""
+    """The images' codes (K, L) or, with --mode sem, distributions (K, L, V); and V.
+
+    The encoder and the background are those of the features, where flags do not say them.
+    """
+    features = args.features_path or ("features" if Path("features/manifest.json").is_file() else None)
+    made = read_manifest(features) if features else None
+    is_theirs = bool(made and made.encoder and args.encoder is None)
+    args.encoder = made.encoder if is_theirs else args.encoder or DEFAULT_ENCODER
     encoder = open_encoder(args)
-    print(f"encoder {args.encoder}: {encoder.said}")
-    views = []
-    for path in args.images:
-        try:
-            views.append(np.array(center_crop(load_rgb(path), encoder.image_size)))
-        except Exception as error:  # Pillow's readers raise all kinds
-            raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
+    print(f"encoder {args.encoder}{f', of {features}' if is_theirs else ''}: {encoder.said}")
+    if is_theirs or args.features_path:
+        theirs = CodeSpec(owner=f"features {features}", L=made.L, V=made.V, encoder_sha256=made.encoder_sha256)
+        owner, digest = f"the encoder {args.encoder}", weights_sha256(encoder)
+        compare(theirs, CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=digest))
+    background = args.background or (made and made.background) or WHITE
+    views = [np.array(view_of(path, encoder.image_size, background)) for path in args.images]
     # in batches of 1, so that an image's code does not depend on the other sources
     logits = in_batches(encoder.encode_pixels, torch.from_numpy(np.stack(views)), 1)
     finite = logits.isfinite().flatten(1).all(dim=1)
@@ -137,7 +158,7 @@ def main() -> None:
     parser, args = parse_args()
     with parser.one_line_errors():
         check_sources(args)
-        sources, V = read_rows(args) if args.features_path else read_images(args)
+        sources, V = read_rows(args) if args.rows else read_images(args)
         weights = torch.tensor(args.weights or [1.0] * len(sources))
         codes, source = compose(sources, weights, args.num, args.global_seed)
         buffer = io.BytesIO()

@@ -9,8 +9,10 @@ continues. The stored bytes depend neither on the number of processes and worker
 """
 
 import argparse
+import functools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +21,10 @@ import torch
 
 from dlc.data import Features, FeatureWriter, Manifest, NotFinite
 from dlc.data.extraction import BatchEncoder, batches_of, extract
-from dlc.data.images import Views, collate, flips_of, image_grid, load_rgb, to_uint8
+from dlc.data.images import Views, add_background_flag, collate, flips_of, image_grid, to_uint8
+from dlc.data.inspection import without
 from dlc.data.listing import list_images
-from dlc.data.manifest import DTYPES, LATENTS
+from dlc.data.manifest import DTYPES, LATENTS, read_manifest
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
 from dlc.machine.exact import set_exact_numerics
 from dlc.machine.files import write_whole
@@ -104,6 +107,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         help="data loader workers per process [%(default)s here]",
     )
     add("--strict", action="store_true", help="stop at the first broken image instead of skipping it")
+    add_background_flag(add)
     add("--global-seed", type=SEED, default=0, help="seed of flips and posterior draws [%(default)s]")
     return parser, parser.parse_args()
 
@@ -152,12 +156,32 @@ def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging
         dtype=args.dtype,
         precision=args.precision,
         flip=args.flip,
+        background=list(args.background),
         seed=args.global_seed,
         classes=classes,
         **data_settings(args.vae, vae, args.encoder, encoder, paths),
     )
     agree("VAE and encoder", manifest.to_json())
     return vae, encoder, paths, labels, manifest
+
+
+def mended_by(views: Views, strict: bool) -> Callable[[str], bool]:
+    """Whether an image that was skipped can be read now, as a function of its path, for `FeatureWriter.start`.
+
+    With strict it raises ValueError for one that cannot.
+    """
+    indices = {}
+
+    @functools.cache
+    def mended(path):
+        if not indices:
+            indices.update((views.name(index), index) for index in range(len(views.paths)))
+        *_, fault = views[indices[path]]
+        if fault and strict:
+            raise ValueError(f"cannot read {views.path(fault[0])!r} ({fault[1]}): fix the file, or leave out --strict")
+        return fault is None
+
+    return mended
 
 
 def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
@@ -168,19 +192,20 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         state = start_processes(precisions=[args.precision])
         logger = create_logger(state)
         vae, encoder, paths, labels, manifest = open_inputs(args, state, logger)
+        flips = flips_of(args.flip, len(paths), args.global_seed)  # (images, k)
+        code_size = encoder.image_size if encoder else None
+        views = Views(args.data_path, paths, flips, args.image_size, code_size, args.background)
         writer = FeatureWriter(args.features_path, manifest)
-        incomplete = done_by_rank_0(state, writer.start)
+        incomplete = done_by_rank_0(state, lambda: writer.start(mended_by(views, args.strict)))
     patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
     if side % patch:
         logger.warning(
             f"warning: latents of --image-size {args.image_size} are {side} wide, not a multiple of "
             f"{args.model}'s patch {patch}: it cannot be trained on them"
         )
-    flips = flips_of(args.flip, len(paths), args.global_seed)  # (images, k)
-    views = Views(args.data_path, paths, flips, args.image_size, encoder.image_size if encoder else None)
     preview = Path(args.features_path) / "preview.png"
     if not incomplete:
-        logger.info(f"{args.features_path} is complete; nothing to do")
+        logger.info(f"{args.features_path} is complete; nothing to do{without(read_manifest(args.features_path))}")
         if state.is_main_process and not preview.exists():
             with parser.one_line_errors("the features are complete"):
                 save_reconstructions(preview, args.features_path, views, paths, vae)
@@ -188,7 +213,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         return
 
     # ---------------------------------------------------------------------- extraction, shard by shard
-    num_shards = -(-len(paths) // args.shard_size)
+    num_shards = manifest.num_shards
     todo = from_rank_0([shard for shard in range(num_shards) if not writer.is_done(shard)])
     logger.info(
         f"{len(paths):,} images in {len(manifest.classes)} classes, {num_shards} shards, {len(todo)} to do, "
@@ -221,10 +246,13 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     rate = images / (time.time() - start)
     wait_for_all()
     manifest = writer.finish(num_shards) if state.is_main_process else None
+    if manifest and not manifest.count:
+        path, reason = manifest.skipped[0]
+        parser.error(f"none of the {len(paths):,} images of {args.data_path} can be read, as {path!r}: {reason}")
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
-        with parser.one_line_errors("the features are complete"):  # all images may have been skipped
+        with parser.one_line_errors("the features are complete"):
             save_reconstructions(preview, args.features_path, views, paths, vae)
         skipped = len(manifest.skipped)
         logger.info(
@@ -232,8 +260,16 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
             f"{'(listed in manifest.json) ' if skipped else ''}at {args.features_path}; "
             f"{rate:.2f} images/s per process; look at {preview}"
         )
+        if manifest.transparent:
+            logger.warning(
+                f"warning: {manifest.transparent:,} images are transparent: they were blended on --background "
+                f"rgb{args.background}"
+            )
         if skipped > 0.01 * len(paths):
-            logger.warning(f"warning: {skipped / len(paths):.0%} of the images were skipped")
+            logger.warning(
+                f"warning: {skipped / len(paths):.0%} of the images were skipped, the first for {manifest.skipped[0]}: "
+                "mend them and run the same command again"
+            )
     state.destroy_process_group()
 
 
@@ -246,7 +282,7 @@ def save_reconstructions(
     index_of = {name: index for index, name in enumerate(paths)}
     copy = rows % views.flips.shape[1]
     crops = [
-        views.crops(load_rgb(views.path(index_of[name])), index_of[name])[copy[i]]
+        views.crops(views.load(index_of[name]), index_of[name])[copy[i]]
         for i, name in enumerate(features.paths.gather(rows))
     ]
     stored = features.latents.gather(rows)[:, : features.latent_shape[0]]  # of moments: the mean

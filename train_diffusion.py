@@ -25,6 +25,7 @@ import torch
 from diffusion import GaussianDiffusion
 from diffusion.process_table import create_process
 from dlc.data import Features
+from dlc.data.images import WHITE, add_background_flag
 from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
@@ -67,6 +68,7 @@ def argument_parser(**defaults) -> ArgumentParser:
     )
     add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
+    add_background_flag(add, None, "with --data-path: ")
     add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes")
     add(
         "--condition-path",
@@ -94,6 +96,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         for flag, given in (
             ("image-size", args.image_size),
             ("flip", args.flip),
+            ("background", args.background),
             ("encoder", args.encoder),
             ("encoder-backbone", args.encoder_backbone),
             ("L", args.L),
@@ -121,6 +124,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         V=args.V,
         backbone=args.encoder_backbone,
         flip=args.flip or "random",
+        background=args.background or WHITE,
     )
 
 

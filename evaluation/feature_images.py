@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dlc.data import Features
+from dlc.data.images import WHITE
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import same_vae
 from dlc.sampling.decoder import Decoder
@@ -51,7 +52,8 @@ class FeatureImages(FileImages):
             raise ValueError(f"--data-path {data_path} is not a folder")
         if not (Path(data_path) / names[0]).is_file():
             raise ValueError(f"--data-path {data_path} has no {names[0]}, which features {features.root} were made of")
-        super().__init__(Path(data_path), names, crop=features.image_size)
+        background = features.manifest.background or WHITE
+        super().__init__(Path(data_path), names, crop=features.image_size, background=background)
 
 
 def vae_of(name: str | None, features: Features, state: "PartialState") -> tuple[nn.Module, str, list[str]]:

@@ -9,14 +9,14 @@ One set is a few batches in memory, whatever its size.
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dlc.data.images import center_crop, load_rgb
+from dlc.data.images import WHITE, center_crop, load_rgb
 from dlc.data.listing import is_image, list_images
 from dlc.data.npz import array_names, image_shape, read_images
 from dlc.data.rows import file_order
@@ -96,12 +96,20 @@ class FileImages(ImageSet):
         names: paths relative to the folder.
         crop: ADM's crop to so many pixels, as extraction does; or None.
         resize: resize to so many pixels squared, bicubic and antialiased, whatever the aspect; or None.
+        background: what transparent images are blended on.
 
     Raises ValueError where images have different sizes that neither changes.
     """
 
-    def __init__(self, path: Path, names: list[str], crop: int | None = None, resize: int | None = None):
-        self.path, self.names, self.count, self.notes = path, names, len(names), []
+    def __init__(
+        self,
+        path: Path,
+        names: list[str],
+        crop: int | None = None,
+        resize: int | None = None,
+        background: Sequence[int] = WHITE,
+    ):
+        self.path, self.names, self.count, self.notes, self.background = path, names, len(names), [], background
         self.crop, self.resize = crop, resize
         side = crop or resize
         if side:
@@ -109,16 +117,15 @@ class FileImages(ImageSet):
             return
         self.jpeg = sum(name.lower().endswith(JPEG) for name in names)
         first = np.unique(np.linspace(0, self.count - 1, CHECKED_FIRST).astype(int)).tolist()
-        sizes = {self._size_of(names[index]): names[index] for index in reversed(first)}
+        sizes = {self._load(names[index]).size[::-1]: names[index] for index in reversed(first)}
         if len(sizes) > 1:
             (one, name), (other, second) = list(sizes.items())[:2]
             raise ValueError(self._mixed(name, one, second, other))
         self.size = next(iter(sizes))
 
-    def _size_of(self, name):
+    def _load(self, name):
         try:
-            with Image.open(self.path / name) as image:
-                return image.height, image.width
+            return load_rgb(self.path / name, self.background)
         except Exception as error:  # Pillow's readers raise many types
             raise ValueError(f"{self.path / name} cannot be read ({one_line(error, 100)})") from None
 
@@ -130,14 +137,11 @@ class FileImages(ImageSet):
 
     def _read(self, index):
         name = self.names[index]
-        try:
-            image = load_rgb(self.path / name)
-            if self.crop:
-                image = center_crop(image, self.crop)
-            elif self.resize and image.size != (self.resize, self.resize):
-                image = image.resize((self.resize, self.resize), Image.Resampling.BICUBIC)
-        except Exception as error:  # Pillow's readers raise many types
-            raise ValueError(f"{self.path / name} cannot be read ({one_line(error, 100)})") from None
+        image = self._load(name)
+        if self.crop:
+            image = center_crop(image, self.crop)
+        elif self.resize and image.size != (self.resize, self.resize):
+            image = image.resize((self.resize, self.resize), Image.Resampling.BICUBIC)
         if (image.height, image.width) != self.size:
             raise ValueError(self._mixed(self.names[0], self.size, name, (image.height, image.width)))
         return np.asarray(image)

@@ -61,18 +61,19 @@ class BatchEncoder:
         if self.manifest.V:
             self.encoder.codes(torch.zeros(1, s, s, 3, dtype=torch.uint8), self.batch_size)
 
-    def __call__(self, item: tuple) -> tuple[list[int], dict[str, np.ndarray], list[list[str]]]:
+    def __call__(self, item: tuple) -> tuple[list[int], dict[str, np.ndarray], list[list[str]], int]:
         """Encode (consecutive indices of images, what `collate` made of the images).
 
         Images that cannot be read are encoded as well, as the black ones that they are by then, and dropped afterwards:
         so the others keep their places in the batch, on which rounding may depend.
 
-        Returns the indices, the arrays by kind, of k rows per image, and the skipped images, [path, reason] each.
+        Returns the indices, the arrays by kind, of k rows per image, the skipped images, [path, reason] each, and how
+        many are transparent.
 
         Raises OSError for an image that cannot be read and is not to be skipped, NotFinite for latents or logits that
         are NaN or infinite.
         """
-        batch, (crops, code_views, unreadable) = item
+        batch, (crops, code_views, transparent, unreadable) = item
         for index, error, broken in unreadable:
             if self.strict or not broken:
                 advice = "fix the file, or leave out --strict" if broken else "fix the file"
@@ -92,7 +93,7 @@ class BatchEncoder:
                 name = str(names[(codes < 0).any(axis=1).argmax()])
                 raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {HELP}")
             rows["sem"] = codes.astype(self.manifest.dtypes["sem"]).repeat(copies, axis=0)
-        return batch, rows, [[self.views.name(index), error] for index, error, _ in unreadable]
+        return batch, rows, [[self.views.name(index), error] for index, error, _ in unreadable], transparent
 
     def _latents(self, batch: list[int], crops: torch.Tensor) -> torch.Tensor:
         """Crops (n, k, S, S, 3) to what is stored of their latents (n, k, C or 2C, S/f, S/f), on the CPU."""
@@ -109,22 +110,23 @@ class BatchEncoder:
 
 def whole_shards(
     encoded: Iterable, count: int, shard_size: int, on_batch: Callable[[int], None] = lambda images: None
-) -> Iterator[tuple[int, dict[str, np.ndarray], list[list[str]]]]:
-    """Join what a BatchEncoder returns, batch after batch in order, into (shard, arrays by kind, skipped images).
+) -> Iterator[tuple[int, dict[str, np.ndarray], list[list[str]], int]]:
+    """Join what a BatchEncoder returns, batch after batch in order, into what `FeatureWriter.write` takes of a shard.
 
     Args:
         count: number of images in all, by which the last shard ends.
         on_batch: called with the number of images of each batch, for a progress bar.
     """
-    parts, skipped = [], []
-    for batch, rows, unreadable in encoded:
+    parts, skipped, transparent = [], [], 0
+    for batch, rows, unreadable, blended in encoded:
         parts.append(rows)
         skipped += unreadable
+        transparent += blended
         on_batch(len(batch))
         shard = batch[0] // shard_size
         if batch[-1] + 1 == min((shard + 1) * shard_size, count):  # the last batch of its shard
-            yield shard, {kind: np.concatenate([part[kind] for part in parts]) for kind in rows}, skipped
-            parts, skipped = [], []
+            yield shard, {kind: np.concatenate([part[kind] for part in parts]) for kind in rows}, skipped, transparent
+            parts, skipped, transparent = [], [], 0
 
 
 def extract(

@@ -1,14 +1,16 @@
 """Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; and the views that networks see."""
 
+import argparse
+import contextlib
 import errno
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import Dataset
 
 from dlc.machine.files import write_whole
@@ -16,6 +18,8 @@ from dlc.machine.noise import Stream, integers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+WHITE = (255, 255, 255)
+LFS = b"version https://git-lfs"
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -43,13 +47,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """The image at path in RGB, as torchvision's loader gives it: transparency is dropped, not blended.
+def load_rgb(path: str | os.PathLike, background: Sequence[int] = WHITE) -> Image.Image:
+    """The image at path in RGB, upright by its EXIF orientation; the one place where an image file is read.
 
-    Of 16-bit grey the high byte is kept; Pillow would clip it at 255.
+    What is transparent is blended on the background; then is_transparent(image). Of 16-bit grey the high byte is kept;
+    Pillow would clip it at 255.
 
-    Raises ValueError for an image with more pixels than Pillow's limit, and for grey without a known range. Errors of
-    Pillow for broken files, and of the system for files out of reach, are passed on.
+    Raises ValueError for an image with more pixels than Pillow's limit, for grey without a known range, and for a
+    pointer of git-lfs. Errors of Pillow for broken files, and of the system for files out of reach, are passed on.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # at twice the limit Pillow raises
@@ -57,13 +62,49 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
             image = Image.open(path)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}") from None
+        except OSError as error:
+            if error.errno is None and is_lfs_pointer(path):
+                raise ValueError("it is a pointer of git-lfs, not the file: run git lfs pull") from None
+            raise
     with image:
+        image.load()
+        with contextlib.suppress(Exception):  # an EXIF block that is broken says nothing of the pixels
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
             raise ValueError(f"{image.format} of mode {image.mode}: its white level is not known")
-        # Pillow warns where a palette's transparency is dropped in one step
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+            image = image.convert("RGBA")
+            if image.getextrema()[3][0] < 255:
+                blended = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+                blended.info["transparency blended"] = True
+                return blended
+        return image.convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether an image that `load_rgb` gave was transparent somewhere."""
+    return "transparency blended" in image.info
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is the text that git-lfs leaves in the place of one that was not fetched."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS)) == LFS
+
+
+def add_background_flag(add: Callable, default: tuple[int, int, int] | None = WHITE, when: str = "") -> None:
+    """Add the flag --background. when: words on when it applies, for its help."""
+    text = f"{when}blend transparent images on this colour, a name or #rrggbb [white]"
+    add("--background", type=_colour, default=default, help=text)
+
+
+def _colour(text):
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: no colour, such as white or #ff8000") from None
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> torch.Tensor:
@@ -102,7 +143,7 @@ def save_png(path: Path, image: Image.Image | np.ndarray) -> None:
 def read_png(path: str | os.PathLike) -> np.ndarray:
     """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it cannot be read."""
     try:
-        return np.array(Image.open(path).convert("RGB"))
+        return np.array(load_rgb(path))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{path} is missing or no whole PNG ({error}): delete it and run the same command again to draw it"
@@ -138,12 +179,21 @@ class Views(Dataset):
         root, paths: the folder, and the images' paths in it.
         flips: (images, k) bool, whether each of the k crops is flipped.
         image_size, code_size: sides of the crops and of the encoder's view, pixels; code_size None: no such view.
+        background: what transparent images are blended on, (r, g, b).
     """
 
-    def __init__(self, root: str | Path, paths: list[str], flips: np.ndarray, image_size: int, code_size: int | None):
+    def __init__(
+        self,
+        root: str | Path,
+        paths: list[str],
+        flips: np.ndarray,
+        image_size: int,
+        code_size: int | None,
+        background: Sequence[int] = WHITE,
+    ):
         # one array, because reference counts would make each worker copy a list of a million strings
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
-        self.flips, self.image_size, self.code_size = flips, image_size, code_size
+        self.flips, self.image_size, self.code_size, self.background = flips, image_size, code_size, background
 
     def name(self, index: int) -> str:
         """The path of an image relative to the root."""
@@ -152,24 +202,27 @@ class Views(Dataset):
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.name(index))
 
+    def load(self, index: int) -> Image.Image:
+        return load_rgb(self.path(index), self.background)
+
     def crops(self, image: Image.Image, index: int) -> np.ndarray:
         crop = center_crop(image, self.image_size)
         return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
 
     def __getitem__(self, index: int):
-        """Crops (k, S, S, 3), the encoder's view (s, s, 3) or None, and None.
+        """Crops (k, S, S, 3), the encoder's view (s, s, 3) or None, whether the image is transparent, and None.
 
         Where the image cannot be read they are black, and the last is (index, reason, whether the image is broken).
         """
         try:
-            image = load_rgb(self.path(index))
+            image = self.load(index)
             code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
-            return self.crops(image, index), code_view, None
+            return self.crops(image, index), code_view, is_transparent(image), None
         except Exception as error:  # Pillow's readers raise many types
             reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
             crops = np.zeros((len(self.flips[index]), self.image_size, self.image_size, 3), np.uint8)
             code_view = np.zeros((self.code_size, self.code_size, 3), np.uint8) if self.code_size else None
-            return crops, code_view, (index, reason, is_broken(self.path(index), error))
+            return crops, code_view, False, (index, reason, is_broken(self.path(index), error))
 
 
 def is_broken(path: str, error: Exception) -> bool:
@@ -179,12 +232,13 @@ def is_broken(path: str, error: Exception) -> bool:
     return not isinstance(error, MemoryError)
 
 
-def collate(items: list) -> tuple[torch.Tensor, torch.Tensor | None, list]:
-    """A batch of items of `Views`: crops (n, k, S, S, 3), views (n, s, s, 3) or None, and what is said of those
-    that cannot be read."""
-    crops, code_views, unreadable = zip(*items)
+def collate(items: list) -> tuple[torch.Tensor, torch.Tensor | None, int, list]:
+    """A batch of items of `Views`: crops (n, k, S, S, 3), views (n, s, s, 3) or None, how many images are transparent,
+    and what is said of those that cannot be read."""
+    crops, code_views, transparent, unreadable = zip(*items)
     return (
         torch.from_numpy(np.stack(crops)),
         torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None,
+        sum(transparent),
         [one for one in unreadable if one],
     )

@@ -1,6 +1,7 @@
 """Describe features in words, and list what is wrong with them: the commands info and check."""
 
 import argparse
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlc.data.codes import perplexity, token_counts
-from dlc.data.manifest import read_manifest
+from dlc.data.manifest import Manifest, read_manifest
 from dlc.data.rows import NpyRows, check_finite, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
@@ -194,11 +195,23 @@ def problems(root: str | Path, V: int | None = None, num_classes: int | None = N
                 yield f"{path} is not in the manifest"
         shapes, width = {}, widths.get(kind)
         for index in progress(range(len(rows.paths)), desc=kind, unit="file", delay=2):
-            yield from file_problems(kind, rows, index, shapes, dtypes.get(kind), width, limits.get(kind))
+            found = list(file_problems(kind, rows, index, shapes, dtypes.get(kind), width, limits.get(kind)))
+            digest = manifest and manifest.shards[index].get("sha256", {}).get(kind)
+            if digest and not found and file_sha256(rows.paths[index]) != digest:
+                found = [f"{rows.paths[index]} is not what was written: its digest is another one in manifest.json"]
+            yield from found
         usual = Counter(shapes.values()).most_common(1)
         for path, shape in shapes.items():  # beside those whose width is wrong already
             if shape != usual[0][0] and width in (None, shape[0]):
                 yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def file_problems(
@@ -251,4 +264,16 @@ def print_problems(args: argparse.Namespace) -> None:
         print(line)
     if lines:
         sys.exit(1)
-    print(f"{args.path}: nothing wrong with its {Features(args.path, args.V, args.num_classes).count:,} rows")
+    features = Features(args.path, args.V, args.num_classes)
+    print(f"{args.path}: nothing wrong with its {features.count:,} rows{without(features.manifest)}")
+
+
+def without(manifest: Manifest | None) -> str:
+    """Words on the images that have no rows, and what to do."""
+    if manifest is None or not manifest.skipped:
+        return ""
+    path, reason = manifest.skipped[0]
+    return one_line(
+        f"; {len(manifest.skipped):,} of {manifest.images:,} images were skipped, the first {path!r} ({reason}): mend "
+        "them and run the extraction again"
+    )

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.machine.cli import one_line
 from dlc.machine.files import is_plain_name
-from dlc.machine.records import OBJECT, TEXT, Record, key, list_of, one_of, or_null, real_number, whole_number
+from dlc.machine.records import TEXT, Record, key, list_of, one_of, or_null, real_number, whole_number
 
 DTYPES = ("float16", "float32")  # of stored latents
 LATENTS = ("sample", "mean", "moments")  # of the VAE's posterior; moments: mean, then std
@@ -32,10 +31,20 @@ KINDS = dict(
 )
 WRITTEN_LAST = ("count", "shards", "skipped")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
-SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip")
+SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip", "background")
 
 SMALLEST = 128  # bytes of a .npy: those of its header
 COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)
+SHARD = (
+    lambda value: (
+        isinstance(value, dict)
+        and is_plain_name(value.get("name"))
+        and all(COUNT[0](value.get(name, 0)) for name in ("skipped", "transparent"))
+        and COUNT[0](value.get("rows"))
+        and isinstance(value.get("sha256", {}), dict)
+    ),
+    "an object of a plain name, a number of rows, how many images are skipped and transparent, and sha256 by kind",
+)
 PATH_AND_REASON = (
     lambda value: isinstance(value, list) and [type(one) for one in value] == [str, str],
     "a path and a reason",
@@ -68,6 +77,7 @@ class Manifest(Record):
     V: int | None = key(or_null(whole_number(1, 65536)))
     precision: str | None = key(ID, None)  # of both networks
     flip: str | None = key(ID, None)
+    background: list[int] | None = key(or_null(list_of(whole_number(0, 255), 3, 3)), None)  # behind transparent images
     seed: int | None = key(or_null(whole_number(0)), None)
     # the images
     classes: list[str] = key(list_of(TEXT))
@@ -76,7 +86,7 @@ class Manifest(Record):
     converted_from: str | None = key(ID, None, name="source")  # features or dataset
     # the rows; known when all shards are written
     count: int = key(COUNT, 0, decides=False)
-    shards: list[dict] = key(list_of(OBJECT), [], decides=False)  # dict(name=, rows=) each
+    shards: list[dict] = key(list_of(SHARD), [], decides=False)
     skipped: list[list[str]] = key(list_of(PATH_AND_REASON), [], decides=False)  # [path, reason] each
 
     def source(self) -> dict:
@@ -87,6 +97,15 @@ class Manifest(Record):
     def unknown_source(cls) -> dict:
         """The same of features without a manifest."""
         return {one.name: one.default for one in fields(cls) if one.name in SOURCE}
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.images // (self.shard_size or self.images or 1))
+
+    @property
+    def transparent(self) -> int:
+        """How many images were blended on the background."""
+        return sum(shard.get("transparent", 0) for shard in self.shards)
 
     @property
     def kinds(self) -> list[str]:
@@ -124,9 +143,6 @@ def read_manifest(root: str | Path) -> Manifest:
     manifest = Manifest.read(path, also_needed=WRITTEN_LAST)
     folder = kind_dir(root, manifest.image_size, "labels")
     for shard in manifest.shards:
-        if not (is_plain_name(shard.get("name")) and COUNT[0](shard.get("rows"))):
-            found = one_line(repr(shard)[:1000], 80)
-            raise ValueError(f"{path}: a shard is {found}, wanted a plain name and a number of rows")
         labels, rows = os.path.join(folder, f"{shard['name']}.npy"), shard["rows"]
         # each row takes at least a byte, so nothing that is made per row can outgrow the files
         if rows > SMALLEST and os.path.isfile(labels) and rows > os.path.getsize(labels):

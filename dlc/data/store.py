@@ -1,6 +1,8 @@
 """FEATURES/ for writing and reading: packed shards of latents, codes, labels and paths."""
 
+import hashlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -74,19 +76,24 @@ class FeatureWriter(ResumableFolder):
         """The manifest, or before it is written the settings of the launch that began."""
         return self.root / "manifest.json" if self.is_complete else self.progress / "settings.json"
 
-    def start(self) -> bool:
+    def start(self, mended: Callable[[str], bool] = lambda path: False) -> bool:
         """Lock the directory and create its folders. One process of a launch calls this, before any process writes.
 
         Returns True if there is something to do, False if the features are complete.
+
+        Args:
+            mended: whether an image that earlier launches skipped, by its path, can be read now; its shard is then
+                written anew.
 
         Raises ValueError if another launch holds the lock, or if the directory holds features made with other
         settings; the error names the difference.
         """
         self.compare(self.manifest)  # before the lock: with other settings there is nothing to wait for
-        if self.is_complete:  # needs no lock, which a read-only disk could not give
+        if self.is_complete and not self._outdated(mended):  # needs no lock, which a read-only disk could not give
             self.missing(self.manifest)
         else:
             self.open(self.manifest)
+            self._reopen(self._outdated(mended))
         if self.is_complete:  # perhaps by the launch that held the lock
             self._clear()
             return False
@@ -100,8 +107,7 @@ class FeatureWriter(ResumableFolder):
         if self.is_complete:
             refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
             return []
-        shards = range(-(-record.images // (record.shard_size or record.images or 1)))
-        return [shard for shard in shards if not self.is_done(shard)]
+        return [shard for shard in range(record.num_shards) if not self.is_done(shard)]
 
     def difference(self, record: Manifest, earlier: Manifest) -> str:
         different = super().difference(record, earlier)
@@ -110,6 +116,36 @@ class FeatureWriter(ResumableFolder):
     def write_record(self, record: Manifest) -> None:
         self.progress.mkdir(exist_ok=True)
         super().write_record(record)
+
+    def _records(self):
+        """The records of the shards that are written, by their number, also of complete features."""
+        if not self.is_complete:
+            done = (shard for shard in range(self.manifest.num_shards) if self.is_done(shard))
+            return {shard: read_json(self.shard_record(shard)) for shard in done}
+        manifest = read_manifest(self.root)
+        skipped = iter(manifest.skipped)
+        return {
+            number: {**shard, "skipped": list(itertools.islice(skipped, shard.get("skipped", 0)))}
+            for number, shard in enumerate(manifest.shards)
+        }
+
+    def _outdated(self, mended):
+        """The shards that lack an image which can be read now."""
+        return {
+            shard for shard, record in self._records().items() if any(mended(path) for path, _ in record["skipped"])
+        }
+
+    def _reopen(self, shards):
+        """Make these shards missing. A launch that is killed here leaves features that are complete, or continues."""
+        if shards and self.is_complete:
+            shutil.rmtree(self.progress, ignore_errors=True)
+            self.progress.mkdir()
+            for shard, record in self._records().items():
+                write_json(self.shard_record(shard), record)
+            write_json(self.progress / "settings.json", self.manifest.to_json())
+            self.record_path.unlink()
+        for shard in shards:
+            self.shard_record(shard).unlink()
 
     def _clear(self):
         """Leave the directory with nothing but features in it."""
@@ -130,25 +166,30 @@ class FeatureWriter(ResumableFolder):
     def shard_path(self, kind: str, shard: int) -> Path:
         return self.folder(kind) / f"{shard:06d}.npy"
 
-    def write(self, shard: int, arrays: dict[str, np.ndarray], skipped: list[list[str]]) -> None:
+    def write(self, shard: int, arrays: dict[str, np.ndarray], skipped: list[list[str]], transparent: int = 0) -> None:
         """Write one shard, whole or not at all.
 
         Args:
             arrays: arrays of equal length, by kind.
             skipped: the skipped images, [path, reason] each.
+            transparent: how many images are.
 
         Raises OSError, naming the file, if the disk fails.
         """
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, rows
+        record = dict(rows=rows.pop(), skipped=skipped, transparent=transparent, sha256={})
         for kind, array in arrays.items():
             content = io.BytesIO()  # np.save into a file does not notice a full disk
             np.save(content, array, allow_pickle=False)
             write_bytes(self.shard_path(kind, shard), content.getbuffer())
-        write_json(self.shard_record(shard), dict(rows=rows.pop(), skipped=skipped))
+            record["sha256"][kind] = hashlib.sha256(content.getbuffer()).hexdigest()
+        write_json(self.shard_record(shard), record)
 
     def finish(self, num_shards: int) -> Manifest:
         """Write the manifest from the records of all shards, and return it. One process calls this, after all writing.
+
+        Of shards without any row nothing is left.
 
         Raises OSError if a record cannot be read or the manifest cannot be written.
         """
@@ -160,10 +201,17 @@ class FeatureWriter(ResumableFolder):
         manifest = replace(
             self.manifest,
             count=sum(record["rows"] for record in records),
-            shards=[dict(name=f"{shard:06d}", rows=record["rows"]) for shard, record in enumerate(records)],
+            shards=[
+                {**record, "name": f"{shard:06d}", "skipped": len(record["skipped"])}
+                for shard, record in enumerate(records)
+            ],
             skipped=[item for record in records for item in record["skipped"]],
         )
-        write_json(self.root / "manifest.json", manifest.to_json())
+        if manifest.count:
+            write_json(self.root / "manifest.json", manifest.to_json())
+        else:
+            for kind in self.manifest.kinds:
+                shutil.rmtree(self.folder(kind))
         self._clear()
         return manifest
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from dlc.data import Manifest
-from dlc.data.images import Views, collate, flips_of
+from dlc.data.images import WHITE, Views, collate, flips_of
 from dlc.data.listing import list_images
 from dlc.machine.cli import warn_once
 from dlc.machine.noise import Stream, integers
@@ -52,6 +53,7 @@ class Images:
         vae: as --vae takes it.
         encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for no codes.
         flip: one of FLIPS; random: drawn anew at each sample index.
+        background: what transparent images are blended on.
 
     Raises ValueError if there are no images, or if a network cannot be loaded or does not fit the image size.
     """
@@ -70,6 +72,7 @@ class Images:
         V: int | None = None,
         backbone: str | None = None,
         flip: str = "random",
+        background: tuple[int, int, int] = WHITE,
     ):
         self.image_size, self.flip = image_size, flip
         self.vae, self.encoder = open_networks(state, image_size, vae, encoder, L=L, V=V, backbone=backbone)
@@ -79,14 +82,14 @@ class Images:
         self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = latent_shape(self.vae, image_size)
-        self.views = Views(
-            data_path, paths, flips_of("none", len(paths), 0), image_size, self.encoder.image_size if encoder else None
-        )
+        flips, code_size = flips_of("none", len(paths), 0), self.encoder.image_size if encoder else None
+        self.views = Views(data_path, paths, flips, image_size, code_size, background)
         self.manifest = Manifest(
             image_size=image_size,
             latents="moments",
             dtype="float32",
             flip=flip,
+            background=list(background),
             classes=classes,
             **data_settings(vae, self.vae, encoder, self.encoder, paths),
         )
@@ -118,12 +121,14 @@ class ImageBatches(TrainingBatches):
     def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Crops, and arrays or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
         views = self.features.views
-        crops, code_views, unreadable = collate([views[row] for row in rows.tolist()])
+        crops, code_views, transparent, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
             raise OSError(
                 f"cannot read {what}: fix it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"
             )
+        if transparent and getattr(get_worker_info(), "id", 0) == 0:  # once, not by each reader
+            warn_once("transparency", "there are transparent images: they are blended on --background")
         arrays = dict(codes=code_views) if None in self.arrays.values() else self.gather_arrays(rows)
         return dict(images=crops.squeeze(1), **arrays)

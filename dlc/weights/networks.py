@@ -38,7 +38,8 @@ VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft
 
 def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more: str = "") -> None:
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
-    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more} [%(default)s]")
+    stated = "" if more.endswith("]") else f" [{default or 'none'}]"
+    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more}{stated}")
     add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
     add("--L", type=number(int, 1), help="code positions, if the --encoder does not say them [512]")
     add(

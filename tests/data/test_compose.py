@@ -12,7 +12,9 @@ from conftest import L, V, assert_codes, encoder_logits, launch
 import compose_dlc
 from compose_dlc import choose, compose
 from dlc.data import Features
+from dlc.nets.encoder import save_encoder
 from dlc.sampling.code_folder import open_codes
+from dlc.weights.networks import load_encoder
 
 
 def test_choose():
@@ -65,6 +67,13 @@ def test_the_script(images, features, tiny_models, tmp_path):
     assert (composed == codes[0]).all(0).sum() == (codes[0] == codes[1]).sum()
     assert len(open_codes(tmp_path / "composed.npy")) == 30
 
+    # by the encoder that the features name, which need not be given
+    np.testing.assert_array_equal(run("forked", *files, "--features-path", features)[0], composed)
+    (tmp_path / "features").symlink_to(features)
+    again, said = run("forked", *files)
+    np.testing.assert_array_equal(again, composed)
+    assert f"encoder {tiny_models[1]}, of features: " in said
+
     # the features' rows of the same images: cat/0.png is row 0, dog/3.png row 10
     assert Features(features).paths.gather([0, 10]).tolist() == ["cat/0.png", "dog/3.png"]
     of_rows, _ = run("forked", "--features-path", features, "--rows", 0, 10, out="rows.npy")
@@ -82,45 +91,49 @@ def test_the_script(images, features, tiny_models, tmp_path):
 
 def test_a_source_does_not_depend_on_the_others(images, tiny_models):
     def read(*names):
-        paths, unknown = [images / name for name in names], dict(encoder_backbone=None, L=None, V=None, temp=None)
-        return compose_dlc.read_images(argparse.Namespace(images=paths, encoder=tiny_models[1], mode="sem", **unknown))[
-            0
-        ]
+        flags = dict.fromkeys(("encoder_backbone", "L", "V", "temp", "features_path", "background"))
+        flags |= dict(images=[images / name for name in names], encoder=tiny_models[1], mode="sem")
+        return compose_dlc.read_images(argparse.Namespace(**flags))[0]
 
     two, three = read("cat/0.png", "dog/3.png"), read("dog/3.png", "cat/1.png", "cat/0.png")
     assert torch.equal(two[0], three[2]) and torch.equal(two[1], three[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "name the sources as image files, or by --features-path with --rows"),
-        (["{cat}", "--features-path", "{features}", "--rows", "0", "1"], "name the sources"),
-        (["--features-path", "{features}"], "name the sources"),
-        (["{cat}"], "two or more sources"),
-        (["{cat}", "{cat}", "--weights", "1"], "--weights: give one for each of the 2 sources"),
-        (["{cat}", "{cat}", "--weights", "0", "0"], "not all 0"),
-        (["{cat}", "{cat}", "--temp", "1"], "--temp applies to --mode sem only"),
-        (["{cat}", "{cat}", "--out", "codes.txt"], "--out codes.txt: wanted a .npy"),
-        (["{cat}", "{cat}", "--out", "no/codes.npy"], "--out no/codes.npy: there is no such folder"),
-        (["{cat}", "{broken}", "--encoder", "{encoder}"], "cannot read the image {broken}"),
-        (["{cat}", "{cat}"], "--encoder lavoies/SEM_dinov2_L512: no such local path, and the hub's cache"),
-        (["--features-path", "{features}", "--rows", "0", "99"], "--rows 99: features {features} have rows 0 to 13"),
-        (["--features-path", "{features}", "--rows", "0", "1", "--mode", "sem"], "--mode sem needs images"),
-        (["--features-path", "nowhere", "--rows", "0", "1"], "nowhere does not exist"),
-        (["--features-path", "{features}", "--rows", "0", "1", "--L", "9"], "--L is for images"),
-        (["--features-path", "{features}", "--rows", "0", "1", "--encoder", "x"], "--encoder is for images"),
-    ],
-)
-def test_what_it_refuses(arguments, message, images, features, tiny_models, tmp_path, monkeypatch, capsys):
-    names = dict(
-        cat=images / "cat/0.png", broken=images / "dog/1_broken.jpg", features=features, encoder=tiny_models[1]
-    )
+def test_what_it_refuses(images, features, tiny_models, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    encoder, other = load_encoder(tiny_models[1]), tmp_path_factory.mktemp("other")
+    torch.nn.init.ones_(encoder.sem_norm.bias)
+    save_encoder(encoder, other)
+    cat, broken = images / "cat/0.png", images / "dog/1_broken.jpg"
+    two, rows = (cat, cat), ("--features-path", features, "--rows", 0, 1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compose", *(argument.format(**names) for argument in arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        compose_dlc.main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.format(**names) in said and said.count("\n") == 1
+    for arguments, message in (
+        ((), "name the sources as image files, or by --features-path with --rows"),
+        ((cat, *rows), "name the sources"),
+        (rows[:2], "name the sources"),
+        ((cat,), "two or more sources"),
+        ((*two, "--weights", 1), "--weights: give one for each of the 2 sources"),
+        ((*two, "--weights", 0, 0), "not all 0"),
+        ((*two, "--temp", 1), "--temp applies to --mode sem only"),
+        ((*two, "--out", "codes.txt"), "--out codes.txt: wanted a .npy"),
+        ((*two, "--out", "no/codes.npy"), "--out no/codes.npy: there is no such folder"),
+        ((cat, broken, "--encoder", tiny_models[1]), f"cannot read the image {broken}"),
+        (two, "--encoder lavoies/SEM_dinov2_L512: no such local path, and the hub's cache"),
+        (
+            (*two, *rows[:2], "--encoder", other),
+            f"codes of features {features} come from another encoder than those of",
+        ),
+        ((*two, "--background", "blu"), "--background: blu: no colour, such as white or #ff8000"),
+        ((*rows, 99), f"--rows 99: features {features} have rows 0 to 13"),
+        ((*rows, "--mode", "sem"), "--mode sem needs images"),
+        (("--features-path", "nowhere", "--rows", 0, 1), "nowhere does not exist"),
+        ((*rows, "--L", 9), "--L is for images"),
+        ((*rows, "--encoder", "x"), "--encoder is for images"),
+        ((*rows, "--background", "red"), "--background is for images"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compose", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            compose_dlc.main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in said and said.count("\n") == 1, said
     assert not list(tmp_path.iterdir())

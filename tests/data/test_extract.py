@@ -178,13 +178,27 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
 
 
 @pytest.mark.slow
-def test_nothing_that_can_be_read(tiny_models, tmp_path):
-    (tmp_path / "images/cat").mkdir(parents=True)
-    (tmp_path / "images/cat/0.png").write_text("")
-    result = launch(
-        extract_command("forked", 1, tmp_path / "images", tmp_path / "features", tiny_models), tmp_path, check=False
-    )
-    assert result.returncode == 2 and "has no rows" in result.stderr and "Traceback" not in result.stderr
+def test_images_that_are_mended_later(features, images, tiny_models, tmp_path):
+    """Of images of which none can be read nothing is left; some are skipped; once all can, it is as if all always could."""
+    data, path = shutil.copytree(images, tmp_path / "images"), tmp_path / "features"
+    good = {file: file.read_bytes() for file in data.rglob("*.png")}
+
+    def run(*mended, flags=()):
+        for file in good:
+            text = b"version https://git-lfs.github.com/spec/v1\n"
+            file.write_bytes(good[file] if str(file.relative_to(data)).startswith(mended) else text)
+        return launch(extract_command("forked", 1, data, path, tiny_models, *flags), tmp_path, check=False)
+
+    result = run("none")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and not path.exists()
+    assert re.search("none of the 15 images of .* can be read, as 'cat/0.png': .*git lfs pull", result.stderr)
+    assert "10 skipped" in run("cat/1", "cat/2", "dog/0", "dog/2", "dog/6").stderr
+    result = run("cat/1", "cat/2", "dog/0", "dog/2", "dog/6")
+    assert "nothing to do; 10 of 15 images were skipped" in result.stderr
+    result = run("cat", flags=("--strict",))
+    assert result.returncode == 2 and "cat/0.png" not in result.stderr and "or leave out --strict" in result.stderr
+    result = run("cat", "dog")
+    assert "4 shards, 4 to do" in result.stderr and contents(path) == contents(features)
 
 
 def test_center_crop_is_adms():

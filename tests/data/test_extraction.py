@@ -28,13 +28,24 @@ def test_batches_are_joined_to_whole_shards():
     """With what was skipped; a batch without a readable image counts; the bar is told of each."""
     batches, seen = batches_of(range(3), 9, 4, 3), []
     encoded = [
-        (batch, dict(x=np.array([i for i in batch if i % 4 != 3])), [[str(i), "broken"] for i in batch if i % 4 == 3])
+        (
+            batch,
+            dict(x=np.array([i for i in batch if i % 4 != 3])),
+            [[str(i), "broken"] for i in batch if i % 4 == 3],
+            1,
+        )
         for batch in batches
     ]
     shards = list(whole_shards(encoded, 9, 4, seen.append))
-    assert [shard for shard, _, _ in shards] == [0, 1, 2] and seen == [3, 1, 3, 1, 1]
-    assert [arrays["x"].tolist() for _, arrays, _ in shards] == [[0, 1, 2], [4, 5, 6], [8]]
-    assert [skipped for _, _, skipped in shards] == [[["3", "broken"]], [["7", "broken"]], []]
+    assert [(shard, transparent) for shard, *_, transparent in shards] == [(0, 2), (1, 2), (2, 1)] and seen == [
+        3,
+        1,
+        3,
+        1,
+        1,
+    ]
+    assert [arrays["x"].tolist() for _, arrays, *_ in shards] == [[0, 1, 2], [4, 5, 6], [8]]
+    assert [skipped for *_, skipped, _ in shards] == [[["3", "broken"]], [["7", "broken"]], []]
 
 
 def test_work_is_side_by_side_and_its_results_in_order():
@@ -89,7 +100,7 @@ def test_extract_writes_every_row(latents, tmp_path):
     writer.start()
     batches = batches_of(range(3), 9, 4, 3)
     crops = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1, 1).expand(9, 2, 16, 16, 3)
-    loaded = [(crops[batch], None, [(5, "bad", True)] if 5 in batch else []) for batch in batches]
+    loaded = [(crops[batch], None, 0, [(5, "bad", True)] if 5 in batch else []) for batch in batches]
     extract(BatchEncoder(Pixels(), Names(), np.arange(9), manifest, 3), zip(batches, loaded), writer, 9)
     assert [path for path, _ in writer.finish(3).skipped] == ["a/5"]
     features, indices = Features(tmp_path), np.array([0, 1, 2, 3, 4, 6, 7, 8]).repeat(2)  # two crops per image

@@ -267,6 +267,40 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib  # the rows are 11 GB
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_skip_is_not_final(complete, tmp_path):
+    """The shard of an image that can be read now is written anew, and no other one."""
+    manifest = replace(MANIFEST, images=9, shard_size=3, flip="none")
+    writer = FeatureWriter(tmp_path, manifest)
+    writer.start()
+    for number, skipped in enumerate(([], ["x"], ["y"])):
+        writer.write(number, shard(3 - len(skipped)), [[path, "no image"] for path in skipped], transparent=number)
+    first = writer.finish(3) if complete else writer.lock.release()
+    again = FeatureWriter(tmp_path, manifest)
+    assert again.start() is not complete
+    again.lock.release()
+    again = FeatureWriter(tmp_path, manifest)
+    assert again.start(lambda path: path == "y") and [again.is_done(number) for number in range(3)] == [
+        True,
+        True,
+        False,
+    ]
+    with pytest.raises(ValueError, match="half-written"):
+        Features(tmp_path)
+    again.write(2, shard(3), [])
+    last = again.finish(3)
+    assert (last.count, last.skipped, last.transparent) == (8, [["x", "no image"]], 1)
+    assert not first or last.shards[:2] == first.shards[:2]
+    assert not list(problems(tmp_path)) and not again.start(lambda path: path == "y")
+
+
+def test_no_rows_leave_nothing_behind(tmp_path):
+    writer = FeatureWriter(tmp_path / "new", MANIFEST)
+    writer.start()
+    writer.write(0, shard(0), [["x", "no image"]])
+    assert writer.finish(1).count == 0 and not (tmp_path / "new").exists()
+
+
 def test_another_kind_of_array(written, tmp_path, monkeypatch):
     """One row of the table makes it readable by name, from shards and from one file per image, and checked."""
     monkeypatch.setitem(KINDS, "text", ArrayKind(2, "f"))

@@ -45,7 +45,7 @@ def test_manifests(tmp_path):
     packed(tmp_path, np.zeros((8, 3), int))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     for change, message in (
-        *((dict(shards=[shard]), "a shard is") for shard in SHARDS),
+        *((dict(shards=[shard]), "shards is") for shard in SHARDS),
         (dict(shards=[dict(name="000000", rows=10**12)]), "says 1,000,000,000,000 rows"),
         *(({key: value}, f"{key} is") for key, value in BAD_VALUES.items()),
     ):

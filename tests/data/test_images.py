@@ -10,8 +10,10 @@ import pytest
 from conftest import extract_command, launch
 from PIL import Image
 
+import compose_dlc
 from dlc.data import Features
-from dlc.data.images import Views, center_crop, load_rgb
+from dlc.data.images import Views, center_crop, is_transparent, load_rgb, read_png
+from evaluation.sets import FileImages
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (70, 90, 3), dtype=np.uint8)
@@ -23,43 +25,90 @@ def saved(path, image, **kwargs):
     return path
 
 
-def rgb(path):
-    return np.array(load_rgb(path))
+def rgb(path, *background):
+    return np.array(load_rgb(path, *background))
 
 
 def three(grey):
     return np.repeat(grey[..., None], 3, axis=2)
 
 
+def on(background, colours, alpha):
+    """Colours (H, W, 3) blended on a background by alpha (H, W), 0 to 255."""
+    alpha = alpha[..., None] / 255
+    return alpha * colours + (1 - alpha) * np.array(background)
+
+
 def test_modes_without_loss(tmp_path):
-    image, alpha = Image.fromarray(PIXELS), Image.fromarray(GREY)
-    cases = dict(
-        rgb=image,
-        grey=Image.fromarray(GREY),
-        one_bit=Image.fromarray(GREY).convert("1"),
-        grey_alpha=Image.merge("LA", (alpha, alpha)),
-        rgba=Image.merge("RGBA", (*image.split(), alpha)),
-        palette=image.quantize(64),
-    )
-    for name, case in cases.items():
+    image, grey = Image.fromarray(PIXELS), Image.fromarray(GREY)
+    palette, opaque = image.quantize(64), Image.new("L", image.size, 255)
+    for name, case, expected in (
+        ("rgb", image, PIXELS),
+        ("grey", grey, three(GREY)),
+        ("one_bit", grey.convert("1"), np.array(grey.convert("1").convert("RGB"))),
+        ("opaque", Image.merge("RGBA", (*image.split(), opaque)), PIXELS),
+        ("palette", palette, np.array(palette.convert("RGB"))),
+    ):
         path = saved(tmp_path / f"{name}.png", case)
-        assert Image.open(path).mode == case.mode
-        expected = {"rgb": PIXELS, "rgba": PIXELS, "grey": three(GREY), "grey_alpha": three(GREY)}.get(
-            name, np.array(case.convert("RGB"))
-        )
+        assert Image.open(path).mode == case.mode and not is_transparent(load_rgb(path))
         np.testing.assert_array_equal(rgb(path), expected)
 
 
-def test_palette_with_transparency_keeps_its_colours_and_does_not_warn(tmp_path):
-    palette = Image.fromarray(PIXELS).quantize(64)
-    colours = np.array(palette.convert("RGB"))
+def test_transparency_is_blended_on_a_background(tmp_path):
+    """And not dropped, which would show the colours that are hidden under it; without a warning of Pillow's."""
+    image, grey = Image.fromarray(PIXELS), Image.fromarray(GREY)
+    palette, some = image.quantize(64), np.arange(64, dtype=np.uint8)
+    colours, indices = np.array(palette.convert("RGB")), np.array(palette)
+    cases = dict(
+        rgba=(Image.merge("RGBA", (*image.split(), grey)), {}, PIXELS, GREY),
+        grey_alpha=(Image.merge("LA", (grey, grey)), {}, three(GREY), GREY),
+        palette_index=(palette, dict(transparency=3), colours, np.where(indices == 3, 0, 255)),
+        palette_bytes=(palette, dict(transparency=bytes(some)), colours, indices),
+        rgb_key=(image, dict(transparency=tuple(map(int, PIXELS[5, 6]))), PIXELS, None),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name, transparency in (("index", 3), ("bytes", bytes(range(64)))):
-            path = saved(tmp_path / f"{name}.png", palette, transparency=transparency)
-            with Image.open(path) as image:
-                assert "transparency" in image.info
-            np.testing.assert_array_equal(rgb(path), colours)
+        for name, (case, flags, colours, alpha) in cases.items():
+            alpha = np.where((PIXELS == PIXELS[5, 6]).all(axis=2), 0, 255) if alpha is None else alpha
+            path = saved(tmp_path / f"{name}.png", case, **flags)
+            assert is_transparent(load_rgb(path))
+            for background in ((255, 255, 255), (10, 200, 0)):
+                np.testing.assert_allclose(rgb(path, background), on(background, colours, alpha), atol=1, err_msg=name)
+
+
+def read_by_folder(path, size):
+    return next(FileImages(path.parent, [path.name], crop=size).batches(0, 1, 1))[0]
+
+
+DOORS = dict(
+    extraction_and_training=lambda path, size: Views(path.parent, [path.name], np.zeros((1, 1), bool), size, None)[0][
+        0
+    ][0],
+    encoder=lambda path, size: Views(path.parent, [path.name], np.zeros((1, 1), bool), 8, size)[0][1],
+    compose=lambda path, size: np.array(compose_dlc.view_of(path, size, (255, 255, 255))),
+    samples=lambda path, size: np.array(center_crop(Image.fromarray(read_png(path)), size)),
+    evaluation=read_by_folder,
+)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_all_doors_read_an_image_in_one_way(door, tmp_path):
+    """A phone's photo is upright, and what is transparent is white, wherever an image file comes in."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    upright = Image.fromarray(np.repeat(np.repeat(PIXELS[:8, :8], 8, axis=0), 8, axis=1))
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    np.testing.assert_array_equal(DOORS[door](tmp_path / "photo.png", 64), np.array(upright))
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (DOORS[door](tmp_path / "clear.png", 64) == 255).all()
+
+
+def test_what_is_no_image_is_called_by_its_name(tmp_path):
+    (tmp_path / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="pointer of git-lfs, not the file: run git lfs pull"):
+        load_rgb(tmp_path / "lfs.png")
+    Image.fromarray(PIXELS).save(tmp_path / "odd.jpg", exif=b"Exif\0\0not a TIFF header")
+    assert rgb(tmp_path / "odd.jpg").shape == PIXELS.shape
 
 
 def test_cmyk(tmp_path):
@@ -113,7 +162,7 @@ def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     """A file that is broken is skipped; one that the disk does not give would be there at the next try."""
 
     def read(path):
-        crops, view, (index, *what) = Views(tmp_path, [path.name], np.zeros((1, 1), bool), 32, None)[0]
+        crops, view, _, (index, *what) = Views(tmp_path, [path.name], np.zeros((1, 1), bool), 32, None)[0]
         assert (index, crops.any(), view) == (0, False, None)  # black
         return what
 
@@ -160,7 +209,7 @@ def zoo(tmp_path_factory):
     image.convert("L").save(root / "z/grey.png")
     image.convert("CMYK").save(root / "z/cmyk.jpg")
     image.save(root / "z/really a png.jpg", "png")
-    image.quantize(16).save(root / "z/palette.png", transparency=bytes(range(16)))
+    image.quantize(16).save(root / "z/transparent.png", transparency=bytes(range(16)))
     Image.fromarray(RANDOM.integers(0, 2**16, (70, 90)).astype(np.uint16)).save(root / "z/deep.png")
     Image.fromarray(PIXELS[:1]).save(root / "z/thin.png")
     (root / "z/link.png").symlink_to(elsewhere)
@@ -188,6 +237,7 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
         tmp_path,
     )
     assert "Warning" not in result.stderr, result.stderr
+    assert "2 images are transparent: they were blended on --background rgb(255, 255, 255)" in result.stdout
     features = Features(tmp_path)
     features.validate()
     assert features.manifest.classes == ["a b", "linked class", "z", "ünï"]
