@@ -5,14 +5,13 @@ notes = compare(codes, CodeSpec("the model", L=512, V=256, encoder_sha256=None))
 codes.gather(rows)                                                    # (n, L) int64
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dlc.data.rows import Files, NpyRows, file_order
+from dlc.data.rows import Files, NpyRows, array_files
 from dlc.data.store import Features
 from dlc.machine.records import TEXT, Record, key, or_null, whole_number
 
@@ -81,7 +80,7 @@ class DrawnSet(Record):
             raise ValueError(
                 f"{folder} does not have all of its {record.num:,} codes yet: run the command that draws them"
             )
-        there, wanted = len(list(Path(folder).glob("*.npy"))), -(-record.num // SHARD)
+        there, wanted = len(array_files(Path(folder))), -(-record.num // SHARD)
         if there != wanted:
             raise ValueError(f"{folder} has {there} shards of codes, by codes.json {wanted}: draw the codes anew")
         return record
@@ -116,12 +115,12 @@ class CodeSet(CodeSpec):
         if not path.is_dir():
             raise ValueError(f"code source {source} does not exist")
         drawn = DrawnSet.finished(path)
-        names = [name for name in os.listdir(path) if name.endswith((".npy", ".pt"))]
+        names = array_files(path, (".npy", ".pt"))
         if not names:
             return cls.of_features(Features(path))
         if len({name.endswith(".pt") for name in names}) > 1:
             raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
-        files = Files(path, sorted(names, key=file_order))
+        files = Files(path, names)
         # there may be a million files of one code each: opening the first and the last tells
         lone = all(load(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
         rows = NpyRows(files, sample_ndim=1, lone=lone, load=load)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from dlc.data.codes import perplexity, token_counts
 from dlc.data.manifest import Manifest, read_manifest
-from dlc.data.rows import NpyRows, check_finite, check_range
+from dlc.data.rows import NpyRows, array_files, check_finite, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
 from dlc.machine.files import write_whole
@@ -190,9 +190,9 @@ def problems(root: str | Path, V: int | None = None, num_classes: int | None = N
             yield f"{Path(root) / 'manifest.json'} counts {manifest.count} rows, its shards {listed}"
     for kind, rows in kinds.items():
         known = {path.name for path in rows.paths}
-        for path in sorted(rows.paths.folder.glob("*.npy")):
-            if path.name not in known:
-                yield f"{path} is not in the manifest"
+        for name in array_files(rows.paths.folder):
+            if name not in known:
+                yield f"{rows.paths.folder / name} is not in the manifest"
         shapes, width = {}, widths.get(kind)
         for index in progress(range(len(rows.paths)), desc=kind, unit="file", delay=2):
             found = list(file_problems(kind, rows, index, shapes, dtypes.get(kind), width, limits.get(kind)))

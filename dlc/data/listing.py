@@ -23,6 +23,7 @@ SYSTEM = {
     *("network trash folder", "@eadir", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot"),
     *("~snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}  # parts of a data set
 DANGLING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link: its target is missing, or is the link itself
 LONGEST_REMARK, LONGEST_NAME = 220, 24  # characters
 MOST_ENDINGS = 5  # counted separately
@@ -118,15 +119,16 @@ def example(name: str, count: int) -> str:
 
 
 def list_images(data_path: str | os.PathLike) -> tuple[list[str], list[str], np.ndarray, list[str]]:
-    """Returns classes, the images' paths relative to data_path, labels (n,) int64, and remarks, at most one line.
+    """Returns classes, the images' paths relative to data_path, labels (n,) int64, and remarks, a line each.
 
     As in torchvision's ImageFolder, the classes are the folders in data_path, sorted by name; the images of a class are
     the files in and below its folder whose names end in one of ENDINGS; links are followed; empty classes count.
 
     Hidden and system folders and files (a leading dot, or SYSTEM) are left out, and so are links to a folder that they
-    lie in. The remark counts what was left out, and the classes that are empty.
+    lie in. A remark counts what was left out, and the classes that are empty; others say what may be a mistake.
 
-    Raises ValueError if there is nothing to list, OSError if the disk fails to list a folder.
+    Raises ValueError if there is nothing to list, or where the folders are no classes, as a data set's train and val;
+    OSError if the disk fails to list a folder.
     """
     root = os.fspath(data_path)
     if not os.path.isdir(root):
@@ -144,7 +146,35 @@ def list_images(data_path: str | os.PathLike) -> tuple[list[str], list[str], np.
         advice = "put the images of each class into a folder of its own"
         raise ValueError(one_line(f"--data-path {root} has no {what}: {advice}{f'; {remark}' if remark else ''}"))
     labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(paths) for paths in found.values()])
-    return list(found), paths, labels, [one_line(f"--data-path {root}: {remark}", LONGEST_REMARK)] if remark else []
+    remarks = [*doubts(root, found), *([remark] if remark else [])]
+    return list(found), paths, labels, [one_line(f"--data-path {root}: {remark}", LONGEST_REMARK) for remark in remarks]
+
+
+def doubts(root: str, found: dict[str, list[str]]) -> list[str]:
+    """What speaks against the folders' being classes, in words. found: the images' paths by class.
+
+    Raises ValueError where the images lie deeper than in class folders. In one folder of the same name in each class,
+    as Tiny ImageNet has them, they may.
+    """
+    found = {name: paths for name, paths in found.items() if paths}
+    deep = {name: paths[0] for name, paths in found.items() if all(path.count(os.sep) > 1 for path in paths)}
+    inner = {os.path.dirname(path).partition(os.sep)[2] for paths in found.values() for path in paths}
+    are_splits = len(found) > 1 and {name.lower() for name in found} <= SPLITS
+    if deep and (are_splits or len(deep) == len(found) and (len(inner) > 1 or len(found) == 1)):
+        path = next(iter(deep.values()))
+        better = os.path.join(root, os.path.dirname(os.path.dirname(path)))
+        raise ValueError(
+            f"--data-path {root}: its folders {one_line(', '.join(found), 60)} are no classes, since images lie "
+            f"deeper, as {one_line(path, 60)}: give the folder whose folders are the classes, such as {better}"
+        )
+    words = []
+    if are_splits:
+        words.append(f"its classes {', '.join(found)} look like the parts of a data set: is one of them meant?")
+    elif len(found) == 1:
+        words.append(f"there is one class, {next(iter(found))!r}: images of several go into a folder for each class")
+    if deep:
+        words.append(f"no image lies directly in {len(deep):,} of the class folders, as {next(iter(deep.values()))!r}")
+    return words
 
 
 def listing_sha256(paths: Iterable[str]) -> str:

@@ -88,6 +88,15 @@ def file_order(name: str) -> tuple[int, str]:
     return len(name), name
 
 
+def array_files(folder: Path, endings: tuple[str, ...] = (".npy",)) -> list[str]:
+    """The names of the files with these endings in a folder, in the order of their rows; none where it is no folder.
+
+    Hidden ones are left out, such as the ._0.npy that a Mac puts beside 0.npy: this is the one place that lists them.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((name for name in names if name.endswith(endings) and name[0] != "."), key=file_order)
+
+
 class Files(Sequence):
     """The files of a folder with some names, as Paths that are made when asked for: a million take 0.25 GB."""
 
@@ -247,7 +256,7 @@ def open_vectors(source: str | Path, count: int | None = None, ndim: int = 1) ->
     path = Path(source)
     if not path.exists():
         raise ValueError(f"--condition-path {source} does not exist")
-    files = [path] if path.is_file() else sorted(path.glob("*.npy"), key=lambda file: file_order(file.name))
+    files = [path] if path.is_file() else Files(path, array_files(path))
     vectors = NpyRows(files, sample_ndim=ndim, load=load_floats)
     if not len(vectors):
         raise ValueError(f"--condition-path {source} has no {'rows' if files else '.npy files'}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dlc.data.manifest import KINDS, Manifest, kind_dir, read_manifest
-from dlc.data.rows import Files, NpyRows, file_order, load_array, load_floats
+from dlc.data.rows import Files, NpyRows, array_files, load_array, load_floats
 from dlc.machine.files import read_json, remove_temporaries, write_bytes, write_json
 from dlc.machine.folder import ResumableFolder
 
@@ -229,7 +229,7 @@ def shard_rows(root: str | Path, manifest: Manifest) -> dict[str, NpyRows]:
     return {
         kind: _rows_of(kind, Files(folder, names), ends)
         for kind, folder in folders.items()
-        if kind in manifest.kinds or kind != "sem" and any(True for _ in folder.glob("*.npy"))  # codes need V
+        if kind in manifest.kinds or kind != "sem" and array_files(folder)  # codes need V
     }
 
 
@@ -334,21 +334,17 @@ class Features:
             raise ValueError(f"features path {self.root} has no features: no manifest.json {also}")
         self.image_size = sizes[0]
         folders = {kind: kind_dir(self.root, self.image_size, kind) for kind in KINDS}
-        names = {
-            kind: {name for name in os.listdir(folder) if name.endswith(".npy")} if folder.is_dir() else set()
-            for kind, folder in folders.items()
-            if KINDS[kind].needed or folder.is_dir()
-        }
+        names = {kind: array_files(folder) for kind, folder in folders.items() if KINDS[kind].needed or folder.is_dir()}
         if not names["features"]:
             raise ValueError(f"{folders['features']} has no .npy files")
         for kind in names:
-            unpaired = sorted(names[kind] ^ names["features"])
+            unpaired = sorted({*names[kind]} ^ {*names["features"]})
             if unpaired:
                 raise ValueError(
                     f"{unpaired[0]} is not in both {folders['features']} and {folders[kind]} "
                     f"({len(unpaired)} such files)"
                 )
-        in_order = sorted(names["features"], key=file_order)
+        in_order = names["features"]
         if load_array(folders["features"] / in_order[0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
         return {kind: _rows_of(kind, Files(folders[kind], in_order), lone=True) for kind in names}

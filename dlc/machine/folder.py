@@ -78,7 +78,7 @@ class ResumableFolder:
 
         Raises ValueError where the folder has no record of what it holds, or holds something else, or more.
         """
-        some = any(True for pattern in self.files for _ in self.path.glob(pattern))
+        some = any(one.name[0] != "." for pattern in self.files for one in self.path.glob(pattern))
         if not self.record_path.is_file():
             if some:
                 raise ValueError(

@@ -37,6 +37,7 @@ def test_what_a_set_says(tmp_path):
         alone.gather([1], 4)
     record = dict(format_version=1, L=4, V=8, encoder_sha256="a", num=3, codes_sha256="b")
     (tmp_path / "codes.json").write_text(json.dumps(record))
+    (tmp_path / "._000000.npy").write_bytes(b"a Mac's")
     assert compare(open_codes(tmp_path), spec()) == []
     for change, message in ((dict(num=300), "1 shards of codes, by codes.json 2"), (dict(codes_sha256=None), "yet")):
         (tmp_path / "codes.json").write_text(json.dumps({**record, **change}))

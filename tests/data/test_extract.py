@@ -179,7 +179,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
 
 @pytest.mark.slow
 def test_images_that_are_mended_later(features, images, tiny_models, tmp_path):
-    """Of images of which none can be read nothing is left; some are skipped; once all can, it is as if all always could."""
+    """Where none can be read nothing is left; some are skipped; once all can, it is as if all always could."""
     data, path = shutil.copytree(images, tmp_path / "images"), tmp_path / "features"
     good = {file: file.read_bytes() for file in data.rglob("*.png")}
 

@@ -46,8 +46,10 @@ def written(tmp_path):
 
 def test_round_trip(written):
     root, arrays = written
+    (root / "imagenet64_sem/._000001.npy").write_bytes(b"a Mac's")
     features = Features(root)
     features.validate()
+    assert not list(problems(root))
     assert (features.count, features.L, features.V, features.num_classes, features.image_size) == (10, 3, 5, 2, 64)
     assert features.latent_shape == (4, 8, 8)
     rows = np.array([9, 0, 4, 4, 7, 2])
@@ -74,6 +76,8 @@ def test_directory_of_the_reference_scripts(tmp_path):
     latents = RANDOM.normal(size=(12, 4, 8, 8)).astype(np.float32)
     codes, labels = RANDOM.integers(0, 9, (12, 3)), RANDOM.integers(0, 1000, 12)
     lone_files(tmp_path, features=latents, sem=codes, labels=labels)
+    for kind in ("features", "sem"):
+        (kind_dir(tmp_path, 64, kind) / "._0.npy").write_bytes(b"a Mac's")
     features = Features(tmp_path, V=9)
     rows = np.array([11, 2, 10])  # 2.npy comes before 10.npy
     np.testing.assert_array_equal(features.latents.gather(rows), latents[rows])

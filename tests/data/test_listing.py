@@ -41,7 +41,7 @@ def same_as_torchvisions(root):
 
 
 def only_line(root):
-    (line,) = list_images(root)[3]
+    *_, line = list_images(root)[3]
     assert len(line) < 300 and line.isprintable()
     return line
 
@@ -56,12 +56,12 @@ def test_a_sane_folder_is_listed_as_torchvision_does(tmp_path):
     assert set(ENDINGS) == set(IMG_EXTENSIONS)
     names = """n02/b.png n02/a.JPEG n02/10.jpg n02/9.jpg n02/B.WebP n01/x.tif N01/x.TIFF a/b/1.png a/b/c/1.png
         a/b-c/1.png a/b.c/1.png a/z.png a/b/C/1.png 10/1.bmp 9/1.ppm 9/1.pgm ünï/çà.png é/1.png z~/İ.JPG z~/ſ.jpg
-        folder.png/named_as_an_image.jpg/1.png #tag/1.png @user/1.png $/1.png"""
+        folder.png/named_as_an_image.jpg/1.png folder.png/1.png #tag/1.png @user/1.png $/1.png"""
     make(tmp_path, *names.split(), "a/b c/1.png", "with space/two\nlines.png", "ünï/çà 猫 🐈.png")
     (tmp_path / os.fsdecode(b"not utf-8 \xff")).mkdir()
     (tmp_path / os.fsdecode(b"not utf-8 \xff") / os.fsdecode(b"\xfe.png")).write_text("")
     paths = same_as_torchvisions(tmp_path)
-    assert len(paths) == 28 and list_images(tmp_path)[3] == []
+    assert len(paths) == 29 and list_images(tmp_path)[3] == []
     assert listing_sha256(paths) == listing_sha256(torchvisions(tmp_path)[1])
 
 
@@ -184,6 +184,42 @@ def test_nothing_to_list(tmp_path):
     other = make(tmp_path / "other", "cat/1.gif", "cat/2.gif", "cat/3.avif", "dog/")
     assert "has no images in its class folders (.jpg " in refused(other)
     assert refused(other).endswith("; left out 2 .gif, 1 .avif; 2 empty classes (cat, …)")
+
+
+@pytest.mark.parametrize(
+    "names, better",
+    [
+        ("train/cat/1.png train/dog/2.png val/cat/3.png val/dog/4.png", "train"),
+        ("test/1.png train/n01/2.png train/n02/3.png val/4.png", "train"),  # ImageNet's: two of the parts are flat
+        ("train/cat/1.png val/cat/2.png", "train"),
+        ("archive/cat/1.png archive/dog/2.png labels/", "archive"),
+        ("images/00000/1.png labels.csv", "images"),
+        ("a/data/cat/1.png b/data/dog/2.png", "a/data"),
+    ],
+)
+def test_folders_that_are_no_classes(names, better, tmp_path):
+    make(tmp_path, *names.split())
+    with pytest.raises(
+        ValueError, match=f"are no classes, since images lie deeper, as .* such as {tmp_path}/{better}$"
+    ):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, remark",
+    [
+        ("train/1.png val/2.png", "its classes train, val look like the parts of a data set: is one of them meant"),
+        ("images/1.png images/2.png labels.csv", "there is one class, 'images': images of several go into a folder"),
+        (
+            "n01/images/1.png n02/images/2.png",
+            "no image lies directly in 2 of the class folders, as 'n01/images/1.png'",
+        ),
+        ("images/1.png masks/deep/1.png", "no image lies directly in 1 of the class folders, as 'masks/deep/1.png'"),
+    ],
+)
+def test_folders_that_may_be_no_classes(names, remark, tmp_path):
+    make(tmp_path, *names.split())
+    assert remark in list_images(tmp_path)[3][0] and same_as_torchvisions(tmp_path)
 
 
 #################################################################################

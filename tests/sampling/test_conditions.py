@@ -133,6 +133,7 @@ def vectors(tmp_path):
     folder.mkdir()
     for name, part in (("1", VECTORS[:3].astype(np.float16)), ("2", VECTORS[3:4]), ("10", VECTORS[4:])):
         np.save(folder / f"{name}.npy", part)
+        (folder / f"._{name}.npy").write_bytes(b"a Mac's")
     return folder
 
 

@@ -76,7 +76,7 @@ def hub_patterns(folder: str = "") -> tuple[str, ...]:
 def weights_in(files: Iterable[str]) -> str | None:
     """The name of the file of weights to read in a folder: one of WEIGHTS_FILES, or the only one there; or None."""
     files = set(files)
-    others = [name for name in files if name.endswith(WEIGHTS_SUFFIXES)]
+    others = [name for name in files if name.endswith(WEIGHTS_SUFFIXES) and name[0] != "."]  # a Mac's ._x
     return next((name for name in WEIGHTS_FILES if name in files), others[0] if len(others) == 1 else None)
 
 
