@@ -146,7 +146,7 @@ def sharded(device: torch.device) -> Found:
         for shard in (False, True):
             model = small_model(device)
             if shard:
-                fully_shard_blocks(model, device)
+                fully_shard_blocks(model, device, "bf16")
             optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
             loss_of(model, device, "bf16").backward()
             optimizer.step()

@@ -173,8 +173,8 @@ class Run:
         if self.compiled:
             compile_blocks(model, self.device)
         if self.sharded:
-            for module in (model, self.ema):
-                fully_shard_blocks(module, self.device)
+            fully_shard_blocks(model, self.device, self.precision)
+            fully_shard_blocks(self.ema, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)

@@ -6,18 +6,26 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from dlc.machine.processes import PRECISIONS
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def fully_shard_blocks(model: torch.nn.Module, device: torch.device) -> None:
-    """Shard a model's parameters over all processes, in place: block by block, then what lies outside the blocks."""
+def fully_shard_blocks(model: torch.nn.Module, device: torch.device, precision: str = "fp32") -> None:
+    """Shard a model's parameters over all processes, in place: block by block, then what lies outside the blocks.
+
+    Blocks are gathered in this precision, to which autocast would cast them, and once per step: their gradients are
+    summed in float32. What lies outside, such as the code table, stays float32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
+    policy = MixedPrecisionPolicy(PRECISIONS[precision], torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
 
 
 @torch.no_grad()

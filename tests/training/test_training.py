@@ -457,3 +457,7 @@ def test_sharded(trained, features, tmp_path):
         )
         assert np.abs(two - one).max() <= 3, step
     assert "steps 6 to 8" in trained("sharded", *flags, 8)
+    for name, more in (("sharded bf16", sharded), ("one bf16", {})):  # gathered in 16 bits, summed in float32
+        trained(name, *flags, 3, "--precision", "bf16", **more)
+    two, one = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("sharded bf16", "one bf16"))
+    np.testing.assert_allclose(two, one, rtol=2e-3)
