@@ -44,9 +44,12 @@ class PixelEncoder:
         if encoder:
             encoder.backbone.to(dtype)
         if compile:
-            vae.encoder.compile()
-            for block in encoder.backbone.blocks if encoder else ():
-                block.compile()
+            from torch._inductor import config as inductor
+
+            # choose kernels without timing them, where torch has that: another choice rounds otherwise
+            options = {"deterministic": True} if hasattr(inductor, "deterministic") else None
+            for part in (vae.encoder, *(encoder.backbone.blocks if encoder else ())):
+                part.compile(options=options)
 
     @torch.no_grad()
     def moments(self, crops: torch.Tensor, batch_size: int) -> torch.Tensor:

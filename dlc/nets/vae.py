@@ -75,7 +75,7 @@ def encode(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents (N, C, h, w) to images (N, 3, S, S), about in [-1, 1]."""
     scale, shift = scale_and_shift(vae, latents.device)
-    return vae.decode((latents / scale + shift).to(latents.dtype)).sample
+    return vae.decode((latents / scale + shift).to(next(vae.decoder.parameters()).dtype)).sample
 
 
 #################################################################################

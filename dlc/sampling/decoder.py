@@ -9,7 +9,7 @@ import torch
 
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.machine.exact import in_batches
-from dlc.machine.processes import autocast
+from dlc.machine.processes import PRECISIONS
 from dlc.nets.vae import decode
 from dlc.sampling.pictures import png_path
 
@@ -26,7 +26,9 @@ class Decoder:
     def __init__(
         self, vae: torch.nn.Module, folder: Path, precision: str = "fp32", after_first: Callable | None = None
     ):
-        self.vae, self.folder, self.precision = vae.to(memory_format=torch.channels_last), folder, precision
+        for part in filter(None, (vae.decoder, getattr(vae, "post_quant_conv", None))):
+            part.to(dtype=PRECISIONS[precision], memory_format=torch.channels_last)
+        self.vae, self.folder = vae, folder
         self.on_gpu = vae.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.on_gpu else None
         in_device = dict(initializer=torch.cuda.set_device, initargs=(vae.device,)) if self.on_gpu else {}  # not cuda:0
@@ -45,7 +47,7 @@ class Decoder:
                 )
             return to_uint8(decoded).cpu()
 
-        with torch.inference_mode(), autocast(latents.device, self.precision):
+        with torch.inference_mode():
             return in_batches(network, latents, 16 if self.on_gpu else 1).numpy()
 
     def __call__(self, indices: list[int], latents: torch.Tensor, places: list[int] | None = None) -> None:

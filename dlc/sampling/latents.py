@@ -112,4 +112,6 @@ class CudaGraphs:
 def lower_precision(model: torch.nn.Module, precision: str) -> None:
     """Cast the weights that autocast would cast at every step, once: the same results with less memory traffic."""
     for part in (model.x_embedder, model.blocks, model.final_layer):
-        part.to(PRECISIONS[precision])
+        for layer in part.modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                layer.to(PRECISIONS[precision])
