@@ -25,7 +25,7 @@ from dlc.data.codes import CodeSpec, compare
 from dlc.data.images import WHITE, add_background_flag, center_crop, is_transparent, load_rgb
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.exact import in_batches
-from dlc.machine.files import check_writable, write_whole
+from dlc.machine.files import check_output, write_new
 from dlc.machine.noise import Stream, random_words
 from dlc.nets.digest import weights_sha256
 from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
@@ -99,7 +99,7 @@ def check_sources(args: argparse.Namespace) -> None:
         raise ValueError("--temp applies to --mode sem only")
     if Path(args.out).suffix != ".npy":
         raise ValueError(f"--out {args.out}: wanted a .npy")
-    check_writable(args.out, "--out")
+    check_output(args.out, "--out", args.images)
 
 
 def view_of(path: str, size: int, background: tuple[int, int, int]) -> Image.Image:
@@ -163,7 +163,7 @@ def main() -> None:
         codes, source = compose(sources, weights, args.num, args.global_seed)
         buffer = io.BytesIO()
         np.save(buffer, codes.numpy().astype(code_dtype(V)))
-        write_whole(Path(args.out), lambda file: file.write(buffer.getbuffer()))
+        write_new(Path(args.out), buffer.getvalue(), "--out")
     shares = torch.bincount(source.flatten(), minlength=len(sources))
     for name, count in zip(args.images or [f"row {row}" for row in args.rows], shares.tolist()):
         print(f"{count:8,} of {source.numel():,} tokens ({count / source.numel():.1%}) from {name}")

@@ -15,19 +15,20 @@ from argparse import Namespace
 from pathlib import Path
 
 from dlc.machine.cli import ArgumentParser
-from dlc.machine.files import check_writable
+from dlc.machine.files import check_output
 from dlc.machine.processes import create_logger, start_processes, wait_for_all
 from evaluation.comparison import (
     Comparison,
     add_comparison_flags,
     check_comparison_flags,
+    check_reference,
     needs_reference,
     networks_of,
     wanted_metrics,
 )
 from evaluation.feature_networks import feature_networks
 from evaluation.reference import Reference, open_reference
-from evaluation.report import metrics_json, metrics_path, paper_line, table, write_metrics
+from evaluation.report import METRICS_FILE, metrics_json, metrics_path, paper_line, table, write_metrics
 from evaluation.sets import open_images
 
 # the commands beside the comparison, and the modules whose main(argv) they are
@@ -77,12 +78,14 @@ def run(args: Namespace) -> None:
     reference, notes = Reference(None), list(samples.notes)
     if needs_reference(metrics):
         reference = open_reference(args.reference, args.crop, args.resize)
+        check_reference(reference, metrics, args.features)
         if reference.path.is_dir():
             notes += reference.images.notes
     elif args.reference:
         notes.append("--reference is not used: no metric compares with it")
     output = Path(args.output or metrics_path(args.samples))
-    check_writable(output, "--output")
+    inputs = (args.samples, args.reference, *dict(args.weights).values())
+    check_output(output, "--output", inputs, own=METRICS_FILE)
 
     # ---------------------------------------------------------------------- networks
     state = start_processes()
@@ -104,8 +107,8 @@ def run(args: Namespace) -> None:
         for line in table(result.values):
             logger.info(line)
         try:
-            write_metrics(output, metrics_json(result, compare, samples, warnings + result.warnings))
-            logger.info(f"written to {output}")
+            content = metrics_json(result, compare, warnings + result.warnings)
+            logger.info(write_metrics(output, samples, result.samples, content))
         finally:  # print the numbers even if the disk is full
             logger.info(f"to paste: {paper_line(result, compare, samples)}")
     wait_for_all()

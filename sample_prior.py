@@ -19,6 +19,7 @@ import numpy as np
 
 from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
+from dlc.machine.files import check_apart
 from dlc.machine.processes import (
     PRECISIONS,
     add_speed_flags,
@@ -116,6 +117,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
             raise ValueError("--features-path names codes to compare the usage of tokens with: leave out --no-usage")
         if Path(args.out).exists() and not Path(args.out).is_dir():
             raise ValueError(f"--out {args.out} is a file: name a folder")
+        check_apart(args.out, "--out", [args.ckpt, args.results_dir, args.features_path])
         state = start_processes(precisions=[args.precision])
         path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
         if is_id(path):

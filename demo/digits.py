@@ -83,7 +83,7 @@ class MainDirections:
         return (scans - self.mean) @ self.axes
 
 
-def write_image_folder(root: Path) -> None:
+def write_image_folder(root: Path) -> int:
     """Write both splits under root as PNG files, one folder per digit. Returns the number of images."""
     images, labels = load_images()
     for name, indices in zip(("train", "heldout"), split_indices(labels)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dlc.data import Features
-from dlc.machine.files import write_bytes
+from dlc.machine.files import write_new
 from dlc.machine.noise import Stream, permutation
 
 SEED = 0
@@ -33,7 +33,7 @@ def main() -> None:
     features = Features(args.features)
     buffer = io.BytesIO()
     np.save(buffer, shuffle(features.codes.gather(np.arange(features.count))))
-    write_bytes(Path(args.out), buffer.getbuffer())
+    write_new(Path(args.out), buffer.getvalue(), "OUT")
     print(f"{features.count} codes of {features.L} shuffled tokens in {args.out}")
 
 

@@ -9,6 +9,7 @@ python -m dlc.features import-hf ID NEW --V 256   a Hugging Face dataset, here o
 from dlc.data.convert import import_hf, pack
 from dlc.data.inspection import print_info, print_problems
 from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.files import check_apart
 
 
 def main() -> None:
@@ -48,6 +49,8 @@ def main() -> None:
         converting.add_argument("--dtype", choices=["float16", "float32"], help=f"type of the stored latents [{dtype}]")
     args = parser.parse_args()
     with parser.one_line_errors():
+        if "new" in args:
+            check_apart(args.new, "NEW", [vars(args).get("old"), vars(args).get("dataset")])
         args.function(args)
 
 

@@ -20,7 +20,7 @@ import torch
 from dlc.data import Features
 from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import ArgumentParser, number
-from dlc.machine.files import check_writable
+from dlc.machine.files import check_output
 from dlc.machine.processes import agree, create_logger, start_processes
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder
@@ -29,7 +29,7 @@ from dlc.sampling.conditions import RowConditions
 from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.networks import add_encoder_flags
 from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
-from evaluation.report import metrics_path, write_metrics
+from evaluation.report import METRICS_FILE, metrics_path, write_metrics
 from evaluation.sets import open_images
 from evaluation.tokens import CodeReader, agreement_of, codes_of, encoder_of
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = samples_folder(args.samples)
         record, path = SamplesRecord.read(folder / "samples.json"), metrics_path(folder)
         samples, drawn = open_images(folder, "SAMPLES"), DrawnCodes(folder, record, args.dlc_dir)
-        check_writable(path, "the numbers' file")
+        check_output(path, "the numbers' file", own=METRICS_FILE)
         state = start_processes()
         encoder, notes = encoder_of(args, drawn.codes, state)
         ceiling = ceiling_of(args, drawn, encoder, samples.count, state) if args.data_path else None
@@ -171,15 +171,14 @@ def main(argv: list[str] | None = None) -> None:
         logger.info(f"note: {note}")
     with parser.kept_on_error("nothing was written", "the number of other programs", (ValueError, OSError)):
         read = CodeReader(encoder, state.device)
-        result = agreement_of(samples, wanted, read, encoder.V, state, "encoding samples")
+        result, measured = agreement_of(samples, wanted, read, encoder.V, state, "encoding samples")
         if ceiling:
             images, codes, vae, _ = ceiling
             network = Reconstruction(vae, state.device, read=read)
-            found = agreement_of(images, codes, network, encoder.V, state, "encoding reconstructions")
+            found, _ = agreement_of(images, codes, network, encoder.V, state, "encoding reconstructions")
         if state.is_main_process:
             if ceiling:
                 result["ceiling"] = found
-            write_metrics(path, dict(code_agreement=result))
             logger.info(line_of(result))
-            logger.info(f"written to {path}")
+            logger.info(write_metrics(path, samples, measured, dict(code_agreement=result)))
     state.destroy_process_group()

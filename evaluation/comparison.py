@@ -72,6 +72,22 @@ def needs_reference(metrics: Iterable[str]) -> bool:
     return any(METRICS[name].needs != "probabilities" for name in metrics)
 
 
+def check_reference(reference: Reference, metrics: Iterable[str], features: str) -> None:
+    """Raise ValueError where a reference of statistics alone cannot give what the metrics need."""
+    rows, there = {name: METRICS[name] for name in metrics}, []
+    for name, row in rows.items():
+        stored = row.needs == "statistics" and reference.stored(row.network or features, row.output) is not None
+        if stored or reference.images is not None or row.needs == "probabilities":
+            there.append(name)
+    if len(there) < len(rows):
+        raise ValueError(
+            f"--reference {reference.path} holds {reference.network}'s {' and '.join(reference.statistics)} statistics "
+            f"alone, and no images, which {', '.join(name for name in rows if name not in there)} need: give "
+            + (f"--metrics {' '.join(there)}, or " if there else "")
+            + "a reference with arr_0"
+        )
+
+
 #################################################################################
 #                                 The comparison                                #
 #################################################################################
@@ -114,34 +130,19 @@ class Comparison:
     batch_size: int | None = None
 
     def __post_init__(self):
-        for key in self.distances():
-            self._check_stored(*key)
-        names = [name for name in self.metrics if METRICS[name].needs == "features"]
-        if names and self.reference.images is None:
-            raise ValueError(
-                f"--reference {self.reference.path} holds statistics alone, and {', '.join(names)} need its images: "
-                "leave them out of --metrics, or give a reference with arr_0"
-            )
-
-    def _check_stored(self, name: str, output: str) -> None:
-        """Raise ValueError where neither stored statistics nor images give the reference's side of a distance."""
-        path, network = self.reference.path, self.networks[name]
-        stored, digest = self.reference.stored(name, output), self.reference.network_sha256
-        if stored is None and self.reference.images is None:
-            raise ValueError(
-                f"--reference {path} has no images, and no statistics of {name}'s {output} features: its statistics "
-                f"are {self.reference.network}'s {' and '.join(self.reference.statistics)}"
-            )
-        if stored is not None and stored.dim != network.outputs[output]:
-            raise ValueError(
-                f"--reference {path} has statistics of {stored.dim} features, and {name}'s {output} features are "
-                f"{network.outputs[output]}"
-            )
-        if stored is not None and digest not in (None, network.digest):
-            raise ValueError(
-                f"--reference {path} was made with other weights of {name} ({digest[:8]}…) than these "
-                f"({network.digest[:8]}…)"
-            )
+        for name, output in self.distances():
+            stored, network = self.reference.stored(name, output), self.networks[name]
+            digest = self.reference.network_sha256
+            if stored is not None and stored.dim != network.outputs[output]:
+                raise ValueError(
+                    f"--reference {self.reference.path} has statistics of {stored.dim} features, and {name}'s {output} "
+                    f"features are {network.outputs[output]}"
+                )
+            if stored is not None and digest not in (None, network.digest):
+                raise ValueError(
+                    f"--reference {self.reference.path} was made with other weights of {name} ({digest[:8]}…) than "
+                    f"these ({network.digest[:8]}…)"
+                )
 
     def needed(self, *needs: str) -> list[Output]:
         """(network, output) of the wanted metrics that need one of these attributes of a Pair, each once."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dlc.machine.cli import number, path_or_name
+from dlc.machine.cli import number, one_line, path_or_name
 from dlc.machine.files import sha256_of
 from dlc.machine.processes import done_by_rank_0
 from dlc.nets.digest import weights_sha256
@@ -141,8 +141,8 @@ def find_weights(name: str, given: str | None = None) -> Path:
         return fetch_file(kind.url, cache / kind.files[0], partial(check_digest, kind))
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"no weights of {name} ({error}): fetch {kind.url} elsewhere and put it into {cache}, or name a file of "
-            f"them with --{name}"
+            f"no weights of {name} ({one_line(error, 120)}): fetch {kind.url} elsewhere and put it into {cache}, or "
+            f"name a file of them with --{name}; agreement and reconstruction --features none work without"
         ) from None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dlc.data.npz import write_images
 from dlc.machine.cli import ArgumentParser, number
-from dlc.machine.files import check_writable
+from dlc.machine.files import check_output
 from dlc.machine.processes import create_logger, start_processes, wait_for_all
 from evaluation.feature_networks import add_network_flags, check_weights_flags, feature_networks
 from evaluation.measuring import measure
@@ -50,7 +50,7 @@ def run(args: Namespace) -> None:
     """Measure the images, and write the reference."""
     if not args.output.endswith(".npz"):
         raise ValueError(f"{args.output} does not end in .npz")
-    check_writable(args.output, "OUT.npz")
+    check_output(args.output, "OUT.npz", [args.images], own=("network", "network_sha256", "mu", "sigma"))
     check_weights_flags(args, [args.features])
     images = open_images(args.images, "FOLDER", crop=args.image_size)
     if images.size != (args.image_size, args.image_size):

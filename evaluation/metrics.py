@@ -311,7 +311,7 @@ def kernel_distance(
     """KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased squared MMD of the kernel (x.y / D + 1)^3.
 
     Returns mean and standard deviation over subsets, each so many rows of both sets without repetition, fewer where a
-    set has fewer.
+    set has fewer. Where a set is smaller than two subsets, these are mostly the same rows: the deviation is NaN.
 
     Args:
         generator: draws the subsets; None: one with seed 0.
@@ -337,7 +337,8 @@ def kernel_distance(
         x, y = reference[of_reference].double(), samples[of_samples].double()
         values.append(off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean())
     values = torch.stack(values)
-    return float(values.mean()), float(values.std(correction=0)) if subsets > 1 else math.nan
+    apart = subsets > 1 and 2 * size <= min(len(reference), len(samples))
+    return float(values.mean()), float(values.std(correction=0)) if apart else math.nan
 
 
 #################################################################################
@@ -417,7 +418,7 @@ def score(pair: Pair) -> dict[str, float]:
 
 def kid(pair: Pair) -> dict[str, float]:
     mean, deviation = kernel_distance(*pair.features, generator=torch.Generator().manual_seed(pair.seed))
-    return dict(kid=mean, kid_std=deviation)
+    return dict(kid=mean) if math.isnan(deviation) else dict(kid=mean, kid_std=deviation)
 
 
 # fmt: off

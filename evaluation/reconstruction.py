@@ -19,7 +19,7 @@ from dlc.data import Features
 from dlc.data.codes import CodeSet
 from dlc.data.rows import NpyRows
 from dlc.machine.cli import ArgumentParser, number
-from dlc.machine.files import check_writable, recorded_id, write_json
+from dlc.machine.files import check_output, recorded_id, write_json
 from dlc.machine.processes import PRECISIONS, agree, create_logger, start_processes, versions
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         features = Features(args.features)
         images = FeatureImages(features, args.data_path, args.num_images)
         out = Path(args.out) if args.out else features.root / "reconstruction.json"
-        check_writable(out, "--out")
+        check_output(out, "--out", own=("listing_sha256", "psnr", "ssim"))
         if features.codes is None and args.encoder not in (None, "none"):
             raise ValueError(f"--encoder {args.encoder}: features {args.features} hold no codes to compare with")
         state = start_processes(precisions=[args.precision])

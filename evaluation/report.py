@@ -1,6 +1,5 @@
 """What an evaluation prints and writes: the table, SAMPLES.metrics.json, and the line for a paper."""
 
-import contextlib
 import datetime
 import sys
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 from dlc.machine.files import read_json, recorded_id, write_json
 from dlc.machine.processes import versions
 from evaluation.comparison import Comparison, Result
+from evaluation.measuring import Measured
 from evaluation.metrics import K_DENSITY, K_PRECISION, METRICS, SPLIT_SIZE, Metric
 from evaluation.sets import ImageSet
 
 FORMAT = 1
+METRICS_FILE = "format_version", "samples"  # keys of every SAMPLES.metrics.json
 LISTS = ("runs", "labels", "code_rows", "vector_rows")  # keys of samples.json that are lists as long as the samples
 
 
@@ -87,21 +88,11 @@ def paper_line(result: Result, comparison: Comparison, samples: ImageSet) -> str
     return "; ".join(parts)
 
 
-def metrics_json(result: Result, comparison: Comparison, samples: ImageSet, warnings: list[str]) -> dict:
-    """The whole of SAMPLES.metrics.json."""
+def metrics_json(result: Result, comparison: Comparison, warnings: list[str]) -> dict:
+    """What a comparison writes to SAMPLES.metrics.json; see `write_metrics`."""
     reference, measured = comparison.reference, result.reference
-    settings = {key: value for key, value in (samples.record or {}).items() if key not in LISTS}
     return dict(
-        format_version=FORMAT,
         metrics=result.values,
-        samples=dict(
-            path=recorded_id(str(samples.path)),
-            count=samples.count,
-            size=list(samples.size),
-            sha256=result.samples.digest,
-            equal_images=len(result.samples.twins),
-            settings=settings or None,
-        ),
         reference=dict(
             path=recorded_id(str(reference.path)) if reference.path else None,
             count=measured.count or None,
@@ -129,13 +120,24 @@ def metrics_json(result: Result, comparison: Comparison, samples: ImageSet, warn
     )
 
 
-def write_metrics(path: Path, content: dict) -> None:
-    """Write these keys of SAMPLES.metrics.json, whole or not at all; those that another command wrote stay.
+def write_metrics(path: Path, samples: ImageSet, measured: Measured, content: dict) -> str:
+    """Write numbers of samples to their .metrics.json, whole or not at all. Returns what was done, in words.
 
-    Raises OSError naming it.
+    Numbers that another command wrote stay if they are of the same images, by the digest of these.
+
+    Raises OSError naming the file.
     """
-    path, earlier = Path(path), {}
-    if path.is_file():
-        with contextlib.suppress(ValueError):  # a damaged file is replaced
-            earlier = read_json(path)
-    write_json(path, {**earlier, **content})
+    settings = {key: value for key, value in (samples.record or {}).items() if key not in LISTS}
+    about = dict(
+        path=recorded_id(str(samples.path)),
+        count=samples.count,
+        size=list(samples.size),
+        sha256=measured.digest,
+        equal_images=len(measured.twins),
+        settings=settings or None,
+    )
+    earlier = read_json(path) if path.is_file() else {}
+    before = earlier.get("samples")
+    same = isinstance(before, dict) and before.get("sha256") == about["sha256"]
+    write_json(path, {**(earlier if same else {}), "format_version": FORMAT, "samples": about, **content})
+    return f"written to {path}" + ("; its numbers of other images are gone" if earlier and not same else "")

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import ArgumentParser, number, one_line
-from dlc.machine.files import DirectoryLock, read_json, write_bytes, write_json, write_whole
+from dlc.machine.files import DirectoryLock, check_apart, check_output, read_json, write_bytes, write_json, write_whole
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
+from dlc.sampling.opening import find_checkpoint
 from dlc.sampling.sampling_flags import sampling_parser
 from evaluation.agreement import add_agreement_flags, check_agreement_flags
 from evaluation.comparison import add_comparison_flags, check_comparison_flags, needs_reference
@@ -88,14 +89,21 @@ def known_results(path: Path, flags: dict[str, list[str]]) -> list[dict]:
     values = read_json(path)
     for what, given in flags.items():
         if values.get(what) != given:
-            there = one_line(values.get(what), 80)
-            raise ValueError(f"{path} has other flags of {what}: {there} there, {given} here; give another --out")
+            there, here = (one_line(flags, 120) for flags in (values.get(what), given))
+            raise ValueError(f"{path} has other flags of {what}: {there} there, {here} here; give another --out")
     results = values.get("results")
     if not isinstance(results, list) or not all(
-        isinstance(one, dict) and {"setting", "metrics"} <= {*one} for one in results
+        isinstance(one, dict) and {"setting", "metrics", "common"} <= {*one} for one in results
     ):
-        raise ValueError(f"{path} is damaged: a result lacks its setting or its metrics")
+        raise ValueError(f"{path} is damaged: a result lacks its setting, its metrics or what it has in common")
     return results
+
+
+def common_of(found: dict) -> dict:
+    """What all settings of a sweep share, out of a .metrics.json: the model, and what its samples are compared with."""
+    drawn = found["samples"]["settings"] or {}
+    keys = ("checkpoint", "step", "weights_sha256", "vae_sha256", "conditions")
+    return {key: drawn.get(key) for key in keys} | {key: found.get(key) for key in ("reference", "networks")}
 
 
 def metrics_of(results: list[dict], setting: Setting) -> dict | None:
@@ -203,6 +211,12 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace, dict[
     return parser, args, handed
 
 
+def without(words: list[str], flag: str) -> list[str]:
+    """Words of a command line without a flag and its value."""
+    kept = [word for before, word in zip(["", *words], words) if flag not in (before, word)]
+    return [word for word in kept if not word.startswith(f"{flag}=")]
+
+
 def is_compared(args: Namespace) -> bool:
     """Whether evaluate.py is to measure something."""
     return bool(args.reference) or bool(args.metrics) and not needs_reference(args.metrics)
@@ -252,7 +266,7 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
 
 
 def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Setting) -> dict:
-    """Draw the samples of a setting into its folder and evaluate them. Returns the metrics by name."""
+    """Draw the samples of a setting into its folder and evaluate them. Returns an entry of a sweep.json's `results`."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
     flags = [*handed["sampling"], *setting_flags(setting), "--sample-dir", str(folder)]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
@@ -272,14 +286,14 @@ def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Se
     if args.discard:
         shutil.rmtree(sets[0].with_suffix(""))
         sets[0].unlink()
-    return values
+    return dict(setting=setting, metrics=values, samples_sha256=found["samples"]["sha256"], common=common_of(found))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, args, handed = parse_args(argv)
     drawing = sampling_parser("", args.script, SCRIPTS[args.script])
     drawing.prog = parser.prog
-    drawing.parse_args(handed["sampling"])  # a mistake ends here, before anything is drawn
+    drawn = drawing.parse_args(handed["sampling"])  # a mistake ends here, before anything is drawn
     out, shared = Path(args.out), dict(sampling=handed["sampling"], evaluation=[])
     with parser.one_line_errors():
         settings = check_flags(args, handed)
@@ -287,18 +301,29 @@ def main(argv: list[str] | None = None) -> None:
         shared["evaluation"] += handed["evaluation"]
         shared["evaluation"] += ["--agreement", *handed["agreement"]] if args.agreement else []
         results = known_results(out / "sweep.json", shared)
+        for name in ("sweep.txt", "sweep.png") if out.is_dir() and not results else ():
+            check_output(out / name, "--out", own=["results"])
+        check_apart(out, "--out", [args.reference])
+        if not drawn.ckpt:  # the newest one may be another by the next setting
+            drawn.model = drawn.model or SCRIPTS[args.script]
+            found = results[0]["common"]["checkpoint"] if results else find_checkpoint(drawn)
+            handed["sampling"] = [*without(handed["sampling"], "--results-dir"), "--ckpt", str(found)]
         lock = DirectoryLock(out)
         lock.acquire()
     with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):
         for place, setting in enumerate(settings, 1):
             if metrics_of(results, setting) is None:
                 print(f"setting {place} of {len(settings)}: {words_of(drawn_as(setting))}", flush=True)
-                found = draw_and_evaluate(args, handed, drawn_as(setting))
-                results.append(dict(setting=drawn_as(setting), metrics=found))
+                results.append(draw_and_evaluate(args, handed, drawn_as(setting)))
+                for key, value in results[-1]["common"].items():
+                    if value != results[0]["common"][key]:
+                        raise ValueError(f"{words_of(setting)} has another {key} than those before: give another --out")
                 write_json(out / "sweep.json", dict(format_version=FORMAT_VERSION, **shared, results=results))
         rows = [(setting, metrics_of(results, setting)) for setting in settings]
-        print(table_of(rows), end="")
-        write_bytes(out / "sweep.txt", table_of(rows).encode())
+        common = results[0]["common"]
+        table = f"{table_of(rows)}drawn from {common['checkpoint']}, step {common['step']}\n"
+        print(table, end="")
+        write_bytes(out / "sweep.txt", table.encode())
         draw_curves(rows, out / "sweep.png")
         print(f"written to {out / 'sweep.txt'}; look at {out / 'sweep.png'}")
     lock.release()

@@ -15,7 +15,7 @@ from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
-from evaluation.measuring import measure
+from evaluation.measuring import Measured, measure
 from evaluation.sets import ImageSet
 
 if TYPE_CHECKING:
@@ -127,8 +127,11 @@ def codes_of(encoder: SEMEncoder, owner: str) -> CodeSpec:
 
 def agreement_of(
     images: ImageSet, wanted: np.ndarray, network: Callable, V: int, state: "PartialState", desc: str
-) -> dict | None:
-    """`token_agreement` of wanted codes (n, L) with a network's output `codes` of n images; None but on rank 0."""
+) -> tuple[dict | None, Measured]:
+    """`token_agreement` of wanted codes (n, L) with a network's output `codes` of n images, and what was measured.
+
+    On other ranks than 0, None and a count.
+    """
     key = network.name, "codes"
     measured = measure(images, [network], state, [], {key: torch.int64}, BATCH, desc)
-    return token_agreement(wanted, measured.rows[key].numpy(), V) if state.is_main_process else None
+    return token_agreement(wanted, measured.rows[key].numpy(), V) if state.is_main_process else None, measured

@@ -13,7 +13,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -125,15 +126,51 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_whole(path, lambda file: file.write(content))
 
 
-def check_writable(path: str | Path, flag: str) -> None:
-    """Raise ValueError, naming the flag that a path was given to, where no file can be written there."""
-    folder = Path(path).absolute().parent
-    if Path(path).is_dir():
+def names_in(path: str | Path) -> set[str]:
+    """The arrays of an .npz or the keys of a JSON object; of any other file none."""
+    with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return {name.removesuffix(".npy") for name in archive.namelist()}
+        return {*read_json(path)}
+    return set()
+
+
+def check_apart(output: str | Path, flag: str, inputs: Iterable[str | Path | None]) -> None:
+    """Raise ValueError, naming the flag of an output, where it is one of the inputs, by whatever name or link."""
+    for one in filter(None, inputs):
+        if os.path.exists(output) and os.path.exists(one) and os.path.samefile(output, one):
+            raise ValueError(f"{flag} {output} is read by this command, as {one}: name another")
+
+
+def check_output(path: str | Path, flag: str, inputs: Iterable = (), own: Iterable[str] | None = None) -> None:
+    """Refuse, before any work, a file that cannot be written, or that would replace what is not this command's.
+
+    Args:
+        flag: that the path was given to.
+        inputs: the files and folders that the command reads, None among them.
+        own: what each file of this command holds, see `names_in`; None: `write_new` will look at what is there.
+
+    Raises ValueError, naming flag and path.
+    """
+    check_apart(path, flag, inputs)
+    path = Path(path)
+    folder = path.absolute().parent
+    if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file")
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: there is no such folder")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
+    if path.exists() and not (path.is_file() and (own is None or {*own} <= names_in(path))):
+        raise ValueError(f"{flag} {path} exists, and is no file of this command: remove it, or name another file")
+
+
+def write_new(path: Path, content: bytes, flag: str) -> None:
+    """Write bytes as `write_whole` does, unless they are there. Raises ValueError where other bytes are."""
+    if path.exists() and path.read_bytes() != content:
+        raise ValueError(f"{flag} {path} exists, and holds something else: remove it, or name another file")
+    write_bytes(path, content)
 
 
 def remove_temporaries(directory: Path, name: str = "") -> None:

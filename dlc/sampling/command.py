@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import BAR, ArgumentParser, progress
-from dlc.machine.files import recorded_id
+from dlc.machine.files import check_apart, recorded_id
 from dlc.machine.processes import (
     agree,
     autocast,
@@ -67,6 +67,7 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
     if args.t_min > args.t_max:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
+    check_apart(args.sample_dir, "--sample-dir", [vars(args).get(name) for name in ("dlc_dir", "condition_path")])
     path, model, meta = open_model(args, script, default)
     sampler = open_sampler(args, model, meta)
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from diffusion.process_table import Process
 from dlc.machine.cli import ArgumentParser
-from dlc.machine.files import DirectoryLock, write_json
+from dlc.machine.files import DirectoryLock, check_apart, names_in, write_json
 from dlc.machine.processes import (
     agree,
     asked_precision,
@@ -131,6 +131,12 @@ class Run:
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
 
     def _take_folder(self):
+        sources = ("features_path", "data_path", "heldout_path", "condition_path")
+        check_apart(self.folder, "--results-dir", [vars(self.args).get(name) for name in sources])
+        foreign = [name for name in FILES if name != "log.txt" and (self.folder / name).is_file()]
+        own = (self.folder / "checkpoints").is_dir() or "results_dir" in names_in(self.folder / "args.json")
+        if foreign and not own:
+            raise ValueError(f"{self.folder} holds {foreign[0]} of another program: give another --results-dir")
         self.lock.acquire()
         for name in (*FOLDERS, *FILES):  # one of the wrong kind would stop the run later
             path = self.folder / name

@@ -64,8 +64,8 @@ def test_every_metric(evaluate, evaluation_place):
     flags = ("--metrics", *(one for one in METRICS if one != "fd_dinov2"), "--output", "more.json")
     evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
     said, content = evaluate("samples.npz", "--reference", "made.npz", *flags), content_of("more.json")
-    assert content["metrics"].keys() > {"kid", "kid_std", "density", "coverage"}
-    assert re.search(rf"KID +{NUMBER} ± {NUMBER}\n", said) and not (evaluation_place / "samples.metrics.json").exists()
+    assert content["metrics"].keys() > {"kid", "density", "coverage"} and not Path("samples.metrics.json").exists()
+    assert re.search(rf"KID +{NUMBER}\n", said) and "kid_std" not in content["metrics"]  # one subset holds all images
     assert "PyTorch, KID as in Binkowski et al. 2018, density and coverage as in Naeem et al. 2020; inception 0" in said
     nested = {key for part in ("metrics", "samples", "reference", "definitions") for key in content[part]}
     keys = content.keys() | nested | content["networks"]["inception"].keys() | set(np.load("made.npz").files)

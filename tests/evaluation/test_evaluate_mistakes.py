@@ -108,6 +108,7 @@ def test_mistaken_sets(mistake, evaluation_place, flags, words):
         ("--metrics fid --pr-precision float32", "--pr-precision float32 applies to precision and recall"),
         ("--inception nowhere.pth", "--inception nowhere.pth does not exist"),
         ("--features dinov2", "no weights of dinov2 (HF_HUB_OFFLINE is set): fetch https://"),
+        ("--features dinov2", "with --dinov2; agreement and reconstruction --features none work without\n"),
     ],
 )
 def test_mistaken_flags(mistake, flags, words):
@@ -139,8 +140,14 @@ POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
         (dict(POOL, count=np.zeros(2)), "", "count has shape (2,), wanted ()"),
         (dict(POOL, network=np.zeros(2)), "", "network is no text"),
         (dict(POOL, network_sha256="0" * 64), "--metrics fid", "was made with other weights of inception (00000000…)"),
-        (dict(POOL, mu_s=np.zeros(6), sigma_s=np.eye(6)), "", "holds statistics alone, and precision, recall need its"),
-        (POOL, "--metrics sfid", "no images, and no statistics of inception's spatial features: its statistics are"),
+        (POOL, "", "which sfid, precision, recall need: give --metrics fid is, or a reference with arr_0"),
+        (
+            dict(POOL, mu_s=np.zeros(6), sigma_s=np.eye(6)),
+            "",
+            "which precision, recall need: give --metrics fid sfid is",
+        ),
+        (POOL, "--metrics kid", "and no images, which kid need: give a reference with arr_0"),
+        (POOL, "--metrics fid fd_dinov2", "which fd_dinov2 need: give --metrics fid, or a reference with arr_0"),
         (dict(POOL, mu=np.zeros(2**24)), "", "mu inflates from"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",

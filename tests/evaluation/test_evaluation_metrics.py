@@ -163,7 +163,9 @@ def test_kernel_distance_is_unbiased():
     wanted = kernel(reference, reference)[off].mean() + kernel(samples, samples)[off].mean()
     wanted -= 2 * kernel(reference, samples).mean()
     mean, deviation = kernel_distance(reference, samples, subsets=3)
-    assert mean == pytest.approx(wanted, rel=1e-9) and deviation < 1e-12
+    assert mean == pytest.approx(wanted, rel=1e-9) and math.isnan(deviation)  # all subsets are the whole set
+    assert math.isnan(kernel_distance(reference, samples, subset_size=30)[1])  # and mostly the same rows here
+    assert kernel_distance(reference, samples, subset_size=20)[1] > 0
     mean, deviation = kernel_distance(gaussian(3000, 6), gaussian(3000, 6), subsets=20, subset_size=300)
     assert abs(mean) < 3 * deviation / math.sqrt(20) + 0.01 and deviation > 0
     one, two = (kernel_distance(reference, samples, 5, 10, torch.Generator().manual_seed(4)) for _ in range(2))

@@ -162,13 +162,10 @@ def samples(workplace, tmp_path):
 
 @pytest.mark.slow
 def test_agreement_command(samples, workplace, images, tiny_models, evaluate):
-    """Found codes are compared with the rows that samples.json lists; the numbers join those of other commands."""
+    """Found codes are compared with the rows that samples.json lists; the numbers join those of the same images."""
     metrics = samples.with_name(samples.name + ".metrics.json")
-    metrics.write_text('{"metrics": {"fid": 1}}')
     said = evaluate("agreement", samples, "--data-path", images)
-    numbers = json.loads(metrics.read_text())
-    result = numbers["code_agreement"]
-    assert numbers["metrics"] == {"fid": 1}
+    result = json.loads(metrics.read_text())["code_agreement"]
     record = json.loads((samples / "samples.json").read_text())
     pictures = np.stack([np.array(Image.open(samples / f"{index:06d}.png")) for index in range(21)])
     found = CodeReader(load_encoder(tiny_models[1]), CPU)(torch.from_numpy(pictures))["codes"].numpy()
@@ -179,6 +176,14 @@ def test_agreement_command(samples, workplace, images, tiny_models, evaluate):
     (workplace / "features/reconstruction.json").unlink()
     assert result["ceiling"] == reconstructed["code_agreement"] and result["ceiling"]["images"] == 14
     assert f"code agreement {result['share']:.3f} +- " in said and "VAE reconstructions of 14 images" in said
+    evaluate(samples, "--metrics", "is")
+    score, agreed = (json.loads(metrics.read_text())[key] for key in ("metrics", "code_agreement"))
+    assert agreed == result
+    evaluate("agreement", samples)
+    assert json.loads(metrics.read_text())["metrics"] == score
+    shutil.copy(samples / "000001.png", samples / "000000.png")
+    assert "; its numbers of other images are gone" in evaluate(samples, "--metrics", "is")
+    assert "code_agreement" not in json.loads(metrics.read_text())
 
 
 @pytest.mark.slow
@@ -246,6 +251,7 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
         (features, "--features none encoder", "--features none goes with no other"),
         (features, "--features encoder --encoder none", "there are none, or it is left out"),
         (features, "--out missing/x.json", "--out missing/x.json: there is no such folder"),
+        (features, f"--out {features}/manifest.json", "manifest.json exists, and is no file of this command"),
         (features, "", "no weights of inception (HF_HUB_OFFLINE is set)"),
         (features, "--dinov2 x", "--dinov2: no features of dinov2 are wanted"),
         (lone, "--encoder x", "--encoder x: features"),

@@ -16,7 +16,7 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
     """Finished settings are not repeated, values may be added, and unguided settings are drawn once."""
     monkeypatch.chdir(tmp_path)
 
-    def drawn(command, fail_at=None):
+    def drawn(command, fail_at=None, reference="one"):
         """The settings that a stand-in for the programs draws, and what is said; it fails at call number fail_at."""
         settings = []
 
@@ -25,9 +25,11 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
                 raise ValueError("sampling ended with exit status 1")
             settings.append((setting.get("cfg-scale"), setting.get("t-max")))
             fid = round((setting["cfg-scale"] - 1.6) ** 2 + setting["t-max"] / 1e4, 4)
-            return dict(fid=fid, code_agreement=0.5)
+            common = dict(checkpoint="ckpt", step=7, reference=reference)
+            return dict(setting=setting, metrics=dict(fid=fid, code_agreement=0.5), common=common)
 
         monkeypatch.setattr(sweep, "draw_and_evaluate", draw_and_evaluate)
+        monkeypatch.setattr(sweep, "find_checkpoint", lambda args: "ckpt")
         with contextlib.suppress(SystemExit):
             sweep.main(command)
         return settings, "".join(capsys.readouterr())
@@ -41,11 +43,14 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
     assert table in said and "look at sweep/sweep.png" in said
     lines = [line.split() for line in table.splitlines()]
     assert lines[0] == ["cfg-scale", "t-max", "fid", "code_agreement"] and lines[1][2:] == lines[2][2:]
-    assert lines[4] == ["1.5", "999", "0.1099", "0.5"] and len(lines) == 7
+    assert lines[4] == ["1.5", "999", "0.1099", "0.5"] and len(lines) == 8
+    assert lines[7] == "drawn from ckpt, step 7".split()
     assert Image.open(tmp_path / "sweep/sweep.png").size[0] > 900  # two panels beside each other
     assert drawn(["--cfg-scale", "1", "3", *COMMAND[4:]])[0] == [(3.0, 400), (3.0, 999)]
     assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())["results"]) == 7
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.json", "sweep.png", "sweep.txt"]
+    settings, said = drawn(["--cfg-scale", "4", *COMMAND[4:]], reference="another")
+    assert "cfg-scale 4.0, t-max 400 has another reference than those before: give another --out" in said
     settings, said = drawn([*COMMAND, "--vae", "mse"])
     assert not settings and "has other flags of sampling: ['--model', 'DiTSEM-Ti/4'] there" in said
 
@@ -69,17 +74,20 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
             (folder / "set.npz").write_bytes(b"")
         elif flags[0] == "agreement":
             values = dict(metrics=dict(fid=2.0), code_agreement=dict(share=0.5))
+            values["samples"] = dict(sha256="0", settings=dict(checkpoint="results/a/7", step=7))
             (folder / "set.metrics.json").write_text(json.dumps(values))
 
     monkeypatch.setattr(sweep, "launch", launch)
+    monkeypatch.setattr(sweep, "find_checkpoint", lambda args: tmp_path / args.results_dir / "newest")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reference.npz").write_bytes(b"")
     own = "--cfg-scale 1.5 --reference reference.npz --agreement --processes 2 --discard --encoder sem --metrics fid is"
-    sweep.main(f"{own} --dlc-dir codes -- --num-fid-samples 8".split())
-    metrics = json.loads((tmp_path / "sweep/sweep.json").read_text())["results"][0]["metrics"]
-    assert metrics == dict(fid=2.0, code_agreement=0.5)
+    sweep.main(f"{own} --dlc-dir codes -- --num-fid-samples 8 --results-dir runs".split())
+    (result,) = json.loads((tmp_path / "sweep/sweep.json").read_text())["results"]
+    assert result["metrics"] == dict(fid=2.0, code_agreement=0.5) and result["common"]["step"] == 7
     samples = "sweep/cfg-scale-1.5/set.npz"
-    flags = ["--num-fid-samples", "8", "--cfg-scale", "1.5", "--sample-dir", "sweep/cfg-scale-1.5"]
+    flags = ["--num-fid-samples", "8", "--ckpt", str(tmp_path / "runs/newest"), "--cfg-scale", "1.5"]
+    flags += ["--sample-dir", "sweep/cfg-scale-1.5"]
     assert commands == [
         (2, "sample_ddp_computed_dlc.py", flags),
         (2, "evaluate.py", [samples, "--reference", "reference.npz", "--metrics", "fid", "is"]),

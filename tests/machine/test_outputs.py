@@ -1,0 +1,82 @@
+"""No command writes over what it reads, or over a file that is not its own; by any name or link."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from tiny_networks import pixels
+
+from dlc import features
+from dlc.machine.files import check_output, write_new
+
+MADE = dict(arr_0=pixels(5), mu=np.zeros(2), sigma=np.eye(2), network="inception", network_sha256="0" * 64)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Files and folders of several kinds, in the working directory. In the end they have to be as they were."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("made.npz", **MADE)
+    np.savez("samples.npz", arr_0=pixels(5))
+    os.symlink("made.npz", "link.npz")
+    os.link("made.npz", "hard.npz")
+    for name in ("codes", "results_prior", "sweep", "run"):
+        os.mkdir(name)
+    np.save("codes/0.npy", np.zeros((4, 2), np.uint8))
+    (tmp_path / "sweep/sweep.txt").write_text("mine")
+    for name in ("mine.json", "run/args.json", "samples.metrics.json"):
+        (tmp_path / name).write_text(json.dumps(dict(format_version=1, mine=True)))
+
+    def content():
+        return {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+
+    before = content()
+    yield tmp_path
+    assert content() == before
+
+
+READ, OTHER = "is read by this command", "exists, and is no file of this command: remove it, or name another file"
+MAKE = "evaluate make-reference {} {} --image-size 16 --num-images 0"
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        *((MAKE.format("made.npz", name), f"OUT.npz {name} {READ}") for name in ("made.npz", "link.npz", "hard.npz")),
+        (MAKE.format("link.npz", "./made.npz"), READ),
+        (MAKE.format("made.npz", "samples.npz"), f"OUT.npz samples.npz {OTHER}"),
+        ("evaluate samples.npz --metrics is --output samples.npz", f"--output samples.npz {READ}"),
+        ("evaluate samples.npz --reference made.npz --output hard.npz", f"--output hard.npz {READ}"),
+        ("evaluate samples.npz --metrics is --output made.npz", f"--output made.npz {OTHER}"),
+        ("evaluate samples.npz --metrics is --output mine.json", f"--output mine.json {OTHER}"),
+        ("evaluate samples.npz --metrics is", f"samples.metrics.json {OTHER}"),
+        ("evaluate samples.npz --metrics is --output /dev/null", f"--output /dev/null {OTHER}"),
+        ("evaluate sweep --cfg-scale 1 --metrics is --out sweep -- --ckpt x", f"--out sweep/sweep.txt {OTHER}"),
+        ("evaluate sweep --cfg-scale 1 --reference codes --out codes -- --ckpt x", f"--out codes {READ}"),
+        ("sample_prior --out results_prior", f"--out results_prior {READ}"),
+        ("sample_ddp_computed_dlc --dlc-dir codes --sample-dir ./codes", f"--sample-dir ./codes {READ}"),
+    ],
+)
+def test_outputs_that_are_refused(place, error_of, command, words):
+    assert words in error_of(*command.split())
+
+
+def test_converting_onto_the_source(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dlc.features", "pack", "codes", "../" + place.name + "/codes", "--V", "4"])
+    with pytest.raises(SystemExit):
+        features.main()
+    assert READ in capsys.readouterr().err
+
+
+def test_own_files_are_replaced_and_new_ones_written(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, **MADE)
+    check_output(path, "--out", ["nowhere", None], own=("mu", "sigma"))
+    check_output(tmp_path / "other.npz", "--out", [path], own=("mu",))
+    write_new(tmp_path / "codes.npy", b"codes", "--out")
+    write_new(tmp_path / "codes.npy", b"codes", "--out")
+    with pytest.raises(ValueError, match="--out .*codes.npy exists, and holds something else: remove it, or name"):
+        write_new(tmp_path / "codes.npy", b"other", "--out")
+    assert (tmp_path / "codes.npy").read_bytes() == b"codes"
