@@ -222,7 +222,7 @@ def test_pack(tmp_path, capsys):
         ((old, tmp_path / "x"), "give --V"),
         ((new, tmp_path / "x"), "is packed already"),
         ((tmp_path / "other", new, "--V", 256, "--shard-size", 8), "source "),
-        ((old, old, "--V", 256), "holds .npy files but no manifest.json"),
+        ((old, old, "--V", 256), "is read by this command"),
         ((old, new, "--V", 300, "--shard-size", 8), "V 256 there, 300 here"),
         ((old, tmp_path / "x", "--V", 100), "outside 0..99"),
     ):
