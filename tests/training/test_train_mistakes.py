@@ -89,6 +89,15 @@ def test_results_of_the_wrong_kind(error_of, features, tmp_path, name):
     assert f"results/{name} is a {'folder' if '.' in name else 'file'}, where a run has a" in error
 
 
+def test_results_of_another_program(error_of, features, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/args.json").write_text('{"lr": 1}')
+    flags = ("--features-path", features, "--model", "DiTSEM-Ti/2")
+    assert "results holds args.json of another program: give another --results" in error_of("train_diffusion", *flags)
+    assert "is read by this command" in error_of("train_diffusion", *flags, "--results-dir", features)
+    assert (tmp_path / "results/args.json").read_text() == '{"lr": 1}'
+
+
 def test_results_of_another_run(error_of, features, tmp_path):
     settings = dict(
         features_count=14, latents="sample", flip="random", global_batch_size=8, global_seed=0, scaling_factor=0.3
