@@ -5,8 +5,8 @@
 
 In: FEATURES/, which also say L, V, image size and classes; or a folder of images (--data-path), whose latents and codes
 are then made as training goes, which is slower. Out: RESULTS/ with args.json, log.txt, metrics.jsonl, loss.png,
-checkpoints/{step:07d}/ and previews/. The same command, run again, resumes from the newest checkpoint. SIGTERM, SIGUSR1
-or Ctrl-C ends the run after the current step, with a checkpoint.
+checkpoints/{step:07d}/ and previews/. The same command, run again, resumes from the newest checkpoint. Ctrl-C
+or a scheduler's signal ends the run after the current step, with a checkpoint.
 
 Row, timestep, noise and condition dropout of each sample are functions of (seed, global sample index) alone, and so are
 flips and draws from the VAE's posterior if they are made here: neither the number of processes nor a restart changes
@@ -27,9 +27,10 @@ from diffusion.process_table import create_process
 from dlc.data import Features
 from dlc.data.images import WHITE, add_background_flag
 from dlc.data.inputs import INPUTS, Inputs
-from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.cli import ArgumentParser, number, warn_once
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
+from dlc.machine.processes import from_rank_0
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
@@ -80,8 +81,7 @@ def argument_parser(**defaults) -> ArgumentParser:
     )
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
 
-    add = add_run_flags(parser)
-    add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures; 0 disables them")
+    add_run_flags(parser, epochs=1400)
     parser.set_defaults(**defaults)
     if defaults:
         parser.epilog = "defaults of this variant: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
@@ -103,8 +103,8 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         ):
             if given is not None:
                 raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
-        if args.vae and not args.sample_every:
-            raise ValueError("--vae decodes previews, and features have their latents: give --sample-every as well")
+        if args.vae and args.sample_every == 0:
+            raise ValueError("--vae decodes previews, and features have their latents: leave out --sample-every 0")
         return Features(args.features_path, args.V, args.num_classes)
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
@@ -202,10 +202,7 @@ def main(**defaults) -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
     args = parser.parse_args()
-    with (
-        Run(parser, args) as run,
-        parser.kept_on_error("what is done is kept", "--global-batch-size, or raise --grad-accum", (OSError,)),
-    ):
+    with Run(parser, args) as run:
         train(parser, args, run)
 
 
@@ -238,11 +235,17 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             if args.condition_path:
                 inputs.arrays["vectors"].check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
-        vae = None
-        if args.sample_every and is_main:
-            vae_name = args.vae or source["vae"] or "ema"
-            vae = encode.vae if encode else load_vae(vae_name, run.device)
-            check_decodes(vae, vae_name, channels, source, "the features")
+        vae, vae_name = None, args.vae or source["vae"] or "ema"
+        if args.sample_every != 0 and is_main:
+            try:
+                vae = encode.vae if encode else load_vae(vae_name, run.device)
+                check_decodes(vae, vae_name, channels, source, "the features")
+            except (ValueError, OSError) as error:
+                if args.sample_every or args.vae:
+                    raise
+                warn_once("previews", f"there will be no previews, for which --vae names a VAE ({error})")
+                vae, args.sample_every = None, 0
+        args.sample_every = from_rank_0(args.sample_every)
         draw_latents = features.latent_kind in ("moments", "images")
 
         # ---------------------------------------------------------------------- model
@@ -262,7 +265,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         f"{features.count / args.global_batch_size:.1f} steps per epoch"
     )
     for what, name, network in (
-        ("VAE", args.vae or source["vae"] or "ema", features.vae if encode else vae),
+        ("VAE", vae_name, features.vae if encode else vae),
         ("encoder", args.encoder, features.encoder if encode else None),
     ):
         if network is not None:
@@ -290,7 +293,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             run.backward(terms, t, diffusion.num_timesteps)
         run.update(step)
         run.report(step)
-        if args.sample_every and step % args.sample_every == 0:
+        if run.preview_due(step):
             with run.whole_ema() as ema:
                 if ema is not None:
                     with parser.one_line_errors():

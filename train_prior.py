@@ -5,8 +5,8 @@
 
 In: the codes of FEATURES/, of which a share is held out. Out: RESULTS/ as train_diffusion.py writes it, with the bound
 on the held-out codes in metrics.jsonl and log.txt, and the weights of its lowest value in best/{step:07d}/. The same
-command, run again, resumes from the newest checkpoint. SIGTERM, SIGUSR1 or Ctrl-C ends the run after the current step,
-with a checkpoint.
+command, run again, resumes from the newest checkpoint. Ctrl-C or a scheduler's signal ends the run after the current
+step, with a checkpoint.
 
 Row, time, mask and class dropout of each sample are functions of (seed, global sample index) alone: neither the number
 of processes nor a restart changes what is trained on. Dropout is a function of (seed, step, process).
@@ -75,19 +75,20 @@ def argument_parser() -> ArgumentParser:
     )
     add("--heldout-path", help="hold out the codes of these features instead, and train on all of the others [none]")
 
-    add = add_run_flags(parser)
-    add("--eval-every", type=number(int, 1), help="steps between bounds on the held-out codes [10000]")
+    add = add_run_flags(parser, epochs=200)
+    add(
+        "--eval-every",
+        type=number(int, 1),
+        help="steps between bounds on the held-out codes [those between checkpoints, at most 10,000]",
+    )
     add(
         "--eval-levels",
         type=number(int, 1),
         help="how many numbers of masked tokens each held-out code is measured at; L measures at all of them [8]",
     )
-    add("--sample-every", type=number(int, 0), default=0, help="steps between preview pictures; 0 disables them")
-    add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [none]")
+    add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [no previews]")
     add("--vae", help="ema, mse, a directory or a hub id: decodes the previews [that of --preview-ckpt, or ema]")
-    parser.set_defaults(
-        epochs=200, global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior"
-    )
+    parser.set_defaults(global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior")
     return parser
 
 
@@ -95,8 +96,9 @@ def settle_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that would have no effect; give the others that were left out their values."""
     if args.vae and not args.preview_ckpt:
         raise ValueError("--vae decodes previews: give a --preview-ckpt as well")
-    if bool(args.sample_every) != bool(args.preview_ckpt):
-        raise ValueError("previews need both --sample-every and the --preview-ckpt of a DiTSEM")
+    if args.sample_every and not args.preview_ckpt:
+        raise ValueError("previews need the --preview-ckpt of a DiTSEM beside --sample-every")
+    args.sample_every = args.sample_every if args.preview_ckpt else 0
     if args.label_dropout is not None and not args.class_conditional:
         raise ValueError("--label-dropout hides classes: give --class-conditional as well")
     if args.holdout is not None and args.heldout_path:
@@ -105,10 +107,7 @@ def settle_flags(args: argparse.Namespace) -> None:
         if given is not None and args.holdout == 0:
             raise ValueError(f"--eval-{flag} needs held-out codes, but --holdout is 0")
     default = dict(
-        label_dropout=0.1 if args.class_conditional else 0.0,
-        holdout=0.0 if args.heldout_path else 0.01,
-        eval_every=10_000,
-        eval_levels=8,
+        label_dropout=0.1 if args.class_conditional else 0.0, holdout=0.0 if args.heldout_path else 0.01, eval_levels=8
     )
     vars(args).update({name: value for name, value in default.items() if getattr(args, name) is None})
 
@@ -135,22 +134,11 @@ def losses_of(
     return diffusion.training_losses(model, x, t, x_t, kwargs), t
 
 
-def build_optimizer(
-    args: argparse.Namespace, model: torch.nn.Module
-) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
-    """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
-    # fused: it skips a step on the device, where the fp16 scaler would wait to find out
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-
-
 def main() -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser()
     args = parser.parse_args()
-    with (
-        Run(parser, args) as run,
-        parser.kept_on_error("what is done is kept", "--global-batch-size, or raise --grad-accum", (OSError,)),
-    ):
+    with Run(parser, args) as run:
         train(parser, args, run)
 
 
@@ -196,7 +184,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- model
         run.start()
         model = run.adopt(build())
-    run.optimize(build_optimizer(args, model), LOSSES)
+    # fused: it skips a step on the device, where the fp16 scaler would wait to find out
+    adamw = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    run.optimize(adamw, LOSSES)
 
     # ---------------------------------------------------------------------- run
     batches = CodeBatches(codes, **run.share)
@@ -228,7 +218,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         if heldout.is_due(step):  # before a checkpoint, so that a resumed run has the same measurements
             heldout.measure(step)
         run.report(step)
-        if args.sample_every and step % args.sample_every == 0:
+        if run.preview_due(step):
             with run.whole_ema() as ema:
                 drawn = None if ema is None else preview_codes(ema, diffusion, args.global_seed, run.device)
                 if preview:

@@ -100,7 +100,7 @@ def train(row: str, model: str, batch: int, data: dict[str, list[str]], root: Pa
     results = root / "results"
     shutil.rmtree(results, ignore_errors=True)  # of a row that failed
     sizes = flags(model=model, results_dir=results, global_batch_size=batch, max_steps=2 * args.steps)
-    rest = flags(log_every=args.steps, num_workers=args.num_workers)
+    rest = flags(log_every=args.steps, sample_every=0, num_workers=args.num_workers)
     command = [*LAUNCH.split(), f"train_options/{variant}.py", *sizes, *rest, *source, *given]
     failed, memory = run(*command, output=root / "output.txt")
     if failed:

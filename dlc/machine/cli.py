@@ -28,16 +28,27 @@ def printable(text: object) -> str:
 
 
 def one_line(text: object, limit: int = LONGEST_LINE) -> str:
-    """The text as one printable line; of one that is too long, the middle is left out: its end says what to do."""
+    """The text as one printable line; of one that is too long, the middle is left out."""
     line = " ".join(printable(text).split())
     return line if len(line) <= limit else f"{line[: limit * 3 // 5]} … {line[-limit * 2 // 5 + 3 :]}"
+
+
+def shortened(message: object) -> str:
+    """A message as one line of about LONGEST_LINE characters: its long values, such as paths, lose their middle, its
+    sentences stay."""
+    line = one_line(message, 10**9)
+    for most in (200, 100, 50, 25):
+        if len(line) > LONGEST_LINE:
+            values = rf"'[^']{{{most},}}'|\[[^][]{{{most},}}\]|[^\s'\[\]]{{{most},}}"
+            line = re.sub(values, lambda value, most=most: one_line(value[0], most), line)
+    return one_line(line, 10 * LONGEST_LINE)  # text of a file that is nothing but words
 
 
 def warn_once(subject: str, message: str) -> None:
     """Print a warning to standard error: on rank 0 only, and only the first one on its subject."""
     if subject not in WARNED and os.environ.get("RANK", "0") == "0":
         WARNED.add(subject)
-        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"warning: {shortened(message)}", file=sys.stderr, flush=True)
 
 
 #################################################################################
@@ -98,7 +109,7 @@ class ArgumentParser(argparse.ArgumentParser):
             # A launcher stops all ranks when the first one ends: if rank 0 finds the same mistake, only it prints it.
             time.sleep(10)
         where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
-        self.exit(2, f"{where}: error: {one_line(message)}\n")
+        self.exit(2, f"{where}: error: {shortened(message)}\n")
 
     def interrupted(self, kept: str) -> NoReturn:
         """End after Ctrl-C, with one line that says what is kept."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 import zipfile
@@ -180,6 +181,24 @@ def remove_temporaries(directory: Path, name: str = "") -> None:
             temporary.unlink(missing_ok=True)
 
 
+def try_disk(folder: Path, rename_folders: bool = False) -> None:
+    """Write, sync and rename a file, and if wanted a folder, before any work. Raises OSError, naming the folder."""
+    trial, renamed = (folder / f".trial.{uuid.uuid4().hex}.tmp" for _ in range(2))
+    try:
+        trial.mkdir()
+        write_bytes(trial / "file", b"trial")
+        if rename_folders:
+            os.replace(trial, renamed)
+    except OSError as error:
+        raise OSError(
+            f"{folder} does not take what is to be written there ({error}): give a folder on a disk that can write, "
+            f"sync and rename files{' and folders' if rename_folders else ''}"
+        ) from error
+    finally:
+        for path in (trial, renamed):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class DirectoryLock:
     """Keeps a second launch out of a directory while this process works there, by flock on `directory/.lock`.
 
@@ -190,16 +209,22 @@ class DirectoryLock:
     def __init__(self, directory: str | Path):
         self.path, self.file = Path(directory) / ".lock", None
 
-    def acquire(self) -> None:
+    def acquire(self, rename_folders: bool = False) -> None:
         """Take the lock; create the directory if it does not exist. On a disk without locks, warn once and go on.
 
-        Raises ValueError if another launch keeps the lock for LOCK_PATIENCE, OSError if the file cannot be opened.
+        Raises ValueError if another launch keeps the lock for LOCK_PATIENCE, OSError if the file cannot be opened, and
+        as `try_disk` does.
         """
         deadline = time.monotonic() + LOCK_PATIENCE
         while not self._try():
             if time.monotonic() > deadline:
                 raise ValueError(f"another process is writing to {self.path.parent}: wait for it, or give another path")
             time.sleep(0.05)
+        try:
+            try_disk(self.path.parent, rename_folders)
+        except OSError:
+            self.release()
+            raise
 
     def _try(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ loaders have no place for a resume that is exact to the bit.
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -16,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,27 +126,17 @@ def _interrupt(number):
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def said_when_waiting() -> Iterator[None]:
-    """If waiting for the other processes takes long, print the address at which this one waits."""
-
-    def say():
-        if is_first_of_node():
-            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            print(
-                f"rank {os.environ.get('RANK', '0')} still waits for all {os.environ.get('WORLD_SIZE', '?')} "
-                f"processes to meet at {address}: was every one started, and does each reach that address?",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    timer = threading.Timer(SAID_WAITING, say)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _say_waiting():
+    if is_first_of_node():
+        rank, size, address, port = (
+            os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        )
+        print(
+            f"rank {rank} still waits for all {size} processes to meet at {address}:{port}: was every one started, and "
+            "does each reach that address?",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def start_processes(grad_accum: int | None = None, precisions: Collection[str] = ()) -> "PartialState":
@@ -172,10 +161,12 @@ def start_processes(grad_accum: int | None = None, precisions: Collection[str] =
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(cores_per_process())
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    waiting = threading.Timer(SAID_WAITING, _say_waiting)
+    waiting.daemon = True
+    waiting.start()
     try:
-        with said_when_waiting():
-            state = PartialState(cpu=on_cpu, timeout=WAIT_FOR_FILES if on_cpu else WAIT_FOR_GPUS)
-            files_group()
+        state = PartialState(cpu=on_cpu, timeout=WAIT_FOR_FILES if on_cpu else WAIT_FOR_GPUS)
+        files_group()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     except (ValueError, RuntimeError, ImportError) as error:
         network = "; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that reaches the other nodes"
@@ -183,6 +174,8 @@ def start_processes(grad_accum: int | None = None, precisions: Collection[str] =
             "cannot start the process group from WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
             f"ACCELERATE_…: {one_line(error, 150)}{network if 'gloo' in str(error).lower() else ''}"
         ) from None
+    finally:
+        waiting.cancel()
     if state.num_processes != world_size:
         raise ValueError(
             f"WORLD_SIZE is {world_size} but this process is in a group of {state.num_processes}: "
@@ -351,7 +344,7 @@ class LogFile(logging.FileHandler):
 
 
 def create_accelerator(
-    logger: logging.Logger, precision: str, report_to: str | None = None, run_dir: Path | None = None
+    logger: logging.Logger, precision: str, report_to: str | None, run_dir: Path, first_step: int
 ) -> tuple["Accelerator", str, bool]:
     """accelerate's Accelerator for the processes of `start_processes`, and what its configuration asks for.
 
@@ -360,9 +353,10 @@ def create_accelerator(
 
     Args:
         precision: as `asked_precision` gives it.
-        report_to: "tensorboard" or "wandb", where `accelerator.log` writes; TensorBoard's files go into run_dir.
+        report_to: "tensorboard" or "wandb", where `accelerator.log` writes; TensorBoard's files go into run_dir, and
+            hide what an earlier launch wrote there after first_step.
 
-    Raises ValueError if that package is not installed, and for fp16 with sharding.
+    Raises ValueError if that package is not installed or does not start, and for fp16 with sharding.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
@@ -388,7 +382,14 @@ def create_accelerator(
     if report_to:
         if not accelerator.log_with:
             raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
-        accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit")
+        fault, purge = None, dict(tensorboard=dict(purge_step=first_step + 1))
+        try:
+            accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit", init_kwargs=purge)
+        except Exception as error:  # no key, no network, a package that is too old
+            fault = one_line(error, 200)
+        if fault := from_rank_0(fault):
+            offline = "; run wandb login, or set WANDB_MODE=offline" if report_to == "wandb" else ""
+            raise ValueError(f"--report-to {report_to} does not start ({fault}){offline}")
     if sharded and precision == "fp16":
         raise ValueError("--mixed_precision fp16 does not go with FSDP: use bf16")
     return accelerator, precision, sharded

@@ -8,14 +8,18 @@ class Pond(Record):
 Pond.read("pond.json")                          # ValueError, naming file and key, for a value missing or wrong
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 FORMAT = 1  # of every record
 
@@ -62,7 +66,7 @@ def one_of(*values: str) -> Kind:
     return (lambda value: isinstance(value, str) and value in values), f"one of {', '.join(values)}"
 
 
-def check_values(where, values: Mapping, kinds: Mapping[str, Kind], needed: Iterable[str] = ()):
+def check_values(where: object, values: Mapping, kinds: Mapping[str, Kind], needed: Iterable[str] = ()) -> None:
     """Raise ValueError, naming where and key, for a value of another kind than its key's, and for a missing needed key.
 
     Keys without a kind are ignored.
@@ -80,13 +84,16 @@ def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
     A dict within a dict is compared key by key. outer: said before each key.
     """
 
-    def short(value):
+    def short(value, other):
         text = repr(value)
         if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
             return f"{value[:8]}…"
         if len(text) <= 60:
             return text
-        return f"{text[:30]}… ({len(value)} items)" if isinstance(value, list) else f"…{text[-40:]}"
+        if isinstance(value, list):
+            return f"{text[:30]}… ({len(value)} items)"
+        start = max(0, len(os.path.commonprefix([text, repr(other)])) - 20)  # where they differ
+        return "…" * (start > 0) + text[start : start + 60] + "…" * (start + 60 < len(text))
 
     found = []
     for name, value in here.items():
@@ -94,7 +101,7 @@ def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
         if isinstance(value, dict) and isinstance(other, dict):
             found += filter(None, [differences(other, value, f"{outer}{name}.")])
         elif other != value:
-            found.append(f"{outer}{name} {short(other)} there, {short(value)} here")
+            found.append(f"{outer}{name} {short(other, value)} there, {short(value, other)} here")
     return "; ".join(found)
 
 
@@ -103,7 +110,7 @@ def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
 #################################################################################
 
 
-def key(kind: Kind, default=MISSING, *, decides: bool = True, name: str | None = None):
+def key(kind: Kind, default: Any = MISSING, *, decides: bool = True, name: str | None = None) -> Any:
     """A key of a file, as a field of its `Record`.
 
     Args:
@@ -127,7 +134,7 @@ class Record:
         return {one.metadata["name"] or one.name: one for one in fields(cls) if one.metadata}
 
     @classmethod
-    def read(cls, path: Path, also_needed: Iterable[str] = ()):
+    def read(cls, path: Path, also_needed: Iterable[str] = ()) -> "Self":
         """The record in a file. Raises ValueError, naming file and key, for a value that is missing or of another kind.
 
         Args:
@@ -136,7 +143,7 @@ class Record:
         return cls.from_json(read_json(path), path, also_needed)
 
     @classmethod
-    def from_json(cls, values: dict, where, also_needed: Iterable[str] = ()):
+    def from_json(cls, values: dict, where: object, also_needed: Iterable[str] = ()) -> "Self":
         """The record in a dict, which error lines call `where`. Raises ValueError as `read` does, and for a newer
         format."""
         check_values(where, values, dict(format_version=whole_number(1)))

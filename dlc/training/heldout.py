@@ -78,8 +78,8 @@ class HeldOut:
         ]
 
     def is_due(self, step: int) -> bool:
-        args = self.run.args
-        return bool(self.size) and (step % args.eval_every == 0 or step == self.run.last_step)
+        every = self.run.args.eval_every or min(10_000, self.run.checkpoints[1])
+        return bool(self.size) and (step % every == 0 or step == self.run.last_step)
 
     def measure(self, step: int) -> None:
         """Measure, write a line, and keep the weights if they are the best so far. Every process calls this."""

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 def announce(run: Any) -> "tqdm":
     """Log what the run is about to do, and with what. Returns the bar of its progress."""
     args, first, last = run.args, run.first_step, run.last_step
+    first_saved, every = run.checkpoints
+    often = f"every {args.sample_every} steps and at the end" if args.sample_every else "none"
     for line in (
         f"batch: {run.micro_batch_size} x {run.state.num_processes} processes on {run.device.type} x "
         f"{args.grad_accum} micro-batches = {args.global_batch_size}",
         f"precision: {run.precision}" + (", sharded (FSDP)" if run.sharded else ""),
-        f"run: steps {first:,} to {last:,} in {run.folder}",
+        f"run: steps {first:,} to {last:,} ({run.batches.first_of(last) / run.batches.rows_per_epoch:,.1f} epochs) in "
+        f"{run.folder}",
+        f"checkpoints: at step {first_saved:,}, every {every:,} steps and at the end; previews: "
+        f"{'with each' if args.sample_every is None else often}; log: every {args.log_every:,} steps",
         run.pretrained and f"weights: {one_line(run.pretrained, 1000)}",
         run.resumed and args.pretrained_path and "weights: those of the checkpoint, not of --pretrained-path",
         run.resumed and f"continued from {run.resumed}",

@@ -20,7 +20,7 @@ The flags that it reads are those of `add_run_flags`.
 import argparse
 import contextlib
 import math
-import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import Dataset
 
 from diffusion.process_table import Process
-from dlc.machine.cli import ArgumentParser
+from dlc.machine.cli import ArgumentParser, warn_once
 from dlc.machine.files import DirectoryLock, check_apart, names_in, write_json
 from dlc.machine.processes import (
     agree,
@@ -49,7 +49,7 @@ from dlc.training.batches import Unreadable, load_batches
 from dlc.training.log import announce, write_line
 from dlc.training.losses import Losses
 from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
-from dlc.training.run_flags import OPTIMISATION, ema_decay, warmup
+from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run, warmup
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
@@ -64,12 +64,9 @@ from dlc.weights.checkpoint import (
 from dlc.weights.load import load_pretrained
 from dlc.weights.meta import RunMeta, config_of, newest_of_run, plain, resume_point, run_checkpoints, without_memory
 
-FOLDERS = ("checkpoints", "previews", "best")  # of RESULTS/
-FILES = ("args.json", "log.txt", "metrics.jsonl", "loss.png")
 
-
-class Run:
-    """See above. As a context it releases the lock of the results folder at the end.
+class Run(contextlib.ExitStack):
+    """See above. As a context it reports what ends the run in one line, and releases the lock of the results folder.
 
     Attributes:
         state: from `start_processes`: num_processes, process_index, is_main_process.
@@ -80,19 +77,17 @@ class Run:
 
     def __init__(self, parser: ArgumentParser, args: argparse.Namespace):
         """Read the launcher's settings and join the processes. Contradictory flags end the program with one line."""
+        super().__init__()
         self.parser, self.args, self.folder = parser, args, Path(args.results_dir)
         self.lock = DirectoryLock(self.folder)
+        self.callback(self.lock.release)
+        less_memory = "--global-batch-size, or raise --grad-accum"
+        self.enter_context(parser.kept_on_error("what is done is kept", less_memory, (OSError,)))
         with parser.one_line_errors():
             self.precision = asked_precision(args.precision)
             self.state = start_processes(args.grad_accum, [self.precision])
             self.device = self.state.device
             self.compiled = asked_to_compile(args.compile, self.device.type == "cuda")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.lock.release()
 
     # ---------------------------------------------------------------------- setting up
 
@@ -133,18 +128,11 @@ class Run:
     def _take_folder(self):
         sources = ("features_path", "data_path", "heldout_path", "condition_path")
         check_apart(self.folder, "--results-dir", [vars(self.args).get(name) for name in sources])
-        foreign = [name for name in FILES if name != "log.txt" and (self.folder / name).is_file()]
+        foreign = [name for name in ("args.json", "metrics.jsonl", "loss.png") if (self.folder / name).is_file()]
         own = (self.folder / "checkpoints").is_dir() or "results_dir" in names_in(self.folder / "args.json")
         if foreign and not own:
             raise ValueError(f"{self.folder} holds {foreign[0]} of another program: give another --results-dir")
-        self.lock.acquire()
-        for name in (*FOLDERS, *FILES):  # one of the wrong kind would stop the run later
-            path = self.folder / name
-            if path.is_dir() if name in FILES else os.path.lexists(path) and not path.is_dir():
-                here, wanted = ("folder", "file") if name in FILES else ("file", "folder")
-                raise ValueError(
-                    f"{path} is a {here}, where a run has a {wanted}: remove it, or give another --results-dir"
-                )
+        self.lock.acquire(rename_folders=True)
 
     def start(self) -> None:
         """Open log.txt, create the accelerator, and seed the weights alike in every process.
@@ -153,7 +141,7 @@ class Run:
         """
         args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
-            self.logger, self.precision, args.report_to, self.folder
+            self.logger, self.precision, args.report_to, self.folder, self.first_step
         )
         self.sharded = sharded and self.state.num_processes > 1
         set_numerics(args.tf32)
@@ -244,7 +232,10 @@ class Run:
                 one's number; rows_per_epoch.
         """
         args, self.batches = self.args, batches
-        self.last_step = min(batches.last_step(args.epochs), args.max_steps or math.inf)
+        self.last_step = max(steps_of_run(args, batches), self.first_step)
+        self.checkpoints, self.saved = checkpoint_steps(args, self.last_step), None  # the last one's step
+        if self.first_step < self.last_step:
+            self._check_room()
         self.bar = announce(self)
         self.stop_request = StopRequest()
         self.postponed, self.stopped_by = False, None
@@ -271,6 +262,18 @@ class Run:
             self.parser.error(
                 f"{self.stop_request.reason}; run the same command again; what is done is kept: "
                 f"{newest_of_run(self.folder)}"
+            )
+
+    def _check_room(self):
+        """End the program with one line where the disk cannot hold a checkpoint."""
+        moments = sum("betas" in group and 2 or bool(group.get("momentum")) for group in self._groups())
+        numbers = sum(weight.numel() for weight in self.weights)
+        size = 4 * numbers * (2 + moments / len(self._groups()))
+        free = shutil.disk_usage(self.folder).free
+        if self.state.is_main_process and free < size:
+            self.parser.error(
+                f"--results-dir {self.folder}: a checkpoint takes about {size / 1e9:.2g} GB, and the disk has "
+                f"{free / 1e9:.2g} GB free: make room, or give a folder on another disk"
             )
 
     def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -341,7 +344,8 @@ class Run:
         """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
         args, stopped_by = self.args, self.stop_request.agreed()
         log_due, ending = step % args.log_every == 0, step == self.last_step or stopped_by
-        checkpoint_wanted, longest = self.postponed or step % args.ckpt_every == 0, 0
+        first, every = self.checkpoints
+        checkpoint_wanted, longest = self.postponed or step == first or step % every == 0, 0
         if log_due or checkpoint_wanted or ending:
             self.skipped, in_a_row, longest = self.skips.read()
             # never in the middle of a streak of skipped steps, unless at the end: the run may be about to abort
@@ -367,6 +371,7 @@ class Run:
             self.parser.exit(1)
         if checkpoint_due:
             self._save(step)
+            self.saved = step
         self.stopped_by = stopped_by
 
     def _not_finite(self, step, means, checkpoint_due):
@@ -406,8 +411,17 @@ class Run:
         """write(*values). If the disk does not take it, ask for a stop: there may still be room for a checkpoint."""
         try:
             write(*values)
+        except torch.OutOfMemoryError:
+            warn_once(f"memory of {write.__name__}", f"{write.__name__} is left out: the GPU's memory is full")
         except OSError as error:
             self.stop_request.ask(str(error))
+
+    def preview_due(self, step: int) -> bool:
+        """Whether to draw a preview after this step: by --sample-every, and at the end; not in the hurry of a stop."""
+        every, ending = self.args.sample_every, step == self.last_step
+        if self.stopped_by and not ending:
+            return False
+        return self.saved == step if every is None else every > 0 and (ending or step % every == 0)
 
     @contextlib.contextmanager
     def whole_ema(self, everywhere: bool = False) -> Iterator[torch.nn.Module | None]:

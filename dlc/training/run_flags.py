@@ -1,13 +1,19 @@
 """The flags of a training run, whatever is trained: those that `Run` reads."""
 
 import argparse
+import math
 from collections.abc import Callable
+
+from torch.utils.data import Dataset
 
 from dlc.machine.cli import SEED, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_workers
 
 # Recorded in each checkpoint; a run may continue with other values, and then says so.
 OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")
+
+LEAST_STEPS = 20_000  # of a run on few samples, unless flags say otherwise: fewer leave a model of noise
+FIRST_CHECKPOINT = 250  # the step, unless flags say otherwise
 
 
 def warmup(args: argparse.Namespace, step: int) -> float:
@@ -20,14 +26,35 @@ def ema_decay(args: argparse.Namespace, step: int) -> float:
     return min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
-    """Add the groups "optimisation", "precision and speed" and "run". Returns the last one."""
+def steps_of_run(args: argparse.Namespace, batches: Dataset) -> int:
+    """The number of the last step, by --epochs and --max-steps. Small data are seen more often by default."""
+    if args.max_steps and not args.epochs:
+        return args.max_steps
+    least = math.ceil(LEAST_STEPS * args.global_batch_size / batches.rows_per_epoch)
+    last = batches.last_step(args.epochs or max(args.default_epochs, least))
+    return min(last, args.max_steps or last)
+
+
+def checkpoint_steps(args: argparse.Namespace, last_step: int) -> tuple[int, int]:
+    """The step of the first checkpoint, and the steps between the others: by default about a tenth of the run."""
+    if args.ckpt_every:
+        return args.ckpt_every, args.ckpt_every
+    every = max(FIRST_CHECKPOINT, min(50_000, int(float(f"{last_step / 10:.0e}"))))
+    return FIRST_CHECKPOINT, every
+
+
+def add_run_flags(parser: argparse.ArgumentParser, epochs: int) -> Callable:
+    """Add the groups "optimisation", "precision and speed" and "run". Returns the last one. epochs: the default."""
+    parser.set_defaults(default_epochs=epochs)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(int, 1), default=1400, help="stop after this many passes over the data")
     add(
-        "--max-steps",
+        "--epochs",
         type=number(int, 1),
-        help="stop after this many optimizer steps, if that comes before --epochs [no limit]",
+        help=f"stop after this many passes over the data [{epochs}, or as many as {LEAST_STEPS:,} steps "
+        "take; no limit with --max-steps]",
+    )
+    add(
+        "--max-steps", type=number(int, 1), help="stop after this many optimizer steps, even before --epochs [no limit]"
     )
     add("--global-batch-size", type=number(int, 1), default=256, help="samples per step over all processes")
     add(
@@ -102,8 +129,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--ckpt-every",
         type=number(int, 1),
-        default=50_000,
-        help="steps between checkpoints; there is one at the end, too",
+        help="steps between checkpoints; there is one at the end, too [the first at step "
+        f"{FIRST_CHECKPOINT}, then one per tenth of the run, rounded, or per 50,000 steps]",
     )
     add("--ckpt-total-limit", type=number(int, 1), help="keep only this many checkpoints, the newest ones [all]")
+    add(
+        "--sample-every",
+        type=number(int, 0),
+        help="steps between preview pictures; there is one at the end, too; 0 disables them [one with each checkpoint]",
+    )
     return add

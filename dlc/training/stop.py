@@ -12,8 +12,7 @@ ASKED = 1000  # beside the signals' numbers: a process asked to stop for a reaso
 
 
 class StopRequest:
-    """A request to stop after a step: Ctrl-C; SIGTERM or SIGUSR1, which clusters send before they take a machine away;
-    or `ask`, in any process.
+    """A request to stop after a step: one of the signals STOPPING, or `ask`, in any process.
 
     Processes get a signal at different moments but must stop after the same step. They agree by an asynchronous
     all-reduce on the CPU (gloo) at each step, whose result is read one step later, so no rank blocks.

@@ -11,7 +11,7 @@ def train_command(processes, features, results, *flags, script="train_diffusion.
     return (
         *(launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results),
         *("--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 1),
-        *("--no-ema-warmup", *flags),
+        *("--no-ema-warmup", "--sample-every", 0, *flags),
     )
 
 

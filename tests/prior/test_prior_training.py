@@ -254,7 +254,7 @@ def test_mistakes_are_one_line(error_of, code_features, tmp_path):
         (("--heldout-path", foreign), "another encoder"),
         (("--model", "DLCPrior-XL"), "invalid choice: 'DLCPrior-XL'"),
         (("--dropout", 1), "must be 0 to 0.9"),
-        (("--sample-every", 5), "both --sample-every and the --preview-ckpt"),
+        (("--sample-every", 5), "previews need the --preview-ckpt"),
         (("--sample-every", 5, "--preview-ckpt", "nowhere"), "nowhere does not exist"),
         (("--pretrained-path", "nowhere"), "nowhere does not exist"),
         (("--global-batch-size", 9, "--grad-accum", 2), "is not a multiple of 1 processes x 2 micro-batches"),

@@ -80,15 +80,6 @@ def test_vectors_to_train_on(error_of, features, tmp_path, vectors, message):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "previews", "args.json", "log.txt", "metrics.jsonl", "loss.png"])
-def test_results_of_the_wrong_kind(error_of, features, tmp_path, name):
-    (tmp_path / "results").mkdir()
-    path = tmp_path / "results" / name
-    path.mkdir() if "." in name else path.write_text("")
-    error = error_of("train_diffusion", "--features-path", features, "--model", "DiTSEM-Ti/2")
-    assert f"results/{name} is a {'folder' if '.' in name else 'file'}, where a run has a" in error
-
-
 def test_results_of_another_program(error_of, features, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/args.json").write_text('{"lr": 1}')

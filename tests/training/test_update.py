@@ -32,67 +32,52 @@ def clip(scaler, optimizer, model):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
 
 
-def on_device(clipped):
-    """Weights, EMA, AdamW's state, the scaler's scales, what was counted of each step."""
+def trained(clipped, on_device):
+    """Weights, EMA, AdamW's state, the scaler's scales, and what was counted at each step.
+
+    on_device: as `SkippedSteps` does it; otherwise as the CPU would, by unfused kernels and a look at each step.
+    """
     model, scaler = network(), torch.amp.GradScaler(**SCALER)
-    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), fused=True, **SETTINGS)
-    skips, counted, scales = SkippedSteps([optimizer], scaler, torch.device("cpu")), [], []
+    ema, kernel = deepcopy(model), dict(fused=True) if on_device else dict(foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), **kernel, **SETTINGS)
+    skips = SkippedSteps([optimizer], scaler, torch.device("cpu"))
+    averages, weights = list(ema.parameters()), list(model.parameters())
+    scales, counted, since_line, in_a_row, longest = [], [], 0, 0, 0
     for step, loss in losses(model):
         before = deepcopy([model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]])
         scaler.scale(loss).backward()
         if clipped:
             clip(scaler, optimizer, model)
-        skips.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            update_ema(list(ema.parameters()), list(model.parameters()), 0.9, skips.last)
-        if step in OVERFLOWING and step > 1:  # the first one makes AdamW's zeros
-            torch.testing.assert_close(
-                [model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0
-            )
-        counted.append(skips.read())
-        scales.append(scaler.get_scale())
-    return model, ema, optimizer, scales, counted
-
-
-def on_cpu(clipped, fused):
-    """The same by the CPU's decision at each step. Without the scaler if fused, which would decide in the optimizer."""
-    model, scaler = network(), torch.amp.GradScaler(**SCALER, enabled=not fused)
-    ema, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), fused=fused, foreach=False, **SETTINGS)
-    scales, counted = [], []
-    since_line = in_a_row = longest = 0
-    for step, loss in losses(model):
-        scaler.scale(loss).backward()
         skipped = step in OVERFLOWING
-        if not skipped or not fused:
-            if clipped:
-                clip(scaler, optimizer, model)
+        if on_device:
+            skips.step()
+            with torch.no_grad():
+                update_ema(averages, weights, 0.9, skips.last)
+            counted.append(skips.read())
+        else:
             scaler.step(optimizer)
             scaler.update()
+            if not skipped:
+                with torch.no_grad():
+                    get_ema_multi_avg_fn(0.9)(averages, weights, None)
+            since_line, in_a_row = since_line + skipped, (in_a_row + 1) * skipped
+            longest = max(longest, in_a_row)
+            counted.append((since_line, in_a_row, longest))
         optimizer.zero_grad()
-        if skipped:
-            since_line, in_a_row = since_line + 1, in_a_row + 1
-        else:
-            in_a_row = 0
-            with torch.no_grad():
-                get_ema_multi_avg_fn(0.9)(list(ema.parameters()), list(model.parameters()), None)
-        longest = max(longest, in_a_row)
-        counted.append((since_line, in_a_row, longest))
+        if skipped and step > 1:  # the first one makes AdamW's zeros
+            now = [model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]]
+            torch.testing.assert_close(now, before, rtol=0, atol=0)
         scales.append(scaler.get_scale())
-    return model, ema, optimizer, scales, counted
+    return [model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]], scales, counted
 
 
 @pytest.mark.parametrize("clipped", [False, True])
 def test_as_the_cpu_would_decide(clipped):
-    """To the bit what the fused kernel does without the other steps, and to rounding what the unfused way does."""
-    model, ema, optimizer, scales, counted = on_device(clipped)
-    for fused, tolerance in ((True, dict(rtol=0, atol=0)), (False, dict(rtol=1e-5, atol=1e-7))):
-        model2, ema2, optimizer2, scales2, counted2 = on_cpu(clipped, fused)
-        torch.testing.assert_close(model.state_dict(), model2.state_dict(), **tolerance)
-        torch.testing.assert_close(ema.state_dict(), ema2.state_dict(), **tolerance)
-        torch.testing.assert_close(optimizer.state_dict()["state"], optimizer2.state_dict()["state"], **tolerance)
-        assert counted == counted2 and (fused or scales == scales2)
-    assert counted[-1] == (6, 1, 3) and optimizer.state[model[0].weight]["step"] == STEPS - len(OVERFLOWING)
+    """A skipped step changes nothing, to the bit; the others are, to rounding, those of the unfused way."""
+    (states, scales, counted), (unfused, *others) = trained(clipped, True), trained(clipped, False)
+    torch.testing.assert_close(states, unfused, rtol=1e-5, atol=1e-7)
+    assert [scales, counted] == others
+    assert counted[-1] == (6, 1, 3) and states[2][0]["step"] == STEPS - len(OVERFLOWING)
     assert scales[0] == 2.0**9 and max(scales) > min(scales)
 
 
