@@ -25,6 +25,12 @@ LOCK_PATIENCE = 20  # seconds to wait for a launch that was just killed
 LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 FULL = {errno.ENOSPC, errno.EDQUOT}  # errors that more room on the disk mends
+REMEDIES = {
+    errno.ENOSPC: ": make room",
+    errno.EDQUOT: ": make room, your quota is used up",
+    errno.EFBIG: ": raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: ": name a folder on a disk that can be written to",
+}  # a disk that fails in another way keeps the system's words
 
 
 #################################################################################
@@ -50,11 +56,19 @@ def errno_of(error: BaseException) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def failed(what: str, error: BaseException) -> OSError:
-    """An OSError of the same number: what failed, why in the system's words, and on a full disk what to do."""
+def failed(what: str, error: BaseException, folder: Path | None = None) -> OSError:
+    """An OSError of the same number: what failed, why in the system's words, and what to do where that is known.
+
+    folder: where it was written.
+    """
     number, kind = errno_of(error), type(error) if isinstance(error, OSError) else OSError
     why = os.strerror(number) if number else one_line(error, 200)
-    made = kind(f"{what} ({why}){': make room' if number in FULL else ''}")
+    remedy = REMEDIES.get(number, "")
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder) if number == errno.ENOSPC and folder else None
+        if disk and disk.f_files and not disk.f_favail:
+            remedy = ": the disk has no inodes left, remove files, however small"
+    made = kind(f"{what} ({why}){remedy}")
     made.errno = number
     return made
 
@@ -118,7 +132,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise failed(f"cannot write {path}", error) from error
+            raise failed(f"cannot write {path}", error, path.parent) from error
         raise
 
 
@@ -190,10 +204,8 @@ def try_disk(folder: Path, rename_folders: bool = False) -> None:
         if rename_folders:
             os.replace(trial, renamed)
     except OSError as error:
-        raise OSError(
-            f"{folder} does not take what is to be written there ({error}): give a folder on a disk that can write, "
-            f"sync and rename files{' and folders' if rename_folders else ''}"
-        ) from error
+        what = f"a trial in {folder} failed: its disk has to write, sync and rename files"
+        raise failed(what + " and folders" * rename_folders, error, folder) from error
     finally:
         for path in (trial, renamed):
             shutil.rmtree(path, ignore_errors=True)

@@ -29,7 +29,7 @@ def append_metrics(path: Path, line: dict) -> None:
                 file.truncate(before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise failed(f"cannot write {path}", error) from error
+        raise failed(f"cannot write {path}", error, path.parent) from error
 
 
 def finite_number(text: str) -> float:

@@ -96,7 +96,7 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers raise on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise failed(f"cannot write checkpoint {path}", error) from error
+        raise failed(f"cannot write checkpoint {path}", error, folder) from error
     sync(path.parent)  # before older ones are removed
     return path
 

@@ -2,10 +2,11 @@
 
 import errno
 import os
+import types
 
 import pytest
 
-from dlc.machine.files import DirectoryLock
+from dlc.machine.files import DirectoryLock, failed, write_bytes
 
 
 def fails(monkeypatch, name, number, when=lambda *arguments: True):
@@ -33,8 +34,28 @@ def test_a_disk_that_does_not_do_what_is_needed(name, number, when, words, monke
     lock = DirectoryLock(tmp_path / "results")
     with monkeypatch.context() as faulty:
         fails(faulty, name, number, when)
-        with pytest.raises(OSError, match=f"results does not take what is .*{words}.*: give a folder on a disk"):
+        with pytest.raises(OSError, match=f"trial in .*results failed: .* and folders .{words}"):
             lock.acquire(rename_folders=True)
     assert not (tmp_path / "results").exists()
     lock.acquire(rename_folders=True)
     assert [path.name for path in (tmp_path / "results").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "number, inodes, words",
+    [
+        (errno.ENOSPC, 9, "No space left on device): make room"),
+        (errno.ENOSPC, 0, "No space left on device): the disk has no inodes left, remove files, however small"),
+        (errno.EDQUOT, 9, "Disk quota exceeded): make room, your quota is used up"),
+        (errno.EFBIG, 9, "File too large): raise the limit of a file's size (ulimit -f)"),
+        (errno.EIO, 0, "Input/output error)"),
+        (errno.ESTALE, 0, "Stale file handle)"),
+    ],
+)
+def test_what_is_said_of_a_write_that_failed(number, inodes, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_files=9, f_favail=inodes))
+    fails(monkeypatch, "replace", number)
+    with pytest.raises(OSError) as raised:
+        write_bytes(tmp_path / "file", b"x")
+    assert str(raised.value) == f"cannot write {tmp_path}/file ({words}" and raised.value.errno == number
+    assert str(failed("x", RuntimeError("I/O error: full (os error 28)"), tmp_path)).startswith("x (No space left")
