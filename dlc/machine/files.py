@@ -178,13 +178,13 @@ def check_output(path: str | Path, flag: str, inputs: Iterable = (), own: Iterab
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
     if path.exists() and not (path.is_file() and (own is None or {*own} <= names_in(path))):
-        raise ValueError(f"{flag} {path} exists, and is no file of this command: remove it, or name another file")
+        raise ValueError(f"{flag} {path} exists, and is no file of this command: name another file")
 
 
 def write_new(path: Path, content: bytes, flag: str) -> None:
     """Write bytes as `write_whole` does, unless they are there. Raises ValueError where other bytes are."""
     if path.exists() and path.read_bytes() != content:
-        raise ValueError(f"{flag} {path} exists, and holds something else: remove it, or name another file")
+        raise ValueError(f"{flag} {path} exists, and holds something else: name another file")
     write_bytes(path, content)
 
 

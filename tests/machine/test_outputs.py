@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
     assert content() == before
 
 
-READ, OTHER = "is read by this command", "exists, and is no file of this command: remove it, or name another file"
+READ, OTHER = "is read by this command", "exists, and is no file of this command: name another file"
 MAKE = "evaluate make-reference {} {} --image-size 16 --num-images 0"
 
 
@@ -77,6 +77,6 @@ def test_own_files_are_replaced_and_new_ones_written(tmp_path):
     check_output(tmp_path / "other.npz", "--out", [path], own=("mu",))
     write_new(tmp_path / "codes.npy", b"codes", "--out")
     write_new(tmp_path / "codes.npy", b"codes", "--out")
-    with pytest.raises(ValueError, match="--out .*codes.npy exists, and holds something else: remove it, or name"):
+    with pytest.raises(ValueError, match="--out .*codes.npy exists, and holds something else: name another"):
         write_new(tmp_path / "codes.npy", b"other", "--out")
     assert (tmp_path / "codes.npy").read_bytes() == b"codes"
