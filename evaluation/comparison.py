@@ -18,7 +18,7 @@ from evaluation import notes
 from evaluation.feature_networks import add_network_flags, check_weights_flags
 from evaluation.measuring import Measured, Output, measure
 from evaluation.metrics import METRICS, Pair
-from evaluation.reference import Reference
+from evaluation.reference import STORED, Reference
 from evaluation.sets import ImageSet
 
 #################################################################################
@@ -74,17 +74,18 @@ def needs_reference(metrics: Iterable[str]) -> bool:
 
 def check_reference(reference: Reference, metrics: Iterable[str], features: str) -> None:
     """Raise ValueError where a reference of statistics alone cannot give what the metrics need."""
-    rows, there = {name: METRICS[name] for name in metrics}, []
-    for name, row in rows.items():
+    there = []
+    for name in metrics:
+        row = METRICS[name]
         stored = row.needs == "statistics" and reference.stored(row.network or features, row.output) is not None
         if stored or reference.images is not None or row.needs == "probabilities":
             there.append(name)
-    if len(there) < len(rows):
+    if lacking := [name for name in metrics if name not in there]:
+        arrays = ", ".join(array for output in reference.statistics for array in STORED[output])
+        remedy = f"--metrics {' '.join(there)}, or " if there else ""
         raise ValueError(
-            f"--reference {reference.path} holds {reference.network}'s {' and '.join(reference.statistics)} statistics "
-            f"alone, and no images, which {', '.join(name for name in rows if name not in there)} need: give "
-            + (f"--metrics {' '.join(there)}, or " if there else "")
-            + "a reference with arr_0"
+            f"--reference {reference.path} holds {arrays} of {reference.network} alone, too little for "
+            f"{', '.join(lacking)}: give {remedy}a reference with arr_0"
         )
 
 

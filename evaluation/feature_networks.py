@@ -142,7 +142,7 @@ def find_weights(name: str, given: str | None = None) -> Path:
     except (ValueError, OSError) as error:
         raise ValueError(
             f"no weights of {name} ({one_line(error, 120)}): fetch {kind.url} elsewhere and put it into {cache}, or "
-            f"name a file of them with --{name}; agreement and reconstruction --features none work without"
+            f"name a file of them with --{name}; agreement and reconstruction --features none need none"
         ) from None
 
 

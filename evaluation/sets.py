@@ -167,6 +167,8 @@ def open_folder(path: Path, flag: str, crop: int | None = None, resize: int | No
         seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
     names, notes = sorted(name for name, is_folder in seen if is_image(name) and not is_folder), []
     folders = sum(is_folder for _, is_folder in seen)
+    if not names and not folders:
+        raise ValueError(f"{flag} {path} has no images, and no folders of them")
     if not names:
         try:
             _, names, _, remarks = list_images(path)
