@@ -54,16 +54,23 @@ class Demo:
 
     def samples(self, name: str) -> np.ndarray:
         """The samples in a --sample-dir of the demo. Raises FileNotFoundError where there are none."""
-        for npz in (self.folder / name).glob("*.npz"):
-            with np.load(npz) as archive:
-                return archive["arr_0"]
-        raise FileNotFoundError(self.folder / name)
+        with np.load(self.only(name, "*.npz")) as archive:
+            return archive["arr_0"]
 
     def prior_codes(self, name: str) -> np.ndarray:
         """The codes (n, L) that a prior drew for such samples. Raises FileNotFoundError where there are none."""
-        for folder in (self.folder / name).glob("*.codes"):
-            return read_codes(folder)
-        raise FileNotFoundError(self.folder / name)
+        return read_codes(self.only(name, "*.codes"))
+
+    def only(self, name: str, pattern: str) -> Path:
+        """What matches in a --sample-dir. Raises FileNotFoundError where nothing does, ValueError where several do."""
+        found = sorted((self.folder / name).glob(pattern))
+        if not found:
+            raise FileNotFoundError(self.folder / name)
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.folder / name} has {len(found)} sets of samples: keep one of {', '.join(map(str, found))}"
+            )
+        return found[0]
 
     def reconstructions(self) -> np.ndarray:
         """What the VAE makes of the images, (n, 64, 64, 3) uint8."""

@@ -30,7 +30,7 @@ from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.networks import add_encoder_flags
 from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
 from evaluation.report import METRICS_FILE, metrics_path, write_metrics
-from evaluation.sets import open_images
+from evaluation.sets import ImageSet, open_images
 from evaluation.tokens import CodeReader, agreement_of, codes_of, encoder_of
 
 if TYPE_CHECKING:
@@ -41,17 +41,25 @@ if TYPE_CHECKING:
 #################################################################################
 
 
-def samples_folder(path: str | Path) -> Path:
-    """The folder of PNGs that a user names by itself, or by its .npz. Raises ValueError where we wrote none there."""
-    folder = Path(path)
-    if folder.suffix == ".npz":
-        folder = folder.with_suffix("")
-    if not (folder / "samples.json").is_file():
+def open_samples(path: str | Path) -> tuple[Path, ImageSet, SamplesRecord]:
+    """The folder of PNGs, which may be gone, that a user names by itself, or by its .npz; the images; their record.
+
+    Raises ValueError where we wrote none there.
+    """
+    path = Path(path)
+    folder = path.with_suffix("") if path.suffix == ".npz" else path
+    about = path.with_suffix(".json") if path.suffix == ".npz" else path / "samples.json"
+    if not about.is_file():  # of an .npz that is not written yet
+        path, about = folder, folder / "samples.json"
+    if not about.is_file():
         raise ValueError(
-            f"{path}: there is no {folder / 'samples.json'}, which says what the samples were drawn for: name a "
-            "folder that a sampling script wrote"
+            f"{path}: there is no {about}, which says what the samples were drawn for: name a folder, or an .npz, that "
+            "a sampling script wrote"
         )
-    return folder
+    images, record = open_images(path, "SAMPLES"), SamplesRecord.read(about)
+    if images.count != record.num_fid_samples:
+        raise ValueError(f"{path} has {images.count:,} images, and {about.name} is of {record.num_fid_samples:,}")
+    return folder, images, record
 
 
 class DrawnCodes(RowConditions):
@@ -157,9 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     with parser.one_line_errors():
         check_agreement_flags(args)
-        folder = samples_folder(args.samples)
-        record, path = SamplesRecord.read(folder / "samples.json"), metrics_path(folder)
-        samples, drawn = open_images(folder, "SAMPLES"), DrawnCodes(folder, record, args.dlc_dir)
+        folder, samples, record = open_samples(args.samples)
+        path, drawn = metrics_path(folder), DrawnCodes(folder, record, args.dlc_dir)
         check_output(path, "the numbers' file", own=METRICS_FILE)
         state = start_processes()
         encoder, notes = encoder_of(args, drawn.codes, state)

@@ -6,6 +6,7 @@
 One set is a few batches in memory, whatever its size.
 """
 
+import contextlib
 import itertools
 import os
 from abc import ABC, abstractmethod
@@ -63,7 +64,7 @@ class NpzImages(ImageSet):
 
     def __init__(self, path: Path):
         self.path, (self.count, *size, _) = path, image_shape(path)
-        self.size, self.record = tuple(size), read_record(path.with_suffix(""), self.count)
+        self.size, self.record = tuple(size), read_record(path, self.count)
         others = one_line(", ".join(name for name in array_names(path) if name != "arr_0"), 100)
         self.notes = [f"{path}: not used: {others}; the numbers are those of arr_0"] if others else []
 
@@ -77,11 +78,14 @@ class NpzImages(ImageSet):
         return (image for index, image in enumerate(images) if index in wanted)
 
 
-def read_record(folder: Path, count: int) -> dict | None:
-    """The samples.json in a folder, which may lie beside an .npz; None where it describes another number of images."""
-    path = folder / "samples.json"
-    record = read_json(path) if path.is_file() else {}
-    return record if record.get("num_fid_samples") == count else None
+def read_record(npz: Path, count: int) -> dict | None:
+    """The record of an .npz of ours, which lies beside it or with its PNGs; None where it is of another set."""
+    for path in (npz.with_suffix(".json"), npz.with_suffix("") / "samples.json"):
+        with contextlib.suppress(ValueError):  # others' .npz may have any such file beside it
+            record = read_json(path)
+            if record.get("num_fid_samples") == count:
+                return record
+    return None
 
 
 #################################################################################

@@ -284,7 +284,7 @@ def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Se
     if args.agreement:
         values["code_agreement"] = found["code_agreement"]["share"]
     if args.discard:
-        shutil.rmtree(sets[0].with_suffix(""))
+        shutil.rmtree(sets[0].with_suffix(""), ignore_errors=True)
         sets[0].unlink()
     return dict(setting=setting, metrics=values, samples_sha256=found["samples"]["sha256"], common=common_of(found))
 

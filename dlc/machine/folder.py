@@ -86,10 +86,15 @@ class ResumableFolder:
                 )
             return None
         earlier = self.record_type.read(self.record_path)
-        different = self.difference(record, earlier)
-        if different and some:
-            raise ValueError(f"{self.path} holds {self.holds} made with other settings: {different}; {self.elsewhere}")
-        there, wanted = (getattr(one, self.count) if self.count else 0 for one in (earlier, record))
-        if there > wanted and some:
-            raise ValueError(f"{self.path} is a set of {there:,} {self.holds}, more than {wanted:,}: {self.elsewhere}")
-        return None if different else earlier
+        if some:
+            self.refuse_others(self.path, record, earlier)
+        return None if not some and self.difference(record, earlier) else earlier
+
+    def refuse_others(self, path: Path, record: Record, there: Record) -> None:
+        """Raise ValueError where what path holds, by its record, is another set than record says, or more."""
+        different = self.difference(record, there)
+        if different:
+            raise ValueError(f"{path} holds {self.holds} made with other settings: {different}; {self.elsewhere}")
+        count, wanted = (getattr(one, self.count) if self.count else 0 for one in (there, record))
+        if count > wanted:
+            raise ValueError(f"{path} is a set of {count:,} {self.holds}, more than {wanted:,}: {self.elsewhere}")

@@ -9,7 +9,6 @@ Pond.read("pond.json")                          # ValueError, naming file and ke
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
 FORMAT = 1  # of every record
+LONGEST_VALUE = 48  # characters that an error shows of a value
 
 #################################################################################
 #                                Kinds of values                                #
@@ -78,31 +78,37 @@ def check_values(where: object, values: Mapping, kinds: Mapping[str, Kind], need
             raise ValueError(f"{where}: {name} is missing, wanted {words}")
 
 
+def told_apart(one: object, other: object) -> list[str]:
+    """Two values that differ, as texts that differ: the middle is left out of long ones, but not where they differ."""
+    values = ["some" if isinstance(value, dict) else value for value in (one, other)]  # which other keys describe
+    at = len(os.path.commonprefix([repr(value) for value in values]))
+
+    def short(value):
+        text = repr(value)
+        if len(text) <= LONGEST_VALUE:
+            return text
+        start, end = max(0, at - 8), min(len(text), at + 16)
+        head = text[:start] if start <= 12 else f"{text[:11]}…"
+        tail = text[end:] if len(text) - end <= 8 else f"…{text[-7:]}"
+        return head + text[start:end] + tail + (f" ({len(value)} items)" if isinstance(value, list) else "")
+
+    return [short(value) for value in values]
+
+
 def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
     """How a dict from disk differs from one of this launch, in words; "" if all keys of the latter agree.
 
     A dict within a dict is compared key by key. outer: said before each key.
     """
-
-    def short(value, other):
-        text = repr(value)
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):  # a digest
-            return f"{value[:8]}…"
-        if len(text) <= 60:
-            return text
-        if isinstance(value, list):
-            return f"{text[:30]}… ({len(value)} items)"
-        start = max(0, len(os.path.commonprefix([text, repr(other)])) - 20)  # where they differ
-        return "…" * (start > 0) + text[start : start + 60] + "…" * (start + 60 < len(text))
-
     found = []
     for name, value in here.items():
         other = there.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
             found += filter(None, [differences(other, value, f"{outer}{name}.")])
         elif other != value:
-            found.append(f"{outer}{name} {short(other, value)} there, {short(value, other)} here")
-    return "; ".join(found)
+            found.append("{} {} there, {} here".format(outer + name, *told_apart(other, value)))
+    more = [f"and {len(found) - 4} more keys"] if len(found) > 5 else []
+    return "; ".join([*found[:4], *more] if more else found)
 
 
 #################################################################################

@@ -34,7 +34,7 @@ from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.latents import CudaGraphs, lower_precision, sample_latents
 from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
-from dlc.sampling.pictures import npz_rows, save_grid, write_npz
+from dlc.sampling.pictures import png_path, save_grid
 from dlc.sampling.samples_record import SampleFolder, SamplesRecord, this_launch
 from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.load import describe
@@ -90,7 +90,7 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
         runs=[],
     )
     agree("checkpoint, codes and VAE", record)
-    folder = SampleFolder(Path(args.sample_dir) / folder_name(args, meta, path, record.image_size), conditions)
+    folder = SampleFolder(Path(args.sample_dir) / folder_name(record, conditions), conditions)
     missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.per_proc_batch_size)))
     said = [
         f"{record.model} of {path} ({describe(meta)}); {conditions.describe()}; "
@@ -158,15 +158,6 @@ def draw_missing(job: Job, args: Namespace) -> None:
         bar.update(count - bar.n)  # what adding fractions left
 
 
-def finish(job: Job) -> None:
-    """Write the .npz and the contact sheet of all images; for rank 0, once all processes are done."""
-    folder, count = job.folder, job.record.num_fid_samples
-    if npz_rows(folder.npz) != count:
-        write_npz(folder.npz, folder.path, count, progress=True)
-    save_grid(folder.grid, folder.path, count)
-    folder.lock.release()
-
-
 def sample(doc: str, script: str, model: str) -> None:
     """The whole of a sampling script.
 
@@ -178,7 +169,7 @@ def sample(doc: str, script: str, model: str) -> None:
     parser = sampling_parser(doc, script, model)
     args = parser.parse_args()
     with parser.kept_on_error(KEPT, "--per-proc-batch-size", ()):
-        with parser.one_line_errors():
+        with parser.one_line_errors("nothing was drawn; what was there is kept"):
             job = prepare(args, script, model)
         run(parser, args, job)
 
@@ -197,6 +188,9 @@ def run(parser: ArgumentParser, args: Namespace, job: Job) -> None:
         draw_missing(job, args)
         wait_for_all()
         if state.is_main_process:
-            finish(job)
-    logger.info(f"done: {record.num_fid_samples:,} images in {folder.path} and {folder.npz}; look at {folder.grid}")
+            folder.finish(record.num_fid_samples)
+    there = png_path(folder.path, 0).exists()
+    where = f"{folder.path} and {folder.npz}" if there else f"{folder.npz}, whose PNGs were removed"
+    drawn_from = f"{record.checkpoint}{'' if record.step is None else f', step {record.step:,}'}"
+    logger.info(f"done: {record.num_fid_samples:,} images of {drawn_from} in {where}; look at {folder.grid}")
     state.destroy_process_group()

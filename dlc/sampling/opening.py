@@ -11,12 +11,13 @@ from diffusion.samplers import SAMPLERS, Sampler
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import start_processes
 from dlc.nets.vae import pixels_per_cell, same_vae
-from dlc.sampling.conditions import CONDITIONINGS
+from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.latents import create_sampler
+from dlc.sampling.samples_record import SamplesRecord, short_digest
 from dlc.sampling.sampling_flags import RESULTS
 from dlc.weights.hub import PUBLISHED, is_id, published_dit
-from dlc.weights.load import load_model, process_of
-from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint
+from dlc.weights.load import load_model, process_of, warn_of_young_ema
+from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint, newest_of_run
 from dlc.weights.networks import downsampling_factor, load_vae, vae_id, vae_label
 from models import DiT, DiT_models
 
@@ -51,7 +52,7 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
     args.model = args.model or (None if args.ckpt else default)
     if args.model:
         refuse_model(args, script, DiT_models[args.model].conditioning)
-    path = args.ckpt or find_checkpoint(args)
+    path = find_checkpoint(args) if args.ckpt is None else newest_of_run(args.ckpt, ("config.json",)) or args.ckpt
     model, name, meta = load_model(
         path,
         args.ema,
@@ -65,11 +66,12 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
         raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
     args.model = name
     refuse_model(args, script, model.conditioning)
+    warn_of_young_ema(path, meta)
     return Path(path), model, meta
 
 
 def find_checkpoint(args: Namespace) -> Path | str:
-    """The newest checkpoint of --model under --results-dir; where there is none, its published weights."""
+    """The newest checkpoint of the run of --model under --results-dir; where there is none, its published weights."""
     try:
         return newest_checkpoint(args.results_dir, args.model, args.ema)
     except NoCheckpoint as error:
@@ -127,10 +129,13 @@ def guided_channels(flag: str | None, model: DiT) -> int:
     return 3 if flag == "3" else model.in_channels
 
 
-def folder_name(args: Namespace, meta: RunMeta, path: Path, image_size: int) -> str:
-    """The name of the folder for a set of samples."""
-    checkpoint, vae = path.stem if path.is_file() else path.name, vae_label(args.vae or meta.vae or "ema")
+def folder_name(record: SamplesRecord, conditions: Conditions) -> str:
+    """The name of the folder for a set of samples: what people look for, and a digest of everything that decides it."""
+    checkpoint, vae = Path(record.checkpoint), vae_label(record.vae)
+    named = checkpoint.stem if checkpoint.is_file() else checkpoint.name
+    if record.step is not None and named != f"{record.step:07d}":
+        named += f"-{record.step:07d}"
     return (
-        f"{args.model.replace('/', '-')}-{checkpoint}-size-{image_size}-vae-{vae}-cfg-{args.cfg_scale}"
-        f"-seed-{args.global_seed}"
+        f"{record.model.replace('/', '-')}-{named}-size-{record.image_size}-vae-{vae}-cfg-{record.cfg_scale}"
+        f"-seed-{record.global_seed}-{short_digest(record, conditions)}"
     )

@@ -21,8 +21,8 @@ from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
-from dlc.weights.load import load_prior, process_of
-from dlc.weights.meta import damage, is_prior, newest_of_run, run_checkpoints
+from dlc.weights.load import load_prior, process_of, warn_of_young_ema
+from dlc.weights.meta import NoCheckpoint, damage, is_prior, newest_of_run, only_run, run_checkpoints
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -31,30 +31,30 @@ BATCH = 64  # codes per batch; divides code_folder.SHARD
 
 
 def newest_prior(results_dir: str | Path, use_ema: bool = True) -> Path:
-    """The weights to draw codes with, from results_dir, which is a run of train_prior.py or a folder of runs.
+    """The weights to draw codes with from the one run of train_prior.py that is results_dir, or a folder of it.
 
-    Those of the lowest held-out bound, best/, if they were kept, else the newest checkpoint; of the run that wrote
-    last. Raises ValueError if there is no prior.
+    Raises NoCheckpoint if there is none; ValueError if there are several, see `only_run`.
     """
-    best, written = {}, {}
+    return best_of_run(only_run(results_dir, is_prior, "prior", "train_prior.py"), use_ema)
+
+
+def best_of_run(run: Path, use_ema: bool = True) -> Path:
+    """The weights of a run's lowest held-out bound, best/, if they were kept, else its newest checkpoint."""
     files = "meta.json", "ema.safetensors" if use_ema else "model.safetensors"
-    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
-        whole = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp" and not damage(path, files))
-        newest = [*run_checkpoints(run)[-1:], *whole[-1:]]
-        if newest and is_prior(newest[-1]):
-            best[run], written[run] = whole[-1] if whole else None, max(path.stat().st_mtime for path in newest)
-    if not written:
-        raise ValueError(
-            f"no prior under --results-dir {results_dir}: train one with train_prior.py first, or name one with --ckpt"
-        )
-    run = max(written, key=written.get)
-    return best[run] or newest_of_run(run, files)
+    whole = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp" and not damage(path, files))
+    return whole[-1] if whole else newest_of_run(run, files)
 
 
 def resolved(path: str | Path, use_ema: bool = True) -> str | Path:
-    """The path of a prior that a user names: of a run, that of the weights to draw with; anything else as it is."""
-    is_run = Path(path).is_dir() and not (Path(path) / "meta.json").exists() and any(run_checkpoints(path))
-    return newest_prior(path, use_ema) if is_run else path
+    """The path of a prior that a user names: of a run, or a folder of one, the weights to draw with; else as it is."""
+    if not Path(path).is_dir() or (Path(path) / "config.json").exists():
+        return path
+    if run_checkpoints(path) or (Path(path) / "best").is_dir():
+        return best_of_run(Path(path), use_ema)
+    try:
+        return newest_prior(path, use_ema)
+    except NoCheckpoint:  # others' weights
+        return path
 
 
 class PriorDraw:
@@ -76,6 +76,7 @@ class PriorDraw:
         path = resolved(path, use_ema)
         self.path, self.seed, self.precision, self.tf32 = path, seed, precision, tf32
         self.model, self.meta = model, meta = load_prior(path, use_ema)
+        warn_of_young_ema(path, meta)
         self.spec = CodeSpec(owner=f"the prior {path}", L=model.L, V=model.V, encoder_sha256=meta.encoder_sha256)
         self.diffusion, spec, classes = process_of(meta), SAMPLERS[options.sampler], options.classes
         steps = options.steps or spec.default_steps or model.L

@@ -1,6 +1,8 @@
 """The folder of PNGs that one set of samples goes to, the files beside it, and samples.json: what made them."""
 
 import datetime
+import hashlib
+import json
 import platform
 import sys
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dlc.machine.files import remove_temporaries, write_json
+from dlc.machine.files import remove_temporaries, write_bytes, write_json
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.processes import versions
 from dlc.machine.records import (
@@ -25,7 +27,7 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
-from dlc.sampling.pictures import missing_indices
+from dlc.sampling.pictures import missing_indices, npz_rows, save_grid, write_npz
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 COUNT, SIZE = whole_number(0), whole_number(1)
 HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)  # noqa: E731
 CONDITIONS = HAS_KIND, "an object with a kind of conditions"
+NAMED = 64  # samples whose conditions are in the folder's name
 SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
 
 
@@ -76,6 +79,15 @@ class SamplesRecord(Record):
         return {**super().settings(), "conditions": conditions}
 
 
+def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
+    """Eight digits that tell sets apart: of all settings, and of what the first samples are drawn for.
+
+    It does not depend on the number of samples, so that a set may grow.
+    """
+    decides = record.settings(), conditions.digest(NAMED)
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def this_launch(state: "PartialState", per_proc_batch_size: int) -> dict:
     """The entry of `runs` for this launch, but for the number of images or shards that it draws."""
     return dict(
@@ -91,7 +103,8 @@ def this_launch(state: "PartialState", per_proc_batch_size: int) -> dict:
 class SampleFolder(ResumableFolder):
     """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png.
 
-    If a prior draws the codes, FOLDER.codes/, too.
+    FOLDER.json is the samples.json of the images in FOLDER.npz, by which these stay known when the PNGs are removed;
+    then nothing is missing. An .npz stays until another of the same set replaces it. FOLDER.codes/: what a prior drew.
 
     Args:
         conditions: what the samples are drawn for, see CONDITIONINGS.
@@ -103,14 +116,43 @@ class SampleFolder(ResumableFolder):
     def __init__(self, path: str | Path, conditions: "Conditions"):
         super().__init__(path)
         self.conditions = conditions
-        self.npz, self.grid, self.strip, self.codes = (
-            self.path.with_name(self.path.name + end) for end in (".npz", ".grid.png", ".progressive.png", ".codes")
+        self.npz, self.about, self.grid, self.strip, self.codes = (
+            self.path.with_name(self.path.name + end)
+            for end in (".npz", ".json", ".grid.png", ".progressive.png", ".codes")
         )
+
+    def compare(self, record: SamplesRecord) -> SamplesRecord | None:
+        """See `ResumableFolder`. The .npz, too, is to hold nothing else."""
+        earlier = super().compare(record)
+        if not self.npz.exists():
+            return earlier
+        there = SamplesRecord.read(self.about) if self.about.is_file() else earlier
+        if there is None:
+            raise ValueError(
+                f"{self.npz} is there, but no {self.about.name} to say what it holds: move it, or {self.elsewhere}"
+            )
+        self.refuse_others(self.npz, record, there)
+        return earlier or there
 
     def missing(self, record: SamplesRecord) -> list[int]:
         """The indices of the images to draw."""
         remove_temporaries(self.path.parent, self.path.name + ".")
-        return missing_indices(self.path, record.num_fid_samples)
+        missing, count = missing_indices(self.path, record.num_fid_samples), record.num_fid_samples
+        return [] if len(missing) == count and self.is_finished(count) else missing
+
+    def is_finished(self, count: int) -> bool:
+        """Whether the .npz is whole and of all images that were drawn so far, of which no PNG need be left."""
+        if npz_rows(self.npz) != count or not self.about.is_file():
+            return False
+        return not self.record_path.is_file() or self.about.read_bytes() == self.record_path.read_bytes()
+
+    def finish(self, count: int) -> None:
+        """Write the .npz and the contact sheet of all images, and release the lock."""
+        if not self.is_finished(count):
+            write_npz(self.npz, self.path, count, progress=True)
+            write_bytes(self.about, self.record_path.read_bytes())
+        save_grid(self.grid, self.path, count)
+        self.lock.release()
 
     def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
         """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""
@@ -122,7 +164,6 @@ class SampleFolder(ResumableFolder):
         return differences(there, {"conditions.sha256": digest})
 
     def write_record(self, record: SamplesRecord) -> None:
-        """Write samples.json with the condition of each sample, and remove the .npz, whose images are out of date."""
-        self.npz.unlink(missing_ok=True)
+        """Write samples.json with the condition of each sample."""
         values = self.conditions.values(np.arange(record.num_fid_samples)).tolist()
         write_json(self.record_path, {**record.to_json(), self.conditions.key: values})

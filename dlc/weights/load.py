@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffusion.process_table import Process, create_process
+from dlc.machine.cli import warn_once
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, use_diffusers_function
 from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
@@ -26,6 +27,7 @@ from prior import DLCPrior, DLCPrior_models
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+YOUNG = 0.05  # share of an EMA that is still the start of training
 OWN_FILES = "ema.safetensors", "model.safetensors"
 
 
@@ -189,6 +191,16 @@ def describe(meta: RunMeta) -> str:
     """What was recognised, in one line: layout, EMA or raw, step."""
     kind = {"ema": "EMA weights", "raw": "raw weights"}.get(meta.weights, "weights as in the file, EMA or raw unknown")
     return f"{meta.layout}; {kind}, step {'unknown' if meta.step is None else f'{meta.step:,}'}"
+
+
+def warn_of_young_ema(path: str | Path, meta: RunMeta) -> None:
+    """Warn where EMA weights still hold much of the random network that training began with: they draw noise."""
+    if meta.weights == "ema" and (meta.ema_start or 0.0) > YOUNG:
+        warn_once(
+            f"young {path}",
+            f"{meta.ema_start:.0%} of the EMA weights of {path}, step {meta.step:,}, is still the random network that "
+            "training began with: samples will look like noise; draw with the raw weights (--no-ema), or train longer",
+        )
 
 
 def load_pretrained(named: object, model: torch.nn.Module, state: "PartialState | None" = None) -> str:

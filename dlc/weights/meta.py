@@ -369,30 +369,40 @@ class NoCheckpoint(ValueError):
     """There is no checkpoint of a model where one was looked for."""
 
 
-def newest_checkpoint(results_dir: str | Path, model: str, use_ema: bool = True) -> Path:
-    """The newest checkpoint of a model (a name in DiT_models) under results_dir, a run or a folder of runs.
+def only_run(results_dir: str | Path, fits: Callable[[Path], bool], what: str, script: str) -> Path:
+    """The run of which a checkpoint fits, results_dir or one of its folders.
 
-    Within a run that is the highest step, since copying may change the files' times; between runs, the last written.
-
-    Raises NoCheckpoint if there is none, ValueError if its meta.json or the wanted weights are damaged.
+    Raises NoCheckpoint if there is none; ValueError, which lists them with their steps, if there are several.
     """
-    runs, written = {}, {}
+    runs, models = {}, set()
     for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
-        checkpoints = run_checkpoints(run)
-        if checkpoints:
-            meta = checkpoints[-1] / "meta.json"
-            written[run] = (meta if meta.is_file() else checkpoints[-1]).stat().st_mtime
-            runs[run] = "an unknown model (damaged)"
-        for path in reversed(checkpoints):
+        best, model = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp"), None
+        for path in reversed([*best, *run_checkpoints(run)]):
+            model = "an unknown model (damaged)"
             with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it names the model
-                runs[run] = read_config(path).model
+                model = read_config(path).model
+                if fits(path):
+                    runs[run] = path
                 break
-    of_model = [run for run, name in runs.items() if name == model]
-    if not of_model:
-        others = f" (there are some of {', '.join(sorted(set(map(str, runs.values()))))})" if runs else ""
-        raise NoCheckpoint(
-            f"no checkpoint of {model} under --results-dir {results_dir}{others}: train one with "
-            "train_diffusion.py first, or name one with --ckpt"
+        models |= {model} - {None}
+    if len(runs) > 1:
+        listed = [f"{run} (step {int(path.name):,})" for run, path in runs.items()]
+        more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+        raise ValueError(
+            f"{len(runs)} runs under {results_dir} have a {what}: {', '.join(listed[:6])}{more}; name one of them"
         )
-    weights = "ema.safetensors" if use_ema else "model.safetensors"
-    return newest_of_run(max(of_model, key=written.get), ("config.json", "meta.json", weights))
+    if not runs:
+        others = f" (there are some of {', '.join(sorted(models))})" if models else ""
+        remedy = f"train one with {script} first, or name one with --ckpt"
+        raise NoCheckpoint(f"no {what} under --results-dir {results_dir}{others}: {remedy}")
+    return next(iter(runs))
+
+
+def newest_checkpoint(results_dir: str | Path, model: str, use_ema: bool = True) -> Path:
+    """The checkpoint of the highest step of the run of a model (a name in DiT_models): see `only_run`.
+
+    Raises ValueError if its meta.json or the wanted weights are damaged.
+    """
+    what = f"checkpoint of {model}"
+    run = only_run(results_dir, lambda path: read_config(path).model == model, what, "train_diffusion.py")
+    return newest_of_run(run, ("config.json", "meta.json", f"{'ema' if use_ema else 'model'}.safetensors"))

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import dlc
 from dlc.machine.cli import LONGEST_LINE, ArgumentParser, one_line, path_or_name, progress, shortened
+from dlc.machine.records import differences, told_apart
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 WORK = """
@@ -121,3 +122,22 @@ def test_what_ends_the_work(error, status, said, capsys):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"), ArgumentParser("").kept_on_error("", ""):
         raise RuntimeError("a shape is wrong")
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("/data/" + "a/" * 40 + "one/end", "/data/" + "a/" * 40 + "two/end"),
+        ("x" * 70, "x" * 71),
+        ("0" * 64, "1" + "0" * 63),
+        ("a" * 90 + "1", "a" * 90 + "2"),
+        (list(range(99)), [*range(50), 0, *range(51, 99)]),
+        (None, dict(model="DLCPrior")),
+        ("short", "s" * 99),
+    ],
+)
+def test_values_that_differ_are_told_apart(one, other):
+    """Long ones shortened, short ones whole, and never two texts that look alike."""
+    there, here = told_apart(one, other)
+    assert there != here and max(len(there), len(here)) < 70 and "{" not in there + here
+    assert differences(dict(key=one), dict(key=other)) == f"key {there} there, {here} here"

@@ -168,14 +168,19 @@ def test_classes_are_recorded(prior, run, tmp_path):
 
 
 def test_which_prior_is_taken(tmp_path):
-    """The best of a run, else its newest checkpoint; of several runs the one that wrote last; raw weights as asked."""
+    """The best of a run, else its newest checkpoint; of several runs none; raw weights as asked."""
     first = save_prior(tmp_path / "runs/a/checkpoints/0000010")
     assert newest_prior(tmp_path / "runs") == first == resolved(tmp_path / "runs/a") and resolved(first) == first
     best = save_prior(tmp_path / "runs/a/best/0000004", weights=["ema"])
     assert newest_prior(tmp_path / "runs/a") == best
     assert newest_prior(tmp_path / "runs/a", use_ema=False) == first
+    assert resolved(tmp_path / "runs") == best
     with pytest.raises(ValueError, match="no prior under --results-dir"):
         newest_prior(tmp_path / "runs/a/best")
+    save_prior(tmp_path / "runs/b/checkpoints/0000003")
+    for choose in (newest_prior, resolved):
+        with pytest.raises(ValueError, match=r"2 runs under .* have a prior: .*a \(step 10\), .*b \(step 3\); name"):
+            choose(tmp_path / "runs")
 
 
 # ---------------------------------------------------------------------- usage of codes
@@ -244,8 +249,6 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert json.loads((folder / "samples.json").read_text())["code_rows"] == list(range(5))
     assert torch.equal(DrawnCodes(folder, record)(np.arange(5)), torch.from_numpy(read(codes[0])[:5]))
     launch(("forked", 1, *command, "--num-fid-samples", 5, "--progressive", 2), workplace)  # only a strip to draw
-    result = launch(("forked", 1, *command, "--num-fid-samples", 5, "--prior-steps", 2), workplace, check=False)
-    assert result.returncode == 2 and "other settings: conditions.prior.options.steps 6 there, 2 here" in result.stdout
     listed = (*DRAW, "--dlc-dir", codes[0], "--dlc-order", "sequential", "--sample-dir", tmp_path / "listed")
     listed = launch(("forked", 1, *listed, "--num-fid-samples", 5), workplace).stdout
     assert f"{NUM} codes of {codes[0]} in sequential order" in listed

@@ -1,19 +1,26 @@
 """What samples are drawn for: codes from every kind of source, labels and vectors; and how samples.json says it."""
 
 import json
+import shutil
 import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import L, V
+from conftest import L, V, save_checkpoint
+from tiny_prior import save_prior
 
 from dlc.data.images import save_png
+from dlc.machine.cli import WARNED
 from dlc.sampling.code_folder import open_codes
 from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors
-from dlc.sampling.pictures import png_path
+from dlc.sampling.opening import open_model
+from dlc.sampling.pictures import npz_rows, png_path
+from dlc.sampling.prior_draw import PriorDraw
+from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.samples_record import SampleFolder, SamplesRecord
+from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.meta import RunMeta
 
 MODEL = types.SimpleNamespace(sem_embedder=types.SimpleNamespace(L=L, V=V))
@@ -264,3 +271,65 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
         with pytest.raises(ValueError, match=message):
             folder.open(replace(more, **changes), {})
         assert not (folder.path / ".lock").exists()
+
+
+@pytest.fixture
+def label_set(tmp_path):
+    """label_set(count, PNGs to write, changes…): the folder and record of so many samples for labels, opened."""
+    model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
+    labels = ClassLabels(model, "equal", 0)
+
+    def start(count, **changes):
+        conditions = {**labels.recorded, "sha256": labels.digest(count)}
+        record = replace(RECORD, num_fid_samples=count, conditions=conditions, runs=[], **changes)
+        folder = SampleFolder(tmp_path / "samples/set", labels)
+        missing = folder.open(record, dict(date="now"))
+        for index in missing:
+            save_png(png_path(folder.path, index), np.full((8, 8, 3), index, np.uint8))
+        return folder, missing
+
+    return start
+
+
+def test_an_npz_outlives_its_pngs(label_set):
+    """Nothing is to do if it is whole; it stays until the next one is, and none but its own set replaces it."""
+    folder, _ = label_set(4)
+    folder.finish(4)
+    assert SamplesRecord.read(folder.about).num_fid_samples == 4 and npz_rows(folder.npz) == 4
+    first = folder.npz.read_bytes()
+    for remove in (lambda: shutil.rmtree(folder.path), lambda: [path.unlink() for path in folder.path.glob("*.png")]):
+        remove()
+        again, missing = label_set(4)
+        again.finish(4)
+        assert missing == [] and folder.npz.read_bytes() == first and not list(folder.path.glob("*.png"))
+    more, missing = label_set(6)
+    assert len(missing) == 6 and folder.npz.read_bytes() == first and SamplesRecord.read(folder.about).runs[0]
+    more.lock.release()  # killed here, and nothing is missing but the .npz
+    more, missing = label_set(6)
+    more.finish(6)
+    assert missing == [] and npz_rows(folder.npz) == 6
+    shutil.rmtree(folder.path)
+    for count, changes, message in (
+        (6, dict(t_min=1), "set.npz holds samples made with other settings: t_min 0 there, 1 here"),
+        (5, {}, "set.npz is a set of 6 samples, more than 5"),
+        (6, {}, "set.npz is there, but no set.json to say what it holds"),
+    ):
+        if "no set.json" in message:
+            folder.about.unlink()
+        with pytest.raises(ValueError, match=message):
+            label_set(count, **changes)
+        assert npz_rows(folder.npz) == 6 and not folder.path.exists()
+
+
+@pytest.mark.parametrize("share, warned", [(0.97, True), (0.04, False)])
+def test_an_ema_that_is_still_the_start_is_warned_of(share, warned, tmp_path, capsys):
+    """Of a model, of its raw weights never, and of a prior."""
+    model = save_checkpoint(tmp_path / "model/checkpoints/0000001", settings=dict(ema_start=share))
+    shutil.copyfile(model / "ema.safetensors", model / "model.safetensors")
+    for flags in (("--ckpt", tmp_path / "model"), ("--ckpt", model), ("--ckpt", model, "--no-ema")):
+        WARNED.clear()
+        args = sampling_parser("", ComputedCodes.script, "").parse_args([*map(str, flags)])
+        assert open_model(args, ComputedCodes.script, "")[0] == model
+        assert ("97% of the EMA weights" in capsys.readouterr().err) == (warned and "--no-ema" not in flags)
+    PriorDraw(save_prior(tmp_path / "prior", ema_start=share), True, PriorOptions(), seed=0)
+    assert ("97% of the EMA weights" in capsys.readouterr().err) == warned

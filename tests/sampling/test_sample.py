@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, SAMPLE_FLAGS, L, V, launch, sample_folder, save_checkpoint
 from PIL import Image
+from tiny_prior import save_prior
 
 import sample_ddp_computed_dlc
 from diffusion import create_diffusion
@@ -17,6 +18,8 @@ from dlc.data import Features
 from dlc.data.images import to_uint8
 from dlc.machine.noise import Stream, normal
 from dlc.nets.vae import decode
+from dlc.sampling.command import prepare
+from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.networks import load_vae
 from models import DiT_models
 
@@ -53,7 +56,9 @@ def refused(workplace, monkeypatch, capsys):
 
 def test_what_sampling_leaves(workplace, tiny_models):
     folder = sample_folder(workplace / "samples")
-    assert folder.name == f"DiTSEM-Ti-4-0000003-size-{IMAGE_SIZE}-vae-{tiny_models[0].name}-cfg-1.5-seed-0"
+    readable, _, digest = folder.name.rpartition("-")
+    assert readable == f"DiTSEM-Ti-4-0000003-size-{IMAGE_SIZE}-vae-{tiny_models[0].name}-cfg-1.5-seed-0"
+    assert len(digest) == 8
     assert sorted(path.name for path in folder.glob("*.png")) == [f"{index:06d}.png" for index in range(21)]
     array, record = read_npz(workplace / "samples"), record_of(workplace / "samples")
     assert array.shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3) and array.dtype == np.uint8
@@ -112,7 +117,6 @@ def test_the_same_command_again_draws_what_is_missing(workplace):
     (folder / "000011.png").write_bytes(b"")
     (folder / "000019.png").unlink()
     (npz,) = (workplace / "again").glob("*.npz")
-    npz.write_bytes(npz.read_bytes().replace(np.array(Image.open(folder / "000002.png")).tobytes()[:99], bytes(99)))
     (folder / f".000019.png.{'0' * 32}.tmp").write_text("of a process that was killed")
     other = workplace / "again" / f".{folder.name}0.npz.{'0' * 32}.tmp"  # what seed 10 is about to write
     other.write_text("")
@@ -142,42 +146,39 @@ def test_what_is_drawn_again_has_the_same_bytes(workplace, rounded, tmp_path):
     assert {path: path.read_bytes() for path in whole} == whole
 
 
-def test_codes_that_changed_are_noticed(workplace, refused):
-    """One code of those drawn is another now, and more are asked for."""
-    flags = ("--dlc-dir", "changing.npy", "--sample-dir", "changing", "--cfg-scale", 1, "--dlc-order", "sequential")
-    codes = np.random.default_rng(0).integers(0, V, (80, L))
-    np.save(workplace / "changing.npy", codes)
-    launch(("forked", 1, *CODES, *flags, "--num-fid-samples", 6), workplace)
-    codes[6] = (codes[6] + 1) % V  # not drawn yet
-    np.save(workplace / "changing.npy", codes)
-    assert "2 of 8" in launch(("forked", 1, *CODES, *flags, "--num-fid-samples", 8), workplace).stdout
-    codes[4] = (codes[4] + 1) % V
-    np.save(workplace / "changing.npy", codes)
-    assert "conditions.sha256 " in refused(*flags, "--num-fid-samples", 10)
+def test_what_decides_the_images_is_in_the_name(workplace, monkeypatch):
+    """Each flag, other weights at the same path, and other codes have a folder of their own; the others do not."""
+    monkeypatch.chdir(workplace)
 
+    def name(*flags):
+        args = sampling_parser("", CODES[0], "").parse_args([*map(str, (*CODES[1:], "--sample-dir", "names", *flags))])
+        folder = prepare(args, CODES[0], "DiTSEM-XL/2").folder
+        folder.lock.release()
+        return folder.path.name
 
-def test_other_settings_are_refused(workplace, refused):
-    """Every flag that decides the images, into the folder of another value; other weights; a smaller set."""
-    for flags, message in (
-        (("--sampler", "ddim"), "sampler 'ddpm' there, 'ddim' here"),
-        (("--no-ema",), "weights_sha256 "),
-        (("--t-min", 1), "t_min 0 there, 1 here"),
-        (("--t-max", 998), "t_max 999 there, 998 here"),
-        (("--cfg-channels", 3), "cfg_channels 4 there, 3 here"),
-        (("--precision", "bf16"), "precision 'fp32' there, 'bf16' here"),
-        (("--no-tf32",), "tf32 True there"),
-        (("--vae-precision", "bf16"), "vae_precision 'fp32' there"),
-        (("--dlc-order", "sequential"), "conditions.order 'random' there, 'sequential' here"),
-        (("--num-fid-samples", 5), "is a set of 21 samples, more than 5"),
-    ):
-        assert message in refused(*flags)
-    # the same command after training anew at the same path must not pass old samples off as the new model's
+    plain, codes = name(), np.zeros((20, L), int)
+    assert plain == sample_folder(workplace / "samples").name == name("--num-fid-samples", 3000, "--compile")
     shutil.copytree(workplace / "results/checkpoints", workplace / "anew/checkpoints")
     path = workplace / "anew/checkpoints/0000003/ema.safetensors"
     weights = safetensors.torch.load_file(path)
     weights["sem_embedder.embedding_table"] += 1
     safetensors.torch.save_file(weights, path)
-    assert "weights_sha256 " in refused("--results-dir", "anew")
+    names = [plain, name("--results-dir", "anew")]
+    for token in range(2):
+        codes[3] = token
+        np.save(workplace / "changing.npy", codes)
+        names.append(name("--dlc-dir", "changing.npy"))
+    for flags in (
+        *(("--sampler", "ddim"), ("--no-ema",), ("--t-min", 1), ("--t-max", 998), ("--cfg-channels", 3)),
+        *(("--precision", "bf16"), ("--no-tf32",), ("--vae-precision", "bf16"), ("--dlc-order", "sequential")),
+        *(("--num-sampling-steps", 4), ("--sampler", "ddim", "--eta", 0.1), ("--prior", save_prior(workplace / "p"))),
+    ):
+        names.append(name(*flags))
+    assert len(set(names)) == len(names)
+
+
+def test_other_sets_are_refused(workplace, refused):
+    assert "is a set of 21 samples, more than 5" in refused("--num-fid-samples", 5)
     folder = sample_folder(workplace / "samples")
     shutil.copytree(folder, workplace / "without" / folder.name, ignore=shutil.ignore_patterns("samples.json"))
     assert "holds samples but no samples.json" in refused("--sample-dir", "without")
@@ -210,8 +211,7 @@ def test_class_conditional_sampling(workplace):
 
 
 def test_sampling_for_vectors(tiny_models, tmp_path):
-    """A DiTCONT draws for the rows of --condition-path, the same by two processes, and by Heun's method; and is refused
-    vectors that changed."""
+    """A DiTCONT draws for the rows of --condition-path, the same by two processes, and by Heun's method."""
     path = save_checkpoint(
         tmp_path / "results/checkpoints/0000001", "DiTCONT-Ti/4", vae=tiny_models[0], sizes=dict(in_dim=5)
     )
@@ -236,6 +236,3 @@ def test_sampling_for_vectors(tiny_models, tmp_path):
     record = record_of(tmp_path / "samples_1")
     assert sorted(record["vector_rows"][:4]) == [0, 1, 2, 3] and record["vector_rows"][4:] == record["vector_rows"][:2]
     assert (record["sampler"], record["num_sampling_steps"], record["cfg_channels"]) == ("heun", 3, 4)
-    np.save(tmp_path / "vectors/0.npy", vectors + 1)
-    result = launch(("forked", 1, *command, "--sample-dir", "samples_1"), tmp_path, check=False)
-    assert result.returncode == 2 and "conditions.sha256 " in result.stdout and "Traceback" not in result.stdout

@@ -34,7 +34,7 @@ def contents(root):
     """The bytes of every picture, and of the .npz; nothing else may be left."""
     folder = sample_folder(root)
     assert {path.name for path in folder.iterdir()} == {f"{i:06d}.png" for i in range(COUNT)} | {"samples.json"}
-    beside = {f"{folder.name}.{end}" for end in ("npz", "grid.png", "progressive.png")}
+    beside = {f"{folder.name}.{end}" for end in ("npz", "json", "grid.png", "progressive.png")}
     assert {path.name for path in root.iterdir()} == {folder.name, *beside}
     return {path.name: path.read_bytes() for path in [*folder.glob("*.png"), *root.glob("*.npz"), *root.glob("*.png")]}
 

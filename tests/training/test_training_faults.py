@@ -89,21 +89,6 @@ def test_disks_that_can_do_less(fault, warning, trained, tmp_path):
     assert len(run_checkpoints(tmp_path / "run")) == 2
 
 
-@pytest.mark.slow
-def test_newest_is_the_highest_step_of_the_newest_run(trained, tmp_path):
-    """A copy may have lost the files' times, or turned them round."""
-    for name in ("one", "two"):
-        trained(f"runs/{name}", "--max-steps", 3, "--ckpt-every", 1)
-    runs = {name: run_checkpoints(tmp_path / "runs" / name) for name in ("one", "two")}
-    for times in ({"one": (300, 200, 100), "two": (90, 80, 70)}, {"one": (100, 100, 100), "two": (50, 50, 50)}):
-        for name, paths in runs.items():
-            for path, seconds in zip(paths, times[name]):
-                for file in (*path.iterdir(), path):
-                    os.utime(file, (seconds, seconds))
-        assert newest_checkpoint(tmp_path / "runs", "DiTSEM-Ti/4") == runs["one"][-1]
-        assert newest_checkpoint(tmp_path / "runs/two", "DiTSEM-Ti/4") == runs["two"][-1]
-
-
 #################################################################################
 #                                     Damage                                    #
 #################################################################################

@@ -108,6 +108,16 @@ def test_only_whole_checkpoints_count(tmp_path):
         newest_checkpoint(tmp_path, "DiT-S/2")
 
 
+def test_several_runs_of_a_model_are_listed(tmp_path):
+    """The last written is not taken for the one that is meant: a trial of few steps may be."""
+    for run, step in ((".", 7), ("a", 4000), ("b", 3)):
+        save(tmp_path / run, tiny(), step)
+    runs = rf"{tmp_path} \(step 7\), {tmp_path}/a \(step 4,000\), {tmp_path}/b \(step 3\); name one of them"
+    with pytest.raises(ValueError, match=f"3 runs under {tmp_path} have a checkpoint of DiTSEM-Ti/8: {runs}"):
+        newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
+    assert newest_checkpoint(tmp_path / "a", "DiTSEM-Ti/8").name == "0004000"
+
+
 def test_records_are_readable_and_read_back(tmp_path):
     """Keys that nobody declared are kept; those that are not known are left out."""
     path = save(tmp_path, tiny(), features_path="features", my_option=[1, "a"])
@@ -155,7 +165,7 @@ def test_what_cannot_be_recorded_is_named():
 def test_resume_point(tmp_path):
     """Another model is another run; other data need to be allowed."""
     model, settings = tiny(), dict(global_seed=0)
-    begin = RunMeta(step=0, place=0, logged=0, skipped=0)
+    begin = RunMeta(step=0, place=0, logged=0, skipped=0, ema_start=1.0)
     assert resume_point(tmp_path, config(model), settings, False) == (None, begin, "")
     path = save(tmp_path, model, 2)
     assert resume_point(tmp_path, config(model), settings, False) == (path, meta_of(2), "")
