@@ -24,10 +24,10 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     )
     add(
         "--ckpt",
-        help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the model's newest "
-        "under --results-dir; if there is none, for DiT-XL/2, the published weights]",
+        help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the newest of the "
+        "model's run under --results-dir; if there is none, for DiT-XL/2, the published weights]",
     )
-    add("--results-dir", default=RESULTS, help="look for the newest checkpoint here [%(default)s]")
+    add("--results-dir", default=RESULTS, help="look for the run of the model here [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add(
         "--diffusers-time",
