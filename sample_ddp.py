@@ -2,9 +2,9 @@
 
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000
 
-In: weights in any layout of docs/weights.md [the newest of the run under results/; if there is none of a DiT-XL/2, its published
-weights, which are fetched]. Out: SAMPLES/, see dlc/sampling/. The same command run again draws what is missing; the
-images do not depend on the number of processes.
+In: weights in any layout of docs/weights.md [the newest of the run under results/; if there is none of a DiT-XL/2, its
+published weights, which are fetched]. Out: SAMPLES/, see dlc/sampling/. The same command run again draws what is
+missing; the images do not depend on the number of processes.
 """
 
 from dlc.sampling.command import sample
