@@ -82,7 +82,7 @@ def read_record(npz: Path, count: int) -> dict | None:
     """The record of an .npz of ours, which lies beside it or with its PNGs; None where it is of another set."""
     for path in (npz.with_suffix(".json"), npz.with_suffix("") / "samples.json"):
         with contextlib.suppress(ValueError):  # others' .npz may have any such file beside it
-            record = read_json(path)
+            record = read_json(path) if path.is_file() else {}
             if record.get("num_fid_samples") == count:
                 return record
     return None
