@@ -204,8 +204,8 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     np.save(tmp_path / "right.npy", codes)
     np.save(tmp_path / "wrong.npy", codes[::-1])
     for path, flags, words in (
-        (tmp_path, "", "samples.json, which says what the samples were drawn for: name a folder that"),
-        (tmp_path / "x.npz", "", "samples.json, which says what the samples were drawn for: name a folder that"),
+        (tmp_path, "", "samples.json, which says what the samples were drawn for: name a folder, or"),
+        (tmp_path / "x.npz", "", "samples.json, which says what the samples were drawn for: name a folder, or"),
         (samples, "--vae ema", "--vae sets up the ceiling, which needs images: add --data-path"),
         (samples, "--dlc-dir nowhere", "nowhere does not exist; name the codes that"),
         (samples, "--dlc-dir wrong.npy", "by the digest in samples.json: name them with --dlc-dir"),
