@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT, launch, save_images
 
+from dlc.sampling.command import FLAGS
 from dlc.sampling.prior_options import PriorOptions, flags_of
 
 SCRIPTS = (
@@ -47,7 +48,7 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
-    read |= {f"prior_{flags_of(one)[0].replace('-', '_')}" for one in fields(PriorOptions)}  # read in a loop
+    read |= {f"prior_{flags_of(one)[0].replace('-', '_')}" for one in fields(PriorOptions)} | {*FLAGS}  # read in a loop
     actions = [action for action in parsers[0]._actions if action.dest != "help"]
     assert len(actions) > 8
     for action in actions:
