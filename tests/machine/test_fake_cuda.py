@@ -316,7 +316,9 @@ PATHS = {
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if "all options" in path else []) for path in PATHS]
+)
 def test_path(path, monkeypatch):
     for module, tables in ((samplers, "noise_levels"), (similarities, "window")):
         monkeypatch.setattr(module, tables, partial(real, getattr(module, tables)))
@@ -339,7 +341,7 @@ METRICS = {  # of two sets of features on the GPU; the numbers that the CPU read
     # of each block of 10,000 rows also whether float16 holds both sets and the distances
     "precision and recall in float16": (partial(precision_recall, k=2), (*[True] * 11, 0.5, 0.5), 0),
     "density and coverage": (partial(density_coverage, k=2), (True, True, 3, 0.5), 0),
-    "kernel distance": (partial(kernel_distance, subsets=5), (True, True, 0.1, 0.2), 1),
+    "kernel distance": (partial(kernel_distance, subsets=5, subset_size=2), (True, True, 0.1, 0.2), 1),
     # whether a large batch is finite; the mean, and the products of centred rows
     "statistics": (lambda a, b: statistics_of(a, b).covariance, (True,), 2),
 }
