@@ -19,7 +19,8 @@ import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,40 +70,37 @@ def is_id(name: object) -> bool:
 def locate(name: object, kind: str, flag: str = "checkpoint", state: "PartialState | None" = None) -> Path:
     """The local path that a name stands for; of a hub id, its folder or file in the hub's cache.
 
+    If the hub is out of reach or refuses, the copy in the cache is used, with a warning, if it is whole.
+    A repository is asked for once per process.
+
     Args:
         name: a local path, which comes back unread, or a hub id.
         kind: of network that is wanted, a key of IN_PIPELINES, which says what files are.
         flag: the flag that the name was given to, for errors.
         state: of the processes, all of which call this: one per node asks the hub, then the others read its cache.
 
-    If the hub is out of reach or refuses, the copy in the cache is used, with a warning, provided that all needed
-    files are there. A repository is asked for once per process.
-
-    Raises ValueError, one line with the remedy, if there is no such path or repository, if the hub refuses access or
-    is out of reach, and if there is no file of weights.
+    Raises ValueError, one line with the remedy, if there is no such path, repository or file of weights, and if the hub
+    refuses access or is out of reach.
     """
     if os.path.exists(name):
         return Path(name)
-    said = f"{flag} {one_line(str(name)[:1000], 100)}".strip()
+    said, key = f"{flag} {one_line(str(name)[:1000], 100)}".strip(), (str(name), kind)
     if not is_id(name):
         raise ValueError(
             f"{said} does not exist: it is no file or folder, nor a hub id (owner/name or owner/name@revision)"
         )
-    key = str(name), kind
     if key not in FETCHED:
         try:
-            if state is None:
-                FETCHED[key] = _fetch(*key, True)
-            else:
-                FETCHED[key] = _first_of_node(lambda ask: _fetch(*key, ask))
+            fetch = partial(_fetch, *key)
+            FETCHED[key] = fetch(True) if state is None else _first_of_node(fetch)
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from None
     return FETCHED[key]
 
 
 def _first_of_node(fetch: Callable[[bool], Path]) -> Path:
-    """fetch(True) in the first process of each node, then fetch(False) in the others. Raises ValueError in every
-    process if a first one does."""
+    """fetch(True) in the first process of each node, then fetch(False) in the others. Raises ValueError in all of them
+    if a first one does."""
     found, error = None, None
     if is_first_of_node():
         try:
@@ -115,76 +113,75 @@ def _first_of_node(fetch: Callable[[bool], Path]) -> Path:
     return found or fetch(False)
 
 
-def _fetch(name, kind, ask) -> Path:
+def _fetch(name: str, kind: str, ask: bool) -> Path:
     """The path of a hub id, see `locate`. Raises ValueError saying what is wrong, without the name."""
     from huggingface_hub import constants
 
     repository, revision, inside = parts_of(name)
-    offline = not ask or constants.HF_HUB_OFFLINE
-    refusal = (
-        f"no such local path, and the hub's cache {constants.HF_HUB_CACHE} does not have all of it"
-        + (", while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "")
-        + f"{other_commits(repository, revision)}: fetch it once where the hub is in reach, or give a local path"
-    )
+    cache = Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
+    refusal, offline = "", not ask or constants.HF_HUB_OFFLINE
     if not offline:
         try:
-            return _download(repository, revision, kind, inside) / inside
+            return _download(cache, repository, revision, kind, inside) / inside
         except LookupError as error:
-            raise ValueError(error.args[0]) from None
+            raise ValueError(f"the hub's repository, at revision {revision}, {error.args[0]}") from None
         except Exception as error:  # the hub's client and its transport raise many types
             refusal = in_words(error, revision)
     # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
-    folder = cached_snapshot(repository, revision)
-    try:
-        wanted = wanted_files(files_in(folder), kind, inside) if folder else []
-    except LookupError:
-        wanted = []
+    folder, wanted = snapshot(cache, revision), []
+    with contextlib.suppress(LookupError):
+        wanted = wanted_files(files_in(folder), kind, inside)
+    remedy = "fetch it once where the hub is in reach, or give a local path"
     if not wanted:
-        raise ValueError(refusal)
-    config = next(config for config in map(config_beside, wanted) if config)
-    if config not in wanted and not (absent_mark(folder, config)).exists():
+        there = [] if folder else sorted(path.name for path in cache.glob("snapshots/*"))
+        raise ValueError(
+            refusal
+            or f"no such local path, and the hub's cache {constants.HF_HUB_CACHE} does not have all of it"
+            + (", while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "")
+            + (f", but {repository}@{there[0]}" if there else "")
+            + f": {remedy}"
+        )
+    config = next(filter(None, map(config_beside, wanted)))
+    if config not in wanted and not absent(folder, config).exists():
         raise ValueError(
             f"the hub's cache {constants.HF_HUB_CACHE} has its weights, but no {config}, which decides what they are: "
-            "fetch it once where the hub is in reach, or give a local path"
+            + remedy
         )
     if not offline:
         warn_once(f"hub {name}", f"{name}: {refusal}; its copy in the hub's cache is used")
     return folder / inside
 
 
-def _download(repository, revision, kind, inside) -> Path:
+def _download(cache: Path, repository: str, revision: str, kind: str, inside: str) -> Path:
     """Fetch the wanted files that the cache does not have whole. Raises LookupError if there are no weights of a kind,
     and what the hub's client raises."""
     import huggingface_hub
+    from huggingface_hub import utils
 
-    with quiet():
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=NO_ANSWER, files_metadata=True)
-        sizes = {file.rfilename: file.size for file in info.siblings or []}
-        sizes = {file: size for file, size in sizes.items() if all(map(is_plain_name, file.split("/")))}
-        try:
-            wanted = wanted_files(sizes, kind, inside)
-        except LookupError as error:
-            raise LookupError(f"the hub's repository, at revision {revision}, {error.args[0]}") from None
-        folder, lacking = cached_snapshot(repository, info.sha), []
-        for file in wanted:
-            path = folder and folder / file
-            if not path or not path.is_file():
-                lacking.append(file)
-            elif sizes[file] not in (None, path.stat().st_size):  # cut off, such as by a full disk
-                path.resolve().unlink()
-                path.unlink(missing_ok=True)
-                lacking.append(file)
-        if lacking and os.environ.get("RANK", "0") == "0":
-            print(f"fetching {repository} from the hub: {len(lacking)} files", file=sys.stderr, flush=True)
-        patterns = [glob.escape(file) for file in wanted]
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
-        for config in filter(None, map(config_beside, wanted)):
-            if config not in sizes:  # as the library marks it, for later runs without the hub
-                mark = absent_mark(folder, config)
-                with contextlib.suppress(OSError):
-                    mark.parent.mkdir(parents=True, exist_ok=True)
-                    mark.touch()
-        return folder
+    # the client's log lines say in many words what the errors here say in one
+    utils.logging.set_verbosity(utils.logging.CRITICAL)
+    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
+        utils.disable_progress_bars()
+    info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=NO_ANSWER, files_metadata=True)
+    sizes = {file.rfilename: file.size for file in info.siblings or []}
+    sizes = {file: size for file, size in sizes.items() if all(map(is_plain_name, file.split("/")))}
+    wanted, folder, lacking = wanted_files(sizes, kind, inside), cache / "snapshots" / info.sha, 0
+    for path, size in ((folder / file, sizes[file]) for file in wanted):
+        cut = path.is_file() and size not in (None, path.stat().st_size)  # such as by a full disk
+        if cut:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+        lacking += cut or not path.is_file()
+    if lacking and os.environ.get("RANK", "0") == "0":
+        print(f"fetching {repository} from the hub: {lacking} files", file=sys.stderr, flush=True)
+    patterns = [glob.escape(file) for file in wanted]
+    folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    for config in filter(None, map(config_beside, wanted)):
+        if config not in sizes:
+            with contextlib.suppress(OSError):
+                absent(folder, config).parent.mkdir(parents=True, exist_ok=True)
+                absent(folder, config).touch()
+    return folder
 
 
 def in_words(error: Exception, revision: str) -> str:
@@ -206,32 +203,13 @@ def in_words(error: Exception, revision: str) -> str:
             f"{'free the disk, or ' if error.errno in FULL else ''}set HF_HOME"
         )
     what = f"status {status}" if status else type(error).__name__
-    scheme = constants.ENDPOINT.partition(":")[0]
-    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(constants.ENDPOINT.split("/")[2]):
+    scheme, _, host = constants.ENDPOINT.partition("://")
+    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
         what += f", by the proxy that {scheme.upper()}_PROXY names"
     return (
         f"no such local path, and fetching it from the hub at {constants.ENDPOINT} failed ({what}): run again when "
         "the hub is in reach, or give a local path"
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the log lines of the hub's client, which say in many words what the errors here say in one line; and
-    with its progress bars only in the terminal of rank 0."""
-    from huggingface_hub import utils
-
-    level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    hidden = bars and not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
-    utils.logging.set_verbosity(utils.logging.CRITICAL)
-    if hidden:
-        utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.logging.set_verbosity(level)
-        if hidden:
-            utils.enable_progress_bars()
 
 
 #################################################################################
@@ -248,7 +226,8 @@ def wanted_files(files: Iterable[str], kind: str, inside: str = "") -> list[str]
     Raises LookupError, saying what there is, without one file of weights, or one set of shards.
     """
     files = list(files)
-    top = f"{inside}/" if inside and inside not in files else inside.rpartition("/")[0] + "/" * ("/" in inside)
+    folder = inside.rpartition("/")[0] if inside in files else inside
+    top = f"{folder}/" if folder else ""
 
     def matching(pattern):  # `*` matches no slash: both have as many
         return [file for file in files if file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)]
@@ -273,39 +252,26 @@ def config_beside(file: str) -> str | None:
     return f"{file.rpartition('/')[0]}/config.json".lstrip("/") if file.endswith(WEIGHTS_SUFFIXES) else None
 
 
-def absent_mark(folder: Path, file: str) -> Path:
-    """The mark in the hub's cache that a snapshot's repository does not have a file."""
+def absent(folder: Path, file: str) -> Path:
+    """The library's mark in the hub's cache that the repository of a snapshot does not have a file."""
     return folder.parent.parent / ".no_exist" / folder.name / file
 
 
-def cached_snapshot(repository: str, revision: str) -> Path | None:
-    """The folder of a revision in the hub's cache, whether all files are there or not, or None."""
-    root = cache_of(repository)
-    reference, commit = root / "refs" / revision, revision
+def snapshot(cache: Path, revision: str) -> Path | None:
+    """The folder of a revision in the cache of a repository, whether all files are there or not, or None."""
+    commit = revision
     if not re.fullmatch("[0-9a-f]{40}", revision):
+        reference = cache / "refs" / revision
         if ".." in revision or not reference.is_file():
             return None
         commit = reference.read_text().strip()
-    folder = root / "snapshots" / commit
+    folder = cache / "snapshots" / commit
     return folder if is_plain_name(commit) and folder.is_dir() else None
 
 
-def cache_of(repository: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
-
-
-def other_commits(repository: str, revision: str) -> str:
-    """Words for what the cache has of a repository when it does not have a revision."""
-    there = sorted(path.name for path in cache_of(repository).glob("snapshots/*"))
-    if not there or cached_snapshot(repository, revision):
-        return ""
-    return f", but {repository}@{there[0]}"
-
-
-def files_in(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+def files_in(folder: Path | None) -> list[str]:
+    """The files in a folder, as paths with slashes."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder else []
 
 
 #################################################################################

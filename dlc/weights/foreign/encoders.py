@@ -5,6 +5,8 @@ The tensors' shapes tell width, depth, patch and registers. What they do not tel
 
 import math
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -57,34 +59,28 @@ def under_our_names(file: File, tensors: dict) -> dict:
     """
     head = file.under("sem_embed.weight") or {}
     head = {HEAD.fullmatch(key)[1]: value for key, value in head.items() if HEAD.fullmatch(key)}
-    has_backbone = any(key.endswith("cls_token") or key == "reg_token" for key in tensors)
-    if not has_backbone or "sem_embed.weight" not in head:
-        lack = (
-            "no ViT backbone (cls_token)" if not has_backbone else "a backbone, but no SEM head (sem_embed, sem_norm)"
-        )
-        file.refuse(f"has {lack}: wanted the weights of a SEM encoder, which DINOv2 alone is not")
-    backbone, parts, temperature = {}, {}, {}
+    if not any(key.endswith("cls_token") or key == "reg_token" for key in tensors):
+        file.refuse("has no ViT backbone (cls_token): wanted the weights of a SEM encoder")
+    if not head:
+        file.refuse("has a backbone, but no SEM head (sem_embed, sem_norm), which DINOv2 alone does not have")
+    backbone, parts = {}, {}
     for key, value in check_tensors({key: one for key, one in tensors.items() if is_wanted(key)}, file.path).items():
         for pattern, name in NAMES:
             key = re.sub(pattern, name, key)
         part = re.fullmatch(r"(.*\.(?:qkv|fc1))\.(\d)(\.\w+)", key)
-        if TEMPERATURE.fullmatch(key):
-            temperature[key] = value
-        elif part:
+        if part:
             parts.setdefault(part[1] + part[3], {})[int(part[2])] = value
         else:
-            backbone[key] = value
+            backbone["temperature" if TEMPERATURE.fullmatch(key) else key] = value
     for key, found in parts.items():
         whole = 3 if ".qkv." in key else 2
         if len(found) == whole and all(value.ndim for value in found.values()):  # else the layer is missed by its name
             backbone[key] = torch.cat([found[place] for place in range(whole)])
-    backbone.update(check_tensors(head, file.path))
-    for value in temperature.values():
-        backbone["temperature"] = value
-    return backbone
+    return backbone | check_tensors(head, file.path)
 
 
 def is_wanted(key: str) -> bool:
+    """Whether a tensor is of the backbone, rather than of the head or of the losses."""
     part = re.sub(r"^(backbone|embeddings)\.", "", key).split(".")[0]
     return part not in TRAINING_ONLY and not HEAD.fullmatch(key)
 
@@ -109,14 +105,14 @@ def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
     depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     hidden = size("blocks.0.mlp.fc1.weight", 0, 2)
     gated = hidden != size("blocks.0.mlp.fc2.weight", 1, 2)
-    told = dict(hidden_size=[width], num_hidden_layers=[depth], patch_size=[patch, [patch, patch]])
-    for key, fitting in (*told.items(), *((key, [value]) for key, value in SAME_FUNCTION.items())):
-        if lookup(config, [key]) not in (None, *fitting):
-            raise ValueError(f"{where}: {key} is {shown(repr(lookup(config, [key])))}, wanted {fitting[0]}")
+    fitting = dict(hidden_size=width, num_hidden_layers=depth, patch_size=patch, **SAME_FUNCTION)
+    for key, wanted in fitting.items():
+        said = lookup(config, [key])
+        if said not in (None, wanted) and (key, said) != ("patch_size", [patch, patch]):
+            raise ValueError(f"{where}: {key} is {shown(repr(said))}, wanted {wanted}")
     arguments = dict(L=given.get("L"), V=given.get("V"))
     source = code_size(file, arguments, size("sem_embed.weight", 0, 2))
-    own = tensors.pop("temperature", None)
-    temperature = lookup(config, TEMPERATURE_NAMES)
+    own, temperature = tensors.pop("temperature", None), lookup(config, TEMPERATURE_NAMES)
     if temperature is None and own is not None and own.numel() == 1:
         temperature = float(own)
     if temperature is not None:
@@ -124,8 +120,8 @@ def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
     if "backbone" in given:
         arguments["backbone"] = given["backbone"]
     else:
-        heads = lookup(config, ["num_attention_heads"])
-        arguments |= backbone_of(file, width, depth, patch, registers, hidden, gated, heads)
+        found = dict(embed_dim=width, depth=depth, num_heads=lookup(config, ["num_attention_heads"]), patch_size=patch)
+        arguments |= backbone_of(file, dict(found, reg_tokens=registers, mlp_ratio=hidden / width), gated)
     arguments["image_size"] = image_size(file.path.with_name("preprocessor_config.json"))
     return arguments, (
         f"ViT of width {width} with {depth} blocks and {registers} registers, L={arguments['L']}, "
@@ -133,13 +129,10 @@ def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
     )
 
 
-def lookup(config: dict, names):
+def lookup(config: dict, names: Iterable[str]) -> object:
     """The first value of a name in a configuration: at its top, else in one of the configurations within it."""
-    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for name in names:
-            if level.get(name) is not None:
-                return level[name]
-    return None
+    levels = (config, *(value for value in config.values() if isinstance(value, dict)))
+    return next((level[name] for level in levels for name in names if level.get(name) is not None), None)
 
 
 def code_size(file: File, arguments: dict, numbers: int) -> str:
@@ -169,10 +162,11 @@ def code_size(file: File, arguments: dict, numbers: int) -> str:
     return source
 
 
-def backbone_of(file: File, width, depth, patch, registers, hidden, gated, heads) -> dict:
-    """timm's name and arguments of a DINOv2 ViT of these sizes; heads: their number, or None if no config says it."""
-    size, usual_depth, usual_heads = SIZES.get(width, ("small", None, None))
-    if heads is None and usual_heads is None:
+def backbone_of(file: File, found: dict, gated: bool) -> dict:
+    """timm's name of a DINOv2 ViT, and those arguments of the found ones that differ from its own."""
+    width, registers = found["embed_dim"], found["reg_tokens"]
+    size, depth, heads = SIZES.get(width, ("small", None, None))
+    if found["num_heads"] is None and heads is None:
         file.refuse(
             f"has width {width}, none of DINOv2's, and no config.json that says its number of heads: name its timm "
             "model with --encoder-backbone"
@@ -182,21 +176,14 @@ def backbone_of(file: File, width, depth, patch, registers, hidden, gated, heads
             f"has width {width} and {'a' if gated else 'no'} gated MLP, other than DINOv2's: name its timm model with "
             "--encoder-backbone"
         )
-    arguments = {}
-    for key, value, usual in (
-        ("embed_dim", width, width if width in SIZES else None),
-        ("depth", depth, usual_depth),
-        ("num_heads", heads or usual_heads, usual_heads),
-        ("patch_size", patch, 14),
-        ("reg_tokens", registers, 4 if registers else 0),
-        ("mlp_ratio", hidden / width, hidden / width if gated else 4),
-    ):
-        if value != usual:
-            arguments[key] = value
-    return dict(backbone=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2", backbone_args=arguments)
+    usual = dict(embed_dim=width if heads else None, depth=depth, num_heads=heads, patch_size=14)
+    usual |= dict(reg_tokens=4 if registers else 0, mlp_ratio=found["mlp_ratio"] if gated else 4)
+    found["num_heads"] = found["num_heads"] or heads
+    other = {key: value for key, value in found.items() if value != usual[key]}
+    return dict(backbone=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2", backbone_args=other)
 
 
-def image_size(file) -> int:
+def image_size(file: Path) -> int:
     """The pixels that a preprocessor_config.json crops images to, else DINOv2's 224.
 
     Raises ValueError if it normalises images otherwise than by ImageNet's mean and standard deviation.
@@ -207,15 +194,12 @@ def image_size(file) -> int:
             raise ValueError(
                 f"{file}: {key} is {one_line(values[key], 60)}, wanted ImageNet's {list(wanted)}, which are used here"
             )
-    for key in ("crop_size", "size"):
-        sizes = values.get(key)
-        height = sizes.get("height") if isinstance(sizes, dict) else sizes
-        if type(height) is int and height > 0:
-            return height
-    return IMAGE_SIZE
+    sizes = [values.get(key) for key in ("crop_size", "size")]
+    heights = [size.get("height") if isinstance(size, dict) else size for size in sizes]
+    return next((height for height in heights if type(height) is int and height > 0), IMAGE_SIZE)
 
 
-def state_dict_of(tensors: dict, backbone) -> dict:
+def state_dict_of(tensors: dict, backbone: torch.nn.Module) -> dict:
     """Tensors under timm's names and the head's as SEMEncoder's state dict, for its timm backbone.
 
     DINOv2 adds a position embedding to the class token; timm's register models have it folded into the token. DINOv2 is
@@ -239,4 +223,5 @@ def state_dict_of(tensors: dict, backbone) -> dict:
 
 
 def is_square(number: int) -> bool:
+    """Whether so many patches make a square grid."""
     return number > 0 and math.isqrt(number) ** 2 == number

@@ -51,8 +51,7 @@ def checked_config(path: Path, said: object) -> dict:
     """What a VAE's config.json says to build, {"family", "arguments"}.
 
     Args:
-        path: of the config.json.
-        said: the VAE, for errors.
+        path, said: of the config.json, and the VAE, for errors.
 
     Raises ValueError for a class that is not read, and for keys and values that no VAE has.
     """
@@ -67,9 +66,7 @@ def checked_config(path: Path, said: object) -> dict:
     config = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
     unknown = sorted(config.keys() - inspect.signature(getattr(diffusers, name).__init__).parameters.keys())
     if unknown:
-        raise ValueError(
-            f"{said}: its config.json has the key {one_line(unknown[0][:1000], 80)}, which an {name} does not have"
-        )
+        raise ValueError(f"{said}: its config.json has the key {shown(unknown[0])}, which an {name} does not have")
     for key, value in config.items():
         most = 64 if "layers" in key else LARGEST
         numbers = value if isinstance(value, list) else [value]
@@ -94,20 +91,6 @@ def check_scale(path: Path, said: object, config: dict) -> None:
         raise ValueError(f"{path} has both latents_mean and shift_factor, which say the same in two ways")
 
 
-def describe(config) -> str:
-    """What a VAE's arguments say of the latents, in words."""
-    parts = [
-        f"{config.get('latent_channels', 4)} channels",
-        f"{pixels_per_cell(config)} pixels per latent cell",
-        f"scaling factor {config.get('scaling_factor', 0.18215)}",
-    ]
-    if config.get("shift_factor"):
-        parts.append(f"shift {config['shift_factor']}")
-    if config.get("latents_mean") is not None:
-        parts.append("mean and standard deviation per channel")
-    return ", ".join(parts)
-
-
 #################################################################################
 #                                 What to build                                 #
 #################################################################################
@@ -119,18 +102,21 @@ def config_of(file: File, tensors: dict) -> tuple[dict, str]:
     Raises ValueError where neither says the scale of the latents.
     """
     if WIDTHS & file.config.keys() or "_class_name" in file.config:
-        config = checked_config(file.path.with_name("config.json"), file.named)
-        return config, f"{config['family']} of {describe(config['arguments'])}"
-    arguments = config_of_shapes(file, tensors)
-    scale, whose = scale_of(file, arguments)
-    if scale is None:
-        file.refuse(
-            f"is a file of a VAE of {arguments['latent_channels']} channels, which does not say its scaling factor: "
-            "put a config.json of an AutoencoderKL beside it, or name a folder or hub id that has one"
-        )
-    arguments |= scale
-    check_scale(file.path, file.named, arguments)
-    return dict(family="AutoencoderKL", arguments=arguments), f"AutoencoderKL of {describe(arguments)} ({whose})"
+        config, whose = checked_config(file.path.with_name("config.json"), file.named), ""
+    else:
+        arguments = config_of_shapes(file, tensors)
+        scale, whose = scale_of(file, arguments)
+        check_scale(file.path, file.named, arguments | scale)
+        config = dict(family="AutoencoderKL", arguments=arguments | scale)
+    values = config["arguments"]
+    words = [
+        f"{values.get('latent_channels', 4)} channels",
+        f"{pixels_per_cell(values)} pixels per latent cell",
+        f"scaling factor {values.get('scaling_factor', 0.18215)}",
+        values.get("shift_factor") and f"shift {values['shift_factor']}",
+        values.get("latents_mean") is not None and "mean and standard deviation per channel",
+    ]
+    return config, f"{config['family']} of {', '.join(filter(None, words))}{whose and f' ({whose})'}"
 
 
 def config_of_shapes(file: File, tensors: dict) -> dict:
@@ -162,25 +148,27 @@ def config_of_shapes(file: File, tensors: dict) -> dict:
     )
 
 
-def scale_of(file: File, config: dict) -> tuple[dict | None, str]:
-    """Scale, and shift or mean, of a single file's latents, and words for the source of them; (None, "") if unknown."""
-    stats = file.path.with_name(STATISTICS)
+def scale_of(file: File, config: dict) -> tuple[dict, str]:
+    """Scale, and shift or mean, of a single file's latents, and words for the source of them. Raises ValueError where
+    nothing says them."""
+    stats, channels = file.path.with_name(STATISTICS), config["latent_channels"]
     if stats.is_file():
         values = check_tensors(load_tensors(stats), stats)
-        if {"mean", "std"} - values.keys() or any(
-            values[key].numel() != config["latent_channels"] for key in ("mean", "std")
-        ):
-            raise ValueError(f"{stats} does not hold mean and std of {config['latent_channels']} channels")
+        if any(key not in values or values[key].numel() != channels for key in ("mean", "std")):
+            raise ValueError(f"{stats} does not hold mean and std of {channels} channels")
         mean, std = (values[key].flatten().tolist() for key in ("mean", "std"))
         return dict(scaling_factor=1.0, latents_mean=mean, latents_std=std), "by latents_stats.pt beside it"
     for start, (model, scale) in WHOLE_MODELS.items():
         if any(f".{start}" in f".{key}" for key in file.tensors):
             return scale, f"{model}'s, by the model around it"
-    if (config["latent_channels"], config["block_out_channels"]) == STABLE_DIFFUSION:
+    if (channels, config["block_out_channels"]) == STABLE_DIFFUSION:
         if "xl" in file.path.name.lower():
             return dict(scaling_factor=0.13025), "SDXL's, by the file's name"
         return dict(scaling_factor=0.18215), "Stable Diffusion's, as the file does not say it; SDXL's is 0.13025"
-    return None, ""
+    file.refuse(
+        f"is a file of a VAE of {channels} channels, which does not say its scaling factor: put a config.json of an "
+        "AutoencoderKL beside it, or name a folder or hub id that has one"
+    )
 
 
 def build(config: dict, tensors: dict, said: str) -> torch.nn.Module:
@@ -208,12 +196,9 @@ def build(config: dict, tensors: dict, said: str) -> torch.nn.Module:
 def from_diffusers(file: File, tensors: dict) -> dict:
     """Names of diffusers since 0.17 for those and for older ones, which Stability AI's files have."""
     new = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-
-    def current(key):
-        old = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
-        return f"{old[1]}.{new[old[2]]}.{old[3]}" if old else key
-
-    return {current(key): value for key, value in check_tensors(tensors, file.path).items()}
+    old = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
+    tensors = check_tensors(tensors, file.path)
+    return {old.sub(lambda found: new[found[1]], key): value for key, value in tensors.items()}
 
 
 # LDM's names and diffusers'. In LDM the blocks of the decoder are numbered by resolution, in diffusers by order.
