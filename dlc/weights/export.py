@@ -167,12 +167,9 @@ def write_pipeline(folder: Path, job: Export) -> None:
     else:
         save(to_diffusers(padded(job.model)), transformer / WEIGHTS)
         index = dict(_class_name="DiTPipeline")
-        if uses_diffusers_function(job.model):  # which its own class computes
-            parts["transformer"] = ["diffusers", "DiTTransformer2DModel"]
-        else:
-            parts["transformer"] = ["transformer_dit", "DiTTransformer"]
-            shutil.copy(SHIPPED / "transformer_dit.py", transformer)
-        config = diffusers_config(job.model, parts["transformer"][1])
+        parts["transformer"] = ["transformer_dit", "DiTTransformer"]
+        shutil.copy(SHIPPED / "transformer_dit.py", transformer)
+        config = diffusers_config(job.model)
     write_json(transformer / "config.json", dict(config, _diffusers_version=diffusers.__version__))
     job.vae.save_pretrained(folder / "vae")
     diffusers.DPMSolverMultistepScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
@@ -189,11 +186,11 @@ def padded(model) -> dict:
     return weights
 
 
-def diffusers_config(model, class_name: str) -> dict:
-    """transformer/config.json for diffusers' DiT. Keys with an underscore are ours; diffusers ignores them."""
+def diffusers_config(model: DiT) -> dict:
+    """transformer/config.json for diffusers' DiT. Keys with an underscore are ours; diffusers keeps them."""
     own = model.config["arguments"]
     return dict(
-        _class_name=class_name,
+        _class_name="DiTTransformer",
         _num_classes=own["num_classes"],
         _trained_with="diffusers" if uses_diffusers_function(model) else "dit",
         activation_fn="gelu-approximate",

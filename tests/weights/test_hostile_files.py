@@ -1,11 +1,15 @@
 """Files that may come from anyone: nothing in them is run, nothing they name is opened or fetched, and one line says
-why they are refused, before memory is taken for what they claim."""
+why they are refused, before memory is taken for what they claim. What the system refuses is no fault of a file."""
 
 import argparse
+import builtins
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import struct
 import subprocess
@@ -18,21 +22,23 @@ import safetensors.torch
 import timm
 import torch
 from conftest import ROOT
-from tiny_weights import Call, bomb, claim, compressed, refusal, rezip, tiny
+from tiny_weights import Call, claim, refusal, rezip, tiny
 
 from dlc import checkpoints as tool
+from dlc.machine.files import Damaged, read_json
 from dlc.weights.checkpoint import load_checkpoint
 from dlc.weights.foreign.safe import check_tensors, load_tensors, read_torch
 from dlc.weights.info import info
 from dlc.weights.load import load_model, load_pretrained, load_prior
-from dlc.weights.meta import config_of, read_config, read_meta
+from dlc.weights.meta import config_of, damage, newest_of_run, read_config, read_meta
 from dlc.weights.networks import downsampling_factor, load_encoder, load_vae
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WEIGHTS = tiny("DiTSEM-Ti/8", L=3, V=4).state_dict()
 BIAS, ZEROS = "final_layer.linear.bias", {"a": torch.zeros(9)}
 EVIL = Call(os.system, "touch touched")
-PAGE = b"<!DOCTYPE html><html>not found</html>"
+PAGE, POINTER = b"<!DOCTYPE html><html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+OLD = dict(_use_new_zipfile_serialization=False)
 
 
 #################################################################################
@@ -41,12 +47,12 @@ PAGE = b"<!DOCTYPE html><html>not found</html>"
 
 
 def saved(value, harm=None, **options):
-    """A file of torch.save, then harmed."""
+    """A file of torch.save, then harmed: by a function of its path, or of its bytes."""
 
     def write(path):
         torch.save(value, path, **options)
-        if harm:
-            harm(path)
+        if harm and (content := harm(path if harm.__code__.co_varnames[:1] == ("path",) else path.read_bytes())):
+            path.write_bytes(content)
 
     return write
 
@@ -55,68 +61,58 @@ def holding(content):
     return lambda path: path.write_bytes(content)
 
 
-def in_entry(ending, content):
-    return lambda path: rezip(path, change=lambda name, old: content if name.endswith(ending) else old)
+def in_entry(ending, content, compression=zipfile.ZIP_STORED):
+    return lambda path: rezip(path, compression, lambda name, old: content if name.endswith(ending) else old)
 
 
-OLD = dict(_use_new_zipfile_serialization=False)
+def script(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+
+CUT = "cut off or damaged"
+HEADER = json.dumps({"x": dict(dtype="F32", shape=[9], data_offsets=[0, 36])}).ljust(70).encode()
 READER = {  # what is written, and words of the line
-    "compressed.pt": (saved(ZEROS, compressed), "compressed entries"),
-    "bomb.pt": (saved(ZEROS, bomb), "compressed entries"),
+    "compressed.pt": (saved(ZEROS, in_entry("no such", b"", zipfile.ZIP_DEFLATED)), "compressed entries"),
+    "bomb.pt": (saved(ZEROS, in_entry("data.pkl", bytes(2**26), zipfile.ZIP_DEFLATED)), "compressed entries"),
     "claims.pt": (saved(ZEROS, lambda path: claim(path, "data/0", 2**31)), "claim more than the file's"),
     "text.pt": (saved({"a": "x" * 2**23}), "more than 4,194,304 bytes beside its tensors"),
     "entry.pt": (saved(ZEROS, in_entry("byteorder", bytes(2**23))), "more than 4,194,304 bytes beside its tensors"),
-    "cut.pt": (saved(ZEROS, lambda path: path.write_bytes(path.read_bytes()[:-200])), "cut off or damaged"),
-    "opcode.pt": (saved(ZEROS, in_entry("data.pkl", b"\x80\x02}q\x00X\xff")), "cut off or damaged"),
-    "start.pt": (holding(b"PK\x03\x04"), "cut off or damaged"),
+    "cut.pt": (saved(ZEROS, lambda content: content[:-200]), CUT),
+    "opcode.pt": (saved(ZEROS, in_entry("data.pkl", b"\x80\x02}q\x00X\xff")), CUT),
+    "start.pt": (holding(b"PK\x03\x04"), CUT),
     "empty.pt": (holding(b""), "no file of torch.save"),
     "page.pt": (holding(PAGE), "it is a web page"),
+    "pointer.pt": (holding(POINTER), "it is a git-lfs pointer, .*: run git lfs pull"),
+    "pointer.safetensors": (holding(POINTER), "it is a git-lfs pointer, .*: run git lfs pull"),
+    "script.pt": (script, "it is a TorchScript program, which is not run"),
+    "protocol 4.pt": (saved(ZEROS, pickle_protocol=4), "it has pickle protocol 4: save it again"),
+    "protocol 5.pt": (saved(ZEROS, pickle_protocol=5), "it has pickle protocol 5: save it again"),
     "raw pickle.pt": (holding(pickle.dumps(EVIL)), "it is a bare pickle"),
-    "other.pt": (lambda path: zipfile.ZipFile(path, "w").writestr("x/data.txt", "x"), "cut off or damaged"),
+    "other.pt": (lambda path: zipfile.ZipFile(path, "w").writestr("x/data.txt", "x"), CUT),
     "memory.pt": (saved(Call(bytearray, 10**13)), "it names __builtin__.bytearray"),
     "call.pt": (saved(EVIL), "it names posix.system"),
-    "eval.pt": (saved(Call(eval, "1")), "it names __builtin__.eval"),
-    "tensor.pt": (saved(Call(torch.Tensor, 10**6, 10**6)), "it names torch.Tensor"),
     "array.pt": (saved(Call(np.zeros, 3)), "it names numpy.zeros"),
     "module.pt": (saved(torch.nn.Linear(2, 2)), "it names torch.nn.modules.linear.Linear"),
     "method.pt": (saved(dict(ema=Call(pathlib.Path.touch, pathlib.Path("touched")))), "it names __builtin__.getattr"),
     "list.pt": (saved([torch.zeros(3)]), "holds a list, wanted a dict of tensors"),
     "old call.pt": (saved(EVIL, **OLD), "it names posix.system"),
-    "old global.pt": (
-        saved(
-            {"a": torch.zeros(9)},
-            lambda path: path.write_bytes(path.read_bytes().replace(b"torch\nFloatStorage", b"builtins\ngetattr\x00")),
-            **OLD,
-        ),
-        "cannot be read as weights",
-    ),
     "old memory.pt": (saved(Call(bytearray, 10**10), **OLD), "it names __builtin__.bytearray"),
-    "old cut.pt": (saved(ZEROS, lambda path: path.write_bytes(path.read_bytes()[:-8]), **OLD), "cut off or damaged"),
+    "old cut.pt": (saved(ZEROS, lambda content: content[:-8], **OLD), CUT),
     "old claims.pt": (
         saved(
             {"a": torch.zeros(77)},
-            lambda path: path.write_bytes(
-                path.read_bytes()
-                .replace(struct.pack("<q", 77), struct.pack("<q", 2**50))
-                .replace(b"KM", b"J\0\0\0\x40")
+            lambda content: content.replace(struct.pack("<q", 77), struct.pack("<q", 2**50)).replace(
+                b"KM", b"J\0\0\0\x40"
             ),
             **OLD,
         ),
-        "cut off or damaged",
+        CUT,
     ),
-    "cut.safetensors": (holding(struct.pack("<Q", 2**40)), "cut off or damaged"),
-    "signed.safetensors": (holding(struct.pack("<Q", 2**63) + b"{}"), "cut off or damaged"),
-    "spaces.safetensors": (holding(struct.pack("<Q", 2**23) + b" " * 2**23), "cut off or damaged"),
-    "header.safetensors": (holding(struct.pack("<Q", 8) + b'{"a": 1}'), "cut off or damaged"),
+    "cut.safetensors": (holding(struct.pack("<Q", 2**40)), CUT),
+    "signed.safetensors": (holding(struct.pack("<Q", 2**63) + b"{}"), CUT),
+    "spaces.safetensors": (holding(struct.pack("<Q", 2**23) + b" " * 2**23), CUT),
     "pickle.safetensors": (holding(pickle.dumps(EVIL)), "it is a bare pickle"),
-    "page.safetensors": (holding(PAGE), "it is a web page"),
-    "beyond.safetensors": (
-        holding(
-            struct.pack("<Q", 70)
-            + json.dumps({"x": dict(dtype="F32", shape=[9], data_offsets=[0, 36])}).ljust(70).encode()
-        ),
-        "cut off or damaged",
-    ),
+    "beyond.safetensors": (holding(struct.pack("<Q", 70) + HEADER), CUT),
     "folder.safetensors": (lambda path: path.mkdir(), "does not exist"),
     "loop.pt": (lambda path: path.symlink_to(path.name), "does not exist"),
 }
@@ -127,17 +123,14 @@ def test_reader(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write, words = READER[name]
     write(tmp_path / name)
-    line = refusal(load_tensors, tmp_path / name)
-    assert name in line and words in line and not (tmp_path / "touched").exists()
+    line = refusal(load_tensors, tmp_path / name, words=words)
+    assert name in line and not (tmp_path / "touched").exists()
 
 
 @pytest.mark.slow
 def test_a_bomb_takes_no_memory(tmp_path):
     """A file of 0.3 MB that inflates to 256 MB: in C++, where only the process's own memory tells."""
-    torch.save({}, tmp_path / "bomb.pt")
-    rezip(
-        tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED, lambda name, content: bytes(2**28 * name.endswith("pkl")) or content
-    )
+    saved({}, in_entry("pkl", bytes(2**28), zipfile.ZIP_DEFLATED))(tmp_path / "bomb.pt")
     assert (tmp_path / "bomb.pt").stat().st_size < 2**19
     code = (
         "import resource, sys; from dlc.weights.foreign.safe import load_tensors\n"
@@ -150,16 +143,103 @@ def test_a_bomb_takes_no_memory(tmp_path):
     assert int(result.stdout) < 20_000, result.stderr  # KiB
 
 
+#################################################################################
+#                             What the system refuses                           #
+#################################################################################
+
+
+@contextlib.contextmanager
+def no_permission(path):
+    """As root, whom no mode of a file stops: the system's call says it."""
+    real = builtins.open
+
+    def opened(file, *args, **kwargs):
+        if not isinstance(file, int) and os.fspath(file) == os.fspath(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real(file, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", opened)
+        yield
+
+
+@contextlib.contextmanager
+def limited(which, value):
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)
+
+
+def no_memory(path):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    return limited(resource.RLIMIT_AS, pages * resource.getpagesize() + 50_000_000)
+
+
+REFUSED = {
+    "Permission denied": no_permission,
+    "Too many open files": lambda path: limited(resource.RLIMIT_NOFILE, 3),
+    "Cannot allocate memory": no_memory,
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "old.pt", "a.json"])
+def test_what_cannot_be_read_is_not_damaged(words, name, tmp_path):
+    """Another user's file, no open file left, no memory: said in the system's words, whatever the library makes of it;
+    and the same file is read afterwards."""
+    path, large = tmp_path / name, {"a": torch.zeros(50_000_000)}
+    if name.endswith("json"):
+        path.write_bytes(b'{"a": [' + b"1," * 20_000_000 + b"1]}")
+    elif name.endswith("safetensors"):
+        safetensors.torch.save_file(large, path)
+    else:
+        torch.save(large, path, **(OLD if name == "old.pt" else {}))
+    del large
+    read = read_json if name.endswith("json") else load_tensors
+    with REFUSED[words](path), pytest.raises(OSError, match=f"^cannot read .*{name} .{words}.$") as error:
+        read(path)
+    assert "remove" not in str(error.value)
+    assert read(path)["a"] is not None
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(tmp_path):
+    """But one that is cut is, and the one before it is named."""
+    for step in (1, 2):
+        path = tmp_path / f"checkpoints/{step:07d}"
+        path.mkdir(parents=True)
+        safetensors.torch.save_file(WEIGHTS, path / "model.safetensors")
+        torch.save(ZEROS, path / "optimizer.pt")
+        (path / "config.json").write_text(json.dumps(OURS))
+    files = ("config.json", "model.safetensors", "optimizer.pt")
+    for file in files:
+        with no_permission(path / file), pytest.raises(OSError, match=f"^cannot read .*{file} .Permission denied.$"):
+            newest_of_run(tmp_path, files)
+    assert newest_of_run(tmp_path, files) == path
+    for file, words in zip(files, ("config.json is not readable JSON", "model.safetensors is cut", "optimizer.pt is")):
+        content = (path / file).read_bytes()
+        (path / file).write_bytes(content[:-1000])
+        assert words in damage(path, files)
+        assert "0000002 is damaged" in refusal(newest_of_run, tmp_path, files, words="remove it; .* is 0000001$")
+        (path / file).write_bytes(content)
+    (path / "config.json").write_text(json.dumps({**OURS, "format_version": 9}))
+    assert "remove" not in refusal(newest_of_run, tmp_path, files, words="is of format 9, this program knows")
+
+
+#################################################################################
+#                                    Tensors                                    #
+#################################################################################
+
+
 @pytest.mark.parametrize(
     "tensor, words",
     [
         (torch.tensor([0, torch.nan]), "NaN or infinite"),
         (torch.tensor([0, -torch.inf]), "NaN or infinite"),
-        (torch.full((2,), torch.nan, dtype=torch.float16), "NaN or infinite"),
         (torch.full((2,), 1e300, dtype=torch.float64), "NaN or infinite"),  # as float32
         (torch.zeros(2).long(), "is of type torch.int64"),
-        (torch.zeros(2).bool(), "is of type torch.bool"),
-        (torch.zeros(2).to(torch.complex64), "is of type torch.complex64"),
         (torch.zeros(2).to(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn"),
         (torch.zeros(2).to_sparse(), "is sparse_coo, wanted dense"),
         (torch.zeros(2, device="meta"), "is on the device meta"),
@@ -168,32 +248,28 @@ def test_a_bomb_takes_no_memory(tmp_path):
     ],
 )
 def test_tensors(tensor, words):
-    assert words in refusal(check_tensors, {"\x1b[31m" + "n" * 5000: tensor}, "file.pt")
+    refusal(check_tensors, {"\x1b[31m" + "n" * 5000: tensor}, "file.pt", words=words)
 
 
 def test_what_is_kept(tmp_path):
-    """Training files with arguments, parameters and optimizer; without checksums; of torch before 1.6; of any dtype."""
+    """Training files with arguments, parameters and optimizer, of torch before 1.6 too; of any dtype."""
     model = tiny("DiTSEM-Ti/8", L=3, V=4)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.long)).sum().backward()
     args = argparse.Namespace(lr=1e-4, size=torch.Size([3]), dtype=torch.bfloat16)
-    training = dict(
-        model=dict(model.named_parameters(), pos_embed=model.pos_embed),
-        opt=optimizer.state_dict(),
-        steps={3},
-        args=args,
-    )
+    weights = dict(model.named_parameters(), pos_embed=model.pos_embed)
     for options in ({}, OLD):
-        torch.save(training, tmp_path / "one.pt", **options)
-        assert all(
-            torch.equal(value, WEIGHTS[key])
-            for key, value in load_model(tmp_path / "one.pt", ema=False)[0].state_dict().items()
-        )
+        torch.save(dict(model=weights, opt=optimizer.state_dict(), steps={3}, args=args), tmp_path / "1.pt", **options)
+        found = load_model(tmp_path / "1.pt", ema=False)[0].state_dict()
+        assert all(torch.equal(value, WEIGHTS[key]) for key, value in found.items())
     nested = {}
     for _ in range(60):  # as a tree, 2**60 dicts
         nested = {"a": nested, "b": nested}
     torch.save(dict(WEIGHTS, nested=nested), tmp_path / "nested.pt", **OLD)
-    assert "nested" in refusal(load_model, tmp_path / "nested.pt")
+    refusal(load_model, tmp_path / "nested.pt", words="nested")
+    wide = dict.fromkeys(map(str, range(10**3)), dict.fromkeys(map(str, range(10**3)), ZEROS))
+    torch.save(dict(WEIGHTS, wide=wide), tmp_path / "wide.pt")
+    refusal(load_model, tmp_path / "wide.pt", words="holds more than 262,144 values")
     codes = torch.arange(6).view(2, 3).T
     torch.save(codes, tmp_path / "codes.pt", **OLD)
     assert torch.equal(read_torch(tmp_path / "codes.pt"), codes)
@@ -214,10 +290,11 @@ def folder(**files):
     def write(path):
         path.mkdir()
         for name, content in files.items():
-            if name.endswith("weights"):
+            if name == "weights":
                 safetensors.torch.save_file(content, path / "model.safetensors")
             else:
                 content = json.dumps(content).encode() if isinstance(content, (dict, list)) else content
+                (path / name).parent.mkdir(exist_ok=True)
                 (path / name).write_bytes(content)
 
     return write
@@ -229,51 +306,45 @@ def changed(name, value):
 
 OURS = config_of("DiTSEM-Ti/8", tiny("DiTSEM-Ti/8", L=3, V=4)).to_json()
 NO_POSITIONS = {key: value for key, value in WEIGHTS.items() if key != "pos_embed"}
-MODELS = {
+MODELS = {  # what is written; a part of a model --pretrained-path takes
     "call beside the weights.pt": saved(dict(ema=WEIGHTS, model=WEIGHTS, args=argparse.Namespace(value=EVIL))),
-    "call as a tensor.pt": saved(dict(WEIGHTS, more=EVIL)),
     "array in place of weights.pt": saved(dict(ema=np.zeros(3))),
     "no ema.pt": saved(dict(ema=None, model=None)),
-    "text as ema.pt": saved(dict(ema="x", model="x")),
-    "no dimensions.pt": changed(BIAS, torch.tensor(0.5)),
-    "no patches.pt": changed("x_embedder.proj.weight", torch.zeros(192, 0, 0, 0)),
-    "many.pt": changed("pos_embed", torch.zeros(1, 10**15, 0)),
-    "wide.pt": changed("x_embedder.proj.weight", torch.zeros(10**9, 10**9, 0, 1)),
-    "no codes.pt": changed("sem_embedder.embedding_table", torch.zeros(3, 1, 192)),
-    "no blocks.pt": saved({key: value for key, value in WEIGHTS.items() if "blocks." not in key}),
-    "block.pt": changed("blocks.999999999.attn.qkv.bias", torch.zeros(1)),
-    "numeral.pt": changed("blocks.\u0663.a", torch.zeros(1)),
-    "number.pt": changed(f"blocks.{'9' * 5000}.a", torch.zeros(1)),
-    "escape.pt": changed("\x1b[2J", torch.zeros(1)),
+    "part: no dimensions.pt": changed(BIAS, torch.tensor(0.5)),
+    "part: no patches.pt": changed("x_embedder.proj.weight", torch.zeros(192, 0, 0, 0)),
+    "part: many.pt": changed("pos_embed", torch.zeros(1, 10**15, 0)),
+    "part: wide.pt": changed("x_embedder.proj.weight", torch.zeros(10**9, 10**9, 0, 1)),
+    "part: no codes.pt": changed("sem_embedder.embedding_table", torch.zeros(3, 1, 192)),
+    "part: no blocks.pt": saved({key: value for key, value in WEIGHTS.items() if "blocks." not in key}),
+    "part: block.pt": changed("blocks.999999999.attn.qkv.bias", torch.zeros(1)),
+    "part: numeral.pt": changed("blocks.\u0663.a", torch.zeros(1)),
+    "part: number.pt": changed(f"blocks.{'9' * 5000}.a", torch.zeros(1)),
+    "part: escape.pt": changed("\x1b[2J", torch.zeros(1)),
     "number as name.pt": saved({1: torch.zeros(1)}),
     "twice.pt": changed(f"module.{BIAS}", torch.ones(32)),
     "lists.json": holding(b"[" * 10**5),
     "leads out.index.json": holding(b'{"weight_map": {"a": "../x.safetensors"}}'),
     "itself.index.json": lambda path: path.write_text(json.dumps(dict(weight_map={"a": path.name}))),
-    "empty folder": folder(),
     "pipeline of nothing": folder(**{"model_index.json": {"_class_name": ["os", "system"]}}),
-    "brackets": folder(**{"model_index.json": b"[" * 10**5}),
-    "endless size": folder(**{"config.json": dict(input_size=10**12), "weights": NO_POSITIONS}),
+    "part: endless size": folder(**{"config.json": dict(input_size=10**12), "weights": NO_POSITIONS}),
     "evil code": folder(**{"config.json": b"{", "transformer_dit.py": b"import os; os.system('touch touched')"}),
     "DLC of evil": folder(**{"custom_checkpoint_0.pkl": pickle.dumps(EVIL)}),
     "ours of nothing": folder(**{"config.json": OURS}),
-    "ours of a million blocks": folder(
+    "part: ours of a million blocks": folder(
         **{"config.json": {**OURS, "arguments": {**OURS["arguments"], "depth": 10**6}}, "weights": WEIGHTS}
     ),
-    "ours of os": folder(**{"config.json": dict(OURS, family="system"), "weights": WEIGHTS}),
+    "part: ours of os": folder(**{"config.json": dict(OURS, family="system"), "weights": WEIGHTS}),
     "ours of evil meta": folder(
         **{"config.json": OURS, "meta.json": dict(step="x" * 10**4), "ema.safetensors": b"", "weights": WEIGHTS}
     ),
 }
-PARTS = ("no dimensions.pt", "no patches.pt", "endless size", "no blocks.pt", "ours of a million blocks", "ours of os")
-PARTS += ("many.pt", "wide.pt", "no codes.pt", "block.pt", "numeral.pt", "number.pt", "escape.pt")  # is read in part
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, tmp_path, error_of, monkeypatch, capsys):
-    """The sampler, info and --pretrained-path refuse them; a part of a model --pretrained-path takes."""
+    """The sampler, info and --pretrained-path refuse them."""
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / name
+    path, said = tmp_path / name, name.split(".")[0]
     MODELS[name](path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.exists()}
     lines = [error_of("sample_ddp", "--ckpt", path)]
@@ -283,20 +354,30 @@ def test_models(name, tmp_path, error_of, monkeypatch, capsys):
     lines.append(capsys.readouterr().err)
     assert stopped.value.code == 2
     for line in lines:
-        assert name.split(".")[0] in line and line.count("\n") == 1 and len(line) < 380 + len(str(tmp_path)), line
+        assert said in line and line.count("\n") == 1 and len(line) < 380 + len(str(tmp_path)), line
         assert "weights_only" not in line and "trust" not in line and "\x1b" not in line
-    if name not in PARTS:
-        assert name.split(".")[0] in refusal(load_pretrained, path, tiny())
-    assert name.split(".")[0] in refusal(load_prior, path)
+    if not name.startswith("part: "):
+        assert said in refusal(load_pretrained, path, tiny())
+    assert said in refusal(load_prior, path)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.exists()}
 
 
-@pytest.mark.parametrize("load", [load_vae, load_encoder])
-@pytest.mark.parametrize("name", ["call.pt", "page.safetensors", "cut.pt", "old memory.pt", "loop.pt"])
-def test_lone_files(tmp_path, monkeypatch, load, name):
-    monkeypatch.chdir(tmp_path)
-    READER[name][0](tmp_path / name)
-    assert name in refusal(load, str(tmp_path / name)) and not (tmp_path / "touched").exists()
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({}, "is a folder of no layout that is known: it has no file of weights"),
+        ({"a.pt": b"x", "b.pt": b"x"}, "has several files of weights: name one of a.pt, b.pt"),
+        ({"adapter_config.json": {}, "adapter_model.safetensors": b"x"}, "is a LoRA adapter: merge it"),
+        ({"pytorch_lora_weights.safetensors": b"x"}, "is a LoRA adapter: merge it"),
+        ({"zero_to_fp32.py": b"x", "latest": b"x"}, "is a DeepSpeed checkpoint: `python zero_to_fp32.py"),
+        ({"global_step9/mp_rank_00_model_states.pt": b"x"}, "is a DeepSpeed checkpoint"),
+        ({".metadata": b"x", "__0_0.distcp": b"x"}, r"is a sharded checkpoint of torch \(DCP\)"),
+        ({"pytorch_model_fsdp_0/.metadata": b"x"}, r"has sharded checkpoints of torch \(DCP\) in it"),
+    ],
+)
+def test_folders_in_the_place_of_weights(files, words, tmp_path):
+    folder(**files)(tmp_path / "folder")
+    refusal(load_model, tmp_path / "folder", words=words)
 
 
 @pytest.mark.parametrize(
@@ -306,49 +387,53 @@ def test_names_that_no_hub_has(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = "HF_HUB_OFFLINE is set" if name == "nobody/nothing" else "does not exist: it is no file or folder"
-    assert said in refusal(load_vae, name)
+    refusal(load_vae, name, words=said)
     assert downsampling_factor("ema") == downsampling_factor("stabilityai/sd-vae-ft-mse") == 8
 
 
 def test_a_run_that_continues(tmp_path):
-    """What is damaged in a checkpoint of ours is named; nothing in it is run."""
+    """What is wrong in a checkpoint of ours is named; nothing in it is run."""
     model = tiny("DiTSEM-Ti/8", L=3, V=4)
     for weights, words in (
         ({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan}, "model.safetensors: tensor pos_embed has values"),
         ({"pos_embed": WEIGHTS["pos_embed"]}, "model.safetensors lacks"),
-        (WEIGHTS, "cannot be read as an optimizer's state"),
+        (WEIGHTS, "cannot be read as an optimizer's state: it names __builtin__.bytearray"),
     ):
         for name in ("model", "ema"):
             safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
         torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
-        assert words in refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizers=[])
+        refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizers=[], words=words)
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
         ('{"step": "3"}', "meta.json: step is '3'"),
-        ('{"step": 1.5}', "meta.json: step is 1.5"),
         ('{"step": -1}', "meta.json: step is -1"),
-        ('{"vae": ["ema"]}', "meta.json: vae is"),
-        ('{"scaling_factor": 0}', "scaling_factor is 0"),
+        ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "meta.json: vae is"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
-        ('{"noted": []}', "noted is []"),
+        ('{"noted": []}', r"noted is \[\]"),
         ('{"format_version": 9}', "is of format 9"),
         ("[" * 100_000, "not readable JSON"),
         ("[]", "holds a JSON list"),
         ("{", "not readable JSON"),
-        ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "vae is"),
+        (POINTER.decode(), "not readable JSON .a git-lfs pointer: run git lfs pull"),
         ('{"step": ' + "9" * 5000 + "}", "meta.json"),
     ],
     ids=lambda value: value[:40],
 )
 def test_meta(tmp_path, text, words):
     (tmp_path / "meta.json").write_text(text)
-    assert words in refusal(read_meta, tmp_path)
+    refusal(read_meta, tmp_path, words=words)
+
+
+def test_config(tmp_path):
     for key, value in (("family", 3), ("arguments", []), ("process", "x"), ("model", None)):
         (tmp_path / "config.json").write_text(json.dumps({**OURS, key: value}))
-        assert f"config.json: {key} is" in refusal(read_config, tmp_path)
+        refusal(read_config, tmp_path, words=f"config.json: {key} is")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(Damaged):
+        read_config(tmp_path)
 
 
 def test_info_of_hostile_checkpoints(tmp_path, capsys, monkeypatch):
@@ -358,7 +443,7 @@ def test_info_of_hostile_checkpoints(tmp_path, capsys, monkeypatch):
     (tmp_path / "meta.json").write_text(json.dumps(dict(step=1, features_path="\x1b[31m" + "z" * 5000)))
     for raw, words in ((dict(WEIGHTS, more=torch.zeros(1)), "has unknown more"), ({}, "lacks ")):
         safetensors.torch.save_file(raw, tmp_path / "model.safetensors")
-        assert words in refusal(info, tmp_path)
+        refusal(info, tmp_path, words=words)
     safetensors.torch.save_file({name: value * 0 for name, value in WEIGHTS.items()}, tmp_path / "model.safetensors")
     monkeypatch.setattr(sys, "argv", ["tool", "info", str(tmp_path)])
     tool.main()
@@ -402,28 +487,19 @@ def test_damaged_networks(load, sem, vae):
             torch.save(changed, path.with_suffix(".bin"))
         else:
             safetensors.torch.save_file(changed, path)
-        line = refusal(load_encoder, sem) if load == "encoder" else refusal(load_vae, str(vae))
-        assert words in line and str(path.parent) in line
+        line = refusal(*((load_encoder, sem) if load == "encoder" else (load_vae, str(vae))), words=words)
+        assert str(path.parent) in line
 
 
 ENCODERS = [
-    *[dict(backbone=name) for name in ("hf-hub:timm/vit", "local-dir:.", "../x", "timm/vit_tiny_patch16_224", "")],
-    *[dict(backbone=name) for name in ("vit_nothing", "vit_tiny_patch16_224\n", "x" * 10**5, "\x1b[31mvit", [], None)],
-    *[dict(backbone=name, backbone_args={}) for name in ("resnet18", "mixer_s16_224", "vit_base_patch16_siglip_224")],
-    *[
-        dict(backbone_args={key: "evil.pth"})
-        for key in ("checkpoint_path", "pretrained", "pretrained_cfg", "features_only", "file", "__class__", "\x1b[31m")
-    ],
-    *[dict(backbone_args=value) for value in ([], "x", dict(depth=10**9), dict(embed_dim=10**9), dict(num_heads=-1))],
-    *[dict(backbone_args=value) for value in (dict(patch_size=0), dict(mlp_ratio=float("nan")), dict(depth="2"))],
-    *[dict(L=value) for value in (-3, 65536, "6", True, None, 10**4000)],
-    *[dict(V=1), dict(V=70000), dict(image_size=10**9), dict(image_size=[32, 32]), dict(image_size=4096)],
-    *[
-        dict(temperature=0),
-        dict(temperature=float("nan")),
-        dict(checkpoint_path="evil.pth"),
-        dict(_target_="os.system"),
-    ],
+    *[dict(backbone=name) for name in ("hf-hub:timm/vit", "local-dir:.", "../x", "vit_nothing", "\x1b[31mvit", [])],
+    *[dict(backbone=name, backbone_args={}) for name in ("resnet18", "vit_base_patch16_siglip_224")],
+    *[dict(backbone_args={key: "evil.pth"}) for key in ("checkpoint_path", "pretrained_cfg", "file", "\x1b[31m")],
+    *[dict(backbone_args=value) for value in ([], dict(depth=10**9), dict(num_heads=-1), dict(patch_size=0))],
+    *[dict(backbone_args=value) for value in (dict(mlp_ratio=float("nan")), dict(depth="2"))],
+    *[dict(L=value) for value in (-3, 65536, "6", True, None)],
+    *[dict(V=1), dict(image_size=10**9), dict(image_size=4096), dict(temperature=float("nan"))],
+    *[dict(checkpoint_path="evil.pth"), dict(_target_="os.system")],
 ]
 
 
@@ -437,7 +513,6 @@ def test_encoder_configs(sem, monkeypatch, change):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", create_model)
     config = json.loads((sem / "config.json").read_text())
-    assert load_encoder(sem).config == config
     if isinstance(change.get("backbone_args"), dict) and "backbone" not in change:
         change = {**change, "backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
     with_json(sem / "config.json", **change)
@@ -455,23 +530,19 @@ def test_encoder_configs(sem, monkeypatch, change):
         (dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), "latents_mean has 3 numbers, wanted one per"),
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0, 1.0]), "latents_std is"),
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "both latents_mean and shift_factor"),
-        (dict(scaling_factor=0), "scaling_factor is 0"),
         (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
         (dict(scaling_factor=None), "scaling_factor is None"),
-        (dict(quantization_config=dict(quant_method="bitsandbytes")), "the key quantization_config"),
         (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"),
         (dict(_class_name="UNet2DModel"), "its config.json is that of no"),
-        (dict(block_out_channels=[]), "block_out_channels is []"),
+        (dict(block_out_channels=[]), r"block_out_channels is \[\]"),
         (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
-        (dict(block_out_channels=["8"] * 4), "block_out_channels is"),
         (dict(block_out_channels=[8192] * 4), "has other shapes"),
         (dict(down_block_types=["os.system"] * 4), "diffusers cannot build"),
         (dict(layers_per_block=10**9), "layers_per_block is"),
         (dict(layers_per_block=2), "lacks"),
-        (dict(norm_num_groups=0), "diffusers cannot build"),
         ({"\x1b[31mkey" * 99: 1}, "the key key"),
     ],
 )
 def test_vae_configs(vae, change, words):
     with_json(vae / "config.json", **change)
-    assert words in refusal(load_vae, str(vae))
+    refusal(load_vae, str(vae), words=words)

@@ -197,12 +197,12 @@ def survey(path: Path) -> tuple[str, set[str]]:
     if start[:4] == ZIP:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+        if any(re.search(r"/code/|/constants\.pkl$", entry.filename) for entry in entries):
+            return "it is a TorchScript program, which is not run: save the state_dict() of the loaded one", set()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             return "it has compressed entries, which torch.save does not write", set()
         if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
             return f"its entries claim more than the file's {size:,} bytes", set()
-        if any(re.search(r"/code/|/constants\.pkl$", entry.filename) for entry in entries):
-            return "it is a TorchScript program, which is not run: save the state_dict() of the loaded one", set()
         if sum(entry.file_size for entry in entries if not re.search(r"/data/\d+$", entry.filename)) > LARGEST_INDEX:
             return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors", set()
         # as torch.load reads it, because other zip readers may find another entry

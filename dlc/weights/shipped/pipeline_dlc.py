@@ -6,6 +6,10 @@
 This file lies beside weights that `python -m dlc.checkpoints export` wrote.
 """
 
+import json
+import shutil
+from pathlib import Path
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -42,7 +46,7 @@ class DLCDiTPipeline(DiffusionPipeline):
         """
         config, device, dtype = self.transformer.config, self._execution_device, self.transformer.dtype
         codes = torch.as_tensor(dlcs, device=device).long()
-        if codes.ndim != 2 or codes.shape[1] != config.L or codes.min() < 0 or codes.max() > config.V:
+        if codes.ndim != 2 or codes.shape[1] != config.L or codes.min() < 0 or codes.max() >= config.V:
             raise ValueError(f"dlcs: wanted codes (N, {config.L}) of tokens from 0 to {config.V - 1}")
         shape = (len(codes), config.in_channels, config.input_size, config.input_size)
         x = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
@@ -76,3 +80,11 @@ class DLCDiTPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
+        """As of DiffusionPipeline, with this file, which model_index.json names."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        index = Path(save_directory) / "model_index.json"
+        values = json.loads(index.read_text())
+        index.write_text(json.dumps(dict(values, _class_name=["pipeline_dlc", "DLCDiTPipeline"]), indent=2) + "\n")
+        shutil.copy(__file__, Path(save_directory) / "pipeline_dlc.py")

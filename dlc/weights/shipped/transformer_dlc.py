@@ -4,6 +4,8 @@ This file lies beside weights that `python -m dlc.checkpoints export` wrote; the
 """
 
 import math
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -126,3 +128,11 @@ class DLCDiTTransformer(ModelMixin, ConfigMixin):
         x, patch, side = self.final_layer(x, c), self.config.patch_size, math.isqrt(x.shape[1])
         x = x.view(len(x), side, side, patch, patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), self.out_channels, side * patch, side * patch)
+
+    def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
+        """As of ModelMixin, with this file beside the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copy(__file__, Path(save_directory) / "transformer_dlc.py")
+
+
+DLCDiTTransformer.__module__ = "transformer_dlc"  # the name by which a pipeline that is saved again finds this file
