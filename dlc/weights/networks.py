@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
-VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision]"
+VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision][:file]"
 VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -39,7 +39,7 @@ VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft
 def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more: str = "") -> None:
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
     stated = "" if more.endswith("]") else f" [{default or 'none'}]"
-    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision]{more}{stated}")
+    add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision][:file]{more}{stated}")
     add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
     add("--L", type=number(int, 1), help="code positions, if the --encoder does not say them [512]")
     add(

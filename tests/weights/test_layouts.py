@@ -24,6 +24,12 @@ from models import DiT
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
+@pytest.fixture(scope="module")
+def weights():
+    """Raw and EMA weights of a small DiT."""
+    return tiny().state_dict(), tiny(seed=1).state_dict()
+
+
 def said(path, **options):
     """The one line about weights."""
     return describe(load_model(path, **options)[2])
@@ -84,17 +90,17 @@ def test_without_positions(tmp_path):
 
 
 def test_training_files(tmp_path):
-    """DiT's and fast-DiT's, with objects among their arguments that are passed over; Lightning's; wrapped models."""
+    """DiT's and fast-DiT's, with objects among their arguments that are passed over; wrapped models."""
     model, ema = tiny(), tiny(seed=1)
     arguments = argparse.Namespace(
         model="DiT-Ti/4",
         global_seed=3,
         image_size=64,
+        num_classes=5,
         vae="mse",
         global_batch_size=np.int64(256),
         results_dir=pathlib.Path("results"),
         feature_path=pathlib.PureWindowsPath("C:/x"),
-        scale=np.float32(0.5),
         weights=np.arange(3),
     )
     wrapped = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
@@ -102,36 +108,91 @@ def test_training_files(tmp_path):
     torch.save(dict(model=wrapped, ema=ema.state_dict(), opt={}, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, ema)
-    assert describe(meta) == "training checkpoint, DiT's names, 5 classes and the null label; EMA weights, step 50,000"
-    assert (meta.image_size, meta.vae, meta.noted) == (64, "mse", dict(model="DiT-Ti/4", global_seed=3))
+    assert describe(meta) == "training checkpoint, DiT's names; EMA weights, step 50,000"
+    known = dict(model="DiT-Ti/4", num_classes=5, global_seed=3)
+    assert (meta.image_size, meta.vae, meta.noted) == (64, "mse", known)
     assert_same(load_model(path, ema=False)[0], model)
     lines = info(path)
     assert "trained on: image_size 64, vae mse" in lines and "EMA weights differ" in lines[-1]
     torch.save(dict(model=model.state_dict(), ema=None, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, model)
-    assert describe(meta) == (
-        "training checkpoint, whose 'ema' is empty, DiT's names, 5 classes and the null label; raw weights, step 50,000"
-    )
-    torch.save(dict(model=model.state_dict(), opt={}), path)
-    assert "has no ema weights, only 'model': give --no-ema" in refusal(load_model, path)
+    assert describe(meta) == "training checkpoint, whose 'ema' is empty, DiT's names; raw weights, step 50,000"
     arguments.vae = "/somewhere/else"
     torch.save(dict(model=model.state_dict(), args=arguments), path)
+    refusal(load_model, path, words="has no ema weights, only 'model': give --no-ema")
     assert load_model(path, ema=False)[2].vae is None
-
-    both = {
-        f"{prefix}{key}": value
-        for prefix, of in (("model.", model), ("ema_model.", ema))
-        for key, value in of.state_dict().items()
-    }
-    torch.save(dict(state_dict=both, hyper_parameters=dict(lr=1e-4), epoch=3), tmp_path / "last.ckpt")
-    assert_same(load_model(tmp_path / "last.ckpt")[0], ema)
-    assert_same(load_model(tmp_path / "last.ckpt", ema=False)[0], model)
-    assert said(tmp_path / "last.ckpt").startswith(
-        "its state_dict.ema_model.*, DiT's names, 5 classes and the null label; EMA weights"
-    )
+    torch.save(dict(ema=ema.state_dict(), args=arguments), path)
+    refusal(load_model, path, ema=False, words=r"has no raw weights, only ema.\*: leave out --no-ema")
     torch.save(dict(state_dict={"encoder.weight": torch.zeros(1)}), tmp_path / "last.ckpt")
-    assert "is not a diffusion transformer (DiT" in refusal(load_model, tmp_path / "last.ckpt")
+    refusal(load_model, tmp_path / "last.ckpt", words="is not a diffusion transformer .DiT")
+
+
+def named(prefix, weights):
+    return {f"{prefix}{key}": value for key, value in weights.items()}
+
+
+EMA = {  # where training scripts keep averaged weights, beside the raw ones
+    "timm": lambda raw, ema: dict(state_dict=raw, state_dict_ema=ema, epoch=3),
+    "ema_state_dict": lambda raw, ema: dict(model_state_dict=raw, ema_state_dict=ema, optimizer=dict(state={})),
+    "model_ema": lambda raw, ema: dict(model=raw, model_ema=ema),
+    "ema_model": lambda raw, ema: dict(model=raw, ema_model=named("module.", ema)),
+    "ema_params": lambda raw, ema: dict(params=raw, ema_params=ema),
+    "net_ema": lambda raw, ema: dict(net=raw, net_ema=ema),
+    "ema.module": lambda raw, ema: dict(model=raw, ema=dict(module=ema, decay=0.999, updates=7)),
+    "ema.shadow": lambda raw, ema: dict(model=raw, ema=dict(shadow=ema, num_updates=torch.tensor(7))),
+    "EMA of ema_pytorch": lambda raw, ema: dict(
+        model=raw, ema=dict(named("online_model.", raw), **named("ema_model.", ema), step=torch.tensor(3))
+    ),
+    "AveragedModel": lambda raw, ema: dict(
+        model=raw, swa_model=dict(named("module.", ema), n_averaged=torch.tensor(9))
+    ),
+    "Lightning": lambda raw, ema: dict(
+        state_dict={**named("model.", raw), **named("ema_model.", ema)}, hyper_parameters=dict(lr=1e-4)
+    ),
+    "Lightning's callback": lambda raw, ema: dict(
+        state_dict=named("model.", raw), callbacks={"EMACallback{'every': 1}": dict(ema_weights=named("model.", ema))}
+    ),
+    "Lightning's WeightAveraging": lambda raw, ema: dict(current_model_state=raw, state_dict=ema),
+}
+RAW = {  # EMA weights in a form that is not read
+    "a list": lambda raw, ema: dict(model=raw, ema_params=list(ema.values())),
+    "a list in a dict": lambda raw, ema: dict(state_dict=raw, ema=dict(shadow_params=list(ema.values()))),
+    "names without dots": lambda raw, ema: dict(
+        state_dict={**named("model.", raw), **{f"model_ema.{key.replace('.', '')}": ema[key] for key in ema}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*EMA, *RAW])
+def test_ema_by_any_name(name, weights, tmp_path):
+    """Averaged weights are taken, and the raw ones with --no-ema; never the raw ones in silence."""
+    raw, ema = weights
+    torch.save({**EMA, **RAW}[name](raw, ema), tmp_path / "last.ckpt")
+    for averaged, wanted in ((True, ema), (False, raw)):
+        if averaged and name in RAW:
+            refusal(load_model, tmp_path / "last.ckpt", words="keeps EMA weights as .*: save them .*, or give --no-ema")
+            continue
+        model, _, meta = load_model(tmp_path / "last.ckpt", ema=averaged)
+        assert torch.equal(model.final_layer.linear.weight, wanted["final_layer.linear.weight"])
+        assert meta.weights == ("ema" if averaged else "raw") or name in RAW
+
+
+@pytest.mark.parametrize("classes, said", [(5, ""), (4, "says 4 classes, .* 6 rows$"), (6, "trained without a null")])
+def test_a_label_table_without_a_null_row(classes, said, weights, tmp_path):
+    """The last class is never taken for the null label, where the file's arguments or its config say the classes."""
+    file = dict(model=weights[0], ema=weights[0], args=argparse.Namespace(num_classes=classes))
+    torch.save(file, tmp_path / "0000001.pt")
+    (tmp_path / "bare").mkdir()
+    safetensors.torch.save_file(weights[0], tmp_path / "bare/model.safetensors")
+    (tmp_path / "bare/config.json").write_text(json.dumps(dict(num_classes=classes)))
+    for path in (tmp_path / "0000001.pt", tmp_path / "bare"):
+        if said:
+            refusal(load_model, path, words=said)
+        else:
+            assert load_model(path)[0].y_embedder.num_classes == 5
+    (tmp_path / "bare/config.json").unlink()
+    assert "5 classes and the null label" in describe(load_model(tmp_path / "bare")[2])
 
 
 def dlc_accelerate():
@@ -292,7 +353,7 @@ def test_broken_diffusers_folders(reference, tmp_path):
     def line(changed, config=config):
         safetensors.torch.save_file(changed, folder / "diffusion_pytorch_model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
-        return everywhere_refused(folder)
+        return refusal(load_model, folder)
 
     name = "transformer_blocks.1.norm1.emb.{}.weight"
     for part in ("timestep_embedder.linear_1", "class_embedder.embedding_table"):
@@ -424,67 +485,52 @@ def test_sizes_without_a_name(tmp_path):
 #################################################################################
 
 
-def test_velocity_by_arguments(tmp_path):
-    model = tiny().state_dict()
-    for arguments, name in (
-        (dict(path_type="Linear", prediction="velocity"), "SiT"),
-        (dict(prediction="noise"), "SiT"),
-        (dict(path_type="linear", prediction="v", enc_type="dinov2-vit-b", proj_coeff=0.5), "REPA"),
-    ):
-        for value in (argparse.Namespace(**arguments), arguments):
-            torch.save(dict(model=model, ema=model, opt={}, args=value), tmp_path / "0400000.pt")
-            assert f"0400000.pt is a {name} model, which predicts a velocity" in everywhere_refused(
-                tmp_path / "0400000.pt"
-            )
+VELOCITY = (  # whose, arguments of a training file, the name of one more tensor
+    ("SiT", argparse.Namespace(path_type="Linear", prediction="velocity"), ""),
+    ("SiT", dict(prediction="noise"), ""),
+    ("REPA", dict(path_type="linear", prediction="v", enc_type="dinov2-vit-b", proj_coeff=0.5), ""),
+    ("REPA", {}, "projectors.0.0.weight"),
+    ("REPA", {}, "decoder_blocks.0.attn.qkv.weight"),
+    ("LightningDiT", {}, "module.blocks.0.mlp.w12.weight"),
+    ("LightningDiT", {}, "feat_rope.freqs_cos"),
+)
 
 
-def test_velocity_by_names(tmp_path):
-    model = tiny().state_dict()
-    torch.save(model, tmp_path / "SiT-XL-2-256x256.pt")
-    assert "is a SiT model" in everywhere_refused(tmp_path / "SiT-XL-2-256x256.pt")
-    for name, added in (
-        ("REPA", "projectors.0.0.weight"),
-        ("REPA", "decoder_blocks.0.attn.qkv.weight"),
-        ("LightningDiT", "blocks.0.mlp.w12.weight"),
-        ("LightningDiT", "feat_rope.freqs_cos"),
-    ):
-        for wrap in (lambda weights: weights, lambda weights: dict(model=weights, ema=weights, config={})):
-            torch.save(wrap({**model, f"module.{added}": torch.zeros(3)}), tmp_path / "last.pt")
-            line = everywhere_refused(tmp_path / "last.pt")
-            assert f"is a {name} model, which predicts a velocity" in line and len(line) < len(str(tmp_path)) + 120
+@pytest.mark.parametrize("whose, arguments, name", VELOCITY)
+def test_velocity(whose, arguments, name, weights, tmp_path):
+    path, model = tmp_path / "0400000.pt", {**weights[0], **({name: torch.zeros(3)} if name else {})}
+    torch.save(dict(model=model, ema=model, opt={}, args=arguments), path)
+    line = refusal(load_model, path, words=f"0400000.pt is a {whose} model, which predicts a velocity")
+    assert len(line) < len(str(tmp_path)) + 130
+    if name:
+        torch.save(model, path)
+        refusal(load_model, path, words=f"0400000.pt is a {whose} model")
+    torch.save(weights[0], tmp_path / "SiT-XL-2-256x256.pt")
+    refusal(load_model, tmp_path / "SiT-XL-2-256x256.pt", words="is a SiT model")
+
+
+OTHER_KINDS = {  # a tensor's name, and words of the line
+    "vocab_embed.embedding": "prior over codes",
+    "blocks.0.ls1.gamma": "--encoder takes",
+    "embeddings.cls_token": "--encoder takes",
+    "teacher.backbone.cls_token": "--encoder takes",
+    "first_stage_model.decoder.conv_in.weight": "--vae takes",
+    "model.diffusion_model.input_blocks.0.0.weight": "another kind of diffusion model",
+    "transformer_blocks.0.attn1.to_q.weight": "another kind of diffusion model",
+}
 
 
 def test_other_kinds(tmp_path, tiny_models):
     """Each is named, and where there is a flag for it, that."""
-    torch.save(dict(teacher={"backbone.cls_token": torch.zeros(1)}), tmp_path / "teacher.pth")
-    torch.save(
-        dict(model={"vocab_embed.embedding": torch.zeros(1)}, ema=dict(decay=0.9, shadow_params=[torch.zeros(1)])),
-        tmp_path / "sedd.pth",
-    )
-    lone = dict(
-        sedd="vocab_embed.embedding",
-        dino="blocks.0.ls1.gamma",
-        transformers="embeddings.cls_token",
-        ldm="first_stage_model.decoder.conv_in.weight",
-        unet="model.diffusion_model.input_blocks.0.0.weight",
-        pixart="transformer_blocks.0.attn1.to_q.weight",
-    )
-    for file, name in lone.items():
-        torch.save({name: torch.zeros(1)}, tmp_path / f"{file}.pt")
-    vae, sem = tiny_models
-    for path, words in (
-        (tmp_path / "teacher.pth", "--encoder takes"),
-        (tmp_path / "dino.pt", "--encoder takes"),
-        (tmp_path / "transformers.pt", "--encoder takes"),
-        (tmp_path / "ldm.pt", "--vae takes"),
-        (tmp_path / "sedd.pt", "prior over codes"),
-        (tmp_path / "sedd.pth", "prior over codes"),
-        (tmp_path / "unet.pt", "another kind of diffusion model"),
-        (tmp_path / "pixart.pt", "another kind of diffusion model"),
-    ):
-        assert words in refusal(load_model, path) and words in refusal(load_pretrained, path, tiny())
+    path = tmp_path / "lone.pt"
+    for name, words in OTHER_KINDS.items():
+        torch.save({name: torch.zeros(1)}, path)
+        assert words in refusal(load_model, path) == refusal(load_pretrained, path, tiny())
         assert path.name in refusal(info, path)
-    for path, flag, words in ((sem, "--encoder", "L 6, V 300"), (vae, "--vae", "AutoencoderKL of 4 channels")):
-        assert f"{flag} takes" in refusal(load_model, path)
+    sedd = {"vocab_embed.embedding": torch.zeros(1)}
+    torch.save(dict(model=sedd, ema=dict(decay=0.9, shadow_params=[torch.zeros(1)])), path)
+    refusal(load_model, path, words="prior over codes")
+    for path, flag, words in zip(tiny_models, ("--vae", "--encoder"), ("AutoencoderKL of 4 channels", "L 6, V 300")):
+        refusal(load_model, path, words=f"{flag} takes")
         (line,) = info(path)
         assert f"for {flag}: " in line and words in line, line
