@@ -1,6 +1,6 @@
 """Train a DiT on labels, a DiTSEM on discrete latent codes or a DiTCONT on vectors, from features or from images.
 
-    accelerate launch --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 --features-path /path/to/features
+    accelerate launch --quiet --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 --features-path features
     accelerate launch --multi_gpu --num_processes N --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 ...
 
 In: FEATURES/, which also say L, V, image size and classes; or a folder of images (--data-path), whose latents and codes

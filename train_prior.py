@@ -1,6 +1,6 @@
 """Train a prior over discrete latent codes, p(code), to draw new codes from: masked diffusion by a transformer.
 
-    accelerate launch --mixed_precision bf16 train_prior.py --model DLCPrior-M --features-path /path/to/features
+    accelerate launch --quiet --mixed_precision bf16 train_prior.py --model DLCPrior-M --features-path /path/to/features
     accelerate launch --multi_gpu --num_processes N --mixed_precision bf16 train_prior.py --model DLCPrior-M ...
 
 In: the codes of FEATURES/, of which a share is held out. Out: RESULTS/ as train_diffusion.py writes it, with the bound

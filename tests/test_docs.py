@@ -16,7 +16,7 @@ SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_comp
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
-    --batch --check --help --images --minutes --numa-binding --only --pr-rows --precisions
+    --batch --check --help --images --minutes --numa-binding --only --quiet --pr-rows --precisions
     --reference-rows --rows --shm-size --threads""".split()
 )
 

@@ -1,7 +1,7 @@
 """train_baseline with mixed precision: the launcher's --mixed_precision, or bf16 if it sets none.
 
-accelerate launch train_options/train_amp.py --model DiT-XL/2 --data-path /path/to/imagenet/train
-accelerate launch -m train_options.train_amp --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch --quiet train_options/train_amp.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch --quiet -m train_options.train_amp --model DiT-XL/2 --data-path /path/to/imagenet/train
 """
 
 import sys

@@ -1,7 +1,7 @@
 """train_original with activation checkpointing: less memory for a third more computation.
 
-accelerate launch train_options/train_baseline.py --model DiT-XL/2 --data-path /path/to/imagenet/train
-accelerate launch -m train_options.train_baseline --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch --quiet train_options/train_baseline.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch --quiet -m train_options.train_baseline --model DiT-XL/2 --data-path /path/to/imagenet/train
 """
 
 import sys

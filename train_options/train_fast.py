@@ -1,7 +1,7 @@
 """Everything on: features, mixed precision, compiled blocks (on GPUs), TF32, no activation checkpointing.
 
-    accelerate launch train_options/train_fast.py --features-path /path/to/store/features
-    accelerate launch -m train_options.train_fast --features-path /path/to/store/features
+    accelerate launch --quiet train_options/train_fast.py --features-path /path/to/store/features
+    accelerate launch --quiet -m train_options.train_fast --features-path /path/to/store/features
 
 This is train_diffusion.py with its defaults, except that the precision is bf16 if the launcher's --mixed_precision sets
 none.

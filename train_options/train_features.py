@@ -1,7 +1,7 @@
 """train_baseline on features instead of images: no decoding, no VAE and no encoder at each step.
 
-accelerate launch train_options/train_features.py --features-path /path/to/store/features
-accelerate launch -m train_options.train_features --features-path /path/to/store/features
+accelerate launch --quiet train_options/train_features.py --features-path /path/to/store/features
+accelerate launch --quiet -m train_options.train_features --features-path /path/to/store/features
 """
 
 import sys

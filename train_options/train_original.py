@@ -1,7 +1,7 @@
 """The first row of the table of training options: images in, VAE (and encoder) at each step, float32, no option on.
 
-accelerate launch train_options/train_original.py --model DiT-XL/2 --data-path /path/to/imagenet/train
-accelerate launch -m train_options.train_original --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch --quiet train_options/train_original.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+accelerate launch --quiet -m train_options.train_original --model DiT-XL/2 --data-path /path/to/imagenet/train
 """
 
 import sys

@@ -1,7 +1,7 @@
 """train_features without TF32: on GPUs, float32 matrix products keep full precision and are slower.
 
-accelerate launch train_options/train_tf32_disabled.py --features-path /path/to/store/features
-accelerate launch -m train_options.train_tf32_disabled --features-path /path/to/store/features
+accelerate launch --quiet train_options/train_tf32_disabled.py --features-path /path/to/store/features
+accelerate launch --quiet -m train_options.train_tf32_disabled --features-path /path/to/store/features
 """
 
 import sys

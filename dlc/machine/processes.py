@@ -9,6 +9,7 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import signal
@@ -161,6 +162,8 @@ def start_processes(grad_accum: int | None = None, precisions: Collection[str] =
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(cores_per_process())
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        if local_processes() > cores():
+            warn_once("cores", f"{local_processes()} processes share {cores()} cores: start fewer (--num_processes)")
     waiting = threading.Timer(SAID_WAITING, _say_waiting)
     waiting.daemon = True
     waiting.start()
@@ -249,11 +252,20 @@ def agree(what: str, value: Any) -> None:
         raise ValueError(f"the processes do not see the same {what}: is every path on a disk that all of them share?")
 
 
+def local_processes() -> int:
+    """How many processes the launcher started on this machine."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(processes) if processes.isdecimal() else 1)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def cores_per_process() -> int:
     """This process's share of the cores, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, cores // max(1, int(processes) if processes.isdecimal() else 1))
+    return max(1, cores() // local_processes())
 
 
 def default_num_workers() -> int:
@@ -367,6 +379,8 @@ def create_accelerator(
     if precision == "fp16" and on_cpu:
         logger.warning("warning: fp16 needs a GPU; this run uses float32")
         precision = "fp32"
+    if report_to and not importlib.util.find_spec(report_to):
+        raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
     # torch 2.15 warns about this name, whose replacement does not exist in 2.6
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
@@ -380,8 +394,6 @@ def create_accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if report_to:
-        if not accelerator.log_with:
-            raise ValueError(f"--report-to {report_to} needs its package: pip install {report_to}")
         fault, purge = None, dict(tensorboard=dict(purge_step=first_step + 1))
         try:
             accelerator.init_trackers("tensorboard" if report_to == "tensorboard" else "dlc-dit", init_kwargs=purge)

@@ -25,6 +25,9 @@ from dlc.machine.files import Damaged, failed, sync
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 from dlc.weights.meta import ModelConfig, RunMeta, run_checkpoints
 
+# what torch's optimizers keep for each number of a parameter
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
 
 def save_checkpoint(
     run_dir: str | Path,
@@ -162,20 +165,20 @@ def load_checkpoint(
                 )
             module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
         state = _checked_state(path / "optimizer.pt", sums_shape)
+        there = [_outline(one) for one in state["optimizers"]]
+        here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]
+        if there != here:
+            raise ValueError(
+                f"checkpoint {path} holds the state of {' and '.join(there)}, but this program trains with "
+                f"{' and '.join(here)}: give another --results-dir, or the same optimizer"
+            )
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            load_optimizer(optimizer, saved)
     except Damaged as error:
         reason = str(error).replace(f"{path}{os.sep}", "")
         raise ValueError(
             f"checkpoint {path} is damaged ({reason}): remove it to continue from the one before"
         ) from None
-    there = [_outline(one) for one in state["optimizers"]]
-    here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]
-    if there != here:
-        raise ValueError(
-            f"checkpoint {path} holds the state of {' and '.join(there)}, but this program trains with "
-            f"{' and '.join(here)}: give another --results-dir, or the same optimizer"
-        )
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        load_optimizer(optimizer, saved)
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return None if state["sums"] is None else state["sums"].clone()  # not a view of the mapped file
@@ -217,7 +220,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load an optimizer's state, whatever it holds, by parameter index. Hyperparameters stay those of this launch,
     but for those that the optimizer itself had changed (see `begin_groups`).
 
-    What has its parameter's shape is sharded as the parameter is; other tensors are the same in each process.
+    What has its parameter's shape is sharded as the parameter is; other tensors are the same in each process. Raises
+    Damaged for one of ELEMENTWISE that has another shape.
     """
     groups = optimizer.state_dict()["param_groups"]
     for group, before in zip(groups, saved["param_groups"]):
@@ -226,12 +230,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                 group[name] = before[name]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def placed(index, value):
+    def placed(index, name, value):
         alike = isinstance(value, torch.Tensor) and value.shape == parameters[index].shape
+        if name in ELEMENTWISE and value is not None and not alike:
+            raise Damaged(f"optimizer.pt: {name} of parameter {index} has not the shape of its parameter")
         return distribute_like(value, parameters[index]) if alike else value
 
     state = {
-        index: {key: placed(index, value) for key, value in values.items()}
+        index: {key: placed(index, key, value) for key, value in values.items()}
         if isinstance(values, dict) and index in range(len(parameters))
         else values
         for index, values in saved["state"].items()

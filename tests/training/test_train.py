@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from dlc.data import Features, kind_dir
 from dlc.machine.noise import Stream, normal
 from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
+from dlc.training.run_flags import checkpoint_steps, steps_of_run
+from train_diffusion import argument_parser
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,60 @@ def test_what_a_run_leaves(run, features):
     config = json.loads((results / "checkpoints/0000006/config.json").read_text())
     assert (meta["step"], meta["features_path"], config["model"]) == (6, str(features), "DiTSEM-Ti/4")
     assert (config["arguments"]["L"], config["arguments"]["V"], config["process"]["process"]) == (6, 300, "gaussian")
+
+
+@pytest.mark.slow
+def test_defaults_leave_a_checkpoint_and_a_preview(workplace):
+    """At the end of a short run, and the log's first lines say when there would be others."""
+    for run in ("results", "results_dit"):
+        assert (workplace / run / "checkpoints/0000003").is_dir()
+        assert Image.open(workplace / run / "previews/0000003.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+        text = (workplace / run / "log.txt").read_text()
+        assert "run: steps 0 to 3 (0.9 epochs)" in text and "checkpoints: at step 250, every 250 steps" in text
+
+
+@pytest.mark.slow
+def test_a_vae_that_cannot_be_loaded(features, error_of, tmp_path):
+    """Previews are left out with a warning, unless they were asked for."""
+    copy = shutil.copytree(features, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(dict(manifest, vae="nowhere/vae")))
+    flags = ("--max-steps", 1, "--features-path", copy, "--sample-every")
+    assert "nowhere/vae" in error_of("train_diffusion", "--model", "DiTSEM-Ti/4", *flags, 5)
+    command = [
+        flag for flag in train_command(1, copy, tmp_path / "run", *flags[:2]) if flag not in ("--sample-every", 0)
+    ]
+    said = launch(("forked", *command[1:]), tmp_path).stdout
+    assert "warning: there will be no previews, for which --vae names a VAE" in said and "nowhere/vae" in said
+    assert (tmp_path / "run/checkpoints/0000001").is_dir() and not (tmp_path / "run/previews").exists()
+
+
+@pytest.mark.parametrize(
+    "rows, flags, last, checkpoints",
+    [
+        (1_281_167, (), 7_006_383, (250, 50_000)),
+        (3_786, (), 20_705, (250, 2_000)),
+        (500, (), 20_000, (250, 2_000)),
+        (500, ("--epochs", "1400"), 2_735, (250, 300)),
+        (500, ("--max-steps", "300"), 300, (250, 250)),
+        (500, ("--max-steps", "300", "--epochs", "10"), 20, (250, 250)),
+        (500, ("--max-steps", "9000000", "--ckpt-every", "7"), 9_000_000, (7, 7)),
+    ],
+)
+def test_defaults_follow_the_data(rows, flags, last, checkpoints):
+    args = argument_parser().parse_args(flags)
+    batches = TrainingBatches(types.SimpleNamespace(count=rows), {}, seed=0, global_batch=256)
+    assert steps_of_run(args, batches) == last and checkpoint_steps(args, last) == checkpoints
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_a_checkpoint(features, error_of, monkeypatch):
+    """Is seen before the first step: raw weights, EMA and AdamW's two moments."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=50_000_000))
+    flags = ("--features-path", features, "--model", "DiTSEM-Ti/4", "--sample-every", 0, "--num-workers", 0)
+    error = error_of("train_diffusion", *flags)
+    assert "a checkpoint takes about 0.073 GB, and the disk has 0.05 GB free: make room, or give a folder" in error
+    assert not (Path("results") / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from conftest import IMAGE_SIZE, ROOT, V, launch
 from forked import Run
 from PIL import Image
@@ -97,7 +99,7 @@ def test_killed_at_named_points(processes, kills, trained, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, to, name", [(1, "group:", "SIGINT"), (2, "", "SIGUSR1"), (2, "group:", "SIGTERM")])
+@pytest.mark.parametrize("processes, to, name", [(1, "group:", "SIGHUP"), (2, "", "SIGUSR2"), (2, "group:", "SIGTERM")])
 def test_asked_to_stop(processes, to, name, trained, tmp_path):
     """One process, or it and its data readers, as launchers do it, gets the signal: all end well after the same step,
     and the same command goes on to the same end."""
@@ -365,25 +367,34 @@ def test_picture_of_the_losses(tmp_path):
 
 
 @pytest.mark.slow
-def test_reports(trained, train, tmp_path):
-    """The numbers of metrics.jsonl in TensorBoard's files; and one line where a package is not there."""
+def test_tensorboard(trained, tmp_path):
+    """The numbers of metrics.jsonl; what a killed launch wrote after its checkpoint is hidden by the next one."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trained("run", "--max-steps", 3, "--report-to", "tensorboard", processes=2)
-    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
-    reported = EventAccumulator(str(events.parent))
+    flags = ("--ckpt-every", 2, "--report-to", "tensorboard")
+    trained("run", "--max-steps", 3, *flags, processes=2)
+    shutil.rmtree(tmp_path / "run/checkpoints/0000003")
+    trained("run", "--max-steps", 5, *flags)
+    first, second = sorted((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert first.parent == second.parent
+    reported = EventAccumulator(str(first.parent))
     reported.Reload()
-    assert [scalar.step for scalar in reported.Scalars("loss")] == [1, 2, 3]
-    np.testing.assert_allclose(
-        [scalar.value for scalar in reported.Scalars("loss")],
-        [line["loss"] for line in metrics(tmp_path / "run")],
-        rtol=1e-6,
-    )
-    if importlib.util.find_spec("wandb"):
-        return
-    run = train("other", "--report-to", "wandb")
-    assert not run.wait()
-    assert "--report-to wandb needs its package: pip install wandb" in run.said() and "Traceback" not in run.said()
+    assert [scalar.step for scalar in reported.Scalars("loss")] == [1, 2, 3, 4, 5]
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    np.testing.assert_allclose([scalar.value for scalar in reported.Scalars("loss")], losses, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_wandb_that_does_not_start(features, error_of, monkeypatch, tmp_path):
+    """One line before the first step; the package is a stand-in."""
+    flags = ("--features-path", features, "--model", "DiTSEM-Ti/4", "--report-to", "wandb", "--num-workers", 0)
+    if not importlib.util.find_spec("wandb"):
+        assert "--report-to wandb needs its package: pip install wandb" in error_of("train_diffusion", *flags)
+    (tmp_path / "wandb.py").write_text("def init(**_):\n    raise RuntimeError('No API key configured.')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    error = error_of("train_diffusion", *flags)
+    assert "wandb does not start (No API key configured.); run wandb login, or set WANDB_MODE=offline" in error
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ def with_nan(path):
         (lambda path: torch.save([1], path / "optimizer.pt"), "optimizer.pt"),
         (lambda path: edit_optimizer(path, lambda one: one["state"][0]["exp_avg"].fill_(np.nan)), "of parameter 0"),
         (lambda path: edit_optimizer(path, lambda one: one.pop("param_groups")), "optimizer.pt"),
+        (lambda path: edit_optimizer(path, lambda one: one["state"][0].update(exp_avg=torch.zeros(3))), "shape"),
     ],
 )
 def test_a_damaged_newest_checkpoint(harm, reason, run_of_three, failed, tmp_path):
