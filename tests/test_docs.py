@@ -5,8 +5,11 @@ import importlib
 import json
 import re
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, save_images
+from forked import Run
+from tiny_networks import pixels
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
@@ -100,3 +103,67 @@ def test_every_key_is_described(workplace):
             for value in map(json.loads, path.read_text().splitlines() if "jsonl" in name else [path.read_text()]):
                 keys = value.keys() | {key for run in value.get("runs", []) for key in run}
                 assert keys <= described, (name, keys - described)
+
+
+# ---------------------------------------------------------------------- the defaults chain
+
+# what stands in for the placeholders of README's and docs/commands.md's tables; those without a stand-in are skipped
+LEFT_OUT = ("OLD NEW", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep")
+SMALL = {
+    "extract_features_withdlc": "--vae vae --encoder sem --image-size 64 --num-workers 0",
+    "train_diffusion": "--max-steps 2 --grad-accum 1 --global-batch-size 4 --num-workers 0",
+    "train_prior": "--max-steps 2 --global-batch-size 4 --num-workers 0 --holdout 0.1",
+    "sample_ddp_computed_dlc": "--num-fid-samples 4 --num-sampling-steps 2",
+    "sample_prior": "--num-codes 4",
+}
+MODULES = {"evaluate.py": "tiny_networks", "dlc.sampling": "dlc.sampling.__main__"}
+SMALL |= {"train": SMALL["train_diffusion"], "sample_ddp": SMALL["sample_ddp_computed_dlc"]}
+SMALL["train_options.train_amp"] = f"{SMALL['train']} --vae vae --image-size 64"
+
+
+def typed(page):
+    """The commands of a page's tables, one after the other, each as a row has it or adds to an earlier one."""
+    rows = re.findall(r"^\| ([^|`]*) \| (.*?) \|", page.read_text(), flags=re.MULTILINE)
+    commands = []
+    for job, cell in rows:
+        spans = re.findall("`([^`]+)`", cell)
+        if job == "fine-tune":
+            commands.append(f"{next(one for one in commands if 'train_diffusion' in one)} {spans[0]}")
+        elif spans and ".py" in spans[0] or "python" in cell:
+            commands.append(spans[0])
+        if job == "compose codes":
+            commands.append(f"{next(one for one in commands if 'sample_ddp_computed' in one)} {spans[-1]}")
+    return commands
+
+
+@pytest.mark.slow
+def test_the_defaults_chain(tmp_path, tiny_models):
+    """README's table and then all commands, typed from top to bottom in one folder, with sizes for a laptop alone."""
+    save_images(tmp_path / "train")
+    for name, path in (("vae", tiny_models[0]), ("sem", tiny_models[1]), ("val", "train")):
+        (tmp_path / name).symlink_to(path)
+    np.savez(tmp_path / "reference.npz", arr_0=pixels(50, size=64))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints/tiny.bin").write_bytes(b"weights")
+    words = {"/path/to/imagenet/": "", "/path/to/store/": "", "-XL/2": "-Ti/4", "DLCPrior-M": "DLCPrior-Ti"}
+    words |= {"dog.jpg fern.jpg": "train/cat/0.png train/dog/1.png", "VIRTUAL_imagenet256_labeled": "reference"}
+    words["CHECKPOINT"] = "results"
+    scripts = []
+    for number, command in enumerate(typed(ROOT / "README.md") + typed(ROOT / "docs/commands.md")):
+        if any(part in command for part in LEFT_OUT):
+            continue
+        for placeholder, stand_in in words.items():
+            command = command.replace(placeholder, stand_in)
+        if "samples/" in command:
+            npz = min(tmp_path.glob("samples/*.npz"), key=lambda path: path.stat().st_mtime)  # the one for codes
+            command = command.replace("samples/FILE.npz", str(npz)).replace("samples/FOLDER", str(npz.with_suffix("")))
+        parts = command.split()
+        place = next(i for i, part in enumerate(parts) if part == "-m" or part.endswith(".py"))
+        script, *flags = parts[place + (parts[place] == "-m") :]
+        script = MODULES.get(script, script.removesuffix(".py").replace("/", "."))
+        environment, output = dict(TORCH_HOME=str(tmp_path)), tmp_path / f"{number}.txt"
+        run = Run(script, [*flags, *SMALL.get(script, "").split()], output, cwd=tmp_path, environment=environment)
+        assert run.wait(), f"{command}:\n{run.said()}"
+        scripts.append(script)
+    assert set(SMALL) < set(scripts) and len(scripts) > 20
+    assert len(list(tmp_path.glob("samples/*.npz"))) == 4  # for codes, of classes, for composed codes, for a prior's
