@@ -23,7 +23,7 @@ from dlc.data.npz import array_names, image_shape, read_images
 from dlc.data.rows import file_order
 from dlc.machine.cli import one_line
 from dlc.machine.exact import side_by_side
-from dlc.machine.files import read_json
+from dlc.machine.files import errno_of, read_json, reading
 from dlc.machine.processes import default_num_workers
 
 JPEG = (".jpg", ".jpeg")
@@ -129,8 +129,11 @@ class FileImages(ImageSet):
 
     def _load(self, name):
         try:
-            return load_rgb(self.path / name, self.background)
+            with reading(self.path / name):
+                return load_rgb(self.path / name, self.background)
         except Exception as error:  # Pillow's readers raise many types
+            if errno_of(error) is not None:
+                raise
             raise ValueError(f"{self.path / name} cannot be read ({one_line(error, 100)})") from None
 
     def _mixed(self, name, size, second, other):

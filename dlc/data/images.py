@@ -13,13 +13,12 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import Dataset
 
-from dlc.machine.files import write_whole
+from dlc.machine.files import errno_of, is_pointer, reading, write_whole
 from dlc.machine.noise import Stream, integers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 WHITE = (255, 255, 255)
-LFS = b"version https://git-lfs"
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -63,7 +62,7 @@ def load_rgb(path: str | os.PathLike, background: Sequence[int] = WHITE) -> Imag
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}") from None
         except OSError as error:
-            if error.errno is None and is_lfs_pointer(path):
+            if error.errno is None and is_pointer(path):
                 raise ValueError("it is a pointer of git-lfs, not the file: run git lfs pull") from None
             raise
     with image:
@@ -86,12 +85,6 @@ def load_rgb(path: str | os.PathLike, background: Sequence[int] = WHITE) -> Imag
 def is_transparent(image: Image.Image) -> bool:
     """Whether an image that `load_rgb` gave was transparent somewhere."""
     return "transparency blended" in image.info
-
-
-def is_lfs_pointer(path: str | os.PathLike) -> bool:
-    """Whether a file is the text that git-lfs leaves in the place of one that was not fetched."""
-    with open(path, "rb") as file:
-        return file.read(len(LFS)) == LFS
 
 
 def add_background_flag(add: Callable, default: tuple[int, int, int] | None = WHITE, when: str = "") -> None:
@@ -141,10 +134,14 @@ def save_png(path: Path, image: Image.Image | np.ndarray) -> None:
 
 
 def read_png(path: str | os.PathLike) -> np.ndarray:
-    """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it cannot be read."""
+    """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it is missing or not whole,
+    and OSError if it cannot be read."""
     try:
-        return np.array(load_rgb(path))
+        with reading(path):
+            return np.array(load_rgb(path))
     except (OSError, SyntaxError, ValueError) as error:
+        if errno_of(error) not in (None, errno.ENOENT):
+            raise
         raise ValueError(
             f"{path} is missing or no whole PNG ({error}): delete it and run the same command again to draw it"
         ) from None

@@ -4,7 +4,8 @@
     for batch in read_images("samples.npz", 0, count, 64): ...     # (n, H, W, 3) uint8
     sigma = read_array("reference.npz", "sigma")
 
-Each function raises ValueError, naming the file, for one that is missing, damaged or not what it claims to be.
+Each function raises ValueError, naming the file, for one that is missing, damaged or not what it claims to be, and
+OSError for one that cannot be read.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import numpy as np
 
 from dlc.data.rows import read_npy_header
 from dlc.machine.cli import one_line
-from dlc.machine.files import write_whole
+from dlc.machine.files import errno_of, reading, write_whole
 
 # what readers of a damaged zip raise
 BROKEN = (OSError, EOFError, KeyError, RuntimeError, UnicodeError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -36,9 +37,11 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     if not path.is_file():  # opening a pipe would block forever
         raise ValueError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             yield archive
     except BROKEN as error:
+        if errno_of(error) is not None:
+            raise
         raise ValueError(f"{path} is not a whole .npz: cut off or damaged ({one_line(error, 100)})") from None
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dlc.machine.cli import one_line, progress
+from dlc.machine.files import reading
 
 LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
 MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
@@ -19,7 +20,7 @@ BLOCK = 4096  # rows looked at together, so that a file need not fit in memory
 
 
 def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
-    """The array in a `.npy` file, memory-mapped or read. Raises ValueError naming the file.
+    """The array in a `.npy` file, memory-mapped or read. Raises ValueError, or OSError as `reading`.
 
     Pickled objects are refused, and so is a header that claims more bytes than the file holds, before memory is
     allocated for them. torch maps the file because np.memmap would hold a file descriptor per shard, and large sets
@@ -28,22 +29,23 @@ def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
     try:
         if not os.path.isfile(path):  # opening a pipe would block forever
             raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
-        with open(path, "rb") as file:
-            shape, fortran_order, dtype = read_npy_header(file)
-            if dtype.hasobject:
-                raise ValueError("it holds pickled objects")
-            count, offset, size = math.prod(shape), file.tell(), os.fstat(file.fileno()).st_size
-            if count * dtype.itemsize > size - offset:
-                raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {size - offset:,} follow")
-            if not mmap:
-                data = np.fromfile(file, dtype, count)
-        if mmap:
-            storage = torch.UntypedStorage.from_file(str(path), False, size)
-            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset : offset + count * dtype.itemsize]
-            data = data.view(dtype)
-            data.flags.writeable = False
-        return data.reshape(shape, order="F" if fortran_order else "C")
-    except (ValueError, EOFError, OSError, RuntimeError) as error:
+        with reading(path):
+            with open(path, "rb") as file:
+                shape, fortran_order, dtype = read_npy_header(file)
+                if dtype.hasobject:
+                    raise ValueError("it holds pickled objects")
+                count, offset, size = math.prod(shape), file.tell(), os.fstat(file.fileno()).st_size
+                if count * dtype.itemsize > size - offset:
+                    raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {size - offset:,} follow")
+                if not mmap:
+                    data = np.fromfile(file, dtype, count)
+            if mmap:
+                storage = torch.UntypedStorage.from_file(str(path), False, size)
+                data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset : offset + count * dtype.itemsize]
+                data = data.view(dtype)
+                data.flags.writeable = False
+            return data.reshape(shape, order="F" if fortran_order else "C")
+    except (ValueError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
 
 

@@ -45,7 +45,7 @@ class Damaged(ValueError):
 def errno_of(error: BaseException) -> int | None:
     """The system's error number in an exception, also where a library wraps it in its own; None if there is none."""
     if isinstance(error, OSError):
-        return error.errno
+        return None if error.errno == errno.EINVAL else error.errno  # a seek to where a damaged file says
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return errno.ENOMEM
     if isinstance(error, ValueError):
@@ -77,10 +77,10 @@ def failed(what: str, error: BaseException, folder: Path | None = None) -> OSErr
 def reading(path: str | Path) -> Iterator[None]:
     """Around every reader of a file. What the system refuses, such as permission, open files, memory or a failing disk,
     becomes an OSError in its own words, whatever the reader makes of it: it says nothing about the file. Other errors
-    pass: the reader calls them `Damaged` if the bytes that it read prove that.
+    pass: the reader calls them `Damaged` if the bytes that it read prove that. The reader opens the file by itself
+    before a library does: some call every failure to open "no such file".
     """
     try:
-        open(path, "rb").close()  # some libraries call every failure to open "no such file"
         yield
     except Exception as error:
         if errno_of(error) is None:

@@ -306,7 +306,7 @@ def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
                 if read_config(path) is None:
                     return "config.json was written by another program"
             else:
-                with reading(path / name):
+                with reading(path / name), open(path / name, "rb"):
                     # the one compares the header with the file's size, of the other the directory is at the end
                     safe = name.endswith(".safetensors")
                     with safe_open(path / name, framework="pt") if safe else zipfile.ZipFile(path / name):

@@ -25,6 +25,9 @@ from conftest import ROOT
 from tiny_weights import Call, claim, refusal, rezip, tiny
 
 from dlc import checkpoints as tool
+from dlc.data.images import read_png, save_png
+from dlc.data.npz import read_array
+from dlc.data.rows import load_array
 from dlc.machine.files import Damaged, read_json
 from dlc.weights.checkpoint import load_checkpoint
 from dlc.weights.foreign.safe import check_tensors, load_tensors, read_torch
@@ -160,6 +163,7 @@ def no_permission(path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtins, "open", opened)
+        patch.setattr("io.open", opened)  # as zipfile calls it
         yield
 
 
@@ -185,24 +189,45 @@ REFUSED = {
 }
 
 
+def save_any(path, count):
+    """A file of so many megabytes, of the kind that its name says. Returns its reader."""
+    large = torch.zeros(count * 250_000)
+    if path.suffix == ".json":
+        path.write_bytes(b'{"a": "' + b"x" * (count * 10**6) + b'"}')
+        return read_json
+    if path.suffix == ".npy":
+        np.save(path, large.numpy())
+        return lambda path: {"a": load_array(path, mmap=False)}
+    if path.suffix == ".npz":
+        np.savez(path, a=large.numpy())
+        return lambda path: {"a": read_array(path, "a")}
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({"a": large}, path)
+    else:
+        torch.save({"a": large}, path, **(OLD if path.name == "old.pt" else {}))
+    return load_tensors
+
+
 @pytest.mark.parametrize("words", REFUSED)
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "old.pt", "a.json"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "old.pt", "a.json", "a.npy", "a.npz"])
 def test_what_cannot_be_read_is_not_damaged(words, name, tmp_path):
     """Another user's file, no open file left, no memory: said in the system's words, whatever the library makes of it;
     and the same file is read afterwards."""
-    path, large = tmp_path / name, {"a": torch.zeros(50_000_000)}
-    if name.endswith("json"):
-        path.write_bytes(b'{"a": "' + b"x" * 100_000_000 + b'"}')
-    elif name.endswith("safetensors"):
-        safetensors.torch.save_file(large, path)
-    else:
-        torch.save(large, path, **(OLD if name == "old.pt" else {}))
-    del large
-    read = read_json if name.endswith("json") else load_tensors
+    path = tmp_path / name
+    read = save_any(path, 100)
     with REFUSED[words](path), pytest.raises(OSError, match=f"^cannot read .*{name} .{words}.$") as error:
         read(path)
     assert "remove" not in str(error.value)
     assert read(path)["a"] is not None
+
+
+def test_a_png_is_to_be_deleted_only_where_it_is_not_whole(tmp_path):
+    path = tmp_path / "000000.png"
+    save_png(path, np.zeros((8, 8, 3), np.uint8))
+    with no_permission(path), pytest.raises(OSError, match="^cannot read .*000000.png .Permission denied.$"):
+        read_png(path)
+    path.write_bytes(path.read_bytes()[:50])
+    refusal(read_png, path, words="no whole PNG .*: delete it")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(tmp_path):
