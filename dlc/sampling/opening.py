@@ -18,7 +18,7 @@ from dlc.sampling.sampling_flags import RESULTS
 from dlc.weights.hub import PUBLISHED, is_id, published_dit
 from dlc.weights.load import load_model, process_of, warn_of_young_ema
 from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint, newest_of_run
-from dlc.weights.networks import downsampling_factor, load_vae, vae_id, vae_label
+from dlc.weights.networks import load_vae, vae_id, vae_label
 from models import DiT, DiT_models
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
         state=start_processes() if is_id(path) else None,
         diffusers_time=args.diffusers_time,
         process=args.process,
-        input_size=args.image_size and args.image_size // downsampling_factor(args.vae or "ema"),
+        input_size=args.image_size and args.image_size // 8,  # pixels per cell of DiT's VAEs
     )
     if args.model not in (None, name):
         raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
