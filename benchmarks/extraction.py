@@ -12,7 +12,6 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +62,6 @@ def prepare(root: Path, args: argparse.Namespace) -> None:
     write_networks(root)
 
 
-def images_per_second(work: Callable, batches: list) -> float:
-    """The rate of work(batch) over the batches, in threads as in extraction, after one batch to warm up."""
-    work(batches[0])
-    synchronize()
-    start = time.perf_counter()
-    for _ in side_by_side(work, batches, DEVICE):
-        pass
-    return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
-
-
 def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False) -> dict[str, float]:
     """Images per second of decoding, the VAE, the encoder, and both networks. tf32: which extraction does not use."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
@@ -95,7 +84,14 @@ def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False)
         "encoder": lambda batch: [encoder.codes(batch[1], args.batch_size).cpu()],
         "both networks": lambda batch: [works[name](batch) for name in ("VAE", "encoder")],
     }
-    return {**rates, **{name: images_per_second(work, loaded) for name, work in works.items()}}
+    for name, work in works.items():
+        work(loaded[0])
+        synchronize()
+        start = time.perf_counter()
+        for _ in side_by_side(work, loaded, DEVICE):  # in threads, as in extraction
+            pass
+        rates[name] = args.images / (time.perf_counter() - start)
+    return rates
 
 
 def rate_of_the_whole(root: Path, args: argparse.Namespace) -> float:

@@ -36,6 +36,7 @@ ANCESTORS = "the ancestors' way"
 COLUMNS = ("part", "", "images/s", "codes/s", "share of peak", "of the data sheet", "memory GiB", "differs by")
 COLUMNS += ("bar", "said")
 L, V = 512, 256  # of every row
+PRIOR = [] if ON_GPU else ["--model", "DLCPrior-Ti"]
 
 
 @dataclass
@@ -84,7 +85,9 @@ def training(given: str, bench: Bench) -> dict:
     args = bench.args
     bench.once("features", loading.both_layouts, bench.root / "training", args.rows)
     data = dict(features=flags(features_path=bench.root / "training/shards"))
-    parts = 2 if "--no-compile" in given and "checkpoint" not in given and is_short_of_memory() else 1
+    # eager, 256 images of DiTSEM-XL/2 take over 80 GB; compiled they fit (benchmarks/memory.py)
+    small = ON_GPU and torch.cuda.get_device_properties(0).total_memory < 120e9
+    parts = 2 if "--no-compile" in given and "checkpoint" not in given and small else 1
     row = f"train_fast {given} --grad-accum {parts}"
     rate, _, memory = train_options.train(row, args.model, args.batch, data, bench.root, args)
     if rate is None:
@@ -92,11 +95,6 @@ def training(given: str, bench: Bench) -> dict:
     shares = bench.shares(3 * bench.flops() * rate * args.batch, train_options.options(row).precision)
     said = f"in {parts} micro-batches" if parts > 1 else None
     return {"images/s": rate * args.batch, "memory GiB": memory, **shares, "said": said}
-
-
-def is_short_of_memory() -> bool:
-    """Eager, 256 images of DiTSEM-XL/2 take over 80 GB; compiled they fit (benchmarks/memory.py)."""
-    return ON_GPU and torch.cuda.get_device_properties(0).total_memory < 120e9
 
 
 def drawing(precision: str, given: str, bench: Bench) -> dict:
@@ -132,20 +130,16 @@ def extracting(way: str, bench: Bench) -> dict:
 
 def training_a_prior(name: str, bench: Bench) -> dict:
     """Codes per second of a row of training of benchmarks/prior.py."""
-    sizes = sizes_of_a_prior()
+    sizes = prior.argument_parser().parse_args(PRIOR)
     return {"codes/s": sizes.train_batch / bench.once("a prior's steps", prior.seconds_of_steps, sizes)[name]}
 
 
 def drawing_codes(name: str, steps: int, bench: Bench) -> dict:
     """Codes per second of a row of sampling of benchmarks/prior.py."""
-    sizes, rows = sizes_of_a_prior(), {(row[0], row[2]): row for row in prior.sampling_rows(L)}
+    sizes, rows = prior.argument_parser().parse_args(PRIOR), {(row[0], row[2]): row for row in prior.sampling_rows(L)}
     wanted, row = [rows[one] for one in DRAWN_CODES.values()], rows[name, steps]
     seconds = bench.once("a prior's calls", prior.seconds_of_calls, wanted, sizes)[prior.work_of(row, L)]
     return {"codes/s": sizes.batch / (prior.calls_per_code(row, sizes) * seconds)}
-
-
-def sizes_of_a_prior() -> argparse.Namespace:
-    return prior.argument_parser().parse_args([] if ON_GPU else ["--model", "DLCPrior-Ti"])
 
 
 PARTS = ("decoding", "both networks", "the whole")

@@ -11,7 +11,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,37 +58,30 @@ def reader(layout: str, root: Path) -> Callable:
     return lambda rows: tuple(np.concatenate([np.load(folder / f"{row}.npy") for row in rows]) for folder in folders)
 
 
-def drop_pages(root: Path) -> None:
-    gc.collect()  # open maps would keep their pages
-    for path in root.rglob("*.npy"):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def disk_megabytes() -> float:
-    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"]) / 1e6
-
-
-def samples_per_second(gather: Callable, batches: Iterable) -> float:
-    start = time.perf_counter()
-    for rows in batches:
-        gather(rows)
-    return sum(map(len, batches)) / (time.perf_counter() - start)
-
-
-def best_rate(layout: str, cache: str, root: Path, batches: Iterable) -> tuple[float, float]:
+def best_rate(layout: str, cache: str, root: Path, batches: Sequence[np.ndarray]) -> tuple[float, float]:
     """The best of three: samples per second, and the MB read from the disk."""
+
+    def read():
+        """Seconds of all batches."""
+        gather, start = reader(layout, root), time.perf_counter()
+        for rows in batches:
+            gather(rows)
+        return time.perf_counter() - start
+
+    def disk_bytes():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
     found = []
     for _ in range(3):
-        if cache == "cold":
-            drop_pages(root)
-        gather = reader(layout, root)
+        gc.collect()  # open maps would keep their pages
+        for path in root.rglob("*.npy") if cache == "cold" else ():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if cache == "warm":
-            samples_per_second(gather, batches)  # warms the cache
-        before = disk_megabytes()
-        rate = samples_per_second(gather, batches)
-        found.append((rate, disk_megabytes() - before))
-        del gather
+            read()
+        before = disk_bytes()
+        found.append((sum(map(len, batches)) / read(), (disk_bytes() - before) / 1e6))
     return max(found)
 
 

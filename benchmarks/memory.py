@@ -19,13 +19,13 @@ from torch._inductor.decomposition import select_decomp_table
 
 from benchmarks.record import record
 from dlc.machine.processes import ACTIVATION_BUDGET
-from models import DiT_models
+from models import DiT_models, ModelSpec
 
 CARDS, RESERVE = (24, 48, 80), 3  # GiB
 GIB = 2**30
 
 
-def compiled_bytes(block, *inputs) -> int:
+def compiled_bytes(block: torch.nn.Module, *inputs) -> int:
     """Bytes that a compiled block keeps for its backward pass of a batch: inputs (n, ...). It is not run."""
     kept = {}
 
@@ -59,7 +59,7 @@ def compiled_bytes(block, *inputs) -> int:
     return sum(kept.values())
 
 
-def eager_bytes(model, n: int) -> int:
+def eager_bytes(model: torch.nn.Module, n: int) -> int:
     """Bytes that autograd saves of a batch of n latents."""
     saved = {}
 
@@ -77,7 +77,7 @@ def eager_bytes(model, n: int) -> int:
 class Memory:
     """Of training a DiTSEM. Called with a number of images, it gives the bytes that their activations take."""
 
-    def __init__(self, spec, **sizes):
+    def __init__(self, spec: ModelSpec, **sizes):
         with torch.device("meta"):
             self.weights = sum(weight.numel() for weight in spec(**sizes).parameters())
         one, self.depth = replace(spec, depth=1)(**sizes), spec.depth
@@ -100,7 +100,7 @@ class Memory:
         return {"images at once": batch // parts, "GiB": needed / GIB + RESERVE, "flags": f"--grad-accum {parts}"}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", default=[f"DiTSEM-{size}/2" for size in "S B L XL".split()], help="[S, B, L, XL]")

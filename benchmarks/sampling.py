@@ -131,13 +131,6 @@ def sampler_of(given: list[str]) -> tuple:
     return sampler, sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
 
 
-def differences(folder: Path, other: Path, count: int) -> dict[str, float]:
-    """Of the PNGs of two folders: the mean, in grey levels, and the share of values that are at most one."""
-    pairs = [(png_path(folder, index), png_path(other, index)) for index in range(count)]
-    levels = np.abs(np.stack([read_png(one).astype(int) - read_png(two) for one, two in pairs]))
-    return {"differs by": float(levels.mean()), "within 1": float((levels <= 1).mean())}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -166,17 +159,17 @@ def main() -> None:
             folders[name, precision] = folder
             sampler, guided = sampler_of(given)
             row = {
-                "": name,
-                "precision": precision,
-                "steps": sampler.num_steps,
-                "guided": guided,
+                **{"": name, "precision": precision, "steps": sampler.num_steps, "guided": guided},
                 "images/s": rate,
                 "times the first": rate / (table[0]["images/s"] if table else rate),
                 "share of peak": rate * (len(sampler.times) + guided) * flops / peaks[precision],
                 **{"differs by": None, "within 1": None, "from": reference and ", ".join(reference)},
             }
             if reference:
-                row.update(differences(folder, folders[reference], args.batch * args.batches))
+                both, count = (folder, folders[reference]), args.batch * args.batches
+                one, two = (np.stack([read_png(png_path(part, i)) for i in range(count)]).astype(int) for part in both)
+                levels = np.abs(one - two)
+                row.update({"differs by": float(levels.mean()), "within 1": float((levels <= 1).mean())})
             table.append(row)
             print(row, flush=True)
     tflops = {key: peak / 1e12 for key, peak in peaks.items()}

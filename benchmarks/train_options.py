@@ -119,14 +119,6 @@ def build(model: str, args: argparse.Namespace) -> torch.nn.Module:
     return DiT_models[model](**sizes)
 
 
-def peak_of(chosen: argparse.Namespace) -> float:
-    """FLOPs per second that the device reaches in a row's precision."""
-    torch.backends.cuda.matmul.allow_tf32 = chosen.tf32
-    peak = peak_flops(chosen.precision, 8192 if ON_GPU else 4096)
-    torch.cuda.empty_cache()  # the rows need the memory; without a GPU, nothing
-    return peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -143,7 +135,11 @@ def main() -> None:
     add("--encoder", help="SEM encoder [ViT-L/14, L=512, V=256, untrained]")
     add("--num-workers", type=int, default=default_num_workers(), help="data readers [%(default)s here]")
     args = parser.parse_args()
-    peaks = {(chosen.precision, chosen.tf32): peak_of(chosen) for chosen in map(options, args.rows)}
+    peaks = {}  # FLOPs per second that the device reaches
+    for chosen in map(options, args.rows):
+        torch.backends.cuda.matmul.allow_tf32 = chosen.tf32
+        peaks[chosen.precision, chosen.tf32] = peak_flops(chosen.precision, 8192 if ON_GPU else 4096)
+    torch.cuda.empty_cache()  # the rows need the memory; without a GPU, nothing
     table, gflops = [], {}
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
@@ -164,8 +160,7 @@ def main() -> None:
                         **{"": name, "model": model, "batch": batch},
                         "data": "images" if chosen.features_path is None else "features",
                         "checkpointing": chosen.checkpoint_activations,
-                        "precision": chosen.precision,
-                        "TF32": ON_GPU and chosen.tf32,
+                        **{"precision": chosen.precision, "TF32": ON_GPU and chosen.tf32},
                         "compiled": ON_GPU if chosen.compile is None else chosen.compile,
                         **{"steps/s": steps, "images/s": rate, "MFU": rate and rate * flops / peak},
                         **{"memory GiB": memory, "times the first": rate and rate / first},

@@ -10,7 +10,6 @@ weights, and --features NAME computes each metric that is tied to no network. It
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,25 +134,24 @@ def find_weights(name: str, given: str | None = None) -> Path:
     for path in (folder / file for folder in (cache, Path(".")) for file in kind.files):
         if path.is_file():
             return path
+
+    def check(part):
+        found = sha256_of(part)
+        if not found.startswith(kind.sha256_prefix):
+            raise ValueError(
+                f"what came has the SHA-256 {found[:8]}…, wanted {kind.sha256_prefix}…: it is not the published file, "
+                "and was removed"
+            )
+
     try:
         if is_offline():
             raise ValueError("HF_HUB_OFFLINE is set")
-        return fetch_file(kind.url, cache / kind.files[0], partial(check_digest, kind))
+        return fetch_file(kind.url, cache / kind.files[0], check)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"no weights of {name} ({one_line(error, 120)}): fetch {kind.url} elsewhere and put it into {cache}, or "
             f"name a file of them with --{name}; agreement and reconstruction --features none need none"
         ) from None
-
-
-def check_digest(kind: type, part: Path) -> None:
-    """Raise ValueError if a fetched file's SHA-256 has other first digits than those of a network's published file."""
-    found = sha256_of(part)
-    if not found.startswith(kind.sha256_prefix):
-        raise ValueError(
-            f"what {kind.url} sent has the SHA-256 {found[:8]}…, wanted {kind.sha256_prefix}…: it is not the "
-            "published file, and was removed"
-        )
 
 
 def feature_networks(args: Namespace, names: Iterable[str], state: "PartialState") -> dict:

@@ -65,12 +65,7 @@ def run(args: Namespace) -> None:
     measured = measure(images, [network], state, batch_size=args.batch_size)
     if state.is_main_process:
         rows = np.unique(np.linspace(0, images.count - 1, min(args.num_images, images.count)).round().astype(int))
-        arrays = dict(
-            network=np.array(network.name),
-            network_sha256=np.array(network.digest),
-            count=np.array(images.count),
-            sha256=np.array(measured.digest),
-        )
+        arrays = dict(network=network.name, network_sha256=network.digest, count=images.count, sha256=measured.digest)
         for output, (mean, covariance) in STORED.items():
             if output in network.outputs:
                 statistics = measured.statistics[network.name, output]

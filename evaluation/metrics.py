@@ -43,9 +43,16 @@ def checked(features: ArrayLike, name: str = "features") -> torch.Tensor:
     return features
 
 
-def same_width(a: torch.Tensor, b: torch.Tensor) -> None:
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"the features have {a.shape[1]} dimensions in the reference, {b.shape[1]} in the samples")
+def checked_pair(reference: ArrayLike, samples: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of both sets, (N, D) and (M, D). Raises ValueError as `checked` does, and where they differ in D."""
+    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
+    same_width(reference.shape[1], samples.shape[1])
+    return reference, samples
+
+
+def same_width(reference: int, samples: int) -> None:
+    if reference != samples:
+        raise ValueError(f"the features have {reference} dimensions in the reference, {samples} in the samples")
 
 
 #################################################################################
@@ -150,7 +157,12 @@ class FeatureStatistics:
         mean = rows.mean(dim=0)
         if not mean.isfinite().all():
             raise ValueError("features hold values that are NaN or infinite")
-        self._add(len(rows), mean.cpu(), outer_products(rows.sub_(mean)))
+        rows.sub_(mean)
+        if rows.device.type == "cpu":  # NumPy sees the symmetry, and computes one half
+            scatter = torch.from_numpy(np.dot(rows.numpy().T, rows.numpy()))
+        else:
+            scatter = (rows.T @ rows).cpu()
+        self._add(len(rows), mean.cpu(), scatter)
 
     def _add(self, count, mean, scatter):
         if not count:
@@ -160,14 +172,6 @@ class FeatureStatistics:
         self._scatter.addr_(difference, difference, alpha=self._count * count / total)
         self._mean = self._mean + difference * (count / total)
         self._count = total
-
-
-def outer_products(rows: torch.Tensor) -> torch.Tensor:
-    """rows' rows (D, D), on the CPU."""
-    if rows.device.type != "cpu":
-        return (rows.T @ rows).cpu()
-    array = rows.numpy()
-    return torch.from_numpy(np.dot(array.T, array))  # NumPy sees the symmetry, and computes one half
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -180,8 +184,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Raises ValueError where the sets have other dimensions or fewer than two rows.
     """
-    if a.dim != b.dim:
-        raise ValueError(f"the features have {a.dim} dimensions in the reference, {b.dim} in the samples")
+    same_width(a.dim, b.dim)
     A, B = a.covariance, b.covariance
     constant = (a.mean - b.mean).square().sum() + A.trace() + B.trace()
     # where a feature is constant in one of the sets, its row and column add nothing to the root
@@ -258,8 +261,7 @@ def precision_recall(
 
     Raises ValueError where a set has fewer than k + 1 rows, or the sets have other dimensions.
     """
-    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
-    same_width(reference, samples)
+    reference, samples = checked_pair(reference, samples)
     enough_for(k, reference, samples)
     half = precision == "adm"
     radii_reference, radii_samples = squared_radii(reference, k, half), squared_radii(samples, k, half)
@@ -283,8 +285,7 @@ def density_coverage(reference: ArrayLike, samples: ArrayLike, k: int = 5) -> tu
     Density counts, per sample, the reference balls that it lies in, over k; it may exceed 1. Coverage is the share of
     reference images whose ball holds a sample. A ball's radius is the distance to the k-th nearest other one.
     """
-    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
-    same_width(reference, samples)
+    reference, samples = checked_pair(reference, samples)
     enough_for(k, reference)
     radii = squared_radii(reference, k, half=False)
     covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
@@ -316,8 +317,7 @@ def kernel_distance(
     Args:
         generator: draws the subsets; None: one with seed 0.
     """
-    reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
-    same_width(reference, samples)
+    reference, samples = checked_pair(reference, samples)
     size = min(subset_size, len(reference), len(samples))
     if size < 2:
         raise ValueError("the kernel distance needs at least 2 images in each set")

@@ -72,10 +72,6 @@ def words_of(setting: Setting) -> str:
     return ", ".join(f"{flag} {value}" for flag, value in setting.items())
 
 
-def setting_flags(setting: Setting) -> list[str]:
-    return [text for flag, value in setting.items() for text in (f"--{flag}", str(value))]
-
-
 def known_results(path: Path, flags: dict[str, list[str]]) -> list[dict]:
     """The finished settings in a sweep.json, of this launch or not: dicts of `setting` and `metrics`.
 
@@ -268,7 +264,8 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
 def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Setting) -> dict:
     """Draw the samples of a setting into its folder and evaluate them. Returns an entry of a sweep.json's `results`."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
-    flags = [*handed["sampling"], *setting_flags(setting), "--sample-dir", str(folder)]
+    swept = [text for flag, value in setting.items() for text in (f"--{flag}", str(value))]
+    flags = [*handed["sampling"], *swept, "--sample-dir", str(folder)]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:

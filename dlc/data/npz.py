@@ -135,7 +135,7 @@ def write_images(
     path: Path,
     shape: tuple[int, int, int, int],
     images: Iterable[np.ndarray],
-    arrays: dict[str, np.ndarray] | None = None,
+    arrays: dict[str, np.ndarray | str | int] | None = None,
 ) -> None:
     """Write images, of shape (N, H, W, 3) in all, one by one as arr_0 (none: no arr_0), and other arrays; whole or not
     at all. Nothing is compressed, so that other programs can stream it, too.
