@@ -63,7 +63,7 @@ def load_rgb(path: str | os.PathLike, background: Sequence[int] = WHITE) -> Imag
             raise ValueError(f"more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}") from None
         except OSError as error:
             if error.errno is None and is_pointer(path):
-                raise ValueError("it is a pointer of git-lfs, not the file: run git lfs pull") from None
+                raise ValueError("a git-lfs pointer, not the file: run git lfs pull") from None
             raise
     with image:
         image.load()

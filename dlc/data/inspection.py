@@ -1,7 +1,6 @@
 """Describe features in words, and list what is wrong with them: the commands info and check."""
 
 import argparse
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dlc.data.manifest import Manifest, read_manifest
 from dlc.data.rows import NpyRows, array_files, check_finite, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
-from dlc.machine.files import write_whole
+from dlc.machine.files import sha256_of, write_whole
 
 BLOCK = 4096  # rows in memory at a time, so that no file need fit in memory
 
@@ -197,21 +196,13 @@ def problems(root: str | Path, V: int | None = None, num_classes: int | None = N
         for index in progress(range(len(rows.paths)), desc=kind, unit="file", delay=2):
             found = list(file_problems(kind, rows, index, shapes, dtypes.get(kind), width, limits.get(kind)))
             digest = manifest and manifest.shards[index].get("sha256", {}).get(kind)
-            if digest and not found and file_sha256(rows.paths[index]) != digest:
+            if digest and not found and sha256_of(rows.paths[index]) != digest:
                 found = [f"{rows.paths[index]} is not what was written: its digest is another one in manifest.json"]
             yield from found
         usual = Counter(shapes.values()).most_common(1)
         for path, shape in shapes.items():  # beside those whose width is wrong already
             if shape != usual[0][0] and width in (None, shape[0]):
                 yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def file_problems(
@@ -240,7 +231,7 @@ def file_problems(
         shapes[path] = array.shape[1:]
         if limit is not None:
             check_range(array, limit, lambda row: (path, row))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield str(error)
         return
     if dtype is not None and array.dtype != dtype:

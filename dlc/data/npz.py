@@ -22,7 +22,7 @@ import numpy as np
 
 from dlc.data.rows import read_npy_header
 from dlc.machine.cli import one_line
-from dlc.machine.files import errno_of, reading, write_whole
+from dlc.machine.files import errno_of, is_pointer, reading, write_whole
 
 # what readers of a damaged zip raise
 BROKEN = (OSError, EOFError, KeyError, RuntimeError, UnicodeError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -42,7 +42,8 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except BROKEN as error:
         if errno_of(error) is not None:
             raise
-        raise ValueError(f"{path} is not a whole .npz: cut off or damaged ({one_line(error, 100)})") from None
+        what = "a git-lfs pointer: run git lfs pull" if is_pointer(path) else one_line(error, 100)
+        raise ValueError(f"{path} is not a whole .npz: cut off or damaged ({what})") from None
 
 
 def array_names(path: Path) -> list[str]:

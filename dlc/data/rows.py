@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dlc.machine.cli import one_line, progress
-from dlc.machine.files import reading
+from dlc.machine.files import is_pointer, reading
 
 LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
 MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
@@ -46,7 +46,9 @@ def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
                 data.flags.writeable = False
             return data.reshape(shape, order="F" if fortran_order else "C")
     except (ValueError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a readable .npy ({one_line(error, 120)})") from None
+        is_lfs = os.path.isfile(path) and is_pointer(path)
+        why = "a git-lfs pointer, not the file: run git lfs pull" if is_lfs else one_line(error, 120)
+        raise ValueError(f"{path} is not a readable .npy ({why})") from None
 
 
 def load_floats(path: str | Path, mmap: bool = True) -> np.ndarray:
@@ -147,9 +149,15 @@ class NpyRows:
         return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled: a spawned worker opens its own
 
     def array(self, index: int) -> np.ndarray:
-        """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read."""
+        """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read.
+
+        Raises ValueError or OSError, naming the file, if it is not what it should be, or is cut or gone since.
+        """
         if index in self._open:
-            return self._open[index]
+            array, path, size = self._open[index]
+            if os.stat(path).st_size != size:  # to read past the end of a file that was cut would end this process
+                raise ValueError(f"{path} has changed since it was opened: it had {size:,} bytes")
+            return array
         array = self.load(self.paths[index], mmap=not self.lone)
         if array.ndim == self.sample_ndim:
             array = array[None]
@@ -165,7 +173,8 @@ class NpyRows:
         if not self.lone:
             if len(self._open) == MAX_OPEN:
                 self._open.clear()
-            self._open[index] = array
+            path = str(self.paths[index])
+            self._open[index] = array, path, os.stat(path).st_size
         return array
 
     def rows(self, index: int) -> int:

@@ -162,7 +162,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     (tmp_path / "progress").mkdir()
     (tmp_path / "progress/settings.json").write_text(json.dumps(settings))
     for shard in (0, 2):  # done; 1 and 3 were not
-        record = dict(rows=manifest["shards"][shard]["rows"], skipped=manifest["skipped"] if shard == 2 else [])
+        record = dict(manifest["shards"][shard], skipped=manifest["skipped"] if shard == 2 else [])
         (tmp_path / f"progress/{shard:06d}.json").write_text(json.dumps(record))
     untouched = kind_dir(tmp_path, IMAGE_SIZE, "features") / "000000.npy"
     before = untouched.stat().st_mtime_ns

@@ -167,6 +167,19 @@ def test_more_shards_than_open_files_or_maps(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 200), lambda path: path.unlink()])
+def test_a_map_whose_file_goes_away(harm, written):
+    """A memory map of a file that is cut would end this process at the first row past the end, without a word."""
+    features = Features(written[0])
+    rows = np.arange(10)
+    features.latents.gather(rows)
+    path = kind_dir(written[0], 64, "features") / "000001.npy"
+    harm(path)
+    for read in (lambda: features.latents.gather(rows), features.latents.check_finite):
+        with pytest.raises((ValueError, OSError), match=f"{path}"):
+            read()
+
+
 def test_values_out_of_range_are_named(written):
     root, arrays = written
     for kind, name, change, message in (

@@ -85,6 +85,7 @@ BAD_NPY = [
     (npy(b"{}", version=(3, 0)), "version"),
     (npy(b"{}", version=(9, 9)), "not a readable"),
     (b"", "not a readable"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer, not the file: run git lfs pull"),
     (b"\x93NUMPY", "not a readable"),
     (npy("{'descr': '\x1b[31m', 'fortran_order': False, 'shape': (1,)}"), "not a readable"),
 ]
@@ -121,7 +122,7 @@ def test_npz(tmp_path, compression):
     """Headers are read as those of a .npy are: a few of these, and what is particular to images in an archive."""
     path = tmp_path / "bad.npz"
     for content, message in (
-        *((BAD_NPY[index][0], "bad.npz: arr_0 ") for index in (0, 3, 4, 12, 15, 18)),
+        *((BAD_NPY[index][0], "bad.npz: arr_0 ") for index in (0, 3, 4, 12, 15, 18, 19)),
         (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
         (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
         (npy(described("()"), bytes(8)), "wanted uint8"),

@@ -105,7 +105,7 @@ def test_all_doors_read_an_image_in_one_way(door, tmp_path):
 
 def test_what_is_no_image_is_called_by_its_name(tmp_path):
     (tmp_path / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ValueError, match="pointer of git-lfs, not the file: run git lfs pull"):
+    with pytest.raises(ValueError, match="a git-lfs pointer, not the file: run git lfs pull"):
         load_rgb(tmp_path / "lfs.png")
     Image.fromarray(PIXELS).save(tmp_path / "odd.jpg", exif=b"Exif\0\0not a TIFF header")
     assert rgb(tmp_path / "odd.jpg").shape == PIXELS.shape
