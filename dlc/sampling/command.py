@@ -32,13 +32,13 @@ from dlc.machine.processes import (
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.decoder import Decoder, save_strip
-from dlc.sampling.latents import CudaGraphs, lower_precision, sample_latents
+from dlc.sampling.latents import CudaGraphs, check_conditions, lower_precision, sample_latents
 from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
 from dlc.sampling.pictures import png_path, save_grid
 from dlc.sampling.samples_record import SampleFolder, SamplesRecord, this_launch
 from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.load import describe
-from models import DiT
+from models import Condition, DiT
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -61,6 +61,7 @@ class Job:
     folder: SampleFolder
     missing: np.ndarray  # indices of the images to draw, ascending
     said: list[str]  # lines for the log: what is drawn, and what could not be compared
+    null: Condition | None = None  # the model's, on the CPU
 
 
 def prepare(args: Namespace, script: str, default: str) -> Job:
@@ -103,11 +104,12 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
 
 def draw_batch(job: Job, indices: np.ndarray, denoise: Callable, on_step: Callable) -> torch.Tensor:
     """The latents (N, C, h, w) of these samples."""
-    device, record = job.state.device, job.record
+    device, record, y = job.state.device, job.record, job.conditions(indices)
+    check_conditions(y, job.null)  # before they are on a GPU
     with autocast(device, record.precision):
         return sample_latents(
             *(job.model, job.sampler),
-            y=tree_map(lambda value: value.to(device), job.conditions(indices)),
+            y=tree_map(lambda value: value.to(device), y),
             seed=record.global_seed,
             indices=torch.from_numpy(indices).to(device),
             latent_shape=(job.model.in_channels, *job.model.x_embedder.img_size),
@@ -132,6 +134,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
 
     set_numerics(args.tf32)
     lower_precision(job.model, args.precision)
+    job.null = job.model.null_condition(1)
     job.model.to(state.device)
     if args.compile if args.compile is not None else state.device.type == "cuda":
         compile_blocks(job.model, state.device, dynamic=False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from diffusion.samplers import SAMPLERS, Sampler
 from dlc.machine.noise import StepNoise, Stream, normal
@@ -25,6 +25,20 @@ def create_sampler(name: str, steps: int | None = None, eta: float | None = None
     if (steps or 0) > spec.most_steps:
         raise ValueError(f"--num-sampling-steps: --sampler {name} has at most {spec.most_steps}")
     return spec.build(steps or spec.default_steps, eta or 0.0, learn_sigma)
+
+
+def check_conditions(y: Condition, null: Condition) -> None:
+    """Raise ValueError for a label or token that a model does not have; null, the next one after them, means "none".
+
+    Only what is on the CPU is looked at: it would wait for a GPU.
+    """
+    for given, bound in zip(tree_leaves(y), tree_leaves(null)):
+        if given.device.type == bound.device.type == "cpu" and not given.is_floating_point():
+            outside = given[(given < 0) | (given >= bound)]
+            if len(outside) and not bound.is_floating_point():
+                raise ValueError(
+                    f"condition {int(outside[0])} is outside 0..{int(bound.max()) - 1}, those of the model"
+                )
 
 
 @torch.inference_mode()
@@ -53,8 +67,11 @@ def sample_latents(
         channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].
         denoise: replaces model.denoise, for example by its CUDA graph.
         on_step: called after each step with its number, its x and the x_0 that the model saw.
+
+    Raises ValueError as `check_conditions` does.
     """
     n, denoise = len(indices), denoise or model.denoise
+    check_conditions(y, model.null_condition(1))
     channels = channels or model.guided_channels or model.in_channels
     # embed the conditions once, not per step, and the times once, not per sample
     condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)

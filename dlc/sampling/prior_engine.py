@@ -8,6 +8,7 @@ import torch
 from diffusion.masked import MaskedDiffusion
 from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast
+from dlc.sampling.latents import check_conditions
 from prior import DLCPrior
 
 
@@ -37,6 +38,8 @@ def sample_codes(
         precision: of the blocks, "fp32", "bf16" or "fp16"; scores are always float32, and draws float64.
         on_call: called after each call of the model with the codes so far, where V is left to draw.
     """
+    if y is not None:
+        check_conditions(y, model.null_condition(1))
     if codes is None:
         codes = torch.full((len(indices), model.L), model.V, device=indices.device)
 

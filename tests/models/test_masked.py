@@ -296,6 +296,9 @@ def test_guidance_is_of_log_probabilities():
     codes = sample_codes(Table(), MaskedDiffusion(V), create_sampler("first-hitting", V), **given)
     counts = torch.bincount(codes[:, 2], minlength=V)
     assert chisquare(counts.numpy(), wanted.numpy() * N).pvalue > 1e-3
+    given["y"][5] = 1  # the null class
+    with pytest.raises(ValueError, match=r"condition 1 is outside 0\.\.0"):
+        sample_codes(Table(), MaskedDiffusion(V), create_sampler("first-hitting", V), **given)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

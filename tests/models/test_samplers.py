@@ -105,6 +105,15 @@ def test_guidance_only_where_it_acts(kind, channels):
     torch.testing.assert_close(sample(cfg_scale=1 + 1e-6), plain, **CLOSE)
 
 
+@pytest.mark.parametrize("kind, value", [(0, V), (0, -1), (1, 9), (1, 100)])
+def test_conditions_that_mean_none_are_refused(kind, value):
+    """A label or token one beyond the model's is its null row: the image would be an unconditional one."""
+    model, y = random_model(*MODELS[kind])
+    y.flatten()[1] = value
+    with pytest.raises(ValueError, match=rf"condition {value} is outside 0\.\.{(V, 9)[kind] - 1}"):
+        draw(model, create_sampler("ddim", 2), y)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_is_the_diffusions(eta):
     model, y = random_model()

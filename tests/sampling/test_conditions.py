@@ -136,7 +136,7 @@ VECTORS = np.random.default_rng(1).normal(size=(7, 5))
 @pytest.fixture
 def vectors(tmp_path):
     """7 rows in three files, the tenth after the second, of two precisions."""
-    folder = tmp_path / "vectors"
+    folder = tmp_path / "{my} %d vectors"  # a path is no format
     folder.mkdir()
     for name, part in (("1", VECTORS[:3].astype(np.float16)), ("2", VECTORS[3:4]), ("10", VECTORS[4:])):
         np.save(folder / f"{name}.npy", part)
