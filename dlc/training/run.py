@@ -196,7 +196,7 @@ class Run(contextlib.ExitStack):
         self._share_buffers()
         return dict(model=self.module, ema=self.ema, optimizers=self.optimizers, scaler=self.accelerator.scaler)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in which a preview may have made buffers of the EMA
     def _share_buffers(self):
         """Give the EMA the model's buffers of now, which are not averaged: counts, masks, running statistics."""
         for average, value in zip(self.ema.buffers(), self.module.buffers()):

@@ -14,11 +14,8 @@ from multiprocessing import connection
 from conftest import HELPERS, ROOT, check_marked, free_port
 
 context = multiprocessing.get_context("forkserver")
-# what the scripts import where they use it
-HEAVY = ["accelerate.utils", "diffusers.models.autoencoders.autoencoder_kl", "matplotlib.backends.backend_agg"]
-HEAVY += ["timm.models.vision_transformer", "torch.distributed.fsdp"]
 SCRIPTS = ["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "train_prior", "sample_prior"]
-context.set_forkserver_preload([*HEAVY, *SCRIPTS])
+context.set_forkserver_preload(["patched", *SCRIPTS])  # patched imports what the scripts import where they use it
 # the server that is forked from looks for what it preloads here
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -12,16 +12,9 @@ import sys
 import tempfile
 import traceback
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-for name in (
-    *importlib.import_module("forked").HEAVY,
-    "numpy",
-    "torch",
-    "torchvision",
-    "tqdm",
-    "PIL.Image",
-    "torch.distributed",
-):
+HEAVY = """accelerate.utils diffusers.models.autoencoders.autoencoder_kl matplotlib.backends.backend_agg
+    timm.models.vision_transformer torch.distributed.fsdp torchvision tqdm""".split()
+for name in HEAVY:  # what the scripts import, partly where they use it
     importlib.import_module(name)
 
 

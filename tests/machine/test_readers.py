@@ -1,5 +1,6 @@
 """Data readers: what they send, and that nothing waits for one that cannot."""
 
+import faulthandler
 import os
 import resource
 import signal
@@ -41,15 +42,20 @@ def raise_(error):
     raise error
 
 
+def signalled(number):
+    faulthandler.disable()  # pytest's
+    os.kill(os.getpid(), number)
+
+
 @pytest.mark.parametrize(
     "what, kind, message",
     [
         (lambda: raise_(KeyError("no such row")), RuntimeError, "no such row"),
         (lambda: raise_(MemoryError()), MemoryError, "Traceback"),
         (lambda: threading.Lock(), RuntimeError, "cannot pickle"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), ReaderFailed, "by the kernel .*lower --num-workers"),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), ReaderFailed, "SIGBUS: a file that it read was cut short"),
-        (lambda: os.kill(os.getpid(), signal.SIGSTOP), ReaderFailed, "sent nothing for 1 s: does the disk"),
+        (lambda: signalled(signal.SIGKILL), ReaderFailed, "by the kernel .*lower --num-workers"),
+        (lambda: signalled(signal.SIGBUS), ReaderFailed, "SIGBUS: a file that it read was cut short"),
+        (lambda: signalled(signal.SIGSTOP), ReaderFailed, "sent nothing for 1 s: does the disk"),
         (lambda: os._exit(3), ReaderFailed, "died of exit status 3"),
     ],
 )
