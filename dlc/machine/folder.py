@@ -64,9 +64,9 @@ class ResumableFolder:
         except ValueError:
             self.lock.release()
             raise
-        remove_temporaries(self.path)
         missing = self.missing(record)
-        if missing or earlier is None:
+        if missing or earlier is None:  # of a whole folder, another launch may be writing the picture
+            remove_temporaries(self.path)
             if launch is not None:
                 runs = [*(earlier.runs if earlier else []), {**launch, self.parts: len(missing)}]
                 record = replace(record, runs=runs)

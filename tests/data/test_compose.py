@@ -84,7 +84,7 @@ def test_the_script(images, features, tiny_models, tmp_path):
     np.testing.assert_array_equal(of_rows[:, same], composed[:, same])
 
     for temp, own in ((1e-4, True), (1, False)):
-        sem, _ = run("forked", *files, "--encoder", tiny_models[1], "--mode", "sem", "--temp", temp, out="sem.npy")
+        sem, _ = run("forked", *files, "--encoder", tiny_models[1], "--mode", "sem", "--temp", temp, out=f"{temp}.npy")
         assert sem.shape == (30, L) and sem.max() < V
         assert ((sem == codes[0]) | (sem == codes[1])).all() == own
 
