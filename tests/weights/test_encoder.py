@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, golden
+from tiny_weights import refusal
 
 from dlc.nets.encoder import SEMEncoder, save_encoder
 from dlc.weights.foreign.encoders import state_dict_of
@@ -45,23 +47,14 @@ def test_save_and_load(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         sem = loaded(images)
-        assert torch.equal(sem, encoder(images))
-        assert sem.shape == (2, 5, 7)
-        torch.testing.assert_close(sem.sum(dim=2), torch.ones(2, 5))
-        assert torch.equal(loaded.codes(images), sem.argmax(dim=2))
+        assert torch.equal(sem, encoder(images)) and torch.equal(loaded.codes(images), sem.argmax(dim=2))
         torch.testing.assert_close(sem, (encoder.logits(images) / 0.5).softmax(dim=2))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "L": 6}))
-    with pytest.raises(ValueError, match="has other shapes"):
-        load_encoder(tmp_path)
+    refusal(load_encoder, tmp_path, words="has other shapes")
+    refusal(load_encoder, tmp_path, L=512, words="L 6 there, 512 here")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no model.safetensors"):
-        load_encoder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
-        load_encoder(tmp_path)
-    with pytest.raises(ValueError, match="L 6 there, 512 here"):
-        load_encoder(tmp_path, L=512)
+    refusal(load_encoder, tmp_path, words="has no model.safetensors")
 
 
 #################################################################################
@@ -107,25 +100,20 @@ def names_of_5(weights):
 def dinov2_names(weights, prefix=""):
     """By hand, for this test: the names of DINOv2 for transformers' weights."""
     renamed, head = {}, {key: value for key, value in weights.items() if key.startswith("sem_")}
-    for index in (0, 1):
+    for index, kind in itertools.product((0, 1), ("weight", "bias")):
         layer, block = f"encoder.layer.{index}.", f"blocks.{index}."
-        for kind in ("weight", "bias"):
-            attention = [weights[f"{layer}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-            renamed[f"{block}attn.qkv.{kind}"] = torch.cat(attention)
-            renamed[f"{block}attn.proj.{kind}"] = weights[f"{layer}attention.output.dense.{kind}"]
-            for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-                renamed[f"{block}{part}.{kind}"] = weights[f"{layer}{part}.{kind}"]
-            renamed[f"patch_embed.proj.{kind}"] = weights[f"embeddings.patch_embeddings.projection.{kind}"]
-            renamed[f"norm.{kind}"] = weights[f"layernorm.{kind}"]
+        attention = [weights[f"{layer}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+        renamed[f"{block}attn.qkv.{kind}"] = torch.cat(attention)
+        renamed[f"{block}attn.proj.{kind}"] = weights[f"{layer}attention.output.dense.{kind}"]
+        for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            renamed[f"{block}{part}.{kind}"] = weights[f"{layer}{part}.{kind}"]
+        renamed[f"patch_embed.proj.{kind}"] = weights[f"embeddings.patch_embeddings.projection.{kind}"]
+        renamed[f"norm.{kind}"] = weights[f"layernorm.{kind}"]
         for part in ("1", "2"):
             renamed[f"{block}ls{part}.gamma"] = weights[f"{layer}layer_scale{part}.lambda1"]
-    for new, old in (
-        ("cls_token",) * 2,
-        ("mask_token",) * 2,
-        ("register_tokens",) * 2,
-        ("pos_embed", "position_embeddings"),
-    ):
-        renamed[new] = weights[f"embeddings.{old}"]
+    for name in ("cls_token", "mask_token", "register_tokens"):
+        renamed[name] = weights[f"embeddings.{name}"]
+    renamed["pos_embed"] = weights["embeddings.position_embeddings"]
     return {**{prefix + key: value for key, value in renamed.items()}, **head}
 
 
@@ -227,14 +215,9 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
         (dict(L="8"), "says L '8' in its config.json, wanted a whole number"),
         (dict(temp=0), "temperature is 0, wanted a number from 1e-06"),
         (dict(hidden_act="relu"), "config.json: hidden_act is 'relu', wanted gelu"),
-        (dict(layer_norm_eps=1e-5), "config.json: layer_norm_eps is 1e-05"),
         (dict(hidden_size=32), "config.json: hidden_size is 32, wanted 16"),
-        (dict(num_hidden_layers=3), "config.json: num_hidden_layers is 3, wanted 2"),
         (dict(num_attention_heads=None), "has width 16, none of DINOv2's, and no config.json that says its number"),
         (dict(num_attention_heads=3), "timm cannot build"),
-        (dict(num_channels=1), "num_channels is 1"),
-        (dict(num_attention_heads="2"), "num_heads is '2'"),
-        (dict(V=10**9), "V is 1000000000"),
         ({"preprocessor": dict(crop_size=dict(height=10**9))}, "image_size is 1000000000"),
         ({"preprocessor": dict(crop_size=225)}, "no multiple of its patch"),
     ],
@@ -242,8 +225,7 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
 def test_configurations_of_transformers(published, tmp_path, change, message):
     _, config, weights = published
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(change.get("preprocessor", {})))
-    with pytest.raises(ValueError, match=message):
-        load_encoder(save_published(tmp_path, {**config, **change}, weights))
+    refusal(load_encoder, save_published(tmp_path, {**config, **change}, weights), words=message)
 
 
 def test_what_configurations_say(published, tmp_path):
@@ -253,15 +235,13 @@ def test_what_configurations_say(published, tmp_path):
     assert (encoder.L, encoder.V, encoder.temperature) == (8, 8, 0.5)
     encoder.temperature = 1.0
     assert agrees(encoder, values)
-    with pytest.raises(ValueError, match="has L 8, the flag says 4: leave out the flag"):
-        load_encoder(tmp_path, L=4)
+    refusal(load_encoder, tmp_path, L=4, words="has L 8, the flag says 4: leave out the flag")
     encoder = load_encoder(save_published(tmp_path, config, {**weights, "temp": torch.tensor(0.25)}))
     assert encoder.temperature == 0.25
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(crop_size=dict(height=28, width=28))))
     assert load_encoder(tmp_path).image_size == 28
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3)))
-    with pytest.raises(ValueError, match="image_mean is .*, wanted ImageNet's"):
-        load_encoder(tmp_path)
+    refusal(load_encoder, tmp_path, words="image_mean is .*, wanted ImageNet's")
 
 
 def test_what_is_no_sem_encoder(published, tmp_path):
@@ -281,8 +261,7 @@ def test_what_is_no_sem_encoder(published, tmp_path):
             "has width 16 and a gated MLP, other than DINOv2's",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
-            load_encoder(save_published(tmp_path, config, tensors, "pytorch_model.bin"))
+        refusal(load_encoder, save_published(tmp_path, config, tensors, "pytorch_model.bin"), words=message)
 
 
 def test_from_the_hub(published, hub):
@@ -295,26 +274,5 @@ def test_from_the_hub(published, hub):
     assert encoder.said.startswith("from the hub, transformers' names") and "L=8, V=8 (by its name)" in encoder.said
     hub.add("owner/sem", {**files, "config.json": json.dumps(config).encode()}, revision="v1")
     assert agrees(load_encoder("owner/sem@v1"), values)
-    with pytest.raises(ValueError, match="--encoder owner/sem: the hub has no revision 'main' of it"):
-        load_encoder("owner/sem")
+    refusal(load_encoder, "owner/sem", words="--encoder owner/sem: the hub has no revision 'main' of it")
     assert not any(path.endswith(".py") for _, path, _ in hub.requests)
-
-
-def test_shards(published, hub, tmp_path):
-    """In a folder, beside a .bin of other weights, and by id."""
-    values, config, weights = published
-    names = sorted(weights)
-    files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": b"not read"}
-    for number, part in enumerate((names[::2], names[1::2]), 1):
-        shard = safetensors.torch.save({name: weights[name].contiguous() for name in part})
-        files[f"model-0000{number}-of-00002.safetensors"] = shard
-    index = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
-    files["model.safetensors.index.json"] = json.dumps(dict(weight_map=index)).encode()
-    (tmp_path / "sharded").mkdir()
-    for name, content in files.items():
-        (tmp_path / "sharded" / name).write_bytes(content)
-    hub.add("owner/sharded", files)
-    for name in (tmp_path / "sharded", "owner/sharded"):
-        encoder = load_encoder(name)
-        assert agrees(encoder, values) and "2 shards" in encoder.said
-    assert not any(path.endswith(".bin") for _, path, _ in hub.requests if "resolve" in path)

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import golden
+from tiny_weights import refusal
 
 from diffusion.process_table import create_process
 from dlc.weights.checkpoint import save_checkpoint
@@ -72,19 +73,16 @@ def test_sedd_training_file(sedd, tmp_path):
     assert (meta.step, meta.weights) == (12, "ema") and "training checkpoint of SEDD" in meta.layout
     raw, meta = load_prior(tmp_path / "checkpoint.pth", ema=False)
     assert meta.weights == "raw" and torch.equal(raw.pos_embed, weights["pos_embed"] + 1)
+    ema = file["ema"]["shadow_params"]
     for change, words in (
-        (dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][:-1])), "has no list of 31 EMA tensors"),
-        (
-            dict(ema=dict(file["ema"], shadow_params=file["ema"]["shadow_params"][::-1])),
-            "has EMA weights in another order than its",
-        ),
-        (dict(ema=dict(file["ema"], shadow_params={})), "has no list of 31 EMA tensors"),
+        (dict(ema=dict(shadow_params=ema[:-1])), "has no list of 31 EMA tensors"),
+        (dict(ema=dict(shadow_params=ema[::-1])), "has EMA weights in another order than its"),
+        (dict(ema=dict(shadow_params={})), "has no list of 31 EMA tensors"),
         (dict(model={**file["model"], "module.pos_embed": 3}), ".*pos_embed is a int"),
         (dict(model=None), "is not a prior over codes .SEDD.: no tensor in it"),
     ):
         torch.save({**file, **change}, tmp_path / "broken.pth")
-        with pytest.raises(ValueError, match=f"broken.pth:? ?{words}"):
-            load_prior(tmp_path / "broken.pth")
+        refusal(load_prior, tmp_path / "broken.pth", words=f"broken.pth:? ?{words}")
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -117,33 +115,31 @@ def test_our_checkpoints(shared, tmp_path):
     assert "EMA weights, step 3" in lines[1]
 
 
-def test_refusals_name_tensor_or_key(sedd, tmp_path):
+NAME, FREQUENCIES = "blocks.1.mlp.0.weight", "rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    "changes, model, tensors, words",
+    [
+        ({}, {}, {NAME: None}, f"lacks {NAME}"),
+        ({}, {}, {NAME: torch.zeros(3, 4)}, f"has other shapes: {NAME}"),
+        ({}, {}, {"extra": torch.zeros(1)}, "has unknown extra"),
+        ({}, {}, {"pos_embed": torch.zeros(6)}, "no pos_embed of 2 dimensions"),
+        ({}, {}, {FREQUENCIES: torch.zeros(7)}, "does not fit width 32"),
+        (dict(graph=dict(type="uniform")), {}, {}, "says graph.type 'uniform'"),
+        (dict(tokens=9), {}, {}, "says tokens 9 in its config.json, while its tensors are of 7"),
+        ({}, dict(n_heads="x"), {}, "says x heads in its config"),
+        ({}, dict(n_heads=4), {}, "says 4 heads"),
+        ({}, dict(n_heads=None), {FREQUENCIES: None}, "does not tell its number of heads"),
+        ({}, {}, {"y_embedder.embedding_table.weight": torch.zeros(3, 32)}, "says 3 classes, .* 3 rows.*null label"),
+    ],
+    ids=str,
+)
+def test_refusals_name_tensor_or_key(sedd, tmp_path, changes, model, tensors, words):
     config, weights, _, _ = sedd
-    name = "blocks.1.mlp.0.weight"
-
-    def said(**changes):
-        folder = write_folder(
-            tmp_path / f"{len(list(tmp_path.iterdir()))}", **{**dict(config=config, weights=weights), **changes}
-        )
-        with pytest.raises(ValueError) as raised:
-            load_prior(folder)
-        assert str(folder) in str(raised.value) and len(str(raised.value)) < 400
-        return str(raised.value)
-
-    assert f"lacks {name}" in said(weights={key: value for key, value in weights.items() if key != name})
-    assert f"has other shapes: {name}" in said(weights={**weights, name: torch.zeros(3, 4)})
-    assert "has unknown extra" in said(weights={**weights, "extra": torch.zeros(1)})
-    assert f"tensor {name} has values that are NaN" in said(weights={**weights, name: weights[name] * torch.nan})
-    assert "no pos_embed of 2 dimensions" in said(weights={**weights, "pos_embed": torch.zeros(6)})
-    assert "does not fit width 32" in said(weights={**weights, "rotary_emb.inv_freq": torch.zeros(7)})
-    assert "says graph.type 'uniform'" in said(config=dict(config, graph=dict(type="uniform")))
-    assert "says tokens 9 in its config.json, while its tensors are of 7" in said(config=dict(config, tokens=9))
-    assert "says x heads in its config" in said(config=dict(config, model=dict(config["model"], n_heads="x")))
-    assert "says 4 heads" in said(config=dict(config, model=dict(config["model"], n_heads=4)))
-    assert "does not tell its number of heads" in said(
-        config={}, weights={key: value for key, value in weights.items() if key != "rotary_emb.inv_freq"}
-    )
-    assert "is not a prior over codes (SEDD): no tensor in it" in said(config={}, weights={"a": torch.zeros(1)})
+    weights = {name: value for name, value in {**weights, **tensors}.items() if value is not None}
+    config = {**config, **changes, "num_classes": 3, "model": {**config["model"], **model}}
+    assert str(tmp_path / "0") in refusal(load_prior, write_folder(tmp_path / "0", config, weights), words=words)
 
 
 def test_sizes():

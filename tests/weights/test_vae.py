@@ -58,22 +58,9 @@ def normal_vae(deep_vae, tmp_path_factory):
 def deep_features(deep_vae, normal_vae, tiny_models, images, tmp_path_factory):
     """deep_features[kind of latents]: features of the images, float32; means by the first VAE, moments by the other."""
     root = tmp_path_factory.mktemp("deep_features")
-    for kind in ("mean", "moments"):
-        launch(
-            extract_command(
-                "forked",
-                1,
-                images,
-                root / kind,
-                (deep_vae if kind == "mean" else normal_vae, tiny_models[1]),
-                "--posterior",
-                kind,
-                "--dtype",
-                "float32",
-                *(("--flip", "none") if kind == "moments" else ()),
-            ),
-            root,
-        )
+    for kind, vae, flags in (("mean", deep_vae, ""), ("moments", normal_vae, " --flip none")):
+        flags = f"--posterior {kind} --dtype float32{flags}".split()
+        launch(extract_command("forked", 1, images, root / kind, (vae, tiny_models[1]), *flags), root)
     return {kind: root / kind for kind in ("mean", "moments")}
 
 
@@ -107,41 +94,16 @@ def test_extracted(deep_features, deep_vae, normal_vae, images):
 @pytest.mark.parametrize("kind", ["mean", "moments"])
 def test_trained_on_and_sampled(kind, deep_features, deep_vae, tiny_models, tmp_path):
     """The model has 16 channels in, and another VAE than the features' is refused, by training as by sampling."""
-    train = (
-        "forked",
-        1,
-        "train_diffusion.py",
-        "--model",
-        "DiTSEM-Ti/4",
-        "--features-path",
-        deep_features[kind],
-        "--max-steps",
-        2,
-        "--global-batch-size",
-        4,
-        "--num-workers",
-        0,
-        "--sample-every",
-        2,
-    )
+    flags = "--max-steps 2 --global-batch-size 4 --num-workers 0 --sample-every 2".split()
+    model = ("--model", "DiTSEM-Ti/4")
+    train = ("forked", 1, "train_diffusion.py", *model, "--features-path", deep_features[kind], *flags)
     launch(train, tmp_path)
     meta = json.loads((tmp_path / "results/checkpoints/0000002/meta.json").read_text())
     assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT if kind == "mean" else 0, SCALE)
     assert {key: meta.get(key) for key in NORMAL} == (dict.fromkeys(NORMAL) if kind == "mean" else NORMAL)
     assert (tmp_path / "results/previews/0000002.png").is_file()
-    sample = (
-        "forked",
-        1,
-        "sample_ddp_computed_dlc.py",
-        "--model",
-        "DiTSEM-Ti/4",
-        "--dlc-dir",
-        deep_features[kind],
-        "--num-fid-samples",
-        2,
-        "--num-sampling-steps",
-        2,
-    )
+    flags = ("--dlc-dir", deep_features[kind], "--num-fid-samples", 2, "--num-sampling-steps", 2)
+    sample = ("forked", 1, "sample_ddp_computed_dlc.py", *model, *flags)
     launch(sample, tmp_path)
     assert Image.open(sample_folder(tmp_path / "samples") / "000001.png").size == (IMAGE_SIZE, IMAGE_SIZE)
     other = ("--vae", tiny_models[0])
