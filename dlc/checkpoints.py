@@ -10,7 +10,7 @@ from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.info import info
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(__doc__, prog="python -m dlc.checkpoints")
     tools = parser.add_subparsers(required=True, dest="command", metavar="info|export")
 

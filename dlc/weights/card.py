@@ -1,7 +1,12 @@
 """The model card, README.md, beside exported weights."""
 
+from typing import TYPE_CHECKING
+
 from dlc.machine.cli import one_line
 from dlc.weights.load import describe
+
+if TYPE_CHECKING:
+    from dlc.weights.export import Export
 
 PAPERS = {
     "DiT": "Peebles & Xie 2023, arXiv 2212.09748",
@@ -11,7 +16,7 @@ PAPERS = {
 CONDITIONS = {"labels": "class labels", "codes": "discrete latent codes"}
 
 
-def model_card(job) -> str:
+def model_card(job: "Export") -> str:
     """The text of README.md for an `Export`: what it is, how to draw from it, how it was trained, its licence."""
     model = job.model
     front = ["---", f"license: {job.license}", "pipeline_tag: unconditional-image-generation"]
@@ -53,7 +58,7 @@ def model_card(job) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def usage(job) -> str:
+def usage(job: "Export") -> str:
     """How to draw from the folder, as Markdown."""
     script = "sample_ddp.py" if job.model.conditioning == "labels" else "sample_ddp_computed_dlc.py"
     command = f"torchrun --nnodes=1 --nproc_per_node=1 {script} --ckpt THIS_FOLDER"

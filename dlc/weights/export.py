@@ -8,9 +8,11 @@ steps; it comes with a small file of code, because diffusers' own DiT is another
 model card, README.md.
 """
 
+import argparse
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +53,7 @@ class Export:
     vae_name: str | None = None
 
 
-def export(args) -> list[str]:
+def export(args: argparse.Namespace) -> list[str]:
     """Write args.out, and say what it is. Raises ValueError or OSError for a user's mistake, writing nothing then."""
     out = Path(args.out)
     if os.path.lexists(out):
@@ -98,7 +100,7 @@ def add_vae(job: Export, name: str | None) -> None:
 #################################################################################
 
 
-def write_folder(out: Path, write) -> None:
+def write_folder(out: Path, write: Callable[[Path], object]) -> None:
     """Let write(folder) fill a temporary folder beside out, then rename it to out."""
     temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
@@ -130,6 +132,7 @@ def write(folder: Path, job: Export) -> None:
 
 
 def save(weights: dict, path: Path) -> None:
+    """Write tensors as libraries of the hub expect them."""
     safetensors.torch.save_file(
         {name: value.contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"}
     )
@@ -176,7 +179,7 @@ def write_pipeline(folder: Path, job: Export) -> None:
     write_json(folder / "model_index.json", dict(index, _diffusers_version=diffusers.__version__, **parts))
 
 
-def padded(model) -> dict:
+def padded(model: DiT) -> dict:
     """A DiT's state dict whose table has rows up to the null label of DiTPipeline; those between are null as well."""
     weights = dict(model.state_dict())
     table = weights["y_embedder.embedding_table.weight"]

@@ -178,6 +178,19 @@ def test_ema_by_any_name(name, weights, tmp_path):
         assert meta.weights == ("ema" if averaged else "raw") or name in RAW
 
 
+@pytest.mark.parametrize("name", ["ema.safetensors", "model_ema.safetensors", "ema_0.9999.pt", "EMA.pt"])
+def test_ema_in_a_file_beside(name, weights, tmp_path):
+    """Of a folder without a record of ours; diffusers' variant non_ema is not taken for EMA weights."""
+    for file, tensors in (("model.safetensors", weights[0]), (name, weights[1])):
+        (torch.save if file.endswith("pt") else safetensors.torch.save_file)(tensors, tmp_path / file)
+    for ema in (True, False):
+        model, _, meta = load_model(tmp_path, ema=ema)
+        wanted = weights[ema]["final_layer.linear.weight"]
+        assert torch.equal(model.final_layer.linear.weight, wanted) and meta.weights == ("ema" if ema else "raw")
+    (tmp_path / name).rename(tmp_path / "model.non_ema.safetensors")
+    assert load_model(tmp_path)[2].weights == "as in the file"
+
+
 @pytest.mark.parametrize("classes, said", [(5, ""), (4, "says 4 classes, .* 6 rows$"), (6, "trained without a null")])
 def test_a_label_table_without_a_null_row(classes, said, weights, tmp_path):
     """The last class is never taken for the null label, where the file's arguments or its config say the classes."""

@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 
 from dlc.machine.files import read_json
-from dlc.weights.foreign.safe import plain_name, read_file, weights_in
+from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, plain_name, read_file, weights_in
 from dlc.weights.hub import DLC_EMA, DLC_STATE, IN_PIPELINES
 
 KINDS = {  # of networks
@@ -41,7 +41,7 @@ OTHER_FOLDERS = {
     "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`, writes whole weights",
 }
 # Words in the names under which training scripts keep averaged weights, and the parts of a file that are not weights.
-AVERAGED = {"ema", "averaged", "averaging", "avg", "shadow", "swa", "polyak", "teacher"}
+AVERAGED = {"ema", "average", "averaged", "averaging", "avg", "shadow", "swa", "polyak", "teacher"}
 NO_WEIGHTS = re.compile(r"args|config|hyper_parameters|opt|\w*(optim|scheduler|scaler|rng)\w*|loops")
 TRAINING = "training checkpoint"  # the word for {"model", "ema", …}
 OF_SEDD, SHADOW = f"{TRAINING} of SEDD", "ema.shadow_params"  # with a list of EMA weights
@@ -63,35 +63,21 @@ class NoRawWeights(ValueError):
 
 @dataclass
 class File:
-    """Weights as they lie.
+    """Weights as they lie, and what was recognised so far."""
 
-    named: the path or hub id that the user gave, for errors.
-    path: the file of weights.
-    kind: of network that is wanted, a key of KINDS.
-    ema: whether the EMA weights are wanted rather than the raw ones.
-    tensors: what the file holds, by name: of dicts in dicts, the names with dots; without wrappers of DDP and
-        torch.compile.
-    config: the JSON beside it, or {}.
-    arguments: those of the training script, where it keeps them.
-    words: what was recognised so far.
-    weights: "ema", "raw" or "as in the file".
-    step: of the training, if it is known.
-    vae: the VAE of a pipeline.
-    noted: what else is known of the weights, for their meta.
-    """
-
-    named: object
-    path: Path
-    kind: str
-    ema: bool = True
+    named: object  # the path or hub id that the user gave, for errors
+    path: Path  # the file of weights
+    kind: str  # of network that is wanted, a key of KINDS
+    ema: bool = True  # whether the EMA weights are wanted rather than the raw ones
+    # by name, of dicts in dicts with dots, without wrappers of DDP and torch.compile: what the file holds
     tensors: dict = field(default_factory=dict, repr=False)
-    config: dict = field(default_factory=dict)
-    arguments: dict = field(default_factory=dict)
-    words: list[str] = field(default_factory=list)
-    weights: str = "as in the file"
-    step: int | None = None
-    vae: str | None = None
-    noted: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)  # the JSON beside it
+    arguments: dict = field(default_factory=dict)  # of the training script, where it keeps them
+    words: list[str] = field(default_factory=list)  # what was recognised
+    weights: str = "as in the file"  # or "ema" or "raw"
+    step: int | None = None  # of the training
+    vae: str | None = None  # of a pipeline
+    noted: dict = field(default_factory=dict)  # what else is known of the weights, for their meta
 
     def refuse(self, fault: str, error: type = ValueError, *more) -> NoReturn:
         """Raise an error, a ValueError, with the name and a fault."""
@@ -140,8 +126,8 @@ class File:
 
 def is_averaged(name: str) -> bool:
     """Whether a word of a name says that weights are averaged; words are told apart by dots, _ and capitals."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
-    return any(word.lower() in AVERAGED for word in words)
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    return bool(words & AVERAGED) and not words & {"no", "non", "without"}  # as in diffusers' variant non_ema
 
 
 def holds_tensors(value: object) -> bool:
@@ -185,6 +171,11 @@ def enter(file: File) -> None:
         vae = file.path / "vae"
         file.vae = str(vae) if vae.is_dir() else str(file.named) if "vae" in index else None
         file.path, names = folder, names_in(folder)
+    averaged = {name for name in names if name.endswith(WEIGHTS_SUFFIXES) and is_averaged(name)}
+    if averaged and file.kind in ("model", "prior"):  # beside the raw ones
+        raw = weights_in(names - averaged)
+        names = averaged if file.ema or not raw else names - averaged
+        file.weights = "ema" if names == averaged else "raw"
     name = weights_in(names)
     if DLC_EMA in names or (DLC_STATE in names and name):  # accelerate's folder of the DLC project
         name = DLC_EMA if file.ema else name
@@ -196,7 +187,7 @@ def enter(file: File) -> None:
         file.words.append("accelerate checkpoint of the DLC project")
     other = next((words for pattern, words in OTHER_FOLDERS.items() if any(file.path.glob(pattern))), None)
     if name is None or other and name.startswith(("adapter", "pytorch_lora")):
-        others = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")))
+        others = sorted(name for name in names if name.endswith(WEIGHTS_SUFFIXES))
         several = others and f"has several files of weights: name one of {', '.join(others[:4])}"
         file.refuse(other or several or "is a folder of no layout that is known: it has no file of weights")
     file.path = file.path / name

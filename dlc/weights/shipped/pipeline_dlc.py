@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -20,21 +20,21 @@ class DLCDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
 
-    def __init__(self, transformer, vae, scheduler):
+    def __init__(self, transformer: torch.nn.Module, vae: torch.nn.Module, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
         self,
-        dlcs,
+        dlcs: torch.Tensor | list,
         guidance_scale: float = 1.5,
         num_inference_steps: int = 25,
-        generator=None,
-        latents=None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ):
+    ) -> ImagePipelineOutput | tuple:
         """Draw an image for each code.
 
         Args:
@@ -66,7 +66,7 @@ class DLCDiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def decoded(self, x, output_type):
+    def decoded(self, x: torch.Tensor, output_type: str) -> object:
         """Latents to images."""
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
