@@ -109,7 +109,7 @@ def main() -> None:
 def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Check, draw and finish."""
     # ---------------------------------------------------------------------- checks
-    with parser.one_line_errors():
+    with parser.one_line_errors("nothing was drawn; what was there is kept"):
         options, folder = PriorOptions.of(args), CodeFolder(args.out)
         if args.ckpt and args.results_dir != RESULTS:
             raise ValueError("--results-dir is where a prior is looked for, --ckpt names one: give one of them")

@@ -102,4 +102,12 @@ def test_interrupted(start, tmp_path):
     assert run.said().count("stopped; what is drawn is kept: run the same command again") == 1
     run = start()
     assert run.wait(PATIENCE), run.said()
-    contents(tmp_path / "samples")
+    whole = contents(tmp_path / "samples")
+    # and before anything is drawn: the .npz, whose images are there no more, is not touched
+    first = sample_folder(tmp_path / "samples") / "000000.png"
+    first.unlink()
+    run = start(fault="signalled,SIGINT,samples.json,1")
+    assert not run.wait(PATIENCE) and run.ranks[0].exitcode == 130 and "Traceback" not in run.said(), run.said()
+    assert run.said().count("stopped; nothing was drawn; what was there is kept") == 1
+    (npz,) = tmp_path.glob("samples/*.npz")
+    assert npz.read_bytes() == whole[npz.name] and not first.exists()
