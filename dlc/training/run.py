@@ -20,7 +20,7 @@ The flags that it reads are those of `add_run_flags`.
 import argparse
 import contextlib
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -63,6 +63,8 @@ from dlc.weights.checkpoint import (
 )
 from dlc.weights.load import load_pretrained
 from dlc.weights.meta import RunMeta, config_of, newest_of_run, plain, resume_point, run_checkpoints, without_memory
+
+INODES = 20  # more than a checkpoint, a preview and the logs take
 
 
 class Run(contextlib.ExitStack):
@@ -269,11 +271,12 @@ class Run(contextlib.ExitStack):
         moments = sum("betas" in group and 2 or bool(group.get("momentum")) for group in self._groups())
         numbers = sum(weight.numel() for weight in self.weights)
         size = 4 * numbers * (2 + moments / len(self._groups()))
-        free = shutil.disk_usage(self.folder).free
-        if self.state.is_main_process and free < size:
+        disk = os.statvfs(self.folder)
+        free, inodes = disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else INODES
+        if self.state.is_main_process and (free < size or inodes < INODES):
             self.parser.error(
-                f"--results-dir {self.folder}: a checkpoint takes about {size / 1e9:.2g} GB, and the disk has "
-                f"{free / 1e9:.2g} GB free: make room, or give a folder on another disk"
+                f"--results-dir {self.folder}: a checkpoint takes about {size / 1e9:.2g} GB and a few inodes, and the "
+                f"disk has {free / 1e9:.2g} GB and {inodes:,} inodes: make room, or give a folder on another disk"
             )
 
     def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:

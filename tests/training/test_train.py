@@ -93,12 +93,14 @@ def test_defaults_follow_the_data(rows, flags, last, checkpoints):
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_for_a_checkpoint(features, error_of, monkeypatch):
-    """Is seen before the first step: raw weights, EMA and AdamW's two moments."""
-    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=50_000_000))
+@pytest.mark.parametrize("free, inodes", [(50_000_000, 10**6), (10**9, 5)])
+def test_a_disk_without_room_for_a_checkpoint(free, inodes, features, error_of, monkeypatch):
+    """Is seen before the first step: raw weights, EMA and AdamW's two moments; seven files."""
+    disk = types.SimpleNamespace(f_bavail=free, f_frsize=1, f_files=10**6, f_favail=inodes)
+    monkeypatch.setattr("os.statvfs", lambda path: disk)
     flags = ("--features-path", features, "--model", "DiTSEM-Ti/4", "--sample-every", 0, "--num-workers", 0)
     error = error_of("train_diffusion", *flags)
-    assert "a checkpoint takes about 0.073 GB, and the disk has 0.05 GB free: make room, or give a folder" in error
+    assert "a checkpoint takes about 0.073 GB and a few inodes" in error and f"{inodes:,} inodes: make room" in error
     assert not (Path("results") / "metrics.jsonl").exists()
 
 
