@@ -131,7 +131,7 @@ class Run(contextlib.ExitStack):
         sources = ("features_path", "data_path", "heldout_path", "condition_path")
         check_apart(self.folder, "--results-dir", [vars(self.args).get(name) for name in sources])
         foreign = [name for name in ("args.json", "metrics.jsonl", "loss.png") if (self.folder / name).is_file()]
-        own = (self.folder / "checkpoints").is_dir() or "results_dir" in names_in(self.folder / "args.json")
+        own = any(self.folder.glob("checkpoints/*/config.json")) or "results_dir" in names_in(self.folder / "args.json")
         if foreign and not own:
             raise ValueError(f"{self.folder} holds {foreign[0]} of another program: give another --results-dir")
         self.lock.acquire(rename_folders=True)

@@ -81,7 +81,7 @@ def test_vectors_to_train_on(error_of, features, tmp_path, vectors, message):
 
 
 def test_results_of_another_program(error_of, features, tmp_path):
-    (tmp_path / "results").mkdir()
+    (tmp_path / "results/checkpoints").mkdir(parents=True)
     (tmp_path / "results/args.json").write_text('{"lr": 1}')
     flags = ("--features-path", features, "--model", "DiTSEM-Ti/2")
     assert "results holds args.json of another program: give another --results" in error_of("train_diffusion", *flags)
