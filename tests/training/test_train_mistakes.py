@@ -1,5 +1,6 @@
 """Mistakes at training: one line on standard error that names them, and exit status 2, before any work."""
 
+import json
 import re
 import shutil
 
@@ -93,6 +94,8 @@ def test_results_of_another_run(error_of, features, tmp_path):
     settings = dict(
         features_count=14, latents="sample", flip="random", global_batch_size=8, global_seed=0, scaling_factor=0.3
     )
+    manifest = json.loads((features / "manifest.json").read_text())
+    settings |= {key: manifest.get(key) for key in ("image_size", "vae_sha256", "encoder_sha256", "listing_sha256")}
     save_checkpoint(tmp_path / "results/checkpoints/0000001", "DiTSEM-Ti/2", settings=settings)
 
     def error(*flags):
