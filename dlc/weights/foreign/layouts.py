@@ -46,7 +46,7 @@ NO_WEIGHTS = re.compile(r"args|config|hyper_parameters|opt|\w*(optim|scheduler|s
 TRAINING = "training checkpoint"  # the word for {"model", "ema", …}
 OF_SEDD, SHADOW = f"{TRAINING} of SEDD", "ema.shadow_params"  # with a list of EMA weights
 COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step", "updates"}  # beside averaged weights
-DEEPEST, MOST = 6, 2**18  # dicts in dicts, and values in all of them
+DEEPEST, MOST = 6, 2**16  # dicts in dicts, and values in all of them
 
 
 class OtherKind(ValueError):
