@@ -126,7 +126,7 @@ def _fetch(name: str, kind: str, ask: bool) -> Path:
         except LookupError as error:
             raise ValueError(f"the hub's repository, at revision {revision}, {error.args[0]}") from None
         except Exception as error:  # the hub's client and its transport raise many types
-            refusal = in_words(error, revision)
+            refusal = refusal_of(error, revision)
     # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
     folder, wanted = snapshot(cache, revision), []
     with contextlib.suppress(LookupError):
@@ -184,7 +184,7 @@ def _download(cache: Path, repository: str, revision: str, kind: str, inside: st
     return folder
 
 
-def in_words(error: Exception, revision: str) -> str:
+def refusal_of(error: Exception, revision: str) -> str:
     """What went wrong with the hub, and the remedy."""
     from huggingface_hub import constants, errors
 

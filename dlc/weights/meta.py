@@ -138,7 +138,12 @@ def config_of(name: str, model: torch.nn.Module, process: Process | None = None)
         process=process and plain(process.config, f"{name}'s process:"),
     )
     for tensor, value in model.state_dict().items():
-        fault = unrecordable(value)
+        if not isinstance(value, torch.Tensor):
+            fault = f"is {in_words(value)}"
+        elif value.is_meta:
+            fault = None if value.dtype in RECORDABLE else f"is of type {value.dtype}"
+        else:
+            fault = tensor_fault(value.detach().cpu().contiguous(), RECORDABLE)
         if fault:
             raise ValueError(
                 f"{name}'s {tensor} {fault}, which a checkpoint cannot hold: register it with persistent=False"
@@ -147,15 +152,6 @@ def config_of(name: str, model: torch.nn.Module, process: Process | None = None)
     if different:
         raise ValueError(f"{name} is not what its recorded arguments build: what they build {different}")
     return config
-
-
-def unrecordable(value: object) -> str | None:
-    """Why a checkpoint cannot hold a value of a model's state dict, in words, or None."""
-    if not isinstance(value, torch.Tensor):
-        return f"is {in_words(value)}"
-    if value.is_meta:
-        return None if value.dtype in RECORDABLE else f"is of type {value.dtype}"
-    return tensor_fault(value.detach().cpu().contiguous(), RECORDABLE)
 
 
 def read_config(path: str | Path) -> ModelConfig | None:

@@ -160,7 +160,7 @@ def enter(file: File) -> None:
         with contextlib.suppress(ValueError, OSError):  # it only describes the run, and may be missing
             arguments = read_json(file.path.parent.parent / "metadata.json").get("args")
             file.arguments = arguments if isinstance(arguments, dict) else {}
-    names, inside = names_in(file.path), IN_PIPELINES[file.kind]
+    names, inside = entries_of(file.path), IN_PIPELINES[file.kind]
     if "model_index.json" in names:
         index, folder = read_json(file.path / "model_index.json"), file.path / inside
         if not inside or not folder.is_dir():
@@ -170,7 +170,7 @@ def enter(file: File) -> None:
         # the VAE of its latents; of a hub id it is not fetched here
         vae = file.path / "vae"
         file.vae = str(vae) if vae.is_dir() else str(file.named) if "vae" in index else None
-        file.path, names = folder, names_in(folder)
+        file.path, names = folder, entries_of(folder)
     averaged = {name for name in names if name.endswith(WEIGHTS_SUFFIXES) and is_averaged(name)}
     if averaged and file.kind in ("model", "prior"):  # beside the raw ones
         raw = weights_in(names - averaged)
@@ -193,7 +193,8 @@ def enter(file: File) -> None:
     file.path = file.path / name
 
 
-def names_in(folder: Path) -> set[str]:
+def entries_of(folder: Path) -> set[str]:
+    """The names in a folder, but for that of statistics of latents."""
     return {entry.name for entry in folder.iterdir()} - {"latents_stats.pt"}  # which VA-VAE has beside its weights
 
 
