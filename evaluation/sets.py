@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dlc.data.images import WHITE, center_crop, load_rgb
+from dlc.data.images import WHITE, center_crop, is_transparent, load_rgb
 from dlc.data.listing import is_image, list_images
 from dlc.data.npz import array_names, image_shape, read_images
 from dlc.data.rows import file_order
@@ -116,12 +116,16 @@ class FileImages(ImageSet):
         self.path, self.names, self.count, self.notes, self.background = path, names, len(names), [], background
         self.crop, self.resize = crop, resize
         side = crop or resize
+        first = np.unique(np.linspace(0, self.count - 1, CHECKED_FIRST).astype(int)).tolist()
+        images = {names[index]: self._load(names[index]) for index in reversed(first)}
+        blended = sum(map(is_transparent, images.values()))
+        if blended:
+            self.notes = [f"{blended} of {len(images)} images of {path} that were looked at are transparent: blended"]
         if side:
             self.size = side, side
             return
         self.jpeg = sum(name.lower().endswith(JPEG) for name in names)
-        first = np.unique(np.linspace(0, self.count - 1, CHECKED_FIRST).astype(int)).tolist()
-        sizes = {self._load(names[index]).size[::-1]: names[index] for index in reversed(first)}
+        sizes = {image.size[::-1]: name for name, image in images.items()}
         if len(sizes) > 1:
             (one, name), (other, second) = list(sizes.items())[:2]
             raise ValueError(self._mixed(name, one, second, other))
@@ -193,7 +197,7 @@ def open_folder(path: Path, flag: str, crop: int | None = None, resize: int | No
     if record:
         names.sort(key=file_order)  # ours by index, which may have more than six digits
     images = FileImages(path, names, crop, resize)
-    images.record, images.notes = record or None, notes
+    images.record, images.notes = record or None, notes + images.notes
     return images
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from dlc.data import Manifest
 from dlc.data.images import WHITE, Views, collate, flips_of
@@ -25,6 +24,7 @@ from dlc.weights.networks import data_settings, open_networks
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+LOOKED_AT = 32  # images that are opened before the work
 FLIPS = ("random", "none")
 
 
@@ -84,6 +84,13 @@ class Images:
         self.latent_shape = latent_shape(self.vae, image_size)
         flips, code_size = flips_of("none", len(paths), 0), self.encoder.image_size if encoder else None
         self.views = Views(data_path, paths, flips, image_size, code_size, background)
+        looked = (
+            np.unique(np.linspace(0, self.count - 1, LOOKED_AT).astype(int)).tolist() if state.is_main_process else []
+        )
+        blended = sum(self.views[index][2] for index in looked)
+        if blended:
+            what = f"{blended} of {len(looked)} images that were looked at are transparent"
+            warn_once("transparency", f"--data-path {data_path}: {what}: they are blended on --background")
         self.manifest = Manifest(
             image_size=image_size,
             latents="moments",
@@ -121,14 +128,12 @@ class ImageBatches(TrainingBatches):
     def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Crops, and arrays or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
         views = self.features.views
-        crops, code_views, transparent, unreadable = collate([views[row] for row in rows.tolist()])
+        crops, code_views, _, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
             what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
             raise OSError(
                 f"cannot read {what}: fix it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"
             )
-        if transparent and getattr(get_worker_info(), "id", 0) == 0:  # once, not by each reader
-            warn_once("transparency", "there are transparent images: they are blended on --background")
         arrays = dict(codes=code_views) if None in self.arrays.values() else self.gather_arrays(rows)
         return dict(images=crops.squeeze(1), **arrays)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from conftest import IMAGE_SIZE, extract_command, launch, save_images
+from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -251,6 +252,9 @@ def test_extraction_says_it_once(messy, tiny_models, tmp_path):
 
 def test_training_on_images_has_the_same_listing(messy, tiny_models, monkeypatch, capsys):
     monkeypatch.setattr(cli, "WARNED", set())
+    for path in ("cat/0.png", "dog/1.png"):
+        Image.new("RGBA", (70, 70), (9, 9, 9, 99)).save(messy / path)
     images = Images(PartialState(cpu=True), messy, image_size=IMAGE_SIZE, vae=tiny_models[0])
     assert images.num_classes == 3 and images.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
-    assert capsys.readouterr().err.count(SAID) == 1
+    said = capsys.readouterr().err
+    assert said.count(SAID) == 1 and "2 of 4 images that were looked at are transparent: they are blended on" in said
