@@ -13,6 +13,7 @@ import pickle
 import select
 import signal
 import struct
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +117,9 @@ class Reader:
 
     def _how_it_died(self) -> str:
         running.discard(self.pid)
-        number = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        number = 0
+        with contextlib.suppress(ChildProcessError):  # whoever started this process ignores SIGCHLD
+            number = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if number == -signal.SIGKILL:
             return "a data reader was killed, by the kernel where memory is short: lower --num-workers"
         if number == -signal.SIGBUS:
@@ -128,8 +131,12 @@ class Reader:
         self.pipe.close()
         if self.pid in running:
             running.discard(self.pid)
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGKILL)
+                for _ in range(100):  # one that hangs in a disk dies when the disk answers
+                    if os.waitpid(self.pid, os.WNOHANG)[0]:
+                        break
+                    time.sleep(0.01)
 
 
 class _ByValue(pickle.Pickler):

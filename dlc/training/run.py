@@ -272,7 +272,8 @@ class Run(contextlib.ExitStack):
         numbers = sum(weight.numel() for weight in self.weights)
         size = 4 * numbers * (2 + moments / len(self._groups()))
         disk = os.statvfs(self.folder)
-        free, inodes = disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else INODES
+        free = disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf  # 0: it does not say
+        inodes = disk.f_favail if disk.f_files else INODES
         if self.state.is_main_process and (free < size or inodes < INODES):
             self.parser.error(
                 f"--results-dir {self.folder}: a checkpoint takes about {size / 1e9:.2g} GB and a few inodes, and the "

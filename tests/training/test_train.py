@@ -96,7 +96,7 @@ def test_defaults_follow_the_data(rows, flags, last, checkpoints):
 @pytest.mark.parametrize("free, inodes", [(50_000_000, 10**6), (10**9, 5)])
 def test_a_disk_without_room_for_a_checkpoint(free, inodes, features, error_of, monkeypatch):
     """Is seen before the first step: raw weights, EMA and AdamW's two moments; seven files."""
-    disk = types.SimpleNamespace(f_bavail=free, f_frsize=1, f_files=10**6, f_favail=inodes)
+    disk = types.SimpleNamespace(f_blocks=1, f_bavail=free, f_frsize=1, f_files=10**6, f_favail=inodes)
     monkeypatch.setattr("os.statvfs", lambda path: disk)
     flags = ("--features-path", features, "--model", "DiTSEM-Ti/4", "--sample-every", 0, "--num-workers", 0)
     error = error_of("train_diffusion", *flags)
