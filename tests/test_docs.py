@@ -15,11 +15,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
     compose_dlc evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction evaluation.sweep
     dlc.features dlc.checkpoints dlc.sampling.__main__""".split()
-# of torchrun, accelerate launch, docker, pip and the benchmarks
+# of torchrun, accelerate launch, docker, pip, hf and the benchmarks
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
-    --batch --check --help --images --minutes --numa-binding --only --quiet --pr-rows --precisions
+    --batch --check --help --images --local-dir --minutes --numa-binding --only --quiet --pr-rows --precisions
     --reference-rows --rows --shm-size --threads""".split()
 )
 
