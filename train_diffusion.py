@@ -198,6 +198,24 @@ def losses_of(
     return diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
 
 
+def preview_vae(
+    args: argparse.Namespace, run: Run, name: str, encode: PixelEncoder | None, channels: int, source: dict
+) -> torch.nn.Module | None:
+    """The VAE that decodes previews, in rank 0. If it cannot be had and no flag asks for it, there are no previews."""
+    vae = None
+    if args.sample_every != 0 and run.state.is_main_process:
+        try:
+            vae = encode.vae if encode else load_vae(name, run.device)
+            check_decodes(vae, name, channels, source, "the features")
+        except (ValueError, OSError) as error:
+            if args.sample_every or args.vae:
+                raise
+            warn_once("previews", f"there will be no previews, for which --vae names a VAE ({error})")
+            vae, args.sample_every = None, 0
+    args.sample_every = from_rank_0(args.sample_every)
+    return vae
+
+
 def main(**defaults) -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
@@ -235,17 +253,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             if args.condition_path:
                 inputs.arrays["vectors"].check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
-        vae, vae_name = None, args.vae or source["vae"] or "ema"
-        if args.sample_every != 0 and is_main:
-            try:
-                vae = encode.vae if encode else load_vae(vae_name, run.device)
-                check_decodes(vae, vae_name, channels, source, "the features")
-            except (ValueError, OSError) as error:
-                if args.sample_every or args.vae:
-                    raise
-                warn_once("previews", f"there will be no previews, for which --vae names a VAE ({error})")
-                vae, args.sample_every = None, 0
-        args.sample_every = from_rank_0(args.sample_every)
+        vae_name = args.vae or source["vae"] or "ema"
+        vae = preview_vae(args, run, vae_name, encode, channels, source)
         draw_latents = features.latent_kind in ("moments", "images")
 
         # ---------------------------------------------------------------------- model

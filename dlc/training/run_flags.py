@@ -46,6 +46,36 @@ def checkpoint_steps(args: argparse.Namespace, last_step: int) -> tuple[int, int
 def add_run_flags(parser: argparse.ArgumentParser, epochs: int) -> Callable:
     """Add the groups "optimisation", "precision and speed" and "run". Returns the last one. epochs: the default."""
     parser.set_defaults(default_epochs=epochs)
+    _add_optimisation(parser, epochs)
+    _add_speed(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--results-dir", default="results", help="write the run here; if one is here already, resume it")
+    add(
+        "--allow-change", action="store_true", help="resume even if the global batch size, the data or the seed changed"
+    )
+    add(
+        "--pretrained-path",
+        help="start from these weights: a file, folder or hub id in any layout of docs/weights.md [random weights]",
+    )
+    add("--global-seed", type=SEED, default=0, help="seed of everything random")
+    add("--log-every", type=number(int, 1), default=100, help="steps between log lines")
+    add("--report-to", choices=["tensorboard", "wandb"], help="also write the metrics there [nowhere]")
+    add(
+        "--ckpt-every",
+        type=number(int, 1),
+        help="steps between checkpoints; there is one at the end, too [the first at step "
+        f"{FIRST_CHECKPOINT}, then one per tenth of the run, rounded, or per 50,000 steps]",
+    )
+    add("--ckpt-total-limit", type=number(int, 1), help="keep only this many checkpoints, the newest ones [all]")
+    add(
+        "--sample-every",
+        type=number(int, 0),
+        help="steps between preview pictures; there is one at the end, too; 0 disables them [one with each checkpoint]",
+    )
+    return add
+
+
+def _add_optimisation(parser, epochs):
     add = parser.add_argument_group("optimisation").add_argument
     add(
         "--epochs",
@@ -93,6 +123,8 @@ def add_run_flags(parser: argparse.ArgumentParser, epochs: int) -> Callable:
         "[%(default)s]",
     )
 
+
+def _add_speed(parser):
     add = parser.add_argument_group("precision and speed").add_argument
     add(
         "--precision",
@@ -113,29 +145,3 @@ def add_run_flags(parser: argparse.ArgumentParser, epochs: int) -> Callable:
         default=default_num_workers(),
         help="data loader workers per process [%(default)s on this machine]",
     )
-
-    add = parser.add_argument_group("run").add_argument
-    add("--results-dir", default="results", help="write the run here; if one is here already, resume it")
-    add(
-        "--allow-change", action="store_true", help="resume even if the global batch size, the data or the seed changed"
-    )
-    add(
-        "--pretrained-path",
-        help="start from these weights: a file, folder or hub id in any layout of docs/weights.md [random weights]",
-    )
-    add("--global-seed", type=SEED, default=0, help="seed of everything random")
-    add("--log-every", type=number(int, 1), default=100, help="steps between log lines")
-    add("--report-to", choices=["tensorboard", "wandb"], help="also write the metrics there [nowhere]")
-    add(
-        "--ckpt-every",
-        type=number(int, 1),
-        help="steps between checkpoints; there is one at the end, too [the first at step "
-        f"{FIRST_CHECKPOINT}, then one per tenth of the run, rounded, or per 50,000 steps]",
-    )
-    add("--ckpt-total-limit", type=number(int, 1), help="keep only this many checkpoints, the newest ones [all]")
-    add(
-        "--sample-every",
-        type=number(int, 0),
-        help="steps between preview pictures; there is one at the end, too; 0 disables them [one with each checkpoint]",
-    )
-    return add
