@@ -15,7 +15,7 @@ import torch
 from dlc.data import code_dtype
 from dlc.data.codes import SHARD, CodeSet, DrawnSet, as_codes
 from dlc.data.rows import NpyRows, load_array
-from dlc.machine.files import write_bytes
+from dlc.machine.files import remove_temporaries, write_bytes
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.records import OBJECT, SWITCH, TEXT, key, list_of, or_null, whole_number
 from dlc.weights.foreign.safe import read_torch, storage_fault
@@ -103,6 +103,7 @@ class CodeFolder(ResumableFolder):
                 return False
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
+        remove_temporaries(self.path)  # also where codes.json alone is not finished
         return [shard for shard in range(self.shards(record.num)) if not is_whole(shard)]
 
     def write(self, shard: int, codes: np.ndarray, V: int) -> None:

@@ -60,7 +60,7 @@ def test_flags_of_vectors(sample_error, tmp_path):
 
 
 def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_models):
-    assert "checkpoint nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
+    assert "--ckpt nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
     other = sample_error(script="sample_ddp")
     assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
     assert "is of model DiTSEM-Ti/4, not DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
