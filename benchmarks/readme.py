@@ -97,7 +97,7 @@ FIGURES = {
     ),
     "extraction-bf16": lambda result, rows: (
         f"Extraction: {rows[-1]['images/s']} images/s in bf16 with Stable Diffusion's VAE and a ViT-L/14. The two "
-        f"networks alone, in a run of their own, reach {rows[-2]['images/s']}: reading and writing are no bottleneck"
+        f"networks alone, timed in a run of their own, reach {rows[-2]['images/s']}"
     ),
     "sampling": lambda result, rows: (
         f"Sampling: {rows[-1]['images/s']} images/s ({result['model']}, DPM-Solver++ with 25 steps, bf16), "
