@@ -104,7 +104,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         "--num-workers",
         type=number(int, 0),
         default=default_num_workers(),
-        help="data loader workers per process [%(default)s here]",
+        help="data readers per process [%(default)s here]",
     )
     add("--strict", action="store_true", help="stop at the first broken image instead of skipping it")
     add_background_flag(add)

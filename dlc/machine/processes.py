@@ -269,7 +269,7 @@ def cores_per_process() -> int:
 
 
 def default_num_workers() -> int:
-    """How many data loader workers this process starts: its share of the cores, at most 8."""
+    """How many data readers this process starts: its share of the cores, at most 8."""
     return min(8, cores_per_process())
 
 

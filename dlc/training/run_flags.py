@@ -143,5 +143,5 @@ def _add_speed(parser):
         "--num-workers",
         type=number(int, 0),
         default=default_num_workers(),
-        help="data loader workers per process [%(default)s on this machine]",
+        help="data readers per process [%(default)s on this machine]",
     )
