@@ -220,12 +220,8 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         f"{state.num_processes} processes on {state.device.type}, {args.precision}"
     )
     batches = batches_of(todo[state.process_index :: state.num_processes], len(paths), args.shard_size, args.batch_size)
-    loaded = read_ahead(
-        lambda batch: collate([views[index] for index in batch]),
-        batches,
-        args.num_workers,
-        pin=state.device.type == "cuda",
-    )
+    load, on_gpu = lambda batch: collate([views[index] for index in batch]), state.device.type == "cuda"
+    loaded = read_ahead(load, batches, args.num_workers, pin=on_gpu)
     set_exact_numerics()
     encoder = PixelEncoder(vae, encoder, state.device, args.precision, args.compile)
     encode = BatchEncoder(encoder, views, labels, manifest, args.batch_size, args.strict)
@@ -266,10 +262,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
                 f"rgb{args.background}"
             )
         if skipped > 0.01 * len(paths):
-            logger.warning(
-                f"warning: {skipped / len(paths):.0%} of the images were skipped, the first for {manifest.skipped[0]}: "
-                "mend them and run the same command again"
-            )
+            logger.warning(f"warning: {skipped / len(paths):.0%} is lacking{without(manifest)}")
     state.destroy_process_group()
 
 

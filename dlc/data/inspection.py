@@ -105,7 +105,7 @@ def print_origin(features: Features) -> None:
         return
     print(
         f"{features.root}: {features.count:,} rows of {manifest.images:,} images at {size}x{size} in "
-        f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped"
+        f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped, {manifest.transparent:,} blended"
     )
     for path, reason in manifest.skipped[:10]:
         print("  " + one_line(f"skipped {path!r}: {reason}"))
