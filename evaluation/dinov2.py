@@ -52,26 +52,16 @@ def load_dinov2(path: str | Path) -> nn.Module:
     if positions is None or positions.ndim != 3 or token is None or "register_tokens" in weights:
         raise ValueError(f"{path} is no DINOv2 without registers: it has no pos_embed and cls_token, or has registers")
     if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1 or positions.shape[1] < 2:
-        raise ValueError(
-            f"{path}: pos_embed has shape {tuple(positions.shape)}, which is no class token and square grid"
-        )
+        raise ValueError(f"{path}: pos_embed, {tuple(positions.shape)}, is no class token and square grid")
     width, depth = positions.shape[2], len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     if width % HEAD or not 1 <= depth <= 64 or width > 4096:
         raise ValueError(f"{path} has width {width} and depth {depth}, as no DINOv2")
     weights["pos_embed"] = resample_positions(positions)
     from timm.models.vision_transformer import VisionTransformer
 
+    sizes = dict(img_size=SIDE, patch_size=PATCH, embed_dim=width, depth=depth, num_heads=width // HEAD)
     with torch.device("meta"):
-        module = VisionTransformer(
-            img_size=SIDE,
-            patch_size=PATCH,
-            embed_dim=width,
-            depth=depth,
-            num_heads=width // HEAD,
-            init_values=1e-5,
-            num_classes=0,
-            weight_init="skip",
-        )
+        module = VisionTransformer(**sizes, init_values=1e-5, num_classes=0, weight_init="skip")
     different = differences_from(module.state_dict(), weights)
     if different:
         raise ValueError(f"{path} is no DINOv2 of width {width} and depth {depth}: it {different}")
