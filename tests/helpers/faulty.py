@@ -65,6 +65,8 @@ def signalled(name, part, number, rank="0"):
 
     By a name such as readers:SIGKILL its data readers do instead, by group:SIGKILL it and they.
     """
+    if name.startswith("readers:"):
+        small_pipes()  # with all of it in a pipe, nobody would miss the reader
     replace, seen = os.replace, []
 
     def replaced(source, target):
