@@ -30,6 +30,7 @@ Measured on the 360 held-out digits, as the table printed at the end:
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +70,18 @@ ROTATION, SHEAR, SHIFT, SCALE, WARP, CONTRAST = 0.14, 0.1, 0.084, 0.084, 0.06, 0
 #################################################################################
 
 
-def to_float(images):
+def to_float(images: np.ndarray) -> torch.Tensor:
     """Images (n, 64, 64, 3) uint8 to (n, 3, 64, 64) float32 in 0..1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def to_encoder(images):
+def to_encoder(images: torch.Tensor) -> torch.Tensor:
     """Images in 0..1 as the encoder takes them."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
 
 
-def distort(images, generator):
+def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Images (n, 3, 64, 64) in 0..1 as other scans of the same hand: turned, sheared, scaled, moved, warped, dimmed."""
     n = len(images)
 
@@ -100,7 +101,16 @@ def distort(images, generator):
     return (F.grid_sample(images, grid, align_corners=False) * brightness).clamp(0, 1)
 
 
-def train(name, modules, loss_of, images, steps, batch_size, lr, generator):
+def train(
+    name: str,
+    modules: list[nn.Module],
+    loss_of: Callable,
+    images: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    generator: torch.Generator,
+) -> None:
     """AdamW on loss_of(batch) -> (loss, what to print), over random batches; one learning rate cycle."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
@@ -124,7 +134,7 @@ def train(name, modules, loss_of, images, steps, batch_size, lr, generator):
 #################################################################################
 
 
-def build_vae(images):
+def build_vae(images: torch.Tensor) -> nn.Module:
     """An AutoencoderKL trained on images (n, 3, 64, 64) in 0..1, its scaling factor measured on them."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -162,7 +172,7 @@ def build_vae(images):
 #################################################################################
 
 
-def info_nce(views):
+def info_nce(views: torch.Tensor) -> torch.Tensor:
     """InfoNCE over simplicial embeddings (2n, L, V); rows i and n + i are views of the same scan.
 
     The similarity of two views is the chance that their tokens agree, averaged over the L positions.
@@ -173,7 +183,7 @@ def info_nce(views):
     return F.cross_entropy(others / NCE_TEMPERATURE, torch.arange(n2).roll(n2 // 2))
 
 
-def build_encoder(images):
+def build_encoder(images: torch.Tensor) -> nn.Module:
     """A SEMEncoder trained on images (n, 3, 64, 64) in 0..1."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -209,7 +219,7 @@ def build_encoder(images):
 
 
 @torch.no_grad()
-def codes_of(encoder, images):
+def codes_of(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Images (n, 3, 64, 64) in 0..1 to codes (n, L) int64."""
     return torch.cat([encoder.codes(to_encoder(chunk)) for chunk in images.split(256)])
 
@@ -219,7 +229,7 @@ def codes_of(encoder, images):
 #################################################################################
 
 
-def quality(vae, encoder):
+def quality(vae: nn.Module, encoder: nn.Module) -> list[tuple[str, str]]:
     """Rows (what, value) on the held-out digits. The only place where labels are used."""
     train_images, train_labels = load_split("train")
     images, labels = load_split("heldout")
@@ -252,7 +262,7 @@ def quality(vae, encoder):
     ]
 
 
-def main():
+def main() -> None:
     torch.set_num_threads(THREADS)
     images = to_float(load_split("train")[0])
     build_vae(images).save_pretrained(ASSETS / "digits-vae")

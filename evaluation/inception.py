@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
 
 SIDE = 299  # pixels that the network sees
-SPATIAL_CHANNELS = (
-    7  # of mixed_6/conv, the first branch of Mixed_6d, as sFID takes them (Nash et al. 2021, arXiv 2103.03841)
-)
+# of mixed_6/conv, the first branch of Mixed_6d, as sFID takes them (Nash et al. 2021, arXiv 2103.03841)
+SPATIAL_CHANNELS = 7
 PROBS_ROWS = 512  # rows of one softmax, as in ADM
 UNREAD = ".num_batches_tracked"  # of batch norms; some files have it
 Kernel = int | tuple[int, int]

@@ -123,7 +123,7 @@ def metrics_json(result: Result, comparison: Comparison, warnings: list[str]) ->
 def write_metrics(path: Path, samples: ImageSet, measured: Measured, content: dict) -> str:
     """Write numbers of samples to their .metrics.json, whole or not at all. Returns what was done, in words.
 
-    Numbers that another command wrote stay if they are of the same images, by the digest of these.
+    Numbers that another command wrote stay if it measured the same images, which their digest tells.
 
     Raises OSError naming the file.
     """

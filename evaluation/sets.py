@@ -79,7 +79,7 @@ class NpzImages(ImageSet):
 
 
 def read_record(npz: Path, count: int) -> dict | None:
-    """The record of an .npz of ours, which lies beside it or with its PNGs; None where it is of another set."""
+    """The record of an .npz of ours, from beside it or from among its PNGs; None if that describes another set."""
     for path in (npz.with_suffix(".json"), npz.with_suffix("") / "samples.json"):
         with contextlib.suppress(ValueError):  # others' .npz may have any such file beside it
             record = read_json(path) if path.is_file() else {}

@@ -14,6 +14,7 @@ from dlc.data.images import center_crop
 from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, tokens
+from dlc.weights.hub import is_id
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import Measured, measure
 from evaluation.sets import ImageSet
@@ -112,7 +113,7 @@ def encoder_of(args: Namespace, codes: CodeSet, state: "PartialState") -> tuple[
     if args.encoder is None:
         manifest = codes.features.manifest if codes.features is not None else None
         named = manifest.encoder if manifest is not None else None
-        args.encoder = named if named and Path(named).exists() else DEFAULT_ENCODER
+        args.encoder = named if named and (Path(named).exists() or is_id(named)) else DEFAULT_ENCODER
     encoder = open_encoder(args, state)
     try:
         return encoder, compare(codes, codes_of(encoder, f"the encoder {args.encoder}"))

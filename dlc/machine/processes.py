@@ -269,8 +269,9 @@ def cores_per_process() -> int:
 
 
 def default_num_workers() -> int:
-    """How many data readers this process starts: its share of the cores, at most 8."""
-    return min(8, cores_per_process())
+    """How many data readers this process starts: its share of the cores, at most 8; none on a Mac, whose libraries may
+    end a process that was forked."""
+    return 0 if sys.platform == "darwin" else min(8, cores_per_process())
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

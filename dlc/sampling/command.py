@@ -108,7 +108,8 @@ def draw_batch(job: Job, indices: np.ndarray, denoise: Callable, on_step: Callab
     check_conditions(y, job.null)  # before they are on a GPU
     with autocast(device, record.precision):
         return sample_latents(
-            *(job.model, job.sampler),
+            job.model,
+            job.sampler,
             y=tree_map(lambda value: value.to(device), y),
             seed=record.global_seed,
             indices=torch.from_numpy(indices).to(device),

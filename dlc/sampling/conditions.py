@@ -106,12 +106,14 @@ class ComputedCodes(RowConditions):
     @staticmethod
     def add_flags(add: Callable) -> None:
         add(
-            *("--dlc-dir", "--sem-dir"),
+            "--dlc-dir",
+            "--sem-dir",
             help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt files (n, L) or (n, k, L), "
             "or one such file [the features it was trained on]",
         )
         add(
-            *("--dlc-order", "--condition-order"),
+            "--dlc-order",
+            "--condition-order",
             choices=["random", "sequential"],
             help="row of sample i: entry i of a seeded permutation, or row i; cycling [random]",
         )

@@ -133,7 +133,9 @@ class PriorDraw:
         for first in range(int(indices[0]) // batch * batch, int(indices[-1]) + 1, batch):
             own = torch.arange(first, first + batch)  # always whole, so that each sample keeps its place
             codes = sample_codes(
-                *(self.model, self.diffusion, self.sampler),
+                self.model,
+                self.diffusion,
+                self.sampler,
                 seed=self.seed,
                 indices=own.to(device),
                 y=torch.tensor(classes)[own % len(classes)].to(device) if classes else None,

@@ -23,7 +23,7 @@ def assert_same(model, expected):
     assert weights_sha256(model) == weights_sha256(expected) and not model.training
 
 
-def refusal(function, *args, words="", **kwargs):
+def refusal(function, *args, words=None, **kwargs):
     """The line by which a call refuses a file, which has these words in it, a pattern."""
     with pytest.raises(ValueError, match=words) as raised:
         function(*args, **kwargs)

@@ -80,7 +80,7 @@ def under_our_names(file: File, tensors: dict) -> dict:
 
 
 def is_wanted(key: str) -> bool:
-    """Whether a tensor is of the backbone, rather than of the head or of the losses."""
+    """Whether a tensor belongs to the backbone, rather than to the head or the losses."""
     part = re.sub(r"^(backbone|embeddings)\.", "", key).split(".")[0]
     return part not in TRAINING_ONLY and not HEAD.fullmatch(key)
 

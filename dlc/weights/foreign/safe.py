@@ -207,9 +207,8 @@ def survey(path: Path) -> tuple[str, set[str]]:
             return f"it has more than {LARGEST_INDEX:,} bytes beside its tensors", set()
         # as torch.load reads it, because other zip readers may find another entry
         pickles, count = io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")), 1
-    elif (
-        start[:4] == OLD
-    ):  # a magic number, a version, facts about the machine, the objects, the keys of their storages
+    elif start[:4] == OLD:
+        # a magic number, a version, facts about the machine, the objects, the keys of their storages
         pickles, count = io.BytesIO(start), 5
     else:
         return other_form(path) or "it is no file of torch.save", set()
