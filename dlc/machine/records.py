@@ -100,15 +100,17 @@ def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
 
     A dict within a dict is compared key by key. outer: said before each key.
     """
-    found = []
+    found = {}
     for name, value in here.items():
-        other = there.get(name)
+        other, name = there.get(name), outer + name
         if isinstance(value, dict) and isinstance(other, dict):
-            found += filter(None, [differences(other, value, f"{outer}{name}.")])
+            found[name] = differences(other, value, f"{name}.")
         elif other != value:
-            found.append("{} {} there, {} here".format(outer + name, *told_apart(other, value)))
-    more = [f"and {len(found) - 4} more keys"] if len(found) > 5 else []
-    return "; ".join([*found[:4], *more] if more else found)
+            found[name] = "{} {} there, {} here".format(name, *told_apart(other, value))
+    found = {name: words for name, words in found.items() if words}
+    names = list(found)[4:] if len(found) > 5 else []
+    shown = [words for name, words in found.items() if name not in names]
+    return "; ".join(shown + ([f"other values of {', '.join(names)}"] if names else []))
 
 
 #################################################################################

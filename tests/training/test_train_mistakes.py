@@ -104,4 +104,5 @@ def test_results_of_another_run(error_of, features, tmp_path):
     other = error("--model", "DiTSEM-Ti/4")
     assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in other
     changed = error("--model", "DiTSEM-Ti/2")
-    assert "image_size None there, 64 here" in changed and "--allow-change to continue that one so" in changed
+    assert "global_batch_size 8 there, 4 here" in changed and "scaling_factor 0.3 there, 0.18215 here" in changed
+    assert "--allow-change to continue that one so" in changed

@@ -219,7 +219,7 @@ def test_a_reader_killed_by_the_kernel(processes, train, trained, tmp_path):
     process = train("run", *flags, processes=processes, fault="small_pipes+signalled,readers:SIGKILL,checkpoints/,1")
     assert not process.wait()
     assert re.search(
-        "a data reader was killed, by the kernel .* lower --num-workers, then run the same command again; "
+        "a data reader was killed, by the kernel .* lower --num-workers; run the same command again; "
         "what is done is kept: .*/checkpoints/",
         the_error(process),
     )

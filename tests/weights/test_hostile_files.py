@@ -177,11 +177,17 @@ def limited(which, value):
         resource.setrlimit(which, before)
 
 
+@contextlib.contextmanager
 def no_memory(path):
-    pages = int(open("/proc/self/statm").read().split()[0])
-    return limited(resource.RLIMIT_AS, pages * resource.getpagesize() + 50_000_000)
+    pages, held = int(open("/proc/self/statm").read().split()[0]), []
+    with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + 50_000_000):
+        with contextlib.suppress(MemoryError):  # what other tests freed, and the allocator kept, is used up first
+            while True:
+                held.append(bytearray(LARGE * 10**6))
+        yield
 
 
+LARGE = 100  # MB
 REFUSED = {
     "Permission denied": no_permission,
     "Too many open files": lambda path: limited(resource.RLIMIT_NOFILE, 3),
@@ -214,7 +220,7 @@ def test_what_cannot_be_read_is_not_damaged(words, name, tmp_path):
     """Another user's file, no open file left, no memory: said in the system's words, whatever the library makes of it;
     and the same file is read afterwards."""
     path = tmp_path / name
-    read = save_any(path, 100)
+    read = save_any(path, LARGE)
     with REFUSED[words](path), pytest.raises(OSError, match=f"^cannot read .*{name} .{words}.$") as error:
         read(path)
     assert "remove" not in str(error.value)
