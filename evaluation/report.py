@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dlc.machine.files import read_json, recorded_id, write_json
 from dlc.machine.processes import versions
+from dlc.sampling.samples_record import guidance_of
 from evaluation.comparison import Comparison, Result
 from evaluation.measuring import Measured
 from evaluation.metrics import K_DENSITY, K_PRECISION, METRICS, SPLIT_SIZE, Metric
@@ -82,7 +83,7 @@ def paper_line(result: Result, comparison: Comparison, samples: ImageSet) -> str
     if record:
         parts.append(
             f"{record.get('model')}, step {record.get('step')}, {record.get('weights')} weights, "
-            f"{record.get('sampler')} {record.get('num_sampling_steps')} steps, cfg {record.get('cfg_scale')}, "
+            f"{record.get('sampler')} {record.get('num_sampling_steps')} steps, {guidance_of(record)}, "
             f"seed {record.get('global_seed')}"
         )
     return "; ".join(parts)

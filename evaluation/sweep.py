@@ -6,7 +6,8 @@
 In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py and of its agreement; and,
 after --, flags of the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the
 table) and OUT/sweep.png (the plot). The same command run again continues; no finished setting is repeated, so values
-may be added. Settings without guidance (--cfg-scale 1) differ by no interval of it: they are drawn once.
+may be added. Settings without guidance (--cfg-scale 1, --guide-scale 1) differ by no interval of it: they are drawn
+once.
 """
 
 import itertools
@@ -35,10 +36,14 @@ SWEPT = {
     "cfg-scale": number(float, 1),
     "t-min": number(int, 0, 999),
     "t-max": number(int, 0, 999),
+    "guide-scale": number(float, 1),
+    "guide-t-min": number(float, 0, 999),
+    "guide-t-max": number(float, 0, 999),
     "num-sampling-steps": number(int, 2, 1000),
     "sampler": str,
 }
-UNGUIDED = {"t-min": 0, "t-max": 999}  # what the interval counts as without guidance
+# what the interval of each guidance counts as where its scale is 1
+UNGUIDED = {"cfg-scale": {"t-min": 0, "t-max": 999}, "guide-scale": {"guide-t-min": 0, "guide-t-max": 999}}
 Setting = dict  # a value of each swept flag
 
 #################################################################################
@@ -58,9 +63,10 @@ def all_settings(values: dict[str, list]) -> list[Setting]:
 
 def drawn_as(setting: Setting) -> Setting:
     """The setting whose samples a setting uses: without guidance, the interval of guidance makes no difference."""
-    if setting.get("cfg-scale") != 1:
-        return setting
-    return {flag: UNGUIDED.get(flag, value) for flag, value in setting.items()}
+    whole = {}
+    for scale, interval in UNGUIDED.items():
+        whole |= interval if setting.get(scale) == 1 else {}
+    return {flag: whole.get(flag, value) for flag, value in setting.items()}
 
 
 def folder_of(setting: Setting) -> str:
@@ -246,8 +252,9 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
         raise ValueError(f"--agreement needs samples for codes, which {args.script} does not draw")
     settings = all_settings(values)
     for setting in settings:
-        if setting.get("t-min", 0) > setting.get("t-max", 999):
-            raise ValueError(f"t-min {setting['t-min']} is above t-max {setting['t-max']}: leave one of them out")
+        for (low, least), (high, most) in (interval.items() for interval in UNGUIDED.values()):
+            if setting.get(low, least) > setting.get(high, most):
+                raise ValueError(f"{low} {setting[low]} is above {high} {setting[high]}: leave one of them out")
     return settings
 
 

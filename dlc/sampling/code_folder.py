@@ -59,8 +59,10 @@ class CodesRecord(DrawnSet):
     step: int | None = key(or_null(COUNT))  # null: a file of weights, which does not say
     weights: str = key(TEXT, decides=False)  # "ema", "raw", "as in the file"
     # how codes are drawn from it
-    options: dict = key(OBJECT)  # of `PriorOptions`; what does not apply is null, `given` a digest of the rows in use
+    # of `PriorOptions`; what does not apply is null, and a digest stands for `given` (the rows in use) and `guide_ckpt`
+    options: dict = key(OBJECT)
     given: str | None = key(or_null(TEXT), decides=False)  # the codes that are kept in part
+    guide: str | None = key(or_null(TEXT), None, decides=False)  # the weaker prior
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
     global_seed: int = key(COUNT)

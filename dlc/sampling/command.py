@@ -7,7 +7,7 @@ with the bytes of an uninterrupted run.
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,10 +32,11 @@ from dlc.machine.processes import (
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.decoder import Decoder, save_strip
-from dlc.sampling.latents import CudaGraphs, check_conditions, lower_precision, sample_latents
+from dlc.sampling.guide import open_guide, settle_guidance
+from dlc.sampling.latents import CudaGraphs, Guide, check_conditions, lower_precision, sample_latents
 from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
 from dlc.sampling.pictures import png_path, save_grid
-from dlc.sampling.samples_record import SampleFolder, SamplesRecord, this_launch
+from dlc.sampling.samples_record import SampleFolder, SamplesRecord, guidance_of, this_launch
 from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.load import describe
 from models import Condition, DiT
@@ -61,6 +62,7 @@ class Job:
     folder: SampleFolder
     missing: np.ndarray  # indices of the images to draw, ascending
     said: list[str]  # lines for the log: what is drawn, and what could not be compared
+    guide: Guide | None = None
     null: Condition | None = None  # the model's, on the CPU
 
 
@@ -68,9 +70,11 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
     if args.t_min > args.t_max:
         raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
+    settle_guidance(args)
     check_apart(args.sample_dir, "--sample-dir", [vars(args).get(name) for name in ("dlc_dir", "condition_path")])
     path, model, meta = open_model(args, script, default)
     sampler = open_sampler(args, model, meta)
+    guide, known_of_guide, said_of_guide = open_guide(args, path, model, meta)
     conditions = CONDITIONINGS[model.conditioning].open(args, model, meta)
     digest = conditions.digest(args.num_fid_samples)
     state = start_processes(precisions=[args.precision, args.vae_precision])
@@ -88,6 +92,7 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
         num_sampling_steps=sampler.num_steps,
         eta=(args.eta or 0.0) if SAMPLERS[args.sampler].has_eta else None,
         cfg_channels=guided_channels(args.cfg_channels, model),
+        guide=known_of_guide,
         runs=[],
     )
     agree("checkpoint, codes and VAE", record)
@@ -96,14 +101,15 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
     said = [
         f"{record.model} of {path} ({describe(meta)}); {conditions.describe()}; "
         f"{len(missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
-        f"{record.num_sampling_steps} steps, cfg {record.cfg_scale}, on {state.num_processes} x {state.device.type}",
-        *(f"note: {note}" for note in (*conditions.notes, *notes)),
+        f"{record.num_sampling_steps} steps, {guidance_of(record.to_json())}, "
+        f"on {state.num_processes} x {state.device.type}",
+        *(f"note: {note}" for note in (*conditions.notes, *notes, *said_of_guide)),
     ]
-    return Job(state, model, sampler, conditions, vae, record, folder, np.array(missing, dtype=np.int64), said)
+    return Job(state, model, sampler, conditions, vae, record, folder, np.array(missing, dtype=np.int64), said, guide)
 
 
-def draw_batch(job: Job, indices: np.ndarray, denoise: Callable, on_step: Callable) -> torch.Tensor:
-    """The latents (N, C, h, w) of these samples."""
+def draw_batch(job: Job, indices: np.ndarray, networks: list[Callable], on_step: Callable) -> torch.Tensor:
+    """The latents (N, C, h, w) of these samples. networks: the `denoise` of the model, and of its guide."""
     device, record, y = job.state.device, job.record, job.conditions(indices)
     check_conditions(y, job.null)  # before they are on a GPU
     with autocast(device, record.precision):
@@ -118,7 +124,8 @@ def draw_batch(job: Job, indices: np.ndarray, denoise: Callable, on_step: Callab
             t_min=record.t_min,
             t_max=record.t_max,
             channels=record.cfg_channels,
-            denoise=denoise,
+            guide=job.guide and replace(job.guide, denoise=networks[1]),
+            denoise=networks[0],
             on_step=on_step,
         )
 
@@ -134,16 +141,18 @@ def draw_missing(job: Job, args: Namespace) -> None:
     parts = np.split(missing, firsts[1:])  # the indices to draw, by batch
 
     set_numerics(args.tf32)
-    lower_precision(job.model, args.precision)
     job.null = job.model.null_condition(1)
-    job.model.to(state.device)
-    if args.compile if args.compile is not None else state.device.type == "cuda":
-        compile_blocks(job.model, state.device, dynamic=False)
-    denoise = CudaGraphs(job.model.denoise) if args.cuda_graphs else job.model.denoise
+    models = [job.model, *([job.guide.model] if job.guide else [])]
+    for model in models:
+        lower_precision(model, args.precision)
+        model.to(state.device)
+        if args.compile if args.compile is not None else state.device.type == "cuda":
+            compile_blocks(model, state.device, dynamic=False)
+    networks = [CudaGraphs(model.denoise) if args.cuda_graphs else model.denoise for model in models]
     grid = partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None
     decoder = Decoder(job.vae, folder.path, args.vae_precision, grid)
     if args.progressive and state.is_main_process:
-        draw_first = partial(draw_batch, job, np.arange(1), job.model.denoise)
+        draw_first = partial(draw_batch, job, np.arange(1), [model.denoise for model in models])
         with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for
             save_strip(folder.strip, args.progressive, job.sampler.num_steps, draw_first, decoder)
     bar = progress(total=count, initial=count - len(missing), unit="img", desc="sampling", bar_format=BAR)
@@ -154,7 +163,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
             latents = draw_batch(
                 job,
                 np.arange(start, start + size).clip(max=count - 1),
-                denoise,
+                networks,
                 lambda *_, share=images / job.sampler.num_steps: bar.update(share),
             )
             decoder(parts[first].tolist(), latents, (parts[first] - start).tolist())

@@ -184,7 +184,7 @@ class PriorCodes(Conditions):
         draw_into(codes, missing, self.draw, self.record.num, state, compiled=self.compiled)
         wait_for_all()
         done_by_rank_0(state, codes.finish)
-        self.rows, self.draw.model = open_codes(folder).rows, None  # frees the prior's memory
+        self.rows, self.draw = open_codes(folder).rows, None  # frees the prior's memory
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Codes (N, L) int64 of the samples, once they are prepared."""

@@ -1,6 +1,7 @@
 """The engine: draw latents for given conditions, with any sampler, guided in an interval of the diffusion times."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -41,6 +42,56 @@ def check_conditions(y: Condition, null: Condition) -> None:
                 )
 
 
+@dataclass(frozen=True)
+class Guide:
+    """A weaker model to guide by (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+
+    At times from t_min to t_max a prediction is weak + scale * (the model's - weak), both for the same condition, in
+    all latent channels; the variance stays the model's. At scale 1 the weak model is not called.
+    """
+
+    model: DiT
+    scale: float
+    t_min: float
+    t_max: float
+    denoise: Callable | None = None  # replaces model.denoise, for example by its CUDA graph
+
+    def acts(self, time: float) -> bool:
+        return self.scale != 1 and self.t_min <= time <= self.t_max
+
+
+def guided(weak: torch.Tensor, strong: torch.Tensor, scale: float, channels: int) -> torch.Tensor:
+    """weak + scale * (strong - weak) in the first channels of predictions (N, C or 2C, H, W); the others are strong's.
+
+    Linear, so the same for predictions of noise, of x_0 or of a velocity.
+    """
+    mixed = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
+    return torch.cat([mixed, strong[:, channels:]], dim=1)
+
+
+class Prediction:
+    """A model at the conditions y of a batch of n: conditions are embedded once, not per step, and times once, not per
+    sample. Called with x (n, ...), or with x (2n, ...) and doubled=True, whose second half is for the null condition.
+
+    Raises ValueError as `check_conditions` does.
+    """
+
+    def __init__(self, model: DiT, y: Condition, n: int, times: list[float], device: torch.device, denoise: Callable):
+        check_conditions(y, model.null_condition(1))
+        self.model, self.device, self.denoise = model, device, denoise
+        self.condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
+        null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
+        self.both = tree_map(
+            lambda one, null: torch.cat([one, null.expand(n, *null.shape[1:])]), self.condition, null
+        )  # (2N, D)
+        self.times = dict(zip(times, model.t_embedder(torch.tensor(times, device=device))))  # (D,) each
+
+    def __call__(self, x: torch.Tensor, time: float, doubled: bool = False) -> torch.Tensor:
+        if time not in self.times:  # a solver may choose times as it goes
+            self.times[time] = self.model.t_embedder(torch.tensor([time], device=self.device))[0]
+        return self.denoise(x, self.times[time], self.both if doubled else self.condition).float()
+
+
 @torch.inference_mode()
 def sample_latents(
     model: DiT,
@@ -54,6 +105,7 @@ def sample_latents(
     t_min: float = 0,
     t_max: float = 999,
     channels: int | None = None,
+    guide: Guide | None = None,
     denoise: Callable | None = None,
     on_step: Callable | None = None,
 ) -> torch.Tensor:
@@ -65,29 +117,28 @@ def sample_latents(
         seed, indices: a sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
         cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
         channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].
+        guide: a weaker model to guide by, at its own times; with cfg_scale it acts on each half before that does.
         denoise: replaces model.denoise, for example by its CUDA graph.
         on_step: called after each step with its number, its x and the x_0 that the model saw.
 
     Raises ValueError as `check_conditions` does.
     """
-    n, denoise = len(indices), denoise or model.denoise
-    check_conditions(y, model.null_condition(1))
     channels = channels or model.guided_channels or model.in_channels
-    # embed the conditions once, not per step, and the times once, not per sample
-    condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
-    null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
-    both = tree_map(lambda one, null: torch.cat([one, null.expand(n, *null.shape[1:])]), condition, null)  # (2N, D)
-    times, device = list(dict.fromkeys(sampler.times)), indices.device
-    embedded = dict(zip(times, model.t_embedder(torch.tensor(times, device=device))))  # (D,) each
+    batch = y, len(indices), list(dict.fromkeys(sampler.times)), indices.device
+    main = Prediction(model, *batch, denoise or model.denoise)
+    weak = guide and Prediction(guide.model, *batch, guide.denoise or guide.model.denoise)
+
+    def away_from_weak(x, time, doubled=False):
+        strong = main(x, time, doubled)
+        if guide is None or not guide.acts(time):
+            return strong
+        return guided(weak(x, time, doubled), strong, guide.scale, model.in_channels)
 
     def predict(x, time):
-        if time not in embedded:  # a solver may choose times as it goes
-            embedded[time] = model.t_embedder(torch.tensor([time], device=device))[0]
         if cfg_scale == 1 or not t_min <= time <= t_max:
-            return denoise(x, embedded[time], condition).float()
-        conditional, unconditional = denoise(torch.cat([x, x]), embedded[time], both).float().chunk(2)
-        guided = unconditional[:, :channels] + cfg_scale * (conditional - unconditional)[:, :channels]
-        return torch.cat([guided, conditional[:, channels:]], dim=1)
+            return away_from_weak(x, time)
+        conditional, null = away_from_weak(torch.cat([x, x]), time, doubled=True).chunk(2)
+        return guided(null, conditional, cfg_scale, channels)
 
     noise = StepNoise(seed, Stream.SAMPLE_NOISE, indices, latent_shape, sampler.num_steps)
     start = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)  # the same for any number of steps

@@ -135,7 +135,8 @@ def folder_name(record: SamplesRecord, conditions: Conditions) -> str:
     named = checkpoint.stem if checkpoint.is_file() else checkpoint.name
     if record.step is not None and named != f"{record.step:07d}":
         named += f"-{record.step:07d}"
+    guide = f"-guide-{record.guide['scale']}" if record.guide else ""
     return (
-        f"{record.model.replace('/', '-')}-{named}-size-{record.image_size}-vae-{vae}-cfg-{record.cfg_scale}"
+        f"{record.model.replace('/', '-')}-{named}-size-{record.image_size}-vae-{vae}-cfg-{record.cfg_scale}{guide}"
         f"-seed-{record.global_seed}-{short_digest(record, conditions)}"
     )

@@ -13,16 +13,18 @@ import numpy as np
 import torch
 
 from diffusion.masked_samplers import SAMPLERS, create_sampler
-from dlc.data.codes import SHARD, CodeSpec
+from dlc.data.codes import SHARD, CodeSpec, compare
 from dlc.machine.cli import BAR, progress
 from dlc.machine.files import recorded_id
-from dlc.machine.processes import compile_blocks, set_numerics
+from dlc.machine.processes import compile_blocks, set_numerics, start_processes
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
+from dlc.weights.hub import is_id
 from dlc.weights.load import load_prior, process_of, warn_of_young_ema
-from dlc.weights.meta import NoCheckpoint, damage, is_prior, newest_of_run, only_run, run_checkpoints
+from dlc.weights.meta import NoCheckpoint, RunMeta, damage, is_prior, newest_of_run, only_run, run_checkpoints
+from prior import DLCPrior
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -57,6 +59,10 @@ def resolved(path: str | Path, use_ema: bool = True) -> str | Path:
         return path
 
 
+def spec_of(owner: str, prior: DLCPrior, meta: RunMeta) -> CodeSpec:
+    return CodeSpec(owner=owner, L=prior.L, V=prior.V, encoder_sha256=meta.encoder_sha256)
+
+
 class PriorDraw:
     """A prior, by a path as `load_prior` takes it, with all that decides its codes: draw(indices) gives them.
 
@@ -77,7 +83,7 @@ class PriorDraw:
         self.path, self.seed, self.precision, self.tf32 = path, seed, precision, tf32
         self.model, self.meta = model, meta = load_prior(path, use_ema)
         warn_of_young_ema(path, meta)
-        self.spec = CodeSpec(owner=f"the prior {path}", L=model.L, V=model.V, encoder_sha256=meta.encoder_sha256)
+        self.spec = spec_of(f"the prior {path}", model, meta)
         self.diffusion, spec, classes = process_of(meta), SAMPLERS[options.sampler], options.classes
         steps = options.steps or spec.default_steps or model.L
         self.sampler = create_sampler(options.sampler, model.V, steps, options.eta, options.temperature, options.top_p)
@@ -89,13 +95,27 @@ class PriorDraw:
             classes = list(range(model.num_classes)) if "all" in classes else classes
             if max(classes) >= model.num_classes:
                 raise ValueError(f"--class {max(classes)}: the prior's classes are 0 to {model.num_classes - 1}")
+        self.guide = self._open_guide(options, path, use_ema) if options.guide_ckpt else None
         self.given = Given(options, model.L, model.V, seed) if options.given else None
         eta = (spec.default_eta if options.eta is None else options.eta) if spec.has_eta else None
         self.options = replace(options, steps=steps, eta=eta, classes=classes)
 
+    def _open_guide(self, options, path, use_ema):
+        """The weaker prior to guide by, its process, and the scale."""
+        named = resolved(options.guide_ckpt, use_ema)
+        weak, meta = load_prior(named, use_ema, "--guide-ckpt", start_processes() if is_id(named) else None)
+        compare(spec_of(f"the guide {named}", weak, meta), self.spec)
+        if options.classes and weak.num_classes != self.model.num_classes:
+            raise ValueError(
+                f"--guide-ckpt {named} has {weak.num_classes or 'no'} classes, the prior {path} "
+                f"{self.model.num_classes}: leave out --class"
+            )
+        return weak, process_of(meta), options.guide_scale
+
     def record(self, num: int) -> CodesRecord:
         """The record in codes.json of `num` codes, without the launches that draw them."""
         classes, own = self.options.classes, dict(precision=self.precision, tf32=self.tf32, global_seed=self.seed)
+        digests = dict(given=self.given and self.given.sha256, guide_ckpt=self.guide and weights_sha256(self.guide[0]))
         return CodesRecord(
             model=self.meta.model or "DLCPrior",
             checkpoint=recorded_id(str(self.path)),
@@ -105,8 +125,9 @@ class PriorDraw:
             L=self.model.L,
             V=self.model.V,
             encoder_sha256=self.meta.encoder_sha256,
-            options={**asdict(self.options), "given": self.given and self.given.sha256},
+            options={**asdict(self.options), **digests},
             given=self.options.given and recorded_id(self.options.given),
+            guide=self.options.guide_ckpt and recorded_id(self.options.guide_ckpt),
             **own,
             num=num,
             labels=classes and [classes[i % len(classes)] for i in range(num)],
@@ -116,9 +137,10 @@ class PriorDraw:
     def to(self, device: torch.device, compiled: bool | None = None) -> "PriorDraw":
         """Get ready to draw on a device. compiled: whether the blocks are; None: on GPUs."""
         set_numerics(self.tf32)
-        self.model.to(device)
-        if compiled if compiled is not None else device.type == "cuda":
-            compile_blocks(self.model, device)
+        for model in (self.model, *(self.guide or ())[:1]):
+            model.to(device)
+            if compiled if compiled is not None else device.type == "cuda":
+                compile_blocks(model, device)
         return self
 
     def draw(self, indices: np.ndarray, batch: int = BATCH, on_call: Callable | None = None) -> np.ndarray:
@@ -140,6 +162,7 @@ class PriorDraw:
                 indices=own.to(device),
                 y=torch.tensor(classes)[own % len(classes)].to(device) if classes else None,
                 cfg_scale=self.options.cfg_scale,
+                guide=self.guide,
                 codes=None if self.given is None else self.given(own).to(device),
                 precision=self.precision,
                 on_call=on_call and (lambda _: on_call(share)),

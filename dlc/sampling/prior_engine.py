@@ -22,6 +22,7 @@ def sample_codes(
     indices: torch.Tensor,
     y: torch.Tensor | None = None,
     cfg_scale: float = 1.0,
+    guide: tuple[DLCPrior, MaskedDiffusion, float] | None = None,
     codes: torch.Tensor | None = None,
     precision: str = "fp32",
     on_call: Callable | None = None,
@@ -34,6 +35,8 @@ def sample_codes(
         seed, indices: a code's random numbers are functions of (seed, its index); (N,) int64 on the model's device.
         y: (N,) classes, if the prior has classes [none].
         cfg_scale: guidance by class (Ho & Salimans 2022) in log probabilities; at 1 the null half is not computed.
+        guide: a weaker prior, its process, and a scale W: log p_weak + W (log p - log p_weak), both for the same y, in
+            the place of guidance by class.
         codes: (N, L) tokens to keep, and V where tokens are to be drawn [V everywhere].
         precision: of the blocks, "fp32", "bf16" or "fp16"; scores are always float32, and draws float64.
         on_call: called after each call of the model with the codes so far, where V is left to draw.
@@ -43,12 +46,16 @@ def sample_codes(
     if codes is None:
         codes = torch.full((len(indices), model.L), model.V, device=indices.device)
 
-    def logits(codes, sigma, y, places):
+    def logits(codes, sigma, y, places, model=model):
         with autocast(codes.device, precision):
             return model(codes, sigma, y, places=places)[..., : model.V]  # (M, V), or (N, L, V)
 
     def predict(codes, t, places):
         sigma = diffusion.told(t)
+        if guide is not None and guide[2] != 1:
+            weak, process, scale = guide
+            weaker = logits(codes, process.told(t), y, places, weak)
+            return weaker + scale * (logits(codes, sigma, y, places) - weaker)
         if y is None or cfg_scale == 1:
             return logits(codes, sigma, y, places)
         both = torch.cat([y, model.null_condition(len(y)).to(y)])

@@ -67,6 +67,15 @@ class PriorOptions:
         nargs="+",
     )
     cfg_scale: float = option(1.0, "guidance scale of --{prefix}class; 1 disables guidance", type=number(float, 1))
+    guide_ckpt: str | None = option(
+        None,
+        "guide by this weaker prior over the same codes, an earlier checkpoint or a smaller model, in the place of "
+        "--{prefix}cfg-scale [none]",
+        metavar="CKPT",
+    )
+    guide_scale: float | None = option(
+        None, "guidance scale of --{prefix}guide-ckpt; 1 disables it [none]", type=number(float, 1)
+    )
     given: str | None = option(
         None,
         "keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of row i, "
@@ -99,6 +108,12 @@ class PriorOptions:
         options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
         if options.cfg_scale > 1 and options.classes is None:
             raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")
+        if (options.guide_ckpt is None) != (options.guide_scale is None):
+            raise ValueError(
+                f"{flag}guide-ckpt names a prior to guide by, {flag}guide-scale says how strongly: give both"
+            )
+        if options.guide_ckpt and options.cfg_scale > 1:
+            raise ValueError(f"{flag}guide-ckpt guides in the place of {flag}cfg-scale: give one of them")
         kept = [name for name in ("keep_tokens", "keep_places") if values[name] is not None]
         if options.given and len(kept) != 1:
             raise ValueError(f"{flag}given: say what to keep of it, by {flag}keep-tokens or {flag}keep-places")

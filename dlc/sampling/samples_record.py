@@ -39,9 +39,10 @@ HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"
 CONDITIONS = HAS_KIND, "an object with a kind of conditions"
 NAMED = 64  # samples whose conditions are in the folder's name
 SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
+GUIDE_SAID = ("checkpoint", "step", "weights")  # and of `guide`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplesRecord(Record):
     """samples.json but for its last key, in which the conditioning lists what each sample is drawn for.
 
@@ -66,6 +67,8 @@ class SamplesRecord(Record):
     cfg_channels: int = key(SIZE)
     t_min: int = key(COUNT)
     t_max: int = key(COUNT)
+    # the weaker model that guides, see `dlc.sampling.guide`; null: none
+    guide: dict | None = key(or_null(OBJECT), None)
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
     global_seed: int = key(COUNT)
@@ -76,7 +79,8 @@ class SamplesRecord(Record):
     def settings(self) -> dict:
         """See `Record`."""
         conditions = {name: value for name, value in self.conditions.items() if name not in SAID}
-        return {**super().settings(), "conditions": conditions}
+        guide = self.guide and {name: value for name, value in self.guide.items() if name not in GUIDE_SAID}
+        return {**super().settings(), "conditions": conditions, "guide": guide}
 
 
 def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
@@ -84,8 +88,17 @@ def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
 
     It does not depend on the number of samples, so that a set may grow.
     """
-    decides = record.settings(), conditions.digest(NAMED)
+    settings = record.settings()
+    if settings["guide"] is None:  # sets of before there were guides keep their names
+        del settings["guide"]
+    decides = settings, conditions.digest(NAMED)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def guidance_of(record: dict) -> str:
+    """What samples are guided by, in words, by the keys of their samples.json."""
+    words, guide = f"cfg {record.get('cfg_scale')}", record.get("guide")
+    return f"{words}, guide {guide.get('checkpoint')} {guide.get('scale')}" if isinstance(guide, dict) else words
 
 
 def this_launch(state: "PartialState", per_proc_batch_size: int) -> dict:

@@ -5,6 +5,7 @@ from diffusion.samplers import SAMPLERS
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags
 from dlc.sampling.conditions import CONDITIONINGS
+from dlc.sampling.guide import CFG_SCALE, add_guide_flags
 from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.networks import VAE_HELP
 from models import DiT_models
@@ -64,8 +65,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     add(
         "--cfg-scale",
         type=number(float, 1),
-        default=1.5,
-        help="classifier-free guidance scale; 1 disables guidance [%(default)s]",
+        help=f"classifier-free guidance scale; 1 disables guidance [{CFG_SCALE}, with --guide-ckpt 1]",
     )
     add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
     add("--t-min", type=number(int, 0, 999), default=0, help="guide from this diffusion time on [%(default)s]")
@@ -75,6 +75,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         default=999,
         help="guide up to this diffusion time; outside the interval the null half is not computed [%(default)s]",
     )
+    add_guide_flags(add)
     add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")
     add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
     add("--precision", choices=PRECISIONS, default="fp32", help="precision of the denoising steps [%(default)s]")

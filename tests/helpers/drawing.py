@@ -36,6 +36,7 @@ def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 
         folder=types.SimpleNamespace(path=folder),
         missing=np.arange(count),
         latent_shape=(4, 4, 4),
+        guide=None,
     )
     args = types.SimpleNamespace(
         per_proc_batch_size=batch,

@@ -26,7 +26,7 @@ from dlc.machine.processes import autocast
 from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
-from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
+from dlc.sampling.latents import Guide, create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
@@ -142,12 +142,13 @@ def prior_training(classes, shared, precision, *flags, entropy=False, device=CUD
     return steps_of(run, batch, losses, 1, steps)
 
 
-def sampling(family, precision, name, scale, bounds):
-    """Each step of the sampler: its model's calls, guidance, noise."""
+def sampling(family, precision, name, scale, bounds, guide_scale=1):
+    """Each step of the sampler: its model's calls, guidance by the null condition and by a weaker model, noise."""
     build, conditions = FAMILIES[family]
-    model, sampler = real(build).eval(), create_sampler(name, 5)
-    lower_precision(model, precision)
-    model.to(CUDA)
+    model, weak, sampler = real(build).eval(), real(build).eval(), create_sampler(name, 5)
+    for one in (model, weak):
+        lower_precision(one, precision)
+        one.to(CUDA)
 
     def draw(guard):
         def on_step(step, x, x_start):
@@ -165,6 +166,7 @@ def sampling(family, precision, name, scale, bounds):
                 cfg_scale=scale,
                 t_min=bounds[0],
                 t_max=bounds[1],
+                guide=Guide(weak, guide_scale, *bounds),
                 on_step=on_step,
             )
         assert latents.shape == (N, 4, 8, 8) and latents.dtype == torch.float32
@@ -290,6 +292,7 @@ PATHS = {
     ),
     **{f"sampling by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999)) for name in samplers.SAMPLERS},
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
+    "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "ddpm", 1, (250, 749), 2),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction in fp32": partial(extraction, "fp32"),
     "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
