@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffusion import GaussianDiffusion
-from diffusion.process_table import create_process
+from diffusion.options import default_of
+from diffusion.process_table import OBJECTIVES, PROCESSES, Process, create_process, describe_process
 from dlc.data import Features
 from dlc.data.images import WHITE, add_background_flag
 from dlc.data.inputs import INPUTS, Inputs
-from dlc.machine.cli import ArgumentParser, number, warn_once
+from dlc.machine.cli import ArgumentParser, add_option, number, warn_once
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
 from dlc.machine.processes import from_rank_0
@@ -45,8 +45,6 @@ from models import CODE_INITS, Condition, DiT_models
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-LOSSES = Losses(("loss", "mse", "vb"), by_quarter="mse")
-
 
 def argument_parser(**defaults) -> ArgumentParser:
     """The flags. The files of train_options/ state other defaults."""
@@ -60,6 +58,14 @@ def argument_parser(**defaults) -> ArgumentParser:
         help="DiTSEM only: start of the code table. unit: N(0, 1). dlc: N(0, 1/D) for width D and one null row for all "
         "positions, as the DLC project does",
     )
+
+    add = parser.add_argument_group("objective").add_argument
+    rows = {objective: PROCESSES[name] for objective, name in OBJECTIVES.items()}
+    about = "; ".join(f"{objective}: {row.about}" for objective, row in rows.items())
+    add("--objective", choices=OBJECTIVES, default="ddpm", help=f"what the model is trained on; {about}")
+    for objective, row in rows.items():
+        for name, option in row.options.items():
+            add_option(add, name, option, default_of(row.build, name), f"--objective {objective} only: ")
 
     group = parser.add_argument_group("data")
     add, source = group.add_argument, group.add_mutually_exclusive_group()
@@ -143,6 +149,20 @@ def model_arguments(args: argparse.Namespace) -> dict:
     return dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}
 
 
+def open_process(args: argparse.Namespace) -> Process:
+    """What the flags ask to train on. Raises ValueError for an option that --objective does not have."""
+    given = {}
+    for objective, process in OBJECTIVES.items():
+        for name in PROCESSES[process].options:
+            if getattr(args, name) is None:
+                continue
+            if objective != args.objective:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise ValueError(f"{flag} goes with --objective {objective}, not {args.objective}")
+            given[name] = getattr(args, name)
+    return create_process(OBJECTIVES[args.objective], **given)
+
+
 def build_optimizer(
     args: argparse.Namespace, model: torch.nn.Module
 ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
@@ -165,17 +185,18 @@ def data_settings(args: argparse.Namespace, features: Features | Images, inputs:
 
 
 def draws(
-    seed: int, indices: torch.Tensor, x: torch.Tensor, num_timesteps: int, dropout: float
+    seed: int, indices: torch.Tensor, x: torch.Tensor, process: Process, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Timesteps (n,), noise (n, C, S/f, S/f) and whether to drop the condition (n,), for samples with latents x."""
+    """Times (n,), noise (n, C, S/f, S/f) and whether to drop the condition (n,), for samples with latents x."""
     counts = {Stream.TRAIN_TIMESTEP: 1, Stream.TRAIN_NOISE: words_for(x.shape[1:]), Stream.TRAIN_DROP: 1}
     t, noise, drop = words_of_streams(seed, counts, indices)
-    return t[:, 0] * num_timesteps >> 32, as_normals(noise, x.shape[1:]), in_unit_interval(drop[:, 0]) < dropout
+    t = process.training_times(t[:, 0].double() / 2**32)
+    return t, as_normals(noise, x.shape[1:]), in_unit_interval(drop[:, 0]) < dropout
 
 
 def losses_of(
     model: Callable,
-    diffusion: GaussianDiffusion,
+    process: Process,
     indices: torch.Tensor,
     x: torch.Tensor,
     y: Condition,
@@ -184,7 +205,7 @@ def losses_of(
     dropout: float,
     draw_latents: bool,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A micro-batch's losses (n,) by name, and its timesteps (n,).
+    """A micro-batch's losses (n,) by name, and its times (n,).
 
     Args:
         indices, x, y: sample indices (n,), latents or moments (n, C or 2C, S/f, S/f), conditions, all on one device.
@@ -194,8 +215,8 @@ def losses_of(
     x = x.float()
     if draw_latents:
         x = draw_posterior(x, seed, indices)  # (n, C, S/f, S/f)
-    t, noise, drop = draws(seed, indices, x, diffusion.num_timesteps, dropout)
-    return diffusion.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
+    t, noise, drop = draws(seed, indices, x, process, dropout)
+    return process.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
 
 
 def preview_vae(
@@ -231,9 +252,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- data
         features, data_path = open_data(args, run.state), args.data_path or args.features_path
         inputs, (channels, latent_size, _) = open_inputs(args, features), features.latent_shape
-        spec, diffusion = DiT_models[args.model], create_process("gaussian", timestep_respacing="")
+        spec, process = DiT_models[args.model], open_process(args)
         sizes = {**inputs.sizes, **model_arguments(args)}
-        build = partial(spec, input_size=latent_size, in_channels=channels, **sizes)
+        build = partial(spec, input_size=latent_size, in_channels=channels, learn_sigma=process.learn_sigma, **sizes)
         if latent_size % spec.patch_size:
             raise ValueError(
                 f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
@@ -244,7 +265,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         run.claim(
             args.model,
             build,
-            diffusion,
+            process,
             settings=data_settings(args, features, inputs),
             notes={"vae": source["vae"], path_key: recorded_id(data_path)},
         )
@@ -260,7 +281,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- model
         run.start()
         model = run.adopt(build())
-    run.optimize(build_optimizer(args, model), LOSSES)
+    run.optimize(build_optimizer(args, model), Losses(process.loss_names, by_quarter=process.loss_names[-1]))
 
     # ---------------------------------------------------------------------- run
     batches = (ImageBatches if encode else TrainingBatches)(features, inputs.arrays, inputs.limits, **run.share)
@@ -269,6 +290,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
         + ", ".join(f"{key}={value}" for key, value in sizes.items())
     )
+    run.logger.info(f"objective: {args.objective}, {describe_process(process)}")
     run.logger.info(
         f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
         f"{features.count / args.global_batch_size:.1f} steps per epoch"
@@ -291,7 +313,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             latents, y = seen(part)
             terms, t = losses_of(
                 run.model,
-                diffusion,
+                process,
                 part["indices"],
                 latents,
                 y,
@@ -299,7 +321,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 dropout=model.class_dropout_prob,
                 draw_latents=draw_latents,
             )
-            run.backward(terms, t, diffusion.num_timesteps)
+            run.backward(terms, t, process.num_timesteps)
         run.update(step)
         run.report(step)
         if run.preview_due(step):
@@ -309,7 +331,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                         batch = first_rows(batches, run.device)
                     latents, y = seen(batch)
                     path = run.folder / f"previews/{step:07d}.png"
-                    run.record(save_preview, path, ema, latents[:, :channels].float(), y, vae, args.global_seed)
+                    run.record(
+                        save_preview, path, ema, process, latents[:, :channels].float(), y, vae, args.global_seed
+                    )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from .schedules import named_betas, spaced_timesteps
 __all__ = ["GaussianDiffusion", "create_diffusion", "named_betas", "spaced_timesteps"]
 
 
-def create_diffusion(timestep_respacing: str | list[int] | None, noise_schedule: str = "linear", use_kl: bool = False,
-                     sigma_small: bool = False, predict_xstart: bool = False, learn_sigma: bool = True,
-                     rescale_learned_sigmas: bool = False, diffusion_steps: int = 1000) -> GaussianDiffusion:
+def create_diffusion(timestep_respacing: str | list[int] | None = "", noise_schedule: str = "linear",
+                     use_kl: bool = False, sigma_small: bool = False, predict_xstart: bool = False,
+                     learn_sigma: bool = True, rescale_learned_sigmas: bool = False,
+                     diffusion_steps: int = 1000) -> GaussianDiffusion:
     """A diffusion process; the options have the names that ADM and DiT give them.
 
     Args:

@@ -79,6 +79,25 @@ class GaussianDiffusion:
     def _call_model(self, model, x, t, model_kwargs):
         return model(x, self._at("timestep_map", t, None), **(model_kwargs or {})).float()
 
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the model predicts the variance as well."""
+        return self.variance == "learned_range"
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The keys of what `training_losses` returns, "loss" first."""
+        return ("loss",) if "kl" in self.loss else ("loss", "mse", "vb") if self.learn_sigma else ("loss", "mse")
+
+    @property
+    def last_time(self) -> int:
+        """The largest time that the model is told."""
+        return self.timestep_map[-1]
+
+    def training_times(self, u: torch.Tensor) -> torch.Tensor:
+        """Steps t (N,) int64, evenly distributed, from uniforms u (N,) float64 in [0, 1)."""
+        return (u * self.num_timesteps).long()
+
     # ------------------------------------------------------------------ forward process
 
     def q_mean_variance(self, x_start: torch.Tensor,

@@ -2,16 +2,49 @@
 
     process = create_process("gaussian", timestep_respacing="")
     process.config                          # {"process": "gaussian", "arguments": {...}}: builds it again
+    samplers_of(process)                    # those that draw from models trained on it, by name
 
-To add one, write its class in a file beside this one and give it a row in PROCESSES.
+To add one, write its class in a file beside this one and give it a row in PROCESSES. A process of latents has
+    training_times(u)                       # (N,) uniforms in [0, 1), float64, to times t (N,)
+    training_losses(model, x_start, t, model_kwargs, noise)     # dict of (N,)
+    loss_names                              # its keys, "loss" first
+    num_timesteps, last_time                # t is below the one in training, and up to the other in its samplers
+    learn_sigma                             # whether its models predict a variance as well
 """
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from . import GaussianDiffusion, create_diffusion
+from .flow import FLOW_OPTIONS, FLOW_SAMPLERS, Flow
 from .masked import MaskedDiffusion
+from .options import Option, default_of
+from .samplers import SAMPLERS, SamplerSpec
 
-Process = GaussianDiffusion | MaskedDiffusion
-PROCESSES = {"gaussian": create_diffusion, "masked": MaskedDiffusion}
+Process = GaussianDiffusion | Flow | MaskedDiffusion
+
+
+@dataclass(frozen=True)
+class ProcessRow:
+    """What a name in PROCESSES stands for."""
+    build: Callable                                 # the process from its arguments
+    objective: str | None = None                    # its name for --objective; None: not of latents
+    about: str = ""                                 # completes "--objective NAME: …" in the scripts' help
+    options: dict[str, Option] = field(default_factory=dict)        # arguments that are flags in training
+    samplers: dict[str, SamplerSpec] = field(default_factory=dict)  # the first is the default
+
+
+PROCESSES = {
+    "gaussian": ProcessRow(create_diffusion, "ddpm", "predict noise and variance", samplers=SAMPLERS),
+    "flow": ProcessRow(Flow, "flow", "flow matching, predict a velocity", FLOW_OPTIONS, FLOW_SAMPLERS),
+    "masked": ProcessRow(MaskedDiffusion),
+}
+OBJECTIVES = {row.objective: name for name, row in PROCESSES.items() if row.objective}
+# the samplers of all of them by name, of which two may have the same; and the options of these, with their defaults
+LATENT_SAMPLERS = {name: [row.samplers[name] for row in PROCESSES.values() if name in row.samplers]
+                   for name in dict.fromkeys(name for row in PROCESSES.values() for name in row.samplers)}
+SAMPLER_OPTIONS = {name: (option, default_of(spec.build, name)) for specs in LATENT_SAMPLERS.values()
+                   for spec in specs for name, option in spec.options.items()}
 
 
 def create_process(name: str, **arguments) -> Process:
@@ -21,14 +54,27 @@ def create_process(name: str, **arguments) -> Process:
     """
     if name not in PROCESSES:
         raise ValueError(f"there is no process called {name!r}: {', '.join(PROCESSES)}")
+    build = PROCESSES[name].build
     try:
-        bound = inspect.signature(PROCESSES[name]).bind(**arguments)
+        bound = inspect.signature(build).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"process {name}: {error}") from None
     bound.apply_defaults()
     try:
-        process = PROCESSES[name](**arguments)
+        process = build(**arguments)
     except TypeError as error:      # a value of another type, as from an edited config.json
         raise ValueError(f"process {name}: {error}") from None
     process.config = dict(process=name, arguments=dict(bound.arguments))
     return process
+
+
+def describe_process(process: Process) -> str:
+    """A process in words: its name and its arguments."""
+    arguments = ", ".join(f"{name} {value!r}" for name, value in process.config["arguments"].items())
+    return f"process {process.config['process']} ({arguments})"
+
+
+def samplers_of(process: Process) -> dict[str, SamplerSpec]:
+    """The samplers that draw from models trained on a process, by name, the default first."""
+    return {name: spec for name, spec in PROCESSES[process.config["process"]].samplers.items()
+            if spec.assumed.items() <= process.config["arguments"].items()}

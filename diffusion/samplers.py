@@ -5,10 +5,11 @@
 
 predict(x, time) is the model's output (N, C or 2C, ...) for x (N, C, ...) at a time of the full process, a whole or
 fractional number from 0 to 999. It owns guidance, embeddings and precision, and may be called any number of times per
-step. noise(step) is a standard normal of x's shape. x_start is the x_0 that the model saw in the step.
+step; predict(x, time, since) is guided as at the time `since`. noise(step) is a standard normal of x's shape. x_start
+is the x_0 that the model saw in the step.
 
-A sampler has `num_steps`, the items it yields, and `times`, those it asks predict for, in that order. To add one, write
-its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests follow the table.
+To add one, write its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests follow the
+table. Those of another process are in its own file (see process_table.py).
 """
 import functools
 import math
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 
 from .gaussian import GaussianDiffusion
+from .options import Option
 from .schedules import named_betas, spaced_timesteps
 
 FULL_STEPS = 1000           # of the process that the models are trained on, whose schedule is the linear one
 
-Sampler = Callable          # (predict, x, noise) -> Steps, with num_steps and times, as above
 Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]     # x and x_start of each
 
 
@@ -41,7 +42,20 @@ def signal_scale(sigma: float) -> float:
     return 1 / math.sqrt(1 + sigma**2)
 
 
-class AncestralSampler:
+class Sampler:
+    """The base of all samplers, which are called as above.
+
+    Attributes: num_steps, the number of items that it yields; times, those for which it asks predict, in that order.
+    """
+    num_steps: int
+    times: list[float]
+
+    def told(self, times: torch.Tensor) -> torch.Tensor:
+        """What the model is told of its times."""
+        return times
+
+
+class AncestralSampler(Sampler):
     """DDPM's ancestral steps (Ho et al. 2020), or with eta given DDIM's (Song et al. 2020), at evenly spaced times.
 
     learn_sigma: whether the model's output has the variance's channels.
@@ -64,7 +78,7 @@ class AncestralSampler:
             yield x, out["pred_xstart"]
 
 
-class DPMSolver:
+class DPMSolver(Sampler):
     """DPM-Solver++ of second order, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2), at evenly spaced times.
 
     The first step, which has no step before it, and the last, to sigma = 0, are of first order.
@@ -91,7 +105,7 @@ class DPMSolver:
             yield x, x_start
 
 
-class HeunSampler:
+class HeunSampler(Sampler):
     """Heun's method of second order on the probability flow (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
 
     For y = x_t / sqrt(alphas_cumprod_t) that is dy/dsigma = eps. The noise levels are those of their equation 5 between
@@ -121,28 +135,29 @@ class HeunSampler:
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """What a name in SAMPLERS stands for."""
+    """What a sampler's name stands for."""
     about: str                      # completes "--sampler NAME: …" in the scripts' help
-    build: Callable                 # (steps, eta, learn_sigma) -> sampler
+    build: Callable                 # (steps, process, learn_sigma, **options) -> sampler
     default_steps: int
+    fewest_steps: int = 2
     most_steps: int = FULL_STEPS
-    has_eta: bool = False
-    process: str = "gaussian"       # in diffusion.process_table.PROCESSES, with these arguments:
-    assumed: dict = field(default_factory=lambda: dict(noise_schedule="linear", predict_xstart=False,
-                                                       diffusion_steps=FULL_STEPS))
-
-    def draws_from(self, config: dict) -> bool:
-        """Whether it draws from models that were trained on a process, which create_process describes as `config`."""
-        return config["process"] == self.process and self.assumed.items() <= config["arguments"].items()
+    options: dict[str, Option] = field(default_factory=dict)
+    assumed: dict = field(default_factory=dict)     # arguments that the process must have been created with
 
 
+LINEAR = dict(noise_schedule="linear", predict_xstart=False, diffusion_steps=FULL_STEPS)
 SAMPLERS = {
-    "ddpm": SamplerSpec("DDPM's ancestral steps", lambda steps, eta, learn_sigma: AncestralSampler(
-        steps, None, learn_sigma), 250),
-    "ddim": SamplerSpec("DDIM", lambda steps, eta, learn_sigma: AncestralSampler(steps, eta, learn_sigma), 50,
-                        has_eta=True),
-    "dpmsolver++": SamplerSpec("DPM-Solver++ of second order", lambda steps, *_: DPMSolver(steps), 25,
-                               most_steps=FULL_STEPS - 1),
-    "heun": SamplerSpec("Heun's second-order method of EDM, two evaluations per step", lambda steps, *_: HeunSampler(
-        steps), 25),
+    "ddpm": SamplerSpec(
+        "DDPM's ancestral steps",
+        lambda steps, process, learn_sigma: AncestralSampler(steps, None, learn_sigma), 250, assumed=LINEAR),
+    "ddim": SamplerSpec(
+        "DDIM",
+        lambda steps, process, learn_sigma, eta=0.0: AncestralSampler(steps, eta, learn_sigma), 50, assumed=LINEAR,
+        options=dict(eta=Option("0 adds no noise, 1 as much as DDPM", low=0, high=1))),
+    "dpmsolver++": SamplerSpec(
+        "DPM-Solver++ of second order",
+        lambda steps, process, learn_sigma: DPMSolver(steps), 25, most_steps=FULL_STEPS - 1, assumed=LINEAR),
+    "heun": SamplerSpec(
+        "Heun's second-order method of EDM, two evaluations per step",
+        lambda steps, process, learn_sigma: HeunSampler(steps), 25, assumed=LINEAR),
 }

@@ -11,6 +11,7 @@ once.
 """
 
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusion.samplers import SAMPLERS
+from diffusion.process_table import LATENT_SAMPLERS
 from dlc.machine.cli import ArgumentParser, number, one_line
 from dlc.machine.files import DirectoryLock, check_apart, check_output, read_json, write_bytes, write_json, write_whole
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
 from dlc.sampling.opening import find_checkpoint
-from dlc.sampling.sampling_flags import sampling_parser
+from dlc.sampling.sampling_flags import STEPS, TIME, sampling_parser
 from evaluation.agreement import add_agreement_flags, check_agreement_flags
 from evaluation.comparison import add_comparison_flags, check_comparison_flags, needs_reference
 from evaluation.metrics import METRICS
@@ -34,16 +35,16 @@ SCRIPTS = {ComputedCodes.script: "DiTSEM-XL/2", ClassLabels.script: "DiT-XL/2"} 
 # flags of the sampling scripts that can be swept: the type of a value
 SWEPT = {
     "cfg-scale": number(float, 1),
-    "t-min": number(int, 0, 999),
-    "t-max": number(int, 0, 999),
+    "t-min": TIME,
+    "t-max": TIME,
     "guide-scale": number(float, 1),
-    "guide-t-min": number(float, 0, 999),
-    "guide-t-max": number(float, 0, 999),
-    "num-sampling-steps": number(int, 2, 1000),
+    "guide-t-min": TIME,
+    "guide-t-max": TIME,
+    "num-sampling-steps": STEPS,
     "sampler": str,
 }
-# what the interval of each guidance counts as where its scale is 1
-UNGUIDED = {"cfg-scale": {"t-min": 0, "t-max": 999}, "guide-scale": {"guide-t-min": 0, "guide-t-max": 999}}
+# the interval of each guidance, which makes no difference where its scale is 1
+INTERVALS = {"cfg-scale": ("t-min", "t-max"), "guide-scale": ("guide-t-min", "guide-t-max")}
 Setting = dict  # a value of each swept flag
 
 #################################################################################
@@ -62,11 +63,9 @@ def all_settings(values: dict[str, list]) -> list[Setting]:
 
 
 def drawn_as(setting: Setting) -> Setting:
-    """The setting whose samples a setting uses: without guidance, the interval of guidance makes no difference."""
-    whole = {}
-    for scale, interval in UNGUIDED.items():
-        whole |= interval if setting.get(scale) == 1 else {}
-    return {flag: whole.get(flag, value) for flag, value in setting.items()}
+    """The setting whose samples a setting uses: without guidance, that without an interval of it."""
+    unused = {flag for scale, interval in INTERVALS.items() if setting.get(scale) == 1 for flag in interval}
+    return {flag: value for flag, value in setting.items() if flag not in unused}
 
 
 def folder_of(setting: Setting) -> str:
@@ -170,7 +169,7 @@ def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
 
 def add_sweep_flags(add: Callable) -> None:
     for flag, kind in SWEPT.items():
-        choices = SAMPLERS if flag == "sampler" else None
+        choices = LATENT_SAMPLERS if flag == "sampler" else None
         add(
             f"--{flag}",
             type=kind,
@@ -252,8 +251,8 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
         raise ValueError(f"--agreement needs samples for codes, which {args.script} does not draw")
     settings = all_settings(values)
     for setting in settings:
-        for (low, least), (high, most) in (interval.items() for interval in UNGUIDED.values()):
-            if setting.get(low, least) > setting.get(high, most):
+        for low, high in INTERVALS.values():
+            if setting.get(low, 0) > setting.get(high, math.inf):
                 raise ValueError(f"{low} {setting[low]} is above {high} {setting[high]}: leave one of them out")
     return settings
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from diffusion.options import Option
+
 LONGEST_LINE = 500  # characters of an error
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # of fractions
 PLAIN_SECONDS = 30  # between two lines of progress where standard error is no terminal
@@ -69,6 +71,18 @@ def number(kind: Callable[[str], float], low: float, high: float = math.inf) -> 
 
     parse.__name__ = kind.__name__  # argparse names it where text is no number at all
     return parse
+
+
+def whole_or_float(text: str) -> float:
+    """A number, an int where it is whole."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def add_option(add: Callable, name: str, option: "Option", default: object, words: str = "") -> None:
+    """Add the flag of an `Option`, None where it is not given. words: before its help."""
+    kind = dict(choices=option.choices) if option.choices else dict(type=number(float, option.low, option.high))
+    add(f"--{name.replace('_', '-')}", help=f"{words}{option.about} [{default}]", **kind)
 
 
 SEED = number(int, 0, 2**63 - 1)  # the argparse type of --global-seed

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from diffusion.samplers import SAMPLERS
+from diffusion.process_table import SAMPLER_OPTIONS
 from dlc.machine.cli import BAR, ArgumentParser, progress
 from dlc.machine.files import check_apart, recorded_id
 from dlc.machine.processes import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 KEPT = "what is drawn is kept"
 # keys of samples.json that are flags
-FLAGS = "model sampler cfg_scale t_min t_max precision vae_precision tf32 global_seed num_fid_samples".split()
+FLAGS = "model cfg_scale t_min t_max precision vae_precision tf32 global_seed num_fid_samples".split()
 
 
 @dataclass
@@ -68,8 +68,6 @@ class Job:
 
 def prepare(args: Namespace, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
-    if args.t_min > args.t_max:
-        raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
     settle_guidance(args)
     check_apart(args.sample_dir, "--sample-dir", [vars(args).get(name) for name in ("dlc_dir", "condition_path")])
     path, model, meta = open_model(args, script, default)
@@ -89,8 +87,9 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
         weights=meta.weights,
         conditions={**conditions.recorded, "sha256": digest},
         **known_of_vae,
+        sampler=sampler.name,
         num_sampling_steps=sampler.num_steps,
-        eta=(args.eta or 0.0) if SAMPLERS[args.sampler].has_eta else None,
+        **{option: sampler.options.get(option) for option in SAMPLER_OPTIONS},
         cfg_channels=guided_channels(args.cfg_channels, model),
         guide=known_of_guide,
         runs=[],

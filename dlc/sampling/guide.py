@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from dlc.machine.cli import number
+from dlc.machine.cli import number, whole_or_float
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import start_processes
 from dlc.machine.records import differences
@@ -21,7 +21,7 @@ from dlc.weights.meta import RunMeta
 from models import DiT
 
 CFG_SCALE = 1.5  # the default of --cfg-scale
-TIME = number(float, 0, 999)
+TIME = number(whole_or_float, 0)  # the argparse type of a time of the process
 # keys of meta.json that two models of the same samples share
 SHARED = "image_size vae_sha256 scaling_factor shift_factor latents_mean latents_std encoder_sha256".split()
 

@@ -1,31 +1,57 @@
 """The engine: draw latents for given conditions, with any sampler, guided in an interval of the diffusion times."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from diffusion.samplers import SAMPLERS, Sampler
+from diffusion.options import default_of
+from diffusion.process_table import LATENT_SAMPLERS, Process, create_process, describe_process, samplers_of
+from diffusion.samplers import Sampler
 from dlc.machine.noise import StepNoise, Stream, normal
 from dlc.machine.processes import PRECISIONS
 from models import Condition, DiT
 
 
-def create_sampler(name: str, steps: int | None = None, eta: float | None = None, learn_sigma: bool = True) -> Sampler:
-    """The sampler of a name in SAMPLERS. Raises ValueError for an option that it does not have.
+def create_sampler(
+    name: str | None = None,
+    steps: int | None = None,
+    process: Process | None = None,
+    learn_sigma: bool = True,
+    **options,
+) -> Sampler:
+    """A sampler. It keeps its `name`, and its `options` with the defaults.
 
     Args:
+        name: None for the process's default.
         steps: None for the sampler's default.
+        process: what the model was trained on, from `create_process` [that of DiT].
         learn_sigma: whether the model's output has the variance's channels.
+        options: of the sampler; one that is None is left to its default.
+
+    Raises ValueError for a sampler that does not draw from such models, and for steps or options that it does not have.
     """
-    spec = SAMPLERS[name]
-    if eta is not None and not spec.has_eta:
-        others = " and ".join(other for other, one in SAMPLERS.items() if one.has_eta)
-        raise ValueError(f"--eta {eta}: --sampler {name} has none, {others} has")
-    if (steps or 0) > spec.most_steps:
-        raise ValueError(f"--num-sampling-steps: --sampler {name} has at most {spec.most_steps}")
-    return spec.build(steps or spec.default_steps, eta or 0.0, learn_sigma)
+    process = process or create_process("gaussian")
+    fitting = samplers_of(process)
+    name = name or next(iter(fitting), None)
+    if name not in fitting:
+        raise ValueError(
+            f"--sampler {name} does not draw from a model that was trained on the {describe_process(process)}: "
+            f"{' or '.join(fitting) or 'no sampler'} does"
+        )
+    spec, given = fitting[name], {option: value for option, value in options.items() if value is not None}
+    for option in given.keys() - spec.options.keys():
+        have = [other for other, specs in LATENT_SAMPLERS.items() if any(option in one.options for one in specs)]
+        flag = f"--{option.replace('_', '-')}"
+        raise ValueError(f"{flag} {given[option]}: --sampler {name} has none, {' and '.join(have)} has")
+    steps = steps or spec.default_steps
+    if not spec.fewest_steps <= steps <= spec.most_steps:
+        raise ValueError(f"--num-sampling-steps {steps}: --sampler {name} has {spec.fewest_steps} to {spec.most_steps}")
+    sampler = spec.build(steps, process, learn_sigma, **given)
+    sampler.name, sampler.options = name, {option: default_of(spec.build, option) for option in spec.options} | given
+    return sampler
 
 
 def check_conditions(y: Condition, null: Condition) -> None:
@@ -76,19 +102,21 @@ class Prediction:
     Raises ValueError as `check_conditions` does.
     """
 
-    def __init__(self, model: DiT, y: Condition, n: int, times: list[float], device: torch.device, denoise: Callable):
+    def __init__(self, model: DiT, y: Condition, n: int, sampler: Sampler, device: torch.device, denoise: Callable):
         check_conditions(y, model.null_condition(1))
-        self.model, self.device, self.denoise = model, device, denoise
+        self.denoise = denoise
         self.condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
         null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
         self.both = tree_map(
             lambda one, null: torch.cat([one, null.expand(n, *null.shape[1:])]), self.condition, null
         )  # (2N, D)
-        self.times = dict(zip(times, model.t_embedder(torch.tensor(times, device=device))))  # (D,) each
+        self.embed = lambda times: model.t_embedder(sampler.told(torch.tensor(times, device=device)))
+        times = list(dict.fromkeys(sampler.times))
+        self.times = dict(zip(times, self.embed(times)))  # (D,) each
 
     def __call__(self, x: torch.Tensor, time: float, doubled: bool = False) -> torch.Tensor:
         if time not in self.times:  # a solver may choose times as it goes
-            self.times[time] = self.model.t_embedder(torch.tensor([time], device=self.device))[0]
+            self.times[time] = self.embed([time])[0]
         return self.denoise(x, self.times[time], self.both if doubled else self.condition).float()
 
 
@@ -103,7 +131,7 @@ def sample_latents(
     latent_shape: tuple[int, int, int],
     cfg_scale: float = 1.0,
     t_min: float = 0,
-    t_max: float = 999,
+    t_max: float = math.inf,
     channels: int | None = None,
     guide: Guide | None = None,
     denoise: Callable | None = None,
@@ -116,6 +144,7 @@ def sample_latents(
         y: N conditions, a tensor (N, ...) or a tree of them as the model's `null_condition` gives it, on its device.
         seed, indices: a sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
         cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
+        t_min, t_max: times of the process, in the sampler's own count.
         channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].
         guide: a weaker model to guide by, at its own times; with cfg_scale it acts on each half before that does.
         denoise: replaces model.denoise, for example by its CUDA graph.
@@ -124,20 +153,21 @@ def sample_latents(
     Raises ValueError as `check_conditions` does.
     """
     channels = channels or model.guided_channels or model.in_channels
-    batch = y, len(indices), list(dict.fromkeys(sampler.times)), indices.device
+    batch = y, len(indices), sampler, indices.device
     main = Prediction(model, *batch, denoise or model.denoise)
     weak = guide and Prediction(guide.model, *batch, guide.denoise or guide.model.denoise)
 
-    def away_from_weak(x, time, doubled=False):
+    def away_from_weak(x, time, since, doubled=False):
         strong = main(x, time, doubled)
-        if guide is None or not guide.acts(time):
+        if guide is None or not guide.acts(since):
             return strong
         return guided(weak(x, time, doubled), strong, guide.scale, model.in_channels)
 
-    def predict(x, time):
-        if cfg_scale == 1 or not t_min <= time <= t_max:
-            return away_from_weak(x, time)
-        conditional, null = away_from_weak(torch.cat([x, x]), time, doubled=True).chunk(2)
+    def predict(x, time, since=None):
+        since = time if since is None else since
+        if cfg_scale == 1 or not t_min <= since <= t_max:
+            return away_from_weak(x, time, since)
+        conditional, null = away_from_weak(torch.cat([x, x]), time, since, doubled=True).chunk(2)
         return guided(null, conditional, cfg_scale, channels)
 
     noise = StepNoise(seed, Stream.SAMPLE_NOISE, indices, latent_shape, sampler.num_steps)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffusion.samplers import SAMPLERS, Sampler
+from diffusion.process_table import OBJECTIVES, SAMPLER_OPTIONS
+from diffusion.samplers import Sampler
 from dlc.machine.files import recorded_id
 from dlc.machine.processes import start_processes
 from dlc.nets.vae import pixels_per_cell, same_vae
@@ -59,7 +60,7 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
         flag="--ckpt",
         state=start_processes() if is_id(path) else None,
         diffusers_time=args.diffusers_time,
-        process=args.process,
+        process=OBJECTIVES.get(args.objective),
         input_size=args.image_size and args.image_size // 8,  # pixels per cell of DiT's VAEs
     )
     if args.model not in (None, name):
@@ -84,18 +85,21 @@ def find_checkpoint(args: Namespace) -> Path | str:
 
 
 def open_sampler(args: Namespace, model: DiT, meta: RunMeta) -> Sampler:
-    """The sampler that the flags ask for. Raises ValueError for options that it does not have, and where the model was
-    trained on a process that it does not draw from."""
-    process = process_of(meta).config
-    if not SAMPLERS[args.sampler].draws_from(process):
-        fitting = [name for name, spec in SAMPLERS.items() if spec.draws_from(process)]
-        given = ", ".join(f"{name} {value!r}" for name, value in process["arguments"].items())
-        raise ValueError(
-            f"--sampler {args.sampler} does not draw from {args.model}, which was trained on the process "
-            f"{process['process']} ({given}): {' or '.join(fitting) or 'no sampler'} does"
-        )
-    learn_sigma = model.out_channels > model.in_channels
-    sampler = create_sampler(args.sampler, args.num_sampling_steps, args.eta, learn_sigma)
+    """The sampler that the flags ask for. Raises ValueError as `create_sampler` does, and for an interval of guidance
+    that is not one of the process; args.t_min and args.t_max become its bounds where no flag says them."""
+    process, learn_sigma = process_of(meta), model.out_channels > model.in_channels
+    options = {name: getattr(args, name) for name in SAMPLER_OPTIONS}
+    sampler = create_sampler(args.sampler, args.num_sampling_steps, process, learn_sigma, **options)
+    args.t_min = 0 if args.t_min is None else args.t_min
+    args.t_max = process.last_time if args.t_max is None else args.t_max
+    for name in ("t_min", "t_max", "guide_t_min", "guide_t_max"):
+        if (getattr(args, name, None) or 0) > process.last_time:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: {args.model} was trained on the process "
+                f"{process.config['process']}, whose times are 0 to {process.last_time}"
+            )
+    if args.t_min > args.t_max:
+        raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
     if (args.progressive or 0) > sampler.num_steps:
         raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
     return sampler

@@ -38,6 +38,7 @@ COUNT, SIZE = whole_number(0), whole_number(1)
 HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)  # noqa: E731
 CONDITIONS = HAS_KIND, "an object with a kind of conditions"
 NAMED = 64  # samples whose conditions are in the folder's name
+LATER = ("time_shift", "guide")  # keys that older files lack: null decides nothing, so that folders keep their names
 SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
 GUIDE_SAID = ("checkpoint", "step", "weights")  # and of `guide`
 
@@ -62,11 +63,12 @@ class SamplesRecord(Record):
     vae_precision: str = key(TEXT)
     sampler: str = key(TEXT)
     num_sampling_steps: int = key(SIZE)
-    eta: float | None = key(or_null(real_number(0, 1)))  # null: the sampler has none
+    eta: float | None = key(or_null(real_number(0, 1)))  # null: the sampler has none; so, and below
+    time_shift: float | None = key(or_null(real_number(0)), None)
     cfg_scale: float = key(real_number(1))
     cfg_channels: int = key(SIZE)
-    t_min: int = key(COUNT)
-    t_max: int = key(COUNT)
+    t_min: float = key(real_number(0))
+    t_max: float = key(real_number(0))
     # the weaker model that guides, see `dlc.sampling.guide`; null: none
     guide: dict | None = key(or_null(OBJECT), None)
     precision: str = key(TEXT)
@@ -80,7 +82,8 @@ class SamplesRecord(Record):
         """See `Record`."""
         conditions = {name: value for name, value in self.conditions.items() if name not in SAID}
         guide = self.guide and {name: value for name, value in self.guide.items() if name not in GUIDE_SAID}
-        return {**super().settings(), "conditions": conditions, "guide": guide}
+        values = {**super().settings(), "conditions": conditions, "guide": guide}
+        return {name: value for name, value in values.items() if value is not None or name not in LATER}
 
 
 def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:

@@ -1,16 +1,26 @@
 """The flags of both sampling scripts."""
 
-from diffusion.process_table import PROCESSES
-from diffusion.samplers import SAMPLERS
-from dlc.machine.cli import SEED, ArgumentParser, number
+from collections.abc import Callable
+
+from diffusion.process_table import LATENT_SAMPLERS, OBJECTIVES, PROCESSES, SAMPLER_OPTIONS
+from dlc.machine.cli import SEED, ArgumentParser, add_option, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags
 from dlc.sampling.conditions import CONDITIONINGS
-from dlc.sampling.guide import CFG_SCALE, add_guide_flags
+from dlc.sampling.guide import CFG_SCALE, TIME, add_guide_flags
 from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.networks import VAE_HELP
 from models import DiT_models
 
 RESULTS = "results"  # the default of --results-dir
+STEPS = number(int, 1, 1000)
+
+
+def of_objectives(words: Callable) -> str:
+    """Words for each sampler, words(name, spec), under the objective that it goes with."""
+    rows = [PROCESSES[process] for process in OBJECTIVES.values()]
+    return "; ".join(
+        f"for {row.objective}, " + "; ".join(words(name, spec) for name, spec in row.samplers.items()) for row in rows
+    )
 
 
 def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
@@ -37,9 +47,9 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         "diffusers', which those trained there have [what the folder says, else dit]",
     )
     add(
-        "--process",
-        choices=[name for name in PROCESSES if name != "masked"],  # which is that of priors
-        help="with weights of others, whose files do not say it: what they were trained on [gaussian]",
+        "--objective",
+        choices=OBJECTIVES,
+        help="with weights of others, whose files do not say it: what they were trained on [ddpm]",
     )
     for conditioning in CONDITIONINGS.values():
         if conditioning.script == script and "add_flags" in vars(conditioning):  # one's own, not those of its base
@@ -51,29 +61,28 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     )
     add(
         "--sampler",
-        choices=SAMPLERS,
-        default="ddpm",
-        help="; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items()) + " [%(default)s]",
+        choices=LATENT_SAMPLERS,
+        help=of_objectives(lambda name, spec: f"{name}: {spec.about}") + " [the first for the checkpoint's objective]",
     )
     add(
         "--num-sampling-steps",
-        type=number(int, 2, 1000),
-        help="sampling steps, 2 to 1000 "
-        f"[{', '.join(f'{name}: {spec.default_steps}' for name, spec in SAMPLERS.items())}]",
+        type=STEPS,
+        help=f"sampling steps, up to 1000 [{of_objectives(lambda name, spec: f'{name}: {spec.default_steps}')}]",
     )
-    add("--eta", type=number(float, 0, 1), help="noise of --sampler ddim: 0 adds none, 1 as much as DDPM [0]")
+    for name, (option, default) in SAMPLER_OPTIONS.items():
+        have = [sampler for sampler, specs in LATENT_SAMPLERS.items() if any(name in one.options for one in specs)]
+        add_option(add, name, option, default, f"of --sampler {', '.join(have)}: ")
     add(
         "--cfg-scale",
         type=number(float, 1),
         help=f"classifier-free guidance scale; 1 disables guidance [{CFG_SCALE}, with --guide-ckpt 1]",
     )
     add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
-    add("--t-min", type=number(int, 0, 999), default=0, help="guide from this diffusion time on [%(default)s]")
+    add("--t-min", type=TIME, help="guide from this time on, 0 to 999 for ddpm, 0 to 1 for flow [0]")
     add(
         "--t-max",
-        type=number(int, 0, 999),
-        default=999,
-        help="guide up to this diffusion time; outside the interval the null half is not computed [%(default)s]",
+        type=TIME,
+        help="guide up to this time; outside the interval the null half is not computed [the process's last]",
     )
     add_guide_flags(add)
     add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")

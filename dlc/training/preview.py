@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_map
 
 from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import create_sampler as create_code_sampler
+from diffusion.process_table import Process, samplers_of
 from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.nets.vae import check_decodes, decode
@@ -15,7 +16,7 @@ from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.training.batches import TrainingBatches
 from dlc.training.code_batches import Codes
-from dlc.weights.load import load_model
+from dlc.weights.load import load_model, process_of
 from dlc.weights.networks import load_vae
 from models import Condition
 from prior import DLCPrior
@@ -31,7 +32,13 @@ def first_rows(batches: TrainingBatches, device: torch.device) -> dict[str, torc
 
 
 def save_preview(
-    path: Path, ema: torch.nn.Module, latents: torch.Tensor, y: Condition, vae: torch.nn.Module | None, seed: int
+    path: Path,
+    ema: torch.nn.Module,
+    process: Process,
+    latents: torch.Tensor,
+    y: Condition,
+    vae: torch.nn.Module | None,
+    seed: int,
 ) -> None:
     """Write a picture: latents decoded, above EMA samples for their conditions y, from the same noise every time.
 
@@ -41,7 +48,7 @@ def save_preview(
     y = tree_map(lambda value: value if value.is_floating_point() else value.long(), y)
     samples = sample_latents(
         ema,
-        create_sampler("ddpm", PREVIEW_STEPS),
+        create_sampler(None, PREVIEW_STEPS, process, process.learn_sigma),
         y=y,
         seed=seed,
         indices=indices,
@@ -79,6 +86,9 @@ class CodePreview:
 
     def __init__(self, checkpoint: str | Path, vae: str | None, codes: Codes, device: torch.device, seed: int):
         self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
+        process, learn_sigma = process_of(meta), self.model.out_channels > self.model.in_channels
+        fastest = min(samplers_of(process).items(), key=lambda item: item[1].default_steps, default=(None, None))[0]
+        self.sampler = create_sampler(fastest, None, process, learn_sigma)
         if self.model.conditioning != "codes":
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
         theirs, embedder = CodeSet.of_features(codes.features), self.model.sem_embedder
@@ -96,7 +106,7 @@ class CodePreview:
         y = torch.cat([self.trained, drawn])
         latents = sample_latents(
             self.model,
-            create_sampler("dpmsolver++", PREVIEW_STEPS // 2),
+            self.sampler,
             y=y,
             seed=self.seed,
             indices=torch.arange(len(y), device=self.device),

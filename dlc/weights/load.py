@@ -99,7 +99,7 @@ def read_weights(
         if options.get("diffusers_time") == "diffusers":
             raise ValueError(f"{named} is not in diffusers' layout: --diffusers-time diffusers is for those")
         if options.get("process") not in (None, (own[1].process or {}).get("process")):
-            raise ValueError(f"{named} records the process that it was trained on: leave out --process")
+            raise ValueError(f"{named} records the process that it was trained on: leave out --objective")
         return own
     found = read_foreign(named, at, kind, ema, **options)
     config = ModelConfig(model=name_of(**found.config["arguments"], family=found.config["family"]), **found.config)
@@ -175,7 +175,7 @@ def load_prior(
 
 def process_of(meta: RunMeta) -> Process:
     """The process that a model was trained on, by its meta; that of DiT's weights if nothing says one."""
-    config = meta.process or dict(process="gaussian", arguments=dict(timestep_respacing=""))
+    config = meta.process or dict(process="gaussian", arguments={})
     return create_process(config["process"], **config["arguments"])
 
 

@@ -24,7 +24,7 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
             if len(settings) == fail_at:
                 raise ValueError("sampling ended with exit status 1")
             settings.append((setting.get("cfg-scale"), setting.get("t-max")))
-            fid = round((setting["cfg-scale"] - 1.6) ** 2 + setting["t-max"] / 1e4, 4)
+            fid = round((setting["cfg-scale"] - 1.6) ** 2 + setting.get("t-max", 999) / 1e4, 4)
             common = dict(checkpoint="ckpt", step=7, reference=reference)
             return dict(setting=setting, metrics=dict(fid=fid, code_agreement=0.5), common=common)
 
@@ -35,7 +35,7 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
         return settings, "".join(capsys.readouterr())
 
     settings, said = drawn(COMMAND, fail_at=2)
-    assert settings == [(1.0, 999), (1.5, 400)]
+    assert settings == [(1.0, None), (1.5, 400)]
     assert "error: sampling ended with exit status 1; finished settings are kept: run the same command again" in said
     settings, said = drawn(COMMAND)
     assert settings == [(1.5, 999), (2.0, 400), (2.0, 999)]
@@ -57,7 +57,7 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
 
 def test_settings():
     assert all_settings({"cfg-scale": [1.5, 1.5]}) == [{"cfg-scale": 1.5}]
-    unguided = {"cfg-scale": 1.0, "t-min": 0, "sampler": "heun"}
+    unguided = {"cfg-scale": 1.0, "sampler": "heun"}
     assert drawn_as({"cfg-scale": 1.0, "t-min": 3, "sampler": "heun"}) == unguided
     assert drawn_as({"t-max": 400}) == {"t-max": 400}  # guided by the script's default
     assert folder_of({"cfg-scale": 1.5, "sampler": "dpmsolver++"}) == "cfg-scale-1.5_sampler-dpmsolverpp"

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 import train_prior
 from diffusion import create_diffusion, masked_samplers, samplers
 from diffusion.masked import MaskedDiffusion
+from diffusion.process_table import PROCESSES, create_process
 from dlc.data.images import to_uint8
 from dlc.machine.processes import autocast
 from dlc.nets.encoder import SEMEncoder, tokens
@@ -29,6 +30,7 @@ from dlc.nets.vae import decode
 from dlc.sampling.latents import Guide, create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.training.heldout import heldout_bounds
+from dlc.training.losses import Losses
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
 from evaluation import distances
@@ -40,15 +42,18 @@ from evaluation.metrics import FeatureStatistics, density_coverage, kernel_dista
 from evaluation.similarity import psnr, ssim
 from models import DiT, DiTCONT, DiTSEM
 from prior import DLCPrior
-from train_diffusion import LOSSES, argument_parser, build_optimizer, losses_of
+from train_diffusion import argument_parser, build_optimizer, losses_of
 
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
 PER_CHANNEL = dict(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
 FAMILIES = {  # what builds a small one, and n conditions for it
-    "DiTSEM": (lambda: DiTSEM(**SIZES, L=L, V=V), lambda n: torch.randint(V, (n, L), dtype=torch.uint8)),
-    "DiT": (lambda: DiT(**SIZES, num_classes=7), lambda n: torch.randint(7, (n,))),
-    "DiTCONT": (lambda: DiTCONT(**SIZES, in_dim=6), lambda n: torch.randn(n, 6).half()),
+    "DiTSEM": (
+        lambda **sizes: DiTSEM(**SIZES, **sizes, L=L, V=V),
+        lambda n: torch.randint(V, (n, L), dtype=torch.uint8),
+    ),
+    "DiT": (lambda **sizes: DiT(**SIZES, **sizes, num_classes=7), lambda n: torch.randint(7, (n,))),
+    "DiTCONT": (lambda **sizes: DiTCONT(**SIZES, **sizes, in_dim=6), lambda n: torch.randn(n, 6).half()),
 }
 
 
@@ -112,17 +117,19 @@ def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
     yield from (partial(step, number) for number in range(1, steps + 1))
 
 
-def training(family, precision, *flags, moments=False, device=CUDA, steps=2):
+def training(family, precision, *flags, moments=False, device=CUDA, steps=2, process="gaussian"):
     """Steps of train_diffusion.py."""
     build, conditions = FAMILIES[family]
-    model, diffusion = real(build).to(device), create_diffusion("")
-    run = launched_run(model, LOSSES, argument_parser(), precision, flags, device)
+    process = create_process(process)
+    model = real(build, learn_sigma=process.learn_sigma).to(device)
+    losses = Losses(process.loss_names, process.loss_names[-1])
+    run = launched_run(model, losses, argument_parser(), precision, flags, device)
     settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments)
     return steps_of(
         run,
         lambda: (torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N)),
-        lambda *part: losses_of(run.model, diffusion, *part, **settings),
-        diffusion.num_timesteps,
+        lambda *part: losses_of(run.model, process, *part, **settings),
+        process.num_timesteps,
         steps,
     )
 
@@ -142,10 +149,11 @@ def prior_training(classes, shared, precision, *flags, entropy=False, device=CUD
     return steps_of(run, batch, losses, 1, steps)
 
 
-def sampling(family, precision, name, scale, bounds, guide_scale=1):
+def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gaussian"):
     """Each step of the sampler: its model's calls, guidance by the null condition and by a weaker model, noise."""
     build, conditions = FAMILIES[family]
-    model, weak, sampler = real(build).eval(), real(build).eval(), create_sampler(name, 5)
+    model, weak = real(build).eval(), real(build).eval()
+    sampler = create_sampler(name, 5, create_process(process))
     for one in (model, weak):
         lower_precision(one, precision)
         one.to(CUDA)
@@ -290,7 +298,12 @@ PATHS = {
     "training in fp16, all options": partial(
         training, "DiTCONT", "fp16", "--grad-accum", "2", "--grad-clip", "1", moments=True
     ),
-    **{f"sampling by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999)) for name in samplers.SAMPLERS},
+    "training on flow matching": partial(training, "DiTSEM", "bf16", process="flow"),
+    **{
+        f"sampling {process} by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999), 1, process)
+        for process, row in PROCESSES.items()
+        for name in row.samplers
+    },
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
     "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "ddpm", 1, (250, 749), 2),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),

@@ -1,5 +1,6 @@
 import torch
 
+from diffusion.process_table import create_process
 from dlc.machine.noise import (
     LOW,
     StepNoise,
@@ -81,7 +82,7 @@ def test_seed_stream_draw_and_index_all_count():
 def test_streams_in_one_call_are_what_they_are_alone():
     """Training draws a step's times, noise and dropped conditions from one call of the generator."""
     x, indices = torch.empty(5, 3, 3, 3), torch.tensor([0, 1, 7, 2**31, 2**40 + 3])
-    t, noise, drop = draws(4, indices, x, 1000, 0.5)
+    t, noise, drop = draws(4, indices, x, create_process("gaussian"), 0.5)
     assert torch.equal(t, integers(4, Stream.TRAIN_TIMESTEP, indices, 1000))
     assert torch.equal(noise, normal(4, Stream.TRAIN_NOISE, indices, x.shape[1:]))
     assert torch.equal(drop, uniform(4, Stream.TRAIN_DROP, indices) < 0.5)

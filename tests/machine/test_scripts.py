@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT, launch, save_images
 
+from diffusion.process_table import PROCESSES, SAMPLER_OPTIONS
 from dlc.sampling.command import FLAGS
 from dlc.sampling.prior_options import PriorOptions, flags_of
 
@@ -49,6 +50,7 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
     read |= {f"prior_{flags_of(one)[0].replace('-', '_')}" for one in fields(PriorOptions)} | {*FLAGS}  # read in a loop
+    read |= {*SAMPLER_OPTIONS} | {name for row in PROCESSES.values() for name in row.options}
     actions = [action for action in parsers[0]._actions if action.dest != "help"]
     assert len(actions) > 8
     for action in actions:

@@ -118,7 +118,7 @@ def test_conditions_that_mean_none_are_refused(kind, value):
 def test_ddim_is_the_diffusions(eta):
     model, y = random_model()
     diffusion = create_diffusion("7")
-    ours = draw(model, create_sampler("ddim", 7, eta), y, cfg_scale=1.5)
+    ours = draw(model, create_sampler("ddim", 7, eta=eta), y, cfg_scale=1.5)
     loop = partial(diffusion.ddim_sample_loop, eta=eta)
     full = full_computation(model, y, loop, [0, *range(7, 0, -1)], cfg_scale=1.5)
     torch.testing.assert_close(ours, full, **CLOSE)

@@ -189,7 +189,8 @@ def test_samplers_draw_from_the_process_that_was_trained():
     ):
         process = create_process("gaussian", timestep_respacing="", **arguments)
         args = types.SimpleNamespace(
-            sampler="ddim", num_sampling_steps=3, eta=None, progressive=None, model="DiTSEM-Ti/8"
+            **dict(sampler="ddim", num_sampling_steps=3, eta=None, time_shift=None, t_min=None, t_max=None),
+            **dict(progressive=None, model="DiTSEM-Ti/8"),
         )
         meta = RunMeta(process=config_of("DiTSEM-Ti/8", tiny(), process).process)
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--sampler ddim does not draw from"):

@@ -65,7 +65,7 @@ def test_bare_files(name, sizes, suffix, tmp_path):
     assert (found, meta.step, meta.process, loaded.training) == (name, None, None, False)
     assert describe(meta) == (
         f"DiT's names, {'5 classes and the null label, ' * (sizes.get('num_classes') == 5)}taken to predict noise "
-        "(--process says another); weights as in the file, EMA or raw unknown, step unknown"
+        "(--objective says another); weights as in the file, EMA or raw unknown, step unknown"
     )
     assert load_model(path, process="gaussian")[2].process["process"] == "gaussian"
     assert "M parameters, latents 4 x 8 x 8" in info(path)[0]

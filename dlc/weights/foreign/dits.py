@@ -219,9 +219,8 @@ def config_of(
     elif diffusers_time == "diffusers":
         file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
     elif process is None and file.weights == "as in the file" and not file.arguments:
-        words.append("taken to predict noise (--process says another)")
-    respacing = dict(timestep_respacing="") if process == "gaussian" else {}
-    trained_on = process and create_process(process, **respacing).config
+        words.append("taken to predict noise (--objective says another)")
+    trained_on = process and create_process(process).config
     return dict(family=family.__name__, arguments=arguments, process=trained_on), ", ".join(filter(None, words))
 
 

@@ -1,0 +1,102 @@
+"""Flow matching: against REPA's and SiT's own code, and against closed forms."""
+
+import pytest
+import torch
+from conftest import golden
+
+from diffusion.flow import EulerSampler, Flow, HeunFlowSampler, SDESampler, score
+from models import DiT
+
+VALUES = golden("flow")[0]
+TOY, REPA, SIT = (
+    {key.partition("/")[2]: value for key, value in VALUES.items() if key.startswith(whose)}
+    for whose in ("toy/", "repa/", "sit/")
+)
+NULL = 1000
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+def toy_network(x, t, y):
+    bias = torch.where(y == NULL, 0.0, 0.3 * torch.sin(y + 1.0)).view(-1, 1, 1, 1)
+    return torch.tanh(torch.einsum("oc,nchw->nohw", TOY["W"], x) + 0.2 * t.view(-1, 1, 1, 1) + bias)
+
+
+def model_of(values, depth, learn_sigma):
+    model = DiT(8, 2, hidden_size=32, depth=depth, num_heads=2, num_classes=7, learn_sigma=learn_sigma).eval()
+    model.load_state_dict({key[2:]: value for key, value in values.items() if key.startswith("w/")})
+    return model
+
+
+def drawn(sampler, network, y, z, noise=None, cfg_scale=1.0, low=0.0, high=1.0):
+    """The last x of a sampler. network(x, t, y); y None is the null condition."""
+
+    def predict(x, time, since=None):
+        t = sampler.told(torch.full((len(x),), time))
+        v = network(x, t, y)
+        if cfg_scale == 1 or not low <= (time if since is None else since) <= high:
+            return v
+        null = network(x, t, torch.full_like(y, NULL))
+        return null + cfg_scale * (v - null)
+
+    with torch.no_grad():
+        *_, (x, _) = sampler(predict, z, noise and noise.__getitem__)
+    return x
+
+
+# ---------------------------------------------------------------------- reference values
+
+
+def test_interpolant_loss_and_score_agree_with_reference():
+    flow, (x, n, t) = Flow(), (TOY[name] for name in "xnt")
+    close(flow.q_sample(x, t, n), TOY["x_t"])
+    close(flow.training_losses(toy_network, x, t, dict(y=TOY["y"]), n)["loss"], TOY["loss"])
+    v = toy_network(TOY["x_t"], t, TOY["y"])
+    close(score(TOY["x_t"], t.view(-1, 1, 1, 1), v), TOY["score"])
+    uniforms = torch.special.ndtr(TOY["normals"].double())
+    close(Flow("lognormal").training_times(uniforms), TOY["t_lognormal"])
+    # SiT's time runs the other way
+    close(flow.q_sample(SIT["plan_data"], 1 - SIT["plan_t"], SIT["plan_noise"]), SIT["plan_x_t"])
+
+
+@pytest.mark.parametrize(
+    "name, sampler, guidance",
+    [
+        ("euler10", EulerSampler(10, Flow()), {}),
+        ("heun10", HeunFlowSampler(10, Flow()), {}),
+        ("sde12", SDESampler(12, Flow()), {}),
+        ("euler10_cfg", EulerSampler(10, Flow()), dict(cfg_scale=1.5, low=0.2, high=0.7)),
+        ("heun10_cfg", HeunFlowSampler(10, Flow()), dict(cfg_scale=1.5, high=0.7)),
+        ("sde12_cfg", SDESampler(12, Flow()), dict(cfg_scale=1.5, high=0.7)),
+    ],
+)
+def test_samplers_agree_with_reference(name, sampler, guidance):
+    close(drawn(sampler, toy_network, TOY["y"], TOY["z"], list(TOY["sde_noise"]), **guidance), TOY[name])
+
+
+def test_networks_agree_with_reference():
+    repa, sit = model_of(REPA, 3, False), model_of(SIT, 2, True)
+    with torch.no_grad():
+        assert torch.equal(repa(REPA["x"], REPA["t"], REPA["y"]), REPA["out"])
+        close(sit(SIT["x"], SIT["t"], SIT["y"])[:, :4], SIT["out"])
+        data, noise, t = (REPA[f"loss_{name}"] for name in ("data", "noise", "t"))
+        losses = Flow().training_losses(repa, data, t, dict(y=REPA["y"]), noise)
+    close(losses["loss"], REPA["denoising_loss"])
+
+
+def test_samples_of_sits_network_agree_with_reference():
+    sit = model_of(SIT, 2, True)
+
+    def network(x, t, y):  # its velocity and time have the other direction
+        return -sit(x, 1 - t, y)[:, :4]
+
+    z, y = SIT["z"], SIT["sample_y"]
+    close(drawn(EulerSampler(10, Flow()), network, y, z), SIT["euler"])
+    # torchdiffeq's Heun evaluates at time 0, too, where REPA's and ours takes Euler's step
+    predict = lambda x, time, since=None: network(x, torch.full((len(x),), time), y)  # noqa: E731
+    with torch.no_grad():
+        *_, (x, _), (euler, _) = HeunFlowSampler(10, Flow())(predict, z, None)
+        close((euler + x - 0.1 * predict(euler, 0.0)) / 2, SIT["heun"])
+    close(drawn(SDESampler(12, Flow()), network, y, z, list(SIT["sde_noise"])), SIT["sde"])
