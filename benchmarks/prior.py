@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import DEVICE, ON_GPU, record, synchronize
+from benchmarks.record import DEVICE, ON_GPU, in_turns, record, synchronize
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
 from dlc.machine.noise import Stream, uniforms
@@ -122,14 +122,9 @@ def calls_per_code(row: tuple, args: argparse.Namespace) -> float:
     return torch.stack([part.max() for part in calls.split(args.batch)]).mean().item()
 
 
-def shortest(functions: dict, repeats: int) -> dict[str, float]:
+def shortest(functions: dict, turns: int) -> dict[str, float]:
     """The shortest of the seconds that each function returns, by name; they take turns."""
-    seconds = {}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            seconds.setdefault(name, []).append(function())
-            print(f"{name}: {seconds[name][-1]:.3g} s", flush=True)
-    return {name: min(times) for name, times in seconds.items()}
+    return {name: min(seconds) for name, seconds in in_turns(functions, turns).items()}
 
 
 def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -91,6 +92,26 @@ def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Seconds that function() takes on the GPU; on a CPU, CPU seconds of all threads, less affected by other work."""
+    clock = time.perf_counter if ON_GPU else time.process_time
+    synchronize()
+    start = clock()
+    function()
+    synchronize()
+    return clock() - start
+
+
+def in_turns(functions: dict, turns: int) -> dict[object, list[float]]:
+    """The seconds that each function returns, by name; the functions take turns."""
+    seconds = {name: [] for name in functions}
+    for _ in range(turns):
+        for name, function in functions.items():
+            seconds[name].append(function())
+            print(f"{name}: {seconds[name][-1]:.3g} s", flush=True)
+    return seconds
 
 
 def peak_kilobytes() -> int:
