@@ -35,6 +35,7 @@ from dlc.machine.processes import (
     default_num_workers,
     done_by_rank_0,
     from_rank_0,
+    on_gpus,
     start_processes,
     wait_for_all,
 )
@@ -47,7 +48,7 @@ from models import DiT_models
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-ON_GPU = torch.cuda.is_available()
+ON_GPU = on_gpus()
 
 
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:

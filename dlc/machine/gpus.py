@@ -1,7 +1,9 @@
 """What a GPU needs before the work: a driver that torch can use, one GPU for each process, and bfloat16 in hardware."""
 
+import os
 import socket
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -9,8 +11,20 @@ from dlc.machine.cli import one_line
 
 
 def refuse_unusable_gpus() -> None:
-    """Raise ValueError if this node has NVIDIA GPUs that torch cannot use: the CPU would take weeks, and say little."""
-    if not torch.version.cuda or torch.cuda.is_available():
+    """Raise ValueError if this node has NVIDIA GPUs that torch cannot use: the CPU would take weeks, and say little.
+
+    CUDA_VISIBLE_DEVICES that is empty, -1, or SLURM's NoDevFiles hides them on purpose.
+    """
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or asked in ("", "-1", "NoDevFiles"):
+        return
+    take_cpu = "ACCELERATE_USE_CPU=1 takes the CPU"
+    if torch.version.cuda is None:
+        if torch.version.hip is None and list(Path("/dev").glob("nvidia[0-9]*")):
+            raise ValueError(
+                f"this node has NVIDIA GPUs, but torch {torch.__version__} is built without CUDA: install one with it; "
+                f"{take_cpu}"
+            )
         return
     count = torch.cuda.device_count()  # the driver's management library answers, whatever the driver's version
     if count:
@@ -21,9 +35,10 @@ def refuse_unusable_gpus() -> None:
             reason = one_line(error, 150)
         raise ValueError(
             f"this node has {count} GPUs, but torch {torch.__version__} for CUDA {torch.version.cuda} cannot use them: "
-            "update the NVIDIA driver, or install a torch for an older CUDA; ACCELERATE_USE_CPU=1 takes the CPU "
-            f"({reason})"
+            f"update the NVIDIA driver, or install a torch for an older CUDA; {take_cpu} ({reason})"
         )
+    if asked:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: correct it, or unset it; {take_cpu}")
 
 
 def refuse_old_gpu(device: torch.device, precisions: Collection[str]) -> None:

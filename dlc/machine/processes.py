@@ -6,6 +6,7 @@ loaders have no place for a resume that is exact to the bit.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -61,6 +62,11 @@ def environment(variable: str, default: str = "") -> str:
 
 def is_on(variable: str) -> bool:
     return environment(variable) in ("1", "true", "yes", "on", "y", "t")
+
+
+def on_gpus() -> bool:
+    """Whether the work goes to GPUs: torch can use one, and ACCELERATE_USE_CPU does not say otherwise."""
+    return torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU")
 
 
 def refuse_launcher(grad_accum: int | None = None) -> None:
@@ -154,9 +160,11 @@ def start_processes(grad_accum: int | None = None, precisions: Collection[str] =
 
     refuse_launcher(grad_accum)
     on_first_signal([signal.SIGINT], _interrupt)
-    on_cpu = is_on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    on_cpu = not on_gpus()
     if not is_on("ACCELERATE_USE_CPU"):
         refuse_unusable_gpus()
+    # torch would start up to 32 compilers in each process of a node
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores_per_process())))
     if on_cpu:
         # launchers set 1 if the user set nothing, which looks like a user's own 1: take a fair share of the cores
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -320,11 +328,12 @@ def set_numerics(tf32: bool, deterministic: bool = False) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that decide numbers."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "torchvision", "accelerate", "diffusers", "timm", "numpy", "Pillow")
-    }
+    """The versions of the packages that decide numbers, of those that are installed."""
+    found = {}
+    for name in ("torch", "torchvision", "accelerate", "diffusers", "timm", "numpy", "Pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def create_logger(state: "PartialState", log_file: Path | None = None) -> logging.Logger:

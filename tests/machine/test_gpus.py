@@ -1,6 +1,7 @@
 """What GPUs need: those that torch cannot use, or that two processes share, end a program before its work; one graph a
 block inside DDP. torch.cuda is made up here."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +10,14 @@ import torch
 from dlc.machine import processes
 from dlc.machine.cli import ArgumentParser
 from dlc.machine.gpus import refuse_shared_gpus
-from dlc.machine.processes import compile_blocks, start_processes
+from dlc.machine.processes import compile_blocks, on_gpus, start_processes
 from models import DiTSEM
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     """cuda(available=…, count=…, …): what torch.cuda says."""
-    for variable in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for variable in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(variable, raising=False)
 
     def say(available=True, count=1, capability=(9, 0)):
@@ -43,6 +44,49 @@ def test_driver_that_is_too_old(cuda, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     cuda(available=False, count=0)
     assert start_processes().device.type == "cpu"
+
+
+@pytest.mark.parametrize("asked, refused", [("7", True), ("abc", True), ("", False), ("-1", False), (None, False)])
+def test_gpus_that_are_not_there(asked, refused, cuda, monkeypatch):
+    """CUDA_VISIBLE_DEVICES that names no GPU is a mistake; empty or -1 it hides them on purpose."""
+    cuda(available=False, count=0)
+    if asked is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    if refused:
+        with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: .*_USE_CPU=1"):
+            start_processes()
+    else:
+        assert start_processes().device.type == "cpu"
+
+
+def test_torch_without_cuda_on_a_node_with_gpus(cuda, monkeypatch):
+    cuda(available=False, count=0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: iter([folder / "nvidia0"]))
+    with pytest.raises(ValueError, match=r"this node has NVIDIA GPUs, but torch .* is built without CUDA"):
+        start_processes()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert start_processes().device.type == "cpu"
+
+
+def test_cpu_by_choice_on_a_node_with_gpus(cuda, monkeypatch):
+    """What looks at the machine for a default looks at the choice, too."""
+    cuda()
+    assert on_gpus()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not on_gpus() and start_processes().device.type == "cpu"
+
+
+def test_compilers_of_a_node_share_its_cores(cuda, monkeypatch):
+    cuda()
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
+    del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+    monkeypatch.setattr(processes, "cores", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    state = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    start_processes()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 
 
 def test_one_visible_gpu_per_process(cuda, monkeypatch):
