@@ -14,7 +14,7 @@ from tiny_networks import pixels
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
     compose_dlc evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction evaluation.sweep
-    dlc.features dlc.checkpoints dlc.sampling.__main__""".split()
+    dlc.features dlc.checkpoints dlc.sampling.__main__ demo.networks""".split()
 # of torchrun, accelerate launch, docker, pip, hf and the benchmarks
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision

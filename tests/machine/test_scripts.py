@@ -15,7 +15,7 @@ from dlc.sampling.prior_options import PriorOptions, flags_of
 
 SCRIPTS = (
     *("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc"),
-    *("train_prior", "sample_prior", "evaluate"),
+    *("train_prior", "sample_prior", "evaluate", "demo.networks"),
 )
 
 
@@ -45,7 +45,12 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
         importlib.import_module(script).main()
     read = {
         node.attr
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py"), *ROOT.glob("evaluation/*.py")]
+        for path in [
+            *ROOT.glob("*.py"),
+            *ROOT.glob("dlc/**/*.py"),
+            *ROOT.glob("evaluation/*.py"),
+            *ROOT.glob("demo/*.py"),
+        ]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }

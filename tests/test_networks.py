@@ -1,0 +1,73 @@
+"""demo.networks: a VAE and an encoder for any folder, that our loaders take, and that a stop does not change."""
+
+import json
+
+import pytest
+import torch
+from conftest import save_images
+
+from demo import networks
+from demo.emoji import SHEET, is_heldout, load_emoji
+from dlc.weights.networks import load_encoder, load_vae
+
+FLAGS = """--image-size 16 --factor 2 --vae-width 4 --vae-steps 20 --vae-batch 4 --L 3 --V 4 --patch 8 --sem-width 6
+    --sem-depth 1 --thumbnail 4 --sem-steps 20 --sem-batch 4""".split()
+
+
+def build(folder, out, *more):
+    networks.main(["--data-path", str(folder), "--out", str(out), *FLAGS, *more])
+
+
+def weights_of(out):
+    vae, encoder = load_vae(str(out / "vae")), load_encoder(out / "sem")
+    return {**vae.state_dict(), **encoder.state_dict()}
+
+
+def test_networks_of_a_folder(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "images"
+    save_images(folder, per_class=4)
+    build(folder, tmp_path / "whole")
+    numbers = json.loads((tmp_path / "whole/quality.json").read_text())
+    assert numbers["images"] == len(list(folder.rglob("*.png"))) and 0 < numbers["PSNR of reconstructions, dB"] < 60
+    assert 0 <= numbers["dead tokens, share"] < 1 and f"{numbers['distinct codes']}\n" in capsys.readouterr().out
+    vae = load_vae(str(tmp_path / "whole/vae"))
+    assert networks.encode(vae, torch.zeros(1, 3, 16, 16)).shape == (1, 4, 8, 8)
+
+    written, write_whole = [], networks.write_whole
+
+    def write_and_stop(path, write):
+        write_whole(path, write)
+        written.append(path.name)
+        if len(written) in (4, 17):  # within either training
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(networks, "write_whole", write_and_stop)
+    for status in (130, 130):
+        with pytest.raises(SystemExit) as stopped:
+            build(folder, tmp_path / "stopped")
+        assert stopped.value.code == status
+    build(folder, tmp_path / "stopped")
+    whole, continued = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    assert len(written) == 20 and all(torch.equal(continued[name], whole[name]) for name in whole)
+
+    for more, message in ((["--L", "5"], "L 3 there, 5 here"), (["--patch", "7"], "is not a multiple of 7")):
+        with pytest.raises(SystemExit):
+            build(folder, tmp_path / "whole", *more)
+        assert message in capsys.readouterr().err
+
+
+def test_what_moves_into_a_picture_has_its_edges_colour():
+    """White pictures stay white, whichever way they are turned, but for the brightness."""
+    distort = networks.Distortion(torch.full((3, 16, 16, 3), 255, dtype=torch.uint8))
+    moved = distort(torch.ones(8, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert (moved.flatten(1).max(dim=1).values - moved.flatten(1).min(dim=1).values).max() < 1e-5
+
+
+def test_emoji_are_whole():
+    """Each name has a picture, which nothing else shares; a picture's edges are mostly white; both splits have all."""
+    images, names, groups = load_emoji()
+    assert images.shape == (1558, 64, 64, 3) and len(set(names)) == len({image.tobytes() for image in images}) == 1558
+    assert sum(path.stat().st_size for path in SHEET.iterdir()) < 2.6e6
+    assert (images[:, [0, -1]] > 250).mean() > 0.8
+    held_out = [is_heldout(index) for index in range(1558)]
+    assert sum(held_out) == 195 and len({group for group, out in zip(groups, held_out) if out}) == len(set(groups)) == 8
