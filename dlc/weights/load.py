@@ -146,7 +146,8 @@ def load_model(
             diffusers_time: of diffusers' layout, whose function to compute, "dit" or "diffusers" [what the folder says,
                 else "dit"].
             input_size: height and width of the latents, for weights that do not tell [32].
-            process: what they were trained on, a name in `diffusion.process_table` ["gaussian", to predict noise].
+            process: what they were trained on, a name in `diffusion.process_table` [what the file says, else
+                "gaussian", to predict noise].
 
     Raises ValueError, naming the path, for what is no such model, or is damaged; OtherKind if it is another network.
     """

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, golden
 from tiny_weights import assert_same, refusal, tiny
 
+from diffusion.flow import EulerSampler, Flow
 from diffusion.samplers import DPMSolver
 from dlc.nets.digest import weights_sha256
 from dlc.weights.foreign.dits import to_diffusers
@@ -498,28 +499,100 @@ def test_sizes_without_a_name(tmp_path):
 #################################################################################
 
 
-VELOCITY = (  # whose, arguments of a training file, the name of one more tensor
-    ("SiT", argparse.Namespace(path_type="Linear", prediction="velocity"), ""),
-    ("SiT", dict(prediction="noise"), ""),
-    ("REPA", dict(path_type="linear", prediction="v", enc_type="dinov2-vit-b", proj_coeff=0.5), ""),
-    ("REPA", {}, "projectors.0.0.weight"),
-    ("REPA", {}, "decoder_blocks.0.attn.qkv.weight"),
-    ("LightningDiT", {}, "module.blocks.0.mlp.w12.weight"),
-    ("LightningDiT", {}, "feat_rope.freqs_cos"),
+FLOWS, OTHER = (
+    golden("flow")[0],
+    (  # tensors of models that are no DiT
+        ("LightningDiT", "module.blocks.0.mlp.w12.weight"),
+        ("LightningDiT", "feat_rope.freqs_cos"),
+        ("DDT", "decoder_blocks.0.attn.qkv.weight"),
+    ),
 )
 
 
-@pytest.mark.parametrize("whose, arguments, name", VELOCITY)
-def test_velocity(whose, arguments, name, weights, tmp_path):
-    path, model = tmp_path / "0400000.pt", {**weights[0], **({name: torch.zeros(3)} if name else {})}
-    torch.save(dict(model=model, ema=model, opt={}, args=arguments), path)
-    line = refusal(load_model, path, words=f"0400000.pt is a {whose} model, which predicts a velocity")
-    assert len(line) < len(str(tmp_path)) + 130
-    if name:
-        torch.save(model, path)
-        refusal(load_model, path, words=f"0400000.pt is a {whose} model")
-    torch.save(weights[0], tmp_path / "SiT-XL-2-256x256.pt")
-    refusal(load_model, tmp_path / "SiT-XL-2-256x256.pt", words="is a SiT model")
+@pytest.mark.parametrize("whose, name", OTHER)
+def test_other_blocks(whose, name, weights, tmp_path):
+    torch.save({**weights[0], name: torch.zeros(3)}, tmp_path / "0400000.pt")
+    refusal(load_model, tmp_path / "0400000.pt", words=f"0400000.pt is a {whose} model, whose blocks are not DiT's")
+
+
+def of_others(whose):
+    """Weights and other values of SiT's or REPA's tiny network."""
+    values = {name.partition("/")[2]: value for name, value in FLOWS.items() if name.startswith(f"{whose}/")}
+    tensors = {name[2:]: values.pop(name) for name in list(values) if name.startswith("w/")}
+    return tensors | ({"projectors.0.0.weight": torch.ones(24, 32)} if whose == "repa" else {}), values
+
+
+def saved(path, tensors, **arguments):
+    """As a training script of theirs saves them, or with no arguments bare; beside it, the number of heads."""
+    path.parent.mkdir(exist_ok=True)
+    (path.parent / "config.json").write_text('{"num_heads": 2}')
+    file = dict(model=tensors, ema=tensors, opt={}, args=argparse.Namespace(**arguments)) if arguments else tensors
+    torch.save(file, path)
+    return path
+
+
+SIT = dict(path_type="Linear", prediction="velocity", num_classes=7)
+REPA = dict(path_type="linear", prediction="v", enc_type="dinov2-vit-b", proj_coeff=0.5)
+WAYS = (  # whose, the file, arguments, what load_model is told, words of the line
+    ("sit", "0400000.pt", SIT, {}, "SiT's velocity, its time and sign turned round and its unused channels left out"),
+    ("sit", "SiT-XL-2-256x256.pt", {}, {}, "SiT's velocity, its time"),
+    ("sit", "bare.pt", {}, dict(process="flow"), "taken to predict a SiT's velocity"),
+    ("repa", "last.pt", {}, {}, "velocity, in REPA's time, its projectors left out"),
+    ("repa", "0400000.pt", REPA, {}, "velocity, in REPA's time"),
+    ("repa", "last.pt", {}, dict(process="flow"), "velocity, in REPA's time"),
+    ("repa without", "SiT-B-2.pt", {}, {}, "velocity, in REPA's time"),
+)
+
+
+@pytest.mark.parametrize("whose, name, arguments, told, words", WAYS)
+def test_velocities(whose, name, arguments, told, words, tmp_path):
+    """They load as models of our flow process: REPA's to the bit, SiT's at 1 - t with its sign turned."""
+    tensors, values = of_others(whose.partition(" ")[0])
+    if whose == "repa without":
+        del tensors["projectors.0.0.weight"]
+    path = saved(tmp_path / name, tensors, **arguments)
+    model, _, meta = load_model(path, **told)
+    assert words in describe(meta) and meta.process["process"] == "flow" and model.out_channels == 4
+    with torch.no_grad():
+        ours = model(values["x"], values["t"] if "repa" in whose else 1 - values["t"], values["y"])
+    expected = values["out"] if "repa" in whose else -values["out"]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    if told == {}:
+        refusal(load_model, path, process="gaussian", words="leave out --objective, or give flow")
+        ours = DiT(8, 2, hidden_size=32, depth=len(model.blocks), num_heads=2, num_classes=7, learn_sigma=False)
+        assert words.partition(",")[0] in load_pretrained(path, ours)
+        for key, value in model.state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value), key
+
+
+def test_velocities_sample_as_theirs(tmp_path):
+    """SiT's own Euler samples, with and without its guidance of three channels, by our sampler."""
+    tensors, values = of_others("sit")
+    model = load_model(saved(tmp_path / "SiT-B-2.pt", tensors))[0]
+    y, z, sampler = values["sample_y"], values["z"], EulerSampler(10, Flow())
+
+    def drawn(scale):
+        def predict(x, time):
+            t = torch.full((2 * len(x),), time)
+            return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t, torch.cat([y, y * 0 + 7]), scale)[: len(x)]
+
+        with torch.no_grad():
+            return [x for x, _ in sampler(predict, z, None)][-1]
+
+    torch.testing.assert_close(drawn(1.0), values["euler"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn(1.5), values["euler_cfg4"], atol=1e-5, rtol=1e-5)
+
+
+def test_velocities_that_are_refused(tmp_path):
+    tensors, _ = of_others("sit")
+    for change, words in (
+        (dict(prediction="noise"), "of prediction 'noise': only a velocity one is read"),
+        (dict(path_type="VP"), "SiT model of path_type 'VP': only a linear one"),
+    ):
+        refusal(load_model, saved(tmp_path / "a.pt", tensors, **{**SIT, **change}), words=words)
+    for name in ("t_embedder.mlp.0.weight", "final_layer.linear.bias"):
+        harmed = {key: value for key, value in tensors.items() if key != name}
+        refusal(load_model, saved(tmp_path / "b.pt", harmed, **SIT), words="first or last layers are missing")
 
 
 OTHER_KINDS = {  # a tensor's name, and words of the line

@@ -12,6 +12,7 @@ import re
 import torch
 
 from diffusion.process_table import create_process
+from dlc.weights.foreign import sits
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, shown
 from models import FAMILIES, SIZES, DiT, TimestepEmbedder, sincos_position_embedding
@@ -148,20 +149,15 @@ def uses_diffusers_function(model: torch.nn.Module) -> bool:
 
 
 def under_our_names(file: File, tensors: dict) -> dict:
-    """Tensors of DiT's names. Those of models that predict a velocity under the same names are refused."""
+    """Tensors of DiT's names; SiT's and REPA's as `sits.as_flow` makes them. LightningDiT has other blocks: refused."""
     names = " ".join(map(str, tensors))
-    of_repa = {"enc_type", "proj_coeff"} & file.arguments.keys()
-    for name, found in (
-        ("LightningDiT", re.search(r"\.mlp\.w12\.|(^| )feat_rope\.", names)),
-        ("REPA", re.search(r"(^| )(projectors|decoder_blocks)\.", names)),
-        ("REPA" if of_repa else "SiT", {"path_type", "prediction"} & file.arguments.keys()),
-        ("SiT", re.match(r"SiT-(XL|L|B|S)-\d", file.path.name)),
-    ):
-        if found:
-            file.refuse(
-                f"is a {name} model, which predicts a velocity: only models that predict noise, as DiT, are read"
-            )
-    return check_tensors(tensors, file.path)
+    for name, pattern in (("LightningDiT", r"\.mlp\.w12\.|(^| )feat_rope\."), ("DDT", r"(^| )decoder_blocks\.")):
+        if re.search(pattern, names):
+            file.refuse(f"is a {name} model, whose blocks are not DiT's: it is not read")
+    tensors, whose = dict(check_tensors(tensors, file.path)), sits.recognised(file, tensors)
+    if whose:
+        file.words.append(sits.as_flow(file, tensors, whose))
+    return tensors
 
 
 def config_of(
@@ -184,6 +180,15 @@ def config_of(
             file.refuse(f"is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
         return tuple(tensors[name].shape)
 
+    if process == sits.PROCESS and file.process is None:
+        file.words.append(f"taken to predict a {sits.as_flow(file, tensors, None)} (--objective)")
+    elif process not in (None, file.process or process):
+        file.refuse("says that it predicts a velocity: leave out --objective, or give flow")
+    extra = [name for name in tensors if name.startswith("projectors.")]  # of its training, and of no sample
+    if extra:
+        file.words.append("its projectors left out")
+        for name in extra:
+            del tensors[name]
     words, of_diffusers = [], any(name.endswith(ANCHOR) for name in file.tensors)
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     # from the last: a DiTCONT's linear layer is called as a DiT's table
@@ -218,9 +223,10 @@ def config_of(
         words.append(function_of(file, diffusers_time))
     elif diffusers_time == "diffusers":
         file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
-    elif process is None and file.weights == "as in the file" and not file.arguments:
+    elif process is None and file.process is None and file.weights == "as in the file" and not file.arguments:
         words.append("taken to predict noise (--objective says another)")
-    trained_on = process and create_process(process).config
+    trained_on = file.process or process
+    trained_on = trained_on and create_process(trained_on).config
     return dict(family=family.__name__, arguments=arguments, process=trained_on), ", ".join(filter(None, words))
 
 

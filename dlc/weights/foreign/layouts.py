@@ -77,6 +77,7 @@ class File:
     weights: str = "as in the file"  # or "ema" or "raw"
     step: int | None = None  # of the training
     vae: str | None = None  # of a pipeline
+    process: str | None = None  # what the model was trained on, in diffusion.process_table, where it is known
     noted: dict = field(default_factory=dict)  # what else is known of the weights, for their meta
 
     def refuse(self, fault: str, error: type = ValueError, *more) -> NoReturn:
