@@ -91,10 +91,7 @@ def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
 
     It does not depend on the number of samples, so that a set may grow.
     """
-    settings = record.settings()
-    if settings["guide"] is None:  # sets of before there were guides keep their names
-        del settings["guide"]
-    decides = settings, conditions.digest(NAMED)
+    decides = record.settings(), conditions.digest(NAMED)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 
