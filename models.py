@@ -251,6 +251,8 @@ class DiT(Recorded):
         input_size: height and width of the latent; a multiple of patch_size.
         class_dropout_prob: share of training samples whose condition is replaced by the null condition.
         learn_sigma: predict, beside eps, where the variance lies between its bounds (twice the output channels).
+        intermediate_head: after how many blocks a second output layer predicts eps as well, by which the model guides
+            itself (internal guidance, Zhou et al. 2026, arXiv 2512.24176); None: there is none.
     """
     conditioning = "labels"         # what y is
     embedder_name = "y_embedder"    # in the state dict
@@ -261,11 +263,14 @@ class DiT(Recorded):
 
     def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1,
-                 num_classes: int = 1000, learn_sigma: bool = True):
+                 num_classes: int = 1000, learn_sigma: bool = True, intermediate_head: int | None = None):
         from timm.layers import PatchEmbed
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latent size {input_size} is not a multiple of the patch size {patch_size}")
+        if intermediate_head is not None and not 1 <= intermediate_head < depth:
+            raise ValueError(f"an intermediate head lies after block 1 to {depth - 1}, not {intermediate_head}")
+        self.intermediate_head = intermediate_head
         self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
         self.patch_size, self.class_dropout_prob, self.grad_checkpointing = patch_size, class_dropout_prob, False
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -275,11 +280,17 @@ class DiT(Recorded):
         self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, input_size // patch_size)[None])
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        if intermediate_head is not None:
+            self.intermediate_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
 
     @property
     def condition_embedder(self) -> nn.Module:
         return getattr(self, self.embedder_name)
+
+    @property
+    def output_layers(self) -> list[nn.Module]:
+        return [self.final_layer] + ([] if self.intermediate_head is None else [self.intermediate_layer])
 
     def initialize_weights(self) -> None:
         """Xavier weights, normal embeddings, and zeros where adaLN-Zero wants them: the output starts at exactly 0."""
@@ -294,13 +305,19 @@ class DiT(Recorded):
             nn.init.normal_(parameter, std=self.condition_embedder.init_std)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for part in (*(block.adaLN_modulation for block in self.blocks), self.final_layer):
+        for part in (*(block.adaLN_modulation for block in self.blocks), *self.output_layers):
             for parameter in part.parameters():
                 nn.init.zeros_(parameter)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more work."""
         self.grad_checkpointing = enable
+
+    def drop_head(self) -> None:
+        """Remove the intermediate head, if there is one."""
+        if self.intermediate_head is not None:
+            del self.intermediate_layer
+            self.intermediate_head = self.config["arguments"]["intermediate_head"] = None
 
     def null_condition(self, n: int) -> Condition:
         """n times the condition that means "none"."""
@@ -309,10 +326,11 @@ class DiT(Recorded):
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """Patches (N, T, P*P*C) to an image (N, C, H, W)."""
         n, p, side = x.shape[0], self.patch_size, math.isqrt(x.shape[1])
-        x = x.view(n, side, side, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.out_channels, side * p, side * p)
+        x = x.view(n, side, side, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * p, side * p)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: Condition, drop: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: Condition, drop: torch.Tensor | None = None,
+                head: bool = False) -> torch.Tensor:
         """Predict eps, and with learn_sigma the variance, of noisy latents.
 
         Args:
@@ -320,23 +338,31 @@ class DiT(Recorded):
             t: (N,) diffusion times from 0 to 999, whole or fractional.
             y: labels (N,) for DiT; codes (N, L) or soft codes (N, L, V) for DiTSEM; vectors (N, in_dim) for DiTCONT.
             drop: (N,) bool, samples that get the null condition [by class_dropout_prob in training, none in eval].
+            head: as in `denoise`.
         """
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
-        return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop))
+        return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop),
+                            **(dict(head=True) if head else {}))     # a model of one's own may have none
 
     def embed_condition(self, y: Condition, drop: torch.Tensor | None = None) -> Condition:
         """y as `denoise` takes it: here (N, D). A model of another condition may give a dict of tensors."""
         return self.condition_embedder(y, drop)
 
-    def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """forward, given the embedded time t, (N, D) or (D,), and condition, which a sampler embeds once for many."""
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, head: bool = False) -> torch.Tensor:
+        """forward, given the embedded time t, (N, D) or (D,), and condition, which a sampler embeds once for many.
+
+        head: append what the intermediate head predicts, C more channels.
+        """
         recompute, c = self.grad_checkpointing and self.training, t + condition             # (N, D)
         # the convolution's output is channel-first, and would stay so through all blocks, which slows each LayerNorm
         x = (self.x_embedder(x) + self.pos_embed).contiguous()                              # (N, T, D)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c))                                      # (N, out_channels, H, W)
+            if head and number == self.intermediate_head:
+                early = self.unpatchify(self.intermediate_layer(x, c))                      # (N, C, H, W)
+        out = self.unpatchify(self.final_layer(x, c))                                       # (N, out_channels, H, W)
+        return torch.cat([out, early], dim=1) if head else out
 
     # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
     # dlc/sampling/latents.py, which computes the null half only where guidance acts.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from diffusion.likelihoods import mean_flat
 from diffusion.options import default_of
 from diffusion.process_table import OBJECTIVES, PROCESSES, Process, create_process, describe_process
 from dlc.data import Features
@@ -40,10 +41,13 @@ from dlc.training.preview import first_rows, save_preview
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
-from models import CODE_INITS, Condition, DiT_models
+from models import CODE_INITS, Condition, DiT, DiT_models
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+HEAD_WEIGHT = 0.5  # of the intermediate head's loss (arXiv 2512.24176)
 
 
 def argument_parser(**defaults) -> ArgumentParser:
@@ -57,6 +61,19 @@ def argument_parser(**defaults) -> ArgumentParser:
         default="unit",
         help="DiTSEM only: start of the code table. unit: N(0, 1). dlc: N(0, 1/D) for width D and one null row for all "
         "positions, as the DLC project does",
+    )
+
+    add(
+        "--intermediate-head",
+        type=number(int, 1),
+        metavar="K",
+        help="add a second output layer after block K, by which the model can guide itself (--internal-scale in "
+        f"sampling); its loss counts {HEAD_WEIGHT} [none]",
+    )
+    add(
+        "--train-only",
+        choices=["head"],
+        help="train the intermediate head alone, and leave what --pretrained-path gives as it is [train everything]",
     )
 
     add = parser.add_argument_group("objective").add_argument
@@ -139,6 +156,10 @@ def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs
     conditioning = DiT_models[args.model].conditioning
     if args.condition_path and conditioning != "vectors":
         raise ValueError(f"--condition-path is for DiTCONT models, not {args.model}")
+    if args.train_only and not (args.intermediate_head and args.pretrained_path):
+        raise ValueError(
+            "--train-only head adds a head to a trained model: give --intermediate-head and --pretrained-path"
+        )
     if args.code_init != "unit" and conditioning != "codes":
         raise ValueError(f"--code-init {args.code_init} is for DiTSEM models, not {args.model}")
     return INPUTS[conditioning](features, args)
@@ -146,7 +167,16 @@ def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs
 
 def model_arguments(args: argparse.Namespace) -> dict:
     """The arguments of the model's constructor that flags decide: to add one, add a line here and its flag."""
-    return dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}
+    given = dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}
+    return dict(given, intermediate_head=args.intermediate_head) if args.intermediate_head else given
+
+
+def frozen(args: argparse.Namespace, model: DiT) -> DiT:
+    """The model, with all but the part of --train-only frozen."""
+    if args.train_only:
+        model.requires_grad_(False)
+        model.intermediate_layer.requires_grad_(True)
+    return model
 
 
 def open_process(args: argparse.Namespace) -> Process:
@@ -168,7 +198,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
     """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def data_settings(args: argparse.Namespace, features: Features | Images, inputs: Inputs) -> dict:
@@ -204,6 +235,7 @@ def losses_of(
     seed: int,
     dropout: float,
     draw_latents: bool,
+    head: bool = False,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A micro-batch's losses (n,) by name, and its times (n,).
 
@@ -211,12 +243,25 @@ def losses_of(
         indices, x, y: sample indices (n,), latents or moments (n, C or 2C, S/f, S/f), conditions, all on one device.
         dropout: share of the samples whose condition is dropped.
         draw_latents: whether x are moments, from which latents are drawn.
+        head: whether the model has an intermediate head, whose squared error is then the loss "head".
     """
     x = x.float()
     if draw_latents:
         x = draw_posterior(x, seed, indices)  # (n, C, S/f, S/f)
     t, noise, drop = draws(seed, indices, x, process, dropout)
-    return process.training_losses(model, x, t, dict(y=y, drop=drop), noise), t
+    kwargs, early = dict(y=y, drop=drop), []
+    if not head:
+        return process.training_losses(model, x, t, kwargs, noise), t
+
+    def without_head(x_t, t, **kwargs):
+        out = model(x_t, t, head=True, **kwargs)
+        early.append(out[:, -x.shape[1] :].float())
+        return out[:, : -x.shape[1]]
+
+    terms = process.training_losses(without_head, x, t, kwargs, noise)
+    terms["head"] = mean_flat((early[0] - process.target(x, noise)) ** 2)
+    terms["loss"] = terms["loss"] + HEAD_WEIGHT * terms["head"]
+    return terms, t
 
 
 def preview_vae(
@@ -266,7 +311,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             args.model,
             build,
             process,
-            settings=data_settings(args, features, inputs),
+            settings=dict(data_settings(args, features, inputs), train_only=args.train_only),
             notes={"vae": source["vae"], path_key: recorded_id(data_path)},
         )
         if is_main:
@@ -280,8 +325,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
 
         # ---------------------------------------------------------------------- model
         run.start()
-        model = run.adopt(build())
-    run.optimize(build_optimizer(args, model), Losses(process.loss_names, by_quarter=process.loss_names[-1]))
+        model = run.adopt(frozen(args, build()))
+    names = process.loss_names + (("head",) if args.intermediate_head else ())
+    run.optimize(build_optimizer(args, model), Losses(names, by_quarter=process.loss_names[-1]))
 
     # ---------------------------------------------------------------------- run
     batches = (ImageBatches if encode else TrainingBatches)(features, inputs.arrays, inputs.limits, **run.share)
@@ -320,6 +366,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 seed=args.global_seed,
                 dropout=model.class_dropout_prob,
                 draw_latents=draw_latents,
+                head=bool(args.intermediate_head),
             )
             run.backward(terms, t, process.num_timesteps)
         run.update(step)

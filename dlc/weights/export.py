@@ -36,7 +36,7 @@ NULL_LABEL = 1000  # of diffusers' DiTPipeline, whatever the number of classes
 SCHEDULER = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2)
 # The arguments that the classes of diffusers and of SHIPPED know, and of these what the shipped transformer takes.
 SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "learn_sigma")
-ARGUMENTS = {*SIZES, "mlp_ratio", "class_dropout_prob", "num_classes", "L", "V", "code_init"}
+ARGUMENTS = {*SIZES, "mlp_ratio", "class_dropout_prob", "num_classes", "L", "V", "code_init", "intermediate_head"}
 
 
 @dataclass
@@ -63,6 +63,7 @@ def export(args: argparse.Namespace) -> list[str]:
     model, name, meta = load_model(args.checkpoint, args.ema, diffusers_time=args.diffusers_time)
     job = Export(model, name, meta, args.checkpoint, args.format, args.license or "unknown")
     if args.format != "safetensors":
+        model.drop_head()  # which no class of diffusers knows
         add_vae(job, args.vae)
     elif args.vae:
         raise ValueError("--vae goes with the formats of diffusers: .safetensors hold the model alone")

@@ -62,6 +62,7 @@ def describe_model(model: torch.nn.Module) -> str:
     """The latents, and those arguments of a model that its name does not tell."""
     arguments, (height, width) = model.config["arguments"], model.x_embedder.img_size
     unused = () if model.conditioning == "labels" else ("num_classes",)  # which any family takes
+    unused = (*unused, *(key for key, value in arguments.items() if value is None))
     others = (f"{key} {value}" for key, value in arguments.items() if key not in (*SIZE_KEYS, *unused))
     return ", ".join([f"latents {model.in_channels} x {height} x {width}", *others])
 

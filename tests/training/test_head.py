@@ -1,0 +1,89 @@
+"""The intermediate head: its output, its loss, training it alone on a frozen trunk, and what reads such weights."""
+
+import pytest
+import torch
+from conftest import L, V, launch, save_checkpoint
+from safetensors.torch import load_file
+from tiny_weights import tiny
+from training_runs import metrics, same_run, train_command
+
+from diffusion.process_table import create_process
+from dlc.weights.load import load_model, load_pretrained
+from models import DiTSEM
+from train_diffusion import HEAD_WEIGHT, draws, losses_of
+
+CODES = dict(L=L, V=V)
+
+
+def with_head(**more):
+    return tiny("DiTSEM-Ti/4", intermediate_head=2, **CODES, **more)
+
+
+@pytest.mark.parametrize("process, learn_sigma", [("gaussian", True), ("flow", False)])
+def test_output_and_loss(process, learn_sigma):
+    """The head's prediction is that of a model that ends there, and its loss is the squared error of the target."""
+    model, process = with_head(learn_sigma=learn_sigma), create_process(process)
+    x, y, indices = torch.randn(3, 4, 8, 8), torch.randint(V, (3, L)), torch.arange(3)
+    t, noise, drop = draws(0, indices, x, process, 0.5)
+    with torch.no_grad():
+        both, plain = (model(x, t * 1.0, y, head=head) for head in (True, False))
+        assert torch.equal(both[:, :-4], plain)
+        short = DiTSEM(
+            input_size=8, patch_size=4, hidden_size=192, depth=2, num_heads=3, learn_sigma=False, **CODES
+        ).eval()
+        weights = {
+            name.replace("intermediate_layer", "final_layer"): value
+            for name, value in model.state_dict().items()
+            if not name.startswith("final_layer")
+        }
+        short.load_state_dict({name: weights[name] for name in short.state_dict()})
+        torch.testing.assert_close(both[:, -4:], short(x, t * 1.0, y))
+        settings = dict(seed=0, dropout=0.5, draw_latents=False)
+        terms, _ = losses_of(model, process, indices, x, y, head=True, **settings)
+        usual, _ = losses_of(model, process, indices, x, y, **settings)
+        head = short(process.q_sample(x, t, noise), t, y, drop) - process.target(x, noise)
+    head = head.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(terms["head"], head)
+    torch.testing.assert_close(terms["loss"], usual["loss"] + HEAD_WEIGHT * head)
+    assert terms.keys() == {*usual, "head"}
+    for number in (0, 6):
+        with pytest.raises(ValueError, match=f"after block 1 to 5, not {number}"):
+            tiny("DiTSEM-Ti/4", intermediate_head=number, **CODES)
+
+
+def test_a_head_is_optional(tmp_path):
+    """Weights without a head begin a model that has one, and the other way round; a head may be dropped."""
+    old = save_checkpoint(tmp_path / "old")
+    new = save_checkpoint(tmp_path / "new", sizes=dict(intermediate_head=2, **CODES))
+    assert load_model(new)[0].intermediate_head == 2 and load_model(old)[0].intermediate_head is None
+    assert "new: intermediate_layer.adaLN_modulation.1.bias" in load_pretrained(old, with_head())
+    plain = tiny("DiTSEM-Ti/4", **CODES)
+    assert "left out: intermediate_layer.adaLN_modulation.1.bias" in load_pretrained(new, plain)
+    model = with_head()
+    model.drop_head()
+    assert model.state_dict().keys() == plain.state_dict().keys() and model.config == plain.config
+
+
+@pytest.mark.slow
+def test_a_head_on_a_frozen_trunk(features, tmp_path):
+    """Its trunk keeps its bits, in the EMA, too; stopped and resumed it is the same run, and so with two processes."""
+    trunk = save_checkpoint(tmp_path / "trunk", features_path=features)
+    flags = ("--pretrained-path", trunk, "--intermediate-head", 2, "--train-only", "head", "--ckpt-every", 2)
+
+    def train(results, steps, processes=1):
+        command = train_command(processes, features, tmp_path / results, *flags, launcher="forked")
+        launch((*command, "--max-steps", steps), tmp_path)
+        return tmp_path / results
+
+    train("stopped", 2)
+    stopped, whole = train("stopped", 4), train("whole", 4)
+    assert same_run(stopped, whole, 4)
+    before = load_file(trunk / "ema.safetensors")
+    for name in ("model", "ema"):
+        after = load_file(whole / f"checkpoints/0000004/{name}.safetensors")
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert after.keys() - before.keys() and after["intermediate_layer.linear.weight"].any()
+    assert all(line["head"] > 0 for line in metrics(whole))
+    two = train("two", 4, processes=2)
+    for one, other in zip(metrics(whole), metrics(two)):
+        assert one["head"] == pytest.approx(other["head"], rel=1e-4)
