@@ -38,13 +38,15 @@ SWEPT = {
     "t-min": TIME,
     "t-max": TIME,
     "guide-scale": number(float, 1),
+    "internal-scale": number(float, 1),
     "guide-t-min": TIME,
     "guide-t-max": TIME,
     "num-sampling-steps": STEPS,
     "sampler": str,
 }
 # the interval of each guidance, which makes no difference where its scale is 1
-INTERVALS = {"cfg-scale": ("t-min", "t-max"), "guide-scale": ("guide-t-min", "guide-t-max")}
+OF_GUIDE = ("guide-t-min", "guide-t-max")
+INTERVALS = {"cfg-scale": ("t-min", "t-max"), "guide-scale": OF_GUIDE, "internal-scale": OF_GUIDE}
 Setting = dict  # a value of each swept flag
 
 #################################################################################

@@ -108,7 +108,7 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
 
 
 def draw_batch(job: Job, indices: np.ndarray, networks: list[Callable], on_step: Callable) -> torch.Tensor:
-    """The latents (N, C, h, w) of these samples. networks: the `denoise` of the model, and of its guide."""
+    """The latents (N, C, h, w) of these samples. networks: the model's `denoise`, and its guide's."""
     device, record, y = job.state.device, job.record, job.conditions(indices)
     check_conditions(y, job.null)  # before they are on a GPU
     with autocast(device, record.precision):
@@ -141,17 +141,19 @@ def draw_missing(job: Job, args: Namespace) -> None:
 
     set_numerics(args.tf32)
     job.null = job.model.null_condition(1)
-    models = [job.model, *([job.guide.model] if job.guide else [])]
-    for model in models:
+    for model in (job.model, job.guide and job.guide.model):
+        if model is None:
+            continue
         lower_precision(model, args.precision)
         model.to(state.device)
         if args.compile if args.compile is not None else state.device.type == "cuda":
             compile_blocks(model, state.device, dynamic=False)
-    networks = [CudaGraphs(model.denoise) if args.cuda_graphs else model.denoise for model in models]
+    plain = [job.model.denoise, *([job.guide.network(job.model)] if job.guide else [])]
+    networks = [CudaGraphs(network) if args.cuda_graphs else network for network in plain]
     grid = partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None
     decoder = Decoder(job.vae, folder.path, args.vae_precision, grid)
     if args.progressive and state.is_main_process:
-        draw_first = partial(draw_batch, job, np.arange(1), [model.denoise for model in models])
+        draw_first = partial(draw_batch, job, np.arange(1), plain)
         with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for
             save_strip(folder.strip, args.progressive, job.sampler.num_steps, draw_first, decoder)
     bar = progress(total=count, initial=count - len(missing), unit="img", desc="sampling", bar_format=BAR)

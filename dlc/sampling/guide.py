@@ -1,4 +1,5 @@
-"""The weaker model of --guide-ckpt: its flags, and whether it was trained for the same samples.
+"""What guides beside the null condition: the weaker model of --guide-ckpt, whose training is compared with that of the
+model, or the model's own intermediate head (--internal-scale).
 
 A guide is an earlier or a smaller model: its errors are those of the model that it guides, and larger, so that a step
 away from its prediction is a step away from these errors.
@@ -35,8 +36,14 @@ def add_guide_flags(add: Callable) -> None:
         "smaller model for the same latents and conditions, as --ckpt takes it [none]",
     )
     add("--guide-scale", type=number(float, 1), help="guidance scale of --guide-ckpt; 1 disables it [none]")
-    add("--guide-t-min", type=TIME, help="guide by --guide-ckpt from this diffusion time on [from the first]")
-    add("--guide-t-max", type=TIME, help="guide by --guide-ckpt up to this diffusion time [to the last]")
+    add(
+        "--internal-scale",
+        type=number(float, 1),
+        help="guide by the model's own intermediate head (--intermediate-head in training) with this scale, in one "
+        "pass; 1 disables it; --cfg-scale acts after it [none]",
+    )
+    add("--guide-t-min", type=TIME, help="guide by either of these from this diffusion time on [from the first]")
+    add("--guide-t-max", type=TIME, help="guide by either of these up to this diffusion time [to the last]")
 
 
 def settle_guidance(args: Namespace) -> None:
@@ -45,12 +52,16 @@ def settle_guidance(args: Namespace) -> None:
         raise ValueError("--guide-ckpt guides in the place of --cfg-scale: give one of them")
     if args.guide_ckpt and args.guide_scale is None:
         raise ValueError("--guide-ckpt names a model to guide by: say how strongly with --guide-scale, such as 1.5")
-    for flag in ("guide_scale", "guide_t_min", "guide_t_max"):
-        if getattr(args, flag) is not None and not args.guide_ckpt:
-            raise ValueError(f"--{flag.replace('_', '-')} goes with --guide-ckpt, which names the model to guide by")
+    if args.guide_scale is not None and not args.guide_ckpt:
+        raise ValueError("--guide-scale goes with --guide-ckpt, which names the model to guide by")
+    if args.internal_scale is not None and args.guide_ckpt:
+        raise ValueError("--guide-ckpt guides in the place of --internal-scale: give one of them")
+    for flag in ("guide_t_min", "guide_t_max"):
+        if getattr(args, flag) is not None and not args.guide_ckpt and args.internal_scale is None:
+            raise ValueError(f"--{flag.replace('_', '-')} goes with --guide-ckpt or --internal-scale")
     low, high = args.guide_t_min, args.guide_t_max
     if low is not None and high is not None and low > high:
-        raise ValueError(f"--guide-t-min {low} is above --guide-t-max {high}: --guide-scale 1 is no guidance")
+        raise ValueError(f"--guide-t-min {low} is above --guide-t-max {high}: scale 1 is no guidance")
     if args.cfg_scale is None:
         args.cfg_scale = 1.0 if args.guide_ckpt else CFG_SCALE
 
@@ -72,8 +83,17 @@ def open_guide(args: Namespace, path: Path, model: DiT, meta: RunMeta) -> tuple[
 
     Raises ValueError where it was not trained for the samples of the model, which path names.
     """
+    if args.internal_scale is not None and model.intermediate_head is None:
+        raise ValueError(
+            f"--internal-scale {args.internal_scale}: {path} has no intermediate head: train it one with "
+            "--intermediate-head K --train-only head"
+        )
+    low, high, scale = args.guide_t_min, args.guide_t_max, args.internal_scale or args.guide_scale
+    acts = scale, -math.inf if low is None else low, math.inf if high is None else high
+    recorded = dict(scale=scale, t_min=low, t_max=high)
     if not args.guide_ckpt:
-        return None, None, []
+        head = dict(recorded, intermediate_head=model.intermediate_head)
+        return (None, None, []) if scale is None else (Guide(None, *acts), head, [])
     named = args.guide_ckpt
     state = start_processes() if is_id(named) else None
     weak, name, known = load_model(named, args.ema, flag="--guide-ckpt", state=state)
@@ -83,17 +103,13 @@ def open_guide(args: Namespace, path: Path, model: DiT, meta: RunMeta) -> tuple[
     different = differences(there, {key: value for key, value in here.items() if key not in unknown})
     if different:
         raise ValueError(f"--guide-ckpt {named} was not trained for the samples of {path}: {different}")
-    low, high = args.guide_t_min, args.guide_t_max
     recorded = dict(
         checkpoint=recorded_id(str(named)),
         model=name,
         weights_sha256=weights_sha256(weak),
         step=known.step,
         weights=known.weights,
-        scale=args.guide_scale,
-        t_min=low,
-        t_max=high,
+        **recorded,
     )
-    guide = Guide(weak, args.guide_scale, -math.inf if low is None else low, math.inf if high is None else high)
     notes = [f"the guide's {key} could not be compared with the checkpoint's" for key in unknown]
-    return guide, recorded, notes
+    return Guide(weak, *acts), recorded, notes

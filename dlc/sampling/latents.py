@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -70,17 +71,22 @@ def check_conditions(y: Condition, null: Condition) -> None:
 
 @dataclass(frozen=True)
 class Guide:
-    """A weaker model to guide by (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+    """A weaker model to guide by (autoguidance, Karras et al. 2024, arXiv 2406.02507), or None: the model's own
+    intermediate head, whose prediction comes with the model's (internal guidance, Zhou et al. 2026, arXiv 2512.24176).
 
     At times from t_min to t_max a prediction is weak + scale * (the model's - weak), both for the same condition, in
     all latent channels; the variance stays the model's. At scale 1 the weak model is not called.
     """
 
-    model: DiT
+    model: DiT | None
     scale: float
     t_min: float
     t_max: float
-    denoise: Callable | None = None  # replaces model.denoise, for example by its CUDA graph
+    denoise: Callable | None = None  # replaces `network`, for example by its CUDA graph
+
+    def network(self, main: DiT) -> Callable:
+        """What a guided step calls beside main.denoise, or with a head in its place."""
+        return self.model.denoise if self.model else partial(main.denoise, head=True)
 
     def acts(self, time: float) -> bool:
         return self.scale != 1 and self.t_min <= time <= self.t_max
@@ -97,14 +103,13 @@ def guided(weak: torch.Tensor, strong: torch.Tensor, scale: float, channels: int
 
 class Prediction:
     """A model at the conditions y of a batch of n: conditions are embedded once, not per step, and times once, not per
-    sample. Called with x (n, ...), or with x (2n, ...) and doubled=True, whose second half is for the null condition.
+    sample. Called with its `denoise` and x (n, ...); doubled: x (2n, ...), whose second half is for the null condition.
 
     Raises ValueError as `check_conditions` does.
     """
 
-    def __init__(self, model: DiT, y: Condition, n: int, sampler: Sampler, device: torch.device, denoise: Callable):
+    def __init__(self, model: DiT, y: Condition, n: int, sampler: Sampler, device: torch.device):
         check_conditions(y, model.null_condition(1))
-        self.denoise = denoise
         self.condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
         null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
         self.both = tree_map(
@@ -114,10 +119,10 @@ class Prediction:
         times = list(dict.fromkeys(sampler.times))
         self.times = dict(zip(times, self.embed(times)))  # (D,) each
 
-    def __call__(self, x: torch.Tensor, time: float, doubled: bool = False) -> torch.Tensor:
+    def __call__(self, denoise: Callable, x: torch.Tensor, time: float, doubled: bool) -> torch.Tensor:
         if time not in self.times:  # a solver may choose times as it goes
             self.times[time] = self.embed([time])[0]
-        return self.denoise(x, self.times[time], self.both if doubled else self.condition).float()
+        return denoise(x, self.times[time], self.both if doubled else self.condition).float()
 
 
 @torch.inference_mode()
@@ -153,15 +158,19 @@ def sample_latents(
     Raises ValueError as `check_conditions` does.
     """
     channels = channels or model.guided_channels or model.in_channels
-    batch = y, len(indices), sampler, indices.device
-    main = Prediction(model, *batch, denoise or model.denoise)
-    weak = guide and Prediction(guide.model, *batch, guide.denoise or guide.model.denoise)
+    batch, denoise = (y, len(indices), sampler, indices.device), denoise or model.denoise
+    main, network = Prediction(model, *batch), guide and (guide.denoise or guide.network(model))
+    weak = Prediction(guide.model, *batch) if guide and guide.model else main
 
     def away_from_weak(x, time, since, doubled=False):
-        strong = main(x, time, doubled)
         if guide is None or not guide.acts(since):
-            return strong
-        return guided(weak(x, time, doubled), strong, guide.scale, model.in_channels)
+            return main(denoise, x, time, doubled)
+        weaker = weak(network, x, time, doubled)
+        if guide.model is None:  # one pass gave both
+            strong, weaker = weaker.split([model.out_channels, model.in_channels], dim=1)
+        else:
+            strong = main(denoise, x, time, doubled)
+        return guided(weaker, strong, guide.scale, model.in_channels)
 
     def predict(x, time, since=None):
         since = time if since is None else since
@@ -209,7 +218,7 @@ class CudaGraphs:
 
 def lower_precision(model: torch.nn.Module, precision: str) -> None:
     """Cast the weights that autocast would cast at every step, once: the same results with less memory traffic."""
-    for part in (model.x_embedder, model.blocks, model.final_layer):
+    for part in (model.x_embedder, model.blocks, *model.output_layers):
         for layer in part.modules():
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                 layer.to(PRECISIONS[precision])

@@ -69,7 +69,7 @@ class SamplesRecord(Record):
     cfg_channels: int = key(SIZE)
     t_min: float = key(real_number(0))
     t_max: float = key(real_number(0))
-    # the weaker model that guides, see `dlc.sampling.guide`; null: none
+    # the weaker model or the head that guides, see `dlc.sampling.guide`; null: none
     guide: dict | None = key(or_null(OBJECT), None)
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
@@ -98,7 +98,9 @@ def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
 def guidance_of(record: dict) -> str:
     """What samples are guided by, in words, by the keys of their samples.json."""
     words, guide = f"cfg {record.get('cfg_scale')}", record.get("guide")
-    return f"{words}, guide {guide.get('checkpoint')} {guide.get('scale')}" if isinstance(guide, dict) else words
+    if not isinstance(guide, dict):
+        return words
+    return f"{words}, guide {guide.get('checkpoint', 'the intermediate head')} {guide.get('scale')}"
 
 
 def this_launch(state: "PartialState", per_proc_batch_size: int) -> dict:

@@ -52,6 +52,10 @@ FAMILIES = {  # what builds a small one, and n conditions for it
         lambda **sizes: DiTSEM(**SIZES, **sizes, L=L, V=V),
         lambda n: torch.randint(V, (n, L), dtype=torch.uint8),
     ),
+    "DiTSEM with a head": (
+        lambda **sizes: DiTSEM(**{**SIZES, "depth": 2}, **sizes, intermediate_head=1, L=L, V=V),
+        lambda n: torch.randint(V, (n, L), dtype=torch.uint8),
+    ),
     "DiT": (lambda **sizes: DiT(**SIZES, **sizes, num_classes=7), lambda n: torch.randint(7, (n,))),
     "DiTCONT": (lambda **sizes: DiTCONT(**SIZES, **sizes, in_dim=6), lambda n: torch.randn(n, 6).half()),
 }
@@ -122,9 +126,10 @@ def training(family, precision, *flags, moments=False, device=CUDA, steps=2, pro
     build, conditions = FAMILIES[family]
     process = create_process(process)
     model = real(build, learn_sigma=process.learn_sigma).to(device)
-    losses = Losses(process.loss_names, process.loss_names[-1])
+    head = model.intermediate_head is not None
+    losses = Losses((*process.loss_names, *(["head"] if head else [])), process.loss_names[-1])
     run = launched_run(model, losses, argument_parser(), precision, flags, device)
-    settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments)
+    settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments, head=head)
     return steps_of(
         run,
         lambda: (torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N)),
@@ -150,7 +155,7 @@ def prior_training(classes, shared, precision, *flags, entropy=False, device=CUD
 
 
 def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gaussian"):
-    """Each step of the sampler: its model's calls, guidance by the null condition and by a weaker model, noise."""
+    """Each step of the sampler: its model's calls, guidance by the null condition, and by a weaker model or a head."""
     build, conditions = FAMILIES[family]
     model, weak = real(build).eval(), real(build).eval()
     sampler = create_sampler(name, 5, create_process(process))
@@ -174,7 +179,7 @@ def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gau
                 cfg_scale=scale,
                 t_min=bounds[0],
                 t_max=bounds[1],
-                guide=Guide(weak, guide_scale, *bounds),
+                guide=Guide(None if model.intermediate_head else weak, guide_scale, *bounds),
                 on_step=on_step,
             )
         assert latents.shape == (N, 4, 8, 8) and latents.dtype == torch.float32
@@ -305,6 +310,8 @@ PATHS = {
         for name in row.samplers
     },
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
+    "training with a head in bf16": partial(training, "DiTSEM with a head", "bf16"),
+    "sampling guided by a head": partial(sampling, "DiTSEM with a head", "bf16", "ddpm", 1.5, (250, 749), 2),
     "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "ddpm", 1, (250, 749), 2),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction in fp32": partial(extraction, "fp32"),

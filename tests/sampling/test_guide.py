@@ -78,6 +78,28 @@ def test_a_guide_acts_at_its_times_in_all_channels(learn_sigma):
     assert torch.equal(asked(times, x, y, model=model, guide=unused)[400], asked(times, x, y, model=model)[400])
 
 
+def test_a_head_guides_in_one_pass():
+    """By the model's own early prediction, before the null condition does, if both do."""
+    model = tiny("DiTSEM-Ti/4", intermediate_head=2, **CODES)
+    x, y = torch.randn(3, 4, 8, 8), torch.randint(V, (3, L))
+
+    def expected(y):
+        with torch.no_grad():
+            out, early = model(x, torch.full((3,), 400), y, head=True).split([8, 4], dim=1)
+        return torch.cat([early + 2.5 * (out[:, :4] - early), out[:, 4:]], dim=1)
+
+    calls, denoise = [], model.denoise
+    model.denoise = lambda *args, **kwargs: calls.append(kwargs) or denoise(*args, **kwargs)
+    guide = Guide(None, 2.5, 200, 600)
+    found = asked([400, 800], x, y, model=model, guide=guide)
+    assert calls == [dict(head=True), {}]
+    torch.testing.assert_close(found[400], expected(y), atol=1e-5, rtol=1e-5)
+    found = asked([400], x, y, model=model, guide=guide, cfg_scale=1.5)[400]
+    one, other = expected(y), expected(torch.full_like(y, V))
+    one[:, :4] = other[:, :4] + 1.5 * (one[:, :4] - other[:, :4])
+    torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def opened(tmp_path):
     """opened(change…): what open_guide gives for a guide with another size, or with these changes."""
@@ -131,6 +153,22 @@ def test_a_guide_of_another_process_is_refused(opened, tmp_path):
     args.ckpt = str(tmp_path / "run")
     with pytest.raises(ValueError, match="process.arguments.predict_xstart True there, False here"):
         open_guide(args, *open_model(args, SCRIPT, ""))
+
+
+def test_whether_there_is_a_head(tmp_path):
+    args = sampling_parser("", SCRIPT, "").parse_args(["--internal-scale", "2", "--guide-t-min", "300"])
+    settle_guidance(args)
+    assert args.cfg_scale == 1.5
+    args.ckpt = str(save_checkpoint(tmp_path / "without"))
+    with pytest.raises(ValueError, match="--internal-scale 2.0: .*without has no intermediate head"):
+        open_guide(args, *open_model(args, SCRIPT, ""))
+    args.ckpt = str(save_checkpoint(tmp_path / "with", sizes=dict(intermediate_head=2, **CODES)))
+    guide, recorded, _ = open_guide(args, *open_model(args, SCRIPT, ""))
+    assert recorded == dict(scale=2.0, t_min=300, t_max=None, intermediate_head=2)
+    assert guide.model is None and guide.acts(300) and not guide.acts(299)
+    args.guide_ckpt, args.guide_scale, args.cfg_scale = args.ckpt, 2.0, None
+    with pytest.raises(ValueError, match="in the place of --internal-scale: give one of them"):
+        settle_guidance(args)
 
 
 @pytest.mark.slow
