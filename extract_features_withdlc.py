@@ -25,9 +25,10 @@ from dlc.data.images import Views, add_background_flag, collate, flips_of, image
 from dlc.data.inspection import without
 from dlc.data.listing import list_images
 from dlc.data.manifest import DTYPES, LATENTS, read_manifest
-from dlc.machine.cli import SEED, ArgumentParser, number, progress
+from dlc.machine.cli import SEED, ArgumentParser, NotHere, number, progress
 from dlc.machine.exact import set_exact_numerics
 from dlc.machine.files import write_whole
+from dlc.machine.part import add_part_flag, asked_part
 from dlc.machine.processes import (
     PRECISIONS,
     agree,
@@ -68,6 +69,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help=f"{VAE_HELP} [%(default)s]")
     add_encoder_flags(add, more="; none: store latents and labels only")
+    add("--dino-cfg", action=NotHere, help="leave it out: --encoder says L and V, or --L and --V do")
     add(
         "--flip",
         choices=["random", "none", "both"],
@@ -100,6 +102,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         default=32 if ON_GPU else 4,
         help="images per batch; on a CPU each core encodes a batch [32 on GPUs, 4 on CPUs]",
     )
+    add_part_flag(add, "shards")
     add("--shard-size", type=number(int, 1), default=1024, help="images per shard [%(default)s]")
     add(
         "--num-workers",
@@ -190,13 +193,14 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors():
         check_flags(args)
+        part = asked_part(args.part)
         state = start_processes(precisions=[args.precision])
         logger = create_logger(state)
         vae, encoder, paths, labels, manifest = open_inputs(args, state, logger)
         flips = flips_of(args.flip, len(paths), args.global_seed)  # (images, k)
         code_size = encoder.image_size if encoder else None
         views = Views(args.data_path, paths, flips, args.image_size, code_size, args.background)
-        writer = FeatureWriter(args.features_path, manifest)
+        writer = FeatureWriter(args.features_path, manifest, part)
         incomplete = done_by_rank_0(state, lambda: writer.start(mended_by(views, args.strict)))
     patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
     if side % patch:
@@ -215,7 +219,9 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------------- extraction, shard by shard
     num_shards = manifest.num_shards
-    todo = from_rank_0([shard for shard in range(num_shards) if not writer.is_done(shard)])
+    todo = from_rank_0([shard for shard in part.share(range(num_shards)) if not writer.is_done(shard)])
+    for line in part.said("shards"):
+        logger.info(line)
     logger.info(
         f"{len(paths):,} images in {len(manifest.classes)} classes, {num_shards} shards, {len(todo)} to do, "
         f"{state.num_processes} processes on {state.device.type}, {args.precision}"
@@ -243,6 +249,9 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     rate = images / (time.time() - start)
     wait_for_all()
     manifest = writer.finish(num_shards) if state.is_main_process else None
+    if state.is_main_process and not manifest:
+        logger.info(part.said_left(writer.left_over, "shards"))
+        return state.destroy_process_group()
     if manifest and not manifest.count:
         path, reason = manifest.skipped[0]
         parser.error(f"none of the {len(paths):,} images of {args.data_path} can be read, as {path!r}: {reason}")

@@ -20,6 +20,7 @@ import numpy as np
 from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.files import check_apart
+from dlc.machine.part import add_part_flag, asked_part
 from dlc.machine.processes import (
     PRECISIONS,
     add_speed_flags,
@@ -29,7 +30,7 @@ from dlc.machine.processes import (
     start_processes,
     wait_for_all,
 )
-from dlc.sampling.code_folder import SHARD, CodeFolder
+from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord
 from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.samples_record import this_launch
@@ -55,6 +56,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     # torchrun takes --num for the start of its own --numa-binding and gives up; it has no such trouble with --num-codes
     add("--num-codes", "--num", dest="num", type=number(int, 1), default=50000, help="number of codes to draw")
     add("--out", default="prior_codes", help="write the codes into this folder")
+    add_part_flag(add, "shards of codes")
     add("--batch-size", type=number(int, 1, SHARD), default=BATCH, help="codes per batch; rounding depends on it")
     add(
         "--features-path",
@@ -110,7 +112,8 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Check, draw and finish."""
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors("nothing was drawn; what was there is kept"):
-        options, folder = PriorOptions.of(args), CodeFolder(args.out)
+        options, part = PriorOptions.of(args), asked_part(args.part)
+        folder = CodeFolder(args.out, part)
         if args.ckpt and args.results_dir != RESULTS:
             raise ValueError("--results-dir is where a prior is looked for, --ckpt names one: give one of them")
         if args.features_path and not args.usage:
@@ -126,7 +129,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         training, reason = open_training_codes(args, prior)
         record = prior.record(args.num)
         agree("prior and codes", record)
-        missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.batch_size)))
+        missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.batch_size, part)))
     logger = create_logger(state)
     step = "unknown" if record.step is None else f"{record.step:,}"
     logger.info(
@@ -137,8 +140,8 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         f"on {state.num_processes} x {state.device.type}; "
         + ", ".join(f"{name} {one_line(value, 60)}" for name, value in record.options.items() if value is not None)
     )
-    if reason:
-        logger.info(f"note: {reason}")
+    for line in (*part.said("codes"), *([f"note: {reason}"] if reason else [])):
+        logger.info(line)
 
     # ---------------------------------------------------------------------- codes
     with parser.kept_on_error("what is drawn is kept", "--batch-size"):
@@ -148,12 +151,16 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------------- what they are
     if state.is_main_process:
         with parser.kept_on_error("what is drawn is kept", "--num-codes"):
-            found = count_usage(folder, args.num, record.V, training) if args.usage else None
-            folder.finish(**(dict(usage=found) if found else {}))  # else what an earlier launch found stays
+            # without a usage, what an earlier launch found stays
+            find = lambda: dict(usage=count_usage(folder, args.num, record.V, training)) if args.usage else {}  # noqa: E731
+            folder.finish(find)
+            found = args.usage and not folder.left_over and CodesRecord.read(folder.record_path).usage
         for line in usage_lines(found, record.V) if found else ():
             logger.info(line)
         logger.info(
-            f"done: {args.num:,} codes in {args.out}: draw their images with sample_ddp_computed_dlc.py --dlc-dir "
+            part.said_left(folder.left_over, "shards")
+            if folder.left_over
+            else f"done: {args.num:,} codes in {args.out}: draw their images with sample_ddp_computed_dlc.py --dlc-dir "
             f"{args.out} --num-fid-samples {args.num}"
         )
     state.destroy_process_group()

@@ -28,7 +28,7 @@ from diffusion.process_table import OBJECTIVES, PROCESSES, Process, create_proce
 from dlc.data import Features
 from dlc.data.images import WHITE, add_background_flag
 from dlc.data.inputs import INPUTS, Inputs
-from dlc.machine.cli import ArgumentParser, add_option, number, warn_once
+from dlc.machine.cli import ArgumentParser, NotHere, add_option, number, warn_once
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
 from dlc.machine.processes import from_rank_0
@@ -103,6 +103,8 @@ def argument_parser(**defaults) -> ArgumentParser:
         help=f"{VAE_HELP}; it decodes previews and, with --data-path, encodes the images [the features' own, or ema]",
     )
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
+    add("--dino-cfg", action=NotHere, help="leave it out: the features say L and V, or for theirs --V does")
+    add("--sem-dir", action=NotHere, help="leave it out: the codes lie in the folder of --features-path")
 
     add_run_flags(parser, epochs=1400)
     parser.set_defaults(**defaults)

@@ -239,6 +239,8 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
             raise ValueError(f"--{flag} after -- is a flag that is swept: give its values before --")
     if "--sample-dir" in after:
         raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
+    if "--part" in after:
+        raise ValueError("--part after --: a sweep draws all samples of each setting")
     for flags, wanted, with_what in (
         (handed["evaluation"], is_compared(args), "--reference: without one only --agreement is measured"),
         (handed["agreement"], args.agreement, "--agreement"),
@@ -273,7 +275,7 @@ def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Se
     """Draw the samples of a setting into its folder and evaluate them. Returns an entry of a sweep.json's `results`."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
     swept = [text for flag, value in setting.items() for text in (f"--{flag}", str(value))]
-    flags = [*handed["sampling"], *swept, "--sample-dir", str(folder)]
+    flags = [*handed["sampling"], *swept, "--sample-dir", str(folder), "--part", "0/1"]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:

@@ -11,6 +11,8 @@ from conftest import ROOT, save_images
 from forked import Run
 from tiny_networks import pixels
 
+from diffusion.schedules import named_betas
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
     compose_dlc evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction evaluation.sweep
@@ -20,7 +22,8 @@ OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
     --batch --check --help --images --local-dir --minutes --numa-binding --only --quiet --pr-rows --precisions
-    --reference-rows --rows --shm-size --threads""".split()
+    --reference-rows --rows --shm-size --threads --array --gpus --gpus-per-task --wrap --parsable
+    --time --dependency""".split()
 )
 
 
@@ -84,6 +87,14 @@ def test_messages_are_quoted_as_they_are():
             assert any(part in text for text in texts), quote
 
 
+def test_noise_levels():
+    """docs/sampling.md's table of the times and sigmas of DiT's schedule."""
+    rows = re.findall(r"^\| (t|sigma) \| (.*) \|$", (ROOT / "docs/sampling.md").read_text(), flags=re.MULTILINE)
+    times, sigmas = ([float(cell) for cell in cells.split(" | ")] for _, cells in rows)
+    signal = (1 - named_betas("linear", 1000)).cumprod(0)[list(map(int, times))]
+    np.testing.assert_allclose(sigmas, ((1 - signal) / signal).sqrt(), rtol=4e-3, atol=5e-4)
+
+
 @pytest.mark.slow
 def test_every_key_is_described(workplace):
     """docs/formats.md has each key of the files that a run of all stages writes."""
@@ -108,7 +119,7 @@ def test_every_key_is_described(workplace):
 # ---------------------------------------------------------------------- the defaults chain
 
 # what stands in for the placeholders of README's and docs/commands.md's tables; those without a stand-in are skipped
-LEFT_OUT = ("OLD NEW", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep")
+LEFT_OUT = ("OLD NEW", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep", "sbatch")
 SMALL = {
     "extract_features_withdlc": "--vae vae --encoder sem --image-size 64 --num-workers 0",
     "train_diffusion": "--max-steps 2 --grad-accum 1 --global-batch-size 4 --num-workers 0",
@@ -147,7 +158,7 @@ def test_the_defaults_chain(tmp_path, tiny_models):
     (tmp_path / "hub/checkpoints/tiny.bin").write_bytes(b"weights")
     words = {"/path/to/imagenet/": "", "/path/to/store/": "", "-XL/2": "-Ti/4", "DLCPrior-M": "DLCPrior-Ti"}
     words |= {"dog.jpg fern.jpg": "train/cat/0.png train/dog/1.png", "VIRTUAL_imagenet256_labeled": "reference"}
-    words["CHECKPOINT"] = "results"
+    words |= {"CHECKPOINT": "results", "207 360": "cat 1"}
     scripts = []
     for number, command in enumerate(typed(ROOT / "README.md") + typed(ROOT / "docs/commands.md")):
         if any(part in command for part in LEFT_OUT):
@@ -166,4 +177,5 @@ def test_the_defaults_chain(tmp_path, tiny_models):
         assert run.wait(), f"{command}:\n{run.said()}"
         scripts.append(script)
     assert set(SMALL) < set(scripts) and len(scripts) > 20
-    assert len(list(tmp_path.glob("samples/*.npz"))) == 4  # for codes, of classes, for composed codes, for a prior's
+    # for codes, of all classes and of some, for composed codes, for a prior's
+    assert len(list(tmp_path.glob("samples/*.npz"))) == 5

@@ -16,6 +16,7 @@ from dlc.data.manifest import KINDS, Manifest, kind_dir, read_manifest
 from dlc.data.rows import Files, NpyRows, array_files, load_array, load_floats
 from dlc.machine.files import read_json, remove_temporaries, write_bytes, write_json
 from dlc.machine.folder import ResumableFolder
+from dlc.machine.part import WHOLE, Part
 
 
 class NotFinite(ValueError):
@@ -53,17 +54,18 @@ class FeatureWriter(ResumableFolder):
     """Writes shards in any order from any number of processes, and the manifest at the end.
 
     Until the manifest is written, `progress/` holds the settings and one record per finished shard, so a run that was
-    killed continues after its last whole shard. `.lock` keeps a second launch out.
+    killed continues after its last whole shard.
 
     Args:
         root: FEATURES/.
         manifest: the `Manifest`, still without rows.
+        part: what this launch writes of all shards.
     """
 
     record_type, record_name, holds, elsewhere = Manifest, "manifest.json", ".npy files", "give another path"
 
-    def __init__(self, root: str | Path, manifest: Manifest):
-        super().__init__(root)
+    def __init__(self, root: str | Path, manifest: Manifest, part: Part = WHOLE):
+        super().__init__(root, part)
         self.root, self.manifest, self.progress = self.path, manifest, self.path / "progress"
         self.files = tuple(f"imagenet*_{kind}/*.npy" for kind in manifest.kinds)  # of any image size
 
@@ -89,25 +91,27 @@ class FeatureWriter(ResumableFolder):
         settings; the error names the difference.
         """
         self.compare(self.manifest)  # before the lock: with other settings there is nothing to wait for
-        if self.is_complete and not self._outdated(mended):  # needs no lock, which a read-only disk could not give
-            self.missing(self.manifest)
-        else:
-            self.open(self.manifest)
-            self._reopen(self._outdated(mended))
-        if self.is_complete:  # perhaps by the launch that held the lock
-            self._clear()
+        if self.is_complete and not self.progress.exists() and not self._outdated(mended):
+            self.missing(self.manifest)  # needs no lock, which a read-only disk could not give
             return False
-        for directory in (self.progress, *(self.folder(kind) for kind in self.manifest.kinds)):
-            directory.mkdir(exist_ok=True)
-            remove_temporaries(directory)
-        return True
+        with self.entering():
+            self.begin(self.manifest)
+            self._reopen(self._outdated(mended))
+            if not self.is_complete:
+                for directory in self._folders():
+                    directory.mkdir(exist_ok=True)
+                return True
+            if self.is_alone():  # complete, perhaps by the launch that held the lock
+                self.clear()
+            self.lock.release()
+            return False
 
-    def missing(self, record: Manifest) -> list[int]:
+    def missing(self, record: Manifest, part: Part = WHOLE) -> list[int]:
         """The shards that are not written, ascending. Raises ValueError if complete features lack a file."""
         if self.is_complete:
             refuse_missing_files(shard_rows(self.root, read_manifest(self.root)))
             return []
-        return [shard for shard in range(record.num_shards) if not self.is_done(shard)]
+        return [shard for shard in part.share(range(record.num_shards)) if not self.is_done(shard)]
 
     def difference(self, record: Manifest, earlier: Manifest) -> str:
         different = super().difference(record, earlier)
@@ -130,10 +134,11 @@ class FeatureWriter(ResumableFolder):
         }
 
     def _outdated(self, mended):
-        """The shards that lack an image which can be read now."""
-        return {
-            shard for shard, record in self._records().items() if any(mended(path) for path, _ in record["skipped"])
-        }
+        """The shards of this launch that lack an image which can be read now."""
+        records = self._records()
+        return [
+            shard for shard in self.part.share(records) if any(mended(path) for path, _ in records[shard]["skipped"])
+        ]
 
     def _reopen(self, shards):
         """Make these shards missing. A launch that is killed here leaves features that are complete, or continues."""
@@ -147,10 +152,16 @@ class FeatureWriter(ResumableFolder):
         for shard in shards:
             self.shard_record(shard).unlink()
 
-    def _clear(self):
-        """Leave the directory with nothing but features in it."""
-        shutil.rmtree(self.progress, ignore_errors=True)
-        self.lock.release()
+    def clear(self) -> None:
+        """See `ResumableFolder`. Of complete features nothing is left that is none; a picture may be on its way."""
+        if self.is_complete:
+            shutil.rmtree(self.progress, ignore_errors=True)
+        remove_temporaries(self.root, self.record_name)
+        for directory in self._folders():
+            remove_temporaries(directory)
+
+    def _folders(self):
+        return [self.progress, *(self.folder(kind) for kind in self.manifest.kinds)]
 
     def folder(self, kind: str) -> Path:
         return kind_dir(self.root, self.manifest.image_size, kind)
@@ -186,34 +197,36 @@ class FeatureWriter(ResumableFolder):
             record["sha256"][kind] = hashlib.sha256(content.getbuffer()).hexdigest()
         write_json(self.shard_record(shard), record)
 
-    def finish(self, num_shards: int) -> Manifest:
+    def finish(self, num_shards: int) -> Manifest | None:
         """Write the manifest from the records of all shards, and return it. One process calls this, after all writing.
 
-        Of shards without any row nothing is left.
+        Of shards without any row nothing is left. Returns None where other launches are left to write some shards.
 
         Raises OSError if a record cannot be read or the manifest cannot be written.
         """
-        os.listdir(self.progress)  # a network disk may have cached that a record was not there
-        try:
-            records = [read_json(self.shard_record(shard)) for shard in range(num_shards)]
-        except ValueError as error:
-            raise OSError(str(error)) from None
-        manifest = replace(
-            self.manifest,
-            count=sum(record["rows"] for record in records),
-            shards=[
-                {**record, "name": f"{shard:06d}", "skipped": len(record["skipped"])}
-                for shard, record in enumerate(records)
-            ],
-            skipped=[item for record in records for item in record["skipped"]],
-        )
-        if manifest.count:
-            write_json(self.root / "manifest.json", manifest.to_json())
-        else:
-            for kind in self.manifest.kinds:
-                shutil.rmtree(self.folder(kind))
-        self._clear()
-        return manifest
+        with self.leaving() as whole:
+            if not whole or self.is_complete:
+                return read_manifest(self.root) if whole else None
+            os.listdir(self.progress)  # a network disk may have cached that a record was not there
+            try:
+                records = [read_json(self.shard_record(shard)) for shard in range(num_shards)]
+            except ValueError as error:
+                raise OSError(str(error)) from None
+            manifest = replace(
+                self.manifest,
+                count=sum(record["rows"] for record in records),
+                shards=[
+                    {**record, "name": f"{shard:06d}", "skipped": len(record["skipped"])}
+                    for shard, record in enumerate(records)
+                ],
+                skipped=[item for record in records for item in record["skipped"]],
+            )
+            if manifest.count:
+                write_json(self.root / "manifest.json", manifest.to_json())
+            else:
+                for directory in self._folders():
+                    shutil.rmtree(directory)
+            return manifest
 
 
 #################################################################################

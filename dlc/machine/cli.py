@@ -101,6 +101,16 @@ def path_or_name(text: str) -> str:
     return expanded
 
 
+class NotHere(argparse.Action):
+    """A flag of the reference's scripts that has no use here. Its help, as an error, says what to do without it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**dict(kwargs, nargs="?", default=argparse.SUPPRESS))
+
+    def __call__(self, parser: argparse.ArgumentParser, *args) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is a flag of the reference's scripts: {self.help}")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds each flag's default in brackets, unless its help ends with one, such as one that depends on the data."""
 

@@ -22,6 +22,7 @@ from typing import BinaryIO
 from dlc.machine.cli import one_line, warn_once
 
 LOCK_PATIENCE = 20  # seconds to wait for a launch that was just killed
+POLL = 0.05  # seconds between two attempts to lock
 LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 FULL = {errno.ENOSPC, errno.EDQUOT}  # errors that more room on the disk mends
@@ -211,15 +212,24 @@ def try_disk(folder: Path, rename_folders: bool = False) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def wait_for_lock(directory: Path, attempt: Callable[[], bool]) -> None:
+    """Repeat an attempt to lock a directory. Raises ValueError where it fails for LOCK_PATIENCE."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while not attempt():
+        if time.monotonic() > deadline:
+            raise ValueError(f"another process is writing to {directory}: wait for it, or give another path")
+        time.sleep(POLL)
+
+
 class DirectoryLock:
-    """Keeps a second launch out of a directory while this process works there, by flock on `directory/.lock`.
+    """Keeps a second launch out of a directory while this process works there, by flock on a file in it.
 
     The kernel releases the lock when the process ends, however it ends. (On a disk without flock, filelock would fall
     back to a file that a killed process leaves behind.)
     """
 
-    def __init__(self, directory: str | Path):
-        self.path, self.file = Path(directory) / ".lock", None
+    def __init__(self, directory: str | Path, name: str = ".lock"):
+        self.path, self.file = Path(directory) / name, None
 
     def acquire(self, rename_folders: bool = False) -> None:
         """Take the lock; create the directory if it does not exist. On a disk without locks, warn once and go on.
@@ -227,18 +237,15 @@ class DirectoryLock:
         Raises ValueError if another launch keeps the lock for LOCK_PATIENCE, OSError if the file cannot be opened, and
         as `try_disk` does.
         """
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while not self._try():
-            if time.monotonic() > deadline:
-                raise ValueError(f"another process is writing to {self.path.parent}: wait for it, or give another path")
-            time.sleep(0.05)
+        wait_for_lock(self.path.parent, self.attempt)
         try:
             try_disk(self.path.parent, rename_folders)
         except OSError:
             self.release()
             raise
 
-    def _try(self) -> bool:
+    def attempt(self) -> bool:
+        """Take the lock as `acquire` does, unless another launch has it. Returns whether it is taken."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(self.path, "ab")
@@ -253,8 +260,8 @@ class DirectoryLock:
                 raise
             warn_once(
                 "locks",
-                f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that only one launch "
-                "writes there at a time",
+                f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that only one launch, "
+                "or one of each --part, writes there at a time",
             )
         self.file = file
         return True

@@ -6,6 +6,7 @@ codes for --dlc-dir once codes.json has the digest of all of them.
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 from dlc.data import code_dtype
 from dlc.data.codes import SHARD, CodeSet, DrawnSet, as_codes
 from dlc.data.rows import NpyRows, load_array
-from dlc.machine.files import remove_temporaries, write_bytes
+from dlc.machine.files import write_bytes
 from dlc.machine.folder import ResumableFolder
+from dlc.machine.part import WHOLE, Part
 from dlc.machine.records import OBJECT, SWITCH, TEXT, key, list_of, or_null, whole_number
 from dlc.weights.foreign.safe import read_torch, storage_fault
 
@@ -76,7 +78,7 @@ class CodeFolder(ResumableFolder):
     """OUT/ for writing. Shard k holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them."""
 
     record_type, record_name, holds, files = CodesRecord, "codes.json", "codes", ("*.npy", "*.pt")
-    count, parts = "num", "shards"
+    count, makes = "num", "shards"
 
     def shard_path(self, shard: int) -> Path:
         return self.path / f"{shard:06d}.npy"
@@ -95,7 +97,7 @@ class CodeFolder(ResumableFolder):
         """All `num` codes, once they are drawn."""
         return NpyRows([self.shard_path(shard) for shard in range(self.shards(num))], sample_ndim=1)
 
-    def missing(self, record: CodesRecord) -> list[int]:
+    def missing(self, record: CodesRecord, part: Part = WHOLE) -> list[int]:
         """The shards that are not there with all rows that they have to have: the last one grows with num."""
 
         def is_whole(shard):
@@ -105,8 +107,7 @@ class CodeFolder(ResumableFolder):
                 return False
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
-        remove_temporaries(self.path)  # also where codes.json alone is not finished
-        return [shard for shard in range(self.shards(record.num)) if not is_whole(shard)]
+        return [shard for shard in part.share(range(self.shards(record.num))) if not is_whole(shard)]
 
     def write(self, shard: int, codes: np.ndarray, V: int) -> None:
         """Write a shard, codes (n, L), whole or not at all. Raises OSError, naming the file, if the disk fails."""
@@ -114,11 +115,15 @@ class CodeFolder(ResumableFolder):
         np.save(content, codes.astype(code_dtype(V)), allow_pickle=False)
         write_bytes(self.shard_path(shard), content.getbuffer())
 
-    def finish(self, **values) -> None:
-        """Complete codes.json, with values of its keys, and release the lock: one process, after all writing."""
-        record, digest = CodesRecord.read(self.record_path), hashlib.sha256()
-        rows = self.rows(record.num)
-        for shard in range(self.shards(record.num)):
-            digest.update(rows.gather(self.places(shard, record.num)).astype("<u2"))
-        self.write_record(replace(record, codes_sha256=digest.hexdigest(), **values))
-        self.lock.release()
+    def finish(self, find: Callable[[], dict] = dict) -> None:
+        """Complete codes.json, if all codes are there, and release the lock: one process, after all writing.
+
+        find: gives values of more keys of codes.json.
+        """
+        with self.leaving() as whole:
+            if whole:
+                values, record, digest = find(), CodesRecord.read(self.record_path), hashlib.sha256()
+                rows = self.rows(record.num)
+                for shard in range(self.shards(record.num)):
+                    digest.update(rows.gather(self.places(shard, record.num)).astype("<u2"))
+                self.write_record(replace(record, codes_sha256=digest.hexdigest(), **values))

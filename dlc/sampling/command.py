@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from diffusion.process_table import SAMPLER_OPTIONS
 from dlc.machine.cli import BAR, ArgumentParser, progress
 from dlc.machine.files import check_apart, recorded_id
+from dlc.machine.part import WHOLE, asked_part
 from dlc.machine.processes import (
     agree,
     autocast,
@@ -69,6 +70,12 @@ class Job:
 def prepare(args: Namespace, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
     settle_guidance(args)
+    part = asked_part(args.part)
+    if part != WHOLE and getattr(args, "prior", None):
+        raise ValueError(
+            f"--prior draws all codes, {part.source} part of the samples: draw the codes first, with sample_prior.py, "
+            "which takes --part, too, and name them with --dlc-dir"
+        )
     check_apart(args.sample_dir, "--sample-dir", [vars(args).get(name) for name in ("dlc_dir", "condition_path")])
     path, model, meta = open_model(args, script, default)
     sampler = open_sampler(args, model, meta)
@@ -95,13 +102,17 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
         runs=[],
     )
     agree("checkpoint, codes and VAE", record)
-    folder = SampleFolder(Path(args.sample_dir) / folder_name(record, conditions), conditions)
-    missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.per_proc_batch_size)))
+    # All batches have one size, which parts do not change, and are cut by index.
+    rounds = -(-args.num_fid_samples // (args.per_proc_batch_size * state.num_processes))
+    batch = -(-args.num_fid_samples // (rounds * state.num_processes))
+    folder = SampleFolder(Path(args.sample_dir) / folder_name(record, conditions), conditions, part, batch)
+    missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.per_proc_batch_size, part)))
     said = [
         f"{record.model} of {path} ({describe(meta)}); {conditions.describe()}; "
         f"{len(missing):,} of {record.num_fid_samples:,} images to draw, {record.sampler} "
         f"{record.num_sampling_steps} steps, {guidance_of(record.to_json())}, "
         f"on {state.num_processes} x {state.device.type}",
+        *part.said("images"),
         *(f"note: {note}" for note in (*conditions.notes, *notes, *said_of_guide)),
     ]
     return Job(state, model, sampler, conditions, vae, record, folder, np.array(missing, dtype=np.int64), said, guide)
@@ -132,10 +143,9 @@ def draw_batch(job: Job, indices: np.ndarray, networks: list[Callable], on_step:
 def draw_missing(job: Job, args: Namespace) -> None:
     """Denoise, decode and write this process's share of the missing images."""
     state, folder, missing, count = job.state, job.folder, job.missing, job.record.num_fid_samples
-    # All batches have one size and are cut by index, and those with a missing sample are drawn whole: the rounding of a
-    # sample then does not depend on which others are missing, now or in a resumed run, and nothing is compiled twice.
-    rounds = -(-count // (args.per_proc_batch_size * state.num_processes))
-    size = -(-count // (rounds * state.num_processes))
+    # Batches with a missing sample are drawn whole: the rounding of a sample then does not depend on which others are
+    # missing, now or in a resumed run, and nothing is compiled twice.
+    size, share = folder.batch, len(folder.part.share(range(count), folder.batch))
     batches, firsts = np.unique(missing // size, return_index=True)
     parts = np.split(missing, firsts[1:])  # the indices to draw, by batch
 
@@ -152,11 +162,11 @@ def draw_missing(job: Job, args: Namespace) -> None:
     networks = [CudaGraphs(network) if args.cuda_graphs else network for network in plain]
     grid = partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None
     decoder = Decoder(job.vae, folder.path, args.vae_precision, grid)
-    if args.progressive and state.is_main_process:
+    if args.progressive and state.is_main_process and folder.part.index == 0:
         draw_first = partial(draw_batch, job, np.arange(1), plain)
         with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for
             save_strip(folder.strip, args.progressive, job.sampler.num_steps, draw_first, decoder)
-    bar = progress(total=count, initial=count - len(missing), unit="img", desc="sampling", bar_format=BAR)
+    bar = progress(total=share, initial=share - len(missing), unit="img", desc="sampling", bar_format=BAR)
     with bar:
         for first in range(state.process_index, len(batches), state.num_processes):
             start = batches[first] * size
@@ -165,11 +175,11 @@ def draw_missing(job: Job, args: Namespace) -> None:
                 job,
                 np.arange(start, start + size).clip(max=count - 1),
                 networks,
-                lambda *_, share=images / job.sampler.num_steps: bar.update(share),
+                lambda *_, done=images / job.sampler.num_steps: bar.update(done),
             )
             decoder(parts[first].tolist(), latents, (parts[first] - start).tolist())
         decoder.wait()
-        bar.update(count - bar.n)  # what adding fractions left
+        bar.update(share - bar.n)  # what adding fractions left
 
 
 def sample(doc: str, script: str, model: str) -> None:
@@ -203,6 +213,8 @@ def run(parser: ArgumentParser, args: Namespace, job: Job) -> None:
         wait_for_all()
         if state.is_main_process:
             folder.finish(record.num_fid_samples)
+    if folder.left_over:
+        return logger.info(folder.part.said_left(folder.left_over, "images"))
     there = png_path(folder.path, 0).exists()
     where = f"{folder.path} and {folder.npz}" if there else f"{folder.npz}, whose PNGs were removed"
     drawn_from = f"{record.checkpoint}{'' if record.step is None else f', step {record.step:,}'}"

@@ -2,7 +2,7 @@
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dlc.data.codes import CodeSpec, compare
+from dlc.data.manifest import read_manifest
 from dlc.data.rows import NpyRows, check_finite, open_vectors
+from dlc.machine.cli import NotHere
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
 from dlc.machine.processes import done_by_rank_0, start_processes, wait_for_all
@@ -111,6 +113,7 @@ class ComputedCodes(RowConditions):
             help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt files (n, L) or (n, k, L), "
             "or one such file [the features it was trained on]",
         )
+        add("--dino-cfg", action=NotHere, help="leave it out: the checkpoint says L and V")
         add(
             "--dlc-order",
             "--condition-order",
@@ -231,29 +234,50 @@ class ComputedVectors(RowConditions):
 
 
 class ClassLabels(Conditions):
-    """A class for each sample: "random", or "equal", its index modulo the number of classes, so each equally often."""
+    """A class for each sample: "random"; "equal", its index modulo the number of classes, so each equally often; or
+    "given", each of some classes in turn.
+
+    Args:
+        given: those classes [none].
+    """
 
     key, script = "labels", "sample_ddp.py"
-    flags = ("--label-sampling",)
-    sentence = "{order} labels of {num_classes} classes"
+    flags = ("--label-sampling", "--class")
 
     @staticmethod
     def add_flags(add: Callable) -> None:
         add(
             "--label-sampling",
             choices=["random", "equal"],
-            default="random",
             help="class of sample i: drawn uniformly, or i modulo the classes, so that each is drawn equally often "
-            "[%(default)s]",
+            "[random]",
+        )
+        add(
+            "--class",
+            nargs="+",
+            help="draw these classes in turn, each by its number or, where the model's features say them, by its name "
+            "[any class]",
         )
 
     @classmethod
     def open(cls, args: Namespace, model: DiT, meta: RunMeta) -> "ClassLabels":
-        return cls(model, args.label_sampling, args.global_seed)
+        asked, order = vars(args)["class"], args.label_sampling
+        if asked and order:
+            raise ValueError("--class says which classes to draw, --label-sampling draws all: give one of them")
+        given = class_numbers(asked or (), model.y_embedder.num_classes, meta.features_path)
+        return cls(model, "given" if asked else order or "random", args.global_seed, given)
 
-    def __init__(self, model: DiT, sampling: str, seed: int):
+    def __init__(self, model: DiT, sampling: str, seed: int, given: Sequence[int] = ()):
         self.num_classes, self.sampling, self.seed = model.y_embedder.num_classes, sampling, seed
+        self.given = torch.tensor(given, dtype=torch.int64)
         self.recorded = dict(kind="labels", num_classes=self.num_classes, order=sampling)
+        if given:
+            self.recorded["given"] = list(given)
+
+    def describe(self) -> str:
+        """See `Conditions`."""
+        which = f"class {', '.join(map(str, self.given.tolist()))}" if len(self.given) else f"{self.sampling} labels"
+        return f"{which} of {self.num_classes} classes"
 
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The label of each sample, (N,)."""
@@ -262,9 +286,29 @@ class ClassLabels(Conditions):
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Labels (N,) int64 of the samples."""
         indices = torch.from_numpy(indices)
+        if len(self.given):
+            return self.given[indices % len(self.given)]
         if self.sampling == "equal":
             return indices % self.num_classes
         return integers(self.seed, Stream.SAMPLE_LABEL, indices, self.num_classes)
+
+
+def class_numbers(asked: Iterable[str], num_classes: int, features_path: str | None) -> list[int]:
+    """The numbers of classes that a user names by number, or as the features that a model was trained on do.
+
+    Raises ValueError for what is neither.
+    """
+    there = features_path and (Path(features_path) / "manifest.json").is_file()
+    names, numbers = read_manifest(features_path).classes if asked and there else [], []
+    for one in asked:
+        if one.isdecimal() and int(one) < num_classes:
+            numbers.append(int(one))
+        elif one in names:
+            numbers.append(names.index(one))
+        else:
+            known = f"or names such as {names[0]}" if names else "and their names are not known"
+            raise ValueError(f"--class {one}: the model's classes are 0 to {num_classes - 1}, {known}")
+    return numbers
 
 
 # By a model's `conditioning`.

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def png_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def missing_indices(folder: Path, count: int) -> list[int]:
-    """The indices of 0..count-1 that have no whole PNG in folder, ascending."""
+def missing_indices(folder: Path, wanted: Sequence[int]) -> list[int]:
+    """Those of the wanted indices that have no whole PNG in folder, ascending."""
     there = {entry.name for entry in os.scandir(folder)}
 
     def missing(indices):
@@ -32,7 +33,7 @@ def missing_indices(folder: Path, count: int) -> list[int]:
         return [index for index, path in paths if path.name not in there or not is_whole(path)]
 
     with ThreadPoolExecutor(THREADS) as pool:  # a network disk takes a while to answer each
-        return sorted(itertools.chain(*pool.map(missing, (range(i, count, THREADS) for i in range(THREADS)))))
+        return sorted(itertools.chain(*pool.map(missing, (wanted[i::THREADS] for i in range(THREADS)))))
 
 
 def save_grid(path: Path, folder: Path, count: int) -> None:

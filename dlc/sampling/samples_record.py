@@ -14,6 +14,7 @@ import torch
 
 from dlc.machine.files import remove_temporaries, write_bytes, write_json
 from dlc.machine.folder import ResumableFolder
+from dlc.machine.part import WHOLE, Part
 from dlc.machine.processes import versions
 from dlc.machine.records import (
     OBJECT,
@@ -27,7 +28,7 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
-from dlc.sampling.pictures import missing_indices, npz_rows, save_grid, write_npz
+from dlc.sampling.pictures import missing_indices, npz_rows, png_path, save_grid, write_npz
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -103,11 +104,12 @@ def guidance_of(record: dict) -> str:
     return f"{words}, guide {guide.get('checkpoint', 'the intermediate head')} {guide.get('scale')}"
 
 
-def this_launch(state: "PartialState", per_proc_batch_size: int) -> dict:
+def this_launch(state: "PartialState", per_proc_batch_size: int, part: Part = WHOLE) -> dict:
     """The entry of `runs` for this launch, but for the number of images or shards that it draws."""
     return dict(
         command=sys.argv,
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        part=str(part),
         processes=state.num_processes,
         per_proc_batch_size=per_proc_batch_size,
         device=torch.cuda.get_device_name() if state.device.type == "cuda" else platform.processor() or "cpu",
@@ -123,14 +125,15 @@ class SampleFolder(ResumableFolder):
 
     Args:
         conditions: what the samples are drawn for, see CONDITIONINGS.
+        part, batch: what this launch draws of all; consecutive samples that are drawn together.
     """
 
     record_type, record_name, holds, files = SamplesRecord, "samples.json", "samples", ("*.png",)
-    elsewhere, count, parts = "give another --sample-dir", "num_fid_samples", "images"
+    elsewhere, count, makes = "give another --sample-dir", "num_fid_samples", "images"
 
-    def __init__(self, path: str | Path, conditions: "Conditions"):
-        super().__init__(path)
-        self.conditions = conditions
+    def __init__(self, path: str | Path, conditions: "Conditions", part: Part = WHOLE, batch: int = 1):
+        super().__init__(path, part)
+        self.conditions, self.batch = conditions, batch
         self.npz, self.about, self.grid, self.strip, self.codes = (
             self.path.with_name(self.path.name + end)
             for end in (".npz", ".json", ".grid.png", ".progressive.png", ".codes")
@@ -149,11 +152,23 @@ class SampleFolder(ResumableFolder):
         self.refuse_others(self.npz, record, there)
         return earlier or there
 
-    def missing(self, record: SamplesRecord) -> list[int]:
+    def missing(self, record: SamplesRecord, part: Part = WHOLE) -> list[int]:
         """The indices of the images to draw."""
+        count = record.num_fid_samples
+        share = part.share(range(count), self.batch)
+        missing = missing_indices(self.path, share)
+        return [] if len(missing) == len(share) and self.is_finished(count) else missing
+
+    def left(self) -> list[int]:
+        """See `ResumableFolder`. By their names, if some have none: each of many launches asks, on a network disk."""
+        count, there = self.opened.num_fid_samples, {path.name for path in self.path.glob("*.png")}
+        unnamed = [index for index in range(count) if png_path(self.path, index).name not in there]
+        return unnamed if 0 < len(unnamed) < count else super().left()
+
+    def clear(self) -> None:
+        """See `ResumableFolder`."""
+        super().clear()
         remove_temporaries(self.path.parent, self.path.name + ".")
-        missing, count = missing_indices(self.path, record.num_fid_samples), record.num_fid_samples
-        return [] if len(missing) == count and self.is_finished(count) else missing
 
     def is_finished(self, count: int) -> bool:
         """Whether the .npz is whole and of all images that were drawn so far, of which no PNG need be left."""
@@ -162,12 +177,12 @@ class SampleFolder(ResumableFolder):
         return not self.record_path.is_file() or self.about.read_bytes() == self.record_path.read_bytes()
 
     def finish(self, count: int) -> None:
-        """Write the .npz and the contact sheet of all images, and release the lock."""
-        if not self.is_finished(count):
-            write_npz(self.npz, self.path, count, progress=True)
-            write_bytes(self.about, self.record_path.read_bytes())
-        save_grid(self.grid, self.path, count)
-        self.lock.release()
+        """Write the .npz, if all images are there, and the contact sheet, and release the lock."""
+        with self.leaving() as whole:
+            if whole and not self.is_finished(count):
+                write_npz(self.npz, self.path, count, progress=True)
+                write_bytes(self.about, self.record_path.read_bytes())
+            save_grid(self.grid, self.path, count)
 
     def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
         """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from diffusion.process_table import LATENT_SAMPLERS, OBJECTIVES, PROCESSES, SAMPLER_OPTIONS
 from dlc.machine.cli import SEED, ArgumentParser, add_option, number
+from dlc.machine.part import add_part_flag
 from dlc.machine.processes import PRECISIONS, add_speed_flags
 from dlc.sampling.conditions import CONDITIONINGS
 from dlc.sampling.guide import CFG_SCALE, TIME, add_guide_flags
@@ -56,6 +57,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
             conditioning.add_flags(add)
     add("--sample-dir", default="samples", help="write the folder of PNGs and the .npz here [%(default)s]")
     add("--num-fid-samples", type=number(int, 1), default=50000, help="number of images to draw [%(default)s]")
+    add_part_flag(add, "batches of images")
     add(
         "--per-proc-batch-size", type=number(int, 1), default=32, help="largest batch per process, images [%(default)s]"
     )

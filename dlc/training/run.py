@@ -82,6 +82,7 @@ class Run(contextlib.ExitStack):
         super().__init__()
         self.parser, self.args, self.folder = parser, args, Path(args.results_dir)
         self.lock = DirectoryLock(self.folder)
+        self.deadline = math.inf if args.stop_after is None else time.monotonic() + 3600 * args.stop_after
         self.callback(self.lock.release)
         less_memory = "--global-batch-size, or raise --grad-accum"
         self.enter_context(parser.kept_on_error("what is done is kept", less_memory, (OSError,)))
@@ -239,7 +240,7 @@ class Run(contextlib.ExitStack):
         if self.first_step < self.last_step:
             self._check_room()
         self.bar = announce(self)
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(self.deadline)
         self.postponed, self.stopped_by = False, None
         self.last_line = time.time(), self.first_step
         loaded = load_batches(

@@ -57,6 +57,13 @@ def add_run_flags(parser: argparse.ArgumentParser, epochs: int) -> Callable:
         "--pretrained-path",
         help="start from these weights: a file, folder or hub id in any layout of docs/weights.md [random weights]",
     )
+    add(
+        "--stop-after",
+        type=number(float, 0),
+        metavar="HOURS",
+        help="stop this launch after so many hours, with a checkpoint and exit status 0; the same command, as in the "
+        "next job of a chain, continues [no limit]",
+    )
     add("--global-seed", type=SEED, default=0, help="seed of everything random")
     add("--log-every", type=number(int, 1), default=100, help="steps between log lines")
     add("--report-to", choices=["tensorboard", "wandb"], help="also write the metrics there [nowhere]")

@@ -1,6 +1,8 @@
 """A request to stop a run after a step, on which all processes agree."""
 
+import math
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -8,21 +10,26 @@ import torch.distributed as dist
 from dlc.machine.processes import files_group
 from dlc.machine.signals import STOPPING, on_first_signal
 
-ASKED = 1000  # beside the signals' numbers: a process asked to stop for a reason of its own
+# beside the signals' numbers: the time is over; a process asked to stop for a reason of its own
+TIME, ASKED = 999, 1000
 
 
 class StopRequest:
-    """A request to stop after a step: one of the signals STOPPING, or `ask`, in any process.
+    """A request to stop after a step: one of the signals STOPPING, the end of the time, or `ask`, in any process.
 
     Processes get a signal at different moments but must stop after the same step. They agree by an asynchronous
     all-reduce on the CPU (gloo) at each step, whose result is read one step later, so no rank blocks.
+
+    Args:
+        deadline: when to stop, by time.monotonic() [never].
 
     Attributes:
         reason: why this process asked to stop; None if it did not.
         steps: how many calls of `agreed` it takes until all processes know of a request.
     """
 
-    def __init__(self):
+    def __init__(self, deadline: float = math.inf):
+        self.deadline = deadline
         self.signal, self.reason, self.reduced, self.pending = None, None, None, None
         self.group = files_group()
         self.steps = 1 if self.group is None else 2
@@ -36,8 +43,8 @@ class StopRequest:
         self.signal, self.reason = ASKED, self.reason or reason
 
     def agreed(self) -> str | None:
-        """Why all processes are to stop: a signal's name, "an error", or None. All must call this after each step."""
-        number = self.signal or 0
+        """Why all processes are to stop, in words, or None. All must call this after each step."""
+        number = self.signal or (TIME if time.monotonic() >= self.deadline else 0)
         if self.group is not None:
             reduced, pending = self.reduced, self.pending
             self.reduced = torch.tensor([number])
@@ -46,4 +53,5 @@ class StopRequest:
             if pending is not None:
                 pending.wait()
                 number = reduced.item()
-        return None if not number else "an error" if number == ASKED else signal.Signals(number).name
+        words = {0: None, TIME: "--stop-after", ASKED: "an error"}
+        return words[number] if number in words else signal.Signals(number).name

@@ -141,3 +141,18 @@ def test_values_that_differ_are_told_apart(one, other):
     there, here = told_apart(one, other)
     assert there != here and max(len(there), len(here)) < 70 and "{" not in there + here
     assert differences(dict(key=one), dict(key=other)) == f"key {there} there, {here} here"
+
+
+@pytest.mark.parametrize(
+    "script, flag, words",
+    [
+        ("train_diffusion", "--dino-cfg", "the features say L and V"),
+        ("train_diffusion", "--sem-dir", "--features-path"),
+        ("sample_ddp_computed_dlc", "--dino-cfg", "the checkpoint says L and V"),
+        ("extract_features_withdlc", "--dino-cfg", "--encoder says L and V"),
+    ],
+)
+def test_flags_of_the_reference(error_of, script, flag, words):
+    needed = ("--data-path", "x") if "extract" in script else ()
+    said = error_of(script, *needed, flag, "cfg.yaml")
+    assert f"{flag} is a flag of the reference's scripts: leave it out: " in said and words in said

@@ -12,7 +12,9 @@ from conftest import L, V, save_checkpoint
 from tiny_prior import save_prior
 
 from dlc.data.images import save_png
+from dlc.data.manifest import Manifest
 from dlc.machine.cli import WARNED
+from dlc.machine.files import write_json
 from dlc.sampling.code_folder import open_codes
 from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors
 from dlc.sampling.opening import open_model
@@ -333,3 +335,27 @@ def test_an_ema_that_is_still_the_start_is_warned_of(share, warned, tmp_path, ca
         assert ("97% of the EMA weights" in capsys.readouterr().err) == (warned and "--no-ema" not in flags)
     PriorDraw(save_prior(tmp_path / "prior", ema_start=share), True, PriorOptions(), seed=0)
     assert ("97% of the EMA weights" in capsys.readouterr().err) == warned
+
+
+def test_classes_that_are_asked_for(tmp_path):
+    """By number or name, in turn; recorded; what is no class is refused."""
+    names = ["1", "cat", "dog"]  # class 0 is called 1, which stays the number 1
+    record = Manifest(image_size=8, latents="mean", dtype="float16", L=None, V=None, classes=names, images=1)
+    write_json(tmp_path / "manifest.json", replace(record, count=1).to_json())
+    model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=3))
+
+    def drawn(*flags, features=tmp_path):
+        args = sampling_parser("", ClassLabels.script, "").parse_args(flags)
+        return ClassLabels.open(args, model, RunMeta(features_path=features and str(features)))
+
+    asked = drawn("--class", "dog", "1")
+    assert asked.values(np.arange(5)).tolist() == [2, 1, 2, 1, 2]
+    assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2, 1 of 3 classes"
+    assert "given" not in drawn("--label-sampling", "equal").recorded
+    for flags, features, words in (
+        (("--class", "3"), tmp_path, "--class 3: the model's classes are 0 to 2, or names such as 1"),
+        (("--class", "0", "cat"), None, "--class cat: .* and their names are not known"),
+        (("--class", "0", "--label-sampling", "equal"), None, "give one of them"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            drawn(*flags, features=features)
