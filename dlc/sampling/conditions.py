@@ -242,7 +242,7 @@ class ClassLabels(Conditions):
     """
 
     key, script = "labels", "sample_ddp.py"
-    flags = ("--label-sampling", "--class")
+    flags = ("--label-sampling",)
 
     @staticmethod
     def add_flags(add: Callable) -> None:
@@ -254,6 +254,7 @@ class ClassLabels(Conditions):
         )
         add(
             "--class",
+            dest="classes",
             nargs="+",
             help="draw these classes in turn, each by its number or, where the model's features say them, by its name "
             "[any class]",
@@ -261,7 +262,7 @@ class ClassLabels(Conditions):
 
     @classmethod
     def open(cls, args: Namespace, model: DiT, meta: RunMeta) -> "ClassLabels":
-        asked, order = vars(args)["class"], args.label_sampling
+        asked, order = args.classes, args.label_sampling
         if asked and order:
             raise ValueError("--class says which classes to draw, --label-sampling draws all: give one of them")
         given = class_numbers(asked or (), model.y_embedder.num_classes, meta.features_path)
