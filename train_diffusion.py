@@ -35,6 +35,8 @@ from dlc.machine.processes import from_rank_0
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
+from dlc.training.heldout import add_heldout_flags
+from dlc.training.heldout_latents import HeldOutLatents, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.losses import Losses
 from dlc.training.preview import first_rows, save_preview
@@ -102,6 +104,7 @@ def argument_parser(**defaults) -> ArgumentParser:
         "--vae",
         help=f"{VAE_HELP}; it decodes previews and, with --data-path, encodes the images [the features' own, or ema]",
     )
+    add_heldout_flags(add, "rows", "loss", 0.0)
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
     add("--dino-cfg", action=NotHere, help="leave it out: the features say L and V, or for theirs --V does")
     add("--sem-dir", action=NotHere, help="leave it out: the codes lie in the folder of --features-path")
@@ -213,6 +216,9 @@ def data_settings(args: argparse.Namespace, features: Features | Images, inputs:
         features_count=features.count,
         latents=features.latent_kind,
         **{key: value for key, value in features.source().items() if key != "vae"},
+        train_only=args.train_only,
+        holdout=args.holdout or None,
+        heldout_path=args.heldout_path and recorded_id(args.heldout_path),
         first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest(),
     )
 
@@ -299,6 +305,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- data
         features, data_path = open_data(args, run.state), args.data_path or args.features_path
         inputs, (channels, latent_size, _) = open_inputs(args, features), features.latent_shape
+        split = split_features(args, features, inputs)
         spec, process = DiT_models[args.model], open_process(args)
         sizes = {**inputs.sizes, **model_arguments(args)}
         build = partial(spec, input_size=latent_size, in_channels=channels, learn_sigma=process.learn_sigma, **sizes)
@@ -313,7 +320,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             args.model,
             build,
             process,
-            settings=dict(data_settings(args, features, inputs), train_only=args.train_only),
+            settings=data_settings(args, features, inputs),
             notes={"vae": source["vae"], path_key: recorded_id(data_path)},
         )
         if is_main:
@@ -332,7 +339,10 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     run.optimize(build_optimizer(args, model), Losses(names, by_quarter=process.loss_names[-1]))
 
     # ---------------------------------------------------------------------- run
-    batches = (ImageBatches if encode else TrainingBatches)(features, inputs.arrays, inputs.limits, **run.share)
+    kind = ImageBatches if encode else TrainingBatches
+    batches = kind(features, inputs.arrays, inputs.limits, only=split.only, **run.share)
+    losses = partial(losses_of, draw_latents=draw_latents)
+    heldout = HeldOutLatents(run, split, process, losses)
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -340,8 +350,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     )
     run.logger.info(f"objective: {args.objective}, {describe_process(process)}")
     run.logger.info(
-        f"data: {features.count:,} {'images' if encode else 'rows'} of {data_path}, "
-        f"{features.count / args.global_batch_size:.1f} steps per epoch"
+        f"data: {batches.rows_per_epoch:,} {'images' if encode else 'rows'} of {data_path}, "
+        f"{batches.rows_per_epoch / args.global_batch_size:.1f} steps per epoch, {heldout.size:,} held out"
     )
     for what, name, network in (
         ("VAE", vae_name, features.vae if encode else vae),
@@ -359,19 +369,12 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     for step, batch in run.steps(batches):
         for part in run.micro_batches(batch):
             latents, y = seen(part)
-            terms, t = losses_of(
-                run.model,
-                process,
-                part["indices"],
-                latents,
-                y,
-                seed=args.global_seed,
-                dropout=model.class_dropout_prob,
-                draw_latents=draw_latents,
-                head=bool(args.intermediate_head),
-            )
+            kept = dict(seed=args.global_seed, dropout=model.class_dropout_prob, head=bool(args.intermediate_head))
+            terms, t = losses(run.model, process, part["indices"], latents, y, **kept)
             run.backward(terms, t, process.num_timesteps)
         run.update(step)
+        if heldout.is_due(step):  # before a checkpoint, so that a resumed run has the same measurements
+            heldout.measure(step)
         run.report(step)
         if run.preview_due(step):
             with run.whole_ema() as ema:
@@ -383,6 +386,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                     run.record(
                         save_preview, path, ema, process, latents[:, :channels].float(), y, vae, args.global_seed
                     )
+    heldout.conclude()
 
 
 if __name__ == "__main__":

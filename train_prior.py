@@ -24,7 +24,7 @@ from dlc.machine.cli import ArgumentParser, number
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, seed_torch
 from dlc.training.code_batches import CodeBatches, Codes, draws
-from dlc.training.heldout import HeldOut
+from dlc.training.heldout import HeldOutCodes, add_heldout_flags, settle_heldout
 from dlc.training.losses import Losses
 from dlc.training.preview import CodePreview, preview_codes
 from dlc.training.run import Run
@@ -32,6 +32,7 @@ from dlc.training.run_flags import add_run_flags
 from prior import DLCPrior_models
 
 LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")
+HOLDOUT = 0.01  # the default of --holdout
 MASKING = "counted"  # the same mean loss as independent masks, and less variance
 
 
@@ -68,19 +69,9 @@ def argument_parser() -> ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--features-path", "--feature-path", default="features", help="train on the codes of these features")
     add("--V", type=number(int, 1), help="tokens per position, for features without a manifest [the manifest's]")
-    add(
-        "--holdout",
-        type=number(float, 0, 0.9),
-        help="share of the codes to hold out, to measure the bound on; 0 holds none out [0.01]",
-    )
-    add("--heldout-path", help="hold out the codes of these features instead, and train on all of the others [none]")
+    add_heldout_flags(add, "codes", "bound", HOLDOUT)
 
     add = add_run_flags(parser, epochs=200)
-    add(
-        "--eval-every",
-        type=number(int, 1),
-        help="steps between bounds on the held-out codes [those between checkpoints, at most 10,000]",
-    )
     add(
         "--eval-levels",
         type=number(int, 1),
@@ -101,14 +92,10 @@ def settle_flags(args: argparse.Namespace) -> None:
     args.sample_every = args.sample_every if args.preview_ckpt else 0
     if args.label_dropout is not None and not args.class_conditional:
         raise ValueError("--label-dropout hides classes: give --class-conditional as well")
-    if args.holdout is not None and args.heldout_path:
-        raise ValueError("--holdout holds out a share of --features-path, --heldout-path other codes: give one of them")
-    for flag, given in (("every", args.eval_every), ("levels", args.eval_levels)):
-        if given is not None and args.holdout == 0:
-            raise ValueError(f"--eval-{flag} needs held-out codes, but --holdout is 0")
-    default = dict(
-        label_dropout=0.1 if args.class_conditional else 0.0, holdout=0.0 if args.heldout_path else 0.01, eval_levels=8
-    )
+    settle_heldout(args, HOLDOUT)
+    if args.eval_levels is not None and not (args.holdout or args.heldout_path):
+        raise ValueError("--eval-levels needs held-out codes, but --holdout is 0")
+    default = dict(label_dropout=0.1 if args.class_conditional else 0.0, eval_levels=8)
     vars(args).update({name: value for name, value in default.items() if getattr(args, name) is None})
 
 
@@ -198,7 +185,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps per "
         "epoch"
     )
-    heldout = HeldOut(run, codes, diffusion)
+    heldout = HeldOutCodes(run, codes, diffusion)
 
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches):

@@ -18,13 +18,11 @@ from dlc.nets.digest import weights_sha256
 from dlc.sampling.latents import Guide
 from dlc.weights.hub import is_id
 from dlc.weights.load import load_model, process_of, warn_of_young_ema
-from dlc.weights.meta import RunMeta
+from dlc.weights.meta import SAME_LATENTS, RunMeta
 from models import DiT
 
 CFG_SCALE = 1.5  # the default of --cfg-scale
 TIME = number(whole_or_float, 0)  # the argparse type of a time of the process
-# keys of meta.json that two models of the same samples share
-SHARED = "image_size vae_sha256 scaling_factor shift_factor latents_mean latents_std encoder_sha256".split()
 
 
 def add_guide_flags(add: Callable) -> None:
@@ -74,7 +72,7 @@ def trained_for(model: DiT, meta: RunMeta) -> dict:
         latents=[model.in_channels, *model.x_embedder.img_size],
         process=process_of(meta).config,
         **({} if table is None else model.sizes_of(tuple(table.shape))),
-        **{name: getattr(meta, name) for name in SHARED},
+        **{name: getattr(meta, name) for name in SAME_LATENTS},
     )
 
 
@@ -99,7 +97,7 @@ def open_guide(args: Namespace, path: Path, model: DiT, meta: RunMeta) -> tuple[
     weak, name, known = load_model(named, args.ema, flag="--guide-ckpt", state=state)
     warn_of_young_ema(named, known)
     here, there = trained_for(model, meta), trained_for(weak, known)
-    unknown = [key for key in SHARED if (here[key] is None) != (there[key] is None)]
+    unknown = [key for key in SAME_LATENTS if (here[key] is None) != (there[key] is None)]
     different = differences(there, {key: value for key, value in here.items() if key not in unknown})
     if different:
         raise ValueError(f"--guide-ckpt {named} was not trained for the samples of {path}: {different}")

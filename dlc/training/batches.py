@@ -38,6 +38,7 @@ class TrainingBatches(Dataset):
         features: a `Features`.
         arrays: what else a batch holds, by name: rows aligned with the latents.
         limits: by name, the number above all values of an array.
+        only: the rows to train on, (n,) int64 [all].
         first_step, first_index: where the run resumes: this step begins with this sample index.
     """
 
@@ -47,6 +48,7 @@ class TrainingBatches(Dataset):
         arrays: Mapping[str, object],
         limits: Mapping[str, int] | None = None,
         *,
+        only: np.ndarray | None = None,
         seed: int,
         global_batch: int,
         rank: int = 0,
@@ -55,13 +57,10 @@ class TrainingBatches(Dataset):
         first_index: int = 0,
     ):
         self.features, self.arrays, self.limits, self.seed = features, arrays, limits or {}, seed
+        self.only, self.rows_per_epoch = only, features.count if only is None else len(only)
         self.global_batch, self.local_batch, self.rank = global_batch, global_batch // world_size, rank
         self.first_step, self.first_index = first_step, first_index
         self.orders = {}  # only the current epoch's
-
-    @property
-    def rows_per_epoch(self) -> int:
-        return self.features.count
 
     def first_of(self, step: int) -> int:
         """The sample index that a step begins with."""
@@ -74,13 +73,13 @@ class TrainingBatches(Dataset):
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The feature row at each sample index."""
-        epochs, offsets = indices // self.features.count, indices % self.features.count
+        epochs, offsets = indices // self.rows_per_epoch, indices % self.rows_per_epoch
         rows = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             if epoch not in self.orders:
-                self.orders = {epoch: permutation(self.seed, Stream.TRAIN_ORDER, epoch, self.features.count)}
+                self.orders = {epoch: permutation(self.seed, Stream.TRAIN_ORDER, epoch, self.rows_per_epoch)}
             rows[epochs == epoch] = self.orders[epoch][offsets[epochs == epoch]]
-        return rows
+        return rows if self.only is None else self.only[rows]
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Unreadable:
         """indices (n,) of the samples, latents as stored (n, C or 2C, S/f, S/f), and the arrays (n, ...) by name."""

@@ -1,11 +1,14 @@
-"""The bound on codes that a prior is not trained on, as training goes: logged, and the best weights kept."""
+"""The loss on what is not trained on, as training goes: logged, and the best weights kept. Here a prior's bound."""
 
 import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from diffusion.masked import MaskedDiffusion
+from dlc.machine.cli import number
 from dlc.machine.noise import Stream, random_words
 from dlc.training.code_batches import Codes
 from dlc.training.metrics_file import append_metrics, read_metrics
@@ -44,86 +47,150 @@ def heldout_bounds(
     return torch.cat(bounds) if bounds else torch.zeros(0, dtype=torch.float64, device=codes.device)
 
 
-class HeldOut:
-    """Measures the EMA weights on the held-out codes, every --eval-every steps and at the end.
+def add_heldout_flags(add: Callable, what: str, measured: str, default: float) -> None:
+    """Add --holdout, --heldout-path and --eval-every.
 
-    Each measurement is a line of metrics.jsonl and of the log. RESULTS/best/ holds the weights of the lowest bound.
+    Args:
+        what, measured: what is held out, in the plural, and what is measured on it, in words.
+        default: of --holdout, where nothing else is held out.
+    """
+    add(
+        "--holdout",
+        type=number(float, 0, 0.9),
+        help=f"share of the {what} to hold out, to measure the {measured} on; 0 holds none out [{default}]",
+    )
+    add("--heldout-path", help=f"hold out the {what} of these features instead, and train on all of the others [none]")
+    add(
+        "--eval-every",
+        type=number(int, 1),
+        help=f"steps between measurements of the {measured} on the held-out {what} [those between checkpoints, at most "
+        "10,000]",
+    )
+
+
+def settle_heldout(args: Namespace, default: float) -> None:
+    """Give --holdout its default. Raises ValueError for flags that do not go together."""
+    if args.holdout is not None and args.heldout_path:
+        raise ValueError(
+            "--holdout holds out a share of --features-path, --heldout-path other features: give one of them"
+        )
+    if args.holdout is None:
+        args.holdout = 0.0 if args.heldout_path else default
+    if args.eval_every and not (args.holdout or args.heldout_path):
+        raise ValueError("--eval-every measures on what is held out, but --holdout is 0")
+
+
+class HeldOut:
+    """Measures the EMA weights on what is held out, every --eval-every steps and at the end.
+
+    Each measurement is a line of metrics.jsonl and of the log. RESULTS/best/ holds the weights of the lowest one.
+
+    A subclass gives
+        unit, what: of the numbers, in metrics.jsonl and in words.
+        evaluate(ema): pairs of a name, the first of which is "heldout", and values (n,) of this process's places.
+        words(found): the log's line, by the keys of metrics.jsonl.
 
     Args:
         run: the `Run`.
-        codes: the `Codes`; nothing is measured if none are held out.
-        diffusion: the `MaskedDiffusion` that is trained.
+        size: how many rows are held out; nothing is measured if there are none.
+        beside: constants to note with each measurement.
     """
 
-    def __init__(self, run: "Run", codes: Codes, diffusion: MaskedDiffusion):
-        self.run, self.codes, self.diffusion = run, codes, diffusion
-        self.size, self.bounds = len(codes.heldout_rows), []  # (step, nats per token) of each measurement
-        if not self.size:
-            return
+    unit: str
+    what: str
+
+    def __init__(self, run: "Run", size: int, **beside: float):
+        self.run, self.size, self.beside = run, size, beside
         # as many for each process, some twice: a sharded EMA is gathered at every call
         processes = run.state.num_processes
-        places = torch.arange(run.state.process_index, -(-self.size // processes) * processes, processes)
-        self.counted = (places < self.size).to(run.device)
-        tokens, labels = (values[places % self.size].to(run.device) for values in codes.heldout)
-        self.tokens, self.labels, self.indices = tokens, labels, (places % self.size).to(run.device)
-        self.uniform, self.independent = math.log(codes.V), codes.independent_nats()
-        run.logger.info(
-            f"held out: {self.size:,} codes; nats per token of uniform tokens (ln V) {self.uniform:.4f}, of "
-            f"independent positions {self.independent:.4f}"
-        )
-        self.bounds = [
-            (line["step"], line["heldout_nats"])
-            for line in read_metrics(run.folder / "metrics.jsonl")
-            if isinstance(line.get("heldout_nats"), float)
-        ]
+        places = torch.arange(-(-size // processes)) * processes + run.state.process_index
+        self.counted, self.places = (places < size).to(run.device), places % max(1, size)
+        key, lines = f"heldout_{self.unit}", read_metrics(run.folder / "metrics.jsonl") if size else []
+        self.found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
+
+    def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        raise NotImplementedError
+
+    def words(self, found: dict) -> str:
+        raise NotImplementedError
 
     def is_due(self, step: int) -> bool:
         every = self.run.args.eval_every or min(10_000, self.run.checkpoints[1])
         return bool(self.size) and (step % every == 0 or step == self.run.last_step)
 
+    @torch.no_grad()
     def measure(self, step: int) -> None:
         """Measure, write a line, and keep the weights if they are the best so far. Every process calls this."""
-        run, args, L = self.run, self.run.args, self.codes.L
-        found = {}
+        run, found = self.run, {}
         with run.whole_ema(everywhere=True) as ema:
-            kinds = {"heldout": {}}
-            if ema.num_classes is not None:  # the prior without a class comes second: it is trained on fewer samples
-                kinds = {"heldout": dict(y=self.labels), "heldout_no_class": {}}
-            for name, kwargs in kinds.items():
-                with run.accelerator.autocast():
-                    bounds = heldout_bounds(ema, self.diffusion, self.tokens, self.indices, args.eval_levels, kwargs)
-                bounds = bounds[self.counted]
-                sums = run.accelerator.reduce(torch.stack([bounds.sum(), bounds.square().sum()]), "sum").tolist()
+            for name, values in self.evaluate(ema):
+                values = values[self.counted].double()
+                sums = run.accelerator.reduce(torch.stack([values.sum(), values.square().sum()]), "sum").tolist()
                 mean = sums[0] / self.size
                 error = math.sqrt(max(0.0, sums[1] / self.size - mean**2) / max(1, self.size - 1))
-                found[f"{name}_nats"], found[f"{name}_error"] = mean / L, error / L
-            nats = found["heldout_nats"]
-            best = nats < min((bound for _, bound in self.bounds), default=math.inf)  # NaN is not
-            self.bounds += [(step, nats)] if math.isfinite(nats) else []
+                found[f"{name}_{self.unit}"], found[f"{name}_error"] = mean, error
+            value = found[f"heldout_{self.unit}"]
+            best = value < min((one for _, one in self.found), default=math.inf)  # NaN is not
+            self.found += [(step, value)] if math.isfinite(value) else []
             if best:
                 run.record(self._keep, step, ema)
-        line = dict(step=step, **found, uniform_nats=self.uniform, independent_nats=self.independent)
+        line = dict(step=step, **found, **self.beside)
         if run.state.is_main_process:
             run.record(append_metrics, run.folder / "metrics.jsonl", line)
-        if args.report_to:
+        if run.args.report_to:
             run.accelerator.log({name: value for name, value in line.items() if name != "step"}, step)
-        run.logger.info(
-            f"step {step:,}: held-out bound {nats:.4f} +- {found['heldout_error']:.4f} nats per token"
-            + (f" given the class, {found['heldout_no_class_nats']:.4f} without it" if len(kinds) > 1 else "")
-            + f" (uniform {self.uniform:.4f}, independent positions {self.independent:.4f})"
-            + (", the lowest so far" if best else "")
-        )
+        run.logger.info(f"step {step:,}: {self.words(line)}{', the lowest so far' if best else ''}")
 
     def _keep(self, step, ema):
         save_best(self.run.folder, self.run.config, self.run.meta(step), ema=ema, write=self.run.state.is_main_process)
 
     def conclude(self) -> None:
-        """Say in the log at which step the bound was lowest, and whether it has risen since."""
-        if not self.bounds:
+        """Say in the log at which step it was lowest, and whether it has risen since."""
+        if not self.found:
             return
-        (last, nats), (step, best) = self.bounds[-1], min(self.bounds, key=lambda one: one[1])
-        risen = f"; it has risen to {nats:.4f} by step {last:,}: training overfits" if nats > best else ""
+        (last, value), (step, best) = self.found[-1], min(self.found, key=lambda one: one[1])
+        risen = f"; it has risen to {value:.4f} by step {last:,}: training overfits" if value > best else ""
         self.run.logger.info(
-            f"held-out bound: lowest at step {step:,}, {best:.4f} nats per token{risen}; "
+            f"held-out {self.what}: lowest at step {step:,}, {best:.4f}{risen}; "
             f"those weights are {self.run.folder / 'best' / f'{step:07d}'}"
+        )
+
+
+class HeldOutCodes(HeldOut):
+    """The bound of a prior on the held-out `Codes`, in nats per token.
+
+    diffusion: the `MaskedDiffusion` that is trained.
+    """
+
+    unit, what = "nats", "bound"
+
+    def __init__(self, run: "Run", codes: Codes, diffusion: MaskedDiffusion):
+        size, self.L, self.diffusion = len(codes.heldout_rows), codes.L, diffusion
+        if not size:
+            super().__init__(run, size)
+            return
+        super().__init__(run, size, uniform_nats=math.log(codes.V), independent_nats=codes.independent_nats())
+        self.tokens, self.labels = (values[self.places].to(run.device) for values in codes.heldout)
+        self.indices = self.places.to(run.device)
+        run.logger.info(
+            f"held out: {size:,} codes; nats per token of uniform tokens (ln V) {self.beside['uniform_nats']:.4f}, of "
+            f"independent positions {self.beside['independent_nats']:.4f}"
+        )
+
+    def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `HeldOut`. The prior without a class comes second: it is trained on fewer samples."""
+        kinds, levels = {"heldout": {}}, self.run.args.eval_levels
+        if ema.num_classes is not None:
+            kinds = {"heldout": dict(y=self.labels), "heldout_no_class": {}}
+        for name, kwargs in kinds.items():
+            with self.run.accelerator.autocast():
+                yield name, heldout_bounds(ema, self.diffusion, self.tokens, self.indices, levels, kwargs) / self.L
+
+    def words(self, found: dict) -> str:
+        """See `HeldOut`."""
+        without = found.get("heldout_no_class_nats")
+        return (
+            f"held-out bound {found['heldout_nats']:.4f} +- {found['heldout_error']:.4f} nats per token"
+            + ("" if without is None else f" given the class, {without:.4f} without it")
+            + f" (uniform {found['uniform_nats']:.4f}, independent positions {found['independent_nats']:.4f})"
         )

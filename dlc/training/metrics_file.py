@@ -81,10 +81,14 @@ def draw_losses(metrics: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps, losses = zip(*points)
+    heldout = [(line["step"], line["heldout_loss"]) for line in metrics if isinstance(line.get("heldout_loss"), float)]
     low, high = min(losses), sorted(losses)[int(0.98 * (len(losses) - 1))]
     figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses)
+    if heldout:
+        axes.plot(*zip(*heldout), marker=".", label="held out, of the EMA")
+        axes.legend()
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set(xlabel="step", ylabel="loss", title=f"loss, last {losses[-1]:.4f}")

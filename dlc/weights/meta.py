@@ -40,6 +40,8 @@ from prior import DLCPrior
 
 OURS = "dlc-dit"  # the "format" of our config.json
 CHECKPOINT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "config.json", "meta.json")
+# keys of meta.json that two models, or features, of the same latents and codes share
+SAME_LATENTS = "image_size vae_sha256 scaling_factor shift_factor latents_mean latents_std encoder_sha256".split()
 RESUMED = ("step", "place", "logged", "skipped")  # keys without which a run cannot continue
 
 COUNT, SIZE, ID = or_null(whole_number(0)), or_null(whole_number(1)), or_null(TEXT)

@@ -247,7 +247,7 @@ def test_mistakes_are_one_line(error_of, code_features, tmp_path):
         (("--V", 5), "--V 5: "),
         (("--holdout", 0.999), "must be 0 to 0.9"),
         (("--heldout-path", "nowhere"), "nowhere does not exist"),
-        (("--heldout-path", other, "--holdout", 0.01), "--heldout-path other codes: give one of them"),
+        (("--heldout-path", other, "--holdout", 0.01), "--heldout-path other features: give one of them"),
         (("--label-dropout", 0.1), "--label-dropout hides classes: give --class-conditional"),
         (("--holdout", 0, "--eval-levels", 8), "--eval-levels needs held-out codes, but --holdout is 0"),
         (("--heldout-path", other), "have V=3, but those of"),

@@ -1,0 +1,80 @@
+"""The loss on rows that a diffusion model is not trained on: which rows, what it is, and that a run resumes with it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import launch
+from PIL import Image
+from training_runs import metrics, same_run, train_command
+
+from diffusion.process_table import create_process
+from dlc.data import Features
+from dlc.training.batches import TrainingBatches
+from dlc.training.code_batches import split_rows
+from dlc.training.heldout import SEED
+from dlc.training.heldout_latents import TIMES
+from dlc.weights.load import load_model
+from train_diffusion import losses_of
+
+pytestmark = pytest.mark.slow
+
+
+def test_what_is_held_out_is_measured_and_not_trained_on(features, tmp_path):
+    """Stopped and resumed, and by two processes, it is the same; the best weights are kept; the loss is by definition
+    that of the EMA at fixed times and noise."""
+    flags = ("--holdout", 0.3, "--eval-every", 2, "--ckpt-every", 2)
+
+    def train(results, steps, processes=1, *more):
+        command = train_command(processes, features, tmp_path / results, *flags, launcher="forked")
+        return launch((*command, "--max-steps", steps, *more), tmp_path).stdout
+
+    train("parts", 2)
+    train("parts", 4)
+    said = train("whole", 4)
+    assert same_run(tmp_path / "whole", tmp_path / "parts", 4)
+    assert "data: 10 rows" in said and "4 held out" in said and "held-out loss: lowest at step" in said
+    measured = [line for line in metrics(tmp_path / "whole") if "heldout_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4] and measured[0]["heldout_error"] > 0
+    (best,) = (tmp_path / "whole/best").iterdir()
+    assert int(best.name) == min(measured, key=lambda line: line["heldout_loss"])["step"]
+    assert Image.open(tmp_path / "whole/loss.png").size == (800, 400)
+
+    model, data, (only, rows) = load_model(best)[0], Features(features), split_rows(14, 0.3)
+    latents = torch.from_numpy(data.latents.gather(rows))
+    codes = torch.from_numpy(data.codes.gather(rows).astype(np.int64))
+    settings, losses = dict(seed=SEED, dropout=0.0, draw_latents=data.latent_kind == "moments"), []
+    with torch.no_grad():
+        for time in range(TIMES):
+            indices = torch.arange(4) * TIMES + time
+            terms, _ = losses_of(model, create_process("gaussian"), indices, latents, codes, **settings)
+            losses.append(terms["loss"])
+    expected = min(line["heldout_loss"] for line in measured)
+    assert torch.stack(losses).mean().item() == pytest.approx(expected, rel=1e-4)
+    batches = TrainingBatches(data, {}, only=only, seed=0, global_batch=10)
+    assert sorted(batches.rows(np.arange(10, 20))) == only.tolist() and batches.rows_per_epoch == 10
+
+    train("two", 4, 2)
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "two")):
+        for key in {"loss", "heldout_loss"} & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=2e-4)
+
+
+def test_mistakes(error_of, features, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in features.iterdir():
+        (other / path.name).symlink_to(path)
+    manifest = json.loads((features / "manifest.json").read_text())
+    (other / "manifest.json").unlink()
+    (other / "manifest.json").write_text(json.dumps({**manifest, "vae_sha256": "f" * 64}))
+    common = ("--model", "DiTSEM-Ti/4", "--features-path", features)
+    for flags, message in (
+        (("--holdout", 0.1, "--heldout-path", other), "--heldout-path other features: give one of them"),
+        (("--eval-every", 5), "--eval-every measures on what is held out, but --holdout is 0"),
+        (("--heldout-path", other), "does not fit --features-path: vae_sha256"),
+        (("--train-only", "head"), "give --intermediate-head and --pretrained-path"),
+        (("--intermediate-head", 6), "an intermediate head lies after block 1 to 5, not 6"),
+    ):
+        assert message in error_of("train_diffusion", *common, *flags)
