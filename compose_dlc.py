@@ -22,7 +22,7 @@ from PIL import Image
 
 from dlc.data import Features, code_dtype, read_manifest
 from dlc.data.codes import CodeSpec, compare
-from dlc.data.images import WHITE, add_background_flag, center_crop, is_transparent, load_rgb
+from dlc.data.images import WHITE, add_background_flag, center_crop, is_transparent, load_image
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.exact import in_batches
 from dlc.machine.files import check_output, write_new
@@ -62,7 +62,7 @@ def compose(sources: torch.Tensor, weights: torch.Tensor, num: int, seed: int) -
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("images", nargs="*", help="two or more image files")
+    add("images", nargs="*", help="two or more image files, also in an archive: images.zip/cat/0.png")
     add("--features-path", "--feature-path", help="features, for --rows or for the encoder that made them [features]")
     add("--rows", type=number(int, 0), nargs="+", help="in place of images: rows of the features, counted from 0")
     add_background_flag(add, None)
@@ -105,7 +105,7 @@ def check_sources(args: argparse.Namespace) -> None:
 def view_of(path: str, size: int, background: tuple[int, int, int]) -> Image.Image:
     """What the encoder sees of an image, size pixels squared. Raises ValueError, naming it, if it cannot be read."""
     try:
-        image = load_rgb(path, background)
+        image = load_image(path, background)
     except Exception as error:  # Pillow's readers raise all kinds
         raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
     if is_transparent(image):

@@ -29,7 +29,7 @@ from evaluation.comparison import (
 from evaluation.feature_networks import feature_networks
 from evaluation.reference import Reference, open_reference
 from evaluation.report import METRICS_FILE, metrics_json, metrics_path, paper_line, table, write_metrics
-from evaluation.sets import open_images
+from evaluation.sets import is_npz, open_images
 
 # the commands beside the comparison, and the modules whose main(argv) they are
 COMMANDS = {
@@ -55,8 +55,8 @@ def check_flags(args: Namespace) -> None:
     check_comparison_flags(args)
     if args.reference is None and needs_reference(wanted_metrics(args)):
         raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
-    if (args.crop or args.resize) and not any(one and Path(one).is_dir() for one in (args.samples, args.reference)):
-        raise ValueError("--crop and --resize are for folders, and neither SAMPLES nor --reference is one")
+    if (args.crop or args.resize) and all(one is None or is_npz(one) for one in (args.samples, args.reference)):
+        raise ValueError("--crop and --resize are not for .npz, as SAMPLES and --reference are")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def run(args: Namespace) -> None:
     if needs_reference(metrics):
         reference = open_reference(args.reference, args.crop, args.resize)
         check_reference(reference, metrics, args.features)
-        if reference.path.is_dir():
+        if not is_npz(args.reference):
             notes += reference.images.notes
     elif args.reference:
         notes.append("--reference is not used: no metric compares with it")

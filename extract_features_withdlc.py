@@ -1,9 +1,9 @@
-"""Turn a folder of images into VAE latents and discrete latent codes on disk.
+"""Turn images into VAE latents and discrete latent codes on disk.
 
     torchrun --nnodes=1 --nproc_per_node=N extract_features_withdlc.py --model DiT-XL/2 \\
         --data-path /path/to/imagenet/train --features-path /path/to/store/features
 
-In: DATA/{class}/*.jpg (torchvision's ImageFolder), a VAE, a SEM encoder. Out: FEATURES/, the contract of
+In: images (DATA/{class}/*.jpg, an archive or a dataset), a VAE, a SEM encoder. Out: FEATURES/, the contract of
 dlc/data/, and FEATURES/preview.png: eight crops over their VAE reconstructions. The same command run again
 continues. The stored bytes depend neither on the number of processes and workers nor on a row's neighbours.
 """
@@ -21,9 +21,17 @@ import torch
 
 from dlc.data import Features, FeatureWriter, Manifest, NotFinite
 from dlc.data.extraction import BatchEncoder, batches_of, extract
-from dlc.data.images import Views, add_background_flag, collate, flips_of, image_grid, to_uint8
+from dlc.data.images import (
+    Views,
+    add_background_flag,
+    add_source_flags,
+    collate,
+    flips_of,
+    image_grid,
+    open_source,
+    to_uint8,
+)
 from dlc.data.inspection import without
-from dlc.data.listing import list_images
 from dlc.data.manifest import DTYPES, LATENTS, read_manifest
 from dlc.machine.cli import SEED, ArgumentParser, NotHere, number, progress
 from dlc.machine.exact import set_exact_numerics
@@ -44,18 +52,20 @@ from dlc.machine.readers import read_ahead
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, downsampling_factor, open_networks
+from evaluation.similarity import psnr
 from models import DiT_models
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 ON_GPU = on_gpus()
+LOWEST_PSNR = 18  # dB; docs/extraction.md says why
 
 
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--data-path", required=True, help="images: an ImageFolder-style directory, one subfolder per class")
+    add_source_flags(add, required=True)
     add(
         "--features-path", "--feature-path", default="features", help="directory to write the features to [%(default)s]"
     )
@@ -133,7 +143,7 @@ def main() -> None:
 
 
 def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging.Logger) -> tuple:
-    """The VAE, the encoder or None, the images' paths and labels, and the manifest of what is to be written.
+    """The VAE, the encoder or None, the images, and the manifest of what is to be written.
 
     Raises ValueError or OSError, naming the flag or file, for what cannot be opened or does not go together.
     """
@@ -150,8 +160,8 @@ def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging
     if encoder:
         logger.info(f"encoder {args.encoder}: {encoder.said}")
     logger.info(f"listing {args.data_path}")
-    classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(args.data_path))
-    for remark in remarks:
+    source = done_by_rank_0(state, lambda: open_source(args.data_path, args.labels))
+    for remark in source.remarks:
         logger.warning(f"warning: {remark}")
     manifest = Manifest(
         image_size=args.image_size,
@@ -162,11 +172,11 @@ def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging
         flip=args.flip,
         background=list(args.background),
         seed=args.global_seed,
-        classes=classes,
-        **data_settings(args.vae, vae, args.encoder, encoder, paths),
+        classes=source.classes,
+        **data_settings(args.vae, vae, args.encoder, encoder, source),
     )
     agree("VAE and encoder", manifest.to_json())
-    return vae, encoder, paths, labels, manifest
+    return vae, encoder, source, manifest
 
 
 def mended_by(views: Views, strict: bool) -> Callable[[str], bool]:
@@ -174,15 +184,13 @@ def mended_by(views: Views, strict: bool) -> Callable[[str], bool]:
 
     With strict it raises ValueError for one that cannot.
     """
-    indices = {}
 
     @functools.cache
     def mended(path):
-        if not indices:
-            indices.update((views.name(index), index) for index in range(len(views.paths)))
-        *_, fault = views[indices[path]]
+        *_, fault = views[views.source.indices[path]]
         if fault and strict:
-            raise ValueError(f"cannot read {views.path(fault[0])!r} ({fault[1]}): fix the file, or leave out --strict")
+            path = views.source.path(fault[0])
+            raise ValueError(f"cannot read {path!r} ({fault[1]}): fix the file, or leave out --strict")
         return fault is None
 
     return mended
@@ -196,10 +204,10 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         part = asked_part(args.part)
         state = start_processes(precisions=[args.precision])
         logger = create_logger(state)
-        vae, encoder, paths, labels, manifest = open_inputs(args, state, logger)
-        flips = flips_of(args.flip, len(paths), args.global_seed)  # (images, k)
+        vae, encoder, source, manifest = open_inputs(args, state, logger)
+        flips = flips_of(args.flip, len(source), args.global_seed)  # (images, k)
         code_size = encoder.image_size if encoder else None
-        views = Views(args.data_path, paths, flips, args.image_size, code_size, args.background)
+        views = Views(source, flips, args.image_size, code_size, args.background)
         writer = FeatureWriter(args.features_path, manifest, part)
         incomplete = done_by_rank_0(state, lambda: writer.start(mended_by(views, args.strict)))
     patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
@@ -213,7 +221,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         logger.info(f"{args.features_path} is complete; nothing to do{without(read_manifest(args.features_path))}")
         if state.is_main_process and not preview.exists():
             with parser.one_line_errors("the features are complete"):
-                save_reconstructions(preview, args.features_path, views, paths, vae)
+                save_reconstructions(preview, args.features_path, views, vae, logger)
         state.destroy_process_group()
         return
 
@@ -223,15 +231,16 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     for line in part.said("shards"):
         logger.info(line)
     logger.info(
-        f"{len(paths):,} images in {len(manifest.classes)} classes, {num_shards} shards, {len(todo)} to do, "
+        f"{len(source):,} images in {len(manifest.classes)} classes, {num_shards} shards, {len(todo)} to do, "
         f"{state.num_processes} processes on {state.device.type}, {args.precision}"
     )
-    batches = batches_of(todo[state.process_index :: state.num_processes], len(paths), args.shard_size, args.batch_size)
+    own = todo[state.process_index :: state.num_processes]
+    batches = batches_of(own, len(source), args.shard_size, args.batch_size)
     load, on_gpu = lambda batch: collate([views[index] for index in batch]), state.device.type == "cuda"
     loaded = read_ahead(load, batches, args.num_workers, pin=on_gpu)
     set_exact_numerics()
     encoder = PixelEncoder(vae, encoder, state.device, args.precision, args.compile)
-    encode = BatchEncoder(encoder, views, labels, manifest, args.batch_size, args.strict)
+    encode = BatchEncoder(encoder, views, source.labels, manifest, args.batch_size, args.strict)
     if args.compile and batches:
         encode.warm_up()
     images, start = sum(map(len, batches)), time.time()
@@ -243,7 +252,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     )
     try:
         with bar:
-            extract(encode, zip(batches, loaded), writer, len(paths), bar.update)
+            extract(encode, zip(batches, loaded), writer, len(source), bar.update)
     except NotFinite as error:
         parser.error(f"{error}; what is done is kept, and other settings need another --features-path")
     rate = images / (time.time() - start)
@@ -254,15 +263,15 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         return state.destroy_process_group()
     if manifest and not manifest.count:
         path, reason = manifest.skipped[0]
-        parser.error(f"none of the {len(paths):,} images of {args.data_path} can be read, as {path!r}: {reason}")
+        parser.error(f"none of the {len(source):,} images of {args.data_path} can be read, as {path!r}: {reason}")
 
     # ---------------------------------------------------------------------- preview
     if state.is_main_process:
         with parser.one_line_errors("the features are complete"):
-            save_reconstructions(preview, args.features_path, views, paths, vae)
+            save_reconstructions(preview, args.features_path, views, vae, logger)
         skipped = len(manifest.skipped)
         logger.info(
-            f"done: {manifest.count:,} rows of {len(paths):,} images in {num_shards} shards, {skipped} skipped "
+            f"done: {manifest.count:,} rows of {len(source):,} images in {num_shards} shards, {skipped} skipped "
             f"{'(listed in manifest.json) ' if skipped else ''}at {args.features_path}; "
             f"{rate:.2f} images/s per process; look at {preview}"
         )
@@ -271,29 +280,36 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
                 f"warning: {manifest.transparent:,} images are transparent: they were blended on --background "
                 f"rgb{args.background}"
             )
-        if skipped > 0.01 * len(paths):
-            logger.warning(f"warning: {skipped / len(paths):.0%} is lacking{without(manifest)}")
+        if skipped > 0.01 * len(source):
+            logger.warning(f"warning: {skipped / len(source):.0%} is lacking{without(manifest)}")
     state.destroy_process_group()
 
 
 def save_reconstructions(
-    path: Path, features_path: str, views: Views, paths: list[str], vae: torch.nn.Module, columns: int = 8
+    path: Path, features_path: str, views: Views, vae: torch.nn.Module, logger: logging.Logger, columns: int = 8
 ) -> None:
-    """Draw crops of some images, spread over the rows, above the VAE's reconstructions from the stored latents."""
-    features = Features(features_path)
+    """Draw crops of some images, spread over the rows, above the VAE's reconstructions from the stored latents.
+
+    Their PSNR is logged, with a warning if it is below LOWEST_PSNR.
+    """
+    features, source = Features(features_path), views.source
     rows = np.unique(np.linspace(0, features.count - 1, columns).astype(int))
-    index_of = {name: index for index, name in enumerate(paths)}
-    copy = rows % views.flips.shape[1]
-    crops = [
-        views.crops(views.load(index_of[name]), index_of[name])[copy[i]]
-        for i, name in enumerate(features.paths.gather(rows))
-    ]
+    copies = rows % views.flips.shape[1]
+    indices = [source.indices[name] for name in features.paths.gather(rows)]
+    crops = [views.crops(views.load(index), index)[copy] for index, copy in zip(indices, copies)]
     stored = features.latents.gather(rows)[:, : features.latent_shape[0]]  # of moments: the mean
     with torch.inference_mode():
         decoded = to_uint8(decode(vae, torch.from_numpy(stored).to(vae.device, torch.float32))).cpu().numpy()
     blank = np.zeros((columns - len(rows), *decoded.shape[1:]), np.uint8)
     grid = image_grid(np.concatenate([np.stack(crops), blank, decoded]), columns)
     write_whole(path, lambda file: grid.save(file, "png"))
+    value = float(psnr(torch.from_numpy(np.stack(crops)), torch.from_numpy(decoded)).mean())
+    logger.info(f"reconstructions in {path}: PSNR {value:.1f} dB")
+    if value < LOWEST_PSNR:
+        logger.warning(
+            f"warning: the VAE does not keep these images (PSNR below {LOWEST_PSNR} dB), and samples cannot be better "
+            "than its reconstructions: try another --vae (docs/extraction.md)"
+        )
 
 
 if __name__ == "__main__":

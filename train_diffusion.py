@@ -3,7 +3,7 @@
     accelerate launch --quiet --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 --features-path features
     accelerate launch --multi_gpu --num_processes N --mixed_precision fp16 train_diffusion.py --model DiTSEM-XL/2 ...
 
-In: FEATURES/, which also say L, V, image size and classes; or a folder of images (--data-path), whose latents and codes
+In: FEATURES/, which also say L, V, image size and classes; or images (--data-path), whose latents and codes
 are then made as training goes, which is slower. Out: RESULTS/ with args.json, log.txt, metrics.jsonl, loss.png,
 checkpoints/{step:07d}/ and previews/. The same command, run again, resumes from the newest checkpoint. Ctrl-C
 or a scheduler's signal ends the run after the current step, with a checkpoint.
@@ -26,12 +26,13 @@ from diffusion.likelihoods import mean_flat
 from diffusion.options import default_of
 from diffusion.process_table import OBJECTIVES, PROCESSES, Process, create_process, describe_process
 from dlc.data import Features
-from dlc.data.images import WHITE, add_background_flag
+from dlc.data.convert import fetch_features
+from dlc.data.images import WHITE, add_background_flag, add_source_flags
 from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, NotHere, add_option, number, warn_once
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
-from dlc.machine.processes import from_rank_0
+from dlc.machine.processes import done_by_rank_0, from_rank_0
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
@@ -89,9 +90,8 @@ def argument_parser(**defaults) -> ArgumentParser:
     group = parser.add_argument_group("data")
     add, source = group.add_argument, group.add_mutually_exclusive_group()
     source.add_argument("--features-path", "--feature-path", default="features", help="train on these features")
-    source.add_argument(
-        "--data-path", help="train on images instead: an ImageFolder-style directory (one subfolder per class) [none]"
-    )
+    add_source_flags(add, source.add_argument, "train on images instead: ")
+    add("--hf-dataset", help="first import features from the hub into --features-path, as import-hf does [none]")
     add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
     add_background_flag(add, None, "with --data-path: ")
@@ -122,6 +122,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         if args.features_path is None:
             raise ValueError("this trains on images: give --data-path")
         for flag, given in (
+            ("labels", args.labels),
             ("image-size", args.image_size),
             ("flip", args.flip),
             ("background", args.background),
@@ -133,7 +134,12 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
                 raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
         if args.vae and args.sample_every == 0:
             raise ValueError("--vae decodes previews, and features have their latents: leave out --sample-every 0")
+        if args.hf_dataset:
+            fetch = partial(fetch_features, args.hf_dataset, args.features_path, args.V, args.num_classes)
+            done_by_rank_0(state, fetch)
         return Features(args.features_path, args.V, args.num_classes)
+    if args.hf_dataset:
+        raise ValueError("--hf-dataset is of features; a dataset of images goes to --data-path")
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
     if (DiT_models[args.model].conditioning == "codes") != bool(args.encoder):
@@ -153,6 +159,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         backbone=args.encoder_backbone,
         flip=args.flip or "random",
         background=args.background or WHITE,
+        labels=args.labels,
     )
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchronize
 from dlc.data import kind_dir
-from dlc.data.images import Views, collate, flips_of
+from dlc.data.images import Views, collate, flips_of, open_source
 from dlc.machine.exact import set_exact_numerics, side_by_side
 from dlc.machine.processes import PRECISIONS, cores_per_process, default_num_workers, set_numerics
 from dlc.machine.readers import read_ahead
@@ -65,8 +65,8 @@ def prepare(root: Path, args: argparse.Namespace) -> None:
 def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False) -> dict[str, float]:
     """Images per second of decoding, the VAE, the encoder, and both networks. tf32: which extraction does not use."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
-    paths = sorted(path.name for path in (root / "images/class").iterdir())
-    views = Views(root / "images/class", paths, flips_of("random", len(paths), 0), 256, encoder.image_size)
+    source = open_source(root / "images")
+    views = Views(source, flips_of("random", len(source), 0), 256, encoder.image_size)
     batches = [list(range(i, min(i + args.batch_size, args.images))) for i in range(0, args.images, args.batch_size)]
     load = lambda batch: collate([views[index] for index in batch])  # noqa: E731
     loader = read_ahead(load, (1 + DECODED) * batches, args.num_workers)

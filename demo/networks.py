@@ -1,4 +1,4 @@
-"""A small VAE and a small SEM encoder for the images of a folder, trained on a CPU or a GPU in minutes.
+"""A small VAE and a small SEM encoder for your images, trained on a CPU or a GPU in minutes.
 
     python -m demo.networks --data-path FOLDER --image-size 64 --out NETWORKS
     python extract_features_withdlc.py --data-path FOLDER --image-size 64 --vae NETWORKS/vae --encoder NETWORKS/sem
@@ -27,8 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, Views, normalize, to_uint8
-from dlc.data.listing import list_images, listing_sha256
+from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, Views, normalize, open_source, to_uint8
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
 from dlc.machine.files import DirectoryLock, read_json, write_json, write_whole
 from dlc.machine.records import differences
@@ -51,8 +50,8 @@ ROTATION, SHEAR, SHIFT, SCALE, WARP, CONTRAST = 0.14, 0.1, 0.084, 0.084, 0.06, 0
 def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__, prog="python -m demo.networks")
     add, count = parser.add_argument, number(int, 1)
-    add("--data-path", required=True, help="train on the images of this folder (one subfolder per class)")
-    add("--heldout-path", help="measure the networks on the images of this folder [those of --data-path]")
+    add("--data-path", required=True, help="train on these images: a folder, archive or dataset")
+    add("--heldout-path", help="measure the networks on these images [those of --data-path]")
     add("--out", required=True, help="write vae/, sem/ and quality.json into this folder")
     add("--image-size", type=number(int, 8), default=64, help="height and width of the crop, pixels")
     add("--seed", type=SEED, default=0, help="seed of the weights and of what is drawn in training")
@@ -84,25 +83,28 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
 #################################################################################
 
 
-def load_images(folder: str, image_size: int) -> tuple[torch.Tensor, str]:
-    """The centre crops of a folder's images, (n, S, S, 3) uint8, without those that cannot be read; and a digest.
+def load_images(data_path: str, image_size: int) -> tuple[torch.Tensor, str]:
+    """The centre crops of the images at a path, (n, S, S, 3) uint8, without those that cannot be read; and a digest.
 
     Raises ValueError where there are fewer than two.
     """
-    _, paths, _, remarks = list_images(folder)
-    views = Views(folder, paths, np.zeros((len(paths), 1), bool), image_size, None)
+    source = open_source(data_path)
+    views = Views(source, np.zeros((len(source), 1), bool), image_size, None)
     crops, unreadable = [], []
-    for index in progress(range(len(paths)), desc=f"reading {folder}", unit="img", delay=2):
+    for index in progress(range(len(source)), desc=f"reading {data_path}", unit="img", delay=2):
         (crop,), _, _, failure = views[index]
         if failure is None:
             crops.append(crop)
         else:
-            unreadable.append(f"{paths[index]} ({failure[1]})")
-    for remark in [*remarks, *([f"{len(unreadable):,} cannot be read: {unreadable[0]}, …"] if unreadable else [])]:
+            unreadable.append(f"{source.name(index)} ({failure[1]})")
+    for remark in [
+        *source.remarks,
+        *([f"{len(unreadable):,} cannot be read: {unreadable[0]}, …"] if unreadable else []),
+    ]:
         print(f"note: {remark}")
     if len(crops) < 2:
-        raise ValueError(f"--data-path {folder}: {len(crops)} images can be read, training needs two or more")
-    return torch.from_numpy(np.stack(crops)), listing_sha256(paths)
+        raise ValueError(f"--data-path {data_path}: {len(crops)} images can be read, training needs two or more")
+    return torch.from_numpy(np.stack(crops)), source.sha256()
 
 
 def pixels_of(images: torch.Tensor) -> torch.Tensor:

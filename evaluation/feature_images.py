@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dlc.data import Features
-from dlc.data.images import WHITE
+from dlc.data.images import WHITE, Folder, open_source
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import same_vae
 from dlc.sampling.decoder import Decoder
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 
 class FeatureImages(FileImages):
-    """The image files that features were extracted from: the crops, never flipped, and `rows`, the row of each.
+    """The images that features were extracted from: the crops, never flipped, and `rows`, the row of each.
 
     Args:
         features: with a manifest and paths.
-        data_path: the folder that the paths are relative to.
+        data_path: as `open_source` takes it; the paths are relative to it.
         count: how many images, evenly spread over the rows; None: all.
 
-    Raises ValueError where the features do not say which images, or where the first of them is not in the folder.
+    Raises ValueError where the features do not say which images, or where they are not there (in a folder: where the
+    first one is not).
     """
 
     def __init__(self, features: Features, data_path: str | Path, count: int | None = None):
@@ -48,12 +49,13 @@ class FeatureImages(FileImages):
         for name in names:
             if name.startswith("/") or ".." in name.split("/"):
                 raise ValueError(f"features {features.root} name an image outside of any folder: {name!r}")
-        if not Path(data_path).is_dir():
-            raise ValueError(f"--data-path {data_path} is not a folder")
-        if not (Path(data_path) / names[0]).is_file():
-            raise ValueError(f"--data-path {data_path} has no {names[0]}, which features {features.root} were made of")
-        background = features.manifest.background or WHITE
-        super().__init__(Path(data_path), names, crop=features.image_size, background=background)
+        try:
+            source = open_source(data_path, names=names)
+            if isinstance(source, Folder) and not Path(source.path(0)).is_file():
+                raise ValueError(f"--data-path {data_path} has no {names[0]}")
+        except ValueError as error:
+            raise ValueError(f"{error}: features {features.root} were made of it") from None
+        super().__init__(source, crop=features.image_size, background=features.manifest.background or WHITE)
 
 
 def vae_of(name: str | None, features: Features, state: "PartialState") -> tuple[nn.Module, str, list[str]]:

@@ -1,4 +1,4 @@
-"""References: the stored statistics of an .npz, its images, or the images of a folder.
+"""References: the stored statistics of an .npz, its images, or the images of a folder, archive or dataset.
 
 | array of an ADM reference | content |
 |---|---|
@@ -19,7 +19,7 @@ import numpy as np
 from dlc.data.npz import array_names, read_array
 from dlc.machine.cli import one_line
 from evaluation.metrics import FeatureStatistics
-from evaluation.sets import ImageSet, open_images
+from evaluation.sets import ImageSet, is_npz, open_images
 
 STORED = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 DEFAULT_NETWORK = "inception"  # of ADM's files, which do not say
@@ -53,12 +53,12 @@ class Reference:
 
 
 def open_reference(path: str | Path, crop: int | None = None, resize: int | None = None) -> Reference:
-    """The reference at path: an .npz with statistics, images or both, or a folder of images.
+    """The reference at path: an .npz with statistics, images or both, or what `open_images` takes.
 
     Raises ValueError in one line, naming path and array, where it is none of these.
     """
     path = Path(path)
-    if path.is_dir() or path.exists() and path.suffix != ".npz":
+    if not is_npz(path):
         return Reference(path, open_images(path, "--reference", crop, resize))
     names = array_names(path)
     reference = Reference(path)

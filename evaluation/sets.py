@@ -1,4 +1,4 @@
-"""The sets of images that are compared: an .npz or a folder, in batches of 8-bit RGB.
+"""The sets of images that are compared: an .npz or what holds image files, in batches of 8-bit RGB.
 
     images = open_images("samples/FILE.npz", "SAMPLES")
     for batch in images.batches(0, images.count, 64): ...          # (n, H, W, 3) uint8
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dlc.data.images import WHITE, center_crop, is_transparent, load_rgb
-from dlc.data.listing import is_image, list_images
+from dlc.data.images import WHITE, Source, center_crop, is_transparent, open_source
+from dlc.data.listing import is_image
 from dlc.data.npz import array_names, image_shape, read_images
 from dlc.data.rows import file_order
 from dlc.machine.cli import one_line
@@ -89,15 +89,15 @@ def read_record(npz: Path, count: int) -> dict | None:
 
 
 #################################################################################
-#                                     Files                                     #
+#                                  Image files                                  #
 #################################################################################
 
 
 class FileImages(ImageSet):
-    """Image files of a folder, read by threads ahead of their use.
+    """Image files, wherever they lie, read by threads ahead of their use.
 
     Args:
-        names: paths relative to the folder.
+        source: where they lie.
         crop: ADM's crop to so many pixels, as extraction does; or None.
         resize: resize to so many pixels squared, bicubic and antialiased, whatever the aspect; or None.
         background: what transparent images are blended on.
@@ -106,39 +106,40 @@ class FileImages(ImageSet):
     """
 
     def __init__(
-        self,
-        path: Path,
-        names: list[str],
-        crop: int | None = None,
-        resize: int | None = None,
-        background: Sequence[int] = WHITE,
+        self, source: Source, crop: int | None = None, resize: int | None = None, background: Sequence[int] = WHITE
     ):
-        self.path, self.names, self.count, self.notes, self.background = path, names, len(names), [], background
-        self.crop, self.resize = crop, resize
+        self.source, self.path, self.count, self.background = source, Path(source.root), len(source), background
+        self.crop, self.resize, self.notes = crop, resize, []
         side = crop or resize
         first = np.unique(np.linspace(0, self.count - 1, CHECKED_FIRST).astype(int)).tolist()
-        images = {names[index]: self._load(names[index]) for index in reversed(first)}
+        images = {source.name(index): self._load(index) for index in reversed(first)}
         blended = sum(map(is_transparent, images.values()))
         if blended:
-            self.notes = [f"{blended} of {len(images)} images of {path} that were looked at are transparent: blended"]
+            what = f"{blended} of {len(images)} images of {source.root} that were looked at"
+            self.notes = [f"{what} are transparent: blended"]
         if side:
             self.size = side, side
             return
-        self.jpeg = sum(name.lower().endswith(JPEG) for name in names)
+        self.jpeg = sum(source.name(index).lower().endswith(JPEG) for index in range(self.count))
         sizes = {image.size[::-1]: name for name, image in images.items()}
         if len(sizes) > 1:
             (one, name), (other, second) = list(sizes.items())[:2]
             raise ValueError(self._mixed(name, one, second, other))
         self.size = next(iter(sizes))
 
-    def _load(self, name):
+    def _load(self, index):
+        path = self.source.path(index)
         try:
-            with reading(self.path / name):
-                return load_rgb(self.path / name, self.background)
+            with reading(path):
+                return self.source.load(index, self.background)
         except Exception as error:  # Pillow's readers raise many types
             if errno_of(error) is not None:
                 raise
-            raise ValueError(f"{self.path / name} cannot be read ({one_line(error, 100)})") from None
+            raise ValueError(f"{path} cannot be read ({one_line(error, 100)})") from None
+
+    def _named(self, index):
+        image = self._load(index)
+        return self.source.name(index), (image.height, image.width)
 
     def _mixed(self, name, size, second, other):
         return (
@@ -147,14 +148,13 @@ class FileImages(ImageSet):
         )
 
     def _read(self, index):
-        name = self.names[index]
-        image = self._load(name)
+        image = self._load(index)
         if self.crop:
             image = center_crop(image, self.crop)
         elif self.resize and image.size != (self.resize, self.resize):
             image = image.resize((self.resize, self.resize), Image.Resampling.BICUBIC)
         if (image.height, image.width) != self.size:
-            raise ValueError(self._mixed(self.names[0], self.size, name, (image.height, image.width)))
+            raise ValueError(self._mixed(*self._named(0), *self._named(index)))
         return np.asarray(image)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -166,46 +166,47 @@ class FileImages(ImageSet):
         return side_by_side(self._read, indices, torch.device("cpu"), default_num_workers())
 
 
-def open_folder(path: Path, flag: str, crop: int | None = None, resize: int | None = None) -> FileImages:
-    """The images in a folder, sorted by name, or in an ImageFolder-style folder, class by class.
+def open_files(path: Path, flag: str, crop: int | None = None, resize: int | None = None) -> FileImages:
+    """The images in a folder, sorted by name; where it has only folders of them, and of all else, see `open_source`.
 
     Args:
-        flag: by which errors call the folder.
+        flag: by which errors call the path.
 
     Raises ValueError where there are no images, or fewer than its samples.json says.
     """
-    with os.scandir(path) as entries:
-        seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
-    names, notes = sorted(name for name, is_folder in seen if is_image(name) and not is_folder), []
-    folders = sum(is_folder for _, is_folder in seen)
-    if not names and not folders:
-        raise ValueError(f"{flag} {path} has no images, and no folders of them")
-    if not names:
-        try:
-            _, names, _, remarks = list_images(path)
-        except ValueError as error:
-            raise ValueError(f"no images: {error}".replace("--data-path", flag)) from None
-        notes = [remark.replace("--data-path", flag) for remark in remarks]
-    elif folders:
+    names, folders = [], 0
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+        names = sorted(name for name, is_folder in seen if is_image(name) and not is_folder)
+        folders = sum(is_folder for _, is_folder in seen)
+    source = open_source(path, names=names or None, flag=flag)
+    notes = list(source.remarks)
+    if names and folders:
         notes = [f"{flag} {path}: its own {len(names):,} images are compared, not those of its {folders:,} folders"]
     record = read_json(path / "samples.json") if (path / "samples.json").is_file() else {}
-    if record and record.get("num_fid_samples") != len(names):
+    if record and record.get("num_fid_samples") != len(source):
         raise ValueError(
-            f"{path} has {len(names):,} images, and its samples.json says {record.get('num_fid_samples')}: run the "
+            f"{path} has {len(source):,} images, and its samples.json says {record.get('num_fid_samples')}: run the "
             "sampling command again, which draws what is missing"
         )
-    if record:
-        names.sort(key=file_order)  # ours by index, which may have more than six digits
-    images = FileImages(path, names, crop, resize)
-    images.record, images.notes = record or None, notes + images.notes
+    if record:  # ours by index, which may have more than six digits
+        source = open_source(path, names=sorted(names, key=file_order))
+    images = FileImages(source, crop, resize)
+    images.path, images.record, images.notes = path, record or None, notes + images.notes
     return images
 
 
+def is_npz(path: str | Path) -> bool:
+    """Whether a path is that of an .npz, rather than what `open_source` takes."""
+    return Path(path).suffix == ".npz" and not Path(path).is_dir()
+
+
 def open_images(path: str | Path, flag: str, crop: int | None = None, resize: int | None = None) -> ImageSet:
-    """The images at path, an .npz or a folder. Raises ValueError in one line that names path or flag."""
-    path = Path(path)
-    if path.is_dir():
-        return open_folder(path, f"{flag} folder", crop, resize)
-    if path.exists() and path.suffix != ".npz":
-        raise ValueError(f"{flag} {path} is neither an .npz nor a folder of images")
-    return NpzImages(path)
+    """The images at path, an .npz or what `open_source` takes.
+
+    Raises ValueError in one line that names path or flag.
+    """
+    if is_npz(path):
+        return NpzImages(Path(path))
+    return open_files(Path(path), flag, crop, resize)

@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from dlc.data.inspection import needs_V
 from dlc.data.listing import listing_sha256
-from dlc.data.manifest import Manifest
+from dlc.data.manifest import Manifest, read_manifest
 from dlc.data.rows import check_range
 from dlc.data.store import Features, FeatureWriter, as_stored
 from dlc.data.tables import open_table
@@ -98,6 +99,19 @@ def import_hf(args: argparse.Namespace) -> None:
     """The command import-hf: a Hugging Face dataset, saved to disk, in Parquet files or on the hub, to shards."""
     with contextlib.closing(open_table(args.dataset, args.split)) as table:
         _import_table(args, table)
+
+
+def fetch_features(dataset: str, path: str, V: int | None, num_classes: int | None) -> None:
+    """Import a dataset as import-hf does by default, unless it is at that path already, which asks no hub.
+
+    Raises ValueError, and where the path holds other features.
+    """
+    if not (Path(path) / "manifest.json").is_file():
+        given = dict(dataset=dataset, new=path, V=V, num_classes=num_classes)
+        return import_hf(argparse.Namespace(**given, split="train", factor=8, shard_size=1024, dtype=None))
+    there = read_manifest(path).converted_from
+    if not (there or "").startswith(recorded_id(dataset).partition("@")[0]):
+        raise ValueError(f"--hf-dataset {dataset}: {path} holds other features ({there}): give another --features-path")
 
 
 def _import_table(args, table):

@@ -77,10 +77,10 @@ class BatchEncoder:
         for index, error, broken in unreadable:
             if self.strict or not broken:
                 advice = "fix the file, or leave out --strict" if broken else "fix the file"
-                raise OSError(f"cannot read {self.views.path(index)!r} ({error}): {advice}")
+                raise OSError(f"cannot read {self.views.source.path(index)!r} ({error}): {advice}")
         copies, skipped = crops.shape[1], {index for index, _, _ in unreadable}
         good = np.array([index not in skipped for index in batch])
-        names = np.array([self.views.name(index) for index in batch])[good]
+        names = np.array([self.views.source.name(index) for index in batch])[good]
         latents = self._latents(batch, crops)[torch.from_numpy(good)].flatten(0, 1)  # (n * k, C or 2C, S/f, S/f)
         rows = dict(
             features=as_stored(latents.numpy(), self.manifest.dtype, lambda row: repr(str(names[row // copies])), HELP),
@@ -93,7 +93,7 @@ class BatchEncoder:
                 name = str(names[(codes < 0).any(axis=1).argmax()])
                 raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {HELP}")
             rows["sem"] = codes.astype(self.manifest.dtypes["sem"]).repeat(copies, axis=0)
-        return batch, rows, [[self.views.name(index), error] for index, error, _ in unreadable], transparent
+        return batch, rows, [[self.views.source.name(index), error] for index, error, _ in unreadable], transparent
 
     def _latents(self, batch: list[int], crops: torch.Tensor) -> torch.Tensor:
         """Crops (n, k, S, S, 3) to what is stored of their latents (n, k, C or 2C, S/f, S/f), on the CPU."""

@@ -1,24 +1,35 @@
-"""Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; and the views that networks see."""
+"""Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; where images lie, and their views."""
 
 import argparse
 import contextlib
 import errno
+import functools
+import io
 import os
+import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import Dataset
 
+from dlc.data.archives import Members
+from dlc.data.listing import Tree, Walk, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
+from dlc.data.tables import ImageTable, is_dataset
 from dlc.machine.files import errno_of, is_pointer, reading, write_whole
 from dlc.machine.noise import Stream, integers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 WHITE = (255, 255, 255)
+ARCHIVES = (".zip", ".tar")
+COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")  # what is said to be no archive of ours
+OPENED = r" <_io\.BytesIO object at 0x\w+>"  # how Pillow calls a file without a name
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -46,8 +57,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_rgb(path: str | os.PathLike, background: Sequence[int] = WHITE) -> Image.Image:
-    """The image at path in RGB, upright by its EXIF orientation; the one place where an image file is read.
+def load_rgb(path: str | os.PathLike | BinaryIO, background: Sequence[int] = WHITE) -> Image.Image:
+    """The image at path, or in an open file, in RGB, upright by its EXIF orientation; the one place that reads images.
 
     What is transparent is blended on the background; then is_transparent(image). Of 16-bit grey the high byte is kept;
     Pillow would clip it at 255.
@@ -155,7 +166,201 @@ def is_whole(path: str | os.PathLike) -> bool:
 
 
 #################################################################################
-#                          Views of a folder of images                          #
+#                                Where images lie                               #
+#################################################################################
+
+
+class Source(ABC):
+    """Images in an order that stays, wherever they lie. Another way is another class, and its place in SOURCES.
+
+    Args:
+        root: by what errors call them.
+        names: of all images: paths relative to the root.
+        classes, labels: names, and the class of each image, (n,) int64; None where nobody asks for them.
+        remarks: a line each, for the user.
+        marks: what else tells each image from another set's, for `sha256`.
+
+    A subclass has `takes(path)` and a constructor of (path, flag, labels, names), see `open_source`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        names: Sequence[str],
+        classes: Sequence[str] = (),
+        labels: np.ndarray | None = None,
+        remarks: Sequence[str] = (),
+        marks: Sequence[str] | None = None,
+    ):
+        self.root, self.classes, self.labels, self.remarks, self.marks = root, list(classes), labels, remarks, marks
+        # one array, because reference counts would make each worker copy a list of a million strings
+        self.names = np.array([os.fsencode(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def path(self, index: int) -> str:
+        """Where an image lies, for errors."""
+        return os.path.join(self.root, self.name(index))
+
+    @functools.cached_property
+    def indices(self) -> dict[str, int]:
+        """The images' places by their names."""
+        return {self.name(index): index for index in range(len(self))}
+
+    @abstractmethod
+    def open(self, index: int) -> str | BinaryIO:
+        """The path of an image file, or one that is open. Called by forked processes and by threads."""
+
+    def load(self, index: int, background: Sequence[int] = WHITE) -> Image.Image:
+        """An image, and errors, as of `load_rgb`."""
+        return load_rgb(self.open(index), background)
+
+    def sha256(self) -> str:
+        """A digest of the set, which changes when images are added, removed or renamed."""
+        names = map(os.fsdecode, self.names)
+        return listing_sha256(map("{}\t{}".format, names, self.marks) if self.marks else names)
+
+
+class Folder(Source):
+    """Files in class folders, or in one folder."""
+
+    @staticmethod
+    def takes(path: str) -> bool:
+        return os.path.isdir(path)
+
+    def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
+        if names is not None:
+            return super().__init__(path, names)
+        super().__init__(path, *_listing(Walk(path), flag, labels))
+
+    def open(self, index: int) -> str:
+        return self.path(index)
+
+
+class Archive(Source):
+    """Members of a .zip, or of a .tar or a folder of them, such as WebDataset's shards."""
+
+    @staticmethod
+    def takes(path: str) -> bool:
+        return bool(Archive.files_of(path)[0])
+
+    @staticmethod
+    def files_of(path: str) -> tuple[list[str], str]:
+        """The archives at a path, and the folder in the archive that the path goes on to, or ""."""
+        if os.path.isdir(path):
+            with contextlib.suppress(OSError), os.scandir(path) as entries:
+                shown = [entry for entry in entries if not is_hidden(entry.name)]
+                if not any(entry.is_dir() or is_image(entry.name) for entry in shown):
+                    return sorted(entry.path for entry in shown if entry.name.lower().endswith(ARCHIVES)), ""
+            return [], ""
+        file = next((one for one in (Path(path), *Path(path).parents) if one.is_file()), None)
+        if not file or not file.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
+            return [], ""
+        return [str(file)], os.path.relpath(path, file).removeprefix(".")
+
+    def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
+        files, inner = self.files_of(path)
+        self.members = Members(files)
+        tree = Tree(path.removesuffix(inner).rstrip("/"), self.members.names, inner)
+        if names is None:
+            super().__init__(tree.root, *_listing(tree, flag, labels, tree.labels(self.members.read)))
+        else:
+            super().__init__(tree.root, names)
+        self.places = np.array([tree.index(self.name(index)) for index in range(len(self))])
+
+    def open(self, index: int) -> BinaryIO:
+        return io.BytesIO(self.members.read(self.places[index]))
+
+
+class Table(Source):
+    """Rows of a dataset with a column of images, saved to disk, in .parquet files, or on the hub."""
+
+    takes = staticmethod(is_dataset)
+
+    def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
+        self.table = table = ImageTable(path)
+        classes, numbers = classes_of(read_labels(labels, table.names)) if labels else (table.classes, table.labels)
+        marks = [f"{label} {size}" for label, size in zip(numbers.tolist(), table.sizes)]
+        super().__init__(path, table.names, classes, numbers, [] if labels else table.remarks, marks)
+        self.rows = np.arange(len(self))
+        if names is not None:
+            missing = next((name for name in names if name not in self.indices), None)
+            if missing is not None:
+                raise ValueError(f"{path} has no {missing}")
+            self.rows = np.array([self.indices[name] for name in names])
+            super().__init__(path, names)
+
+    def open(self, index: int) -> BinaryIO:
+        return io.BytesIO(self.table.read(int(self.rows[index])))
+
+
+SOURCES = (Table, Archive, Folder)  # the first that takes a path
+
+
+def _listing(walk, flag, labels, own=()):
+    """What a Source takes: names, classes, labels, remarks, marks.
+
+    labels: a .csv, or None. own: labels by name, of files beside the images.
+    """
+    labels_of = functools.partial(read_labels, labels) if labels else None
+    if own and not labels:
+        labels_of = functools.partial(map, own.get)
+    classes, names, numbers, remarks = list_images(walk.root, walk, flag, labels_of)
+    return names, classes, numbers, remarks, list(map(str, numbers)) if labels_of else None
+
+
+def open_source(
+    path: str | os.PathLike, labels: str | None = None, names: Sequence[str] | None = None, flag: str = "--data-path"
+) -> Source:
+    """The images at a path, or the hub id of a dataset of images; all that read sets of images call this.
+
+    Args:
+        labels: .csv file with the columns name and label; None: classes are those of the folders or of the dataset.
+        names: the only images to open, without classes; None: all.
+        flag: by which errors and remarks call the path.
+
+    Raises ValueError, naming flag, path and fault, where there are no images or labels, and OSError for what the system
+    refuses.
+    """
+    path = os.fspath(path)
+    for kind in SOURCES:
+        if kind.takes(path):
+            return kind(path, flag, labels, names)
+    raise ValueError(
+        f"{flag} {path} is not a folder, an archive (.zip, .tar), a .parquet file or a dataset's hub id owner/name"
+    )
+
+
+def add_source_flags(add: Callable, add_path: Callable | None = None, when: str = "", required: bool = False) -> None:
+    """Add the flags --data-path, by another parser's add where it is given, and --labels."""
+    text = (
+        f"{when}a folder with a subfolder of images per class, or of images alone; a .zip, .tar or folder of .tar "
+        "(WebDataset); a dataset with a column of images, as .parquet, saved to disk, or owner/name[@revision][:split]"
+    )
+    (add_path or add)("--data-path", required=required, help=text + " [none]" * (not required))
+    goes = "with --data-path: " if add_path else ""
+    add(
+        "--labels", help=f"{goes}take classes from the columns name and label of this .csv [the folders or the dataset]"
+    )
+
+
+def load_image(path: str, background: Sequence[int] = WHITE) -> Image.Image:
+    """An image, and errors, as of `load_rgb`, from a file or from inside of what holds images: `images.zip/cat/0.png`.
+
+    Raises as `open_source`, too.
+    """
+    holder = next((one for one in Path(path).parents if one.exists()), None)
+    if os.path.lexists(path) or holder is None or not (Table.takes(str(holder)) or holder.is_file()):
+        return load_rgb(path, background)
+    return open_source(holder, names=[os.path.relpath(path, holder)]).load(0, background)
+
+
+#################################################################################
+#                                Views of images                                #
 #################################################################################
 
 
@@ -170,10 +375,9 @@ def flips_of(policy: str, count: int, seed: int) -> np.ndarray:
 
 
 class Views(Dataset):
-    """The 8-bit views of each image of a folder: crops for the VAE and, never flipped, one for the SEM encoder.
+    """The 8-bit views of each image of a source: crops for the VAE and, never flipped, one for the SEM encoder.
 
     Args:
-        root, paths: the folder, and the images' paths in it.
         flips: (images, k) bool, whether each of the k crops is flipped.
         image_size, code_size: sides of the crops and of the encoder's view, pixels; code_size None: no such view.
         background: what transparent images are blended on, (r, g, b).
@@ -181,26 +385,17 @@ class Views(Dataset):
 
     def __init__(
         self,
-        root: str | Path,
-        paths: list[str],
+        source: Source,
         flips: np.ndarray,
         image_size: int,
         code_size: int | None,
         background: Sequence[int] = WHITE,
     ):
-        # one array, because reference counts would make each worker copy a list of a million strings
-        self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
-        self.flips, self.image_size, self.code_size, self.background = flips, image_size, code_size, background
-
-    def name(self, index: int) -> str:
-        """The path of an image relative to the root."""
-        return os.fsdecode(self.paths[index])
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.name(index))
+        self.source, self.flips, self.image_size = source, flips, image_size
+        self.code_size, self.background = code_size, background
 
     def load(self, index: int) -> Image.Image:
-        return load_rgb(self.path(index), self.background)
+        return self.source.load(index, self.background)
 
     def crops(self, image: Image.Image, index: int) -> np.ndarray:
         crop = center_crop(image, self.image_size)
@@ -216,10 +411,11 @@ class Views(Dataset):
             code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
             return self.crops(image, index), code_view, is_transparent(image), None
         except Exception as error:  # Pillow's readers raise many types
-            reason = f"{type(error).__name__}: {error}".replace(f" {self.path(index)!r}", "")
+            path = self.source.path(index)
+            reason = re.sub(OPENED, "", f"{type(error).__name__}: {error}".replace(f" {path!r}", ""))
             crops = np.zeros((len(self.flips[index]), self.image_size, self.image_size, 3), np.uint8)
             code_view = np.zeros((self.code_size, self.code_size, 3), np.uint8) if self.code_size else None
-            return crops, code_view, False, (index, reason, is_broken(self.path(index), error))
+            return crops, code_view, False, (index, reason, is_broken(path, error))
 
 
 def is_broken(path: str, error: Exception) -> bool:

@@ -2,23 +2,29 @@
 
     table = open_table("lavoies/DLC_512x256", "train")  # table.count, table.source
     table.read(0, 1024)                                 # dict(features=array, labels=array)
+    images = ImageTable("owner/name:test")              # images.names, images.labels, images.read(7)
 
-Rows are read as they are asked for, in order, so that memory holds a batch of them. Parquet files on the hub are not
-downloaded first. Columns are taken as Arrow holds them: nothing is decoded, so no column can name a file to open.
+Rows of features are read as they are asked for, in order, so that memory holds a batch of them. Parquet files on the
+hub are not downloaded first. Images are read in any order: datasets fetches them, and keeps them in its cache as files
+that are mapped. Columns are taken as Arrow holds them: nothing is decoded, so no column can name a file to open.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from dlc.machine.cli import one_line
-from dlc.machine.files import recorded_id
+from dlc.data.listing import ONE_CLASS, classes_of, unlabelled
+from dlc.machine.cli import one_line, progress
+from dlc.machine.files import is_plain_name, is_pointer, recorded_id
 
 COLUMNS = ("features", "labels")
+HUB_ID = r"[\w.-]+/[\w.-]+(@[^/]+)?"
 SAVED = ("dataset_dict.json", "state.json")  # one of them lies in a folder that save_to_disk wrote
 
 
@@ -74,28 +80,44 @@ def open_table(name: str, split: str) -> Table:
 
     Raises ValueError where there is none, where it has no such columns or rows, and without the package datasets.
     """
+    datasets = import_datasets("import-hf")
+    datasets.disable_progress_bars()
+    with said_of(name):
+        source, saved, files = _located(name)
+        if saved:
+            return _open_saved(name, source, datasets.load_from_disk(str(saved)), split)
+        return _open_parquet(name, source, files, split)
+
+
+def import_datasets(what: str) -> ModuleType:
+    """The package datasets. Raises ValueError, which names what needs it, where it is absent."""
     try:
         import datasets
         import huggingface_hub
     except ImportError:
-        raise ValueError("import-hf needs the package datasets: pip install datasets") from None
+        raise ValueError(f"{what} needs the package datasets: pip install datasets") from None
     huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)  # errors here are one line
-    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # old versions run scripts of the hub otherwise
+    return datasets
+
+
+def _located(name):
+    """What the manifest calls a dataset, the folder that save_to_disk wrote or None, and load_dataset's arguments."""
+    import huggingface_hub
+
     path, source, files = Path(name), recorded_id(name), dict(path="parquet", data_dir=str(name))
-    with said_of(name):
-        if not path.exists():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/]+)?", name):
-                raise ValueError("there is no such file or folder, and it is no hub id, owner/name[@revision]")
-            repository, _, revision = name.partition("@")
-            info = huggingface_hub.HfApi().dataset_info(repository, revision=revision or None)
-            source, files = f"{repository}@{info.sha}", dict(path=repository, revision=info.sha)
-            if {one.rfilename for one in info.siblings} & {*SAVED}:
-                path = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", revision=info.sha))
-        elif path.is_file():
-            files = dict(path="parquet", data_files=str(path))
-        if any((path / one).is_file() for one in SAVED):
-            return _open_saved(name, source, datasets.load_from_disk(str(path)), split)
-        return _open_parquet(name, source, files, split)
+    if not path.exists():
+        if not re.fullmatch(HUB_ID, name):
+            raise ValueError("there is no such file or folder, and it is no hub id, owner/name[@revision]")
+        repository, _, revision = name.partition("@")
+        info = huggingface_hub.HfApi().dataset_info(repository, revision=revision or None)
+        source, files = f"{repository}@{info.sha}", dict(path=repository, revision=info.sha)
+        if {one.rfilename for one in info.siblings} & {*SAVED}:
+            path = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", revision=info.sha))
+    elif path.is_file():
+        files = dict(path="parquet", data_files=str(path))
+    return source, path if any((path / one).is_file() for one in SAVED) else None, files
 
 
 def _open_saved(name, source, data, split):
@@ -163,3 +185,115 @@ def _as_array(column, where):
     if not (types.is_integer(part.type) or types.is_floating(part.type)):
         raise ValueError(f"{where}: values of type {one_line(part.type, 60)}, wanted numbers and lists of them")
     return part.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+#################################################################################
+#                                     Images                                    #
+#################################################################################
+
+
+def is_dataset(name: str) -> bool:
+    """Whether name[:split] is a folder that save_to_disk wrote, a folder or file of .parquet, or a hub id."""
+    name, _ = _split_of(name)
+    path = Path(name)
+    if path.is_dir():
+        files = (*(path / one for one in SAVED), *path.glob("*.parquet"), *path.glob("data/*.parquet"))
+        return any(file.is_file() for file in files)
+    if path.exists():
+        return path.suffix == ".parquet"
+    return bool(re.fullmatch(HUB_ID, name)) and not os.path.exists(name.split("/")[0])
+
+
+def _split_of(name):
+    name, _, split = (str(name), "", "") if os.path.exists(name) else str(name).partition(":")
+    return name, split or "train"
+
+
+class ImageTable:
+    """The images in the column `image`, or in the only column of images, and their labels in the column `label`.
+
+    Images are named CLASS/FILE where the dataset says of which files they were made and these names differ, as of a
+    folder that datasets read; otherwise by their row.
+
+    Args:
+        name: name[:split], see `is_dataset`; without a split, "train" is taken.
+
+    Attributes: names; labels (n,) int64 and classes; sizes: of the images, in bytes; remarks.
+    Raises ValueError where there are no such columns or rows, and without the package datasets.
+    """
+
+    def __init__(self, name: str):
+        datasets = import_datasets(str(name))
+        (place, split), self.name, self.remarks = _split_of(name), str(name), []
+        with said_of(name if os.path.exists(place) else f"{name} (no file or folder here, so a dataset of the hub)"):
+            _, saved, files = _located(place)
+            if os.path.isfile(place) and is_pointer(place):
+                raise ValueError("a git-lfs pointer, not the file: run git lfs pull")
+            data = datasets.load_from_disk(str(saved)) if saved else datasets.load_dataset(**files, split=split)
+            if hasattr(data, "keys"):  # a DatasetDict
+                if split not in data:
+                    raise ValueError(f"no split {split!r}: give {place}:SPLIT, one of {', '.join(data)}")
+                data = data[split]
+            self.column = self._image_column(datasets, data)
+            if isinstance(data.features[self.column], datasets.Image):
+                data = data.cast_column(self.column, datasets.Image(decode=False))
+            self.data = data.with_format("arrow")
+            files, self.sizes = self._files()
+            self.classes, self.labels = self._labels(datasets, data)
+            self.names = self._names(files)
+
+    def _image_column(self, datasets, data):
+        found = [
+            name
+            for name, feature in data.features.items()
+            if isinstance(feature, datasets.Image) or isinstance(feature, dict) and "bytes" in feature
+        ]
+        found += ["image"] if getattr(data.features.get("image"), "dtype", None) == "binary" else []
+        if len(found) != 1 and "image" not in found:
+            raise ValueError(f"wanted a column 'image' of images, there are {', '.join(data.column_names)}")
+        if not len(data):
+            raise ValueError("there are no rows")
+        return "image" if "image" in found else found[0]
+
+    def _files(self):
+        """The file's name that each row was made of, or "", and the size of the image in bytes."""
+        import pyarrow
+        from pyarrow import compute
+
+        names, sizes = [], []
+        rows = self.data.select_columns([self.column])
+        with progress(total=len(rows), desc="indexing", unit="img", delay=2) as bar:
+            for table in rows.iter(1024):
+                column = table[self.column]
+                is_struct = pyarrow.types.is_struct(column.type)
+                content = compute.struct_field(column, "bytes") if is_struct else column
+                sizes += compute.binary_length(content).to_pylist()
+                paths = compute.struct_field(column, "path").to_pylist() if is_struct else [None] * len(column)
+                names += [re.split(r"[/\\]", path or "")[-1] for path in paths]
+                bar.update(len(table))
+        if None in sizes:
+            raise ValueError(f"row {sizes.index(None)} has no image, but at most a path: store the images' bytes")
+        return names, sizes
+
+    def _labels(self, datasets, data):
+        if "label" not in data.features:
+            self.remarks.append(f"{self.name}: {unlabelled('labels in a column label')}")
+            return [ONE_CLASS], np.zeros(len(data), np.int64)
+        values = data.select_columns(["label"]).with_format("arrow")[:]["label"].to_pylist()
+        lacking = [row for row, value in enumerate(values) if value in (None, -1, "")]
+        if lacking:
+            raise ValueError(f"row {lacking[0]} has no label ({len(lacking):,} of {len(values):,} rows)")
+        if isinstance(data.features["label"], datasets.ClassLabel):
+            return data.features["label"].names, np.array(values, np.int64)
+        return classes_of(values)
+
+    def _names(self, files):
+        folders = [""] if self.remarks else self.classes
+        names = [os.path.join(folders[label], file) for label, file in zip(self.labels.tolist(), files)]
+        is_usable = all(map(is_plain_name, {*files, *filter(None, folders)})) and len({*names}) == len(names)
+        return names if is_usable else [f"{row:07d}" for row in range(len(names))]
+
+    def read(self, row: int) -> bytes:
+        """The bytes of an image. Raises as datasets and Arrow do."""
+        value = self.data[row][self.column][0].as_py()
+        return value["bytes"] if isinstance(value, dict) else value

@@ -307,9 +307,10 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def is_pointer(path: str | Path) -> bool:
-    """Whether a file is what git-lfs leaves in the place of one that was not fetched."""
-    with open(path, "rb") as file:
+def is_pointer(path: str | Path | BinaryIO) -> bool:
+    """Whether a file, by its path or open, is what git-lfs leaves in the place of one that was not fetched."""
+    with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb") as file:
+        file.seek(0)
         return file.read(40).startswith(b"version https://git-lfs")
 
 

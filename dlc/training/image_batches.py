@@ -1,4 +1,4 @@
-"""Training on images: a folder of them takes the place of features, and latents and codes are made as training goes.
+"""Training on images: a source of them takes the place of features, and latents and codes are made as training goes.
 
 The data loader's workers decode the images. The VAE and, for codes, the SEM encoder run on the training device, without
 gradients and in float32: the training precision must change neither the latents nor an argmax, and so a code. Latents
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from dlc.data import Manifest
-from dlc.data.images import WHITE, Views, collate, flips_of
-from dlc.data.listing import list_images
+from dlc.data.images import WHITE, Views, collate, flips_of, open_source
 from dlc.machine.cli import warn_once
 from dlc.machine.noise import Stream, integers
 from dlc.machine.processes import done_by_rank_0
@@ -31,7 +30,7 @@ FLIPS = ("random", "none")
 class Column:
     """Values in memory, one per row, with the interface of a `NpyRows`.
 
-    No range check: the labels come from list_images.
+    No range check: the labels come from open_source.
     """
 
     def __init__(self, values: np.ndarray):
@@ -42,13 +41,14 @@ class Column:
 
 
 class Images:
-    """A folder of images, one subfolder per class, with the interface of `Features` that training uses.
+    """Images with the interface of `Features` that training uses.
 
-    Row i is image i of `list_images`. latent_kind is "images": batches hold crops, which `PixelEncoder` turns into
+    Row i is image i of `open_source`. latent_kind is "images": batches hold crops, which `PixelEncoder` turns into
     moments.
 
     Args:
         state: from `start_processes`; rank 0 lists the images for all.
+        data_path, labels: as `open_source` takes them.
         image_size: height and width of the crop, pixels.
         vae: as --vae takes it.
         encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for no codes.
@@ -73,17 +73,23 @@ class Images:
         backbone: str | None = None,
         flip: str = "random",
         background: tuple[int, int, int] = WHITE,
+        labels: str | None = None,
     ):
         self.image_size, self.flip = image_size, flip
         self.vae, self.encoder = open_networks(state, image_size, vae, encoder, L=L, V=V, backbone=backbone)
-        classes, paths, labels, remarks = done_by_rank_0(state, lambda: list_images(data_path))
-        for remark in remarks:
+        source = done_by_rank_0(state, lambda: open_source(data_path, labels))
+        for remark in source.remarks:
             warn_once(remark, remark)
-        self.count, self.num_classes, self.labels, self.codes = len(paths), len(classes), Column(labels), None
+        self.count, self.num_classes, self.labels, self.codes = (
+            len(source),
+            len(source.classes),
+            Column(source.labels),
+            None,
+        )
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = latent_shape(self.vae, image_size)
-        flips, code_size = flips_of("none", len(paths), 0), self.encoder.image_size if encoder else None
-        self.views = Views(data_path, paths, flips, image_size, code_size, background)
+        flips, code_size = flips_of("none", self.count, 0), self.encoder.image_size if encoder else None
+        self.views = Views(source, flips, image_size, code_size, background)
         looked = (
             np.unique(np.linspace(0, self.count - 1, LOOKED_AT).astype(int)).tolist() if state.is_main_process else []
         )
@@ -97,8 +103,8 @@ class Images:
             dtype="float32",
             flip=flip,
             background=list(background),
-            classes=classes,
-            **data_settings(vae, self.vae, encoder, self.encoder, paths),
+            classes=source.classes,
+            **data_settings(vae, self.vae, encoder, self.encoder, source),
         )
 
     def __getstate__(self):
@@ -130,7 +136,7 @@ class ImageBatches(TrainingBatches):
         views = self.features.views
         crops, code_views, _, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
-            what = "; ".join(f"{views.path(index)!r} ({error})" for index, error, _ in unreadable)
+            what = "; ".join(f"{views.source.path(index)!r} ({error})" for index, error, _ in unreadable)
             raise OSError(
                 f"cannot read {what}: fix it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"

@@ -5,13 +5,13 @@ vae = load_vae("ema", device)
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dlc.data.listing import listing_sha256
+from dlc.data.images import Source
 from dlc.machine.cli import number
 from dlc.machine.files import read_json, recorded_id
 from dlc.machine.records import differences
@@ -149,14 +149,14 @@ def load_vae(name: str, device: torch.device | str = "cpu", state: "PartialState
 
 
 def data_settings(
-    vae_name: str, vae: torch.nn.Module, encoder_name: str, encoder: SEMEncoder | None, paths: Sequence[str]
+    vae_name: str, vae: torch.nn.Module, encoder_name: str, encoder: SEMEncoder | None, source: Source
 ) -> dict:
     """The keys of a `Manifest` that say of which images, and with which networks, latents and codes are made.
 
     Args:
         vae_name, vae: the value of --vae, and what `load_vae` made of it.
         encoder_name, encoder: the value of --encoder, and its SEMEncoder or None.
-        paths: of all images, as `list_images` gives them.
+        source: the images.
     """
     return dict(
         vae=recorded_id(vae_id(vae_name)),
@@ -166,8 +166,8 @@ def data_settings(
         encoder_sha256=weights_sha256(encoder) if encoder else None,
         L=encoder.L if encoder else None,
         V=encoder.V if encoder else None,
-        images=len(paths),
-        listing_sha256=listing_sha256(paths),
+        images=len(source),
+        listing_sha256=source.sha256(),
     )
 
 

@@ -54,6 +54,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(features, images, tiny_
     result = launch(extract_command("torchrun", 2, images, tmp_path, tiny_models), tmp_path)
     assert contents(tmp_path) == contents(features)
     assert re.search(r"done: 14 rows of 15 images in 4 shards, 1 skipped .*" + str(tmp_path), result.stdout)
+    assert re.search(r"preview.png: PSNR \d+\.\d dB\n.*warning: the VAE does not keep these images", result.stdout)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def extract_error(error_of, images, tiny_models):
 def test_data_folder(extract_error, tmp_path):
     assert "--data-path nowhere is not a folder" in extract_error(data_path="nowhere")
     (tmp_path / "data").mkdir()
-    assert "has no class folders" in extract_error(data_path=tmp_path / "data")
+    assert "has no images (.jpg" in extract_error(data_path=tmp_path / "data")
     (tmp_path / "data/cat").mkdir()
     assert "no images in its class folders" in extract_error(data_path=tmp_path / "data")
     assert not (tmp_path / "features").exists()

@@ -89,6 +89,7 @@ class Names:
         return f"a/{index}"
 
     path = name
+    source = property(lambda self: self)
 
 
 @pytest.mark.parametrize("latents", ["sample", "mean", "moments"])

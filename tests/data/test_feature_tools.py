@@ -12,6 +12,7 @@ from conftest import ROOT, L, V
 from PIL import Image
 
 from dlc.data import Features, FeatureWriter, Manifest, kind_dir
+from dlc.data.convert import fetch_features
 from dlc.data.inspection import code_usage, latent_statistics
 from dlc.features import main
 
@@ -398,6 +399,21 @@ def test_import_from_the_hub(tmp_path, hub):
     for name, message in (("owner/codes", "RevisionNotFound"), ("owner/nothing", "RepositoryNotFound")):
         result = imported(name)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+
+
+def test_features_are_fetched_once(tmp_path, capsys, monkeypatch):
+    """The next launch asks neither the hub nor the package; other features in their place are refused."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        fetch_features("owner/codes@v1", tmp_path / "new", 300, None)
+    keys = dict(latents="mean", dtype="float32", image_size=16, images=1, L=4, V=300, classes=["a"])
+    manifest = Manifest(converted_from="owner/codes@5f", **keys)
+    monkeypatch.setattr("dlc.data.convert.read_manifest", lambda _: manifest)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/manifest.json").touch()
+    fetch_features("owner/codes@v1", tmp_path / "new", 300, None)
+    with pytest.raises(ValueError, match="--hf-dataset owner/other: .*new holds other features .owner/codes@5f.: give"):
+        fetch_features("owner/other", tmp_path / "new", 300, None)
 
 
 def test_import_says_what_it_needs(tmp_path, capsys, monkeypatch):

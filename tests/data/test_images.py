@@ -12,7 +12,7 @@ from PIL import Image
 
 import compose_dlc
 from dlc.data import Features
-from dlc.data.images import Views, center_crop, is_transparent, load_rgb, read_png
+from dlc.data.images import Views, center_crop, is_transparent, load_rgb, open_source, read_png
 from evaluation.sets import FileImages
 
 RANDOM = np.random.default_rng(0)
@@ -77,14 +77,16 @@ def test_transparency_is_blended_on_a_background(tmp_path):
 
 
 def read_by_folder(path, size):
-    return next(FileImages(path.parent, [path.name], crop=size).batches(0, 1, 1))[0]
+    return next(FileImages(open_source(path.parent, names=[path.name]), crop=size).batches(0, 1, 1))[0]
+
+
+def views_of(path, size, code_size):
+    return Views(open_source(path.parent, names=[path.name]), np.zeros((1, 1), bool), size, code_size)
 
 
 DOORS = dict(
-    extraction_and_training=lambda path, size: Views(path.parent, [path.name], np.zeros((1, 1), bool), size, None)[0][
-        0
-    ][0],
-    encoder=lambda path, size: Views(path.parent, [path.name], np.zeros((1, 1), bool), 8, size)[0][1],
+    extraction_and_training=lambda path, size: views_of(path, size, None)[0][0][0],
+    encoder=lambda path, size: views_of(path, 8, size)[0][1],
     compose=lambda path, size: np.array(compose_dlc.view_of(path, size, (255, 255, 255))),
     samples=lambda path, size: np.array(center_crop(Image.fromarray(read_png(path)), size)),
     evaluation=read_by_folder,
@@ -162,7 +164,7 @@ def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     """A file that is broken is skipped; one that the disk does not give would be there at the next try."""
 
     def read(path):
-        crops, view, _, (index, *what) = Views(tmp_path, [path.name], np.zeros((1, 1), bool), 32, None)[0]
+        crops, view, _, (index, *what) = views_of(path, 32, None)[0]
         assert (index, crops.any(), view) == (0, False, None)  # black
         return what
 

@@ -181,7 +181,9 @@ def test_nothing_to_list(tmp_path):
     assert "nowhere is not a folder" in refused(tmp_path / "nowhere")
     assert "file is not a folder" in refused(make(tmp_path, "file") / "file")
     flat = make(tmp_path / "flat", "1.png", "2.png", ".hidden/1.png")
-    assert "has no class folders: put the images of each class into a folder of its own; left out" in refused(flat)
+    classes, paths, labels, (said, left_out) = list_images(flat)
+    assert (classes, paths, labels.tolist()) == (["all"], ["1.png", "2.png"], [0, 0])
+    assert said.endswith("there are no class folders: all images are one class, 'all'") and "1 hidden" in left_out
     other = make(tmp_path / "other", "cat/1.gif", "cat/2.gif", "cat/3.avif", "dog/")
     assert "has no images in its class folders (.jpg " in refused(other)
     assert refused(other).endswith("; left out 2 .gif, 1 .avif; 2 empty classes (cat, …)")

@@ -104,7 +104,7 @@ def test_images_of_features(workplace, images, tmp_path):
     features = Features(workplace / "features")
     of_features = FeatureImages(features, images)
     assert of_features.count == 14 and (of_features.rows == np.arange(14)).all()
-    assert of_features.names[13] == "dog/6.png"
+    assert of_features.source.name(13) == "dog/6.png"
     (crops,) = of_features.batches(0, 14, 14)
     wanted = np.array(center_crop(load_rgb(images / "dog/6.png"), IMAGE_SIZE))
     assert crops.shape == (14, IMAGE_SIZE, IMAGE_SIZE, 3) and (crops[13] == wanted).all()
@@ -112,7 +112,7 @@ def test_images_of_features(workplace, images, tmp_path):
     for count, path, message in (
         (15, images, "--num-images 15: features .* were made of 14 images"),
         (None, tmp_path / "nowhere", "--data-path .*nowhere is not a folder"),
-        (None, tmp_path, "has no cat/0.png, which features"),
+        (None, tmp_path, "has no cat/0.png: features"),
     ):
         with pytest.raises(ValueError, match=message):
             FeatureImages(features, path, count)
@@ -190,9 +190,9 @@ def test_agreement_command(samples, workplace, images, tiny_models, evaluate):
 def test_agreement_of_what_it_should_be(samples, images, evaluate, workplace):
     """The images themselves in the place of their samples, as the encoder saw them, agree wholly, in random order."""
     record = json.loads((samples / "samples.json").read_text())
-    names = FeatureImages(Features(workplace / "features"), images).names
+    source = FeatureImages(Features(workplace / "features"), images).source
     for index, row in enumerate(record["code_rows"]):
-        center_crop(load_rgb(images / names[row]), 32).save(samples / f"{index:06d}.png")
+        center_crop(source.load(int(row)), 32).save(samples / f"{index:06d}.png")
     evaluate("agreement", samples)
     numbers = json.loads(samples.with_name(samples.name + ".metrics.json").read_text())["code_agreement"]
     assert numbers["share"] == numbers["whole_codes"] == 1 > numbers["chance"]

@@ -85,7 +85,7 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
         flips = integers(0, Stream.TRAIN_FLIP, batch["indices"], 2).tolist()
         rows = batches.rows(batch["indices"].numpy())
         for row, crop, label, flip in zip(rows, batch["images"], batch["labels"], flips):
-            there = np.array(center_crop(load_rgb(images.views.path(row)), IMAGE_SIZE))
+            there = np.array(center_crop(load_rgb(images.views.source.path(row)), IMAGE_SIZE))
             np.testing.assert_array_equal(crop, there[:, ::-1] if flip else there)
             assert label == row // 7
             seen.setdefault(row, set()).add(flip)
@@ -99,7 +99,7 @@ def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
     places, views = batches[0]["indices"], batches[0]["codes"]
     assert 0 < integers(0, Stream.TRAIN_FLIP, places, 2).sum() < 14
     for row, view in zip(batches.rows(places.numpy()), views):
-        np.testing.assert_array_equal(view, np.array(center_crop(load_rgb(images.views.path(row)), 32)))
+        np.testing.assert_array_equal(view, np.array(center_crop(load_rgb(images.views.source.path(row)), 32)))
 
 
 def test_encoded_in_parts(folder, tiny_models, monkeypatch):
@@ -107,7 +107,7 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
     batches = ImageBatches(images, dict(codes=None), seed=0, global_batch=8)
     places, crops, views = (batches[0][name] for name in ("indices", "images", "codes"))
-    logits = encoder_logits(tiny_models[1], [images.views.path(row) for row in batches.rows(places.numpy())])
+    logits = encoder_logits(tiny_models[1], [images.views.source.path(row) for row in batches.rows(places.numpy())])
     encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
     moments, codes = encode(crops, views)
     assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad

@@ -1,0 +1,147 @@
+"""Members of zip and tar files: found once, then read at their places by any number of processes and threads.
+
+    members = Members(["a.tar", "b.tar"])
+    members.names[7], members.read(7)            # "cat/0.png", its bytes
+
+A file is opened for each read: an open one would share its position with the processes that were forked off, and a
+thousand shards would be too many. So a read costs what that of a lone file costs.
+"""
+
+import errno
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dlc.machine.cli import one_line, progress
+from dlc.machine.files import Damaged, is_pointer, reading
+
+LARGEST = 2**30  # bytes of a member
+LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip's member: signature, lengths of name and extra field
+TAIL = 10_240  # bytes: tar fills its last record, of this size, with zeros
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file or, with a "/" at the end of its name, a folder in an archive.
+
+    offset: of its bytes or, in a zip, of its local header. crc: None in a tar.
+    """
+
+    name: str
+    offset: int = 0
+    packed: int = 0  # bytes in the archive
+    size: int = 0
+    crc: int | None = None
+    is_deflated: bool = False
+
+
+def zip_members(path: str, bar) -> Iterator[Member]:
+    """What a zip holds. Raises ValueError for what only its password or another program opens."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                yield Member(info.filename)
+                continue
+            if info.flag_bits & 1:
+                raise ValueError(f"{info.filename!r} is encrypted: write the zip again without a password")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{info.filename!r} is neither stored nor deflated: write the zip again with zip -0")
+            name = info.filename.replace("\\", "/") if info.create_system == 0 else info.filename  # of Windows
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            yield Member(name, info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
+            bar.update(info.compress_size)
+
+
+def tar_members(path: str, bar) -> Iterator[Member]:
+    """What a tar holds, hard links as what they lead to, and no other links. Raises ValueError if it is cut off."""
+    places, at = {}, 0
+    with tarfile.open(path, "r:") as archive:  # r: without decompression, which knows no places
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # which would fill the memory
+            bar.update(archive.offset - at)
+            at = archive.offset
+            if member.islnk():
+                places[member.name] = places.get(member.linkname)
+            elif member.isreg() and not member.issparse():
+                places[member.name] = member.offset_data, member.size
+            if member.isdir():
+                yield Member(f"{member.name}/")
+            elif places.get(member.name):
+                offset, size = places[member.name]
+                yield Member(member.name, offset, size, size)
+    with open(path, "rb") as file:
+        file.seek(at)
+        end = file.read(TAIL)
+    if not end or end.strip(b"\0"):
+        raise ValueError("after its last whole member there is no end of a tar: it is cut off, or two in one file")
+
+
+class Members:
+    """All members of some archives: `names` in the archives' order, those of folders with a "/" at the end.
+
+    Raises ValueError, naming the file, for one that is not whole, and OSError if it cannot be read.
+    """
+
+    def __init__(self, files: Sequence[str | Path]):
+        self.files, self.names, columns = [str(file) for file in files], [], []
+        states = [os.stat(file) for file in self.files]
+        self.states = [(state.st_size, state.st_mtime_ns) for state in states]
+        total = sum(size for size, _ in self.states)
+        with progress(total=total, desc="indexing", unit="B", unit_scale=True, delay=2) as bar:
+            for number, file in enumerate(self.files):
+                for one in self._members(file, bar):
+                    self.names.append(one.name)
+                    crc = -1 if one.crc is None else one.crc
+                    columns.append((number, one.offset, one.packed, one.size, crc, one.is_deflated))
+        self.columns = np.array(columns, np.int64).reshape(-1, 6)
+
+    def _members(self, file, bar):
+        try:
+            with reading(file):
+                yield from (zip_members if file.lower().endswith(".zip") else tar_members)(file, bar)
+        except (ValueError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, struct.error, zlib.error) as error:
+            if is_pointer(file):
+                raise ValueError(f"{file} is a git-lfs pointer, not the file: run git lfs pull") from None
+            raise ValueError(
+                f"{file} cannot be used ({one_line(error, 200)}): wanted a whole .zip, or a whole .tar that is not "
+                "compressed"
+            ) from None
+
+    def file_of(self, index: int) -> str:
+        """The archive that a member lies in."""
+        return self.files[self.columns[index, 0]]
+
+    def read(self, index: int) -> bytes:
+        """A member's bytes.
+
+        Raises `Damaged` if they are not those that were written, and OSError if the archive cannot be read or has
+        changed since its members were found.
+        """
+        number, offset, packed, size, crc, is_deflated = self.columns[index].tolist()
+        if max(packed, size) > LARGEST:
+            raise Damaged(f"{max(packed, size):,} bytes, more than {LARGEST:,}")
+        with open(self.files[number], "rb", buffering=0) as file:
+            state = os.fstat(file.fileno())
+            if (state.st_size, state.st_mtime_ns) != self.states[number]:
+                raise OSError(errno.ESTALE, "has changed since it was indexed", self.files[number])
+            if crc >= 0:
+                header = os.pread(file.fileno(), LOCAL_HEADER.size, offset)
+                if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
+                    raise Damaged("there is no such member where the zip says")
+                offset += LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
+            content = os.pread(file.fileno(), packed, offset)
+        if is_deflated:
+            try:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+            except zlib.error as error:
+                raise Damaged(f"cannot be unpacked ({error})") from None
+        if len(content) != size or crc >= 0 and zlib.crc32(content) != crc:
+            raise Damaged("its bytes are not those that were written into the archive")
+        return content

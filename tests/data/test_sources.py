@@ -1,0 +1,307 @@
+"""Wherever images lie, they are those of the folder: the same order, names, labels, pixels and features."""
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, save_images
+from PIL import Image
+
+from dlc.data import FeatureWriter, Manifest
+from dlc.data.extraction import BatchEncoder, batches_of, extract
+from dlc.data.images import Views, collate, flips_of, load_image, open_source
+from dlc.machine.readers import read_ahead
+from evaluation.sets import open_images
+
+MEMBERS = ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """images/, and the same as archives: in.* of its inside, out.* of the folder, also as a Mac or a shell packs it."""
+    root = tmp_path_factory.mktemp("sources")
+    save_images(root / "images", per_class=3)
+    (root / "images/dog/1.png").write_text("no image")
+    pixels = Image.open(root / "images/cat/1.png").convert("RGBA")
+    pixels.putalpha(99)
+    pixels.save(root / "images/cat/1.png")
+    for kind in ("zip", "tar"):
+        shutil.make_archive(root / "in", kind, root / "images")
+        shutil.make_archive(root / "out", kind, root, "images")
+    with zipfile.ZipFile(root / "mac.zip", "w", zipfile.ZIP_STORED) as archive:
+        for name in reversed(MEMBERS):
+            archive.write(root / "images" / name, f"my pictures/{name}")
+            archive.writestr(f"__MACOSX/my pictures/{os.path.dirname(name)}/._{os.path.basename(name)}", b"Mac OS X")
+        archive.writestr("my pictures/.DS_Store", b"")
+    (root / "shards").mkdir()
+    for number in range(2):
+        write_tar(root / f"shards/{number:06d}.tar", {name: root / "images" / name for name in MEMBERS[number::2]})
+    labels = {f"{name[:-4]}.cls": str(int("dog" in name)).encode() for name in MEMBERS[::2]}
+    texts = {f"{name[:-4]}.json": json.dumps(dict(label=int("dog" in name))).encode() for name in MEMBERS[1::2]}
+    write_tar(root / "webdataset.tar", {name: root / "images" / name for name in MEMBERS} | labels | texts)
+    return root
+
+
+def write_tar(path, members):
+    """A tar of files or bytes by name, as `tar cf path ./*` names them."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            content = content if isinstance(content, bytes) else content.read_bytes()
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+class Means:
+    """In place of the networks: each latent is the mean of its crop's colours."""
+
+    device, vae = torch.device("cpu"), None
+
+    def moments(self, crops, batch_size):
+        mean = crops.float().mean(dim=(2, 3))[..., None, None].expand(-1, -1, -1, 2, 2)
+        return torch.cat([mean, torch.ones_like(mean)], dim=2)
+
+
+def features_of(source, path, workers):
+    """The digests of all shards, and what is skipped."""
+    size = dict(image_size=16, latents="sample", dtype="float32", shard_size=4, L=None, V=None, latent_channels=3)
+    manifest = Manifest(classes=source.classes, images=len(source), listing_sha256=source.sha256(), seed=0, **size)
+    writer, batches = FeatureWriter(path, manifest), batches_of(range(2), len(source), 4, 2)
+    writer.start()
+    views = Views(source, flips_of("random", len(source), 0), 16, None)
+    loaded = read_ahead(lambda batch: collate([views[index] for index in batch]), batches, workers)
+    extract(BatchEncoder(Means(), views, source.labels, manifest, 2), zip(batches, loaded), writer, len(source))
+    done = writer.finish(2)
+    return [shard["sha256"] for shard in done.shards], done.skipped, done.transparent
+
+
+def test_features_are_those_of_the_folder(place, tmp_path):
+    """To the byte, with any number of readers, and with the image that is broken."""
+    folder = open_source(place / "images")
+    wanted = features_of(folder, tmp_path / "folder", 0)
+    assert wanted[1] == [["dog/1.png", "UnidentifiedImageError: cannot identify image file"]] and wanted[2] == 1
+    for name in ("in.zip", "out.zip", "mac.zip", "in.tar", "out.tar", "shards", "webdataset.tar"):
+        source = open_source(str(place / name))
+        assert [source.name(index) for index in range(6)] == MEMBERS, name
+        assert source.labels.tolist() == folder.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert (source.classes == ["0", "1"]) if "web" in name else (source.classes == ["cat", "dog"])
+        assert (source.sha256() == folder.sha256()) != ("web" in name)  # of classes that names do not say
+        assert not source.remarks or "DS_Store" in source.remarks[0]
+        assert features_of(source, tmp_path / name, 2) == wanted
+
+
+def test_other_doors(place):
+    """Evaluation, and one image by its path in an archive."""
+    pixels = np.asarray(load_image(place / "images/cat/2.png"))
+    for path in ("out.zip/images/cat/2.png", "in.tar/cat/2.png", "mac.zip/my pictures/cat/2.png"):
+        np.testing.assert_array_equal(np.asarray(load_image(str(place / path))), pixels)
+    with pytest.raises(ValueError, match="in.zip has no cat/9.png"):
+        load_image(str(place / "in.zip/cat/9.png"))
+    sets = [open_images(place / f"{path}/cat", "--reference", crop=16) for path in ("images", "in.zip", "in.tar")]
+    assert [one.count for one in sets] == [3, 3, 3]
+    wanted, *others = (next(one.batches(0, 3, 3)) for one in sets)
+    assert all((other == wanted).all() for other in others)
+
+
+def test_a_flat_folder_and_its_labels(place, tmp_path):
+    flat = shutil.copytree(place / "images/cat", tmp_path / "flat")
+    (flat / "sub").mkdir()
+    source = open_source(flat)
+    assert source.classes == ["all"] and "there are no class folders: all images are one class" in source.remarks[0]
+    shutil.copy(flat / "0.png", flat / "sub/3.png")
+    table, rows = tmp_path / "labels.csv", dict([("2.png", "é"), ("0.png", "b"), ("1.png", "b"), ("sub/3.png", "a")])
+
+    def labelled(text):
+        table.write_text(text, encoding="utf-8-sig")
+        return open_source(flat, labels=str(table))
+
+    lines = [f"{name},1,{label}\n" for name, label in rows.items()]
+    source = labelled("name,size,label\n" + "".join(lines))
+    assert (source.classes, source.labels.tolist()) == (["a", "b", "é"], [1, 1, 2, 0])
+    assert source.sha256() != labelled("name,label\n" + "".join(f"{name},a\n" for name in rows)).sha256()
+    numbers = labelled("name,label\n" + "".join(f"{name},{number}\n" for number, name in enumerate(rows, 8)))
+    assert len(numbers.classes) == 12 and numbers.labels.tolist() == [9, 10, 8, 11]
+    for text, message in (
+        ("file,label\n", "its first line names no column 'name'"),
+        ("", "its first line names no column"),
+        ("name,label\n0.png,a\n", "has no label for '1.png' .one of 3."),
+        ("name,label\n" + "".join(f"{name},a\n" for name in rows) + "x.png,b\n", "that are not there, such as 'x.png'"),
+        ("name,label\n" + 2 * "0.png,a\n", "names twice '0.png'"),
+    ):
+        with pytest.raises(ValueError, match=f"--labels {table}:? .*{message}"):
+            labelled(text)
+
+
+def test_members_that_cannot_be_read(tmp_path):
+    """A member's damage is its own, and a system's error or another archive in its place is not."""
+    content = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(content, "png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"a/{number}.png", content.getvalue())
+        archive.writestr("a/pointer.png", b"version https://git-lfs.github.com/spec/v1\n")
+    whole = (tmp_path / "a.zip").read_bytes()
+    at = whole.index(b"a/1.png") + 60
+    (tmp_path / "a.zip").write_bytes(whole[:at] + b"x" + whole[at + 1 :])
+    views = Views(open_source(tmp_path / "a.zip"), np.zeros((4, 1), bool), 16, None)
+    faults = [views[index][3] for index in range(4)]
+    assert faults[0] is None is faults[2]
+    assert "its bytes are not those that were written into the archive" in faults[1][1] and faults[1][2]
+    assert "a git-lfs pointer, not the file" in faults[3][1] and faults[3][2]
+    (tmp_path / "a.zip").write_bytes(whole + b"\0")
+    _, reason, is_broken = views[0][3]
+    assert "has changed since it was indexed" in reason and not is_broken
+    os.remove(tmp_path / "a.zip")
+    assert not views[0][3][2]
+
+
+def zipped(path, *names, **flags):
+    with zipfile.ZipFile(path, "w", **flags) as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    return path
+
+
+def encrypted(path):
+    content = bytearray(zipped(path, "a/1.png").read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    return path
+
+
+def cut(path, source, size):
+    path.write_bytes(source.read_bytes()[:size])
+    return path
+
+
+BAD = {
+    "no images": (lambda path, _: zipped(path / "a.zip", "a/1.txt"), "has no images in its class folders .*1 .txt"),
+    "empty zip": (lambda path, _: zipped(path / "a.zip"), "has no images"),
+    "cut zip": (lambda path, place: cut(path / "a.zip", place / "in.zip", -30), "a.zip cannot be used .*not a zip"),
+    "cut tar": (lambda path, place: cut(path / "a.tar", place / "in.tar", 9000), "a.tar cannot be .*unexpected end"),
+    "tar cut between members": (
+        lambda path, place: cut(path / "a.tar", place / "webdataset.tar", 512 + 21 * 512),
+        "a.tar cannot be used",
+    ),
+    "tar.gz": (
+        lambda path, place: shutil.make_archive(path / "a", "gztar", place / "images"),
+        "a.tar.gz cannot be used .*a whole .tar that is not compressed",
+    ),
+    "encrypted": (lambda path, _: encrypted(path / "a.zip"), "'a/1.png' is encrypted"),
+    "method": (
+        lambda path, _: zipped(path / "a.zip", "a/1.png", compression=zipfile.ZIP_LZMA),
+        "'a/1.png' is neither stored nor deflated",
+    ),
+    "nested": (
+        lambda path, _: zipped(path / "a.zip", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png"),
+        "a.zip: its folders train, val are no classes.* such as .*a.zip/train$",
+    ),
+    "double": (lambda path, _: write_twice(path), "holds './cat/1.png' twice"),
+    "pointer": (
+        lambda path, _: (path / "a.tar").write_text("version https://git-lfs.github.com/spec/v1\n") and path / "a.tar",
+        "a.tar is a git-lfs pointer",
+    ),
+    "labels": (
+        lambda path, _: write_tar(path / "a.tar", {"1.png": b"", "2.png": b"", "1.cls": b"4"}),
+        "has labels .* for 1 images, but none for 2.png",
+    ),
+    "masks": (
+        lambda path, _: write_tar(path / "a.tar", {"1.png": b"", "1.mask.png": b"", "1.cls": b"4"}),
+        "has one label for several images, as 1.png and 1.mask.png",
+    ),
+    "no such folder": (lambda path, place: place / "in.zip/bird", "in.zip has no folder 'bird'"),
+    "neither": (lambda path, _: ROOT / "README.md", "README.md is not a folder, an archive"),
+}
+
+
+def write_twice(path):
+    for number in range(2):
+        write_tar(path / f"{number}.tar", {"cat/1.png": b"", f"cat/{number + 2}.png": b""})
+    return path
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused(case, place, tmp_path):
+    make, message = BAD[case]
+    with pytest.raises(ValueError) as raised:
+        open_source(make(tmp_path, place))
+    assert re.search(message, str(raised.value)) and "\n" not in str(raised.value), raised.value
+
+
+def test_names_that_lead_out_are_left_out(tmp_path):
+    source = open_source(zipped(tmp_path / "a.zip", "../../1.png", "cat/../2.png", "/cat/3.png", "cat/./4.png"))
+    assert source.names.tolist() == [b"cat/3.png", b"cat/4.png"] and source.classes == ["cat"]
+    assert "left out 2 names that lead out of the archive (../../1.png, …)" in source.remarks[-1]
+
+
+def test_hub_datasets_without_the_package(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="owner/name needs the package datasets: pip install datasets$"):
+        open_source("owner/name")
+
+
+#################################################################################
+#                            Datasets of other programs                         #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def tables(place, tmp_path_factory):
+    """The folder as the package datasets keeps it."""
+    datasets, root = pytest.importorskip("datasets"), tmp_path_factory.mktemp("tables")
+    datasets.disable_progress_bars()
+    images = [dict(bytes=(place / "images" / name).read_bytes(), path=name) for name in MEMBERS]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    data = datasets.Dataset.from_dict(dict(image=images, label=[0, 0, 0, 1, 1, 1]), features)
+    data.save_to_disk(root / "saved")
+    datasets.DatasetDict(train=data, test=data.select([3, 1])).save_to_disk(root / "splits")
+    data.to_parquet(root / "a.parquet")
+    columns = dict(image=[one["bytes"] for one in images], label=list("bbabab"), other=[1] * 6)
+    datasets.Dataset.from_dict(columns).to_parquet(root / "plain.parquet")
+    datasets.Dataset.from_dict(dict(x=[1])).to_parquet(root / "wrong.parquet")
+    datasets.Dataset.from_dict(dict(columns, label=[0, 1, 1, 0, -1, -1])).to_parquet(root / "unlabelled.parquet")
+    paths = dict(image=[dict(bytes=None, path="/etc/passwd")])
+    datasets.Dataset.from_dict(paths, datasets.Features(image=datasets.Image())).to_parquet(root / "paths.parquet")
+    cut(root / "cut.parquet", root / "a.parquet", 3000)
+    return root
+
+
+def test_datasets_are_the_folder(place, tables, tmp_path):
+    wanted = features_of(open_source(place / "images"), tmp_path / "folder", 0)
+    for name in ("saved", "splits", "a.parquet"):
+        source = open_source(tables / name)
+        assert [source.name(index) for index in range(6)] == MEMBERS and source.classes == ["cat", "dog"]
+        assert features_of(source, tmp_path / name, 2) == wanted
+    test = open_source(f"{tables}/splits:test")
+    assert test.names.tolist() == [b"dog/0.png", b"cat/1.png"] and test.labels.tolist() == [1, 0]
+    plain = open_source(tables / "plain.parquet")
+    assert (plain.classes, plain.labels.tolist(), plain.name(2)) == (["a", "b"], [1, 1, 0, 1, 0, 1], "0000002")
+    pixels = np.asarray(load_image(place / "images/cat/2.png"))
+    np.testing.assert_array_equal(np.asarray(load_image(str(tables / "saved/cat/2.png"))), pixels)
+    np.testing.assert_array_equal(np.asarray(plain.load(2)), pixels)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("wrong.parquet", "wanted a column 'image' of images, there are x"),
+        ("unlabelled.parquet", "row 4 has no label .2 of 6 rows."),
+        ("paths.parquet", "row 0 has no image, but at most a path"),
+        ("cut.parquet", "cut.parquet.* Parquet magic bytes not found"),
+        ("splits:val", "no split 'val': give .*splits:SPLIT, one of train, test"),
+    ],
+)
+def test_datasets_that_are_refused(name, message, tables):
+    with pytest.raises(ValueError) as raised:
+        open_source(f"{tables}/{name}")
+    assert re.search(message, str(raised.value)) and "\n" not in str(raised.value), raised.value
