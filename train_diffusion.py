@@ -279,6 +279,11 @@ def losses_of(
     return terms, t
 
 
+def logged_losses(process: Process, head: bool = False) -> Losses:
+    """All losses of a process; by quarter of t the second, which is the first's main part, or the only one."""
+    return Losses(process.loss_names + ("head",) * head, by_quarter=process.loss_names[:2][-1])
+
+
 def preview_vae(
     args: argparse.Namespace, run: Run, name: str, encode: PixelEncoder | None, channels: int, source: dict
 ) -> torch.nn.Module | None:
@@ -314,8 +319,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         inputs, (channels, latent_size, _) = open_inputs(args, features), features.latent_shape
         split = split_features(args, features, inputs)
         spec, process = DiT_models[args.model], open_process(args)
-        sizes = {**inputs.sizes, **model_arguments(args)}
-        build = partial(spec, input_size=latent_size, in_channels=channels, learn_sigma=process.learn_sigma, **sizes)
+        sizes = {**inputs.sizes, **model_arguments(args), **process.model_arguments}
+        build = partial(spec, input_size=latent_size, in_channels=channels, **sizes)
         if latent_size % spec.patch_size:
             raise ValueError(
                 f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
@@ -342,8 +347,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- model
         run.start()
         model = run.adopt(frozen(args, build()))
-    names = process.loss_names + (("head",) if args.intermediate_head else ())
-    run.optimize(build_optimizer(args, model), Losses(names, by_quarter=process.loss_names[-1]))
+    run.optimize(build_optimizer(args, model), logged_losses(process, bool(args.intermediate_head)))
 
     # ---------------------------------------------------------------------- run
     kind = ImageBatches if encode else TrainingBatches

@@ -25,6 +25,7 @@ import torch
 from benchmarks.extraction import write_networks
 from benchmarks.record import DEVICE, ON_GPU, flags, forward_flops, peak_flops, record, run_script, synchronize
 from diffusion import create_diffusion
+from diffusion.process_table import OBJECTIVES, create_process
 from dlc.data.images import read_png, save_png, to_uint8
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS, autocast
@@ -47,6 +48,10 @@ ROWS = [  # name, precision, flags, the row whose images these should be
     (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (BASELINE, "fp32")),
     (HALF, "fp32", HALVED, None),
     (HALF, "bf16", HALVED, (HALF, "fp32")),
+    *(
+        (f"flow, Euler-{steps}", "fp32", flags(objective="flow", num_sampling_steps=steps, cfg_scale=1), None)
+        for steps in (5, 10, 25)
+    ),  # without guidance
     ("DDIM-50", "fp32", ["--sampler", "ddim"], None),
     ("DDIM-50", "bf16", ["--sampler", "ddim"], ("DDIM-50", "fp32")),
     ("DPM-Solver++-25", "fp32", ["--sampler", "dpmsolver++"], None),
@@ -55,28 +60,28 @@ ROWS = [  # name, precision, flags, the row whose images these should be
 ]
 
 
-def rough_checkpoint(path: Path, args: argparse.Namespace) -> None:
-    """Write a model after a few steps on random latents and codes, and the codes to draw for."""
+def rough_checkpoint(path: Path, objective: str, args: argparse.Namespace) -> None:
+    """Write a model after a few steps on random latents and codes."""
     torch.manual_seed(0)
-    model = DiT_models[args.model](L=args.L, V=args.V).to(DEVICE).train()
+    process = create_process(OBJECTIVES[objective])
+    model = DiT_models[args.model](L=args.L, V=args.V, **process.model_arguments).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4 if "XL" in args.model else 1e-3)
-    diffusion = create_diffusion("")
     for _ in range(TRAINING_STEPS):
-        x, t = torch.randn(8, 4, 32, 32, device=DEVICE), torch.randint(1000, (8,), device=DEVICE)
+        x = torch.randn(8, 4, 32, 32, device=DEVICE)
+        t = process.training_times(torch.rand(8, dtype=torch.float64, device=DEVICE))
         y = torch.randint(args.V, (8, args.L), device=DEVICE)
         with autocast(DEVICE, "bf16" if ON_GPU else "fp32"):
-            loss = diffusion.training_losses(model, x, t, dict(y=y))["loss"].mean()
+            loss = process.training_losses(model, x, t, dict(y=y))["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    safetensors.torch.save_file(model.cpu().state_dict(), path / "model.safetensors")
-    np.save(path / "codes.npy", torch.randint(args.V, (args.batch * args.batches, args.L)).numpy())
+    safetensors.torch.save_file(model.cpu().state_dict(), path / f"{objective}.safetensors")
 
 
 @torch.no_grad()
 def draw_baseline(root: Path, folder: Path, args: argparse.Namespace) -> float:
     """Images a second, after the first batch."""
-    model, _, _ = load_model(root / "model.safetensors")
+    model, _, _ = load_model(root / "ddpm.safetensors")
     model, vae = model.to(DEVICE), load_vae(str(root / "vae"), DEVICE)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     diffusion, codes = create_diffusion(str(STEPS)), torch.from_numpy(np.load(root / "codes.npy")).to(DEVICE)
@@ -107,7 +112,8 @@ def script(root: Path, folder: Path, precision: str, given: list[str], args: arg
     """Images per second of the script, after its first batches, and the folder of its PNGs."""
     count = args.batch * args.batches
     command = flags(
-        model=args.model, ckpt=root / "model.safetensors", dlc_dir=root / "codes.npy", dlc_order="sequential",
+        model=args.model, ckpt=root / f"{objective_of(given)}.safetensors",
+        dlc_dir=root / "codes.npy", dlc_order="sequential",
         vae=root / "vae", sample_dir=folder, num_fid_samples=count, per_proc_batch_size=args.batch,
         cfg_scale=CFG_SCALE, precision=precision,
     )  # fmt: skip
@@ -119,16 +125,26 @@ def script(root: Path, folder: Path, precision: str, given: list[str], args: arg
 
 
 def prepare(root: Path, args: argparse.Namespace) -> None:
-    """Write the VAE, the model and the codes that all rows share."""
+    """Write the VAE, the models and the codes that the rows share."""
     write_networks(root, encoder=False)
-    rough_checkpoint(root, args)
+    for objective in {objective_of(given): None for _, _, given, _ in ROWS}:
+        rough_checkpoint(root, objective, args)
+    np.save(root / "codes.npy", torch.randint(args.V, (args.batch * args.batches, args.L)).numpy())
+
+
+def objective_of(given: list[str]) -> str:
+    """What the model was trained on that a row's flags draw from."""
+    return given[given.index("--objective") + 1] if "--objective" in given else "ddpm"
 
 
 def sampler_of(given: list[str]) -> tuple:
     """The sampler that a row's flags ask for, and in how many of the model's calls guidance acts."""
-    sampler = create_sampler(given[1]) if "--sampler" in given else create_sampler("ddpm", STEPS)
+    values = dict(zip(given[::2], given[1::2]))
+    process = create_process(OBJECTIVES[objective_of(given)])
+    sampler = create_sampler(values.get("--sampler"), int(values.get("--num-sampling-steps", 0)), process)
     bounds = INTERVAL if "--t-min" in given else (0, 999)
-    return sampler, sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
+    guided = "--cfg-scale" not in given  # the rows that give it turn guidance off
+    return sampler, guided and sum(bounds[0] <= time <= bounds[1] for time in sampler.times)
 
 
 def main() -> None:

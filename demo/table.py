@@ -100,6 +100,7 @@ ROWS = {
     "real held-out digits": lambda demo: (demo.images, demo.codes, demo.labels),
     "their VAE reconstructions": lambda demo: (demo.reconstructions(), demo.codes, demo.labels),
     "samples from their codes": lambda demo: (demo.samples("samples"), demo.codes, demo.labels),
+    "flow, 5 calls": lambda demo: (demo.samples("samples_flow"), demo.codes, demo.labels),
     "DiT on classes, half batch": samples_by_class,
     "samples from a prior's codes": lambda demo: (
         demo.samples("samples_prior"), demo.prior_codes("samples_prior"), None),

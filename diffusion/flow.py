@@ -13,6 +13,7 @@ Gaussian process at another scale: x_t / (1 - t) = x_0 + sigma n.
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from .likelihoods import mean_flat
@@ -33,7 +34,7 @@ class Flow:
         time_scale: the model is told time_scale * t: 1, as in SiT and REPA, or 1000, the range of DDPM's times.
     """
     num_timesteps = last_time = 1               # the length of its time
-    learn_sigma, loss_names = False, ("loss",)
+    model_arguments, loss_names = dict(learn_sigma=False), ("loss",)
 
     def __init__(self, time_distribution: str = "uniform", time_mean: float = 0.0, time_std: float = 1.0,
                  time_scale: float = 1.0):
@@ -104,13 +105,13 @@ class EulerSampler(Sampler):
 
     def __init__(self, steps: int, flow: Flow, learn_sigma: bool = False, time_shift: float = 1.0):
         self.num_steps, self.told = steps, flow.told
-        self.levels = [time_shift * t / (1 + (time_shift - 1) * t) for t in self.even_levels(steps)]
+        self.levels = self.levels_of(steps, time_shift)
         self.times = self.levels[:-1]
 
     @staticmethod
-    def even_levels(steps: int) -> list[float]:
+    def levels_of(steps: int, time_shift: float) -> list[float]:
         """The times between which the steps go."""
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        return [shifted((steps - step) / steps, time_shift) for step in range(steps + 1)]
 
     def __call__(self, predict: Callable, x: torch.Tensor, noise: Callable) -> Steps:
         x = x.double()
@@ -146,15 +147,21 @@ class SDESampler(EulerSampler):
     """
 
     @staticmethod
-    def even_levels(steps: int) -> list[float]:
-        """See `EulerSampler`."""
-        return [*torch.linspace(1, LAST_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+    def levels_of(steps: int, time_shift: float) -> list[float]:
+        """See `EulerSampler`. The shift leaves LAST_TIME where it is."""
+        even = np.linspace(1, shifted(LAST_TIME, 1 / time_shift), steps)
+        return [*shifted(even, time_shift).tolist(), 0.0]
 
     def advance(self, predict: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
                 noise: Callable) -> torch.Tensor:
         """See `EulerSampler`."""
         x = x + (following - t) * (v - t * score(x, t, v))
         return x + math.sqrt(2 * t * (t - following)) * noise() if following else x
+
+
+def shifted(t: float | np.ndarray, shift: float) -> float | np.ndarray:
+    """Times that are moved towards 1, for a shift above 1, or towards 0; 1 / shift moves them back."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def velocity(predict: Callable, x: torch.Tensor, *time: float) -> torch.Tensor:
@@ -169,7 +176,8 @@ def velocity(predict: Callable, x: torch.Tensor, *time: float) -> torch.Tensor:
 SHIFT = dict(fewest_steps=1, options=dict(time_shift=Option(
     "a: move the times towards the noise, as large latents need: t becomes a t / (1 + (a - 1) t)", low=0.01, high=100)))
 FLOW_SAMPLERS = {
-    "euler": SamplerSpec("Euler's method", EulerSampler, 25, **SHIFT),
+    "euler": SamplerSpec("Euler's method", EulerSampler, 25, **SHIFT, scheduler=lambda process: (
+        "scheduler_flow", "FlowScheduler", dict(num_train_timesteps=round(process.time_scale)))),
     "heun": SamplerSpec("Heun's second-order method, two evaluations per step", HeunFlowSampler, 25, **SHIFT),
     "sde": SamplerSpec("Euler and Maruyama's method on the SDE, which adds noise", SDESampler, 250, **SHIFT),
 }

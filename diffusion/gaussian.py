@@ -80,14 +80,14 @@ class GaussianDiffusion:
         return model(x, self._at("timestep_map", t, None), **(model_kwargs or {})).float()
 
     @property
-    def learn_sigma(self) -> bool:
-        """Whether the model predicts the variance as well."""
-        return self.variance == "learned_range"
+    def model_arguments(self) -> dict[str, bool]:
+        """What a model's constructor is to be told: whether it predicts the variance as well, if not as by default."""
+        return {} if self.variance == "learned_range" else dict(learn_sigma=False)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """The keys of what `training_losses` returns, "loss" first."""
-        return ("loss",) if "kl" in self.loss else ("loss", "mse", "vb") if self.learn_sigma else ("loss", "mse")
+        return ("loss", "mse", "vb")[:1 if "kl" in self.loss else 3 if self.variance == "learned_range" else 2]
 
     @property
     def last_time(self) -> int:

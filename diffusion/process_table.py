@@ -7,10 +7,10 @@
 To add one, write its class in a file beside this one and give it a row in PROCESSES. A process of latents has
     training_times(u)                       # (N,) uniforms in [0, 1), float64, to times t (N,)
     training_losses(model, x_start, t, model_kwargs, noise)     # dict of (N,)
-    loss_names                              # its keys, "loss" first
+    loss_names                              # its keys, "loss" first, then its main part
     target(x_start, noise)                  # what its models' first C channels are to be
     num_timesteps, last_time                # t is below the one in training, and up to the other in its samplers
-    learn_sigma                             # whether its models predict a variance as well
+    model_arguments                         # dict, of the constructor of its models
 """
 import inspect
 from collections.abc import Callable

@@ -143,9 +143,11 @@ class SamplerSpec:
     most_steps: int = FULL_STEPS
     options: dict[str, Option] = field(default_factory=dict)
     assumed: dict = field(default_factory=dict)     # arguments that the process must have been created with
+    scheduler: Callable | None = None   # (process) -> module, class and arguments of diffusers' that takes its steps
 
 
 LINEAR = dict(noise_schedule="linear", predict_xstart=False, diffusion_steps=FULL_STEPS)
+DIFFUSERS = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2)
 SAMPLERS = {
     "ddpm": SamplerSpec(
         "DDPM's ancestral steps",
@@ -156,7 +158,8 @@ SAMPLERS = {
         options=dict(eta=Option("0 adds no noise, 1 as much as DDPM", low=0, high=1))),
     "dpmsolver++": SamplerSpec(
         "DPM-Solver++ of second order",
-        lambda steps, process, learn_sigma: DPMSolver(steps), 25, most_steps=FULL_STEPS - 1, assumed=LINEAR),
+        lambda steps, process, learn_sigma: DPMSolver(steps), 25, most_steps=FULL_STEPS - 1, assumed=LINEAR,
+        scheduler=lambda process: ("diffusers", "DPMSolverMultistepScheduler", DIFFUSERS)),
     "heun": SamplerSpec(
         "Heun's second-order method of EDM, two evaluations per step",
         lambda steps, process, learn_sigma: HeunSampler(steps), 25, assumed=LINEAR),

@@ -39,7 +39,7 @@ COUNT, SIZE = whole_number(0), whole_number(1)
 HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)  # noqa: E731
 CONDITIONS = HAS_KIND, "an object with a kind of conditions"
 NAMED = 64  # samples whose conditions are in the folder's name
-LATER = ("time_shift", "guide")  # keys that older files lack: null decides nothing, so that folders keep their names
+LATER = ("time_shift", "guide")  # keys that older files lack: folders of sets for which they are null keep their names
 SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
 GUIDE_SAID = ("checkpoint", "step", "weights")  # and of `guide`
 
@@ -83,8 +83,7 @@ class SamplesRecord(Record):
         """See `Record`."""
         conditions = {name: value for name, value in self.conditions.items() if name not in SAID}
         guide = self.guide and {name: value for name, value in self.guide.items() if name not in GUIDE_SAID}
-        values = {**super().settings(), "conditions": conditions, "guide": guide}
-        return {name: value for name, value in values.items() if value is not None or name not in LATER}
+        return {**super().settings(), "conditions": conditions, "guide": guide}
 
 
 def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
@@ -92,7 +91,8 @@ def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
 
     It does not depend on the number of samples, so that a set may grow.
     """
-    decides = record.settings(), conditions.digest(NAMED)
+    settings = {name: value for name, value in record.settings().items() if value is not None or name not in LATER}
+    decides = settings, conditions.digest(NAMED)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 

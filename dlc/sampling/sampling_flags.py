@@ -80,11 +80,11 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         help=f"classifier-free guidance scale; 1 disables guidance [{CFG_SCALE}, with --guide-ckpt 1]",
     )
     add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
-    add("--t-min", type=TIME, help="guide from this time on, 0 to 999 for ddpm, 0 to 1 for flow [0]")
+    add("--t-min", type=TIME, help="guide from this time on; those of ddpm are 0 to 999 [0]")
     add(
         "--t-max",
         type=TIME,
-        help="guide up to this time; outside the interval the null half is not computed [the process's last]",
+        help="guide up to this time; outside the interval the null half is not computed [the last]",
     )
     add_guide_flags(add)
     add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")

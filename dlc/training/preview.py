@@ -48,7 +48,7 @@ def save_preview(
     y = tree_map(lambda value: value if value.is_floating_point() else value.long(), y)
     samples = sample_latents(
         ema,
-        create_sampler(None, PREVIEW_STEPS, process, process.learn_sigma),
+        create_sampler(None, PREVIEW_STEPS, process, ema.out_channels > ema.in_channels),
         y=y,
         seed=seed,
         indices=indices,
@@ -86,11 +86,11 @@ class CodePreview:
 
     def __init__(self, checkpoint: str | Path, vae: str | None, codes: Codes, device: torch.device, seed: int):
         self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
-        process, learn_sigma = process_of(meta), self.model.out_channels > self.model.in_channels
-        fastest = min(samplers_of(process).items(), key=lambda item: item[1].default_steps, default=(None, None))[0]
-        self.sampler = create_sampler(fastest, None, process, learn_sigma)
         if self.model.conditioning != "codes":
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
+        process = process_of(meta)
+        fastest = min(samplers_of(process).items(), key=lambda item: item[1].default_steps, default=[None])[0]
+        self.sampler = create_sampler(fastest, None, process, self.model.out_channels > self.model.in_channels)
         theirs, embedder = CodeSet.of_features(codes.features), self.model.sem_embedder
         owner = f"--preview-ckpt {checkpoint}"
         compare(CodeSpec(owner=owner, L=embedder.L, V=embedder.V, encoder_sha256=meta.encoder_sha256), theirs)

@@ -160,7 +160,10 @@ class Run(contextlib.ExitStack):
         assert model.config == self.config.built or plain(model.config, "the model's") == self.config.built
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
-                self.pretrained, self.ema_start = load_pretrained(args.pretrained_path, model, self.state), 0.0
+                self.pretrained, self.ema_start = (
+                    load_pretrained(args.pretrained_path, model, self.state, self.config.process),
+                    0.0,
+                )
             if self.state.is_main_process:
                 write_json(self.folder / "args.json", vars(args))
                 trim_metrics(self.folder / "metrics.jsonl", self.first_step)

@@ -81,7 +81,7 @@ def usage(job: "Export") -> str:
         "```",
         "",
         "The folder's files of code make diffusers compute the function that the weights were trained for; read them "
-        f"before you trust them. For the same noise the images are those of `{command} --sampler dpmsolver++ "
+        f"before you trust them. For the same noise the images are those of `{command} --sampler {job.sampler} "
         "--num-sampling-steps 25 --cfg-channels all`.",
     ]
     return "\n".join(lines)

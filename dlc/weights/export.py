@@ -3,12 +3,13 @@
     python -m dlc.checkpoints export results/checkpoints/0400000 OUT --format diffusers
 
 --format safetensors writes model.safetensors, config.json and meta.json of any model, which --ckpt reads back. --format
-diffusers writes a pipeline of a published family that draws what our sampler draws for the same noise and DPM-Solver++
-steps; it comes with a small file of code, because diffusers' own DiT is another function than DiT. Beside each lies a
-model card, README.md.
+diffusers writes a pipeline of a published family that draws what our sampler draws for the same noise and steps: of
+DPM-Solver++, or of Euler where the model was trained on a flow. It comes with small files of code, because diffusers'
+own DiT is another function than DiT. Beside each lies a model card, README.md.
 """
 
 import argparse
+import importlib
 import os
 import shutil
 import uuid
@@ -19,6 +20,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from diffusion.process_table import describe_process, samplers_of
 from dlc.machine.files import failed, sync, write_json
 from dlc.nets.vae import same_vae
 from dlc.weights.card import model_card
@@ -32,8 +34,6 @@ FORMATS = ("safetensors", "diffusers")
 SHIPPED = Path(__file__).parent / "shipped"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NULL_LABEL = 1000  # of diffusers' DiTPipeline, whatever the number of classes
-# DPMSolverMultistepScheduler's, with which it takes the steps of --sampler dpmsolver++
-SCHEDULER = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2)
 # The arguments that the classes of diffusers and of SHIPPED know, and of these what the shipped transformer takes.
 SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "learn_sigma")
 ARGUMENTS = {*SIZES, "mlp_ratio", "class_dropout_prob", "num_classes", "L", "V", "code_init", "intermediate_head"}
@@ -51,6 +51,7 @@ class Export:
     license: str
     vae: torch.nn.Module | None = None
     vae_name: str | None = None
+    sampler: str | None = None  # whose steps the pipeline takes
 
 
 def export(args: argparse.Namespace) -> list[str]:
@@ -85,6 +86,13 @@ def add_vae(job: Export, name: str | None) -> None:
         raise ValueError(f"{job.source} computes as diffusers does, and a DiTSEM's pipeline as DiT: export safetensors")
     if type(job.model) is DiT and job.model.blocks[0].mlp.fc1.out_features != 4 * arguments["hidden_size"]:
         raise ValueError(f"{job.source} has an MLP that is not 4 times as wide as the rest, as diffusers' always is")
+    process = process_of(job.meta)
+    job.sampler = next((name for name, spec in samplers_of(process).items() if spec.scheduler), None)
+    if job.sampler is None:
+        raise ValueError(
+            f"{job.source} was trained on the {describe_process(process)}, for which diffusers has no scheduler: "
+            "export it as safetensors"
+        )
     job.vae_name = name or job.meta.vae or "ema"
     job.vae = load_vae(job.vae_name)
     same_vae(job.vae, job.vae_name, name is not None, job.model.in_channels, vars(job.meta), "the checkpoint's latents")
@@ -158,7 +166,9 @@ def write_pipeline(folder: Path, job: Export) -> None:
 
     transformer, arguments = folder / "transformer", job.model.config["arguments"]
     transformer.mkdir()
-    parts = {"vae": ["diffusers", type(job.vae).__name__], "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    process = process_of(job.meta)
+    module, scheduler, settings = samplers_of(process)[job.sampler].scheduler(process)
+    parts = {"vae": ["diffusers", type(job.vae).__name__], "scheduler": [module, scheduler]}
     if type(job.model) is DiTSEM:
         save(job.model.state_dict(), transformer / WEIGHTS)
         sizes = {name: arguments[name] for name in (*SIZES, "L", "V")}
@@ -174,10 +184,13 @@ def write_pipeline(folder: Path, job: Export) -> None:
         parts["transformer"] = ["transformer_dit", "DiTTransformer"]
         shutil.copy(SHIPPED / "transformer_dit.py", transformer)
         config = diffusers_config(job.model)
-    write_json(transformer / "config.json", dict(config, _diffusers_version=diffusers.__version__))
+    version = dict(_diffusers_version=diffusers.__version__)
+    recorded = dict(_process=job.meta.process) if job.meta.process else {}
+    write_json(transformer / "config.json", {**config, **recorded, **version})
     job.vae.save_pretrained(folder / "vae")
-    diffusers.DPMSolverMultistepScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-    write_json(folder / "model_index.json", dict(index, _diffusers_version=diffusers.__version__, **parts))
+    home = diffusers if module == "diffusers" else importlib.import_module(f"dlc.weights.shipped.{module}")
+    getattr(home, scheduler)(**settings).save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", dict(index, **version, **parts))
 
 
 def padded(model: DiT) -> dict:

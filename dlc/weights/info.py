@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
+from diffusion.process_table import describe_process
 from dlc.weights.foreign.layouts import NoRawWeights, OtherKind
 from dlc.weights.foreign.safe import differences_from
 from dlc.weights.hub import locate
-from dlc.weights.load import describe, describe_prior, load_model, load_prior, read_weights
+from dlc.weights.load import describe, describe_prior, load_model, load_prior, process_of, read_weights
 from dlc.weights.meta import RunMeta
 from dlc.weights.networks import load_encoder, load_vae
 
@@ -49,6 +50,7 @@ def about(path: str | Path, name: str, model: torch.nn.Module, sizes: str, meta:
     versions = recorded.pop("versions", None) or {}
     on = ("features_path", "data_path", "image_size", "features_count", "latents", "vae")
     known = {key: value for key, value in recorded.items() if value is not None and not key.endswith("_sha256")}
+    lines.append(f"predicts as the {describe_process(process_of(meta))}{'' if meta.process else ', not recorded'}")
     for words, keys in (("trained on", on), ("with", [key for key in known if key not in on])):
         said = ", ".join(f"{key} {known[key]}" for key in keys if key in known)
         if said:

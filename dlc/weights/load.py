@@ -15,7 +15,7 @@ import torch
 
 from diffusion.process_table import Process, create_process
 from dlc.machine.cli import warn_once
-from dlc.weights.foreign.dits import DIFFUSERS_EPS, use_diffusers_function
+from dlc.weights.foreign.dits import DIFFUSERS_EPS, trained_process, use_diffusers_function
 from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
@@ -204,8 +204,12 @@ def warn_of_young_ema(path: str | Path, meta: RunMeta) -> None:
         )
 
 
-def load_pretrained(named: object, model: torch.nn.Module, state: "PartialState | None" = None) -> str:
+def load_pretrained(
+    named: object, model: torch.nn.Module, state: "PartialState | None" = None, process: dict | None = None
+) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
+
+    process: what the model is trained on, as `Process.config`, which the line compares.
 
     Raises ValueError if there are no weights, or none that fit.
     """
@@ -217,12 +221,18 @@ def load_pretrained(named: object, model: torch.nn.Module, state: "PartialState 
     else:
         file = open_weights(named, at, kind)
         weights, row = names_of(file)
-        meta = meta_of(file, layout=", ".join([*file.words, row.name]))
+        meta = meta_of(file, layout=", ".join([*file.words, row.name]), process=trained_process(file))
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {named} has no tensor that fits the model")
     model.load_state_dict(fit, strict=False)
     said = [f"{len(fit)} of {len(wanted)} tensors from {named} ({describe(meta)})"]
+    before = process_of(meta).config["process"] if kind == "model" or meta.process else None
+    if process and before not in (None, process["process"]):
+        said.append(
+            f"it was trained on the process {before}, this run is on {process['process']}: its blocks are a start, and "
+            "what its output and its times mean is learned anew"
+        )
     others = sorted(weights.keys() & wanted.keys() - fit.keys(), key=lambda key: ("embedding_table" not in key, key))
     for key in others[:5]:
         said.append(f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here")

@@ -30,7 +30,6 @@ from dlc.nets.vae import decode
 from dlc.sampling.latents import Guide, create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.training.heldout import heldout_bounds
-from dlc.training.losses import Losses
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
 from evaluation import distances
@@ -42,7 +41,7 @@ from evaluation.metrics import FeatureStatistics, density_coverage, kernel_dista
 from evaluation.similarity import psnr, ssim
 from models import DiT, DiTCONT, DiTSEM
 from prior import DLCPrior
-from train_diffusion import argument_parser, build_optimizer, losses_of
+from train_diffusion import argument_parser, build_optimizer, logged_losses, losses_of
 
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
@@ -125,10 +124,9 @@ def training(family, precision, *flags, moments=False, device=CUDA, steps=2, pro
     """Steps of train_diffusion.py."""
     build, conditions = FAMILIES[family]
     process = create_process(process)
-    model = real(build, learn_sigma=process.learn_sigma).to(device)
+    model = real(build, **process.model_arguments).to(device)
     head = model.intermediate_head is not None
-    losses = Losses((*process.loss_names, *(["head"] if head else [])), process.loss_names[-1])
-    run = launched_run(model, losses, argument_parser(), precision, flags, device)
+    run = launched_run(model, logged_losses(process, head), argument_parser(), precision, flags, device)
     settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments, head=head)
     return steps_of(
         run,

@@ -1,10 +1,14 @@
 """Flow matching: against REPA's and SiT's own code, and against closed forms."""
 
+import math
+
 import pytest
 import torch
 from conftest import golden
 
 from diffusion.flow import EulerSampler, Flow, HeunFlowSampler, SDESampler, score
+from diffusion.process_table import create_process
+from dlc.sampling.latents import create_sampler
 from models import DiT
 
 VALUES = golden("flow")[0]
@@ -100,3 +104,55 @@ def test_samples_of_sits_network_agree_with_reference():
         *_, (x, _), (euler, _) = HeunFlowSampler(10, Flow())(predict, z, None)
         close((euler + x - 0.1 * predict(euler, 0.0)) / 2, SIT["heun"])
     close(drawn(SDESampler(12, Flow()), network, y, z, list(SIT["sde_noise"])), SIT["sde"])
+
+
+# ---------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("name, steps, closeness", [("euler", 400, 0.01), ("heun", 100, 0.01), ("sde", 400, 0.04)])
+def test_samplers_on_a_distribution_that_is_known(name, steps, closeness):
+    """For data N(0, s^2) the velocity is linear in x, and samples have its standard deviation, at any shift of time."""
+    std, generator = 0.5, torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 1, 2, 2, generator=generator)
+    for shift in (1.0, 3.0):
+        sampler = create_sampler(name, steps, create_process("flow", time_scale=1000.0), time_shift=shift)
+        asked = []
+
+        def predict(x, time, since=None, asked=asked):
+            asked.append(time)
+            return x * (time - (1 - time) * std**2) / (time**2 + (1 - time) ** 2 * std**2)
+
+        *states, (last, _) = sampler(predict, x, lambda step: torch.randn(x.shape, generator=generator))
+        assert abs(last.std() / std - 1) < closeness
+        assert asked == sampler.times == sorted(asked, reverse=True) and len(states) + 1 == sampler.num_steps == steps
+        assert asked[0] == 1 and (name == "sde" or asked[-1] == pytest.approx(shift / (steps + shift - 1)))
+        assert sampler.told(torch.tensor(0.5)) == 500
+
+
+def test_one_step_is_the_prediction_of_x_start():
+    x, v = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    for name in ("euler", "heun"):
+        ((last, x_start),) = create_sampler(name, 1, create_process("flow"))(lambda x, time: v, x, None)
+        close(last, x - v)
+        close(x_start, x - v)
+
+
+def test_training_times():
+    u = torch.tensor([0, 0.25, 0.5, 1 - 2**-32], dtype=torch.float64)
+    uniform = Flow().training_times(u)
+    assert uniform.dtype == torch.float32 and uniform.tolist() == [0, 0.25, 0.5, 1 - 2**-24]
+    times = Flow("lognormal", time_mean=-0.4, time_std=2.0).training_times(u)
+    assert times[0] == 0 and times[2] == pytest.approx(1 / (1 + math.exp(0.4))) and 0.99 < times[3] < 1
+
+
+def test_arguments_that_do_not_exist():
+    for arguments, message in (
+        (dict(time_distribution="cosine"), "time distribution cosine: is one of uniform, lognormal"),
+        (dict(time_std=0.0), "time mean 0.0, std 0.0 and scale 1.0: the last two are above 0"),
+        (dict(time_scale="1"), "process flow: "),
+        (dict(shift=1), "process flow: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_process("flow", **arguments)
+    with pytest.raises(ValueError, match="--num-sampling-steps 1001: --sampler euler has 1 to 1000"):
+        create_sampler("euler", 1001, create_process("flow"))

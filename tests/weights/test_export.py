@@ -9,13 +9,15 @@ import torch
 from test_checkpoints import config, meta_of
 from tiny_weights import assert_same, tiny
 
+from diffusion.process_table import create_process
 from dlc import checkpoints as tool
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.weights.checkpoint import save_checkpoint
 from dlc.weights.export import Export, add_vae, write_folder
 from dlc.weights.info import info
-from dlc.weights.load import describe, load_model
+from dlc.weights.load import describe, load_model, load_pretrained
+from dlc.weights.meta import config_of
 from dlc.weights.networks import load_vae
 from models import DiT
 
@@ -54,13 +56,13 @@ def checkpoint_of(tmp_path, model, name, **sizes):
     return save_checkpoint(tmp_path, config(model, name), meta, model=model, ema=ema, optimizers=optimizers), ema
 
 
-def our_images(model, vae, y, noise, guidance, steps):
+def our_images(model, vae, y, noise, guidance, steps, sampler=None):
     """Images in [0, 1] by our sampler, from noise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlc.sampling.latents.normal", lambda *_: noise)
         latents = sample_latents(
             model,
-            create_sampler("dpmsolver++", steps),
+            sampler or create_sampler("dpmsolver++", steps),
             y=y,
             seed=0,
             indices=torch.arange(len(y)),
@@ -240,3 +242,49 @@ def test_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="cannot write .*out"):
         write_folder(tmp_path / "out", cut_off)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, time_scale", [("DiT-Ti/4", 1.0), ("DiTSEM-Ti/4", 1000.0)])
+def test_a_pipeline_of_a_flow(name, time_scale, export_to, tmp_path, tiny_models):
+    """Its scheduler takes Euler's steps; what was trained is recorded, and read back."""
+    from diffusers import DiffusionPipeline
+
+    process = create_process("flow", time_scale=time_scale)
+    sizes, argument, y = dict(num_classes=5), "class_labels", [1, 4]
+    if name.startswith("DiTSEM"):
+        sizes, argument, y = dict(L=3, V=4), "dlcs", [[0, 1, 2], [3, 3, 0]]
+    model = tiny(name, learn_sigma=False, **sizes)
+    path = save_checkpoint(tmp_path, config_of(name, model, process), meta_of(7), model=model, ema=model, optimizers=[])
+    folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    for drawing, guidance, steps in ((pipe, 1.5, 6), (again, 1.0, 3)):
+        drawing.set_progress_bar_config(disable=True)
+        images = drawing(
+            **{argument: y},
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(5),
+            output_type="np",
+        ).images
+        sampler = create_sampler("euler", steps, process, learn_sigma=False)
+        ours = our_images(model, load_vae(str(tiny_models[0])), torch.tensor(y), noise, guidance, steps, sampler)
+        assert np.abs(images - ours).max() < 1e-5
+    for exported in (folder, tmp_path / "saved"):
+        loaded, _, meta = load_model(exported)
+        assert_same(loaded, model)
+        assert meta.process == process.config
+    assert f"time_scale {time_scale}" in "\n".join(info(folder))
+    assert "--sampler euler --num-sampling-steps 25" in (folder / "README.md").read_text()
+
+
+def test_what_a_flow_takes_from_a_model_of_another_process(tmp_path):
+    """Of a DDPM DiT, all but the output layer; the line says what that means."""
+    before, model = tiny(num_classes=5), tiny(seed=1, num_classes=5, learn_sigma=False)
+    torch.save(before.state_dict(), tmp_path / "dit.pt")
+    said = load_pretrained(tmp_path / "dit.pt", model, process=create_process("flow").config)
+    assert "it was trained on the process gaussian, this run is on flow: its blocks are a start" in said
+    assert "final_layer.linear.bias not taken: (128,) there, (64,) here" in said
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)

@@ -558,7 +558,7 @@ def test_velocities(whose, name, arguments, told, words, tmp_path):
     expected = values["out"] if "repa" in whose else -values["out"]
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     if told == {}:
-        refusal(load_model, path, process="gaussian", words="leave out --objective, or give flow")
+        refusal(load_model, path, process="gaussian", words="the process flow: leave out --objective")
         ours = DiT(8, 2, hidden_size=32, depth=len(model.blocks), num_heads=2, num_classes=7, learn_sigma=False)
         assert words.partition(",")[0] in load_pretrained(path, ours)
         for key, value in model.state_dict().items():

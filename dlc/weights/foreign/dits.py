@@ -180,10 +180,11 @@ def config_of(
             file.refuse(f"is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
         return tuple(tensors[name].shape)
 
+    trained_on = trained_process(file, process)
     if process == sits.PROCESS and file.process is None:
         file.words.append(f"taken to predict a {sits.as_flow(file, tensors, None)} (--objective)")
     elif process not in (None, file.process or process):
-        file.refuse("says that it predicts a velocity: leave out --objective, or give flow")
+        file.refuse(f"says what it was trained on, the process {file.process}: leave out --objective")
     extra = [name for name in tensors if name.startswith("projectors.")]  # of its training, and of no sample
     if extra:
         file.words.append("its projectors left out")
@@ -225,9 +226,25 @@ def config_of(
         file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
     elif process is None and file.process is None and file.weights == "as in the file" and not file.arguments:
         words.append("taken to predict noise (--objective says another)")
-    trained_on = file.process or process
-    trained_on = trained_on and create_process(trained_on).config
     return dict(family=family.__name__, arguments=arguments, process=trained_on), ", ".join(filter(None, words))
+
+
+def trained_process(file: File, asked: str | None = None) -> dict | None:
+    """What weights were trained on, as `create_process` describes it; None where nothing says it.
+
+    Our export to diffusers records it, which is noted in the file. Else it is what was recognised, or asked for.
+
+    Raises ValueError where the file records none of this program's.
+    """
+    recorded, name = file.config.get("_process"), file.process or asked
+    if recorded is None:
+        return name and create_process(name).config
+    try:
+        config = create_process(recorded["process"], **recorded["arguments"]).config
+    except (TypeError, KeyError, ValueError):
+        file.refuse(f"says _process {shown(recorded)} in its config.json, which is none of this program")
+    file.process = config["process"]
+    return config
 
 
 def check_classes(file: File, classes: int) -> str:
