@@ -88,11 +88,14 @@ def test_messages_are_quoted_as_they_are():
 
 
 def test_noise_levels():
-    """docs/sampling.md's table of the times and sigmas of DiT's schedule."""
-    rows = re.findall(r"^\| (t|sigma) \| (.*) \|$", (ROOT / "docs/sampling.md").read_text(), flags=re.MULTILINE)
-    times, sigmas = ([float(cell) for cell in cells.split(" | ")] for _, cells in rows)
+    """docs/sampling.md's table of the times and sigmas of DiT's schedule, and of flow matching's times."""
+    text = (ROOT / "docs/sampling.md").read_text()
+    rows = re.findall(r"^\| (t|sigma|flow's t) \| (.*) \|$", text, flags=re.MULTILINE)
+    times, sigmas, of_flow = ([float(cell) for cell in cells.split(" | ")] for _, cells in rows)
     signal = (1 - named_betas("linear", 1000)).cumprod(0)[list(map(int, times))]
-    np.testing.assert_allclose(sigmas, ((1 - signal) / signal).sqrt(), rtol=4e-3, atol=5e-4)
+    exact = ((1 - signal) / signal).sqrt()
+    np.testing.assert_allclose(sigmas, exact, rtol=4e-3, atol=5e-4)
+    np.testing.assert_allclose(of_flow, exact / (1 + exact), atol=6e-4)
 
 
 @pytest.mark.slow
