@@ -300,8 +300,7 @@ def save_reconstructions(
     stored = features.latents.gather(rows)[:, : features.latent_shape[0]]  # of moments: the mean
     with torch.inference_mode():
         decoded = to_uint8(decode(vae, torch.from_numpy(stored).to(vae.device, torch.float32))).cpu().numpy()
-    blank = np.zeros((columns - len(rows), *decoded.shape[1:]), np.uint8)
-    grid = image_grid(np.concatenate([np.stack(crops), blank, decoded]), columns)
+    grid = image_grid([*crops, *decoded], len(rows), ("images", "from latents"))
     write_whole(path, lambda file: grid.save(file, "png"))
     value = float(psnr(torch.from_numpy(np.stack(crops)), torch.from_numpy(decoded)).mean())
     logger.info(f"reconstructions in {path}: PSNR {value:.1f} dB")

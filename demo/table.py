@@ -1,15 +1,19 @@
-"""The table that demo.sh ends with: how good are the samples, and do they follow their codes?
+"""The table that a demo ends with: how good are the samples, and do they follow their codes?
 
     python -m demo.table demo_output
+    python -m demo.table demo_output_emoji
 
-writes demo_output/table.txt and demo_output/table.json. A row is a set of 360 images: to add one, list it in ROWS. Rows
-whose files are missing are skipped.
+writes table.txt and table.json there. A row is a set of images, or several sets that differ in their seed: then it has
+the means over the sets and their standard errors. To add a row, list it in ROWS. Rows whose files are missing are
+skipped.
 
-Frechet distance: to the 1,437 train digits, in the 20 directions in which those vary most as 8x8 scans. Not in the
-features of the digits encoder: it makes the codes, so samples for its codes would have an advantage there, and 480
-numbers are too many for 360 images. The row of real held-out digits is the floor that so few images leave.
+Frechet distance: to the training images, in features that did not make the codes, because samples for the codes would
+have an advantage there. The digits: in the 20 directions in which the train digits vary most as 8x8 scans. The emoji:
+in the last hidden layer of a small classifier of their groups (demo.groups), and in the 20 directions in which the
+training pictures vary most at 16x16 pixels. The row of real held-out images is the floor that so few images leave.
 Code agreement: the share of tokens that encoding an image gives back of the code that it was drawn for, beside the
-share if images and codes were paired at random. Read as asked: by a classifier of real digits.
+share if images and codes were paired at random. Its ceiling is the row of reconstructions. Read as asked: by a
+classifier of real images. Sharpness: the mean difference of horizontal neighbours, in grey levels.
 """
 
 import argparse
@@ -20,9 +24,10 @@ import numpy as np
 import torch
 
 from demo.digits import DigitReader, MainDirections, load_split
+from demo.groups import GroupReader
 from dlc.data import Features
-from dlc.data.images import to_uint8
-from dlc.machine.files import write_bytes
+from dlc.data.images import read_png, to_uint8
+from dlc.machine.files import read_json, write_bytes
 from dlc.nets.vae import decode
 from dlc.sampling.code_folder import open_codes
 from dlc.weights.networks import load_encoder, load_vae
@@ -38,24 +43,39 @@ def read_codes(source: str | Path) -> np.ndarray:
     return rows.gather(np.arange(len(rows))).astype(np.int64)
 
 
+def read_samples(path: Path) -> np.ndarray:
+    """The images (n, S, S, 3) uint8 of an .npz."""
+    with np.load(path) as archive:
+        return archive["arr_0"]
+
+
 class Demo:
-    """The output folder of demo.sh, and the held-out digits: real images, labels and codes, row by row."""
+    """The output folder of demo.sh, and its held-out images: pixels, labels and codes, row by row."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        self.what = "emoji" if (self.folder / "emoji").is_dir() else "digits"
         self.features = Features(self.folder / "features_heldout")
-        rows = np.arange(self.features.count)
-        self.codes = self.features.codes.gather(rows).astype(np.int64)
-        self.labels = self.features.labels.gather(rows)  # folders 0 to 9, so the class index is the digit
-        images, labels = load_split("heldout")
-        order = np.argsort(labels, kind="stable")  # the listing goes class by class
-        self.images = images[order]
-        assert (labels[order] == self.labels).all()
+        self.images, self.codes, self.labels = self.real("heldout")
+
+    def real(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The images (n, 64, 64, 3) uint8 of "train" or "heldout", their codes (n, L) int64, and their labels (n,)."""
+        features = Features(self.folder / f"features_{split}")
+        rows = np.arange(features.count)
+        paths = [self.folder / self.what / split / path for path in features.paths.gather(rows)]
+        codes = features.codes.gather(rows).astype(np.int64)
+        return np.stack([read_png(path) for path in paths]), codes, features.labels.gather(rows)
 
     def samples(self, name: str) -> np.ndarray:
         """The samples in a --sample-dir of the demo. Raises FileNotFoundError where there are none."""
-        with np.load(self.only(name, "*.npz")) as archive:
-            return archive["arr_0"]
+        return read_samples(self.only(name, "*.npz"))
+
+    def seeds(self, name: str) -> list[Path]:
+        """The sets in a --sample-dir, by seed. Raises FileNotFoundError where there are none."""
+        found = sorted((self.folder / name).glob("*.npz"))
+        if not found:
+            raise FileNotFoundError(self.folder / name)
+        return found
 
     def prior_codes(self, name: str) -> np.ndarray:
         """The codes (n, L) that a prior drew for such samples. Raises FileNotFoundError where there are none."""
@@ -95,63 +115,131 @@ def simple_samples(demo: Demo, name: str, part: int) -> tuple[np.ndarray, np.nda
     return np.split(demo.samples("samples_simple"), 2)[part], read_codes(demo.folder / f"simple_codes/{name}.npy"), None
 
 
-# name: (images (n, 64, 64, 3) uint8, codes (n, L) or None, the digit on each (n,) or None), by a function of the Demo
-ROWS = {
-    "real held-out digits": lambda demo: (demo.images, demo.codes, demo.labels),
+def samples_of_training_codes(demo: Demo) -> list[tuple]:
+    """Samples for the codes of training images, which samples.json names."""
+    _, codes, labels = demo.real("train")
+    rows = [(path, np.array(read_json(path.with_suffix(".json"))["code_rows"])) for path in demo.seeds("samples_train")]
+    return [(read_samples(path), codes[some], labels[some]) for path, some in rows]
+
+
+def samples_of_heldout_codes(demo: Demo, name: str) -> list[tuple]:
+    """Samples for the held-out codes in their order, of each seed."""
+    return [(read_samples(path), demo.codes, demo.labels) for path in demo.seeds(name)]
+
+
+REAL = {
+    "real held-out images": lambda demo: (demo.images, demo.codes, demo.labels),
     "their VAE reconstructions": lambda demo: (demo.reconstructions(), demo.codes, demo.labels),
-    "samples from their codes": lambda demo: (demo.samples("samples"), demo.codes, demo.labels),
-    "flow, 5 calls": lambda demo: (demo.samples("samples_flow"), demo.codes, demo.labels),
-    "DiT on classes, half batch": samples_by_class,
-    "samples from a prior's codes": lambda demo: (
-        demo.samples("samples_prior"), demo.prior_codes("samples_prior"), None),
-    "the same, by class": lambda demo: (  # sample i of --prior-class all is of digit i % 10
-        demo.samples("samples_prior_class"), demo.prior_codes("samples_prior_class"), np.arange(360) % 10),
-    "from a mixture's codes": lambda demo: simple_samples(demo, "mixture", 0),
-    "from independent positions": lambda demo: simple_samples(demo, "independent", 1),
-    "samples from shuffled codes": lambda demo: (
-        demo.samples("samples_shuffled"), np.load(demo.folder / "shuffled_codes.npy"), None),
-}  # fmt: skip
+}
+# name: (images (n, 64, 64, 3) uint8, codes (n, L) or None, labels (n,) or None), or a list of such, one for each seed,
+# by a function of the Demo
+ROWS = dict(
+    digits=REAL | {
+        "samples from their codes": lambda demo: (demo.samples("samples"), demo.codes, demo.labels),
+        "flow, 5 calls": lambda demo: (demo.samples("samples_flow"), demo.codes, demo.labels),
+        "DiT on classes, half batch": samples_by_class,
+        "samples from a prior's codes": lambda demo: (
+            demo.samples("samples_prior"), demo.prior_codes("samples_prior"), None),
+        "the same, by class": lambda demo: (  # sample i of --prior-class all is of digit i % 10
+            demo.samples("samples_prior_class"), demo.prior_codes("samples_prior_class"), np.arange(360) % 10),
+        "from a mixture's codes": lambda demo: simple_samples(demo, "mixture", 0),
+        "from independent positions": lambda demo: simple_samples(demo, "independent", 1),
+        "samples from shuffled codes": lambda demo: (
+            demo.samples("samples_shuffled"), np.load(demo.folder / "shuffled_codes.npy"), None),
+    },
+    emoji=REAL | {
+        "samples from their codes": lambda demo: samples_of_heldout_codes(demo, "samples"),
+        "from training images' codes": samples_of_training_codes,
+        "from a prior's codes": lambda demo: (
+            demo.samples("samples_prior"), demo.prior_codes("samples_prior"), None),
+        "from shuffled codes": lambda demo: (
+            demo.samples("samples_shuffled"), np.load(demo.folder / "shuffled_codes.npy"), None),
+    },
+)  # fmt: skip
+
+
+def rows_of(demo: Demo) -> dict:
+    """ROWS of a demo, and one for each folder compare_NAME, of samples for the held-out codes in their order."""
+    more = sorted(path.name for path in demo.folder.glob("compare_*"))
+    return ROWS[demo.what] | {
+        name.removeprefix("compare_"): (lambda demo, name=name: samples_of_heldout_codes(demo, name)) for name in more
+    }
+
+
+def digit_judges(demo: Demo) -> tuple:
+    """What reads the digit on images, and what gives the features in which they are compared, by the column's name."""
+    directions = MainDirections(DigitReader.scans(load_split("train")[0]))
+    return DigitReader(), dict(frechet_distance=lambda images: directions(DigitReader.scans(images)))
+
+
+def emoji_judges(demo: Demo) -> tuple:
+    """What reads the group of emoji, and what gives the features in which they are compared, by the column's name."""
+    images, _, labels = demo.real("train")
+    reader, directions = GroupReader(images, labels, demo.folder / "judge.pt"), MainDirections(thumbnails(images))
+    spaces = dict(frechet_distance=reader.features, pca_distance=lambda images: directions(thumbnails(images)))
+    return reader, spaces
+
+
+def thumbnails(images: np.ndarray) -> np.ndarray:
+    """Images (n, 64, 64, 3) uint8 to (n, 768) in 0..1: averages over 4x4 pixels."""
+    return images.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4)).reshape(len(images), -1) / 255
 
 
 class Judge:
     """Gives the numbers of a set of images."""
 
     def __init__(self, demo: Demo):
-        self.read_digit, self.V = DigitReader(), demo.features.V
-        self.read_code = CodeReader(load_encoder(demo.features.manifest.encoder), CPU)
-        scans = DigitReader.scans(load_split("train")[0])  # (1437, 64)
-        self.main_directions = MainDirections(scans)
-        self.train = self.statistics(scans)
-
-    def statistics(self, scans: np.ndarray) -> FeatureStatistics:
-        return FeatureStatistics.of(self.main_directions(scans))
+        self.V, self.read_code = demo.features.V, CodeReader(load_encoder(demo.features.manifest.encoder), CPU)
+        judges = dict(digits=digit_judges, emoji=emoji_judges)[demo.what]
+        self.read, self.spaces = judges(demo)
+        train = load_split("train")[0] if demo.what == "digits" else demo.real("train")[0]
+        self.train = {name: FeatureStatistics.of(space(train)) for name, space in self.spaces.items()}
 
     def __call__(self, name: str, images: np.ndarray, codes: np.ndarray | None, labels: np.ndarray | None) -> dict:
-        distance = frechet_distance(self.train, self.statistics(DigitReader.scans(images)))
-        numbers = dict(name=name, images=len(images), frechet_distance=round(distance, 4))
+        numbers = dict(name=name, images=len(images))
+        for space, features in self.spaces.items():
+            numbers[space] = frechet_distance(self.train[space], FeatureStatistics.of(features(images)))
         if codes is not None:
             found = self.read_code(torch.from_numpy(images))["codes"].numpy()
             agreement = token_agreement(codes.astype(np.int64), found, self.V)
-            numbers.update(code_agreement=round(agreement["share"], 4), chance=round(agreement["chance"], 4))
+            numbers.update(code_agreement=agreement["share"], chance=agreement["chance"])
         if labels is not None:
-            numbers["read_as_asked"] = round(float((self.read_digit(images) == labels).mean()), 4)
+            numbers["read_as_asked"] = float((self.read(images) == labels).mean())
+        numbers["sharpness"] = float(np.abs(np.diff(images.astype(np.int16), axis=2)).mean())
         return numbers
+
+
+def mean_of(sets: list[dict]) -> dict:
+    """The numbers of a row from those of its sets: means over the sets and, of several sets, their standard errors."""
+    row = dict(sets[0], sets=len(sets))
+    for key in sets[0].keys() & COLUMNS.keys() - {"images"}:
+        values = np.array([one[key] for one in sets])
+        row[key] = round(float(values.mean()), 4)
+        if len(sets) > 1:
+            row[f"{key}_error"] = round(float(values.std(ddof=1) / len(sets) ** 0.5), 4)
+    return row
 
 
 COLUMNS = dict(
     images=("images", "{:d}"),
     frechet_distance=("Frechet distance", "{:.3f}"),
+    pca_distance=("in directions", "{:.3f}"),
     code_agreement=("code agreement", "{:.3f}"),
     chance=("by chance", "{:.3f}"),
     read_as_asked=("read as asked", "{:.3f}"),
+    sharpness=("sharpness", "{:.2f}"),
 )
 
 
 def table_of(rows: list[dict]) -> str:
-    """The numbers of the rows as lines of aligned columns."""
-    lines = [" " * 28 + "".join(f"{title:>18}" for title, _ in COLUMNS.values())]
+    """The numbers of the rows as lines of aligned columns; those that no row has are left out."""
+    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
+    lines = [" " * 28 + "".join(f"{title:>18}" for title, _ in columns.values())]
     for row in rows:
-        cells = [form.format(row[key]) if key in row else "-" for key, (_, form) in COLUMNS.items()]
+        cells = []
+        for key, (_, form) in columns.items():
+            error = f" ± {form.format(row[f'{key}_error'])}" if f"{key}_error" in row else ""
+            cells.append(form.format(row[key]) + error if key in row else "-")
         lines.append(f"{row['name']:28}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines) + "\n"
 
@@ -160,11 +248,13 @@ def measure(folder: Path) -> list[dict]:
     """The numbers of each row whose files are there."""
     demo = Demo(folder)
     judge, rows = Judge(demo), []
-    for name, row_of in ROWS.items():
+    for name, row_of in rows_of(demo).items():
         try:
-            rows.append(judge(name, *row_of(demo)))
+            sets = row_of(demo)
         except FileNotFoundError as error:
             print(f"skipped: {name}: {error} is missing")
+            continue
+        rows.append(mean_of([judge(name, *one) for one in (sets if isinstance(sets, list) else [sets])]))
     return rows
 
 
@@ -176,9 +266,8 @@ def main() -> None:
     table = table_of(rows)
     write_bytes(folder / "table.txt", table.encode())
     write_bytes(folder / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
-    print(
-        f"\n{table}\nFrechet distance: lower is closer to the train digits. Written to {folder / 'table.txt'} and .json"
-    )
+    print(f"\n{table}\nFrechet distance: lower is closer to the training images.")
+    print(f"Written to {folder / 'table.txt'} and table.json")
 
 
 if __name__ == "__main__":

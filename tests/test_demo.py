@@ -79,7 +79,7 @@ def test_shuffled_codes_keep_only_how_often_tokens_are():
 class Demo:
     """What demo.table.Demo knows, of made-up digits: three held-out ones of each kind."""
 
-    folder = None
+    folder, what = ROOT / "nowhere", "digits"
     labels = np.repeat(np.arange(10), 3)
     codes = np.arange(30)[:, None].repeat(4, axis=1)
     images = np.zeros((30, 64, 64, 3), np.uint8)
@@ -102,24 +102,30 @@ def test_rows_whose_files_are_missing(monkeypatch, capsys):
 
     def judge(name, images, codes, labels):
         numbers = dict(frechet_distance=1.5, code_agreement=1, chance=0.25) if labels is not None else {}
+        calls.append(name)
+        numbers |= {key: value + calls.count(name) for key, value in numbers.items() if name == "two seeds"}
         return dict(name=name, images=len(images), **numbers)
 
-    rows = {name: table.ROWS[name] for name in ("real held-out digits", "samples from their codes")}
+    calls, digits = [], table.ROWS["digits"]
+    rows = {name: digits[name] for name in ("real held-out images", "samples from their codes")}
+    rows |= {"two seeds": lambda demo: [(demo.images, demo.codes, demo.labels)] * 2}
     monkeypatch.setattr(table, "Demo", lambda folder: Demo())
-    monkeypatch.setattr(table, "ROWS", {**rows, "bare": lambda demo: (demo.images, None, None)})
+    monkeypatch.setattr(table, "ROWS", dict(digits={**rows, "bare": lambda demo: (demo.images, None, None)}))
     monkeypatch.setattr(table, "Judge", lambda demo: judge)
     rows = table.measure("nowhere")
-    assert [row["name"] for row in rows] == ["real held-out digits", "bare"]
+    assert [row["name"] for row in rows] == ["real held-out images", "two seeds", "bare"]
+    assert (rows[1]["frechet_distance"], rows[1]["frechet_distance_error"], rows[1]["sets"]) == (3.0, 0.5, 2)
     assert "skipped: samples from their codes: samples is missing" in capsys.readouterr().out
     lines = [line.split() for line in table.table_of(rows).splitlines()]
-    assert lines[1][-5:] == ["30", "1.500", "1.000", "0.250", "-"] and lines[2] == ["bare", "30", "-", "-", "-", "-"]
+    assert lines[1][-4:] == ["30", "1.500", "1.000", "0.250"] and lines[3] == ["bare", "30", "-", "-", "-"]
+    assert lines[2][3:6] == ["3.000", "±", "0.500"]
 
 
 def test_judge(splits):
     """Real digits: every token comes back, and the distance is that of closed-form Gaussians in 20 directions."""
 
     manifest = SimpleNamespace(encoder=ROOT / "assets/digits-sem")
-    judge = table.Judge(SimpleNamespace(features=SimpleNamespace(V=16, manifest=manifest)))
+    judge = table.Judge(SimpleNamespace(what="digits", features=SimpleNamespace(V=16, manifest=manifest)))
     images, labels = splits[1]
     codes = judge.read_code(torch.from_numpy(images[:40]))["codes"].numpy()
     numbers = judge("some", images[:40], codes, labels[:40])

@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from matplotlib import get_data_path
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset
 
 from dlc.data.archives import Members
@@ -31,6 +32,9 @@ ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")  # what is said to be no archive of ours
 OPENED = r" <_io\.BytesIO object at 0x\w+>"  # how Pillow calls a file without a name
 PNG_END = b"IEND\xaeB`\x82"
+# of grids: black and white images stand out from the grey, and the grey from dark and light pages
+GRID_GREY, GAP, LINE, FONT_SIZE = (96, 96, 96), 2, 14, 11  # the lengths in pixels
+FONT = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 
 #################################################################################
@@ -123,14 +127,34 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
 
 
-def image_grid(images: np.ndarray, columns: int) -> Image.Image:
-    """Lay out images (n, H, W, 3) uint8 NumPy in rows of so many columns, as a PIL image; empty places are black."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    grid = np.zeros((rows * columns, height, width, 3), np.uint8)
-    grid[:n] = images
-    grid = grid.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
-    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))
+def image_grid(
+    images: Sequence[np.ndarray | None], columns: int, rows: Sequence[str] = (), captions: Sequence[str] = ()
+) -> Image.Image:
+    """Lay out images (H, W, 3) uint8 NumPy of one size in rows of so many columns, as a PIL image.
+
+    Args:
+        images: None leaves a place empty.
+        rows: words to the left of each row.
+        captions: words under each image; what is wider than the image is cut off.
+    """
+    font = ImageFont.truetype(FONT, FONT_SIZE)
+    height, width = next(image.shape[:2] for image in images if image is not None)
+    left = GAP + max((int(font.getlength(row)) + 2 * GAP for row in rows), default=0)
+    across, down = width + GAP, height + GAP + (LINE if captions else 0)
+    grid = Image.new("RGB", (left + columns * across, GAP + -(-len(images) // columns) * down), GRID_GREY)
+    draw = ImageDraw.Draw(grid)
+    for row, words in enumerate(rows):
+        draw.text((2 * GAP, GAP + row * down + height // 2), words, anchor="lm", font=font)
+    for place, image in enumerate(images):
+        x, y = left + place % columns * across, GAP + place // columns * down
+        if image is not None:
+            grid.paste(Image.fromarray(image), (x, y))
+        if place < len(captions):
+            words = captions[place]
+            while words and font.getlength(words) > width:
+                words = words[:-1]
+            draw.text((x + width // 2, y + height + LINE // 2), words, anchor="mm", font=font)
+    return grid
 
 
 #################################################################################

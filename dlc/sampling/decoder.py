@@ -85,4 +85,4 @@ def save_strip(path: Path, pictures: int, num_steps: int, draw: Callable, decode
     shown, seen = np.linspace(0, num_steps - 1, pictures).round().astype(int).tolist(), []
     draw(lambda step, x, x_start: seen.append(x_start) if step in shown else None)
     images = decoder.images(torch.cat(seen))
-    save_png(path, image_grid(images, len(images)))
+    save_png(path, image_grid(images, len(images), captions=[f"step {step + 1}" for step in shown]))

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dlc.data.images import image_grid, is_whole, read_png, save_png
 from dlc.data.npz import array_names, image_shape, read_images, write_images
 from dlc.machine.cli import one_line
 from dlc.machine.cli import progress as progress_bar
 
-GRID_IMAGES, GRID_COLUMNS = 64, 8
+GRID_IMAGES, GRID_COLUMNS = 60, 10
 ROWS_AT_ONCE = 256  # images in memory while an .npz is written or read
 THREADS = 16  # that look for missing images
 FEWEST_FOR_FID = 2048  # dimensions of the Inception features: the covariance of fewer images is singular
@@ -38,10 +39,15 @@ def missing_indices(folder: Path, wanted: Sequence[int]) -> list[int]:
 
 def save_grid(path: Path, folder: Path, count: int) -> None:
     """Write a contact sheet of those of the first images of 0..count-1 that exist, as a PNG."""
-    paths = [png_path(folder, index) for index in range(min(GRID_IMAGES, count))]
-    images = [read_png(one) for one in paths if one.is_file()]
+    paths = {index: png_path(folder, index) for index in range(min(GRID_IMAGES, count))}
+    images = {index: read_png(one) for index, one in paths.items() if one.is_file()}
     if images:
-        save_png(path, image_grid(np.stack(images), GRID_COLUMNS))
+        save_png(path, contact_sheet(images))
+
+
+def contact_sheet(images: dict[int, np.ndarray]) -> Image.Image:
+    """Samples (H, W, 3) uint8 by their index, above it."""
+    return image_grid([*images.values()], min(GRID_COLUMNS, len(images)), captions=[*map(str, images)])
 
 
 def write_npz(path: Path, folder: Path, count: int, progress: bool = False) -> None:
@@ -100,7 +106,7 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
         lines.append(f"warning: {few}: draw {FEWEST_FOR_FID:,} or more (papers: 50,000)")
     if grid:
         sheet = path.with_suffix(".grid.png")
-        save_png(sheet, image_grid(np.stack(first), GRID_COLUMNS))
+        save_png(sheet, contact_sheet(dict(enumerate(first))))
         lines.append(f"look at {sheet}")
     wrong = [
         f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"

@@ -9,6 +9,12 @@ from pathlib import Path
 from dlc.machine.cli import warn_once
 from dlc.machine.files import failed, write_whole
 
+BOUNDS = dict(  # keys of the lines of a prior's bounds, and words for the plot
+    heldout_nats="the prior",
+    heldout_no_class_nats="the prior, not told the class",
+    independent_nats="independent positions",
+)
+
 
 def append_metrics(path: Path, line: dict) -> None:
     """Append a dict to a file of JSON lines. NaN and infinities, which JSON does not have, become null.
@@ -72,9 +78,15 @@ def trim_metrics(path: Path, step: int) -> None:
 def draw_losses(metrics: list[dict], path: Path) -> None:
     """Plot the logged losses over the steps, 800 x 400 pixels, from the dicts of `read_metrics`.
 
-    Losses above the 98th percentile, which are the first few, are cut off. Without any losses, nothing is written.
+    Losses above the 98th percentile, which are the first few, are cut off. Where a prior's bounds on held-out codes
+    were measured, they are drawn below. Without any losses, nothing is written.
     """
-    points = sorted((line["step"], line["loss"]) for line in metrics if isinstance(line.get("loss"), float))
+
+    def points_of(key):
+        return sorted((line["step"], line[key]) for line in metrics if isinstance(line.get(key), float))
+
+    points, bounds = points_of("loss"), {words: points_of(key) for key, words in BOUNDS.items()}
+    bounds = {words: found for words, found in bounds.items() if found}
     if not points:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import; no pyplot, which keeps all figures
@@ -83,13 +95,21 @@ def draw_losses(metrics: list[dict], path: Path) -> None:
     steps, losses = zip(*points)
     heldout = [(line["step"], line["heldout_loss"]) for line in metrics if isinstance(line.get("heldout_loss"), float)]
     low, high = min(losses), sorted(losses)[int(0.98 * (len(losses) - 1))]
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 8 if bounds else 4), dpi=100, layout="constrained")
+    axes, *below = figure.subplots(2 if bounds else 1, sharex=True, squeeze=False).ravel()
     axes.plot(steps, losses)
     if heldout:
         axes.plot(*zip(*heldout), marker=".", label="held out, of the EMA")
         axes.legend()
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.set(xlabel="step", ylabel="loss", title=f"loss, last {losses[-1]:.4f}")
+    cut = f" ({sum(loss > high for loss in losses):,} higher losses are cut off)" if max(losses) > high > low else ""
+    axes.set(xlabel="step", ylabel="loss", title=f"loss, last {losses[-1]:.4f}{cut}")
+    for panel in below:
+        for words, found in bounds.items():
+            panel.plot(*zip(*found), marker="o", markersize=3, label=f"{words}, last {found[-1][1]:.4f}")
+        panel.set(xlabel="step", ylabel="nats per token", title="bounds on held-out codes")
+        panel.legend()
+    for panel in (axes, *below):
+        panel.grid(alpha=0.3)
     write_whole(path, FigureCanvasAgg(figure).print_png)

@@ -60,7 +60,7 @@ def save_preview(
     with torch.inference_mode():
         images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
     path.parent.mkdir(exist_ok=True)
-    save_png(path, image_grid(images, len(latents)))
+    save_png(path, image_grid(images, len(latents), ("training", f"samples, cfg {PREVIEW_CFG}")))
 
 
 def preview_codes(prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device) -> torch.Tensor:
@@ -116,4 +116,5 @@ class CodePreview:
         with torch.inference_mode():
             images = torch.cat([to_uint8(decode(self.vae, part)) for part in latents.split(PREVIEW_SAMPLES)])
         path.parent.mkdir(exist_ok=True)
-        save_png(path, image_grid(images.cpu().numpy(), PREVIEW_SAMPLES))
+        rows = ("training codes", "the prior's codes", "the prior's codes")
+        save_png(path, image_grid(images.cpu().numpy(), PREVIEW_SAMPLES, rows))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, L, V, assert_codes, encoder_logits, extract_command, launch
 from forked import Run
+from grids import grid_cells
 from PIL import Image, ImageOps
 
 from dlc.data import Features, kind_dir
@@ -30,7 +31,7 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
     assert rows.codes.array(0).dtype == np.uint16 and rows.latents.array(0).dtype == np.float16
     assert [shard["rows"] for shard in rows.manifest.shards] == [4, 4, 3, 3]
     assert [path for path, _ in rows.manifest.skipped] == ["dog/1_broken.jpg"]
-    assert Image.open(features / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    assert len(grid_cells(features / "preview.png", IMAGE_SIZE, 8)) == 2
 
     # row 3 and, after the broken file, row 13: index 14 of the data set
     vae = load_vae(tiny_models[0])
@@ -175,7 +176,7 @@ def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_
     assert untouched.stat().st_mtime_ns == before
     (tmp_path / "preview.png").unlink()  # as if killed before it was drawn
     assert "is complete; nothing to do" in launch(command, tmp_path).stdout
-    assert Image.open(tmp_path / "preview.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    assert len(grid_cells(tmp_path / "preview.png", IMAGE_SIZE, 8)) == 2
 
 
 @pytest.mark.slow

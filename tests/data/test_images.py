@@ -8,11 +8,23 @@ import warnings
 import numpy as np
 import pytest
 from conftest import extract_command, launch
+from grids import grid_cells
 from PIL import Image
 
 import compose_dlc
 from dlc.data import Features
-from dlc.data.images import Views, center_crop, is_transparent, load_rgb, open_source, read_png
+from dlc.data.images import (
+    GAP,
+    GRID_GREY,
+    LINE,
+    Views,
+    center_crop,
+    image_grid,
+    is_transparent,
+    load_rgb,
+    open_source,
+    read_png,
+)
 from evaluation.sets import FileImages
 
 RANDOM = np.random.default_rng(0)
@@ -276,3 +288,16 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
     for name in ("a b/two\nlines.png", "ünï/çà 猫 🐈.png", "z/link.png", "z/really a png.jpg", "linked class/same.png"):
         np.testing.assert_allclose(row(name), row("z/same.png"), rtol=2e-3, atol=1e-6)
     assert np.abs(row("a b/same.png") - row("z/same.png")).max() > 0.01  # one basename, two classes
+
+
+def test_grid_has_words_and_gaps(tmp_path):
+    """Images stay as they are, at their places; captions and row labels are drawn, and cut off where too wide."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    image_grid([images[0], None, images[1], images[2]], 2).save(tmp_path / "plain.png")
+    words = dict(rows=("one", "two"), captions=("0", "", "a caption that is too wide", "3"))
+    image_grid([images[0], None, images[1], images[2]], 2, **words).save(tmp_path / "words.png")
+    for name, captions in (("plain", False), ("words", True)):
+        cells = grid_cells(tmp_path / f"{name}.png", 20, 2, captions)
+        assert (cells.reshape(4, 20, 20, 3)[[0, 2, 3]] == images).all() and (cells[0, 1] == GRID_GREY).all()
+    grid = np.array(Image.open(tmp_path / "words.png"))
+    assert (grid[:, :-46] > 200).any() and (grid[GAP + 20 : GAP + 20 + LINE, -44:] > 200).any()

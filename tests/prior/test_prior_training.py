@@ -11,7 +11,7 @@ from conftest import IMAGE_SIZE, launch
 from conftest import L as TOKENS
 from conftest import V as VALUES
 from forked import Run
-from PIL import Image
+from grids import grid_cells
 from tiny_prior import save_prior
 from training_runs import metrics, same_run, tensors
 
@@ -227,7 +227,7 @@ def test_by_its_launcher_with_pictures(workplace, tiny_models, tmp_path):
     )
     said = launch(command, workplace).stdout
     assert f"L={TOKENS}, V={VALUES}" in said and "13 codes of features" in said and "held out: 1 codes" in said
-    assert Image.open(tmp_path / "run/previews/0000002.png").size == (8 * IMAGE_SIZE, 3 * IMAGE_SIZE)
+    assert len(grid_cells(tmp_path / "run/previews/0000002.png", IMAGE_SIZE, 8)) == 3
     meta = load_prior(run_checkpoints(tmp_path / "run")[-1])[1]
     features = Features(workplace / "features")
     assert meta.features_path == str(workplace / "features") and meta.holdout == 0.1

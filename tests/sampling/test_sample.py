@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, SAMPLE_FLAGS, L, V, launch, sample_folder, save_checkpoint
+from grids import grid_cells
 from PIL import Image
 from tiny_prior import save_prior
 
@@ -64,7 +65,8 @@ def test_what_sampling_leaves(workplace, tiny_models):
     assert array.shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3) and array.dtype == np.uint8
     for index in range(21):
         np.testing.assert_array_equal(array[index], Image.open(folder / f"{index:06d}.png"))
-    assert Image.open(workplace / f"samples/{folder.name}.grid.png").size == (8 * IMAGE_SIZE, 3 * IMAGE_SIZE)
+    sheet = grid_cells(workplace / f"samples/{folder.name}.grid.png", IMAGE_SIZE, 10, captions=True)
+    assert sheet.shape[:2] == (3, 10) and (sheet[2, 0] == array[20]).all()
     known = dict(checkpoint=str(workplace / "results/checkpoints/0000003"), weights="ema", step=3)
     known |= dict(vae=str(tiny_models[0]), vae_precision="fp32", num_fid_samples=21, precision="fp32")
     known |= dict(sampler="ddpm", num_sampling_steps=3, cfg_scale=1.5, cfg_channels=4, t_min=0, t_max=999)
@@ -192,12 +194,11 @@ def test_a_strip_of_the_denoising(workplace, tmp_path, flags):
     steps = ("--num-fid-samples", 2, "--num-sampling-steps", 6, "--progressive", 4)
     launch(("forked", 1, *CODES, *steps, "--sampler", *flags, "--sample-dir", tmp_path), workplace)
     (path,) = tmp_path.glob("*.progressive.png")
-    strip = np.array(Image.open(path)).astype(int)
-    assert strip.shape == (IMAGE_SIZE, 4 * IMAGE_SIZE, 3)
+    (strip,) = grid_cells(path, IMAGE_SIZE, 4, captions=True).astype(int)
     first = np.array(Image.open(sample_folder(tmp_path) / "000000.png")).astype(int)
-    difference = np.abs(strip[:, -IMAGE_SIZE:] - first)
+    difference = np.abs(strip[-1] - first)
     assert (difference.max() <= 1) if "bf16" not in flags else (difference.mean() < 2)
-    assert np.abs(strip[:, :IMAGE_SIZE] - first).mean() > 2 * difference.mean()
+    assert np.abs(strip[0] - first).mean() > 2 * difference.mean()
 
 
 def test_class_conditional_sampling(workplace):

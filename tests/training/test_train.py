@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, launch
+from grids import grid_cells
 from PIL import Image
 from training_runs import metrics, tensors, train_command
 
@@ -41,7 +42,7 @@ def test_what_a_run_leaves(run, features):
     assert lines[-1]["epoch"] == 6 * 8 / 14
     assert "L=6, V=300" in (results / "log.txt").read_text()
     assert sorted(path.name for path in (results / "checkpoints").iterdir()) == [f"{step:07d}" for step in range(1, 7)]
-    assert Image.open(results / "previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    assert len(grid_cells(results / "previews/0000004.png", IMAGE_SIZE, 8)) == 2
     meta = json.loads((results / "checkpoints/0000006/meta.json").read_text())
     config = json.loads((results / "checkpoints/0000006/config.json").read_text())
     assert (meta["step"], meta["features_path"], config["model"]) == (6, str(features), "DiTSEM-Ti/4")
@@ -53,7 +54,7 @@ def test_defaults_leave_a_checkpoint_and_a_preview(workplace):
     """At the end of a short run, and the log's first lines say when there would be others."""
     for run in ("results", "results_dit"):
         assert (workplace / run / "checkpoints/0000003").is_dir()
-        assert Image.open(workplace / run / "previews/0000003.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+        assert len(grid_cells(workplace / run / "previews/0000003.png", IMAGE_SIZE, 8)) == 2
         text = (workplace / run / "log.txt").read_text()
         assert "run: steps 0 to 3 (0.9 epochs)" in text and "checkpoints: at step 250, every 250 steps" in text
 
@@ -211,3 +212,5 @@ def test_metrics_that_are_not_finite(tmp_path, capsys):
     assert re.fullmatch("warning: .*metrics.jsonl: 3 damaged lines.*\n", capsys.readouterr().err)
     draw_losses(found, tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size == (800, 400)
+    draw_losses([*found, dict(step=1, heldout_nats=2.5, independent_nats=3.0)], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (800, 800)
