@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
 # Run the whole pipeline on real data, on the CPU: extract, train and sample scikit-learn's handwritten digits.
-# Everything goes to demo_output/. Run it again to continue: stages that are complete are not repeated.
+#     bash demo.sh            # the digits, in minutes; everything goes to demo_output/
+#     bash demo.sh emoji      # emoji in colour, with networks of their own; everything goes to demo_output_emoji/
+# Run it again to continue: stages that are complete are not repeated.
+case "${1:-digits}" in
+    digits) out=demo_output ;;
+    emoji) out=demo_output_emoji ;;
+    *) echo "demo.sh: error: $1: give emoji, or nothing for the digits" >&2; exit 2 ;;
+esac
 source "$(dirname "$0")/setup.sh"
-out=demo_output
 mkdir -p "$out"
 
 stage() {       # stage "name" command...: run the command and record its time
@@ -13,6 +19,10 @@ stage() {       # stage "name" command...: run the command and record its time
     echo "$((SECONDS - start)) $name" >> "$out/times.txt"
 }
 : > "$out/times.txt"
+if [ "$out" = demo_output_emoji ]; then
+    source demo/emoji.sh
+    exit
+fi
 
 model=DiTSEM-Ti/4
 extract=(torchrun --standalone --nproc_per_node=1 extract_features_withdlc.py --model $model --image-size 64 --flip none

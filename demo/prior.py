@@ -19,7 +19,7 @@ import torch
 from demo.table import Demo, read_codes
 from diffusion.masked import mean_bound
 from dlc.data import Features
-from dlc.data.images import image_grid
+from dlc.data.images import image_grid, save_png
 from dlc.machine.files import write_bytes
 from dlc.sampling.prior_draw import newest_prior
 from dlc.training.heldout import heldout_bounds
@@ -27,7 +27,7 @@ from dlc.weights.load import load_prior, process_of
 
 EM_STEPS, SMOOTHING = 60, 0.05
 SIMPLE = dict(mixture=320, independent=1)  # components; in the order in which --dlc-dir reads their files
-NUM, GRID_COLUMNS = 360, 20
+NUM, GRID_COLUMNS = 360, 10
 
 
 class Mixture:
@@ -107,8 +107,9 @@ def report(folder: Path) -> None:
     write_bytes(folder / "prior.txt", ("\n".join(lines) + "\n").encode())
     write_bytes(folder / "prior.json", (json.dumps(bounds, indent=1) + "\n").encode())
     independent = demo.samples("samples_simple")[-NUM:]
-    rows = np.concatenate([demo.samples("samples_prior")[: 4 * GRID_COLUMNS], independent[:GRID_COLUMNS]])
-    image_grid(rows, GRID_COLUMNS).save(folder / "prior.png")
+    images = np.concatenate([demo.samples("samples_prior")[: 4 * GRID_COLUMNS], independent[:GRID_COLUMNS]])
+    words = ["the prior's codes"] * 4 + ["independent positions"]
+    save_png(folder / "prior.png", image_grid(images, GRID_COLUMNS, words))
     print("", *lines, "", sep="\n")
     print(f"look at {folder / 'prior.png'}: digits for codes that the prior drew; bottom row: independent positions")
 

@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT
+from grids import grid_cells
 from PIL import Image
 from scipy.stats import chisquare
 from sklearn.neighbors import KNeighborsClassifier
@@ -15,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from demo import table
 from demo.digits import DigitReader, load_split, write_image_folder
 from demo.prior import Mixture
+from demo.report import draw_composed
 from demo.shuffled import shuffle
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
 from dlc.nets.vae import decode, encode
@@ -154,3 +156,16 @@ def test_mixture_is_a_distribution_and_better():
     seen = np.bincount(drawn, minlength=64)
     often = p > 1e-3
     assert chisquare([*seen[often], seen[~often].sum()], [*(5000 * p[often]), 5000 * p[~often].sum()]).pvalue > 1e-3
+
+
+def test_composed_lie_between_their_sources(tmp_path):
+    """A row for each file of codes, and its own two pictures at the ends."""
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{index}/{index:04d}.png" for index in range(4)]
+    for path, picture in zip(paths, pictures):
+        path.parent.mkdir()
+        Image.fromarray(picture).save(path)
+    draw_composed(pictures[4:], [paths[:2], paths[2:]], tmp_path / "composed.png")
+    cells = grid_cells(tmp_path / "composed.png", 8, 10, captions=True)
+    assert (cells[:, [0, 9]].reshape(4, 8, 8, 3) == pictures[:4]).all()
+    assert (cells[:, 1:9].reshape(16, 8, 8, 3) == pictures[4:]).all()
