@@ -1,29 +1,27 @@
-"""What must be equal before a rate means anything: small checks on the device.
+"""What must be equal before a rate means anything: small checks on the device, which `benchmarks.gpu` runs first.
 
-`python -m benchmarks.gpu` runs them first. Each function of CHECKS takes the device and returns (difference, largest
-allowed difference), then what made the CPU wait for the GPU if anything did. It raises `Unavailable` if the device
-cannot do it.
+Each function of CHECKS takes the device and returns (difference, largest allowed difference), then what made the CPU
+wait for the GPU if anything did. It raises `Unavailable` if the device cannot do it.
 """
 
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
 import torch
 import torch.distributed as dist
 
 from diffusion import create_diffusion
-from dlc.machine.processes import autocast, compile_blocks
-from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.machine.processes import autocast
+from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
 from dlc.training.sharding import fully_shard_blocks
 from dlc.training.update import SkippedSteps, update_ema
 from models import DiTSEM
 from train_diffusion import losses_of
 
 N, L, V = 8, 16, 32
-Found = tuple  # of a check: the difference, the largest allowed one, then what made the CPU wait
 OVERFLOWING, SKIPPED = (1, 4, 5), ((3, 0, 2), 2.0**7)  # the scale is halved three times
 
 
@@ -90,7 +88,7 @@ def fp16_steps(device: torch.device, steps: Sequence[int], notes: list[str]) -> 
     return changed, (skips.read(), scaler.get_scale())
 
 
-def fp16_skips(device: torch.device) -> Found:
+def fp16_skips(device: torch.device) -> tuple:
     """fp16: steps that overflow are counted on the device, and leave weights and EMA as if they had not been."""
     notes, steps = [], range(1, 9)
     ours, counted = fp16_steps(device, steps, notes)
@@ -100,37 +98,16 @@ def fp16_skips(device: torch.device) -> Found:
     return difference(ours, wanted), 1e-2, *notes[:1]
 
 
-def compiled(device: torch.device) -> Found:
-    """A training step in bf16, compiled: the gradients of the eager one."""
-    grads = []
-    for compile in (False, True):
-        model = small_model(device)
-        if compile:
-            compile_blocks(model, device)
-        loss_of(model, device, "bf16").backward()
-        grads.append([weight.grad for weight in model.parameters()])
-    return difference(grads[1], grads[0]), 0.1
-
-
-def drawn(model: DiTSEM, device: torch.device, precision: str, denoise: Callable | None = None) -> torch.Tensor:
+def drawn(model: DiTSEM, device: torch.device, precision: str) -> torch.Tensor:
     """Latents of a few guided steps."""
     with autocast(device, precision):
         return sample_latents(
             model, create_sampler("ddim", 10), y=torch.arange(N * L, device=device).view(N, L) % V, seed=0,
-            indices=torch.arange(N, device=device), latent_shape=(4, 16, 16), cfg_scale=1.5, t_max=500, denoise=denoise,
+            indices=torch.arange(N, device=device), latent_shape=(4, 16, 16), cfg_scale=1.5, t_max=500,
         )  # fmt: skip
 
 
-def cuda_graphs(device: torch.device) -> Found:
-    """Sampling in bf16 by CUDA graphs: the latents of sampling without them."""
-    if device.type != "cuda":
-        raise Unavailable("CUDA graphs need a GPU")
-    model = small_model(device).eval()
-    lower_precision(model, "bf16")
-    return difference([drawn(model, device, "bf16", CudaGraphs(model.denoise))], [drawn(model, device, "bf16")]), 1e-3
-
-
-def sampling_in_bf16(device: torch.device) -> Found:
+def sampling_in_bf16(device: torch.device) -> tuple:
     """Sampling in bf16: the latents of float32, up to 16-bit rounding."""
     exact = drawn(small_model(device).eval(), device, "fp32")
     model = small_model(device).eval()
@@ -138,7 +115,7 @@ def sampling_in_bf16(device: torch.device) -> Found:
     return difference([drawn(model, device, "bf16")], [exact]), 0.1
 
 
-def sharded(device: torch.device) -> Found:
+def sharded(device: torch.device) -> tuple:
     """FSDP with one process: a step in bf16 gives the weights of one without it."""
     weights = []
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -156,10 +133,4 @@ def sharded(device: torch.device) -> Found:
     return difference(weights[1], weights[0]), 0.1
 
 
-CHECKS = {
-    "fp16, skipped steps": fp16_skips,
-    "compiled": compiled,
-    "CUDA graphs": cuda_graphs,
-    "FSDP, one process": sharded,
-    "sampling in bf16": sampling_in_bf16,
-}
+CHECKS = {"fp16, skipped steps": fp16_skips, "FSDP, one process": sharded, "sampling in bf16": sampling_in_bf16}

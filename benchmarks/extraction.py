@@ -2,10 +2,8 @@
 
     python -m benchmarks.extraction --precision bf16
 
-The images are photograph-like JPEGs of 500x375 pixels. The networks are the Stable Diffusion VAE at 256x256 and a
-ViT-L/14 with registers under a SEM head of L=512, V=256, both with random weights, on which a rate does not depend. The
-networks share one device, so the whole is bounded by the slower of decoding and both networks. On a CPU, decoding
-competes with them for the cores.
+Images are photograph-like JPEGs of 500x375 pixels. The networks, with random weights, are the Stable Diffusion VAE at
+256x256 and a ViT-L/14 with registers under a SEM head of L=512, V=256. They share one device.
 """
 
 import argparse
@@ -16,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchronize
@@ -51,6 +48,8 @@ def write_photographs(root: Path, count: int) -> None:
 
 def write_networks(root: Path, encoder: bool = True) -> None:
     """Write root/vae, of Stable Diffusion's shape, and root/sem, a ViT-L/14 with a SEM head, untrained."""
+    from diffusers import AutoencoderKL  # here: not every row of benchmarks.gpu needs it
+
     torch.manual_seed(0)
     AutoencoderKL(**SD_VAE).save_pretrained(root / "vae")
     if encoder:
@@ -62,8 +61,8 @@ def prepare(root: Path, args: argparse.Namespace) -> None:
     write_networks(root)
 
 
-def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False) -> dict[str, float]:
-    """Images per second of decoding, the VAE, the encoder, and both networks. tf32: which extraction does not use."""
+def rates_of_the_parts(root: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Images per second of decoding, the VAE, the encoder, and both networks."""
     vae, encoder = load_vae(str(root / "vae")), load_encoder(root / "sem")
     source = open_source(root / "images")
     views = Views(source, flips_of("random", len(source), 0), 256, encoder.image_size)
@@ -77,7 +76,7 @@ def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False)
     rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
 
     set_exact_numerics()
-    set_numerics(tf32, deterministic=True)
+    set_numerics(tf32=False, deterministic=True)
     encoder = PixelEncoder(vae, encoder, DEVICE, args.precision, args.compile)
     works = {
         "VAE": lambda batch: [encoder.moments(batch[0], args.batch_size).cpu()],
@@ -94,14 +93,15 @@ def rates_of_the_parts(root: Path, args: argparse.Namespace, tf32: bool = False)
     return rates
 
 
-def rate_of_the_whole(root: Path, args: argparse.Namespace) -> float:
+def rate_of_the_whole(root: Path, args: argparse.Namespace, **environment) -> float:
     """Images per second of the script from its first to its last shard; if there is one shard, as it reports them."""
     shard_size = max(4 * args.batch_size, args.images // 8)
     paths = flags(
         data_path=root / "images", features_path=root / "features", vae=root / "vae", encoder=root / "sem",
         precision=args.precision, batch_size=args.batch_size, shard_size=shard_size, num_workers=args.num_workers,
     )  # fmt: skip
-    said = run_script("extract_features_withdlc.py", *paths, "--compile" if args.compile else "--no-compile")
+    compile = "--compile" if args.compile else "--no-compile"
+    said = run_script("extract_features_withdlc.py", *paths, compile, **environment)
     written = sorted(path.stat().st_mtime for path in kind_dir(root / "features", 256, "features").glob("*.npy"))
     if len(written) == 1:
         return float(re.search(r"([\d.]+) images/s per process", said)[1])

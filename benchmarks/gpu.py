@@ -1,52 +1,61 @@
-"""Everything on a GPU in one command: what must be equal first, then the rates, each beside the ancestors' way.
+"""Everything on a GPU in one command: what must be equal first, then what kernels, steps and scripts reach.
 
     python -m benchmarks.gpu --minutes 9 --only training sampling       # without --only: all of it
 
 Each row is written to results/gpu-gpu.json as soon as it is measured. A row that would not end within the minutes is
-put off: the same command goes on with it, as long as commit, card and sizes are the same. At the end the pages are
-written, as by `python -m benchmarks.readme`. The rows are those of the other benchmarks; networks and data are random,
-on which a rate does not depend.
-
-`share of peak` is relative to a large matrix product on the same card in the same precision, `of the data sheet` to the
-16-bit FLOPs without sparsity on the card's data sheet, as published shares are. `differs by` is the mean relative
-difference of what should be equal. On a CPU the sizes are tiny.
+put off: the same command goes on with it, as long as commit, card and sizes are the same. benchmarks/README.md explains
+the columns. Networks and data are random, on which a rate does not depend; on a CPU the sizes are tiny.
 """
 
 import argparse
 import gc
 import json
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from benchmarks import extraction, loading, prior, readme, sampling, train_options
+from benchmarks import extraction, kernels, loading, readme, sampling, steps, train_options
 from benchmarks.checks import CHECKS, Unavailable
-from benchmarks.record import DEVICE, ON_GPU, flags, forward_flops, machine, peak_flops, result_path, show, write
+from benchmarks.record import DEVICE, ON_GPU, flags, machine, result_path, run_script, show, write
+from benchmarks.roofline import CARDS, Card, L, Roofline, V, card_of
 from dlc.machine.cli import number, one_line
 from dlc.machine.processes import default_num_workers, set_numerics
-from models import DiT_models
+from models import DiT_models, ModelSpec
 
-# dense bf16 and fp16, by a part of the card's name: of SXM cards, but for those that are named before
-DATA_SHEET = {"H100 PCIe": 756.5e12, "NVL": 835.5e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+ALONE = "DDP, each process sees one GPU"
 ANCESTORS = "the ancestors' way"
-COLUMNS = ("part", "", "images/s", "codes/s", "share of peak", "of the data sheet", "memory GiB", "differs by")
-COLUMNS += ("bar", "said")
-L, V = 512, 256  # of every row
-PRIOR = [] if ON_GPU else ["--model", "DLCPrior-Ti"]
+COLUMNS = ("part", "", "value", "unit", "expected", "of the data sheet", "memory GiB", "differs by", "bar", "said")
+GPUS = torch.cuda.device_count() if ON_GPU else 2  # processes of the rows of several
 
 
 @dataclass
 class Bench:
-    """What the rows share: flags, a folder, and what some of them prepare for the others."""
+    """What the rows share: flags, a folder, the card, and what some of them prepare for the others."""
 
     args: argparse.Namespace
     root: Path
     rows: list = field(default_factory=list)
     prepared: dict = field(default_factory=dict)
+
+    @cached_property
+    def card(self) -> Card | None:
+        return card_of(torch.cuda.get_device_name()) if ON_GPU else None
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """Of the card, or without one of another, for the model's sizes alone."""
+        return Roofline(self.args.model, self.card or CARDS["H100"])
+
+    @property
+    def spec(self) -> ModelSpec:
+        return DiT_models[self.args.model]
 
     def once(self, name: str, make: Callable, *inputs) -> object:
         """make(*inputs) at the first call with this name; what it returned at the others."""
@@ -54,47 +63,46 @@ class Bench:
             self.prepared[name] = make(*inputs)
         return self.prepared[name]
 
-    def flops(self) -> int:
-        """FLOPs of a forward pass on one latent."""
-        with torch.device("meta"):
-            model = DiT_models[self.args.model](L=L, V=V)
-        return forward_flops(model, 32)
-
-    def shares(self, flops_per_second: float, precision: str) -> dict:
-        """Relative to the card's peak, as measured and as on its data sheet."""
-        peak = self.once(f"peak in {precision}", peak_flops, precision, 8192 if ON_GPU else 256)
-        card = torch.cuda.get_device_name() if ON_GPU else ""
-        sheet = next((peak for name, peak in DATA_SHEET.items() if name in card), None)
-        return {
-            "share of peak": flops_per_second / peak,
-            "of the data sheet": flops_per_second / sheet if sheet and precision != "fp32" else None,
-        }
+    def shares(self, passes_per_second: float, precision: str) -> dict:
+        """The share of the data sheet's FLOPs that so many forward passes are."""
+        known = self.card and precision != "fp32"
+        return {"of the data sheet": self.roofline.share(passes_per_second) if known else None}
 
 
 def check(name: str, bench: Bench) -> dict:
-    try:
-        differs, bound, *waits = CHECKS[name](DEVICE)
-    except Unavailable as reason:
-        return {"said": str(reason)}
+    differs, bound, *waits = CHECKS[name](DEVICE)
     said = f"waits for the GPU: {one_line(waits[0], 200)}" if waits else "ok" if differs <= bound else "differs"
     return {"differs by": differs, "bar": f"at most {bound:g}", "said": said}
 
 
-def training(given: str, bench: Bench) -> dict:
-    """Images per second of train_fast with these flags, on features, with all that a run does."""
+def training(given: str, bench: Bench, launch: list = train_options.LAUNCH, gpus: int = 1, fsdp: bool = False) -> dict:
+    """Images per second of a GPU in train_fast with these flags, on features, with all that a run does."""
     args = bench.args
     bench.once("features", loading.both_layouts, bench.root / "training", args.rows)
     data = dict(features=flags(features_path=bench.root / "training/shards"))
-    # eager, 256 images of DiTSEM-XL/2 take over 80 GB; compiled they fit (benchmarks/memory.py)
-    small = ON_GPU and torch.cuda.get_device_properties(0).total_memory < 120e9
-    parts = 2 if "--no-compile" in given and "checkpoint" not in given and small else 1
-    row = f"train_fast {given} --grad-accum {parts}"
-    rate, _, memory = train_options.train(row, args.model, args.batch, data, bench.root, args)
-    if rate is None:
+    row = f"train_fast {given}"
+    steps_per_second, _, memory = train_options.train(row, args.model, args.batch, data, bench.root, args, launch)
+    if steps_per_second is None:
         return {"said": memory}
-    shares = bench.shares(3 * bench.flops() * rate * args.batch, train_options.options(row).precision)
-    said = f"in {parts} micro-batches" if parts > 1 else None
-    return {"images/s": rate * args.batch, "memory GiB": memory, **shares, "said": said}
+    rate, n = steps_per_second * args.batch / gpus, args.batch // gpus
+    parts_of_step = Roofline(args.model, bench.roofline.card, gpus, fsdp).training(n)
+    expected = n / sum(parts_of_step.values()) if bench.card and given == "--compile" else None
+    shares = bench.shares(3 * rate, train_options.options(row).precision)
+    return kernels.row(rate, "images/s", expected, **{"memory GiB": memory}, **shares)
+
+
+def training_on_several(how: str, bench: Bench) -> dict:
+    """The same on all GPUs of the node, or in two processes on the CPU."""
+    if GPUS == 1:
+        raise Unavailable("needs several GPUs")
+    one = "CUDA_VISIBLE_DEVICES=$LOCAL_RANK " if ON_GPU else ""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", GPUS, "--no-python", "bash", "-c"]
+    launch = {
+        "DDP": [*train_options.LAUNCH, "--multi_gpu", "--num_processes", GPUS],
+        "FSDP": [*train_options.ACCELERATE, "--config_file", "train_options/fsdp.yaml", "--num_processes", GPUS],
+        ALONE: [*torchrun, f'{one}exec "$0" "$@"', sys.executable],
+    }[how]
+    return training("--compile", bench, launch, GPUS, how == "FSDP")
 
 
 def drawing(precision: str, given: str, bench: Bench) -> dict:
@@ -110,68 +118,78 @@ def drawing(precision: str, given: str, bench: Bench) -> dict:
     else:
         rate, _ = sampling.script(root, folder, precision, given, sizes)
     sampler, guided = sampling.sampler_of(given or [])
-    return {"images/s": rate, **bench.shares(rate * (len(sampler.times) + guided) * bench.flops(), precision)}
+    passes = len(sampler.times) + guided
+    seconds = sum(bench.roofline.sampling(args.sampling_batch).values())
+    expected = 2 / passes * args.sampling_batch / seconds if bench.card and precision == "bf16" else None
+    return kernels.row(rate, "images/s", expected, **bench.shares(rate * passes, precision))
 
 
-def extracting(way: str, bench: Bench) -> dict:
-    """Images per second of one of extraction's parts, or of the script."""
-    args, root = bench.args, bench.root / "extraction"
-    how = dict(precision="bf16", compile=ON_GPU, batch_size=min(32, args.images))
-    sizes = argparse.Namespace(**{**vars(args), **how})
-    root.mkdir(exist_ok=True)
-    bench.once("extraction", extraction.prepare, root, sizes)
-    if way == ANCESTORS:  # one image after the other, in float32
-        few = dict(precision="fp32", compile=False, batch_size=1, images=min(32, args.images))
-        rates = extraction.rates_of_the_parts(root, argparse.Namespace(**{**vars(args), **few}), tf32=True)
-        return {"images/s": rates["both networks"]}
-    rates = bench.once("parts", extraction.rates_of_the_parts, root, sizes)
-    return {"images/s": extraction.rate_of_the_whole(root, sizes) if way == "the whole" else rates[way]}
+def same_bytes(bench: Bench) -> dict:
+    """Shards that differ when extraction is compiled again, with an empty cache of kernels."""
+    root, found = bench.root / "compiled twice", []
+    root.mkdir()
+    how = dict(precision="bf16", compile=ON_GPU, batch_size=min(32, bench.args.images))
+    sizes = argparse.Namespace(**{**vars(bench.args), **how, "images": 2 * how["batch_size"]})
+    extraction.prepare(root, sizes)
+    for cache in ("A", "B"):
+        shutil.rmtree(root / "features", ignore_errors=True)
+        extraction.rate_of_the_whole(root, sizes, TORCHINDUCTOR_CACHE_DIR=root / cache)
+        found.append([path.read_bytes() for path in sorted((root / "features").rglob("*.npy"))])
+    return kernels.row(sum(one != two for one, two in zip(*found)), f"of {len(found[0])} files differ")
 
 
-def training_a_prior(name: str, bench: Bench) -> dict:
-    """Codes per second of a row of training of benchmarks/prior.py."""
-    sizes = prior.argument_parser().parse_args(PRIOR)
-    return {"codes/s": sizes.train_batch / bench.once("a prior's steps", prior.seconds_of_steps, sizes)[name]}
+def stage(command: str, tiny: str, bench: Bench) -> dict:
+    """A benchmark of a stage as a whole, whose rows come into its own file, and on a GPU into its own table."""
+    name, *words = f"{command} {'' if ON_GPU else tiny}".split()
+    kept = {} if ON_GPU else {"BENCHMARK_RESULTS": bench.root}
+    run_script("-m", f"benchmarks.{name}", *words, **kept)
+    return {"said": f"measured by python -m benchmarks.{command}: see its own table"}
 
 
-def drawing_codes(name: str, steps: int, bench: Bench) -> dict:
-    """Codes per second of a row of sampling of benchmarks/prior.py."""
-    sizes, rows = prior.argument_parser().parse_args(PRIOR), {(row[0], row[2]): row for row in prior.sampling_rows(L)}
-    wanted, row = [rows[one] for one in DRAWN_CODES.values()], rows[name, steps]
-    seconds = bench.once("a prior's calls", prior.seconds_of_calls, wanted, sizes)[prior.work_of(row, L)]
-    return {"codes/s": sizes.batch / (prior.calls_per_code(row, sizes) * seconds)}
-
-
-PARTS = ("decoding", "both networks", "the whole")
-DRAWN_CODES = {  # of a prior, by name: a row of benchmarks/prior.py and its steps
-    "sampling, first hitting, a call per token": ("first-hitting", L),
-    f"{ANCESTORS}: sampling, 1,024 analytic steps": (f"{prior.PUBLISHED}, analytic", 1024),
-}
+BF16, TF32 = torch.bfloat16, torch.float32
+AUTOTUNE = dict(mode="max-autotune-no-cudagraphs") if ON_GPU else {}
+TRAINED, DRAWN = ("training", "bf16, compiled"), ("sampling", "250 steps, guided, bf16")
 # fmt: off
 ROWS = [  # part, name, minutes on an H100 with what it prepares, its function and that function's arguments
     *(("correctness", name, 0.4, check, (name,)) for name in CHECKS),
-    ("training", "bf16, compiled", 2.5, training, ("--compile",)),
+    ("ceilings", "copy", 0.1, kernels.copying, ()),
+    ("ceilings", "qkv, bf16", 0.1, kernels.product, (1, 3, BF16, False)),
+    ("ceilings", "fc1, bf16", 0.1, kernels.product, (1, 4, BF16, False)),
+    ("ceilings", "fc2, bf16", 0.1, kernels.product, (4, 1, BF16, False)),
+    ("ceilings", "gradient of fc1's weight, bf16", 0.1, kernels.product, (1, 4, BF16, True)),
+    ("ceilings", "fc1, TF32", 0.1, kernels.product, (1, 4, TF32, False)),
+    *(("attention", name, 0.1, kernels.attention, (name,)) for name in kernels.BACKENDS),
+    *(("steps", f"{work}, {way}", 0.5, kernels.step, (work, way, "bf16")) for work, way in steps.ROWS),
+    ("steps", "training step, fp16, compiled", 1.0, kernels.step, (steps.TRAINING, steps.COMPILED, "fp16")),
+    *(("steps", name, 0.3, kernels.part_of_a_step, (name,)) for name in
+      ("AdamW", "EMA", "EMA as in fp16", "random numbers", "code table")),
+    ("memory", "a step of the whole batch, compiled", 1.0, kernels.whole_step, (False, {})),
+    ("memory", "the same, recomputed", 1.0, kernels.whole_step, (True, {})),
+    (*TRAINED, 2.5, training, ("--compile",)),
     ("training", f"{ANCESTORS}: fp16, eager, recomputed", 2.5, training,
      ("--precision fp16 --no-compile --checkpoint-activations",)),
-    ("sampling", "250 steps, guided, bf16", 2.5, drawing, ("bf16", [])),
+    (*DRAWN, 2.5, drawing, ("bf16", [])),
+    *(("denoising", f"{images} images, {how}", 1.0, kernels.denoising, (images, how)) for images, how in
+      ((kernels.N, "compiled"), (kernels.N, "GELU in the epilogue"), (1, "compiled"), (1, "CUDA graphs"),
+       (4, "CUDA graphs"), (16, "CUDA graphs"))),
+    *(("several GPUs", how, 2.5, training_on_several, (how,)) for how in
+      ("DDP", "FSDP", ALONE)),
+    ("extraction", "compiled twice", 2.0, same_bytes, ()),
+    *((command.split()[0], f"benchmarks.{command}", minutes, stage, (command, tiny)) for command, minutes, tiny in (
+        ("extraction --precision bf16", 5.0, "--images 4 --batch-size 2"),
+        ("extraction --batch-size 1 --images 64", 3.0, "--images 2"),
+        ("prior", 4.0, "--model DLCPrior-Ti --L 16 --repeats 1"))),
     ("sampling", f"{ANCESTORS}: the same, fp32, eager", 2.5, drawing, ("fp32", None)),
-    *(("extraction", name, 3.0, extracting, (name,)) for name in PARTS),
-    ("extraction", f"{ANCESTORS}: an image at a time, fp32", 1.0, extracting, (ANCESTORS,)),
-    ("prior", "training, bf16, compiled", 2.0, training_a_prior, ("ours, compiled",)),
-    ("prior", f"{ANCESTORS}: training, bf16, eager", 2.0, training_a_prior, (prior.PUBLISHED,)),
-    *(("prior", name, 1.0, drawing_codes, row) for name, row in DRAWN_CODES.items()),
     ("training", "fp16, compiled", 2.5, training, ("--precision fp16 --compile",)),
-    ("training", "bf16, eager", 2.5, training, ("--no-compile",)),
     ("sampling", "guided in half the steps, bf16", 1.5, drawing, ("bf16", sampling.HALVED)),
     ("sampling", "250 steps, guided, bf16, CUDA graphs", 1.5, drawing, ("bf16", ["--cuda-graphs"])),
     ("sampling", "DPM-Solver++, 25 steps, bf16", 1.0, drawing, ("bf16", ["--sampler", "dpmsolver++"])),
+    ("memory", "the whole batch, max-autotune", 8.0, kernels.whole_step, (False, AUTOTUNE)),
 ]
-BARS = {  # what a row should reach on an H100
-    ("training", "bf16, compiled"): "50% of the data sheet",
-    ("sampling", "250 steps, guided, bf16"): "4.5 images/s",
-    ("extraction", "the whole"): "90% of the slower of decoding and both networks",
-}
 # fmt: on
+# what a row should reach on an H100, for other cards by their data sheets: its value, and the share of the sheet
+BARS = {TRAINED: (550.0, 0.45), DRAWN: (4.0, None)}
+SURPRISE = 1.25
 PARTS_OF_ALL = tuple(dict.fromkeys(row[0] for row in ROWS))
 
 
@@ -189,16 +207,34 @@ def measured_before(args: argparse.Namespace) -> list[dict]:
     return [row for row in before["rows"] if not (row["said"] or "").startswith("failed")]
 
 
+def judge(row: dict, bench: Bench) -> list[str]:
+    """What there is to say of a row's value beside its bar, which it gets, and what was expected."""
+    said = []
+    if bench.card and (row["part"], row[""]) in BARS:
+        least, share = BARS[row["part"], row[""]]
+        least *= bench.card.flops / CARDS["H100"].flops
+        row["bar"] = f"{least:.3g} {row['unit']}" + (f", {share:.0%} of the data sheet" if share else "")
+        reached = row["value"] >= least and row["of the data sheet"] >= (share or 0)
+        said.append("bar reached" if reached else "bar missed")
+    if row["expected"] and not 1 / SURPRISE <= row["value"] / row["expected"] <= SURPRISE:
+        said.append(f"a surprise: {row['value'] / row['expected']:.2f} times what was expected")
+    return said
+
+
 def measure(bench: Bench, part: str, name: str, function: Callable, inputs: tuple) -> dict:
     """A row of the table. It says if it failed; the others go on."""
     row, threads = dict.fromkeys(COLUMNS), torch.get_num_threads()
-    row.update({"part": part, "": name, "bar": BARS.get((part, name))})
+    row.update({"part": part, "": name})
     set_numerics(tf32=True)  # as training and sampling do; extraction sets its own, and the number of threads
     try:
         row.update(function(*inputs, bench))
+        row["said"] = "; ".join(filter(None, [row["said"], *judge(row, bench)])) or None
+    except Unavailable as reason:
+        row["said"] = str(reason)
     except Exception as error:  # whatever a script, a library or the card makes of it
         row["said"] = "failed: " + one_line(str(error)[-300:], 300)
     torch.set_num_threads(threads)
+    torch._dynamo.reset()
     free_memory()
     return row
 

@@ -3,9 +3,7 @@
     python -m benchmarks.memory
 
 A weight takes 16 bytes with AdamW's two moments and the EMA, and 4 more for its gradient where micro-batches accumulate
-it. Of a compiled block, the tensors are counted that torch's partitioner keeps for the backward pass under bf16
-autocast, with the budget of `compile_blocks`; outside the blocks, those that autograd saves. RESERVE is left for CUDA,
-the kernels' buffers and the allocator's fragments.
+it. What a block keeps for its backward pass is what torch's partitioner chooses under bf16 autocast.
 """
 
 import argparse
@@ -21,7 +19,7 @@ from benchmarks.record import record
 from dlc.machine.processes import ACTIVATION_BUDGET
 from models import DiT_models, ModelSpec
 
-CARDS, RESERVE = (24, 48, 80), 3  # GiB
+CARDS, RESERVE = (24, 48, 80), 3  # GiB; the reserve is for CUDA, kernels' buffers and the allocator's fragments
 GIB = 2**30
 
 

@@ -1,32 +1,24 @@
-"""Codes per second of a prior: training, and drawing with each sampler, beside the published way.
+"""Codes per second of a prior: training, and the network's calls in drawing, beside the published way.
 
     python -m benchmarks.prior
 
-The published way is SEDD's, as the DLC project runs it, on the same network: eager; training computes the score entropy
-of all places; a step of sampling calls the network, computes the scores of all places, and draws every token anew from
-probabilities over all V + 1 tokens with Gumbel noise in float64. Ours calls the network only when a token is due, which
-does not change the distribution.
-
-Rows take turns `--repeats` times, so that other work on the machine affects all of them; the shortest time counts. In
-sampling, `--calls` calls are timed together with the drawing; rows whose calls do the same work share the measurement.
-Calls per code are counted by drawing whole timetables. Weights are random: no time depends on them.
+The published way is SEDD's, as the DLC project runs it, on the same network: eager, the score entropy of all places,
+and a call for all places at each step. Ours calls the network only when a token is due, for the places that are. What
+samplers do between the calls is not counted, of neither. Rows take turns; the shortest time counts. Calls per code are
+counted by drawing whole timetables. On a CPU seconds are CPU seconds of the process.
 """
 
 import argparse
-import itertools
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import DEVICE, ON_GPU, in_turns, record, synchronize
+from benchmarks.record import DEVICE, ON_GPU, in_turns, record, seconds_of
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
 from dlc.machine.noise import Stream, uniforms
-from dlc.machine.processes import autocast
+from dlc.machine.processes import autocast, compile_blocks, set_numerics
 from prior import DLCPrior, DLCPrior_models
 
 PUBLISHED, TIMES = "published way", "times the published way"
@@ -45,27 +37,6 @@ def published_loss(model: DLCPrior, diffusion: MaskedDiffusion, x0: Tensor, t: T
     return rate * torch.where(x_t == diffusion.mask, entropy, 0).sum(dim=1)
 
 
-class PublishedSampler:
-    """Every step: all scores, and a draw of every token, which keeps those that are there."""
-
-    def __init__(self, diffusion: MaskedDiffusion, steps: int, eta: float):
-        self.V, self.eta, self.times = diffusion.V, eta, torch.linspace(1, 1e-5, steps + 1, device=DEVICE)
-
-    def __call__(self, log_scores: Callable, codes: Tensor) -> Iterator[Tensor]:
-        for t, s in itertools.pairwise(self.times):
-            logp = log_scores(codes, t.expand(len(codes)))[..., : self.V].log_softmax(dim=2)
-            eta = self.eta if 0.3 < t < 0.55 else 0.0
-            q = ((t - s + eta * (1 - t)) / t).clamp(max=1)  # the weight of all tokens together at a masked place
-            mask = (eta + (1 - eta) * (1 - q)).expand(*codes.shape, 1)
-            kept = (1 - eta) * F.one_hot(codes, self.V + 1).to(logp)
-            kept[..., self.V] += eta
-            masked = (codes == self.V).unsqueeze(2)
-            weights = torch.where(masked, torch.cat([q * logp.exp(), mask], dim=2), kept).double()  # (N, L, V+1)
-            gumbel = 1e-10 - (torch.rand_like(weights) + 1e-10).log()
-            codes = (weights / gumbel).argmax(dim=2)
-            yield codes
-
-
 def sampling_rows(L: int) -> list[tuple]:
     """Name, sampler, steps, eta, and whether it is the published way."""
     rows = []
@@ -74,38 +45,6 @@ def sampling_rows(L: int) -> list[tuple]:
     fewer = sorted({L, max(1, L // 4), 16}, reverse=True)
     rows += [("first-hitting", "first-hitting", calls, None, False) for calls in fewer]
     return [*rows, ("confidence", "confidence", 16, None, False)]
-
-
-def work_of(row: tuple, L: int) -> str:
-    """What a call of a row does, in words: equal for rows whose calls do the same work."""
-    _, name, steps, _, published = row
-    if published:
-        return PUBLISHED
-    one_place = name in ("analytic", "corrector") or (name, steps) == ("first-hitting", L)  # or two, where two are due
-    return "one place per code" if one_place else f"{name}, {steps} calls"
-
-
-def timed_calls(row: tuple, model: DLCPrior, diffusion: MaskedDiffusion, args: argparse.Namespace) -> float:
-    """Seconds of a call of the network, with all that goes with it."""
-    _, name, steps, eta, published = row
-    codes = torch.full((args.batch, args.L), args.V, device=DEVICE)
-    indices = torch.arange(args.batch, device=DEVICE)
-
-    def scores(codes, t, places=None):
-        with autocast(DEVICE, args.precision):
-            return model(codes, diffusion.told(t), places=places)
-
-    synchronize()
-    start = time.perf_counter()
-    if published:
-        calls = PublishedSampler(diffusion, steps, eta or 0.0)(scores, codes)
-    else:
-        draw = partial(uniforms, 0, Stream.SAMPLE_CODE, indices, args.L)
-        sampler = create_sampler(name, args.V, steps, eta)
-        calls = sampler(lambda codes, t, places: scores(codes, t, places)[..., : args.V], codes, draw)
-    done = sum(1 for _ in itertools.islice(calls, args.calls))
-    synchronize()
-    return (time.perf_counter() - start) / done
 
 
 def calls_per_code(row: tuple, args: argparse.Namespace) -> float:
@@ -122,25 +61,16 @@ def calls_per_code(row: tuple, args: argparse.Namespace) -> float:
     return torch.stack([part.max() for part in calls.split(args.batch)]).mean().item()
 
 
-def shortest(functions: dict, turns: int) -> dict[str, float]:
-    """The shortest of the seconds that each function returns, by name; they take turns."""
-    return {name: min(seconds) for name, seconds in in_turns(functions, turns).items()}
-
-
 def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
     """The shortest step of each row of training, by name. They train the same model."""
     torch.manual_seed(0)
-    x0 = torch.randint(args.V, (args.train_batch, args.L), device=DEVICE)
+    x0 = torch.randint(args.V, (args.batch, args.L), device=DEVICE)
     model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).train()
-    for block in model.blocks:
-        block.compile()
+    compile_blocks(model, DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0, fused=True)
-
     diffusion, indices = MaskedDiffusion(args.V), torch.arange(len(x0), device=DEVICE)
 
-    def timed_step(published, compiled):
-        synchronize()
-        start = time.perf_counter()
+    def step(published, compiled):
         with torch.compiler.set_stance("default" if compiled else "force_eager"):
             t = stratified_times(torch.rand((), device=DEVICE), indices, len(x0))
             if published:
@@ -152,61 +82,58 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        synchronize()
-        return time.perf_counter() - start
 
     rows = {PUBLISHED: (True, False), "ours": (False, False), "ours, compiled": (False, True)}
-    steps = {name: partial(timed_step, *row) for name, row in rows.items() if args.compile or not row[1]}
-    for step in steps.values():
-        step()  # allocates, compiles
-    return shortest(steps, args.repeats)
+    steps = {name: partial(step, *row) for name, row in rows.items() if args.compile or not row[1]}
+    for one in steps.values():
+        one()  # allocates, compiles
+    seconds = in_turns({name: partial(seconds_of, one) for name, one in steps.items()}, args.repeats)
+    return {name: min(times) for name, times in seconds.items()}
 
 
-def seconds_of_calls(rows: list[tuple], args: argparse.Namespace) -> dict[str, float]:
-    """The shortest call of the network for each kind of work of the rows of sampling; see `work_of`."""
-    torch.manual_seed(0)
-    model = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval()
-    torch.nn.init.normal_(model.output_layer.linear.weight, std=0.02)
-    with torch.inference_mode():
-        works = {work_of(row, args.L): partial(timed_calls, row, model, MaskedDiffusion(args.V), args) for row in rows}
-        return shortest(works, args.repeats)
+@torch.inference_mode()
+def seconds_of_calls(args: argparse.Namespace) -> dict[bool, float]:
+    """The shortest call of the network on a batch of masked codes: for all places (True), and for one per code."""
+    model, diffusion = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval(), MaskedDiffusion(args.V)
+    codes = torch.full((args.batch, args.L), args.V, device=DEVICE)
+    told, one = diffusion.told(torch.ones(args.batch, device=DEVICE)), torch.zeros_like(codes[:, :1])
+
+    def call(places):
+        with autocast(DEVICE, args.precision):
+            model(codes, told, places=places)
+
+    for places in (None, one):
+        call(places)
+    calls = {places is None: partial(seconds_of, partial(call, places)) for places in (None, one)}
+    return {name: min(seconds) for name, seconds in in_turns(calls, args.repeats).items()}
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models, help="[%(default)s here]")
     add("--L", type=int, default=512, help="code positions [%(default)s]")
     add("--V", type=int, default=256, help="tokens per position [%(default)s]")
-    add("--batch", type=int, default=64 if ON_GPU else 1, help="codes drawn at once [%(default)s here]")
-    add("--train-batch", type=int, default=64 if ON_GPU else 1, help="codes per training step [%(default)s here]")
+    add("--batch", type=int, default=64 if ON_GPU else 1, help="codes drawn, or trained on, at once [%(default)s here]")
     add("--precision", default="bf16" if ON_GPU else "fp32", help="of the network [%(default)s here]")
-    add("--calls", type=int, default=8 if ON_GPU else 2, help="calls that are measured at once [%(default)s here]")
     add("--repeats", type=int, default=5 if ON_GPU else 3, help="times that the rows take turns [%(default)s here]")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled training, too")
-    return parser
-
-
-def main() -> None:
-    args = argument_parser().parse_args()
-    if ON_GPU:
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in training and sampling
+    args = parser.parse_args()
+    set_numerics(tf32=True)  # as in training and sampling
     table, steps = [], seconds_of_steps(args)
 
-    def add(what, name, rate, same, steps=None, calls=None, call_seconds=None):
-        row = {"": name, "what": what, "steps": steps, "calls": calls, "s per call": call_seconds, "codes/s": rate}
-        table.append({**row, TIMES: rate / same})
-
     for name, seconds in steps.items():
-        add("training", name, args.train_batch / seconds, args.train_batch / steps[PUBLISHED])
-    rows, rates = sampling_rows(args.L), {}
-    seconds = seconds_of_calls(rows, args)
+        row = {"": name, "what": "training", **dict.fromkeys(("steps", "calls", "s per call"))}
+        table.append({**row, "codes/s": args.batch / seconds, TIMES: steps[PUBLISHED] / seconds})
+    rows, rates, seconds = sampling_rows(args.L), {}, seconds_of_calls(args)
     for row in rows:
-        calls, call_seconds = calls_per_code(row, args), seconds[work_of(row, args.L)]
-        rates[row] = args.batch / (calls * call_seconds)
+        calls = calls_per_code(row, args)
+        each = seconds[row[4] or calls < args.L / 2]  # with fewer calls than tokens a call draws many
+        rates[row] = args.batch / (calls * each)
         # the published row of the same steps, or of the published default
-        same = next((one for one in rows if one[4] and one[1:3] == row[1:3]), rows[2])
-        add("sampling", row[0], rates[row], rates[same], row[2], calls, call_seconds)
+        same = rates[next((one for one in rows if one[4] and one[1:3] == row[1:3]), rows[2])]
+        measured = {"steps": row[2], "calls": calls, "s per call": each, "codes/s": rates[row]}
+        table.append({"": row[0], "what": "sampling", **measured, TIMES: rates[row] / same})
     record("prior", table, **vars(args))
 
 

@@ -3,6 +3,8 @@
 import datetime
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from dlc.machine.files import write_json
 from dlc.machine.processes import PRECISIONS, versions
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
@@ -30,8 +32,11 @@ def machine() -> dict:
 
     written = [f":(top,exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md", "README.md")]
     changed = git("status", "--porcelain", "-uno", ":/", *written)
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which("nvidia-smi") else []
     return dict(
         gpu=torch.cuda.get_device_name() if ON_GPU else None,
+        **(dict(driver=driver[0], cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()) if driver else {}),
         cpu=names[0] if names else platform.processor(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -77,12 +82,13 @@ def flags(**values) -> list[str]:
     return [word for key, value in values.items() for word in ("--" + key.replace("_", "-"), str(value))]
 
 
-def run_script(*command) -> str:
-    """Run python with these arguments in the repository's root. Returns its output.
+def run_script(*command, **environment) -> str:
+    """Run python with these arguments in the repository's root, with these variables more. Returns its output.
 
     Raises RuntimeError, with the end of its output, if it fails.
     """
-    ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    words, variables = [sys.executable, *map(str, command)], {name: str(value) for name, value in environment.items()}
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **variables})
     if ended.returncode:
         raise RuntimeError((ended.stdout + ended.stderr)[-3000:])
     return ended.stdout
@@ -102,6 +108,11 @@ def seconds_of(function: Callable[[], object]) -> float:
     function()
     synchronize()
     return clock() - start
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """The median of so many calls, after two others."""
+    return statistics.median([seconds_of(function) for _ in range(repeats + 2)][2:])
 
 
 def in_turns(functions: dict, turns: int) -> dict[object, list[float]]:

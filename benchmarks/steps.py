@@ -2,26 +2,21 @@
 
     python -m benchmarks.steps --threads 1
 
-`before` is as the DLC project and DiT compute it: the residual stream keeps the layout of the patch embedding's
-convolution, channels first, and the time, the noise and the dropped conditions of a training step are drawn one after
-the other. The DLC project's way is eager, with each block recomputed in the backward pass, which that project cannot
-turn off, AdamW by torch's defaults, and its EMA tensor by tensor; its random numbers are given to it.
-
-Rows take turns, so that other work on the machine affects all of them. `times the first` is the ratio to the first row
+benchmarks/README.md says what `before` and the DLC project's way are. `times the first` is the ratio to the first row
 of the same work, turn by turn: the median, then the smallest and the largest. `differs by` is the mean relative
 difference from that row: of outputs, of latents, or of all gradients. On a CPU seconds are CPU seconds of the process.
 """
 
 import argparse
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 
 import torch
 
 from benchmarks.checks import difference
 from benchmarks.record import DEVICE, ON_GPU, in_turns, record, seconds_of
-from diffusion import create_diffusion
+from diffusion import GaussianDiffusion, create_diffusion
 from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.machine.processes import PRECISIONS, autocast, compile_blocks, cores, set_numerics
 from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
@@ -45,17 +40,23 @@ def channels_first(model: DiT, x: torch.Tensor, t: torch.Tensor, condition: torc
     return model.unpatchify(model.final_layer(x, c))
 
 
-def three_draws(seed: int, indices: torch.Tensor, x: torch.Tensor, times: int, dropout: float) -> tuple:
+def three_draws(
+    seed: int, indices: torch.Tensor, x: torch.Tensor, diffusion: GaussianDiffusion, dropout: float
+) -> tuple:
     """train_diffusion.draws with a call of the generator for each."""
     noise = normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:])
     drop = uniform(seed, Stream.TRAIN_DROP, indices) < dropout
-    return integers(seed, Stream.TRAIN_TIMESTEP, indices, times), noise, drop
+    return integers(seed, Stream.TRAIN_TIMESTEP, indices, diffusion.num_timesteps), noise, drop
 
 
 class Steps:
-    """A DiTSEM and what its steps need. Its weights stay as they are: the learning rate is 0."""
+    """A DiTSEM and what its steps need. Its weights stay as they are: the learning rate is 0.
 
-    def __init__(self, name: str, batch: int, precision: str, L: int = 512, V: int = 256):
+    compiling: as torch.compile's arguments.
+    """
+
+    def __init__(self, name: str, batch: int, precision: str, L: int = 512, V: int = 256, **compiling):
+        self.name, self.L, self.V, self.compiling = name, L, V, compiling
         torch.manual_seed(0)
         with DEVICE:
             self.model = DiT_models[name](L=L, V=V)
@@ -63,28 +64,36 @@ class Steps:
             self.indices = torch.arange(batch)
         for weight in self.model.parameters():
             torch.nn.init.normal_(weight, std=0.02)  # an untrained model's output is 0
-        self.drawing, ema = deepcopy(self.model).eval(), deepcopy(self.model).requires_grad_(False)
-        lower_precision(self.drawing, precision)
-        for model in (self.model, self.drawing):
-            compile_blocks(model, DEVICE)
+        ema = deepcopy(self.model).requires_grad_(False)
+        compile_blocks(self.model, DEVICE, **compiling)
         self.weights, self.averages = list(self.model.parameters()), list(ema.parameters())
         self.diffusion, self.precision = create_diffusion(""), precision
         self.scaler = torch.amp.GradScaler(DEVICE.type) if precision == "fp16" else None
         self.ours = torch.optim.AdamW(self.weights, 0.0, weight_decay=0.0, fused=True)
         self.theirs = torch.optim.AdamW(self.weights, 0.0, weight_decay=0.0)
-        self.given = draws(0, self.indices, self.x, 1000, 0.1)
+        self.given = draws(0, self.indices, self.x, self.diffusion, 0.1)
+
+    @cached_property
+    def drawing(self) -> DiT:
+        """The model as sampling has it."""
+        model = DiT_models[self.name](L=self.L, V=self.V).to(DEVICE).eval()
+        model.load_state_dict(self.model.state_dict())
+        lower_precision(model, self.precision)
+        compile_blocks(model, DEVICE, **self.compiling)
+        return model
 
     def train(self, way: str) -> None:
         """A step; its gradients stay until the next one."""
         self.model.zero_grad()
         draw = three_draws if "before" in way else draws
-        t, noise, drop = self.given if way == THEIRS else draw(0, self.indices, self.x, 1000, 0.1)
+        t, noise, drop = self.given if way == THEIRS else draw(0, self.indices, self.x, self.diffusion, 0.1)
         with autocast(DEVICE, self.precision):
             terms = self.diffusion.training_losses(self.model, self.x, t, dict(y=self.y, drop=drop), noise)
         loss = terms["loss"].mean()
         (self.scaler.scale(loss) if self.scaler else loss).backward()
         optimizer = self.theirs if way == THEIRS else self.ours
         self.scaler.step(optimizer) if self.scaler else optimizer.step()
+        self.scaler and self.scaler.update()
         with torch.no_grad():
             for average, weight in zip(self.averages, self.weights) if way == THEIRS else ():
                 average.mul_(0.9999).add_(weight, alpha=1e-4)

@@ -4,13 +4,16 @@ import importlib
 import json
 import re
 import sys
+import time
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
+from forked import Run
 
-from benchmarks import extraction, gpu, growth, loading, memory, prior, readme, record, sampling, train_options
+from benchmarks import extraction, gpu, loading, memory, prior, readme, record, roofline, sampling, steps, train_options
 from dlc.machine.cli import ArgumentParser
 
 
@@ -103,7 +106,7 @@ def test_rows_go_on_where_they_stopped(rows_of, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in gpu.CHECKS if name != "CUDA graphs"])
+@pytest.mark.parametrize("name", gpu.CHECKS)
 def test_checks(name):
     difference, bound = gpu.CHECKS[name](torch.device("cpu"))
     assert difference <= bound
@@ -123,11 +126,66 @@ def test_benchmarks_run(module, flags, rate, rows_of):
 
 
 @pytest.mark.slow
-def test_growth(tmp_path):
-    for row in growth.ROWS:
-        assert growth.measure(row, tmp_path, row.tiny)[0] > 0
-    cubic = growth.table_row(growth.ROWS[0], (1, 10, 100), [(1, 1), (1, 1), (1000, 1)])
-    assert cubic["exponent"] == pytest.approx(3) and cubic["why"] == "not known"
+def test_every_kind_of_row_runs_on_a_cpu(rows_of, monkeypatch, tmp_path):
+    """benchmarks.gpu with the real scripts, tiny networks, and one row of each function; nothing is compiled."""
+    kinds = {(row[0], row[3]): row for row in reversed(gpu.ROWS)}
+    backbone = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
+    encoder = partial(extraction.SEMEncoder, "vit_tiny_patch16_224", 32, 4, 8, backbone_args=backbone)
+    monkeypatch.setattr(extraction, "SEMEncoder", encoder)
+    monkeypatch.setattr(extraction, "SD_VAE", dict(extraction.SD_VAE, block_out_channels=(8,) * 4, norm_num_groups=4))
+    monkeypatch.setattr(sampling, "TRAINING_STEPS", 2)
+    monkeypatch.setattr(gpu, "ROWS", [row for row in gpu.ROWS if row == kinds[row[0], row[3]]])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+
+    def forked(*command, **environment):
+        """A script in a process that has everything imported; a stage's benchmark has a test of its own."""
+        words = list(map(str, command))
+        if words[0] == "-m" and words[1] in ("benchmarks.prior", "benchmarks.extraction"):
+            return ""
+        at = next(place for place, word in enumerate(words) if word.endswith(".py"))
+        processes = 2 if {"--multi_gpu", "train_options/fsdp.yaml", "--no-python"} & set(words[:at]) else 1
+        arguments = [word.replace("--compile", "--no-compile") for word in words[at + 1 :]]
+        if "sample" in words[at]:
+            arguments += ["--num-sampling-steps", "2"]
+        output = tmp_path / f"output {time.time_ns()}"
+        run = Run(words[at][:-3].replace("/", "."), arguments, output, processes, ROOT)
+        if not run.wait():
+            raise RuntimeError(run.said())
+        return run.said()
+
+    for module in (extraction, sampling, gpu):
+        monkeypatch.setattr(module, "run_script", forked)
+    monkeypatch.setattr(train_options, "run", lambda *command, output: (forked(*command) and None, 0.0))
+    rows_of(gpu, "--minutes", 60, "--images", 2, "--num-workers", 0)
+    rows = json.loads((tmp_path / "gpu-cpu.json").read_text())["rows"]
+    assert len(rows) == len(gpu.ROWS) and not [row["said"] for row in rows if "failed" in (row["said"] or "")]
+    assert all(row["value"] is not None for row in rows if row["said"] is None)
+    assert {row["part"] for row in rows} == set(gpu.PARTS_OF_ALL)
+
+
+def test_what_is_expected_of_a_card(monkeypatch):
+    """GPU.md's arithmetic for one H100, and the words beside a value that is far from it."""
+    one = roofline.Roofline("DiTSEM-XL/2", roofline.card_of("NVIDIA H100 80GB HBM3"))
+    assert 256 / sum(one.training(256).values()) == pytest.approx(540, rel=0.01)  # images per second
+    assert 64 / 250 / sum(one.sampling(64).values()) == pytest.approx(3.75, rel=0.01)
+    eight = [roofline.Roofline("DiTSEM-XL/2", one.card, 8, sharded) for sharded in (False, True)]
+    assert [1e3 * sum(each.training(32).values()) for each in eight] == pytest.approx([85, 71], rel=0.02)
+    bench = gpu.Bench(Namespace(model="DiTSEM-XL/2"), None)
+    monkeypatch.setattr(bench, "card", roofline.card_of("NVIDIA H200"), raising=False)
+    row = dict(zip(("part", ""), gpu.TRAINED), value=400.0, unit="images/s", expected=600.0) | {
+        "of the data sheet": 0.3
+    }
+    assert gpu.judge(row, bench) == ["bar missed", "a surprise: 0.67 times what was expected"]
+    assert row["bar"] == "550 images/s, 45% of the data sheet"
+    assert gpu.judge(dict(row, value=610.0) | {"of the data sheet": 0.46}, bench) == ["bar reached"]
+
+
+@pytest.mark.slow
+def test_steps_agree(rows_of, monkeypatch):
+    """Whatever the layout and the draws, a step computes the same, up to rounding."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    for row in rows_of(steps, *"--model DiTSEM-Ti/8 --batch 2 --turns 1 --threads 1".split()):
+        assert row["differs by"] <= 1e-6 and row["seconds"] > 0
 
 
 @pytest.mark.slow

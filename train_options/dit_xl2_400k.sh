@@ -14,8 +14,11 @@
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 gpus=${GPUS:-8}
-exec accelerate launch $([ "$gpus" = 1 ] || echo --multi_gpu) --num_machines 1 --num_processes "$gpus" \
-    --mixed_precision bf16 --dynamo_backend no "$root/train_diffusion.py" --model DiT-XL/2 \
+# several GPUs share the update of the weights (FSDP): docs/training.md#memory
+sharded=(--config_file "$root/train_options/fsdp.yaml")
+[ "$gpus" = 1 ] && sharded=()
+exec accelerate launch "${sharded[@]}" --num_machines 1 --num_processes "$gpus" --mixed_precision bf16 \
+    --dynamo_backend no "$root/train_diffusion.py" --model DiT-XL/2 \
     --features-path "${FEATURES:-features}" --results-dir "${RESULTS:-results/dit_xl2}" \
     --global-batch-size 256 --lr 1e-4 --weight-decay 0 --ema-decay 0.9999 \
     --max-steps 400000 --ckpt-every 50000 --ckpt-total-limit 5 "$@"

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_vae
 
 from dlc.machine import processes
 from dlc.machine.cli import ArgumentParser
 from dlc.machine.gpus import refuse_shared_gpus
 from dlc.machine.processes import compile_blocks, on_gpus, start_processes
+from dlc.nets.pixels import PixelEncoder
 from models import DiTSEM
 
 
@@ -151,3 +153,11 @@ def test_no_compiler(said, capsys):
     with pytest.raises(SystemExit), ArgumentParser("").kept_on_error("all is kept", "--batch-size"):
         raise RuntimeError(said)
     assert "or give --no-compile; all is kept: run the same command again" in capsys.readouterr().err
+
+
+def test_extraction_compiles_without_timing_kernels(monkeypatch):
+    """A kernel that is chosen by its time may sum in another order on another day: the bytes would differ."""
+    options = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: options.append(given["options"]))
+    PixelEncoder(tiny_vae(), None, torch.device("cpu"), compile=True)
+    assert options == [{"deterministic": True} if hasattr(torch._inductor.config, "deterministic") else None]

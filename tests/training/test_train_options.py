@@ -253,7 +253,9 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
     words = result.stdout.splitlines()
     if words[0] == "launch":
         launched = launch_command_parser().parse_args(words[1:])
-        assert launched.multi_gpu == (int(launched.num_processes) > 1)
+        sharded = (launched.config_file or "").endswith("train_options/fsdp.yaml")
+        assert sharded == (name == "dit_xl2_400k.sh")
+        assert (launched.multi_gpu or sharded) == (int(launched.num_processes) > 1)
         assert launched.mixed_precision in ("fp16", "bf16")
     is_prior = name == "dlc_prior_4gpu.sh"
     script = next(i for i, word in enumerate(words) if word.endswith(("train_diffusion.py", "train_prior.py")))
