@@ -2,17 +2,19 @@
 
 python -m dlc.checkpoints info PATH                            model, layout, EMA or raw, step, training settings
 python -m dlc.checkpoints export PATH OUT --format diffusers   a pipeline folder, or .safetensors, and a model card
+python -m dlc.checkpoints ema RUN --length 0.07 --out OUT      the EMA of any length, of a run with --ema-lengths
 """
 
-from dlc.machine.cli import ArgumentParser, one_line
+from dlc.machine.cli import ArgumentParser, number, one_line
 from dlc.weights.export import FORMATS, export
 from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.info import info
+from dlc.weights.power_ema import rebuild
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__, prog="python -m dlc.checkpoints")
-    tools = parser.add_subparsers(required=True, dest="command", metavar="info|export")
+    tools = parser.add_subparsers(required=True, dest="command", metavar="info|export|ema")
 
     def tool(name, function, help):
         added = tools.add_parser(name, doc=help, help=help)
@@ -41,6 +43,15 @@ def main() -> None:
         help="put this VAE into the pipeline: ema, mse, a local directory or a hub id [the checkpoint's, or ema]",
     )
     add("--license", help="state this licence in the model card, as the hub names it [unknown]")
+    averages = tools.add_parser("ema", doc="rebuild an EMA of another length", help="rebuild an EMA of another length")
+    averages.set_defaults(function=rebuild)
+    add = averages.add_argument
+    add("run", help="the results folder of a run that was trained with --ema-lengths")
+    add("--length", type=number(float, 0.005, 0.28), required=True, help="length of the EMA, a share of the training")
+    add(
+        "--at", type=number(int, 1), metavar="IMAGES", help="as of the last snapshot until this image [the last of all]"
+    )
+    add("--out", required=True, help="folder to write, for --ckpt; must not exist")
     args = parser.parse_args()
     with parser.one_line_errors():
         print("\n".join(one_line(line, 2000) for line in args.function(args)))

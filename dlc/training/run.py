@@ -49,12 +49,14 @@ from dlc.training.batches import Unreadable, load_batches
 from dlc.training.log import announce, write_line
 from dlc.training.losses import Losses
 from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
+from dlc.training.power_averages import PowerAverages, trim_snapshots, write_snapshot
 from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run, warmup
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
 from dlc.weights.checkpoint import (
     begin_groups,
+    gather_full,
     load_checkpoint,
     remove_old_checkpoints,
     remove_unfinished,
@@ -125,7 +127,9 @@ class Run(contextlib.ExitStack):
             )
         self.first_step, self.first_index = meta.step, meta.place
         self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
-        self.ema_start = meta.ema_start or 0.0
+        self.ema_start, self.ema_images = meta.ema_start or 0.0, meta.ema_images or 0
+        if args.ema_snapshot_every and not args.ema_lengths:
+            raise ValueError("--ema-snapshot-every stores the averages of --ema-lengths: give both")
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
 
     def _take_folder(self):
@@ -167,6 +171,8 @@ class Run(contextlib.ExitStack):
             if self.state.is_main_process:
                 write_json(self.folder / "args.json", vars(args))
                 trim_metrics(self.folder / "metrics.jsonl", self.first_step)
+                if args.ema_lengths:
+                    trim_snapshots(self.folder, self.ema_images)
                 remove_unfinished(self.folder)
         model.set_grad_checkpointing(args.checkpoint_activations)
         self.ema = deepcopy(model).requires_grad_(False).eval()
@@ -176,6 +182,7 @@ class Run(contextlib.ExitStack):
             fully_shard_blocks(model, self.device, self.precision)
             fully_shard_blocks(self.ema, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
+        self.lengths = PowerAverages(args.ema_lengths, dict(self.ema.named_parameters()), self.ema_images)
         model.train()
         self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
         return model
@@ -200,7 +207,8 @@ class Run(contextlib.ExitStack):
     def _trained(self):
         """What a checkpoint saves."""
         self._share_buffers()
-        return dict(model=self.module, ema=self.ema, optimizers=self.optimizers, scaler=self.accelerator.scaler)
+        rest = dict(optimizers=self.optimizers, scaler=self.accelerator.scaler, lengths=self.lengths.files())
+        return dict(model=self.module, ema=self.ema, **rest)
 
     @torch.inference_mode()  # in which a preview may have made buffers of the EMA
     def _share_buffers(self):
@@ -274,7 +282,7 @@ class Run(contextlib.ExitStack):
         """End the program with one line where the disk cannot hold a checkpoint."""
         moments = sum("betas" in group and 2 or bool(group.get("momentum")) for group in self._groups())
         numbers = sum(weight.numel() for weight in self.weights)
-        size = 4 * numbers * (2 + moments / len(self._groups()))
+        size = 4 * numbers * (2 + len(self.lengths.averages) + moments / len(self._groups()))
         disk = os.statvfs(self.folder)
         free = disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf  # 0: it does not say
         inodes = disk.f_favail if disk.f_files else INODES
@@ -324,6 +332,7 @@ class Run(contextlib.ExitStack):
         decay = ema_decay(args, step)
         update_ema(local_shards(self.averages), local_shards(self.weights), decay, self.skips.last)
         self.ema_start *= decay
+        self.lengths.update(local_shards(self.weights), args.global_batch_size, self.skips.last)
         self.sums += self.step_sums if self.skips.last is None else self.step_sums.masked_fill(self.skips.last, 0)
         self.bar.update()
 
@@ -377,10 +386,30 @@ class Run(contextlib.ExitStack):
             )
             self.accelerator.end_training()
             self.parser.exit(1)
+        if self._snapshot_due(step):
+            self._snapshot(step)
         if checkpoint_due:
             self._save(step)
             self.saved = step
         self.stopped_by = stopped_by
+
+    def _snapshot_due(self, step):
+        """Whether the images of this step, skipped ones counted, complete another --ema-snapshot-every; or it ends."""
+        if not self.lengths.averages:
+            return False
+        every = self.args.ema_snapshot_every or max(1, self.batches.first_of(self.last_step) // 32)
+        after, before = (self.batches.first_of(one) // every for one in (step, step - 1))
+        return after > before or step == self.last_step
+
+    def _snapshot(self, step):
+        """Store the averages of --ema-lengths. Every process calls this."""
+        self._share_buffers()
+        buffers = {name: value for name, value in self.ema.state_dict().items() if name not in self.lengths.names}
+        images = int(self.lengths.images)
+        for length in self.lengths.averages:
+            weights = gather_full({**buffers, **self.lengths.named(length)}, self.state.is_main_process)
+            if self.state.is_main_process and images:
+                self.record(write_snapshot, self.folder, images, length, step, weights)
 
     def _not_finite(self, step, means, checkpoint_due):
         """Why the run must end, in words, else None."""
@@ -395,6 +424,8 @@ class Run(contextlib.ExitStack):
     def meta(self, step: int) -> RunMeta:
         """What a checkpoint of this step records of the run."""
         progress = dict(step=step, place=self.batches.first_of(step), logged=self.logged, skipped=self.skips.read()[0])
+        if self.lengths.averages:
+            progress["ema_images"] = int(self.lengths.images)
         return RunMeta.of_run(*self.recorded, ema_start=self.ema_start, **progress)
 
     def _save(self, step):

@@ -129,6 +129,21 @@ def _add_optimisation(parser, epochs):
         help="bound the EMA decay by (1 + step) / (10 + step), so that a short run's EMA is not still its random start "
         "[%(default)s]",
     )
+    add(
+        "--ema-lengths",
+        type=number(float, 0.005, 0.28),
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="also track power-function EMAs of these lengths, shares of the training such as 0.05 0.1, from which "
+        "`python -m dlc.weights ema` makes one of any length [none]",
+    )
+    add(
+        "--ema-snapshot-every",
+        type=number(int, 1),
+        metavar="IMAGES",
+        help="images between 16-bit snapshots of them; there is one at the end, too [a 32nd of the run]",
+    )
 
 
 def _add_speed(parser):

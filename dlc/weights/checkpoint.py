@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -38,6 +39,7 @@ def save_checkpoint(
     ema: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None = None,
+    lengths: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     sums: torch.Tensor | None = None,
     write: bool = True,
 ) -> Path | None:
@@ -45,12 +47,14 @@ def save_checkpoint(
 
     Args:
         model, ema, optimizers: if they are sharded, every process must call this, since gathering them is collective.
+        lengths: the tensors of further averages, by the name of their file and by their own.
         sums: a tensor (processes, …): what each process has summed for the log since the last line.
         write: whether this process writes; True in one process only.
 
     Raises OSError, naming the checkpoint, if the disk does not take it.
     """
-    weights = {name: gather_full(module.state_dict(), write) for name, module in (("model", model), ("ema", ema))}
+    states = dict(model=model.state_dict(), ema=ema.state_dict(), **lengths)
+    weights = {name: gather_full(state, write) for name, state in states.items()}
     states = [dict(gather_full(one.state_dict(), write), kind=type(one).__name__) for one in optimizers]
     if not write:
         return None
@@ -143,11 +147,13 @@ def load_checkpoint(
     ema: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None = None,
+    lengths: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     sums_shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor | None:
     """Load a checkpoint into the objects that it was saved from. Returns its sums.
 
     Args:
+        lengths: as of `save_checkpoint`; they are changed in place.
         sums_shape: the shape of each process's sums; None: they may be anything.
 
     Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
@@ -164,6 +170,19 @@ def load_checkpoint(
                     "changed since: give another --results-dir to train this one from the start"
                 )
             module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
+        for name, ours in lengths.items():
+            file = path / f"{name}.safetensors"
+            if not file.is_file():
+                raise ValueError(
+                    f"checkpoint {path} has no {file.name}: an average of --ema-lengths begins with its run; leave it "
+                    "out, or give another --results-dir"
+                )
+            weights = check_tensors(load_tensors(file), file, RECORDABLE)
+            different = differences_from(ours, weights)
+            if different:
+                raise ValueError(f"checkpoint {path} belongs to another model: {file.name} {different}")
+            for key, value in ours.items():
+                value.copy_(distribute_like(weights[key], value))
         state = _checked_state(path / "optimizer.pt", sums_shape)
         there = [_outline(one) for one in state["optimizers"]]
         here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]

@@ -208,6 +208,8 @@ class RunMeta(Record):
     skipped: int | None = key(COUNT, None)
     # the share of the EMA that is still the random network that training began with; 0 after --pretrained-path
     ema_start: float | None = key(or_null(real_number(0, 1)), None)
+    # images that the averages of --ema-lengths have seen, without those of skipped steps
+    ema_images: int | None = key(COUNT, None)
     # what a reader of the weights needs
     image_size: int | None = key(SIZE, None)
     vae: str | None = key(ID, None)

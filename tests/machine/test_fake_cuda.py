@@ -90,6 +90,7 @@ def launched_run(model, losses, parser, precision, flags, device):
     run.state, run.device = types.SimpleNamespace(is_main_process=False, num_processes=1), device
     run.accelerator, run.compiled, run.sharded = Launched(precision, device), run.args.compile, False
     run.resumed, run.first_step, run.skipped, run.ema_start, run.checkpoints = None, 0, 0, 1.0, (100, 100)
+    run.ema_images, run.batches = 0, types.SimpleNamespace(first_of=lambda step: step * N)
     run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
     run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
     run.folder, run.config = Path("nowhere"), types.SimpleNamespace(built=model.config)
@@ -297,7 +298,7 @@ PATHS = {
         *("--grad-accum", "2", "--grad-clip", "1", "--ema-warmup", "--checkpoint-activations"),
         moments=True,
     ),
-    "training in fp16": partial(training, "DiT", "fp16"),
+    "training in fp16": partial(training, "DiT", "fp16", "--ema-lengths", "0.05", "0.1"),
     "training in fp16, all options": partial(
         training, "DiTCONT", "fp16", "--grad-accum", "2", "--grad-clip", "1", moments=True
     ),

@@ -1,0 +1,124 @@
+"""Power-function EMAs of a run's weights, of any length after training (Karras et al. 2024, arXiv 2312.02696).
+
+An average of exponent gamma weights what was at time t by t^gamma: its length is the standard deviation of that profile
+as a share of the training. A run tracks two, and stores them now and then (`dlc.training.power_averages`); an average
+of another length is a sum of these snapshots, whose coefficients come from the profiles alone.
+
+    python -m dlc.weights ema results --length 0.07 --out ema_0.07
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from dlc.machine.files import Damaged, reading, write_json
+from dlc.weights.export import save, write_folder
+from dlc.weights.foreign.safe import check_tensors, load_tensors
+from dlc.weights.meta import newest_of_run, read_config, read_meta
+
+
+def exponent(length: float) -> float:
+    """gamma of a length sigma_rel, whose square is (gamma + 1) / ((gamma + 2)^2 (gamma + 3)): equations 123, 126."""
+    inverse = length**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def decay(step: torch.Tensor | float, time: torch.Tensor | float, gamma: float) -> torch.Tensor | float:
+    """beta of an update that moves the time, in images, by `step` to `time`: (1 - step / time)^(gamma + 1), eq. 127."""
+    return (1 - step / time) ** (gamma + 1)
+
+
+def products(times: np.ndarray, gammas: np.ndarray, other_times: np.ndarray, other_gammas: np.ndarray) -> np.ndarray:
+    """The scalar products (n, m) of the profiles of averages that end at these times: equation 151, each (n,), (m,)."""
+    times, gammas = times[:, None], gammas[:, None]
+    ratio = times / other_times
+    power = np.where(times < other_times, ratio**other_gammas, (1 / ratio) ** gammas)
+    sums = gammas + other_gammas + 1
+    return (gammas + 1) * (other_gammas + 1) * power / (sums * np.maximum(times, other_times))
+
+
+def coefficients(times: Sequence[float], lengths: Sequence[float], time: float, length: float) -> np.ndarray:
+    """What to multiply snapshots of these times and lengths by, (n,) float64 with the sum 1, for the average at `time`
+    of another length: the least squares of the profiles, algorithm 3."""
+    times, gammas = np.asarray(times, np.float64), np.array([exponent(one) for one in lengths])
+    wanted = np.array([time], np.float64), np.array([exponent(length)])
+    solved = np.linalg.solve(products(times, gammas, times, gammas), products(times, gammas, *wanted))[:, 0]
+    return solved / solved.sum()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored average: its file, images until then, length, and optimizer step."""
+
+    path: Path
+    images: int
+    length: float
+    step: int
+
+
+def snapshot_path(run: Path, images: int, length: float) -> Path:
+    return run / "ema" / f"{images:012d}-{length:g}.safetensors"
+
+
+def snapshots_of(run: Path) -> list[Snapshot]:
+    """The snapshots of a run by time, oldest first. Raises ValueError, naming the file, for one that is damaged."""
+    found = []
+    for path in sorted((run / "ema").glob("*.safetensors")):
+        match = re.fullmatch(r"(\d{12,18})-(0\.\d{1,9})", path.stem, re.ASCII)
+        if not match:
+            continue
+        with reading(path):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    step = int((file.metadata() or {})["step"])
+            except Exception as error:  # whatever the reader raises
+                raise Damaged(f"{path} is no whole snapshot of an EMA ({error})") from None
+        found.append(Snapshot(path, int(match[1]), float(match[2]), step))
+    return found
+
+
+def rebuild(args: argparse.Namespace) -> list[str]:
+    """Write args.out, the EMA of args.length of a run, and say what it is. Raises ValueError for a user's mistake."""
+    run, out = Path(args.run), Path(args.out)
+    snapshots = snapshots_of(run)
+    if args.at is not None:
+        snapshots = [one for one in snapshots if one.images <= args.at]
+    if not snapshots:
+        raise ValueError(
+            f"{run} has no snapshots of EMAs{'' if args.at is None else f' until image {args.at:,}'}: train "
+            "with --ema-lengths"
+        )
+    if out.exists():
+        raise ValueError(f"{out} exists: give a path that does not")
+    newest = newest_of_run(run, ["config.json", "meta.json"])
+    if newest is None:
+        raise ValueError(f"{run} has no checkpoint to say what its model is")
+    last = snapshots[-1]
+    share = coefficients([one.images for one in snapshots], [one.length for one in snapshots], last.images, args.length)
+    total = {}
+    for snapshot, coefficient in zip(snapshots, share):
+        for name, value in check_tensors(load_tensors(snapshot.path), snapshot.path).items():
+            whole = value if not value.is_floating_point() else value.double() * coefficient
+            total[name] = whole if name not in total or not value.is_floating_point() else total[name] + whole
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in total.items()}
+    noted = dict(read_meta(newest).noted, weights="ema", ema_length=args.length, ema_images=last.images)
+    meta = replace(read_meta(newest), step=last.step, ema_start=0.0, noted=noted)
+
+    def write(folder: Path) -> None:
+        save(weights, folder / "model.safetensors")
+        write_json(folder / "config.json", read_config(newest).to_json())
+        write_json(folder / "meta.json", meta.to_json())
+
+    write_folder(out, write)
+    largest = np.abs(share).max()
+    return [
+        f"{out}: EMA of length {args.length:g} at {last.images:,} images, step {last.step:,}, of {len(snapshots)} "
+        f"snapshots of {run} (lengths {', '.join(sorted({f'{one.length:g}' for one in snapshots}))}; the largest "
+        f"coefficient is {largest:.2f})"
+    ]

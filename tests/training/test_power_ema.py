@@ -1,0 +1,81 @@
+"""EMAs of any length: against edm2's own functions, and a run that tracks, resumes, stores and rebuilds them."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import golden, launch
+from safetensors.torch import load_file
+from training_runs import train_command
+
+from dlc.training.power_averages import PowerAverages
+from dlc.weights.load import describe, load_model
+from dlc.weights.power_ema import coefficients, decay, exponent, rebuild, snapshots_of
+
+VALUES = golden("ema")[0]
+EXACT = dict(atol=1e-9, rtol=1e-9)
+
+
+def test_agrees_with_edm2():
+    lengths, batch = VALUES["std"].tolist(), int(VALUES["batch"])
+    torch.testing.assert_close(torch.tensor([exponent(one) for one in lengths]).double(), VALUES["gamma"].double())
+    assert max(abs(exponent(one) - gamma) for one, gamma in zip(lengths, VALUES["gamma"].tolist())) < 1e-9
+    times = batch * torch.arange(1.0, 65, dtype=torch.float64)
+    torch.testing.assert_close(decay(batch, times, exponent(0.05)), VALUES["betas_0.05"], **EXACT)
+    averages, skip = PowerAverages(lengths, {"w": torch.zeros(5, dtype=torch.float64)}), torch.tensor(True)
+    averages.update([torch.full((5,), 9.0, dtype=torch.float64)], batch, skip)  # before there is any
+    for place, weights in enumerate(VALUES["trajectory"]):
+        averages.update([weights], batch, ~skip)
+        averages.update([weights + 1], batch, skip)  # neither the average nor the clock moves
+        for length in lengths:
+            expected = VALUES[f"tracked_{length:g}"][place]
+            torch.testing.assert_close(averages.named(length)["w"], expected, **EXACT)
+    assert averages.images == 64 * batch
+    times, of = VALUES["snapshots"].T
+    tracked = torch.stack([VALUES[f"tracked_{s:g}"][int(t) // batch - 1] for t, s in zip(times, of.tolist())])
+    for place, length in enumerate(VALUES["wanted"].tolist()):
+        found = torch.from_numpy(coefficients(times, of, 64 * batch, length))
+        torch.testing.assert_close(found, VALUES["coefficients"][:, place], **EXACT)
+        torch.testing.assert_close(found @ tracked, VALUES["reconstructed"][place], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_lengths(features, tmp_path):
+    """Stopped and resumed it has the same averages and snapshots, to the bit; another length is rebuilt of them."""
+    flags = ("--ema-lengths", 0.05, 0.1, "--ema-snapshot-every", 16, "--ckpt-every", 3)
+
+    def train(results, steps, *more, **options):
+        command = train_command(1, features, tmp_path / results, *flags, launcher="forked")
+        return launch((*command, "--max-steps", steps, *more), tmp_path, **options)
+
+    train("parts", 3)
+    train("parts", 6)
+    train("whole", 6)
+    snapshots = {one.path.name: one.path.read_bytes() for one in snapshots_of(tmp_path / "whole")}
+    assert [name[9:12] for name in snapshots] == ["016", "016", "032", "032", "048", "048"]
+    for name, content in snapshots.items():
+        assert (tmp_path / "parts/ema" / name).read_bytes() == content
+    for name in ("ema-0.05", "ema-0.1"):
+        one, other = (tmp_path / run / f"checkpoints/0000006/{name}.safetensors" for run in ("parts", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+    args = argparse.Namespace(run=tmp_path / "whole", out=tmp_path / "out", length=0.1, at=None)
+    (line,) = rebuild(args)
+    assert "EMA of length 0.1 at 48 images, step 6, of 6 snapshots" in line
+    model, _, meta = load_model(tmp_path / "out")
+    assert "EMA weights, step 6" in describe(meta) and meta.noted["ema_length"] == 0.1
+    tracked = load_file(tmp_path / "whole/checkpoints/0000006/ema-0.1.safetensors")
+    for name, value in tracked.items():  # which is stored in 16 bits
+        torch.testing.assert_close(model.state_dict()[name], value, atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="out exists"):
+        rebuild(args)
+    args.out, args.at = tmp_path / "early", 15
+    with pytest.raises(ValueError, match="no snapshots of EMAs until image 15: train with --ema-lengths"):
+        rebuild(args)
+    said = train("parts", 7, "--ema-lengths", 0.2, check=False).stdout
+    assert "has no ema-0.2.safetensors: an average of --ema-lengths begins with its run" in said
+    said = launch(
+        (*train_command(1, features, tmp_path / "x", launcher="forked"), "--ema-snapshot-every", 9),
+        tmp_path,
+        check=False,
+    ).stdout
+    assert "--ema-snapshot-every stores the averages of --ema-lengths: give both" in said
