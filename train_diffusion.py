@@ -36,8 +36,8 @@ from dlc.machine.processes import done_by_rank_0, from_rank_0
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.heldout import add_heldout_flags
-from dlc.training.heldout_latents import HeldOutLatents, split_features
+from dlc.training.heldout import HeldOut, add_heldout_flags
+from dlc.training.heldout_latents import HeldOutLatents, Split, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.losses import Losses
 from dlc.training.preview import first_rows, save_preview
@@ -105,6 +105,13 @@ def argument_parser(**defaults) -> ArgumentParser:
         help=f"{VAE_HELP}; it decodes previews and, with --data-path, encodes the images [the features' own, or ema]",
     )
     add_heldout_flags(add, "rows", "loss", 0.0)
+    add(
+        "--eval-samples",
+        type=number(int, 0),
+        default=0,
+        help="also draw so many samples every --eval-every steps, and log their Frechet distance and code agreement; 0 "
+        "draws none",
+    )
     add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
     add("--dino-cfg", action=NotHere, help="leave it out: the features say L and V, or for theirs --V does")
     add("--sem-dir", action=NotHere, help="leave it out: the codes lie in the folder of --features-path")
@@ -302,6 +309,18 @@ def preview_vae(
     return vae
 
 
+def sample_metrics(
+    parser: ArgumentParser, args: argparse.Namespace, run: Run, split: Split, process: Process, vae: str
+) -> list[HeldOut]:
+    """What --eval-samples asks for."""
+    if not args.eval_samples:
+        return []
+    from evaluation.in_training import SampleMetrics  # whose networks no other run needs
+
+    with parser.one_line_errors():
+        return [SampleMetrics(run, split, process, vae)]
+
+
 def main(**defaults) -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
@@ -354,6 +373,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     batches = kind(features, inputs.arrays, inputs.limits, only=split.only, **run.share)
     losses = partial(losses_of, draw_latents=draw_latents)
     heldout = HeldOutLatents(run, split, process, losses)
+    measured = [heldout, *sample_metrics(parser, args, run, split, process, vae_name)]
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -384,8 +404,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             terms, t = losses(run.model, process, part["indices"], latents, y, **kept)
             run.backward(terms, t, process.num_timesteps)
         run.update(step)
-        if heldout.is_due(step):  # before a checkpoint, so that a resumed run has the same measurements
-            heldout.measure(step)
+        for one in measured:  # before a checkpoint, so that a resumed run has the same measurements
+            if one.is_due(step):
+                one.measure(step)
         run.report(step)
         if run.preview_due(step):
             with run.whole_ema() as ema:

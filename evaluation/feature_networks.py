@@ -121,6 +121,13 @@ def check_weights_flags(args: Namespace, names: Iterable[str]) -> None:
             raise ValueError(f"--{name}: no features of {name} are wanted: leave it out, or ask for some")
 
 
+def weights_here(name: str) -> Path | None:
+    """The file of a network's weights in torch's hub cache or here; None where there is none."""
+    folders = Path(torch.hub.get_dir()) / "checkpoints", Path(".")
+    paths = [folder / file for folder in folders for file in NETWORKS[name].files]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def find_weights(name: str, given: str | None = None) -> Path:
     """The file of a network's weights: the given one, one in torch's hub cache or here, or one fetched to the cache.
 
@@ -131,9 +138,9 @@ def find_weights(name: str, given: str | None = None) -> Path:
             raise ValueError(f"--{name} {given} {'is no file' if Path(given).exists() else 'does not exist'}")
         return Path(given)
     kind, cache = NETWORKS[name], Path(torch.hub.get_dir()) / "checkpoints"
-    for path in (folder / file for folder in (cache, Path(".")) for file in kind.files):
-        if path.is_file():
-            return path
+    here = weights_here(name)
+    if here is not None:
+        return here
 
     def check(part):
         found = sha256_of(part)

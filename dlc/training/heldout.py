@@ -76,7 +76,7 @@ def settle_heldout(args: Namespace, default: float) -> None:
         )
     if args.holdout is None:
         args.holdout = 0.0 if args.heldout_path else default
-    if args.eval_every and not (args.holdout or args.heldout_path):
+    if args.eval_every and not (args.holdout or args.heldout_path or getattr(args, "eval_samples", 0)):
         raise ValueError("--eval-every measures on what is held out, but --holdout is 0")
 
 

@@ -38,8 +38,9 @@ class Split:
 def split_features(args: Namespace, features: "Features | Images", inputs: Inputs) -> Split:
     """What --holdout and --heldout-path hold out. Raises ValueError for other features that do not fit these."""
     settle_heldout(args, 0.0)
-    if args.data_path and (args.holdout or args.heldout_path):
-        raise ValueError("--holdout and --heldout-path hold out rows of features: they do not go with --data-path")
+    for flag in ("holdout", "heldout_path", "eval_samples"):
+        if args.data_path and getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} is for features: it does not go with --data-path")
     if not args.heldout_path:
         copies = 1 if args.data_path else copies_of(features)
         train, heldout = split_rows(features.count, args.holdout, copies)

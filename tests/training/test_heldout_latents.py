@@ -61,6 +61,25 @@ def test_what_is_held_out_is_measured_and_not_trained_on(features, tmp_path):
             assert one[key] == pytest.approx(other[key], rel=2e-4)
 
 
+def test_samples_are_measured(features, tmp_path, monkeypatch):
+    """Frechet distance and agreement are logged, the same by two processes, and training is what it is without them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # which has no weights of Inception: the encoder is taken
+
+    def train(results, processes, *flags):
+        command = train_command(processes, features, tmp_path / results, "--max-steps", 2, launcher="forked")
+        return launch((*command, *flags), tmp_path).stdout
+
+    flags = ("--holdout", 0.3, "--eval-samples", 5, "--eval-every", 2)
+    assert "step 2: 5 samples, Frechet distance" in train("one", 1, *flags)
+    train("two", 2, *flags)
+    train("without", 1, *flags[:2])
+    (one,), (two,) = ([line for line in metrics(tmp_path / name) if "samples" in line] for name in ("one", "two"))
+    assert (one["step"], one["samples"], one["features"]) == (2, 5, "encoder") and 0 <= one["code_agreement"] <= 1
+    assert one["frechet_distance"] > 0 and one["frechet_distance"] == pytest.approx(two["frechet_distance"], rel=0.01)
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("one", "without")]
+    assert losses[0] == losses[1]
+
+
 def test_mistakes(error_of, features, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -1,0 +1,120 @@
+"""Metrics of a model in training (--eval-samples): samples of its EMA, compared with images of the rows they are for.
+
+Samples are drawn for the conditions of held-out rows, or of rows that are trained on if none are held out, without
+guidance and from the same noise every time. They are compared with what the VAE makes of these rows' latents: by the
+Frechet distance of Inception's features where its weights are on this machine, else of DINOv2's, else of the encoder's;
+and by the share of the codes' tokens that the encoder reads off them.
+"""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+
+from diffusion.process_table import Process
+from dlc.data.images import to_uint8
+from dlc.machine.cli import warn_once
+from dlc.machine.processes import done_by_rank_0
+from dlc.nets.vae import decode
+from dlc.sampling.latents import create_sampler, sample_latents
+from dlc.training.batches import TrainingBatches
+from dlc.training.heldout import SEED, HeldOut
+from dlc.training.heldout_latents import Split
+from dlc.training.metrics_file import append_metrics
+from dlc.training.preview import PREVIEW_STEPS
+from dlc.weights.networks import load_encoder, load_vae
+from evaluation.feature_networks import NETWORKS, feature_networks, weights_here
+from evaluation.metrics import FeatureStatistics, frechet_distance
+from evaluation.tokens import BATCH, CodeReader, EncoderNetwork
+
+if TYPE_CHECKING:
+    from dlc.training.run import Run
+
+
+class SampleMetrics(HeldOut):
+    """Draws and measures at the steps of `HeldOut`, a line of metrics.jsonl and of the log each time.
+
+    Args:
+        run: the `Run`, whose flags say how many samples.
+        split: the rows that are held out and those that are not.
+        process: what the model is trained on.
+        vae: the name of the VAE of the latents.
+
+    Raises ValueError where no network to compare by is on this machine, or the VAE cannot be loaded.
+    """
+
+    unit = what = "samples"
+
+    def __init__(self, run: "Run", split: Split, process: Process, vae: str):
+        super().__init__(run, run.args.eval_samples)
+        features, self.inputs, self.process = split.features, split.inputs, process
+        rows = split.rows if len(split.rows) else np.arange(features.count) if split.only is None else split.only
+        self.rows, self.shape = rows[self.places.numpy() % len(rows)], features.latent_shape
+        self.batches = TrainingBatches(features, self.inputs.arrays, self.inputs.limits, seed=SEED, global_batch=1)
+        self.vae, self.reference = load_vae(vae, run.device, run.state), None
+        encoder = None
+        if features.codes is not None and features.manifest is not None and features.manifest.encoder:
+            try:
+                encoder = load_encoder(features.manifest.encoder, state=run.state)
+            except (ValueError, OSError) as error:
+                warn_once("agreement", f"samples are not compared with their codes: {error}")
+        self.reader = CodeReader(encoder, run.device) if encoder and "codes" in self.inputs.arrays else None
+        here = done_by_rank_0(run.state, lambda: [name for name in NETWORKS if weights_here(name)])
+        if here:
+            self.network = feature_networks(Namespace(weights=[]), here[:1], run.state)[here[0]]
+        elif encoder is not None:
+            self.network = EncoderNetwork(encoder, run.device)
+        else:
+            raise ValueError(
+                f"--eval-samples compares by the features of {' or '.join(NETWORKS)}, whose weights are not on this "
+                "machine, or of the encoder of the features' codes: evaluate.py fetches the former"
+            )
+
+    def parts(self) -> list[slice]:
+        """Of this process's places, at most a micro-batch each."""
+        size = self.run.micro_batch_size
+        return [slice(start, start + size) for start in range(0, len(self.rows), size)]
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (n, C, h, w) as images (n, H, W, 3) uint8, on the CPU."""
+        return torch.cat([to_uint8(decode(self.vae, some)).cpu() for some in latents.float().split(BATCH)])
+
+    def statistics(self, images: torch.Tensor) -> FeatureStatistics:
+        """Of the features of all processes' images; this one's are (n, H, W, 3)."""
+        pool = torch.cat([self.network(some)["pool"] for some in images.split(BATCH)])
+        everywhere = self.run.accelerator.gather((pool, self.counted))
+        return FeatureStatistics.of(everywhere[0][everywhere[1]].cpu())
+
+    @torch.no_grad()
+    def measure(self, step: int) -> None:
+        """Draw, measure, and write a line. Every process calls this."""
+        run, samples, real, wanted = self.run, [], [], []
+        with run.whole_ema(everywhere=True) as ema, run.accelerator.autocast():
+            sampler = create_sampler(None, PREVIEW_STEPS, self.process, self.process.learn_sigma)
+            for part in self.parts():
+                batch = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
+                y = tree_map(lambda one: one if one.is_floating_point() else one.long(), self.inputs.of(batch))
+                indices = self.places[part].to(run.device)
+                samples.append(
+                    sample_latents(ema, sampler, y=y, seed=SEED, indices=indices, latent_shape=self.shape).cpu()
+                )
+                wanted += [y.cpu()] if self.reader else []
+                real += [] if self.reference else [batch["latents"][:, : self.shape[0]].cpu()]
+        images = self.decoded(torch.cat(samples).to(run.device))
+        if self.reference is None:
+            self.reference = self.statistics(self.decoded(torch.cat(real).to(run.device)))
+        distance = frechet_distance(self.statistics(images), self.reference)
+        line = dict(step=step, samples=self.size, features=self.network.name, frechet_distance=distance)
+        if self.reader:
+            share = (self.reader(images)["codes"] == torch.cat(wanted)).double().mean(dim=1).to(run.device)
+            line["code_agreement"] = run.accelerator.reduce(share[self.counted].sum(), "sum").item() / self.size
+        if run.state.is_main_process:
+            run.record(append_metrics, run.folder / "metrics.jsonl", line)
+        if run.args.report_to:
+            run.accelerator.log({key: one for key, one in line.items() if isinstance(one, float)}, step)
+        agreement = f", code agreement {line['code_agreement']:.4f}" if self.reader else ""
+        run.logger.info(
+            f"step {step:,}: {self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name}){agreement}"
+        )
