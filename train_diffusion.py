@@ -221,6 +221,9 @@ def build_optimizer(
     return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
+NOTED = ("vae", "encoder")  # of `Features.source`, which a run may resume without
+
+
 def data_settings(args: argparse.Namespace, features: Features | Images, inputs: Inputs) -> dict:
     """What the features are, as RunMeta records and compares it."""
     first = np.arange(min(64, features.count))
@@ -229,7 +232,7 @@ def data_settings(args: argparse.Namespace, features: Features | Images, inputs:
         image_size=features.image_size,
         features_count=features.count,
         latents=features.latent_kind,
-        **{key: value for key, value in features.source().items() if key != "vae"},
+        **{key: value for key, value in features.source().items() if key not in NOTED},
         train_only=args.train_only,
         holdout=args.holdout or None,
         heldout_path=args.heldout_path and recorded_id(args.heldout_path),
@@ -352,7 +355,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             build,
             process,
             settings=data_settings(args, features, inputs),
-            notes={"vae": source["vae"], path_key: recorded_id(data_path)},
+            notes={path_key: recorded_id(data_path), **{key: source[key] for key in NOTED}},
         )
         if is_main:
             features.validate()

@@ -160,7 +160,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 label_dropout=args.label_dropout if args.class_conditional else None,
                 **{key: source[key] for key in ("encoder_sha256", "listing_sha256", "flip")},
             ),
-            notes=dict(features_path=recorded_id(args.features_path)),
+            notes=dict(features_path=recorded_id(args.features_path), encoder=source["encoder"]),
         )
         if run.state.is_main_process:
             codes.validate()

@@ -120,7 +120,7 @@ def line_of(result: dict) -> str:
 
 def add_agreement_flags(add: Callable) -> None:
     """Add all but the samples; evaluate.py sweep hands them on."""
-    add_encoder_flags(add, None, " that made the codes; default: the one that the codes' features name")
+    add_encoder_flags(add, None, " that made the codes; default: the one that the features or the checkpoint name")
     add("--dlc-dir", help="codes that the samples were drawn for, if they have moved [those that samples.json names]")
     add("--data-path", help="also measure the ceiling on these images, which the features were extracted from [none]")
     add("--features-path", help="with --data-path: the features that say which images [those that the codes are of]")
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         path, drawn = metrics_path(folder), DrawnCodes(folder, record, args.dlc_dir)
         check_output(path, "the numbers' file", own=METRICS_FILE)
         state = start_processes()
-        encoder, notes = encoder_of(args, drawn.codes, state)
+        encoder, notes = encoder_of(args, drawn.codes, state, record.checkpoint)
         ceiling = ceiling_of(args, drawn, encoder, samples.count, state) if args.data_path else None
         wanted = drawn.codes.gather(drawn.values(np.arange(samples.count)), encoder.V)  # (count, L)
         agree("samples, codes and encoder", (record.conditions, weights_sha256(encoder)))

@@ -191,7 +191,7 @@ class Comparison:
             values = self._values(reference, measured)
         finally:
             torch.set_num_threads(threads)
-        warnings = notes.of_pixels(measured) + notes.of_order(values)
+        warnings = notes.of_pixels(measured, self.reference, reference) + notes.of_order(values)
         return Result(values, warnings, measured, reference)
 
     def _measure(self, images, statistics, kept, desc):

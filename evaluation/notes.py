@@ -92,9 +92,11 @@ def of_images(samples: ImageSet, reference: Reference) -> list[str]:
     return lines
 
 
-def of_pixels(measured: Measured) -> list[str]:
-    """Warnings of the images' content, which a pass over them found."""
+def of_pixels(measured: Measured, reference: Reference, compared: Measured) -> list[str]:
+    """Warnings of the images' content, which a pass over them found, and over those that they are compared with."""
     lines = []
+    if measured.digest in (reference.sha256, compared.digest):
+        lines.append(f"the samples and {reference.path} are the same images: a set has no distance from itself")
     if measured.twins:
         pairs = listed([f"{one} = {other}" for one, other in measured.twins])
         lines.append(f"{len(measured.twins):,} samples equal an earlier one ({pairs})")

@@ -30,7 +30,7 @@ class Reference:
     """What the samples are compared with; path is None where nothing is.
 
     statistics: {output: stored FeatureStatistics} of the network called `network`. images: None where there are
-    statistics alone. count: images behind the statistics, if known.
+    statistics alone. count, sha256: of the images behind the statistics, if known.
     """
 
     path: Path | None
@@ -39,6 +39,7 @@ class Reference:
     network: str = DEFAULT_NETWORK
     network_sha256: str | None = None
     count: int | None = None
+    sha256: str | None = None
 
     def stored(self, network: str, output: str = "pool") -> FeatureStatistics | None:
         """The stored statistics of a network's output, if there are any."""
@@ -64,6 +65,7 @@ def open_reference(path: str | Path, crop: int | None = None, resize: int | None
     reference = Reference(path)
     reference.network = text(path, names, "network") or DEFAULT_NETWORK
     reference.network_sha256 = text(path, names, "network_sha256")
+    reference.sha256 = text(path, names, "sha256")
     if "count" in names:
         reference.count = int(numbers(path, "count", ()))
     for output, (mean, covariance) in STORED.items():

@@ -1,5 +1,6 @@
 """How many tokens of two sets of codes agree, and the SEM encoder as a network of `measure`, which reads codes."""
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dlc.machine.exact import in_batches
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.weights.hub import is_id
+from dlc.weights.meta import read_meta
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
 from evaluation.measuring import Measured, measure
 from evaluation.sets import ImageSet
@@ -101,18 +103,23 @@ def pixels_for(encoder: SEMEncoder, images: torch.Tensor, device: torch.device) 
     return torch.from_numpy(np.stack(views)).to(device)
 
 
-def encoder_of(args: Namespace, codes: CodeSet, state: "PartialState") -> tuple[SEMEncoder, list[str]]:
+def encoder_of(
+    args: Namespace, codes: CodeSet, state: "PartialState", checkpoint: str = ""
+) -> tuple[SEMEncoder, list[str]]:
     """The encoder that the flags name, or else the one that made the codes, if it is still there; and notes.
 
     Args:
         args: flags of `add_encoder_flags`.
         state: of the processes, one of which per node fetches what is on the hub.
+        checkpoint: of the model that the samples are of, which names the encoder of codes that lie alone.
 
     Raises ValueError where it is not the one that made the codes, or makes codes of another L or V.
     """
     if args.encoder is None:
-        manifest = codes.features.manifest if codes.features is not None else None
-        named = manifest.encoder if manifest is not None else None
+        named = codes.features.source()["encoder"] if codes.features is not None else None
+        with contextlib.suppress(ValueError, OSError):  # gone, or of others
+            folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+            named = named or read_meta(folder).noted.get("encoder")
         args.encoder = named if named and (Path(named).exists() or is_id(named)) else DEFAULT_ENCODER
     encoder = open_encoder(args, state)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.data.rows import Files, NpyRows, array_files
+from dlc.data.rows import Files, NpyRows, StoredArray, array_files
 from dlc.data.store import Features
 from dlc.machine.records import TEXT, Record, key, or_null, whole_number
 
@@ -86,14 +86,14 @@ class DrawnSet(Record):
         return record
 
 
-def as_codes(array: np.ndarray, path: Path) -> np.ndarray:
+def as_codes(array: np.ndarray | StoredArray, path: Path) -> np.ndarray | StoredArray:
     """The codes of a file: (n, L), or (L,) as it is. Several codes per image, (n, k, L), become n * k rows.
 
     Raises ValueError, naming the path, for another shape.
     """
     if array.ndim not in (1, 2, 3) or not array.shape[-1]:
         raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
-    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+    return array.reshape(array.shape[0] * array.shape[1], array.shape[2]) if array.ndim == 3 else array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,8 @@ class CodeSet(CodeSpec):
     features: Features | None = None
 
     @classmethod
-    def open(cls, source: str | Path, load: Callable[..., np.ndarray]) -> "CodeSet":
-        """The codes at source: a features directory, a folder of files, or one file, which load(path, mmap) reads.
+    def open(cls, source: str | Path, load: Callable[..., np.ndarray | StoredArray]) -> "CodeSet":
+        """The codes at source: a features directory, a folder of files, or one file, which load(path, whole) reads.
 
         Raises ValueError where there are none, or where a prior has not drawn all of them yet.
         """

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from matplotlib import get_data_path
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 
 from dlc.data.archives import Members
 from dlc.data.listing import Tree, Walk, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
 from dlc.data.tables import ImageTable, is_dataset
-from dlc.machine.files import errno_of, is_pointer, reading, write_whole
+from dlc.machine.files import SHEET, errno_of, is_pointer, reading, write_whole
 from dlc.machine.noise import Stream, integers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -166,6 +167,13 @@ def save_png(path: Path, image: Image.Image | np.ndarray) -> None:
     """Write an image, PIL or (H, W, 3) uint8 NumPy, whole or not at all. Raises OSError naming the file."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     write_whole(path, lambda file: image.save(file, "png"))
+
+
+def save_sheet(path: Path, image: Image.Image) -> None:
+    """Write a picture to look at, marked as one that a later one may replace: see `files.check_output`."""
+    mark = PngInfo()
+    mark.add_text(SHEET, "")
+    write_whole(path, lambda file: image.save(file, "png", pnginfo=mark))
 
 
 def read_png(path: str | os.PathLike) -> np.ndarray:

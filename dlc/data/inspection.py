@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlc.data.codes import perplexity, token_counts
+from dlc.data.images import save_sheet
 from dlc.data.manifest import Manifest, read_manifest
 from dlc.data.rows import NpyRows, array_files, check_finite, check_range
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
-from dlc.machine.files import sha256_of, write_whole
+from dlc.machine.files import SHEET, check_output, sha256_of
 
 BLOCK = 4096  # rows in memory at a time, so that no file need fit in memory
 
@@ -158,7 +159,8 @@ def print_codes(features: Features) -> None:
         f"image{'s have' if duplicates != 1 else ' has'} the code of one before"
     )
     picture = features.root / "codes.png"
-    write_whole(picture, lambda file: usage_picture(counts).save(file, "png"))
+    check_output(picture, "the picture", own=[SHEET])
+    save_sheet(picture, usage_picture(counts))
     print(f"token usage: {picture}")
 
 

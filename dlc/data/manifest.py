@@ -31,7 +31,7 @@ KINDS = dict(
 )
 WRITTEN_LAST = ("count", "shards", "skipped")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
-SOURCE = ("vae", "vae_sha256", *SCALE, "encoder_sha256", "listing_sha256", "flip", "background")
+SOURCE = ("vae", "vae_sha256", *SCALE, "encoder", "encoder_sha256", "listing_sha256", "flip", "background")
 
 SMALLEST = 128  # bytes of a .npy: those of its header
 COUNT, SIZE, ID = whole_number(0, 2**40), or_null(whole_number(1, 2**32)), or_null(TEXT)

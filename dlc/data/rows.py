@@ -1,59 +1,97 @@
-"""Many `.npy` files read as one array of rows, through memory maps, with checks of what each file claims to hold."""
+"""Many `.npy` files read as one array of rows, with checks of what each file claims to hold."""
 
+import contextlib
 import functools
 import io
 import math
 import os
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
-import torch
 
 from dlc.machine.cli import one_line, progress
-from dlc.machine.files import is_pointer, reading
+from dlc.machine.files import failed, is_pointer, reading
 
 LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
-MAX_OPEN = 8192  # maps that NpyRows keep open; Linux allows a process 65,530 of them
+MAX_OPEN = 8192  # files that NpyRows keep open, where the system lets them
 BLOCK = 4096  # rows looked at together, so that a file need not fit in memory
 
 
-def load_array(path: str | Path, mmap: bool = True) -> np.ndarray:
-    """The array in a `.npy` file, memory-mapped or read. Raises ValueError, or OSError as `reading`.
+class StoredArray:
+    """The array (n, ...) in a `.npy` that stays open: `[i]` or `[start:stop]` reads those rows.
+
+    A memory map would end this process, without a word, where the disk fails or the file was cut.
+    """
+
+    def __init__(self, path: str | Path, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, offset: int):
+        self.path, self.file, self.number, self.offset = str(path), file, file.fileno(), offset
+        self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
+        self.row = math.prod(shape[1:]) * dtype.itemsize  # bytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        if not isinstance(rows, slice):
+            return self.fill(np.empty(self.shape[1:], self.dtype), rows)
+        start, stop, _ = rows.indices(len(self))
+        out, most = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype), max(1, 2**30 // max(self.row, 1))
+        for first in range(0, len(out), most):  # the system reads no more than 2 GiB at once
+            self.fill(out[first : first + most], start + first)
+        return out
+
+    def reshape(self, *shape: int) -> "StoredArray":
+        """The same numbers as another shape, all of whose sides are given."""
+        return StoredArray(self.path, self.file, shape, self.dtype, self.offset)
+
+    def fill(self, out: np.ndarray, row: int) -> np.ndarray:
+        """Read into an array of this type, from the row on. Raises OSError as `reading`, ValueError for a cut file."""
+        try:
+            count = os.preadv(self.number, [out], self.offset + row * self.row)
+        except OSError as error:
+            raise failed(f"cannot read {self.path}", error) from error
+        if count < out.nbytes:
+            raise ValueError(f"{self.path} was cut since it was opened: it ends before row {row + max(len(out), 1)}")
+        return out
+
+
+def load_array(path: str | Path, whole: bool = False) -> np.ndarray | StoredArray:
+    """The array in a `.npy` file, as a `StoredArray` of its rows or, if wanted `whole`, in memory.
 
     Pickled objects are refused, and so is a header that claims more bytes than the file holds, before memory is
-    allocated for them. torch maps the file because np.memmap would hold a file descriptor per shard, and large sets
-    have more shards than a process may have descriptors.
+    allocated for them. An array in Fortran order, whose rows lie apart, is read whole either way.
+
+    Raises ValueError, naming the file, and OSError as `reading`.
     """
     try:
         if not os.path.isfile(path):  # opening a pipe would block forever
             raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
-        with reading(path):
-            with open(path, "rb") as file:
-                shape, fortran_order, dtype = read_npy_header(file)
-                if dtype.hasobject:
-                    raise ValueError("it holds pickled objects")
-                count, offset, size = math.prod(shape), file.tell(), os.fstat(file.fileno()).st_size
-                if count * dtype.itemsize > size - offset:
-                    raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {size - offset:,} follow")
-                if not mmap:
-                    data = np.fromfile(file, dtype, count)
-            if mmap:
-                storage = torch.UntypedStorage.from_file(str(path), False, size)
-                data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[offset : offset + count * dtype.itemsize]
-                data = data.view(dtype)
-                data.flags.writeable = False
-            return data.reshape(shape, order="F" if fortran_order else "C")
+        with reading(path), contextlib.ExitStack() as closing:
+            file = closing.enter_context(open(path, "rb", buffering=0))
+            shape, fortran_order, dtype = read_npy_header(file)
+            if dtype.hasobject:
+                raise ValueError("it holds pickled objects")
+            count, offset = math.prod(shape), file.tell()
+            there = os.fstat(file.fileno()).st_size - offset
+            if count * dtype.itemsize > there:
+                raise ValueError(f"its header claims {count * dtype.itemsize:,} bytes, {there:,} follow")
+            array = StoredArray(path, file, (count,), dtype, offset)
+            if whole or fortran_order or not shape:
+                return array[:].reshape(shape, order="F" if fortran_order else "C")
+            closing.pop_all()
+            return array.reshape(*shape)
     except (ValueError, EOFError, RuntimeError) as error:
         is_lfs = os.path.isfile(path) and is_pointer(path)
         why = "a git-lfs pointer, not the file: run git lfs pull" if is_lfs else one_line(error, 120)
         raise ValueError(f"{path} is not a readable .npy ({why})") from None
 
 
-def load_floats(path: str | Path, mmap: bool = True) -> np.ndarray:
+def load_floats(path: str | Path, whole: bool = False) -> np.ndarray | StoredArray:
     """The same, of floats that torch knows."""
-    array = load_array(path, mmap)
+    array = load_array(path, whole)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"{path} has values of type {array.dtype}, wanted floats of 16, 32 or 64 bits")
     return array
@@ -114,15 +152,26 @@ class Files(Sequence):
         return self.folder / os.fsdecode(self.names[index])
 
 
+@functools.cache
+def most_open() -> int:
+    """How many files each `NpyRows` may keep open: an eighth of what this process may, which is asked for first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8 * MAX_OPEN if hard == resource.RLIM_INFINITY else min(8 * MAX_OPEN, hard)
+    with contextlib.suppress(ValueError, OSError):  # the limit that launchers and shells set is low, 1024 on Linux
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        soft = max(soft, wanted)
+    return max(1, min(soft // 8, MAX_OPEN))
+
+
 class NpyRows:
-    """The rows of many `.npy` files as one array, gathered through memory maps.
+    """The rows of many `.npy` files as one array.
 
     Args:
         paths: the files, each of shape (n, ...).
         ends: (len(paths),) cumulative row counts; None reads them from the files.
         sample_ndim: number of dimensions of one row.
         lone: whether each file holds one sample, with or without a leading dimension of 1.
-        load: a function load(path, mmap) that returns the array in a file.
+        load: a function load(path, whole) as `load_array`.
     """
 
     def __init__(
@@ -131,7 +180,7 @@ class NpyRows:
         ends: Sequence[int] | None = None,
         sample_ndim: int = 0,
         lone: bool = False,
-        load: Callable[..., np.ndarray] = load_array,
+        load: Callable[..., np.ndarray | StoredArray] = load_array,
     ):
         self.paths, self.sample_ndim, self.lone, self.ends, self.load = paths, sample_ndim, lone, None, load
         self._open, self._first_opened = {}, None
@@ -145,22 +194,16 @@ class NpyRows:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}  # memory maps cannot be pickled: a spawned worker opens its own
+    def array(self, index: int) -> np.ndarray | StoredArray:
+        """File number `index` as an array (n, ...): kept open, or, if it holds one sample, read.
 
-    def array(self, index: int) -> np.ndarray:
-        """File number `index` as an array (n, ...): memory-mapped and kept open, or, if it holds one sample, read.
-
-        Raises ValueError or OSError, naming the file, if it is not what it should be, or is cut or gone since.
+        Raises ValueError or OSError, naming the file, if it is not what it should be.
         """
         if index in self._open:
-            array, path, size = self._open[index]
-            if os.stat(path).st_size != size:  # to read past the end of a file that was cut would end this process
-                raise ValueError(f"{path} has changed since it was opened: it had {size:,} bytes")
-            return array
-        array = self.load(self.paths[index], mmap=not self.lone)
+            return self._open[index]
+        array = self.load(self.paths[index], whole=self.lone)
         if array.ndim == self.sample_ndim:
-            array = array[None]
+            array = array.reshape(1, *array.shape)
         rows = len(array) if self.ends is None else self.rows(index)
         if array.ndim != self.sample_ndim + 1 or len(array) != rows:
             raise ValueError(
@@ -171,10 +214,9 @@ class NpyRows:
         if array.shape[1:] != shape:
             raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, {first} of {shape}")
         if not self.lone:
-            if len(self._open) == MAX_OPEN:
+            if len(self._open) >= most_open():
                 self._open.clear()
-            path = str(self.paths[index])
-            self._open[index] = array, path, os.stat(path).st_size
+            self._open[index] = array
         return array
 
     def rows(self, index: int) -> int:
@@ -191,17 +233,23 @@ class NpyRows:
         rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
-        places = zip(order.tolist(), files.tolist(), (rows[order] - self._starts[files]).tolist())
-        arrays = {index: self.array(index) for index in np.unique(files).tolist()}
-        first = next(iter(arrays.values()))
-        out = np.empty((len(rows), *first.shape[1:]), np.result_type(*{array.dtype for array in arrays.values()}))
-        for i, file, row in places:  # random rows are in different files: one copy per row is fastest
-            out[i] = arrays[file][row]
+        out, current = None, None
+        # random rows are in different files: one copy per row is fastest
+        for i, file, row in zip(order.tolist(), files.tolist(), (rows[order] - self._starts[files]).tolist()):
+            if file != current:
+                array, current = self.array(file), file
+                if out is None:
+                    out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+                out = out.astype(np.result_type(out.dtype, array.dtype), copy=False)
+            if isinstance(array, StoredArray) and array.dtype == out.dtype:
+                array.fill(out[i], row)
+            else:
+                out[i] = array[row]
         if limit is not None:
             try:
                 check_range(out, limit, lambda i: self.locate(rows[i]))
             except ValueError:  # say how many there are in the file, and where the first is
-                for index in arrays:
+                for index in np.unique(files).tolist():
                     check_range(self.array(index), limit, lambda i, index=index: (self.paths[index], i))
                 raise
         return out

@@ -25,6 +25,7 @@ LOCK_PATIENCE = 20  # seconds to wait for a launch that was just killed
 POLL = 0.05  # seconds between two attempts to lock
 LARGEST_JSON = 2**28  # bytes; about twice a manifest with a million skipped images
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+SHEET = "DLC-DiT contact sheet"  # the key of the text in a PNG that a later one may replace
 FULL = {errno.ENOSPC, errno.EDQUOT}  # errors that more room on the disk mends
 REMEDIES = {
     errno.ENOSPC: ": make room",
@@ -143,11 +144,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def names_in(path: str | Path) -> set[str]:
-    """The arrays of an .npz or the keys of a JSON object; of any other file none."""
+    """The arrays of an .npz, the keys of a JSON object, or SHEET of a `save_sheet`; of any other file none."""
     with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return {name.removesuffix(".npy") for name in archive.namelist()}
+        with open(path, "rb") as file:
+            if f"tEXt{SHEET}\0".encode() in file.read(100):
+                return {SHEET}
         return {*read_json(path)}
     return set()
 

@@ -15,7 +15,7 @@ import torch
 
 from dlc.data import code_dtype
 from dlc.data.codes import SHARD, CodeSet, DrawnSet, as_codes
-from dlc.data.rows import NpyRows, load_array
+from dlc.data.rows import NpyRows, StoredArray, load_array
 from dlc.machine.files import write_bytes
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.part import WHOLE, Part
@@ -26,13 +26,13 @@ COUNT, SIZE = whole_number(0), whole_number(1)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
-def load_codes(path: Path, mmap: bool = True) -> np.ndarray:
-    """The codes in a `.npy` or the tensor in a `.pt`, as `as_codes` gives them, memory-mapped if it can be.
+def load_codes(path: Path, whole: bool = False) -> np.ndarray | StoredArray:
+    """The codes in a `.npy`, as `load_array`, or the tensor in a `.pt`, as `as_codes` gives them.
 
     Raises ValueError naming the file.
     """
     if path.suffix != ".pt":
-        return as_codes(load_array(path, mmap), path)
+        return as_codes(load_array(path, whole), path)
     tensor = read_torch(path, "a tensor")
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
@@ -102,7 +102,7 @@ class CodeFolder(ResumableFolder):
 
         def is_whole(shard):
             try:
-                array = load_array(self.shard_path(shard), mmap=False)
+                array = load_array(self.shard_path(shard), whole=True)
             except ValueError:  # none, or cut off by a crash of the machine
                 return False
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V

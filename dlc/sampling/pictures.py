@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dlc.data.images import image_grid, is_whole, read_png, save_png
+from dlc.data.images import image_grid, is_whole, read_png, save_sheet
 from dlc.data.npz import array_names, image_shape, read_images, write_images
 from dlc.machine.cli import one_line
 from dlc.machine.cli import progress as progress_bar
+from dlc.machine.files import SHEET, check_output
 
 GRID_IMAGES, GRID_COLUMNS = 60, 10
 ROWS_AT_ONCE = 256  # images in memory while an .npz is written or read
@@ -42,7 +43,7 @@ def save_grid(path: Path, folder: Path, count: int) -> None:
     paths = {index: png_path(folder, index) for index in range(min(GRID_IMAGES, count))}
     images = {index: read_png(one) for index, one in paths.items() if one.is_file()}
     if images:
-        save_png(path, contact_sheet(images))
+        save_sheet(path, contact_sheet(images))
 
 
 def contact_sheet(images: dict[int, np.ndarray]) -> Image.Image:
@@ -84,7 +85,9 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
 
     grid: write a contact sheet of the first images beside it, as FILE.grid.png.
     """
-    path = Path(path)
+    path, sheet = Path(path), Path(path).with_suffix(".grid.png")
+    if grid:
+        check_output(sheet, "--grid", own=[SHEET])
     shape, keys = image_shape(path), one_line(", ".join(array_names(path)), 100)
     low, high, total, first, blank, twins, seen = 255, 0, 0.0, [], [], [], {}
     images = progress_bar(read_images(path, 0, shape[0], 1), total=shape[0], desc="checking", disable=not progress)
@@ -105,8 +108,7 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
         few = f"FID of {shape[0]:,} images is unreliable"
         lines.append(f"warning: {few}: draw {FEWEST_FOR_FID:,} or more (papers: 50,000)")
     if grid:
-        sheet = path.with_suffix(".grid.png")
-        save_png(sheet, contact_sheet(dict(enumerate(first))))
+        save_sheet(sheet, contact_sheet(dict(enumerate(first))))
         lines.append(f"look at {sheet}")
     wrong = [
         f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"

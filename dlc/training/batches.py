@@ -30,7 +30,7 @@ class Unreadable:
 
 
 class TrainingBatches(Dataset):
-    """One process's share of each step's global batch; item `step` is gathered at once from the memory maps.
+    """One process's share of each step's global batch; item `step` is gathered at once.
 
     Step s covers global_batch sample indices from first_of(s) on, of which each process takes an equal run.
 

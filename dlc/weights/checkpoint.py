@@ -200,7 +200,7 @@ def load_checkpoint(
         ) from None
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    return None if state["sums"] is None else state["sums"].clone()  # not a view of the mapped file
+    return state["sums"]
 
 
 def _checked_state(file: Path, sums_shape) -> dict:

@@ -20,7 +20,16 @@ from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, open_weig
 from dlc.weights.foreign.names import names_of, read_foreign
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
 from dlc.weights.hub import locate
-from dlc.weights.meta import ModelConfig, RunMeta, newest_of_run, read_config, read_meta, run_checkpoints
+from dlc.weights.meta import (
+    ModelConfig,
+    NoCheckpoint,
+    RunMeta,
+    newest_of_run,
+    only_run,
+    read_config,
+    read_meta,
+    run_checkpoints,
+)
 from models import DiT, DiT_models, build_model
 from prior import DLCPrior, DLCPrior_models
 
@@ -41,6 +50,9 @@ def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConf
     Raises ValueError, naming the file, for what is damaged; NoRawWeights if only EMA weights are there.
     """
     words = "checkpoint of this program"
+    if at.is_dir() and not (at / "config.json").is_file() and not run_checkpoints(at):
+        with contextlib.suppress(NoCheckpoint):  # of others' weights
+            at = only_run(at, lambda path: True, "checkpoint")
     if at.is_dir() and run_checkpoints(at):
         at = newest_of_run(at, ("config.json", "meta.json", OWN_FILES[0 if ema else 1]))
         words = f"newest checkpoint of the run, {at.name}, {words}"

@@ -369,8 +369,10 @@ class NoCheckpoint(ValueError):
     """There is no checkpoint of a model where one was looked for."""
 
 
-def only_run(results_dir: str | Path, fits: Callable[[Path], bool], what: str, script: str) -> Path:
+def only_run(results_dir: str | Path, fits: Callable[[Path], bool], what: str, script: str = "") -> Path:
     """The run of which a checkpoint fits, results_dir or one of its folders.
+
+    what, script: what is looked for, and what trains it, for errors.
 
     Raises NoCheckpoint if there is none; ValueError, which lists them with their steps, if there are several.
     """

@@ -151,33 +151,57 @@ def test_disks_without_locks_or_sync(tmp_path, monkeypatch, capsys, call, number
     assert said and all(line.startswith(f"warning: the disk of {tmp_path}") for line in said)
 
 
-def test_more_shards_than_open_files_or_maps(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlc.data.rows.MAX_OPEN", 150)
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlc.data.rows.most_open", lambda: 40)
     paths = [tmp_path / f"{index}.npy" for index in range(200)]
     for index, path in enumerate(paths):
-        np.save(path, np.asfortranarray(np.full((3, 2), index)))
+        np.save(path, np.full((3, 2), index, order="CF"[index % 2]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 50, hard))
     try:
         stack = NpyRows(paths, sample_ndim=1)
         rows = RANDOM.permutation(600)
         np.testing.assert_array_equal(stack.gather(rows)[:, 1], rows // 3)
-        assert len(stack._open) <= 150
+        assert len(stack._open) <= 40
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 200), lambda path: path.unlink()])
-def test_a_map_whose_file_goes_away(harm, written):
-    """A memory map of a file that is cut would end this process at the first row past the end, without a word."""
+def test_a_file_that_goes_away_or_cannot_be_read(written, monkeypatch):
+    """A cut file is named, also where it was open; a failing disk keeps its own words, and nobody is told to remove."""
     features = Features(written[0])
-    rows = np.arange(10)
-    features.latents.gather(rows)
+    rows, before = np.arange(10), features.latents.gather(np.arange(10))
     path = kind_dir(written[0], 64, "features") / "000001.npy"
-    harm(path)
-    for read in (lambda: features.latents.gather(rows), features.latents.check_finite):
-        with pytest.raises((ValueError, OSError), match=f"{path}"):
-            read()
+
+    def errors_of(features):
+        for read in (lambda: features.latents.gather(rows), features.latents.check_finite):
+            with pytest.raises((ValueError, OSError), match=f"{path}") as error:
+                read()
+            yield error.value
+
+    content = path.read_bytes()
+    os.truncate(path, 200)
+    assert all("was cut since it was opened" in str(error) for error in errors_of(features))
+    path.write_bytes(content)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", failing_disk(os.preadv, path))
+        for error in (*errors_of(features), *errors_of(Features(written[0]))):
+            assert error.errno == errno.EIO and str(error) == f"cannot read {path} (Input/output error)"
+    path.unlink()
+    np.testing.assert_array_equal(features.latents.gather(rows), before)  # an open file stays readable
+    with pytest.raises(ValueError, match="000001.npy is missing"):
+        Features(written[0])
+
+
+def failing_disk(preadv, path):
+    """os.preadv with a bad sector under one file."""
+
+    def read(descriptor, buffers, offset):
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    return read
 
 
 def test_values_out_of_range_are_named(written):

@@ -15,7 +15,7 @@ from test_feature_tools import call, packed
 from tiny_weights import refusal
 
 from dlc.data import Features, read_manifest
-from dlc.data.rows import load_array
+from dlc.data.rows import StoredArray, load_array
 from dlc.sampling.code_folder import open_codes
 from dlc.sampling.pictures import check_npz, npz_rows
 
@@ -95,13 +95,13 @@ def test_npy(tmp_path):
     path = tmp_path / "bad.npy"
     for content, message in BAD_NPY:
         path.write_bytes(content)
-        for mmap in (True, False):
-            assert re.search(message, refusal(load_array, path, mmap)), content[:99]
+        for whole in (True, False):
+            assert re.search(message, refusal(load_array, path, whole)), content[:99]
     assert "bad.npy" in refusal(open_codes, path)
 
 
-@pytest.mark.parametrize("mmap", [True, False])
-def test_npy_that_are_kept(tmp_path, mmap):
+@pytest.mark.parametrize("whole", [True, False])
+def test_npy_that_are_kept(tmp_path, whole):
     for array in (
         np.arange(24).reshape(2, 3, 4),
         np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -112,7 +112,9 @@ def test_npy_that_are_kept(tmp_path, mmap):
         np.array([True, False]),
     ):
         np.save(tmp_path / "good.npy", array)
-        loaded = load_array(tmp_path / "good.npy", mmap)
+        loaded = load_array(tmp_path / "good.npy", whole)
+        assert whole or isinstance(loaded, StoredArray) == (array.ndim > 0 and not array.flags.fnc)
+        loaded = loaded[:] if isinstance(loaded, StoredArray) else loaded
         np.testing.assert_array_equal(loaded, array)
         assert loaded.dtype == array.dtype and loaded.flags.fnc == array.flags.fnc
 

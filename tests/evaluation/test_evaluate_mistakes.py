@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_networks import pixels, record_of, save_folder
 
 from evaluation import notes, sets
+from evaluation.measuring import Measured
 from evaluation.reference import Reference
 
 STORED, LONE = Reference("r.npz", statistics=dict(pool=None)), Reference("r.npz")
@@ -29,6 +30,14 @@ STORED, LONE = Reference("r.npz", statistics=dict(pool=None)), Reference("r.npz"
 def test_warnings_of_counts(samples, width, reference, count, metrics, line):
     found = notes.of_counts(samples, width, reference, count, metrics)
     assert len(found) == bool(line) and all(re.match(line, one) for one in found), found
+
+
+def test_a_set_compared_with_itself():
+    """By its pixels: under another name, as a folder, or behind the statistics of make-reference."""
+    samples = Measured(5, digest="a")
+    for stored, digest, said in ((None, "a", True), ("a", "", True), (None, "", False), ("b", "b", False)):
+        lines = notes.of_pixels(samples, Reference("r.npz", sha256=stored), Measured(5, digest=digest))
+        assert lines == ["the samples and r.npz are the same images: a set has no distance from itself"] * said
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,16 +15,20 @@ from PIL import Image
 from scipy.signal import convolve2d
 
 from dlc.data import Features
+from dlc.data.codes import CodeSpec
 from dlc.data.images import center_crop, load_rgb
+from dlc.machine.files import write_json
 from dlc.nets.encoder import SEMEncoder, save_encoder
+from dlc.sampling.code_folder import open_codes
 from dlc.sampling.samples_record import SamplesRecord
-from dlc.weights.networks import load_encoder, load_vae
+from dlc.weights.meta import RunMeta
+from dlc.weights.networks import DEFAULT_ENCODER, load_encoder, load_vae
 from evaluation import agreement
 from evaluation.feature_images import FeatureImages, Reconstruction
 from evaluation.measuring import exact_numerics
 from evaluation.metrics import FeatureStatistics, frechet_distance
 from evaluation.similarity import psnr, ssim
-from evaluation.tokens import CodeReader, EncoderNetwork, token_agreement
+from evaluation.tokens import CodeReader, EncoderNetwork, encoder_of, token_agreement
 
 CPU = torch.device("cpu")
 
@@ -223,6 +228,18 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     record = SamplesRecord.read(samples / "samples.json")
     with pytest.raises(ValueError, match="drawn for labels, not for codes"):
         agreement.DrawnCodes(samples, dataclasses.replace(record, conditions=dict(kind="labels")))
+
+
+def test_encoder_that_the_checkpoint_names(tmp_path, monkeypatch):
+    """Of codes that lie alone, composed or drawn by a prior, which name none."""
+    opened = []
+    monkeypatch.setattr("evaluation.tokens.open_encoder", lambda args, state: opened.append(args.encoder))
+    monkeypatch.setattr("evaluation.tokens.codes_of", lambda encoder, owner: CodeSpec(owner=owner, L=2))
+    np.save(tmp_path / "composed.npy", np.zeros((3, 2), np.uint8))
+    write_json(tmp_path / "meta.json", RunMeta(noted=dict(encoder="owner/mine")).to_json())
+    for checkpoint in (tmp_path, tmp_path / "ema.safetensors", tmp_path / "gone/x"):
+        encoder_of(Namespace(encoder=None), open_codes(tmp_path / "composed.npy"), None, str(checkpoint))
+    assert opened == ["owner/mine", "owner/mine", DEFAULT_ENCODER]
 
 
 @pytest.mark.slow

@@ -91,6 +91,18 @@ def test_compilers_of_a_node_share_its_cores(cuda, monkeypatch):
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 
 
+def test_more_processes_than_cores(monkeypatch, capsys):
+    """As `accelerate launch` starts them by a config of eight GPUs on a small machine."""
+    monkeypatch.setattr("dlc.machine.cli.WARNED", set())
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    state = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    for count, words in ((2, ""), (8, "warning: 8 processes share 2 cores: start fewer (--num_processes)\n")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        start_processes()
+        assert capsys.readouterr().err == words
+
+
 def test_one_visible_gpu_per_process(cuda, monkeypatch):
     """accelerate gives DDP and barriers local_process_index as the GPU's number: LOCAL_RANK is not it here."""
     cuda()

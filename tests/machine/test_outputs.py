@@ -9,7 +9,9 @@ import pytest
 from tiny_networks import pixels
 
 from dlc import features
+from dlc.data.images import save_png
 from dlc.machine.files import check_output, write_new
+from dlc.sampling.pictures import check_npz
 
 MADE = dict(arr_0=pixels(5), mu=np.zeros(2), sigma=np.eye(2), network="inception", network_sha256="0" * 64)
 
@@ -68,6 +70,19 @@ def test_converting_onto_the_source(place, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         features.main()
     assert READ in capsys.readouterr().err
+
+
+def test_contact_sheets(tmp_path):
+    """One that this program drew is drawn anew; a picture of the user's is kept."""
+    sheet = tmp_path / "samples.grid.png"
+    for count in (5, 6):
+        np.savez(tmp_path / "samples.npz", arr_0=pixels(count))
+        check_npz(tmp_path / "samples.npz", grid=True)
+    save_png(sheet, pixels(1)[0])
+    before = sheet.read_bytes()
+    with pytest.raises(ValueError, match=f"--grid {sheet} {OTHER}"):
+        check_npz(tmp_path / "samples.npz", grid=True)
+    assert sheet.read_bytes() == before
 
 
 def test_own_files_are_replaced_and_new_ones_written(tmp_path):

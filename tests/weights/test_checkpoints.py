@@ -9,7 +9,8 @@ from diffusion.process_table import create_process
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.opening import open_sampler
 from dlc.weights.checkpoint import load_checkpoint, save_checkpoint
-from dlc.weights.load import load_model
+from dlc.weights.info import info
+from dlc.weights.load import load_model, load_pretrained
 from dlc.weights.meta import (
     RunMeta,
     config_of,
@@ -118,6 +119,14 @@ def test_several_runs_of_a_model_are_listed(tmp_path):
     with pytest.raises(ValueError, match=f"3 runs under {tmp_path} have a checkpoint of DiTSEM-Ti/8: {runs}"):
         newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
     assert newest_checkpoint(tmp_path / "a", "DiTSEM-Ti/8").name == "0004000"
+    runs = [tmp_path / name for name in ("in/a", "in/b", "one/c")]
+    for step, run in enumerate(runs, 5):
+        save(run, tiny(), step)
+    both = rf"2 runs under {tmp_path}/in have a checkpoint: {runs[0]} \(step 5\), {runs[1]} \(step 6\); name one"
+    for load in (load_model, info, lambda path: load_pretrained(path, tiny())):
+        with pytest.raises(ValueError, match=both):
+            load(tmp_path / "in")
+    assert load_model(tmp_path / "one")[2].step == 7 == load_model(tmp_path)[2].step
 
 
 def test_records_are_readable_and_read_back(tmp_path):

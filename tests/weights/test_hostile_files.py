@@ -203,7 +203,7 @@ def save_any(path, count):
         return read_json
     if path.suffix == ".npy":
         np.save(path, large.numpy())
-        return lambda path: {"a": load_array(path, mmap=False)}
+        return lambda path: {"a": load_array(path, whole=True)}
     if path.suffix == ".npz":
         np.savez(path, a=large.numpy())
         return lambda path: {"a": read_array(path, "a")}
@@ -548,6 +548,22 @@ def test_encoder_configs(sem, monkeypatch, change):
         change = {**change, "backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
     with_json(sem / "config.json", **change)
     assert str(sem) in refusal(load_encoder, sem)
+
+
+def test_a_mapped_file_that_is_cut(tmp_path):
+    """As a bad sector, it would end this process, without a word, when the tensor is looked at."""
+    for name in ("weights.pt", "weights.safetensors"):
+        path, tensors = tmp_path / name, dict(a=torch.zeros(3), b=torch.ones(50_000)[::2], c=torch.ones(0))
+        if name == "weights.pt":
+            torch.save(tensors, path)
+        else:
+            safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        found = load_tensors(path)
+        assert check_tensors(found, path) is found
+        os.truncate(path, 5000)
+        with pytest.raises(OSError, match=f"cannot read {path} .Input/output error.$") as error:
+            check_tensors(found, path)
+        assert error.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,16 @@ EMA = {  # where training scripts keep averaged weights, beside the raw ones
     "Lightning's callback": lambda raw, ema: dict(
         state_dict=named("model.", raw), callbacks={"EMACallback{'every': 1}": dict(ema_weights=named("model.", ema))}
     ),
+    "an optimizer": lambda raw, ema: dict(model=raw, optimizer=dict(state=dict(exp_avg=raw), ema_params=ema)),
     "Lightning's WeightAveraging": lambda raw, ema: dict(current_model_state=raw, state_dict=ema),
 }
 RAW = {  # EMA weights in a form that is not read
     "a list": lambda raw, ema: dict(model=raw, ema_params=list(ema.values())),
     "a list in a dict": lambda raw, ema: dict(state_dict=raw, ema=dict(shadow_params=list(ema.values()))),
+    "NeMo": lambda raw, ema: dict(
+        state_dict=raw,
+        optimizer_states=[dict(opt=dict(state={0: dict(exp_avg=raw)}), ema=tuple(ema.values()), decay=0.9)],
+    ),
     "names without dots": lambda raw, ema: dict(
         state_dict={**named("model.", raw), **{f"model_ema.{key.replace('.', '')}": ema[key] for key in ema}}
     ),

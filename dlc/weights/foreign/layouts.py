@@ -235,6 +235,19 @@ def unpack(file: File) -> None:
 def flattened(values: dict, depth: int = 0) -> Iterator[tuple[str, object]]:
     """Names with dots, without wrappers, and values of dicts in dicts, except for optimizers and arguments."""
     for key, value in values.items():
-        if isinstance(value, torch.Tensor) or not NO_WEIGHTS.fullmatch(str(key)):
-            inner = flattened(value, depth + 1) if isinstance(value, dict) and depth < DEEPEST else [("", value)]
-            yield from ((plain_name(f"{key}.{name}".rstrip(".")), one) for name, one in inner)
+        if not isinstance(value, torch.Tensor) and NO_WEIGHTS.fullmatch(str(key)):
+            value = averaged_in(value)
+        inner = flattened(value, depth + 1) if isinstance(value, dict) and depth < DEEPEST else [("", value)]
+        yield from ((plain_name(f"{key}.{name}".rstrip(".")), one) for name, one in inner)
+
+
+def averaged_in(state: object) -> dict:
+    """Of an optimizer's state, or a list of such, what its names say to be averaged weights, as NeMo keeps them."""
+    if isinstance(state, (list, tuple)):
+        return {str(number): averaged_in(one) for number, one in enumerate(state)}
+    named = {str(name): value for name, value in state.items()} if isinstance(state, dict) else {}
+    return {
+        name: value  # a moment of Adam's is no weight
+        for name, value in named.items()
+        if is_averaged(name) and not name.startswith("exp_avg") and isinstance(value, (dict, list, tuple))
+    }

@@ -9,7 +9,10 @@ Errors are in our words, because those of the libraries are long, and some advis
 """
 
 import argparse
+import ctypes
+import errno
 import io
+import os
 import pickletools
 import re
 import warnings
@@ -21,7 +24,7 @@ import safetensors.torch
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import Damaged, errno_of, is_plain_name, is_pointer, read_json, reading
+from dlc.machine.files import Damaged, errno_of, failed, is_plain_name, is_pointer, read_json, reading
 
 # Of a folder the first of these is read: weights whole before shards, full precision before half.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -38,6 +41,7 @@ ENDS = {  # of a file, and of what is fetched from the hub for it
 WEIGHTS_FILES = tuple(stem + end for end in ENDS for stem in STEMS)
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\n"  # first bytes of what torch.save writes since 1.6, and before
+PAGE = 4096  # bytes; the least of any system's pages
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # what our own checkpoints may hold as well: masks, indices, an optimizer's counters
 RECORDABLE = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -121,8 +125,8 @@ def read_file(path: Path) -> tuple[dict, str]:
 def load_tensors(path: Path) -> dict:
     """The dict in a `.safetensors` file or in a file of torch.save, which may also hold values that are not tensors.
 
-    Tensors are memory-mapped, so that unused ones are never read. Raises ValueError naming the file, `Damaged` for one
-    that is not whole, and OSError as `files.reading` does.
+    Tensors are memory-mapped, so that unused ones are never read: `check_tensors` is the first that touches them.
+    Raises ValueError naming the file, `Damaged` for one that is not whole, and OSError as `files.reading` does.
     """
     path = Path(path)
     if not path.is_file():
@@ -131,7 +135,7 @@ def load_tensors(path: Path) -> dict:
         with open(path, "rb") as file:
             start = file.read(9)
         if start[:4] in (ZIP, OLD) or (path.suffix != ".safetensors" and start[8:] != b"{"):
-            value = read_torch(path)
+            value = read_torch(path, mapped=zipfile.is_zipfile(path))
             if not isinstance(value, dict):
                 raise ValueError(f"{path} holds {in_words(value)}, wanted a dict of tensors")
             return value
@@ -164,8 +168,8 @@ def other_form(path: Path) -> str:
     return ""
 
 
-def read_torch(path: Path, what: str = "weights") -> object:
-    """The value in a file of torch.save, with memory-mapped tensors; those of torch before 1.6 are read whole.
+def read_torch(path: Path, what: str = "weights", mapped: bool = False) -> object:
+    """The value in a file of torch.save, whose tensors are read or, if `mapped`, memory-mapped.
 
     Objects that PASSED_OVER names are `PassedOver` in it. Raises errors as `load_tensors` does, naming the file and
     `what`.
@@ -180,7 +184,7 @@ def read_torch(path: Path, what: str = "weights") -> object:
                 inert = [(PassedOver, name.replace(" ", ".")) for name in names if PASSED_OVER.fullmatch(name)]
                 with torch.serialization.safe_globals([argparse.Namespace, *inert]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
-                    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # zip readers and the unpickler raise many types
             if errno_of(error) is not None:
                 raise
@@ -240,10 +244,32 @@ def check_tensors(tensors: dict, path: object, types: tuple[torch.dtype, ...] = 
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
             raise Damaged(f"{path} does not hold a dict of named tensors: {shown(name)} is {in_words(tensor)}")
+        if not storage_fault(tensor):
+            page_in(tensor, path)
         fault = tensor_fault(tensor, types)
         if fault:
             raise Damaged(f"{path}: tensor {shown(name)} {fault}")
     return tensors
+
+
+def page_in(tensor: torch.Tensor, path: object) -> None:
+    """Have the system read a mapped tensor's pages, a byte of each into a pipe. Raises OSError where the disk fails or
+    the file was cut: to touch such a page from here would end this process."""
+    size = tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
+    if not tensor.numel():
+        return
+    memory, (out, into) = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())), os.pipe()
+    try:
+        for start in range(0, size, 1000 * PAGE):  # a call takes 1,024 pieces
+            block = memory[start : start + 1000 * PAGE]
+            pieces = [*(block[place : place + 1] for place in range(0, len(block), PAGE)), block[-1:]]
+            if os.writev(into, pieces) < len(pieces):
+                raise OSError(errno.EIO, "")
+            os.read(out, len(pieces))
+    except OSError:
+        raise failed(f"cannot read {path}", OSError(errno.EIO, "")) from None
+    finally:
+        os.close(out), os.close(into)
 
 
 def tensor_fault(tensor: torch.Tensor, types: tuple[torch.dtype, ...] = FLOATS) -> str | None:
