@@ -242,7 +242,7 @@ class NpyRows:
                     out = np.empty((len(rows), *array.shape[1:]), array.dtype)
                 out = out.astype(np.result_type(out.dtype, array.dtype), copy=False)
             if isinstance(array, StoredArray) and array.dtype == out.dtype:
-                array.fill(out[i], row)
+                array.fill(out[i : i + 1], row)
             else:
                 out[i] = array[row]
         if limit is not None:
