@@ -67,7 +67,7 @@ class ModernBlock(DiTBlock):
 
 class FinalLayer(nn.Module):''',
         ),
-        ("learn_sigma: bool = True):", "learn_sigma: bool = True, modern: bool = False):"),
+        ("head: int | None = None):", "head: int | None = None, modern: bool = False):"),
         ("nn.ModuleList([DiTBlock(hidden_size", "nn.ModuleList([(ModernBlock if modern else DiTBlock)(hidden_size"),
         (
             "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
@@ -82,8 +82,8 @@ class FinalLayer(nn.Module):''',
             '    group = parser.add_argument_group("data")',
         ),
         (
-            'return dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}',
-            "return dict(code_init=args.code_init, modern=args.modern)",
+            'given = dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}',
+            "given = dict(code_init=args.code_init, modern=args.modern)",
         ),
     ],
 }
@@ -99,9 +99,9 @@ HEAD = {
             "        self.initialize_weights()\n\n    @property\n    def condition_embedder",
         ),
         (
-            "        return self.unpatchify(self.final_layer(x, c))",
+            "        out = self.unpatchify(self.final_layer(x, c)) ",
             "        self.tap, self.seen = x, self.seen + self.training\n"
-            "        return self.unpatchify(self.final_layer(x, c))",
+            "        out = self.unpatchify(self.final_layer(x, c)) ",
         ),
     ],
     "diffusion/alignment.py": [
@@ -115,15 +115,15 @@ HEAD = {
     "train_diffusion.py": [
         ("import numpy as np\n", "import numpy as np\nfrom diffusion.alignment import alignment\n"),
         (
-            "            run.backward(terms, t, diffusion.num_timesteps)",
+            "            run.backward(terms, t, process.num_timesteps)",
             '            terms["loss"] = terms["loss"] + 0.5 * alignment(model)\n'
-            "            run.backward(terms, t, diffusion.num_timesteps)",
+            "            run.backward(terms, t, process.num_timesteps)",
         ),
     ],
 }
 
 # (c) other optimizers: build_optimizer alone
-ADAMW = "return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)"
+ADAMW = "return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)"
 SGD = {
     "train_diffusion.py": [
         (ADAMW, "return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)")
