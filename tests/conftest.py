@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -67,34 +66,28 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(command, cwd, check=True, largest_file=None, descriptors=None):
+def launch(command, cwd, check=True, fault=None):
     """Run "LAUNCHER N script.py flags", scripts named from the root, by one of LAUNCHERS. Gives the ended process.
 
-    The launcher "forked" is forked.Run, which is seconds faster; there standard output and error are one.
-    largest_file, descriptors: bytes that the disk takes of one file; files that a process may open.
+    The launcher "forked" is forked.Run, which is seconds faster; there standard output and error are one, and the
+    script may have a fault.
     """
     check_marked()
     launcher, processes, script, *flags = command
     if launcher == "forked":
         from forked import Run
 
-        run = Run(Path(script).stem, flags, Path(cwd) / f"output_{time.time_ns()}.txt", processes, cwd)
+        output = Path(cwd) / f"output_{time.time_ns()}.txt"
+        run = Run(Path(script).stem, flags, output, processes, cwd, fault=fault)
         if not run.wait() and check:
             pytest.fail(f"{script} failed:\n{run.said()}")
         return types.SimpleNamespace(returncode=run.ranks[0].exitcode, stdout=run.said(), stderr=run.said())
     words = dict(port=free_port(), processes=processes, root=ROOT)
     prefix = [word.format(**words) for word in LAUNCHERS[launcher].split()]
     prefix += ["--multi_gpu"] if launcher == "accelerate" and processes > 1 else []
-
-    def limit():
-        for kind, most in ((resource.RLIMIT_FSIZE, largest_file), (resource.RLIMIT_NOFILE, descriptors)):
-            if most:
-                resource.setrlimit(kind, (most, most))
-
     result = subprocess.run(
         [sys.executable, *prefix, str(ROOT / script), *map(str, flags)],
         timeout=600,
-        preexec_fn=limit,
         cwd=cwd,
         env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
         text=True,
@@ -220,10 +213,13 @@ def extract_command(launcher, processes, images, features, tiny_models, *flags):
     )
 
 
-def extract_moments(images, features, tiny_models):
-    """Features that hold all that training on these images sees: unflipped moments in float32."""
-    exact = ("--posterior", "moments", "--dtype", "float32", "--flip", "none")
-    launch(extract_command("forked", 1, images, features, tiny_models, *exact), features.parent)
+@pytest.fixture(scope="session")
+def both_data(tiny_models, tmp_path_factory):
+    """14 images, and features that hold all that training on them sees: unflipped moments in float32."""
+    root, exact = tmp_path_factory.mktemp("data"), ("--posterior", "moments", "--dtype", "float32", "--flip", "none")
+    save_images(root / "images")
+    launch(extract_command("forked", 1, root / "images", root / "features", tiny_models, *exact), root)
+    return root
 
 
 def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta):
@@ -246,8 +242,29 @@ def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta)
 
 
 @pytest.fixture
+def train(features, tmp_path):
+    """train(name, flags…, processes=N, fault=…): a started run on the features, into that folder of tmp_path."""
+    from forked import Run
+    from training_runs import train_command
+
+    def start(name, *flags, **options):
+        flags = train_command(1, features, tmp_path / name, *flags)[3:]
+        return Run("train_diffusion", flags, tmp_path / f"{time.time_ns()}.txt", **options)
+
+    return start
+
+
+@pytest.fixture
+def refused(error_of, features, tmp_path):
+    """refused(…): as train(…), in this process; gives the one line by which the run is refused."""
+    from training_runs import train_command
+
+    return lambda name, *flags: error_of("train_diffusion", *train_command(1, features, tmp_path / name, *flags)[3:])
+
+
+@pytest.fixture
 def trained(train):
-    """trained(…): as a test module's train(…), but ended well; gives what it said."""
+    """trained(…): as train(…), which some modules have of their own, but ended well; gives what it said."""
 
     def run(*args, **kwargs):
         process = train(*args, **kwargs)

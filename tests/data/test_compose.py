@@ -50,15 +50,19 @@ def test_sem_draws_from_the_mean_of_the_distributions():
 
 
 @pytest.mark.slow
-def test_the_script(images, features, tiny_models, tmp_path):
+def test_the_script(images, features, tiny_models, tmp_path, monkeypatch, capsys):
     """From images and from rows, to codes for --dlc-dir, and the count of tokens from each source."""
     files = [images / "cat/0.png", images / "dog/3.png"]
 
-    def run(launcher, *flags, out="composed.npy"):
-        result = launch((launcher, 1, "compose_dlc.py", *flags, "--num", 30, "--out", out), tmp_path)
-        return np.load(tmp_path / out), result.stdout
+    monkeypatch.chdir(tmp_path)
 
-    composed, said = run("python", *files, "--encoder", tiny_models[1])
+    def run(*flags, out="composed.npy"):
+        monkeypatch.setattr(sys, "argv", ["compose", *map(str, flags), "--num", "30", "--out", out])
+        compose_dlc.main()
+        return np.load(out), capsys.readouterr().out
+
+    command = ("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30, "--out", "composed.npy")
+    said, composed = launch(command, tmp_path).stdout, np.load("composed.npy")
     counts = [int(count) for count in re.findall(r"^ +(\d+) of 180 tokens", said, re.M)]
     assert len(counts) == 2 and sum(counts) == 30 * L and min(counts) > 60
     assert composed.shape == (30, L) and composed.dtype == np.uint16
@@ -68,15 +72,15 @@ def test_the_script(images, features, tiny_models, tmp_path):
     assert len(open_codes(tmp_path / "composed.npy")) == 30
 
     # by the encoder that the features name, which need not be given
-    np.testing.assert_array_equal(run("forked", *files, "--features-path", features)[0], composed)
+    np.testing.assert_array_equal(run(*files, "--features-path", features)[0], composed)
     (tmp_path / "features").symlink_to(features)
-    again, said = run("forked", *files)
+    again, said = run(*files)
     np.testing.assert_array_equal(again, composed)
     assert f"encoder {tiny_models[1]}, of features: " in said
 
     # the features' rows of the same images: cat/0.png is row 0, dog/3.png row 10
     assert Features(features).paths.gather([0, 10]).tolist() == ["cat/0.png", "dog/3.png"]
-    of_rows, _ = run("forked", "--features-path", features, "--rows", 0, 10, out="rows.npy")
+    of_rows, _ = run("--features-path", features, "--rows", 0, 10, out="rows.npy")
     stored = Features(features).codes.gather([0, 10])
     assert_codes(stored, encoder_logits(tiny_models[1], files))  # extracted in other batches
     same = (stored == codes).all(0)
@@ -84,7 +88,7 @@ def test_the_script(images, features, tiny_models, tmp_path):
     np.testing.assert_array_equal(of_rows[:, same], composed[:, same])
 
     for temp, own in ((1e-4, True), (1, False)):
-        sem, _ = run("forked", *files, "--encoder", tiny_models[1], "--mode", "sem", "--temp", temp, out=f"{temp}.npy")
+        sem, _ = run(*files, "--encoder", tiny_models[1], "--mode", "sem", "--temp", temp, out=f"{temp}.npy")
         assert sem.shape == (30, L) and sem.max() < V
         assert ((sem == codes[0]) | (sem == codes[1])).all() == own
 

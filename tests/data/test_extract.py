@@ -81,9 +81,9 @@ def everything(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--posterior", "moments", "--flip", "both"), ("--precision", "bf16")], ids=str)
-def test_nor_do_they_depend_on_workers_and_threads(flags, extract):
+def test_nor_do_they_depend_on_workers_and_threads(extract):
     """The same bytes from one core and from two, from none, one and three readers; by 1, 2 and 3 processes."""
+    flags = ("--posterior", "moments", "--flip", "both", "--precision", "bf16")
     one = contents(extract("--num-workers", 0, *flags)[0].root)
     for workers, processes in ((1, 2), (3, 1), (0, 3)):
         assert contents(extract("--num-workers", workers, *flags, processes=processes)[0].root) == one
@@ -104,8 +104,6 @@ def test_flips_and_posteriors(extract):
     indices = torch.tensor([index for index in range(15) if index != 9])  # 9 is broken
     flipped = integers(0, Stream.FLIP, indices, 2).numpy()
     chosen = both.reshape(14, 2, 4, 8, 8)[np.arange(14), flipped]
-    np.testing.assert_allclose(everything(extract(*kinds, "mean")[0])[0], chosen, rtol=1e-5, atol=1e-6)
-
     rows = extract(*kinds, "moments")[0]
     moments = everything(rows)[0]
     assert moments.shape == (14, 8, 8, 8) and rows.latent_shape == (4, 8, 8) and rows.latent_kind == "moments"
@@ -137,11 +135,10 @@ def test_compiled_and_filled_up_batches_are_the_same(extract, images, tiny_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--flip", "both", "--posterior", "moments")], ids=str)
-def test_a_row_does_not_depend_on_its_neighbours(flags, images, extract, rounded, tmp_path):
+def test_a_row_does_not_depend_on_its_neighbours(images, extract, rounded, tmp_path):
     """With two images of a batch of four broken, the third and fourth have the same bytes; and so the last of a shard
     with an image fewer."""
-    flags = ("--batch-size", 4, "--dtype", "float32", *flags)
+    flags = ("--batch-size", 4, "--dtype", "float32", "--flip", "both", "--posterior", "moments")
     whole = everything(extract(*flags)[0])
     fewer = tmp_path / "fewer"
     shutil.copytree(images, fewer)

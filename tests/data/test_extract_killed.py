@@ -29,8 +29,7 @@ def extraction(many_images, tiny_models, tmp_path):
 
     def start(name, *flags, fault=None, processes=1):
         arguments = extract_command("", 1, many_images, tmp_path / name, tiny_models, *flags)[3:]
-        script, arguments = ("faulty", [fault, EXTRACT, *arguments]) if fault else (EXTRACT, arguments)
-        return Run(script, arguments, next(outputs), processes)
+        return Run(EXTRACT, arguments, next(outputs), processes, fault=fault)
 
     return start
 
@@ -74,22 +73,16 @@ def test_killed_where_it_hurts(whole, extraction, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk(many_images, tiny_models, tmp_path):
+def test_a_full_disk(extraction, tmp_path):
     """One line that names the file and says how to go on; and so it does, once there is room."""
-
-    def command(launcher, name):
-        # without workers, whose batches go through shared memory and would meet the limit, too
-        return extract_command(
-            launcher, 1, many_images, tmp_path / name, tiny_models, "--num-workers", 0, "--shard-size", 100
-        )
-
-    result = launch(command("python", "full"), tmp_path, check=False, largest_file=5_000)  # latents are 14,464
-    error = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr
+    run = extraction("full", "--shard-size", 100, fault="limited,FSIZE,5000")  # latents are 14,464
+    assert not run.wait() and run.ranks[0].exitcode == 2 and "Traceback" not in run.said()
+    error = [line for line in run.said().splitlines() if "error:" in line]
+    assert len(error) == 1
     assert re.search(r"cannot write .*_features/00000\d.npy \(.*\); what is done is kept: run the same", error[0])
     assert not list((tmp_path / "full").rglob("*.tmp"))
     for name in ("full", "other"):
-        launch(command("forked", name), tmp_path)
+        assert extraction(name, "--shard-size", 100).wait()
     assert contents(tmp_path / "full") == contents(tmp_path / "other")
 
 
@@ -112,14 +105,11 @@ def test_launches_at_once(whole, extraction, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault, warning", [("no_locks", "has no locks"), ("no_directory_sync", "cannot sync directories")]
-)
-def test_disks_that_can_do_less(fault, warning, whole, extraction, tmp_path):
-    """One warning, and the features are those of any disk."""
-    run = extraction("features", fault=fault)
+def test_a_disk_that_can_do_less(whole, extraction, tmp_path):
+    """One warning of each kind, and the features are those of any disk."""
+    run = extraction("features", fault="no_locks+no_directory_sync")
     assert run.wait(), run.said()
-    assert run.said().count("warning: the disk of") == 1 and warning in run.said()
+    assert run.said().count("has no locks") == run.said().count("cannot sync directories") == 1
     assert contents(tmp_path / "features") == whole
 
 

@@ -244,12 +244,8 @@ def zoo(tmp_path_factory):
 
 @pytest.mark.slow
 def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
-    result = launch(
-        extract_command(
-            "python", 1, zoo, tmp_path, tiny_models, "--flip", "none", "--posterior", "mean", "--num-workers", 2
-        ),
-        tmp_path,
-    )
+    flags = ("--flip", "none", "--posterior", "mean", "--num-workers", 2)
+    result = launch(extract_command("forked", 1, zoo, tmp_path, tiny_models, *flags), tmp_path)
     assert "Warning" not in result.stderr, result.stderr
     assert "2 images are transparent: they were blended on --background rgb(255, 255, 255)" in result.stdout
     features = Features(tmp_path)

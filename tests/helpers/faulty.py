@@ -10,6 +10,7 @@ import fcntl
 import importlib
 import math
 import os
+import resource
 import signal
 import stat
 import sys
@@ -41,6 +42,11 @@ def no_locks():
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     fcntl.flock = failing
+
+
+def limited(kind, most):
+    """The disk takes so many bytes of one file (FSIZE), or a process may open so many files (NOFILE)."""
+    resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (int(most), int(most)))
 
 
 def patient():

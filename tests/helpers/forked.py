@@ -3,6 +3,7 @@
 `Run` gives a script N ranks, as torchrun would, each a process of its own that may be killed at any moment.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -14,13 +15,17 @@ from multiprocessing import connection
 from conftest import HELPERS, ROOT, check_marked, free_port
 
 context = multiprocessing.get_context("forkserver")
-SCRIPTS = ["extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "train_prior", "sample_prior"]
-context.set_forkserver_preload(["patched", *SCRIPTS])  # patched imports what the scripts import where they use it
+SCRIPTS = "extract_features_withdlc train_diffusion sample_ddp_computed_dlc train_prior sample_prior faulty".split()
+# what they import where they use it
+LATER = """accelerate.utils diffusers.models.autoencoders.autoencoder_kl matplotlib.backends.backend_agg
+    matplotlib.figure timm.models.vision_transformer torch.distributed.fsdp torchvision tqdm""".split()
+context.set_forkserver_preload([*SCRIPTS, *LATER, "forked"])
+gc.freeze()  # in that server, too: its children do not look through what it has imported
 # the server that is forked from looks for what it preloads here
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _run(script, arguments, environment, output, cwd):
+def _run(script, arguments, environment, output, cwd, copy):
     multiprocessing.set_start_method("fork", force=True)  # a forked server's children would start workers by it
     os.setpgid(0, 0)  # with its data loader's workers, a group
     os.environ.update(environment)
@@ -29,6 +34,11 @@ def _run(script, arguments, environment, output, cwd):
     os.dup2(descriptor, 2)
     os.chdir(cwd)
     sys.argv = [script, *arguments]
+    if copy:
+        sys.path.insert(0, copy)
+        ours = {path.stem for path in ROOT.iterdir()}
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            del sys.modules[name]
     if "ROUNDED" in environment:
         importlib.import_module("rounding").change_networks()
     module = importlib.import_module(script)
@@ -36,11 +46,15 @@ def _run(script, arguments, environment, output, cwd):
 
 
 class Run:
-    """The ranks of one launch, their output in the file `output`."""
+    """The ranks of one launch of a script, or another module with a main, their output in the file `output`.
 
-    def __init__(self, script, arguments, output, processes=1, cwd=".", environment=None):
+    fault: as `faulty` has them. copy: a folder of another copy of this repository, whose script it is.
+    """
+
+    def __init__(self, script, arguments, output, processes=1, cwd=".", environment=None, fault=None, copy=""):
         check_marked()
         self.output, port = output, str(free_port())
+        script, arguments = ("faulty", [fault, script, *arguments]) if fault else (script, arguments)
         self.ranks = []
         for rank in range(processes):
             variables = dict(HF_HUB_OFFLINE="1", GOMP_SPINCOUNT="1000", OMP_NUM_THREADS="1", **(environment or {}))
@@ -50,9 +64,9 @@ class Run:
                 variables.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)))
                 variables.update(dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
                 variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            self.ranks.append(
-                context.Process(target=_run, args=(script, [*map(str, arguments)], variables, str(output), str(cwd)))
-            )
+            arguments = [str(word) for word in arguments]
+            words = (script, arguments, variables, str(output), str(cwd), str(copy))
+            self.ranks.append(context.Process(target=_run, args=words))
         for rank in self.ranks:
             rank.start()
 

@@ -313,7 +313,6 @@ PATHS = {
     "sampling guided by a head": partial(sampling, "DiTSEM with a head", "bf16", "ddpm", 1.5, (250, 749), 2),
     "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "ddpm", 1, (250, 749), 2),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
-    "extraction in fp32": partial(extraction, "fp32"),
     "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
     "training a prior in bf16": partial(prior_training, None, True, "bf16"),
     "training a prior with classes in fp16": partial(
@@ -325,14 +324,11 @@ PATHS = {
     # the corrector's first round masks some again, and its second none
     "drawing codes by the corrector": partial(drawing_codes, "corrector", None, True, False, 5, copies=3),
     "drawing codes by the corrector, guided": partial(drawing_codes, "corrector", 7, True, False, 5, copies=3),
-    "drawing codes by confidence": partial(drawing_codes, "confidence", None, 3),
     "drawing codes by confidence, guided": partial(drawing_codes, "confidence", 7, 3),
-    "the bound of a prior": partial(bound, None),
     "the bound of a prior with classes": partial(bound, 7),
     "Inception": inception,
     "DINOv2, the encoder's tokens, statistics": features,
     "PSNR and SSIM": similarity,
-    "decoding in fp32": partial(decoding, "fp32"),
     "decoding with mean and std per channel": partial(decoding, "bf16", **PER_CHANNEL),
 }
 

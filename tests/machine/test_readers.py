@@ -85,8 +85,8 @@ def test_small_machines(images, tiny_models, tmp_path, monkeypatch):
     """Extraction and training with 8 readers, a temporary folder of 139 characters and 64 descriptors."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * (138 - len(str(tmp_path))))))
     os.mkdir(os.environ["TMPDIR"])
-    command = extract_command("python", 1, images, "features", tiny_models, "--num-workers", 8)
-    launch(command, tmp_path, descriptors=64)
+    command = extract_command("forked", 1, images, "features", tiny_models, "--num-workers", 8)
+    launch(command, tmp_path, fault="limited,NOFILE,64")
     flags = ("--max-steps", 3, "--num-workers", 8)
-    launch(train_command(1, "features", "run", *flags, launcher="python"), tmp_path, descriptors=64)
+    launch(train_command(1, "features", "run", *flags, launcher="forked"), tmp_path, fault="limited,NOFILE,64")
     assert len(metrics(tmp_path / "run")) == 3

@@ -56,8 +56,7 @@ def train(code_features, tmp_path):
             *(() if "--holdout" in flags else ("--holdout", 0.2, "--eval-every", 4, "--eval-levels", 3)),
             *flags,
         )
-        script, flags = ("faulty", [fault, "train_prior", *flags]) if fault else ("train_prior", flags)
-        return Run(script, flags, next(outputs), processes)
+        return Run("train_prior", flags, next(outputs), processes, fault=fault)
 
     return start
 
@@ -219,9 +218,9 @@ def test_the_published_kind(train, trained, tmp_path):
 
 @pytest.mark.slow
 def test_by_its_launcher_with_pictures(workplace, tiny_models, tmp_path):
-    """accelerate launch, with two processes, on extracted features, whose codes take 16 bits; previews by a DiTSEM."""
+    """accelerate launch on extracted features, whose codes take 16 bits; previews by a DiTSEM."""
     command = (
-        *("accelerate", 2, "train_prior.py", "--model", "DLCPrior-Ti", "--features-path", "features"),
+        *("accelerate", 1, "train_prior.py", "--model", "DLCPrior-Ti", "--features-path", "features"),
         *("--results-dir", tmp_path / "run", "--max-steps", 2, "--global-batch-size", 4, "--num-workers", 1),
         *("--holdout", 0.1, "--sample-every", 2, "--preview-ckpt", "results"),
     )

@@ -101,7 +101,7 @@ def test_images_are_the_models(workplace, tiny_models):
     assert np.abs(image - read_npz(workplace / "samples")[17]).max() <= 1
 
 
-@pytest.mark.parametrize("launcher, processes, batch", [("torchrun", 2, 4), ("forked", 3, 5)])
+@pytest.mark.parametrize("launcher, processes, batch", [("torchrun", 1, 4), ("forked", 3, 5)])
 def test_processes_and_batch_size_do_not_matter(workplace, tmp_path, launcher, processes, batch):
     flags = ("--per-proc-batch-size", batch, "--sample-dir", tmp_path, "--ckpt", "results/checkpoints/0000003")
     result = launch((launcher, processes, *CODES, *flags, "--dlc-dir", "features"), workplace)
@@ -204,7 +204,7 @@ def test_a_strip_of_the_denoising(workplace, tmp_path, flags):
 def test_class_conditional_sampling(workplace):
     """Random labels, and each class equally often."""
     command = ("sample_ddp.py", "--model", "DiT-Ti/4", *SAMPLE_FLAGS, "--results-dir", "results_dit", "--cfg-scale", 1)
-    for launcher, sampling, labels in (("torchrun", "random", {0, 1}), ("forked", "equal", [0, 1] * 10 + [0])):
+    for launcher, sampling, labels in (("python", "random", {0, 1}), ("forked", "equal", [0, 1] * 10 + [0])):
         launch((launcher, 1, *command, "--sample-dir", f"dit_{sampling}", "--label-sampling", sampling), workplace)
         record = record_of(workplace / f"dit_{sampling}")
         assert read_npz(workplace / f"dit_{sampling}").shape == (21, IMAGE_SIZE, IMAGE_SIZE, 3)

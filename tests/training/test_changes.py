@@ -1,18 +1,16 @@
-"""What a researcher changes, and how little: copies of the repository are patched, and their real scripts run.
+"""What a researcher changes, and how little: copies of the repository are patched, and their scripts run.
 
 Each change touches no more files than CONTRIBUTING.md's table says. It trains, resumes, samples and is exported, and
 the export samples again.
 """
 
-import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import HELPERS, ROOT
+from conftest import ROOT
+from forked import Run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -254,22 +252,6 @@ def patched_copy(root, patch):
     return root
 
 
-def run_all(root, commands):
-    """The output of each command, all of which must end well."""
-    result = subprocess.run(
-        [sys.executable, HELPERS / "patched.py", root],
-        input=json.dumps([[str(word) for word in command] for command in commands]),
-        cwd=root,
-        text=True,
-        capture_output=True,
-    )
-    assert result.returncode == 0, result.stderr
-    ran = [json.loads(line) for line in result.stdout.splitlines()]
-    for one in ran:
-        assert one["status"] == 0, f"{one['script']}:\n{one['output']}"
-    return [one["output"] for one in ran]
-
-
 @pytest.fixture
 def described_features(features, tmp_path):
     """The features, with text tokens beside each image."""
@@ -288,29 +270,31 @@ def test_a_change_trains_resumes_samples_and_is_exported(name, described_feature
     patch, model, flags, files = CHANGES[name]
     assert len(patch) <= files
     root = patched_copy(tmp_path / "copy", patch)
-    train = ["train_diffusion.py", "--model", model, "--features-path", described_features, *flags]
-    train += ["--global-batch-size", 4, "--num-workers", 0, "--log-every", 1, "--ckpt-every", 2, "--no-compile"]
-    whole = [*train, "--results-dir", "whole", "--max-steps", 6]
-    sample = ["sample_ddp_computed_dlc.py", "--vae", tiny_models[0], "--num-fid-samples", 3, "--num-sampling-steps", 2]
+    train = ["train_diffusion", "--model", model, "--features-path", described_features, *flags]
+    train += ["--global-batch-size", 4, "--num-workers", 0, "--log-every", 1, "--no-compile", "--sample-every", 0]
+    sample = ["sample_ddp_computed_dlc", "--vae", tiny_models[0], "--num-fid-samples", 3, "--num-sampling-steps", 2]
     sample += ["--sampler", "dpmsolver++", "--no-compile"]
-    outputs = run_all(
-        root,
-        [
-            [*train, "--max-steps", 4],
-            [*train, "--max-steps", 6],
-            whole,
+    outputs = []
+    for number, (script, *words) in enumerate(
+        (
+            [*train, "--max-steps", 2],
+            [*train, "--max-steps", 3],
+            [*train, "--results-dir", "whole", "--max-steps", 3],
             [*sample, "--model", model],
-            ["-m dlc.checkpoints", "export", "results", "exported", "--format", "safetensors"],
+            ["dlc.checkpoints", "export", "results", "exported", "--format", "safetensors"],
             [*sample, "--ckpt", "exported", "--sample-dir", "again"],
-            ["-m dlc.checkpoints", "info", "exported"],
-        ],
-    )
-    assert "continued from results/checkpoints/0000004" in outputs[1]
+            ["dlc.checkpoints", "info", "exported"],
+        )
+    ):
+        run = Run(script, words, tmp_path / f"{number}.txt", cwd=root, copy=root)
+        assert run.wait(), run.said()
+        outputs.append(run.said())
+    assert "continued from results/checkpoints/0000002" in outputs[1]
     for file in ("model.safetensors", "ema.safetensors"):
-        resumed, straight = ((root / run / "checkpoints/0000006" / file).read_bytes() for run in ("results", "whole"))
+        resumed, straight = ((root / run / "checkpoints/0000003" / file).read_bytes() for run in ("results", "whole"))
         assert resumed == straight
         if name == "head":  # the EMA has the model's counts
-            assert load_file(root / "results/checkpoints/0000006" / file)["seen"] == 6
+            assert load_file(root / "results/checkpoints/0000003" / file)["seen"] == 3
     first, again = (sorted((root / folder).glob("*.npz")) for folder in ("samples", "again"))
     assert np.array_equal(np.load(first[0])["arr_0"], np.load(again[0])["arr_0"])
     assert model in outputs[-1]

@@ -42,13 +42,6 @@ def test_values_outside_their_range(error_of, features, tmp_path, model, kind, v
     assert re.search(message, error_of("train_diffusion", "--features-path", copy, "--model", model))
 
 
-def test_pickled_objects(error_of, features, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(features, copy)
-    np.save(kind_dir(copy, IMAGE_SIZE, "sem") / "000000.npy", np.array([None] * 4, dtype=object), allow_pickle=True)
-    assert "it holds pickled objects" in error_of("train_diffusion", "--features-path", copy)
-
-
 def test_training_flags(error_of, features, tmp_path):
     def error(*flags):
         return error_of("train_diffusion", "--features-path", features, *flags)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import IMAGE_SIZE, ROOT, extract_moments, free_port, save_images
+from conftest import IMAGE_SIZE, ROOT, launch
 from forked import Run
 from training_runs import metrics, train_command
 
@@ -23,34 +23,15 @@ RECIPES = sorted(path.name for path in (ROOT / "train_options").glob("*.sh"))
 
 
 @pytest.fixture(scope="module")
-def both_data(tiny_models, tmp_path_factory):
-    """14 images, and features of them that hold the same."""
-    root = tmp_path_factory.mktemp("data")
-    save_images(root / "images")
-    extract_moments(root / "images", root / "features", tiny_models)
-    return root
-
-
-@pytest.fixture(scope="module")
 def flags_of(both_data, tiny_models):
     """flags_of(variant, results): what a variant is launched with, on images or on features."""
 
     def flags(variant, results, *more):
-        command = list(train_command(1, both_data / "features", results, "--max-steps", 3, *more)[3:])
+        command = list(train_command(1, both_data / "features", results, "--max-steps", 2, *more)[3:])
         if "images" in options(variant)["reads"]:
             at = command.index("--features-path")
-            command[at : at + 2] = [
-                "--data-path",
-                both_data / "images",
-                "--image-size",
-                IMAGE_SIZE,
-                "--vae",
-                tiny_models[0],
-                "--encoder",
-                tiny_models[1],
-                "--flip",
-                "none",
-            ]
+            networks = ("--vae", tiny_models[0], "--encoder", tiny_models[1], "--flip", "none")
+            command[at : at + 2] = ["--data-path", both_data / "images", "--image-size", IMAGE_SIZE, *networks]
         return list(map(str, command))
 
     return flags
@@ -145,26 +126,12 @@ def test_flags_reach_what_they_are_of(flags_of, tmp_path):
 
 
 @pytest.mark.slow
-def test_launched_by_path(flags_of, tmp_path):
+def test_launched_by_path(flags_of, monkeypatch, tmp_path):
     """From anywhere."""
-    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            "1",
-            str(ROOT / "train_options/train_amp.py"),
-            *flags_of("train_amp", tmp_path / "run"),
-        ],
-        cwd=tmp_path,
-        env=env,
-        text=True,
-        capture_output=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "precision: bf16" in result.stdout and len(metrics(tmp_path / "run")) == 3
+    monkeypatch.delenv("PYTHONPATH")
+    command = ("python", 1, "train_options/train_amp.py", *flags_of("train_amp", tmp_path / "run"))
+    result = launch(command, tmp_path)
+    assert "precision: bf16" in result.stdout and len(metrics(tmp_path / "run")) == 2
 
 
 def test_precisions(monkeypatch):
@@ -269,16 +236,12 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_example_trains(both_data, flags_of, tmp_path):
-    """Two tasks, as a stand-in for srun starts them, form one group."""
-    stand_in(tmp_path / "bin", "scontrol", "echo 127.0.0.1")
-    stand_in(
-        tmp_path / "bin",
-        "srun",
-        'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done; wait %1 && wait %2',
-    )
-    flags = flags_of("train_features", tmp_path / "run")
-    result = run_recipe("slurm_multinode.sh", tmp_path / "bin", *flags, MASTER_PORT=str(free_port()))
+def test_slurm_gives_each_task_its_place(tmp_path):
+    """Of two tasks, as a stand-in for srun starts them: the variables by which processes form a group."""
+    variables = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
+    stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
+    stand_in(tmp_path, "srun", 'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
+    stand_in(tmp_path, "python", f"echo {' '.join(f'${name}' for name in variables)}")
+    result = run_recipe("slurm_multinode.sh", tmp_path, MASTER_PORT="1234")
     assert result.returncode == 0, result.stderr
-    assert "batch: 4 x 2 processes" in result.stdout and "precision: bf16" in result.stdout
-    assert len(metrics(tmp_path / "run")) == 3
+    assert result.stdout.splitlines() == [f"127.0.0.1 1234 2 2 {rank} {rank}" for rank in (0, 1)]

@@ -114,13 +114,12 @@ def test_asked_to_stop(processes, to, name, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(trained, features, tmp_path):
+def test_a_disk_that_is_full(trained, train, tmp_path):
     """One line, nothing half-written, and the same command goes on once there is room."""
     trained("run", "--max-steps", 1)
-    command = train_command(1, features, tmp_path / "run", "--max-steps", 2, "--num-workers", 0)
-    result = launch(("python", *command[1:]), tmp_path, check=False, largest_file=1_000_000)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert re.search(r"cannot write checkpoint .*0000002 \(File too large\): .*; run the same command", result.stderr)
+    run = train("run", "--max-steps", 2, fault="limited,FSIZE,1000000")
+    assert not run.wait() and run.ranks[0].exitcode == 2 and "Traceback" not in run.said()
+    assert re.search(r"cannot write checkpoint .*0000002 \(File too large\): .*; run the same command", run.said())
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["0000001"]
     assert "steps 1 to 2" in trained("run", "--max-steps", 2)
 
