@@ -15,8 +15,8 @@ from diffusion.schedules import named_betas
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
-    compose_dlc evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction evaluation.sweep
-    dlc.features dlc.checkpoints dlc.sampling.__main__ demo.networks""".split()
+    compose_dlc playground evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction
+    evaluation.sweep dlc.features dlc.checkpoints dlc.sampling.__main__ demo.networks""".split()
 # of torchrun, accelerate launch, docker, pip, hf and the benchmarks
 OTHERS = set(
     """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
@@ -122,7 +122,7 @@ def test_every_key_is_described(workplace):
 # ---------------------------------------------------------------------- the defaults chain
 
 # what stands in for the placeholders of README's and docs/commands.md's tables; those without a stand-in are skipped
-LEFT_OUT = ("OLD NEW", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep", "sbatch")
+LEFT_OUT = ("OLD NEW", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep", "sbatch", "playground")
 SMALL = {
     "extract_features_withdlc": "--vae vae --encoder sem --image-size 64 --num-workers 0",
     "train_diffusion": "--max-steps 2 --grad-accum 1 --global-batch-size 4 --num-workers 0",

@@ -16,7 +16,7 @@ from dlc.sampling.prior_options import PriorOptions, flags_of
 
 SCRIPTS = (
     *("extract_features_withdlc", "train_diffusion", "sample_ddp_computed_dlc", "sample_ddp", "compose_dlc"),
-    *("train_prior", "sample_prior", "evaluate", "demo.networks"),
+    *("train_prior", "sample_prior", "playground", "evaluate", "demo.networks"),
 )
 
 

@@ -1,0 +1,347 @@
+"""A page to play with codes: mix those of images, vary one, draw new ones, and look at the pictures for them.
+
+    pip install -r requirements-playground.txt
+    python playground.py --ckpt results --encoder lavoies/SEM_dinov2_L512
+    bash playground.sh                                  # what demo.sh trained; it runs demo.sh if that was not run
+
+In: a DiTSEM, the encoder of its codes, and if there is one a prior. The page shows pictures as they are denoised, how
+much of its code each gives back, and the command that draws the same: it draws by the functions that
+sample_ddp_computed_dlc.py draws by. It listens on this machine alone, takes no path from the page, asks no network.
+"""
+
+import argparse
+import io
+import os
+import queue
+import shlex
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compose_dlc import compose, view_of
+from diffusion.process_table import samplers_of
+from dlc.data import code_dtype
+from dlc.data.images import WHITE, image_grid
+from dlc.machine.cli import ArgumentParser, number, one_line
+from dlc.machine.exact import in_batches
+from dlc.machine.files import write_bytes
+from dlc.machine.processes import set_numerics, start_processes
+from dlc.sampling.code_folder import open_codes
+from dlc.sampling.command import Job, draw_batch
+from dlc.sampling.conditions import ComputedCodes, compare_with_model
+from dlc.sampling.decoder import Decoder
+from dlc.sampling.guide import settle_guidance
+from dlc.sampling.opening import guided_channels, open_model, open_sampler, open_vae
+from dlc.sampling.prior_draw import PriorDraw
+from dlc.sampling.prior_options import Given, PriorOptions
+from dlc.sampling.sampling_flags import sampling_parser
+from dlc.weights.load import process_of
+from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, open_encoder
+from evaluation.tokens import CodeReader, codes_of, encoder_of
+
+if TYPE_CHECKING:
+    import gradio
+
+SOURCES, MOST_IMAGES, MOST_STEPS = 3, 8, 250
+SHOWN = 5  # pictures of each image on its way
+UPLOAD, WAITING = "16mb", 8  # the largest file, and requests that wait
+NAMES = [*(f"source {i + 1}" for i in range(SOURCES)), "drawn"]  # where a token comes from
+COLOURS = np.array([[230, 97, 0], [93, 58, 155], [0, 140, 110], [175, 175, 175]], np.uint8)  # of NAMES
+DRAWN = SOURCES  # in the place of a source's number: a prior drew the token, or the image's own distribution
+
+
+def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the DiTSEM to draw from, as sample_ddp_computed_dlc.py takes it")
+    add_encoder_flags(add, None, f" of its codes [that of the features, or {DEFAULT_ENCODER}]")
+    add("--features-path", help="offer the codes of these features by row [those that the model was trained on]")
+    add("--prior", metavar="CKPT", help="draw new codes and variations from this prior [none]")
+    add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
+    add("--port", type=number(int, 0, 65535), default=7860, help="listen on this port of 127.0.0.1; 0: any free one")
+    add("--open", action="store_true", help="open the page in a browser [no]")
+    return parser, parser.parse_args()
+
+
+#################################################################################
+#                                    Drawing                                    #
+#################################################################################
+
+
+class Studio:
+    """What the page draws with. Raises ValueError for networks that do not belong together."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.named = ["--ckpt", args.ckpt, *(["--vae", args.vae] if args.vae else [])]
+        self.parser = sampling_parser("", ComputedCodes.script, "")
+        self.parser.error = refuse
+        self.state = start_processes()
+        drawn = self.parser.parse_args(self.named)
+        path, self.model, self.meta = open_model(drawn, ComputedCodes.script, "")
+        if self.model.conditioning != "codes":
+            raise ValueError(f"--ckpt {args.ckpt} is of {drawn.model}, which takes no codes: name a DiTSEM")
+        self.vae, _, _ = open_vae(drawn, self.meta, self.model, self.state)
+        theirs = self.meta.features_path
+        known = args.features_path or (theirs if theirs and Path(theirs).is_dir() else None)
+        self.rows = open_codes(known) if known else None
+        args.encoder = args.encoder or (None if known else DEFAULT_ENCODER)
+        self.encoder = encoder_of(args, self.rows, self.state)[0] if known else open_encoder(args, self.state)
+        compare_with_model(codes_of(self.encoder, f"the encoder {args.encoder}"), self.model, self.meta)
+        self.read = CodeReader(self.encoder, self.state.device)
+        self.prior = PriorDraw(args.prior, True, PriorOptions(), seed=0).to(self.state.device) if args.prior else None
+        if self.prior:
+            compare_with_model(self.prior.spec, self.model, self.meta)
+        set_numerics(drawn.tf32)
+        self.model.to(self.state.device)
+        self.decoder = Decoder(self.vae, Path())
+        self.kept = tempfile.TemporaryDirectory(prefix="dlc-playground-")  # until the program ends
+
+    def code_of(self, image: str | None, row: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The code (L,) of an image file, with its distributions (L, V), or of a row of the features, without."""
+        if image is None:
+            if self.rows is None or not 0 <= row < len(self.rows):
+                raise ValueError(f"row {row}: the features have rows 0 to {len(self.rows) - 1 if self.rows else -1}")
+            return torch.from_numpy(self.rows.gather(np.array([row]), self.encoder.V))[0], None
+        made = self.rows and self.rows.features and self.rows.features.manifest
+        view = np.array(view_of(image, self.encoder.image_size, (made and made.background) or WHITE))
+        pixels = torch.from_numpy(view)[None].to(self.state.device)
+        logits = in_batches(self.encoder.encode_pixels, pixels, 1).cpu()[0]
+        return logits.argmax(dim=1), torch.softmax(logits / self.encoder.temperature, dim=1)
+
+    @torch.inference_mode()
+    def codes(self, do: str, sources: list, weights: list[float], keep: int, num: int, seed: int) -> tuple:
+        """The codes (num, L) to draw, and where each token comes from, (num, L): a source's number, or DRAWN.
+
+        Args:
+            do: "mix": tokens of the sources by their weights, as compose_dlc.py; "vary": `keep` tokens of the first
+                source, the others drawn around them by the prior or, without one, from the image's own distributions;
+                "new": all drawn by the prior.
+            sources: an image file or None, and a row or None, of each.
+        """
+        there = [i for i, source in enumerate(sources) if source != (None, None)]
+        if do != "new" and len(there) < (2 if do == "mix" else 1):
+            raise ValueError("upload images, or name rows: two or more to mix, one to vary")
+        if do == "new" or self.prior and do == "vary":
+            return self._from_prior(sources, there[0] if do == "vary" else None, keep, num, seed)
+        read = [self.code_of(*sources[i]) for i in there]
+        if do == "mix":
+            shares = torch.tensor([weights[i] for i in there])
+            if not shares.sum() > 0:
+                raise ValueError("all sources have the share 0: raise one")
+            codes, taken = compose(torch.stack([code for code, _ in read]), shares, num, seed)
+            return codes, torch.tensor(there)[taken]
+        code, distributions = read[0]
+        if distributions is None:
+            raise ValueError("a row of features can be varied by a prior alone: upload the image, or name a --prior")
+        drawn = compose(distributions[None], torch.ones(1), num, seed)[0]
+        return self._kept(code, keep, num, seed, there[0], drawn)
+
+    def _from_prior(self, sources, number, keep, num, seed):
+        if self.prior is None:
+            raise ValueError("there is no prior to draw new codes: start the page with --prior")
+        self.prior.seed, self.prior.given = seed, None
+        if number is None:
+            codes = torch.from_numpy(self.prior.draw(np.arange(num)))
+            return codes, torch.full_like(codes, DRAWN)
+        return self._kept(self.code_of(*sources[number])[0], keep, num, seed, number, None)
+
+    def _kept(self, code, keep, num, seed, number, drawn):
+        """`keep` tokens of a code, as sample_prior.py --given keeps them, among those of drawn or of the prior."""
+        file = Path(tempfile.mkdtemp(dir=self.kept.name)) / "given.npy"
+        np.save(file, code[None].numpy())
+        given = Given(PriorOptions(given=str(file), keep_tokens=keep), len(code), self.encoder.V, seed)
+        free = given(torch.arange(num)) == self.encoder.V
+        if drawn is None:
+            self.prior.given = given
+            drawn = torch.from_numpy(self.prior.draw(np.arange(num)))
+        return torch.where(free, drawn, code), torch.where(free, DRAWN, number)
+
+    def words(self, num: int, sampler: str, steps: int, cfg_scale: float, seed: int) -> list[str]:
+        """The command line that draws the codes in codes.npy, behind the script's name."""
+        drawn = dict(sampler=sampler, num_sampling_steps=steps, cfg_scale=cfg_scale, global_seed=seed)
+        flags = [word for name, value in drawn.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        codes = ["--dlc-dir", "codes.npy", "--dlc-order", "sequential", "--num-fid-samples", str(num)]
+        return [*self.named, *codes, *flags]
+
+    def draw(self, codes: torch.Tensor, words: list[str], show: Callable) -> np.ndarray:
+        """The images (N, S, S, 3) uint8 for codes (N, L) that the script draws by this command line.
+
+        show: called at each step, in some with images of what the model sees.
+        """
+        args = self.parser.parse_args(words)
+        settle_guidance(args)
+        sampler = open_sampler(args, self.model, self.meta)
+        args.cfg_channels = guided_channels(args.cfg_channels, self.model)
+        shown = set(np.linspace(0, sampler.num_steps - 1, SHOWN + 1)[:-1].round().astype(int).tolist())
+        job = Job(self.state, self.model, sampler, lambda indices: codes[indices], self.vae, args, None, None, [])
+        job.null = self.model.null_condition(1).cpu()
+
+        def on_step(step, x, x_start):
+            show(self.decoder.images(x_start) if step in shown else None)
+
+        return self.decoder.images(draw_batch(job, np.arange(len(codes)), [self.model.denoise], on_step))
+
+    def answer(self, do: str, sources: list, weights: list[float], keep: int, num: int, *settings) -> Iterator[dict]:
+        """What the page shows of a request, as it goes: `images`, and in the end all of it."""
+        seed = settings[-1]
+        codes, taken = self.codes(do, sources, weights, keep, num, seed)
+        words, strip = self.words(num, *settings), COLOURS[taken.numpy()]
+        strip = strip.repeat(max(1, 512 // strip.shape[1]), axis=1).repeat(12, axis=0)
+        for images in as_it_goes(partial(self.draw, codes, words)):
+            yield dict(images=[(image, "") for image in images], strip=strip)
+        back = (self.read(torch.from_numpy(images))["codes"] == codes).float().mean(dim=1).tolist()
+        folder = Path(tempfile.mkdtemp(dir=self.kept.name))
+        content, picture = io.BytesIO(), io.BytesIO()
+        np.save(content, codes.numpy().astype(code_dtype(self.encoder.V)), allow_pickle=False)
+        image_grid(images, min(4, num)).save(picture, "png")
+        write_bytes(folder / "codes.npy", content.getvalue())
+        write_bytes(folder / "images.png", picture.getvalue())
+        shares = torch.bincount(taken.flatten(), minlength=SOURCES + 1).tolist()
+        parts = [f"{name} {share / taken.numel():.0%}" for name, share in zip(NAMES, shares) if share]
+        yield dict(
+            images=[(image, f"{share:.2f}") for image, share in zip(images, back)],
+            strip=strip,
+            said=f"Tokens: {', '.join(parts)}. Code agreement {np.mean(back):.2f} on average.",
+            files=[str(folder / "images.png"), str(folder / "codes.npy")],
+            command=f"python {ComputedCodes.script} {shlex.join(words)}",
+        )
+
+
+def refuse(message: object) -> None:
+    """In the place of a parser's `error`, which ends the program."""
+    raise ValueError(message)
+
+
+def row_of(text: str) -> int | None:
+    """The row that a field of the page names; None where it is empty."""
+    if text.strip() and not text.strip().isdecimal():
+        raise ValueError(f"row {text}: wanted a whole number")
+    return int(text) if text.strip() else None
+
+
+def as_it_goes(work: Callable[[Callable], Any]) -> Iterator:
+    """What work(show) shows while it works, None apart, and in the end what it returns. Its errors are raised here."""
+    items, left = queue.Queue(), threading.Event()
+
+    def show(item):
+        if left.is_set():  # nobody looks any more
+            raise InterruptedError
+        if item is not None:
+            items.put((item, None, False))
+
+    def run():
+        try:
+            items.put((work(show), None, True))
+        except BaseException as error:
+            items.put((None, error, True))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        ended = False
+        while not ended:
+            item, error, ended = items.get()
+            if error:
+                raise error
+            yield item
+    finally:
+        left.set()
+
+
+#################################################################################
+#                                    The page                                   #
+#################################################################################
+
+
+def build_page(studio: Studio) -> "gradio.Blocks":
+    """The page, which is not launched yet."""
+    import gradio as gr
+
+    samplers, rows = samplers_of(process_of(studio.meta)), len(studio.rows or ())
+    with gr.Blocks(title="DLC playground", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown("## Discrete latent codes: mix, vary, draw")
+        with gr.Row():
+            with gr.Column(scale=3):
+                images, numbers, shares = [], [], []
+                with gr.Row():
+                    for name in NAMES[:SOURCES]:
+                        with gr.Column(min_width=120):
+                            image = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], height=150)
+                            images.append(gr.Image(label=name, elem_id=name.replace(" ", "-"), **image))
+                            numbers.append(gr.Textbox(label=f"or row, 0 to {rows - 1}", visible=rows > 0))
+                            shares.append(gr.Slider(0, 1, 1, label="share of tokens"))
+                with gr.Row():
+                    fast = "dpmsolver++" if "dpmsolver++" in samplers else next(iter(samplers))
+                    sampler = gr.Dropdown([*samplers], value=fast, label="sampler")
+                    steps = gr.Slider(2, MOST_STEPS, 10, step=1, label="steps")
+                    scale = gr.Slider(1, 10, 1.5, step=0.1, label="guidance")
+                with gr.Row():
+                    num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="pictures")
+                    keep = gr.Slider(0, studio.encoder.L, studio.encoder.L // 2, step=1, label="tokens kept by Vary")
+                    seed = gr.Number(0, precision=0, minimum=0, maximum=2**53, label="seed")
+                with gr.Row():
+                    buttons = dict(
+                        mix=gr.Button("Mix", variant="primary"),
+                        vary=gr.Button("Vary the first source"),
+                        new=gr.Button("From nothing", visible=studio.prior is not None),
+                    )
+            with gr.Column(scale=2):
+                outputs = dict(
+                    images=gr.Gallery(
+                        label="pictures, and code agreement",
+                        **dict(columns=4, height=300, object_fit="contain", format="png", buttons=["fullscreen"]),
+                    ),
+                    strip=gr.Image(
+                        label="where each token comes from, a row per picture",
+                        **dict(height=130, format="png", buttons=["fullscreen", "download"]),
+                    ),
+                    said=gr.Markdown(),
+                    files=gr.File(label="picture and codes", file_count="multiple"),
+                    command=gr.Textbox(label="the same from the command line", lines=3, buttons=["copy"]),
+                )
+
+        def handler(do, *values):
+            files, numbers, shares = (values[i * SOURCES : (i + 1) * SOURCES] for i in range(3))
+            num, keep, *settings = values[3 * SOURCES :]
+            try:
+                sources = [(file, None if file else row_of(text)) for file, text in zip(files, numbers)]
+                for shown in studio.answer(do, sources, [*shares], int(keep), int(num), *settings):
+                    yield [shown.get(name, gr.skip()) for name in outputs]
+            except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                raise gr.Error(one_line(error) or "the memory is full", print_exception=False) from None
+
+        inputs = [*images, *numbers, *shares, num, keep, sampler, steps, scale, seed]
+        for do, button in buttons.items():
+            button.click(partial(handler, do), inputs, [*outputs.values()], concurrency_limit=1, concurrency_id="draw")
+    return page.queue(max_size=WAITING)
+
+
+def launch(page: "gradio.Blocks", port: int, **more) -> tuple:
+    """Serve the page on 127.0.0.1. Returns what gradio does; more: of its `launch`."""
+    import gradio as gr
+
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none of a font server
+    bounds = dict(max_file_size=UPLOAD, share=False, ssr_mode=False, mcp_server=False, footer_links=[], show_error=True)
+    return page.launch(server_name="127.0.0.1", server_port=port or None, theme=theme, **bounds, **more)
+
+
+def main() -> None:
+    parser, args = parse_args()
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read at the import
+    with parser.one_line_errors():
+        try:
+            import gradio  # noqa: F401
+        except ImportError:
+            raise ValueError("the page needs gradio: pip install -r requirements-playground.txt") from None
+        studio = Studio(args)
+        page = build_page(studio)
+    launch(page, args.port, inbrowser=args.open)
+
+
+if __name__ == "__main__":
+    main()
