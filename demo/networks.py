@@ -12,8 +12,8 @@ image: the views of one image should agree in their tokens and the views of othe
 2018, arXiv 1807.03748, with the share of agreeing tokens as similarity), every token should be used, and a decoder that
 is thrown away must find a thumbnail of the undistorted image in the simplicial embedding. No label is used.
 
-The digits' networks, assets/digits-vae and assets/digits-sem, are those that the defaults train on the folder
-demo_output/digits/train of demo.sh; six minutes on two CPU cores.
+The defaults rebuild the digits' networks, assets/digits-vae and assets/digits-sem, in about six minutes on two CPU
+cores, from the folder demo_output/digits/train of demo.sh: networks like those, not the same bytes.
 """
 
 import argparse
