@@ -27,7 +27,6 @@ from benchmarks.record import DEVICE, ON_GPU, flags, machine, result_path, run_s
 from benchmarks.roofline import CARDS, Card, L, Roofline, V, card_of
 from dlc.machine.cli import number, one_line
 from dlc.machine.processes import default_num_workers, set_numerics
-from models import DiT_models, ModelSpec
 
 ALONE = "DDP, each process sees one GPU"
 ANCESTORS = "the ancestors' way"
@@ -52,10 +51,6 @@ class Bench:
     def roofline(self) -> Roofline:
         """Of the card, or without one of another, for the model's sizes alone."""
         return Roofline(self.args.model, self.card or CARDS["H100"])
-
-    @property
-    def spec(self) -> ModelSpec:
-        return DiT_models[self.args.model]
 
     def once(self, name: str, make: Callable, *inputs) -> object:
         """make(*inputs) at the first call with this name; what it returned at the others."""
@@ -85,9 +80,8 @@ def training(given: str, bench: Bench, launch: list = train_options.LAUNCH, gpus
     if steps_per_second is None:
         return {"said": memory}
     rate, n = steps_per_second * args.batch / gpus, args.batch // gpus
-    parts_of_step = Roofline(args.model, bench.roofline.card, gpus, fsdp).training(n)
-    expected = n / sum(parts_of_step.values()) if bench.card and given == "--compile" else None
-    shares = bench.shares(3 * rate, train_options.options(row).precision)
+    parts, shares = Roofline(args.model, bench.roofline.card, gpus, fsdp).training(n), bench.shares(3 * rate, "bf16")
+    expected = n / sum(parts.values()) if bench.card and given == "--compile" else None
     return kernels.row(rate, "images/s", expected, **{"memory GiB": memory}, **shares)
 
 

@@ -40,7 +40,7 @@ def copying(bench) -> dict:
 
 def product(inputs: float, outputs: float, dtype: torch.dtype, gradient: bool, bench) -> dict:
     """TFLOP/s of a linear layer of a block, its sizes in widths, or of its weight's gradient."""
-    width, tokens = bench.spec.hidden_size, N * roofline.T
+    width, tokens = bench.roofline.spec.hidden_size, N * roofline.T
     sizes = [tokens, int(inputs * width), int(outputs * width)]
     m, k, n = (sizes[1], sizes[0], sizes[2]) if gradient else sizes
     a, b = torch.randn(m, k, device=DEVICE, dtype=dtype), torch.randn(k, n, device=DEVICE, dtype=dtype)
@@ -51,8 +51,7 @@ def product(inputs: float, outputs: float, dtype: torch.dtype, gradient: bool, b
 
 def attention(backend: str, bench) -> dict:
     """TFLOP/s of attention forward and backward, of a block's heads; heads are not counted as padded."""
-    spec = bench.spec
-    heads, head = spec.num_heads, spec.hidden_size // spec.num_heads
+    heads, head = bench.roofline.spec.num_heads, bench.roofline.spec.hidden_size // bench.roofline.spec.num_heads
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     qkv = torch.randn(N, roofline.T, 3, heads, head, device=DEVICE, dtype=dtype, requires_grad=True)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -68,8 +67,7 @@ def attention(backend: str, bench) -> dict:
             seconds = median_seconds(both, REPEATS)
     except RuntimeError as error:
         raise Unavailable(f"refused: {str(error)[:90]}") from None
-    flops = 4 * N * heads * roofline.T**2 * head
-    padded = -(-head // 32) * 32 / head
+    flops, padded = 4 * N * heads * roofline.T**2 * head, -(-head // 32) * 32 / head
     expected = bench.card and 3.5 / 4 / padded * bench.card.flops * bench.card.reached * ATTENTION / 1e12
     return row(3.5 * flops / seconds / 1e12, "TFLOP/s", expected, said=out.grad_fn.name())
 
@@ -134,7 +132,7 @@ def denoising(images: int, how: str, bench) -> dict:
     """Images per second of 250 guided steps of the network alone, compiled, by CUDA graphs, or with GELU's epilogue."""
     if how == "CUDA graphs" and not ON_GPU:
         raise Unavailable("CUDA graphs need a GPU")
-    made, width = steps.Steps(bench.args.model, 2, "bf16"), bench.spec.hidden_size
+    made, width = steps.Steps(bench.args.model, 2, "bf16"), bench.roofline.spec.hidden_size
     inputs = [torch.randn(*sizes, device=DEVICE) for sizes in ((2 * images, 4, 32, 32), (width,), (2 * images, width))]
     with torch.inference_mode(), autocast(DEVICE, "bf16"):
         wanted, denoise = made.drawing.denoise(*inputs), made.drawing.denoise

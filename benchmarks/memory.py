@@ -16,6 +16,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from benchmarks.record import record
+from benchmarks.roofline import L, V
 from dlc.machine.processes import ACTIVATION_BUDGET
 from models import DiT_models, ModelSpec
 
@@ -103,14 +104,12 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="+", default=[f"DiTSEM-{size}/2" for size in "S B L XL".split()], help="[S, B, L, XL]")
     add("--batch", type=int, default=256, help="images per GPU and step, a power of 2 [%(default)s]")
-    add("--L", type=int, default=512, help="code positions [%(default)s]")
-    add("--V", type=int, default=256, help="tokens per position [%(default)s]")
     args = parser.parse_args()
     partitioner.activation_memory_budget, rows = ACTIVATION_BUDGET, []
     for model in args.models:
-        memory = Memory(DiT_models[model], L=args.L, V=args.V)
+        memory = Memory(DiT_models[model], L=L, V=V)
         rows += [{"model": model, "card, GiB": card, **memory.fits(card, args.batch)} for card in CARDS]
-    record("memory", rows, batch=args.batch, L=args.L, V=args.V)
+    record("memory", rows, batch=args.batch)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.record import DEVICE, ON_GPU, in_turns, record, seconds_of
+from benchmarks.record import DEVICE, ON_GPU, in_turns, record
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
 from dlc.machine.noise import Stream, uniforms
@@ -87,8 +87,7 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
     steps = {name: partial(step, *row) for name, row in rows.items() if args.compile or not row[1]}
     for one in steps.values():
         one()  # allocates, compiles
-    seconds = in_turns({name: partial(seconds_of, one) for name, one in steps.items()}, args.repeats)
-    return {name: min(times) for name, times in seconds.items()}
+    return {name: min(seconds) for name, seconds in in_turns(steps, args.repeats).items()}
 
 
 @torch.inference_mode()
@@ -102,9 +101,7 @@ def seconds_of_calls(args: argparse.Namespace) -> dict[bool, float]:
         with autocast(DEVICE, args.precision):
             model(codes, told, places=places)
 
-    for places in (None, one):
-        call(places)
-    calls = {places is None: partial(seconds_of, partial(call, places)) for places in (None, one)}
+    calls = {places is None: partial(call, places) for places in (None, one)}
     return {name: min(seconds) for name, seconds in in_turns(calls, args.repeats).items()}
 
 

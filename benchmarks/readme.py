@@ -30,8 +30,8 @@ def read_result(name: str, device: str) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def device_name(machine: dict) -> str:
-    return machine["gpu"] or f"{machine['cores']} CPU cores"
+def on_what(result: dict) -> str:
+    return result["machine"]["gpu"] or f"{result['machine']['cores']} CPU cores"
 
 
 def cell(value: object, key: str = "") -> str:
@@ -66,9 +66,7 @@ def details(name: str) -> list[str]:
             f"{machine['cpu']}, {machine['memory_gib']} GiB; {versions}."
         )
         lines.append("")
-    rows = [
-        dict(row, on=device_name(result["machine"])) for result in results.values() if result for row in result["rows"]
-    ]
+    rows = [dict(row, on=on_what(result)) for result in results.values() if result for row in result["rows"]]
     rows += json.loads((ROOT / "benchmarks/published.json").read_text()).get(name, [])
     first, *others = dict.fromkeys(key for row in rows for key in row if key != "on") or [""]
     columns = [first, *(["on"] if len(DEVICES[name]) > 1 else []), *others]
@@ -109,7 +107,7 @@ def figures() -> list[str]:
     for name, words in FIGURES.items():
         result = next(filter(None, (read_result(name, device) for device in reversed(DEVICES[name]))))
         rows = [{key: cell(value, key) for key, value in row.items()} for row in result["rows"]]
-        on = "computed" if name == "memory" else device_name(result["machine"])
+        on = "computed" if name == "memory" else on_what(result)
         lines += wrapped(f"- {words(result, rows)} ({on}).", "  ")
     return lines
 

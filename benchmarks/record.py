@@ -116,11 +116,11 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def in_turns(functions: dict, turns: int) -> dict[object, list[float]]:
-    """The seconds that each function returns, by name; the functions take turns."""
+    """`seconds_of` each function, by name; the functions take turns."""
     seconds = {name: [] for name in functions}
     for _ in range(turns):
         for name, function in functions.items():
-            seconds[name].append(function())
+            seconds[name].append(seconds_of(function))
             print(f"{name}: {seconds[name][-1]:.3g} s", flush=True)
     return seconds
 

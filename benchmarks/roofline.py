@@ -93,14 +93,12 @@ class Roofline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="DiTSEM-XL/2", help="a DiTSEM [%(default)s]")
-    parser.add_argument("--batch", type=int, default=256, help="images per training step of all GPUs [%(default)s]")
-    args, rows = parser.parse_args(), []
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = []
     one = [(name, 1, False) for name in ("H100", "H200", "A100", "RTX 4090")]
-    for name, gpus, sharded in [*one, ("H100", 4, False), ("H100", 4, True), ("H100", 8, False), ("H100", 8, True)]:
-        roofline = Roofline(args.model, CARDS[name], gpus, sharded)
-        for work, n in ("training", args.batch // gpus), *([("sampling", 64)] if gpus == 1 else []):
+    for name, gpus, sharded in [*one, *(("H100", gpus, sharded) for gpus in (4, 8) for sharded in (False, True))]:
+        roofline = Roofline("DiTSEM-XL/2", CARDS[name], gpus, sharded)
+        for work, n in ("training", 256 // gpus), *([("sampling", 64)] if gpus == 1 else []):
             parts = roofline.training(n) if work == "training" else roofline.sampling(n)
             seconds = sum(parts.values())
             per_image, steps = (3, 1) if work == "training" else (2, 250)
@@ -111,7 +109,7 @@ def main() -> None:
                 "images/s per GPU": n / seconds / steps, "of the data sheet": roofline.share(per_image * n / seconds),
                 "weights GiB": roofline.gigabytes() if work == "training" else None,
             })  # fmt: skip
-    record("roofline", rows, **vars(args))
+    record("roofline", rows)
 
 
 if __name__ == "__main__":

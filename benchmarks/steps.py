@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from benchmarks.checks import difference
-from benchmarks.record import DEVICE, ON_GPU, in_turns, record, seconds_of
+from benchmarks.record import DEVICE, ON_GPU, in_turns, record
 from diffusion import GaussianDiffusion, create_diffusion
 from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.machine.processes import PRECISIONS, autocast, compile_blocks, cores, set_numerics
@@ -128,7 +128,7 @@ def measure(steps: Steps, rows: list[tuple], turns: int) -> list[dict]:
         wanted = first.setdefault(work, [one.clone() for one in found])
         differs = difference(found, wanted) if wanted is not found else None
         table.append({"work": work, "": way, "seconds": None, "times the first": None, "differs by": differs})
-    seconds = in_turns({row: partial(seconds_of, partial(steps, *row)) for row in rows}, turns)
+    seconds = in_turns({row: partial(steps, *row) for row in rows}, turns)
     for row, (work, way) in zip(table, rows):
         name = next(name for name in rows if name[0] == work)
         ratios = sorted(one / other for one, other in zip(seconds[name], seconds[work, way]))

@@ -117,7 +117,7 @@ def test_checks(name):
     "module, flags, rate",
     [
         (loading, "--rows 128 --batch 16", "samples/s"),
-        (memory, "--models DiTSEM-Ti/8 --batch 2 --L 4 --V 8", "images at once"),
+        (memory, "--models DiTSEM-Ti/8 --batch 2", "images at once"),
         (prior, "--model DLCPrior-Ti --L 4 --V 8 --repeats 1 --no-compile", "codes/s"),
     ],
 )
