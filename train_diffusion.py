@@ -334,7 +334,6 @@ def main(**defaults) -> None:
 
 def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     """The run that args ask for."""
-    is_main = run.state.is_main_process
     with parser.one_line_errors():
         # ---------------------------------------------------------------------- data
         features, data_path = open_data(args, run.state), args.data_path or args.features_path
@@ -348,8 +347,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
                 f"{spec.patch_size}"
             )
-        source = features.source()
-        path_key = "data_path" if args.data_path else "features_path"
+        source, path_key = features.source(), "data_path" if args.data_path else "features_path"
         run.claim(
             args.model,
             build,
@@ -357,7 +355,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             settings=data_settings(args, features, inputs),
             notes={path_key: recorded_id(data_path), **{key: source[key] for key in NOTED}},
         )
-        if is_main:
+        if run.state.is_main_process:
             features.validate()
             if args.condition_path:
                 inputs.arrays["vectors"].check_finite()

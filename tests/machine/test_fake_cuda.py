@@ -157,7 +157,8 @@ def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gau
     """Each step of the sampler: its model's calls, guidance by the null condition, and by a weaker model or a head."""
     build, conditions = FAMILIES[family]
     model, weak = real(build).eval(), real(build).eval()
-    sampler = create_sampler(name, 5, create_process(process))
+    create = partial(real, create_sampler) if process == "flow" else create_sampler  # whose times are read as numbers
+    sampler = create(name, 5, create_process(process))
     for one in (model, weak):
         lower_precision(one, precision)
         one.to(CUDA)
@@ -311,6 +312,9 @@ PATHS = {
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
     "training with a head in bf16": partial(training, "DiTSEM with a head", "bf16"),
     "sampling guided by a head": partial(sampling, "DiTSEM with a head", "bf16", "ddpm", 1.5, (250, 749), 2),
+    "flow sampling guided by a weaker model": partial(
+        sampling, "DiTSEM", "bf16", "heun", 1, (0.2, 0.7), 2, process="flow"
+    ),
     "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "ddpm", 1, (250, 749), 2),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
     "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
