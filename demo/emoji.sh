@@ -27,15 +27,15 @@ stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffle
     --dlc-dir "$out/shuffled_codes.npy" --dlc-order sequential --num-fid-samples 195
 
 # compose: half the tokens of one picture, half of another
-pairs=("train/Smileys & Emotion/0070-face_with_cowboy_hat" "heldout/Smileys & Emotion/0092-cry"
-       "train/Smileys & Emotion/0015-heart_eyes" "heldout/Smileys & Emotion/0044-unamused"
-       "heldout/Animals & Nature/0588-panda_face" "train/Animals & Nature/0545-tiger"
-       "heldout/Animals & Nature/0612-parrot" "heldout/Animals & Nature/0628-dolphin"
-       "heldout/Smileys & Emotion/0148-blue_heart" "train/Animals & Nature/0664-rose")
+pairs=("train/Smileys & Emotion/0070-face_with_cowboy_hat.png" "heldout/Smileys & Emotion/0092-cry.png"
+       "train/Smileys & Emotion/0015-heart_eyes.png" "heldout/Smileys & Emotion/0044-unamused.png"
+       "heldout/Animals & Nature/0588-panda_face.png" "train/Animals & Nature/0545-tiger.png"
+       "heldout/Animals & Nature/0612-parrot.png" "heldout/Animals & Nature/0628-dolphin.png"
+       "heldout/Smileys & Emotion/0148-blue_heart.png" "train/Animals & Nature/0664-rose.png")
 mkdir -p "$out/composed_codes"
 for ((i = 0; i < ${#pairs[@]}; i += 2)); do
-    stage "compose: pair $((i / 2 + 1))" python compose_dlc.py "$out/emoji/${pairs[i]}.png" \
-        "$out/emoji/${pairs[i + 1]}.png" --encoder "$out/networks/sem" --num 8 --out "$out/composed_codes/$i.npy"
+    stage "compose: pair $((i / 2 + 1))" python compose_dlc.py "$out/emoji/${pairs[i]}" \
+        "$out/emoji/${pairs[i + 1]}" --encoder "$out/networks/sem" --num 8 --out "$out/composed_codes/$i.npy"
 done
 stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "$out/composed_codes" \
     --dlc-order sequential --num-fid-samples $((4 * ${#pairs[@]}))
