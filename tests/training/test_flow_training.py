@@ -21,7 +21,7 @@ def test_from_training_to_samples(features, tmp_path, error_of):
     arguments = dict(time_distribution="lognormal", time_mean=0.0, time_std=1.0, time_scale=1.0)
     assert config["process"] == dict(process="flow", arguments=arguments)
     assert config["arguments"]["learn_sigma"] is False
-    assert Image.open(whole / "previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    assert Image.open(whole / "previews/0000004.png").width > 8 * IMAGE_SIZE
     line = metrics(whole)[-1]
     assert "mse" not in line and len(line["loss_by_quarter_of_t"]) == 4 and 1 < line["loss"] < 4
 
