@@ -39,7 +39,17 @@ def test_from_training_to_samples(features, tmp_path, error_of):
     ):
         assert message in error_of("train_diffusion", *common, *changed)
 
-    sampling = ("--ckpt", whole, "--dlc-dir", features, "--num-fid-samples", 3, "--sample-dir", tmp_path / "samples")
+    sampling = (
+        "--ckpt",
+        whole,
+        "--no-ema",
+        "--dlc-dir",
+        features,
+        "--num-fid-samples",
+        3,
+        "--sample-dir",
+        tmp_path / "samples",
+    )
     for flags, message in (
         (("--sampler", "ddpm"), "--sampler ddpm does not draw from a model that was trained on the process flow"),
         (("--sampler", "ddim"), "): euler or heun or sde does"),
