@@ -40,8 +40,9 @@ class Flow:
                  time_scale: float = 1.0):
         if time_distribution not in TIME_DISTRIBUTIONS:
             raise ValueError(f"time distribution {time_distribution}: is one of {', '.join(TIME_DISTRIBUTIONS)}")
-        if not (math.isfinite(time_mean) and 0 < time_std < math.inf and 0 < time_scale < math.inf):
-            raise ValueError(f"time mean {time_mean}, std {time_std} and scale {time_scale}: the last two are above 0")
+        if not (math.isfinite(time_mean) and 0 < time_std < math.inf and time_scale >= 1 and time_scale % 1 == 0):
+            raise ValueError(f"time mean {time_mean}, std {time_std} and scale {time_scale}: the mean is finite, std "
+                             "above 0, and the scale a whole number")
         self.time_distribution, self.time_mean, self.time_std = time_distribution, time_mean, time_std
         self.time_scale = time_scale
 
@@ -177,7 +178,7 @@ SHIFT = dict(fewest_steps=1, options=dict(time_shift=Option(
     "a: move the times towards the noise, as large latents need: t becomes a t / (1 + (a - 1) t)", low=0.01, high=100)))
 FLOW_SAMPLERS = {
     "euler": SamplerSpec("Euler's method", EulerSampler, 25, **SHIFT, scheduler=lambda process: (
-        "scheduler_flow", "FlowScheduler", dict(num_train_timesteps=round(process.time_scale)))),
+        "scheduler_flow", "FlowScheduler", dict(num_train_timesteps=int(process.time_scale)))),
     "heun": SamplerSpec("Heun's second-order method, two evaluations per step", HeunFlowSampler, 25, **SHIFT),
     "sde": SamplerSpec("Euler and Maruyama's method on the SDE, which adds noise", SDESampler, 250, **SHIFT),
 }

@@ -81,8 +81,8 @@ def whole_or_float(text: str) -> float:
 
 def add_option(add: Callable, name: str, option: "Option", default: object, words: str = "") -> None:
     """Add the flag of an `Option`, None where it is not given. words: before its help."""
-    kind = dict(choices=option.choices) if option.choices else dict(type=number(float, option.low, option.high))
-    add(f"--{name.replace('_', '-')}", help=f"{words}{option.about} [{default}]", **kind)
+    taken = dict(choices=option.choices) if option.choices else dict(type=number(float, option.low, option.high))
+    add(f"--{name.replace('_', '-')}", help=f"{words}{option.about} [{default}]", **taken)
 
 
 SEED = number(int, 0, 2**63 - 1)  # the argparse type of --global-seed

@@ -148,8 +148,9 @@ def test_training_times():
 def test_arguments_that_do_not_exist():
     for arguments, message in (
         (dict(time_distribution="cosine"), "time distribution cosine: is one of uniform, lognormal"),
-        (dict(time_std=0.0), "time mean 0.0, std 0.0 and scale 1.0: the last two are above 0"),
+        (dict(time_std=0.0), "time mean 0.0, std 0.0 and scale 1.0: the mean is finite, std above 0"),
         (dict(time_scale="1"), "process flow: "),
+        (dict(time_scale=1.5), "scale 1.5: the mean is finite, std above 0, and the scale a whole number"),
         (dict(shift=1), "process flow: "),
     ):
         with pytest.raises(ValueError, match=message):
