@@ -17,8 +17,8 @@ from dlc.sampling.latents import create_sampler
 from dlc.sampling.samples_record import SamplesRecord, short_digest
 from dlc.sampling.sampling_flags import RESULTS
 from dlc.weights.hub import PUBLISHED, is_id, published_dit
-from dlc.weights.load import load_model, process_of, warn_of_young_ema
-from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint, newest_of_run
+from dlc.weights.load import load_model, newest_in, process_of, warn_of_young_ema
+from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint
 from dlc.weights.networks import load_vae, vae_id, vae_label
 from models import DiT, DiT_models
 
@@ -53,7 +53,7 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
     args.model = args.model or (None if args.ckpt else default)
     if args.model:
         refuse_model(args, script, DiT_models[args.model].conditioning)
-    path = find_checkpoint(args) if args.ckpt is None else newest_of_run(args.ckpt, ("config.json",)) or args.ckpt
+    path = find_checkpoint(args) if args.ckpt is None else newest_in(args.ckpt, ("config.json",))
     model, name, meta = load_model(
         path,
         args.ema,

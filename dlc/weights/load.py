@@ -7,6 +7,7 @@ Either way: tensors and a `ModelConfig`, from which the model is built and fille
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,18 @@ YOUNG = 0.05  # share of an EMA that is still the start of training
 OWN_FILES = "ema.safetensors", "model.safetensors"
 
 
+def newest_in(at: str | Path, files: Sequence[str]) -> str | Path:
+    """The newest checkpoint of the run of ours that is a folder, or the only one in it; any other path as it is.
+
+    Raises ValueError, which lists them, for a folder of several runs, and as `newest_of_run` does.
+    """
+    if Path(at).is_dir() and not (Path(at) / "config.json").is_file():
+        with contextlib.suppress(NoCheckpoint):  # others' weights
+            run = at if run_checkpoints(at) else only_run(at, lambda path: True, "checkpoint")
+            return newest_of_run(run, files) or at
+    return at
+
+
 def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunMeta] | None:
     """The tensors, config and meta of a run, a checkpoint or an export of ours, or of a file in one; else None.
 
@@ -49,12 +62,9 @@ def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConf
 
     Raises ValueError, naming the file, for what is damaged; NoRawWeights if only EMA weights are there.
     """
-    words = "checkpoint of this program"
-    if at.is_dir() and not (at / "config.json").is_file() and not run_checkpoints(at):
-        with contextlib.suppress(NoCheckpoint):  # of others' weights
-            at = only_run(at, lambda path: True, "checkpoint")
-    if at.is_dir() and run_checkpoints(at):
-        at = newest_of_run(at, ("config.json", "meta.json", OWN_FILES[0 if ema else 1]))
+    words, given = "checkpoint of this program", at
+    at = Path(newest_in(given, ("config.json", "meta.json", OWN_FILES[0 if ema else 1])))
+    if at != given:
         words = f"newest checkpoint of the run, {at.name}, {words}"
     folder = at if at.is_dir() else at.parent
     config = read_config(folder) if at.is_dir() or at.name in OWN_FILES else None

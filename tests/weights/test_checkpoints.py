@@ -10,7 +10,7 @@ from dlc.nets.digest import weights_sha256
 from dlc.sampling.opening import open_sampler
 from dlc.weights.checkpoint import load_checkpoint, save_checkpoint
 from dlc.weights.info import info
-from dlc.weights.load import load_model, load_pretrained
+from dlc.weights.load import load_model, load_pretrained, newest_in
 from dlc.weights.meta import (
     RunMeta,
     config_of,
@@ -127,6 +127,8 @@ def test_several_runs_of_a_model_are_listed(tmp_path):
         with pytest.raises(ValueError, match=both):
             load(tmp_path / "in")
     assert load_model(tmp_path / "one")[2].step == 7 == load_model(tmp_path)[2].step
+    assert newest_in(tmp_path / "one", ["config.json"]) == runs[2] / "checkpoints/0000007"
+    assert newest_in("owner/name", ["config.json"]) == "owner/name"
 
 
 def test_records_are_readable_and_read_back(tmp_path):
