@@ -12,7 +12,7 @@ import sys
 import time
 from multiprocessing import connection
 
-from conftest import HELPERS, ROOT, check_marked, free_port
+from conftest import HELPERS, ROOT, TESTS, check_marked, free_port
 
 context = multiprocessing.get_context("forkserver")
 SCRIPTS = "extract_features_withdlc train_diffusion sample_ddp_computed_dlc train_prior sample_prior faulty".split()
@@ -22,7 +22,8 @@ LATER = """accelerate.utils diffusers.models.autoencoders.autoencoder_kl matplot
 context.set_forkserver_preload([*SCRIPTS, *LATER, "forked"])
 gc.freeze()  # in that server, too: its children do not look through what it has imported
 # the server that is forked from looks for what it preloads here
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+PATHS = map(str, (ROOT, TESTS, HELPERS))
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _run(script, arguments, environment, output, cwd, copy):
