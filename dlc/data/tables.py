@@ -197,8 +197,12 @@ def is_dataset(name: str) -> bool:
     name, _ = _split_of(name)
     path = Path(name)
     if path.is_dir():
-        files = (*(path / one for one in SAVED), *path.glob("*.parquet"), *path.glob("data/*.parquet"))
-        return any(file.is_file() for file in files)
+        with contextlib.suppress(OSError):
+            folders = [one.name for one in path.iterdir() if one.name[0] != "." and one.is_dir()]
+            inner = path if not folders else path / "data"  # beside class folders a .parquet is something else
+            is_parquet = folders in ([], ["data"]) and any(inner.glob("*.parquet"))
+            return is_parquet or any((path / one).is_file() for one in SAVED)
+        return False
     if path.exists():
         return path.suffix == ".parquet"
     return bool(re.fullmatch(HUB_ID, name)) and not os.path.exists(name.split("/")[0])

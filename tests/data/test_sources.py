@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -89,7 +92,7 @@ def test_features_are_those_of_the_folder(place, tmp_path):
     wanted = features_of(folder, tmp_path / "folder", 0)
     assert wanted[1] == [["dog/1.png", "UnidentifiedImageError: cannot identify image file"]] and wanted[2] == 1
     for name in ("in.zip", "out.zip", "mac.zip", "in.tar", "out.tar", "shards", "webdataset.tar"):
-        source = open_source(str(place / name))
+        source = pickle.loads(pickle.dumps(open_source(str(place / name))))  # as other processes get it
         assert [source.name(index) for index in range(6)] == MEMBERS, name
         assert source.labels.tolist() == folder.labels.tolist() == [0, 0, 0, 1, 1, 1]
         assert (source.classes == ["0", "1"]) if "web" in name else (source.classes == ["cat", "dog"])
@@ -243,8 +246,6 @@ def test_names_that_lead_out_are_left_out(tmp_path):
 
 
 def test_hub_datasets_without_the_package(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="owner/name needs the package datasets: pip install datasets$"):
         open_source("owner/name")
@@ -279,7 +280,7 @@ def tables(place, tmp_path_factory):
 def test_datasets_are_the_folder(place, tables, tmp_path):
     wanted = features_of(open_source(place / "images"), tmp_path / "folder", 0)
     for name in ("saved", "splits", "a.parquet"):
-        source = open_source(tables / name)
+        source = pickle.loads(pickle.dumps(open_source(tables / name)))
         assert [source.name(index) for index in range(6)] == MEMBERS and source.classes == ["cat", "dog"]
         assert features_of(source, tmp_path / name, 2) == wanted
     test = open_source(f"{tables}/splits:test")
@@ -305,3 +306,30 @@ def test_datasets_that_are_refused(name, message, tables):
     with pytest.raises(ValueError) as raised:
         open_source(f"{tables}/{name}")
     assert re.search(message, str(raised.value)) and "\n" not in str(raised.value), raised.value
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub(tables, tmp_path, hub):
+    """By id, revision and split; a name that is nowhere is one line. In processes of their own."""
+    content = (tables / "a.parquet").read_bytes()
+    hub.add("owner/images", {"data/test-00000-of-00001.parquet": content}, revision="v1", kind="dataset")
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    code = """
+import sys
+from dlc.data.images import open_source
+from dlc.machine.cli import ArgumentParser
+with ArgumentParser("").one_line_errors():
+    source = open_source(sys.argv[1])
+    print(source.name(4), source.classes, source.load(0).size, source.sha256())
+"""
+
+    def opened(name):
+        return subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, text=True, capture_output=True, env=env)
+
+    wanted = open_source(tables / "a.parquet")
+    found = opened("owner/images@v1:test")
+    assert f"dog/1.png ['cat', 'dog'] (150, 70) {wanted.sha256()}" in found.stdout, found.stderr
+    for name, message in (("owner/images@v1", 'Unknown split "train"'), ("owner/nowhere", "no file or folder here")):
+        found = opened(name)
+        assert found.returncode == 2 and message in found.stderr, found.stderr
+        assert [line for line in found.stderr.splitlines() if "error" in line] == found.stderr.splitlines()[-1:]
