@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 ON_GPU = on_gpus()
-LOWEST_PSNR = 18  # dB; docs/extraction.md says why
+LOWEST_PSNR = 20  # dB; docs/extraction.md says why
 
 
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
