@@ -3,7 +3,7 @@
     python -m benchmarks.sources
 
 Images are read in random order from the page cache. Rates are per CPU second of one process, so that other programs do
-not change them; `indexing` is the time until the first image can be read. Datasets need the package datasets.
+not change them; `indexing` is the time until the first image can be read. It needs the package datasets.
 """
 
 import argparse
@@ -11,8 +11,10 @@ import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 
 from benchmarks.extraction import write_photographs
@@ -24,39 +26,36 @@ def pack(root: Path) -> list[str]:
     """Write the images of root/images in every way, and return the names of the ways, the folder first."""
     for kind in ("zip", "tar"):
         shutil.make_archive(root / "images", kind, root / "images")
-    (root / "shards").mkdir()
     paths = sorted((root / "images").rglob("*.jpg"))
+    (root / "shards").mkdir()
     for number in range(4):
         with tarfile.open(root / f"shards/{number:06d}.tar", "w") as shard:
             for path in paths[number::4]:
                 shard.add(path, path.relative_to(root / "images"))
-    try:
-        import datasets
-    except ImportError:
-        return ["images", "images.zip", "images.tar", "shards"]
     content = [dict(bytes=path.read_bytes(), path=path.name) for path in paths]
     features = datasets.Features(image=datasets.Image())
     datasets.Dataset.from_dict(dict(image=content), features).save_to_disk(root / "saved")
     return ["images", "images.zip", "images.tar", "shards", "saved"]
 
 
-def rates(source: Source, order: list[int]) -> tuple[float, float]:
-    """Images per CPU second, the best of three: their bytes alone, and decoded and cropped."""
+def bytes_alone(source: Source, index: int) -> bytes:
+    file = source.open(index)
+    return Path(file).read_bytes() if isinstance(file, str) else file.getvalue()
 
-    def content(index):
-        file = source.open(index)
-        return Path(file).read_bytes() if isinstance(file, str) else file.getvalue()
 
-    found = []
-    for read in (content, lambda index: np.array(center_crop(source.load(index), 256))):
-        seconds = []
-        for _ in range(3):
-            start = time.process_time()
-            for index in order:
-                read(index)
-            seconds.append(time.process_time() - start)
-        found.append(len(order) / min(seconds))
-    return tuple(found)
+def decoded(source: Source, index: int) -> np.ndarray:
+    return np.array(center_crop(source.load(index), 256))
+
+
+def rate(read: Callable, source: Source) -> float:
+    """Images per CPU second in random order, the best of three."""
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        for index in np.random.default_rng(0).permutation(len(source)).tolist():
+            read(source, index)
+        seconds.append(time.process_time() - start)
+    return len(source) / min(seconds)
 
 
 def main() -> None:
@@ -64,18 +63,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="photographs of 500 x 375 pixels [%(default)s]")
     args, table = parser.parse_args(), []
     with tempfile.TemporaryDirectory() as root:
-        root = Path(root)
-        write_photographs(root / "images", args.images)
-        for name in pack(root):
+        write_photographs(Path(root) / "images", args.images)
+        for name in pack(Path(root)):
             start = time.process_time()
-            source = open_source(root / name)
-            indexing = time.process_time() - start
-            order = np.random.default_rng(0).permutation(len(source)).tolist()
-            bytes_alone, decoded = rates(source, order)
-            first = table[0]["images/s"] if table else round(decoded, 1)
-            row = {"source": name, "indexing, ms per 1,000": round(1e6 * indexing / args.images, 1)}
-            row |= {"bytes alone/s": round(bytes_alone), "images/s": round(decoded, 1)}
-            table.append({**row, "times the folder": round(decoded / first, 2)})
+            source = open_source(Path(root) / name)
+            row = {"source": name, "indexing, ms per 1,000": 1e6 * (time.process_time() - start) / args.images}
+            row |= {"bytes alone/s": rate(bytes_alone, source), "images/s": rate(decoded, source)}
+            table.append({**row, "times the folder": row["images/s"] / [*table, row][0]["images/s"]})
     record("sources", table)
 
 
