@@ -1,1 +1,1 @@
-"""A demonstration on scikit-learn's handwritten digits: two CPU cores, no download."""
+"""Demonstrations on two CPU cores, without a download: scikit-learn's handwritten digits, and emoji in colour."""
