@@ -164,7 +164,7 @@ class Studio:
 
     def words(self, num: int, sampler: str, steps: int, cfg_scale: float, seed: int) -> list[str]:
         """The command line that draws the codes in codes.npy, behind the script's name."""
-        drawn = dict(sampler=sampler, num_sampling_steps=steps, cfg_scale=cfg_scale, global_seed=seed)
+        drawn = dict(sampler=sampler, num_sampling_steps=int(steps), cfg_scale=cfg_scale, global_seed=int(seed))
         flags = [word for name, value in drawn.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         codes = ["--dlc-dir", "codes.npy", "--dlc-order", "sequential", "--num-fid-samples", str(num)]
         return [*self.named, *codes, *flags]
