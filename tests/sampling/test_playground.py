@@ -19,7 +19,6 @@ from tiny_prior import save_prior
 
 import playground
 from compose_dlc import compose
-from dlc.sampling.code_folder import load_codes
 
 pytestmark = pytest.mark.slow
 CHROMIUM = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
@@ -41,7 +40,7 @@ def rows(*numbers):
 def last(studio, do, sources, weights=(1.0, 1.0, 1.0), keep=2, num=3, settings=SETTINGS):
     *shown, end = studio.answer(do, sources, list(weights), keep, num, *settings)
     assert len(shown) >= playground.SHOWN and not any("files" in one for one in shown)
-    return end, load_codes(playground.Path(end["files"][1]))
+    return end, np.load(end["files"][1])
 
 
 def test_the_same_as_the_script(studio, images, workplace, tmp_path):
