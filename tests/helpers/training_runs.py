@@ -10,7 +10,7 @@ def train_command(processes, features, results, *flags, script="train_diffusion.
     """For conftest.launch: a DiTSEM-Ti/4 on features, with a line of the log at each step."""
     return (
         *(launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results),
-        *("--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 1),
+        *("--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 0),
         *("--no-ema-warmup", "--sample-every", 0, *flags),
     )
 
