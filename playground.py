@@ -302,7 +302,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                     ),
                     said=gr.Markdown(),
                     files=gr.File(label="picture and codes", file_count="multiple"),
-                    command=gr.Textbox(label="the same from the command line", lines=3, buttons=["copy"]),
+                    command=gr.Textbox(label="the same from the command line", lines=3, elem_id="command"),
                 )
 
         def handler(do, *values):
