@@ -79,7 +79,9 @@ def asked_part(flag: Part | None) -> Part:
                 f"SLURM_ARRAY_TASK_ID is {task}, one of {count} tasks that are not evenly spaced: say which part this "
                 "one makes with --part I/N"
             )
-    if number("NTASKS", 1) > 1 and "RANK" not in os.environ:
+    # a batch script, which is in no step of its job, has these two variables as well, but is alone
+    alone = "RANK" in os.environ or "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
+    if number("NTASKS", 1) > 1 and not alone:
         index, count = index * number("NTASKS", 1) + number("PROCID", 0), count * number("NTASKS", 1)
         sources.append("SLURM_PROCID")
     return Part(index, count, " and ".join(sources))

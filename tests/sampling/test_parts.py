@@ -25,7 +25,8 @@ SAMPLE = ("sample_ddp_computed_dlc", *FLAGS)  # 6 images in 3 batches
         ({}, WHOLE),
         (dict(ARRAY_TASK_ID="7", ARRAY_TASK_COUNT="3", ARRAY_TASK_MIN="3", ARRAY_TASK_STEP="2"), Part(2, 3)),
         (dict(ARRAY_TASK_ID="5", ARRAY_TASK_COUNT="1", ARRAY_TASK_MIN="5", NTASKS="1", PROCID="0"), WHOLE),
-        (dict(NTASKS="4", PROCID="3"), Part(3, 4)),
+        (dict(NTASKS="4", PROCID="3", JOB_ID="9", STEP_ID="0"), Part(3, 4)),
+        (dict(NTASKS="4", PROCID="0", JOB_ID="9"), WHOLE),  # the batch script itself
         (dict(ARRAY_TASK_ID="1", ARRAY_TASK_COUNT="2", ARRAY_TASK_MIN="0", NTASKS="4", PROCID="3"), Part(7, 8)),
     ],
 )
