@@ -177,7 +177,9 @@ def test_what_is_expected_of_a_card(monkeypatch):
     }
     assert gpu.judge(row, bench) == ["bar missed", "a surprise: 0.67 times what was expected"]
     assert row["bar"] == "550 images/s, 45% of the data sheet"
-    assert gpu.judge(dict(row, value=610.0) | {"of the data sheet": 0.46}, bench) == ["bar reached"]
+    good = dict(row, value=610.0) | {"of the data sheet": 0.46, "differs by": 0.01}
+    assert gpu.judge(good, bench) == ["bar reached"]
+    assert gpu.judge(good | {"differs by": 0.2}, bench)[1:] == ["differs by more than rounding: its result is wrong"]
 
 
 @pytest.mark.slow

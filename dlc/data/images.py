@@ -15,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
@@ -35,7 +34,6 @@ OPENED = r" <_io\.BytesIO object at 0x\w+>"  # how Pillow calls a file without a
 PNG_END = b"IEND\xaeB`\x82"
 # of grids: black and white images stand out from the grey, and the grey from dark and light pages
 GRID_GREY, GAP, LINE, FONT_SIZE = (96, 96, 96), 2, 14, 11  # the lengths in pixels
-FONT = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 
 #################################################################################
@@ -138,7 +136,9 @@ def image_grid(
         rows: words to the left of each row.
         captions: words under each image; what is wider than the image is cut off.
     """
-    font = ImageFont.truetype(FONT, FONT_SIZE)
+    from matplotlib import get_data_path  # slow to import
+
+    font = ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
     height, width = next(image.shape[:2] for image in images if image is not None)
     left = GAP + max((int(font.getlength(row)) + 2 * GAP for row in rows), default=0)
     across, down = width + GAP, height + GAP + (LINE if captions else 0)
