@@ -87,7 +87,7 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
     assert result["metrics"] == dict(fid=2.0, code_agreement=0.5) and result["common"]["step"] == 7
     samples = "sweep/cfg-scale-1.5/set.npz"
     flags = ["--num-fid-samples", "8", "--ckpt", str(tmp_path / "runs/newest"), "--cfg-scale", "1.5"]
-    flags += ["--sample-dir", "sweep/cfg-scale-1.5"]
+    flags += ["--sample-dir", "sweep/cfg-scale-1.5", "--part", "0/1"]
     assert commands == [
         (2, "sample_ddp_computed_dlc.py", flags),
         (2, "evaluate.py", [samples, "--reference", "reference.npz", "--metrics", "fid", "is"]),

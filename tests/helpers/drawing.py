@@ -5,6 +5,7 @@ import types
 import numpy as np
 import torch
 
+from dlc.machine.part import WHOLE
 from dlc.sampling.command import draw_missing
 from dlc.sampling.latents import create_sampler
 from models import DiTSEM
@@ -33,7 +34,7 @@ def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 
         conditions=lambda indices: torch.zeros(len(indices), 3, dtype=torch.long),
         vae=vae,
         record=record,
-        folder=types.SimpleNamespace(path=folder),
+        folder=types.SimpleNamespace(path=folder, batch=batch, part=WHOLE),
         missing=np.arange(count),
         latent_shape=(4, 4, 4),
         guide=None,

@@ -58,7 +58,7 @@ def left():
 
 def test_the_hub_then_the_address_then_the_file(server, hub, monkeypatch, tmp_path, capsys):
     """What sample_ddp.py opens without --ckpt and without a run."""
-    flags = dict(model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, process=None)
+    flags = dict(model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, objective=None)
     flags = types.SimpleNamespace(**flags, image_size=64, vae=None)
 
     def opened():
