@@ -36,6 +36,8 @@ class StoredArray:
 
     def __getitem__(self, rows: int | slice) -> np.ndarray:
         if not isinstance(rows, slice):
+            if rows >= len(self):  # which ends an iteration
+                raise IndexError(rows)
             return self.fill(np.empty(self.shape[1:], self.dtype), rows)
         start, stop, _ = rows.indices(len(self))
         out, most = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype), max(1, 2**30 // max(self.row, 1))
