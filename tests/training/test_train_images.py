@@ -192,7 +192,7 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
         ("DiTSEM-Ti/4", ("--L", 7), "L 6 there, 7 here; leave out the flag"),
         ("DiT-Ti/4", ("--L", 7), "--encoder-backbone say what an --encoder is"),
         ("DiTSEM-Ti/4", ("--num-classes", 3), "--num-classes does not go with --data-path"),
-        ("DiTSEM-Ti/4", ("--features-path", "features"), "not allowed with argument"),
+        ("DiTSEM-Ti/4", ("--features-path", "other"), "not allowed with argument"),
     ],
 )
 def test_flags(model, flags, message, flags_of, error_of, tmp_path):
