@@ -92,7 +92,7 @@ class SampleMetrics(HeldOut):
         """Draw, measure, and write a line. Every process calls this."""
         run, samples, real, wanted = self.run, [], [], []
         with run.whole_ema(everywhere=True) as ema, run.accelerator.autocast():
-            sampler = create_sampler(None, PREVIEW_STEPS, self.process, self.process.learn_sigma)
+            sampler = create_sampler(None, PREVIEW_STEPS, self.process, ema.out_channels > ema.in_channels)
             for part in self.parts():
                 batch = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
                 y = tree_map(lambda one: one if one.is_floating_point() else one.long(), self.inputs.of(batch))

@@ -23,7 +23,7 @@ OTHERS = set(
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
     --batch --check --help --images --local-dir --minutes --numa-binding --only --quiet --pr-rows --precisions
     --reference-rows --rows --shm-size --threads --array --gpus --gpus-per-task --wrap --parsable
-    --time --dependency""".split()
+    --time --dependency --turns""".split()
 )
 
 
@@ -122,7 +122,7 @@ def test_every_key_is_described(workplace):
 # ---------------------------------------------------------------------- the defaults chain
 
 # what stands in for the placeholders of README's and docs/commands.md's tables; those without a stand-in are skipped
-LEFT_OUT = ("OLD NEW", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep", "sbatch", "playground")
+LEFT_OUT = ("OLD NEW", "--hf-dataset", "--nnodes=2", "fsdp.yaml", "DiTCONT", "sweep", "sbatch", "playground")
 SMALL = {
     "extract_features_withdlc": "--vae vae --encoder sem --image-size 64 --num-workers 0",
     "train_diffusion": "--max-steps 2 --grad-accum 1 --global-batch-size 4 --num-workers 0",

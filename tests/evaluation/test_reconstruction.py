@@ -214,7 +214,6 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
         (samples, "--vae ema", "--vae sets up the ceiling, which needs images: add --data-path"),
         (samples, "--dlc-dir nowhere", "nowhere does not exist; name the codes that"),
         (samples, "--dlc-dir wrong.npy", "by the digest in samples.json: name them with --dlc-dir"),
-        (samples, "--dlc-dir right.npy", "--encoder lavoies/SEM_dinov2_L512: no such local path"),
         (
             samples,
             f"--dlc-dir right.npy --encoder {tiny_models[1]} --data-path {images}",

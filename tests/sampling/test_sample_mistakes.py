@@ -29,10 +29,10 @@ def sample_error(error_of, features, tiny_models, tmp_path):
     [
         (("--num-fid-samples", 0), "argument --num-fid-samples: 0: must be at least 1"),
         (("--cfg-scale", "nan"), "argument --cfg-scale: nan: must be at least 1"),
-        (("--num-sampling-steps", 1001), "argument --num-sampling-steps: 1001: must be 2 to 1000"),
+        (("--num-sampling-steps", 1001), "argument --num-sampling-steps: 1001: must be 1 to 1000"),
         (("--eta", 0.5), "--eta 0.5: --sampler ddpm has none"),
         (("--results-dir", "elsewhere"), "--ckpt names one: give one of them"),
-        (("--sampler", "dpmsolver++", "--num-sampling-steps", 1000), "--sampler dpmsolver++ has at most 999"),
+        (("--sampler", "dpmsolver++", "--num-sampling-steps", 1000), "--sampler dpmsolver++ has 2 to 999"),
         (("--t-min", 500, "--t-max", 400), "--t-min 500 is above --t-max 400"),
         (("--progressive", 8, "--num-sampling-steps", 4), "--progressive 8: there are 4 steps"),
         (("--model", "DiTSEM-XXL/2"), "invalid choice: 'DiTSEM-XXL/2'"),

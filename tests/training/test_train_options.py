@@ -79,7 +79,7 @@ def test_help_states_defaults():
         "[the launcher's --mixed_precision]",
         "float32 products on GPUs [True]",
         "between log lines [100]",
-        "is not still its random start [True] precision",
+        "is not still its random start [True] --ema-lengths",
         "the data or the seed changed --pretrained-path",  # a flag that is only given has no default to state
     ):
         assert words in text
