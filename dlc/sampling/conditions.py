@@ -2,7 +2,7 @@
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dlc.data.codes import CodeSpec, compare
+from dlc.data.images import open_source
 from dlc.data.manifest import read_manifest
 from dlc.data.rows import NpyRows, check_finite, open_vectors
 from dlc.machine.cli import NotHere
@@ -265,7 +266,7 @@ class ClassLabels(Conditions):
         asked, order = args.classes, args.label_sampling
         if asked and order:
             raise ValueError("--class says which classes to draw, --label-sampling draws all: give one of them")
-        given = class_numbers(asked or (), model.y_embedder.num_classes, meta.features_path)
+        given = class_numbers(asked or (), model.y_embedder.num_classes, meta)
         return cls(model, "given" if asked else order or "random", args.global_seed, given)
 
     def __init__(self, model: DiT, sampling: str, seed: int, given: Sequence[int] = ()):
@@ -294,13 +295,17 @@ class ClassLabels(Conditions):
         return integers(self.seed, Stream.SAMPLE_LABEL, indices, self.num_classes)
 
 
-def class_numbers(asked: Iterable[str], num_classes: int, features_path: str | None) -> list[int]:
-    """The numbers of classes that a user names by number, or as the features that a model was trained on do.
+def class_numbers(asked: Sequence[str], num_classes: int, meta: RunMeta) -> list[int]:
+    """The numbers of classes that a user names by number, or as the features or images that a model was trained on do.
 
     Raises ValueError for what is neither.
     """
-    there = features_path and (Path(features_path) / "manifest.json").is_file()
-    names, numbers = read_manifest(features_path).classes if asked and there else [], []
+    names, numbers = [], []
+    if not all(one.isdecimal() and int(one) < num_classes for one in asked):
+        if meta.features_path and (Path(meta.features_path) / "manifest.json").is_file():
+            names = read_manifest(meta.features_path).classes
+        elif meta.data_path and Path(meta.data_path).exists():
+            names = open_source(meta.data_path).classes
     for one in asked:
         if one.isdecimal() and int(one) < num_classes:
             numbers.append(int(one))
