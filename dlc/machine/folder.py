@@ -8,6 +8,7 @@ the folder. Each of these holds a lock of its part while it works, and the folde
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -18,7 +19,7 @@ from dlc.machine.part import WHOLE, Part
 from dlc.machine.records import Record
 
 
-class ResumableFolder:
+class ResumableFolder(ABC):
     """The base of such a folder. A subclass gives the attributes below and `missing`.
 
     Attributes:
@@ -48,9 +49,9 @@ class ResumableFolder:
     def record_path(self) -> Path:
         return self.path / self.record_name
 
+    @abstractmethod
     def missing(self, record: Record, part: Part = WHOLE) -> list[int]:
         """The numbers of the files of a part that are missing or not whole, ascending."""
-        raise NotImplementedError
 
     def difference(self, record: Record, earlier: Record) -> str:
         """How the settings of earlier launches differ from these, in words; "" where they do not."""
