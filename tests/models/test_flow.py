@@ -105,6 +105,12 @@ def test_samples_of_sits_network_agree_with_reference():
         close((euler + x - 0.1 * predict(euler, 0.0)) / 2, SIT["heun"])
     close(drawn(SDESampler(12, Flow()), network, y, z, list(SIT["sde_noise"])), SIT["sde"])
 
+    def guided(x, t, y):  # SiT guides the first three channels, as DiT does; 7 is the null class
+        v, null = network(x, t, y), network(x, t, torch.full_like(y, 7))
+        return torch.cat([(null + 1.5 * (v - null))[:, :3], v[:, 3:]], dim=1)
+
+    close(drawn(EulerSampler(10, Flow()), guided, y, z), SIT["euler_cfg4"])
+
 
 # ---------------------------------------------------------------------- closed forms
 
