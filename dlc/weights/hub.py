@@ -115,7 +115,7 @@ def _first_of_node(fetch: Callable[[bool], Path]) -> Path:
 
 def _fetch(name: str, kind: str, ask: bool) -> Path:
     """The path of a hub id, see `locate`. Raises ValueError saying what is wrong, without the name."""
-    from huggingface_hub import constants
+    from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 
     repository, revision, inside = parts_of(name)
     cache = Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
@@ -129,8 +129,10 @@ def _fetch(name: str, kind: str, ask: bool) -> Path:
             refusal = refusal_of(error, revision)
     # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
     folder, wanted = snapshot(cache, revision), []
-    with contextlib.suppress(LookupError):
-        wanted = wanted_files(files_in(folder), kind, inside)
+    if folder:
+        with contextlib.suppress(LookupError):
+            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            wanted = wanted_files(files, kind, inside)
     remedy = "fetch it once where the hub is in reach, or give a local path"
     if not wanted:
         there = [] if folder else sorted(path.name for path in cache.glob("snapshots/*"))
@@ -142,7 +144,7 @@ def _fetch(name: str, kind: str, ask: bool) -> Path:
             + f": {remedy}"
         )
     config = next(filter(None, map(config_beside, wanted)))
-    if config not in wanted and not absent(folder, config).exists():
+    if config not in wanted and try_to_load_from_cache(repository, config, revision=revision) is not _CACHED_NO_EXIST:
         raise ValueError(
             f"the hub's cache {constants.HF_HUB_CACHE} has its weights, but no {config}, which decides what they are: "
             + remedy
@@ -156,7 +158,7 @@ def _download(cache: Path, repository: str, revision: str, kind: str, inside: st
     """Fetch the wanted files that the cache does not have whole. Raises LookupError if there are no weights of a kind,
     and what the hub's client raises."""
     import huggingface_hub
-    from huggingface_hub import utils
+    from huggingface_hub import errors, utils
 
     # the client's log lines say in many words what the errors here say in one
     utils.logging.set_verbosity(utils.logging.CRITICAL)
@@ -176,11 +178,9 @@ def _download(cache: Path, repository: str, revision: str, kind: str, inside: st
         print(f"fetching {repository} from the hub: {lacking} files", file=sys.stderr, flush=True)
     patterns = [glob.escape(file) for file in wanted]
     folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    for config in filter(None, map(config_beside, wanted)):
-        if config not in sizes:
-            with contextlib.suppress(OSError):
-                absent(folder, config).parent.mkdir(parents=True, exist_ok=True)
-                absent(folder, config).touch()
+    for config in {*map(config_beside, wanted)} - {None, *sizes}:  # asked for, so that the cache knows it is absent
+        with contextlib.suppress(errors.EntryNotFoundError):
+            huggingface_hub.hf_hub_download(repository, config, revision=info.sha)
     return folder
 
 
@@ -252,26 +252,12 @@ def config_beside(file: str) -> str | None:
     return f"{file.rpartition('/')[0]}/config.json".lstrip("/") if file.endswith(WEIGHTS_SUFFIXES) else None
 
 
-def absent(folder: Path, file: str) -> Path:
-    """The library's mark in the hub's cache that the repository of a snapshot does not have a file."""
-    return folder.parent.parent / ".no_exist" / folder.name / file
-
-
 def snapshot(cache: Path, revision: str) -> Path | None:
     """The folder of a revision in the cache of a repository, whether all files are there or not, or None."""
-    commit = revision
-    if not re.fullmatch("[0-9a-f]{40}", revision):
-        reference = cache / "refs" / revision
-        if ".." in revision or not reference.is_file():
-            return None
-        commit = reference.read_text().strip()
+    reference = cache / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
     folder = cache / "snapshots" / commit
     return folder if is_plain_name(commit) and folder.is_dir() else None
-
-
-def files_in(folder: Path | None) -> list[str]:
-    """The files in a folder, as paths with slashes."""
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder else []
 
 
 #################################################################################

@@ -102,7 +102,7 @@ class Hub:
 
     def send_file(self, request, path, files, commit, body):
         if path not in files:
-            return self.refuse(request, 404, "EntryNotFound")
+            return self.refuse(request, 404, "EntryNotFound", commit)
         content, start = files[path], 0
         if body and request.headers.get("Range"):
             start, _, end = request.headers["Range"].removeprefix("bytes=").partition("-")
@@ -137,10 +137,11 @@ class Hub:
         request.end_headers()
         request.wfile.write(content)
 
-    def refuse(self, request, status, code):
+    def refuse(self, request, status, code, commit=""):
         request.send_response(status)
         request.send_header("X-Error-Code", code)
         request.send_header("X-Error-Message", code)
+        request.send_header("X-Repo-Commit", commit)
         request.send_header("Content-Length", "0")
         request.end_headers()
 
