@@ -10,6 +10,7 @@ case "${1:-digits}" in
 esac
 source "$(dirname "$0")/setup.sh"
 mkdir -p "$out"
+trap 'exit 130' INT     # Ctrl-C ends a training with a checkpoint and exit status 0: do not go on with a half-trained model
 
 stage() {       # stage "name" command...: run the command and record its time
     local name=$1 start=$SECONDS

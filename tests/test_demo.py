@@ -1,6 +1,9 @@
 """The digits demo's parts: its images, its assets, its table and its models of codes. The whole is `bash demo.sh`."""
 
 import itertools
+import os
+import signal
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,3 +172,20 @@ def test_composed_lie_between_their_sources(tmp_path):
     cells = grid_cells(tmp_path / "composed.png", 8, 10, captions=True)
     assert (cells[:, [0, 9]].reshape(4, 8, 8, 3) == pictures[:4]).all()
     assert (cells[:, 1:9].reshape(16, 8, 8, 3) == pictures[4:]).all()
+
+
+def test_ctrl_c_ends_the_demo(tmp_path):
+    """Also where the stage that it reaches ends well, as a training does after its checkpoint."""
+    head = (ROOT / "demo.sh").read_text().partition("model=")[0]
+    first = """'trap "exit 0" INT; echo ready; while :; do sleep 0.1; done'"""
+    (tmp_path / "demo.sh").write_text(f"{head}stage first bash -c {first}; stage second echo")
+    (tmp_path / "setup.sh").write_text('set -euo pipefail; cd "$(dirname "${BASH_SOURCE[0]}")"')
+    command = ["bash", tmp_path / "demo.sh"]
+    restored = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=restored
+    ) as demo:
+        for line in demo.stdout:
+            if line == "ready\n":
+                os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(20) == 130 and "second" not in line
