@@ -7,7 +7,7 @@ In: the values of each swept flag, of which all combinations are tried; flags of
 after --, flags of the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the
 table) and OUT/sweep.png (the plot). The same command run again continues; no finished setting is repeated, so values
 may be added. Settings without guidance (--cfg-scale 1, --guide-scale 1) differ by no interval of it: they are drawn
-once.
+once. Table and plot have means over --seeds, with their standard errors.
 """
 
 import itertools
@@ -19,8 +19,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from diffusion.process_table import LATENT_SAMPLERS
-from dlc.machine.cli import ArgumentParser, number, one_line
+from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.files import DirectoryLock, check_apart, check_output, read_json, write_bytes, write_json, write_whole
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
 from dlc.sampling.opening import find_checkpoint
@@ -32,6 +34,7 @@ from evaluation.metrics import METRICS
 FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {ComputedCodes.script: "DiTSEM-XL/2", ClassLabels.script: "DiT-XL/2"}  # and the model of each by default
+SEEDS = "seeds"  # --global-seed is KID's here
 # flags of the sampling scripts that can be swept: the type of a value
 SWEPT = {
     "cfg-scale": number(float, 1),
@@ -43,11 +46,18 @@ SWEPT = {
     "guide-t-max": TIME,
     "num-sampling-steps": STEPS,
     "sampler": str,
+    SEEDS: SEED,
 }
 # the interval of each guidance, which makes no difference where its scale is 1
 OF_GUIDE = ("guide-t-min", "guide-t-max")
 INTERVALS = {"cfg-scale": ("t-min", "t-max"), "guide-scale": OF_GUIDE, "internal-scale": OF_GUIDE}
 Setting = dict  # a value of each swept flag
+
+
+def sampling_flag(flag: str) -> str:
+    """What the sampling scripts call a swept flag."""
+    return "global-seed" if flag == SEEDS else flag
+
 
 #################################################################################
 #                                   Settings                                    #
@@ -119,6 +129,23 @@ def metrics_of(results: list[dict], setting: Setting) -> dict | None:
 #################################################################################
 
 
+def over_seeds(results: list[tuple[Setting, dict]]) -> list[tuple[Setting, dict]]:
+    """The results with those that differ in the seed alone in one: (setting, {metric: [mean, standard error]}).
+
+    Without several seeds, a list has the number alone.
+    """
+    groups = {}
+    for setting, metrics in results:
+        setting = {flag: value for flag, value in setting.items() if flag != SEEDS}
+        groups.setdefault(words_of(setting), (setting, []))[1].append(metrics)
+    means = []
+    for setting, found in groups.values():
+        values = {name: np.array([metrics[name] for metrics in found]) for name in found[0]}
+        errors = {name: [one.std(ddof=1) / len(one) ** 0.5] if len(one) > 1 else [] for name, one in values.items()}
+        means.append((setting, {name: [one.mean(), *errors[name]] for name, one in values.items()}))
+    return means
+
+
 def labels_of(results: list[tuple[Setting, dict]]) -> dict[str, str]:
     """The metrics that some setting has, those of a table of evaluate.py alone: {name: label}."""
     labels = {row.key or name: row.label for name, row in METRICS.items()} | {"code_agreement": "code agreement"}
@@ -126,18 +153,18 @@ def labels_of(results: list[tuple[Setting, dict]]) -> dict[str, str]:
 
 
 def table_of(results: list[tuple[Setting, dict]]) -> str:
-    """The results as lines of aligned columns."""
+    """Results of `over_seeds` as lines of aligned columns."""
     names = labels_of(results)
     rows = [[*results[0][0], *names]]
     for setting, metrics in results:
-        numbers = [f"{metrics[name]:.4g}" if name in metrics else "-" for name in names]
+        numbers = [" ± ".join(f"{number:.4g}" for number in metrics.get(name, [])) or "-" for name in names]
         rows.append([*map(str, setting.values()), *numbers])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows) + "\n"
 
 
 def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
-    """Plot each metric over the flag that has most values, a line per combination of the others."""
+    """Plot each metric of `over_seeds` over the flag that has most values, a line per combination of the others."""
     from matplotlib.figure import Figure  # no display, and no state of pyplot
 
     flags, labels = list(results[0][0]), labels_of(results)
@@ -153,8 +180,8 @@ def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
         lines.setdefault(words_of(others), []).append((setting[axis], metrics))
     for (name, label), panel in zip(labels.items(), grid):
         for others, points in lines.items():
-            points = sorted((x, metrics[name]) for x, metrics in points if name in metrics)
-            panel.plot(*zip(*points), marker="o", markersize=4, label=others)
+            x, y, *errors = zip(*sorted((x, *metrics[name]) for x, metrics in points if name in metrics))
+            panel.errorbar(x, y, *errors, marker="o", markersize=4, capsize=3, label=others)
         panel.set(xlabel=axis, ylabel=label)
         panel.grid(alpha=0.3)
     if len(lines) > 1:
@@ -177,7 +204,7 @@ def add_sweep_flags(add: Callable) -> None:
             type=kind,
             nargs="+",
             choices=choices,
-            help=f"values of the sampling script's --{flag} [its own]",
+            help=f"values of the sampling script's --{sampling_flag(flag)} [its own]",
         )
     add("--reference", help="compare with this, as evaluate.py does [none]")
     add("--agreement", action="store_true", help="measure code agreement too, as evaluate.py agreement does")
@@ -231,12 +258,12 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
     check_agreement_flags(args)
     values = {flag: getattr(args, flag.replace("-", "_")) for flag in SWEPT}
     values = {flag: given for flag, given in values.items() if given is not None}
-    if not values:
-        raise ValueError(f"nothing to sweep: give values of one or more of --{', --'.join(SWEPT)}")
+    if not values.keys() - {SEEDS}:
+        raise ValueError(f"nothing to sweep: give values of one or more of --{', --'.join(SWEPT)}, not of seeds alone")
     after = {text.split("=")[0] for text in handed["sampling"]}
     for flag in values:
-        if f"--{flag}" in after:
-            raise ValueError(f"--{flag} after -- is a flag that is swept: give its values before --")
+        if f"--{sampling_flag(flag)}" in after:
+            raise ValueError(f"--{sampling_flag(flag)} after -- is swept: give its values before --, with --{flag}")
     if "--sample-dir" in after:
         raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
     if "--part" in after:
@@ -274,7 +301,7 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
 def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Setting) -> dict:
     """Draw the samples of a setting into its folder and evaluate them. Returns an entry of a sweep.json's `results`."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
-    swept = [text for flag, value in setting.items() for text in (f"--{flag}", str(value))]
+    swept = [text for flag, value in setting.items() for text in (f"--{sampling_flag(flag)}", str(value))]
     flags = [*handed["sampling"], *swept, "--sample-dir", str(folder), "--part", "0/1"]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
     sets = sorted(folder.glob("*.npz"))
@@ -326,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
                     if value != results[0]["common"][key]:
                         raise ValueError(f"{words_of(setting)} has another {key} than those before: give another --out")
                 write_json(out / "sweep.json", dict(format_version=FORMAT_VERSION, **shared, results=results))
-        rows = [(setting, metrics_of(results, setting)) for setting in settings]
+        rows = over_seeds([(setting, metrics_of(results, setting)) for setting in settings])
         common = results[0]["common"]
         table = f"{table_of(rows)}drawn from {common['checkpoint']}, step {common['step']}\n"
         print(table, end="")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evaluation import sweep
-from evaluation.sweep import all_settings, drawn_as, folder_of
+from evaluation.sweep import all_settings, drawn_as, folder_of, over_seeds, table_of
 
 COMMAND = "--cfg-scale 1 1.5 2 --t-max 400 999 --agreement -- --model DiTSEM-Ti/4".split()
 
@@ -53,6 +53,14 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
     assert "cfg-scale 4.0, t-max 400 has another reference than those before: give another --out" in said
     settings, said = drawn([*COMMAND, "--vae", "mse"])
     assert not settings and "has other flags of sampling: ['--model', 'DiTSEM-Ti/4'] there" in said
+
+
+def test_means_over_seeds():
+    found = [(dict({"cfg-scale": 1.5}, seeds=seed), dict(fid=fid)) for seed, fid in enumerate((3.0, 5.0, 4.0))]
+    rows = over_seeds([*found, ({"cfg-scale": 2.0}, dict(fid=7.0))])
+    assert rows == [({"cfg-scale": 1.5}, dict(fid=[4, pytest.approx(3**-0.5)])), ({"cfg-scale": 2.0}, dict(fid=[7]))]
+    lines = [line.split("  ") for line in table_of(rows).splitlines()]
+    assert [line[-1].strip() for line in lines] == ["fid", "4 ± 0.5774", "7"]
 
 
 def test_settings():
@@ -115,7 +123,9 @@ def test_a_program_that_fails(tmp_path):
         ("--cfg-scale 1 --agreement --metrics fid", "--metrics goes with --reference"),
         ("--cfg-scale 1 --metrics is --encoder x", "--encoder goes with --agreement"),
         ("--cfg-scale 1 --agreement --vae ema", "--vae sets up the ceiling, which needs images"),
-        ("--cfg-scale 1 --agreement -- --cfg-scale 2", "--cfg-scale after -- is a flag that is swept"),
+        ("--cfg-scale 1 --agreement -- --cfg-scale 2", "--cfg-scale after -- is swept: give its values before --"),
+        ("--cfg-scale 1 --seeds 0 1 --agreement -- --global-seed 2", "values before --, with --seeds"),
+        ("--seeds 0 1 --agreement", "nothing to sweep: give values of one or more of --cfg-scale"),
         ("--cfg-scale 1 --agreement -- --sample-dir=x", "--sample-dir after -- is for sweep to choose"),
         ("--cfg-scale 1 --agreement -- --modle x", "unrecognized arguments: --modle x"),
     ],
