@@ -148,7 +148,6 @@ def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging
     Raises ValueError or OSError, naming the flag or file, for what cannot be opened or does not go together.
     """
     vae, encoder = open_networks(
-        state,
         args.image_size,
         args.vae,
         None if args.encoder == "none" else args.encoder,

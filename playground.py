@@ -91,7 +91,7 @@ class Studio:
         known = args.features_path or (theirs if theirs and Path(theirs).is_dir() else None)
         self.rows = open_codes(known) if known else None
         args.encoder = args.encoder or (None if known else DEFAULT_ENCODER)
-        self.encoder = encoder_of(args, self.rows, self.state)[0] if known else open_encoder(args, self.state)
+        self.encoder = encoder_of(args, self.rows)[0] if known else open_encoder(args)
         compare_with_model(codes_of(self.encoder, f"the encoder {args.encoder}"), self.model, self.meta)
         self.read = CodeReader(self.encoder, self.state.device)
         self.prior = PriorDraw(args.prior, True, PriorOptions(), seed=0).to(self.state.device) if args.prior else None

@@ -12,7 +12,6 @@ With --given and --keep-tokens, parts of given codes are kept and the rest is dr
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,8 @@ from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord
 from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.samples_record import this_launch
-from dlc.sampling.usage import Rows, usage, usage_lines
+from dlc.sampling.usage import usage, usage_lines
 from dlc.training.code_batches import Codes
-from dlc.weights.hub import is_id, locate
 
 RESULTS = "results_prior"  # the default of --results-dir
 
@@ -97,9 +95,9 @@ def count_usage(folder: CodeFolder, num: int, V: int, codes: Codes | None) -> di
     """See `usage`, of a folder of codes and those that the prior was trained on."""
     training = heldout = None
     if codes is not None:
-        training = Rows(partial(codes.features.codes.gather, limit=V), codes.rows[:: codes.copies], V)
-        heldout = Rows(partial(codes.heldout_features.codes.gather, limit=V), codes.heldout_rows, V)
-    return usage(Rows(folder.rows(num).gather, np.arange(num), V), training, heldout)
+        training = codes.features.codes.gather(codes.rows[:: codes.copies], limit=V)
+        heldout = codes.heldout_features.codes.gather(codes.heldout_rows, limit=V)
+    return usage(folder.rows(num).gather(np.arange(num)), V, training, heldout)
 
 
 def main() -> None:
@@ -123,8 +121,6 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         check_apart(args.out, "--out", [args.ckpt, args.results_dir, args.features_path])
         state = start_processes(precisions=[args.precision])
         path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
-        if is_id(path):
-            locate(path, "prior", "--ckpt", state)  # fetched once per node, before all read it
         prior = PriorDraw(path, args.ema, options, seed=args.global_seed, precision=args.precision, tf32=args.tf32)
         training, reason = open_training_codes(args, prior)
         record = prior.record(args.num)

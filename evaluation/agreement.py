@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         path, drawn = metrics_path(folder), DrawnCodes(folder, record, args.dlc_dir)
         check_output(path, "the numbers' file", own=METRICS_FILE)
         state = start_processes()
-        encoder, notes = encoder_of(args, drawn.codes, state, record.checkpoint)
+        encoder, notes = encoder_of(args, drawn.codes, record.checkpoint)
         ceiling = ceiling_of(args, drawn, encoder, samples.count, state) if args.data_path else None
         wanted = drawn.codes.gather(drawn.values(np.arange(samples.count)), encoder.V)  # (count, L)
         agree("samples, codes and encoder", (record.conditions, weights_sha256(encoder)))

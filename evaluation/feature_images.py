@@ -67,7 +67,7 @@ def vae_of(name: str | None, features: Features, state: "PartialState") -> tuple
     if name is None and manifest.vae is None:
         raise ValueError(f"features {features.root} do not say which VAE made them: name one with --vae")
     named = name or manifest.vae
-    vae, whose = load_vae(named, state.device, state), "the features' latents"
+    vae, whose = load_vae(named, state.device), "the features' latents"
     return vae, *same_vae(vae, named, name is not None, manifest.latent_channels, vars(manifest), whose)
 
 

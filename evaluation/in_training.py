@@ -53,11 +53,11 @@ class SampleMetrics(HeldOut):
         rows = split.rows if len(split.rows) else np.arange(features.count) if split.only is None else split.only
         self.rows, self.shape = rows[self.places.numpy() % len(rows)], features.latent_shape
         self.batches = TrainingBatches(features, self.inputs.arrays, self.inputs.limits, seed=SEED, global_batch=1)
-        self.vae, self.reference = load_vae(vae, run.device, run.state), None
+        self.vae, self.reference = load_vae(vae, run.device), None
         encoder = None
         if features.codes is not None and features.manifest is not None and features.manifest.encoder:
             try:
-                encoder = load_encoder(features.manifest.encoder, state=run.state)
+                encoder = load_encoder(features.manifest.encoder)
             except (ValueError, OSError) as error:
                 warn_once("agreement", f"samples are not compared with their codes: {error}")
         self.reader = CodeReader(encoder, run.device) if encoder and "codes" in self.inputs.arrays else None

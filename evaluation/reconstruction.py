@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         state = start_processes(precisions=[args.precision])
         encoder, notes = None, []
         if features.codes is not None and args.encoder != "none":
-            encoder, notes = encoder_of(args, CodeSet.of_features(features), state)
+            encoder, notes = encoder_of(args, CodeSet.of_features(features))
         vae, digest, more = vae_of(args.vae, features, state)
         networks = chosen_networks(args, encoder, state)
         settings = dict(

@@ -103,14 +103,11 @@ def pixels_for(encoder: SEMEncoder, images: torch.Tensor, device: torch.device) 
     return torch.from_numpy(np.stack(views)).to(device)
 
 
-def encoder_of(
-    args: Namespace, codes: CodeSet, state: "PartialState", checkpoint: str = ""
-) -> tuple[SEMEncoder, list[str]]:
+def encoder_of(args: Namespace, codes: CodeSet, checkpoint: str = "") -> tuple[SEMEncoder, list[str]]:
     """The encoder that the flags name, or else the one that made the codes, if it is still there; and notes.
 
     Args:
         args: flags of `add_encoder_flags`.
-        state: of the processes, one of which per node fetches what is on the hub.
         checkpoint: of the model that the samples are of, which names the encoder of codes that lie alone.
 
     Raises ValueError where it is not the one that made the codes, or makes codes of another L or V.
@@ -121,7 +118,7 @@ def encoder_of(
             folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
             named = named or read_meta(folder).noted.get("encoder")
         args.encoder = named if named and (Path(named).exists() or is_id(named)) else DEFAULT_ENCODER
-    encoder = open_encoder(args, state)
+    encoder = open_encoder(args)
     try:
         return encoder, compare(codes, codes_of(encoder, f"the encoder {args.encoder}"))
     except ValueError as error:

@@ -79,20 +79,15 @@ def check_values(where: object, values: Mapping, kinds: Mapping[str, Kind], need
 
 
 def told_apart(one: object, other: object) -> list[str]:
-    """Two values that differ, as texts that differ: the middle is left out of long ones, but not where they differ."""
-    values = ["some" if isinstance(value, dict) else value for value in (one, other)]  # which other keys describe
-    at = len(os.path.commonprefix([repr(value) for value in values]))
-
-    def short(value):
-        text = repr(value)
-        if len(text) <= LONGEST_VALUE:
-            return text
-        start, end = max(0, at - 8), min(len(text), at + 16)
-        head = text[:start] if start <= 12 else f"{text[:11]}…"
-        tail = text[end:] if len(text) - end <= 8 else f"…{text[-7:]}"
-        return head + text[start:end] + tail + (f" ({len(value)} items)" if isinstance(value, list) else "")
-
-    return [short(value) for value in values]
+    """Two values that differ, as texts that differ: of long ones, the part where they do so."""
+    # what a dict holds, other keys describe
+    texts = ["some" if isinstance(value, dict) else repr(value) for value in (one, other)]
+    start = max(0, len(os.path.commonprefix(texts)) - 16)
+    start, end = start * (max(map(len, texts)) > LONGEST_VALUE), start + LONGEST_VALUE
+    return [
+        text if len(text) <= LONGEST_VALUE else f"{'…' * (start > 0)}{text[start:end]}{'…' * (end < len(text))}"
+        for text in texts
+    ]
 
 
 def differences(there: Mapping, here: Mapping, outer: str = "") -> str:

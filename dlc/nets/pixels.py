@@ -1,6 +1,6 @@
 """8-bit pixels to the moments of VAE latents and to codes, for extraction and for training on images.
 
-vae, sem_encoder = open_networks(state, 256, "ema", "lavoies/SEM_dinov2_L512")
+vae, sem_encoder = open_networks(256, "ema", "lavoies/SEM_dinov2_L512")
 encoder = PixelEncoder(vae, sem_encoder, device)
 moments, codes = encoder.moments(crops, 32), encoder.codes(views, 32)            # (n, 2C, S/f, S/f), (n, L)
 """

@@ -18,11 +18,10 @@ from dlc.data.rows import NpyRows, check_finite, open_vectors
 from dlc.machine.cli import NotHere
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
-from dlc.machine.processes import done_by_rank_0, start_processes, wait_for_all
+from dlc.machine.processes import done_by_rank_0, wait_for_all
 from dlc.sampling.code_folder import CodeFolder, open_codes
 from dlc.sampling.prior_draw import PriorDraw, draw_into
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags, flags_of
-from dlc.weights.hub import is_id, locate
 from dlc.weights.meta import RunMeta
 from models import DiT
 
@@ -166,8 +165,6 @@ class PriorCodes(Conditions):
     sentence = "codes drawn from {prior[model]} of {source}: {prior[options][sampler]}, {prior[options][steps]} steps"
 
     def __init__(self, args: Namespace, options: PriorOptions, model: DiT, meta: RunMeta):
-        if is_id(args.prior):  # fetched once per node, before all read it
-            locate(args.prior, "prior", "--prior", start_processes())
         settings = dict(seed=args.global_seed, precision=args.precision, tf32=args.tf32)
         self.draw, self.compiled = PriorDraw(args.prior, True, options, **settings), args.compile
         self.notes = compare_with_model(self.draw.spec, model, meta)

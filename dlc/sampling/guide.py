@@ -12,11 +12,9 @@ from pathlib import Path
 
 from dlc.machine.cli import number, whole_or_float
 from dlc.machine.files import recorded_id
-from dlc.machine.processes import start_processes
 from dlc.machine.records import differences
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.latents import Guide
-from dlc.weights.hub import is_id
 from dlc.weights.load import load_model, process_of, warn_of_young_ema
 from dlc.weights.meta import SAME_LATENTS, RunMeta
 from models import DiT
@@ -93,8 +91,7 @@ def open_guide(args: Namespace, path: Path, model: DiT, meta: RunMeta) -> tuple[
         head = dict(recorded, intermediate_head=model.intermediate_head)
         return (None, None, []) if scale is None else (Guide(None, *acts), head, [])
     named = args.guide_ckpt
-    state = start_processes() if is_id(named) else None
-    weak, name, known = load_model(named, args.ema, flag="--guide-ckpt", state=state)
+    weak, name, known = load_model(named, args.ema, flag="--guide-ckpt")
     warn_of_young_ema(named, known)
     here, there = trained_for(model, meta), trained_for(weak, known)
     unknown = [key for key in SAME_LATENTS if (here[key] is None) != (there[key] is None)]

@@ -10,13 +10,12 @@ import torch
 from diffusion.process_table import OBJECTIVES, SAMPLER_OPTIONS
 from diffusion.samplers import Sampler
 from dlc.machine.files import recorded_id
-from dlc.machine.processes import start_processes
 from dlc.nets.vae import pixels_per_cell, same_vae
 from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.latents import create_sampler
 from dlc.sampling.samples_record import SamplesRecord, short_digest
 from dlc.sampling.sampling_flags import RESULTS
-from dlc.weights.hub import PUBLISHED, is_id, published_dit
+from dlc.weights.hub import PUBLISHED, published_dit
 from dlc.weights.load import load_model, newest_in, process_of, warn_of_young_ema
 from dlc.weights.meta import NoCheckpoint, RunMeta, newest_checkpoint
 from dlc.weights.networks import load_vae, vae_id, vae_label
@@ -58,7 +57,6 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
         path,
         args.ema,
         flag="--ckpt",
-        state=start_processes() if is_id(path) else None,
         diffusers_time=args.diffusers_time,
         process=OBJECTIVES.get(args.objective),
         input_size=args.image_size and args.image_size // 8,  # pixels per cell of DiT's VAEs
@@ -81,7 +79,7 @@ def find_checkpoint(args: Namespace) -> Path | str:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{error}; without that, the published weights are used", flush=True)
-        return published_dit(*which, start_processes())
+        return published_dit(*which)
 
 
 def open_sampler(args: Namespace, model: DiT, meta: RunMeta) -> Sampler:
@@ -114,7 +112,7 @@ def open_vae(
     weights, such as a decoder that was tuned further; channels, scale and shift have to be those of the latents.
     """
     name = args.vae or meta.vae or "ema"
-    vae = load_vae(name, state.device, state)
+    vae = load_vae(name, state.device)
     digest, notes = same_vae(vae, name, args.vae is not None, model.in_channels, vars(meta), "the checkpoint's latents")
     image_size = model.x_embedder.img_size[0] * pixels_per_cell(vae.config)
     if args.image_size not in (None, image_size):

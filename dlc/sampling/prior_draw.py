@@ -16,12 +16,11 @@ from diffusion.masked_samplers import SAMPLERS, create_sampler
 from dlc.data.codes import SHARD, CodeSpec, compare
 from dlc.machine.cli import BAR, progress
 from dlc.machine.files import recorded_id
-from dlc.machine.processes import compile_blocks, set_numerics, start_processes
+from dlc.machine.processes import compile_blocks, set_numerics
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
-from dlc.weights.hub import is_id
 from dlc.weights.load import load_prior, process_of, warn_of_young_ema
 from dlc.weights.meta import NoCheckpoint, RunMeta, damage, is_prior, newest_of_run, only_run, run_checkpoints
 from prior import DLCPrior
@@ -103,7 +102,7 @@ class PriorDraw:
     def _open_guide(self, options, path, use_ema):
         """The weaker prior to guide by, its process, and the scale."""
         named = resolved(options.guide_ckpt, use_ema)
-        weak, meta = load_prior(named, use_ema, "--guide-ckpt", start_processes() if is_id(named) else None)
+        weak, meta = load_prior(named, use_ema, "--guide-ckpt")
         compare(spec_of(f"the guide {named}", weak, meta), self.spec)
         if options.classes and weak.num_classes != self.model.num_classes:
             raise ValueError(

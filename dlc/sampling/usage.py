@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -10,64 +9,41 @@ from dlc.data import code_dtype
 from dlc.data.codes import perplexity, token_counts
 from dlc.machine.cli import progress
 
-AT_ONCE = 8192  # rows in memory
+AT_ONCE = 8192  # rows compared at once
 COMPARED = 1024  # codes whose nearest training code is looked for, at most
 COMPARISONS = 3 * 10**10  # of two tokens in that search, at most: half a minute of one core
 
 
-class Rows:
-    """Codes (n, L) that are read in parts: gather(rows) gives those of `rows`, as any integers below V."""
-
-    def __init__(self, gather: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, V: int):
-        self.gather, self.rows, self.V = gather, rows, V
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """The codes at these places among all, in the smallest type."""
-        return np.asarray(self.gather(self.rows[places])).astype(code_dtype(self.V))
-
-    def spread(self, count: int) -> np.ndarray:
-        """The places of `count` codes that are evenly spaced: rows often go class by class."""
-        return np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-
-    def parts(self, count: int | None = None) -> Iterator[np.ndarray]:
-        """All codes, or `count` of them, AT_ONCE at a time."""
-        places = self.spread(len(self) if count is None else count)
-        for start in range(0, len(places), AT_ONCE):
-            yield self.take(places[start : start + AT_ONCE])
+def digests(codes: np.ndarray) -> Counter:
+    """How often each of the codes (n, L) occurs, by a digest of it."""
+    bar = progress(codes, desc="reading codes", unit="code", delay=5)
+    return Counter(hashlib.blake2b(row, digest_size=8).digest() for row in bar)
 
 
-def digests(codes: Rows) -> Counter:
-    """How often each code occurs, by a digest of it."""
-    found = Counter()
-    with progress(total=len(codes), desc="reading codes", unit="code", delay=5) as bar:
-        for part in codes.parts():
-            found.update(hashlib.blake2b(row, digest_size=8).digest() for row in part)
-            bar.update(len(part))
-    return found
+def spread(codes: np.ndarray, count: int) -> np.ndarray:
+    """The places of `count` codes that are evenly spaced: rows often go class by class."""
+    return np.linspace(0, len(codes) - 1, count).round().astype(np.int64)
 
 
-def nearest(codes: Rows, others: Rows, compared: int, leave_out: bool = False) -> np.ndarray:
+def nearest(codes: np.ndarray, others: np.ndarray, compared: int) -> np.ndarray:
     """Of `compared` of the codes, evenly spaced: in how many tokens each differs from the nearest of `others`.
 
-    leave_out: the codes are `others` themselves, and each is not compared with itself.
+    Where the codes are `others` themselves, each is not compared with itself.
     """
-    places, start = codes.spread(compared), 0
-    these, least = codes.take(places), np.full(compared, np.iinfo(np.int32).max)
-    for part in others.parts():
-        for i, code in enumerate(these):
-            apart = np.count_nonzero(part != code, axis=1)
-            if leave_out and start <= places[i] < start + len(part):
-                apart[places[i] - start] = np.iinfo(np.int32).max
+    places, far = spread(codes, compared), np.iinfo(np.int32).max
+    least = np.full(compared, far)
+    for start in range(0, len(others), AT_ONCE):
+        part = others[start : start + AT_ONCE]
+        for i, place in enumerate(places):
+            apart = np.count_nonzero(part != codes[place], axis=1)
+            if codes is others and start <= place < start + len(part):
+                apart[place - start] = far
             least[i] = min(least[i], int(apart.min()))
-        start += len(part)
     return least
 
 
-def usage(codes: Rows, training: Rows | None = None, heldout: Rows | None = None) -> dict:
-    """Statistics of codes, and where there are training codes those of both beside each other, as JSON holds them.
+def usage(codes: np.ndarray, V: int, training: np.ndarray | None = None, heldout: np.ndarray | None = None) -> dict:
+    """Statistics of codes (n, L), and where there are training codes those of both beside each other, as JSON has them.
 
     Held-out codes, never trained on, say what distances to the training codes and what share of copies new codes have.
 
@@ -78,13 +54,16 @@ def usage(codes: Rows, training: Rows | None = None, heldout: Rows | None = None
         copies: the share that are equal to a training code (of the training codes: to another one);
         nearest_mean, nearest_least: tokens by which codes differ from the nearest (other) training code, of `compared`.
     """
+    codes, training, heldout = (  # in one type, for the digests
+        None if one is None else one.astype(code_dtype(V), copy=False) for one in (codes, training, heldout)
+    )
     result, trained = {}, None if training is None else digests(training)
     for name, rows in (("samples", codes), ("training", training), ("heldout", heldout)):
-        if not rows:
+        if rows is None or not len(rows):
             result[name] = None
             continue
         count, own, itself = len(rows), trained if rows is training else digests(rows), rows is training
-        values = perplexity(sum(token_counts(part, rows.V) for part in rows.parts(min(count, len(codes)))))
+        values = perplexity(token_counts(rows[spread(rows, min(count, len(codes)))], V))
         entry = dict(
             count=count,
             mean_perplexity=float(values.mean()),
@@ -93,7 +72,7 @@ def usage(codes: Rows, training: Rows | None = None, heldout: Rows | None = None
         )
         if training is not None:
             compared = max(1, min(count, COMPARED, COMPARISONS // (len(training) * len(values))))
-            least = nearest(rows, training, compared, itself)
+            least = nearest(rows, training, compared)
             entry.update(
                 copies=sum(times for one, times in own.items() if trained[one] > itself) / count,
                 compared=compared,

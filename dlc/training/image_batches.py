@@ -76,7 +76,7 @@ class Images:
         labels: str | None = None,
     ):
         self.image_size, self.flip = image_size, flip
-        self.vae, self.encoder = open_networks(state, image_size, vae, encoder, L=L, V=V, backbone=backbone)
+        self.vae, self.encoder = open_networks(image_size, vae, encoder, L=L, V=V, backbone=backbone)
         source = done_by_rank_0(state, lambda: open_source(data_path, labels))
         for remark in source.remarks:
             warn_once(remark, remark)

@@ -165,7 +165,7 @@ class Run(contextlib.ExitStack):
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
                 self.pretrained, self.ema_start = (
-                    load_pretrained(args.pretrained_path, model, self.state, self.config.process),
+                    load_pretrained(args.pretrained_path, model, self.config.process),
                     0.0,
                 )
             if self.state.is_main_process:

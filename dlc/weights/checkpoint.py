@@ -26,9 +26,6 @@ from dlc.machine.files import Damaged, failed, sync
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 from dlc.weights.meta import ModelConfig, RunMeta, run_checkpoints
 
-# what torch's optimizers keep for each number of a parameter
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-
 
 def save_checkpoint(
     run_dir: str | Path,
@@ -160,19 +157,9 @@ def load_checkpoint(
     other optimizers; OSError if it cannot be read.
     """
     try:
-        for module, name in ((model, "model"), (ema, "ema")):
-            file, ours = path / f"{name}.safetensors", module.state_dict()
-            weights = check_tensors(load_tensors(file), file, RECORDABLE)
-            different = differences_from(ours, weights)
-            if different:
-                raise ValueError(
-                    f"checkpoint {path} belongs to another model: {file.name} {different}. The model's code has "
-                    "changed since: give another --results-dir to train this one from the start"
-                )
-            module.load_state_dict({key: distribute_like(weights[key], value) for key, value in ours.items()})
-        for name, ours in lengths.items():
+        for name, ours in dict(model=model.state_dict(), ema=ema.state_dict(), **lengths).items():
             file = path / f"{name}.safetensors"
-            if not file.is_file():
+            if name in lengths and not file.is_file():
                 raise ValueError(
                     f"checkpoint {path} has no {file.name}: an average of --ema-lengths begins with its run; leave it "
                     "out, or give another --results-dir"
@@ -180,9 +167,16 @@ def load_checkpoint(
             weights = check_tensors(load_tensors(file), file, RECORDABLE)
             different = differences_from(ours, weights)
             if different:
-                raise ValueError(f"checkpoint {path} belongs to another model: {file.name} {different}")
-            for key, value in ours.items():
-                value.copy_(distribute_like(weights[key], value))
+                raise ValueError(
+                    f"checkpoint {path} belongs to another model: {file.name} {different}. The model's code has "
+                    "changed since: give another --results-dir to train this one from the start"
+                )
+            weights = {key: distribute_like(weights[key], value) for key, value in ours.items()}
+            if name in lengths:
+                for key, value in ours.items():
+                    value.copy_(weights[key])
+            else:
+                (model if name == "model" else ema).load_state_dict(weights)
         state = _checked_state(path / "optimizer.pt", sums_shape)
         there = [_outline(one) for one in state["optimizers"]]
         here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]
@@ -239,8 +233,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load an optimizer's state, whatever it holds, by parameter index. Hyperparameters stay those of this launch,
     but for those that the optimizer itself had changed (see `begin_groups`).
 
-    What has its parameter's shape is sharded as the parameter is; other tensors are the same in each process. Raises
-    Damaged for one of ELEMENTWISE that has another shape.
+    What has its parameter's shape is sharded as the parameter is; other tensors are the same in each process.
     """
     groups = optimizer.state_dict()["param_groups"]
     for group, before in zip(groups, saved["param_groups"]):
@@ -249,14 +242,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                 group[name] = before[name]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def placed(index, name, value):
+    def placed(index, value):
         alike = isinstance(value, torch.Tensor) and value.shape == parameters[index].shape
-        if name in ELEMENTWISE and value is not None and not alike:
-            raise Damaged(f"optimizer.pt: {name} of parameter {index} has not the shape of its parameter")
         return distribute_like(value, parameters[index]) if alike else value
 
     state = {
-        index: {key: placed(index, key, value) for key, value in values.items()}
+        index: {key: placed(index, value) for key, value in values.items()}
         if isinstance(values, dict) and index in range(len(parameters))
         else values
         for index, values in saved["state"].items()

@@ -20,20 +20,14 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dlc.machine.cli import one_line, warn_once
 from dlc.machine.files import FULL, is_plain_name, sync
-from dlc.machine.processes import from_all, is_first_of_node
 from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, check_tensors, differences_from, hub_patterns, load_tensors
 from models import DiT_models
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 # A name that ends like a file of weights is a path, such as pretrained/encoder.pth, which could be an id, too.
 FILE_SUFFIXES = (*WEIGHTS_SUFFIXES, ".pkl", ".npy", ".npz", ".json", ".yaml", ".zip")
@@ -67,17 +61,16 @@ def is_id(name: object) -> bool:
     )
 
 
-def locate(name: object, kind: str, flag: str = "checkpoint", state: "PartialState | None" = None) -> Path:
+def locate(name: object, kind: str, flag: str = "checkpoint") -> Path:
     """The local path that a name stands for; of a hub id, its folder or file in the hub's cache.
 
     If the hub is out of reach or refuses, the copy in the cache is used, with a warning, if it is whole.
-    A repository is asked for once per process.
+    A repository is asked for once per process; the library's locks let one process of a node fetch a file.
 
     Args:
         name: a local path, which comes back unread, or a hub id.
         kind: of network that is wanted, a key of IN_PIPELINES, which says what files are.
         flag: the flag that the name was given to, for errors.
-        state: of the processes, all of which call this: one per node asks the hub, then the others read its cache.
 
     Raises ValueError, one line with the remedy, if there is no such path, repository or file of weights, and if the hub
     refuses access or is out of reach.
@@ -91,36 +84,20 @@ def locate(name: object, kind: str, flag: str = "checkpoint", state: "PartialSta
         )
     if key not in FETCHED:
         try:
-            fetch = partial(_fetch, *key)
-            FETCHED[key] = fetch(True) if state is None else _first_of_node(fetch)
+            FETCHED[key] = _fetch(*key)
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from None
     return FETCHED[key]
 
 
-def _first_of_node(fetch: Callable[[bool], Path]) -> Path:
-    """fetch(True) in the first process of each node, then fetch(False) in the others. Raises ValueError in all of them
-    if a first one does."""
-    found, error = None, None
-    if is_first_of_node():
-        try:
-            found = fetch(True)
-        except (ValueError, OSError) as raised:
-            error = str(raised)
-    errors = list(filter(None, from_all(error)))  # also waits for the first ones
-    if errors:
-        raise ValueError(errors[0])
-    return found or fetch(False)
-
-
-def _fetch(name: str, kind: str, ask: bool) -> Path:
+def _fetch(name: str, kind: str) -> Path:
     """The path of a hub id, see `locate`. Raises ValueError saying what is wrong, without the name."""
     from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 
     repository, revision, inside = parts_of(name)
     cache = Path(constants.HF_HUB_CACHE) / "--".join(["models", *repository.split("/")])
-    refusal, offline = "", not ask or constants.HF_HUB_OFFLINE
-    if not offline:
+    refusal = ""
+    if not constants.HF_HUB_OFFLINE:
         try:
             return _download(cache, repository, revision, kind, inside) / inside
         except LookupError as error:
@@ -149,7 +126,7 @@ def _fetch(name: str, kind: str, ask: bool) -> Path:
             f"the hub's cache {constants.HF_HUB_CACHE} has its weights, but no {config}, which decides what they are: "
             + remedy
         )
-    if not offline:
+    if refusal:
         warn_once(f"hub {name}", f"{name}: {refusal}; its copy in the hub's cache is used")
     return folder / inside
 
@@ -171,7 +148,7 @@ def _download(cache: Path, repository: str, revision: str, kind: str, inside: st
     for path, size in ((folder / file, sizes[file]) for file in wanted):
         cut = path.is_file() and size not in (None, path.stat().st_size)  # such as by a full disk
         if cut:
-            path.resolve().unlink()
+            path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         lacking += cut or not path.is_file()
     if lacking and os.environ.get("RANK", "0") == "0":
@@ -280,12 +257,11 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def published_dit(model: str, image_size: int, state: "PartialState | None" = None) -> str | Path:
+def published_dit(model: str, image_size: int) -> str | Path:
     """The hub id or the local file of DiT's published weights; either is fetched if it is not there yet.
 
     Args:
         model, image_size: a key of PUBLISHED.
-        state: see `locate`.
 
     Raises ValueError, saying where to put the file, if neither the hub nor the address gives it.
     """
@@ -295,7 +271,7 @@ def published_dit(model: str, image_size: int, state: "PartialState | None" = No
         return path
     if not mirror:
         try:
-            locate(repository, "model", "--ckpt", state)
+            locate(repository, "model", "--ckpt")
             return repository
         except ValueError as error:
             if is_offline():

@@ -5,10 +5,8 @@ from pathlib import Path
 import torch
 
 from diffusion.process_table import describe_process
-from dlc.weights.foreign.layouts import NoRawWeights, OtherKind
-from dlc.weights.foreign.safe import differences_from
-from dlc.weights.hub import locate
-from dlc.weights.load import describe, describe_prior, load_model, load_prior, process_of, read_weights
+from dlc.weights.foreign.layouts import OtherKind
+from dlc.weights.load import describe, describe_prior, load_model, load_prior, process_of
 from dlc.weights.meta import RunMeta
 from dlc.weights.networks import load_encoder, load_vae
 
@@ -20,7 +18,7 @@ def info(path: str | Path, diffusers_time: str | None = None) -> list[str]:
 
     Of an encoder or a VAE, one line says what it is.
 
-    Raises ValueError if path holds none, or if its two sets of weights are not of one model.
+    Raises ValueError if path holds none.
     """
     try:
         model, name, meta = load_model(path, diffusers_time=diffusers_time)
@@ -35,9 +33,7 @@ def info(path: str | Path, diffusers_time: str | None = None) -> list[str]:
             raise
         model, meta = load_prior(path)
         return about(path, meta.model, model, describe_prior(model, meta), meta)
-    lines = about(path, name, model, describe_model(model), meta)
-    difference = ema_and_raw(path, meta)
-    return [*lines, difference] if difference else lines
+    return about(path, name, model, describe_model(model), meta)
 
 
 def about(path: str | Path, name: str, model: torch.nn.Module, sizes: str, meta: RunMeta) -> list[str]:
@@ -73,28 +69,3 @@ def size_of(path: str | Path) -> int:
     """Bytes of a file, or of all files of a folder."""
     path = Path(path)
     return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-
-
-def ema_and_raw(path: str | Path, meta: RunMeta) -> str:
-    """How far the EMA weights are from the raw ones, in words; "" where there are not both."""
-    if meta.weights != "ema":
-        return ""
-    at = locate(path, "model")
-    try:
-        raw, _, of_raw = read_weights(path, at, ema=False)
-    except NoRawWeights:
-        return ""
-    if of_raw.weights != "raw":
-        return ""
-    ema = read_weights(path, at)[0]
-    different = differences_from(ema, raw)
-    if different:
-        raise ValueError(
-            f"{path}: its raw weights are not of the model that its EMA weights are of: the raw {different}"
-        )
-    with torch.no_grad():
-        norms = [
-            ((value - raw[name]).norm(), raw[name].norm()) for name, value in ema.items() if value.is_floating_point()
-        ]
-    difference = [apart / norm for apart, norm in norms if norm > 0] or [torch.tensor(0.0)]
-    return f"EMA weights differ from the raw ones by {torch.stack(difference).mean():.2%} of their norm"

@@ -10,14 +10,13 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from diffusion.process_table import Process, create_process
 from dlc.machine.cli import warn_once
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, trained_process, use_diffusers_function
-from dlc.weights.foreign.layouts import File, NoRawWeights, OtherKind, open_weights
+from dlc.weights.foreign.layouts import File, OtherKind, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
 from dlc.weights.hub import locate
@@ -33,9 +32,6 @@ from dlc.weights.meta import (
 )
 from models import DiT, DiT_models, build_model
 from prior import DLCPrior, DLCPrior_models
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 YOUNG = 0.05  # share of an EMA that is still the start of training
 OWN_FILES = "ema.safetensors", "model.safetensors"
@@ -60,7 +56,7 @@ def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConf
         named, at: what the user called it, for errors, and where it is.
         ema: the EMA weights rather than the raw ones, if there are both.
 
-    Raises ValueError, naming the file, for what is damaged; NoRawWeights if only EMA weights are there.
+    Raises ValueError, naming the file, for what is damaged, and if only EMA weights are there but raw ones are wanted.
     """
     words, given = "checkpoint of this program", at
     at = Path(newest_in(given, ("config.json", "meta.json", OWN_FILES[0 if ema else 1])))
@@ -74,7 +70,7 @@ def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConf
     exported = meta.noted.get("weights")
     file = at if at.is_file() else folder / OWN_FILES[0 if ema and not exported else 1]
     if not file.is_file() and not ema or at.is_file() and not ema and at.name == OWN_FILES[0]:
-        raise NoRawWeights(f"{named} has no raw weights (model.safetensors): leave out --no-ema")
+        raise ValueError(f"{named} has no raw weights (model.safetensors): leave out --no-ema")
     tensors = check_tensors(load_tensors(file), file, RECORDABLE)
     kind = exported or ("ema" if file.name == OWN_FILES[0] else "raw")
     words = "exported by this program" if exported else words
@@ -156,14 +152,12 @@ def name_of(family: str, depth: int, hidden_size: int, num_heads: int, patch_siz
     return f"{family}-{depth}x{hidden_size}" + (f"/{patch_size}" if patch_size else "")
 
 
-def load_model(
-    named: object, ema: bool = True, *, flag: str = "checkpoint", state: "PartialState | None" = None, **options
-) -> tuple[DiT, str, RunMeta]:
+def load_model(named: object, ema: bool = True, *, flag: str = "checkpoint", **options) -> tuple[DiT, str, RunMeta]:
     """The diffusion transformer that a path or hub id holds, in eval mode; its name; and its RunMeta.
 
     Args:
         ema: the EMA weights rather than the raw ones, if there are both.
-        flag, state: see `dlc.weights.hub.locate`.
+        flag: that it was given to, for errors.
         options: for weights without a record of ours:
             diffusers_time: of diffusers' layout, whose function to compute, "dit" or "diffusers" [what the folder says,
                 else "dit"].
@@ -173,7 +167,7 @@ def load_model(
 
     Raises ValueError, naming the path, for what is no such model, or is damaged; OtherKind if it is another network.
     """
-    tensors, config, meta = read_weights(named, locate(named, "model", flag, state), "model", ema, **options)
+    tensors, config, meta = read_weights(named, locate(named, "model", flag), "model", ema, **options)
     model = filled(config, tensors, named)
     if not isinstance(model, DiT):
         raise OtherKind(f"{named} is a {config.model}, a prior over codes, no diffusion transformer", "prior")
@@ -182,14 +176,12 @@ def load_model(
     return model, config.model, meta
 
 
-def load_prior(
-    named: object, ema: bool = True, flag: str = "checkpoint", state: "PartialState | None" = None
-) -> tuple[DLCPrior, RunMeta]:
+def load_prior(named: object, ema: bool = True, flag: str = "checkpoint") -> tuple[DLCPrior, RunMeta]:
     """The prior over codes that a path or hub id holds, in eval mode, and its RunMeta, whose process is known.
 
     Arguments and errors are as of `load_model`.
     """
-    tensors, config, meta = read_weights(named, locate(named, "prior", flag, state), "prior", ema)
+    tensors, config, meta = read_weights(named, locate(named, "prior", flag), "prior", ema)
     model = filled(config, tensors, named)
     if not isinstance(model, DLCPrior):
         raise OtherKind(f"{named} is not a prior over codes, but a {config.model}", "model")
@@ -226,9 +218,7 @@ def warn_of_young_ema(path: str | Path, meta: RunMeta) -> None:
         )
 
 
-def load_pretrained(
-    named: object, model: torch.nn.Module, state: "PartialState | None" = None, process: dict | None = None
-) -> str:
+def load_pretrained(named: object, model: torch.nn.Module, process: dict | None = None) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
     process: what the model is trained on, as `Process.config`, which the line compares.
@@ -236,7 +226,7 @@ def load_pretrained(
     Raises ValueError if there are no weights, or none that fit.
     """
     kind = "model" if isinstance(model, DiT) else "prior"
-    at = locate(named, kind, "--pretrained-path", state)
+    at = locate(named, kind, "--pretrained-path")
     own, wanted = read_own(named, at), model.state_dict()
     if own is not None:
         weights, _, meta = own

@@ -7,7 +7,6 @@ vae = load_vae("ema", device)
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,9 +21,6 @@ from dlc.weights.foreign import encoders, vaes
 from dlc.weights.foreign.names import read_foreign
 from dlc.weights.foreign.safe import check_tensors, differences_from, read_file, weights_in
 from dlc.weights.hub import is_id, locate, parts_of
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
 VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision][:file]"
@@ -49,17 +45,17 @@ def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more
     )
 
 
-def open_encoder(args: argparse.Namespace, state: "PartialState | None" = None) -> SEMEncoder:
+def open_encoder(args: argparse.Namespace) -> SEMEncoder:
     """The encoder that those flags name. Raises ValueError as `load_encoder` does."""
-    return load_encoder(args.encoder, state=state, backbone=args.encoder_backbone, L=args.L, V=args.V)
+    return load_encoder(args.encoder, backbone=args.encoder_backbone, L=args.L, V=args.V)
 
 
-def load_encoder(name: str | Path, flag: str = "--encoder", state: "PartialState | None" = None, **given) -> SEMEncoder:
+def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncoder:
     """The encoder that a name stands for, in eval mode, float32, on the CPU. Its `said` is what was recognised.
 
     Args:
         name: a folder that `save_encoder` wrote, or a folder, file or hub id in a layout of docs/weights.md.
-        flag, state: see `dlc.weights.hub.locate`.
+        flag: that the name was given to, for errors.
         given: backbone, L and V, for weights that do not say them; None stands for what is read off them.
 
     Raises ValueError if weights are missing, left over or of other shapes, so that no weight stays random, and if a
@@ -68,7 +64,7 @@ def load_encoder(name: str | Path, flag: str = "--encoder", state: "PartialState
     given = {key: value for key, value in given.items() if value is not None}
     if "backbone" in given:
         check_config(f"{flag}-backbone", dict(backbone=given["backbone"]))
-    path, found, said = locate(name, "encoder", flag, state), None, "a folder of this program"
+    path, found, said = locate(name, "encoder", flag), None, "a folder of this program"
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "backbone" not in config or {"model_type", "architectures"} & config.keys():
         found = read_foreign(name, path, "encoder", given=given)
@@ -116,28 +112,26 @@ def vae_label(name: str) -> str:
     return aliases.get(vae_id(name)) or Path(parts_of(name)[0] if is_id(name) else name).name
 
 
-def downsampling_factor(name: str, state: "PartialState | None" = None) -> int:
+def downsampling_factor(name: str) -> int:
     """Pixels per latent cell along each axis of the VAE that --vae names, which is not built for it."""
     name = vae_id(name)
     if name in VAE_ALIASES.values():
         return 8  # known without asking the hub
-    path = locate(name, "vae", "--vae", state)
+    path = locate(name, "vae", "--vae")
     for file in (path / "vae/config.json", path / "config.json"):
         if file.is_file():
             return pixels_per_cell(vaes.checked_config(file, f"--vae {name}")["arguments"])
     return pixels_per_cell(read_foreign(name, path, "vae").config["arguments"])
 
 
-def load_vae(name: str, device: torch.device | str = "cpu", state: "PartialState | None" = None) -> torch.nn.Module:
+def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
     """The VAE that --vae names, in eval mode, float32. Its `said` is what was recognised.
 
-    Args:
-        name: "ema" or "mse" (Stability AI's fine-tuned decoders), or a path or hub id in a layout of docs/weights.md.
-        state: see `dlc.weights.hub.locate`.
+    name: "ema" or "mse" (Stability AI's fine-tuned decoders), or a path or hub id in a layout of docs/weights.md.
 
     Raises ValueError, naming what is missing or wrong, if it cannot be loaded.
     """
-    found = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae", state), "vae")
+    found = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae"), "vae")
     vae = vaes.build(found.config, found.tensors, f"--vae {name}: {found.file.path.name}")
     vae.said = found.said
     return vae.to(device).eval().requires_grad_(False)
@@ -171,13 +165,10 @@ def data_settings(
     )
 
 
-def open_networks(
-    state: "PartialState", image_size: int, vae: str, encoder: str | None, **given
-) -> tuple[torch.nn.Module, SEMEncoder | None]:
+def open_networks(image_size: int, vae: str, encoder: str | None, **given) -> tuple[torch.nn.Module, SEMEncoder | None]:
     """The VAE and the encoder, or None for no encoder, on the CPU.
 
     Args:
-        state: see `dlc.weights.hub.locate`.
         vae, encoder: as --vae and --encoder take them.
         given: the encoder's backbone, L and V, see `load_encoder`.
 
@@ -186,9 +177,8 @@ def open_networks(
     """
     if not encoder and any(given.values()):
         raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
-
-    factor = downsampling_factor(vae, state)
+    factor = downsampling_factor(vae)
     if image_size % factor:
         raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-    loaded = load_encoder(encoder, state=state, **given) if encoder else None
-    return load_vae(vae, state=state), loaded
+    loaded = load_encoder(encoder, **given) if encoder else None
+    return load_vae(vae), loaded

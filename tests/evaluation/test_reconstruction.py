@@ -237,7 +237,7 @@ def test_encoder_that_the_checkpoint_names(tmp_path, monkeypatch):
     np.save(tmp_path / "composed.npy", np.zeros((3, 2), np.uint8))
     write_json(tmp_path / "meta.json", RunMeta(noted=dict(encoder="owner/mine")).to_json())
     for checkpoint in (tmp_path, tmp_path / "ema.safetensors", tmp_path / "gone/x"):
-        encoder_of(Namespace(encoder=None), open_codes(tmp_path / "composed.npy"), None, str(checkpoint))
+        encoder_of(Namespace(encoder=None), open_codes(tmp_path / "composed.npy"), str(checkpoint))
     assert opened == ["owner/mine", "owner/mine", DEFAULT_ENCODER]
 
 

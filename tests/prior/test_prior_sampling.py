@@ -16,7 +16,7 @@ from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes
 from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.samples_record import SamplesRecord
-from dlc.sampling.usage import Rows, nearest, usage
+from dlc.sampling.usage import nearest, usage
 from evaluation.agreement import DrawnCodes
 
 NUM = 2 * SHARD + 30
@@ -189,8 +189,7 @@ def test_usage_by_hand():
     rng = np.random.default_rng(0)
     train, new = rng.integers(0, 3, (40, 5)), rng.integers(0, 3, (12, 5))
     train[7], new[3], new[4], new[9] = train[2], train[2], new[1], train[11]
-    rows = [Rows(one.__getitem__, np.arange(len(one)), 3) for one in (new, train)]
-    found = usage(rows[0], rows[1], rows[0])
+    found = usage(new, 3, train, new)
     apart = (new[:, None] != train).sum(axis=2)
     assert found["samples"]["copies"] == (apart.min(axis=1) == 0).mean() >= 2 / 12
     assert found["samples"]["repeated"] == pytest.approx(1 - len(np.unique(new, axis=0)) / 12)
@@ -202,9 +201,9 @@ def test_usage_by_hand():
     shares = [np.bincount(column, minlength=3) / 12 for column in new.T]
     expected = [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares]
     np.testing.assert_allclose(found["samples"]["perplexity"], expected, atol=1e-3)
-    assert nearest(rows[0], rows[1], 3).shape == (3,)
-    assert usage(rows[0])["samples"].keys().isdisjoint({"copies", "nearest_mean"})
-    assert usage(Rows(np.ones((9, 2), int).__getitem__, np.arange(9), 300))["samples"]["perplexity"] == [1, 1]
+    assert nearest(new, train, 3).shape == (3,)
+    assert usage(new, 3)["samples"].keys().isdisjoint({"copies", "nearest_mean"})
+    assert usage(np.ones((9, 2), int), 300)["samples"]["perplexity"] == [1, 1]
 
 
 def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):

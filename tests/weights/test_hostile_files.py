@@ -30,7 +30,6 @@ from dlc.data.rows import load_array
 from dlc.machine.files import Damaged, read_json
 from dlc.weights.checkpoint import load_checkpoint
 from dlc.weights.foreign.safe import check_tensors, load_tensors, read_torch
-from dlc.weights.info import info
 from dlc.weights.load import load_model, load_pretrained, load_prior
 from dlc.weights.meta import config_of, damage, newest_of_run, read_config, read_meta
 from dlc.weights.networks import downsampling_factor, load_encoder, load_vae
@@ -457,14 +456,10 @@ def test_config(tmp_path):
 
 
 def test_info_of_hostile_checkpoints(tmp_path, capsys, monkeypatch):
-    """Raw weights of another model than the EMA's, and names that could steer a terminal."""
+    """Names that could steer a terminal."""
     safetensors.torch.save_file(WEIGHTS, tmp_path / "ema.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(OURS))
     (tmp_path / "meta.json").write_text(json.dumps(dict(step=1, features_path="\x1b[31m" + "z" * 5000)))
-    for raw, words in ((dict(WEIGHTS, more=torch.zeros(1)), "has unknown more"), ({}, "lacks ")):
-        safetensors.torch.save_file(raw, tmp_path / "model.safetensors")
-        refusal(info, tmp_path, words=words)
-    safetensors.torch.save_file({name: value * 0 for name, value in WEIGHTS.items()}, tmp_path / "model.safetensors")
     monkeypatch.setattr(sys, "argv", ["tool", "info", str(tmp_path)])
     tool.main()
     said = capsys.readouterr().out
@@ -568,7 +563,7 @@ def test_a_mapped_file_that_is_cut(tmp_path):
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "both latents_mean and shift_factor"),
         (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
         (dict(scaling_factor=None), "scaling_factor is None"),
-        (dict(auto_map=dict(AutoModel="evil.Model")), "the key auto_map"),
+        (dict(auto_map=dict(AutoModel="evil.Model")), "unexpected keyword argument .auto_map"),
         (dict(_class_name="UNet2DModel"), "its config.json is that of no"),
         (dict(block_out_channels=[]), r"block_out_channels is \[\]"),
         (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
@@ -576,7 +571,7 @@ def test_a_mapped_file_that_is_cut(tmp_path):
         (dict(down_block_types=["os.system"] * 4), "diffusers cannot build"),
         (dict(layers_per_block=10**9), "layers_per_block is"),
         (dict(layers_per_block=2), "lacks"),
-        ({"\x1b[31mkey" * 99: 1}, "the key key"),
+        ({"\x1b[31mkey" * 99: 1}, "diffusers cannot build"),
     ],
 )
 def test_vae_configs(vae, change, words):

@@ -1,7 +1,7 @@
 """Names of weights that are ids on the hub, against a stand-in of it on loopback."""
 
 import errno
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hub_standin import point_at
@@ -211,42 +211,10 @@ def test_names(hub, tmp_path):
         locate("a/b.pth", "vae", "--vae")
 
 
-def test_one_process_of_a_node_fetches_first(hub, monkeypatch):
-    """The others ask the hub for nothing; if the first one fails, all of them say so."""
+def test_processes_of_a_node_fetch_a_file_once(hub):
+    """The library's locks have the others wait for it; threads have a lock each, as processes do."""
     hub.add("owner/name", FILES)
-    gathered, barrier, rank = [None, None], threading.Barrier(2), threading.local()
-
-    def gather(value):
-        gathered[rank.index] = value
-        barrier.wait(10)
-        return list(gathered)
-
-    monkeypatch.setattr(hub_module, "from_all", gather)
-    monkeypatch.setattr(hub_module, "is_first_of_node", lambda: rank.index == 0)
-    results, asked = [{}, {}], []
-
-    def process(index, name):
-        rank.index = index
-
-        def fetch(ask):
-            if index:
-                asked.append(len(hub.requests))
-            return hub_module._fetch(name, "model", ask)
-
-        try:
-            results[index] = hub_module._first_of_node(fetch)
-        except ValueError as error:
-            results[index] = str(error)
-
-    def both(name):
-        threads = [threading.Thread(target=process, args=(index, name)) for index in (1, 0)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-
-    both("owner/name")
-    assert results[0] == results[1] and (results[0] / "model.safetensors").is_file()
-    assert asked == [len(hub.requests)]
-    both("owner/nothing")
-    assert results[0] == results[1] and "no such repository" in results[0]
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(hub_module._fetch, ["owner/name"] * 4, ["model"] * 4))
+    assert len({*folders}) == 1 and (folders[0] / "model.safetensors").read_bytes() == CONTENT
+    assert len(downloads(hub)) == len({*downloads(hub)}) == 3

@@ -57,10 +57,6 @@ class OtherKind(ValueError):
         self.kind = kind
 
 
-class NoRawWeights(ValueError):
-    """A checkpoint has EMA weights alone."""
-
-
 @dataclass
 class File:
     """Weights as they lie, and what was recognised so far."""
@@ -112,7 +108,7 @@ class File:
         """Refuse a file that has EMA weights alone, or raw ones beside EMA weights that are not read, or raw ones alone
         where a training script of DiT's saves both. Other files do not say what they have, and are not refused."""
         if not self.ema:
-            self.refuse(f"has no raw weights, only {prefix}*: leave out --no-ema to sample from those", NoRawWeights)
+            self.refuse(f"has no raw weights, only {prefix}*: leave out --no-ema to sample from those")
         kept = [name for name, value in self.tensors.items() if is_averaged(name) and holds_tensors(value)]
         if kept and not (self.kind == "prior" and SHADOW in kept):
             self.refuse(
@@ -183,7 +179,7 @@ def enter(file: File) -> None:
         if name not in names:
             words = "EMA weights (custom_checkpoint_0.pkl): give --no-ema to read the raw ones"
             words = words if file.ema else "raw weights (model.safetensors): leave out --no-ema"
-            file.refuse(f"has no {words}", ValueError if file.ema else NoRawWeights)
+            file.refuse(f"has no {words}")
         file.weights = "ema" if file.ema else "raw"
         file.words.append("accelerate checkpoint of the DLC project")
     other = next((words for pattern, words in OTHER_FOLDERS.items() if any(file.path.glob(pattern))), None)

@@ -107,19 +107,16 @@ def read_file(path: Path) -> tuple[dict, str]:
 
     Raises ValueError as `load_tensors` does, and for an index whose shards are not files beside it.
     """
-    path, said = Path(path), []
-    if path.name.endswith(".json"):
-        places = read_json(path).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(map(is_plain_name, places.values())):
-            raise ValueError(f"{path} is no index of shards: its weight_map is not of names of files beside it")
-        shards = {name: load_tensors(path.with_name(name)) for name in sorted(set(places.values()))}
-        lacking = next((key for key, name in places.items() if key not in shards[name]), None)
-        if lacking is not None:
-            raise ValueError(f"{path} says that {places[lacking]} has {shown(lacking)}, which it does not")
-        values, said = {key: shards[name][key] for key, name in places.items()}, [f"{len(shards)} shards"]
-    else:
-        values = load_tensors(path)
-    return values, ", ".join(said + ["fp16 variant"] * (".fp16." in path.name))
+    path, words = Path(path), ["fp16 variant"] if ".fp16." in Path(path).name else []
+    if not path.name.endswith(".json"):
+        return load_tensors(path), "".join(words)
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(map(is_plain_name, places.values())):
+        raise ValueError(f"{path} is no index of shards: its weight_map is not of names of files beside it")
+    values, shards = {}, sorted(set(places.values()))
+    for name in shards:
+        values |= load_tensors(path.with_name(name))
+    return values, ", ".join([f"{len(shards)} shards", *words])
 
 
 def load_tensors(path: Path) -> dict:
@@ -174,9 +171,6 @@ def read_torch(path: Path, what: str = "weights", mapped: bool = False) -> objec
     Objects that PASSED_OVER names are `PassedOver` in it. Raises errors as `load_tensors` does, naming the file and
     `what`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     with reading(path):
         try:
             fault, names = survey(path)
