@@ -114,10 +114,6 @@ class Members:
                 "compressed"
             ) from None
 
-    def file_of(self, index: int) -> str:
-        """The archive that a member lies in."""
-        return self.files[self.columns[index, 0]]
-
     def read(self, index: int) -> bytes:
         """A member's bytes.
 

@@ -5,6 +5,7 @@ extract(BatchEncoder(encoder, views, labels, manifest, batch_size), zip(batches,
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,28 +32,16 @@ def batches_of(shards: Iterable[int], count: int, shard_size: int, batch_size: i
     return batches
 
 
+@dataclass
 class BatchEncoder:
-    """Turns a batch of loaded images into the arrays of its rows, as shards hold them.
+    """Turns a batch of loaded images into the arrays of its rows, as shards hold them."""
 
-    Args:
-        views: what the batches are loaded from, with k crops per image.
-        labels: (images,) int64.
-        manifest: says what is stored, and the seed of the posterior's draws.
-        batch_size: images that each batch is filled up to.
-        strict: raise for an image that is broken, rather than skip it.
-    """
-
-    def __init__(
-        self,
-        encoder: "PixelEncoder",
-        views: Views,
-        labels: np.ndarray,
-        manifest: Manifest,
-        batch_size: int,
-        strict: bool = False,
-    ):
-        self.encoder, self.views, self.labels, self.manifest = encoder, views, labels, manifest
-        self.batch_size, self.strict = batch_size, strict
+    encoder: "PixelEncoder"
+    views: Views  # what the batches are loaded from, with k crops per image
+    labels: np.ndarray  # (images,) int64
+    manifest: Manifest  # says what is stored, and the seed of the posterior's draws
+    batch_size: int  # images that each batch is filled up to
+    strict: bool = False  # raise for an image that is broken, rather than skip it
 
     def warm_up(self) -> None:
         """Compile. Called before there are threads, of which only one may compile."""

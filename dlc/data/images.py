@@ -10,6 +10,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch.utils.data import Dataset
 
 from dlc.data.archives import Members
 from dlc.data.listing import Tree, Walk, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
@@ -406,25 +406,15 @@ def flips_of(policy: str, count: int, seed: int) -> np.ndarray:
     return np.tile([False, True] if policy == "both" else [False], (count, 1))
 
 
-class Views(Dataset):
-    """The 8-bit views of each image of a source: crops for the VAE and, never flipped, one for the SEM encoder.
+@dataclass
+class Views:
+    """The 8-bit views of each image of a source: crops for the VAE and, never flipped, one for the SEM encoder."""
 
-    Args:
-        flips: (images, k) bool, whether each of the k crops is flipped.
-        image_size, code_size: sides of the crops and of the encoder's view, pixels; code_size None: no such view.
-        background: what transparent images are blended on, (r, g, b).
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        flips: np.ndarray,
-        image_size: int,
-        code_size: int | None,
-        background: Sequence[int] = WHITE,
-    ):
-        self.source, self.flips, self.image_size = source, flips, image_size
-        self.code_size, self.background = code_size, background
+    source: Source
+    flips: np.ndarray  # (images, k) bool, whether each of the k crops is flipped
+    image_size: int  # side of the crops, pixels
+    code_size: int | None  # that of the encoder's view; None: no such view
+    background: Sequence[int] = WHITE  # what transparent images are blended on, (r, g, b)
 
     def load(self, index: int) -> Image.Image:
         return self.source.load(index, self.background)

@@ -83,17 +83,14 @@ class Walk:
         """Of each entry of a folder its name, and whether it, or what a link leads to, is a folder, a file, missing."""
         with os.scandir(os.path.join(self.root, folder)) as entries:
             for entry in entries:
-                yield entry.name, *self._type(entry)
-
-    def _type(self, entry):
-        """Whether an entry, or what a link leads to, is a folder, a file, or a link to nowhere."""
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError as error:
-            if error.errno not in DANGLING:
-                raise
-            is_folder = is_file = False
-        return is_folder, is_file, not (is_folder or is_file) and entry.is_symlink() and not os.path.exists(entry.path)
+                is_folder = is_file = False
+                try:
+                    is_folder, is_file = entry.is_dir(), entry.is_file()
+                except OSError as error:
+                    if error.errno not in DANGLING:
+                        raise
+                is_dangling = not (is_folder or is_file) and entry.is_symlink() and not os.path.exists(entry.path)
+                yield entry.name, is_folder, is_file, is_dangling
 
     def images(self, folder: str) -> list[str] | None:
         """The paths of all images in and below a folder, sorted by their folder's path, then by name.

@@ -4,6 +4,7 @@ The code of sample i is a function of (seed, i) and the settings. The network is
 by index, so neither the number of processes, nor which codes are missing, nor how many are wanted changes a code.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
 from dlc.weights.load import load_prior, process_of, warn_of_young_ema
-from dlc.weights.meta import NoCheckpoint, RunMeta, damage, is_prior, newest_of_run, only_run, run_checkpoints
+from dlc.weights.meta import NoCheckpoint, RunMeta, damage, is_prior, newest_of_run, only_run
 from prior import DLCPrior
 
 if TYPE_CHECKING:
@@ -32,15 +33,12 @@ BATCH = 64  # codes per batch; divides code_folder.SHARD
 
 
 def newest_prior(results_dir: str | Path, use_ema: bool = True) -> Path:
-    """The weights to draw codes with from the one run of train_prior.py that is results_dir, or a folder of it.
+    """The weights to draw codes with from the one run of train_prior.py that is results_dir, or a folder of it: those
+    of the run's lowest held-out bound, best/, if they were kept, else its newest checkpoint.
 
     Raises NoCheckpoint if there is none; ValueError if there are several, see `only_run`.
     """
-    return best_of_run(only_run(results_dir, is_prior, "prior", "train_prior.py"), use_ema)
-
-
-def best_of_run(run: Path, use_ema: bool = True) -> Path:
-    """The weights of a run's lowest held-out bound, best/, if they were kept, else its newest checkpoint."""
+    run = only_run(results_dir, is_prior, "prior", "train_prior.py")
     files = "meta.json", "ema.safetensors" if use_ema else "model.safetensors"
     whole = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp" and not damage(path, files))
     return whole[-1] if whole else newest_of_run(run, files)
@@ -48,14 +46,10 @@ def best_of_run(run: Path, use_ema: bool = True) -> Path:
 
 def resolved(path: str | Path, use_ema: bool = True) -> str | Path:
     """The path of a prior that a user names: of a run, or a folder of one, the weights to draw with; else as it is."""
-    if not Path(path).is_dir() or (Path(path) / "config.json").exists():
-        return path
-    if run_checkpoints(path) or (Path(path) / "best").is_dir():
-        return best_of_run(Path(path), use_ema)
-    try:
-        return newest_prior(path, use_ema)
-    except NoCheckpoint:  # others' weights
-        return path
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        with contextlib.suppress(NoCheckpoint):  # others' weights
+            return newest_prior(path, use_ema)
+    return path
 
 
 def spec_of(owner: str, prior: DLCPrior, meta: RunMeta) -> CodeSpec:
