@@ -49,7 +49,6 @@ SAID_WAITING = 30  # seconds after which a process prints that it waits for the 
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: shard with FSDP (train_options/fsdp.yaml)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: shard with FSDP (train_options/fsdp.yaml)",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism: use --multi_gpu",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "other parallelism: use --multi_gpu, or FSDP (train_options/fsdp.yaml)",
     "FSDP_OFFLOAD_PARAMS": "FSDP with parameters offloaded to the CPU: leave out fsdp_offload_params",
 }
@@ -129,12 +128,8 @@ def asked_precision(precision: str | None = None) -> str:
 #################################################################################
 
 
-def _interrupt(number):
-    raise KeyboardInterrupt
-
-
 def _say_waiting():
-    if is_first_of_node():
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node
         rank, size, address, port = (
             os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         )
@@ -159,7 +154,7 @@ def start_processes(grad_accum: int | None = None, precisions: Collection[str] =
     from accelerate import PartialState  # imported late: --help and mistaken flags do not need it
 
     refuse_launcher(grad_accum)
-    on_first_signal([signal.SIGINT], _interrupt)
+    on_first_signal([signal.SIGINT], lambda number: signal.default_int_handler(number, None))
     on_cpu = not on_gpus()
     if not is_on("ACCELERATE_USE_CPU"):
         refuse_unusable_gpus()
@@ -233,11 +228,6 @@ def wait_for_all() -> None:
     """Wait until every process is here, for hours if need be: rank 0 may be writing a large file."""
     if files_group() is not None:
         dist.barrier(group=files_group())
-
-
-def is_first_of_node() -> bool:
-    """Whether this process does what is done once per node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def done_by_rank_0(state: "PartialState", work: Callable[[], Any]) -> Any:

@@ -26,7 +26,7 @@ import torch
 
 from dlc.machine.cli import one_line, warn_once
 from dlc.machine.files import FULL, is_plain_name, sync
-from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, check_tensors, differences_from, hub_patterns, load_tensors
+from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, check_tensors, differences_from, load_tensors, weights_in
 from models import DiT_models
 
 # A name that ends like a file of weights is a path, such as pretrained/encoder.pth, which could be an id, too.
@@ -209,19 +209,22 @@ def wanted_files(files: Iterable[str], kind: str, inside: str = "") -> list[str]
     def matching(pattern):  # `*` matches no slash: both have as many
         return [file for file in files if file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)]
 
-    patterns = [*hub_patterns(f"{top}{IN_PIPELINES[kind]}/"), *hub_patterns(top)]
-    found, beside = next(filter(None, map(matching, patterns)), []), BESIDE
-    if inside in files:
-        shards = f"{inside.partition('.')[0]}-*-of-*" if inside.endswith(".json") else ""
-        found, beside = [inside, *matching(shards)], BESIDE[:1]
-    if not found:
+    chosen, beside = (inside, BESIDE[:1]) if inside in files else (None, BESIDE)
+    for place in (f"{top}{IN_PIPELINES[kind]}/", top):
+        name = weights_in(file.removeprefix(place) for file in matching(f"{place}*"))
+        chosen = chosen or (name and f"{place}{name}")
+    if not chosen:
         found = [file for suffix in WEIGHTS_SUFFIXES for file in matching(f"{top}*{suffix}")]
         others = found or [file for file in files if file.endswith(WEIGHTS_SUFFIXES)]
-        if len(found) != 1:
-            names = ", ".join(one_line(file, 60) for file in others[:4]) + ", …" * (len(others) > 4)
-            what = f"no file of weights{f' in {inside}' if inside else ''}" if not found else "several files of weights"
-            raise LookupError(f"has {what}" + (f": name one of {names} after a colon, ID:FILE" if others else ""))
-    return sorted({*found, *(file for pattern in beside for file in matching(f"{top}{pattern}"))})
+        names = ", ".join(one_line(file, 60) for file in others[:4]) + ", …" * (len(others) > 4)
+        what = f"no file of weights{f' in {inside}' if inside else ''}" if not found else "several files of weights"
+        raise LookupError(f"has {what}" + (f": name one of {names} after a colon, ID:FILE" if others else ""))
+    patterns = [f"{top}{one}" for one in beside]
+    if chosen.endswith(".json"):  # of shards, model.safetensors.index.fp16.json for example
+        folder, slash, name = chosen.rpartition("/")
+        stem, ending, *variant = name.split(".")
+        patterns.append(f"{folder}{slash}{stem}{'.fp16' * ('fp16' in variant)}-*-of-*.{ending}")
+    return sorted({chosen, *(file for pattern in patterns for file in matching(pattern))})
 
 
 def config_beside(file: str) -> str | None:

@@ -26,7 +26,6 @@ KINDS = {  # of networks
     "prior": "a prior over codes (SEDD)",
     "encoder": "an encoder of images",
     "vae": "a VAE",
-    "other": "another kind of diffusion model",
 }
 FLAGS = dict(model="--ckpt", prior="--prior", encoder="--encoder", vae="--vae")  # that take them
 # Folders that are often met in the place of weights, by a file in them.

@@ -54,9 +54,6 @@ TABLE = (
     Row("vae", "diffusers' names", "encoder.conv_out.weight", vaes.from_diffusers),
     Row("encoder", "DINOv2", "blocks.0.ls1.gamma", as_they_are),
     Row("vae", "VAE", "decoder.conv_in.weight", as_they_are),
-    Row("other", "transformer of diffusers", "transformer_blocks.0.attn1.to_q.weight", as_they_are),
-    Row("other", "UNet", "input_blocks.0.0.weight", as_they_are),
-    Row("other", "UNet of diffusers", "down_blocks.0.resnets.0.conv1.weight", as_they_are),
 )
 CONFIGS = dict(model=dits.config_of, prior=priors.config_of, encoder=encoders.config_of, vae=vaes.config_of)
 
@@ -84,7 +81,7 @@ def names_of(file: File) -> tuple[dict, Row]:
     for row in sorted(TABLE, key=lambda row: row.kind != file.kind):
         if any(f".{name}".endswith(f".{row.anchor}") for name in file.tensors):
             if row.kind != file.kind:
-                takes = f", which {FLAGS[row.kind]} takes" if row.kind in FLAGS else ""
-                file.refuse(f"is {KINDS[row.kind]}{takes}: wanted {KINDS[file.kind]}", OtherKind, row.kind)
+                words = f"is {KINDS[row.kind]}, which {FLAGS[row.kind]} takes: wanted {KINDS[file.kind]}"
+                file.refuse(words, OtherKind, row.kind)
             return row.rename(file, file.under(row.anchor)), row
     file.refuse(f"is not {KINDS[file.kind]}: no tensor in it has a name that is known")

@@ -28,17 +28,9 @@ from dlc.machine.files import Damaged, errno_of, failed, is_plain_name, is_point
 
 # Of a folder the first of these is read: weights whole before shards, full precision before half.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-ENDS = {  # of a file, and of what is fetched from the hub for it
-    ".safetensors": ".safetensors",
-    ".safetensors.index.json": "-*-of-*.safetensors",
-    ".bin": ".bin",
-    ".bin.index.json": "-*-of-*.bin",
-    ".fp16.safetensors": ".fp16.safetensors",
-    ".safetensors.index.fp16.json": ".fp16-*-of-*.safetensors",
-    ".fp16.bin": ".fp16.bin",
-    ".bin.index.fp16.json": ".fp16-*-of-*.bin",
-}
-WEIGHTS_FILES = tuple(stem + end for end in ENDS for stem in STEMS)
+ENDS = "safetensors safetensors.index.json bin bin.index.json".split()
+ENDS += "fp16.safetensors safetensors.index.fp16.json fp16.bin bin.index.fp16.json".split()
+WEIGHTS_FILES = tuple(f"{stem}.{end}" for end in ENDS for stem in STEMS)
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 ZIP, OLD = b"PK\x03\x04", b"\x80\x02\x8a\n"  # first bytes of what torch.save writes since 1.6, and before
 PAGE = 4096  # bytes; the least of any system's pages
@@ -70,11 +62,6 @@ WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch
 def plain_name(name: object) -> str:
     """A tensor's name without the wrappers of DDP and torch.compile."""
     return WRAPPERS.sub("", str(name))
-
-
-def hub_patterns(folder: str = "") -> tuple[str, ...]:
-    """Patterns of a file of weights in a repository on the hub, in the order of preference."""
-    return tuple(f"{folder}{stem}{end}" for end in ENDS.values() for stem in STEMS)
 
 
 def weights_in(files: Iterable[str]) -> str | None:
