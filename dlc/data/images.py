@@ -20,7 +20,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dlc.data.archives import Members
-from dlc.data.listing import Tree, Walk, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
+from dlc.data.listing import Tree, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
 from dlc.data.tables import ImageTable, is_dataset
 from dlc.machine.files import SHEET, errno_of, is_pointer, reading, write_whole
 from dlc.machine.noise import Stream, integers
@@ -267,7 +267,7 @@ class Folder(Source):
     def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
         if names is not None:
             return super().__init__(path, names)
-        super().__init__(path, *_listing(Walk(path), flag, labels))
+        super().__init__(path, *_listing(path, None, flag, labels))
 
     def open(self, index: int) -> str:
         return self.path(index)
@@ -299,7 +299,8 @@ class Archive(Source):
         self.members = Members(files)
         tree = Tree(path.removesuffix(inner).rstrip("/"), self.members.names, inner)
         if names is None:
-            super().__init__(tree.root, *_listing(tree, flag, labels, tree.labels(self.members.read)))
+            own = tree.labels(self.members.read)
+            super().__init__(tree.root, *_listing(tree.root, tree.paths, flag, labels, own))
         else:
             super().__init__(tree.root, names)
         self.places = np.array([tree.index(self.name(index)) for index in range(len(self))])
@@ -333,7 +334,7 @@ class Table(Source):
 SOURCES = (Table, Archive, Folder)  # the first that takes a path
 
 
-def _listing(walk, flag, labels, own=()):
+def _listing(root, paths, flag, labels, own=()):
     """What a Source takes: names, classes, labels, remarks, marks.
 
     labels: a .csv, or None. own: labels by name, of files beside the images.
@@ -341,7 +342,7 @@ def _listing(walk, flag, labels, own=()):
     labels_of = functools.partial(read_labels, labels) if labels else None
     if own and not labels:
         labels_of = functools.partial(map, own.get)
-    classes, names, numbers, remarks = list_images(walk.root, walk, flag, labels_of)
+    classes, names, numbers, remarks = list_images(root, paths, flag, labels_of)
     return names, classes, numbers, remarks, list(map(str, numbers)) if labels_of else None
 
 

@@ -9,6 +9,7 @@ the listing, hidden and system folders and files are left out, and the remark co
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -43,81 +44,18 @@ def is_hidden(name: str) -> bool:
     return name[:1] == "." or name.lower() in SYSTEM
 
 
-class Walk:
-    """A walk through the folders below a root, which counts what it leaves out: endings, and paths by the reason."""
+class LeftOut:
+    """What a listing leaves out: files by their endings, and paths by the reason."""
 
-    def __init__(self, root: str):
-        self.root, self.endings, self.others, self.examples = root, Counter(), Counter(), {}
+    def __init__(self):
+        self.endings, self.others, self.examples = Counter(), Counter(), {}
 
-    def leave_out(self, reason: str, path: str) -> None:
+    def note(self, reason: str, path: str) -> None:
         self.others[reason] += 1
         self.examples[reason] = min(path, self.examples.get(reason, path))
 
-    def scan(self, folder: str) -> tuple[list[str], list[str]]:
-        """The names of the images in a folder, and of its folders. Raises OSError, naming what cannot be listed."""
-        images, folders = [], []
-        try:
-            for name, is_folder, is_file, is_dangling in self.entries(folder):
-                path = os.path.join(folder, name)
-                if is_hidden(name):
-                    self.leave_out("hidden or system files and folders", path)
-                elif is_folder:
-                    folders.append(name)
-                elif is_image(name) and (is_file or is_dangling):  # reading a link to nowhere says so, and is noted
-                    images.append(name)
-                elif is_file:
-                    self.endings[os.path.splitext(name)[1].lower().rstrip(".") or "without an ending"] += 1
-                elif is_dangling and not folder:
-                    os.stat(os.path.join(self.root, path))  # raises: perhaps a class on a disk that is not mounted
-                else:  # a pipe would block its reader
-                    self.leave_out("links to nowhere and special files", path)
-        except OSError as error:
-            place = str(error.filename or os.path.join(self.root, folder))
-            raise OSError(
-                f"cannot list {place!r} ({error.strerror or error}), without which images or whole classes would be "
-                f"missing: make it readable, or take it out of {self.root}"
-            ) from None
-        return images, folders
-
-    def entries(self, folder: str) -> Iterator[tuple[str, bool, bool, bool]]:
-        """Of each entry of a folder its name, and whether it, or what a link leads to, is a folder, a file, missing."""
-        with os.scandir(os.path.join(self.root, folder)) as entries:
-            for entry in entries:
-                is_folder = is_file = False
-                try:
-                    is_folder, is_file = entry.is_dir(), entry.is_file()
-                except OSError as error:
-                    if error.errno not in DANGLING:
-                        raise
-                is_dangling = not (is_folder or is_file) and entry.is_symlink() and not os.path.exists(entry.path)
-                yield entry.name, is_folder, is_file, is_dangling
-
-    def images(self, folder: str) -> list[str] | None:
-        """The paths of all images in and below a folder, sorted by their folder's path, then by name.
-
-        None where the folder is a link to one that it lies in.
-        """
-        found, todo = [], [(folder, [self.identity("")] if folder else [])]
-        while todo:
-            inner, above = todo.pop()
-            own = self.identity(inner)
-            if own in above:
-                self.leave_out("links to a folder that they lie in", inner)
-                if inner == folder:
-                    return None
-                continue
-            images, folders = self.scan(inner)
-            found += [(inner, name) for name in images]
-            todo += [(os.path.join(inner, name), [*above, own]) for name in folders]
-        return [os.path.join(inner, name) for inner, name in sorted(found)]
-
-    def identity(self, folder: str) -> object:
-        """What tells a folder from all others, whatever link leads to it."""
-        status = os.stat(os.path.join(self.root, folder))
-        return status.st_dev, status.st_ino
-
-    def left_out(self) -> str:
-        """What was left out, in words; "" for nothing."""
+    def __str__(self) -> str:
+        """In words; "" for nothing."""
         kinds = self.endings.most_common()
         kinds = [*kinds[:MOST_ENDINGS], ("of other endings", sum(count for _, count in kinds[MOST_ENDINGS:]))]
         parts = [f"{count:,} {one_line(ending, 20)}" for ending, count in kinds if count]
@@ -127,89 +65,142 @@ class Walk:
         return f"left out {', '.join(parts)}" if parts else ""
 
 
-class Tree(Walk):
-    """The same of the members of an archive, by their names, of which those of folders end in "/".
+def paths_below(root: str, left_out: LeftOut) -> Iterator[str]:
+    """The paths of all files and, with a "/" at the end, folders below a root. Links are followed, but not into a
+    folder that they lie in; hidden folders are not entered.
+
+    Raises OSError, naming what cannot be listed.
+    """
+    todo = [("", [])]
+    while todo:
+        folder, above = todo.pop()
+        try:
+            status = os.stat(os.path.join(root, folder))
+            own = status.st_dev, status.st_ino
+            if own in above:
+                left_out.note("links to a folder that they lie in", folder[:-1])
+                continue
+            yield folder
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    path, is_folder, is_file = folder + entry.name, False, False
+                    try:
+                        is_folder, is_file = entry.is_dir(), entry.is_file()
+                    except OSError as error:
+                        if error.errno not in DANGLING:
+                            raise
+                    is_dangling = not (is_folder or is_file) and entry.is_symlink() and not os.path.exists(entry.path)
+                    if is_folder and not is_hidden(entry.name):
+                        todo.append((f"{path}/", [*above, own]))
+                    # reading a link to nowhere says so, and is noted
+                    elif is_file or is_hidden(entry.name) or is_dangling and is_image(entry.name):
+                        yield path
+                    elif is_dangling and not folder:
+                        os.stat(entry.path)  # raises: perhaps a class on a disk that is not mounted
+                    else:  # a pipe would block its reader
+                        left_out.note("links to nowhere and special files", path)
+        except OSError as error:
+            place = str(error.filename or os.path.join(root, folder))
+            raise OSError(
+                f"cannot list {place!r} ({error.strerror or error}), without which images or whole classes would be "
+                f"missing: make it readable, or take it out of {root}"
+            ) from None
+
+
+def sort_out(paths: Iterable[str], left_out: LeftOut) -> tuple[dict[str, list[str]], list[str]]:
+    """The images among paths, by the folder at the top that they lie in; and those that lie in none."""
+    found, outside, hidden = {}, [], set()
+    for path in paths:
+        *folders, name = parts = path.split("/")  # a folder's name is ""
+        first = next((place for place, part in enumerate(parts) if is_hidden(part)), None)
+        if ".." in parts:
+            left_out.note("names that lead out of the archive", path)
+        elif first is not None:
+            hidden.add("/".join(parts[: first + 1]))
+        else:
+            images = found.setdefault(folders[0], []) if folders else outside
+            if is_image(name):
+                images.append(path)
+            elif name:
+                left_out.endings[os.path.splitext(name)[1].lower().rstrip(".") or "without an ending"] += 1
+    for path in hidden:
+        left_out.note("hidden or system files and folders", path)
+    return {name: sorted(found[name], key=by_folder) for name in sorted(found)}, sorted(outside)
+
+
+def by_folder(path: str) -> tuple[str, str]:
+    """The sorting key of images: the folder's path, then the name."""
+    folder, _, name = path.rpartition("/")
+    return folder, name
+
+
+class Tree:
+    """The members of an archive, by their paths: `paths` are those below its root.
 
     One folder that all members lie in is the root: `prefix` is its path in the archive, "" or with a "/" at the end.
 
     Args:
         root: what the archive is called.
+        names: of the members, in the archive's order; those of folders end in "/".
         inner: path of a folder in the archive to take for all of it.
 
     Raises ValueError where there is no such folder, and for two files of one name.
     """
 
     def __init__(self, root: str, names: Sequence[str], inner: str = ""):
-        super().__init__(root)
-        self.folders = {"": {}}  # by path: by the name of an entry the index of a file, None for a folder
+        self.places = {}  # among the names, by path
         for index, name in enumerate(names):
-            *above, last = parts = [part for part in name.split("/") if part not in ("", ".")] or [""]
-            if ".." in parts:
-                self.leave_out("names that lead out of the archive", name)
-            elif name.endswith("/"):
-                self._folder("/".join(parts))
-            elif self._folder("/".join(above)).setdefault(last, index) != index:
+            path = "/".join(part for part in name.split("/") if part not in ("", ".")) + "/" * name.endswith("/")
+            if self.places.setdefault(path, index) != index and path[-1:] != "/":
                 raise ValueError(f"{root} holds {name!r} twice")
-        self.prefix = f"{inner.strip('/')}/" if inner else ""
-        if self.prefix[:-1] not in self.folders:
+        self.prefix, self.paths = "", [path for path in self.places if path != "/"]
+        folder = inner.strip("/") or self._only_folder()
+        while folder:
+            self.prefix, self.paths = f"{self.prefix}{folder}/", self._within(folder)
+            folder = self._only_folder()
+        if not self.paths and inner:
             raise ValueError(f"{root} has no folder {inner!r}")
-        while len(only := [name for name in self._in("") if not is_hidden(name)]) == 1:
-            inner = self._in(only[0]) if self._in("")[only[0]] is None else {}
-            if None not in inner.values() or any(map(is_image, inner)):
-                break
-            self.prefix += f"{only[0]}/"
         self.root = os.path.join(root, self.prefix[:-1]).rstrip("/")
 
-    def _folder(self, path):
-        above, name = path, ""
-        while above not in self.folders:
-            self.folders[above] = {name: None} if name else {}
-            above, _, name = above.rpartition("/")
-        if name:
-            self.folders[above].setdefault(name, None)
-        return self.folders[path]
+    def _within(self, folder):
+        return [path.removeprefix(f"{folder}/") for path in self.paths if path.startswith(f"{folder}/")]
 
-    def _in(self, folder):
-        return self.folders[f"{self.prefix}{folder}".rstrip("/")]
-
-    def entries(self, folder: str) -> Iterator[tuple[str, bool, bool, bool]]:
-        for name, index in self._in(folder).items():
-            yield name, index is None, index is not None, False
-
-    def identity(self, folder: str) -> object:
-        return folder
+    def _only_folder(self):
+        """The one that all paths lie in, if there are folders in it and no images; or ""."""
+        tops = {top for path in self.paths if not is_hidden(top := path.partition("/")[0])}
+        paths = self._within(only := tops.pop()) if len(tops) == 1 else []
+        has_images = any("/" not in path and is_image(path) for path in paths)
+        return only if any("/" in path for path in paths) and not has_images else ""
 
     def labels(self, read: Callable[[int], bytes]) -> dict[str, str]:
         """The labels that lie beside images as WebDataset has them, by image: 0.cls or 0.json, "label" or "cls" in it.
+        Their files are taken from the paths.
 
         Args:
             read: gives a member's bytes by its place among the names.
 
         Raises ValueError, naming the file, where there are labels, but not one for each image.
         """
-        images, labels, beside = [], {}, []
-        for folder, entries in self.folders.items():
-            if not f"{folder}/".startswith(self.prefix):
-                continue
-            keys = {}  # of WebDataset: the name up to its first dot
-            for name in entries:
-                if entries[name] is not None and not is_hidden(name):
-                    keys.setdefault(name.partition(".")[0], []).append(name)
-            for key, names in keys.items():
-                paths = [f"{folder}/{name}".lstrip("/")[len(self.prefix) :] for name in names if is_image(name)]
-                found = [name for ending in LABEL_ENDINGS if paths and (name := f"{key}.{ending}") in entries]
-                values = [value for name in found if (value := label_in(read(entries[name]), name)) is not None]
-                images += paths
-                if values:
-                    labels[paths[0]] = values[0]
-                    beside += [(entries, name) for name in found]
-                    if len(paths) > 1:
-                        raise ValueError(f"{self.root} has one label for several images, as {paths[0]} and {paths[1]}")
+        images, labels, beside, keys = [], {}, set(), {}
+        for path in self.paths:
+            folder, slash, name = path.rpartition("/")
+            if name and not is_hidden(name):  # by the name up to its first dot, the key of WebDataset
+                keys.setdefault(f"{folder}{slash}{name.partition('.')[0]}", []).append(path)
+        for key, paths in keys.items():
+            found = [f"{key}.{ending}" for ending in LABEL_ENDINGS if f"{key}.{ending}" in paths]
+            paths = [path for path in paths if is_image(path)]
+            contents = [read(self.index(path)) for path in found] if paths else []
+            values = [value for content, path in zip(contents, found) if (value := label_in(content, path)) is not None]
+            images += paths
+            if values:
+                labels[paths[0]] = values[0]
+                beside.update(found)
+                if len(paths) > 1:
+                    raise ValueError(f"{self.root} has one label for several images, as {paths[0]} and {paths[1]}")
         if labels and len(labels) < len(images):
             lacking = next(path for path in images if path not in labels)
             raise ValueError(f"{self.root} has labels (.cls, .json) for {len(labels):,} images, but none for {lacking}")
-        for entries, name in beside:  # they are not left out
-            del entries[name]
+        self.paths = [path for path in self.paths if path not in beside]  # they are not left out
         return labels
 
     def index(self, path: str) -> int:
@@ -217,12 +208,10 @@ class Tree(Walk):
 
         Raises ValueError where there is none.
         """
-        for whole in (f"{self.prefix}{path}", path):
-            folder, _, name = whole.rpartition("/")
-            index = self.folders.get(folder, {}).get(name)
-            if index is not None:
-                return index
-        raise ValueError(f"{self.root} has no {path}")
+        index = self.places.get(f"{self.prefix}{path}", self.places.get(path))
+        if index is None:
+            raise ValueError(f"{self.root} has no {path}")
+        return index
 
 
 def example(name: str, count: int) -> str:
@@ -231,7 +220,7 @@ def example(name: str, count: int) -> str:
 
 def list_images(
     data_path: str | os.PathLike,
-    walk: Walk | None = None,
+    paths: Iterable[str] | None = None,
     flag: str = "--data-path",
     labels_of: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> tuple[list[str], list[str], np.ndarray, list[str]]:
@@ -245,31 +234,30 @@ def list_images(
     lie in. A remark counts what was left out, and the classes that are empty; others say what may be a mistake.
 
     Args:
-        walk: through what is listed; None: through the folder.
+        paths: of all that is to be listed, see `paths_below`, as of an archive; None: what is in the folder data_path.
         flag: by which errors and remarks call data_path.
         labels_of: labels by the images' paths, of all images below data_path; None: the folders are the classes.
 
     Raises ValueError if there is nothing to list, or where the folders are no classes, as a data set's train and val;
     OSError if the disk fails to list a folder.
     """
-    walk = walk or Walk(folder_of(data_path, flag))
-    root, advice = walk.root, "put the images of each class into a folder of its own"
+    left_out, advice = LeftOut(), "put the images of each class into a folder of its own"
+    root = os.fspath(data_path) if paths is not None else folder_of(data_path, flag)
+    found, outside = sort_out(paths_below(root, left_out) if paths is None else paths, left_out)
     if labels_of:
-        paths = walk.images("")
+        paths, said = sorted([*outside, *itertools.chain(*found.values())], key=by_folder), str(left_out)
         if not paths:
-            raise ValueError(f"{flag} {root} has no images: {walk.left_out() or advice}")
-        remarks = [one_line(f"{flag} {root}: {walk.left_out()}", LONGEST_REMARK)] if walk.left_out() else []
+            raise ValueError(f"{flag} {root} has no images: {said or advice}")
+        remarks = [one_line(f"{flag} {root}: {said}", LONGEST_REMARK)] if said else []
         classes, labels = classes_of(labels_of(paths))
         return classes, paths, labels, remarks
-    outside, folders = walk.scan("")
-    found = {name: paths for name in sorted(folders) if (paths := walk.images(name)) is not None}
     is_flat = bool(outside) and not any(found.values())
     if is_flat:
-        found, outside = {ONE_CLASS: sorted(outside)}, []
+        found, outside = {ONE_CLASS: outside}, []
     for name in outside:
-        walk.leave_out("images outside the class folders", name)
+        left_out.note("images outside the class folders", name)
     paths, empty = [path for paths in found.values() for path in paths], [name for name in found if not found[name]]
-    parts = [walk.left_out(), f"{len(empty):,} empty classes ({example(empty[0], len(empty))})" if empty else ""]
+    parts = [str(left_out), f"{len(empty):,} empty classes ({example(empty[0], len(empty))})" if empty else ""]
     remark = "; ".join(part for part in parts if part)
     if not paths:
         what = f"images in its class folders ({' '.join(ENDINGS)})" if found else f"images ({' '.join(ENDINGS)})"

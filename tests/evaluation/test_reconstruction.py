@@ -232,7 +232,7 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
 def test_encoder_that_the_checkpoint_names(tmp_path, monkeypatch):
     """Of codes that lie alone, composed or drawn by a prior, which name none."""
     opened = []
-    monkeypatch.setattr("evaluation.tokens.open_encoder", lambda args, state: opened.append(args.encoder))
+    monkeypatch.setattr("evaluation.tokens.open_encoder", lambda args: opened.append(args.encoder))
     monkeypatch.setattr("evaluation.tokens.codes_of", lambda encoder, owner: CodeSpec(owner=owner, L=2))
     np.save(tmp_path / "composed.npy", np.zeros((3, 2), np.uint8))
     write_json(tmp_path / "meta.json", RunMeta(noted=dict(encoder="owner/mine")).to_json())
