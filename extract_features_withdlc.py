@@ -21,18 +21,10 @@ import torch
 
 from dlc.data import Features, FeatureWriter, Manifest, NotFinite
 from dlc.data.extraction import BatchEncoder, batches_of, extract
-from dlc.data.images import (
-    Views,
-    add_background_flag,
-    add_source_flags,
-    collate,
-    flips_of,
-    image_grid,
-    open_source,
-    to_uint8,
-)
+from dlc.data.images import add_background_flag, add_source_flags, image_grid, open_source, to_uint8
 from dlc.data.inspection import without
 from dlc.data.manifest import DTYPES, LATENTS, read_manifest
+from dlc.data.views import Views, collate, flips_of
 from dlc.machine.cli import SEED, ArgumentParser, NotHere, number, progress
 from dlc.machine.exact import set_exact_numerics
 from dlc.machine.files import write_whole

@@ -36,7 +36,7 @@ from dlc.machine.processes import done_by_rank_0, from_rank_0
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.heldout import HeldOut, add_heldout_flags
+from dlc.training.heldout import Measurement, add_heldout_flags
 from dlc.training.heldout_latents import HeldOutLatents, Split, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.losses import Losses
@@ -314,7 +314,7 @@ def preview_vae(
 
 def sample_metrics(
     parser: ArgumentParser, args: argparse.Namespace, run: Run, split: Split, process: Process, vae: str
-) -> list[HeldOut]:
+) -> list[Measurement]:
     """What --eval-samples asks for."""
     if not args.eval_samples:
         return []

@@ -18,7 +18,8 @@ from PIL import Image
 
 from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchronize
 from dlc.data import kind_dir
-from dlc.data.images import Views, collate, flips_of, open_source
+from dlc.data.images import open_source
+from dlc.data.views import Views, collate, flips_of
 from dlc.machine.exact import set_exact_numerics, side_by_side
 from dlc.machine.processes import PRECISIONS, cores_per_process, default_num_workers, set_numerics
 from dlc.machine.readers import read_ahead

@@ -27,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, Views, normalize, open_source, to_uint8
+from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, open_source, to_uint8
+from dlc.data.views import Views
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
 from dlc.machine.files import DirectoryLock, read_json, write_json, write_whole
 from dlc.machine.records import differences

@@ -20,9 +20,8 @@ from dlc.machine.processes import done_by_rank_0
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.training.batches import TrainingBatches
-from dlc.training.heldout import SEED, HeldOut
+from dlc.training.heldout import SEED, Measurement
 from dlc.training.heldout_latents import Split
-from dlc.training.metrics_file import append_metrics
 from dlc.training.preview import PREVIEW_STEPS
 from dlc.weights.networks import load_encoder, load_vae
 from evaluation.feature_networks import NETWORKS, feature_networks, weights_here
@@ -33,19 +32,17 @@ if TYPE_CHECKING:
     from dlc.training.run import Run
 
 
-class SampleMetrics(HeldOut):
-    """Draws and measures at the steps of `HeldOut`, a line of metrics.jsonl and of the log each time.
+class SampleMetrics(Measurement):
+    """Draws as many samples as the flags say, and measures them.
 
     Args:
-        run: the `Run`, whose flags say how many samples.
+        run: the `Run`.
         split: the rows that are held out and those that are not.
         process: what the model is trained on.
         vae: the name of the VAE of the latents.
 
     Raises ValueError where no network to compare by is on this machine, or the VAE cannot be loaded.
     """
-
-    unit = what = "samples"
 
     def __init__(self, run: "Run", split: Split, process: Process, vae: str):
         super().__init__(run, run.args.eval_samples)
@@ -106,15 +103,10 @@ class SampleMetrics(HeldOut):
         if self.reference is None:
             self.reference = self.statistics(self.decoded(torch.cat(real).to(run.device)))
         distance = frechet_distance(self.statistics(images), self.reference)
-        line = dict(step=step, samples=self.size, features=self.network.name, frechet_distance=distance)
+        line = dict(samples=self.size, features=self.network.name, frechet_distance=distance)
         if self.reader:
             share = (self.reader(images)["codes"] == torch.cat(wanted)).double().mean(dim=1).to(run.device)
             line["code_agreement"] = run.accelerator.reduce(share[self.counted].sum(), "sum").item() / self.size
-        if run.state.is_main_process:
-            run.record(append_metrics, run.folder / "metrics.jsonl", line)
-        if run.args.report_to:
-            run.accelerator.log({key: one for key, one in line.items() if isinstance(one, float)}, step)
         agreement = f", code agreement {line['code_agreement']:.4f}" if self.reader else ""
-        run.logger.info(
-            f"step {step:,}: {self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name}){agreement}"
-        )
+        words = f"{self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name}){agreement}"
+        self.note(step, line, words)

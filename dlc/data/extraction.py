@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dlc.data.images import Views
 from dlc.data.manifest import Manifest
 from dlc.data.store import FeatureWriter, NotFinite, as_stored
+from dlc.data.views import Views
 from dlc.machine.exact import side_by_side
 from dlc.machine.noise import Stream, normal
 

@@ -1,4 +1,4 @@
-"""Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; where images lie, and their views."""
+"""Image files and 8-bit arrays: read, crop, normalise, write, lay out in a grid; and where images lie."""
 
 import argparse
 import contextlib
@@ -6,11 +6,9 @@ import errno
 import functools
 import io
 import os
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,14 +21,12 @@ from dlc.data.archives import Members
 from dlc.data.listing import Tree, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
 from dlc.data.tables import ImageTable, is_dataset
 from dlc.machine.files import SHEET, errno_of, is_pointer, reading, write_whole
-from dlc.machine.noise import Stream, integers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 WHITE = (255, 255, 255)
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")  # what is said to be no archive of ours
-OPENED = r" <_io\.BytesIO object at 0x\w+>"  # how Pillow calls a file without a name
 PNG_END = b"IEND\xaeB`\x82"
 # of grids: black and white images stand out from the grey, and the grey from dark and light pages
 GRID_GREY, GAP, LINE, FONT_SIZE = (96, 96, 96), 2, 14, 11  # the lengths in pixels
@@ -390,71 +386,3 @@ def load_image(path: str, background: Sequence[int] = WHITE) -> Image.Image:
     if os.path.lexists(path) or holder is None or not (Table.takes(str(holder)) or holder.is_file()):
         return load_rgb(path, background)
     return open_source(holder, names=[os.path.relpath(path, holder)]).load(0, background)
-
-
-#################################################################################
-#                                Views of images                                #
-#################################################################################
-
-
-def flips_of(policy: str, count: int, seed: int) -> np.ndarray:
-    """Whether each row of each image is flipped: (count, 1) bool, or (count, 2) for the policy "both".
-
-    The flips of "random" are a function of the seed and the image's index.
-    """
-    if policy == "random":
-        return integers(seed, Stream.FLIP, torch.arange(count), 2).bool().unsqueeze(1).numpy()
-    return np.tile([False, True] if policy == "both" else [False], (count, 1))
-
-
-@dataclass
-class Views:
-    """The 8-bit views of each image of a source: crops for the VAE and, never flipped, one for the SEM encoder."""
-
-    source: Source
-    flips: np.ndarray  # (images, k) bool, whether each of the k crops is flipped
-    image_size: int  # side of the crops, pixels
-    code_size: int | None  # that of the encoder's view; None: no such view
-    background: Sequence[int] = WHITE  # what transparent images are blended on, (r, g, b)
-
-    def load(self, index: int) -> Image.Image:
-        return self.source.load(index, self.background)
-
-    def crops(self, image: Image.Image, index: int) -> np.ndarray:
-        crop = center_crop(image, self.image_size)
-        return np.stack([np.array(ImageOps.mirror(crop) if flip else crop) for flip in self.flips[index]])
-
-    def __getitem__(self, index: int):
-        """Crops (k, S, S, 3), the encoder's view (s, s, 3) or None, whether the image is transparent, and None.
-
-        Where the image cannot be read they are black, and the last is (index, reason, whether the image is broken).
-        """
-        try:
-            image = self.load(index)
-            code_view = np.array(center_crop(image, self.code_size)) if self.code_size else None
-            return self.crops(image, index), code_view, is_transparent(image), None
-        except Exception as error:  # Pillow's readers raise many types
-            path = self.source.path(index)
-            reason = re.sub(OPENED, "", f"{type(error).__name__}: {error}".replace(f" {path!r}", ""))
-            crops = np.zeros((len(self.flips[index]), self.image_size, self.image_size, 3), np.uint8)
-            code_view = np.zeros((self.code_size, self.code_size, 3), np.uint8) if self.code_size else None
-            return crops, code_view, False, (index, reason, is_broken(path, error))
-
-
-def is_broken(path: str, error: Exception) -> bool:
-    """Whether the image itself is at fault, and is to be skipped, not the disk or the memory, whose faults may pass."""
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a wrong offset
-        return error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)  # a dangling link
-    return not isinstance(error, MemoryError)
-
-
-def collate(items: list) -> tuple[torch.Tensor, torch.Tensor | None, int, list]:
-    """A batch of items of `Views`: crops (n, k, S, S, 3), views (n, s, s, 3) or None, how many images are transparent,
-    and what is said of those that cannot be read."""
-    crops, code_views, transparent, unreadable = zip(*items)
-    return (
-        torch.from_numpy(np.stack(crops)),
-        torch.from_numpy(np.stack(code_views)) if code_views[0] is not None else None,
-        sum(transparent),
-        [one for one in unreadable if one],
-    )

@@ -1,6 +1,7 @@
 """The loss on what is not trained on, as training goes: logged, and the best weights kept. Here a prior's bound."""
 
 import math
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -80,48 +81,71 @@ def settle_heldout(args: Namespace, default: float) -> None:
         raise ValueError("--eval-every measures on what is held out, but --holdout is 0")
 
 
-class HeldOut:
-    """Measures the EMA weights on what is held out, every --eval-every steps and at the end.
+class Measurement(ABC):
+    """Measures the EMA weights on some rows, every --eval-every steps and at the end.
 
-    Each measurement is a line of metrics.jsonl and of the log. RESULTS/best/ holds the weights of the lowest one.
+    Args:
+        run: the `Run`.
+        size: how many rows; nothing is measured if there are none.
+
+    Attributes: places of this process's rows among them, (n,) int64, and whether each counts.
+    """
+
+    def __init__(self, run: "Run", size: int):
+        self.run, self.size = run, size
+        # as many for each process, some twice: a sharded EMA is gathered at every call
+        processes = run.state.num_processes
+        places = torch.arange(-(-size // processes)) * processes + run.state.process_index
+        self.counted, self.places = (places < size).to(run.device), places % max(1, size)
+
+    def is_due(self, step: int) -> bool:
+        every = self.run.args.eval_every or min(10_000, self.run.checkpoints[1])
+        return bool(self.size) and (step % every == 0 or step == self.run.last_step)
+
+    @abstractmethod
+    def measure(self, step: int) -> None:
+        """Measure, and `note` it. Every process calls this."""
+
+    def note(self, step: int, line: dict, words: str) -> None:
+        """Write a line to metrics.jsonl, its numbers to the tracker, and words to the log."""
+        run = self.run
+        if run.state.is_main_process:
+            run.record(append_metrics, run.folder / "metrics.jsonl", dict(step=step, **line))
+        if run.args.report_to:
+            run.accelerator.log({name: value for name, value in line.items() if isinstance(value, float)}, step)
+        run.logger.info(f"step {step:,}: {words}")
+
+
+class HeldOut(Measurement):
+    """Measures on what is held out. RESULTS/best/ holds the weights of the lowest measurement.
 
     A subclass gives
         unit, what: of the numbers, in metrics.jsonl and in words.
         evaluate(ema): pairs of a name, the first of which is "heldout", and values (n,) of this process's places.
         words(found): the log's line, by the keys of metrics.jsonl.
 
-    Args:
-        run: the `Run`.
-        size: how many rows are held out; nothing is measured if there are none.
-        beside: constants to note with each measurement.
+    beside: constants to note with each measurement.
     """
 
     unit: str
     what: str
 
     def __init__(self, run: "Run", size: int, **beside: float):
-        self.run, self.size, self.beside = run, size, beside
-        # as many for each process, some twice: a sharded EMA is gathered at every call
-        processes = run.state.num_processes
-        places = torch.arange(-(-size // processes)) * processes + run.state.process_index
-        self.counted, self.places = (places < size).to(run.device), places % max(1, size)
+        super().__init__(run, size)
+        self.beside = beside
         key, lines = f"heldout_{self.unit}", read_metrics(run.folder / "metrics.jsonl") if size else []
         self.found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
 
-    def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        raise NotImplementedError
+    @abstractmethod
+    def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]: ...
 
-    def words(self, found: dict) -> str:
-        raise NotImplementedError
-
-    def is_due(self, step: int) -> bool:
-        every = self.run.args.eval_every or min(10_000, self.run.checkpoints[1])
-        return bool(self.size) and (step % every == 0 or step == self.run.last_step)
+    @abstractmethod
+    def words(self, found: dict) -> str: ...
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
-        """Measure, write a line, and keep the weights if they are the best so far. Every process calls this."""
-        run, found = self.run, {}
+        """Measure, and keep the weights if they are the best so far."""
+        run, found = self.run, dict(self.beside)
         with run.whole_ema(everywhere=True) as ema:
             for name, values in self.evaluate(ema):
                 values = values[self.counted].double()
@@ -134,12 +158,7 @@ class HeldOut:
             self.found += [(step, value)] if math.isfinite(value) else []
             if best:
                 run.record(self._keep, step, ema)
-        line = dict(step=step, **found, **self.beside)
-        if run.state.is_main_process:
-            run.record(append_metrics, run.folder / "metrics.jsonl", line)
-        if run.args.report_to:
-            run.accelerator.log({name: value for name, value in line.items() if name != "step"}, step)
-        run.logger.info(f"step {step:,}: {self.words(line)}{', the lowest so far' if best else ''}")
+        self.note(step, found, f"{self.words(found)}{', the lowest so far' if best else ''}")
 
     def _keep(self, step, ema):
         save_best(self.run.folder, self.run.config, self.run.meta(step), ema=ema, write=self.run.state.is_main_process)

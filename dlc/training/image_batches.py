@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from dlc.data import Manifest
-from dlc.data.images import WHITE, Views, collate, flips_of, open_source
+from dlc.data.images import WHITE, open_source
+from dlc.data.views import Views, collate, flips_of
 from dlc.machine.cli import warn_once
 from dlc.machine.noise import Stream, integers
 from dlc.machine.processes import done_by_rank_0

@@ -17,7 +17,6 @@ from dlc.data.images import (
     GAP,
     GRID_GREY,
     LINE,
-    Views,
     center_crop,
     image_grid,
     is_transparent,
@@ -25,6 +24,7 @@ from dlc.data.images import (
     open_source,
     read_png,
 )
+from dlc.data.views import Views
 from evaluation.sets import FileImages
 
 RANDOM = np.random.default_rng(0)

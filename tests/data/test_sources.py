@@ -19,7 +19,8 @@ from PIL import Image
 
 from dlc.data import FeatureWriter, Manifest
 from dlc.data.extraction import BatchEncoder, batches_of, extract
-from dlc.data.images import Views, collate, flips_of, load_image, open_source
+from dlc.data.images import load_image, open_source
+from dlc.data.views import Views, collate, flips_of
 from dlc.machine.readers import read_ahead
 from evaluation.sets import open_images
 
