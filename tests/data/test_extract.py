@@ -1,7 +1,6 @@
 """extract_features_withdlc.py through its launcher."""
 
 import itertools
-import json
 import re
 import shutil
 
@@ -13,7 +12,7 @@ from forked import Run
 from grids import grid_cells
 from PIL import Image, ImageOps
 
-from dlc.data import Features, kind_dir
+from dlc.data import Features
 from dlc.data.images import center_crop, normalize
 from dlc.machine.noise import Stream, integers, normal
 from dlc.weights.networks import load_vae
@@ -150,30 +149,6 @@ def test_a_row_does_not_depend_on_its_neighbours(images, extract, rounded, tmp_p
     kept = np.array([index for index in range(14) if index not in (1, 4, 5, 13)])
     for one, two in zip(rows, whole):
         np.testing.assert_array_equal(one, two.reshape(14, copies, *two.shape[1:])[kept].reshape(one.shape))
-
-
-@pytest.mark.slow
-def test_a_run_that_was_cut_off_is_completed(features, images, tiny_models, tmp_path):
-    shutil.copytree(features, tmp_path, dirs_exist_ok=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").unlink()
-    settings = {key: value for key, value in manifest.items() if key not in ("count", "shards", "skipped")}
-    (tmp_path / "progress").mkdir()
-    (tmp_path / "progress/settings.json").write_text(json.dumps(settings))
-    for shard in (0, 2):  # done; 1 and 3 were not
-        record = dict(manifest["shards"][shard], skipped=manifest["skipped"] if shard == 2 else [])
-        (tmp_path / f"progress/{shard:06d}.json").write_text(json.dumps(record))
-    untouched = kind_dir(tmp_path, IMAGE_SIZE, "features") / "000000.npy"
-    before = untouched.stat().st_mtime_ns
-    kind_dir(tmp_path, IMAGE_SIZE, "features").joinpath("000003.npy").unlink()
-    command = extract_command("forked", 1, images, tmp_path, tiny_models)
-    result = launch(command, tmp_path)
-    assert "4 shards, 2 to do" in result.stdout
-    assert contents(tmp_path) == contents(features)
-    assert untouched.stat().st_mtime_ns == before
-    (tmp_path / "preview.png").unlink()  # as if killed before it was drawn
-    assert "is complete; nothing to do" in launch(command, tmp_path).stdout
-    assert len(grid_cells(tmp_path / "preview.png", IMAGE_SIZE, 8)) == 2
 
 
 @pytest.mark.slow

@@ -70,6 +70,9 @@ def test_killed_where_it_hurts(whole, extraction, tmp_path):
     assert len(shards_done(tmp_path / "features")) == 4 * 8
     run = extraction("features")
     assert run.wait() and contents(tmp_path / "features") == whole
+    (tmp_path / "features/preview.png").unlink()  # as if killed before it was drawn
+    run = extraction("features")
+    assert run.wait() and "nothing to do" in run.said() and (tmp_path / "features/preview.png").is_file()
 
 
 @pytest.mark.slow
@@ -84,33 +87,6 @@ def test_a_full_disk(extraction, tmp_path):
     for name in ("full", "other"):
         assert extraction(name, "--shard-size", 100).wait()
     assert contents(tmp_path / "full") == contents(tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_launches_at_once(whole, extraction, tmp_path):
-    """One works, the others wait and find it done; one with other settings is refused."""
-    runs = [extraction("features") for _ in range(3)]
-    for run in runs:
-        assert run.wait(), run.said()
-    assert sorted("nothing to do" in run.said() for run in runs) == [False, True, True]
-    assert contents(tmp_path / "features") == whole
-
-    first = extraction("seed_0")
-    while not (tmp_path / "seed_0/progress/settings.json").is_file():
-        assert not first.wait(0.01), first.said()
-    other = extraction("seed_0", "--global-seed", 1)
-    assert not other.wait() and "error: " in other.said() and "seed 0 there, 1 here" in other.said()
-    assert "Traceback" not in other.said()
-    assert first.wait() and contents(tmp_path / "seed_0") == whole
-
-
-@pytest.mark.slow
-def test_a_disk_that_can_do_less(whole, extraction, tmp_path):
-    """One warning of each kind, and the features are those of any disk."""
-    run = extraction("features", fault="no_locks+no_directory_sync")
-    assert run.wait(), run.said()
-    assert run.said().count("has no locks") == run.said().count("cannot sync directories") == 1
-    assert contents(tmp_path / "features") == whole
 
 
 def the_line(run, status, beginning):

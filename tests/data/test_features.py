@@ -278,7 +278,7 @@ def test_settings_without_shards_do_not_count(tmp_path):
     writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))
     assert writer.start()
     writer.write(0, shard(3), [])
-    with pytest.raises(ValueError, match=r"classes .{1,40} \(1000 items\) there, \['a', 'b.*'\] here.*\(the names of"):
+    with pytest.raises(ValueError, match=r"classes \['n00000000.{1,40}… there, \['a', 'b.*'\] here.*\(the names of"):
         FeatureWriter(tmp_path, replace(MANIFEST, listing_sha256="1" * 64)).start()
 
 

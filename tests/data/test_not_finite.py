@@ -80,27 +80,6 @@ def test_what_is_too_large_for_the_precision(extract, tiny_models, tmp_path):
         assert Features(path).count == 6
 
 
-@pytest.mark.slow
-def test_latents_too_large_for_the_stored_type(extract, folder, tiny_models, tmp_path):
-    """Of one image only: the shards before it are kept, its own is not written; and a float32 store has room."""
-    flags = ("--posterior", "mean", "--shard-size", 1, "--flip", "both")
-    path, result = extract("as it is", tiny_models[0], *flags, "--dtype", "float32")
-    assert result.returncode == 0
-    largest = np.abs(Features(path).latents.gather(np.arange(12))).reshape(6, -1).max(axis=1)  # of both flips
-    second, first = np.sort(largest)[-2:]
-    place = int(largest.argmax())
-    assert place > 0 and first > 1.01 * second
-    factor = 65504 / float(np.sqrt(first * second))  # between the two
-    vae = scaled_vae(tiny_models, tmp_path, lambda weight, bias: (weight.mul_(factor), bias.mul_(factor)))
-    path, result = extract("float16", vae, *flags)
-    name = ("cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png")[place]
-    assert f"latents of '{name}' are too large for float16: give --dtype float32" in refused(path, result)
-    assert sorted(file.name for file in kind_dir(path, IMAGE_SIZE, "features").glob("*.npy")) == [
-        f"{shard:06d}.npy" for shard in range(place)
-    ]
-    assert extract("room", vae, *flags, "--dtype", "float32")[1].returncode == 0
-
-
 def test_the_encoder_marks_them(tiny_models):
     """Of the images concerned only."""
     encoder = load_encoder(tiny_models[1])

@@ -97,10 +97,3 @@ def test_decoding_overlaps_on_a_gpu(monkeypatch, tmp_path, on_gpu):
     assert order == [
         "denoise 0", "denoise 1", "_decode_and_write 0", "denoise 2", "_decode_and_write 1", "_decode_and_write 2"
     ]  # fmt: skip
-
-
-def test_decoding_does_not_overlap_on_a_cpu(monkeypatch, tmp_path):
-    """Where it would take the cores away: and so the tests above can fail."""
-    monkeypatch.setattr("test_overlap.PATIENCE", 0.2)
-    with pytest.raises(AssertionError, match="batch 1 waits for images of batch 0"):
-        drawn(monkeypatch, tmp_path, "images")

@@ -76,22 +76,6 @@ def test_a_full_disk(start, tmp_path):
     assert len(list(tmp_path.rglob("*.npz"))) == 1
 
 
-def test_launches_at_once(start, tmp_path):
-    """One draws, the other waits and finds it done."""
-    runs = [start(fault="patient"), start(fault="patient")]
-    for run in runs:
-        assert run.wait(PATIENCE), run.said()
-    assert sorted(f" {COUNT} of {COUNT} images to draw" in run.said() for run in runs) == [False, True]
-    contents(tmp_path / "samples")
-
-
-def test_a_disk_that_can_do_less(start, tmp_path):
-    run = start(fault="no_locks+no_directory_sync")
-    assert run.wait(PATIENCE), run.said()
-    assert run.said().count("no locks") == run.said().count("cannot sync directories") == 1
-    contents(tmp_path / "samples")
-
-
 def test_interrupted(start, tmp_path):
     """Ctrl-C ends it with one line, and the same command draws what is missing."""
     run = start()

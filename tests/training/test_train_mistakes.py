@@ -1,12 +1,11 @@
 """Mistakes at training: one line on standard error that names them, and exit status 2, before any work."""
 
-import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import IMAGE_SIZE, V, save_checkpoint
+from conftest import IMAGE_SIZE, V
 
 from dlc.data import kind_dir
 
@@ -81,21 +80,3 @@ def test_results_of_another_program(error_of, features, tmp_path):
     assert "results holds args.json of another program: give another --results" in error_of("train_diffusion", *flags)
     assert "is read by this command" in error_of("train_diffusion", *flags, "--results-dir", features)
     assert (tmp_path / "results/args.json").read_text() == '{"lr": 1}'
-
-
-def test_results_of_another_run(error_of, features, tmp_path):
-    settings = dict(
-        features_count=14, latents="sample", flip="random", global_batch_size=8, global_seed=0, scaling_factor=0.3
-    )
-    manifest = json.loads((features / "manifest.json").read_text())
-    settings |= {key: manifest.get(key) for key in ("image_size", "vae_sha256", "encoder_sha256", "listing_sha256")}
-    save_checkpoint(tmp_path / "results/checkpoints/0000001", "DiTSEM-Ti/2", settings=settings)
-
-    def error(*flags):
-        return error_of("train_diffusion", "--features-path", features, "--global-batch-size", 4, *flags)
-
-    other = error("--model", "DiTSEM-Ti/4")
-    assert "model 'DiTSEM-Ti/2' there, 'DiTSEM-Ti/4' here; give another --results-dir" in other
-    changed = error("--model", "DiTSEM-Ti/2")
-    assert "global_batch_size 8 there, 4 here" in changed and "scaling_factor 0.3 there, 0.18215 here" in changed
-    assert "--allow-change to continue that one so" in changed

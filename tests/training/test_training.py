@@ -257,16 +257,6 @@ def test_skipped_steps_of_two_processes_and_of_a_resumed_run(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_streak_of_skipped_steps_between_two_lines_ends_the_run(train, tmp_path):
-    """It is seen at the next line of the log, or at the checkpoint that would have been written before."""
-    for name, line, checkpoint in (("checkpoint", 9, 4), ("line", 8, 10)):
-        flags = ("--max-steps", 12, "--max-nonfinite", 3, "--log-every", line, "--ckpt-every", checkpoint)
-        run = train(name, *flags, fault="skipping")
-        assert not run.wait() and "Traceback" not in run.said()
-        assert "step 8: 3 steps in a row without a finite gradient; stopped." in run.said()
-
-
-@pytest.mark.slow
 def test_weights_that_are_not_finite(train, tmp_path):
     """A gradient may be NaN though the loss is not: no checkpoint holds what AdamW makes of it."""
     run = train(

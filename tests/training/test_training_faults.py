@@ -143,17 +143,6 @@ def test_sampling_wants_the_weights_alone(run_of_three, tmp_path):
     assert re.search("error: checkpoint .*0000003 is damaged .* whole one before it is 0000002$", result.stderr, re.M)
 
 
-@pytest.mark.slow
-def test_lines_damaged_by_a_crash(run_of_three, trained, tmp_path):
-    """They are left out, with one warning; the run continues and its own lines stay."""
-    lines = (tmp_path / "run/metrics.jsonl").read_bytes().splitlines(keepends=True)
-    damage = [b"\0" * 300 + b"\n", b'{"step": 2, "lo\n', b"[" * 100_000 + b"\n", b"\0" * 300]
-    (tmp_path / "run/metrics.jsonl").write_bytes(b"".join([*lines[:2], *damage, lines[2]]))
-    said = trained("run", "--max-steps", 4)
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-    assert said.count("3 damaged lines") == 1 and (tmp_path / "run/loss.png").is_file()
-
-
 #################################################################################
 #                            Full disks, killed readers                         #
 #################################################################################
