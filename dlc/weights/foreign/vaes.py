@@ -11,7 +11,7 @@ import torch
 
 from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
-from dlc.machine.records import check_values, list_of, or_null, real_number, whole_number
+from dlc.machine.records import check_values, list_of, or_null, real_number
 from dlc.nets.vae import pixels_per_cell
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
@@ -20,11 +20,7 @@ CLASSES = ("AutoencoderKL", "AutoencoderDC")  # of diffusers, that are read from
 WIDTHS = {"block_out_channels", "encoder_block_out_channels"}  # a key by which a config is a VAE's
 STATISTICS = "latents_stats.pt"  # of latents, which VA-VAE has beside its weights
 NUMBER, SCALE = real_number(-1e30, 1e30), real_number(1e-30, 1e30)
-# What is read of a config besides the arguments of its class.
-READ = dict(
-    block_out_channels=list_of(whole_number(1, 8192), 1, 16),
-    encoder_block_out_channels=list_of(whole_number(1, 8192), 1, 16),
-    latent_channels=whole_number(1, 8192),
+READ = dict(  # of a config, besides the arguments of its class
     scaling_factor=SCALE,
     shift_factor=or_null(NUMBER),
     latents_mean=or_null(list_of(NUMBER)),
