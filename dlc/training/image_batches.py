@@ -1,6 +1,6 @@
 """Training on images: a source of them takes the place of features, and latents and codes are made as training goes.
 
-The data loader's workers decode the images. The VAE and, for codes, the SEM encoder run on the training device, without
+Data readers decode the images. The VAE and, for codes, the SEM encoder run on the training device, without
 gradients and in float32: the training precision must change neither the latents nor an argmax, and so a code. Latents
 and codes equal those of extraction but for rounding (on GPUs that of TF32, which --no-tf32 turns off).
 """
@@ -107,9 +107,6 @@ class Images:
             classes=source.classes,
             **data_settings(vae, self.vae, encoder, self.encoder, source),
         )
-
-    def __getstate__(self):
-        return {**self.__dict__, "vae": None, "encoder": None}  # a spawned worker gets a pickle: no networks in it
 
     def source(self) -> dict:
         return self.manifest.source()
