@@ -25,7 +25,7 @@ from dlc.data.codes import CodeSpec, compare
 from dlc.data.images import WHITE, add_background_flag, center_crop, is_transparent, load_image
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.exact import in_batches
-from dlc.machine.files import check_output, write_new
+from dlc.machine.files import check_output, errno_of, reading, write_new
 from dlc.machine.noise import Stream, random_words
 from dlc.nets.digest import weights_sha256
 from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
@@ -104,10 +104,13 @@ def check_sources(args: argparse.Namespace) -> None:
 
 def view_of(path: str, size: int, background: tuple[int, int, int]) -> Image.Image:
     """What the encoder sees of an image, size pixels squared. Raises ValueError, naming it, if it cannot be read."""
-    try:
-        image = load_image(path, background)
-    except Exception as error:  # Pillow's readers raise all kinds
-        raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
+    with reading(path):
+        try:
+            image = load_image(path, background)
+        except Exception as error:  # Pillow's readers raise all kinds
+            if errno_of(error) is not None:
+                raise
+            raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
     if is_transparent(image):
         print(f"{path} is transparent: it is blended on --background")
     return center_crop(image, size)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 import zipfile
@@ -80,8 +81,13 @@ def reading(path: str | Path) -> Iterator[None]:
     """Around every reader of a file. What the system refuses, such as permission, open files, memory or a failing disk,
     becomes an OSError in its own words, whatever the reader makes of it: it says nothing about the file. Other errors
     pass: the reader calls them `Damaged` if the bytes that it read prove that. The reader opens the file by itself
-    before a library does: some call every failure to open "no such file".
+    before a library does: some call every failure to open "no such file". A pipe or a device, which could keep its
+    reader for ever, is a ValueError.
     """
+    with contextlib.suppress(OSError):  # which the reader raises, in its own words
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(f"{path} is a pipe or a device, no file")
     try:
         yield
     except Exception as error:
@@ -143,9 +149,55 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_whole(path, lambda file: file.write(content))
 
 
+def write_folder(path: Path, write: Callable[[Path], object], what: str = "", temporary: Path | None = None) -> None:
+    """Let write(folder) fill a temporary folder, then rename it to path.
+
+    Args:
+        what: words before the path in an error.
+        temporary: the folder to fill; one that is there is replaced, and so is `path` [a new one; `path` is kept].
+
+    If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the path, if the disk fails, and
+    ValueError if it is there.
+    """
+    replaces, parent = temporary is not None, path.absolute().parent
+    temporary = temporary or parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        if replaces:
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for inner in (*temporary.rglob("*"), temporary):
+            sync(inner)
+        if replaces:
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.lexists(path):
+            raise ValueError(f"{path} exists by now: give a path that does not")
+        os.replace(temporary, path)
+        sync(parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # whatever the writers raise on a full disk
+        if isinstance(error, (OSError, RuntimeError)) or isinstance(error, Exception) and errno_of(error):
+            raise failed(f"cannot write {what}{path}", error, parent) from error
+        raise
+
+
+def folder_names(folder: str | Path) -> list[str]:
+    """The names in a folder, sorted; none where there is no such folder.
+
+    Raises OSError, naming it, for a folder that the system does not list, which pathlib's glob calls empty.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise failed(f"cannot list {folder}", error) from error
+
+
 def names_in(path: str | Path) -> set[str]:
     """The arrays of an .npz, the keys of a JSON object, or SHEET of a `save_sheet`; of any other file none."""
-    with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile):
+    with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile), reading(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -180,10 +232,12 @@ def check_output(path: str | Path, flag: str, inputs: Iterable = (), own: Iterab
         raise ValueError(f"{flag} {path} is a folder: name a file")
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: there is no such folder")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {path} cannot be written: its folder is read-only")
     if path.exists() and not (path.is_file() and (own is None or {*own} <= names_in(path))):
-        raise ValueError(f"{flag} {path} exists, and is no file of this command: name another file")
+        raise ValueError(f"{flag} {path} exists, and is no file of this command: name another file, or move it")
+    try:
+        try_disk(folder)
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {error}") from None
 
 
 def write_new(path: Path, content: bytes, flag: str) -> None:

@@ -4,8 +4,7 @@ The code of sample i is a function of (seed, i) and the settings. The network is
 by index, so neither the number of processes, nor which codes are missing, nor how many are wanted changes a code.
 """
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +21,8 @@ from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
 from dlc.sampling.prior_options import Given, PriorOptions
-from dlc.weights.load import load_prior, process_of, warn_of_young_ema
-from dlc.weights.meta import NoCheckpoint, RunMeta, damage, is_prior, newest_of_run, only_run
+from dlc.weights.load import load_prior, newest_in, process_of, warn_of_young_ema
+from dlc.weights.meta import RunMeta, damage, is_prior, newest_of_run, only_run, run_checkpoints
 from prior import DLCPrior
 
 if TYPE_CHECKING:
@@ -38,18 +37,23 @@ def newest_prior(results_dir: str | Path, use_ema: bool = True) -> Path:
 
     Raises NoCheckpoint if there is none; ValueError if there are several, see `only_run`.
     """
-    run = only_run(results_dir, is_prior, "prior", "train_prior.py")
-    files = "meta.json", "ema.safetensors" if use_ema else "model.safetensors"
-    whole = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp" and not damage(path, files))
+    return best_of_run(only_run(results_dir, is_prior, "prior", "train_prior.py"), files_of(use_ema))
+
+
+def files_of(use_ema: bool) -> tuple[str, str]:
+    """The files of a checkpoint without which it draws no codes."""
+    return "meta.json", "ema.safetensors" if use_ema else "model.safetensors"
+
+
+def best_of_run(run: Path, files: Sequence[str]) -> Path | None:
+    """The weights of a run's lowest held-out bound, best/, if they have the files, else its newest checkpoint."""
+    whole = [path for path in run_checkpoints(run, "best") if not damage(path, files)]
     return whole[-1] if whole else newest_of_run(run, files)
 
 
 def resolved(path: str | Path, use_ema: bool = True) -> str | Path:
     """The path of a prior that a user names: of a run, or a folder of one, the weights to draw with; else as it is."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        with contextlib.suppress(NoCheckpoint):  # others' weights
-            return newest_prior(path, use_ema)
-    return path
+    return newest_in(path, files_of(use_ema), best_of_run, is_prior, "prior")
 
 
 def spec_of(owner: str, prior: DLCPrior, meta: RunMeta) -> CodeSpec:

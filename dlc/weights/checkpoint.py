@@ -19,10 +19,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import Damaged, failed, sync
+from dlc.machine.files import Damaged, write_folder
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch, tensor_fault
 from dlc.weights.meta import ModelConfig, RunMeta, run_checkpoints
 
@@ -70,7 +69,7 @@ def save_best(
     if not write:
         return None
     path = _write(Path(run_dir) / "best", config, meta, dict(ema=state))
-    for other in path.parent.iterdir():
+    for other in run_checkpoints(run_dir, "best"):
         if other != path:
             shutil.rmtree(other, ignore_errors=True)
     return path
@@ -81,11 +80,8 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
 
     Raises OSError, naming it, if the disk does not take it; nothing is left then.
     """
-    path = folder / f"{meta.step:07d}"
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+
+    def fill(temporary):
         for name, state in weights.items():
             safetensors.torch.save_file(apart(state), temporary / f"{name}.safetensors")
         if rest is not None:
@@ -93,15 +89,9 @@ def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | No
                 torch.save(rest, file)
         for name, record in (("config", config), ("meta", meta)):
             (temporary / f"{name}.json").write_text(json.dumps(record.to_json(), indent=1) + "\n")
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        shutil.rmtree(path, ignore_errors=True)  # left by a run that was killed after this step and has come back to it
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # whatever the writers raise on a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise failed(f"cannot write checkpoint {path}", error, folder) from error
-    sync(path.parent)  # before older ones are removed
+
+    path = folder / f"{meta.step:07d}"  # one that is there was left by a run that was killed after this step
+    write_folder(path, fill, "checkpoint ", path.with_name(f"{path.name}.tmp"))
     return path
 
 
@@ -284,5 +274,5 @@ def remove_old_checkpoints(run_dir: str | Path, keep: int) -> None:
 
 def remove_unfinished(run_dir: str | Path) -> None:
     """Remove checkpoints that a killed run was writing or removing."""
-    for path in Path(run_dir).glob("checkpoints/*.tmp"):
+    for path in (one for folder in ("checkpoints", "best") for one in Path(run_dir).glob(f"{folder}/*.tmp")):
         shutil.rmtree(path, ignore_errors=True)

@@ -12,8 +12,6 @@ import argparse
 import importlib
 import os
 import shutil
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import safetensors.torch
 import torch
 
 from diffusion.process_table import describe_process, samplers_of
-from dlc.machine.files import failed, sync, write_json
+from dlc.machine.files import write_folder, write_json
 from dlc.nets.vae import same_vae
 from dlc.weights.card import model_card
 from dlc.weights.foreign.dits import to_diffusers, uses_diffusers_function
@@ -107,25 +105,6 @@ def add_vae(job: Export, name: str | None) -> None:
 #################################################################################
 #                                    Writing                                    #
 #################################################################################
-
-
-def write_folder(out: Path, write: Callable[[Path], object]) -> None:
-    """Let write(folder) fill a temporary folder beside out, then rename it to out."""
-    temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for path in temporary.rglob("*"):
-            sync(path)
-        if os.path.lexists(out):
-            raise ValueError(f"{out} exists by now: give a path that does not")
-        os.replace(temporary, out)
-        sync(out.absolute().parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (OSError, RuntimeError, safetensors.SafetensorError)):
-            raise failed(f"cannot write {out}", error) from error
-        raise
 
 
 def write(folder: Path, job: Export) -> None:

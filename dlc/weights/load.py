@@ -7,7 +7,7 @@ Either way: tensors and a `ModelConfig`, from which the model is built and fille
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,15 +37,22 @@ YOUNG = 0.05  # share of an EMA that is still the start of training
 OWN_FILES = "ema.safetensors", "model.safetensors"
 
 
-def newest_in(at: str | Path, files: Sequence[str]) -> str | Path:
-    """The newest checkpoint of the run of ours that is a folder, or the only one in it; any other path as it is.
+def newest_in(
+    at: str | Path,
+    files: Sequence[str],
+    choose: Callable[[Path, Sequence[str]], Path | None] = newest_of_run,
+    fits: Callable[[Path], bool] = lambda path: True,
+    what: str = "checkpoint",
+) -> str | Path:
+    """choose(run, files) of the run of ours that is a folder, or the only one in it by `only_run`; any other path as it
+    is.
 
-    Raises ValueError, which lists them, for a folder of several runs, and as `newest_of_run` does.
+    Raises ValueError, which lists them, for a folder of several runs, and what choose raises.
     """
     if Path(at).is_dir() and not (Path(at) / "config.json").is_file():
         with contextlib.suppress(NoCheckpoint):  # others' weights
-            run = at if run_checkpoints(at) else only_run(at, lambda path: True, "checkpoint")
-            return newest_of_run(run, files) or at
+            is_run = run_checkpoints(at) or run_checkpoints(at, "best")
+            return choose(Path(at) if is_run else only_run(at, fits, what), files) or at
     return at
 
 

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusion.process_table import Process, create_process
-from dlc.machine.files import Damaged, read_json, reading
+from dlc.data.listing import is_hidden
+from dlc.machine.files import Damaged, folder_names, read_json, reading
 from dlc.machine.records import (
     OBJECT,
     TEXT,
@@ -277,12 +278,14 @@ def read_meta(path: str | Path) -> RunMeta:
 #################################################################################
 
 
-def run_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The checkpoints of one run by step, oldest first. Only whole ones have a name without .tmp."""
-    return sorted(
-        (one for one in Path(run_dir).glob("checkpoints/*") if re.fullmatch(r"[0-9]{7,}", one.name) and one.is_dir()),
-        key=lambda path: int(path.name),
-    )
+def run_checkpoints(run_dir: str | Path, inside: str = "checkpoints") -> list[Path]:
+    """The checkpoints of one run by step, oldest first, or those `inside` its best/. Only whole ones are named so.
+
+    Raises OSError, naming the folder, if it cannot be listed.
+    """
+    folder = Path(run_dir) / inside
+    paths = [folder / name for name in folder_names(folder) if re.fullmatch(r"[0-9]{7,}", name)]
+    return sorted(filter(Path.is_dir, paths), key=lambda path: int(path.name))
 
 
 def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
@@ -377,9 +380,10 @@ def only_run(results_dir: str | Path, fits: Callable[[Path], bool], what: str, s
     Raises NoCheckpoint if there is none; ValueError, which lists them with their steps, if there are several.
     """
     runs, models = {}, set()
-    for run in [Path(results_dir), *sorted(Path(results_dir).glob("*"))]:
-        best, model = sorted(path for path in run.glob("best/*") if path.suffix != ".tmp"), None
-        for path in reversed([*best, *run_checkpoints(run)]):
+    folders = [name for name in folder_names(results_dir) if not is_hidden(name)]
+    for run in map(Path(results_dir).joinpath, ["", *folders]):
+        model = None
+        for path in reversed([*run_checkpoints(run, "best"), *run_checkpoints(run)]):
             model = "an unknown model (damaged)"
             with contextlib.suppress(ValueError, AttributeError):  # if damaged, the one before it names the model
                 model = read_config(path).model

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from dlc.machine.files import Damaged, reading, write_json
-from dlc.weights.export import save, write_folder
+from dlc.machine.files import Damaged, folder_names, reading, write_folder, write_json
+from dlc.weights.export import save
 from dlc.weights.foreign.safe import check_tensors, load_tensors
 from dlc.weights.meta import newest_of_run, read_config, read_meta
 
@@ -69,15 +69,15 @@ def snapshot_path(run: Path, images: int, length: float) -> Path:
 def snapshots_of(run: Path) -> list[Snapshot]:
     """The snapshots of a run by time, oldest first. Raises ValueError, naming the file, for one that is damaged."""
     found = []
-    for path in sorted((run / "ema").glob("*.safetensors")):
-        match = re.fullmatch(r"(\d{12,18})-(0\.\d{1,9})", path.stem, re.ASCII)
+    for name in folder_names(run / "ema"):
+        match, path = re.fullmatch(r"(\d{12,18})-(0\.\d{1,9})\.safetensors", name, re.ASCII), run / "ema" / name
         if not match:
             continue
-        with reading(path):
+        with reading(path), open(path, "rb"):
             try:
                 with safe_open(path, framework="pt") as file:
                     step = int((file.metadata() or {})["step"])
-            except Exception as error:  # whatever the reader raises
+            except (SafetensorError, KeyError, ValueError) as error:
                 raise Damaged(f"{path} is no whole snapshot of an EMA ({error})") from None
         found.append(Snapshot(path, int(match[1]), float(match[2]), step))
     return found

@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from dlc.machine.files import DirectoryLock, failed, write_bytes
+from dlc.data.listing import read_labels
+from dlc.machine.files import DirectoryLock, failed, read_json, write_bytes
 
 
 def fails(monkeypatch, name, number, when=lambda *arguments: True):
@@ -39,6 +40,14 @@ def test_a_disk_that_does_not_do_what_is_needed(name, number, when, words, monke
     assert not (tmp_path / "results").exists()
     lock.acquire(rename_folders=True)
     assert [path.name for path in (tmp_path / "results").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name, read", [("x.json", read_json), ("x.csv", lambda path: read_labels(path, ["a"]))])
+def test_a_pipe_is_no_file(name, read, tmp_path):
+    """To open one would wait for ever for what is never written."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name} is a pipe or a device, no file"):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

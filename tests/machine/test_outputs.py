@@ -1,5 +1,7 @@
 """No command writes over what it reads, or over a file that is not its own; by any name or link."""
 
+import builtins
+import errno
 import json
 import os
 import sys
@@ -39,7 +41,7 @@ def place(tmp_path, monkeypatch):
     assert content() == before
 
 
-READ, OTHER = "is read by this command", "exists, and is no file of this command: name another file"
+READ, OTHER = "is read by this command", "exists, and is no file of this command: name another file, or move it"
 MAKE = "evaluate make-reference {} {} --image-size 16 --num-images 0"
 
 
@@ -83,6 +85,20 @@ def test_contact_sheets(tmp_path):
     with pytest.raises(ValueError, match=f"--grid {sheet} {OTHER}"):
         check_npz(tmp_path / "samples.npz", grid=True)
     assert sheet.read_bytes() == before
+
+
+@pytest.mark.parametrize("name, number", [("open", errno.EROFS), ("fsync", errno.EIO), ("replace", errno.EPERM)])
+def test_the_disk_is_tried_before_the_work(name, number, monkeypatch, tmp_path):
+    """Numbers that took hours to find are not lost at their end."""
+
+    def failing(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((builtins, name) if name == "open" else (os, name)), failing)
+    words = f"--output {tmp_path}/x.json cannot be written: a trial in {tmp_path} failed: .*{os.strerror(number)}"
+    with pytest.raises(ValueError, match=words):
+        check_output(tmp_path / "x.json", "--output")
+    assert not list(tmp_path.iterdir())
 
 
 def test_own_files_are_replaced_and_new_ones_written(tmp_path):

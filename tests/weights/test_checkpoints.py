@@ -1,5 +1,7 @@
 import contextlib
+import errno
 import json
+import os
 import types
 
 import pytest
@@ -129,6 +131,26 @@ def test_several_runs_of_a_model_are_listed(tmp_path):
     assert load_model(tmp_path / "one")[2].step == 7 == load_model(tmp_path)[2].step
     assert newest_in(tmp_path / "one", ["config.json"]) == runs[2] / "checkpoints/0000007"
     assert newest_in("owner/name", ["config.json"]) == "owner/name"
+
+
+@pytest.mark.parametrize("closed", ["a", "a/checkpoints", "a/best"])
+def test_a_folder_that_cannot_be_listed_is_not_empty(closed, monkeypatch, tmp_path):
+    """Nobody is told to train anew, nor is another run taken, because a run may not be read."""
+    for run in "ab":
+        save(tmp_path / run, tiny())
+    (tmp_path / "a/best").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    listdir = os.listdir
+
+    def refusing(path="."):
+        if str(path).startswith((str(tmp_path / closed), str(tmp_path / "lost+found"))):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    with pytest.raises(OSError, match=rf"cannot list {tmp_path}/{closed}.* \(Permission denied\)"):
+        newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
+    assert newest_checkpoint(tmp_path / "b", "DiTSEM-Ti/8").name == "0000001"
 
 
 def test_records_are_readable_and_read_back(tmp_path):

@@ -11,10 +11,11 @@ from tiny_weights import assert_same, tiny
 
 from diffusion.process_table import create_process
 from dlc import checkpoints as tool
+from dlc.machine.files import write_folder
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.weights.checkpoint import save_checkpoint
-from dlc.weights.export import Export, add_vae, write_folder
+from dlc.weights.export import Export, add_vae
 from dlc.weights.info import info
 from dlc.weights.load import describe, load_model, load_pretrained
 from dlc.weights.meta import config_of
