@@ -183,6 +183,28 @@ def test_ema_by_any_name(name, weights, tmp_path):
         assert meta.weights == ("ema" if averaged else "raw") or name in RAW
 
 
+@pytest.mark.parametrize(
+    "names, ema, listed",
+    [
+        (("model", "eval_model"), False, ""),
+        (("model", "ema_0_999", "ema_0_9999"), True, r"ema_0_999\.\*, ema_0_9999\.\*"),
+        (("model", "ema_0_999", "ema_0_9999"), False, ""),
+        (("online", "target"), True, r"online\.\*, target\.\*"),
+        (("fast", "slow"), False, r"fast\.\*, slow\.\*"),
+    ],
+)
+def test_several_models_in_a_file(names, ema, listed, weights, tmp_path):
+    """The first by the alphabet is not taken for the one that is meant."""
+    torch.save(dict.fromkeys(names, weights[1]) | {names[0]: weights[0]}, tmp_path / "last.ckpt")
+    if listed:
+        refusal(
+            load_model, tmp_path / "last.ckpt", ema=ema, words=f"holds several models, {listed}: save the state dict"
+        )
+    else:
+        wanted = weights[0]["final_layer.linear.weight"]
+        assert torch.equal(load_model(tmp_path / "last.ckpt", ema=ema)[0].final_layer.linear.weight, wanted)
+
+
 @pytest.mark.parametrize("name", ["ema.safetensors", "model_ema.safetensors", "ema_0.9999.pt", "EMA.pt"])
 def test_ema_in_a_file_beside(name, weights, tmp_path):
     """Of a folder without a record of ours; diffusers' variant non_ema is not taken for EMA weights."""

@@ -40,7 +40,9 @@ OTHER_FOLDERS = {
     "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`, writes whole weights",
 }
 # Words in the names under which training scripts keep averaged weights, and the parts of a file that are not weights.
-AVERAGED = {"ema", "average", "averaged", "averaging", "avg", "shadow", "swa", "polyak", "teacher"}
+AVERAGED = {"ema", "average", "averaged", "averaging", "avg", "shadow", "swa", "polyak", "teacher", "moving", "ewma"}
+# The names under which of several modules the meant one is.
+USUAL = {"", "model.", "state_dict.", "state_dict.model.", "ema.", "ema.ema_model.", "model_ema.", "ema_model."}
 NO_WEIGHTS = re.compile(r"args|config|hyper_parameters|opt|\w*(optim|scheduler|scaler|rng)\w*|loops")
 TRAINING = "training checkpoint"  # the word for {"model", "ema", …}
 OF_SEDD, SHADOW = f"{TRAINING} of SEDD", "ema.shadow_params"  # with a list of EMA weights
@@ -83,7 +85,8 @@ class File:
         """The tensors of the module that has a tensor of this name, without the names of what it is an attribute of.
 
         Of several, the EMA's or a teacher's is taken if EMA weights are wanted, else the raw one. None if there is
-        none. Raises ValueError where the wanted one is not there, and the file says that it had one.
+        none. Raises ValueError where the wanted one is not there, and the file says that it had one; and of a model or
+        a prior, which lists them, where several may be meant.
         """
         found = sorted(name[: -len(anchor)] for name in self.tensors if f".{name}".endswith(f".{anchor}"))
         if not found:
@@ -92,7 +95,7 @@ class File:
         raw = [prefix for prefix in found if prefix not in averaged]
         if self.kind in ("model", "prior") and not (averaged if self.ema else raw):
             self.refuse_the_other(found[0])
-        prefix = ((averaged or raw) if self.ema else (raw or averaged))[0]
+        prefix = self._meant((averaged or raw) if self.ema else (raw or averaged))
         if self.weights == "as in the file" and (averaged or TRAINING in self.words):
             self.weights = "ema" if prefix in averaged else "raw"
         if prefix not in ("", "model.", "ema.") and self.kind != "encoder":  # whose backbone is a part of something
@@ -102,6 +105,14 @@ class File:
             for name, value in self.tensors.items()
             if name.startswith(prefix) and not (prefix in averaged and name[len(prefix) :] in COUNTERS)
         }
+
+    def _meant(self, prefixes):
+        """The one of several modules that is under a name of USUAL, or the only one; of other networks the first."""
+        usual = [prefix for prefix in prefixes if prefix in USUAL]
+        if self.kind in ("model", "prior") and len(prefixes) > 1 and len(usual) != 1:
+            names = ", ".join(f"{prefix[:40]}*" for prefix in prefixes[:4])
+            self.refuse(f"holds several models, {names}: save the state dict of the one that is meant alone")
+        return (usual or prefixes)[0]
 
     def refuse_the_other(self, prefix: str) -> None:
         """Refuse a file that has EMA weights alone, or raw ones beside EMA weights that are not read, or raw ones alone
