@@ -21,13 +21,13 @@ import torch
 
 from dlc.data import Features, FeatureWriter, Manifest, NotFinite
 from dlc.data.extraction import BatchEncoder, batches_of, extract
-from dlc.data.images import add_background_flag, add_source_flags, image_grid, open_source, to_uint8
+from dlc.data.images import add_background_flag, add_source_flags, image_grid, open_source, save_sheet, to_uint8
 from dlc.data.inspection import without
 from dlc.data.manifest import DTYPES, LATENTS, read_manifest
 from dlc.data.views import Views, collate, flips_of
 from dlc.machine.cli import SEED, ArgumentParser, NotHere, number, progress
 from dlc.machine.exact import set_exact_numerics
-from dlc.machine.files import write_whole
+from dlc.machine.files import SHEET, check_output
 from dlc.machine.part import add_part_flag, asked_part
 from dlc.machine.processes import (
     PRECISIONS,
@@ -187,6 +187,13 @@ def mended_by(views: Views, strict: bool) -> Callable[[str], bool]:
     return mended
 
 
+def begin(writer: FeatureWriter, preview: Path, mended: Callable[[str], bool]) -> bool:
+    """See `FeatureWriter.start`. Raises ValueError where somebody else's picture lies in the preview's place, too."""
+    if not writer.record_path.is_file() and preview.parent.is_dir():
+        check_output(preview, "the picture", own=[SHEET])
+    return writer.start(mended)
+
+
 def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Extract the features that args ask for."""
     # ---------------------------------------------------------------------- checks
@@ -200,14 +207,14 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         code_size = encoder.image_size if encoder else None
         views = Views(source, flips, args.image_size, code_size, args.background)
         writer = FeatureWriter(args.features_path, manifest, part)
-        incomplete = done_by_rank_0(state, lambda: writer.start(mended_by(views, args.strict)))
+        preview = Path(args.features_path) / "preview.png"
+        incomplete = done_by_rank_0(state, lambda: begin(writer, preview, mended_by(views, args.strict)))
     patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
     if side % patch:
         logger.warning(
             f"warning: latents of --image-size {args.image_size} are {side} wide, not a multiple of "
             f"{args.model}'s patch {patch}: it cannot be trained on them"
         )
-    preview = Path(args.features_path) / "preview.png"
     if not incomplete:
         logger.info(f"{args.features_path} is complete; nothing to do{without(read_manifest(args.features_path))}")
         if state.is_main_process and not preview.exists():
@@ -292,7 +299,7 @@ def save_reconstructions(
     with torch.inference_mode():
         decoded = to_uint8(decode(vae, torch.from_numpy(stored).to(vae.device, torch.float32))).cpu().numpy()
     grid = image_grid([*crops, *decoded], len(rows), ("images", "from latents"))
-    write_whole(path, lambda file: grid.save(file, "png"))
+    save_sheet(path, grid)
     value = float(psnr(torch.from_numpy(np.stack(crops)), torch.from_numpy(decoded)).mean())
     logger.info(f"reconstructions in {path}: PSNR {value:.1f} dB")
     if value < LOWEST_PSNR:

@@ -18,6 +18,21 @@ from dlc.machine.files import POLL, DirectoryLock, remove_temporaries, try_disk,
 from dlc.machine.part import WHOLE, Part
 from dlc.machine.records import Record
 
+# What a folder holds, by a file in it: another command's files there would be read as part of that.
+HOLDS = {
+    "manifest.json": "features",
+    "progress/settings.json": "features",
+    "samples.json": "samples",
+    "codes.json": "a prior's codes",
+}
+
+
+def refuse_other_kind(folder: Path, own: str = "") -> None:
+    """Raise ValueError where a folder that this command is to fill holds something else by HOLDS. own: its record."""
+    for name, what in HOLDS.items():
+        if what != HOLDS.get(own) and (folder / name).is_file():
+            raise ValueError(f"{folder} holds {what} ({name}): name another folder")
+
 
 class ResumableFolder(ABC):
     """The base of such a folder. A subclass gives the attributes below and `missing`.
@@ -156,8 +171,10 @@ class ResumableFolder(ABC):
     def compare(self, record: Record) -> Record | None:
         """The record that is there; None where the folder holds nothing, or nothing yet of an earlier record.
 
-        Raises ValueError where the folder has no record of what it holds, or holds something else, or more.
+        Raises ValueError where the folder has no record of what it holds, or holds something else, or more; and as
+        `refuse_other_kind` does.
         """
+        refuse_other_kind(self.path, self.record_name)
         some = any(one.name[0] != "." for pattern in self.files for one in self.path.glob(pattern))
         if not self.record_path.is_file():
             if some:

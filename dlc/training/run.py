@@ -31,7 +31,8 @@ from torch.utils.data import Dataset
 
 from diffusion.process_table import Process
 from dlc.machine.cli import ArgumentParser, warn_once
-from dlc.machine.files import DirectoryLock, check_apart, names_in, write_json
+from dlc.machine.files import DirectoryLock, check_apart, folder_names, names_in, write_json
+from dlc.machine.folder import refuse_other_kind
 from dlc.machine.processes import (
     agree,
     asked_precision,
@@ -66,6 +67,8 @@ from dlc.weights.checkpoint import (
 from dlc.weights.load import load_pretrained
 from dlc.weights.meta import RunMeta, config_of, newest_of_run, plain, resume_point, run_checkpoints, without_memory
 
+# what a run writes into its folder, args.json first
+WRITTEN = "args.json", "log.txt", "metrics.jsonl", "loss.png", "checkpoints", "best", "ema", "previews"
 INODES = 20  # more than a checkpoint, a preview and the logs take
 
 
@@ -135,7 +138,10 @@ class Run(contextlib.ExitStack):
     def _take_folder(self):
         sources = ("features_path", "data_path", "heldout_path", "condition_path")
         check_apart(self.folder, "--results-dir", [vars(self.args).get(name) for name in sources])
-        foreign = [name for name in ("args.json", "metrics.jsonl", "loss.png") if (self.folder / name).is_file()]
+        refuse_other_kind(self.folder)
+        # a shell that writes what is printed to log.txt there has just made it, empty
+        places = [self.folder / name for name in WRITTEN]
+        foreign = [one.name for one in places if (one.stat().st_size if one.is_file() else folder_names(one))]
         own = any(self.folder.glob("checkpoints/*/config.json")) or "results_dir" in names_in(self.folder / "args.json")
         if foreign and not own:
             raise ValueError(f"{self.folder} holds {foreign[0]} of another program: give another --results-dir")
@@ -146,7 +152,10 @@ class Run(contextlib.ExitStack):
 
         Raises ValueError as `create_accelerator` does.
         """
-        args, self.logger = self.args, create_logger(self.state, self.folder / "log.txt")
+        args = self.args
+        if self.state.is_main_process:
+            write_json(self.folder / "args.json", vars(args))
+        self.logger = create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
             self.logger, self.precision, args.report_to, self.folder, self.first_step
         )
@@ -169,7 +178,6 @@ class Run(contextlib.ExitStack):
                     0.0,
                 )
             if self.state.is_main_process:
-                write_json(self.folder / "args.json", vars(args))
                 trim_metrics(self.folder / "metrics.jsonl", self.first_step)
                 if args.ema_lengths:
                     trim_snapshots(self.folder, self.ema_images)

@@ -2,10 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 from conftest import IMAGE_SIZE
 
+from dlc.data.images import save_png
 from dlc.weights.networks import DEFAULT_ENCODER
 
 
@@ -30,6 +32,18 @@ def test_data_folder(extract_error, tmp_path):
 def test_features_within_the_data(extract_error, images):
     for path in (images, images / "features", images / "cat/../features/x"):
         assert "--features-path" in extract_error("--features-path", path) and not (images / "features").exists()
+
+
+def test_a_folder_of_somebody_else(extract_error, tmp_path):
+    """Its picture is kept, and no features go among codes, which would be read in their place."""
+    save_png(tmp_path / "preview.png", np.zeros((4, 4, 3), np.uint8))
+    before = (tmp_path / "preview.png").read_bytes()
+    assert f"the picture {tmp_path}/preview.png exists, and is no" in extract_error("--features-path", tmp_path)
+    assert (tmp_path / "preview.png").read_bytes() == before
+    (tmp_path / "preview.png").unlink()
+    (tmp_path / "codes.json").write_text("{}")
+    assert f"{tmp_path} holds a prior's codes (codes.json): name another" in extract_error("--features-path", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["codes.json"]
 
 
 def test_extraction_flags(extract_error, tmp_path):

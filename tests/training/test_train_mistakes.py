@@ -73,10 +73,20 @@ def test_vectors_to_train_on(error_of, features, tmp_path, vectors, message):
     assert not (tmp_path / "results").exists()
 
 
-def test_results_of_another_program(error_of, features, tmp_path):
-    (tmp_path / "results/checkpoints").mkdir(parents=True)
-    (tmp_path / "results/args.json").write_text('{"lr": 1}')
-    flags = ("--features-path", features, "--model", "DiTSEM-Ti/2")
-    assert "results holds args.json of another program: give another --results" in error_of("train_diffusion", *flags)
-    assert "is read by this command" in error_of("train_diffusion", *flags, "--results-dir", features)
-    assert (tmp_path / "results/args.json").read_text() == '{"lr": 1}'
+@pytest.mark.parametrize("name", ["args.json", "log.txt", "loss.png", "best/mine/kept", "previews/0000001.png"])
+def test_results_of_another_program(name, error_of, features, tmp_path):
+    file = tmp_path / "results" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"lr": 1}')
+    flags, first = ("--features-path", features, "--model", "DiTSEM-Ti/2"), name.partition("/")[0]
+    assert f"results holds {first} of another program: give another --results" in error_of("train_diffusion", *flags)
+    assert file.read_text() == '{"lr": 1}'
+
+
+def test_results_in_a_folder_that_is_read_or_another_commands(error_of, features, tmp_path):
+    flags = ("--features-path", features, "--model", "DiTSEM-Ti/2", "--results-dir")
+    assert "is read by this command" in error_of("train_diffusion", *flags, features)
+    for name, what in (("manifest.json", "features"), ("codes.json", "a prior's codes"), ("samples.json", "samples")):
+        (tmp_path / name).write_text("{}")
+        assert f"{tmp_path} holds {what} ({name}): name another folder" in error_of("train_diffusion", *flags, tmp_path)
+        (tmp_path / name).unlink()
