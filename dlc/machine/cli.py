@@ -46,11 +46,17 @@ def shortened(message: object) -> str:
     return one_line(line, 10 * LONGEST_LINE)  # text of a file that is nothing but words
 
 
+def say(text: str) -> None:
+    """Print a line to standard error. Where nothing takes it any more, as a reader that is gone, the work goes on."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def warn_once(subject: str, message: str) -> None:
     """Print a warning to standard error: on rank 0 only, and only the first one on its subject."""
     if subject not in WARNED and os.environ.get("RANK", "0") == "0":
         WARNED.add(subject)
-        print(f"warning: {shortened(message)}", file=sys.stderr, flush=True)
+        say(f"warning: {shortened(message)}")
 
 
 #################################################################################
@@ -138,7 +144,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def interrupted(self, kept: str) -> NoReturn:
         """End after Ctrl-C, with one line that says what is kept."""
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped; {kept}", file=sys.stderr, flush=True)
+            say(f"stopped; {kept}")
         self.exit(130)
 
     @contextlib.contextmanager
@@ -199,7 +205,7 @@ class Lines:
 
     def write(self, text: str) -> None:
         if line := printable(text).strip():
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def flush(self) -> None:
         pass

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dlc.machine.cli import one_line, printable, warn_once
+from dlc.machine.cli import one_line, printable, say, warn_once
 from dlc.machine.gpus import identity, refuse_old_gpu, refuse_shared_gpus, refuse_unusable_gpus
 from dlc.machine.signals import on_first_signal
 
@@ -133,11 +133,9 @@ def _say_waiting():
         rank, size, address, port = (
             os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         )
-        print(
+        say(
             f"rank {rank} still waits for all {size} processes to meet at {address}:{port}: was every one started, and "
-            "does each reach that address?",
-            file=sys.stderr,
-            flush=True,
+            "does each reach that address?"
         )
 
 
@@ -335,7 +333,9 @@ def create_logger(state: "PartialState", log_file: Path | None = None) -> loggin
     if not state.is_main_process:
         logger.addHandler(logging.NullHandler())
         return logger
-    for handler in [logging.StreamHandler(sys.stdout)] + ([LogFile(log_file)] if log_file else []):
+    for handler in [logging.StreamHandler(sys.stdout)] + ([logging.FileHandler(log_file)] if log_file else []):
+        where = getattr(handler, "baseFilename", "standard output")
+        handler.handleError = functools.partial(_not_written, where)
         handler.setFormatter(PrintableFormatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
@@ -348,11 +348,9 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-class LogFile(logging.FileHandler):
-    """A log file whose disk may be full: one warning, and the work goes on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        warn_once("log file", f"cannot write {self.baseFilename} ({one_line(sys.exc_info()[1])})")
+def _not_written(where, record):
+    """A log may be on a full disk, or its reader gone: one warning, and the work goes on."""
+    warn_once(f"log {where}", f"cannot write {where} ({one_line(sys.exc_info()[1])})")
 
 
 def create_accelerator(

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dlc.machine.cli import one_line, warn_once
+from dlc.machine.cli import one_line, say, warn_once
 from dlc.machine.files import FULL, is_plain_name, sync
 from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, check_tensors, differences_from, load_tensors, weights_in
 from models import DiT_models
@@ -152,7 +152,7 @@ def _download(cache: Path, repository: str, revision: str, kind: str, inside: st
             path.unlink(missing_ok=True)
         lacking += cut or not path.is_file()
     if lacking and os.environ.get("RANK", "0") == "0":
-        print(f"fetching {repository} from the hub: {lacking} files", file=sys.stderr, flush=True)
+        say(f"fetching {repository} from the hub: {lacking} files")
     patterns = [glob.escape(file) for file in wanted]
     folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     for config in {*map(config_beside, wanted)} - {None, *sizes}:  # asked for, so that the cache knows it is absent
@@ -315,7 +315,7 @@ def fetch_file(url: str, path: Path, check: Callable[[Path], None]) -> Path:
         for left in path.parent.glob(f"{glob.escape(part.name)}*"):  # by a process that was killed
             left.unlink()
         if os.environ.get("RANK", "0") == "0":
-            print(f"fetching {url}", file=sys.stderr, flush=True)
+            say(f"fetching {url}")
         try:
             socket.setdefaulttimeout(NO_ANSWER)
             torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())

@@ -1,17 +1,22 @@
 """Progress in a terminal and elsewhere, errors in one line, and what flags take."""
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import ROOT
 
 import dlc
-from dlc.machine.cli import LONGEST_LINE, ArgumentParser, one_line, path_or_name, progress, shortened
+from dlc.machine import cli
+from dlc.machine.cli import LONGEST_LINE, ArgumentParser, one_line, path_or_name, progress, shortened, warn_once
+from dlc.machine.processes import create_logger
 from dlc.machine.records import differences, told_apart
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -70,6 +75,27 @@ def test_streams_that_the_shell_closed(closed, tmp_path):
     code = "import dlc, sys; file = open('file', 'w'); print('x'); print('x', file=sys.stderr); sys.stderr.isatty()"
     ended = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" {closed}'], cwd=tmp_path, env=ENVIRONMENT)
     assert ended.returncode == 0 and (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_streams_that_take_nothing_any_more(number, monkeypatch, capsys, tmp_path):
+    """The reader of a pipe is gone, a log's disk is full, a terminal was closed: the work goes on."""
+
+    class Lost(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "stdout", Lost())
+    monkeypatch.setattr(cli, "WARNED", set())
+    logger = create_logger(types.SimpleNamespace(is_main_process=True), tmp_path / "log.txt")
+    logger.info("first")
+    said = f"warning: cannot write standard output ([Errno {number}] {os.strerror(number)})\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(sys, "stderr", Lost())
+    assert list(progress(range(3))) == [0, 1, 2]
+    warn_once(f"lost {number}", "nobody reads this")
+    logger.info("second")
+    assert [line[22:] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
 
 
 def test_systems_that_are_not_supported(monkeypatch):
