@@ -156,8 +156,8 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         logger.info(
             part.said_left(folder.left_over, "shards")
             if folder.left_over
-            else f"done: {args.num:,} codes in {args.out}: draw their images with sample_ddp_computed_dlc.py --dlc-dir "
-            f"{args.out} --num-fid-samples {args.num}"
+            else f"done: {args.num:,} codes of {record.checkpoint}, step {step}, in {args.out}: draw their images with "
+            f"sample_ddp_computed_dlc.py --dlc-dir {args.out} --num-fid-samples {args.num}"
         )
     state.destroy_process_group()
 

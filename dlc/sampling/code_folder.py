@@ -50,6 +50,24 @@ def open_codes(source: str | Path) -> CodeSet:
     return CodeSet.open(source, load_codes)
 
 
+def digest_of(rows: NpyRows) -> str:
+    """What codes.json says of all codes."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), SHARD):
+        digest.update(rows.gather(np.arange(start, min(start + SHARD, len(rows)))).astype("<u2"))
+    return digest.hexdigest()
+
+
+def refuse_changed(source: str | Path, rows: NpyRows) -> None:
+    """Raise ValueError where the rows of a folder that a prior filled are not what was written there."""
+    drawn = DrawnSet.finished(source)
+    if drawn and drawn.codes_sha256 != digest_of(rows):
+        raise ValueError(
+            f"the codes of {source} are not those that were drawn, by the digest in its codes.json: run the command "
+            "that draws them again"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodesRecord(DrawnSet):
     """Every key of codes.json but format_version."""
@@ -98,7 +116,9 @@ class CodeFolder(ResumableFolder):
         return NpyRows([self.shard_path(shard) for shard in range(self.shards(num))], sample_ndim=1)
 
     def missing(self, record: CodesRecord, part: Part = WHOLE) -> list[int]:
-        """The shards that are not there with all rows that they have to have: the last one grows with num."""
+        """The shards that are not there with all rows that they have to have: the last one grows with num. All of them
+        where they are not the codes that were drawn.
+        """
 
         def is_whole(shard):
             try:
@@ -107,7 +127,12 @@ class CodeFolder(ResumableFolder):
                 return False
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
-        return [shard for shard in part.share(range(self.shards(record.num))) if not is_whole(shard)]
+        shards = part.share(range(self.shards(record.num)))
+        missing = [shard for shard in shards if not is_whole(shard)]
+        there = CodesRecord.read(self.record_path) if self.record_path.is_file() else record
+        if missing or there.num != record.num or there.codes_sha256 in (None, digest_of(self.rows(record.num))):
+            return missing
+        return shards  # some were zeroed, or changed places: nothing says which
 
     def write(self, shard: int, codes: np.ndarray, V: int) -> None:
         """Write a shard, codes (n, L), whole or not at all. Raises OSError, naming the file, if the disk fails."""
@@ -122,8 +147,5 @@ class CodeFolder(ResumableFolder):
         """
         with self.leaving() as whole:
             if whole:
-                values, record, digest = find(), CodesRecord.read(self.record_path), hashlib.sha256()
-                rows = self.rows(record.num)
-                for shard in range(self.shards(record.num)):
-                    digest.update(rows.gather(self.places(shard, record.num)).astype("<u2"))
-                self.write_record(replace(record, codes_sha256=digest.hexdigest(), **values))
+                values, record = find(), CodesRecord.read(self.record_path)
+                self.write_record(replace(record, codes_sha256=digest_of(self.rows(record.num)), **values))

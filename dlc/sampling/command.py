@@ -218,5 +218,7 @@ def run(parser: ArgumentParser, args: Namespace, job: Job) -> None:
     there = png_path(folder.path, 0).exists()
     where = f"{folder.path} and {folder.npz}" if there else f"{folder.npz}, whose PNGs were removed"
     drawn_from = f"{record.checkpoint}{'' if record.step is None else f', step {record.step:,}'}"
+    if record.conditions.get("prior"):
+        drawn_from += f", for codes of {record.conditions['source']},"
     logger.info(f"done: {record.num_fid_samples:,} images of {drawn_from} in {where}; look at {folder.grid}")
     state.destroy_process_group()

@@ -19,7 +19,7 @@ from dlc.machine.cli import NotHere
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
 from dlc.machine.processes import done_by_rank_0, wait_for_all
-from dlc.sampling.code_folder import CodeFolder, open_codes
+from dlc.sampling.code_folder import CodeFolder, open_codes, refuse_changed
 from dlc.sampling.prior_draw import PriorDraw, draw_into
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags, flags_of
 from dlc.weights.meta import RunMeta
@@ -146,6 +146,7 @@ class ComputedCodes(RowConditions):
 
     def __init__(self, source: str | Path, model: DiT, meta: RunMeta, order: str, seed: int):
         codes = open_codes(source)
+        refuse_changed(source, codes.rows)
         self.V, self.notes = model.sem_embedder.V, compare_with_model(codes, model, meta)
         known = dict(L=codes.L, V=self.V, encoder_sha256=codes.encoder_sha256)
         super().__init__("codes", source, codes.rows, order, seed, **known)

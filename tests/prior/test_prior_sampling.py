@@ -12,7 +12,7 @@ from test_prior_training import write_features
 from tiny_prior import save_prior
 
 import sample_prior
-from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes
+from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes, refuse_changed
 from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.samples_record import SamplesRecord
@@ -91,8 +91,12 @@ def test_the_same_command_again(codes, prior, run, tmp_path):
     written = (tmp_path / "again/000001.npy").stat().st_mtime_ns
     assert "0 of 3 shards" in run(*command, NUM)
     assert (tmp_path / "again/000001.npy").stat().st_mtime_ns == written
+    (tmp_path / "again/000000.npy").write_bytes(whole["000001.npy"])  # whole, but another one
+    with pytest.raises(ValueError, match="codes of again are not those that were drawn, by the digest in its codes"):
+        refuse_changed("again", open_codes("again").rows)
+    assert "3 of 3 shards" in run(*command, NUM) and contents(tmp_path / "again") == whole
     record = CodesRecord.read(tmp_path / "again/codes.json")
-    assert [one["shards"] for one in record.runs] == [1, 3, 2]
+    assert [one["shards"] for one in record.runs] == [1, 3, 2, 3]
     assert record.codes_sha256 == CodesRecord.read(codes[0] / "codes.json").codes_sha256
 
 
