@@ -172,14 +172,17 @@ def open_files(path: Path, flag: str, crop: int | None = None, resize: int | Non
     Args:
         flag: by which errors call the path.
 
-    Raises ValueError where there are no images, or fewer than its samples.json says.
+    Raises ValueError where there are no images, or fewer than its samples.json says, and for a folder of --sample-dir.
     """
-    names, folders = [], 0
+    names, folders, seen = [], 0, []
     if path.is_dir():
         with os.scandir(path) as entries:
             seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
         names = sorted(name for name, is_folder in seen if is_image(name) and not is_folder)
         folders = sum(is_folder for _, is_folder in seen)
+    sets = [name for name, is_folder in seen if is_folder and (path / name / "samples.json").is_file()]
+    if sets:
+        raise ValueError(f"{flag} {path} is a folder of sets of samples: name one of them, as {path / min(sets)}")
     source = open_source(path, names=names or None, flag=flag)
     notes = list(source.remarks)
     if names and folders:

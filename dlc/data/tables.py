@@ -117,7 +117,10 @@ def _located(name):
             path = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", revision=info.sha))
     elif path.is_file():
         files = dict(path="parquet", data_files=str(path))
-    return source, path if any((path / one).is_file() for one in SAVED) else None, files
+    saved = path if any((path / one).is_file() for one in SAVED) else None
+    if path.exists() and not saved and re.search(r"[*?[]|::", name):  # would be all files that it fits
+        raise ValueError("the package datasets takes *, ?, [ and :: in a path for patterns: rename it")
+    return source, saved, files
 
 
 def _open_saved(name, source, data, split):

@@ -275,6 +275,8 @@ def tables(place, tmp_path_factory):
     paths = dict(image=[dict(bytes=None, path="/etc/passwd")])
     datasets.Dataset.from_dict(paths, datasets.Features(image=datasets.Image())).to_parquet(root / "paths.parquet")
     cut(root / "cut.parquet", root / "a.parquet", 3000)
+    for name in ("a[1].parquet", "a::b.parquet"):
+        shutil.copy(root / "a.parquet", root / name)
     return root
 
 
@@ -299,6 +301,8 @@ def test_datasets_are_the_folder(place, tables, tmp_path):
         ("wrong.parquet", "wanted a column 'image' of images, there are x"),
         ("unlabelled.parquet", "row 4 has no label .2 of 6 rows."),
         ("paths.parquet", "row 0 has no image, but at most a path"),
+        ("a[1].parquet", "takes .* in a path for patterns: rename it"),
+        ("a::b.parquet", "takes .* in a path for patterns: rename it"),
         ("cut.parquet", "cut.parquet.* Parquet magic bytes not found"),
         ("splits:val", "no split 'val': give .*splits:SPLIT, one of train, test"),
     ],

@@ -185,6 +185,7 @@ def test_damaged_folders(mistake, evaluation_place, monkeypatch):
     folder, flags = save_folder(evaluation_place / "set", pixels(5)), "set --reference reference.npz"
     (folder / "samples.json").write_text(json.dumps(record_of(6)))
     assert "set has 5 images, and its samples.json says 6: run the sampling command again" in mistake(flags)
+    assert "SAMPLES . is a folder of sets of samples: name one of them, as set" in mistake(flags.replace("set", "."))
     (folder / "samples.json").unlink()
     monkeypatch.setattr(sets, "CHECKED_FIRST", 2)
     Image.fromarray(pixels(1, 20)[0]).save(folder / "000002.png")
