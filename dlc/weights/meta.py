@@ -35,7 +35,7 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
-from dlc.weights.foreign.safe import RECORDABLE, differences_from, in_words, tensor_fault
+from dlc.weights.foreign.safe import RECORDABLE, differences_from, in_words, tensor_fault, utf8_path
 from models import Recorded, build_model
 from prior import DLCPrior
 
@@ -309,10 +309,10 @@ def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
                 if read_config(path) is None:
                     return "config.json was written by another program"
             else:
-                with reading(path / name), open(path / name, "rb"):
+                with reading(path / name), utf8_path(path / name) as (file, _):
                     # the one compares the header with the file's size, of the other the directory is at the end
                     safe = name.endswith(".safetensors")
-                    with safe_open(path / name, framework="pt") if safe else zipfile.ZipFile(path / name):
+                    with safe_open(file, framework="pt") if safe else zipfile.ZipFile(file):
                         pass
         except FileNotFoundError:
             return f"{name} is missing"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from dlc.machine.files import Damaged, folder_names, reading, write_folder, write_json
 from dlc.weights.export import save
-from dlc.weights.foreign.safe import check_tensors, load_tensors
+from dlc.weights.foreign.safe import check_tensors, load_tensors, utf8_path
 from dlc.weights.meta import newest_of_run, read_config, read_meta
 
 
@@ -73,9 +73,9 @@ def snapshots_of(run: Path) -> list[Snapshot]:
         match, path = re.fullmatch(r"(\d{12,18})-(0\.\d{1,9})\.safetensors", name, re.ASCII), run / "ema" / name
         if not match:
             continue
-        with reading(path), open(path, "rb"):
+        with reading(path), utf8_path(path) as (file, _):
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(file, framework="pt") as file:
                     step = int((file.metadata() or {})["step"])
             except (SafetensorError, KeyError, ValueError) as error:
                 raise Damaged(f"{path} is no whole snapshot of an EMA ({error})") from None

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 import types
 
 import pytest
@@ -17,6 +18,7 @@ from dlc.weights.meta import (
     RunMeta,
     config_of,
     newest_checkpoint,
+    newest_of_run,
     read_config,
     read_meta,
     resume_point,
@@ -111,6 +113,18 @@ def test_only_whole_checkpoints_count(tmp_path):
     assert newest_checkpoint(tmp_path, "DiTSEM-Ti/8") == tmp_path / "a/checkpoints/0000002"
     with pytest.raises(ValueError, match="no checkpoint of DiT-S/2 .*some of DiT-Ti/8, DiTSEM-Ti/8"):
         newest_checkpoint(tmp_path, "DiT-S/2")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its disks take only UTF-8")
+def test_names_that_are_no_utf8(tmp_path):
+    """What safetensors and torch do not open by its name is not damaged."""
+    model, run = tiny(), tmp_path / os.fsdecode(b"caf\xe9 {}%")
+    path = save(run, model, optimizers=BUILDERS["adamw"](model))
+    assert newest_of_run(run) == path == newest_checkpoint(run, "DiTSEM-Ti/8")
+    load_checkpoint(path, model=model, ema=model, optimizers=BUILDERS["adamw"](model))
+    assert load_model(run)[2].step == 1
+    torch.save(model.state_dict(), run / "weights.pt")
+    assert load_model(run / "weights.pt")[1] == "DiTSEM-Ti/8"
 
 
 def test_several_runs_of_a_model_are_listed(tmp_path):

@@ -9,6 +9,7 @@ Errors are in our words, because those of the libraries are long, and some advis
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import io
@@ -17,8 +18,9 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -106,6 +108,15 @@ def read_file(path: Path) -> tuple[dict, str]:
     return values, ", ".join([f"{len(shards)} shards", *words])
 
 
+@contextlib.contextmanager
+def utf8_path(path: str | Path) -> Iterator[tuple[str, BinaryIO]]:
+    """The path by which a library opens a file of weights, and the file, open. The libraries want UTF-8, which names on
+    Linux need not be: the open file has another."""
+    with open(path, "rb") as file:
+        is_utf8 = os.fsencode(path).decode(errors="ignore") == str(path)
+        yield str(path) if is_utf8 else f"/proc/self/fd/{file.fileno()}", file
+
+
 def load_tensors(path: Path) -> dict:
     """The dict in a `.safetensors` file or in a file of torch.save, which may also hold values that are not tensors.
 
@@ -115,9 +126,8 @@ def load_tensors(path: Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    with reading(path):
-        with open(path, "rb") as file:
-            start = file.read(9)
+    with reading(path), utf8_path(path) as (name, file):
+        start = file.read(9)
         if start[:4] in (ZIP, OLD) or (path.suffix != ".safetensors" and start[8:] != b"{"):
             value = read_torch(path, mapped=zipfile.is_zipfile(path))
             if not isinstance(value, dict):
@@ -125,7 +135,7 @@ def load_tensors(path: Path) -> dict:
             return value
         try:
             if int.from_bytes(start[:8], "little") <= LARGEST_INDEX:
-                return safetensors.torch.load_file(path)
+                return safetensors.torch.load_file(name)
         except Exception as error:  # broken files raise many types
             if errno_of(error) is not None:
                 raise
@@ -158,14 +168,14 @@ def read_torch(path: Path, what: str = "weights", mapped: bool = False) -> objec
     Objects that PASSED_OVER names are `PassedOver` in it. Raises errors as `load_tensors` does, naming the file and
     `what`.
     """
-    with reading(path):
+    with reading(path), utf8_path(path) as (name, _):
         try:
-            fault, names = survey(path)
+            fault, names = survey(Path(name))
             if not fault:
-                inert = [(PassedOver, name.replace(" ", ".")) for name in names if PASSED_OVER.fullmatch(name)]
+                inert = [(PassedOver, one.replace(" ", ".")) for one in names if PASSED_OVER.fullmatch(one)]
                 with torch.serialization.safe_globals([argparse.Namespace, *inert]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # about layouts in beta, which are refused anyway
-                    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                    return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # zip readers and the unpickler raise many types
             if errno_of(error) is not None:
                 raise
