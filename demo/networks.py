@@ -32,8 +32,10 @@ from dlc.data.views import Views
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
 from dlc.machine.files import DirectoryLock, read_json, write_json, write_whole
 from dlc.machine.records import differences
+from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, save_encoder, tokens
-from dlc.nets.vae import decode, encode
+from dlc.nets.vae import decode, encode, pixels_per_cell
+from dlc.weights.networks import load_vae
 from evaluation.similarity import psnr
 from evaluation.tokens import token_agreement
 
@@ -58,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
     add("--seed", type=SEED, default=0, help="seed of the weights and of what is drawn in training")
     group = parser.add_argument_group("VAE")
     add = group.add_argument
+    add("--vae", help="take this VAE, as extraction takes it, and train the encoder alone [train one]")
     add("--factor", type=int, choices=(2, 4, 8, 16), default=8, help="pixels per latent cell along each axis")
     add("--latent-channels", type=count, default=4, help="channels of the latents")
     add("--vae-width", type=number(int, 4), default=16, help="channels of the finer half of the layers, a multiple of "
@@ -310,16 +313,19 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(args.out)
     with parser.one_line_errors():
+        vae = load_vae(args.vae, device) if args.vae else None
+        factor = pixels_per_cell(vae.config) if vae else args.factor
         for flag, value, divisor in (
-            ("--image-size", args.image_size, args.factor), ("--image-size", args.image_size, args.patch),
+            ("--image-size", args.image_size, factor), ("--image-size", args.image_size, args.patch),
             ("--vae-width", args.vae_width, 4), ("--sem-width", args.sem_width, 3),
         ):  # fmt: skip
             if value % divisor:
                 raise ValueError(f"{flag} {value} is not a multiple of {divisor}")
         images, listing = load_images(args.data_path, args.image_size)
         heldout = load_images(args.heldout_path, args.image_size)[0] if args.heldout_path else images
-        settings = {key: value for key, value in vars(args).items() if key not in ("data_path", "heldout_path", "out")}
-        settings |= dict(images=len(images), listing_sha256=listing)
+        paths = ("data_path", "heldout_path", "out", "vae")
+        settings = {key: value for key, value in vars(args).items() if key not in paths}
+        settings |= dict(images=len(images), listing_sha256=listing, **({"vae": weights_sha256(vae)} if vae else {}))
         lock = DirectoryLock(out)
         lock.acquire()
         if (out / "networks.json").exists() and (other := differences(read_json(out / "networks.json"), settings)):
@@ -327,8 +333,9 @@ def main(argv: list[str] | None = None) -> None:
         write_json(out / "networks.json", settings)
     try:
         with parser.kept_on_error("what is trained is kept", "--vae-batch or --sem-batch"):
-            vae = build_vae(args, images, device, out / "vae.training.pt")
-            vae.save_pretrained(out / "vae")
+            if not args.vae:
+                vae = build_vae(args, images, device, out / "vae.training.pt")
+                vae.save_pretrained(out / "vae")
             encoder = build_encoder(args, images, device, out / "sem.training.pt")
             save_encoder(encoder, out / "sem")
             numbers = quality(vae, encoder, heldout, device)

@@ -50,6 +50,9 @@ def test_networks_of_a_folder(tmp_path, monkeypatch, capsys):
     whole, continued = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert len(written) == 20 and all(torch.equal(continued[name], whole[name]) for name in whole)
 
+    build(folder, tmp_path / "encoder", "--vae", str(tmp_path / "whole/vae"), "--sem-steps", "21")
+    assert not (tmp_path / "encoder/vae").exists() and load_encoder(tmp_path / "encoder/sem").L == 3
+
     for more, message in ((["--L", "5"], "L 3 there, 5 here"), (["--patch", "7"], "is not a multiple of 7")):
         with pytest.raises(SystemExit):
             build(folder, tmp_path / "whole", *more)
