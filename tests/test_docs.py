@@ -73,13 +73,14 @@ def test_flags_exist(monkeypatch):
 
 
 def test_messages_are_quoted_as_they_are():
-    """What docs/troubleshooting.md quotes as a symptom is in the sources, but for values, for which … stands."""
+    """What two pages quote as a symptom is in the sources, but for values, for which … stands."""
     texts = set()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py"), *ROOT.glob("evaluation/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
-    symptoms = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    pages = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("troubleshooting", "own-images"))
+    symptoms = re.findall(r"^\| (.*?) \|", pages, flags=re.MULTILINE)
     quotes = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+ [^`]+)`", symptom)]
     assert len(quotes) > 20
     for quote in quotes:
