@@ -298,9 +298,10 @@ def save_reconstructions(
     stored = features.latents.gather(rows)[:, : features.latent_shape[0]]  # of moments: the mean
     with torch.inference_mode():
         decoded = to_uint8(decode(vae, torch.from_numpy(stored).to(vae.device, torch.float32))).cpu().numpy()
-    grid = image_grid([*crops, *decoded], len(rows), ("images", "from latents"))
-    save_sheet(path, grid)
-    value = float(psnr(torch.from_numpy(np.stack(crops)), torch.from_numpy(decoded)).mean())
+    decibels = psnr(torch.from_numpy(np.stack(crops)), torch.from_numpy(decoded))
+    captions = [*(Path(path).stem for path in features.paths.gather(rows)), *(f"{one:.1f} dB" for one in decibels)]
+    save_sheet(path, image_grid([*crops, *decoded], len(rows), ("images", "from latents"), captions))
+    value = float(decibels.mean())
     logger.info(f"reconstructions in {path}: PSNR {value:.1f} dB")
     if value < LOWEST_PSNR:
         logger.warning(

@@ -40,7 +40,7 @@ from dlc.training.heldout import Measurement, add_heldout_flags
 from dlc.training.heldout_latents import HeldOutLatents, Split, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.losses import Losses
-from dlc.training.preview import first_rows, save_preview
+from dlc.training.preview import rows_to_show, save_preview
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
@@ -413,12 +413,11 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             with run.whole_ema() as ema:
                 if ema is not None:
                     with parser.one_line_errors():
-                        batch = first_rows(batches, run.device)
+                        batch = rows_to_show(batches, run.device)
                     latents, y = seen(batch)
                     path = run.folder / f"previews/{step:07d}.png"
-                    run.record(
-                        save_preview, path, ema, process, latents[:, :channels].float(), y, vae, args.global_seed
-                    )
+                    shown, classes = latents[:, :channels].float(), features.manifest and features.manifest.classes
+                    run.record(save_preview, path, ema, process, shown, y, vae, args.global_seed, classes or ())
     heldout.conclude()
 
 

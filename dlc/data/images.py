@@ -130,7 +130,7 @@ def image_grid(
     Args:
         images: None leaves a place empty.
         rows: words to the left of each row.
-        captions: words under each image; what is wider than the image is cut off.
+        captions: words under each image; what is wider than the image is cut off, with an ellipsis.
     """
     from matplotlib import get_data_path  # slow to import
 
@@ -148,8 +148,8 @@ def image_grid(
             grid.paste(Image.fromarray(image), (x, y))
         if place < len(captions):
             words = captions[place]
-            while words and font.getlength(words) > width:
-                words = words[:-1]
+            while words != "…" and font.getlength(words) > width:
+                words = words.rstrip("…")[:-1] + "…"
             draw.text((x + width // 2, y + height + LINE // 2), words, anchor="mm", font=font)
     return grid
 

@@ -36,7 +36,7 @@ from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.guide import open_guide, settle_guidance
 from dlc.sampling.latents import CudaGraphs, Guide, check_conditions, lower_precision, sample_latents
 from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
-from dlc.sampling.pictures import png_path, save_grid
+from dlc.sampling.pictures import GRID_PAIRS, png_path
 from dlc.sampling.samples_record import SampleFolder, SamplesRecord, guidance_of, this_launch
 from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.load import describe
@@ -160,8 +160,11 @@ def draw_missing(job: Job, args: Namespace) -> None:
             compile_blocks(model, state.device, dynamic=False)
     plain = [job.model.denoise, *([job.guide.network(job.model)] if job.guide else [])]
     networks = [CudaGraphs(network) if args.cuda_graphs else network for network in plain]
-    grid = partial(save_grid, folder.grid, folder.path, count) if state.is_main_process else None
-    decoder = Decoder(job.vae, folder.path, args.vae_precision, grid)
+    sheet = partial(folder.draw_sheet, count) if state.is_main_process else None
+    decoder = Decoder(job.vae, folder.path, args.vae_precision, sheet)
+    if len(missing) and state.is_main_process:
+        latents = job.conditions.latents(np.arange(min(GRID_PAIRS, count)), job.record.vae_sha256)
+        folder.asked = {} if latents is None else dict(enumerate(decoder.images(latents.to(state.device))))
     if args.progressive and state.is_main_process and folder.part.index == 0:
         draw_first = partial(draw_batch, job, np.arange(1), plain)
         with torch.compiler.set_stance("force_eager"):  # one image: not worth compiling for

@@ -68,6 +68,14 @@ class Conditions:
     def prepare(self, folder: Path, state: "PartialState", launch: dict) -> None:
         """Make what has to exist before the first call, in a folder. Every process calls this."""
 
+    def words(self, indices: np.ndarray) -> list[str]:
+        """What each sample is drawn for, in a word or two for the contact sheet; "" where there is nothing to say."""
+        return [""] * len(indices)
+
+    def latents(self, indices: np.ndarray, vae_sha256: str) -> torch.Tensor | None:
+        """Latents (N, C, h, w) float32 of the images that samples are drawn for; None if this VAE made none."""
+        return None
+
 
 class RowConditions(Conditions):
     """Conditions that are rows of files: sample i gets row order(i), cycling where there are fewer rows than samples.
@@ -88,6 +96,10 @@ class RowConditions(Conditions):
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample, (N,)."""
         return self.order[indices % len(self.order)]
+
+    def words(self, indices: np.ndarray) -> list[str]:
+        """See `Conditions`."""
+        return [f"row {row}" for row in self.values(indices)]
 
 
 def compare_with_model(codes: CodeSpec, model: DiT, meta: RunMeta) -> list[str]:
@@ -147,6 +159,7 @@ class ComputedCodes(RowConditions):
     def __init__(self, source: str | Path, model: DiT, meta: RunMeta, order: str, seed: int):
         codes = open_codes(source)
         refuse_changed(source, codes.rows)
+        self.features = codes.features
         self.V, self.notes = model.sem_embedder.V, compare_with_model(codes, model, meta)
         known = dict(L=codes.L, V=self.V, encoder_sha256=codes.encoder_sha256)
         super().__init__("codes", source, codes.rows, order, seed, **known)
@@ -154,6 +167,13 @@ class ComputedCodes(RowConditions):
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Codes (N, L) int64 of the samples. Raises ValueError, naming file and row, for a value outside 0..V-1."""
         return torch.from_numpy(self.rows.gather(self.values(indices), limit=self.V).astype(np.int64))
+
+    def latents(self, indices: np.ndarray, vae_sha256: str) -> torch.Tensor | None:
+        """See `Conditions`: those of the features."""
+        if self.features is None or self.features.source()["vae_sha256"] != vae_sha256:
+            return None
+        stored = self.features.latents.gather(self.values(indices))  # of moments: the mean, then the std
+        return torch.from_numpy(stored[:, : self.features.latent_shape[0]]).float()
 
 
 class PriorCodes(Conditions):
@@ -178,6 +198,10 @@ class PriorCodes(Conditions):
     def values(self, indices: np.ndarray) -> np.ndarray:
         """The row of each sample in the folder of codes, (N,)."""
         return indices
+
+    def words(self, indices: np.ndarray) -> list[str]:
+        """See `Conditions`: the class, of a prior that was asked for classes."""
+        return [f"class {self.record.labels[i]}" for i in indices] if self.record.labels else super().words(indices)
 
     def prepare(self, folder: Path, state: "PartialState", launch: dict) -> None:
         """Draw those codes that are not in the folder yet."""
@@ -238,6 +262,7 @@ class ClassLabels(Conditions):
 
     Args:
         given: those classes [none].
+        names: of all classes, if they are known.
     """
 
     key, script = "labels", "sample_ddp.py"
@@ -264,12 +289,15 @@ class ClassLabels(Conditions):
         asked, order = args.classes, args.label_sampling
         if asked and order:
             raise ValueError("--class says which classes to draw, --label-sampling draws all: give one of them")
-        given = class_numbers(asked or (), model.y_embedder.num_classes, meta)
-        return cls(model, "given" if asked else order or "random", args.global_seed, given)
+        count = model.y_embedder.num_classes
+        given, names = class_numbers(asked or (), count, meta), class_names(count, meta)
+        return cls(model, "given" if asked else order or "random", args.global_seed, given, names)
 
-    def __init__(self, model: DiT, sampling: str, seed: int, given: Sequence[int] = ()):
+    def __init__(
+        self, model: DiT, sampling: str, seed: int, given: Sequence[int] = (), names: Sequence[str] | None = None
+    ):
         self.num_classes, self.sampling, self.seed = model.y_embedder.num_classes, sampling, seed
-        self.given = torch.tensor(given, dtype=torch.int64)
+        self.given, self.names = torch.tensor(given, dtype=torch.int64), names
         self.recorded = dict(kind="labels", num_classes=self.num_classes, order=sampling)
         if given:
             self.recorded["given"] = list(given)
@@ -283,6 +311,10 @@ class ClassLabels(Conditions):
         """The label of each sample, (N,)."""
         return self(indices).numpy()
 
+    def words(self, indices: np.ndarray) -> list[str]:
+        """See `Conditions`: the class."""
+        return [self.names[label] if self.names else f"class {label}" for label in self.values(indices)]
+
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Labels (N,) int64 of the samples."""
         indices = torch.from_numpy(indices)
@@ -293,6 +325,14 @@ class ClassLabels(Conditions):
         return integers(self.seed, Stream.SAMPLE_LABEL, indices, self.num_classes)
 
 
+def class_names(num_classes: int, meta: RunMeta) -> list[str] | None:
+    """The names of the classes of the features that a model was trained on; None where these are not there any more."""
+    if not meta.features_path or not (Path(meta.features_path) / "manifest.json").is_file():
+        return None
+    names = read_manifest(meta.features_path).classes
+    return names if len(names) == num_classes else None
+
+
 def class_numbers(asked: Sequence[str], num_classes: int, meta: RunMeta) -> list[int]:
     """The numbers of classes that a user names by number, or as the features or images that a model was trained on do.
 
@@ -300,9 +340,8 @@ def class_numbers(asked: Sequence[str], num_classes: int, meta: RunMeta) -> list
     """
     names, numbers = [], []
     if not all(one.isdecimal() and int(one) < num_classes for one in asked):
-        if meta.features_path and (Path(meta.features_path) / "manifest.json").is_file():
-            names = read_manifest(meta.features_path).classes
-        elif meta.data_path and Path(meta.data_path).exists():
+        names = class_names(num_classes, meta) or []
+        if not names and meta.data_path and Path(meta.data_path).exists():
             names = open_source(meta.data_path).classes
     for one in asked:
         if one.isdecimal() and int(one) < num_classes:

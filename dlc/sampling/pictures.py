@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dlc.machine.cli import one_line
 from dlc.machine.cli import progress as progress_bar
 from dlc.machine.files import SHEET, check_output
 
-GRID_IMAGES, GRID_COLUMNS = 60, 10
+GRID_IMAGES, GRID_PAIRS, GRID_COLUMNS = 60, 30, 10
 ROWS_AT_ONCE = 256  # images in memory while an .npz is written or read
 THREADS = 16  # that look for missing images
 FEWEST_FOR_FID = 2048  # dimensions of the Inception features: the covariance of fewer images is singular
@@ -38,17 +38,32 @@ def missing_indices(folder: Path, wanted: Sequence[int]) -> list[int]:
         return sorted(itertools.chain(*pool.map(missing, (wanted[i::THREADS] for i in range(THREADS)))))
 
 
-def save_grid(path: Path, folder: Path, count: int) -> None:
-    """Write a contact sheet of those of the first images of 0..count-1 that exist, as a PNG."""
-    paths = {index: png_path(folder, index) for index in range(min(GRID_IMAGES, count))}
+def save_grid(
+    path: Path, folder: Path, count: int, words: Callable[[np.ndarray], list[str]], asked: dict[int, np.ndarray]
+) -> None:
+    """Write a contact sheet of those of the first images of 0..count-1 that exist, as a PNG.
+
+    words, asked: what samples are drawn for, by their indices: in words, and as images, if there are any.
+    """
+    paths = {index: png_path(folder, index) for index in range(min(count, GRID_PAIRS if asked else GRID_IMAGES))}
     images = {index: read_png(one) for index, one in paths.items() if one.is_file()}
     if images:
-        save_sheet(path, contact_sheet(images))
+        save_sheet(path, contact_sheet(images, words(np.array([*images])), asked))
 
 
-def contact_sheet(images: dict[int, np.ndarray]) -> Image.Image:
-    """Samples (H, W, 3) uint8 by their index, above it."""
-    return image_grid([*images.values()], min(GRID_COLUMNS, len(images)), captions=[*map(str, images)])
+def contact_sheet(images: dict[int, np.ndarray], words: Sequence[str], asked: dict[int, np.ndarray]) -> Image.Image:
+    """Samples (H, W, 3) uint8 by their index, and below them index and words; or below the images asked for, in rows
+    of their own, the words."""
+    indices, columns = [*images], min(GRID_COLUMNS, len(images))
+    if not asked:
+        captions = [f"{index}: {word}" if word else str(index) for index, word in zip(indices, words)]
+        return image_grid([*images.values()], columns, captions=captions)
+    cells, captions = [], []
+    for start in range(0, len(indices), columns):
+        some, gap = indices[start : start + columns], columns - len(indices[start : start + columns])
+        cells += [*map(asked.get, some), *[None] * gap, *map(images.get, some), *[None] * gap]
+        captions += [*words[start : start + columns], *[""] * gap, *map(str, some), *[""] * gap]
+    return image_grid(cells, columns, ("code of", "sample") * (len(cells) // columns // 2), captions)
 
 
 def write_npz(path: Path, folder: Path, count: int, progress: bool = False) -> None:
@@ -83,9 +98,9 @@ def npz_rows(path: Path) -> int:
 def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> tuple[list[str], list[str]]:
     """What an .npz of samples holds, and what is wrong with it: two lists of lines. Raises ValueError if it is none.
 
-    grid: write a contact sheet of the first images beside it, as FILE.grid.png.
+    grid: write a contact sheet of the first images beside it, as FILE.npz.grid.png.
     """
-    path, sheet = Path(path), Path(path).with_suffix(".grid.png")
+    path, sheet = Path(path), Path(f"{path}.grid.png")
     if grid:
         check_output(sheet, "--grid", own=[SHEET])
     shape, keys = image_shape(path), one_line(", ".join(array_names(path)), 100)
@@ -108,7 +123,7 @@ def check_npz(path: str | Path, grid: bool = False, progress: bool = False) -> t
         few = f"FID of {shape[0]:,} images is unreliable"
         lines.append(f"warning: {few}: draw {FEWEST_FOR_FID:,} or more (papers: 50,000)")
     if grid:
-        save_sheet(sheet, contact_sheet(dict(enumerate(first))))
+        save_sheet(sheet, contact_sheet(dict(enumerate(first)), [""] * len(first), {}))
         lines.append(f"look at {sheet}")
     wrong = [
         f"{len(found)} {what}: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}"

@@ -134,6 +134,7 @@ class SampleFolder(ResumableFolder):
     def __init__(self, path: str | Path, conditions: "Conditions", part: Part = WHOLE, batch: int = 1):
         super().__init__(path, part)
         self.conditions, self.batch = conditions, batch
+        self.asked: dict[int, np.ndarray] | None = None  # images that samples are drawn for; None: none was drawn now
         self.npz, self.about, self.grid, self.strip, self.codes = (
             self.path.with_name(self.path.name + end)
             for end in (".npz", ".json", ".grid.png", ".progressive.png", ".codes")
@@ -176,13 +177,18 @@ class SampleFolder(ResumableFolder):
             return False
         return not self.record_path.is_file() or self.about.read_bytes() == self.record_path.read_bytes()
 
+    def draw_sheet(self, count: int) -> None:
+        """Write the contact sheet of what is there."""
+        save_grid(self.grid, self.path, count, self.conditions.words, self.asked or {})
+
     def finish(self, count: int) -> None:
         """Write the .npz, if all images are there, and the contact sheet, and release the lock."""
         with self.leaving() as whole:
             if whole and not self.is_finished(count):
                 write_npz(self.npz, self.path, count, progress=True)
                 write_bytes(self.about, self.record_path.read_bytes())
-            save_grid(self.grid, self.path, count)
+            if self.asked is not None or not self.grid.exists():
+                self.draw_sheet(count)
 
     def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
         """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""

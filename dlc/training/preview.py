@@ -1,5 +1,6 @@
 """Pictures of how a model in training draws: a diffusion model, or a prior over codes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most
 
 
-def first_rows(batches: TrainingBatches, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a batch holds, of the first rows, on the device."""
-    rows = np.arange(min(PREVIEW_SAMPLES, batches.rows_per_epoch))
+def rows_to_show(batches: TrainingBatches, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a batch holds, of some rows that are trained on, on the device: rows often go class by class."""
+    rows = np.unique(np.linspace(0, batches.rows_per_epoch - 1, PREVIEW_SAMPLES).astype(int))
+    rows = rows if batches.only is None else batches.only[rows]
     return {name: tensor.to(device) for name, tensor in batches.gather(rows).items()}
 
 
@@ -39,9 +41,11 @@ def save_preview(
     y: Condition,
     vae: torch.nn.Module | None,
     seed: int,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write a picture: latents decoded, above EMA samples for their conditions y, from the same noise every time.
 
+    classes: the names of labels y, which are written below.
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
@@ -60,7 +64,9 @@ def save_preview(
     with torch.inference_mode():
         images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
     path.parent.mkdir(exist_ok=True)
-    save_png(path, image_grid(images, len(latents), ("training", f"samples, cfg {PREVIEW_CFG}")))
+    named = [classes[label] for label in y.tolist()] if classes and ema.conditioning == "labels" else []
+    rows = ("training", f"samples, cfg {PREVIEW_CFG}")
+    save_png(path, image_grid(images, len(latents), rows, captions=[*named, *named]))
 
 
 def preview_codes(prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device) -> torch.Tensor:

@@ -30,7 +30,7 @@ def test_rows_are_what_the_contract_says(features, images, tiny_models):
     assert rows.codes.array(0).dtype == np.uint16 and rows.latents.array(0).dtype == np.float16
     assert [shard["rows"] for shard in rows.manifest.shards] == [4, 4, 3, 3]
     assert [path for path, _ in rows.manifest.skipped] == ["dog/1_broken.jpg"]
-    assert len(grid_cells(features / "preview.png", IMAGE_SIZE, 8)) == 2
+    assert len(grid_cells(features / "preview.png", IMAGE_SIZE, 8, captions=True)) == 2
 
     # row 3 and, after the broken file, row 13: index 14 of the data set
     vae = load_vae(tiny_models[0])

@@ -76,7 +76,7 @@ def test_converting_onto_the_source(place, monkeypatch, capsys):
 
 def test_contact_sheets(tmp_path):
     """One that this program drew is drawn anew; a picture of the user's is kept."""
-    sheet = tmp_path / "samples.grid.png"
+    sheet = tmp_path / "samples.npz.grid.png"
     for count in (5, 6):
         np.savez(tmp_path / "samples.npz", arr_0=pixels(count))
         check_npz(tmp_path / "samples.npz", grid=True)

@@ -350,6 +350,8 @@ def test_classes_that_are_asked_for(tmp_path):
 
     asked = drawn("--class", "dog", "1")
     assert asked.values(np.arange(5)).tolist() == [2, 1, 2, 1, 2]
+    assert asked.words(np.arange(2)) == ["dog", "cat"]  # on the contact sheet
+    assert drawn("--class", "2", features=None).words(np.arange(1)) == ["class 2"]
     assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2, 1 of 3 classes"
     assert "given" not in drawn("--label-sampling", "equal").recorded
     for flags, features, words in (

@@ -87,7 +87,7 @@ def test_check(folder, tmp_path):
     assert lines[0] == f"{path}: keys arr_0; arr_0 of uint8, shape (300, 8, 8, 3)"
     assert lines[1] == f"values 0 to 255, mean {folder[1].mean():.1f}"
     assert lines[2].startswith("warning: FID of 300 images") and not wrong
-    sheet = grid_cells(tmp_path / "images.grid.png", 8, 10, captions=True)
+    sheet = grid_cells(tmp_path / "images.npz.grid.png", 8, 10, captions=True)
     np.testing.assert_array_equal(sheet.reshape(-1, 8, 8, 3), folder[1][:60])
 
     odd = folder[1].copy()

@@ -66,7 +66,11 @@ def test_what_sampling_leaves(workplace, tiny_models):
     for index in range(21):
         np.testing.assert_array_equal(array[index], Image.open(folder / f"{index:06d}.png"))
     sheet = grid_cells(workplace / f"samples/{folder.name}.grid.png", IMAGE_SIZE, 10, captions=True)
-    assert sheet.shape[:2] == (3, 10) and (sheet[2, 0] == array[20]).all()
+    stored = torch.from_numpy(Features(workplace / "features").latents.gather(record["code_rows"][12:13]))
+    with torch.no_grad():
+        asked = to_uint8(decode(load_vae(tiny_models[0]), stored.float()))[0].numpy().astype(int)
+    assert sheet.shape[:2] == (6, 10) and (sheet[5, 0] == array[20]).all() and (sheet[3, 2] == array[12]).all()
+    assert np.abs(sheet[2, 2] - asked).max() <= 1  # what sample 12 is drawn for, above it
     known = dict(checkpoint=str(workplace / "results/checkpoints/0000003"), weights="ema", step=3)
     known |= dict(vae=str(tiny_models[0]), vae_precision="fp32", num_fid_samples=21, precision="fp32")
     known |= dict(sampler="ddpm", num_sampling_steps=3, cfg_scale=1.5, cfg_channels=4, t_min=0, t_max=999)

@@ -15,6 +15,7 @@ from dlc.training.batches import TrainingBatches
 from dlc.training.code_batches import split_rows
 from dlc.training.heldout import SEED
 from dlc.training.heldout_latents import TIMES
+from dlc.training.preview import rows_to_show
 from dlc.weights.load import load_model
 from train_diffusion import losses_of
 
@@ -54,6 +55,8 @@ def test_what_is_held_out_is_measured_and_not_trained_on(features, tmp_path):
     assert torch.stack(losses).mean().item() == pytest.approx(expected, rel=1e-4)
     batches = TrainingBatches(data, {}, only=only, seed=0, global_batch=10)
     assert sorted(batches.rows(np.arange(10, 20))) == only.tolist() and batches.rows_per_epoch == 10
+    shown = rows_to_show(batches, torch.device("cpu"))["latents"].numpy()  # spread over those that are trained on
+    np.testing.assert_array_equal(shown, data.latents.gather(only[[0, 1, 2, 3, 5, 6, 7, 9]]))
 
     train("two", 4, 2)
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "two")):
