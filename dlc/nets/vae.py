@@ -44,7 +44,8 @@ def scale_and_shift(vae: nn.Module, device: torch.device) -> tuple[Scale, Scale]
 
 def pixels_per_cell(config: Mapping) -> int:
     """The downsampling factor f, by a VAE's config: pixels per latent cell along each axis."""
-    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+    key = "block_out_channels" if "block_out_channels" in config else "encoder_block_out_channels"
+    return 2 ** (len(config[key]) - 1)
 
 
 def latent_shape(vae: nn.Module, image_size: int) -> tuple[int, int, int]:
