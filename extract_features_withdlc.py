@@ -71,6 +71,12 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
     add("--vae", default="ema", help=f"{VAE_HELP} [%(default)s]")
     add_encoder_flags(add, more="; none: store latents and labels only")
+    add(
+        "--store-tokens",
+        action="store_true",
+        help="also store the encoder's patch tokens of each row, in 16 bits, which train_diffusion.py --align trains "
+        "with; the log says first how much disk they take",
+    )
     add("--dino-cfg", action=NotHere, help="leave it out: --encoder says L and V, or --L and --V do")
     add(
         "--flip",
@@ -126,6 +132,8 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--features-path {args.features_path} lies in --data-path {args.data_path}, whose "
             "folders are the classes: give another"
         )
+    if args.store_tokens and args.encoder == "none":
+        raise ValueError("--store-tokens stores what an --encoder makes of the images, and there is none")
 
 
 def main() -> None:
@@ -164,10 +172,22 @@ def open_inputs(args: argparse.Namespace, state: "PartialState", logger: logging
         background=list(args.background),
         seed=args.global_seed,
         classes=source.classes,
+        tokens=list(encoder.patch_shape) if args.store_tokens else None,
+        tokens_norm=("plain" if encoder.norm_scale is None else "learned") if args.store_tokens else None,
         **data_settings(args.vae, vae, args.encoder, encoder, source),
     )
     agree("VAE and encoder", manifest.to_json())
     return vae, encoder, source, manifest
+
+
+def size_of_tokens(manifest: Manifest, images: int, copies: int) -> str:
+    """What --store-tokens takes, in words, for so many images of so many rows each."""
+    patches, width = manifest.tokens
+    size, shard = 2 * copies * patches * width, min(images, manifest.shard_size)
+    return (
+        f"patch tokens: {patches} of {width:,} numbers in float16 per row, {images * size / 1e9:.3g} GB for "
+        f"{images * copies:,} rows; each process holds shards of {shard * size / 1e9:.3g} GB in memory (--shard-size)"
+    )
 
 
 def mended_by(views: Views, strict: bool) -> Callable[[str], bool]:
@@ -232,6 +252,8 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         f"{len(source):,} images in {len(manifest.classes)} classes, {num_shards} shards, {len(todo)} to do, "
         f"{state.num_processes} processes on {state.device.type}, {args.precision}"
     )
+    if manifest.tokens:
+        logger.info(size_of_tokens(manifest, *flips.shape))
     own = todo[state.process_index :: state.num_processes]
     batches = batches_of(own, len(source), args.shard_size, args.batch_size)
     load, on_gpu = lambda batch: collate([views[index] for index in batch]), state.device.type == "cuda"

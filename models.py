@@ -330,7 +330,7 @@ class DiT(Recorded):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * p, side * p)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: Condition, drop: torch.Tensor | None = None,
-                head: bool = False) -> torch.Tensor:
+                **asked) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Predict eps, and with learn_sigma the variance, of noisy latents.
 
         Args:
@@ -338,21 +338,22 @@ class DiT(Recorded):
             t: (N,) diffusion times from 0 to 999, whole or fractional.
             y: labels (N,) for DiT; codes (N, L) or soft codes (N, L, V) for DiTSEM; vectors (N, in_dim) for DiTCONT.
             drop: (N,) bool, samples that get the null condition [by class_dropout_prob in training, none in eval].
-            head: as in `denoise`.
+            asked: head and tap, as in `denoise`; a model of one's own may have none.
         """
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(x.shape[0], device=x.device) < self.class_dropout_prob
-        return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop),
-                            **(dict(head=True) if head else {}))     # a model of one's own may have none
+        return self.denoise(x, self.t_embedder(t), self.embed_condition(y, drop), **asked)
 
     def embed_condition(self, y: Condition, drop: torch.Tensor | None = None) -> Condition:
         """y as `denoise` takes it: here (N, D). A model of another condition may give a dict of tensors."""
         return self.condition_embedder(y, drop)
 
-    def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, head: bool = False) -> torch.Tensor:
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, head: bool = False,
+                tap: int | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """forward, given the embedded time t, (N, D) or (D,), and condition, which a sampler embeds once for many.
 
         head: append what the intermediate head predicts, C more channels.
+        tap: after how many blocks to look at the tokens: return (output, tokens (N, T, D)).
         """
         recompute, c = self.grad_checkpointing and self.training, t + condition             # (N, D)
         # the convolution's output is channel-first, and would stay so through all blocks, which slows each LayerNorm
@@ -361,8 +362,11 @@ class DiT(Recorded):
             x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
             if head and number == self.intermediate_head:
                 early = self.unpatchify(self.intermediate_layer(x, c))                      # (N, C, H, W)
+            if number == tap:
+                tapped = x                                                                  # (N, T, D)
         out = self.unpatchify(self.final_layer(x, c))                                       # (N, out_channels, H, W)
-        return torch.cat([out, early], dim=1) if head else out
+        out = torch.cat([out, early], dim=1) if head else out
+        return out if tap is None else (out, tapped)
 
     # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
     # dlc/sampling/latents.py, which computes the null half only where guidance acts.

@@ -35,6 +35,7 @@ from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, w
 from dlc.machine.processes import done_by_rank_0, from_rank_0
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
+from dlc.training.alignment import Alignment, add_alignment_flags, open_alignment
 from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.heldout import Measurement, add_heldout_flags
 from dlc.training.heldout_latents import HeldOutLatents, Split, split_features
@@ -87,6 +88,8 @@ def argument_parser(**defaults) -> ArgumentParser:
         for name, option in row.options.items():
             add_option(add, name, option, default_of(row.build, name), f"--objective {objective} only: ")
 
+    add_alignment_flags(parser.add_argument_group("alignment").add_argument)
+
     group = parser.add_argument_group("data")
     add, source = group.add_argument, group.add_mutually_exclusive_group()
     source.add_argument("--features-path", "--feature-path", default="features", help="train on these features")
@@ -95,7 +98,7 @@ def argument_parser(**defaults) -> ArgumentParser:
     add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
     add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
     add_background_flag(add, None, "with --data-path: ")
-    add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes")
+    add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes and the targets of --align")
     add(
         "--condition-path",
         help="DiTCONT only: .npy files (n, in_dim), a folder or one, rows aligned with the features [none]",
@@ -149,12 +152,13 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         raise ValueError("--hf-dataset is of features; a dataset of images goes to --data-path")
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
-    if (DiT_models[args.model].conditioning == "codes") != bool(args.encoder):
+    on_codes = DiT_models[args.model].conditioning == "codes"
+    if on_codes and not args.encoder:
         raise ValueError(
             f"{args.model} is trained on codes: with --data-path it needs an --encoder, such as {DEFAULT_ENCODER}"
-            if not args.encoder
-            else f"--encoder is for DiTSEM models, not {args.model}"
         )
+    if args.encoder and not (on_codes or args.align):
+        raise ValueError(f"--encoder is for DiTSEM models and for --align, not {args.model}")
     return Images(
         state,
         args.data_path,
@@ -213,11 +217,12 @@ def open_process(args: argparse.Namespace) -> Process:
 
 
 def build_optimizer(
-    args: argparse.Namespace, model: torch.nn.Module
+    args: argparse.Namespace, model: torch.nn.Module, projector: torch.nn.Module | None = None
 ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
     """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = [*model.parameters(), *(projector.parameters() if projector else ())]
+    trained = [weight for weight in weights if weight.requires_grad]
     return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -261,6 +266,8 @@ def losses_of(
     dropout: float,
     draw_latents: bool,
     head: bool = False,
+    alignment: Alignment | None = None,
+    targets: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A micro-batch's losses (n,) by name, and its times (n,).
 
@@ -269,29 +276,39 @@ def losses_of(
         dropout: share of the samples whose condition is dropped.
         draw_latents: whether x are moments, from which latents are drawn.
         head: whether the model has an intermediate head, whose squared error is then the loss "head".
+        alignment, targets: what --align asks for, whose loss is then "align", and its targets (n, T, width); without
+            them it is 0.
     """
     x = x.float()
     if draw_latents:
         x = draw_posterior(x, seed, indices)  # (n, C, S/f, S/f)
     t, noise, drop = draws(seed, indices, x, process, dropout)
-    kwargs, early = dict(y=y, drop=drop), []
-    if not head:
-        return process.training_losses(model, x, t, kwargs, noise), t
+    asked, inner, aligned = dict(head=True) if head else {}, {}, targets is not None
+    if aligned:
+        asked["tap"] = alignment.block
 
-    def without_head(x_t, t, **kwargs):
-        out = model(x_t, t, head=True, **kwargs)
-        early.append(out[:, -x.shape[1] :].float())
-        return out[:, : -x.shape[1]]
+    def network(x_t, t, **kwargs):
+        out = model(x_t, t, **asked, **kwargs)
+        if aligned:
+            out, inner["tokens"] = out
+        if head:
+            out, inner["head"] = out.tensor_split([-x.shape[1]], dim=1)
+        return out
 
-    terms = process.training_losses(without_head, x, t, kwargs, noise)
-    terms["head"] = mean_flat((early[0] - process.target(x, noise)) ** 2)
-    terms["loss"] = terms["loss"] + HEAD_WEIGHT * terms["head"]
+    terms = process.training_losses(network, x, t, dict(y=y, drop=drop), noise)
+    if head:
+        terms["head"] = mean_flat((inner["head"].float() - process.target(x, noise)) ** 2)
+        terms["loss"] = terms["loss"] + HEAD_WEIGHT * terms["head"]
+    if alignment:
+        terms["align"] = alignment(inner["tokens"], targets) if aligned else torch.zeros_like(terms["loss"])
+        terms["loss"] = terms["loss"] + alignment.weight * terms["align"]
     return terms, t
 
 
-def logged_losses(process: Process, head: bool = False) -> Losses:
+def logged_losses(process: Process, head: bool = False, align: bool = False) -> Losses:
     """All losses of a process; by quarter of t the second, which is the first's main part, or the only one."""
-    return Losses(process.loss_names + ("head",) * head, by_quarter=process.loss_names[:2][-1])
+    more = ("head",) * head + ("align",) * align
+    return Losses(process.loss_names + more, by_quarter=process.loss_names[:2][-1])
 
 
 def preview_vae(
@@ -310,6 +327,14 @@ def preview_vae(
             vae, args.sample_every = None, 0
     args.sample_every = from_rank_0(args.sample_every)
     return vae
+
+
+def log_networks(run: Run, images: Images | None, encoder: str | None, vae_name: str, vae: torch.nn.Module | None):
+    """Say what was recognised of the encoder and of the VAE of images, or of previews."""
+    networks = (("VAE", vae_name, images.vae if images else vae), ("encoder", encoder, images and images.encoder))
+    for what, name, network in networks:
+        if network is not None:
+            run.logger.info(f"{what} {name}: {network.said}")
 
 
 def sample_metrics(
@@ -340,6 +365,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         inputs, (channels, latent_size, _) = open_inputs(args, features), features.latent_shape
         split = split_features(args, features, inputs)
         spec, process = DiT_models[args.model], open_process(args)
+        alignment = open_alignment(args, features, spec.depth)
         sizes = {**inputs.sizes, **model_arguments(args), **process.model_arguments}
         build = partial(spec, input_size=latent_size, in_channels=channels, **sizes)
         if latent_size % spec.patch_size:
@@ -352,7 +378,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             args.model,
             build,
             process,
-            settings=data_settings(args, features, inputs),
+            settings=dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings),
             notes={path_key: recorded_id(data_path), **{key: source[key] for key in NOTED}},
         )
         if run.state.is_main_process:
@@ -367,11 +393,16 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- model
         run.start()
         model = run.adopt(frozen(args, build()))
-    run.optimize(build_optimizer(args, model), logged_losses(process, bool(args.intermediate_head)))
+    if alignment:
+        alignment.begin(run, model)
+    kept = dict(seed=args.global_seed, dropout=model.class_dropout_prob, head=bool(args.intermediate_head))
+    optimizers = build_optimizer(args, model, alignment and alignment.projector)
+    run.optimize(optimizers, logged_losses(process, kept["head"], bool(alignment)))
 
     # ---------------------------------------------------------------------- run
     kind = ImageBatches if encode else TrainingBatches
-    batches = kind(features, inputs.arrays, inputs.limits, only=split.only, **run.share)
+    arrays = {**inputs.arrays, "tokens": alignment.stored} if alignment else inputs.arrays
+    batches = kind(features, arrays, inputs.limits, only=split.only, **run.share)
     losses = partial(losses_of, draw_latents=draw_latents)
     heldout = HeldOutLatents(run, split, process, losses)
     measured = [heldout, *sample_metrics(parser, args, run, split, process, vae_name)]
@@ -385,12 +416,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         f"data: {batches.rows_per_epoch:,} {'images' if encode else 'rows'} of {data_path}, "
         f"{batches.rows_per_epoch / args.global_batch_size:.1f} steps per epoch, {heldout.size:,} held out"
     )
-    for what, name, network in (
-        ("VAE", vae_name, features.vae if encode else vae),
-        ("encoder", args.encoder, features.encoder if encode else None),
-    ):
-        if network is not None:
-            run.logger.info(f"{what} {name}: {network.said}")
+    log_networks(run, features if encode else None, args.encoder, vae_name, vae)
 
     def seen(batch):
         """Latents or moments, and conditions, of a batch."""
@@ -401,8 +427,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     for step, batch in run.steps(batches):
         for part in run.micro_batches(batch):
             latents, y = seen(part)
-            kept = dict(seed=args.global_seed, dropout=model.class_dropout_prob, head=bool(args.intermediate_head))
-            terms, t = losses(run.model, process, part["indices"], latents, y, **kept)
+            targets = alignment and alignment.targets(part, step, encode)
+            aligned = dict(alignment=alignment, targets=targets)
+            terms, t = losses(run.model, process, part["indices"], latents, y, **kept, **aligned)
             run.backward(terms, t, process.num_timesteps)
         run.update(step)
         for one in measured:  # before a checkpoint, so that a resumed run has the same measurements

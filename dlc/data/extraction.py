@@ -49,6 +49,8 @@ class BatchEncoder:
         self.encoder.moments(torch.zeros(1, self.views.flips.shape[1], S, S, 3, dtype=torch.uint8), self.batch_size)
         if self.manifest.V:
             self.encoder.codes(torch.zeros(1, s, s, 3, dtype=torch.uint8), self.batch_size)
+        if self.manifest.tokens:
+            self._tokens([0], torch.zeros(1, s, s, 3, dtype=torch.uint8))
 
     def __call__(self, item: tuple) -> tuple[list[int], dict[str, np.ndarray], list[list[str]], int]:
         """Encode (consecutive indices of images, what `collate` made of the images).
@@ -82,7 +84,20 @@ class BatchEncoder:
                 name = str(names[(codes < 0).any(axis=1).argmax()])
                 raise NotFinite(f"the encoder's logits of {name!r} are not finite numbers: {HELP}")
             rows["sem"] = codes.astype(self.manifest.dtypes["sem"]).repeat(copies, axis=0)
+        if self.manifest.tokens:
+            tokens = self._tokens(batch, code_views)[good]  # (n, k, T, width)
+            rows["tokens"] = tokens.reshape(-1, *tokens.shape[2:])
+            bad = ~np.isfinite(rows["tokens"]).all(axis=(1, 2))
+            if bad.any():
+                name = str(names[bad.argmax() // copies])
+                raise NotFinite(f"the encoder's patch tokens of {name!r} are not finite in float16: {HELP}")
         return batch, rows, [[self.views.source.name(index), error] for index, error, _ in unreadable], transparent
+
+    def _tokens(self, batch: list[int], code_views: torch.Tensor) -> np.ndarray:
+        """Views (n, s, s, 3) to the patch tokens of each copy, flipped as its crop is, (n, k, T, width) float16."""
+        flips = torch.from_numpy(self.views.flips[batch])[..., None, None, None]  # (n, k, 1, 1, 1)
+        views = torch.where(flips, code_views.flip(2).unsqueeze(1), code_views.unsqueeze(1))  # (n, k, s, s, 3)
+        return self.encoder.patch_tokens(views, self.batch_size).half().cpu().numpy()
 
     def _latents(self, batch: list[int], crops: torch.Tensor) -> torch.Tensor:
         """Crops (n, k, S, S, 3) to what is stored of their latents (n, k, C or 2C, S/f, S/f), on the CPU."""

@@ -97,6 +97,10 @@ def print_info(args: argparse.Namespace) -> None:
         print("codes: none")
     else:
         print_codes(features)
+    if features.manifest and features.manifest.tokens:
+        patches, width = features.manifest.tokens
+        norm = "" if features.manifest.tokens_norm == "learned" else " without scale and shift"
+        print(f"patch tokens: {patches} of {width:,} numbers per row, float16, after the encoder's final norm{norm}")
 
 
 def print_origin(features: Features) -> None:
@@ -176,7 +180,8 @@ def problems(root: str | Path, V: int | None = None, num_classes: int | None = N
         if (Path(root) / "manifest.json").is_file():
             manifest = read_manifest(root)
             kinds, dtypes = shard_rows(root, manifest), manifest.dtypes
-            widths = dict(features=manifest.stored_channels, sem=manifest.L)
+            patches = manifest.tokens and manifest.tokens[0]
+            widths = dict(features=manifest.stored_channels, sem=manifest.L, tokens=patches)
             limits = dict(labels=len(manifest.classes), sem=manifest.V)
         else:
             features = Features(root, V, num_classes)
@@ -240,10 +245,10 @@ def file_problems(
         yield f"{path} has values of type {array.dtype}, the manifest says {dtype}"
     if width is not None and array.shape[1] != width:
         yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {width}"
-    wanted = dict(path=("U", "unicode"), features=("f", "floats")).get(kind)
+    wanted = dict(path=("U", "unicode"), features=("f", "floats"), tokens=("f", "floats")).get(kind)
     if wanted and array.dtype.kind != wanted[0]:
         yield f"{path} has values of type {array.dtype}, wanted {wanted[1]}"
-    elif kind == "features":
+    elif wanted and wanted[0] == "f":
         try:
             check_finite(array, lambda row: (path, row))
         except ValueError as error:

@@ -27,8 +27,10 @@ KINDS = dict(
     features=ArrayKind(3, "f", needed=True),  # latents (n, C, S/f, S/f)
     labels=ArrayKind(0, "ui", needed=True),  # classes (n,)
     sem=ArrayKind(1, "ui"),  # codes (n, L)
+    tokens=ArrayKind(2, "f"),  # the encoder's patch tokens (n, T, width)
     path=ArrayKind(0, "U"),  # image paths (n,)
 )
+TOKEN_NORMS = ("learned", "plain")  # the final norm of patch tokens: with the encoder's scale and shift, or without
 WRITTEN_LAST = ("count", "shards", "skipped")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of latents
 SOURCE = ("vae", "vae_sha256", *SCALE, "encoder", "encoder_sha256", "listing_sha256", "flip", "background")
@@ -75,6 +77,8 @@ class Manifest(Record):
     encoder_sha256: str | None = key(ID, None)
     L: int | None = key(SIZE)
     V: int | None = key(or_null(whole_number(1, 65536)))
+    tokens: list[int] | None = key(or_null(list_of(whole_number(1, 2**20), 2, 2)), None)  # patches, and their width
+    tokens_norm: str | None = key(or_null(one_of(*TOKEN_NORMS)), None)
     precision: str | None = key(ID, None)  # of both networks
     flip: str | None = key(ID, None)
     background: list[int] | None = key(or_null(list_of(whole_number(0, 255), 3, 3)), None)  # behind transparent images
@@ -110,7 +114,7 @@ class Manifest(Record):
     @property
     def kinds(self) -> list[str]:
         """The kinds of arrays that extraction writes for each shard."""
-        return ["features", *(["sem"] if self.V else []), "labels", "path"]
+        return ["features", *(["sem"] if self.V else []), *(["tokens"] if self.tokens else []), "labels", "path"]
 
     @property
     def stored_channels(self) -> int:
@@ -124,6 +128,7 @@ class Manifest(Record):
             features=np.dtype(self.dtype),
             labels=np.dtype(np.int64),
             **({"sem": np.dtype(code_dtype(self.V))} if self.V else {}),
+            **({"tokens": np.dtype(np.float16)} if self.tokens else {}),
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dlc.machine.cli import one_line
@@ -91,7 +92,12 @@ class SEMEncoder(nn.Module):
             )
         self.backbone.norm = nn.Identity()
         self.image_size, self.L, self.V, self.temperature = image_size, L, V, temperature
+        self.patch_shape = (image_size // patch[0]) * (image_size // patch[1]), self.backbone.embed_dim
         self.said = ""  # by what is loaded into it
+        # of the backbone's final norm, where its weights have it. The code does not depend on it, so these are no part
+        # of the state dict, by whose digest encoders are told apart
+        for name in ("norm_scale", "norm_shift"):
+            self.register_buffer(name, None, persistent=False)  # (width,)
         self.sem_embed = nn.Linear(self.backbone.num_prefix_tokens * self.backbone.embed_dim, L * V, bias=False)
         self.sem_norm = nn.LayerNorm(L * V, eps=1e-6)
 
@@ -105,8 +111,10 @@ class SEMEncoder(nn.Module):
             return self.sem_norm(self.sem_embed(tokens)).unflatten(1, (self.L, self.V))
 
     def _tokens(self, images):
-        images = images.to(next(self.backbone.parameters()).dtype)
-        return self.backbone.forward_features(images)[:, : self.backbone.num_prefix_tokens].flatten(1).float()
+        return self._all_tokens(images)[:, : self.backbone.num_prefix_tokens].flatten(1).float()
+
+    def _all_tokens(self, images):
+        return self.backbone.forward_features(images.to(next(self.backbone.parameters()).dtype))
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (N, image_size, image_size, 3) uint8 to logits (N, L, V) float32; see `tokens` for the codes."""
@@ -115,6 +123,15 @@ class SEMEncoder(nn.Module):
     def prefix_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels as in `encode_pixels` to the class and register tokens that the head reads, (N, tokens * width)."""
         return self._tokens(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
+
+    def patch_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels as in `encode_pixels` to the patch tokens after the backbone's final norm, (N, *patch_shape) float32.
+
+        That norm is without scale and shift where the weights have none (norm_scale, norm_shift).
+        """
+        images = normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
+        tokens = self._all_tokens(images)[:, self.backbone.num_prefix_tokens :].float()
+        return F.layer_norm(tokens, tokens.shape[2:], self.norm_scale, self.norm_shift, eps=1e-6)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The simplicial embedding: (N, L, V), a distribution over V tokens at each position."""

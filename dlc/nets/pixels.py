@@ -67,18 +67,31 @@ class PixelEncoder:
         pixels = views.to(self.device, non_blocking=True)
         return in_batches(lambda some: tokens(self.encoder.encode_pixels(some)), pixels, batch_size)
 
+    @torch.no_grad()
+    def patch_tokens(self, views: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+        """Views (n, …, s, s, 3) uint8 to the encoder's patch tokens (n, …, T, width) float32, `in_batches`."""
+
+        def network(pixels):
+            return self.encoder.patch_tokens(pixels.flatten(0, -4)).unflatten(0, pixels.shape[:-3])
+
+        return in_batches(network, views.to(self.device, non_blocking=True), batch_size or even_size(len(views)))
+
     def __call__(self, crops: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn a batch of images into the (moments, conditions) that a batch of features with moments would hold.
 
-        Crops (n, S, S, 3) become moments (n, 2C, S/f, S/f). With an encoder, condition is views, which become codes
-        (n, L); otherwise it is returned as it is. Where the encoder's logits are not finite, the moments are NaN.
+        Crops (n, S, S, 3) become moments (n, 2C, S/f, S/f). A condition that is views (n, s, s, 3) becomes codes
+        (n, L); another is returned as it is. Where the encoder's logits are not finite, the moments are NaN.
         """
-        parts = -(-len(crops) // ENCODED_AT_ONCE)
-        size = -(-len(crops) // parts)  # of equal size, so that little of the last one is padding
+        size = even_size(len(crops))
         moments = self.moments(crops, size)
-        if self.encoder:
+        if isinstance(condition, torch.Tensor) and condition.ndim == 4:
             condition = self.codes(condition, size)
             # there is no code: NaN latents make the loss NaN, whose check ends the run
             moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
             condition = condition.clamp(min=0)
         return moments, condition
+
+
+def even_size(count: int) -> int:
+    """The size of batches of so many images: below ENCODED_AT_ONCE, and such that little of the last one is padding."""
+    return -(-count // -(-count // ENCODED_AT_ONCE))

@@ -95,7 +95,8 @@ class TrainingBatches(Dataset):
         return dict(latents=torch.from_numpy(self.features.latents.gather(rows)), **self.gather_arrays(rows))
 
     def gather_arrays(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        found = {name: array.gather(rows, limit=self.limits.get(name)) for name, array in self.arrays.items()}
+        there = {name: array for name, array in self.arrays.items() if array is not None}
+        found = {name: array.gather(rows, limit=self.limits.get(name)) for name, array in there.items()}
         # uint16 codes become int32: torch has few operations on uint16
         return {
             name: torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)

@@ -52,7 +52,8 @@ class Images:
         data_path, labels: as `open_source` takes them.
         image_size: height and width of the crop, pixels.
         vae: as --vae takes it.
-        encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for no codes.
+        encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for neither codes nor
+            patch tokens.
         flip: one of FLIPS; random: drawn anew at each sample index.
         background: what transparent images are blended on.
 
@@ -118,15 +119,17 @@ class Images:
 class ImageBatches(TrainingBatches):
     """`TrainingBatches` of Images: crops instead of latents and, in the place of an array None, views for the encoder.
 
-    An item is `Unreadable`, instead of tensors, if an image cannot be read.
+    Views for patch tokens are flipped as the crops are, those for codes never. An item is `Unreadable`, instead of
+    tensors, if an image cannot be read.
     """
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Unreadable:
-        """indices (n,), images (n, S, S, 3) uint8, and arrays (n, ...) or codes' views (n, s, s, 3) uint8."""
+        """indices (n,), images (n, S, S, 3) uint8, and arrays (n, ...) or the encoder's views (n, s, s, 3) uint8."""
         batch = super().__getitem__(step)
         if not isinstance(batch, Unreadable) and self.features.flip == "random":
-            flipped = integers(self.seed, Stream.TRAIN_FLIP, batch["indices"], 2).bool()
-            batch["images"] = torch.where(flipped.view(-1, 1, 1, 1), batch["images"].flip(2), batch["images"])
+            flipped = integers(self.seed, Stream.TRAIN_FLIP, batch["indices"], 2).bool().view(-1, 1, 1, 1)
+            for name in {"images", "tokens"} & batch.keys():
+                batch[name] = torch.where(flipped, batch[name].flip(2), batch[name])
         return batch
 
     def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -139,5 +142,5 @@ class ImageBatches(TrainingBatches):
                 f"cannot read {what}: fix it, or remove it (a run that has checkpoints then needs --allow-change; "
                 "extraction leaves such images out by itself)"
             )
-        arrays = dict(codes=code_views) if None in self.arrays.values() else self.gather_arrays(rows)
-        return dict(images=crops.squeeze(1), **arrays)
+        views_of = {name: code_views for name, array in self.arrays.items() if array is None}
+        return dict(images=crops.squeeze(1), **views_of, **self.gather_arrays(rows))

@@ -192,8 +192,25 @@ class Run(contextlib.ExitStack):
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
         self.lengths = PowerAverages(args.ema_lengths, dict(self.ema.named_parameters()), self.ema_images)
         model.train()
-        self.model = with_autocast(self.accelerator, model) if self.sharded else self.accelerator.prepare(model)
+        self.model, self.beside = self._callable(model), {}
+        self.synced = [self.model]
         return model
+
+    def adopt_beside(self, name: str, module: torch.nn.Module) -> tuple[torch.nn.Module, Callable]:
+        """Train this module, too: what only the loss needs, such as a projector of hidden tokens.
+
+        It is no part of the model, and there is no average of it: {name}.safetensors of each checkpoint holds it, and
+        nothing but the run itself reads that. Gradients are clipped apart from the model's, which so do not depend on
+        it. Returns the module, on the device, and what to call.
+        """
+        self.beside[name] = module.to(self.device).train()
+        if self.sharded:
+            fully_shard_blocks(module, self.device, self.precision)
+        self.synced.append(self._callable(module))
+        return module, self.synced[-1]
+
+    def _callable(self, module):
+        return with_autocast(self.accelerator, module) if self.sharded else self.accelerator.prepare(module)
 
     def optimize(self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses) -> None:
         """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times the factor of
@@ -215,7 +232,8 @@ class Run(contextlib.ExitStack):
     def _trained(self):
         """What a checkpoint saves."""
         self._share_buffers()
-        rest = dict(optimizers=self.optimizers, scaler=self.accelerator.scaler, lengths=self.lengths.files())
+        more = {**self.lengths.files(), **{name: module.state_dict() for name, module in self.beside.items()}}
+        rest = dict(optimizers=self.optimizers, scaler=self.accelerator.scaler, more=more)
         return dict(model=self.module, ema=self.ema, **rest)
 
     @torch.inference_mode()  # in which a preview may have made buffers of the EMA
@@ -306,9 +324,11 @@ class Run(contextlib.ExitStack):
         parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch.values())))
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            if self.sharded:
-                self.module.set_requires_gradient_sync(last)
-            with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
+            with contextlib.ExitStack() as unsynced:
+                for module in (self.module, *self.beside.values()) if self.sharded else ():
+                    module.set_requires_gradient_sync(last)
+                for module in self.synced if not (last or self.sharded) else ():
+                    unsynced.enter_context(self.accelerator.no_sync(module))
                 yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(batch, part)}
 
     def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> None:
@@ -332,6 +352,8 @@ class Run(contextlib.ExitStack):
                 for optimizer in self.optimizers:
                     scaler.unscale_(optimizer)
             self.grad_norm = clip_gradients(self.weights, args.grad_clip)
+            for module in self.beside.values():
+                clip_gradients(list(module.parameters()), args.grad_clip)
         self.skips.step()
         if step == self.first_step + 1:
             self._refuse_unrecordable()
@@ -425,7 +447,8 @@ class Run(contextlib.ExitStack):
         if not math.isfinite(means["loss"]) and self.skipped < step - self.logged:
             return f"step {step}: the loss is {means['loss']}"
         if checkpoint_due:  # a gradient may be infinite though the loss is finite
-            norms = torch.stack(torch._foreach_norm(local_shards(self.weights)))
+            beside = [weight for module in self.beside.values() for weight in module.parameters()]
+            norms = torch.stack(torch._foreach_norm(local_shards([*self.weights, *beside])))
             if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
                 return f"step {step}: there are weights that are not finite"
 

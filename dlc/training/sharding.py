@@ -1,5 +1,6 @@
 """Parameters sharded over the processes (FSDP2, torch's fully_shard), and the shards that lie in this one."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def fully_shard_blocks(model: torch.nn.Module, device: torch.device, precision: str = "fp32") -> None:
-    """Shard a model's parameters over all processes, in place: block by block, then what lies outside the blocks.
+    """Shard a model's parameters over all processes, in place: block by block, if it has any, then what lies outside.
 
     Blocks are gathered in this precision, to which autocast would cast them, and once per step: their gradients are
     summed in float32. What lies outside, such as the code table, stays float32.
@@ -21,9 +22,11 @@ def fully_shard_blocks(model: torch.nn.Module, device: torch.device, precision: 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # a linear layer's output may be a view; nothing here changes one in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(PRECISIONS[precision], torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
+    for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
 

@@ -35,7 +35,7 @@ def save_checkpoint(
     ema: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None = None,
-    lengths: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
+    more: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     sums: torch.Tensor | None = None,
     write: bool = True,
 ) -> Path | None:
@@ -43,13 +43,13 @@ def save_checkpoint(
 
     Args:
         model, ema, optimizers: if they are sharded, every process must call this, since gathering them is collective.
-        lengths: the tensors of further averages, by the name of their file and by their own.
+        more: further tensors, by the name of their file and by their own: averages of --ema-lengths, a projector.
         sums: a tensor (processes, …): what each process has summed for the log since the last line.
         write: whether this process writes; True in one process only.
 
     Raises OSError, naming the checkpoint, if the disk does not take it.
     """
-    states = dict(model=model.state_dict(), ema=ema.state_dict(), **lengths)
+    states = dict(model=model.state_dict(), ema=ema.state_dict(), **more)
     weights = {name: gather_full(state, write) for name, state in states.items()}
     states = [dict(gather_full(one.state_dict(), write), kind=type(one).__name__) for one in optimizers]
     if not write:
@@ -134,25 +134,25 @@ def load_checkpoint(
     ema: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None = None,
-    lengths: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
+    more: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     sums_shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor | None:
     """Load a checkpoint into the objects that it was saved from. Returns its sums.
 
     Args:
-        lengths: as of `save_checkpoint`; they are changed in place.
+        more: as of `save_checkpoint`; they are changed in place.
         sums_shape: the shape of each process's sums; None: they may be anything.
 
     Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
     other optimizers; OSError if it cannot be read.
     """
     try:
-        for name, ours in dict(model=model.state_dict(), ema=ema.state_dict(), **lengths).items():
+        for name, ours in dict(model=model.state_dict(), ema=ema.state_dict(), **more).items():
             file = path / f"{name}.safetensors"
-            if name in lengths and not file.is_file():
+            if name in more and not file.is_file():
                 raise ValueError(
-                    f"checkpoint {path} has no {file.name}: an average of --ema-lengths begins with its run; leave it "
-                    "out, or give another --results-dir"
+                    f"checkpoint {path} has no {file.name}: an average of --ema-lengths, or the projector of --align, "
+                    "begins with its run; leave it out, or give another --results-dir"
                 )
             weights = check_tensors(load_tensors(file), file, RECORDABLE)
             different = differences_from(ours, weights)

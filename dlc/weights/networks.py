@@ -80,11 +80,12 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
         raise ValueError(f"encoder {name}: {error}") from None
     if found:
         weights = encoders.state_dict_of(found.tensors, encoder.backbone)
+        final_norm = encoders.final_norm_of(found.tensors)
     else:
         file = weights_in(entry.name for entry in path.iterdir())
         if file is None:
             raise ValueError(f"encoder {name} has no model.safetensors")
-        weights = check_tensors(read_file(path / file)[0], path / file)
+        weights, final_norm = check_tensors(read_file(path / file)[0], path / file), None
     different = differences_from(encoder.state_dict(), weights)
     if different:
         raise ValueError(
@@ -92,6 +93,8 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
         )
     # copied: a mapped file that another program overwrites would end this process
     encoder.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in weights.items()}, assign=True)
+    if final_norm:
+        encoder.norm_scale, encoder.norm_shift = (one.to(torch.float32, copy=True) for one in final_norm)
     encoder.said = said
     return encoder.eval()
 

@@ -30,7 +30,8 @@ def toy_network(x, t, y):
 
 def model_of(values, depth, learn_sigma):
     model = DiT(8, 2, hidden_size=32, depth=depth, num_heads=2, num_classes=7, learn_sigma=learn_sigma).eval()
-    model.load_state_dict({key[2:]: value for key, value in values.items() if key.startswith("w/")})
+    weights = {key[2:]: value for key, value in values.items() if key.startswith("w/")}
+    model.load_state_dict({key: value for key, value in weights.items() if "projectors" not in key})
     return model
 
 

@@ -32,6 +32,8 @@ def flags_of(both_data, tiny_models):
             at = command.index("--features-path")
             networks = ("--vae", tiny_models[0], "--encoder", tiny_models[1], "--flip", "none")
             command[at : at + 2] = ["--data-path", both_data / "images", "--image-size", IMAGE_SIZE, *networks]
+        if options(variant)["align"]:
+            command += ["--align-block", 2]  # of 6
         return list(map(str, command))
 
     return flags
@@ -51,6 +53,7 @@ def test_each_variant_differs_in_one_option():
         "train_fast",
         "train_features",
         "train_original",
+        "train_repa",
         "train_tf32_disabled",
     ]
     assert every["train_fast"] == dict(vars(argument_parser().parse_args([])), precision="amp", reads="features")
@@ -58,6 +61,7 @@ def test_each_variant_differs_in_one_option():
         ("baseline", "original", {"checkpoint_activations"}),
         ("amp", "baseline", {"precision"}),
         ("features", "baseline", {"features_path", "reads"}),
+        ("repa", "amp", {"align"}),
         ("tf32_disabled", "features", {"tf32"}),
     ):
         one, two = every[f"train_{name}"], every[f"train_{other}"]
@@ -94,7 +98,8 @@ def runs(flags_of, tmp_path_factory):
     for name in VARIANTS:
         run = Run(f"train_options.{name}", flags_of(name, root / name), root / f"{name}.txt")
         assert run.wait(), run.said()
-        said[name], losses[name] = run.said(), [line["loss"] for line in metrics(root / name)]
+        lines = metrics(root / name)
+        said[name], losses[name] = run.said(), [line["loss"] - 0.5 * line.get("align", 0) for line in lines]
         written = json.loads((root / name / "args.json").read_text())
         assert all(written[key] == options(name)[key] for key in ("precision", "tf32", "checkpoint_activations"))
     return said, losses
@@ -105,7 +110,7 @@ def runs(flags_of, tmp_path_factory):
 def test_every_variant_trains_alike(name, runs):
     """The losses are those of the first, to what 16 bits are worth, and the rounding of images in other batches."""
     said, losses = runs
-    precision = {"train_amp": "bf16", "train_fast": "bf16"}.get(name, "fp32")
+    precision = {"train_amp": "bf16", "train_fast": "bf16", "train_repa": "bf16"}.get(name, "fp32")
     assert f"precision: {precision}" in said[name]
     assert ("14 images" if options(name)["reads"] == "images" else "14 rows") in said[name]
     np.testing.assert_allclose(losses[name], losses["train_original"], rtol=1e-2 if precision == "bf16" else 1e-4)

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, golden
 from tiny_weights import refusal
 
+from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, save_encoder
 from dlc.weights.foreign.encoders import state_dict_of
 from dlc.weights.foreign.layouts import File, unpack
@@ -276,3 +277,19 @@ def test_from_the_hub(published, hub):
     assert agrees(load_encoder("owner/sem@v1"), values)
     refusal(load_encoder, "owner/sem", words="--encoder owner/sem: the hub has no revision 'main' of it")
     assert not any(path.endswith(".py") for _, path, _ in hub.requests)
+
+
+def test_the_final_norm_of_published_weights(published, tmp_path):
+    """Where a file has its scale and shift they are used, and neither codes nor the digest depend on them."""
+    _, config, weights = published
+    save_published(tmp_path / "with", config, weights)
+    plain = {key: value for key, value in weights.items() if "layernorm" not in key}
+    save_published(tmp_path / "without", config, plain)
+    norm = [weights[f"layernorm.{name}"] for name in ("weight", "bias")]
+    learned, plain = (load_encoder(tmp_path / name) for name in ("with", "without"))
+    pixels = torch.randint(255, (2, 224, 224, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = plain.patch_tokens(pixels) * norm[0] + norm[1]
+        torch.testing.assert_close(learned.patch_tokens(pixels), expected)
+        assert learned.patch_tokens(pixels).shape == (2, *learned.patch_shape) == (2, 256, 16)
+    assert weights_sha256(learned) == weights_sha256(plain)

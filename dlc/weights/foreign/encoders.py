@@ -23,7 +23,7 @@ IMAGE_SIZE = 224  # pixels, at which DINOv2's encoders are read
 HEAD = re.compile(r"(?:.*\.)?(sem_(?:embed|norm)\.\w+)")
 TEMPERATURE = re.compile(r"(?:.*\.)?(?:temp|temperature|tau)")
 # Parts of a self-supervised checkpoint that only its losses need.
-TRAINING_ONLY = "mask_token norm head sem_out sem_cls_norm dino_head ibot_head layernorm classifier".split()
+TRAINING_ONLY = "mask_token head sem_out sem_cls_norm dino_head ibot_head classifier".split()
 # Names that configurations give to what shapes do not tell, in order. They may be nested.
 L_NAMES, V_NAMES = ("L", "dlc_l", "sem_l", "sem_L"), ("V", "dlc_v", "sem_v", "sem_V")
 TEMPERATURE_NAMES = ("temp", "temperature", "tau", "sem_temp")
@@ -49,6 +49,7 @@ NAMES = [
     (r"\.mlp\.up_proj\.", ".mlp.fc1.1."),
     (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
     (r"^register_tokens$", "reg_token"),
+    (r"^layernorm\.", "norm."),
 ]
 
 
@@ -219,7 +220,21 @@ def state_dict_of(tensors: dict, backbone: torch.nn.Module) -> dict:
             positions, prefix = positions[:, 1:], 0
         if prefix == wanted:
             tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("norm.")}  # see `final_norm_of`
     return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in tensors.items()}
+
+
+def final_norm_of(tensors: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Scale and shift (width,) of the backbone's final norm, which a file may leave out: codes do without it.
+
+    Raises ValueError where they are not of the backbone's width.
+    """
+    found = [tensors.get(f"norm.{name}") for name in ("weight", "bias")]
+    if any(one is None for one in found):
+        return None
+    if any(one.shape != tensors["cls_token"].shape[2:] for one in found):
+        raise ValueError(f"norm.weight and norm.bias have shapes {', '.join(str(tuple(one.shape)) for one in found)}")
+    return tuple(found)
 
 
 def is_square(number: int) -> bool:
