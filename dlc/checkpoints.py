@@ -9,7 +9,7 @@ from dlc.machine.cli import ArgumentParser, number, one_line
 from dlc.weights.export import FORMATS, export
 from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.info import info
-from dlc.weights.power_ema import rebuild
+from dlc.weights.power_ema import LENGTH, rebuild
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     averages.set_defaults(function=rebuild)
     add = averages.add_argument
     add("run", help="the results folder of a run that was trained with --ema-lengths")
-    add("--length", type=number(float, 0.005, 0.28), required=True, help="length of the EMA, a share of the training")
+    add("--length", type=LENGTH, required=True, help="length of the EMA, a share of the training")
     add(
         "--at", type=number(int, 1), metavar="IMAGES", help="as of the last snapshot until this image [the last of all]"
     )

@@ -5,9 +5,10 @@
 
 In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py and of its agreement; and,
 after --, flags of the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the
-table) and OUT/sweep.png (the plot). The same command run again continues; no finished setting is repeated, so values
-may be added. Settings without guidance (--cfg-scale 1, --guide-scale 1) differ by no interval of it: they are drawn
-once. Table and plot have means over --seeds, with their standard errors.
+table) and OUT/sweep.png (the plot), and OUT/ema-{length}-at-{images}/, the EMAs of --ema-length. The same command run
+again continues; no finished setting is repeated, so values may be added. Settings without guidance (--cfg-scale 1,
+--guide-scale 1) differ by no interval of it: they are drawn once. Table and plot have means over --seeds, with their
+standard errors.
 """
 
 import itertools
@@ -27,6 +28,9 @@ from dlc.machine.files import DirectoryLock, check_apart, check_output, read_jso
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
 from dlc.sampling.opening import find_checkpoint
 from dlc.sampling.sampling_flags import STEPS, TIME, sampling_parser
+from dlc.weights.load import newest_in
+from dlc.weights.meta import read_meta
+from dlc.weights.power_ema import LENGTH, rebuild
 from evaluation.agreement import add_agreement_flags, check_agreement_flags
 from evaluation.comparison import add_comparison_flags, check_comparison_flags, needs_reference
 from evaluation.metrics import METRICS
@@ -37,9 +41,11 @@ SCRIPTS = {ComputedCodes.script: "DiTSEM-XL/2", ClassLabels.script: "DiT-XL/2"} 
 SEEDS = "seeds"  # --global-seed is KID's here
 # flags of the sampling scripts that can be swept: the type of a value
 SWEPT = {
+    "ema-length": LENGTH,  # of no script: the EMA is rebuilt for --ckpt
     "cfg-scale": number(float, 1),
     "t-min": TIME,
     "t-max": TIME,
+    "guide-ckpt": str,
     "guide-scale": number(float, 1),
     "internal-scale": number(float, 1),
     "guide-t-min": TIME,
@@ -82,7 +88,7 @@ def drawn_as(setting: Setting) -> Setting:
 
 def folder_of(setting: Setting) -> str:
     """A folder's name, such as cfg-scale-1.25_t-max-600."""
-    return "_".join(f"{flag}-{str(value).replace('+', 'p')}" for flag, value in setting.items())
+    return "_".join(f"{flag}-{str(value).replace('+', 'p').replace('/', '-')}" for flag, value in setting.items())
 
 
 def words_of(setting: Setting) -> str:
@@ -169,7 +175,7 @@ def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
 
     flags, labels = list(results[0][0]), labels_of(results)
     values = {flag: list(dict.fromkeys(setting[flag] for setting, _ in results)) for flag in flags}
-    axis = max(flags, key=lambda flag: (len(values[flag]) if flag != "sampler" else 0, -flags.index(flag)))
+    axis = max(flags, key=lambda flag: (0 if SWEPT[flag] is str else len(values[flag]), -flags.index(flag)))
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
@@ -204,14 +210,21 @@ def add_sweep_flags(add: Callable) -> None:
             type=kind,
             nargs="+",
             choices=choices,
-            help=f"values of the sampling script's --{sampling_flag(flag)} [its own]",
+            help="lengths of EMAs to draw from, rebuilt of the run of --ckpt, which was trained with --ema-lengths "
+            "[the checkpoint's EMA]"
+            if flag == "ema-length"
+            else f"values of the sampling script's --{sampling_flag(flag)} [its own]",
         )
     add("--reference", help="compare with this, as evaluate.py does [none]")
     add("--agreement", action="store_true", help="measure code agreement too, as evaluate.py agreement does")
     add("--out", default="sweep", help="write samples, results, table and plot here")
     add("--script", choices=SCRIPTS, default=ComputedCodes.script, help="draw with this script")
     add("--processes", type=number(int, 1), default=1, help="start so many processes per launch, such as one per GPU")
-    add("--discard", action="store_true", help="remove the samples of a setting once it is evaluated")
+    add(
+        "--discard",
+        action="store_true",
+        help="remove the samples of a setting once it is evaluated, and the EMAs at the end",
+    )
 
 
 def left_by(argv: list[str], *known) -> list[str]:
@@ -266,6 +279,8 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
             raise ValueError(f"--{sampling_flag(flag)} after -- is swept: give its values before --, with --{flag}")
     if "--sample-dir" in after:
         raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
+    if "--no-ema" in after and args.ema_length:
+        raise ValueError("--no-ema after -- asks for the raw weights, and --ema-length for EMAs: give one of them")
     if "--part" in after:
         raise ValueError("--part after --: a sweep draws all samples of each setting")
     for flags, wanted, with_what in (
@@ -298,11 +313,30 @@ def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
         raise ValueError(f"{what} ended with exit status {status} (see above)")
 
 
+def rebuilt(args: Namespace, length: float) -> Path:
+    """The EMA of a length as of the sweep's checkpoint, args.ckpt, in OUT/, made unless it is there.
+
+    Raises ValueError where that is no checkpoint of a run that has snapshots of EMAs.
+    """
+    checkpoint = Path(newest_in(args.ckpt, ("config.json", "meta.json")))
+    images = read_meta(checkpoint).ema_images if (checkpoint / "meta.json").is_file() else None
+    run, out = checkpoint.absolute().parents[1], Path(args.out) / f"ema-{length:g}-at-{images}"
+    if not images or not (run / "ema").is_dir():
+        raise ValueError(f"--ema-length: {args.ckpt} is no checkpoint of a run that was trained with --ema-lengths")
+    if not out.is_dir():
+        print(*rebuild(Namespace(run=run, length=length, at=images, out=out)), sep="\n", flush=True)
+    return out
+
+
 def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Setting) -> dict:
     """Draw the samples of a setting into its folder and evaluate them. Returns an entry of a sweep.json's `results`."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
-    swept = [text for flag, value in setting.items() for text in (f"--{sampling_flag(flag)}", str(value))]
-    flags = [*handed["sampling"], *swept, "--sample-dir", str(folder), "--part", "0/1"]
+    sampling, swept = handed["sampling"], {sampling_flag(flag): value for flag, value in setting.items()}
+    if "ema-length" in swept:
+        swept["ckpt"] = rebuilt(args, swept.pop("ema-length"))
+        sampling = without(sampling, "--ckpt")
+    flags = [*sampling, *(text for flag, value in swept.items() for text in (f"--{flag}", str(value)))]
+    flags += ["--sample-dir", str(folder), "--part", "0/1"]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:
@@ -320,7 +354,10 @@ def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Se
     if args.discard:
         shutil.rmtree(sets[0].with_suffix(""), ignore_errors=True)
         sets[0].unlink()
-    return dict(setting=setting, metrics=values, samples_sha256=found["samples"]["sha256"], common=common_of(found))
+    common = common_of(found)
+    if "ema-length" in setting:  # whose weights are those of its row
+        common.update(checkpoint=args.ckpt, weights_sha256=None)
+    return dict(setting=setting, metrics=values, samples_sha256=found["samples"]["sha256"], common=common)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -342,6 +379,7 @@ def main(argv: list[str] | None = None) -> None:
             drawn.model = drawn.model or SCRIPTS[args.script]
             found = results[0]["common"]["checkpoint"] if results else find_checkpoint(drawn)
             handed["sampling"] = [*without(handed["sampling"], "--results-dir"), "--ckpt", str(found)]
+        args.ckpt = drawn.ckpt or str(found)
         lock = DirectoryLock(out)
         lock.acquire()
     with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):
@@ -359,5 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table, end="")
         write_bytes(out / "sweep.txt", table.encode())
         draw_curves(rows, out / "sweep.png")
+        for folder in out.glob("ema-*-at-*") if args.discard else ():
+            shutil.rmtree(folder)
         print(f"written to {out / 'sweep.txt'}; look at {out / 'sweep.png'}")
     lock.release()

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from dlc.machine.cli import SEED, number
 from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_workers
+from dlc.weights.power_ema import LENGTH
 
 # Recorded in each checkpoint; a run may continue with other values, and then says so.
 OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")
@@ -131,7 +132,7 @@ def _add_optimisation(parser, epochs):
     )
     add(
         "--ema-lengths",
-        type=number(float, 0.005, 0.28),
+        type=LENGTH,
         nargs="+",
         default=[],
         metavar="SHARE",

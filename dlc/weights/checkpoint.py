@@ -162,7 +162,7 @@ def load_checkpoint(
                     "changed since: give another --results-dir to train this one from the start"
                 )
             weights = {key: distribute_like(weights[key], value) for key, value in ours.items()}
-            if name in lengths:
+            if name in more:
                 for key, value in ours.items():
                     value.copy_(weights[key])
             else:

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dlc.machine.cli import number
 from dlc.machine.files import Damaged, folder_names, reading, write_folder, write_json
 from dlc.weights.export import save
 from dlc.weights.foreign.safe import check_tensors, load_tensors, utf8_path
 from dlc.weights.meta import newest_of_run, read_config, read_meta
+
+LENGTH = number(float, 0.005, 0.28)  # the argparse type of a length
 
 
 def exponent(length: float) -> float:

@@ -69,6 +69,7 @@ def test_settings():
     assert drawn_as({"cfg-scale": 1.0, "t-min": 3, "sampler": "heun"}) == unguided
     assert drawn_as({"t-max": 400}) == {"t-max": 400}  # guided by the script's default
     assert folder_of({"cfg-scale": 1.5, "sampler": "dpmsolver++"}) == "cfg-scale-1.5_sampler-dpmsolverpp"
+    assert folder_of({"guide-ckpt": "runs/small"}) == "guide-ckpt-runs-small"
 
 
 def test_commands_of_a_setting(tmp_path, monkeypatch):
@@ -104,6 +105,49 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["set.metrics.json"]  # --discard
 
 
+def test_an_axis_of_ema_lengths(tmp_path, monkeypatch):
+    """Each length is rebuilt once, as of the checkpoint, and drawn from; the table names the checkpoint itself."""
+    monkeypatch.chdir(tmp_path)
+    ckpt = tmp_path / "run/checkpoints/0000007"
+    ckpt.mkdir(parents=True)
+    (ckpt / "config.json").write_text("{}")
+    (ckpt / "meta.json").write_text('{"format_version": 1, "ema_images": 56}')
+    drawn, made = [], []
+
+    def launch(processes, script, flags, what):
+        folder = tmp_path / flags[flags.index("--sample-dir") + 1] if "--sample-dir" in flags else None
+        if folder:
+            drawn.append(
+                (flags[flags.index("--ckpt") + 1], flags.count("--ckpt"), flags[flags.index("--cfg-scale") + 1])
+            )
+            folder.mkdir(parents=True)
+            (folder / "set.npz").write_bytes(b"")
+            settings = dict(checkpoint=drawn[-1][0], step=7, weights_sha256=drawn[-1][0])
+            values = dict(samples=dict(sha256="0", settings=settings), code_agreement=dict(share=0.5))
+            (folder / "set.metrics.json").write_text(json.dumps(values))
+
+    def rebuild(args):
+        made.append((args.run, args.length, args.at))
+        args.out.mkdir()
+        return ["rebuilt"]
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    monkeypatch.setattr(sweep, "rebuild", rebuild)
+    command = "--ema-length 0.05 0.1 --cfg-scale 1 2 --agreement".split()
+    after = ["--", f"--ckpt={ckpt}", "--num-fid-samples", "4"]
+    with pytest.raises(SystemExit):  # there are no snapshots
+        sweep.main([*command, *after])
+    assert not drawn
+    (tmp_path / "run/ema").mkdir()
+    sweep.main([*command, "--discard", *after])
+    assert made == [(tmp_path / "run", 0.05, 56), (tmp_path / "run", 0.1, 56)]
+    names = [f"sweep/ema-{length}-at-56" for length in (0.05, 0.1)]
+    assert drawn == [(name, 1, scale) for name in names for scale in ("1.0", "2.0")]
+    table = (tmp_path / "sweep/sweep.txt").read_text().splitlines()
+    assert table[0].split()[:2] == ["ema-length", "cfg-scale"] and table[-1] == f"drawn from {ckpt}, step 7"
+    assert not list((tmp_path / "sweep").glob("ema-0*"))
+
+
 @pytest.mark.slow
 def test_a_program_that_fails(tmp_path):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
@@ -127,6 +171,8 @@ def test_a_program_that_fails(tmp_path):
         ("--cfg-scale 1 --seeds 0 1 --agreement -- --global-seed 2", "values before --, with --seeds"),
         ("--seeds 0 1 --agreement", "nothing to sweep: give values of one or more of --cfg-scale"),
         ("--cfg-scale 1 --agreement -- --sample-dir=x", "--sample-dir after -- is for sweep to choose"),
+        ("--ema-length 0.07 --agreement -- --no-ema", "--no-ema after -- asks for the raw weights, and --ema-length"),
+        ("--ema-length 0.5 --agreement", "argument --ema-length: 0.5: must be"),
         ("--cfg-scale 1 --agreement -- --modle x", "unrecognized arguments: --modle x"),
     ],
 )
