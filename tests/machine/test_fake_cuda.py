@@ -29,6 +29,7 @@ from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.sampling.latents import Guide, create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
+from dlc.training.alignment import Alignment
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
@@ -83,7 +84,7 @@ class Launched:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
 
-def launched_run(model, losses, parser, precision, flags, device):
+def launched_run(model, losses, parser, precision, flags, device, alignment=None):
     """A `Run` without launcher and folder, of that model."""
     run = Run.__new__(Run)
     run.parser, run.args = parser, parser.parse_args(["--log-every", "100", *flags])
@@ -94,19 +95,22 @@ def launched_run(model, losses, parser, precision, flags, device):
     run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
     run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
     run.folder, run.config = Path("nowhere"), types.SimpleNamespace(built=model.config)
+    run.logger = types.SimpleNamespace(info=lambda line: None)
     run.adopt(model)
-    run.optimize(build_optimizer(run.args, model), losses)
+    if alignment:
+        real(alignment.begin, run, model)
+    run.optimize(build_optimizer(run.args, model, alignment and alignment.projector), losses)
     return run
 
 
 def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
     """The loop of a trainer, step by step; losses_of_a_part(indices, x, y) gives losses by name and times.
 
-    batch() gives these three of a whole batch.
+    batch() gives these three of a whole batch, and what else that function takes.
     """
 
     def step(number):
-        for part in run.micro_batches(dict(zip("ixy", batch()))):
+        for part in run.micro_batches(dict(zip("ixyz", batch()))):
             terms, t = losses_of_a_part(*part.values())
             run.backward(terms, t, num_timesteps)
         run.update(number)
@@ -121,18 +125,25 @@ def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
     yield from (partial(step, number) for number in range(1, steps + 1))
 
 
-def training(family, precision, *flags, moments=False, device=CUDA, steps=2, process="gaussian"):
+def training(family, precision, *flags, moments=False, device=CUDA, steps=2, process="gaussian", align=None):
     """Steps of train_diffusion.py."""
     build, conditions = FAMILIES[family]
     process = create_process(process)
     model = real(build, **process.model_arguments).to(device)
     head = model.intermediate_head is not None
-    run = launched_run(model, logged_losses(process, head), argument_parser(), precision, flags, device)
-    settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments, head=head)
+    alignment = align and Alignment(align, 1, 0.5, None, (16, 5), None)  # of another grid than the model's
+    losses = logged_losses(process, head, bool(align))
+    run = launched_run(model, losses, argument_parser(), precision, flags, device, alignment)
+    settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments, head=head, alignment=alignment)
+
+    def batch():
+        targets = (torch.randn(N, 16, 5).half(),) if align else ()
+        return torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N), *targets
+
     return steps_of(
         run,
-        lambda: (torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N)),
-        lambda *part: losses_of(run.model, process, *part, **settings),
+        batch,
+        lambda i, x, y, z=None: losses_of(run.model, process, i, x, y, targets=z, **settings),
         process.num_timesteps,
         steps,
     )
@@ -237,6 +248,7 @@ def extraction(precision, **vae):
     def step():
         crops, views = (torch.randint(255, (N, size, size, 3), dtype=torch.uint8) for size in (16, 32))
         assert_on(CUDA, encode.moments(crops.unsqueeze(1), 3), encode.codes(views, 3), encode(crops, views))
+        assert_on(CUDA, encode.patch_tokens(views))
 
     yield from [step] * 2
 
@@ -310,6 +322,8 @@ PATHS = {
         for name in row.samplers
     },
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
+    "training with REPA in fp16": partial(training, "DiTSEM with a head", "fp16", "--grad-clip", "1", align="repa"),
+    "training with iREPA in bf16": partial(training, "DiTSEM with a head", "bf16", align="irepa"),
     "training with a head in bf16": partial(training, "DiTSEM with a head", "bf16"),
     "sampling guided by a head": partial(sampling, "DiTSEM with a head", "bf16", "ddpm", 1.5, (250, 749), 2),
     "flow sampling guided by a weaker model": partial(
