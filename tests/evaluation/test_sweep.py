@@ -158,7 +158,7 @@ def test_a_program_that_fails(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--agreement", "nothing to sweep: give values of one or more of --cfg-scale"),
+        ("--agreement", "nothing to sweep: give values of one or more of --ema-length"),
         ("--cfg-scale 1", "nothing to measure: give --reference, --agreement or both"),
         ("--cfg-scale 0.5 --agreement", "argument --cfg-scale: 0.5: must be at least 1"),
         ("--cfg-scale 1 --reference nowhere", "--reference nowhere does not exist"),
@@ -169,7 +169,7 @@ def test_a_program_that_fails(tmp_path):
         ("--cfg-scale 1 --agreement --vae ema", "--vae sets up the ceiling, which needs images"),
         ("--cfg-scale 1 --agreement -- --cfg-scale 2", "--cfg-scale after -- is swept: give its values before --"),
         ("--cfg-scale 1 --seeds 0 1 --agreement -- --global-seed 2", "values before --, with --seeds"),
-        ("--seeds 0 1 --agreement", "nothing to sweep: give values of one or more of --cfg-scale"),
+        ("--seeds 0 1 --agreement", "nothing to sweep: give values of one or more of --ema-length"),
         ("--cfg-scale 1 --agreement -- --sample-dir=x", "--sample-dir after -- is for sweep to choose"),
         ("--ema-length 0.07 --agreement -- --no-ema", "--no-ema after -- asks for the raw weights, and --ema-length"),
         ("--ema-length 0.5 --agreement", "argument --ema-length: 0.5: must be"),

@@ -29,7 +29,7 @@ from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.sampling.latents import Guide, create_sampler, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
-from dlc.training.alignment import Alignment
+from dlc.training.alignment import ALIGNMENTS, Alignment
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.sharding import with_autocast
@@ -95,10 +95,10 @@ def launched_run(model, losses, parser, precision, flags, device, alignment=None
     run.micro_batch_size, run.last_step, run.postponed = N // run.args.grad_accum, 100, False
     run.stop_request, run.bar = types.SimpleNamespace(agreed=lambda: None), types.SimpleNamespace(update=lambda: None)
     run.folder, run.config = Path("nowhere"), types.SimpleNamespace(built=model.config)
-    run.logger = types.SimpleNamespace(info=lambda line: None)
     run.adopt(model)
     if alignment:
-        real(alignment.begin, run, model)
+        projector = real(ALIGNMENTS[alignment.kind].projector, model.pos_embed.shape[2], alignment.shape[1])
+        alignment.projector, alignment.project = run.adopt_beside("projector", projector)
     run.optimize(build_optimizer(run.args, model, alignment and alignment.projector), losses)
     return run
 
