@@ -18,7 +18,7 @@ from dlc.machine.cli import warn_once
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, trained_process, use_diffusers_function
 from dlc.weights.foreign.layouts import File, OtherKind, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
-from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
+from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, fill, load_tensors
 from dlc.weights.hub import locate
 from dlc.weights.meta import (
     ModelConfig,
@@ -91,19 +91,13 @@ def filled(config: ModelConfig, tensors: dict, named: object) -> torch.nn.Module
     """
     if config.arguments.get("depth", 0) > len(tensors):  # before so many blocks are built
         raise ValueError(f"{named} has {len(tensors)} tensors for {config.arguments['depth']} blocks")
-    outline = {}
+    said, outline = f"{named} does not fit the {config.model}: it", {}
     with contextlib.suppress(Exception), torch.device("meta"):  # not every constructor can be run on it
         outline = build_model(config.built).state_dict()
     different = differences_from(outline, tensors) if outline else ""  # before memory is taken
-    if not different:
-        model = config.build()
-        different = differences_from(model.state_dict(), tensors)
     if different:
-        raise ValueError(f"{named} does not fit the {config.model}: it {different}")
-    # copied: a mapped file that another program overwrites would end this process
-    dtypes = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in tensors.items()}
-    model.load_state_dict({name: value.to(dtypes[name], copy=True) for name, value in tensors.items()}, assign=True)
-    return model.eval()
+        raise ValueError(f"{said} {different}")
+    return fill(config.build(), tensors, said)
 
 
 def read_weights(

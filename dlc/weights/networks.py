@@ -19,7 +19,7 @@ from dlc.nets.encoder import SEMEncoder, check_config
 from dlc.nets.vae import latent_settings, pixels_per_cell
 from dlc.weights.foreign import encoders, vaes
 from dlc.weights.foreign.names import read_foreign
-from dlc.weights.foreign.safe import check_tensors, differences_from, read_file, weights_in
+from dlc.weights.foreign.safe import check_tensors, fill, read_file, weights_in
 from dlc.weights.hub import is_id, locate, parts_of
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
@@ -86,17 +86,12 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
         if file is None:
             raise ValueError(f"encoder {name} has no model.safetensors")
         weights, final_norm = check_tensors(read_file(path / file)[0], path / file), None
-    different = differences_from(encoder.state_dict(), weights)
-    if different:
-        raise ValueError(
-            f"encoder {name} {different} (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})"
-        )
-    # copied: a mapped file that another program overwrites would end this process
-    encoder.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in weights.items()}, assign=True)
+    sizes = f" (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})"
+    fill(encoder, weights, f"encoder {name}", sizes)
     if final_norm:
         encoder.norm_scale, encoder.norm_shift = (one.to(torch.float32, copy=True) for one in final_norm)
     encoder.said = said
-    return encoder.eval()
+    return encoder
 
 
 #################################################################################
@@ -137,7 +132,7 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
     found = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae"), "vae")
     vae = vaes.build(found.config, found.tensors, f"--vae {name}: {found.file.path.name}")
     vae.said = found.said
-    return vae.to(device).eval().requires_grad_(False)
+    return vae.to(device).requires_grad_(False)
 
 
 #################################################################################

@@ -305,6 +305,20 @@ def differences_from(wanted: dict, weights: dict) -> str:
     return ""
 
 
+def fill(model: torch.nn.Module, tensors: dict, said: str, more: str = "") -> torch.nn.Module:
+    """Give a model that was built without memory these tensors, as float32. Returns it, in eval mode.
+
+    Raises ValueError, said before and more after the fault, if they are not all its own, of its shapes.
+    """
+    different = differences_from(model.state_dict(), tensors)
+    if different:
+        raise ValueError(f"{said} {different}{more}")
+    # copied: a mapped file that another program overwrites would end this process
+    dtypes = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in tensors.items()}
+    model.load_state_dict({name: value.to(dtypes[name], copy=True) for name, value in tensors.items()}, assign=True)
+    return model.eval()
+
+
 def shown(name: object) -> str:
     """A name from a file as errors show it: printable and short."""
     return one_line(str(name)[:1000], 80)

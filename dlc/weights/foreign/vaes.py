@@ -14,7 +14,7 @@ from dlc.machine.files import read_json
 from dlc.machine.records import check_values, list_of, or_null, real_number
 from dlc.nets.vae import pixels_per_cell
 from dlc.weights.foreign.layouts import File
-from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors, shown
+from dlc.weights.foreign.safe import check_tensors, fill, load_tensors, shown
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")  # of diffusers, that are read from a folder
 WIDTHS = {"block_out_channels", "encoder_block_out_channels"}  # a key by which a config is a VAE's
@@ -170,12 +170,7 @@ def build(config: dict, tensors: dict, said: str) -> torch.nn.Module:
             vae = getattr(diffusers, config["family"])(**config["arguments"])
     except Exception as error:  # such as channels that are no multiple of the groups
         raise ValueError(f"{said}: diffusers cannot build it from its config ({one_line(error, 100)})") from None
-    different = differences_from(vae.state_dict(), tensors)
-    if different:
-        raise ValueError(f"{said} {different}")
-    # copied: a mapped file that another program overwrites would end this process
-    vae.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in tensors.items()}, assign=True)
-    return vae
+    return fill(vae, tensors, said)
 
 
 #################################################################################
