@@ -198,14 +198,7 @@ def test_a_pipeline_of_a_ditsem(export_to, tmp_path, tiny_models):
     for token in (4, -1):
         with pytest.raises(ValueError, match=r"wanted codes \(N, 3\) of tokens from 0 to 3"):
             pipe(dlcs=[[0, 1, token]])
-    pipe.save_pretrained(tmp_path / "saved")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    again.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    saved = again(dlcs=codes, guidance_scale=1.0, num_inference_steps=4, generator=generator, output_type="np").images
-    assert np.array_equal(saved, theirs)
-    for path in (folder, tmp_path / "saved"):
-        assert_same(load_model(path)[0], ema)
+    assert_same(load_model(folder)[0], ema)
 
 
 def test_mistakes(export_to, tmp_path, tiny_models, capsys):
