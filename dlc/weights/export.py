@@ -110,10 +110,11 @@ def add_vae(job: Export, name: str | None) -> None:
 def write(folder: Path, job: Export) -> None:
     """The files of a format, and the model card."""
     if job.format == "safetensors":
-        save(job.model.state_dict(), folder / "model.safetensors")
-        config, meta = own_records(job)
-        write_json(folder / "config.json", config.to_json())
-        write_json(folder / "meta.json", meta.to_json())
+        noted = dict(job.meta.noted, weights=job.meta.weights)
+        if uses_diffusers_function(job.model):
+            noted |= dict(trained_with="diffusers", norm_eps=job.model.blocks[0].norm2.eps)
+        config = config_of(job.name, job.model, process_of(job.meta))
+        write_own(folder, job.model.state_dict(), config, replace(job.meta, noted=noted))
     else:
         write_pipeline(folder, job)
     (folder / "README.md").write_text(model_card(job), encoding="utf-8")
@@ -126,12 +127,11 @@ def save(weights: dict, path: Path) -> None:
     )
 
 
-def own_records(job: Export) -> tuple[ModelConfig, RunMeta]:
-    """config.json and meta.json of --format safetensors, which --ckpt reads back."""
-    noted = dict(job.meta.noted, weights=job.meta.weights)
-    if uses_diffusers_function(job.model):
-        noted |= dict(trained_with="diffusers", norm_eps=job.model.blocks[0].norm2.eps)
-    return config_of(job.name, job.model, process_of(job.meta)), replace(job.meta, noted=noted)
+def write_own(folder: Path, weights: dict, config: ModelConfig, meta: RunMeta) -> None:
+    """The files of --format safetensors, which --ckpt reads back."""
+    save(weights, folder / "model.safetensors")
+    write_json(folder / "config.json", config.to_json())
+    write_json(folder / "meta.json", meta.to_json())
 
 
 #################################################################################

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dlc.machine.cli import number
-from dlc.machine.files import Damaged, folder_names, reading, write_folder, write_json
-from dlc.weights.export import save
+from dlc.machine.files import Damaged, folder_names, reading, write_folder
+from dlc.weights.export import write_own
 from dlc.weights.foreign.safe import check_tensors, load_tensors, utf8_path
 from dlc.weights.meta import newest_of_run, read_config, read_meta
 
@@ -112,13 +112,7 @@ def rebuild(args: argparse.Namespace) -> list[str]:
     weights = {name: value.float() if value.is_floating_point() else value for name, value in total.items()}
     noted = dict(read_meta(newest).noted, weights="ema", ema_length=args.length, ema_images=last.images)
     meta = replace(read_meta(newest), step=last.step, ema_start=0.0, noted=noted)
-
-    def write(folder: Path) -> None:
-        save(weights, folder / "model.safetensors")
-        write_json(folder / "config.json", read_config(newest).to_json())
-        write_json(folder / "meta.json", meta.to_json())
-
-    write_folder(out, write)
+    write_folder(out, lambda folder: write_own(folder, weights, read_config(newest), meta))
     largest = np.abs(share).max()
     return [
         f"{out}: EMA of length {args.length:g} at {last.images:,} images, step {last.step:,}, of {len(snapshots)} "
