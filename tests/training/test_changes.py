@@ -102,19 +102,19 @@ HEAD = {
             "        out = self.unpatchify(self.final_layer(x, c)) ",
         ),
     ],
-    "diffusion/alignment.py": [
+    "diffusion/distillation.py": [
         (
             None,
-            "def alignment(model):\n"
+            "def distillation(model):\n"
             "    target = model.projectors[0](model.tap.detach())\n"
             "    return (model.head(model.tap) - target).square().mean(dim=(1, 2))\n",
         )
     ],
     "train_diffusion.py": [
-        ("import numpy as np\n", "import numpy as np\nfrom diffusion.alignment import alignment\n"),
+        ("import numpy as np\n", "import numpy as np\nfrom diffusion.distillation import distillation\n"),
         (
             "            run.backward(terms, t, process.num_timesteps)",
-            '            terms["loss"] = terms["loss"] + 0.5 * alignment(model)\n'
+            '            terms["loss"] = terms["loss"] + 0.5 * distillation(model)\n'
             "            run.backward(terms, t, process.num_timesteps)",
         ),
     ],
