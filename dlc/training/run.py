@@ -308,7 +308,9 @@ class Run(contextlib.ExitStack):
         """End the program with one line where the disk cannot hold a checkpoint."""
         moments = sum("betas" in group and 2 or bool(group.get("momentum")) for group in self._groups())
         numbers = sum(weight.numel() for weight in self.weights)
-        size = 4 * numbers * (2 + len(self.lengths.averages) + moments / len(self._groups()))
+        beside = sum(weight.numel() for module in self.beside.values() for weight in module.parameters())
+        averages, moments = 1 + len(self.lengths.averages), moments / len(self._groups())
+        size = 4 * (numbers * averages + (numbers + beside) * (1 + moments))
         disk = os.statvfs(self.folder)
         free = disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf  # 0: it does not say
         inodes = disk.f_favail if disk.f_files else INODES

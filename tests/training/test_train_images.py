@@ -185,7 +185,7 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
 @pytest.mark.parametrize(
     "model, flags, message",
     [
-        ("DiT-Ti/4", ("--encoder", "x"), "--encoder is for DiTSEM models, not DiT-Ti/4"),
+        ("DiT-Ti/4", ("--encoder", "x"), "--encoder is for DiTSEM models and for --align, not DiT-Ti/4"),
         ("DiTCONT-Ti/4", (), "DiTCONT-Ti/4 is trained on vectors"),
         ("DiTSEM-Ti/4", ("--image-size", 60), "--image-size 60 is not a multiple of 8"),
         ("DiTSEM-Ti/4", ("--image-size", 56), "latents of"),
