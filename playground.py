@@ -52,7 +52,7 @@ SOURCES, MOST_IMAGES, MOST_STEPS = 3, 8, 250
 SHOWN = 5  # pictures of each image on its way
 UPLOAD, WAITING = "16mb", 8  # the largest file, and requests that wait
 NAMES = [*(f"source {i + 1}" for i in range(SOURCES)), "drawn"]  # where a token comes from
-COLOURS = np.array([[230, 97, 0], [93, 58, 155], [0, 140, 110], [175, 175, 175]], np.uint8)  # of NAMES
+COLOURS = dict(orange=(230, 97, 0), violet=(93, 58, 155), green=(0, 140, 110), grey=(175, 175, 175))  # of NAMES
 DRAWN = SOURCES  # in the place of a source's number: a prior drew the token, or the image's own distribution
 
 
@@ -64,6 +64,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     add("--features-path", help="offer the codes of these features by row [those that the model was trained on]")
     add("--prior", metavar="CKPT", help="draw new codes and variations from this prior [none]")
     add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
+    add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add("--port", type=number(int, 0, 65535), default=7860, help="listen on this port of 127.0.0.1; 0: any free one")
     add("--open", action="store_true", help="open the page in a browser [no]")
     return parser, parser.parse_args()
@@ -78,7 +79,7 @@ class Studio:
     """What the page draws with. Raises ValueError for networks that do not belong together."""
 
     def __init__(self, args: argparse.Namespace):
-        self.named = ["--ckpt", args.ckpt, *(["--vae", args.vae] if args.vae else [])]
+        self.named = ["--ckpt", args.ckpt, *(["--vae", args.vae] if args.vae else []), *["--no-ema"] * (not args.ema)]
         self.parser = sampling_parser("", ComputedCodes.script, "")
         self.parser.error = refuse
         self.state = start_processes()
@@ -94,9 +95,9 @@ class Studio:
         self.encoder = encoder_of(args, self.rows)[0] if known else open_encoder(args)
         compare_with_model(codes_of(self.encoder, f"the encoder {args.encoder}"), self.model, self.meta)
         self.read = CodeReader(self.encoder, self.state.device)
-        self.prior = PriorDraw(args.prior, True, PriorOptions(), seed=0).to(self.state.device) if args.prior else None
+        self.prior = PriorDraw(args.prior, args.ema, PriorOptions(), seed=0) if args.prior else None
         if self.prior:
-            compare_with_model(self.prior.spec, self.model, self.meta)
+            compare_with_model(self.prior.to(self.state.device).spec, self.model, self.meta)
         set_numerics(drawn.tf32)
         self.model.to(self.state.device)
         self.decoder = Decoder(self.vae, Path())
@@ -191,7 +192,7 @@ class Studio:
         """What the page shows of a request, as it goes: `images`, and in the end all of it."""
         seed = settings[-1]
         codes, taken = self.codes(do, sources, weights, keep, num, seed)
-        words, strip = self.words(num, *settings), COLOURS[taken.numpy()]
+        words, strip = self.words(num, *settings), np.array([*COLOURS.values()], np.uint8)[taken.numpy()]
         strip = strip.repeat(max(1, 512 // strip.shape[1]), axis=1).repeat(12, axis=0)
         for images in as_it_goes(partial(self.draw, codes, words)):
             yield dict(images=[(image, "") for image in images], strip=strip)
@@ -263,6 +264,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     import gradio as gr
 
     samplers, rows = samplers_of(process_of(studio.meta)), len(studio.rows or ())
+    legend = ", ".join(f"{name} {colour}" for name, colour in zip(NAMES, COLOURS))
     with gr.Blocks(title="DLC playground", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("## Discrete latent codes: mix, vary, draw")
         with gr.Row():
@@ -291,15 +293,13 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                         new=gr.Button("From nothing", visible=studio.prior is not None),
                     )
             with gr.Column(scale=2):
+                gr.Markdown("Pictures, and the code agreement of each")  # labels would lie on the pictures
+                look = dict(show_label=False, format="png")
+                gallery = gr.Gallery(columns=4, height=300, object_fit="contain", buttons=["fullscreen"], **look)
+                gr.Markdown(f"Where each token comes from, a row per picture: {legend}")
                 outputs = dict(
-                    images=gr.Gallery(
-                        label="pictures, and code agreement",
-                        **dict(columns=4, height=300, object_fit="contain", format="png", buttons=["fullscreen"]),
-                    ),
-                    strip=gr.Image(
-                        label="where each token comes from, a row per picture",
-                        **dict(height=130, format="png", buttons=["fullscreen", "download"]),
-                    ),
+                    images=gallery,
+                    strip=gr.Image(height=130, buttons=["fullscreen", "download"], **look),
                     said=gr.Markdown(),
                     files=gr.File(label="picture and codes", file_count="multiple"),
                     command=gr.Textbox(label="the same from the command line", lines=3, elem_id="command"),
@@ -340,7 +340,9 @@ def main() -> None:
             raise ValueError("the page needs gradio: pip install -r requirements-playground.txt") from None
         studio = Studio(args)
         page = build_page(studio)
-    launch(page, args.port, inbrowser=args.open)
+    _, url, _ = launch(page, args.port, inbrowser=args.open, quiet=True, prevent_thread_lock=True)
+    print(f"the page is at {url}; Ctrl-C ends it", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":
