@@ -93,10 +93,18 @@ class CodesRecord(DrawnSet):
 
 
 class CodeFolder(ResumableFolder):
-    """OUT/ for writing. Shard k holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them."""
+    """OUT/ for writing. Shard k holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them.
+
+    Args:
+        part, block: what this launch draws of all, in blocks of so many shards.
+    """
 
     record_type, record_name, holds, files = CodesRecord, "codes.json", "codes", ("*.npy", "*.pt")
     count, makes = "num", "shards"
+
+    def __init__(self, path: str | Path, part: Part = WHOLE, block: int = 1):
+        super().__init__(path, part)
+        self.block = block
 
     def shard_path(self, shard: int) -> Path:
         return self.path / f"{shard:06d}.npy"
@@ -115,6 +123,10 @@ class CodeFolder(ResumableFolder):
         """All `num` codes, once they are drawn."""
         return NpyRows([self.shard_path(shard) for shard in range(self.shards(num))], sample_ndim=1)
 
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """The codes (n, L) of samples that are drawn."""
+        return np.stack([load_array(self.shard_path(i // SHARD))[i % SHARD] for i in indices.tolist()])
+
     def missing(self, record: CodesRecord, part: Part = WHOLE) -> list[int]:
         """The shards that are not there with all rows that they have to have: the last one grows with num. All of them
         where they are not the codes that were drawn.
@@ -127,7 +139,7 @@ class CodeFolder(ResumableFolder):
                 return False
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
-        shards = part.share(range(self.shards(record.num)))
+        shards = part.share(range(self.shards(record.num)), self.block)
         missing = [shard for shard in shards if not is_whole(shard)]
         there = CodesRecord.read(self.record_path) if self.record_path.is_file() else record
         if missing or there.num != record.num or there.codes_sha256 in (None, digest_of(self.rows(record.num))):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from diffusion.process_table import SAMPLER_OPTIONS
 from dlc.machine.cli import BAR, ArgumentParser, progress
 from dlc.machine.files import check_apart, recorded_id
-from dlc.machine.part import WHOLE, asked_part
+from dlc.machine.part import asked_part
 from dlc.machine.processes import (
     agree,
     autocast,
@@ -71,11 +71,6 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
     """Check everything that can be wrong, and take the folder. Raises ValueError or OSError for a user's mistake."""
     settle_guidance(args)
     part = asked_part(args.part)
-    if part != WHOLE and getattr(args, "prior", None):
-        raise ValueError(
-            f"--prior draws all codes, {part.source} part of the samples: draw the codes first, with sample_prior.py, "
-            "which takes --part, too, and name them with --dlc-dir"
-        )
     check_apart(args.sample_dir, "--sample-dir", [vars(args).get(name) for name in ("dlc_dir", "condition_path")])
     path, model, meta = open_model(args, script, default)
     sampler = open_sampler(args, model, meta)
@@ -145,7 +140,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
     state, folder, missing, count = job.state, job.folder, job.missing, job.record.num_fid_samples
     # Batches with a missing sample are drawn whole: the rounding of a sample then does not depend on which others are
     # missing, now or in a resumed run, and nothing is compiled twice.
-    size, share = folder.batch, len(folder.part.share(range(count), folder.batch))
+    size, share = folder.batch, len(folder.part.share(range(count), folder.block))
     batches, firsts = np.unique(missing // size, return_index=True)
     parts = np.split(missing, firsts[1:])  # the indices to draw, by batch
 
@@ -210,7 +205,7 @@ def run(parser: ArgumentParser, args: Namespace, job: Job) -> None:
     if len(job.missing) or args.progressive:
         lower = "--batch-size of sample_prior.py, whose codes --dlc-dir takes in the place of --prior"
         with parser.kept_on_error(KEPT, lower):
-            job.conditions.prepare(folder.codes, state, this_launch(state, args.per_proc_batch_size))
+            job.conditions.prepare(folder, state, this_launch(state, args.per_proc_batch_size, folder.part))
     with parser.kept_on_error(KEPT, "--per-proc-batch-size"):
         draw_missing(job, args)
         wait_for_all()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from dlc.data.codes import CodeSpec, compare
+from dlc.data.codes import SHARD, CodeSpec, compare
 from dlc.data.images import open_source
 from dlc.data.manifest import read_manifest
 from dlc.data.rows import NpyRows, check_finite, open_vectors
@@ -28,6 +28,8 @@ from models import DiT
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from dlc.sampling.samples_record import SampleFolder
+
 
 class Conditions:
     """What samples are drawn for. Called with indices (N,) it gives their conditions y, a tensor (N, ...) or a tree.
@@ -41,6 +43,7 @@ class Conditions:
         recorded: the object in samples.json: `kind`, `source`, and everything else that decides them.
         sentence: a format string that makes the line of the log from `recorded`.
         notes: what could not be compared with the checkpoint, lines.
+        block: samples whose conditions are made together, so that one part of a set draws them.
     """
 
     key: str
@@ -49,6 +52,7 @@ class Conditions:
     recorded: dict
     sentence: str
     notes: Sequence[str] = ()
+    block: int = 1
 
     def describe(self) -> str:
         """What samples are drawn for, in words."""
@@ -65,8 +69,8 @@ class Conditions:
                 digest.update(leaf.numpy())
         return digest.hexdigest()
 
-    def prepare(self, folder: Path, state: "PartialState", launch: dict) -> None:
-        """Make what has to exist before the first call, in a folder. Every process calls this."""
+    def prepare(self, folder: "SampleFolder", state: "PartialState", launch: dict) -> None:
+        """Make what has to exist before the first call, of the folder's part. Every process calls this."""
 
     def words(self, indices: np.ndarray) -> list[str]:
         """What each sample is drawn for, in a word or two for the contact sheet; "" where there is nothing to say."""
@@ -182,7 +186,7 @@ class PriorCodes(Conditions):
     Raises ValueError where the prior's codes are not such as the model was trained on.
     """
 
-    key = ComputedCodes.key
+    key, block = ComputedCodes.key, SHARD
     sentence = "codes drawn from {prior[model]} of {source}: {prior[options][sampler]}, {prior[options][steps]} steps"
 
     def __init__(self, args: Namespace, options: PriorOptions, model: DiT, meta: RunMeta):
@@ -203,18 +207,21 @@ class PriorCodes(Conditions):
         """See `Conditions`: the class, of a prior that was asked for classes."""
         return [f"class {self.record.labels[i]}" for i in indices] if self.record.labels else super().words(indices)
 
-    def prepare(self, folder: Path, state: "PartialState", launch: dict) -> None:
-        """Draw those codes that are not in the folder yet."""
-        codes = CodeFolder(folder)
-        missing = done_by_rank_0(state, lambda: codes.open(self.record, launch))
-        draw_into(codes, missing, self.draw, self.record.num, state, compiled=self.compiled)
+    def prepare(self, folder: "SampleFolder", state: "PartialState", launch: dict) -> None:
+        """Draw those codes that are not there yet."""
+        self.folder, self.codes = folder, CodeFolder(folder.codes, folder.part, folder.block // SHARD)
+        missing = done_by_rank_0(state, lambda: self.codes.open(self.record, launch))
+        draw_into(self.codes, missing, self.draw, self.record.num, state, compiled=self.compiled)
         wait_for_all()
-        done_by_rank_0(state, codes.finish)
-        self.rows, self.draw = open_codes(folder).rows, None  # frees the prior's memory
+        done_by_rank_0(state, self.codes.finish)
+        self.draw = None  # frees the prior's memory
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
-        """Codes (N, L) int64 of the samples, once they are prepared."""
-        return torch.from_numpy(self.rows.gather(indices).astype(np.int64))
+        """Codes (N, L) int64 of the samples, once they are prepared. Those of other parts, which may be missing, are
+        the first one's: a batch at the edge of a block is drawn whole, but only its own samples are written."""
+        own = self.folder.part.share(indices.tolist(), self.folder.block)
+        indices = np.where(np.isin(indices, own), indices, own[0])
+        return torch.from_numpy(self.codes.gather(indices).astype(np.int64))
 
 
 class ComputedVectors(RowConditions):

@@ -125,7 +125,7 @@ class SampleFolder(ResumableFolder):
 
     Args:
         conditions: what the samples are drawn for, see CONDITIONINGS.
-        part, batch: what this launch draws of all; consecutive samples that are drawn together.
+        part, batch: what this launch draws of all, in blocks; consecutive samples that are drawn together.
     """
 
     record_type, record_name, holds, files = SamplesRecord, "samples.json", "samples", ("*.png",)
@@ -134,6 +134,7 @@ class SampleFolder(ResumableFolder):
     def __init__(self, path: str | Path, conditions: "Conditions", part: Part = WHOLE, batch: int = 1):
         super().__init__(path, part)
         self.conditions, self.batch = conditions, batch
+        self.block = -(-batch // conditions.block) * conditions.block
         self.asked: dict[int, np.ndarray] | None = None  # images that samples are drawn for; None: none was drawn now
         self.npz, self.about, self.grid, self.strip, self.codes = (
             self.path.with_name(self.path.name + end)
@@ -156,7 +157,7 @@ class SampleFolder(ResumableFolder):
     def missing(self, record: SamplesRecord, part: Part = WHOLE) -> list[int]:
         """The indices of the images to draw."""
         count = record.num_fid_samples
-        share = part.share(range(count), self.batch)
+        share = part.share(range(count), self.block)
         missing = missing_indices(self.path, share)
         return [] if len(missing) == len(share) and self.is_finished(count) else missing
 

@@ -11,9 +11,11 @@ from test_extract import contents
 from test_sample_killed import FLAGS
 from tiny_prior import save_prior
 
+import sample_ddp_computed_dlc
 import sample_prior
 from dlc.machine.part import WHOLE, Part, asked_part
 from dlc.sampling.code_folder import SHARD, CodesRecord
+from dlc.sampling.conditions import PriorCodes
 from dlc.sampling.pictures import npz_rows
 
 SAMPLE = ("sample_ddp_computed_dlc", *FLAGS)  # 6 images in 3 batches
@@ -41,7 +43,6 @@ def test_the_part_that_slurm_says(monkeypatch, variables, part):
 def test_mistaken_parts(monkeypatch, error_of):
     for text in ("3/3", "1", "-1/3", "1/0", "a/b"):
         assert f"argument --part: {text}: wanted i/n" in error_of("sample_ddp", f"--part={text}")
-    assert "draw the codes first" in error_of("sample_ddp_computed_dlc", "--prior", "x", "--part", "0/2")
     for name, value in dict(ID=9, COUNT=3, MIN=1).items():  # --array=1,4,9
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert "SLURM_ARRAY_TASK_ID is 9, one of 3 tasks that are not evenly spaced" in error_of("sample_ddp")
@@ -88,6 +89,31 @@ def test_samples(workplace, tmp_path):
     )
     assert parts == alone and npz_rows(npz) == 6 and not list(tmp_path.rglob(".*"))
     assert [run["part"] for run in json.loads((folder / "samples.json").read_text())["runs"]].count("1/3") == 2
+
+
+@pytest.mark.slow
+def test_samples_of_a_prior(workplace, monkeypatch, capsys, tmp_path):
+    """Each part draws its own codes. A batch at the edge of two blocks is drawn by both parts, and gives the bytes of
+    one launch."""
+    for place in ("data.codes", "sampling.code_folder", "sampling.prior_draw", "sampling.conditions"):
+        monkeypatch.setattr(f"dlc.{place}.SHARD", 4)
+    monkeypatch.setattr(PriorCodes, "block", 4)
+    monkeypatch.chdir(workplace)
+    flags = ["--model", "DiTSEM-Ti/4", "--prior", save_prior(tmp_path / "prior"), "--num-fid-samples", 6]
+    flags += ["--num-sampling-steps", 2, "--per-proc-batch-size", 3, "--sample-dir"]
+    for name, *part in (("whole",), ("parts", "--part", "1/2"), ("parts", "--part", "0/2")):
+        monkeypatch.setattr("sys.argv", ["sample", *map(str, (*flags, tmp_path / name, *part))])
+        sample_ddp_computed_dlc.main()
+        assert ("4 images are left to other parts" in capsys.readouterr().out) == ("1/2" in part)
+    whole, parts = (
+        {
+            path.name: path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.suffix in (".png", ".npy", ".npz")
+        }
+        for name in ("whole", "parts")
+    )
+    assert len(whole) == 6 + 4 and whole == parts  # two files of codes, the .npz and the contact sheet
 
 
 @pytest.mark.slow
