@@ -9,6 +9,7 @@ from pathlib import Path
 from dlc.machine.cli import warn_once
 from dlc.machine.files import failed, write_whole
 
+FEW = 30  # points that a line alone may hide: one is no line
 BOUNDS = dict(  # keys of the lines of a prior's bounds, and words for the plot
     heldout_nats="the prior",
     heldout_no_class_nats="the prior, not told the class",
@@ -97,10 +98,10 @@ def draw_losses(metrics: list[dict], path: Path) -> None:
     low, high = min(losses), sorted(losses)[int(0.98 * (len(losses) - 1))]
     figure = Figure(figsize=(8, 8 if bounds else 4), dpi=100, layout="constrained")
     axes, *below = figure.subplots(2 if bounds else 1, sharex=True, squeeze=False).ravel()
-    axes.plot(steps, losses)
+    axes.plot(steps, losses, marker="." if len(steps) < FEW else "", label="training")
     if heldout:
         axes.plot(*zip(*heldout), marker=".", label="held out, of the EMA")
-        axes.legend()
+    axes.legend()
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     cut = f" ({sum(loss > high for loss in losses):,} higher losses are cut off)" if max(losses) > high > low else ""
