@@ -134,6 +134,10 @@ def image_grid(
     """
     from matplotlib import get_data_path  # slow to import
 
+    # names may hold bytes that are no UTF-8, and ends of lines
+    rows, captions = (
+        ["".join(c if c.isprintable() else "?" for c in one) for one in words] for words in (rows, captions)
+    )
     font = ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
     height, width = next(image.shape[:2] for image in images if image is not None)
     left = GAP + max((int(font.getlength(row)) + 2 * GAP for row in rows), default=0)

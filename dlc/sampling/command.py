@@ -157,7 +157,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
     networks = [CudaGraphs(network) if args.cuda_graphs else network for network in plain]
     sheet = partial(folder.draw_sheet, count) if state.is_main_process else None
     decoder = Decoder(job.vae, folder.path, args.vae_precision, sheet)
-    if len(missing) and state.is_main_process:
+    if state.is_main_process and (len(missing) or not folder.is_finished(count) or not folder.grid.exists()):
         latents = job.conditions.latents(np.arange(min(GRID_PAIRS, count)), job.record.vae_sha256)
         folder.asked = {} if latents is None else dict(enumerate(decoder.images(latents.to(state.device))))
     if args.progressive and state.is_main_process and folder.part.index == 0:

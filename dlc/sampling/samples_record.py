@@ -135,7 +135,7 @@ class SampleFolder(ResumableFolder):
         super().__init__(path, part)
         self.conditions, self.batch = conditions, batch
         self.block = -(-batch // conditions.block) * conditions.block
-        self.asked: dict[int, np.ndarray] | None = None  # images that samples are drawn for; None: none was drawn now
+        self.asked: dict[int, np.ndarray] | None = None  # images that samples are drawn for; None: the sheet is whole
         self.npz, self.about, self.grid, self.strip, self.codes = (
             self.path.with_name(self.path.name + end)
             for end in (".npz", ".json", ".grid.png", ".progressive.png", ".codes")
@@ -183,13 +183,13 @@ class SampleFolder(ResumableFolder):
         save_grid(self.grid, self.path, count, self.conditions.words, self.asked or {})
 
     def finish(self, count: int) -> None:
-        """Write the .npz, if all images are there, and the contact sheet, and release the lock."""
+        """Write the contact sheet and, if all images are there, the .npz, and release the lock."""
         with self.leaving() as whole:
+            if self.asked is not None:
+                self.draw_sheet(count)
             if whole and not self.is_finished(count):
                 write_npz(self.npz, self.path, count, progress=True)
                 write_bytes(self.about, self.record_path.read_bytes())
-            if self.asked is not None or not self.grid.exists():
-                self.draw_sheet(count)
 
     def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
         """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""

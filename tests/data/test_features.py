@@ -106,7 +106,7 @@ def test_one_launch_at_a_time(tmp_path, monkeypatch):
         assert not waiting.done()
         first.finish(1)
         assert waiting.result() is False
-    folders = (f"imagenet64_{kind}" for kind in KINDS)
+    folders = (f"imagenet64_{kind}" for kind in KINDS if kind != "tokens")
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *folders}
 
     (tmp_path / "manifest.json").unlink()
