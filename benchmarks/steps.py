@@ -148,7 +148,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     set_numerics(tf32=True)
-    record("steps", measure(Steps(args.model, args.batch, args.precision), ROWS, args.turns), **vars(args))
+    name = "steps" if ON_GPU or args.precision == "fp32" else f"steps-{args.precision}"
+    record(name, measure(Steps(args.model, args.batch, args.precision), ROWS, args.turns), **vars(args))
 
 
 if __name__ == "__main__":
