@@ -11,5 +11,6 @@ if [ "$(cat .venv/complete 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > .venv/complete
 fi
 source .venv/bin/activate
+unset PYTHONDONTWRITEBYTECODE  # which some images of Docker set: every start of Python would compile torch again
 # Idle OpenMP threads spin by default. If another program wants the core, that makes a step 10 to 40 times slower.
 export GOMP_SPINCOUNT=1000

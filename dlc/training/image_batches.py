@@ -82,23 +82,18 @@ class Images:
         source = done_by_rank_0(state, lambda: open_source(data_path, labels))
         for remark in source.remarks:
             warn_once(remark, remark)
-        self.count, self.num_classes, self.labels, self.codes = (
-            len(source),
-            len(source.classes),
-            Column(source.labels),
-            None,
-        )
+        self.count, self.num_classes = len(source), len(source.classes)
+        self.labels, self.codes = Column(source.labels), None
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = latent_shape(self.vae, image_size)
         flips, code_size = flips_of("none", self.count, 0), self.encoder.image_size if encoder else None
         self.views = Views(source, flips, image_size, code_size, background)
-        looked = (
-            np.unique(np.linspace(0, self.count - 1, LOOKED_AT).astype(int)).tolist() if state.is_main_process else []
-        )
-        blended = sum(self.views[index][2] for index in looked)
-        if blended:
-            what = f"{blended} of {len(looked)} images that were looked at are transparent"
-            warn_once("transparency", f"--data-path {data_path}: {what}: they are blended on --background")
+        if state.is_main_process:
+            looked = np.unique(np.linspace(0, self.count - 1, LOOKED_AT).astype(int)).tolist()
+            blended = sum(self.views[index][2] for index in looked)
+            if blended:
+                what = f"{blended} of {len(looked)} images that were looked at are transparent"
+                warn_once("transparency", f"--data-path {data_path}: {what}: they are blended on --background")
         self.manifest = Manifest(
             image_size=image_size,
             latents="moments",

@@ -173,10 +173,8 @@ class Run(contextlib.ExitStack):
         assert model.config == self.config.built or plain(model.config, "the model's") == self.config.built
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
-                self.pretrained, self.ema_start = (
-                    load_pretrained(args.pretrained_path, model, self.config.process),
-                    0.0,
-                )
+                self.pretrained = load_pretrained(args.pretrained_path, model, self.config.process)
+                self.ema_start = 0.0
             if self.state.is_main_process:
                 trim_metrics(self.folder / "metrics.jsonl", self.first_step)
                 if args.ema_lengths:
