@@ -37,8 +37,8 @@ from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.alignment import Alignment, add_alignment_flags, open_alignment
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.heldout import Measurement, add_heldout_flags
-from dlc.training.heldout_latents import HeldOutLatents, Split, split_features
+from dlc.training.heldout import add_heldout_flags
+from dlc.training.heldout_latents import HeldOutLatents, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.losses import Losses
 from dlc.training.preview import rows_to_show, save_preview
@@ -337,18 +337,6 @@ def log_networks(run: Run, images: Images | None, encoder: str | None, vae_name:
             run.logger.info(f"{what} {name}: {network.said}")
 
 
-def sample_metrics(
-    parser: ArgumentParser, args: argparse.Namespace, run: Run, split: Split, process: Process, vae: str
-) -> list[Measurement]:
-    """What --eval-samples asks for."""
-    if not args.eval_samples:
-        return []
-    from evaluation.in_training import SampleMetrics  # whose networks no other run needs
-
-    with parser.one_line_errors():
-        return [SampleMetrics(run, split, process, vae)]
-
-
 def main(**defaults) -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
@@ -405,7 +393,11 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     batches = kind(features, arrays, inputs.limits, only=split.only, **run.share)
     losses = partial(losses_of, draw_latents=draw_latents)
     heldout = HeldOutLatents(run, split, process, losses)
-    measured = [heldout, *sample_metrics(parser, args, run, split, process, vae_name)]
+    if args.eval_samples:
+        from evaluation.in_training import SampleMetrics  # whose networks no other run needs
+
+        with parser.one_line_errors():
+            SampleMetrics(run, split, process, vae_name)
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -432,9 +424,6 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             terms, t = losses(run.model, process, part["indices"], latents, y, **kept, **aligned)
             run.backward(terms, t, process.num_timesteps)
         run.update(step)
-        for one in measured:  # before a checkpoint, so that a resumed run has the same measurements
-            if one.is_due(step):
-                one.measure(step)
         run.report(step)
         if run.preview_due(step):
             with run.whole_ema() as ema:
@@ -444,7 +433,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                     latents, y = seen(batch)
                     path = run.folder / f"previews/{step:07d}.png"
                     shown, classes = latents[:, :channels].float(), features.manifest and features.manifest.classes
-                    run.record(save_preview, path, ema, process, shown, y, vae, args.global_seed, classes or ())
+                    drawn = (ema, process, shown, y, vae, args.global_seed, classes or (), run.go_on)
+                    run.record(save_preview, path, *drawn)
     heldout.conclude()
 
 

@@ -202,14 +202,14 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             )
             run.backward(terms, t, 1)
         run.update(step)
-        if heldout.is_due(step):  # before a checkpoint, so that a resumed run has the same measurements
-            heldout.measure(step)
         run.report(step)
         if run.preview_due(step):
             with run.whole_ema() as ema:
-                drawn = None if ema is None else preview_codes(ema, diffusion, args.global_seed, run.device)
+                if ema is not None:
+                    drawn = preview_codes(ema, diffusion, args.global_seed, run.device, run.go_on)
                 if preview:
-                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", drawn)
+                    alone = partial(run.go_on, alone=True)
+                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", drawn, alone)
     heldout.conclude()
 
 

@@ -7,6 +7,7 @@ and by the share of the codes' tokens that the encoder reads off them.
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,8 @@ class SampleMetrics(Measurement):
     Raises ValueError where no network to compare by is on this machine, or the VAE cannot be loaded.
     """
 
+    key = "frechet_distance"
+
     def __init__(self, run: "Run", split: Split, process: Process, vae: str):
         super().__init__(run, run.args.eval_samples)
         features, self.inputs, self.process = split.features, split.inputs, process
@@ -74,39 +77,53 @@ class SampleMetrics(Measurement):
         size = self.run.micro_batch_size
         return [slice(start, start + size) for start in range(0, len(self.rows), size)]
 
-    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+    def split(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Batches for the networks that compare, unless a stop is asked for."""
+        for some in rows.split(BATCH):
+            self.run.go_on()
+            yield some
+
+    def decoded(self, latents: list[torch.Tensor]) -> torch.Tensor:
         """Latents (n, C, h, w) as images (n, H, W, 3) uint8, on the CPU."""
-        return torch.cat([to_uint8(decode(self.vae, some)).cpu() for some in latents.float().split(BATCH)])
+        whole = torch.cat(latents).to(self.run.device).float()
+        return torch.cat([to_uint8(decode(self.vae, some)).cpu() for some in self.split(whole)])
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
         """Of the features of all processes' images; this one's are (n, H, W, 3)."""
-        pool = torch.cat([self.network(some)["pool"] for some in images.split(BATCH)])
+        pool = torch.cat([self.network(some)["pool"] for some in self.split(images)])
         everywhere = self.run.accelerator.gather((pool, self.counted))
         return FeatureStatistics.of(everywhere[0][everywhere[1]].cpu())
+
+    def drawn(self, ema: torch.nn.Module) -> tuple[list, list, list]:
+        """Latents, conditions, and unless the reference has them the rows' own latents, by micro-batches, on the
+        CPU."""
+        run, samples, real, wanted = self.run, [], [], []
+        sampler = create_sampler(None, PREVIEW_STEPS, self.process, ema.out_channels > ema.in_channels)
+        for part in self.parts():
+            batch = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
+            y = tree_map(lambda one: one if one.is_floating_point() else one.long(), self.inputs.of(batch))
+            drawing = dict(y=y, seed=SEED, indices=self.places[part].to(run.device), on_step=run.go_on)
+            samples.append(sample_latents(ema, sampler, latent_shape=self.shape, **drawing).cpu())
+            wanted += [y.cpu()] if self.reader else []
+            real += [] if self.reference else [batch["latents"][:, : self.shape[0]].cpu()]
+        return samples, wanted, real
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
         """Draw, measure, and write a line. Every process calls this."""
-        run, samples, real, wanted = self.run, [], [], []
-        with run.whole_ema(everywhere=True) as ema, run.accelerator.autocast():
-            sampler = create_sampler(None, PREVIEW_STEPS, self.process, ema.out_channels > ema.in_channels)
-            for part in self.parts():
-                batch = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
-                y = tree_map(lambda one: one if one.is_floating_point() else one.long(), self.inputs.of(batch))
-                indices = self.places[part].to(run.device)
-                samples.append(
-                    sample_latents(ema, sampler, y=y, seed=SEED, indices=indices, latent_shape=self.shape).cpu()
-                )
-                wanted += [y.cpu()] if self.reader else []
-                real += [] if self.reference else [batch["latents"][:, : self.shape[0]].cpu()]
-        images = self.decoded(torch.cat(samples).to(run.device))
-        if self.reference is None:
-            self.reference = self.statistics(self.decoded(torch.cat(real).to(run.device)))
-        distance = frechet_distance(self.statistics(images), self.reference)
-        line = dict(samples=self.size, features=self.network.name, frechet_distance=distance)
-        if self.reader:
-            share = (self.reader(images)["codes"] == torch.cat(wanted)).double().mean(dim=1).to(run.device)
-            line["code_agreement"] = run.accelerator.reduce(share[self.counted].sum(), "sum").item() / self.size
-        agreement = f", code agreement {line['code_agreement']:.4f}" if self.reader else ""
-        words = f"{self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name}){agreement}"
-        self.note(step, line, words)
+        with self.run.whole_ema(everywhere=True) as ema:
+            with self.run.accelerator.autocast():
+                samples, wanted, real = self.drawn(ema)
+            images = self.decoded(samples)
+            if self.reference is None:
+                self.reference = self.statistics(self.decoded(real))
+            distance = frechet_distance(self.statistics(images), self.reference)
+            line = dict(samples=self.size, features=self.network.name, frechet_distance=distance)
+            if self.reader:
+                found = torch.cat([self.reader(some)["codes"] for some in self.split(images)])
+                share = (found == torch.cat(wanted)).double().mean(dim=1).to(self.run.device)
+                agreeing = self.run.accelerator.reduce(share[self.counted].sum(), "sum").item()
+                line["code_agreement"] = agreeing / self.size
+            agreement = f", code agreement {line['code_agreement']:.4f}" if self.reader else ""
+            words = f"{self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name}){agreement}"
+            self.note(step, line, words)

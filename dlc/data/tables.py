@@ -64,10 +64,8 @@ def said_of(name: str) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{name}: {one_line(error, 200)}") from None
     except Exception as error:
-        what = f"{type(error).__name__}: {one_line(error, 150)}"
-        raise ValueError(
-            f"{name} cannot be read ({what}); what is written is kept: run the same command again"
-        ) from None
+        again = "" if os.path.exists(_split_of(name)[0]) else "; what is written is kept: run the same command again"
+        raise ValueError(f"{name} cannot be read ({type(error).__name__}: {one_line(error, 150)}){again}") from None
 
 
 def open_table(name: str, split: str) -> Table:

@@ -1,14 +1,16 @@
 """The command line: flags, errors in one line, warnings printed once, and progress. Imports nothing heavy."""
 
 import argparse
+import atexit
 import contextlib
+import functools
 import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -48,8 +50,24 @@ def shortened(message: object) -> str:
 
 def say(text: str) -> None:
     """Print a line to standard error. Where nothing takes it any more, as a reader that is gone, the work goes on."""
-    with contextlib.suppress(OSError):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop_at_exit(sys.stderr)
+
+
+@functools.cache
+def drop_at_exit(stream: TextIO) -> None:
+    """Of a stream that failed, drop at the end what it still holds: Python would exit with status 120 for it."""
+
+    def drop():
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    atexit.register(drop)
 
 
 def warn_once(subject: str, message: str) -> None:

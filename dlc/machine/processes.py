@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dlc.machine.cli import one_line, printable, say, warn_once
+from dlc.machine.cli import drop_at_exit, one_line, printable, say, warn_once
 from dlc.machine.gpus import identity, refuse_old_gpu, refuse_shared_gpus, refuse_unusable_gpus
 from dlc.machine.signals import on_first_signal
 
@@ -334,8 +334,7 @@ def create_logger(state: "PartialState", log_file: Path | None = None) -> loggin
         logger.addHandler(logging.NullHandler())
         return logger
     for handler in [logging.StreamHandler(sys.stdout)] + ([logging.FileHandler(log_file)] if log_file else []):
-        where = getattr(handler, "baseFilename", "standard output")
-        handler.handleError = functools.partial(_not_written, where)
+        handler.handleError = functools.partial(_not_written, handler)
         handler.setFormatter(PrintableFormatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
@@ -348,8 +347,10 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def _not_written(where, record):
+def _not_written(handler, record):
     """A log may be on a full disk, or its reader gone: one warning, and the work goes on."""
+    where = getattr(handler, "baseFilename", "standard output")
+    drop_at_exit(handler.stream)
     warn_once(f"log {where}", f"cannot write {where} ({one_line(sys.exc_info()[1])})")
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusion.masked import MaskedDiffusion
 from dlc.machine.cli import number
 from dlc.machine.noise import Stream, random_words
+from dlc.machine.processes import from_rank_0
 from dlc.training.code_batches import Codes
 from dlc.training.metrics_file import append_metrics, read_metrics
 from dlc.weights.checkpoint import save_best
@@ -24,7 +25,7 @@ ROWS_AT_ONCE = 256
 
 @torch.no_grad()
 def heldout_bounds(
-    model: torch.nn.Module,
+    model: Callable,
     diffusion: MaskedDiffusion,
     codes: torch.Tensor,
     indices: torch.Tensor,
@@ -82,17 +83,24 @@ def settle_heldout(args: Namespace, default: float) -> None:
 
 
 class Measurement(ABC):
-    """Measures the EMA weights on some rows, every --eval-every steps and at the end.
+    """Measures the EMA weights on some rows, every --eval-every steps and at the end; the `Run` calls it.
 
     Args:
         run: the `Run`.
         size: how many rows; nothing is measured if there are none.
 
-    Attributes: places of this process's rows among them, (n,) int64, and whether each counts.
+    Attributes: places of this process's rows among them, (n,) int64, and whether each counts; earlier: the lines of
+    metrics.jsonl that have the key which a subclass gives; done: the steps that were measured.
     """
+
+    key: str
 
     def __init__(self, run: "Run", size: int):
         self.run, self.size = run, size
+        lines = read_metrics(run.folder / "metrics.jsonl") if size and run.state.is_main_process else []
+        self.earlier = from_rank_0([line for line in lines if self.key in line])
+        self.done = {line["step"] for line in self.earlier}
+        run.measurements.append(self)
         # as many for each process, some twice: a sharded EMA is gathered at every call
         processes = run.state.num_processes
         places = torch.arange(-(-size // processes)) * processes + run.state.process_index
@@ -100,15 +108,16 @@ class Measurement(ABC):
 
     def is_due(self, step: int) -> bool:
         every = self.run.args.eval_every or min(10_000, self.run.checkpoints[1])
-        return bool(self.size) and (step % every == 0 or step == self.run.last_step)
+        return bool(self.size) and step not in self.done and (step % every == 0 or step == self.run.last_step)
 
     @abstractmethod
     def measure(self, step: int) -> None:
-        """Measure, and `note` it. Every process calls this."""
+        """Measure, and `note` it, in a block of `Run.whole_ema`. Every process calls this."""
 
     def note(self, step: int, line: dict, words: str) -> None:
         """Write a line to metrics.jsonl, its numbers to the tracker, and words to the log."""
         run = self.run
+        self.done.add(step)
         if run.state.is_main_process:
             run.record(append_metrics, run.folder / "metrics.jsonl", dict(step=step, **line))
         if run.args.report_to:
@@ -131,10 +140,9 @@ class HeldOut(Measurement):
     what: str
 
     def __init__(self, run: "Run", size: int, **beside: float):
+        self.key, self.beside = f"heldout_{self.unit}", beside
         super().__init__(run, size)
-        self.beside = beside
-        key, lines = f"heldout_{self.unit}", read_metrics(run.folder / "metrics.jsonl") if size else []
-        self.found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
+        self.found = [(line["step"], line[self.key]) for line in self.earlier if isinstance(line[self.key], float)]
 
     @abstractmethod
     def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]: ...
@@ -153,12 +161,12 @@ class HeldOut(Measurement):
                 mean = sums[0] / self.size
                 error = math.sqrt(max(0.0, sums[1] / self.size - mean**2) / max(1, self.size - 1))
                 found[f"{name}_{self.unit}"], found[f"{name}_error"] = mean, error
-            value = found[f"heldout_{self.unit}"]
+            value = found[self.key]
             best = value < min((one for _, one in self.found), default=math.inf)  # NaN is not
             self.found += [(step, value)] if math.isfinite(value) else []
             if best:
                 run.record(self._keep, step, ema)
-        self.note(step, found, f"{self.words(found)}{', the lowest so far' if best else ''}")
+            self.note(step, found, f"{self.words(found)}{', the lowest so far' if best else ''}")
 
     def _keep(self, step, ema):
         save_best(self.run.folder, self.run.config, self.run.meta(step), ema=ema, write=self.run.state.is_main_process)
@@ -198,12 +206,17 @@ class HeldOutCodes(HeldOut):
 
     def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """See `HeldOut`. The prior without a class comes second: it is trained on fewer samples."""
+
+        def network(*inputs, **kwargs):
+            self.run.go_on()
+            return ema(*inputs, **kwargs)
+
         kinds, levels = {"heldout": {}}, self.run.args.eval_levels
         if ema.num_classes is not None:
             kinds = {"heldout": dict(y=self.labels), "heldout_no_class": {}}
         for name, kwargs in kinds.items():
             with self.run.accelerator.autocast():
-                yield name, heldout_bounds(ema, self.diffusion, self.tokens, self.indices, levels, kwargs) / self.L
+                yield name, heldout_bounds(network, self.diffusion, self.tokens, self.indices, levels, kwargs) / self.L
 
     def words(self, found: dict) -> str:
         """See `HeldOut`."""

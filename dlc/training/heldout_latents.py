@@ -84,6 +84,7 @@ class HeldOutLatents(HeldOut):
             batch: Mapping = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
             places, y, total = self.places[part].to(run.device), self.inputs.of(batch), 0
             for time in range(TIMES):
+                run.go_on()
                 with run.accelerator.autocast():
                     indices = places * TIMES + time
                     terms, _ = self.losses(ema, self.process, indices, batch["latents"], y, seed=SEED, dropout=0.0)

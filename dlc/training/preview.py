@@ -1,6 +1,6 @@
 """Pictures of how a model in training draws: a diffusion model, or a prior over codes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +42,11 @@ def save_preview(
     vae: torch.nn.Module | None,
     seed: int,
     classes: Sequence[str] = (),
+    on_step: Callable | None = None,
 ) -> None:
     """Write a picture: latents decoded, above EMA samples for their conditions y, from the same noise every time.
 
-    classes: the names of labels y, which are written below.
+    classes: the names of labels y, which are written below. on_step: see `sample_latents`.
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
@@ -58,6 +59,7 @@ def save_preview(
         indices=indices,
         latent_shape=latents.shape[1:],
         cfg_scale=PREVIEW_CFG,
+        on_step=on_step,
     )
     if vae is None:
         return
@@ -69,14 +71,16 @@ def save_preview(
     save_png(path, image_grid(images, len(latents), rows, captions=[*named, *named]))
 
 
-def preview_codes(prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device) -> torch.Tensor:
-    """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, from the same noise every time.
+def preview_codes(
+    prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device, on_call: Callable | None = None
+) -> torch.Tensor:
+    """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, from the same noise every time. on_call: see `sample_codes`.
 
     If the prior is sharded, every process calls this.
     """
     sampler = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
     indices = torch.arange(2 * PREVIEW_SAMPLES, device=device)
-    return sample_codes(prior, diffusion, sampler, seed=seed, indices=indices)
+    return sample_codes(prior, diffusion, sampler, seed=seed, indices=indices, on_call=on_call)
 
 
 class CodePreview:
@@ -107,8 +111,9 @@ class CodePreview:
         shown = np.linspace(0, codes.count - 1, PREVIEW_SAMPLES).round().astype(int)
         self.trained = codes.gather(codes.rows[shown])[0].to(device)  # rows often go class by class
 
-    def save(self, path: Path, drawn: torch.Tensor) -> None:
-        """Write a picture: a row for training codes, two for the codes of `preview_codes`."""
+    def save(self, path: Path, drawn: torch.Tensor, on_step: Callable | None = None) -> None:
+        """Write a picture: a row for training codes, two for the codes of `preview_codes`. on_step: see
+        `sample_latents`."""
         y = torch.cat([self.trained, drawn])
         latents = sample_latents(
             self.model,
@@ -118,6 +123,7 @@ class CodePreview:
             indices=torch.arange(len(y), device=self.device),
             latent_shape=(self.model.in_channels, *self.model.x_embedder.img_size),
             cfg_scale=PREVIEW_CFG,
+            on_step=on_step,
         )
         with torch.inference_mode():
             images = torch.cat([to_uint8(decode(self.vae, part)) for part in latents.split(PREVIEW_SAMPLES)])

@@ -53,7 +53,7 @@ from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
 from dlc.training.power_averages import PowerAverages, trim_snapshots, write_snapshot
 from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run, warmup
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
-from dlc.training.stop import StopRequest
+from dlc.training.stop import Stopped, StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
 from dlc.weights.checkpoint import (
     begin_groups,
@@ -181,7 +181,7 @@ class Run(contextlib.ExitStack):
                     trim_snapshots(self.folder, self.ema_images)
                 remove_unfinished(self.folder)
         model.set_grad_checkpointing(args.checkpoint_activations)
-        self.ema = deepcopy(model).requires_grad_(False).eval()
+        self.ema, self.measurements = deepcopy(model).requires_grad_(False).eval(), []
         if self.compiled:
             compile_blocks(model, self.device)
         if self.sharded:
@@ -277,10 +277,13 @@ class Run(contextlib.ExitStack):
         self.bar = announce(self)
         self.stop_request = StopRequest(self.deadline)
         self.postponed, self.stopped_by = False, None
+        stopped_after, end = None, self.last_step
+        if self.first_step and not self._measure(self.first_step):
+            self.stopped_by, stopped_after, end = self.stop_request.agreed(), self.first_step, self.first_step
         self.last_line = time.time(), self.first_step
         loaded = load_batches(
             batches,
-            range(self.first_step, self.last_step),
+            range(self.first_step, end),
             self.stop_request,
             args.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -291,9 +294,10 @@ class Run(contextlib.ExitStack):
                 self.parser.error(batch.message)
             yield step, batch
             if self.stopped_by and step < self.last_step:
-                if not self.stop_request.reason:
-                    self.logger.info(f"stopped by {self.stopped_by} after step {step:,}; the same command continues")
+                stopped_after = step
                 break
+        if stopped_after is not None and not self.stop_request.reason:
+            self.logger.info(f"stopped by {self.stopped_by} after step {stopped_after:,}; the same command continues")
         self.bar.close()
         self.accelerator.end_training()
         if self.stop_request.reason:
@@ -388,7 +392,8 @@ class Run(contextlib.ExitStack):
                 )
 
     def report(self, step: int) -> None:
-        """Log, write a checkpoint, agree on stopping, each if due. Ends the program if numbers are not finite."""
+        """Measure, log, save, agree on stopping, each if due. Ends the program if numbers are not finite."""
+        self._measure(step)  # before a checkpoint, so that a resumed run has the same measurements
         args, stopped_by = self.args, self.stop_request.agreed()
         log_due, ending = step % args.log_every == 0, step == self.last_step or stopped_by
         first, every = self.checkpoints
@@ -422,6 +427,16 @@ class Run(contextlib.ExitStack):
             self._save(step)
             self.saved = step
         self.stopped_by = stopped_by
+
+    def _measure(self, step):
+        """Take the measurements that are due. Returns whether a request to stop left them whole."""
+        for one in self.measurements:
+            if one.is_due(step):
+                one.measure(step)
+                if one.is_due(step):
+                    self.logger.info(f"step {step:,}: a stop cut a measurement off; the same command begins with it")
+                    return False
+        return True
 
     def _snapshot_due(self, step):
         """Whether the images of this step, skipped ones counted, complete another --ema-snapshot-every; or it ends."""
@@ -489,16 +504,31 @@ class Run(contextlib.ExitStack):
     def preview_due(self, step: int) -> bool:
         """Whether to draw a preview after this step: by --sample-every, and at the end; not in the hurry of a stop."""
         every, ending = self.args.sample_every, step == self.last_step
-        if self.stopped_by and not ending:
+        if self.stopped_by:
             return False
         return self.saved == step if every is None else every > 0 and (ending or step % every == 0)
 
     @contextlib.contextmanager
     def whole_ema(self, everywhere: bool = False) -> Iterator[torch.nn.Module | None]:
-        """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None."""
+        """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None.
+
+        `go_on` ends the block where a stop is asked for: what it makes is to be written at its end, or not at all.
+        """
         self._share_buffers()
+        self.together = self.sharded or everywhere
         if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
             self.ema.unshard()
-        yield self.ema if self.state.is_main_process or self.sharded or everywhere else None
-        if self.sharded:
-            self.ema.reshard()
+        try:
+            yield self.ema if self.state.is_main_process or self.together else None
+        except Stopped:
+            pass
+        finally:
+            if self.sharded:
+                self.ema.reshard()
+
+    def go_on(self, *_, alone: bool = False) -> None:
+        """Raise Stopped where a stop is asked for. Called between the batches of a block of `whole_ema`, by all
+        processes that have the EMA; alone: by one of them only."""
+        request = self.stop_request
+        if request.agreed() if self.together and not alone else request.here():
+            raise Stopped

@@ -14,6 +14,10 @@ from dlc.machine.signals import STOPPING, on_first_signal
 TIME, ASKED = 999, 1000
 
 
+class Stopped(Exception):
+    """A request to stop cuts off what a later launch does, or what training can do without."""
+
+
 class StopRequest:
     """A request to stop after a step: one of the signals STOPPING, the end of the time, or `ask`, in any process.
 
@@ -42,9 +46,13 @@ class StopRequest:
         """Stop all processes after this step or the next, with a checkpoint: for an error that leaves time for one."""
         self.signal, self.reason = ASKED, self.reason or reason
 
+    def here(self) -> int:
+        """What this process alone knows: a signal's number, TIME, ASKED, or 0."""
+        return self.signal or (TIME if time.monotonic() >= self.deadline else 0)
+
     def agreed(self) -> str | None:
-        """Why all processes are to stop, in words, or None. All must call this after each step."""
-        number = self.signal or (TIME if time.monotonic() >= self.deadline else 0)
+        """Why all processes are to stop, in words, or None. All must call this equally often, and after each step."""
+        number = self.here()
         if self.group is not None:
             reduced, pending = self.reduced, self.pending
             self.reduced = torch.tensor([number])

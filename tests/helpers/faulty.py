@@ -107,6 +107,21 @@ def signalled_at_step(name, step, rank):
     Run.report = reporting
 
 
+def signalled_looking(name, number, rank="0"):
+    """At the Nth look for a request to stop within a measurement or a preview, as `signalled`."""
+    from dlc.training.run import Run
+
+    go_on, seen = Run.go_on, []
+
+    def looking(self, *values, **kwargs):
+        seen.append(values)
+        if len(seen) == int(number) and self.state.process_index == int(rank):
+            send(name)
+        go_on(self, *values, **kwargs)
+
+    Run.go_on = looking
+
+
 def killed_syncing(name, number):
     """SIGKILL after the Nth time that a file or folder of this name was synced."""
     fsync, seen = os.fsync, []

@@ -46,10 +46,14 @@ def metrics_lines(run):
 
 
 def same_run(one, two, step):
-    """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates."""
+    """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates, and for
+    the order of a step's lines, in which a measurement that was cut off comes last."""
     first, second = (tensors(root / f"checkpoints/{step:07d}") for root in (one, two))
     lines = [
-        [{key: value for key, value in line.items() if "per_second" not in key} for line in metrics(root)]
+        [
+            {key: value for key, value in line.items() if "per_second" not in key}
+            for line in sorted(metrics(root), key=lambda line: (line["step"], sorted(line)))
+        ]
         for root in (one, two)
     ]
     return (

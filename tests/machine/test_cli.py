@@ -85,6 +85,8 @@ def test_streams_that_take_nothing_any_more(number, monkeypatch, capsys, tmp_pat
         def write(self, text):
             raise OSError(number, os.strerror(number))
 
+    dropped = []
+    monkeypatch.setattr(cli.atexit, "register", dropped.append)
     monkeypatch.setattr(sys, "stdout", Lost())
     monkeypatch.setattr(cli, "WARNED", set())
     logger = create_logger(types.SimpleNamespace(is_main_process=True), tmp_path / "log.txt")
@@ -96,6 +98,21 @@ def test_streams_that_take_nothing_any_more(number, monkeypatch, capsys, tmp_pat
     warn_once(f"lost {number}", "nobody reads this")
     logger.info("second")
     assert [line[22:] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
+    assert len(dropped) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_streams_that_failed_do_not_change_the_exit_status():
+    code = """
+import contextlib, sys
+from dlc.machine.cli import drop_at_exit, say
+say("lost")
+with contextlib.suppress(OSError):
+    print("lost", flush=True)
+drop_at_exit(sys.stdout)
+"""
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stdout=full, stderr=full).returncode == 0
 
 
 def test_systems_that_are_not_supported(monkeypatch):

@@ -83,6 +83,28 @@ def test_samples_are_measured(features, tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("processes, look, left", [(1, 3, ()), (1, 30, ("heldout_loss",)), (2, 62, ("heldout_loss",))])
+def test_a_stop_cuts_a_measurement_off(processes, look, left, features, tmp_path, monkeypatch):
+    """Within a batch, wherever it is; nothing of it is left, and the same command ends as a run without a stop."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    flags = ("--holdout", 0.3, "--eval-samples", 5, "--eval-every", 2, "--max-steps", 3, "--ckpt-every", 3)
+
+    def train(results, fault=None):
+        command = train_command(processes, features, tmp_path / results, *flags, launcher="forked")
+        return launch(command, tmp_path, fault=fault).stdout
+
+    said = train("parts", f"signalled_looking,SIGTERM,{look},{processes - 1}")
+    assert "step 2: a stop cut a measurement off" in said and "stopped by SIGTERM after step 2" in said
+    measured = [line for line in metrics(tmp_path / "parts") if "loss" not in line]
+    assert tuple(key for line in measured for key in ("heldout_loss", "samples") if key in line) == left
+    train("parts")
+    train("whole")
+    assert same_run(tmp_path / "whole", tmp_path / "parts", 3)
+    assert [path.name for path in (tmp_path / "parts/best").iterdir()] == [
+        path.name for path in (tmp_path / "whole/best").iterdir()
+    ]
+
+
 def test_mistakes(error_of, features, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

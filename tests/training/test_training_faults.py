@@ -219,6 +219,18 @@ def test_a_second_signal_ends_a_process_that_hangs(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stop_cuts_a_preview_off(trained, tmp_path):
+    """Nothing of it is left."""
+    flags = ("--max-steps", 4, "--sample-every", 2)
+    assert "stopped by SIGTERM after step 3" in trained("run", *flags, fault="signalled_looking,SIGTERM,10")
+    assert not (tmp_path / "run/previews").exists()
+    trained("run", *flags)
+    trained("alone", *flags)
+    assert same_run(tmp_path / "run", tmp_path / "alone", 4)
+    assert [path.name for path in (tmp_path / "run/previews").iterdir()] == ["0000004.png"]
+
+
+@pytest.mark.slow
 def test_a_process_that_waits_says_where(train):
     """Of two processes one is never started."""
     run = train("run", processes=2, fault="said_soon")
