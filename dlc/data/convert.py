@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,9 +110,11 @@ def fetch_features(dataset: str, path: str, V: int | None, num_classes: int | No
     if not (Path(path) / "manifest.json").is_file():
         given = dict(dataset=dataset, new=path, V=V, num_classes=num_classes)
         return import_hf(argparse.Namespace(**given, split="train", factor=8, shard_size=1024, dtype=None))
-    there = read_manifest(path).converted_from
-    if not (there or "").startswith(recorded_id(dataset).partition("@")[0]):
-        raise ValueError(f"--hf-dataset {dataset}: {path} holds other features ({there}): give another --features-path")
+    there, name = read_manifest(path).converted_from, recorded_id(dataset)
+    name = name if Path(dataset).exists() else name.partition("@")[0]  # of the hub, at any revision
+    if not re.match(rf"{re.escape(name)}(@|, split |$)", there or ""):
+        holds = f"other features ({there or 'that were extracted'})"
+        raise ValueError(f"--hf-dataset {dataset}: {path} holds {holds}: give another --features-path")
 
 
 def _import_table(args, table):

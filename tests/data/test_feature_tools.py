@@ -415,8 +415,9 @@ def test_features_are_fetched_once(tmp_path, capsys, monkeypatch):
     (tmp_path / "new").mkdir()
     (tmp_path / "new/manifest.json").touch()
     fetch_features("owner/codes@v1", tmp_path / "new", 300, None)
-    with pytest.raises(ValueError, match="--hf-dataset owner/other: .*new holds other features .owner/codes@5f.: give"):
-        fetch_features("owner/other", tmp_path / "new", 300, None)
+    for other in ("owner/other", "owner/code", "owner/codes2"):
+        with pytest.raises(ValueError, match=f"{other}: .*new holds other features .owner/codes@5f.: give"):
+            fetch_features(other, tmp_path / "new", 300, None)
 
 
 def test_import_says_what_it_needs(tmp_path, capsys, monkeypatch):
