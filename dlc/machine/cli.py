@@ -132,7 +132,7 @@ class NotHere(argparse.Action):
         super().__init__(**dict(kwargs, nargs="?", default=argparse.SUPPRESS))
 
     def __call__(self, parser: argparse.ArgumentParser, *args) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} is a flag of the reference's scripts: {self.help}")
+        parser.error(f"{args[-1]} is a flag of the reference's scripts: {self.help}")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

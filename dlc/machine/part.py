@@ -6,6 +6,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from dlc.machine.cli import NotHere
+
 
 @dataclass(frozen=True)
 class Part:
@@ -56,6 +58,7 @@ def add_part_flag(add: Callable, what: str) -> None:
         help=f"make part I, from 0, of N of the {what}; other launches make the others into the same folder, at once "
         "or later, and the one that finds all of them completes it [all, or in a SLURM job array its task's part]",
     )
+    add("--task-id", "--total-num", action=NotHere, help="give --part I/N, with I from 0, or leave it out under SLURM")
 
 
 def asked_part(flag: Part | None) -> Part:
@@ -79,9 +82,8 @@ def asked_part(flag: Part | None) -> Part:
                 f"SLURM_ARRAY_TASK_ID is {task}, one of {count} tasks that are not evenly spaced: say which part this "
                 "one makes with --part I/N"
             )
-    # a batch script, which is in no step of its job, has these two variables as well, but is alone
-    alone = "RANK" in os.environ or "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
-    if number("NTASKS", 1) > 1 and not alone:
-        index, count = index * number("NTASKS", 1) + number("PROCID", 0), count * number("NTASKS", 1)
+    tasks = number("STEP_NUM_TASKS", 1)  # of srun; SLURM_NTASKS is also that of a batch script's or a shell's job
+    if tasks > 1 and "RANK" not in os.environ:
+        index, count = index * tasks + number("PROCID", 0), count * tasks
         sources.append("SLURM_PROCID")
     return Part(index, count, " and ".join(sources))

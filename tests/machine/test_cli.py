@@ -193,9 +193,10 @@ def test_values_that_differ_are_told_apart(one, other):
         ("train_diffusion", "--sem-dir", "--features-path"),
         ("sample_ddp_computed_dlc", "--dino-cfg", "the checkpoint says L and V"),
         ("extract_features_withdlc", "--dino-cfg", "--encoder says L and V"),
+        ("sample_prior", "--total-num", "give --part I/N"),
     ],
 )
 def test_flags_of_the_reference(error_of, script, flag, words):
     needed = ("--data-path", "x") if "extract" in script else ()
     said = error_of(script, *needed, flag, "cfg.yaml")
-    assert f"{flag} is a flag of the reference's scripts: leave it out: " in said and words in said
+    assert f"{flag} is a flag of the reference's scripts: " in said and words in said

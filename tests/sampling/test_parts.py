@@ -26,10 +26,11 @@ SAMPLE = ("sample_ddp_computed_dlc", *FLAGS)  # 6 images in 3 batches
     [
         ({}, WHOLE),
         (dict(ARRAY_TASK_ID="7", ARRAY_TASK_COUNT="3", ARRAY_TASK_MIN="3", ARRAY_TASK_STEP="2"), Part(2, 3)),
-        (dict(ARRAY_TASK_ID="5", ARRAY_TASK_COUNT="1", ARRAY_TASK_MIN="5", NTASKS="1", PROCID="0"), WHOLE),
-        (dict(NTASKS="4", PROCID="3", JOB_ID="9", STEP_ID="0"), Part(3, 4)),
-        (dict(NTASKS="4", PROCID="0", JOB_ID="9"), WHOLE),  # the batch script itself
-        (dict(ARRAY_TASK_ID="1", ARRAY_TASK_COUNT="2", ARRAY_TASK_MIN="0", NTASKS="4", PROCID="3"), Part(7, 8)),
+        (dict(ARRAY_TASK_ID="5", ARRAY_TASK_COUNT="1", ARRAY_TASK_MIN="5", STEP_NUM_TASKS="1", PROCID="0"), WHOLE),
+        (dict(NTASKS="4", STEP_NUM_TASKS="4", PROCID="3"), Part(3, 4)),
+        (dict(NTASKS="4", PROCID="0"), WHOLE),  # the batch script itself
+        (dict(NTASKS="4", STEP_NUM_TASKS="1", PROCID="0", STEP_ID="4294967290"), WHOLE),  # salloc's shell, a step
+        (dict(ARRAY_TASK_ID="1", ARRAY_TASK_COUNT="2", STEP_NUM_TASKS="4", PROCID="3"), Part(7, 8)),
     ],
 )
 def test_the_part_that_slurm_says(monkeypatch, variables, part):
