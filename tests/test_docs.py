@@ -23,7 +23,7 @@ OTHERS = set(
     --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
     --batch --check --help --images --local-dir --minutes --numa-binding --only --quiet --pr-rows --precisions
     --reference-rows --rows --shm-size --threads --array --gpus --gpus-per-task --wrap --parsable
-    --time --dependency --turns --task-id --total-num""".split()
+    --time --dependency --turns --use-sem --in-dim --exit-after-save""".split()
 )
 
 
