@@ -10,10 +10,10 @@ the token (`hf auth login` or HF_TOKEN). Only the files asked for are fetched; n
 """
 
 import contextlib
-import errno
 import fnmatch
 import glob
 import http.client
+import json
 import os
 import re
 import socket
@@ -113,13 +113,10 @@ def _fetch(name: str, kind: str) -> Path:
     remedy = "fetch it once where the hub is in reach, or give a local path"
     if not wanted:
         there = [] if folder else sorted(path.name for path in cache.glob("snapshots/*"))
-        raise ValueError(
-            refusal
-            or f"no such local path, and the hub's cache {constants.HF_HUB_CACHE} does not have all of it"
-            + (", while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "")
-            + (f", but {repository}@{there[0]}" if there else "")
-            + f": {remedy}"
-        )
+        has = f"; the cache has {repository}@{there[0]}" if there else ""
+        offline = ", while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        lacks = f"no such local path, and the hub's cache {constants.HF_HUB_CACHE} does not have all of it{offline}"
+        raise ValueError((refusal or f"{lacks}: {remedy}") + has)
     config = next(filter(None, map(config_beside, wanted)))
     if config not in wanted and try_to_load_from_cache(repository, config, revision=revision) is not _CACHED_NO_EXIST:
         raise ValueError(
@@ -165,6 +162,8 @@ def refusal_of(error: Exception, revision: str) -> str:
     """What went wrong with the hub, and the remedy."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):  # which stands for what kept a file from coming
+        error = error.__cause__ or error
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return f"its owner gates it: accept the terms on its page on the hub, then {LOG_IN}"
@@ -174,17 +173,25 @@ def refusal_of(error: Exception, revision: str) -> str:
         return f"no such local path, and the hub has no such repository, or keeps it private: then {LOG_IN}"
     if status in (401, 403):
         return f"the hub refuses access (status {status}): {LOG_IN}, with a token that may read it"
-    if getattr(error, "errno", None) in {*FULL, errno.EACCES, errno.EPERM, errno.EROFS}:
+    if status == 429:
+        return f"the hub takes no more requests from here for now (status 429): wait some minutes, or {LOG_IN}"
+    if isinstance(error, OSError) and (error.filename or error.errno in FULL):
         return (
             f"the hub's cache {constants.HF_HUB_CACHE} cannot be written ({os.strerror(error.errno)}): "
             f"{'free the disk, or ' if error.errno in FULL else ''}set HF_HOME"
         )
     what = f"status {status}" if status else type(error).__name__
-    scheme, _, host = constants.ENDPOINT.partition("://")
-    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
-        what += f", by the proxy that {scheme.upper()}_PROXY names"
+    if isinstance(error, json.JSONDecodeError):
+        what = "its answer is not a hub's, but perhaps a login page's"
+    if isinstance(error, ImportError):
+        what = one_line(error, 100)  # the package that a SOCKS proxy takes
+    (scheme, _, host), proxies = constants.ENDPOINT.partition("://"), urllib.request.getproxies()
+    proxy = next((name for name in (scheme, "all") if name in proxies), None)
+    if proxy and not urllib.request.proxy_bypass(host):
+        what += f", by the proxy that {proxy.upper()}_PROXY names"
+    where = constants.ENDPOINT + " (HF_ENDPOINT)" * ("HF_ENDPOINT" in os.environ)
     return (
-        f"no such local path, and fetching it from the hub at {constants.ENDPOINT} failed ({what}): run again when "
+        f"no such local path, and fetching it from the hub at {where} failed ({what}): run again when "
         "the hub is in reach, or give a local path"
     )
 

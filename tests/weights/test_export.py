@@ -195,7 +195,7 @@ def test_a_pipeline_of_a_ditsem(export_to, tmp_path, tiny_models):
         ).images
         assert np.abs(theirs - our_images(ema, vae, codes, noise, guidance, steps)).max() < 1e-5
     assert len(pipe(dlcs=codes.tolist(), num_inference_steps=2).images) == 2
-    for token in (4, -1):
+    for token in (4, -1, 1.5):
         with pytest.raises(ValueError, match=r"wanted codes \(N, 3\) of tokens from 0 to 3"):
             pipe(dlcs=[[0, 1, token]])
     assert_same(load_model(folder)[0], ema)

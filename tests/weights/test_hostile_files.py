@@ -81,6 +81,9 @@ READER = {  # what is written, and words of the line
     "cut.pt": (saved(ZEROS, lambda content: content[:-200]), CUT),
     "opcode.pt": (saved(ZEROS, in_entry("data.pkl", b"\x80\x02}q\x00X\xff")), CUT),
     "empty.pt": (holding(b""), "no file of torch.save"),
+    **{  # whose index is as many bytes long as the first byte of a pickle, or of a page, is high
+        f"{first}.safetensors": (holding(bytes([first, 2, 0, 0, 0, 0, 0, 0]) + HEADER), CUT) for first in b"\x80<"
+    },
     "page.pt": (holding(PAGE), "it is a web page"),
     "pointer.pt": (holding(POINTER), "it is a git-lfs pointer, .*: run git lfs pull"),
     "pointer.safetensors": (holding(POINTER), "it is a git-lfs pointer, .*: run git lfs pull"),

@@ -83,8 +83,11 @@ def test_a_commit_that_the_cache_has_is_named(hub, monkeypatch, tmp_path):
     commit = hub.add("owner/name", FILES)
     locate(f"owner/name@{commit}", "model")
     point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
-    with pytest.raises(ValueError, match=f"does not have all of it, .*, but owner/name@{commit}: fetch it once"):
-        locate("owner/name", "model")
+    for url, words in ((hub.url, "does not have all of it, .*: fetch it once"), ("http://127.0.0.1:9", "failed")):
+        point_at(url, monkeypatch, tmp_path / "cache", offline=url == hub.url)
+        with pytest.raises(ValueError, match=f"{words}.*; the cache has owner/name@{commit}"):
+            locate("owner/name", "model")
+    point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
     assert locate(f"owner/name@{commit}", "model").name == commit
 
 
@@ -161,11 +164,12 @@ def test_out_of_reach(hub, monkeypatch, tmp_path, capsys):
     assert "no such repository" in capsys.readouterr().err
 
 
-def test_a_proxy_that_does_not_answer_is_named(hub, monkeypatch, tmp_path):
-    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "ALL_PROXY"])
+def test_a_proxy_that_does_not_answer_is_named(name, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
     point_at("http://127.0.0.1:9", monkeypatch, tmp_path / "cache")
-    with pytest.raises(ValueError, match="by the proxy that HTTP_PROXY names") as error:
+    with pytest.raises(ValueError, match=f"by the proxy that {name} names") as error:
         locate("owner/name", "model")
     assert "secret" not in str(error.value)
 
@@ -188,12 +192,41 @@ def test_what_decides_is_needed_without_the_hub(hub, monkeypatch, tmp_path, kind
         point_at(hub.url, monkeypatch, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, ": free the disk, or set"), (errno.EACCES, ": set HF_HOME")])
+@pytest.mark.parametrize(
+    "part, status, words",
+    [
+        ("/api/", 429, r"takes no more requests from here for now \(status 429\): wait some minutes, or log in"),
+        ("/resolve/", 403, r"refuses access \(status 403\): log in"),
+        ("/resolve/", 404, r"failed \(status 404\)"),
+        ("/api/", 200, "its answer is not a hub's, but perhaps a login page's"),
+    ],
+)
+def test_what_the_hub_answered_is_said(hub, monkeypatch, part, status, words):
+    hub.add("owner/name", FILES)
+    answer = hub.answer
+
+    def failing(request, body, asked=None):
+        if part not in request.path:
+            return answer(request, body, asked)
+        request.send_response(status)
+        request.send_header("Content-Length", "6")
+        request.end_headers()
+        request.wfile.write(b"<html>" if body else b"")
+
+    monkeypatch.setattr(hub, "answer", failing)
+    with pytest.raises(ValueError, match=words):
+        locate("owner/name", "model")
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [(errno.ENOSPC, ": free the disk, or set"), (errno.EACCES, ": set HF_HOME"), (errno.ENOTDIR, ": set HF_HOME")],
+)
 def test_a_cache_that_cannot_be_written(hub, monkeypatch, number, words):
     hub.add("owner/name", FILES)
 
     def fail(*_, **__):
-        raise OSError(number, "x")
+        raise OSError(number, "x", None if number == errno.ENOSPC else "cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ValueError, match=rf"cannot be written \([NP]\w+ .*\){words}"):

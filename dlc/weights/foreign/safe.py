@@ -152,7 +152,10 @@ def in_words(value: object) -> str:
 def other_form(path: Path) -> str:
     """What a file is that is often met in the place of weights, and the remedy; or ""."""
     with open(path, "rb") as file:
-        start = file.read(64).lstrip()
+        start = file.read(64)
+    if start[8:9] == b"{":  # the index of a .safetensors; before it lies its length, of any bytes
+        return ""
+    start = start.lstrip()
     if is_pointer(path):
         return "it is a git-lfs pointer, which stands for a file that was not fetched: run git lfs pull"
     if start[:1] == b"<":

@@ -45,8 +45,9 @@ class DLCDiTPipeline(DiffusionPipeline):
             output_type: "pil", "np" or "pt", images in [0, 1], or "latent".
         """
         config, device, dtype = self.transformer.config, self._execution_device, self.transformer.dtype
-        codes = torch.as_tensor(dlcs, device=device).long()
-        if codes.ndim != 2 or codes.shape[1] != config.L or codes.min() < 0 or codes.max() >= config.V:
+        given = torch.as_tensor(dlcs, device=device)
+        codes, shape = given.long(), (*given.shape[:1], config.L)
+        if given.shape != shape or (codes != given).any() or codes.min() < 0 or codes.max() >= config.V:
             raise ValueError(f"dlcs: wanted codes (N, {config.L}) of tokens from 0 to {config.V - 1}")
         shape = (len(codes), config.in_channels, config.input_size, config.input_size)
         x = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
