@@ -393,11 +393,12 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     batches = kind(features, arrays, inputs.limits, only=split.only, **run.share)
     losses = partial(losses_of, draw_latents=draw_latents)
     heldout = HeldOutLatents(run, split, process, losses)
+    measured = [heldout]
     if args.eval_samples:
         from evaluation.in_training import SampleMetrics  # whose networks no other run needs
 
         with parser.one_line_errors():
-            SampleMetrics(run, split, process, vae_name)
+            measured.append(SampleMetrics(run, split, process, vae_name))
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -416,7 +417,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         return encode(batch["images"], y) if encode else (batch["latents"], y)
 
     # ---------------------------------------------------------------------- loop
-    for step, batch in run.steps(batches):
+    for step, batch in run.steps(batches, measured):
         for part in run.micro_batches(batch):
             latents, y = seen(part)
             targets = alignment and alignment.targets(part, step, encode)

@@ -188,7 +188,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     heldout = HeldOutCodes(run, codes, diffusion)
 
     # ---------------------------------------------------------------------- loop
-    for step, batch in run.steps(batches):
+    for step, batch in run.steps(batches, [heldout]):
         seed_torch(args.global_seed, Stream.TRAIN_DROPOUT, step, run.state.process_index)
         for part in run.micro_batches(batch):
             terms, t = losses_of(

@@ -83,7 +83,7 @@ def settle_heldout(args: Namespace, default: float) -> None:
 
 
 class Measurement(ABC):
-    """Measures the EMA weights on some rows, every --eval-every steps and at the end; the `Run` calls it.
+    """Measures the EMA weights on some rows, every --eval-every steps and at the end, for `Run.steps`.
 
     Args:
         run: the `Run`.
@@ -100,7 +100,6 @@ class Measurement(ABC):
         lines = read_metrics(run.folder / "metrics.jsonl") if size and run.state.is_main_process else []
         self.earlier = from_rank_0([line for line in lines if self.key in line])
         self.done = {line["step"] for line in self.earlier}
-        run.measurements.append(self)
         # as many for each process, some twice: a sharded EMA is gathered at every call
         processes = run.state.num_processes
         places = torch.arange(-(-size // processes)) * processes + run.state.process_index

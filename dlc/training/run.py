@@ -7,12 +7,12 @@ A trainer calls `Run` and is never called by it; its loop stays its own, and rea
         run.start()                                 # log, accelerator, seed
         model = run.adopt(build())                  # EMA, compiling, sharding
         run.optimize(optimizers, losses)            # resumes
-        for step, batch in run.steps(batches):
+        for step, batch in run.steps(batches, measured):     # what is measured as training goes, see `Measurement`
             for part in run.micro_batches(batch):   # a dict of tensors (n, ...)
                 terms = ...                         # dict of (n,), from run.model
                 run.backward(terms, t, num_timesteps)
             run.update(step)                        # clips, steps, counts skipped steps, updates the EMA
-            run.report(step)                        # logs, checks that numbers are finite, writes checkpoints
+            run.report(step)                        # measures, logs, checks that numbers are finite, writes checkpoints
 
 The flags that it reads are those of `add_run_flags`.
 """
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -66,6 +67,9 @@ from dlc.weights.checkpoint import (
 )
 from dlc.weights.load import load_pretrained
 from dlc.weights.meta import RunMeta, config_of, newest_of_run, plain, resume_point, run_checkpoints, without_memory
+
+if TYPE_CHECKING:
+    from dlc.training.heldout import Measurement
 
 # what a run writes into its folder, args.json first
 WRITTEN = "args.json", "log.txt", "metrics.jsonl", "loss.png", "checkpoints", "best", "ema", "previews"
@@ -181,7 +185,7 @@ class Run(contextlib.ExitStack):
                     trim_snapshots(self.folder, self.ema_images)
                 remove_unfinished(self.folder)
         model.set_grad_checkpointing(args.checkpoint_activations)
-        self.ema, self.measurements = deepcopy(model).requires_grad_(False).eval(), []
+        self.ema = deepcopy(model).requires_grad_(False).eval()
         if self.compiled:
             compile_blocks(model, self.device)
         if self.sharded:
@@ -261,15 +265,18 @@ class Run(contextlib.ExitStack):
 
     # ---------------------------------------------------------------------- the loop
 
-    def steps(self, batches: Dataset) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def steps(
+        self, batches: Dataset, measured: Iterable["Measurement"] = ()
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Each step's number, from 1, and this process's batch. Ends after the last step, or after a request to stop.
 
         Args:
             batches: a Dataset: batches[step] is a dict of tensors (n, ...) with n the same in all of them, or
                 `Unreadable`; first_of(step) is the sample index at which the step begins; last_step(epochs) is the last
                 one's number; rows_per_epoch.
+            measured: what is measured as training goes.
         """
-        args, self.batches = self.args, batches
+        args, self.batches, self.measured = self.args, batches, measured
         self.last_step = max(steps_of_run(args, batches), self.first_step)
         self.checkpoints, self.saved = checkpoint_steps(args, self.last_step), None  # the last one's step
         if self.first_step < self.last_step:
@@ -430,7 +437,7 @@ class Run(contextlib.ExitStack):
 
     def _measure(self, step):
         """Take the measurements that are due. Returns whether a request to stop left them whole."""
-        for one in self.measurements:
+        for one in self.measured:
             if one.is_due(step):
                 one.measure(step)
                 if one.is_due(step):
