@@ -14,6 +14,7 @@ For example, of a dog and a fern with --weights 3 1, three in four tokens are th
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from dlc.machine.exact import in_batches
 from dlc.machine.files import check_output, errno_of, reading, write_new
 from dlc.machine.noise import Stream, random_words
 from dlc.nets.digest import weights_sha256
+from dlc.nets.encoder import SEMEncoder
 from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
 
 
@@ -117,6 +119,19 @@ def view_of(path: str, size: int, background: tuple[int, int, int]) -> Image.Ima
 
 
 @torch.inference_mode()
+def read_logits(encoder: SEMEncoder, paths: Sequence[str], background: tuple[int, int, int]) -> torch.Tensor:
+    """The encoder's logits (K, L, V) of images. Raises ValueError for one that cannot be read, or has none."""
+    views = [np.array(view_of(path, encoder.image_size, background)) for path in paths]
+    pixels = torch.from_numpy(np.stack(views)).to(next(encoder.parameters()).device)
+    # in batches of 1, so that an image's code does not depend on the other sources
+    logits = in_batches(encoder.encode_pixels, pixels, 1).cpu()
+    finite = logits.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        name = paths[int(finite.int().argmin())]
+        raise ValueError(f"the encoder's logits of {name} are not finite numbers: try another --encoder")
+    return logits
+
+
 def read_images(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     """The images' codes (K, L) or, with --mode sem, distributions (K, L, V); and V.
 
@@ -132,14 +147,7 @@ def read_images(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
         theirs = CodeSpec(owner=f"features {features}", L=made.L, V=made.V, encoder_sha256=made.encoder_sha256)
         owner, digest = f"the encoder {args.encoder}", weights_sha256(encoder)
         compare(theirs, CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=digest))
-    background = args.background or (made and made.background) or WHITE
-    views = [np.array(view_of(path, encoder.image_size, background)) for path in args.images]
-    # in batches of 1, so that an image's code does not depend on the other sources
-    logits = in_batches(encoder.encode_pixels, torch.from_numpy(np.stack(views)), 1)
-    finite = logits.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        name = args.images[int(finite.int().argmin())]
-        raise ValueError(f"the encoder's logits of {name} are not finite numbers: try another --encoder")
+    logits = read_logits(encoder, args.images, args.background or (made and made.background) or WHITE)
     if args.mode == "tokens":
         return logits.argmax(dim=2), encoder.V
     return torch.softmax(logits / (args.temp or encoder.temperature), dim=2), encoder.V

@@ -10,27 +10,25 @@ sample_ddp_computed_dlc.py draws by. It listens on this machine alone, takes no 
 """
 
 import argparse
-import io
 import os
 import queue
 import shlex
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from compose_dlc import compose, view_of
+from compose_dlc import compose, read_logits
 from diffusion.process_table import samplers_of
 from dlc.data import code_dtype
-from dlc.data.images import WHITE, image_grid
+from dlc.data.images import WHITE, image_grid, save_png
 from dlc.machine.cli import ArgumentParser, number, one_line
-from dlc.machine.exact import in_batches
-from dlc.machine.files import write_bytes
 from dlc.machine.processes import set_numerics, start_processes
 from dlc.sampling.code_folder import open_codes
 from dlc.sampling.command import Job, draw_batch
@@ -42,7 +40,7 @@ from dlc.sampling.prior_draw import PriorDraw
 from dlc.sampling.prior_options import Given, PriorOptions
 from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.load import process_of
-from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, open_encoder
+from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags
 from evaluation.tokens import CodeReader, codes_of, encoder_of
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="the DiTSEM to draw from, as sample_ddp_computed_dlc.py takes it")
-    add_encoder_flags(add, None, f" of its codes [that of the features, or {DEFAULT_ENCODER}]")
+    add_encoder_flags(add, None, f" of its codes [that of the features or of --ckpt, or {DEFAULT_ENCODER}]")
     add("--features-path", help="offer the codes of these features by row [those that the model was trained on]")
     add("--prior", metavar="CKPT", help="draw new codes and variations from this prior [none]")
     add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
@@ -79,20 +77,20 @@ class Studio:
     """What the page draws with. Raises ValueError for networks that do not belong together."""
 
     def __init__(self, args: argparse.Namespace):
-        self.named = ["--ckpt", args.ckpt, *(["--vae", args.vae] if args.vae else []), *["--no-ema"] * (not args.ema)]
         self.parser = sampling_parser("", ComputedCodes.script, "")
         self.parser.error = refuse
         self.state = start_processes()
-        drawn = self.parser.parse_args(self.named)
+        flags = [*(["--vae", args.vae] if args.vae else []), *["--no-ema"] * (not args.ema)]
+        drawn = self.parser.parse_args(["--ckpt", args.ckpt, *flags])
         path, self.model, self.meta = open_model(drawn, ComputedCodes.script, "")
+        self.named = ["--ckpt", str(path), *flags]  # of a run that goes on, what is the newest now
         if self.model.conditioning != "codes":
             raise ValueError(f"--ckpt {args.ckpt} is of {drawn.model}, which takes no codes: name a DiTSEM")
         self.vae, _, _ = open_vae(drawn, self.meta, self.model, self.state)
         theirs = self.meta.features_path
         known = args.features_path or (theirs if theirs and Path(theirs).is_dir() else None)
         self.rows = open_codes(known) if known else None
-        args.encoder = args.encoder or (None if known else DEFAULT_ENCODER)
-        self.encoder = encoder_of(args, self.rows)[0] if known else open_encoder(args)
+        self.encoder, _ = encoder_of(args, self.rows, str(path))
         compare_with_model(codes_of(self.encoder, f"the encoder {args.encoder}"), self.model, self.meta)
         self.read = CodeReader(self.encoder, self.state.device)
         self.prior = PriorDraw(args.prior, args.ema, PriorOptions(), seed=0) if args.prior else None
@@ -106,21 +104,20 @@ class Studio:
     def code_of(self, image: str | None, row: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The code (L,) of an image file, with its distributions (L, V), or of a row of the features, without."""
         if image is None:
-            if self.rows is None or not 0 <= row < len(self.rows):
-                raise ValueError(f"row {row}: the features have rows 0 to {len(self.rows) - 1 if self.rows else -1}")
+            count = len(self.rows or ())
+            if not 0 <= row < count:
+                raise ValueError(f"row {row}: the features have rows 0 to {count - 1}")
             return torch.from_numpy(self.rows.gather(np.array([row]), self.encoder.V))[0], None
         made = self.rows and self.rows.features and self.rows.features.manifest
-        view = np.array(view_of(image, self.encoder.image_size, (made and made.background) or WHITE))
-        pixels = torch.from_numpy(view)[None].to(self.state.device)
-        logits = in_batches(self.encoder.encode_pixels, pixels, 1).cpu()[0]
+        logits = read_logits(self.encoder, [image], (made and made.background) or WHITE)[0]
         return logits.argmax(dim=1), torch.softmax(logits / self.encoder.temperature, dim=1)
 
     @torch.inference_mode()
-    def codes(self, do: str, sources: list, weights: list[float], keep: int, num: int, seed: int) -> tuple:
+    def codes(self, do: str, sources: list, shares: list[float], keep: int, num: int, seed: int) -> tuple:
         """The codes (num, L) to draw, and where each token comes from, (num, L): a source's number, or DRAWN.
 
         Args:
-            do: "mix": tokens of the sources by their weights, as compose_dlc.py; "vary": `keep` tokens of the first
+            do: "mix": tokens of the sources by their shares, as compose_dlc.py; "vary": `keep` tokens of the first
                 source, the others drawn around them by the prior or, without one, from the image's own distributions;
                 "new": all drawn by the prior.
             sources: an image file or None, and a row or None, of each.
@@ -128,40 +125,30 @@ class Studio:
         there = [i for i, source in enumerate(sources) if source != (None, None)]
         if do != "new" and len(there) < (2 if do == "mix" else 1):
             raise ValueError("upload images, or name rows: two or more to mix, one to vary")
-        if do == "new" or self.prior and do == "vary":
-            return self._from_prior(sources, there[0] if do == "vary" else None, keep, num, seed)
-        read = [self.code_of(*sources[i]) for i in there]
+        read = [self.code_of(*sources[i]) for i in there if do != "new"]
         if do == "mix":
-            shares = torch.tensor([weights[i] for i in there])
-            if not shares.sum() > 0:
+            weights = torch.tensor([shares[i] for i in there])
+            if not weights.sum() > 0:
                 raise ValueError("all sources have the share 0: raise one")
-            codes, taken = compose(torch.stack([code for code, _ in read]), shares, num, seed)
+            codes, taken = compose(torch.stack([code for code, _ in read]), weights, num, seed)
             return codes, torch.tensor(there)[taken]
-        code, distributions = read[0]
-        if distributions is None:
-            raise ValueError("a row of features can be varied by a prior alone: upload the image, or name a --prior")
-        drawn = compose(distributions[None], torch.ones(1), num, seed)[0]
-        return self._kept(code, keep, num, seed, there[0], drawn)
-
-    def _from_prior(self, sources, number, keep, num, seed):
-        if self.prior is None:
-            raise ValueError("there is no prior to draw new codes: start the page with --prior")
-        self.prior.seed, self.prior.given = seed, None
-        if number is None:
+        given, kept = None, torch.zeros(num, self.encoder.L, dtype=torch.bool)
+        if do == "vary":  # as sample_prior.py --given keeps tokens
+            code, distributions = read[0]
+            file = Path(self.kept.name) / "given.npy"
+            np.save(file, code[None].numpy())
+            given = Given(PriorOptions(given=str(file), keep_tokens=keep), len(code), self.encoder.V, seed)
+            kept = given(torch.arange(num)) < self.encoder.V
+        if self.prior:
+            self.prior.seed, self.prior.given = seed, given
             codes = torch.from_numpy(self.prior.draw(np.arange(num)))
-            return codes, torch.full_like(codes, DRAWN)
-        return self._kept(self.code_of(*sources[number])[0], keep, num, seed, number, None)
-
-    def _kept(self, code, keep, num, seed, number, drawn):
-        """`keep` tokens of a code, as sample_prior.py --given keeps them, among those of drawn or of the prior."""
-        file = Path(tempfile.mkdtemp(dir=self.kept.name)) / "given.npy"
-        np.save(file, code[None].numpy())
-        given = Given(PriorOptions(given=str(file), keep_tokens=keep), len(code), self.encoder.V, seed)
-        free = given(torch.arange(num)) == self.encoder.V
-        if drawn is None:
-            self.prior.given = given
-            drawn = torch.from_numpy(self.prior.draw(np.arange(num)))
-        return torch.where(free, drawn, code), torch.where(free, DRAWN, number)
+        elif do == "new":
+            raise ValueError("there is no prior to draw new codes: start the page with --prior")
+        elif distributions is None:
+            raise ValueError("a row of features can be varied by a prior alone: upload the image, or name a --prior")
+        else:
+            codes = torch.where(kept, code, compose(distributions[None], torch.ones(1), num, seed)[0])
+        return codes, torch.where(kept, DRAWN if given is None else there[0], DRAWN)
 
     def words(self, num: int, sampler: str, steps: int, cfg_scale: float, seed: int) -> list[str]:
         """The command line that draws the codes in codes.npy, behind the script's name."""
@@ -188,23 +175,19 @@ class Studio:
 
         return self.decoder.images(draw_batch(job, np.arange(len(codes)), [self.model.denoise], on_step))
 
-    def answer(self, do: str, sources: list, weights: list[float], keep: int, num: int, *settings) -> Iterator[dict]:
+    def answer(self, do: str, sources: list, shares: list[float], keep: int, num: int, *settings) -> Iterator[dict]:
         """What the page shows of a request, as it goes: `images`, and in the end all of it."""
-        seed = settings[-1]
-        codes, taken = self.codes(do, sources, weights, keep, num, seed)
+        codes, taken = self.codes(do, sources, shares, keep, num, settings[-1])
         words, strip = self.words(num, *settings), np.array([*COLOURS.values()], np.uint8)[taken.numpy()]
         strip = strip.repeat(max(1, 512 // strip.shape[1]), axis=1).repeat(12, axis=0)
         for images in as_it_goes(partial(self.draw, codes, words)):
             yield dict(images=[(image, "") for image in images], strip=strip)
         back = (self.read(torch.from_numpy(images))["codes"] == codes).float().mean(dim=1).tolist()
         folder = Path(tempfile.mkdtemp(dir=self.kept.name))
-        content, picture = io.BytesIO(), io.BytesIO()
-        np.save(content, codes.numpy().astype(code_dtype(self.encoder.V)), allow_pickle=False)
-        image_grid(images, min(4, num)).save(picture, "png")
-        write_bytes(folder / "codes.npy", content.getvalue())
-        write_bytes(folder / "images.png", picture.getvalue())
-        shares = torch.bincount(taken.flatten(), minlength=SOURCES + 1).tolist()
-        parts = [f"{name} {share / taken.numel():.0%}" for name, share in zip(NAMES, shares) if share]
+        np.save(folder / "codes.npy", codes.numpy().astype(code_dtype(self.encoder.V)))
+        save_png(folder / "images.png", image_grid(images, min(4, num)))
+        of = torch.bincount(taken.flatten(), minlength=SOURCES + 1).tolist()
+        parts = [f"{name} {tokens / taken.numel():.0%}" for name, tokens in zip(NAMES, of) if tokens]
         yield dict(
             images=[(image, f"{share:.2f}") for image, share in zip(images, back)],
             strip=strip,
@@ -220,13 +203,13 @@ def refuse(message: object) -> None:
 
 
 def row_of(text: str) -> int | None:
-    """The row that a field of the page names; None where it is empty."""
+    """The row that a field of the page names; None where it is empty, which a field for numbers cannot be."""
     if text.strip() and not text.strip().isdecimal():
         raise ValueError(f"row {text}: wanted a whole number")
     return int(text) if text.strip() else None
 
 
-def as_it_goes(work: Callable[[Callable], Any]) -> Iterator:
+def as_it_goes(work: Callable[[Callable], np.ndarray]) -> Iterator[np.ndarray]:
     """What work(show) shows while it works, None apart, and in the end what it returns. Its errors are raised here."""
     items, left = queue.Queue(), threading.Event()
 
@@ -234,28 +217,21 @@ def as_it_goes(work: Callable[[Callable], Any]) -> Iterator:
         if left.is_set():  # nobody looks any more
             raise InterruptedError
         if item is not None:
-            items.put((item, None, False))
+            items.put(item)
 
-    def run():
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work, show)
+        result.add_done_callback(lambda _: items.put(None))
         try:
-            items.put((work(show), None, True))
-        except BaseException as error:
-            items.put((None, error, True))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        ended = False
-        while not ended:
-            item, error, ended = items.get()
-            if error:
-                raise error
-            yield item
-    finally:
-        left.set()
+            while (item := items.get()) is not None:
+                yield item
+        finally:
+            left.set()
+    yield result.result()
 
 
 #################################################################################
-#                                    The page                                   #
+#                                   The page                                   #
 #################################################################################
 
 
@@ -321,13 +297,14 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     return page.queue(max_size=WAITING)
 
 
-def launch(page: "gradio.Blocks", port: int, **more) -> tuple:
-    """Serve the page on 127.0.0.1. Returns what gradio does; more: of its `launch`."""
+def launch(page: "gradio.Blocks", port: int, browser: bool = False) -> str:
+    """Serve the page on 127.0.0.1, in a thread, and open it in a browser if wanted. Returns its address."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none of a font server
     bounds = dict(max_file_size=UPLOAD, share=False, ssr_mode=False, mcp_server=False, footer_links=[], show_error=True)
-    return page.launch(server_name="127.0.0.1", server_port=port or None, theme=theme, **bounds, **more)
+    where = dict(server_name="127.0.0.1", server_port=port or None, inbrowser=browser)
+    return page.launch(theme=theme, quiet=True, prevent_thread_lock=True, **where, **bounds)[1]
 
 
 def main() -> None:
@@ -340,8 +317,7 @@ def main() -> None:
             raise ValueError("the page needs gradio: pip install -r requirements-playground.txt") from None
         studio = Studio(args)
         page = build_page(studio)
-    _, url, _ = launch(page, args.port, inbrowser=args.open, quiet=True, prevent_thread_lock=True)
-    print(f"the page is at {url}; Ctrl-C ends it", flush=True)
+    print(f"the page is at {launch(page, args.port, args.open)}; Ctrl-C ends it", flush=True)
     page.block_thread()
 
 

@@ -103,24 +103,25 @@ def pixels_for(encoder: SEMEncoder, images: torch.Tensor, device: torch.device) 
     return torch.from_numpy(np.stack(views)).to(device)
 
 
-def encoder_of(args: Namespace, codes: CodeSet, checkpoint: str = "") -> tuple[SEMEncoder, list[str]]:
+def encoder_of(args: Namespace, codes: CodeSet | None, checkpoint: str = "") -> tuple[SEMEncoder, list[str]]:
     """The encoder that the flags name, or else the one that made the codes, if it is still there; and notes.
 
     Args:
         args: flags of `add_encoder_flags`.
+        codes: None if they are not here.
         checkpoint: of the model that the samples are of, which names the encoder of codes that lie alone.
 
     Raises ValueError where it is not the one that made the codes, or makes codes of another L or V.
     """
     if args.encoder is None:
-        named = codes.features.source()["encoder"] if codes.features is not None else None
+        named = codes.features.source()["encoder"] if codes and codes.features is not None else None
         with contextlib.suppress(ValueError, OSError):  # gone, or of others
             folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
             named = named or read_meta(folder).noted.get("encoder")
         args.encoder = named if named and (Path(named).exists() or is_id(named)) else DEFAULT_ENCODER
     encoder = open_encoder(args)
     try:
-        return encoder, compare(codes, codes_of(encoder, f"the encoder {args.encoder}"))
+        return encoder, compare(codes, codes_of(encoder, f"the encoder {args.encoder}")) if codes else []
     except ValueError as error:
         raise ValueError(f"{error}: name the one that made them with --encoder") from None
 

@@ -230,15 +230,16 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
 
 
 def test_encoder_that_the_checkpoint_names(tmp_path, monkeypatch):
-    """Of codes that lie alone, composed or drawn by a prior, which name none."""
+    """Of codes that lie alone, composed or drawn by a prior, which name none; and where there are none."""
     opened = []
     monkeypatch.setattr("evaluation.tokens.open_encoder", lambda args: opened.append(args.encoder))
     monkeypatch.setattr("evaluation.tokens.codes_of", lambda encoder, owner: CodeSpec(owner=owner, L=2))
     np.save(tmp_path / "composed.npy", np.zeros((3, 2), np.uint8))
     write_json(tmp_path / "meta.json", RunMeta(noted=dict(encoder="owner/mine")).to_json())
-    for checkpoint in (tmp_path, tmp_path / "ema.safetensors", tmp_path / "gone/x"):
-        encoder_of(Namespace(encoder=None), open_codes(tmp_path / "composed.npy"), str(checkpoint))
-    assert opened == ["owner/mine", "owner/mine", DEFAULT_ENCODER]
+    codes = open_codes(tmp_path / "composed.npy")
+    for some, checkpoint in ((codes, "."), (codes, "ema.safetensors"), (None, "."), (codes, "gone/x")):
+        encoder_of(Namespace(encoder=None), some, str(tmp_path / checkpoint))
+    assert opened == ["owner/mine"] * 3 + [DEFAULT_ENCODER]
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_in_a_browser(studio, images, tmp_path, monkeypatch):
     if not chromium:
         pytest.skip("there is no chromium")
     page = playground.build_page(studio)
-    _, url, _ = playground.launch(page, 0, prevent_thread_lock=True, quiet=True)
+    url = playground.launch(page, 0)
     assert url.startswith("http://127.0.0.1:")
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{url}gradio_api/file=/etc/hostname")
