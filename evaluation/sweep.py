@@ -58,6 +58,7 @@ SWEPT = {
 OF_GUIDE = ("guide-t-min", "guide-t-max")
 INTERVALS = {"cfg-scale": ("t-min", "t-max"), "guide-scale": OF_GUIDE, "internal-scale": OF_GUIDE}
 Setting = dict  # a value of each swept flag
+AGREEMENT, CHANCE = "code_agreement", "code_agreement_by_chance"  # among the metrics of a sweep.json
 
 
 def sampling_flag(flag: str) -> str:
@@ -146,7 +147,8 @@ def over_seeds(results: list[tuple[Setting, dict]]) -> list[tuple[Setting, dict]
         groups.setdefault(words_of(setting), (setting, []))[1].append(metrics)
     means = []
     for setting, found in groups.values():
-        values = {name: np.array([metrics[name] for metrics in found]) for name in found[0]}
+        common = [name for name in found[0] if all(name in metrics for metrics in found)]
+        values = {name: np.array([metrics[name] for metrics in found]) for name in common}
         errors = {name: [one.std(ddof=1) / len(one) ** 0.5] if len(one) > 1 else [] for name, one in values.items()}
         means.append((setting, {name: [one.mean(), *errors[name]] for name, one in values.items()}))
     return means
@@ -154,7 +156,7 @@ def over_seeds(results: list[tuple[Setting, dict]]) -> list[tuple[Setting, dict]
 
 def labels_of(results: list[tuple[Setting, dict]]) -> dict[str, str]:
     """The metrics that some setting has, those of a table of evaluate.py alone: {name: label}."""
-    labels = {row.key or name: row.label for name, row in METRICS.items()} | {"code_agreement": "code agreement"}
+    labels = {row.key or name: row.label for name, row in METRICS.items()} | {AGREEMENT: "code agreement"}
     return {name: label for name, label in labels.items() if any(name in metrics for _, metrics in results)}
 
 
@@ -170,7 +172,8 @@ def table_of(results: list[tuple[Setting, dict]]) -> str:
 
 
 def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
-    """Plot each metric of `over_seeds` over the flag that has most values, a line per combination of the others."""
+    """Plot each metric of `over_seeds` over the flag that has most values, a line per combination of the others; that
+    of code agreement with the mean level of chance."""
     from matplotlib.figure import Figure  # no display, and no state of pyplot
 
     flags, labels = list(results[0][0]), labels_of(results)
@@ -186,8 +189,14 @@ def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
         lines.setdefault(words_of(others), []).append((setting[axis], metrics))
     for (name, label), panel in zip(labels.items(), grid):
         for others, points in lines.items():
-            x, y, *errors = zip(*sorted((x, *metrics[name]) for x, metrics in points if name in metrics))
+            numbers = sorted((x, *metrics[name]) for x, metrics in points if name in metrics)
+            x, y, *errors = zip(*numbers) if numbers else ((), ())  # an empty line keeps the others' colours
             panel.errorbar(x, y, *errors, marker="o", markersize=4, capsize=3, label=others)
+        chance = [metrics[CHANCE][0] for _, metrics in results if name == AGREEMENT and CHANCE in metrics]
+        if chance:
+            level = float(np.mean(chance))
+            panel.axhline(level, color="grey", linestyle="--")
+            panel.annotate("chance", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         panel.set(xlabel=axis, ylabel=label)
         panel.grid(alpha=0.3)
     if len(lines) > 1:
@@ -350,7 +359,7 @@ def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Se
     found = read_json(sets[0].with_suffix(".metrics.json"))
     values = dict(found.get("metrics", {}))
     if args.agreement:
-        values["code_agreement"] = found["code_agreement"]["share"]
+        values.update({AGREEMENT: found[AGREEMENT]["share"], CHANCE: found[AGREEMENT]["chance"]})
     if args.discard:
         shutil.rmtree(sets[0].with_suffix(""), ignore_errors=True)
         sets[0].unlink()

@@ -4,10 +4,11 @@ import contextlib
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation import sweep
-from evaluation.sweep import all_settings, drawn_as, folder_of, over_seeds, table_of
+from evaluation.sweep import all_settings, draw_curves, drawn_as, folder_of, over_seeds, table_of
 
 COMMAND = "--cfg-scale 1 1.5 2 --t-max 400 999 --agreement -- --model DiTSEM-Ti/4".split()
 
@@ -63,6 +64,20 @@ def test_means_over_seeds():
     assert [line[-1].strip() for line in lines] == ["fid", "4 ± 0.5774", "7"]
 
 
+def test_curves(tmp_path, monkeypatch):
+    """A line may lack a metric, without a change of the others' colours; agreement has a line of chance."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+    agreement = dict(code_agreement=0.5, code_agreement_by_chance=0.1)
+    found = [({"cfg-scale": scale, "sampler": "heun"}, agreement) for scale in (1.0, 2.0)]
+    found += [({"cfg-scale": scale, "sampler": "ddpm"}, dict(fid=scale, **agreement)) for scale in (1.0, 2.0)]
+    draw_curves(over_seeds(found), tmp_path / "sweep.png")
+    of_fid, of_agreement = drawn[0].axes
+    assert [len(line.get_xdata()) for line in of_fid.lines] == [0, 2]
+    assert of_fid.lines[1].get_color() == of_agreement.lines[1].get_color()
+    assert [*of_agreement.lines[2].get_ydata()] == [0.1, 0.1] and of_agreement.texts[0].get_text() == "chance"
+
+
 def test_settings():
     assert all_settings({"cfg-scale": [1.5, 1.5]}) == [{"cfg-scale": 1.5}]
     unguided = {"cfg-scale": 1.0, "sampler": "heun"}
@@ -82,7 +97,7 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
             (folder / "set").mkdir(parents=True)
             (folder / "set.npz").write_bytes(b"")
         elif flags[0] == "agreement":
-            values = dict(metrics=dict(fid=2.0), code_agreement=dict(share=0.5))
+            values = dict(metrics=dict(fid=2.0), code_agreement=dict(share=0.5, chance=0.1))
             values["samples"] = dict(sha256="0", settings=dict(checkpoint="results/a/7", step=7))
             (folder / "set.metrics.json").write_text(json.dumps(values))
 
@@ -93,7 +108,8 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
     own = "--cfg-scale 1.5 --reference reference.npz --agreement --processes 2 --discard --encoder sem --metrics fid is"
     sweep.main(f"{own} --dlc-dir codes -- --num-fid-samples 8 --results-dir runs".split())
     (result,) = json.loads((tmp_path / "sweep/sweep.json").read_text())["results"]
-    assert result["metrics"] == dict(fid=2.0, code_agreement=0.5) and result["common"]["step"] == 7
+    assert result["metrics"] == dict(fid=2.0, code_agreement=0.5, code_agreement_by_chance=0.1)
+    assert result["common"]["step"] == 7
     samples = "sweep/cfg-scale-1.5/set.npz"
     flags = ["--num-fid-samples", "8", "--ckpt", str(tmp_path / "runs/newest"), "--cfg-scale", "1.5"]
     flags += ["--sample-dir", "sweep/cfg-scale-1.5", "--part", "0/1"]
@@ -123,7 +139,7 @@ def test_an_axis_of_ema_lengths(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "set.npz").write_bytes(b"")
             settings = dict(checkpoint=drawn[-1][0], step=7, weights_sha256=drawn[-1][0])
-            values = dict(samples=dict(sha256="0", settings=settings), code_agreement=dict(share=0.5))
+            values = dict(samples=dict(sha256="0", settings=settings), code_agreement=dict(share=0.5, chance=0.1))
             (folder / "set.metrics.json").write_text(json.dumps(values))
 
     def rebuild(args):
