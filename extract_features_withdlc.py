@@ -27,7 +27,7 @@ from dlc.data.manifest import DTYPES, LATENTS, read_manifest
 from dlc.data.views import Views, collate, flips_of
 from dlc.machine.cli import SEED, ArgumentParser, NotHere, number, progress
 from dlc.machine.exact import set_exact_numerics
-from dlc.machine.files import SHEET, check_output
+from dlc.machine.files import SHEET, check_output, check_outside
 from dlc.machine.part import add_part_flag, asked_part
 from dlc.machine.processes import (
     PRECISIONS,
@@ -126,12 +126,7 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other."""
-    data_path, features_path = Path(args.data_path).resolve(), Path(args.features_path).resolve()
-    if features_path == data_path or data_path in features_path.parents:
-        raise ValueError(
-            f"--features-path {args.features_path} lies in --data-path {args.data_path}, whose "
-            "folders are the classes: give another"
-        )
+    check_outside(args.features_path, "--features-path", args.data_path)
     if args.store_tokens and args.encoder == "none":
         raise ValueError("--store-tokens stores what an --encoder makes of the images, and there is none")
 

@@ -30,7 +30,7 @@ from dlc.data.convert import fetch_features
 from dlc.data.images import WHITE, add_background_flag, add_source_flags
 from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, NotHere, add_option, number, warn_once
-from dlc.machine.files import recorded_id
+from dlc.machine.files import check_outside, recorded_id
 from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
 from dlc.machine.processes import done_by_rank_0, from_rank_0
 from dlc.nets.pixels import PixelEncoder
@@ -148,6 +148,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
             fetch = partial(fetch_features, args.hf_dataset, args.features_path, args.V, args.num_classes)
             done_by_rank_0(state, fetch)
         return Features(args.features_path, args.V, args.num_classes)
+    check_outside(args.results_dir, "--results-dir", args.data_path)
     if args.hf_dataset:
         raise ValueError("--hf-dataset is of features; a dataset of images goes to --data-path")
     if args.num_classes:
@@ -367,7 +368,11 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             build,
             process,
             settings=dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings),
-            notes={path_key: recorded_id(data_path), **{key: source[key] for key in NOTED}},
+            notes={
+                path_key: recorded_id(data_path),
+                **({"labels": recorded_id(args.labels)} if args.labels else {}),
+                **{key: source[key] for key in NOTED},
+            },
         )
         if run.state.is_main_process:
             features.validate()

@@ -30,7 +30,7 @@ from diffusers import AutoencoderKL
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, open_source, to_uint8
 from dlc.data.views import Views
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
-from dlc.machine.files import DirectoryLock, read_json, write_json, write_whole
+from dlc.machine.files import DirectoryLock, check_outside, read_json, write_json, write_whole
 from dlc.machine.records import differences
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, save_encoder, tokens
@@ -87,27 +87,27 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
 #################################################################################
 
 
-def load_images(data_path: str, image_size: int) -> tuple[torch.Tensor, str]:
-    """The centre crops of the images at a path, (n, S, S, 3) uint8, without those that cannot be read; and a digest.
+def load_images(data_path: str, image_size: int, flag: str) -> tuple[torch.Tensor, str]:
+    """The centre crops of the images at a path, (n, S, S, 3) uint8, without those that are broken; and a digest.
 
-    Raises ValueError where there are fewer than two.
+    Raises ValueError, naming the flag, where there are fewer than two, and OSError for one that the disk does not give.
     """
-    source = open_source(data_path)
+    source = open_source(data_path, flag=flag)
     views = Views(source, np.zeros((len(source), 1), bool), image_size, None)
-    crops, unreadable = [], []
+    crops, broken = [], []
     for index in progress(range(len(source)), desc=f"reading {data_path}", unit="img", delay=2):
         (crop,), _, _, failure = views[index]
         if failure is None:
             crops.append(crop)
+        elif failure[2]:
+            broken.append(f"{source.name(index)} ({failure[1]})")
         else:
-            unreadable.append(f"{source.name(index)} ({failure[1]})")
-    for remark in [
-        *source.remarks,
-        *([f"{len(unreadable):,} cannot be read: {unreadable[0]}, …"] if unreadable else []),
-    ]:
+            raise OSError(f"cannot read {source.path(index)!r} ({failure[1]}): fix the file")
+    skipped = [f"{len(broken):,} of {len(source):,} images cannot be read, as {broken[0]}"] if broken else []
+    for remark in [*source.remarks, *skipped]:
         print(f"note: {remark}")
     if len(crops) < 2:
-        raise ValueError(f"--data-path {data_path}: {len(crops)} images can be read, training needs two or more")
+        raise ValueError(f"{flag} {data_path}: {len(crops)} images can be read, two or more are needed")
     return torch.from_numpy(np.stack(crops)), source.sha256()
 
 
@@ -315,14 +315,17 @@ def main(argv: list[str] | None = None) -> None:
     with parser.one_line_errors():
         vae = load_vae(args.vae, device) if args.vae else None
         factor = pixels_per_cell(vae.config) if vae else args.factor
-        for flag, value, divisor in (
-            ("--image-size", args.image_size, factor), ("--image-size", args.image_size, args.patch),
-            ("--vae-width", args.vae_width, 4), ("--sem-width", args.sem_width, 3),
-        ):  # fmt: skip
+        for flag, value, divisor, whose in (
+            ("--image-size", args.image_size, factor, ", the VAE's factor" if vae else " (--factor)"),
+            ("--image-size", args.image_size, args.patch, " (--patch)"),
+            ("--vae-width", args.vae_width, 4, ""),
+            ("--sem-width", args.sem_width, 3, ""),
+        ):
             if value % divisor:
-                raise ValueError(f"{flag} {value} is not a multiple of {divisor}")
-        images, listing = load_images(args.data_path, args.image_size)
-        heldout = load_images(args.heldout_path, args.image_size)[0] if args.heldout_path else images
+                raise ValueError(f"{flag} {value} is not a multiple of {divisor}{whose}")
+        check_outside(args.out, "--out", args.data_path)
+        images, listing = load_images(args.data_path, args.image_size, "--data-path")
+        heldout = load_images(args.heldout_path, args.image_size, "--heldout-path")[0] if args.heldout_path else images
         paths = ("data_path", "heldout_path", "out", "vae")
         settings = {key: value for key, value in vars(args).items() if key not in paths}
         settings |= dict(images=len(images), listing_sha256=listing, **({"vae": weights_sha256(vae)} if vae else {}))

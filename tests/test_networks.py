@@ -53,10 +53,21 @@ def test_networks_of_a_folder(tmp_path, monkeypatch, capsys):
     build(folder, tmp_path / "encoder", "--vae", str(tmp_path / "whole/vae"), "--sem-steps", "21")
     assert not (tmp_path / "encoder/vae").exists() and load_encoder(tmp_path / "encoder/sem").L == 3
 
-    for more, message in ((["--L", "5"], "L 3 there, 5 here"), (["--patch", "7"], "is not a multiple of 7")):
+    for more, message in (
+        (["--L", "5"], "L 3 there, 5 here"),
+        (["--patch", "7"], "--image-size 16 is not a multiple of 7 (--patch)"),
+        (["--out", str(folder / "networks")], "networks lies in --data-path"),
+        (["--heldout-path", str(tmp_path / "whole")], "--heldout-path"),
+    ):
         with pytest.raises(SystemExit):
             build(folder, tmp_path / "whole", *more)
         assert message in capsys.readouterr().err
+    (folder / "cat/broken.png").write_bytes(b"")
+    assert len(networks.load_images(str(folder), 16, "--data-path")[0]) == 8
+    assert "1 of 9 images cannot be read, as cat/broken.png (" in capsys.readouterr().out
+    monkeypatch.setattr(networks.Views, "load", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="cannot read .*cat/0.png' .*: fix the file"):  # may be readable at the next try
+        networks.load_images(str(folder), 16, "--data-path")
 
 
 def test_what_moves_into_a_picture_has_its_edges_colour():

@@ -215,6 +215,15 @@ def check_apart(output: str | Path, flag: str, inputs: Iterable[str | Path | Non
             raise ValueError(f"{flag} {output} is read by this command, as {one}: name another")
 
 
+def check_outside(output: str | Path, flag: str, data_path: str | Path) -> None:
+    """Raise ValueError, naming the flag of an output, where it lies in the folder of images --data-path."""
+    images, path = Path(data_path).resolve(), Path(output).resolve()
+    if images in (path, *path.parents):
+        raise ValueError(
+            f"{flag} {output} lies in --data-path {data_path}, whose folders are the classes: give another"
+        )
+
+
 def check_output(path: str | Path, flag: str, inputs: Iterable = (), own: Iterable[str] | None = None) -> None:
     """Refuse, before any work, a file that cannot be written, or that would replace what is not this command's.
 

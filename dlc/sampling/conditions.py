@@ -349,7 +349,7 @@ def class_numbers(asked: Sequence[str], num_classes: int, meta: RunMeta) -> list
     if not all(one.isdecimal() and int(one) < num_classes for one in asked):
         names = class_names(num_classes, meta) or []
         if not names and meta.data_path and Path(meta.data_path).exists():
-            names = open_source(meta.data_path).classes
+            names = open_source(meta.data_path, meta.noted.get("labels")).classes
     for one in asked:
         if one.isdecimal() and int(one) < num_classes:
             numbers.append(int(one))

@@ -16,7 +16,7 @@ from dlc.data.manifest import Manifest
 from dlc.machine.cli import WARNED
 from dlc.machine.files import write_json
 from dlc.sampling.code_folder import open_codes
-from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors
+from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors, class_numbers
 from dlc.sampling.opening import open_model
 from dlc.sampling.pictures import npz_rows, png_path
 from dlc.sampling.prior_draw import PriorDraw
@@ -354,6 +354,12 @@ def test_classes_that_are_asked_for(tmp_path):
     assert drawn("--class", "2", features=None).words(np.arange(1)) == ["class 2"]
     assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2, 1 of 3 classes"
     assert "given" not in drawn("--label-sampling", "equal").recorded
+    (tmp_path / "images").mkdir()  # of a model that was trained on images with --labels
+    for index in range(3):
+        save_png(tmp_path / f"images/{index}.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "labels.csv").write_text("name,label\n0.png,dog\n1.png,cat\n2.png,ant\n")
+    meta = RunMeta(data_path=str(tmp_path / "images"), noted=dict(labels=str(tmp_path / "labels.csv")))
+    assert class_numbers(["dog", "2"], 3, meta) == [2, 2]
     for flags, features, words in (
         (("--class", "3"), tmp_path, "--class 3: the model's classes are 0 to 2, or names such as 1"),
         (("--class", "0", "cat"), None, "--class cat: .* and their names are not known"),

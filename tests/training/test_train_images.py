@@ -203,5 +203,7 @@ def test_flags(model, flags, message, flags_of, error_of, tmp_path):
 def test_flags_without_images(folder, error_of):
     needed = error_of("train_diffusion", "--data-path", folder, "--model", "DiTSEM-Ti/4")
     assert "DiTSEM-Ti/4 is trained on codes: with --data-path it needs an --encoder" in needed
+    inside = error_of("train_diffusion", "--data-path", folder, "--results-dir", folder / "results")
+    assert "results lies in --data-path" in inside and not (folder / "results").exists()
     for flag, value in (("--image-size", 64), ("--flip", "none"), ("--encoder", "x"), ("--L", 6)):
         assert f"{flag} goes with --data-path" in error_of("train_diffusion", flag, value)
