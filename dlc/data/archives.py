@@ -9,6 +9,7 @@ thousand shards would be too many. So a read costs what that of a lone file cost
 
 import errno
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -19,11 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dlc.data.listing import LeftOut
 from dlc.machine.cli import one_line, progress
 from dlc.machine.files import Damaged, is_pointer, reading
 
 LARGEST = 2**30  # bytes of a member
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip's member: signature, lengths of name and extra field
+UTF_8 = 0x800  # the flag of a zip's member whose name is stored so
+LINKS = "links, in whose place tar -h packs files"  # also sparse files and devices
 TAIL = 10_240  # bytes: tar fills its last record, of this size, with zeros
 
 
@@ -42,24 +46,34 @@ class Member:
     is_deflated: bool = False
 
 
-def zip_members(path: str, bar) -> Iterator[Member]:
+def zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's name, as in the folder that was packed: Macs and zip on Linux store UTF-8, and may not say so."""
+    if info.create_system == 0:  # Windows
+        return info.filename.replace("\\", "/")
+    return info.filename if info.flag_bits & UTF_8 else os.fsdecode(info.orig_filename.encode("cp437"))
+
+
+def zip_members(path: str, bar, left_out: LeftOut) -> Iterator[Member]:
     """What a zip holds. Raises ValueError for what only its password or another program opens."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
+            name = zip_name(info)
             if info.is_dir():
-                yield Member(info.filename)
+                yield Member(name)
+                continue
+            if stat.S_ISLNK(info.external_attr >> 16):
+                left_out.note(LINKS, name)
                 continue
             if info.flag_bits & 1:
-                raise ValueError(f"{info.filename!r} is encrypted: write the zip again without a password")
+                raise ValueError(f"{name!r} is encrypted: write the zip again without a password")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{info.filename!r} is neither stored nor deflated: write the zip again with zip -0")
-            name = info.filename.replace("\\", "/") if info.create_system == 0 else info.filename  # of Windows
+                raise ValueError(f"{name!r} is neither stored nor deflated: write the zip again with zip -0")
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             yield Member(name, info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
             bar.update(info.compress_size)
 
 
-def tar_members(path: str, bar) -> Iterator[Member]:
+def tar_members(path: str, bar, left_out: LeftOut) -> Iterator[Member]:
     """What a tar holds, hard links as what they lead to, and no other links. Raises ValueError if it is cut off."""
     places, at = {}, 0
     with tarfile.open(path, "r:") as archive:  # r: without decompression, which knows no places
@@ -76,6 +90,8 @@ def tar_members(path: str, bar) -> Iterator[Member]:
             elif places.get(member.name):
                 offset, size = places[member.name]
                 yield Member(member.name, offset, size, size)
+            else:
+                left_out.note(LINKS, member.name)
     with open(path, "rb") as file:
         file.seek(at)
         end = file.read(TAIL)
@@ -84,14 +100,16 @@ def tar_members(path: str, bar) -> Iterator[Member]:
 
 
 class Members:
-    """All members of some archives: `names` in the archives' order, those of folders with a "/" at the end.
+    """All members of some archives: `names` in the archives' order, those of folders with a "/" at the end; and what is
+    `left_out`.
 
     Raises ValueError, naming the file, for one that is not whole, and OSError if it cannot be read.
     """
 
     def __init__(self, files: Sequence[str | Path]):
         self.files, self.names, columns = [str(file) for file in files], [], []
-        states = [os.stat(file) for file in self.files]
+        self.left_out = LeftOut()
+        states = map(os.stat, self.files)
         self.states = [(state.st_size, state.st_mtime_ns) for state in states]
         total = sum(size for size, _ in self.states)
         with progress(total=total, desc="indexing", unit="B", unit_scale=True, delay=2) as bar:
@@ -105,7 +123,7 @@ class Members:
     def _members(self, file, bar):
         try:
             with reading(file):
-                yield from (zip_members if file.lower().endswith(".zip") else tar_members)(file, bar)
+                yield from (zip_members if file.lower().endswith(".zip") else tar_members)(file, bar, self.left_out)
         except (ValueError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, struct.error, zlib.error) as error:
             if is_pointer(file):
                 raise ValueError(f"{file} is a git-lfs pointer, not the file: run git lfs pull") from None

@@ -30,6 +30,7 @@ COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")  # what is said to be no arc
 PNG_END = b"IEND\xaeB`\x82"
 # of grids: black and white images stand out from the grey, and the grey from dark and light pages
 GRID_GREY, GAP, LINE, FONT_SIZE = (96, 96, 96), 2, 14, 11  # the lengths in pixels
+LEAST_SHOWN, MOST_LINES = 64, 3  # pixels to which smaller images are enlarged; lines of a caption
 
 
 #################################################################################
@@ -128,9 +129,9 @@ def image_grid(
     """Lay out images (H, W, 3) uint8 NumPy of one size in rows of so many columns, as a PIL image.
 
     Args:
-        images: None leaves a place empty.
+        images: None leaves a place empty. Those narrower than LEAST_SHOWN are enlarged by a whole factor.
         rows: words to the left of each row.
-        captions: words under each image; what is wider than the image is cut off, with an ellipsis.
+        captions: words under each image, in up to MOST_LINES lines; what is left over is cut off, with an ellipsis.
     """
     from matplotlib import get_data_path  # slow to import
 
@@ -140,22 +141,37 @@ def image_grid(
     )
     font = ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
     height, width = next(image.shape[:2] for image in images if image is not None)
+    factor = -(-LEAST_SHOWN // width)
+    height, width = factor * height, factor * width
     left = GAP + max((int(font.getlength(row)) + 2 * GAP for row in rows), default=0)
-    across, down = width + GAP, height + GAP + (LINE if captions else 0)
-    grid = Image.new("RGB", (left + columns * across, GAP + -(-len(images) // columns) * down), GRID_GREY)
+    lines = [_in_lines(words, font, width) for words in captions]
+    starts = range(0, len(images), columns)
+    deep = [LINE * max(map(len, lines[start : start + columns]), default=0) for start in starts]
+    tops = np.cumsum([GAP, *(height + GAP + one for one in deep)]).tolist()
+    grid = Image.new("RGB", (left + columns * (width + GAP), tops[-1]), GRID_GREY)
     draw = ImageDraw.Draw(grid)
-    for row, words in enumerate(rows):
-        draw.text((2 * GAP, GAP + row * down + height // 2), words, anchor="lm", font=font)
+    for words, top in zip(rows, tops):
+        draw.text((2 * GAP, top + height // 2), words, anchor="lm", font=font)
     for place, image in enumerate(images):
-        x, y = left + place % columns * across, GAP + place // columns * down
+        x, y = left + place % columns * (width + GAP), tops[place // columns]
         if image is not None:
-            grid.paste(Image.fromarray(image), (x, y))
-        if place < len(captions):
-            words = captions[place]
-            while words != "…" and font.getlength(words) > width:
-                words = words.rstrip("…")[:-1] + "…"
-            draw.text((x + width // 2, y + height + LINE // 2), words, anchor="mm", font=font)
+            grid.paste(Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1)), (x, y))
+        for number, words in enumerate(lines[place] if place < len(lines) else ()):
+            draw.text((x + width // 2, y + height + LINE * number + LINE // 2), words, anchor="mm", font=font)
     return grid
+
+
+def _in_lines(words, font, width):
+    """Words as lines that are not wider, broken after what parts names where that is not too early."""
+    lines = [""]
+    while words:
+        fits = next((n for n in range(len(words), 1, -1) if font.getlength(words[:n]) <= width), 1)
+        if len(lines) == MOST_LINES and fits < len(words):
+            return [*lines[1:], words[: fits - 1] + "…"]
+        parted = fits < len(words) and max(words.rfind(sign, 0, fits) for sign in " -_.") + 1
+        fits = parted if parted > fits // 3 else fits
+        lines, words = [*lines, words[:fits].strip()], words[fits:]
+    return lines[1:] or [""]
 
 
 #################################################################################
@@ -287,20 +303,23 @@ class Archive(Source):
             with contextlib.suppress(OSError), os.scandir(path) as entries:
                 shown = [entry for entry in entries if not is_hidden(entry.name)]
                 if not any(entry.is_dir() or is_image(entry.name) for entry in shown):
-                    return sorted(entry.path for entry in shown if entry.name.lower().endswith(ARCHIVES)), ""
+                    files = sorted(entry.path for entry in shown)
+                    ours = [one for one in files if one.lower().endswith(ARCHIVES)]
+                    return ours or [one for one in files if one.lower().endswith(COMPRESSED)], ""
             return [], ""
         file = next((one for one in (Path(path), *Path(path).parents) if one.is_file()), None)
         if not file or not file.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
             return [], ""
-        return [str(file)], os.path.relpath(path, file).removeprefix(".")
+        inner = os.path.relpath(path, file)
+        return [str(file)], "" if inner == "." else inner
 
     def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
         files, inner = self.files_of(path)
         self.members = Members(files)
-        tree = Tree(path.removesuffix(inner).rstrip("/"), self.members.names, inner)
+        tree = Tree(files[0] if inner else path.rstrip("/"), self.members.names, inner)
         if names is None:
             own = tree.labels(self.members.read)
-            super().__init__(tree.root, *_listing(tree.root, tree.paths, flag, labels, own))
+            super().__init__(tree.root, *_listing(tree.root, tree.paths, flag, labels, own, self.members.left_out))
         else:
             super().__init__(tree.root, names)
         self.places = np.array([tree.index(self.name(index)) for index in range(len(self))])
@@ -315,7 +334,7 @@ class Table(Source):
     takes = staticmethod(is_dataset)
 
     def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
-        self.table = table = ImageTable(path)
+        self.table = table = ImageTable(path, needs_labels=labels is None and names is None)
         classes, numbers = classes_of(read_labels(labels, table.names)) if labels else (table.classes, table.labels)
         marks = [f"{label} {size}" for label, size in zip(numbers.tolist(), table.sizes)]
         super().__init__(path, table.names, classes, numbers, [] if labels else table.remarks, marks)
@@ -334,7 +353,7 @@ class Table(Source):
 SOURCES = (Table, Archive, Folder)  # the first that takes a path
 
 
-def _listing(root, paths, flag, labels, own=()):
+def _listing(root, paths, flag, labels, own=(), left_out=None):
     """What a Source takes: names, classes, labels, remarks, marks.
 
     labels: a .csv, or None. own: labels by name, of files beside the images.
@@ -342,7 +361,7 @@ def _listing(root, paths, flag, labels, own=()):
     labels_of = functools.partial(read_labels, labels) if labels else None
     if own and not labels:
         labels_of = functools.partial(map, own.get)
-    classes, names, numbers, remarks = list_images(root, paths, flag, labels_of)
+    classes, names, numbers, remarks = list_images(root, paths, flag, labels_of, left_out)
     return names, classes, numbers, remarks, list(map(str, numbers)) if labels_of else None
 
 

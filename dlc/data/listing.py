@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -31,6 +32,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 DANGLING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link: its target is missing, or is the link itself
 LONGEST_REMARK, LONGEST_NAME = 220, 24  # characters
 MOST_ENDINGS = 5  # counted separately
+HOLDERS = (".zip", ".parquet", ".tar")  # hold images, in a folder of them alone
 LABEL_ENDINGS = ("cls", "json")  # of WebDataset, the first one first
 ONE_CLASS = "all"  # the class of images that have none
 MOST_CLASSES = 2**16  # whole numbers below this are classes by themselves, and others names of classes
@@ -122,7 +124,9 @@ def sort_out(paths: Iterable[str], left_out: LeftOut) -> tuple[dict[str, list[st
             if is_image(name):
                 images.append(path)
             elif name:
-                left_out.endings[os.path.splitext(name)[1].lower().rstrip(".") or "without an ending"] += 1
+                ending = os.path.splitext(name)[1].lower().rstrip(".") or "without an ending"
+                left_out.endings[ending] += 1
+                left_out.examples[ending] = min(path, left_out.examples.get(ending, path))
     for path in hidden:
         left_out.note("hidden or system files and folders", path)
     return {name: sorted(found[name], key=by_folder) for name in sorted(found)}, sorted(outside)
@@ -223,6 +227,7 @@ def list_images(
     paths: Iterable[str] | None = None,
     flag: str = "--data-path",
     labels_of: Callable[[list[str]], Iterable[str]] | None = None,
+    left_out: LeftOut | None = None,
 ) -> tuple[list[str], list[str], np.ndarray, list[str]]:
     """Returns classes, the images' paths relative to data_path, labels (n,) int64, and remarks, a line each.
 
@@ -237,11 +242,12 @@ def list_images(
         paths: of all that is to be listed, see `paths_below`, as of an archive; None: what is in the folder data_path.
         flag: by which errors and remarks call data_path.
         labels_of: labels by the images' paths, of all images below data_path; None: the folders are the classes.
+        left_out: what is already known to be.
 
     Raises ValueError if there is nothing to list, or where the folders are no classes, as a data set's train and val;
     OSError if the disk fails to list a folder.
     """
-    left_out, advice = LeftOut(), "put the images of each class into a folder of its own"
+    left_out, advice = left_out or LeftOut(), "put the images of each class into a folder of its own"
     root = os.fspath(data_path) if paths is not None else folder_of(data_path, flag)
     found, outside = sort_out(paths_below(root, left_out) if paths is None else paths, left_out)
     if labels_of:
@@ -260,6 +266,8 @@ def list_images(
     parts = [str(left_out), f"{len(empty):,} empty classes ({example(empty[0], len(empty))})" if empty else ""]
     remark = "; ".join(part for part in parts if part)
     if not paths:
+        for place in (os.path.dirname(left_out.examples.get(ending, "")) for ending in HOLDERS):
+            advice = f"give the folder of its archives, such as {os.path.join(root, place)}" if place else advice
         what = f"images in its class folders ({' '.join(ENDINGS)})" if found else f"images ({' '.join(ENDINGS)})"
         raise ValueError(one_line(f"{flag} {root} has no {what}: {advice}{f'; {remark}' if remark else ''}"))
     labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(paths) for paths in found.values()])
@@ -291,8 +299,9 @@ def classes_of(values: Iterable[str | int]) -> tuple[list[str], np.ndarray]:
     names, sorted as text.
     """
     values = [str(value) for value in values]
-    if all(value.isascii() and value.isdigit() and int(value) < MOST_CLASSES for value in values):
-        labels = np.array([int(value) for value in values], np.int64)
+    whole = [re.fullmatch(r"([0-9]{1,9})(\.0*)?", value) for value in values]  # also 3.0, as tables with gaps have it
+    if all(match and int(match[1]) < MOST_CLASSES for match in whole):
+        labels = np.array([int(match[1]) for match in whole], np.int64)
         return [str(label) for label in range(labels.max() + 1)], labels
     classes, labels = np.unique(values, return_inverse=True)
     return classes.tolist(), labels.astype(np.int64)
@@ -306,7 +315,7 @@ def label_in(content: bytes, name: str) -> str | None:
         return None
     if isinstance(value, dict):
         value = value.get("label", value.get("cls"))
-    return str(value) if isinstance(value, (str, int)) and value != "" else None
+    return str(value) if isinstance(value, (str, int, float)) and value != "" and value == value else None
 
 
 def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
@@ -322,10 +331,10 @@ def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
                 raise ValueError(
                     f"its first line names no column {min(lacking)!r}, but {one_line(table.fieldnames, 60)}"
                 )
-            rows = [(row["name"], row["label"]) for row in table]
+            rows = [(row["name"], row["label"]) for row in table if row["name"] or row["label"]]
         except (ValueError, csv.Error) as error:
             raise ValueError(f"--labels {path}: {error}: wanted the columns name and label") from None
-    labels, wanted = dict(rows), {*names}
+    labels, wanted, faults = dict(rows), {*names}, []
     counts = Counter(name for name, _ in rows)
     for what, wrong in (
         ("names twice", [name for name in counts if counts[name] > 1]),
@@ -334,7 +343,9 @@ def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
     ):
         if wrong:
             count = f" (one of {len(wrong):,})" if len(wrong) > 1 else ""
-            raise ValueError(f"--labels {path} {what} {one_line(repr(wrong[0]), 80)}{count}")
+            faults.append(f"{what} {one_line(repr(wrong[0]), 80)}{count}")
+    if faults:
+        raise ValueError(f"--labels {path} {'; '.join(faults)}")
     return [labels[name] for name in names]
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
-from dlc.data.listing import ONE_CLASS, classes_of, unlabelled
+from dlc.data.listing import ONE_CLASS, classes_of, is_image, unlabelled
 from dlc.machine.cli import one_line, progress
 from dlc.machine.files import is_plain_name, is_pointer, recorded_id
 
@@ -100,8 +100,11 @@ def import_datasets(what: str) -> ModuleType:
     return datasets
 
 
-def _located(name):
-    """What the manifest calls a dataset, the folder that save_to_disk wrote or None, and load_dataset's arguments."""
+def _located(name, is_cached=False):
+    """What the manifest calls a dataset, the folder that save_to_disk wrote or None, and load_dataset's arguments.
+
+    is_cached: without the hub, take what datasets has in its cache.
+    """
     import huggingface_hub
 
     path, source, files = Path(name), recorded_id(name), dict(path="parquet", data_dir=str(name))
@@ -109,6 +112,8 @@ def _located(name):
         if not re.fullmatch(HUB_ID, name):
             raise ValueError("there is no such file or folder, and it is no hub id, owner/name[@revision]")
         repository, _, revision = name.partition("@")
+        if is_cached and huggingface_hub.constants.HF_HUB_OFFLINE:
+            return name, None, dict(path=repository)
         info = huggingface_hub.HfApi().dataset_info(repository, revision=revision or None)
         source, files = f"{repository}@{info.sha}", dict(path=repository, revision=info.sha)
         if {one.rfilename for one in info.siblings} & {*SAVED}:
@@ -198,10 +203,12 @@ def is_dataset(name: str) -> bool:
     name, _ = _split_of(name)
     path = Path(name)
     if path.is_dir():
-        with contextlib.suppress(OSError):
-            folders = [one.name for one in path.iterdir() if one.name[0] != "." and one.is_dir()]
-            inner = path if not folders else path / "data"  # beside class folders a .parquet is something else
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            shown = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+            folders = [name for name, is_folder in shown if is_folder]
+            inner = path if not folders else path / "data"  # beside class folders a .parquet is something else,
             is_parquet = folders in ([], ["data"]) and any(inner.glob("*.parquet"))
+            is_parquet &= not any(is_image(name) for name, _ in shown)  # and beside images, too
             return is_parquet or any((path / one).is_file() for one in SAVED)
         return False
     if path.exists():
@@ -222,16 +229,22 @@ class ImageTable:
 
     Args:
         name: name[:split], see `is_dataset`; without a split, "train" is taken.
+        needs_labels: whether the column `label`, if there is one, has to be whole.
 
     Attributes: names; labels (n,) int64 and classes; sizes: of the images, in bytes; remarks.
     Raises ValueError where there are no such columns or rows, and without the package datasets.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, needs_labels: bool = True):
         datasets = import_datasets(str(name))
         (place, split), self.name, self.remarks = _split_of(name), str(name), []
-        with said_of(name if os.path.exists(place) else f"{name} (no file or folder here, so a dataset of the hub)"):
-            _, saved, files = _located(place)
+        is_here = os.path.exists(place)
+        with said_of(name if is_here else f"{name} (no file or folder here, so a dataset of the hub)"):
+            source, saved, files = _located(place, is_cached=True)
+            if source == place and not is_here:
+                self.remarks.append(
+                    f"{name}: HF_HUB_OFFLINE is set, so the copy fetched last is taken, of any revision"
+                )
             if os.path.isfile(place) and is_pointer(place):
                 raise ValueError("a git-lfs pointer, not the file: run git lfs pull")
             data = datasets.load_from_disk(str(saved)) if saved else datasets.load_dataset(**files, split=split)
@@ -244,7 +257,7 @@ class ImageTable:
                 data = data.cast_column(self.column, datasets.Image(decode=False))
             self.data = data.with_format("arrow")
             files, self.sizes = self._files()
-            self.classes, self.labels = self._labels(datasets, data)
+            self.classes, self.labels = self._labels(datasets, data, needs_labels)
             self.names = self._names(files)
 
     def _image_column(self, datasets, data):
@@ -255,7 +268,8 @@ class ImageTable:
         ]
         found += ["image"] if getattr(data.features.get("image"), "dtype", None) == "binary" else []
         if len(found) != 1 and "image" not in found:
-            raise ValueError(f"wanted a column 'image' of images, there are {', '.join(data.column_names)}")
+            types = (f"{name} of {getattr(kind, 'dtype', kind)}" for name, kind in data.features.items())
+            raise ValueError(f"wanted a column 'image' of images' bytes, there are {one_line(', '.join(types), 120)}")
         if not len(data):
             raise ValueError("there are no rows")
         return "image" if "image" in found else found[0]
@@ -280,20 +294,23 @@ class ImageTable:
             raise ValueError(f"row {sizes.index(None)} has no image, but at most a path: store the images' bytes")
         return names, sizes
 
-    def _labels(self, datasets, data):
-        if "label" not in data.features:
+    def _labels(self, datasets, data, needed):
+        is_there = self.has_labels = "label" in data.features
+        values = data.select_columns(["label"]).with_format("arrow")[:]["label"].to_pylist() if is_there else []
+        lacking = [row for row, value in enumerate(values) if value in (None, -1, "")]
+        if lacking and needed:
+            which = f"row {lacking[0]} has no label ({len(lacking):,} of {len(values):,} rows)"
+            raise ValueError(f"{which}: give --labels, or store a label in each, or no column label")
+        if lacking or not is_there:
+            self.has_labels = False
             self.remarks.append(f"{self.name}: {unlabelled('labels in a column label')}")
             return [ONE_CLASS], np.zeros(len(data), np.int64)
-        values = data.select_columns(["label"]).with_format("arrow")[:]["label"].to_pylist()
-        lacking = [row for row, value in enumerate(values) if value in (None, -1, "")]
-        if lacking:
-            raise ValueError(f"row {lacking[0]} has no label ({len(lacking):,} of {len(values):,} rows)")
         if isinstance(data.features["label"], datasets.ClassLabel):
             return data.features["label"].names, np.array(values, np.int64)
         return classes_of(values)
 
     def _names(self, files):
-        folders = [""] if self.remarks else self.classes
+        folders = self.classes if self.has_labels else [""]
         names = [os.path.join(folders[label], file) for label, file in zip(self.labels.tolist(), files)]
         is_usable = all(map(is_plain_name, {*files, *filter(None, folders)})) and len({*names}) == len(names)
         return names if is_usable else [f"{row:07d}" for row in range(len(names))]

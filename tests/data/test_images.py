@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import extract_command, launch
 from grids import grid_cells
-from PIL import Image
+from PIL import Image, ImageFont
 
 import compose_dlc
 from dlc.data import Features
@@ -17,6 +17,7 @@ from dlc.data.images import (
     GAP,
     GRID_GREY,
     LINE,
+    _in_lines,
     center_crop,
     image_grid,
     is_transparent,
@@ -287,13 +288,18 @@ def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
 
 
 def test_grid_has_words_and_gaps(tmp_path):
-    """Images stay as they are, at their places; captions and row labels are drawn, and cut off where too wide."""
+    """Images stay as they are, or are enlarged, at their places; captions and row labels are drawn, in lines, and cut
+    off where too long."""
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
     image_grid([images[0], None, images[1], images[2]], 2).save(tmp_path / "plain.png")
-    words = dict(rows=("one", "two"), captions=("0", "", "a caption that is too wide", "3"))
+    words = dict(rows=("one", "two"), captions=("0", "", "a caption that is too wide " * 2, "3"))
     image_grid([images[0], None, images[1], images[2]], 2, **words).save(tmp_path / "words.png")
-    for name, captions in (("plain", False), ("words", True)):
+    for name, captions in (("plain", 0), ("words", [1, 3])):
         cells = grid_cells(tmp_path / f"{name}.png", 20, 2, captions)
         assert (cells.reshape(4, 20, 20, 3)[[0, 2, 3]] == images).all() and (cells[0, 1] == GRID_GREY).all()
     grid = np.array(Image.open(tmp_path / "words.png"))
-    assert (grid[:, :-46] > 200).any() and (grid[GAP + 20 : GAP + 20 + LINE, -44:] > 200).any()
+    wide = 2 * (80 + GAP)
+    assert (grid[:, : -wide - GAP] > 200).any() and (grid[GAP + 80 : GAP + 80 + LINE, -wide:] > 200).any()
+    font = ImageFont.load_default(11)
+    assert _in_lines("0123-face-with-cold-sweat", font, 64) == ["0123-face-", "with-cold-", "sweat"]
+    assert _in_lines("", font, 64) == [""] and _in_lines("Wide", font, 1) == ["W", "i", "…"]

@@ -187,6 +187,8 @@ def test_nothing_to_list(tmp_path):
     other = make(tmp_path / "other", "cat/1.gif", "cat/2.gif", "cat/3.avif", "dog/")
     assert "has no images in its class folders (.jpg " in refused(other)
     assert refused(other).endswith("; left out 2 .gif, 1 .avif; 2 empty classes (cat, …)")
+    shards = make(tmp_path / "shards", "train/0.tar", "val/0.tar")
+    assert f"give the folder of its archives, such as {shards}/train; left out 2 .tar" in refused(shards)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -131,12 +132,13 @@ def test_a_flat_folder_and_its_labels(place, tmp_path):
     source = labelled("name,size,label\n" + "".join(lines))
     assert (source.classes, source.labels.tolist()) == (["a", "b", "é"], [1, 1, 2, 0])
     assert source.sha256() != labelled("name,label\n" + "".join(f"{name},a\n" for name in rows)).sha256()
+    floats = labelled("name,label\n,\n" + "".join(f"{name},{number}.0\n" for number, name in enumerate(rows, 8)))
     numbers = labelled("name,label\n" + "".join(f"{name},{number}\n" for number, name in enumerate(rows, 8)))
-    assert len(numbers.classes) == 12 and numbers.labels.tolist() == [9, 10, 8, 11]
+    assert len(numbers.classes) == 12 and numbers.labels.tolist() == floats.labels.tolist() == [9, 10, 8, 11]
     for text, message in (
         ("file,label\n", "its first line names no column 'name'"),
         ("", "its first line names no column"),
-        ("name,label\n0.png,a\n", "has no label for '1.png' .one of 3."),
+        ("name,label\n0.png,a\nflat/1.png,b\n", "for '1.png' .one of 3.; .* not there, such as 'flat/1.png'"),
         ("name,label\n" + "".join(f"{name},a\n" for name in rows) + "x.png,b\n", "that are not there, such as 'x.png'"),
         ("name,label\n" + 2 * "0.png,a\n", "names twice '0.png'"),
     ):
@@ -181,6 +183,16 @@ def encrypted(path):
     return path
 
 
+def linked(path):
+    """A tar of links alone."""
+    with tarfile.open(path, "w") as archive:
+        for name in ("cat/1.png", "cat/2.png"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, "/elsewhere.png"
+            archive.addfile(member)
+    return path
+
+
 def cut(path, source, size):
     path.write_bytes(source.read_bytes()[:size])
     return path
@@ -198,6 +210,14 @@ BAD = {
     "tar.gz": (
         lambda path, place: shutil.make_archive(path / "a", "gztar", place / "images"),
         "a.tar.gz cannot be used .*a whole .tar that is not compressed",
+    ),
+    "tar.gz in a folder": (
+        lambda path, place: shutil.make_archive(path / "a/a", "gztar", place / "images") and path / "a",
+        "a.tar.gz cannot be used .*a whole .tar that is not compressed",
+    ),
+    "links": (
+        lambda path, _: linked(path / "a.tar"),
+        "no images .*left out 2 links, in whose place tar -h packs files",
     ),
     "encrypted": (lambda path, _: encrypted(path / "a.zip"), "'a/1.png' is encrypted"),
     "method": (
@@ -244,6 +264,24 @@ def test_names_that_lead_out_are_left_out(tmp_path):
     source = open_source(zipped(tmp_path / "a.zip", "../../1.png", "cat/../2.png", "/cat/3.png", "cat/./4.png"))
     assert source.names.tolist() == [b"cat/3.png", b"cat/4.png"] and source.classes == ["cat"]
     assert "left out 2 names that lead out of the archive (../../1.png, …)" in source.remarks[-1]
+
+
+def test_names_are_those_of_the_folder(tmp_path):
+    """Macs, and zip on Linux, store UTF-8 without saying so, and names that are none; links are counted."""
+    names, path = ["é/猫.png", os.fsdecode(b"z\xe9/1.png")], tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        link = zipfile.ZipInfo("é/link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        for name in (names[0], "z?/1.png", link):
+            archive.writestr(name, b"")
+    content = bytearray(path.read_bytes().replace(b"z?", b"z\xe9"))
+    for header, flags in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        for found in re.finditer(re.escape(header), content):
+            content[found.start() + flags] &= ~8
+    path.write_bytes(content)
+    source = open_source(tmp_path / "a.zip")
+    assert [source.name(index) for index in range(len(source))] == sorted(names) and len(source.classes) == 2
+    assert "left out 1 links, in whose place tar -h packs files (é/link.png)" in source.remarks[-1]
 
 
 def test_hub_datasets_without_the_package(tmp_path, monkeypatch):
@@ -293,13 +331,22 @@ def test_datasets_are_the_folder(place, tables, tmp_path):
     pixels = np.asarray(load_image(place / "images/cat/2.png"))
     np.testing.assert_array_equal(np.asarray(load_image(str(tables / "saved/cat/2.png"))), pixels)
     np.testing.assert_array_equal(np.asarray(plain.load(2)), pixels)
+    (tmp_path / "labels.csv").write_text("name,label\n" + "".join(f"{row:07d},{row % 2}\n" for row in range(6)))
+    named = open_source(tables / "unlabelled.parquet", labels=str(tmp_path / "labels.csv"))
+    assert named.labels.tolist() == [0, 1] * 3 and open_source(tables / "unlabelled.parquet", names=["0000003"]).load(0)
+
+
+def test_a_table_beside_images_is_none(place, tables, tmp_path):
+    flat = shutil.copytree(place / "images/cat", tmp_path / "flat")
+    shutil.copy(tables / "wrong.parquet", flat / "metadata.parquet")
+    assert len(open_source(flat)) == 3
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("wrong.parquet", "wanted a column 'image' of images, there are x"),
-        ("unlabelled.parquet", "row 4 has no label .2 of 6 rows."),
+        ("wrong.parquet", "wanted a column 'image' of images' bytes, there are x of int64"),
+        ("unlabelled.parquet", "row 4 has no label .2 of 6 rows.: give --labels"),
         ("paths.parquet", "row 0 has no image, but at most a path"),
         ("a[1].parquet", "takes .* in a path for patterns: rename it"),
         ("a::b.parquet", "takes .* in a path for patterns: rename it"),
@@ -328,12 +375,16 @@ with ArgumentParser("").one_line_errors():
     print(source.name(4), source.classes, source.load(0).size, source.sha256())
 """
 
-    def opened(name):
-        return subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, text=True, capture_output=True, env=env)
+    def opened(name, **more):
+        command = [sys.executable, "-c", code, name]
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=env | more)
 
     wanted = open_source(tables / "a.parquet")
+    line = f"dog/1.png ['cat', 'dog'] (150, 70) {wanted.sha256()}"
     found = opened("owner/images@v1:test")
-    assert f"dog/1.png ['cat', 'dog'] (150, 70) {wanted.sha256()}" in found.stdout, found.stderr
+    assert line in found.stdout, found.stderr
+    found = opened("owner/images@v1:test", HF_HUB_OFFLINE="1")  # as on nodes of a cluster
+    assert line in found.stdout, found.stderr
     for name, message in (("owner/images@v1", 'Unknown split "train"'), ("owner/nowhere", "no file or folder here")):
         found = opened(name)
         assert found.returncode == 2 and message in found.stderr, found.stderr
