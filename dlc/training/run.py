@@ -179,11 +179,6 @@ class Run(contextlib.ExitStack):
             if args.pretrained_path and not self.resumed:
                 self.pretrained = load_pretrained(args.pretrained_path, model, self.config.process)
                 self.ema_start = 0.0
-            if self.state.is_main_process:
-                trim_metrics(self.folder / "metrics.jsonl", self.first_step)
-                if args.ema_lengths:
-                    trim_snapshots(self.folder, self.ema_images)
-                remove_unfinished(self.folder)
         model.set_grad_checkpointing(args.checkpoint_activations)
         self.ema = deepcopy(model).requires_grad_(False).eval()
         if self.compiled:
@@ -192,7 +187,7 @@ class Run(contextlib.ExitStack):
             fully_shard_blocks(model, self.device, self.precision)
             fully_shard_blocks(self.ema, self.device)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
-        self.lengths = PowerAverages(args.ema_lengths, dict(self.ema.named_parameters()), self.ema_images)
+        self.lengths = PowerAverages(args.ema_lengths or (), dict(self.ema.named_parameters()), self.ema_images)
         model.train()
         self.model, self.beside = self._callable(model), {}
         self.synced = [self.model]
@@ -222,9 +217,10 @@ class Run(contextlib.ExitStack):
             begin_groups(optimizer)
         self.losses, self.sums = losses, losses.zeros(self.device)  # of this process, since the last line of the log
         self.skips = SkippedSteps(self.optimizers, self.accelerator.scaler, self.device, self.skipped)
-        if self.resumed:
-            with self.parser.one_line_errors():
+        with self.parser.one_line_errors():
+            if self.resumed:
                 self._load()
+            done_by_rank_0(self.state, self._trim)  # a run that is refused keeps all that it has
         for group in self._groups():
             group.setdefault("initial_lr", group["lr"])
 
@@ -250,6 +246,13 @@ class Run(contextlib.ExitStack):
             self.sums += saved[self.state.process_index].to(self.device)
         elif self.state.is_main_process:
             self.sums += saved.sum(dim=0).to(self.device)
+
+    def _trim(self):
+        """Remove what was written after the time from which the run resumes."""
+        trim_metrics(self.folder / "metrics.jsonl", self.first_step)
+        if self.lengths.averages:
+            trim_snapshots(self.folder, self.ema_images)
+        remove_unfinished(self.folder)
 
     @property
     def share(self) -> dict:

@@ -11,7 +11,7 @@ from dlc.machine.processes import PRECISIONS, add_speed_flags, default_num_worke
 from dlc.weights.power_ema import LENGTH
 
 # Recorded in each checkpoint; a run may continue with other values, and then says so.
-OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup")
+OPTIMISATION = ("lr", "warmup_steps", "weight_decay", "grad_clip", "ema_decay", "ema_warmup", "ema_lengths")
 
 LEAST_STEPS = 20_000  # of a run on few samples, unless flags say otherwise: fewer leave a model of noise
 FIRST_CHECKPOINT = 250  # the step, unless flags say otherwise
@@ -134,7 +134,6 @@ def _add_optimisation(parser, epochs):
         "--ema-lengths",
         type=LENGTH,
         nargs="+",
-        default=[],
         metavar="SHARE",
         help="also track power-function EMAs of these lengths, shares of the training such as 0.05 0.1, from which "
         "`python -m dlc.weights ema` makes one of any length [none]",

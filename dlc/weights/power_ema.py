@@ -89,14 +89,12 @@ def snapshots_of(run: Path) -> list[Snapshot]:
 def rebuild(args: argparse.Namespace) -> list[str]:
     """Write args.out, the EMA of args.length of a run, and say what it is. Raises ValueError for a user's mistake."""
     run, out = Path(args.run), Path(args.out)
-    snapshots = snapshots_of(run)
-    if args.at is not None:
-        snapshots = [one for one in snapshots if one.images <= args.at]
+    there = snapshots_of(run)
+    if not there:
+        raise ValueError(f"{run} has no snapshots of EMAs: name the folder of a run that has --ema-lengths")
+    snapshots = [one for one in there if args.at is None or one.images <= args.at]
     if not snapshots:
-        raise ValueError(
-            f"{run} has no snapshots of EMAs{'' if args.at is None else f' until image {args.at:,}'}: train "
-            "with --ema-lengths"
-        )
+        raise ValueError(f"{run} has no snapshots of EMAs until image {args.at:,}: the first is of {there[0].images:,}")
     if out.exists():
         raise ValueError(f"{out} exists: give a path that does not")
     newest = newest_of_run(run, ["config.json", "meta.json"])
@@ -110,8 +108,8 @@ def rebuild(args: argparse.Namespace) -> list[str]:
             whole = value if not value.is_floating_point() else value.double() * coefficient
             total[name] = whole if name not in total or not value.is_floating_point() else total[name] + whole
     weights = {name: value.float() if value.is_floating_point() else value for name, value in total.items()}
-    noted = dict(read_meta(newest).noted, weights="ema", ema_length=args.length, ema_images=last.images)
-    meta = replace(read_meta(newest), step=last.step, ema_start=0.0, noted=noted)
+    noted = dict(read_meta(newest).noted, weights="ema", ema_length=args.length)
+    meta = replace(read_meta(newest), step=last.step, ema_start=0.0, ema_images=last.images, noted=noted)
     write_folder(out, lambda folder: write_own(folder, weights, read_config(newest), meta))
     largest = np.abs(share).max()
     return [

@@ -74,10 +74,26 @@ def test_a_run_with_lengths(features, tmp_path):
     with pytest.raises(ValueError, match="out exists"):
         rebuild(args)
     args.out, args.at = tmp_path / "early", 15
-    with pytest.raises(ValueError, match="no snapshots of EMAs until image 15: train with --ema-lengths"):
+    with pytest.raises(ValueError, match="no snapshots of EMAs until image 15: the first is of 16"):
         rebuild(args)
+    args.at = 40
+    rebuild(args)
+    meta = load_model(tmp_path / "early")[2]
+    assert (meta.step, meta.ema_images) == (4, 32)
+    args.run = tmp_path / "whole/checkpoints/0000006"
+    with pytest.raises(ValueError, match="0000006 has no snapshots of EMAs: name the folder of a run"):
+        rebuild(argparse.Namespace(**{**vars(args), "out": tmp_path / "none"}))
+    # a run that is refused loses nothing, and one that stops to track says so
     said = train("parts", 7, "--ema-lengths", 0.2, check=False).stdout
     assert "has no ema-0.2.safetensors: an average of --ema-lengths" in said
+    (tmp_path / "parts/checkpoints/0000006/ema-0.1.safetensors").unlink()
+    (tmp_path / "parts/metrics.jsonl").open("a").write('{"step": 9}\n')
+    assert "has no ema-0.1.safetensors" in train("parts", 7, check=False).stdout
+    assert '"step": 9' in (tmp_path / "parts/metrics.jsonl").read_text()
+    command = train_command(1, features, tmp_path / "parts", "--max-steps", 7, "--ckpt-every", 7, launcher="forked")
+    assert "changed since: ema_lengths [0.05, 0.1] there, None here" in launch(command, tmp_path).stdout
+    assert "has no ema-0.05.safetensors" in train("parts", 8, check=False).stdout
+    assert {one.path.name for one in snapshots_of(tmp_path / "parts")} >= snapshots.keys()
     said = launch(
         (*train_command(1, features, tmp_path / "x", launcher="forked"), "--ema-snapshot-every", 9),
         tmp_path,
