@@ -184,8 +184,8 @@ FLOW_SAMPLERS = {
 }
 FLOW_OPTIONS = dict(
     time_distribution=Option("of the times in training; lognormal: the sigmoid of a normal, which prefers the middle",
-                             choices=TIME_DISTRIBUTIONS),
-    time_mean=Option("mean of that normal", low=-10, high=10),
-    time_std=Option("standard deviation of that normal", low=0.01, high=10),
+                             choices=TIME_DISTRIBUTIONS, training_only=True),
+    time_mean=Option("mean of that normal", low=-10, high=10, training_only=True),
+    time_std=Option("standard deviation of that normal", low=0.01, high=10, training_only=True),
     time_scale=Option("the model is told this times t: 1, as SiT and REPA do, or 1000, DDPM's range", low=1, high=1000),
 )

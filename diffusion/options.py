@@ -12,6 +12,7 @@ class Option:
     low: float = -math.inf                  # of a number
     high: float = math.inf
     choices: tuple[str, ...] = ()           # of a text; else it is a number
+    training_only: bool = False             # whether what a model predicts does not depend on it
 
 
 def default_of(build: Callable, name: str) -> object:

@@ -69,6 +69,13 @@ def create_process(name: str, **arguments) -> Process:
     return process
 
 
+def predicted_by(config: dict) -> dict:
+    """Of a process's `config`, what decides the output of models that are trained on it."""
+    options = PROCESSES[config["process"]].options
+    only = {name for name, option in options.items() if option.training_only}
+    return dict(config, arguments={name: value for name, value in config["arguments"].items() if name not in only})
+
+
 def describe_process(process: Process) -> str:
     """A process in words: its name and its arguments."""
     arguments = ", ".join(f"{name} {value!r}" for name, value in process.config["arguments"].items())

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from diffusion.process_table import predicted_by
 from dlc.machine.cli import number, whole_or_float
 from dlc.machine.files import recorded_id
 from dlc.machine.records import differences
@@ -46,6 +47,10 @@ def settle_guidance(args: Namespace) -> None:
     """Give --cfg-scale its default. Raises ValueError for flags of guidance that do not go together."""
     if args.guide_ckpt and (args.cfg_scale or 1) > 1:
         raise ValueError("--guide-ckpt guides in the place of --cfg-scale: give one of them")
+    for flag in ("t_min", "t_max", "cfg_channels"):
+        if args.guide_ckpt and getattr(args, flag) is not None:
+            other = "it guides all channels" if flag == "cfg_channels" else f"give --guide-{flag.replace('_', '-')}"
+            raise ValueError(f"--{flag.replace('_', '-')} is that of --cfg-scale, not of --guide-ckpt: {other}")
     if args.guide_ckpt and args.guide_scale is None:
         raise ValueError("--guide-ckpt names a model to guide by: say how strongly with --guide-scale, such as 1.5")
     if args.guide_scale is not None and not args.guide_ckpt:
@@ -68,7 +73,7 @@ def trained_for(model: DiT, meta: RunMeta) -> dict:
     return dict(
         conditioning=model.conditioning,
         latents=[model.in_channels, *model.x_embedder.img_size],
-        process=process_of(meta).config,
+        process=predicted_by(process_of(meta).config),
         **({} if table is None else model.sizes_of(tuple(table.shape))),
         **{name: getattr(meta, name) for name in SAME_LATENTS},
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from diffusion.process_table import Process, create_process
+from diffusion.process_table import Process, create_process, predicted_by
 from dlc.machine.cli import warn_once
+from dlc.machine.records import differences
 from dlc.weights.foreign.dits import DIFFUSERS_EPS, trained_process, use_diffusers_function
 from dlc.weights.foreign.layouts import File, OtherKind, open_weights
 from dlc.weights.foreign.names import names_of, read_foreign
@@ -76,8 +77,8 @@ def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConf
     meta = read_meta(folder) if (folder / "meta.json").is_file() else RunMeta()
     exported = meta.noted.get("weights")
     file = at if at.is_file() else folder / OWN_FILES[0 if ema and not exported else 1]
-    if not file.is_file() and not ema or at.is_file() and not ema and at.name == OWN_FILES[0]:
-        raise ValueError(f"{named} has no raw weights (model.safetensors): leave out --no-ema")
+    if not ema and (exported == "ema" or not file.is_file() or at.name == OWN_FILES[0]):
+        raise ValueError(f"{named} has no raw weights: leave out --no-ema")
     tensors = check_tensors(load_tensors(file), file, RECORDABLE)
     kind = exported or ("ema" if file.name == OWN_FILES[0] else "raw")
     words = "exported by this program" if exported else words
@@ -222,9 +223,9 @@ def warn_of_young_ema(path: str | Path, meta: RunMeta) -> None:
 def load_pretrained(named: object, model: torch.nn.Module, process: dict | None = None) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
-    process: what the model is trained on, as `Process.config`, which the line compares.
+    process: what the model is trained on, as `Process.config`, which is compared.
 
-    Raises ValueError if there are no weights, or none that fit.
+    Raises ValueError if there are no weights, or none that fit, or not all of those that are frozen.
     """
     kind = "model" if isinstance(model, DiT) else "prior"
     at = locate(named, kind, "--pretrained-path")
@@ -238,14 +239,24 @@ def load_pretrained(named: object, model: torch.nn.Module, process: dict | None 
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {named} has no tensor that fits the model")
+    before = process_of(meta).config if process and (kind == "model" or meta.process) else None
+    other = differences(predicted_by(before), predicted_by(process)) if before else ""
+    frozen = [key for key, one in model.named_parameters() if not one.requires_grad]
+    lacking = [f"no {key} of this shape" for key in frozen if key not in fit] or ([other] if other else [])
+    if frozen and lacking:
+        raise ValueError(
+            f"--pretrained-path {named} does not fit this --model and --objective ({lacking[0]}), and --train-only "
+            "would leave it so: leave out --train-only"
+        )
     model.load_state_dict(fit, strict=False)
     said = [f"{len(fit)} of {len(wanted)} tensors from {named} ({describe(meta)})"]
-    before = process_of(meta).config["process"] if kind == "model" or meta.process else None
-    if process and before not in (None, process["process"]):
+    if before and before["process"] != process["process"]:
         said.append(
-            f"it was trained on the process {before}, this run is on {process['process']}: its blocks are a start, and "
-            "what its output and its times mean is learned anew"
+            f"it was trained on the process {before['process']}, this run is on {process['process']}: its blocks are a "
+            "start, and what its output and its times mean is learned anew"
         )
+    elif other:
+        said.append(f"it was trained on the same process, but for {other}")
     others = sorted(weights.keys() & wanted.keys() - fit.keys(), key=lambda key: ("embedding_table" not in key, key))
     for key in others[:5]:
         said.append(f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here")

@@ -10,6 +10,7 @@ from tiny_prior import save_prior
 from tiny_weights import tiny
 
 from diffusion.masked import MaskedDiffusion
+from diffusion.process_table import create_process
 from diffusion.samplers import Sampler
 from dlc.sampling.guide import open_guide, settle_guidance
 from dlc.sampling.latents import Guide, sample_latents
@@ -137,6 +138,8 @@ def test_what_is_recorded_of_a_guide(opened, tmp_path):
         (dict(flags=()), "say how strongly with --guide-scale"),
         (dict(flags=("--guide-scale", "2", "--cfg-scale", "1.5")), "in the place of --cfg-scale: give one of them"),
         (dict(flags=("--guide-scale", "2", "--guide-t-min", "9", "--guide-t-max", "8")), "9 is above"),
+        (dict(flags=("--guide-scale", "2", "--t-max", "430")), "that of --cfg-scale, .*: give --guide-t-max"),
+        (dict(flags=("--guide-scale", "2", "--cfg-channels", "3")), "not of --guide-ckpt: it guides all channels"),
     ],
 )
 def test_guides_that_are_refused(opened, change, message):
@@ -145,14 +148,27 @@ def test_guides_that_are_refused(opened, change, message):
 
 
 def test_a_guide_of_another_process_is_refused(opened, tmp_path):
+    """But for how its times were drawn in training."""
     opened()
-    config = json.loads((tmp_path / "guide/config.json").read_text())
-    config["process"]["arguments"]["predict_xstart"] = True
-    (tmp_path / "guide/config.json").write_text(json.dumps(config))
-    args = sampling_parser("", SCRIPT, "").parse_args(["--guide-ckpt", str(tmp_path / "guide"), "--guide-scale", "2"])
-    args.ckpt = str(tmp_path / "run")
+
+    def change(folder, process):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        (tmp_path / folder / "config.json").write_text(json.dumps({**config, "process": process.config}))
+
+    def open_it():
+        flags = ["--guide-ckpt", str(tmp_path / "guide"), "--guide-scale", "2"]
+        args = sampling_parser("", SCRIPT, "").parse_args([*flags, "--ckpt", str(tmp_path / "run")])
+        return open_guide(args, *open_model(args, SCRIPT, ""))
+
+    change("guide", create_process("gaussian", predict_xstart=True))
     with pytest.raises(ValueError, match="process.arguments.predict_xstart True there, False here"):
-        open_guide(args, *open_model(args, SCRIPT, ""))
+        open_it()
+    change("run/checkpoints/0000001", create_process("flow"))
+    change("guide", create_process("flow", time_scale=1000.0))
+    with pytest.raises(ValueError, match="process.arguments.time_scale 1000.0 there, 1.0 here"):
+        open_it()
+    change("guide", create_process("flow", time_distribution="lognormal", time_std=2.0))
+    assert open_it()[0].scale == 2
 
 
 def test_whether_there_is_a_head(tmp_path):

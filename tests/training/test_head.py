@@ -59,6 +59,15 @@ def test_a_head_is_optional(tmp_path):
     assert "new: intermediate_layer.adaLN_modulation.1.bias" in load_pretrained(old, with_head())
     plain = tiny("DiTSEM-Ti/4", **CODES)
     assert "left out: intermediate_layer.adaLN_modulation.1.bias" in load_pretrained(new, plain)
+    # a trunk that is to stay as it is has to be all there
+    frozen = with_head().requires_grad_(False)
+    frozen.intermediate_layer.requires_grad_(True)
+    assert "new: intermediate_layer" in load_pretrained(old, frozen, create_process("gaussian").config)
+    with pytest.raises(ValueError, match="process 'gaussian' there, 'flow' here.*leave out --train-only"):
+        load_pretrained(old, frozen, create_process("flow").config)
+    labels = save_checkpoint(tmp_path / "labels", "DiT-Ti/4", dict(num_classes=5))
+    with pytest.raises(ValueError, match="no sem_embedder.embedding_table of this shape"):
+        load_pretrained(labels, frozen, create_process("gaussian").config)
     model = with_head()
     model.drop_head()
     assert model.state_dict().keys() == plain.state_dict().keys() and model.config == plain.config
