@@ -105,7 +105,8 @@ def argument_parser(**defaults) -> ArgumentParser:
     )
     add(
         "--vae",
-        help=f"{VAE_HELP}; it decodes previews and, with --data-path, encodes the images [the features' own, or ema]",
+        help=f"{VAE_HELP}; it decodes previews and --eval-samples and, with --data-path, encodes the images [the "
+        "features' own, or ema]",
     )
     add_heldout_flags(add, "rows", "loss", 0.0)
     add(
@@ -142,7 +143,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         ):
             if given is not None:
                 raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
-        if args.vae and args.sample_every == 0:
+        if args.vae and args.sample_every == 0 and not args.eval_samples:
             raise ValueError("--vae decodes previews, and features have their latents: leave out --sample-every 0")
         if args.hf_dataset:
             fetch = partial(fetch_features, args.hf_dataset, args.features_path, args.V, args.num_classes)
@@ -297,6 +298,7 @@ def losses_of(
         return out
 
     terms = process.training_losses(network, x, t, dict(y=y, drop=drop), noise)
+    terms.setdefault("mse", terms["loss"])  # what is added to the loss is not of the process
     if head:
         terms["head"] = mean_flat((inner["head"].float() - process.target(x, noise)) ** 2)
         terms["loss"] = terms["loss"] + HEAD_WEIGHT * terms["head"]
@@ -307,9 +309,11 @@ def losses_of(
 
 
 def logged_losses(process: Process, head: bool = False, align: bool = False) -> Losses:
-    """All losses of a process; by quarter of t the second, which is the first's main part, or the only one."""
+    """All losses of a process, and those that are added; by quarter of t the second, which is the first's main part, or
+    the only one."""
     more = ("head",) * head + ("align",) * align
-    return Losses(process.loss_names + more, by_quarter=process.loss_names[:2][-1])
+    own = process.loss_names if process.loss_names[1:] or not more else ("loss", "mse")
+    return Losses(own + more, by_quarter=own[:2][-1])
 
 
 def preview_vae(

@@ -80,8 +80,14 @@ def draw_losses(metrics: list[dict], path: Path) -> None:
     """Plot the logged losses over the steps, 800 x 400 pixels, from the dicts of `read_metrics`.
 
     Losses above the 98th percentile, which are the first few, are cut off. Where a prior's bounds on held-out codes
-    were measured, they are drawn below. Without any losses, nothing is written.
+    were measured, they are drawn below. Without any losses, nothing is written. What a head or alignment adds to the
+    loss is left out, because it is not measured on held-out rows.
     """
+
+    def own(line):
+        return dict(line, loss=line["mse"] + (line.get("vb") or 0)) if isinstance(line.get("mse"), float) else line
+
+    metrics = [own(line) for line in metrics]
 
     def points_of(key):
         return sorted((line["step"], line[key]) for line in metrics if isinstance(line.get(key), float))

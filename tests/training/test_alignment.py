@@ -23,7 +23,7 @@ from dlc.training.alignment import ALIGNMENTS, Alignment, resized
 from dlc.training.image_batches import ImageBatches, Images
 from dlc.weights.load import load_model
 from dlc.weights.networks import load_encoder
-from train_diffusion import draws, losses_of
+from train_diffusion import draws, logged_losses, losses_of
 
 ALIGN = ("--align", "repa", "--align-block", 2)
 
@@ -79,6 +79,11 @@ def test_loss_of_a_step(process):
     torch.testing.assert_close(terms["align"], -(unit[0] * unit[1]).sum(dim=2).mean(dim=1))
     torch.testing.assert_close(terms["loss"], usual["loss"] + 0.5 * terms["align"])
     assert terms.keys() == {*usual, "align"} and torch.equal(terms["head"], usual["head"])
+    # the process's own loss is logged, too
+    own, _ = losses_of(model, process, indices, x, y, **{**kept, "head": False})
+    logged = logged_losses(process, True, True)
+    assert torch.equal(terms["mse"] + terms.get("vb", 0), own["loss"]) and logged.by_quarter == "mse"
+    assert {*logged.names} == terms.keys()
     without, _ = losses_of(model, process, indices, x, y, **kept, alignment=alignment)
     assert torch.equal(without["loss"], usual["loss"]) and not without["align"].any()
 

@@ -318,6 +318,9 @@ def test_picture_of_the_losses(tmp_path):
     draw_losses([dict(step=1, loss=None)], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     draw_losses([dict(step=step, loss=1 / step) for step in range(1, 100)], tmp_path / "loss.png")
+    # what is added to the process's own loss is not drawn
+    draw_losses([dict(step=step, loss=-1.0, mse=1 / step, vb=0.0) for step in range(1, 100)], tmp_path / "own.png")
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "loss.png").read_bytes()
     picture = np.array(Image.open(tmp_path / "loss.png"))
     rows, columns = ((picture[..., 2] > 150) & (picture[..., 0] < 100)).nonzero()  # blue
     assert rows[columns.argmin()] < 40 and rows[columns.argmax()] > 320  # falls, over the whole width
