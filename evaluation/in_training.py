@@ -15,10 +15,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 from diffusion.process_table import Process
+from dlc.data.codes import CodeSet, compare
 from dlc.data.images import to_uint8
 from dlc.machine.cli import warn_once
 from dlc.machine.processes import done_by_rank_0
-from dlc.nets.vae import decode
+from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.training.batches import TrainingBatches
 from dlc.training.heldout import SEED, Measurement
@@ -27,7 +28,7 @@ from dlc.training.preview import PREVIEW_STEPS
 from dlc.weights.networks import load_encoder, load_vae
 from evaluation.feature_networks import NETWORKS, feature_networks, weights_here
 from evaluation.metrics import FeatureStatistics, frechet_distance
-from evaluation.tokens import BATCH, CodeReader, EncoderNetwork
+from evaluation.tokens import BATCH, CodeReader, EncoderNetwork, codes_of
 
 if TYPE_CHECKING:
     from dlc.training.run import Run
@@ -42,7 +43,8 @@ class SampleMetrics(Measurement):
         process: what the model is trained on.
         vae: the name of the VAE of the latents.
 
-    Raises ValueError where no network to compare by is on this machine, or the VAE cannot be loaded.
+    Raises ValueError where no network to compare by is on this machine, or the VAE cannot be loaded
+    or does not decode these latents.
     """
 
     key = "frechet_distance"
@@ -54,10 +56,13 @@ class SampleMetrics(Measurement):
         self.rows, self.shape = rows[self.places.numpy() % len(rows)], features.latent_shape
         self.batches = TrainingBatches(features, self.inputs.arrays, self.inputs.limits, seed=SEED, global_batch=1)
         self.vae, self.reference = load_vae(vae, run.device), None
+        check_decodes(self.vae, vae, self.shape[0], features.source(), "the features")
         encoder = None
         if features.codes is not None and features.manifest is not None and features.manifest.encoder:
             try:
-                encoder = load_encoder(features.manifest.encoder)
+                found = load_encoder(features.manifest.encoder)
+                compare(CodeSet.of_features(features), codes_of(found, f"the encoder {features.manifest.encoder}"))
+                encoder = found
             except (ValueError, OSError) as error:
                 warn_once("agreement", f"samples are not compared with their codes: {error}")
         self.reader = CodeReader(encoder, run.device) if encoder and "codes" in self.inputs.arrays else None

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import launch
+from conftest import launch, tiny_vae
 from PIL import Image
 from training_runs import metrics, same_run, train_command
 
@@ -64,16 +64,19 @@ def test_what_is_held_out_is_measured_and_not_trained_on(features, tmp_path):
             assert one[key] == pytest.approx(other[key], rel=2e-4)
 
 
-def test_samples_are_measured(features, tmp_path, monkeypatch):
+def test_samples_are_measured(features, tiny_models, tmp_path, monkeypatch):
     """Frechet distance and agreement are logged, the same by two processes, and training is what it is without them."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # which has no weights of Inception: the encoder is taken
 
-    def train(results, processes, *flags):
+    def train(results, processes, *flags, **options):
         command = train_command(processes, features, tmp_path / results, "--max-steps", 2, launcher="forked")
-        return launch((*command, *flags), tmp_path).stdout
+        return launch((*command, *flags), tmp_path, **options).stdout
 
     flags = ("--holdout", 0.3, "--eval-samples", 5, "--eval-every", 2)
-    assert "step 2: 5 samples, Frechet distance" in train("one", 1, *flags)
+    assert "step 2: 5 samples, Frechet distance" in train("one", 1, *flags, "--vae", tiny_models[0])
+    tiny_vae(4, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    said = train("another", 1, *flags, "--vae", tmp_path / "vae", check=False)
+    assert "vae has scaling factor 0.5, the features" in said
     train("two", 2, *flags)
     train("without", 1, *flags[:2])
     (one,), (two,) = ([line for line in metrics(tmp_path / name) if "samples" in line] for name in ("one", "two"))
