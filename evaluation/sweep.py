@@ -384,11 +384,12 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("sweep.txt", "sweep.png") if out.is_dir() and not results else ():
             check_output(out / name, "--out", own=["results"])
         check_apart(out, "--out", [args.reference])
-        if not drawn.ckpt:  # the newest one may be another by the next setting
+        args.ckpt = drawn.ckpt and str(newest_in(drawn.ckpt, ("config.json",)))
+        if args.ckpt is None or args.ckpt != drawn.ckpt:  # the newest one may be another by the next setting
             drawn.model = drawn.model or SCRIPTS[args.script]
-            found = results[0]["common"]["checkpoint"] if results else find_checkpoint(drawn)
-            handed["sampling"] = [*without(handed["sampling"], "--results-dir"), "--ckpt", str(found)]
-        args.ckpt = drawn.ckpt or str(found)
+            found = results[0]["common"]["checkpoint"] if results else args.ckpt or find_checkpoint(drawn)
+            args.ckpt, named = str(found), without(handed["sampling"], "--results-dir")
+            handed["sampling"] = [*without(named, "--ckpt"), "--ckpt", args.ckpt]
         lock = DirectoryLock(out)
         lock.acquire()
     with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):

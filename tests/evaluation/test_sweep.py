@@ -122,11 +122,13 @@ def test_commands_of_a_setting(tmp_path, monkeypatch):
 
 
 def test_an_axis_of_ema_lengths(tmp_path, monkeypatch):
-    """Each length is rebuilt once, as of the checkpoint, and drawn from; the table names the checkpoint itself."""
+    """Each length is rebuilt once, as of the checkpoint, and drawn from; the table names the checkpoint itself, also
+    where a run was named, whose newest may be another by the next setting."""
     monkeypatch.chdir(tmp_path)
     ckpt = tmp_path / "run/checkpoints/0000007"
     ckpt.mkdir(parents=True)
-    (ckpt / "config.json").write_text("{}")
+    config = dict(format="dlc-dit", format_version=1, model="x", family="DiTSEM", arguments={}, process=None)
+    (ckpt / "config.json").write_text(json.dumps(config))
     (ckpt / "meta.json").write_text('{"format_version": 1, "ema_images": 56}')
     drawn, made = [], []
 
@@ -150,7 +152,7 @@ def test_an_axis_of_ema_lengths(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "launch", launch)
     monkeypatch.setattr(sweep, "rebuild", rebuild)
     command = "--ema-length 0.05 0.1 --cfg-scale 1 2 --agreement".split()
-    after = ["--", f"--ckpt={ckpt}", "--num-fid-samples", "4"]
+    after = ["--", f"--ckpt={tmp_path / 'run'}", "--num-fid-samples", "4"]
     with pytest.raises(SystemExit):  # there are no snapshots
         sweep.main([*command, *after])
     assert not drawn
