@@ -26,7 +26,8 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
                 raise ValueError("sampling ended with exit status 1")
             settings.append((setting.get("cfg-scale"), setting.get("t-max")))
             fid = round((setting["cfg-scale"] - 1.6) ** 2 + setting.get("t-max", 999) / 1e4, 4)
-            common = dict(checkpoint="ckpt", step=7, reference=reference)
+            conditions = dict(sha256=f"of seed {setting.get('seeds')}")
+            common = dict(checkpoint="ckpt", step=7, reference=reference, conditions=conditions)
             return dict(setting=setting, metrics=dict(fid=fid, code_agreement=0.5), common=common)
 
         monkeypatch.setattr(sweep, "draw_and_evaluate", draw_and_evaluate)
@@ -52,6 +53,7 @@ def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.json", "sweep.png", "sweep.txt"]
     settings, said = drawn(["--cfg-scale", "4", *COMMAND[4:]], reference="another")
     assert "cfg-scale 4.0, t-max 400 has another reference than those before: give another --out" in said
+    assert len(drawn(["--cfg-scale", "2", "--seeds", "0", "1", "--out", "seeds", *COMMAND[4:]])[0]) == 4
     settings, said = drawn([*COMMAND, "--vae", "mse"])
     assert not settings and "has other flags of sampling: ['--model', 'DiTSEM-Ti/4'] there" in said
 
