@@ -114,7 +114,7 @@ def tiny_vae(blocks=2, **config):
 
     kinds = dict(down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks)
     sizes = dict(block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=4, layers_per_block=1)
-    return AutoencoderKL(**kinds, **sizes, **config).eval()
+    return AutoencoderKL(**kinds, **{**sizes, **config}).eval()
 
 
 @pytest.fixture(scope="session")
@@ -188,21 +188,80 @@ def whole_process_state():
 
 
 @pytest.fixture
-def error_of(monkeypatch, capsys, tmp_path):
+def call(monkeypatch, capsys):
+    """call(module, flags…): a program's main in this process; gives how it ended, and its standard output and error."""
+
+    def run(module, *flags):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, flags)])
+        status, module = 0, importlib.import_module(module)
+        try:
+            module.main(**getattr(module, "OPTIONS", {}))
+        except SystemExit as end:
+            status = end.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def said_by(call):
+    """said_by(…): as call(…), but ended well; gives its standard output."""
+
+    def run(*words):
+        status, said, error = call(*words)
+        assert status == 0, error
+        return said
+
+    return run
+
+
+@pytest.fixture
+def tool(call):
+    """call(…) of dlc.features."""
+    return lambda *flags: call("dlc.features", *flags)
+
+
+@pytest.fixture
+def error_of(call, monkeypatch, tmp_path):
     """Call a script's main with flags in an empty directory; gives its one line of complaint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def call(script, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            importlib.import_module(script).main()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2, error
+    def refused(script, *flags):
+        status, _, error = call(script, *flags)
+        assert status == 2, error
         assert re.fullmatch(rf"{script}\.py( [\w-]+)?: error: .*\n", error), error
         return error
 
-    return call
+    return refused
+
+
+def refusal(function, *args, words=None, error=ValueError, **kwargs):
+    """The line by which a call refuses a file, which has these words in it, a pattern."""
+    with pytest.raises(error, match=words) as raised:
+        function(*args, **kwargs)
+    line = str(raised.value)
+    assert len(re.sub(r"/\S*/", "/", line)) < 320 and "\n" not in line and "\x1b" not in line, line
+    assert "weights_only=False" not in line and "trust" not in line, line
+    return line
+
+
+def fails(monkeypatch, name, number, when=lambda *arguments: True):
+    """A function, such as os.replace, raises the OSError of that number where when(arguments) holds."""
+    module, _, attribute = name.rpartition(".")
+    works = getattr(importlib.import_module(module), attribute)
+
+    def call(*arguments, **options):
+        if when(*arguments):
+            raise OSError(number, os.strerror(number))
+        return works(*arguments, **options)
+
+    monkeypatch.setattr(name, call)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def extract_command(launcher, processes, images, features, tiny_models, *flags):
@@ -215,8 +274,9 @@ def extract_command(launcher, processes, images, features, tiny_models, *flags):
 
 @pytest.fixture(scope="session")
 def both_data(tiny_models, tmp_path_factory):
-    """14 images, and features that hold all that training on them sees: unflipped moments in float32."""
-    root, exact = tmp_path_factory.mktemp("data"), ("--posterior", "moments", "--dtype", "float32", "--flip", "none")
+    """14 images, and features that hold all that training on them sees: unflipped moments in float32, and tokens."""
+    root = tmp_path_factory.mktemp("data")
+    exact = ("--posterior", "moments", "--dtype", "float32", "--flip", "none", "--store-tokens")
     save_images(root / "images")
     launch(extract_command("forked", 1, root / "images", root / "features", tiny_models, *exact), root)
     return root
@@ -245,10 +305,10 @@ def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta)
 def train(features, tmp_path):
     """train(name, flags…, processes=N, fault=…): a started run on the features, into that folder of tmp_path."""
     from forked import Run
-    from training_runs import train_command
+    from training_runs import train_flags
 
     def start(name, *flags, **options):
-        flags = train_command(1, features, tmp_path / name, *flags)[3:]
+        flags = train_flags(features, tmp_path / name, *flags)
         return Run("train_diffusion", flags, tmp_path / f"{time.time_ns()}.txt", **options)
 
     return start
@@ -257,9 +317,9 @@ def train(features, tmp_path):
 @pytest.fixture
 def refused(error_of, features, tmp_path):
     """refused(…): as train(…), in this process; gives the one line by which the run is refused."""
-    from training_runs import train_command
+    from training_runs import train_flags
 
-    return lambda name, *flags: error_of("train_diffusion", *train_command(1, features, tmp_path / name, *flags)[3:])
+    return lambda name, *flags: error_of("train_diffusion", *train_flags(features, tmp_path / name, *flags))
 
 
 @pytest.fixture
@@ -318,12 +378,6 @@ def evaluation_place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def evaluate(evaluation_place, monkeypatch, capsys):
+def evaluate(evaluation_place, said_by):
     """Call evaluate.py in that directory; gives what it printed."""
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-        importlib.import_module("evaluate").main()
-        return capsys.readouterr().out
-
-    return call
+    return lambda *flags: said_by("evaluate", *flags)

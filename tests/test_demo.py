@@ -11,7 +11,6 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT
-from grids import grid_cells
 from PIL import Image
 from scipy.stats import chisquare
 from sklearn.neighbors import KNeighborsClassifier
@@ -19,7 +18,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from demo import table
 from demo.digits import DigitReader, load_split, write_image_folder
 from demo.prior import Mixture
-from demo.report import draw_composed
 from demo.shuffled import shuffle
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
 from dlc.nets.vae import decode, encode
@@ -68,9 +66,7 @@ def test_codes_say_which_digit_it_is(splits):
     assert all(len(np.unique(position)) >= encoder.V // 2 for position in codes[0].T)  # no dead positions
 
 
-#################################################################################
-#                                  The table                                    #
-#################################################################################
+# ---------------------------------------------------------------------- the table
 
 
 def test_shuffled_codes_keep_only_how_often_tokens_are():
@@ -95,16 +91,7 @@ class Demo:
         return np.zeros((40, 64, 64, 3), np.uint8)
 
 
-def test_codes_of_samples_for_classes():
-    """Sample i is of digit i % 10, and is compared with the real codes of that digit in turn."""
-    _, codes, labels = table.samples_by_class(Demo())
-    assert labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert codes[[0, 10, 20, 30, 1, 39], 0].tolist() == [0, 1, 2, 0, 3, 27]
-
-
 def test_rows_whose_files_are_missing(monkeypatch, capsys):
-    """They are skipped with a line; the others are judged, and a value that a row lacks is a dash."""
-
     def judge(name, images, codes, labels):
         numbers = dict(frechet_distance=1.5, code_agreement=1, chance=0.25) if labels is not None else {}
         calls.append(name)
@@ -127,8 +114,6 @@ def test_rows_whose_files_are_missing(monkeypatch, capsys):
 
 
 def test_judge(splits):
-    """Real digits: every token comes back, and the distance is that of closed-form Gaussians in 20 directions."""
-
     manifest = SimpleNamespace(encoder=ROOT / "assets/digits-sem")
     judge = table.Judge(SimpleNamespace(what="digits", features=SimpleNamespace(V=16, manifest=manifest)))
     images, labels = splits[1]
@@ -144,7 +129,6 @@ def test_judge(splits):
 
 
 def test_mixture_is_a_distribution_and_better():
-    """Of codes of two clusters: its probabilities add up to 1, its draws follow them, it beats independence."""
     rng = np.random.default_rng(0)
     cluster = rng.integers(0, 2, (500, 1))
     codes = np.where(rng.random((500, 3)) < 0.8, cluster * 2, rng.integers(0, 4, (500, 3)))
@@ -159,19 +143,6 @@ def test_mixture_is_a_distribution_and_better():
     seen = np.bincount(drawn, minlength=64)
     often = p > 1e-3
     assert chisquare([*seen[often], seen[~often].sum()], [*(5000 * p[often]), 5000 * p[~often].sum()]).pvalue > 1e-3
-
-
-def test_composed_lie_between_their_sources(tmp_path):
-    """A row for each file of codes, and its own two pictures at the ends."""
-    pictures = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
-    paths = [tmp_path / f"{index}/{index:04d}.png" for index in range(4)]
-    for path, picture in zip(paths, pictures):
-        path.parent.mkdir()
-        Image.fromarray(picture).save(path)
-    draw_composed(pictures[4:], [paths[:2], paths[2:]], tmp_path / "composed.png")
-    cells = grid_cells(tmp_path / "composed.png", 8, 10, captions=True)
-    assert (cells[:, [0, 9]].reshape(4, 8, 8, 3) == pictures[:4]).all()
-    assert (cells[:, 1:9].reshape(16, 8, 8, 3) == pictures[4:]).all()
 
 
 def test_ctrl_c_ends_the_demo(tmp_path):

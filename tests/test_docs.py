@@ -34,7 +34,6 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """To files of this repository and to headings in them."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         path, _, heading = target.partition("#")
         if "://" not in target:
@@ -55,7 +54,6 @@ def options(parser):
 
 
 def test_flags_exist(monkeypatch):
-    """Every --flag that a page names is one of our scripts' or stands in OTHERS."""
     parsers = []
 
     def parse_args(parser, args=None):
@@ -89,7 +87,6 @@ def test_messages_are_quoted_as_they_are():
 
 
 def test_noise_levels():
-    """docs/sampling.md's table of the times and sigmas of DiT's schedule, and of flow matching's times."""
     text = (ROOT / "docs/sampling.md").read_text()
     rows = re.findall(r"^\| (t|sigma|flow's t) \| (.*) \|$", text, flags=re.MULTILINE)
     times, sigmas, of_flow = ([float(cell) for cell in cells.split(" | ")] for _, cells in rows)
@@ -101,7 +98,6 @@ def test_noise_levels():
 
 @pytest.mark.slow
 def test_every_key_is_described(workplace):
-    """docs/formats.md has each key of the files that a run of all stages writes."""
     text = (ROOT / "docs/formats.md").read_text()
     sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, flags=re.DOTALL | re.MULTILINE))
     files = {

@@ -78,7 +78,6 @@ def test_what_moves_into_a_picture_has_its_edges_colour():
 
 
 def test_emoji_are_whole():
-    """Each name has a picture, which nothing else shares; a picture's edges are mostly white; both splits have all."""
     images, names, groups = load_emoji()
     assert images.shape == (1558, 64, 64, 3) and len(set(names)) == len({image.tobytes() for image in images}) == 1558
     assert sum(path.stat().st_size for path in SHEET.iterdir()) < 2.6e6

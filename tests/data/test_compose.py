@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -50,16 +49,14 @@ def test_sem_draws_from_the_mean_of_the_distributions():
 
 
 @pytest.mark.slow
-def test_the_script(images, features, tiny_models, tmp_path, monkeypatch, capsys):
-    """From images and from rows, to codes for --dlc-dir, and the count of tokens from each source."""
+def test_the_script(images, features, tiny_models, tmp_path, monkeypatch, said_by):
     files = [images / "cat/0.png", images / "dog/3.png"]
 
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, out="composed.npy"):
-        monkeypatch.setattr(sys, "argv", ["compose", *map(str, flags), "--num", "30", "--out", out])
-        compose_dlc.main()
-        return np.load(out), capsys.readouterr().out
+        said = said_by("compose_dlc", *flags, "--num", "30", "--out", out)
+        return np.load(out), said
 
     command = ("python", 1, "compose_dlc.py", *files, "--encoder", tiny_models[1], "--num", 30, "--out", "composed.npy")
     said, composed = launch(command, tmp_path).stdout, np.load("composed.npy")
@@ -104,13 +101,12 @@ def test_a_source_does_not_depend_on_the_others(images, tiny_models):
 
 
 @pytest.mark.slow
-def test_what_it_refuses(images, features, tiny_models, tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_what_it_refuses(images, features, tiny_models, tmp_path, tmp_path_factory, error_of):
     encoder, other = load_encoder(tiny_models[1]), tmp_path_factory.mktemp("other")
     torch.nn.init.ones_(encoder.sem_norm.bias)
     save_encoder(encoder, other)
     cat, broken = images / "cat/0.png", images / "dog/1_broken.jpg"
     two, rows = (cat, cat), ("--features-path", features, "--rows", 0, 1)
-    monkeypatch.chdir(tmp_path)
     for arguments, message in (
         ((), "name the sources as image files, or by --features-path with --rows"),
         ((cat, *rows), "name the sources"),
@@ -123,10 +119,7 @@ def test_what_it_refuses(images, features, tiny_models, tmp_path, tmp_path_facto
         ((*two, "--out", "no/codes.npy"), "--out no/codes.npy: there is no such folder"),
         ((cat, broken, "--encoder", tiny_models[1]), f"cannot read the image {broken}"),
         (two, "--encoder lavoies/SEM_dinov2_L512: no such local path, and the hub's cache"),
-        (
-            (*two, *rows[:2], "--encoder", other),
-            f"codes of features {features} come from another encoder than those of",
-        ),
+        ((*two, *rows[:2], "--encoder", other), f"codes of features {features} come from another encoder than"),
         ((*two, "--background", "blu"), "--background: blu: no colour, such as white or #ff8000"),
         ((*rows, 99), f"--rows 99: features {features} have rows 0 to 13"),
         ((*rows, "--mode", "sem"), "--mode sem needs images"),
@@ -135,9 +128,5 @@ def test_what_it_refuses(images, features, tiny_models, tmp_path, tmp_path_facto
         ((*rows, "--encoder", "x"), "--encoder is for images"),
         ((*rows, "--background", "red"), "--background is for images"),
     ):
-        monkeypatch.setattr(sys, "argv", ["compose", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            compose_dlc.main()
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in said and said.count("\n") == 1, said
+        assert message in error_of("compose_dlc", *arguments)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """python -m dlc.features: info, check, pack, import-hf."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,27 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, L, V
+from conftest import ROOT, L, V, change_json, refusal
 from PIL import Image
 
 from dlc.data import Features, FeatureWriter, Manifest, kind_dir
 from dlc.data.convert import fetch_features
 from dlc.data.inspection import code_usage, latent_statistics
-from dlc.features import main
 
 RANDOM = np.random.default_rng(0)
-
-
-def call(capsys, *arguments):
-    """The tool in this process: what it printed, and how it ended."""
-    status = 0
-    try:
-        sys.argv = ["features", *map(str, arguments)]
-        main()
-    except SystemExit as end:
-        status = end.code
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 def packed(root, codes, std=1.0, **settings):
@@ -63,18 +49,18 @@ def lone_files(root, count=30, side=8, codes=True):
 
 
 @pytest.mark.slow
-def test_info_and_check_say_what_is_there(features, capsys):
-    status, out, _ = call(capsys, "info", features)
+def test_info_and_check_say_what_is_there(features, tool):
+    status, out, _ = tool("info", features)
     assert status == 0 and "14 rows of 15 images at 64x64 in 4 shards, 1 images skipped" in out
     assert "skipped 'dog/1_broken.jpg': UnidentifiedImageError" in out
     assert f"codes: L={L}, V={V}, uint16" in out and "2 of them with rows, 7 to 7 each" in out
     assert Image.open(features / "codes.png").size == (340, 34 + L * (512 // L))  # 340: room for the caption
-    status, out, _ = call(capsys, "check", features)
+    status, out, _ = tool("check", features)
     said = f"{features}: nothing wrong with its 14 rows; 1 of 15 images were skipped, the first 'dog/1_broken.jpg' ("
     assert status == 0 and out.startswith(said)
 
 
-def test_statistics_are_those_of_the_whole(tmp_path, capsys):
+def test_statistics_are_those_of_the_whole(tmp_path, tool):
     codes = RANDOM.integers(0, 4, (50, 3))  # token 4 is dead, everywhere
     codes[:, 1] = 2  # position 1 says nothing
     codes[40] = codes[3]
@@ -86,7 +72,7 @@ def test_statistics_are_those_of_the_whole(tmp_path, capsys):
     np.testing.assert_array_equal(counts, [np.bincount(codes[:, i], minlength=5) for i in range(3)])
     assert duplicates == 50 - len(np.unique(codes, axis=0)) > 0
 
-    status, out, _ = call(capsys, "info", tmp_path)
+    status, out, _ = tool("info", tmp_path)
     assert status == 0 and out.count("outside 0.5 to 2") == 4 and "least 1.0 (position 1)" in out
     assert f"dead tokens: {(counts == 0).sum()} of 15" in out
     picture = np.array(Image.open(tmp_path / "codes.png"))[34:]
@@ -95,17 +81,17 @@ def test_statistics_are_those_of_the_whole(tmp_path, capsys):
     np.testing.assert_array_equal(cells[..., 0] > cells[..., 1], counts == 0)  # red: never used
 
 
-def test_moments_and_both_flips_are_understood(tmp_path, capsys):
+def test_moments_and_both_flips_are_understood(tmp_path, tool):
     codes = RANDOM.integers(0, 5, (20, 8)).repeat(2, axis=0)
     stored = packed(tmp_path, codes, latents="moments", flip="both", images=20)
     _, std = latent_statistics(Features(tmp_path))
     draws = stored[:, :4, None] + stored[:, 4:, None] * RANDOM.normal(size=(40, 4, 500, 4, 4))
     np.testing.assert_allclose(std, draws.std(axis=(0, 2, 3, 4)), rtol=0.02)
-    status, out, _ = call(capsys, "info", tmp_path)
+    status, out, _ = tool("info", tmp_path)
     assert status == 0 and "duplicates: 0 images" in out and "40 rows of 20 images" in out
 
 
-def test_check_lists_all_that_is_wrong(tmp_path, capsys):
+def test_check_lists_all_that_is_wrong(tmp_path, tool):
     packed(tmp_path, RANDOM.integers(0, 5, (100, 3)))
 
     def change(kind, shard, function):
@@ -124,9 +110,8 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     change("labels", 3, lambda array: array[:19])
     change("sem", 0, put((6, 2), 5))
     np.save(kind_dir(tmp_path, 32, "features") / "000009.npy", np.zeros(3))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "count": 101}))
-    status, out, _ = call(capsys, "check", tmp_path)
+    change_json(tmp_path / "manifest.json", count=101)
+    status, out, _ = tool("check", tmp_path)
     assert status == 1
     found = [line.replace(f"{tmp_path}/", "") for line in out.splitlines()]
     wanted = (
@@ -146,67 +131,55 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys):
     assert len(found) == len(wanted), found
 
 
-def test_check_compares_the_digests_of_shards(tmp_path, capsys):
-    """Zeros, and shards that are swapped: right in shape, type and range."""
+def test_check_compares_the_digests_of_shards(tmp_path, tool):
     packed(tmp_path, RANDOM.integers(0, 5, (60, 3)))
-    zeros, one, two = (
-        kind_dir(tmp_path, 32, kind) / f"{shard:06d}.npy" for kind, shard in (("features", 1), ("sem", 0), ("sem", 2))
-    )
+    places = (("features", 1), ("sem", 0), ("sem", 2))
+    zeros, one, two = (kind_dir(tmp_path, 32, kind) / f"{shard:06d}.npy" for kind, shard in places)
     np.save(zeros, np.zeros_like(np.load(zeros)))
     content = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(content)
-    status, out, _ = call(capsys, "check", tmp_path)
+    status, out, _ = tool("check", tmp_path)
     assert status == 1 and out.count("\n") == 3
     for path in (zeros, one, two):
         assert f"{path} is not what was written: its digest is another one in manifest.json\n" in out
 
 
-def test_check_of_what_is_no_manifest(tmp_path, capsys):
-    """Exit 1 with the reason; and a first shard that is wrong is not what the others are held against."""
+def test_check_of_what_is_no_manifest(tmp_path, tool):
     packed(tmp_path, RANDOM.integers(0, 5, (60, 3)))
     path = kind_dir(tmp_path, 32, "features") / "000000.npy"
     np.save(path, np.load(path)[..., :2])
-    status, out, _ = call(capsys, "check", tmp_path)
+    status, out, _ = tool("check", tmp_path)
     assert status == 1 and out.endswith(f"{path} has rows of shape (4, 4, 2), most files (4, 4, 4)\n")
     np.save(path, np.full((20, 4, 4, 4), np.nan, np.float32))
-    assert "latents that are not finite: check says where" in call(capsys, "info", tmp_path)[1]
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    for text, message in (
-        ("junk", "not readable JSON"),
-        (json.dumps({**manifest, "V": "5"}), "V is '5'"),
-        (json.dumps({**manifest, "dtype": "foo"}), "dtype is 'foo'"),
-        (json.dumps({**manifest, "shards": [], "count": 0}), "counts 0 rows"),
-    ):
-        (tmp_path / "manifest.json").write_text(text)
-        status, out, _ = call(capsys, "check", tmp_path)
-        assert status == 1 and message in out, out
-    assert call(capsys, "check", tmp_path / "nowhere")[0] == 1
+    assert "latents that are not finite: check says where" in tool("info", tmp_path)[1]
+    (tmp_path / "manifest.json").write_text("junk")
+    status, out, _ = tool("check", tmp_path)
+    assert status == 1 and "not readable JSON" in out
+    assert tool("check", tmp_path / "nowhere")[0] == 1
 
 
-def refused(capsys, *arguments):
+def refused(tool, *arguments):
     """The one line by which the tool refuses."""
-    capsys.readouterr()  # what datasets shows while it saves
-    status, _, err = call(capsys, *arguments)
+    status, _, err = tool(*arguments)
     assert status == 2 and err.count("\n") == 1, err
     return err
 
 
-def test_pack(tmp_path, capsys):
-    """Rows in numeric order of their names, to the bit; twice does nothing; what does not fit is refused by name."""
+def test_pack(tmp_path, tool):
     old, new = tmp_path / "old", tmp_path / "new"
     arrays, command = lone_files(old), ("pack", old, new, "--V", 256, "--shard-size", 8)
-    assert "give --V" in call(capsys, "check", old)[1]
-    assert call(capsys, "check", old, "--V", 256)[:2] == (0, f"{old}: nothing wrong with its 30 rows\n")
-    assert call(capsys, *command)[0] == 0
+    assert "give --V" in tool("check", old)[1]
+    assert tool("check", old, "--V", 256)[:2] == (0, f"{old}: nothing wrong with its 30 rows\n")
+    assert tool(*command)[0] == 0
     rows = Features(new)
     assert (rows.count, rows.L, rows.V, rows.num_classes, rows.image_size) == (30, 16, 256, 1000, 64)
     assert rows.codes.array(0).dtype == np.uint8 and rows.latents.array(0).dtype == np.float32
     for stack, kind in ((rows.latents, "features"), (rows.codes, "sem"), (rows.labels, "labels")):
         np.testing.assert_array_equal(stack.gather(np.arange(30)), arrays[kind][:, 0])
     assert rows.paths.gather([9, 10]).tolist() == ["9.npy", "10.npy"]
-    assert call(capsys, "check", new)[0] == 0
-    assert "is complete; nothing to do" in call(capsys, *command)[1]
+    assert tool("check", new)[0] == 0
+    assert "is complete; nothing to do" in tool(*command)[1]
     shutil.copytree(old, tmp_path / "other")
     for arguments, message in (
         ((old, tmp_path / "x"), "give --V"),
@@ -216,13 +189,13 @@ def test_pack(tmp_path, capsys):
         ((old, new, "--V", 300, "--shard-size", 8), "V 256 there, 300 here"),
         ((old, tmp_path / "x", "--V", 100), "outside 0..99"),
     ):
-        assert message in refused(capsys, "pack", *arguments)
+        assert message in refused(tool, "pack", *arguments)
     (kind_dir(old, 64, "sem") / "7.npy").unlink()
-    assert "7.npy is not in both" in refused(capsys, "pack", old, tmp_path / "y", "--V", 256)
+    assert "7.npy is not in both" in refused(tool, "pack", old, tmp_path / "y", "--V", 256)
     assert not (tmp_path / "y").exists()
 
 
-def test_pack_without_codes_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+def test_pack_without_codes_goes_on_where_it_was(tmp_path, tool, monkeypatch):
     arrays = lone_files(tmp_path / "old", codes=False)
     command = ("pack", tmp_path / "old", tmp_path / "new", "--dtype", "float16", "--shard-size", 8)
     write = FeatureWriter.write
@@ -233,21 +206,18 @@ def test_pack_without_codes_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
         write(writer, shard, *rest)
 
     monkeypatch.setattr(FeatureWriter, "write", full_disk)
-    assert "no space" in call(capsys, *command)[2]
+    assert "no space" in tool(*command)[2]
     monkeypatch.setattr(FeatureWriter, "write", write)
-    with pytest.raises(ValueError, match="half-written"):
-        Features(tmp_path / "new")
+    refusal(Features, tmp_path / "new", words="half-written")
     before = (kind_dir(tmp_path / "new", 64, "features") / "000001.npy").stat().st_mtime_ns
-    assert call(capsys, *command)[0] == 0
+    assert tool(*command)[0] == 0
     assert (kind_dir(tmp_path / "new", 64, "features") / "000001.npy").stat().st_mtime_ns == before
     new = Features(tmp_path / "new")
     np.testing.assert_array_equal(new.latents.gather(np.arange(30)), arrays["features"][:, 0].astype(np.float16))
     assert new.codes is None and new.V is None
 
 
-#################################################################################
-#                                   import-hf                                   #
-#################################################################################
+# ---------------------------------------------------------------------- import-hf
 
 LATENTS = RANDOM.normal(size=(30, 1, 4, 8, 8)).astype(np.float32)
 CODES = RANDOM.integers(0, 300, (30, 16))
@@ -309,26 +279,26 @@ def sources(tmp_path_factory):
         ("typed.parquet", "train", 30),
     ],
 )
-def test_import(name, split, rows, sources, tmp_path, capsys):
+def test_import(name, split, rows, sources, tmp_path, tool):
     """In shards of 8 rows, which straddle files and row groups."""
     flags = ("--V", 300, "--shard-size", 8, "--split", split)
-    status, _, err = call(capsys, "import-hf", sources / name, tmp_path / "new", *flags)
+    status, _, err = tool("import-hf", sources / name, tmp_path / "new", *flags)
     assert status == 0, err
     new = assert_imported(tmp_path / "new", slice(rows))
     assert (new.image_size, new.num_classes, new.V, new.codes.array(0).dtype) == (64, 1, 300, np.uint16)
-    assert call(capsys, "check", tmp_path / "new")[0] == 0
+    assert tool("check", tmp_path / "new")[0] == 0
 
 
-def test_import_of_classes_and_of_other_channels(sources, tmp_path, capsys):
-    assert call(capsys, "import-hf", sources / "classes", tmp_path / "classes", "--num-classes", 7)[0] == 0
+def test_import_of_classes_and_of_other_channels(sources, tmp_path, tool):
+    assert tool("import-hf", sources / "classes", tmp_path / "classes", "--num-classes", 7)[0] == 0
     new = Features(tmp_path / "classes")
     np.testing.assert_array_equal(new.labels.gather(np.arange(30)), np.arange(30) % 7)
     assert new.codes is None and new.num_classes == 7
-    assert call(capsys, "import-hf", sources / "deep", tmp_path / "deep")[0] == 0
+    assert tool("import-hf", sources / "deep", tmp_path / "deep")[0] == 0
     assert Features(tmp_path / "deep").latent_shape == (16, 8, 8)
 
 
-def test_what_import_refuses(sources, tmp_path, capsys):
+def test_what_import_refuses(sources, tmp_path, tool):
     content = (sources / "typed.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[:-9])
     (tmp_path / "broken.parquet").write_bytes(content[:2000] + bytes(58_000) + content[60_000:])
@@ -356,10 +326,10 @@ def test_what_import_refuses(sources, tmp_path, capsys):
         (tmp_path / "high.parquet", ("--V", 300), "row 0: value 300 outside 0..299"),
         (tmp_path / "low.parquet", ("--V", 300), "row 0: value -1 outside 0..299"),
     ):
-        said = refused(capsys, "import-hf", source, tmp_path / "x", *flags)
+        said = refused(tool, "import-hf", source, tmp_path / "x", *flags)
         assert message in said and "again" not in said, said
-    assert call(capsys, "import-hf", sources / "typed", tmp_path / "new", "--V", 300)[0] == 0
-    assert "split train" in refused(capsys, "import-hf", sources / "lists", tmp_path / "new", "--V", 300)
+    assert tool("import-hf", sources / "typed", tmp_path / "new", "--V", 300)[0] == 0
+    assert "split train" in refused(tool, "import-hf", sources / "lists", tmp_path / "new", "--V", 300)
 
 
 IMPORTS = """
@@ -404,11 +374,9 @@ def test_import_from_the_hub(tmp_path, hub):
     assert "no Parquet" in result.stdout
 
 
-def test_features_are_fetched_once(tmp_path, capsys, monkeypatch):
-    """The next launch asks neither the hub nor the package; other features in their place are refused."""
+def test_features_are_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
-        fetch_features("owner/codes@v1", tmp_path / "new", 300, None)
+    refusal(fetch_features, "owner/codes@v1", tmp_path / "new", 300, None, words="pip install datasets")
     keys = dict(latents="mean", dtype="float32", image_size=16, images=1, L=4, V=300, classes=["a"])
     manifest = Manifest(converted_from="owner/codes@5f", **keys)
     monkeypatch.setattr("dlc.data.convert.read_manifest", lambda _: manifest)
@@ -416,10 +384,5 @@ def test_features_are_fetched_once(tmp_path, capsys, monkeypatch):
     (tmp_path / "new/manifest.json").touch()
     fetch_features("owner/codes@v1", tmp_path / "new", 300, None)
     for other in ("owner/other", "owner/code", "owner/codes2"):
-        with pytest.raises(ValueError, match=f"{other}: .*new holds other features .owner/codes@5f.: give"):
-            fetch_features(other, tmp_path / "new", 300, None)
-
-
-def test_import_says_what_it_needs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refused(capsys, "import-hf", tmp_path, tmp_path / "new")
+        words = f"{other}: .*new holds other features .owner/codes@5f.: give"
+        refusal(fetch_features, other, tmp_path / "new", 300, None, words=words)

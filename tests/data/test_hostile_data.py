@@ -10,9 +10,9 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
-from test_feature_tools import call, packed
-from tiny_weights import refusal
+from test_feature_tools import packed
 
 from dlc.data import Features, read_manifest
 from dlc.data.rows import StoredArray, load_array
@@ -122,7 +122,6 @@ def test_npy_that_are_kept(tmp_path, whole):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_npz(tmp_path, compression):
-    """Headers are read as those of a .npy are: a few of these, and what is particular to images in an archive."""
     path = tmp_path / "bad.npz"
     for content, message in (
         *((BAD_NPY[index][0], "bad.npz: arr_0 ") for index in (0, 3, 4, 12, 15, 18, 19)),
@@ -139,7 +138,6 @@ def test_npz(tmp_path, compression):
 
 
 def test_npz_that_inflates_without_end(tmp_path):
-    """One image of 27 MB in 0.03 MB is refused by its header; so is a header without end."""
     for head in (npy(described("(1, 3000, 3000, 3)")), npy(b"{}", version=(2, 0), length=2**27)):
         with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("arr_0.npy", head + bytes(27 * 10**6))
@@ -159,9 +157,8 @@ def dataset(tmp_path_factory):
     return path
 
 
-def import_error(capsys, *arguments):
-    capsys.readouterr()  # what datasets shows while it saves
-    status, _, error = call(capsys, "import-hf", *arguments)
+def import_error(tool, *arguments):
+    status, _, error = tool("import-hf", *arguments)
     assert status == 2 and error.count("\n") == 1 and len(error) < 360 and "\x1b" not in error, error
     return error
 
@@ -177,26 +174,25 @@ def import_error(capsys, *arguments):
         ("dataset_info.json", lambda info: info.update(features="x")),
     ],
 )
-def test_datasets(dataset, tmp_path, capsys, file, change):
-    """One line, whatever a saved dataset says of itself."""
+def test_datasets(dataset, tmp_path, tool, file, change):
     copy = shutil.copytree(dataset, tmp_path / "copy")
     value = json.loads((copy / file).read_text())
     change(value)
     (copy / file).write_text(json.dumps(value))
-    assert str(copy) in import_error(capsys, copy, tmp_path / "new")
+    assert str(copy) in import_error(tool, copy, tmp_path / "new")
 
 
-def test_no_column_opens_another_file(tmp_path, monkeypatch, capsys):
+def test_no_column_opens_another_file(tmp_path, monkeypatch, tool):
     """A column of images holds paths and URLs, which datasets itself would open."""
     datasets = pytest.importorskip("datasets")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     data = datasets.Dataset.from_dict(dict(features=[str(tmp_path / "x.png")], labels=[1]))
     data.cast_column("features", datasets.Image()).save_to_disk(tmp_path / "images")
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened"))
-    error = import_error(capsys, tmp_path / "images", tmp_path / "new")
+    error = import_error(tool, tmp_path / "images", tmp_path / "new")
     assert "values of type struct" in error or "values are missing" in error, error
     for place in ("hf://datasets/x", "http://localhost/x", "s3://x"):
-        assert "no such file or folder" in import_error(capsys, place, tmp_path / "new")
+        assert "no such file or folder" in import_error(tool, place, tmp_path / "new")
 
 
 def test_what_is_no_file(tmp_path):

@@ -1,18 +1,14 @@
 """Images of every kind a folder of them holds: each becomes the right row, or is skipped with the reason."""
 
-import io
-import re
-import shutil
 import warnings
 
 import numpy as np
 import pytest
-from conftest import extract_command, launch
+from conftest import refusal
 from grids import grid_cells
 from PIL import Image, ImageFont
 
 import compose_dlc
-from dlc.data import Features
 from dlc.data.images import (
     GAP,
     GRID_GREY,
@@ -120,18 +116,14 @@ def test_all_doors_read_an_image_in_one_way(door, tmp_path):
 
 def test_what_is_no_image_is_called_by_its_name(tmp_path):
     (tmp_path / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ValueError, match="a git-lfs pointer, not the file: run git lfs pull"):
-        load_rgb(tmp_path / "lfs.png")
+    refusal(load_rgb, tmp_path / "lfs.png", words="a git-lfs pointer, not the file: run git lfs pull")
     Image.fromarray(PIXELS).save(tmp_path / "odd.jpg", exif=b"Exif\0\0not a TIFF header")
     assert rgb(tmp_path / "odd.jpg").shape == PIXELS.shape
 
 
 def test_cmyk(tmp_path):
-    path = saved(tmp_path / "cmyk.jpg", Image.fromarray(PIXELS).resize((90, 70)).convert("CMYK"), quality=95)
-    assert Image.open(path).mode == "CMYK"
     smooth = saved(tmp_path / "smooth.jpg", Image.new("CMYK", (80, 80), (255, 0, 0, 0)))
-    assert np.abs(rgb(smooth).astype(int) - (0, 255, 255)).max() <= 2  # cyan
-    assert rgb(path).shape == (70, 90, 3)
+    assert Image.open(smooth).mode == "CMYK" and np.abs(rgb(smooth).astype(int) - (0, 255, 255)).max() <= 2  # cyan
 
 
 def test_16_bits_of_grey_and_colour(tmp_path):
@@ -144,21 +136,15 @@ def test_16_bits_of_grey_and_colour(tmp_path):
             Image.fromarray(deep).save(path)
         np.testing.assert_array_equal(rgb(path), three((deep >> 8).astype(np.uint8)), err_msg=name)
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match="TIFF of mode F"):
-        load_rgb(tmp_path / "float.tif")
+    refusal(load_rgb, tmp_path / "float.tif", words="TIFF of mode F")
 
 
 @pytest.mark.parametrize("shape", [(1, 200), (200, 1), (1, 1), (3, 50_000), (50_000, 2)])
 def test_thin_images(tmp_path, shape):
     """A row or column repeated, in the memory of a small image; its middle is what is cropped."""
     line = np.linspace(0, 255, max(shape)).astype(np.uint8)
-    image = load_rgb(
-        saved(
-            tmp_path / "thin.png",
-            Image.fromarray(np.broadcast_to(line[None] if shape[1] > shape[0] else line[:, None], shape).copy()),
-        )
-    )
-    crop = np.array(center_crop(image, 64))
+    pixels = np.broadcast_to(line[None] if shape[1] > shape[0] else line[:, None], shape).copy()
+    crop = np.array(center_crop(load_rgb(saved(tmp_path / "thin.png", Image.fromarray(pixels))), 64))
     assert crop.shape == (64, 64, 3)
     assert abs(int(crop[32, 32, 0]) - 127) <= 2 or shape == (1, 1)
 
@@ -166,11 +152,9 @@ def test_thin_images(tmp_path, shape):
 def test_pixels_past_pillows_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # of 6300
     path = saved(tmp_path / "large.png", Image.fromarray(PIXELS))
-    with pytest.raises(ValueError, match="more pixels than Pillow's limit of 5,000"):
-        load_rgb(path)
+    refusal(load_rgb, path, words="more pixels than Pillow's limit of 5,000")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # twice the limit: Pillow's own error
-    with pytest.raises(ValueError, match="more pixels than Pillow's limit of 3,000"):
-        load_rgb(path)
+    refusal(load_rgb, path, words="more pixels than Pillow's limit of 3,000")
 
 
 def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
@@ -198,93 +182,6 @@ def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     assert not fails(MemoryError())[1]
     assert fails(OSError(22, "Invalid argument"))[1]  # a seek to where a broken file says
     assert fails(KeyError("tag"))[1]  # Pillow's plugins raise such, too
-
-
-def bomb():
-    """A small PNG of 20,000 by 20,000 pixels."""
-    file = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(file, "png")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    """A folder of all kinds, the ones that can be read told by their names."""
-    root = tmp_path_factory.mktemp("zoo")
-    image = Image.fromarray(PIXELS)
-    for name in ("a b", "ünï", "z"):
-        (root / name).mkdir()
-    image.save(root / "z/same.png")
-    elsewhere = shutil.copy(root / "z/same.png", tmp_path_factory.mktemp("elsewhere"))
-    image.rotate(90).save(root / "a b/same.png")
-    image.save(root / "a b/name with spaces.png")
-    image.save(root / "a b/two\nlines.png")
-    image.save(root / "ünï/çà 猫 🐈.png")
-    image.save(root / "ünï/CAPITALS.JPG", "jpeg")
-    image.convert("L").save(root / "z/grey.png")
-    image.convert("CMYK").save(root / "z/cmyk.jpg")
-    image.save(root / "z/really a png.jpg", "png")
-    image.quantize(16).save(root / "z/transparent.png", transparency=bytes(range(16)))
-    Image.fromarray(RANDOM.integers(0, 2**16, (70, 90)).astype(np.uint16)).save(root / "z/deep.png")
-    Image.fromarray(PIXELS[:1]).save(root / "z/thin.png")
-    (root / "z/link.png").symlink_to(elsewhere)
-    (root / "linked class").symlink_to(root / "z", target_is_directory=True)
-    (root / "z/notes.txt").write_text("no image by its name: not listed")
-    bad = {
-        "z/bad text.jpg": b"text",
-        "z/bad empty.png": b"",
-        "z/bad huge.png": bomb(),
-        "z/bad cut.png": (root / "z/same.png").read_bytes()[:5000],
-        "ünï/bad cut.jpg": (root / "z/cmyk.jpg").read_bytes()[:700],
-    }
-    for name, content in bad.items():
-        (root / name).write_bytes(content)
-    (root / "z/bad link.png").symlink_to("nowhere.png")
-    return root
-
-
-@pytest.mark.slow
-def test_each_becomes_its_row_or_is_skipped(zoo, tiny_models, tmp_path):
-    flags = ("--flip", "none", "--posterior", "mean", "--num-workers", 2)
-    result = launch(extract_command("forked", 1, zoo, tmp_path, tiny_models, *flags), tmp_path)
-    assert "Warning" not in result.stderr, result.stderr
-    assert "2 images are transparent: they were blended on --background rgb(255, 255, 255)" in result.stdout
-    features = Features(tmp_path)
-    features.validate()
-    assert features.manifest.classes == ["a b", "linked class", "z", "ünï"]
-    files = [
-        path
-        for name in features.manifest.classes
-        for path in sorted((zoo / name).iterdir())
-        if path.suffix.lower() in (".png", ".jpg")
-    ]
-    names = features.paths.gather(np.arange(features.count)).tolist()
-    assert names == [str(path.relative_to(zoo)) for path in files if "bad" not in path.name]
-    assert "a b/two\nlines.png" in names and "ünï/çà 猫 🐈.png" in names
-    assert [features.manifest.classes.index(name.split("/")[0]) for name in names] == features.labels.gather(
-        np.arange(features.count)
-    ).tolist()
-
-    skipped = dict(features.manifest.skipped)
-    assert set(skipped) == {str(path.relative_to(zoo)) for path in files if "bad" in path.name}
-    for name, reason in (
-        ("z/bad text.jpg", "cannot identify"),
-        ("z/bad empty.png", "cannot identify"),
-        ("z/bad huge.png", "more pixels than Pillow's limit of 89,478,485"),
-        ("z/bad cut.png", "truncated"),
-        ("ünï/bad cut.jpg", "truncated"),
-        ("z/bad link.png", "No such file"),
-    ):
-        assert re.search(reason, skipped[name])
-
-    # the same picture, wherever it lies and whatever it is called, has the same row, to a step of float16: its place in
-    # its batch is another
-    def row(name):
-        return features.latents.gather([names.index(name)])[0]
-
-    for name in ("a b/two\nlines.png", "ünï/çà 猫 🐈.png", "z/link.png", "z/really a png.jpg", "linked class/same.png"):
-        np.testing.assert_allclose(row(name), row("z/same.png"), rtol=2e-3, atol=1e-6)
-    assert np.abs(row("a b/same.png") - row("z/same.png")).max() > 0.01  # one basename, two classes
 
 
 def test_grid_has_words_and_gaps(tmp_path):

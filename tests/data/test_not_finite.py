@@ -1,17 +1,14 @@
 """Latents and codes that are not finite numbers are never stored, nor trained on, in silence."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
 from conftest import IMAGE_SIZE, extract_command, launch, save_images
 from diffusers import AutoencoderKL
-from test_feature_tools import call, lone_files
+from test_feature_tools import lone_files
 
-from dlc.data import Features, NotFinite, kind_dir
-from dlc.data.store import as_stored
+from dlc.data import Features, kind_dir
 from dlc.nets.encoder import save_encoder
 from dlc.nets.pixels import PixelEncoder
 from dlc.training.batches import draw_posterior
@@ -27,61 +24,32 @@ def folder(tmp_path_factory):
     return path
 
 
-def scaled_vae(tiny_models, path, change):
-    """The tiny VAE, all its weights finite, its mean's part changed by change(weight, bias of that part)."""
-    vae = AutoencoderKL.from_pretrained(tiny_models[0])
-    with torch.no_grad():
-        change(vae.quant_conv.weight[:4], vae.quant_conv.bias[:4])
-    vae.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def extract(folder, tiny_models, tmp_path_factory):
-    """extract(name, vae, flags…): the features' path, and how the run ended."""
-    root = tmp_path_factory.mktemp("features")
-
-    def run(name, vae, *flags, encoder=tiny_models[1]):
-        command = extract_command("forked", 1, folder, root / name, (vae, encoder), "--flip", "none", *flags)
-        result = launch(command, root, check=False)
-        assert "Traceback" not in result.stdout and "Warning" not in result.stdout, result.stdout
-        return root / name, result
-
-    return run
-
-
-def refused(path, result):
-    """The error's line; what was done before is kept."""
-    assert result.returncode == 2, result.stdout
-    assert not (path / "manifest.json").exists()
-    for file in kind_dir(path, IMAGE_SIZE, "features").glob("*.npy"):
-        assert np.isfinite(np.load(file)).all()
-    (line,) = [line for line in result.stdout.splitlines() if "error:" in line]
-    return line
-
-
 @pytest.mark.slow
-def test_what_is_too_large_for_the_precision(extract, tiny_models, tmp_path):
+def test_what_is_too_large_for_the_precision(folder, tiny_models, tmp_path):
     """Weights that are finite in float32, and not in float16: of the VAE's mean, and of the encoder's first layer."""
-    loud_vae = scaled_vae(tiny_models, tmp_path / "vae", lambda weight, bias: bias.fill_(1e5))
-    encoder = load_encoder(tiny_models[1])
+    vae, encoder = AutoencoderKL.from_pretrained(tiny_models[0]), load_encoder(tiny_models[1])
     with torch.no_grad():
+        vae.quant_conv.bias[:4].fill_(1e5)
         encoder.backbone.patch_embed.proj.bias.fill_(1e5)
+    vae.save_pretrained(tmp_path / "vae")
     save_encoder(encoder, tmp_path / "sem")
-    for name, vae, sem, what in (
-        ("latents", loud_vae, tiny_models[1], "latents"),
-        ("codes", tiny_models[0], tmp_path / "sem", "the encoder's logits"),
+    for networks, what in (
+        ((tmp_path / "vae", tiny_models[1]), "latents"),
+        ((tiny_models[0], tmp_path / "sem"), "the encoder's logits"),
     ):
-        flags = ("--dtype", "float32", "--posterior", "moments")
-        path, result = extract(f"{name} fp16", vae, *flags, "--precision", "fp16", encoder=sem)
-        line = refused(path, result)
-        assert f"{what} of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32; what is done is" in line
-        path, _ = extract(f"{name} bf16", vae, *flags, "--precision", "bf16", encoder=sem)
-        assert Features(path).count == 6
+        for precision in ("fp16", "bf16"):
+            flags = ("--flip", "none", "--dtype", "float32", "--posterior", "moments", "--precision", precision)
+            command = extract_command("forked", 1, folder, tmp_path / precision / what, networks, *flags)
+            result = launch(command, tmp_path, check=precision == "bf16")
+            assert "Traceback" not in result.stdout and "Warning" not in result.stdout, result.stdout
+            if precision == "fp16":
+                line = f"error: {what} of 'cat/0.png' are not finite numbers: try --precision bf16 or fp32; what is"
+                assert result.returncode == 2 and line in result.stdout and result.stdout.count("error:") == 1
+        assert Features(tmp_path / "bf16" / what).count == 6
+        assert not (tmp_path / "fp16" / what / "manifest.json").exists()
 
 
 def test_the_encoder_marks_them(tiny_models):
-    """Of the images concerned only."""
     encoder = load_encoder(tiny_models[1])
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -120,31 +88,7 @@ def test_composing_refuses_them(error_of, folder, tiny_models, tmp_path):
     assert not (tmp_path / "composed.npy").exists()
 
 
-#################################################################################
-#                              Stored and converted                             #
-#################################################################################
-
-
-def test_as_stored():
-    latents = np.linspace(-65504, 65504, 5 * 4 * 2 * 2, dtype=np.float32).reshape(5, 4, 2, 2)
-
-    def error(dtype, value):
-        changed = latents.copy()
-        changed[3, 1, 0, 1] = changed[4, 0, 0, 0] = value
-        with pytest.raises(NotFinite) as raised:
-            as_stored(changed, dtype, "row {}".format, "mend it")
-        return str(raised.value)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for dtype in ("float16", "float32"):
-            stored = as_stored(latents, dtype, None, "")
-            assert stored.dtype == dtype
-            np.testing.assert_array_equal(stored, latents.astype(dtype))
-            for value in (np.nan, np.inf, -np.inf):
-                assert error(dtype, value) == "latents of row 3 are not finite numbers: mend it"
-        for value in (65520, -1e30):
-            assert error("float16", value) == "latents of row 3 are too large for float16: give --dtype float32"
+# ---------------------------------------------------------------------- stored and converted
 
 
 @pytest.mark.parametrize(
@@ -155,18 +99,15 @@ def test_as_stored():
         (-np.inf, None, "are not finite numbers: fix that row, or take it out"),
     ],
 )
-def test_pack_refuses_them(value, dtype, message, tmp_path, capsys):
+def test_pack_refuses_them(value, dtype, message, tmp_path, tool):
     lone_files(tmp_path / "old", codes=False)
     path = kind_dir(tmp_path / "old", 64, "features") / "21.npy"
     latent = np.load(path).astype(np.float32)
     latent[..., 0, 3, 3] = value
     np.save(path, latent)
-    status, _, said = call(
-        capsys, "pack", tmp_path / "old", tmp_path / "new", "--shard-size", 8, *(("--dtype", dtype) if dtype else ())
-    )
+    flags = ("--shard-size", 8, *(("--dtype", dtype) if dtype else ()))
+    status, _, said = tool("pack", tmp_path / "old", tmp_path / "new", *flags)
     assert status == 2 and said.count("\n") == 1 and f"old, row 21 {message}" in said
-    assert sorted(file.name for file in kind_dir(tmp_path / "new", 64, "features").glob("*.npy")) == [
-        "000000.npy",
-        "000001.npy",
-    ]
+    written = sorted(file.name for file in kind_dir(tmp_path / "new", 64, "features").glob("*.npy"))
+    assert written == ["000000.npy", "000001.npy"]
     assert not (tmp_path / "new/manifest.json").exists()

@@ -41,7 +41,6 @@ def by_hand(samples, reference):
 
 
 def test_table_file_and_line(evaluate, evaluation_place):
-    """ADM's five numbers in the table, in samples.metrics.json with all that it compared, and in a line."""
     said = evaluate("samples.npz", "--reference", "reference.npz")
     content = content_of()
     wanted = by_hand(pixels(40), pixels(50, seed=1))
@@ -60,7 +59,6 @@ def test_table_file_and_line(evaluate, evaluation_place):
 
 
 def test_every_metric(evaluate, evaluation_place):
-    """Their numbers, words and warnings; docs/formats.md has each key of the JSON, and each array of a reference."""
     flags = ("--metrics", *(one for one in METRICS if one != "fd_dinov2"), "--output", "more.json")
     evaluate("make-reference", "reference.npz", "made.npz", "--image-size", 16)
     said, content = evaluate("samples.npz", "--reference", "made.npz", *flags), content_of("more.json")
@@ -77,7 +75,6 @@ def test_every_metric(evaluate, evaluation_place):
 
 
 def test_inception_score_alone(evaluate):
-    """It compares with nothing: no reference is wanted, none is read, and nothing is said of one."""
     said, content = evaluate("samples.npz", "--metrics", "is"), content_of()
     assert content["metrics"] == {"inception_score": pytest.approx(by_hand(pixels(40), pixels(50))["inception_score"])}
     assert set(content["reference"].values()) == {None} and "istance" not in said and "reference" not in said
@@ -100,8 +97,6 @@ class Colours:
 
 
 def test_a_metric_is_a_row_and_so_is_a_network(evaluate, evaluation_place, monkeypatch):
-    """With nothing but a row added, it has a flag, and stands in the table, the line and the JSON."""
-
     def largest(pair):
         return dict(largest=float(pair.features[1].max()), largest_std=0.25)
 
@@ -122,7 +117,6 @@ def test_a_metric_is_a_row_and_so_is_a_network(evaluate, evaluation_place, monke
 
 
 def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
-    """fd_dinov2 beside Inception's numbers; --features dinov2: the same distance, and its own precision and recall."""
     tiny_dinov2(evaluation_place / "vit.pth", depth=1)
     np.savez("few.npz", arr_0=pixels(9))
     common = ("samples.npz", "--reference", "few.npz", "--dinov2", "vit.pth")
@@ -140,7 +134,6 @@ def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):
 
 @pytest.mark.slow
 def test_processes_give_equal_numbers(evaluation_place, evaluate):
-    """Batches of 8 of 10 and 50 images, so that a third process has no samples: all numbers of one process."""
     np.savez("samples.npz", arr_0=pixels(10))
     evaluate("samples.npz", "--reference", "reference.npz")
     flags = ("samples.npz", "--reference", "reference.npz", "--output", "many.json")
@@ -153,7 +146,6 @@ def test_processes_give_equal_numbers(evaluation_place, evaluate):
 
 
 def test_a_folder_is_its_npz(evaluate, evaluation_place):
-    """Our folder of PNGs, the .npz beside it and a compressed one: equal digests and numbers."""
     save_folder(evaluation_place / "samples/set", pixels(40))
     (evaluation_place / "samples/set/samples.json").write_text(json.dumps(record_of(40)))
     write_npz(evaluation_place / "samples/set.npz", evaluation_place / "samples/set", 40)
@@ -174,7 +166,6 @@ def test_a_folder_is_its_npz(evaluate, evaluation_place):
 
 
 def test_image_folder_with_adms_crop(evaluation_place):
-    """Class folders of images of mixed sizes, cropped as extraction crops, in ImageFolder's order."""
     sizes = [(40, 30), (31, 64), (33, 33), (90, 50)]
     arrays = [np.random.default_rng(i).integers(0, 256, (h, w, 3), dtype=np.uint8) for i, (w, h) in enumerate(sizes)]
     for name, array in zip(("b/1.png", "a/2.png", "b/3.png", "a/deep/0.png"), arrays):
@@ -194,10 +185,7 @@ def test_image_folder_with_adms_crop(evaluation_place):
 
 
 def test_any_part_of_a_set(evaluation_place, monkeypatch):
-    """Each process begins where its share does, in stored and compressed files and in folders; some are chosen.
-
-    An .npz is streamed: no read is larger than a batch.
-    """
+    """Also a part in the midst. An .npz is streamed: no read is larger than a batch."""
     array = pixels(150, 64, seed=4)
     np.savez_compressed("packed.npz", labels=np.arange(150), arr_0=array)
     np.savez("stored.npz", arr_0=array)
@@ -215,7 +203,6 @@ def test_any_part_of_a_set(evaluation_place, monkeypatch):
 
 
 def test_make_reference(evaluate, evaluation_place):
-    """Statistics of all images, some of them as arr_0: read again, the same distances; ADM's keys are there."""
     flags = ("samples.npz", "--reference")
     evaluate(*flags, "reference.npz")
     direct = numbers_in()

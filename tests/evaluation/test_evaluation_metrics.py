@@ -80,7 +80,6 @@ def test_sets_smaller_than_their_dimension(n, m):
 
 @pytest.mark.parametrize("sizes", [(1000,), (1, 7, 92, 600, 300), (64,) * 15 + (40,)])
 def test_streaming_equals_one_pass(sizes):
-    """However the rows are cut, also where the mean is large, and however processes share them."""
     rows = gaussian(1000, 24, mean=1e4)
     batches, exact = np.split(rows, np.cumsum(sizes)[:-1]), rows.astype(np.float64)
     streamed, merged = FeatureStatistics(24), FeatureStatistics(24)
@@ -141,7 +140,6 @@ def test_blocks_change_nothing(monkeypatch, tile, block):
 
 
 def test_one_block_that_is_not_finite_in_float16(monkeypatch):
-    """Only that block is computed in float32; the others stay in float16."""
     monkeypatch.setattr(distances, "ADM_BLOCK", 50)
     far = gaussian(100, 4)
     far[70] = 300  # its squared norm is 360,000, beyond float16
@@ -173,7 +171,6 @@ def test_kernel_distance_is_unbiased():
 
 
 def test_samples_sorted_by_class_are_noticed():
-    """Made-up certain classes, 10,000 of 100: sorted, the score of the splits falls; shuffled, it does not."""
     classes = np.arange(10_000) % 100
     for order, warned in ((np.sort(classes), True), (np.random.default_rng(0).permutation(classes), False)):
         probs = torch.full((10_000, 100), 0.1 / 99)

@@ -5,14 +5,11 @@ name of a function below and its arguments, joined by commas, or several joined 
 called at the end.
 """
 
-import errno
-import fcntl
 import importlib
 import math
 import os
 import resource
 import signal
-import stat
 import sys
 
 import torch
@@ -23,34 +20,9 @@ import dlc.machine.processes
 import dlc.machine.readers
 
 
-def no_directory_sync():
-    """As CIFS and some FUSE file systems do it."""
-    fsync = os.fsync
-
-    def failing(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        fsync(descriptor)
-
-    os.fsync = failing
-
-
-def no_locks():
-    """As NFS without its lock daemon."""
-
-    def failing(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    fcntl.flock = failing
-
-
 def limited(kind, most):
     """The disk takes so many bytes of one file (FSIZE), or a process may open so many files (NOFILE)."""
     resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (int(most), int(most)))
-
-
-def patient():
-    dlc.machine.files.LOCK_PATIENCE = 600
 
 
 def impatient():

@@ -16,6 +16,8 @@ import urllib.parse
 
 
 class Hub:
+    """broken: the number of bytes of a file, by path, after which each connection is cut."""
+
     def __init__(self):
         self.repositories, self.requests, self.broken, self.token = {}, [], {}, None
 
@@ -28,13 +30,6 @@ class Hub:
         repository = self.repositories.setdefault((f"{kind}s", name), {})
         repository.update({revision: (commit, files, access), commit: (commit, files, access)})
         return commit
-
-    def break_off(self, path, after, times, spared=0):
-        """Cut the connection `times` times, each time after so many bytes of a file's content.
-
-        spared: how often the content is sent whole before that.
-        """
-        self.broken[path] = [after, times, spared]
 
     def __enter__(self):
         hub = self
@@ -87,16 +82,15 @@ class Hub:
                 return self.refuse(request, 404, "RevisionNotFound")
             if what[:1] == ["resolve"]:
                 if access == "gated" and not authorized:
-                    return self.refuse(request, 401 if access == "private" else 403, "GatedRepo")
+                    return self.refuse(request, 403, "GatedRepo")
                 return self.send_file(request, "/".join(what[2:]), files, commit, body)
             entries = [dict(path=path, size=len(content), oid=digest(content)) for path, content in files.items()]
-            if what[:1] == ["paths-info"]:
-                entries = [entry for entry in entries if entry["path"] in asked.get("paths", [])]
             if what[:1] == ["tree"]:
                 recursive = urllib.parse.parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
                 return self.send_json(request, list(tree_of(entries, "/".join(what[2:]), recursive)))
             if what[:1] == ["paths-info"]:
-                return self.send_json(request, [dict(entry, type="file") for entry in entries])
+                wanted = [entry for entry in entries if entry["path"] in asked.get("paths", [])]
+                return self.send_json(request, [dict(entry, type="file") for entry in wanted])
             siblings = [dict(rfilename=entry["path"], size=entry["size"], blobId=entry["oid"]) for entry in entries]
             self.send_json(request, dict(id=name, sha=commit, siblings=siblings, private=False, tags=[], downloads=0))
 
@@ -108,42 +102,28 @@ class Hub:
             start, _, end = request.headers["Range"].removeprefix("bytes=").partition("-")
             start = int(start)
             content = content[: int(end) + 1] if end else content
-        request.send_response(206 if start or len(content) < len(files[path]) else 200)
-        request.send_header("ETag", f'"{digest(files[path])}"')
-        request.send_header("X-Repo-Commit", commit)
-        request.send_header("Accept-Ranges", "bytes")
-        request.send_header("Content-Length", str(len(content) - start))
-        if start or len(content) < len(files[path]):
-            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(files[path])}")
-        request.end_headers()
-        if not body:
-            return
-        after, times, spared = self.broken.get(path, (0, 0, 0))
-        if spared:
-            self.broken[path][2] -= 1
-            request.wfile.write(content[start:])
-        elif times:
-            self.broken[path][1] -= 1
-            request.wfile.write(content[start : start + after])
-            request.close_connection = True  # fewer bytes than promised
-        else:
-            request.wfile.write(content[start:])
+        headers = {"ETag": f'"{digest(files[path])}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers["Content-Length"] = len(content) - start
+        part = start or len(content) < len(files[path])
+        if part:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(files[path])}"
+        after = self.broken.get(path) if body else 0
+        reply(request, 206 if part else 200, headers, content[start:][:after])
+        request.close_connection |= body and after is not None  # with fewer bytes than promised
 
     def send_json(self, request, value):
-        content = json.dumps(value).encode()
-        request.send_response(200)
-        request.send_header("Content-Type", "application/json")
-        request.send_header("Content-Length", str(len(content)))
-        request.end_headers()
-        request.wfile.write(content)
+        reply(request, 200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def refuse(self, request, status, code, commit=""):
-        request.send_response(status)
-        request.send_header("X-Error-Code", code)
-        request.send_header("X-Error-Message", code)
-        request.send_header("X-Repo-Commit", commit)
-        request.send_header("Content-Length", "0")
-        request.end_headers()
+        reply(request, status, {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": commit})
+
+
+def reply(request, status, headers, content=b""):
+    request.send_response(status)
+    for name, value in {"Content-Length": len(content), **headers}.items():
+        request.send_header(name, str(value))
+    request.end_headers()
+    request.wfile.write(content)
 
 
 def digest(content):

@@ -6,13 +6,18 @@ import safetensors.torch
 import torch
 
 
-def train_command(processes, features, results, *flags, script="train_diffusion.py", launcher="accelerate"):
-    """For conftest.launch: a DiTSEM-Ti/4 on features, with a line of the log at each step."""
+def train_flags(features, results, *flags):
+    """Of a DiTSEM-Ti/4 on features, or if None on what the flags say, with a line of the log at each step."""
     return (
-        *(launcher, processes, script, "--model", "DiTSEM-Ti/4", "--features-path", features, "--results-dir", results),
+        *("--model", "DiTSEM-Ti/4", *(("--features-path", features) if features else ()), "--results-dir", results),
         *("--global-batch-size", 8, "--lr", 1e-3, "--ema-decay", 0.9, "--log-every", 1, "--num-workers", 0),
         *("--no-ema-warmup", "--sample-every", 0, *flags),
     )
+
+
+def train_command(processes, features, results, *flags, launcher="forked"):
+    """For conftest.launch."""
+    return (launcher, processes, "train_diffusion.py", *train_flags(features, results, *flags))
 
 
 def metrics(results):

@@ -71,7 +71,6 @@ def test_long_values_are_shortened_and_sentences_are_not(value):
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])
 def test_streams_that_the_shell_closed(closed, tmp_path):
-    """What is printed goes nowhere, and into no file."""
     code = "import dlc, sys; file = open('file', 'w'); print('x'); print('x', file=sys.stderr); sys.stderr.isatty()"
     ended = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" {closed}'], cwd=tmp_path, env=ENVIRONMENT)
     assert ended.returncode == 0 and (tmp_path / "file").read_text() == ""
@@ -79,8 +78,6 @@ def test_streams_that_the_shell_closed(closed, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
 def test_streams_that_take_nothing_any_more(number, monkeypatch, capsys, tmp_path):
-    """The reader of a pipe is gone, a log's disk is full, a terminal was closed: the work goes on."""
-
     class Lost(io.StringIO):
         def write(self, text):
             raise OSError(number, os.strerror(number))
@@ -139,6 +136,14 @@ def test_values_that_are_taken(monkeypatch, capsys):
     assert path_or_name("a/~b") == "a/~b" and path_or_name("./~x") == "./~x"
 
 
+NO_COMPILER = (
+    "Failed to find C compiler. Please specify via CC environment variable.",
+    "Command '['/usr/bin/gcc', 'main.c', …]' returned non-zero exit status 1.",
+    "C++ compile error … fatal error: Python.h: No such file or directory",
+    "No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+)
+
+
 @pytest.mark.parametrize(
     "error, status, said",
     [
@@ -146,11 +151,8 @@ def test_values_that_are_taken(monkeypatch, capsys):
         (KeyboardInterrupt(), 130, "stopped; what is done is kept: run the same command again"),
         (MemoryError(), 2, "the memory is full: lower --batch-size; what is done is kept"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "the memory is full: lower --batch-size"),
-        (
-            RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"),
-            2,
-            "another process failed, see its message",
-        ),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), 2, "another process failed, see"),
+        *((RuntimeError(said), 2, "or give --no-compile; what is done is kept") for said in NO_COMPILER),
     ],
 )
 def test_what_ends_the_work(error, status, said, capsys):

@@ -140,13 +140,10 @@ def training(family, precision, *flags, moments=False, device=CUDA, steps=2, pro
         targets = (torch.randn(N, 16, 5).half(),) if align else ()
         return torch.arange(N), torch.randn(N, 8 if moments else 4, 8, 8).half(), conditions(N), *targets
 
-    return steps_of(
-        run,
-        batch,
-        lambda i, x, y, z=None: losses_of(run.model, process, i, x, y, targets=z, **settings),
-        process.num_timesteps,
-        steps,
-    )
+    def losses_of_a_part(i, x, y, z=None):
+        return losses_of(run.model, process, i, x, y, targets=z, **settings)
+
+    return steps_of(run, batch, losses_of_a_part, process.num_timesteps, steps)
 
 
 def prior_training(classes, shared, precision, *flags, entropy=False, device=CUDA, steps=2, depth=1):
@@ -179,20 +176,11 @@ def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gau
             assert_on(CUDA, x, x_start)
             guard.__exit__(None, None, None) if step == sampler.num_steps - 1 else step or guard.__enter__()
 
+        guide = Guide(None if model.intermediate_head else weak, guide_scale, *bounds)
+        where = dict(indices=torch.arange(N, device=CUDA), latent_shape=(4, 8, 8), seed=0, on_step=on_step)
+        how = dict(cfg_scale=scale, t_min=bounds[0], t_max=bounds[1], guide=guide)
         with autocast(CUDA, precision):
-            latents = sample_latents(
-                model,
-                sampler,
-                y=conditions(N).to(CUDA),
-                seed=0,
-                indices=torch.arange(N, device=CUDA),
-                latent_shape=(4, 8, 8),
-                cfg_scale=scale,
-                t_min=bounds[0],
-                t_max=bounds[1],
-                guide=Guide(None if model.intermediate_head else weak, guide_scale, *bounds),
-                on_step=on_step,
-            )
+            latents = sample_latents(model, sampler, y=conditions(N).to(CUDA), **where, **how)
         assert latents.shape == (N, 4, 8, 8) and latents.dtype == torch.float32
         assert_on(CUDA, latents)
 
@@ -395,7 +383,6 @@ def test_metric(metric, monkeypatch):
 
 
 def test_a_step_that_waits_is_seen(monkeypatch):
-    """Each way of waiting, one by one."""
     with fake_cuda(monkeypatch), no_waiting():
         x = torch.arange(6, device=CUDA)
         assert_on(CUDA, x + 1, x * torch.ones(()), torch.ones(2).to(CUDA, non_blocking=True))

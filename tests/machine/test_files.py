@@ -5,30 +5,19 @@ import os
 import types
 
 import pytest
+from conftest import fails, refusal
 
 from dlc.data.listing import read_labels
 from dlc.machine.files import DirectoryLock, failed, read_json, write_bytes
 
 
-def fails(monkeypatch, name, number, when=lambda *arguments: True):
-    """os.name(…) raises an OSError where when(arguments) holds."""
-    works = getattr(os, name)
-
-    def call(*arguments):
-        if when(*arguments):
-            raise OSError(number, os.strerror(number))
-        return works(*arguments)
-
-    monkeypatch.setattr(os, name, call)
-
-
 @pytest.mark.parametrize(
     "name, number, when, words",
     [
-        ("replace", errno.EPERM, lambda source, target: os.path.isdir(source), "Operation not permitted"),
-        ("replace", errno.EXDEV, lambda *_: True, "Invalid cross-device link"),
-        ("fsync", errno.EIO, lambda *_: True, "Input/output error"),
-        ("mkdir", errno.ENOSPC, lambda path, *_: ".trial." in str(path), "No space left on device"),
+        ("os.replace", errno.EPERM, lambda source, target: os.path.isdir(source), "Operation not permitted"),
+        ("os.replace", errno.EXDEV, lambda *_: True, "Invalid cross-device link"),
+        ("os.fsync", errno.EIO, lambda *_: True, "Input/output error"),
+        ("os.mkdir", errno.ENOSPC, lambda path, *_: ".trial." in str(path), "No space left on device"),
     ],
 )
 def test_a_disk_that_does_not_do_what_is_needed(name, number, when, words, monkeypatch, tmp_path):
@@ -46,8 +35,7 @@ def test_a_disk_that_does_not_do_what_is_needed(name, number, when, words, monke
 def test_a_pipe_is_no_file(name, read, tmp_path):
     """To open one would wait for ever for what is never written."""
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{tmp_path}/{name} is a pipe or a device, no file"):
-        read(tmp_path / name)
+    refusal(read, tmp_path / name, words=f"{tmp_path}/{name} is a pipe or a device, no file")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +51,7 @@ def test_a_pipe_is_no_file(name, read, tmp_path):
 )
 def test_what_is_said_of_a_write_that_failed(number, inodes, words, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_files=9, f_favail=inodes))
-    fails(monkeypatch, "replace", number)
+    fails(monkeypatch, "os.replace", number)
     with pytest.raises(OSError) as raised:
         write_bytes(tmp_path / "file", b"x")
     assert str(raised.value) == f"cannot write {tmp_path}/file ({words}" and raised.value.errno == number

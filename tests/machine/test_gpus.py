@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_vae
+from conftest import refusal, tiny_vae
 
 from dlc.machine import processes
-from dlc.machine.cli import ArgumentParser
 from dlc.machine.gpus import refuse_shared_gpus
 from dlc.machine.processes import compile_blocks, on_gpus, start_processes
 from dlc.nets.pixels import PixelEncoder
@@ -35,12 +34,20 @@ def cuda(monkeypatch):
     return say
 
 
+@pytest.fixture
+def joined(monkeypatch):
+    """joined(device, …): the group of processes that accelerate joins is one of this device."""
+
+    def join(device, **state):
+        state = SimpleNamespace(device=torch.device(device), num_processes=1, **state)
+        monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+
+    return join
+
+
 def test_driver_that_is_too_old(cuda, monkeypatch):
     cuda(available=False, count=8)
-    with pytest.raises(
-        ValueError, match=r"8 GPUs, but torch .* for CUDA 13.0 .*driver.*older CUDA.*ACCELERATE_USE_CPU=1"
-    ):
-        start_processes()
+    refusal(start_processes, words=r"8 GPUs, but torch .* for CUDA 13.0 .*driver.*older CUDA.*ACCELERATE_USE_CPU=1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     assert start_processes().device.type == "cpu"
     monkeypatch.delenv("ACCELERATE_USE_CPU")
@@ -55,8 +62,7 @@ def test_gpus_that_are_not_there(asked, refused, cuda, monkeypatch):
     if asked is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
     if refused:
-        with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: .*_USE_CPU=1"):
-            start_processes()
+        refusal(start_processes, words=f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: .*_USE_CPU=1")
     else:
         assert start_processes().device.type == "cpu"
 
@@ -65,8 +71,7 @@ def test_torch_without_cuda_on_a_node_with_gpus(cuda, monkeypatch):
     cuda(available=False, count=0)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: iter([folder / "nvidia0"]))
-    with pytest.raises(ValueError, match=r"this node has NVIDIA GPUs, but torch .* is built without CUDA"):
-        start_processes()
+    refusal(start_processes, words=r"this node has NVIDIA GPUs, but torch .* is built without CUDA")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert start_processes().device.type == "cpu"
 
@@ -79,42 +84,38 @@ def test_cpu_by_choice_on_a_node_with_gpus(cuda, monkeypatch):
     assert not on_gpus() and start_processes().device.type == "cpu"
 
 
-def test_compilers_of_a_node_share_its_cores(cuda, monkeypatch):
+def test_compilers_of_a_node_share_its_cores(cuda, joined, monkeypatch):
     cuda()
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
     del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
     monkeypatch.setattr(processes, "cores", lambda: 24)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    state = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    joined("cuda")
     start_processes()
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 
 
-def test_more_processes_than_cores(monkeypatch, capsys):
+def test_more_processes_than_cores(joined, monkeypatch, capsys):
     """As `accelerate launch` starts them by a config of eight GPUs on a small machine."""
     monkeypatch.setattr("dlc.machine.cli.WARNED", set())
     monkeypatch.setattr(processes, "cores", lambda: 2)
-    state = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    joined("cpu")
     for count, words in ((2, ""), (8, "warning: 8 processes share 2 cores: start fewer (--num_processes)\n")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
         start_processes()
         assert capsys.readouterr().err == words
 
 
-def test_one_visible_gpu_per_process(cuda, monkeypatch):
+def test_one_visible_gpu_per_process(cuda, joined):
     """accelerate gives DDP and barriers local_process_index as the GPU's number: LOCAL_RANK is not it here."""
     cuda()
-    state = SimpleNamespace(device=torch.device("cuda:0"), local_process_index=3, num_processes=1)
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    joined("cuda:0", local_process_index=3)
     assert start_processes().local_process_index == 0
 
 
-def test_bf16_where_it_is_emulated(cuda, monkeypatch):
+def test_bf16_where_it_is_emulated(cuda, joined):
     cuda(capability=(7, 5))
-    state = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    joined("cuda")
     with pytest.raises(ValueError, match=r"Tesla T4 \(compute capability 7.5\) has no bf16: take fp16"):
         start_processes(precisions=["fp32", "bf16"])
     assert start_processes(precisions=["fp16"]).device == torch.device("cuda:0")
@@ -133,8 +134,7 @@ def test_network_that_does_not_connect_the_nodes(monkeypatch):
         raise RuntimeError("Gloo connectFullMesh failed with [...] Connection refused, remote=[127.0.1.1]:5")
 
     monkeypatch.setattr(processes, "files_group", fail)
-    with pytest.raises(ValueError, match=r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"):
-        start_processes()
+    refusal(start_processes, words=r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
 
 
 def test_block_is_one_graph_inside_ddp(tmp_path):
@@ -150,21 +150,6 @@ def test_block_is_one_graph_inside_ddp(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "Failed to find C compiler. Please specify via CC environment variable.",
-        "Command '['/usr/bin/gcc', 'main.c', …]' returned non-zero exit status 1.",
-        "C++ compile error … fatal error: Python.h: No such file or directory",
-        "No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
-    ],
-)
-def test_no_compiler(said, capsys):
-    with pytest.raises(SystemExit), ArgumentParser("").kept_on_error("all is kept", "--batch-size"):
-        raise RuntimeError(said)
-    assert "or give --no-compile; all is kept: run the same command again" in capsys.readouterr().err
 
 
 def test_extraction_compiles_without_timing_kernels(monkeypatch):

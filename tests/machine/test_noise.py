@@ -17,17 +17,18 @@ from train_diffusion import draws
 
 
 def test_philox_agrees_with_its_published_vectors():  # Random123's known answers for philox4x32-10
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
     for counter, key, expected in [
         ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ([LOW] * 4, [LOW] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
+        (pi[:4], pi[4:], "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ]:
         words = philox([torch.tensor([word]) for word in counter], key)
         assert " ".join(f"{word.item():08x}" for word in words) == expected
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
 def test_numbers_belong_to_the_sample():
@@ -36,19 +37,10 @@ def test_numbers_belong_to_the_sample():
     some = torch.tensor([41, 3, 17])
     assert torch.equal(random_words(7, Stream.POSTERIOR, everyone, 6)[some], random_words(7, Stream.POSTERIOR, some, 6))
     for shape in ((4, 8, 8), (3,), ()):
-        torch.testing.assert_close(
-            normal(7, Stream.POSTERIOR, everyone, shape)[some],
-            normal(7, Stream.POSTERIOR, some, shape),
-            atol=1e-6,
-            rtol=1e-6,
-        )
+        close(normal(7, Stream.POSTERIOR, everyone, shape)[some], normal(7, Stream.POSTERIOR, some, shape))
     draws = torch.tensor([4, 0, 9])  # of several steps at once: as one by one
-    torch.testing.assert_close(
-        normal(7, Stream.SAMPLE_NOISE, some, (4, 8), draws),
-        torch.stack([normal(7, Stream.SAMPLE_NOISE, some[i : i + 1], (4, 8), int(draws[i]))[0] for i in range(3)]),
-        atol=1e-6,
-        rtol=1e-6,
-    )
+    one_by_one = [normal(7, Stream.SAMPLE_NOISE, some[i : i + 1], (4, 8), int(draws[i])) for i in range(3)]
+    close(normal(7, Stream.SAMPLE_NOISE, some, (4, 8), draws), torch.cat(one_by_one))
     assert torch.equal(integers(7, Stream.SAMPLE_LABEL, everyone, 10)[some], integers(7, Stream.SAMPLE_LABEL, some, 10))
 
 
@@ -59,21 +51,13 @@ def test_noise_of_steps(monkeypatch):
         monkeypatch.setattr(StepNoise, "AT_ONCE", numbers)
         noise = StepNoise(7, Stream.SAMPLE_NOISE, some, (4, 8), 5)
         for step in (0, 1, 4, 2, 2, 3):
-            torch.testing.assert_close(
-                noise(step), normal(7, Stream.SAMPLE_NOISE, some, (4, 8), 5 - step), atol=1e-6, rtol=1e-6
-            )
+            close(noise(step), normal(7, Stream.SAMPLE_NOISE, some, (4, 8), 5 - step))
 
 
 def test_seed_stream_draw_and_index_all_count():
     base = dict(seed=0, stream=Stream.FLIP, indices=torch.tensor([5]), count=8, draw=0)
-    others = [
-        dict(seed=1),
-        dict(seed=2**32),
-        dict(stream=Stream.POSTERIOR),
-        dict(draw=1),
-        dict(indices=torch.tensor([6])),
-        dict(indices=torch.tensor([5 + 2**32])),
-    ]
+    others = [dict(seed=1), dict(seed=2**32), dict(stream=Stream.POSTERIOR), dict(draw=1)]
+    others += [dict(indices=torch.tensor([index])) for index in (6, 5 + 2**32)]
     words = [tuple(random_words(**{**base, **other}).flatten().tolist()) for other in [{}, *others]]
     assert len(set(words)) == len(words)
     assert len(set(words[0])) == 8
@@ -109,15 +93,8 @@ def test_uniform_numbers_are_below_1():
 
 
 def test_permutation():
-    orders = [
-        permutation(*key, 100)
-        for key in (
-            (0, Stream.TRAIN_ORDER, 0),
-            (0, Stream.TRAIN_ORDER, 1),
-            (1, Stream.TRAIN_ORDER, 0),
-            (0, Stream.SAMPLE_ORDER, 0),
-        )
-    ]
+    keys = [(seed, Stream.TRAIN_ORDER, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    orders = [permutation(*key, 100) for key in (*keys, (0, Stream.SAMPLE_ORDER, 0))]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert (permutation(0, Stream.TRAIN_ORDER, 1, 100) == orders[1]).all()
     assert len({tuple(order) for order in orders}) == len(orders)

@@ -1,16 +1,14 @@
 """No command writes over what it reads, or over a file that is not its own; by any name or link."""
 
-import builtins
 import errno
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
+from conftest import fails, refusal
 from tiny_networks import pixels
 
-from dlc import features
 from dlc.data.images import save_png
 from dlc.machine.files import check_output, write_new
 from dlc.sampling.pictures import check_npz
@@ -67,37 +65,28 @@ def test_outputs_that_are_refused(place, error_of, command, words):
     assert words in error_of(*command.split())
 
 
-def test_converting_onto_the_source(place, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dlc.features", "pack", "codes", "../" + place.name + "/codes", "--V", "4"])
-    with pytest.raises(SystemExit):
-        features.main()
-    assert READ in capsys.readouterr().err
+def test_converting_onto_the_source(place, tool):
+    assert READ in tool("pack", "codes", f"../{place.name}/codes", "--V", 4)[2]
 
 
 def test_contact_sheets(tmp_path):
-    """One that this program drew is drawn anew; a picture of the user's is kept."""
     sheet = tmp_path / "samples.npz.grid.png"
     for count in (5, 6):
         np.savez(tmp_path / "samples.npz", arr_0=pixels(count))
         check_npz(tmp_path / "samples.npz", grid=True)
     save_png(sheet, pixels(1)[0])
     before = sheet.read_bytes()
-    with pytest.raises(ValueError, match=f"--grid {sheet} {OTHER}"):
-        check_npz(tmp_path / "samples.npz", grid=True)
+    refusal(check_npz, tmp_path / "samples.npz", grid=True, words=f"--grid {sheet} {OTHER}")
     assert sheet.read_bytes() == before
 
 
-@pytest.mark.parametrize("name, number", [("open", errno.EROFS), ("fsync", errno.EIO), ("replace", errno.EPERM)])
+@pytest.mark.parametrize(
+    "name, number", [("builtins.open", errno.EROFS), ("os.fsync", errno.EIO), ("os.replace", errno.EPERM)]
+)
 def test_the_disk_is_tried_before_the_work(name, number, monkeypatch, tmp_path):
-    """Numbers that took hours to find are not lost at their end."""
-
-    def failing(*arguments, **options):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(*((builtins, name) if name == "open" else (os, name)), failing)
+    fails(monkeypatch, name, number)
     words = f"--output {tmp_path}/x.json cannot be written: a trial in {tmp_path} failed: .*{os.strerror(number)}"
-    with pytest.raises(ValueError, match=words):
-        check_output(tmp_path / "x.json", "--output")
+    refusal(check_output, tmp_path / "x.json", "--output", words=words)
     assert not list(tmp_path.iterdir())
 
 

@@ -60,7 +60,6 @@ def signalled(number):
     ],
 )
 def test_a_reader_that_fails(what, kind, message, monkeypatch):
-    """An error says what happened; of the items before, some are given. No reader is left."""
     monkeypatch.setattr(readers, "PATIENCE", 1)
     given = []
     with pytest.raises(kind, match=message):
@@ -82,11 +81,10 @@ def test_too_few_descriptors():
 
 @pytest.mark.slow
 def test_small_machines(images, tiny_models, tmp_path, monkeypatch):
-    """Extraction and training with 8 readers, a temporary folder of 139 characters and 64 descriptors."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * (138 - len(str(tmp_path))))))
     os.mkdir(os.environ["TMPDIR"])
     command = extract_command("forked", 1, images, "features", tiny_models, "--num-workers", 8)
     launch(command, tmp_path, fault="limited,NOFILE,64")
     flags = ("--max-steps", 3, "--num-workers", 8)
-    launch(train_command(1, "features", "run", *flags, launcher="forked"), tmp_path, fault="limited,NOFILE,64")
+    launch(train_command(1, "features", "run", *flags), tmp_path, fault="limited,NOFILE,64")
     assert len(metrics(tmp_path / "run")) == 3

@@ -33,7 +33,6 @@ def test_one_line_under_the_launcher(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help_and_is_read(script, monkeypatch):
-    """Each destination of the script's parser is read as an attribute of `args` in some source file."""
     parsers = []
 
     def parse_args(parser, argv=None):
@@ -43,14 +42,10 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
     monkeypatch.setattr("dlc.machine.cli.ArgumentParser.parse_args", parse_args)
     with pytest.raises(SystemExit):
         importlib.import_module(script).main()
+    places = ("*.py", "dlc/**/*.py", "evaluation/*.py", "demo/*.py")
     read = {
         node.attr
-        for path in [
-            *ROOT.glob("*.py"),
-            *ROOT.glob("dlc/**/*.py"),
-            *ROOT.glob("evaluation/*.py"),
-            *ROOT.glob("demo/*.py"),
-        ]
+        for path in [path for place in places for path in ROOT.glob(place)]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
@@ -65,6 +60,5 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
 def test_sources_are_clean(command):
-    """By ruff's rules in pyproject.toml."""
     result = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], text=True, capture_output=True)
     assert result.returncode == 0, result.stdout

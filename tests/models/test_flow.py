@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, refusal
 
 from diffusion.flow import EulerSampler, Flow, HeunFlowSampler, SDESampler, score
 from diffusion.process_table import create_process
@@ -160,7 +160,6 @@ def test_arguments_that_do_not_exist():
         (dict(time_scale=1.5), "scale 1.5: the mean is finite, std above 0, and the scale a whole number"),
         (dict(shift=1), "process flow: "),
     ):
-        with pytest.raises(ValueError, match=message):
-            create_process("flow", **arguments)
+        refusal(create_process, "flow", **arguments, words=message)
     with pytest.raises(ValueError, match="--num-sampling-steps 1001: --sampler euler has 1 to 1000"):
         create_sampler("euler", 1001, create_process("flow"))

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, refusal
 from scipy.stats import chisquare
 
 from diffusion.masked import MaskedDiffusion, mean_bound, stratified_times
@@ -130,8 +130,7 @@ def test_counted_masking_masks_so_many():
     diffusion = MaskedDiffusion(9, masking="counted")
     x_t = diffusion.corrupt(torch.zeros(3, 8, dtype=torch.long), torch.tensor([1e-3, 0.5, 1.0]), torch.rand(3, 8))
     assert (x_t == 9).sum(dim=1).tolist() == [1, 4, 8]
-    with pytest.raises(ValueError, match="masking x: is one of independent, counted"):
-        MaskedDiffusion(9, masking="x")
+    refusal(MaskedDiffusion, 9, masking="x", words="masking x: is one of independent, counted")
     with pytest.raises(ValueError, match="needs a model that is told the noise level"):
         MaskedDiffusion(9, time_conditioning=False, score_entropy=True)
 
@@ -303,8 +302,6 @@ def test_guidance_is_of_log_probabilities():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_codes_belong_to_samples(name):
-    """The same for any batch size and order, with and without other rows; another seed gives others."""
-
     def codes(indices, seed=0):
         sampler = create_sampler(name, V, steps=8)
         return sample_codes(Table(), MaskedDiffusion(V), sampler, seed=seed, indices=indices)

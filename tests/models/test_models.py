@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, refusal
 
 from models import DiT, DiT_models, DiTCONT, DiTSEM, SEMEmbedder, modulate
 
@@ -181,7 +181,6 @@ def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
 
 @pytest.mark.slow
 def test_every_name_builds():
-    """And parameter counts are those in table 1 of the DiT paper, plus 1001 label rows."""
     assert len(DiT_models) == 45
     papers = {"DiT-XL/2": 675, "DiT-L/2": 458, "DiT-B/2": 130, "DiT-S/2": 33}  # millions
     for name, build in DiT_models.items():
@@ -193,8 +192,7 @@ def test_every_name_builds():
 
 
 def test_latent_must_fit_the_patch():
-    with pytest.raises(ValueError, match="not a multiple of the patch size"):
-        DiT(input_size=9, patch_size=2)
+    refusal(DiT, input_size=9, patch_size=2, words="not a multiple of the patch size")
 
 
 def test_starts_of_the_code_table():

@@ -54,7 +54,6 @@ def graphs(monkeypatch):
     ],
 )
 def test_training(graphs, family, precision, flags):
-    """All blocks share one graph."""
     for step in training(family, precision, "--compile", *flags, device=CPU, steps=3):
         step()
         assert graphs() == 1
@@ -86,7 +85,6 @@ def test_sampling(graphs, sampler, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["first-hitting", "corrector"])  # which reveals tokens, and masks some again
 def test_sampling_codes(graphs, sampler, tmp_path):
-    """One graph for all calls, whichever samples of a batch are wanted."""
     options = PriorOptions(sampler=sampler, steps=4, classes=[0, 2], cfg_scale=2.0)
     draw = PriorDraw(save_prior(tmp_path / "prior", num_classes=3), True, options, seed=0).to(CPU, compiled=True)
     for wanted in (range(4), range(4, 6), range(9, 13)):
@@ -95,7 +93,6 @@ def test_sampling_codes(graphs, sampler, tmp_path):
 
 @pytest.mark.slow
 def test_extraction(graphs):
-    """The VAE's encoder, and one graph for all blocks of the SEM encoder; a batch that is not full is filled up."""
     sizes = dict(embed_dim=24, depth=10, num_heads=2, reg_tokens=2)
     encoder = SEMEncoder("vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
     encode = PixelEncoder(tiny_vae(), encoder, CPU, "bf16", compile=True)

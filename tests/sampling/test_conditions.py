@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import L, V, save_checkpoint
+from conftest import L, V, refusal, save_checkpoint
 from tiny_prior import save_prior
 
 from dlc.data.images import save_png
@@ -68,12 +68,8 @@ class Evil:
     "value, message",
     [
         (torch.full((3, L), V), f"codes.pt, row 0: value {V} outside 0..{V - 1}"),
-        (torch.full((3, 2, L), -1), f"codes.pt, row 0: value -1 outside 0..{V - 1}"),
         # of the text-to-code model, whose ids less an offset nothing clips
-        (
-            torch.tensor([[0] * L, [V + 3] + [-2] * (L - 1), [1] * L]),
-            rf"codes.pt, row 1: value {V + 3} outside 0..{V - 1}, the first of {L} such values",
-        ),
+        (torch.tensor([[0] * L, [V + 3] + [-2] * (L - 1)]), rf"row 1: value {V + 3} outside .*, the first of {L} such"),
         (torch.zeros(3, L), "codes.pt has values of type torch.float32, .*wanted integers"),
         (torch.zeros(3, 2, 0, dtype=torch.int64), r"codes.pt has shape \(3, 2, 0\), wanted"),
         ([torch.zeros(3, L)], "codes.pt holds a list, wanted a tensor"),
@@ -106,16 +102,9 @@ def test_codes_as_other_programs_save_them(tmp_path):
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ValueError, match="broken.pt cannot be read as a tensor"):
-        open_codes(tmp_path / "broken.pt")
+    refusal(open_codes, tmp_path / "broken.pt", words="broken.pt cannot be read as a tensor")
     np.save(tmp_path / "codes.npy", CODES)
-    with pytest.raises(ValueError, match="both .npy and .pt"):
-        open_codes(tmp_path)
-    with pytest.raises(ValueError, match="does not exist"):
-        open_codes(tmp_path / "nothing")
-    np.save(tmp_path / "objects.npy", np.array([Evil()]))
-    with pytest.raises(ValueError, match="objects.npy .*holds pickled objects"):
-        open_codes(tmp_path / "objects.npy")
+    refusal(open_codes, tmp_path, words="both .npy and .pt")
 
 
 def test_labels():
@@ -147,7 +136,6 @@ def vectors(tmp_path):
 
 
 def test_vectors_by_their_rows(vectors):
-    """Row i in file order, or by a seeded permutation, cycling; the digest covers order, seed and values."""
     stored = np.concatenate([VECTORS[:3].astype(np.float16), VECTORS[3:]]).astype(np.float32)
     sequential = ComputedVectors(vectors, CONT, "sequential", 0)
     indices = np.array([0, 6, 7, 3, 20])
@@ -173,10 +161,7 @@ def test_vectors_by_their_rows(vectors):
         (lambda folder: np.save(folder / "2.npy", np.array([[0, 0, 0, 0, 1e39]])), "2.npy, row 0: .*not finite"),
         (lambda folder: np.save(folder / "1.npy", np.zeros((3, 5), int)), "values of type int64, wanted floats"),
         (lambda folder: np.save(folder / "10.npy", np.zeros((3, 6))), "10.npy has rows of shape|10.npy has shape"),
-        (
-            lambda folder: [np.save(file, np.zeros((3, 4))) for file in folder.iterdir()],
-            "in_dim=4, the checkpoint's .*=5",
-        ),
+        (lambda folder: [np.save(file, np.zeros((3, 4))) for file in folder.iterdir()], "in_dim=4, the checkpoint's"),
         (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
         (lambda folder: [np.save(file, np.zeros((3, 0))) for file in folder.iterdir()], "vectors of no numbers"),
         (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
@@ -188,16 +173,6 @@ def test_vectors_that_are_refused(vectors, harm, message):
     harm(vectors)
     with pytest.raises(ValueError, match=message):
         ComputedVectors(vectors, CONT, "sequential", 0).digest(7)
-
-
-@pytest.mark.slow
-def test_what_could_not_be_compared_is_said(tmp_path, features):
-    np.save(tmp_path / "codes.npy", CODES)
-    assert "do not say which encoder" in of(tmp_path / "codes.npy").notes[0]
-    assert (
-        "the checkpoint's model do not say which encoder"
-        in ComputedCodes(features, MODEL, RunMeta(), "random", 0).notes[0]
-    )
 
 
 # ---------------------------------------------------------------------- samples.json
@@ -219,7 +194,6 @@ def write_record(path, **changes):
 
 
 def test_record_of_samples(tmp_path):
-    """Read as written; keys of the conditionings and others are passed over."""
     path = tmp_path / "samples.json"
     assert SamplesRecord.read(write_record(path)) == RECORD
     assert SamplesRecord.read(write_record(path, labels=[1, 2], other=None)) == RECORD
@@ -237,7 +211,6 @@ def test_record_of_samples(tmp_path):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, conditioning):
-    """By the conditioning's own key; a launch that would draw more goes on, one of other conditions is refused."""
     np.save(tmp_path / "codes.npy", CODES)
     model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
     conditions = dict(
@@ -263,15 +236,11 @@ def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, condit
     save_png(png_path(folder.path, 0), np.zeros((8, 8, 3), np.uint8))
     for changes, message in (
         (dict(conditions={**recorded(6), "sha256": "3" * 64}), "conditions.sha256 "),
-        (
-            dict(conditions={**recorded(6), "order": "other"}),
-            "conditions.order '(equal|sequential)' there, 'other' here",
-        ),
+        (dict(conditions={**recorded(6), "order": "other"}), "conditions.order '(equal|sequential)' there, 'other'"),
         (dict(t_min=1), "t_min 0 there, 1 here"),
         (dict(num_fid_samples=5), "is a set of 6 samples"),
     ):
-        with pytest.raises(ValueError, match=message):
-            folder.open(replace(more, **changes), {})
+        refusal(folder.open, replace(more, **changes), {}, words=message)
         assert not (folder.path / ".lock").exists()
 
 
@@ -294,7 +263,6 @@ def label_set(tmp_path):
 
 
 def test_an_npz_outlives_its_pngs(label_set):
-    """Nothing is to do if it is whole; it stays until the next one is, and none but its own set replaces it."""
     folder, _ = label_set(4)
     folder.finish(4)
     assert SamplesRecord.read(folder.about).num_fid_samples == 4 and npz_rows(folder.npz) == 4
@@ -318,14 +286,12 @@ def test_an_npz_outlives_its_pngs(label_set):
     ):
         if "no set.json" in message:
             folder.about.unlink()
-        with pytest.raises(ValueError, match=message):
-            label_set(count, **changes)
+        refusal(label_set, count, **changes, words=message)
         assert npz_rows(folder.npz) == 6 and not folder.path.exists()
 
 
 @pytest.mark.parametrize("share, warned", [(0.97, True), (0.04, False)])
 def test_an_ema_that_is_still_the_start_is_warned_of(share, warned, tmp_path, capsys):
-    """Of a model, of its raw weights never, and of a prior."""
     model = save_checkpoint(tmp_path / "model/checkpoints/0000001", settings=dict(ema_start=share))
     shutil.copyfile(model / "ema.safetensors", model / "model.safetensors")
     for flags in (("--ckpt", tmp_path / "model"), ("--ckpt", model), ("--ckpt", model, "--no-ema")):
@@ -338,7 +304,6 @@ def test_an_ema_that_is_still_the_start_is_warned_of(share, warned, tmp_path, ca
 
 
 def test_classes_that_are_asked_for(tmp_path):
-    """By number or name, in turn; recorded; what is no class is refused."""
     names = ["1", "cat", "dog"]  # class 0 is called 1, which stays the number 1
     record = Manifest(image_size=8, latents="mean", dtype="float16", L=None, V=None, classes=names, images=1)
     write_json(tmp_path / "manifest.json", replace(record, count=1).to_json())
@@ -365,5 +330,4 @@ def test_classes_that_are_asked_for(tmp_path):
         (("--class", "0", "cat"), None, "--class cat: .* and their names are not known"),
         (("--class", "0", "--label-sampling", "equal"), None, "give one of them"),
     ):
-        with pytest.raises(ValueError, match=words):
-            drawn(*flags, features=features)
+        refusal(drawn, *flags, features=features, words=words)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import SAMPLE_FLAGS, L, V, launch, sample_folder, save_checkpoint
+from conftest import SAMPLE_FLAGS, L, V, launch, refusal, sample_folder, save_checkpoint
 from tiny_prior import save_prior
 from tiny_weights import tiny
 
@@ -143,8 +143,7 @@ def test_what_is_recorded_of_a_guide(opened, tmp_path):
     ],
 )
 def test_guides_that_are_refused(opened, change, message):
-    with pytest.raises(ValueError, match=message):
-        opened(**change)
+    refusal(opened, **change, words=message)
 
 
 def test_a_guide_of_another_process_is_refused(opened, tmp_path):
@@ -183,13 +182,11 @@ def test_whether_there_is_a_head(tmp_path):
     assert recorded == dict(scale=2.0, t_min=300, t_max=None, intermediate_head=2)
     assert guide.model is None and guide.acts(300) and not guide.acts(299)
     args.guide_ckpt, args.guide_scale, args.cfg_scale = args.ckpt, 2.0, None
-    with pytest.raises(ValueError, match="in the place of --internal-scale: give one of them"):
-        settle_guidance(args)
+    refusal(settle_guidance, args, words="in the place of --internal-scale: give one of them")
 
 
 @pytest.mark.slow
 def test_samples_of_a_guided_model(workplace, tmp_path):
-    """The guide is part of the name and of samples.json, and in which checkpoint its weights lie is not."""
     command = ("forked", 1, SCRIPT, "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", tmp_path / "samples")
     flags = ("--guide-ckpt", workplace / "results/checkpoints/0000003/model.safetensors", "--guide-scale", 2)
     assert "cfg 1.0, guide" in launch((*command, *flags), workplace).stdout

@@ -5,14 +5,12 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import extract_command, launch, sample_folder
+from conftest import extract_command, launch, refusal, sample_folder
 from forked import Run
 from test_extract import contents
 from test_sample_killed import FLAGS
 from tiny_prior import save_prior
 
-import sample_ddp_computed_dlc
-import sample_prior
 from dlc.machine.part import WHOLE, Part, asked_part
 from dlc.sampling.code_folder import SHARD, CodesRecord
 from dlc.sampling.conditions import PriorCodes
@@ -54,11 +52,13 @@ def test_every_number_is_of_one_part():
     assert sorted(sum(shares, [])) == list(range(50)) and shares[1][:6] == [3, 4, 5, 15, 16, 17]
 
 
+def outputs(root):
+    """The bytes of pictures, codes and sets."""
+    return {path.name: path.read_bytes() for path in root.rglob("*") if path.suffix in (".png", ".npy", ".npz")}
+
+
 @pytest.mark.slow
 def test_samples(workplace, tmp_path):
-    """At once, one of them killed, one started twice; then repeated, and in another division. The bytes do not depend
-    on it, one .npz is written when all images are there, and nobody draws what another one has drawn."""
-
     def start(name, *flags, script=SAMPLE, **environment):
         script, *words = script
         output, flags = tmp_path / f"{name}.txt", [*words, *flags, "--sample-dir", tmp_path / "samples"]
@@ -84,18 +84,13 @@ def test_samples(workplace, tmp_path):
         assert run.wait(), run.said()
     assert sum("done: 6 images" in run.said() for run in runs) >= 2  # both launches of the part that was missing
     assert all(path.stat().st_mtime_ns == when for path, when in drawn.items())
-    parts, alone = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.suffix in (".png", ".npz")}
-        for name in ("samples", "whole")
-    )
-    assert parts == alone and npz_rows(npz) == 6 and not list(tmp_path.rglob(".*"))
+    assert outputs(tmp_path / "samples") == outputs(tmp_path / "whole")
+    assert npz_rows(npz) == 6 and not list(tmp_path.rglob(".*"))
     assert [run["part"] for run in json.loads((folder / "samples.json").read_text())["runs"]].count("1/3") == 2
 
 
 @pytest.mark.slow
-def test_samples_of_a_prior(workplace, monkeypatch, capsys, tmp_path):
-    """Each part draws its own codes. A batch at the edge of two blocks is drawn by both parts, and gives the bytes of
-    one launch."""
+def test_samples_of_a_prior(workplace, monkeypatch, said_by, tmp_path):
     for place in ("data.codes", "sampling.code_folder", "sampling.prior_draw", "sampling.conditions"):
         monkeypatch.setattr(f"dlc.{place}.SHARD", 4)
     monkeypatch.setattr(PriorCodes, "block", 4)
@@ -103,23 +98,14 @@ def test_samples_of_a_prior(workplace, monkeypatch, capsys, tmp_path):
     flags = ["--model", "DiTSEM-Ti/4", "--prior", save_prior(tmp_path / "prior"), "--num-fid-samples", 6]
     flags += ["--num-sampling-steps", 2, "--per-proc-batch-size", 3, "--sample-dir"]
     for name, *part in (("whole",), ("parts", "--part", "1/2"), ("parts", "--part", "0/2")):
-        monkeypatch.setattr("sys.argv", ["sample", *map(str, (*flags, tmp_path / name, *part))])
-        sample_ddp_computed_dlc.main()
-        assert ("4 images are left to other parts" in capsys.readouterr().out) == ("1/2" in part)
-    whole, parts = (
-        {
-            path.name: path.read_bytes()
-            for path in (tmp_path / name).rglob("*")
-            if path.suffix in (".png", ".npy", ".npz")
-        }
-        for name in ("whole", "parts")
-    )
+        said = said_by("sample_ddp_computed_dlc", *flags, tmp_path / name, *part)
+        assert ("4 images are left to other parts" in said) == ("1/2" in part)
+    whole, parts = outputs(tmp_path / "whole"), outputs(tmp_path / "parts")
     assert len(whole) == 6 + 4 and whole == parts  # two files of codes, the .npz and the contact sheet
 
 
 @pytest.mark.slow
 def test_features(features, images, tiny_models, tmp_path):
-    """4 shards by three parts, of which one is killed as it writes the manifest, and one comes again."""
     command = extract_command("", 1, images, tmp_path / "parts", tiny_models)[2:]
     flags = [(*command[1:], "--part", f"{number}/3") for number in range(3)]
     runs = [Run("extract_features_withdlc", flags[number], tmp_path / f"{number}.txt") for number in (0, 2)]
@@ -134,15 +120,11 @@ def test_features(features, images, tiny_models, tmp_path):
     assert {path.name for path in (tmp_path / "parts").iterdir()} == left
 
 
-def test_codes(monkeypatch, capsys, tmp_path):
-    """By two parts, one after the other: the second one says how all codes use their tokens."""
+def test_codes(said_by, tmp_path):
     prior, num = save_prior(tmp_path / "prior"), 2 * SHARD + 10
 
     def draw(out, *flags):
-        words = ("--ckpt", prior, "--num-codes", num, "--out", tmp_path / out, *flags)
-        monkeypatch.setattr("sys.argv", ["sample_prior.py", *map(str, words)])
-        sample_prior.main()
-        return capsys.readouterr().out
+        return said_by("sample_prior", "--ckpt", prior, "--num-codes", num, "--out", tmp_path / out, *flags)
 
     draw("whole")
     assert "1 of 3 shards to draw" in (said := draw("parts", "--part", "1/2")) and "2 shards are left" in said
@@ -164,8 +146,7 @@ def test_launches_that_make_the_same_are_kept_apart(monkeypatch, tmp_path):
     first = FeatureWriter(tmp_path, manifest, Part(0, 2))
     assert first.start()
     for part in (Part(0, 2), WHOLE, Part(1, 3)):
-        with pytest.raises(ValueError, match="another process is writing to"):
-            FeatureWriter(tmp_path, manifest, part).start()
+        refusal(FeatureWriter(tmp_path, manifest, part).start, words="another process is writing to")
     half = first.folder("features") / f".000000.npy.{'0' * 32}.tmp"
     half.write_bytes(b"half")
     other = FeatureWriter(tmp_path, manifest, Part(1, 2))

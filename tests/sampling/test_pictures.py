@@ -6,11 +6,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import refusal
 from grids import grid_cells
 
 from dlc.data.images import save_png
-from dlc.sampling.__main__ import main
-from dlc.sampling.pictures import check_npz, missing_indices, npz_rows, png_path, write_npz
+from dlc.sampling.pictures import check_npz, npz_rows, png_path, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,7 @@ def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path):
     path = png_path(folder[0], 123)
 
     def refused(message):
-        with pytest.raises(ValueError, match=f"000123.png {message}"):
-            write_npz(tmp_path / "images.npz", folder[0], 300)
+        refusal(write_npz, tmp_path / "images.npz", folder[0], 300, words=f"000123.png {message}")
         assert [one.name for one in tmp_path.iterdir()] == ["images"] and npz_rows(tmp_path / "images.npz") == 0
 
     save_png(path, np.zeros((8, 9, 3), np.uint8))
@@ -71,13 +70,6 @@ def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path):
     refused("is missing or no whole PNG")
     path.unlink()
     refused("is missing or no whole PNG")
-
-
-def test_missing_indices(folder):
-    png_path(folder[0], 7).unlink()
-    png_path(folder[0], 9).write_bytes(b"")
-    png_path(folder[0], 11).write_bytes(png_path(folder[0], 11).read_bytes()[:-1])
-    assert missing_indices(folder[0], range(302)) == [7, 9, 11, 300, 301]
 
 
 def test_check(folder, tmp_path):
@@ -97,33 +89,29 @@ def test_check(folder, tmp_path):
     assert "arr_0" in lines[0] and "more" in lines[0]
     assert wrong == ["1 images of one colour: 5", "1 images twice: 17 = 299"]
     np.savez(path, np.zeros((2048, 8, 8, 3)))
-    with pytest.raises(ValueError, match="is float64, .*wanted uint8"):
-        check_npz(path)
+    refusal(check_npz, path, words="is float64, .*wanted uint8")
     np.savez(path, np.tile(folder[1], (7, 1, 1, 1))[:2048])
     assert not any("warning" in line for line in check_npz(path)[0])
 
 
-def test_check_of_what_is_no_whole_file(folder, tmp_path, monkeypatch, capsys):
+def test_check_of_what_is_no_whole_file(folder, tmp_path, call):
     path = tmp_path / "images.npz"
     write_npz(path, folder[0], 300)
     whole = path.read_bytes()
 
     def command():
-        monkeypatch.setattr("sys.argv", ["check", "check", str(path)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, capsys.readouterr()
+        return call("dlc.sampling.__main__", "check", path)
 
     assert command()[0] == 0
     for harmed in (whole[:-30], whole[:300] + bytes([whole[300] ^ 1]) + whole[301:], b"", b"text"):
         path.write_bytes(harmed)
-        code, said = command()
-        assert code == 2 and said.err.splitlines()[-1].startswith("python -m dlc.sampling: error: ")
-        assert str(path) in said.err
+        code, _, error = command()
+        line = error.splitlines()[-1]
+        assert code == 2 and line.startswith("python -m dlc.sampling: error: ") and str(path) in line
     np.savez(path, other=folder[1])
-    assert "has no arr_0, which holds the images: its keys are other" in command()[1].err
+    assert "has no arr_0, which holds the images: its keys are other" in command()[2]
     np.savez(path, np.zeros((3, 8, 8, 3), np.uint8))
-    code, said = command()
-    assert code == 1 and "wrong: 3 images of one colour" in said.out
+    code, said, _ = command()
+    assert code == 1 and "wrong: 3 images of one colour" in said
     path.unlink()
     assert command()[0] == 2

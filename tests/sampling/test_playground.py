@@ -86,7 +86,6 @@ def test_mistakes_are_told_in_words(studio, do, sources, more, words):
 
 
 def test_in_a_browser(studio, images, tmp_path, monkeypatch):
-    """Upload, sliders, pictures, download, an error in words. Nothing is asked of another machine."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")

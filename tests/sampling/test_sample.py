@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from grids import grid_cells
 from PIL import Image
 from tiny_prior import save_prior
 
-import sample_ddp_computed_dlc
 from diffusion import create_diffusion
 from dlc.data import Features
 from dlc.data.images import to_uint8
@@ -37,22 +35,6 @@ def read_npz(root):
 
 def record_of(root):
     return json.loads((sample_folder(root) / "samples.json").read_text())
-
-
-@pytest.fixture
-def refused(workplace, monkeypatch, capsys):
-    """refused(flags…): what sampling, in this process, complains of in one line."""
-    monkeypatch.chdir(workplace)
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["sample", *map(str, (*CODES[1:], *flags))])
-        with pytest.raises(SystemExit) as stopped:
-            sample_ddp_computed_dlc.main()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.count("\n") == 1, error
-        return error
-
-    return call
 
 
 def test_what_sampling_leaves(workplace, tiny_models):
@@ -115,45 +97,35 @@ def test_processes_and_batch_size_do_not_matter(workplace, tmp_path, launcher, p
     assert record_of(tmp_path)["code_rows"] == record_of(workplace / "samples")["code_rows"]
 
 
-def test_the_same_command_again_draws_what_is_missing(workplace):
-    """Images that are gone, cut short or empty are drawn again and the .npz is written anew; then nothing is to do."""
-    shutil.copytree(workplace / "samples", workplace / "again")
-    folder = sample_folder(workplace / "again")
-    (folder / "000004.png").write_bytes((folder / "000004.png").read_bytes()[:-20])
-    (folder / "000011.png").write_bytes(b"")
-    (folder / "000019.png").unlink()
-    (npz,) = (workplace / "again").glob("*.npz")
-    (folder / f".000019.png.{'0' * 32}.tmp").write_text("of a process that was killed")
-    other = workplace / "again" / f".{folder.name}0.npz.{'0' * 32}.tmp"  # what seed 10 is about to write
-    other.write_text("")
+def test_the_same_command_again_draws_what_is_missing(workplace, rounded, tmp_path):
+    """Images that are gone, cut short or empty, with the same bytes wherever they lie in a batch; then nothing."""
 
     def again(*flags):
-        return launch(("forked", 1, *CODES, "--sample-dir", "again", *flags), workplace).stdout
+        flags = ("--per-proc-batch-size", 6, "--sample-dir", tmp_path, *flags)
+        return launch(("forked", 2, *CODES, *flags), workplace).stdout
 
-    assert "3 of 21 images to draw" in again()
-    assert np.abs(read_npz(workplace / "again").astype(int) - read_npz(workplace / "samples")).max() <= 1
-    assert other.is_file() and not list(folder.glob(".*"))
-    written = npz.stat().st_mtime_ns
-    assert "0 of 21 images to draw" in again() and npz.stat().st_mtime_ns == written
-    assert [run["images"] for run in record_of(workplace / "again")["runs"]] == [21, 3]
-    assert "2 of 23 images to draw" in again("--num-fid-samples", 23)
-    assert read_npz(workplace / "again").shape[0] == 23
-
-
-def test_what_is_drawn_again_has_the_same_bytes(workplace, rounded, tmp_path):
-    """Wherever in its batch it lies, and whichever others are missing."""
-    command = ("forked", 2, *CODES, "--per-proc-batch-size", 6, "--sample-dir", tmp_path)
-    launch(command, workplace)
+    again()
     folder = sample_folder(tmp_path)
     whole = {path: path.read_bytes() for path in [*folder.glob("*.png"), *tmp_path.glob("*.npz")]}
+    (folder / "000004.png").write_bytes(whole[folder / "000004.png"][:-20])
+    (folder / "000011.png").write_bytes(b"")
     for index in (2, 3, 7, 12, 20):
         (folder / f"{index:06d}.png").unlink()
-    assert "5 of 21 images to draw" in launch(command, workplace).stdout
+    (folder / f".000019.png.{'0' * 32}.tmp").write_text("of a process that was killed")
+    other = tmp_path / f".{folder.name}0.npz.{'0' * 32}.tmp"  # what seed 10 is about to write
+    other.write_text("")
+    assert "7 of 21 images to draw" in again()
     assert {path: path.read_bytes() for path in whole} == whole
+    assert other.is_file() and not list(folder.glob(".*"))
+    (npz,) = tmp_path.glob("*.npz")
+    written = npz.stat().st_mtime_ns
+    assert "0 of 21 images to draw" in again() and npz.stat().st_mtime_ns == written
+    assert [run["images"] for run in record_of(tmp_path)["runs"]] == [21, 7]
+    assert "2 of 23 images to draw" in again("--num-fid-samples", 23)
+    assert read_npz(tmp_path).shape[0] == 23
 
 
 def test_what_decides_the_images_is_in_the_name(workplace, monkeypatch):
-    """Each flag, other weights at the same path, and other codes have a folder of their own; the others do not."""
     monkeypatch.chdir(workplace)
 
     def name(*flags):
@@ -183,11 +155,13 @@ def test_what_decides_the_images_is_in_the_name(workplace, monkeypatch):
     assert len(set(names)) == len(names)
 
 
-def test_other_sets_are_refused(workplace, refused):
-    assert "is a set of 21 samples, more than 5" in refused("--num-fid-samples", 5)
+def test_other_sets_are_refused(workplace, error_of, tmp_path):
+    command = (*CODES[1:], "--results-dir", workplace / "results", "--sample-dir")
+    error = error_of(CODES[0][:-3], *command, workplace / "samples", "--num-fid-samples", 5)
+    assert "is a set of 21 samples, more than 5" in error
     folder = sample_folder(workplace / "samples")
-    shutil.copytree(folder, workplace / "without" / folder.name, ignore=shutil.ignore_patterns("samples.json"))
-    assert "holds samples but no samples.json" in refused("--sample-dir", "without")
+    shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("samples.json"))
+    assert "holds samples but no samples.json" in error_of(CODES[0][:-3], *command, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +180,6 @@ def test_a_strip_of_the_denoising(workplace, tmp_path, flags):
 
 
 def test_class_conditional_sampling(workplace):
-    """Random labels, and each class equally often."""
     command = ("sample_ddp.py", "--model", "DiT-Ti/4", *SAMPLE_FLAGS, "--results-dir", "results_dit", "--cfg-scale", 1)
     for launcher, sampling, labels in (("python", "random", {0, 1}), ("forked", "equal", [0, 1] * 10 + [0])):
         launch((launcher, 1, *command, "--sample-dir", f"dit_{sampling}", "--label-sampling", sampling), workplace)
@@ -216,7 +189,6 @@ def test_class_conditional_sampling(workplace):
 
 
 def test_sampling_for_vectors(tiny_models, tmp_path):
-    """A DiTCONT draws for the rows of --condition-path, the same by two processes, and by Heun's method."""
     path = save_checkpoint(
         tmp_path / "results/checkpoints/0000001", "DiTCONT-Ti/4", vae=tiny_models[0], sizes=dict(in_dim=5)
     )

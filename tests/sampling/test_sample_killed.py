@@ -63,7 +63,6 @@ def test_killed(start, tmp_path, processes, points):
 
 
 def test_a_full_disk(start, tmp_path):
-    """One line that names the file, and the same command goes on once there is room."""
     flags = [*FLAGS[:-2], "--dlc-dir", "features/imagenet64_sem"]  # without latents, whose images make the sheet large
     run = start(fault="limited,FSIZE,60000", flags=flags)  # the .npz is larger, a PNG is not
     assert not run.wait() and run.ranks[0].exitcode == 2 and "Traceback" not in run.said(), run.said()
@@ -78,7 +77,6 @@ def test_a_full_disk(start, tmp_path):
 
 
 def test_interrupted(start, tmp_path):
-    """Ctrl-C ends it with one line, and the same command draws what is missing."""
     run = start()
     while not list(tmp_path.glob("samples/*/*.png")):
         assert not run.wait(0.01), run.said()

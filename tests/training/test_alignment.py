@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import IMAGE_SIZE, extract_command, launch, save_images
+from conftest import IMAGE_SIZE, extract_command, launch, refusal, save_images
 from safetensors.torch import load_file
 from test_flow import REPA, close, model_of
 from tiny_weights import tiny
@@ -46,7 +46,6 @@ def network():
 
 @torch.no_grad()
 def test_agrees_with_repa(network):
-    """The tokens of the tap, the projector, and both losses."""
     model, projector = network
     assert [*ALIGNMENTS["repa"].projector(32, 16).state_dict()] == [*projector.state_dict()]
     out, tokens = model(REPA["x"], REPA["t"], REPA["y"], tap=2)
@@ -108,7 +107,6 @@ def test_irepa():
 
 
 def test_other_grids():
-    """A gradient over the image stays one, and a constant stays itself."""
     ramp = torch.arange(8.0).expand(8, 8).reshape(1, 64, 1)
     halved, doubled = resized(ramp, 16), resized(ramp, 256)
     assert (halved.view(4, 4).diff(dim=1) > 1.5).all() and (doubled.view(16, 16).diff(dim=1) >= 0).all()
@@ -121,23 +119,19 @@ def test_other_grids():
 
 
 @pytest.fixture(scope="module")
-def stored(tiny_models, tmp_path_factory):
-    """Images; features that hold all that training on them sees, and others of both flips, with one broken image."""
+def stored(both_data, tiny_models, tmp_path_factory):
+    """Images of which one is broken, and features of both flips."""
     root = tmp_path_factory.mktemp("stored")
-    save_images(root / "images")
-    exact = ("--posterior", "moments", "--dtype", "float32", "--flip", "none", "--store-tokens")
-    said = launch(extract_command("forked", 1, root / "images", root / "exact", tiny_models, *exact), root).stdout
-    assert "patch tokens: 4 of 24 numbers in float16 per row, 2.69e-06 GB for 14 rows; each process holds" in said
-    shutil.copytree(root / "images", root / "one_broken")
+    shutil.copytree(both_data / "images", root / "one_broken")
     (root / "one_broken/cat/3.png").write_text("no image")
     flags = ("--flip", "both", "--store-tokens")
-    launch(extract_command("forked", 2, root / "one_broken", root / "both", tiny_models, *flags), root)
+    said = launch(extract_command("forked", 2, root / "one_broken", root / "both", tiny_models, *flags), root).stdout
+    assert "patch tokens: 4 of 24 numbers in float16 per row, " in said
     return root
 
 
 @pytest.mark.slow
 def test_stored_tokens_are_those_of_the_images(stored, tiny_models, tmp_path):
-    """Of the image as its latents are, flipped or not; and check finds what is wrong with them."""
     features, encoder = Features(stored / "both"), load_encoder(tiny_models[1])
     assert (features.manifest.tokens, features.manifest.tokens_norm) == ([4, 24], "plain") and features.count == 26
     paths = [stored / "one_broken" / name for name in features.paths.gather(np.arange(26))]
@@ -158,20 +152,24 @@ def test_stored_tokens_are_those_of_the_images(stored, tiny_models, tmp_path):
     assert "000000.npy has shape (5, 4, 24), wanted 6 row(s)" in lines[0]
     assert "000001.npy, row 0: values that are not finite numbers" in lines[1]
     (copy / "imagenet64_tokens/000001.npy").unlink()
-    with pytest.raises(ValueError, match="tokens/000001.npy is missing, though the manifest lists it"):
-        Features(copy)
+    refusal(Features, copy, words="tokens/000001.npy is missing, though the manifest lists it")
 
 
 # ---------------------------------------------------------------------- runs
 
 
+@pytest.fixture(scope="module")
+def features(both_data):
+    """What conftest's fixtures train on here."""
+    return both_data / "features"
+
+
 @pytest.fixture
-def train(stored, tmp_path):
+def train(features, tmp_path):
     """train(name, flags…): a run on the features into that folder of tmp_path; gives the folder."""
 
-    def run(name, *flags, processes=1, launcher="forked", data="exact"):
-        command = train_command(processes, stored / data, tmp_path / name, *flags, launcher=launcher)
-        launch(command, tmp_path)
+    def run(name, *flags, processes=1, launcher="forked"):
+        launch(train_command(processes, features, tmp_path / name, *flags, launcher=launcher), tmp_path)
         return tmp_path / name
 
     return run
@@ -182,7 +180,7 @@ def projector_of(run, step):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_and_leaves_the_model_alone(train, refused_on, stored, tiny_models, tmp_path):
+def test_a_run_resumes_and_leaves_the_model_alone(train, refused, tiny_models, tmp_path):
     flags = (*ALIGN, "--ckpt-every", 2, "--max-steps")
     train("stopped", *flags, 2)
     stopped, whole = train("stopped", *flags, 4), train("whole", *flags, 4)
@@ -207,10 +205,10 @@ def test_a_run_resumes_and_leaves_the_model_alone(train, refused_on, stored, tin
     begun = train("begun", "--pretrained-path", whole, *ALIGN, "--max-steps", 1)
     assert (begun / "checkpoints/0000001/projector.safetensors").is_file()
     # and the run itself
-    assert "has no projector.safetensors" in refused_on("whole", *flags, 5)
-    assert "alignment some there, None here" in refused_on("stopped", "--max-steps", 5)
-    assert "alignment.weight 0.5 there, 0.25 here" in refused_on("stopped", *ALIGN, "--align-weight", 0.25)
-    line = refused_on("plain", *ALIGN, "--max-steps", 5, "--allow-change")
+    assert "has no projector.safetensors" in refused("whole", *flags, 5)
+    assert "alignment some there, None here" in refused("stopped", "--max-steps", 5)
+    assert "alignment.weight 0.5 there, 0.25 here" in refused("stopped", *ALIGN, "--align-weight", 0.25)
+    line = refused("plain", *ALIGN, "--max-steps", 5, "--allow-change")
     assert "has no projector.safetensors: an average of --ema-lengths, or the projector of --align, begins with" in line
 
 
@@ -234,15 +232,12 @@ def test_without_weight_it_changes_nothing(train):
 
 @pytest.mark.slow
 def test_processes_and_options(train):
-    """The same losses in parts, by several processes, sharded or not, with a head and recomputed activations."""
     more = ("--intermediate-head", 3, "--checkpoint-activations", "--align", "irepa", "--align-block", 4)
     for name, flags in (("repa", ALIGN), ("irepa", more)):
         one = train(name, *flags, "--max-steps", 3)
         two = train(f"{name}2", *flags, "--max-steps", 3, "--grad-accum", 2, processes=2)
-        runs = [two]
-        if name == "repa":
-            runs += [train("sharded", *flags, "--max-steps", 3, processes=2, launcher="fsdp")]
-        for run in runs:
+        sharded = dict(processes=2, launcher="fsdp")
+        for run in (two, train("sharded", *flags, "--max-steps", 3, **sharded)) if name == "repa" else (two,):
             for key in ("loss", "align"):
                 values = [[line[key] for line in metrics(of)] for of in (one, run)]
                 np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-4)
@@ -252,14 +247,12 @@ def test_processes_and_options(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["DiTSEM-Ti/2", "DiT-Ti/4"])
-def test_on_images(model, stored, tiny_models, train, tmp_path):
-    """The same as on features with stored tokens; also for labels, of which the encoder makes nothing."""
+def test_on_images(model, both_data, tiny_models, train, tmp_path):
     flags = ("--model", model, *ALIGN, "--max-steps", 3)
     on_features = train("features", *flags)
-    images = ("--data-path", stored / "images", "--image-size", IMAGE_SIZE, "--vae", tiny_models[0])
-    command = train_command(1, "", tmp_path / "images", *flags, *images, "--encoder", tiny_models[1], launcher="forked")
-    at = command.index("--features-path")
-    launch((*command[:at], *command[at + 2 :], "--flip", "none"), tmp_path)
+    images = ("--data-path", both_data / "images", "--image-size", IMAGE_SIZE, "--vae", tiny_models[0])
+    images = (*images, "--encoder", tiny_models[1], "--flip", "none")
+    launch(train_command(1, None, tmp_path / "images", *flags, *images), tmp_path)
     for key in ("loss", "align"):
         values = [[line[key] for line in metrics(run)] for run in (on_features, tmp_path / "images")]
         np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-4)
@@ -268,7 +261,6 @@ def test_on_images(model, stored, tiny_models, train, tmp_path):
 
 
 def test_views_are_flipped_as_the_crops_are(tiny_models, images, tmp_path):
-    """Those for patch tokens; those for codes never."""
     save_images(tmp_path / "images")
     data = Images(
         PartialState(cpu=True), tmp_path / "images", image_size=32, vae=tiny_models[0], encoder=tiny_models[1]
@@ -283,39 +275,11 @@ def test_views_are_flipped_as_the_crops_are(tiny_models, images, tmp_path):
 # ---------------------------------------------------------------------- mistakes
 
 
-@pytest.fixture
-def refused_on(error_of, stored, tmp_path):
-    """refused_on(name, flags…): the line by which a run on the features is refused."""
-    command = train_command(1, stored / "exact", "")[3:]
-    at = command.index("--results-dir") + 1
-    return lambda name, *flags: error_of("train_diffusion", *command[:at], tmp_path / name, *command[at + 1 :], *flags)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--align-weight", 0.5), "--align-weight goes with --align"),
-        (("--align-until", 5), "--align-until goes with --align"),
-        (("--align", "repa"), "--align-block 8: DiTSEM-Ti/4 has 6 blocks"),
-        (
-            (*ALIGN, "--intermediate-head", 2, "--train-only", "head", "--pretrained-path", "x"),
-            "--align trains the blocks, which --train-only head leaves as they are",
-        ),
-    ],
-)
-def test_flags(flags, message, refused_on):
-    assert message in refused_on("x", *flags)
-
-
-@pytest.mark.slow
-def test_targets_that_are_not_there(refused, error_of, images, tiny_models, features, tmp_path):
-    assert f"--align: features path {features} holds no patch tokens: extract with --store-tokens" in refused(
-        "x", *ALIGN
-    )
+def test_targets_that_are_not_there(error_of, images, tiny_models, workplace):
     flags = ("--data-path", images, "--vae", tiny_models[0], "--image-size", IMAGE_SIZE, "--model", "DiT-Ti/4")
     assert "--align with --data-path needs an --encoder" in error_of("train_diffusion", *flags, *ALIGN)
     flags = (*flags, "--features-path", "f", "--encoder", "none", "--store-tokens")
     assert "--store-tokens stores what an --encoder makes" in error_of("extract_features_withdlc", *flags)
-    command = extract_command("", 0, images, features, tiny_models, "--store-tokens")
+    command = extract_command("", 0, images, workplace / "features", tiny_models, "--store-tokens")
     assert "tokens None there, [4, 24] here" in error_of("extract_features_withdlc", *command[3:])

@@ -1,7 +1,5 @@
 """The loss on rows that a diffusion model is not trained on: which rows, what it is, and that a run resumes with it."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -106,22 +104,3 @@ def test_a_stop_cuts_a_measurement_off(processes, look, left, features, tmp_path
     assert [path.name for path in (tmp_path / "parts/best").iterdir()] == [
         path.name for path in (tmp_path / "whole/best").iterdir()
     ]
-
-
-def test_mistakes(error_of, features, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in features.iterdir():
-        (other / path.name).symlink_to(path)
-    manifest = json.loads((features / "manifest.json").read_text())
-    (other / "manifest.json").unlink()
-    (other / "manifest.json").write_text(json.dumps({**manifest, "vae_sha256": "f" * 64}))
-    common = ("--model", "DiTSEM-Ti/4", "--features-path", features)
-    for flags, message in (
-        (("--holdout", 0.1, "--heldout-path", other), "--heldout-path other features: give one of them"),
-        (("--eval-every", 5), "--eval-every measures on what is held out, but --holdout is 0"),
-        (("--heldout-path", other), "does not fit --features-path: vae_sha256"),
-        (("--train-only", "head"), "give --intermediate-head and --pretrained-path"),
-        (("--intermediate-head", 6), "an intermediate head lies after block 1 to 5, not 6"),
-    ):
-        assert message in error_of("train_diffusion", *common, *flags)

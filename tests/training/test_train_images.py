@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from conftest import IMAGE_SIZE, assert_codes, encoder_logits, launch, save_images
 from forked import Run
-from training_runs import metrics, same_run, train_command
+from training_runs import metrics, same_run, train_command, train_flags
 
 from dlc.data.images import center_crop, load_rgb
 from dlc.machine.noise import Stream, integers
@@ -33,9 +33,7 @@ def flags_of(folder, tiny_models, tmp_path):
     def flags(name, *more, model="DiTSEM-Ti/4", data=folder):
         images = ("--data-path", data, "--image-size", IMAGE_SIZE, "--vae", tiny_models[0])
         encoder = ("--encoder", tiny_models[1]) if model.startswith("DiTSEM") else ()
-        command = train_command(1, "", tmp_path / name, "--model", model, *images, *more, *encoder)
-        at = command.index("--features-path")
-        return command[3:at] + command[at + 2 :]
+        return train_flags(None, tmp_path / name, "--model", model, *images, *more, *encoder)
 
     return flags
 
@@ -60,11 +58,10 @@ def losses(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["DiTSEM-Ti/4", "DiT-Ti/4", "DiTCONT-Ti/4"])
 def test_same_losses_as_on_features(model, train, both_data, tmp_path):
-    """Of the posterior's moments, unflipped; with codes also by two processes in parts, and stopped and continued."""
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(14, 5)).astype(np.float32))
     conditions = ("--condition-path", tmp_path) if model.startswith("DiTCONT") else ()
     flags = ("--model", model, "--max-steps", 5, *conditions)
-    launch(train_command(1, both_data / "features", tmp_path / "on_features", *flags, launcher="forked"), tmp_path)
+    launch(train_command(1, both_data / "features", tmp_path / "on_features", *flags), tmp_path)
     flags = ("--flip", "none", "--max-steps", 5, *conditions)
     said = train("one", *flags, model=model)
     assert "data: 14 images of " in said and ", 1.8 steps per epoch" in said
@@ -80,7 +77,6 @@ def test_same_losses_as_on_features(model, train, both_data, tmp_path):
 
 
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
-    """By place alone, whatever the number of processes; and the labels are those of the images."""
     images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0])
     labels = dict(labels=images.labels)
     batches = ImageBatches(images, labels, seed=0, global_batch=14)
@@ -98,16 +94,6 @@ def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
             assert label == row // 7
             seen.setdefault(row, set()).add(flip)
     assert sum(flips == {0, 1} for flips in seen.values()) > 7
-
-
-def test_codes_are_of_the_image_as_it_is(folder, tiny_models):
-    """Flipped or not, as in extraction."""
-    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0], encoder=tiny_models[1])
-    batches = ImageBatches(images, dict(codes=None), seed=0, global_batch=14)
-    places, views = batches[0]["indices"], batches[0]["codes"]
-    assert 0 < integers(0, Stream.TRAIN_FLIP, places, 2).sum() < 14
-    for row, view in zip(batches.rows(places.numpy()), views):
-        np.testing.assert_array_equal(view, np.array(center_crop(load_rgb(images.views.source.path(row)), 32)))
 
 
 def test_encoded_in_parts(folder, tiny_models, monkeypatch):
@@ -135,7 +121,6 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
 
 @pytest.mark.slow
 def test_a_checkpoint_says_what_it_was_trained_on(train, flags_of, error_of, folder, tiny_models, tmp_path):
-    """Both samplers draw from it; other images, and features, are refused."""
     train("labels", "--max-steps", 1, model="DiT-Ti/4")
     train("codes", "--max-steps", 1)
     meta = json.loads((tmp_path / "codes/checkpoints/0000001/meta.json").read_text())
@@ -165,7 +150,6 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, flags_of, error_of, fol
 
 @pytest.mark.slow
 def test_an_image_that_cannot_be_read(train, images, tmp_path):
-    """One line that names it, when its turn comes."""
     for processes in (1, 2):  # what was trained before it is kept
         flags = ("--max-steps", 15, "--global-batch-size", processes, "--global-seed", 1)
         flags += ("--num-workers", processes - 1)
@@ -200,10 +184,8 @@ def test_flags(model, flags, message, flags_of, error_of, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_flags_without_images(folder, error_of):
+def test_codes_need_an_encoder(folder, error_of):
     needed = error_of("train_diffusion", "--data-path", folder, "--model", "DiTSEM-Ti/4")
     assert "DiTSEM-Ti/4 is trained on codes: with --data-path it needs an --encoder" in needed
     inside = error_of("train_diffusion", "--data-path", folder, "--results-dir", folder / "results")
     assert "results lies in --data-path" in inside and not (folder / "results").exists()
-    for flag, value in (("--image-size", 64), ("--flip", "none"), ("--encoder", "x"), ("--L", 6)):
-        assert f"{flag} goes with --data-path" in error_of("train_diffusion", flag, value)

@@ -5,23 +5,58 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import IMAGE_SIZE, V
+from conftest import IMAGE_SIZE, V, change_json
 
 from dlc.data import kind_dir
 
 pytestmark = pytest.mark.slow
 
 
-def test_features_path(error_of, features, tmp_path):
-    assert "features path nowhere does not exist" in error_of("train_diffusion", "--features-path", "nowhere")
-    assert "has no features" in error_of("train_diffusion", "--features-path", tmp_path)
-    half = tmp_path / "half"
-    shutil.copytree(features, half)
-    (half / "manifest.json").unlink()
-    assert "half-written" in error_of("train_diffusion", "--features-path", half)
-    (half / "progress").mkdir()
-    assert "half-written" in error_of("train_diffusion", "--features-path", half)
-    assert not (tmp_path / "results").exists()
+@pytest.fixture
+def mistake(error_of, features, tmp_path):
+    """mistake(flags…, path=…): the line by which a run on features is refused, of which nothing is left."""
+
+    def call(*flags, path=features):
+        (tmp_path / "file").touch()
+        error = error_of("train_diffusion", "--model", "DiTSEM-Ti/4", "--features-path", path, *flags)
+        assert not (tmp_path / "results/checkpoints").exists()
+        return error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--model DiTSEM-XXL/2", "invalid choice: 'DiTSEM-XXL/2'"),
+        ("--model DiTCONT-S/2", "DiTCONT-S/2 is trained on vectors: give --condition-path"),
+        ("--global-batch-size 0", "argument --global-batch-size: 0: must be at least 1"),
+        ("--lr -1", "argument --lr: -1: must be at least 0"),
+        ("--results-dir file", "file"),
+        ("--V 7", "--V 7"),
+        ("--vae ema --sample-every 0", "--vae decodes previews"),
+        ("--features-path nowhere", "features path nowhere does not exist"),
+        ("--features-path .", "has no features"),
+        ("--model DiT-Ti/4 --code-init dlc", "--code-init dlc is for DiTSEM models, not DiT-Ti/4"),
+        ("--time-scale 1000", "--time-scale 1000.0 goes with --objective flow, not ddpm"),
+        ("--ema-snapshot-every 9", "--ema-snapshot-every stores the averages of --ema-lengths: give both"),
+        ("--holdout 0.1 --heldout-path .", "--heldout-path other features: give one of them"),
+        ("--eval-every 5", "--eval-every measures on what is held out, but --holdout is 0"),
+        ("--train-only head", "give --intermediate-head and --pretrained-path"),
+        ("--intermediate-head 6", "an intermediate head lies after block 1 to 5, not 6"),
+        ("--align-weight 0.5", "--align-weight goes with --align"),
+        ("--align-until 5", "--align-until goes with --align"),
+        ("--align repa", "--align-block 8: DiTSEM-Ti/4 has 6 blocks"),
+        ("--align repa --align-block 2", "holds no patch tokens: extract with --store-tokens"),
+        (
+            "--align repa --align-block 2 --intermediate-head 2 --train-only head --pretrained-path x",
+            "--align trains the blocks, which --train-only head leaves as they are",
+        ),
+        *((f"{flag} 64", f"{flag} goes with --data-path") for flag in ("--image-size", "--encoder", "--L")),
+    ],
+)
+def test_flags(mistake, flags, message):
+    assert message in mistake(*flags.split())
 
 
 @pytest.mark.parametrize(
@@ -31,28 +66,21 @@ def test_features_path(error_of, features, tmp_path):
         ("DiT-Ti/2", "labels", 2, r"imagenet64_labels/000002.npy, row 1: value 2 outside 0..1"),
     ],
 )
-def test_values_outside_their_range(error_of, features, tmp_path, model, kind, value, message):
-    copy = tmp_path / "copy"
-    shutil.copytree(features, copy)
+def test_values_outside_their_range(mistake, features, tmp_path, model, kind, value, message):
+    copy = shutil.copytree(features, tmp_path / "copy")
     path = kind_dir(copy, IMAGE_SIZE, kind) / "000002.npy"
     array = np.load(path)
     array[1] = value
     np.save(path, array)
-    assert re.search(message, error_of("train_diffusion", "--features-path", copy, "--model", model))
+    assert re.search(message, mistake("--model", model, path=copy))
 
 
-def test_training_flags(error_of, features, tmp_path):
-    def error(*flags):
-        return error_of("train_diffusion", "--features-path", features, *flags)
-
-    assert "invalid choice: 'DiTSEM-XXL/2'" in error("--model", "DiTSEM-XXL/2")
-    assert "DiTCONT-S/2 is trained on vectors: give --condition-path" in error("--model", "DiTCONT-S/2")
-    assert "argument --global-batch-size: 0: must be at least 1" in error("--global-batch-size", 0)
-    assert "argument --lr: -1: must be at least 0" in error("--lr", "-1")
-    (tmp_path / "file").write_text("")
-    assert "file" in error("--results-dir", tmp_path / "file", "--model", "DiTSEM-Ti/2")
-    assert "--V 7" in error("--V", 7)
-    assert "--vae decodes previews" in error("--vae", "ema", "--sample-every", 0)
+def test_features_that_are_not_whole_or_do_not_fit(mistake, features, tmp_path):
+    copy = shutil.copytree(features, tmp_path / "copy")
+    change_json(copy / "manifest.json", vae_sha256="f" * 64)
+    assert "does not fit --features-path: vae_sha256" in mistake("--heldout-path", copy)
+    (copy / "manifest.json").unlink()
+    assert "half-written" in mistake(path=copy)
 
 
 @pytest.mark.parametrize(
@@ -65,28 +93,24 @@ def test_training_flags(error_of, features, tmp_path):
     ],
     ids=["NaN", "no width", "integers", "rows"],
 )
-def test_vectors_to_train_on(error_of, features, tmp_path, vectors, message):
+def test_vectors_to_train_on(mistake, tmp_path, vectors, message):
     (tmp_path / "vectors").mkdir()
     np.save(tmp_path / "vectors/0.npy", vectors)
-    flags = ("--model", "DiTCONT-Ti/2", "--features-path", features, "--condition-path", tmp_path / "vectors")
-    assert re.search(message, error_of("train_diffusion", *flags))
-    assert not (tmp_path / "results").exists()
+    assert re.search(message, mistake("--model", "DiTCONT-Ti/2", "--condition-path", tmp_path / "vectors"))
 
 
 @pytest.mark.parametrize("name", ["args.json", "log.txt", "loss.png", "best/mine/kept", "previews/0000001.png"])
-def test_results_of_another_program(name, error_of, features, tmp_path):
+def test_results_of_another_program(name, mistake, tmp_path):
     file = tmp_path / "results" / name
     file.parent.mkdir(parents=True)
     file.write_text('{"lr": 1}')
-    flags, first = ("--features-path", features, "--model", "DiTSEM-Ti/2"), name.partition("/")[0]
-    assert f"results holds {first} of another program: give another --results" in error_of("train_diffusion", *flags)
+    assert f"results holds {name.partition('/')[0]} of another program: give another --results" in mistake()
     assert file.read_text() == '{"lr": 1}'
 
 
-def test_results_in_a_folder_that_is_read_or_another_commands(error_of, features, tmp_path):
-    flags = ("--features-path", features, "--model", "DiTSEM-Ti/2", "--results-dir")
-    assert "is read by this command" in error_of("train_diffusion", *flags, features)
+def test_results_in_a_folder_that_is_read_or_another_commands(mistake, features, tmp_path):
+    assert "is read by this command" in mistake("--results-dir", features)
     for name, what in (("manifest.json", "features"), ("codes.json", "a prior's codes"), ("samples.json", "samples")):
         (tmp_path / name).write_text("{}")
-        assert f"{tmp_path} holds {what} ({name}): name another folder" in error_of("train_diffusion", *flags, tmp_path)
+        assert f"{tmp_path} holds {what} ({name}): name another folder" in mistake("--results-dir", tmp_path)
         (tmp_path / name).unlink()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 from conftest import ROOT, V, launch
-from forked import Run
 from PIL import Image
 from training_runs import alike, metrics, same_run, tensors, train_command
 
@@ -18,7 +17,6 @@ from diffusion import create_diffusion
 from dlc.data import Features, FeatureWriter, Manifest
 from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches
-from dlc.training.losses import Losses
 from dlc.training.metrics_file import draw_losses
 from dlc.weights.load import load_model
 from dlc.weights.meta import read_meta, run_checkpoints
@@ -39,7 +37,6 @@ def test_stopped_in_an_epoch_and_between_lines(processes, accumulation, trained,
 
 @pytest.mark.slow
 def test_parts_and_processes_train_alike(trained, tmp_path):
-    """The losses of one process, of two, of one in parts, and of a run whose number of processes changed."""
     trained("one", "--max-steps", 6)
     said = trained("two", "--max-steps", 6, "--grad-accum", 2, "--num-workers", 1, processes=2)
     assert "batch: 2 x 2 processes on cpu x 2 micro-batches = 8" in said
@@ -79,8 +76,6 @@ def test_killed_at_named_points(processes, kills, trained, train, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, to, name", [(1, "group:", "SIGTERM"), (2, "", "SIGUSR2")])
 def test_asked_to_stop(processes, to, name, trained, tmp_path):
-    """One process, or it and its data readers, as launchers do it, gets the signal: all end well after the same step,
-    and the same command goes on to the same end."""
     flags = ("--max-steps", 14, "--log-every", 5, "--ckpt-every", 4, "--num-workers", 1)
     fault = f"signalled_at_step,{to}{name},4,{processes - 1}"
     said = trained("asked", *flags, processes=processes, fault=fault)
@@ -92,8 +87,15 @@ def test_asked_to_stop(processes, to, name, trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_stop_after(trained, tmp_path):
+    """A chain of launches that each end in time, with a checkpoint."""
+    for said in ("stopped by --stop-after after step 1; the same command continues", "continued from"):
+        assert said in trained("run", "--max-steps", 2, "--stop-after", 0)
+    assert [path.name for path in run_checkpoints(tmp_path / "run")] == ["0000001", "0000002"]
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full(trained, train, tmp_path):
-    """One line, nothing half-written, and the same command goes on once there is room."""
     trained("run", "--max-steps", 1)
     run = train("run", "--max-steps", 2, fault="limited,FSIZE,1000000")
     assert not run.wait() and run.ranks[0].exitcode == 2 and "Traceback" not in run.said()
@@ -104,7 +106,6 @@ def test_a_disk_that_is_full(trained, train, tmp_path):
 
 @pytest.mark.slow
 def test_changes_are_refused_unless_allowed(trained, refused, features, tmp_path):
-    """Another global batch goes on at the place in the data where the first one stopped."""
     trained("run", "--max-steps", 3)
     other = ("--global-batch-size", 4, "--global-seed", 1, "--max-steps", 5)
     changes = "global_batch_size 8 there, 4 here; global_seed 0 there, 1 here"
@@ -123,19 +124,15 @@ def test_changes_are_refused_unless_allowed(trained, refused, features, tmp_path
 
 @pytest.mark.slow
 def test_code_init_is_part_of_a_run(trained, refused, tmp_path):
-    """A run continues with its start of the code table alone."""
     first = trained("dlc", "--max-steps", 1, "--code-init", "dlc", "--lr", 0)
     assert "code_init=dlc" in first
     table = tensors(tmp_path / "dlc/checkpoints/0000001")["model/sem_embedder.embedding_table"]
     assert table.std().item() == pytest.approx(192**-0.5, rel=0.02) and (table[:, V] == table[0, V]).all()
     assert "code_init 'dlc' there, 'unit' here; give another --results-dir" in refused("dlc", "--max-steps", 2)
-    line = refused("labels", "--model", "DiT-Ti/4", "--code-init", "dlc")
-    assert "--code-init dlc is for DiTSEM models, not DiT-Ti/4" in line
 
 
 @pytest.mark.slow
 def test_first_step_by_hand(trained, features, tmp_path):
-    """Losses by quarter of t and the gradient's norm, and AdamW's first moment of the clipped gradient."""
     trained("run", "--max-steps", 1, "--grad-clip", 0.5, "--grad-accum", 2)
     torch.manual_seed(0)
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
@@ -143,13 +140,9 @@ def test_first_step_by_hand(trained, features, tmp_path):
     batch = TrainingBatches(rows, dict(codes=rows.codes), seed=0, global_batch=8)[0]
     places, x, y = batch["indices"], batch["latents"], batch["codes"]
     t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
-    terms = create_diffusion("").training_losses(
-        model,
-        x.float(),
-        t,
-        dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1),
-        normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8)),
-    )
+    condition = dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1)
+    noise = normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8))
+    terms = create_diffusion("").training_losses(model, x.float(), t, condition, noise)
     terms["loss"].mean().backward()
     norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
     line = metrics(tmp_path / "run")[0]
@@ -163,26 +156,9 @@ def test_first_step_by_hand(trained, features, tmp_path):
     assert moments == pytest.approx(0.1 * min(norm, 0.5), rel=1e-4)
 
 
-def test_sums_are_means():
-    terms = {name: torch.rand(50) for name in ("loss", "mse", "vb")}
-    t = torch.randint(0, 750, (50,))  # none of the last quarter
-    losses = Losses(("loss", "mse", "vb"), by_quarter="mse")
-    sums = sum(
-        losses.sums({name: values[i : i + 10] for name, values in terms.items()}, t[i : i + 10], 1000)
-        for i in range(0, 50, 10)
-    )
-    means = losses.means(sums)
-    for name in terms:
-        assert means[name] == pytest.approx(terms[name].mean().item(), rel=1e-5)
-    quarters = means["mse_by_quarter_of_t"]
-    assert quarters[1] == pytest.approx(terms["mse"][(t >= 250) & (t < 500)].mean().item(), rel=1e-5)
-    assert np.isnan(quarters[3])
-
-
 @pytest.mark.slow
 def test_ema_warms_up(trained, tmp_path):
-    """The first steps' decay is (1 + step) / (10 + step), whatever checkpoints and stops; what is left of the start is
-    recorded."""
+    """The first steps' decay is (1 + step) / (10 + step), whatever checkpoints and stops."""
     trained("run", "--max-steps", 4, "--ckpt-every", 1, "--ema-warmup")
     trained("rarely", "--max-steps", 2, "--ema-warmup")
     trained("rarely", "--max-steps", 4, "--ema-warmup")
@@ -199,7 +175,6 @@ def test_ema_warms_up(trained, tmp_path):
 
 @pytest.mark.slow
 def test_begun_with_other_weights(trained, refused, tmp_path):
-    """What fits is taken; tables of another size, what is left out and what is new are told."""
     trained("first", "--max-steps", 1)
     first = tmp_path / "first/checkpoints/0000001"
     said = trained("second", "--max-steps", 1, "--lr", 0, "--pretrained-path", first)
@@ -221,7 +196,6 @@ def test_begun_with_other_weights(trained, refused, tmp_path):
 
 @pytest.mark.slow
 def test_steps_that_the_scaler_skips(train, tmp_path):
-    """They are counted, leave the EMA alone, and end the run where there are too many in a row."""
     run = train("run", "--max-steps", 9, "--max-nonfinite", 3, "--ckpt-every", 2, fault="skipping")
     assert not run.wait()
     assert "step 7: 3 steps in a row without a finite gradient; stopped. The last good checkpoint: " in run.said()
@@ -239,7 +213,6 @@ def test_steps_that_the_scaler_skips(train, tmp_path):
 
 @pytest.mark.slow
 def test_skipped_steps_of_two_processes_and_of_a_resumed_run(trained, tmp_path):
-    """One of them overflows, and both skip; stopped after a skipped step, between two lines, it goes on to the bit."""
     flags = ("--log-every", 4, "--ckpt-every", 2, "--grad-clip", 1)
     trained("one", "--max-steps", 9, *flags, fault="skipping")
     trained("two", "--max-steps", 9, *flags, processes=2, fault="skipping")
@@ -269,7 +242,6 @@ def test_weights_that_are_not_finite(train, tmp_path):
 
 @pytest.mark.slow
 def test_vectors_as_conditions(trained, refused, tmp_path):
-    """A DiTCONT on vectors in two shards, stopped and resumed, with a preview; others than before are refused."""
     vectors = np.random.default_rng(0).normal(size=(14, 5)).astype(np.float16)
     (tmp_path / "vectors").mkdir()
     for name, part in (("0.npy", vectors[:9]), ("1.npy", vectors[9:])):
@@ -292,23 +264,11 @@ def test_loss_curve_is_the_committed_one(tmp_path):
     writer = FeatureWriter(tmp_path / "features", manifest)
     writer.start()
     generator = np.random.Generator(np.random.Philox(0))
-    writer.write(
-        0,
-        dict(
-            features=generator.standard_normal((40, 4, 8, 8)).astype(np.float32),
-            labels=np.zeros(40, int),
-            sem=generator.integers(0, 8, (40, 4)).astype(np.uint8),
-            path=np.full(40, "a/0.png"),
-        ),
-        [],
-    )
+    latents = generator.standard_normal((40, 4, 8, 8)).astype(np.float32)
+    rows = dict(labels=np.zeros(40, int), sem=generator.integers(0, 8, (40, 4)).astype(np.uint8))
+    writer.write(0, dict(rows, features=latents, path=np.full(40, "a/0.png")), [])
     writer.finish(1)
-    run = Run(
-        "train_diffusion",
-        train_command(1, tmp_path / "features", tmp_path / "run", "--max-steps", 20)[3:],
-        tmp_path / "output.txt",
-    )
-    assert run.wait(), run.said()
+    launch(train_command(1, "features", "run", "--max-steps", 20), tmp_path)
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     np.testing.assert_allclose(losses, json.loads((ROOT / "tests/assets/loss_curve.json").read_text()), rtol=1e-4)
     assert Image.open(tmp_path / "run/loss.png").size == (800, 400)
@@ -347,7 +307,6 @@ def test_tensorboard(trained, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_that_does_not_start(refused, monkeypatch, tmp_path):
-    """One line before the first step; the package is a stand-in."""
     if not importlib.util.find_spec("wandb"):
         assert "--report-to wandb needs its package: pip install wandb" in refused("run", "--report-to", "wandb")
     (tmp_path / "wandb.py").write_text("def init(**_):\n    raise RuntimeError('No API key configured.')\n")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from test_checkpoints import config, meta_of
 from tiny_weights import assert_same, tiny
 
@@ -57,27 +58,27 @@ def checkpoint_of(tmp_path, model, name, **sizes):
     return save_checkpoint(tmp_path, config(model, name), meta, model=model, ema=ema, optimizers=optimizers), ema
 
 
-def our_images(model, vae, y, noise, guidance, steps, sampler=None):
-    """Images in [0, 1] by our sampler, from noise."""
+def our_images(model, vae, y, guidance, steps, sampler=None):
+    """Two images in [0, 1] by our sampler, from diffusers' noise of seed 5."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlc.sampling.latents.normal", lambda *_: noise)
-        latents = sample_latents(
-            model,
-            sampler or create_sampler("dpmsolver++", steps),
-            y=y,
-            seed=0,
-            indices=torch.arange(len(y)),
-            latent_shape=noise.shape[1:],
-            cfg_scale=guidance,
-            channels=model.in_channels,
-        )
+        draws = dict(seed=0, indices=torch.arange(2), latent_shape=(4, 8, 8), channels=model.in_channels)
+        sampler = sampler or create_sampler("dpmsolver++", steps)
+        latents = sample_latents(model, sampler, y=torch.tensor(y), cfg_scale=guidance, **draws)
         with torch.inference_mode():
-            return (decode(vae, latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+            return (decode(load_vae(str(vae)), latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def images_of(pipe, guidance, steps, **condition):
+    """The same by a pipeline."""
+    pipe.set_progress_bar_config(disable=True)
+    how = dict(guidance_scale=guidance, num_inference_steps=steps, output_type="np")
+    return pipe(**condition, **how, generator=torch.Generator().manual_seed(5)).images
 
 
 @pytest.mark.parametrize("name", ["DiT-Ti/4", "DiTSEM-Ti/4", "DiTCONT-Ti/4"])
 def test_safetensors(name, export_to, tmp_path):
-    """EMA weights, sizes and training settings, read back to the bit."""
     sizes = {"DiT-Ti/4": dict(num_classes=5), "DiTSEM-Ti/4": dict(L=3, V=4), "DiTCONT-Ti/4": dict(in_dim=6)}[name]
     model = tiny(name, **sizes)
     path, ema = checkpoint_of(tmp_path, model, name, **sizes)
@@ -111,7 +112,6 @@ class Variant(DiT):
 
 
 def test_any_model(export_to, tmp_path):
-    """A family that is not published is exported by its record, comes back, and is no pipeline of diffusers."""
     model = Variant(input_size=8, patch_size=4, hidden_size=64, depth=1, num_heads=1, num_classes=3, gain=2.0)
     record = config(model, "Variant-1"), meta_of(7)
     saved = save_checkpoint(tmp_path, *record, model=model, ema=model, optimizers=[])
@@ -132,26 +132,16 @@ def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
     from diffusers import DiffusionPipeline, DiTPipeline
 
     path, ema = checkpoint_of(tmp_path, tiny(), "DiT-Ti/4", num_classes=5)
-    folder, said = export_to(path, "diffusers", "--vae", tiny_models[0])
-    vae = load_vae(str(tiny_models[0]))
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    ours = our_images(ema, vae, torch.tensor([1, 4]), noise, 1.5, 6)
+    folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
+    ours = our_images(ema, tiny_models[0], [1, 4], 1.5, 6)
 
     def draw(pipe, guidance=1.5, steps=6):
-        pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(5)
-        return pipe(
-            class_labels=[1, 4],
-            guidance_scale=guidance,
-            num_inference_steps=steps,
-            generator=generator,
-            output_type="np",
-        ).images
+        return images_of(pipe, guidance, steps, class_labels=[1, 4])
 
     for kind in (DiTPipeline, DiffusionPipeline):
         pipe = kind.from_pretrained(folder, trust_remote_code=True)
         assert np.abs(draw(pipe) - ours).max() < 1e-5
-    assert np.abs(draw(pipe, 1.0, 9) - our_images(ema, vae, torch.tensor([1, 4]), noise, 1.0, 9)).max() < 1e-5
+    assert np.abs(draw(pipe, 1.0, 9) - our_images(ema, tiny_models[0], [1, 4], 1.0, 9)).max() < 1e-5
     try:  # diffusers 0.33 takes a folder's code without asking
         assert np.abs(draw(DiTPipeline.from_pretrained(folder)) - ours).max() < 1e-5
     except ValueError as error:
@@ -173,45 +163,31 @@ def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
     stock, _ = export_to(folder, "diffusers", "--diffusers-time", "diffusers", "--vae", tiny_models[0], name="stock")
     drawn = draw(DiTPipeline.from_pretrained(stock, trust_remote_code=True))
     assert np.abs(drawn - ours).max() > 1e-5 and "of diffusers (as recorded)" in describe(load_model(stock)[2])
-    theirs = our_images(load_model(stock)[0], vae, torch.tensor([1, 4]), noise, 1.5, 6)
-    assert np.abs(drawn - theirs).max() < 1e-5
+    assert np.abs(drawn - our_images(load_model(stock)[0], tiny_models[0], [1, 4], 1.5, 6)).max() < 1e-5
     again, _ = export_to(stock, "safetensors", name="again")
     assert_same(load_model(again)[0], load_model(stock)[0])
 
 
 def test_a_pipeline_of_a_ditsem(export_to, tmp_path, tiny_models):
-    """A pipeline of our own, called with codes."""
     from diffusers import DiffusionPipeline
 
     path, ema = checkpoint_of(tmp_path, tiny("DiTSEM-Ti/4", L=3, V=4), "DiTSEM-Ti/4", L=3, V=4)
     folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    codes = torch.tensor([[0, 1, 2], [3, 3, 0]])
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    vae = load_vae(str(tiny_models[0]))
+    codes = [[0, 1, 2], [3, 3, 0]]
     for guidance, steps in ((1.5, 6), (1.0, 4)):
-        generator = torch.Generator().manual_seed(5)
-        theirs = pipe(
-            dlcs=codes, guidance_scale=guidance, num_inference_steps=steps, generator=generator, output_type="np"
-        ).images
-        assert np.abs(theirs - our_images(ema, vae, codes, noise, guidance, steps)).max() < 1e-5
-    assert len(pipe(dlcs=codes.tolist(), num_inference_steps=2).images) == 2
+        theirs = images_of(pipe, guidance, steps, dlcs=torch.tensor(codes))
+        assert np.abs(theirs - our_images(ema, tiny_models[0], codes, guidance, steps)).max() < 1e-5
+    assert len(pipe(dlcs=codes, num_inference_steps=2).images) == 2
     for token in (4, -1, 1.5):
-        with pytest.raises(ValueError, match=r"wanted codes \(N, 3\) of tokens from 0 to 3"):
-            pipe(dlcs=[[0, 1, token]])
+        refusal(pipe, dlcs=[[0, 1, token]], words=r"wanted codes \(N, 3\) of tokens from 0 to 3")
     assert_same(load_model(folder)[0], ema)
 
 
 def test_mistakes(export_to, tmp_path, tiny_models, capsys):
-    """One line each, and nothing is left behind."""
-    model = tiny("DiTCONT-Ti/4", in_dim=6)
-    torch.save(model.state_dict(), tmp_path / "cont.pt")
-    torch.save(tiny().state_dict(), tmp_path / "dit.pt")
-    torch.save(
-        DiT(input_size=8, patch_size=4, hidden_size=192, depth=6, num_heads=3, mlp_ratio=2.0).state_dict(),
-        tmp_path / "mlp.pt",
-    )
+    mlp = DiT(input_size=8, patch_size=4, hidden_size=192, depth=6, num_heads=3, mlp_ratio=2.0)
+    for name, model in dict(cont=tiny("DiTCONT-Ti/4", in_dim=6), dit=tiny(), mlp=mlp).items():
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
     (tmp_path / "there").mkdir()
     for checkpoint, format, flags, name, message in (
         ("dit.pt", "safetensors", (), "there", "there exists: give a path that does not"),
@@ -235,14 +211,12 @@ def test_whole_or_not_at_all(tmp_path):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="cannot write .*out"):
-        write_folder(tmp_path / "out", cut_off)
+    refusal(write_folder, tmp_path / "out", cut_off, words="cannot write .*out", error=OSError)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name, time_scale", [("DiT-Ti/4", 1.0), ("DiTSEM-Ti/4", 1000.0)])
 def test_a_pipeline_of_a_flow(name, time_scale, export_to, tmp_path, tiny_models):
-    """Its scheduler takes Euler's steps; what was trained is recorded, and read back."""
     from diffusers import DiffusionPipeline
 
     process = create_process("flow", time_scale=time_scale)
@@ -255,19 +229,10 @@ def test_a_pipeline_of_a_flow(name, time_scale, export_to, tmp_path, tiny_models
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.save_pretrained(tmp_path / "saved")
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     for drawing, guidance, steps in ((pipe, 1.5, 6), (again, 1.0, 3)):
-        drawing.set_progress_bar_config(disable=True)
-        images = drawing(
-            **{argument: y},
-            guidance_scale=guidance,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(5),
-            output_type="np",
-        ).images
         sampler = create_sampler("euler", steps, process, learn_sigma=False)
-        ours = our_images(model, load_vae(str(tiny_models[0])), torch.tensor(y), noise, guidance, steps, sampler)
-        assert np.abs(images - ours).max() < 1e-5
+        ours = our_images(model, tiny_models[0], y, guidance, steps, sampler)
+        assert np.abs(images_of(drawing, guidance, steps, **{argument: y}) - ours).max() < 1e-5
     for exported in (folder, tmp_path / "saved"):
         loaded, _, meta = load_model(exported)
         assert_same(loaded, model)
@@ -277,7 +242,6 @@ def test_a_pipeline_of_a_flow(name, time_scale, export_to, tmp_path, tiny_models
 
 
 def test_what_a_flow_takes_from_a_model_of_another_process(tmp_path):
-    """Of a DDPM DiT, all but the output layer; the line says what that means."""
     before, model = tiny(num_classes=5), tiny(seed=1, num_classes=5, learn_sigma=False)
     torch.save(before.state_dict(), tmp_path / "dit.pt")
     said = load_pretrained(tmp_path / "dit.pt", model, process=create_process("flow").config)

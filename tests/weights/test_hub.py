@@ -1,13 +1,18 @@
-"""Names of weights that are ids on the hub, against a stand-in of it on loopback."""
+"""Names of weights that are ids on the hub, and DiT's published weights, against a stand-in of it on loopback."""
 
 import errno
-from concurrent.futures import ThreadPoolExecutor
+import io
+import types
 
 import pytest
+import torch
+from conftest import refusal
 from hub_standin import point_at
+from tiny_weights import assert_same, tiny
 
+from dlc.sampling.opening import open_model
 from dlc.weights import hub as hub_module
-from dlc.weights.hub import is_id, locate, wanted_files
+from dlc.weights.hub import is_id, locate, published_dit, wanted_files
 
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes
 FILES = {
@@ -25,15 +30,16 @@ def downloads(hub):
 
 
 def test_fetched_whole_and_only_what_is_wanted(hub, capsys):
-    commit = hub.add("owner/name", FILES)
+    averages = {"ema.safetensors": b"ours", "custom_checkpoint_0.pkl": b"the DLC project's"}
+    commit = hub.add("owner/name", files := {**FILES, **averages})
     folder = locate("owner/name", "model", "--vae")
-    wanted = ("config.json", "model.safetensors", "vae/config.json")
-    assert {path: (folder / path).read_bytes() for path in wanted} == {path: FILES[path] for path in wanted}
-    assert folder.name == commit and len(list(folder.rglob("*.*"))) == 3
-    assert "fetching owner/name from the hub: 3 files" in capsys.readouterr().err
-    assert len(downloads(hub)) == 3
+    wanted = ("config.json", "model.safetensors", "vae/config.json", *averages)
+    assert {path: (folder / path).read_bytes() for path in wanted} == {path: files[path] for path in wanted}
+    assert folder.name == commit and len(list(folder.rglob("*.*"))) == 5
+    assert "fetching owner/name from the hub: 5 files" in capsys.readouterr().err
+    assert len(downloads(hub)) == 5
     hub_module.FETCHED.clear()
-    assert locate("owner/name", "model") == folder and len(downloads(hub)) == 3  # all are in the cache
+    assert locate("owner/name", "model") == folder and len(downloads(hub)) == 5  # all are in the cache
     assert capsys.readouterr().err == ""
     asked = len(hub.requests)
     assert locate("owner/name", "model") == folder and len(hub.requests) == asked  # known to this process
@@ -42,12 +48,11 @@ def test_fetched_whole_and_only_what_is_wanted(hub, capsys):
 def test_cut_off(hub, monkeypatch, tmp_path):
     """A download that ends early leaves nothing that passes for the file, and the next one completes it."""
     hub.add("owner/name", FILES)
-    hub.break_off("model.safetensors", after=0, times=1000)
+    hub.broken["model.safetensors"] = 0
     with pytest.raises(ValueError, match=r"^--vae owner/name: .* failed \(\w+\): run again when the hub is in reach"):
         locate("owner/name", "model", "--vae")
     point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
-    with pytest.raises(ValueError, match="does not have all of it, while HF_HUB_OFFLINE is set"):
-        locate("owner/name", "model")
+    refusal(locate, "owner/name", "model", words="does not have all of it, while HF_HUB_OFFLINE is set")
     hub.broken.clear()
     point_at(hub.url, monkeypatch, tmp_path / "cache")
     assert (locate("owner/name", "model") / "model.safetensors").read_bytes() == CONTENT
@@ -55,7 +60,6 @@ def test_cut_off(hub, monkeypatch, tmp_path):
 
 
 def test_a_file_of_the_cache_that_is_cut_is_fetched_again(hub, capsys):
-    """Its size was listed; what is whole is not fetched again."""
     hub.add("owner/name", FILES)
     blob = (locate("owner/name", "model") / "model.safetensors").resolve()
     blob.write_bytes(CONTENT[:1000])
@@ -75,8 +79,7 @@ def test_revision(hub, monkeypatch, tmp_path):
     point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
     for name, commit in {"owner/name@v1.0": old, "owner/name": new, f"owner/name@{old}": old}.items():
         assert locate(name, "model").name == commit
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
-        locate("owner/name@../v1", "model")
+    refusal(locate, "owner/name@../v1", "model", words="HF_HUB_OFFLINE is set")
 
 
 def test_a_commit_that_the_cache_has_is_named(hub, monkeypatch, tmp_path):
@@ -85,20 +88,17 @@ def test_a_commit_that_the_cache_has_is_named(hub, monkeypatch, tmp_path):
     point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
     for url, words in ((hub.url, "does not have all of it, .*: fetch it once"), ("http://127.0.0.1:9", "failed")):
         point_at(url, monkeypatch, tmp_path / "cache", offline=url == hub.url)
-        with pytest.raises(ValueError, match=f"{words}.*; the cache has owner/name@{commit}"):
-            locate("owner/name", "model")
+        refusal(locate, "owner/name", "model", words=f"{words}.*; the cache has owner/name@{commit}")
     point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
     assert locate(f"owner/name@{commit}", "model").name == commit
 
 
 def test_missing_files(hub):
     hub.add("owner/name", {"config.json": b"{}", "code.py": b""})
-    with pytest.raises(ValueError, match=r"at revision main, has no file of weights$"):
-        locate("owner/name", "model")
+    refusal(locate, "owner/name", "model", words=r"at revision main, has no file of weights$")
     assert not downloads(hub)
     hub.add("owner/evil", {"../../model.safetensors": b"{}"})  # leads out of the cache
-    with pytest.raises(ValueError, match="has no file of weights"):
-        locate("owner/evil", "model")
+    refusal(locate, "owner/evil", "model", words="has no file of weights")
 
 
 SEVERAL = {file: file.encode() for file in "a/model.safetensors a/config.json b/0400000.pt one.pt two.pt".split()}
@@ -116,12 +116,10 @@ SEVERAL = {file: file.encode() for file in "a/model.safetensors a/config.json b/
     ],
 )
 def test_a_repository_of_several_checkpoints(hub, inside, found):
-    """What is fetched is decided from the listing, and the name may say which."""
     hub.add("owner/name", SEVERAL)
     name = f"owner/name:{inside}".rstrip(":")
     if isinstance(found, str):
-        with pytest.raises(ValueError, match=found):
-            locate(name, "model")
+        refusal(locate, name, "model", words=found)
         assert not downloads(hub)
     else:
         assert wanted_files(SEVERAL, "model", inside) == found
@@ -133,8 +131,7 @@ def test_refused(hub, monkeypatch):
     with pytest.raises(ValueError, match="no such local path, and the hub has no such repository, or keeps it private"):
         locate("owner/nothing", "model")
     hub.add("owner/secret", FILES, access="private")
-    with pytest.raises(ValueError, match=r"or keeps it private: then log in \(hf auth login, or HF_TOKEN\)"):
-        locate("owner/secret", "model")
+    refusal(locate, "owner/secret", "model", words=r"or keeps it private: then log in \(hf auth login, or HF_TOKEN\)")
     hub.add("owner/gated", FILES, access="gated")
     with pytest.raises(ValueError, match="its owner gates it: accept the terms on its page on the hub, then log in"):
         locate("owner/gated", "model")
@@ -155,8 +152,7 @@ def test_out_of_reach(hub, monkeypatch, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error == "" if offline else error.count("\n") == 1 and "its copy in the hub's cache is used" in error
         words = "HF_HUB_OFFLINE is set" if offline else r"failed \(Connect\w*\): run again"
-        with pytest.raises(ValueError, match=words):
-            locate("owner/other", "model")
+        refusal(locate, "owner/other", "model", words=words)
     monkeypatch.setattr("dlc.machine.cli.WARNED", set())
     hub.repositories.clear()  # deleted on the hub: the cache still has it
     point_at(hub.url, monkeypatch, tmp_path / "cache")
@@ -169,9 +165,7 @@ def test_a_proxy_that_does_not_answer_is_named(name, hub, monkeypatch, tmp_path)
     monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
     point_at("http://127.0.0.1:9", monkeypatch, tmp_path / "cache")
-    with pytest.raises(ValueError, match=f"by the proxy that {name} names") as error:
-        locate("owner/name", "model")
-    assert "secret" not in str(error.value)
+    assert "secret" not in refusal(locate, "owner/name", "model", words=f"by the proxy that {name} names")
 
 
 @pytest.mark.parametrize("kind, file", [("model", "config.json"), ("vae", "vae/config.json")])
@@ -185,8 +179,7 @@ def test_what_decides_is_needed_without_the_hub(hub, monkeypatch, tmp_path, kind
         (path / file).unlink(missing_ok=True)  # as `hf download owner/with FILE` leaves it
         point_at(hub.url, monkeypatch, tmp_path / "cache", offline=True)
         if name == "owner/with":
-            with pytest.raises(ValueError, match=f"has its weights, but no {file}, which decides what they are"):
-                locate(name, kind)
+            refusal(locate, name, kind, words=f"has its weights, but no {file}, which decides what they are")
         else:
             assert locate(name, kind) == path
         point_at(hub.url, monkeypatch, tmp_path / "cache")
@@ -214,8 +207,7 @@ def test_what_the_hub_answered_is_said(hub, monkeypatch, part, status, words):
         request.wfile.write(b"<html>" if body else b"")
 
     monkeypatch.setattr(hub, "answer", failing)
-    with pytest.raises(ValueError, match=words):
-        locate("owner/name", "model")
+    refusal(locate, "owner/name", "model", words=words)
 
 
 @pytest.mark.parametrize(
@@ -229,8 +221,7 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, number, words):
         raise OSError(number, "x", None if number == errno.ENOSPC else "cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(ValueError, match=rf"cannot be written \([NP]\w+ .*\){words}"):
-        locate("owner/name", "model")
+    refusal(locate, "owner/name", "model", words=rf"cannot be written \([NP]\w+ .*\){words}")
 
 
 def test_names(hub, tmp_path):
@@ -240,14 +231,89 @@ def test_names(hub, tmp_path):
     others = "owner/here name a/b/c ../b /a/b a/b.pth a/B.SAFETENSORS a/.. a--b/c / a/b:../c".split()
     assert not any(map(is_id, [*others, "a/b c", ""]))
     assert locate("owner/here", "model").is_dir() and not hub.requests
-    with pytest.raises(ValueError, match="--vae a/b.pth does not exist: it is no file or folder, nor a hub id"):
-        locate("a/b.pth", "vae", "--vae")
+    for name in ("a/b.pth", "\x1b[31m", "x" * 3000, "nobody/nothing\0", "http://localhost/x"):
+        refusal(locate, name, "vae", "--vae", words="^--vae .*does not exist: it is no file or folder, nor a hub id")
 
 
-def test_processes_of_a_node_fetch_a_file_once(hub):
-    """The library's locks have the others wait for it; threads have a lock each, as processes do."""
-    hub.add("owner/name", FILES)
-    with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(hub_module._fetch, ["owner/name"] * 4, ["model"] * 4))
-    assert len({*folders}) == 1 and (folders[0] / "model.safetensors").read_bytes() == CONTENT
-    assert len(downloads(hub)) == len({*downloads(hub)}) == 3
+# ---------------------------------------------------------------------- DiT's published weights
+
+NAME, REPOSITORY, TINY = "DiT-XL-2-256x256.pt", "facebook/DiT-XL-2-256", ("DiT-Ti/4", 64)
+
+
+@pytest.fixture
+def serve(hub, monkeypatch):
+    """serve(weights): the public address has these, in the place of the large model's; gives the file's bytes."""
+    monkeypatch.setitem(hub_module.PUBLISHED, TINY, (REPOSITORY, NAME))
+    monkeypatch.setattr(hub_module, "ADDRESS", f"{hub.url}/dit/published/resolve/main")
+
+    def call(weights):
+        torch.save(weights, file := io.BytesIO())
+        hub.add("dit/published", {NAME: file.getvalue()})
+        return file.getvalue()
+
+    return call
+
+
+def left():
+    return sorted(path.name for path in hub_module.FOLDER.glob("*") if not path.name.endswith(".lock"))
+
+
+def test_the_hub_then_the_address_then_the_file(serve, hub, monkeypatch, tmp_path, capsys):
+    flags = dict(model=None, ckpt=None, results_dir="results", ema=True, diffusers_time=None, objective=None)
+    flags = types.SimpleNamespace(**flags, image_size=64, vae=None)
+
+    def opened():
+        path, model, meta = open_model(types.SimpleNamespace(**vars(flags)), "sample_ddp.py", TINY[0])
+        assert_same(model, tiny(num_classes=1000))
+        return path, meta
+
+    def asked():
+        return [path for _, path, _ in hub.requests if path.startswith("/dit/published/")]
+
+    hub.add(REPOSITORY, {"model.pt": serve(tiny(num_classes=1000).state_dict())})
+    assert str(opened()[0]) == REPOSITORY and not asked() and not hub_module.FOLDER.exists()
+    assert "no checkpoint of DiT-Ti/4 under --results-dir results: train one" in capsys.readouterr().out
+    del hub.repositories["models", REPOSITORY]
+    point_at(hub.url, monkeypatch, tmp_path / "other_cache")
+    hub_module.FOLDER.mkdir()
+    (hub_module.FOLDER / f".{NAME}.part.0.partial").write_bytes(b"of a process that was killed")
+    requests = []
+    for _ in range(2):
+        path, meta = opened()
+        assert path == hub_module.FOLDER / NAME and meta.weights == "as in the file"
+        requests.append(len(hub.requests))
+    assert len(asked()) == 1 and left() == [NAME] and requests[0] == requests[1]
+
+
+def test_what_is_not_the_model_is_refused(serve, hub, monkeypatch):
+    """From a mirror, which is asked in place of the hub: names, shapes and finiteness before the file gets its name."""
+    monkeypatch.setenv(hub_module.ADDRESS_VARIABLE, f"{hub_module.ADDRESS}/")
+    monkeypatch.setattr(hub_module, "ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub_module, "locate", pytest.fail)
+    right = tiny(num_classes=1000).state_dict()
+    for weights, cut, fault in (
+        ({**right, "pos_embed": right["pos_embed"] * torch.nan}, None, "has values that are NaN"),
+        ({**right, "more": torch.zeros(1)}, None, "has unknown more"),
+        (tiny(num_classes=10).state_dict(), None, "has other shapes: y_embedder"),
+        (right, 10_000, "cut off or damaged"),
+    ):
+        serve(weights)
+        hub.broken = {NAME: cut}  # a connection that breaks
+        refusal(published_dit, *TINY, words=f"did not send the weights of DiT-Ti/4 .*{fault}.*put the file at")
+        assert left() == []
+    hub.broken = {}
+    assert published_dit(*TINY) == hub_module.FOLDER / NAME
+    hub_module.PUBLISHED[TINY] = REPOSITORY, "other.pt"
+    refusal(published_dit, *TINY, words=r"is out of reach \(status 404\): put the file at pretrained_models.other.pt")
+
+
+def test_offline(error_of):
+    error = error_of("sample_ddp")
+    assert f"{REPOSITORY}: no such local path" in error and "HF_HUB_OFFLINE is set" in error
+    assert f"or put DiT's {NAME} at pretrained_models/{NAME}" in error
+    assert "DiT-XL-2-512x512.pt" in error_of("sample_ddp", "--image-size", 512)
+    assert "no checkpoint of DiT-XL/2" in error_of("sample_ddp", "--image-size", 128)
+    assert "no checkpoint of DiT-S/2" in error_of("sample_ddp", "--model", "DiT-S/2")
+    hub_module.FOLDER.mkdir(exist_ok=True)
+    (hub_module.FOLDER / NAME).write_bytes(b"junk")
+    assert f"{NAME} cannot be read as weights" in error_of("sample_ddp")

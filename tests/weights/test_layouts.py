@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, golden
-from tiny_weights import assert_same, refusal, tiny
+from conftest import ROOT, golden, refusal
+from tiny_weights import assert_same, tiny
 
-from diffusion.flow import EulerSampler, Flow
 from diffusion.samplers import DPMSolver
 from dlc.nets.digest import weights_sha256
 from dlc.weights.foreign.dits import to_diffusers
 from dlc.weights.info import info
 from dlc.weights.load import describe, load_model, load_pretrained
-from dlc.weights.meta import config_of
 from models import DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -32,7 +30,6 @@ def weights():
 
 
 def said(path, **options):
-    """The one line about weights."""
     return describe(load_model(path, **options)[2])
 
 
@@ -43,9 +40,7 @@ def everywhere_refused(path, **options):
     return line
 
 
-#################################################################################
-#                                  DiT's, DLC's                                 #
-#################################################################################
+# ---------------------------------------------------------------------- DiT's, DLC's
 
 
 @pytest.mark.parametrize(
@@ -58,7 +53,6 @@ def everywhere_refused(path, **options):
     ],
 )
 def test_bare_files(name, sizes, suffix, tmp_path):
-    """By content: the name's ending says nothing, and nothing but the tensors is known."""
     model, path = tiny(name, **sizes), tmp_path / f"model{suffix}"
     safetensors.torch.save_file(model.state_dict(), path) if "s" in suffix else torch.save(model.state_dict(), path)
     loaded, found, meta = load_model(path)
@@ -85,25 +79,13 @@ def test_without_positions(tmp_path):
     torch.save(dict(ema=weights, model=weights, args=arguments), tmp_path / "0000500.pt")
     assert_same(load_model(tmp_path / "0000500.pt")[0], model)
     assert "new: pos_embed" in load_pretrained(tmp_path / "bare.pt", tiny(seed=1))
-    for shape in ((192, 4, 0, 0), (0, 4, 4, 4), (10**9, 0, 4, 4), (6, 4, 4, 4)):
-        torch.save({**weights, "x_embedder.proj.weight": torch.zeros(shape)}, tmp_path / "odd.pt")
-        assert "odd.pt" in refusal(load_model, tmp_path / "odd.pt")
 
 
 def test_training_files(tmp_path):
-    """DiT's and fast-DiT's, with objects among their arguments that are passed over; wrapped models."""
     model, ema = tiny(), tiny(seed=1)
-    arguments = argparse.Namespace(
-        model="DiT-Ti/4",
-        global_seed=3,
-        image_size=64,
-        num_classes=5,
-        vae="mse",
-        global_batch_size=np.int64(256),
-        results_dir=pathlib.Path("results"),
-        feature_path=pathlib.PureWindowsPath("C:/x"),
-        weights=np.arange(3),
-    )
+    objects = dict(global_batch_size=np.int64(256), results_dir=pathlib.Path("results"), weights=np.arange(3))
+    objects["feature_path"] = pathlib.PureWindowsPath("C:/x")
+    arguments = argparse.Namespace(model="DiT-Ti/4", global_seed=3, image_size=64, num_classes=5, vae="mse", **objects)
     wrapped = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
     path = tmp_path / "0050000.pt"
     torch.save(dict(model=wrapped, ema=ema.state_dict(), opt={}, args=arguments), path)
@@ -134,11 +116,7 @@ def named(prefix, weights):
 
 EMA = {  # where training scripts keep averaged weights, beside the raw ones
     "timm": lambda raw, ema: dict(state_dict=raw, state_dict_ema=ema, epoch=3),
-    "ema_state_dict": lambda raw, ema: dict(model_state_dict=raw, ema_state_dict=ema, optimizer=dict(state={})),
-    "model_ema": lambda raw, ema: dict(model=raw, model_ema=ema),
     "ema_model": lambda raw, ema: dict(model=raw, ema_model=named("module.", ema)),
-    "ema_params": lambda raw, ema: dict(params=raw, ema_params=ema),
-    "net_ema": lambda raw, ema: dict(net=raw, net_ema=ema),
     "ema.module": lambda raw, ema: dict(model=raw, ema=dict(module=ema, decay=0.999, updates=7)),
     "ema.shadow": lambda raw, ema: dict(model=raw, ema=dict(shadow=ema, num_updates=torch.tensor(7))),
     "EMA of ema_pytorch": lambda raw, ema: dict(
@@ -243,7 +221,6 @@ def dlc_accelerate():
 
 
 def test_dlc_accelerate(tmp_path):
-    """The directory that accelerate saves, and the run above it: EMA in the registered object, raw in the model."""
     shapes = dlc_accelerate()
     assert len(shapes) == 72
     torch.manual_seed(0)
@@ -282,9 +259,7 @@ def test_dlc_accelerate(tmp_path):
     assert "has no EMA weights (custom_checkpoint_0.pkl): give --no-ema" in refusal(load_model, last)
 
 
-#################################################################################
-#                                   diffusers                                   #
-#################################################################################
+# ---------------------------------------------------------------------- diffusers
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +277,6 @@ def save_transformer(folder, weights, config):
 
 
 def test_diffusers_golden(reference, tmp_path):
-    """Weights of the library under both functions, and the samples that its DPM-Solver draws by them."""
     values, weights, ours, config = reference
     folder = save_transformer(tmp_path / "transformer", weights, config)
     for time, out, run in (("dit", "out_dit", "run_dit"), ("diffusers", "out", "run")):
@@ -352,7 +326,6 @@ def shard(folder, kind, variant=""):
 
 
 def test_diffusers_folders(reference, tmp_path):
-    """Pipeline or transformer folder, file, index, shards, .bin, half precision; older configs."""
     _, weights, ours, config = reference
     folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
     (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline")))
@@ -399,20 +372,15 @@ def test_broken_diffusers_folders(reference, tmp_path):
     for part in ("timestep_embedder.linear_1", "class_embedder.embedding_table"):
         changed = {**weights, name.format(part): weights[name.format(part)] + 1e-6}
         assert "has different copies of the time and label embedders in its blocks" in line(changed)
-    changed = {**weights, name.format("class_embedder.embedding_table"): torch.zeros(2)}
-    assert "different copies" in line(changed)
     changed = {**weights, "transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}
     assert "has to_q, to_k and to_v of different shapes in block 0" in line(changed)
     changed = {key: value for key, value in weights.items() if "to_k" not in key}
     assert "to_q, to_k and to_v" in line(changed)
-    safetensors.torch.save_file({**weights, "more": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
-    assert "has unknown more" in refusal(load_model, folder)
-    safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    assert "has unknown more" in line({**weights, "more": torch.zeros(1)})
     for key, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm"), ("norm_elementwise_affine", True)):
         assert f"is no DiT: {key} in its config.json" in line(weights, {**config, key: value})
-    for key, value in (("num_attention_heads", 3), ("num_attention_heads", 0), ("sample_size", "8")):
-        (folder / "config.json").write_text(json.dumps({**config, key: value}))
-        assert "transformer" in refusal(load_model, folder)
+    for key, value in (("num_attention_heads", 3), ("sample_size", "8")):
+        assert "transformer" in line(weights, {**config, key: value})
     (folder / "config.json").write_text(json.dumps(config))
     index = shard(folder, "safetensors")
     for broken in ({"a": "/etc/passwd"}, [], {"a": "gone.safetensors"}):
@@ -425,7 +393,6 @@ def test_broken_diffusers_folders(reference, tmp_path):
 
 @pytest.mark.parametrize("generation", [1, 2])
 def test_dlc_pipelines(generation, tmp_path):
-    """The DLC project's pipeline: diffusers' names with a code table in each block, and later our own names."""
     model = tiny("DiTSEM-Ti/4", L=3, V=4)
     if generation == 1:
         table = {"y_embedder.embedding_table.weight": model.sem_embedder.embedding_table}
@@ -452,25 +419,7 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_ema_of_the_hub(hub, tmp_path):
-    """Of our checkpoint and of the DLC project's, by id."""
-    torch.manual_seed(0)
-    raw, ema = ({name: torch.randn_like(value) for name, value in tiny().state_dict().items()} for _ in range(2))
-    ours = {name: safetensors.torch.save(one) for name, one in (("model.safetensors", raw), ("ema.safetensors", ema))}
-    config = json.dumps(config_of("DiT-Ti/4", tiny()).to_json()).encode()
-    hub.add("owner/ours", {**ours, "meta.json": b'{"step": 3}', "config.json": config})
-    torch.save(ema, tmp_path / "custom_checkpoint_0.pkl")
-    dlc = dict(contents(tmp_path), **{"model.safetensors": ours["model.safetensors"], "random_states_0.pkl": b"x"})
-    hub.add("owner/dlc", dlc)
-    for name in ("owner/ours", "owner/dlc"):
-        for use_ema, wanted in ((True, ema), (False, raw)):
-            model, _, meta = load_model(name, ema=use_ema)
-            assert meta.weights == ("ema" if use_ema else "raw")
-            assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
-
-
 def test_hub_ids(hub, reference, tmp_path):
-    """By id, by id@revision, a pipeline or a folder of weights: only the files that are wanted are fetched."""
     _, weights, ours, config = reference
     folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
     (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline", vae=["diffusers", "x"])))
@@ -492,13 +441,10 @@ def test_hub_ids(hub, reference, tmp_path):
     assert "owner/gone" in refusal(load_pretrained, "owner/gone", model)
 
 
-#################################################################################
-#                                  Other sizes                                  #
-#################################################################################
+# ---------------------------------------------------------------------- other sizes
 
 
 def test_sizes_without_a_name(tmp_path):
-    """Heads by a config beside; else one line says how to give them."""
     torch.manual_seed(0)
     model = DiT(input_size=8, patch_size=2, hidden_size=96, depth=2, num_heads=4, num_classes=3, mlp_ratio=2.3).eval()
     path = tmp_path / "96.pt"
@@ -515,25 +461,10 @@ def test_sizes_without_a_name(tmp_path):
         assert words in refusal(load_model, path)
 
 
-#################################################################################
-#                           What predicts something else                        #
-#################################################################################
+# ---------------------------------------------------------------------- what predicts something else
 
 
-FLOWS, OTHER = (
-    golden("flow")[0],
-    (  # tensors of models that are no DiT
-        ("LightningDiT", "module.blocks.0.mlp.w12.weight"),
-        ("LightningDiT", "feat_rope.freqs_cos"),
-        ("DDT", "decoder_blocks.0.attn.qkv.weight"),
-    ),
-)
-
-
-@pytest.mark.parametrize("whose, name", OTHER)
-def test_other_blocks(whose, name, weights, tmp_path):
-    torch.save({**weights[0], name: torch.zeros(3)}, tmp_path / "0400000.pt")
-    refusal(load_model, tmp_path / "0400000.pt", words=f"0400000.pt is a {whose} model, whose blocks are not DiT's")
+FLOWS = golden("flow")[0]
 
 
 def of_others(whose):
@@ -586,24 +517,6 @@ def test_velocities(whose, name, arguments, told, words, tmp_path):
             assert torch.equal(ours.state_dict()[key], value), key
 
 
-def test_velocities_sample_as_theirs(tmp_path):
-    """SiT's own Euler samples, with and without its guidance of three channels, by our sampler."""
-    tensors, values = of_others("sit")
-    model = load_model(saved(tmp_path / "SiT-B-2.pt", tensors))[0]
-    y, z, sampler = values["sample_y"], values["z"], EulerSampler(10, Flow())
-
-    def drawn(scale):
-        def predict(x, time):
-            t = torch.full((2 * len(x),), time)
-            return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t, torch.cat([y, y * 0 + 7]), scale)[: len(x)]
-
-        with torch.no_grad():
-            return [x for x, _ in sampler(predict, z, None)][-1]
-
-    torch.testing.assert_close(drawn(1.0), values["euler"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(drawn(1.5), values["euler_cfg4"], atol=1e-5, rtol=1e-5)
-
-
 def test_velocities_that_are_refused(tmp_path):
     tensors, _ = of_others("sit")
     for change, words in (
@@ -616,7 +529,10 @@ def test_velocities_that_are_refused(tmp_path):
         refusal(load_model, saved(tmp_path / "b.pt", harmed, **SIT), words="first or last layers are missing")
 
 
-OTHER_KINDS = {  # a tensor's name, and words of the line
+OTHER_KINDS = {  # a tensor's name, and words of the line; of others' blocks the rest is a DiT's
+    "module.blocks.0.mlp.w12.weight": "is a LightningDiT model, whose blocks are not DiT's",
+    "feat_rope.freqs_cos": "is a LightningDiT model, whose blocks are not DiT's",
+    "decoder_blocks.0.attn.qkv.weight": "is a DDT model, whose blocks are not DiT's",
     "vocab_embed.embedding": "prior over codes",
     "blocks.0.ls1.gamma": "--encoder takes",
     "embeddings.cls_token": "--encoder takes",
@@ -626,11 +542,10 @@ OTHER_KINDS = {  # a tensor's name, and words of the line
 }
 
 
-def test_other_kinds(tmp_path, tiny_models):
-    """Each is named, and where there is a flag for it, that."""
+def test_other_kinds(weights, tmp_path, tiny_models):
     path = tmp_path / "lone.pt"
     for name, words in OTHER_KINDS.items():
-        torch.save({name: torch.zeros(1)}, path)
+        torch.save({**(weights[0] if "blocks are" in words else {}), name: torch.zeros(1)}, path)
         assert words in refusal(load_model, path) == refusal(load_pretrained, path, tiny())
         assert path.name in refusal(info, path)
     sedd = {"vocab_embed.embedding": torch.zeros(1)}

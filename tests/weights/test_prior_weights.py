@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import golden
-from tiny_weights import refusal
+from conftest import golden, refusal
 
 from diffusion.process_table import create_process
 from dlc.weights.checkpoint import save_checkpoint
@@ -23,8 +22,8 @@ from prior import DLCPrior, DLCPrior_models
 def sedd():
     """Config, state dict, inputs and output of the golden, and its parameters' order."""
     values, weights = golden("sedd")
-    inputs = {key: values[f"model/{key}"] for key in ("x", "sigma", "out")}
-    return values["model/config"], weights, inputs, values["model/parameter_order"]
+    values = {key.removeprefix("model/"): value for key, value in values.items()}
+    return values["config"], weights, values, values["parameter_order"]
 
 
 def write_folder(path, config, weights):
@@ -40,7 +39,6 @@ def output(model, values):
 
 
 def test_sedd_folder(sedd, tmp_path):
-    """Config and weights as published, also with the names of an attribute, and without the constant frequencies."""
     config, weights, values, _ = sedd
     model, meta = load_prior(write_folder(tmp_path / "plain", config, weights))
     assert (output(model, values) - values["out"]).abs().max() < 1e-5 and not model.training
@@ -58,7 +56,6 @@ def test_sedd_folder(sedd, tmp_path):
 
 
 def test_sedd_training_file(sedd, tmp_path):
-    """Raw weights by name, EMA by the parameters' order, whatever order the raw ones are in."""
     _, weights, values, order = sedd
     file = dict(
         model={f"module.{name}": weights[name] + 1 for name in sorted(weights)},
@@ -87,7 +84,6 @@ def test_sedd_training_file(sedd, tmp_path):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_our_checkpoints(shared, tmp_path):
-    """A run of train_prior.py: EMA or raw, the newest step, and how the prior was trained."""
     torch.manual_seed(0)
     sizes = dict(L=5, V=6, shared_embedding=shared, scale_by_sigma=False, num_classes=3)
     model, ema = DLCPrior_models["DLCPrior-Ti"](**sizes), DLCPrior_models["DLCPrior-Ti"](**sizes)
@@ -107,8 +103,7 @@ def test_our_checkpoints(shared, tmp_path):
     assert "taken to be told the noise level" in load_prior(tmp_path / "ema.safetensors")[1].layout
     assert (read.holdout, read.weights) == (0.01, "raw")
     assert process_of(read).told(torch.ones(2)).tolist() == [0, 0] and process_of(read).masking == "counted"
-    with pytest.raises(ValueError, match="a prior over codes, no diffusion transformer"):
-        load_model(tmp_path)
+    refusal(load_model, tmp_path, words="a prior over codes, no diffusion transformer")
     lines = info(tmp_path)
     tables = "one table for all positions" if shared else "a table per position"
     assert f"DLCPrior-Ti, 0.3 M parameters, prior over codes of L 5, V 6, {tables}, 3 classes, not told" in lines[0]
@@ -143,29 +138,10 @@ def test_refusals_name_tensor_or_key(sedd, tmp_path, changes, model, tensors, wo
 
 
 def test_sizes():
-    """Parameters as the DLC project's code has them, for its shared table."""
     with torch.device("meta"):
         counts = [
             sum(weight.numel() for weight in DLCPrior_models[name](L=L, V=V).parameters())
             for name, L, V in (("DLCPrior-S", 512, 256), ("DLCPrior-S", 32, 4096), ("DLCPrior-M", 512, 256))
         ]
     assert [round(count / 1e6, 1) for count in counts] == [93.2, 98.7, 322.5]
-    with pytest.raises(ValueError, match="width 30 is not a multiple of twice the 4 heads"):
-        DLCPrior(3, 3, 30, 1, 4)
-
-
-def test_published_prior_from_the_hub(sedd, hub):
-    """By its id: config and weights are fetched, nothing else, and the code beside them is not run."""
-    config, weights, values, _ = sedd
-    files = {
-        "config.json": json.dumps(config).encode(),
-        "model.safetensors": safetensors.torch.save(weights),
-        "modeling.py": b"raise SystemExit",
-    }
-    hub.add("lavoies/DLC_SEDD_L512", files)
-    model, meta = load_prior("lavoies/DLC_SEDD_L512", flag="--ckpt")
-    assert (output(model, values) - values["out"]).abs().max() < 1e-5
-    assert "from the hub" in meta.layout and meta.model == "DLCPrior-2x32"
-    assert not any("modeling.py" in path for _, path, _ in hub.requests if "/resolve/" in path)
-    with pytest.raises(ValueError, match="--ckpt lavoies/none: no such local path, and the hub has no such repository"):
-        load_prior("lavoies/none", flag="--ckpt")
+    refusal(DLCPrior, 3, 3, 30, 1, 4, words="width 30 is not a multiple of twice the 4 heads")

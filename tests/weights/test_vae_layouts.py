@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_weights import refusal
+from conftest import refusal
 
+from dlc.nets.digest import weights_sha256
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode, latent_settings, latent_shape, posterior
 from dlc.weights.foreign.layouts import File
@@ -52,11 +53,7 @@ def ldm_names(vae):
 
 
 def same(loaded, vae):
-    """Whether two VAEs have equal tensors and equal configurations of their networks."""
-    theirs = vae.state_dict()
-    return loaded.state_dict().keys() == theirs.keys() and all(
-        torch.equal(value, theirs[key]) for key, value in loaded.state_dict().items()
-    )
+    return weights_sha256(loaded) == weights_sha256(vae)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.25])
@@ -84,7 +81,6 @@ def test_shift_or_mean_and_std_per_channel(tmp_path, shift):
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_single_files_of_ldm(tmp_path, attention):
-    """With a config.json beside it; in a whole model; and as diffusers' own converter reads it."""
     from diffusers import AutoencoderKL
 
     vae = small_vae(attention=attention, scaling_factor=0.7)
@@ -115,50 +111,40 @@ def test_single_files_of_ldm(tmp_path, attention):
     assert same(loaded, vae) and loaded.config.scaling_factor == 0.7
 
 
-def test_sizes_of_single_files():
-    """Stable Diffusion 1 and 3 and VA-VAE, by their shapes alone; scale where nothing else can be meant."""
+@pytest.mark.parametrize(
+    "name, channels, attention, scale",
+    [
+        ("vae-ft-mse-840000", 4, 0, 0.18215),  # Stable Diffusion's
+        ("sdxl_vae", 4, 0, 0.13025),
+        ("ae", 16, 0, None),  # of Stable Diffusion 3, and FLUX's
+        ("vavae", 32, 1, None),
+    ],
+)
+def test_published_single_files(name, channels, attention, scale, tmp_path, monkeypatch):
+    """Sizes by their shapes alone; the scale where nothing else can be meant, else a config has to say it."""
     from diffusers import AutoencoderKL
 
-    common = dict(layers_per_block=2, norm_num_groups=32, in_channels=3, out_channels=3, mid_block_add_attention=True)
-    for channels, widths, quant, attention in (
-        (4, [128, 256, 512, 512], True, 0),
-        (16, [128, 256, 512, 512], False, 0),
-        (32, [128, 128, 256, 256, 512], True, 1),
-    ):
-        plain = len(widths) - attention
-        wanted = dict(
-            latent_channels=channels,
-            block_out_channels=widths,
-            down_block_types=["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"] * attention,
-            up_block_types=["AttnUpDecoderBlock2D"] * attention + ["UpDecoderBlock2D"] * plain,
-            use_quant_conv=quant,
-            use_post_quant_conv=quant,
-            **common,
-        )
-        with torch.device("meta"):
-            assert config_of_shapes(File("x", Path("x"), "vae"), AutoencoderKL(**wanted).state_dict()) == wanted
-
-
-def test_stable_diffusions_single_file(tmp_path, monkeypatch):
-    """Its widths say 0.18215, unless the name says XL; other files have to bring a config."""
-    from diffusers import AutoencoderKL
-
+    widths = [128, 128, 256, 256, 512] if attention else [128, 256, 512, 512]
+    plain, quant = len(widths) - attention, channels != 16
+    wanted = dict(
+        latent_channels=channels,
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"] * attention,
+        up_block_types=["AttnUpDecoderBlock2D"] * attention + ["UpDecoderBlock2D"] * plain,
+        **dict(use_quant_conv=quant, use_post_quant_conv=quant, layers_per_block=2, norm_num_groups=32),
+        **dict(in_channels=3, out_channels=3, mid_block_add_attention=True),
+    )
+    with torch.device("meta"):
+        vae = AutoencoderKL(**wanted)
+    assert config_of_shapes(File("x", Path("x"), "vae"), vae.state_dict()) == wanted
     monkeypatch.setattr("dlc.weights.foreign.vaes.check_tensors", lambda tensors, path: tensors)
-    for channels, name, scale in ((4, "vae-ft-mse-840000", 0.18215), (4, "sdxl_vae", 0.13025), (16, "ae", None)):
-        with torch.device("meta"):
-            vae = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                latent_channels=channels,
-            )
-        torch.save(ldm_names(vae), tmp_path / f"{name}.ckpt")
-        if scale is None:
-            with pytest.raises(ValueError, match="a VAE of 16 channels, which does not say its scaling"):
-                read_foreign(name, tmp_path / f"{name}.ckpt", "vae")
-        else:
-            assert read_foreign(name, tmp_path / f"{name}.ckpt", "vae").config["arguments"]["scaling_factor"] == scale
-            assert downsampling_factor(str(tmp_path / f"{name}.ckpt")) == 8
+    path = tmp_path / f"{name}.ckpt"
+    torch.save(ldm_names(vae), path)
+    if scale is None:
+        refusal(read_foreign, name, path, "vae", words=f"a VAE of {channels} channels, which does not say its scaling")
+    else:
+        assert read_foreign(name, path, "vae").config["arguments"]["scaling_factor"] == scale
+        assert downsampling_factor(str(path)) == 8
 
 
 def test_pipelines_and_hub_ids(tmp_path, hub):
@@ -170,12 +156,10 @@ def test_pipelines_and_hub_ids(tmp_path, hub):
     folder = tmp_path / "pipeline/vae"
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     hub.add("owner/vae", files)
-    hub.add(
-        "owner/pipeline", {"model_index.json": b"{}", **{f"vae/{name}": text for name, text in files.items()}}, "v1"
-    )
-    hub.add(
-        "owner/file", {"vae.safetensors": safetensors.torch.save(ldm_names(vae)), "config.json": files["config.json"]}
-    )
+    inside = {f"vae/{name}": text for name, text in files.items()}
+    hub.add("owner/pipeline", {"model_index.json": b"{}", **inside}, "v1")
+    lone = {"vae.safetensors": safetensors.torch.save(ldm_names(vae)), "config.json": files["config.json"]}
+    hub.add("owner/file", lone)
     for name, said in (
         ("owner/vae", "from the hub, diffusers' names, AutoencoderKL"),
         ("owner/pipeline@v1", "from the hub, diffusers pipeline (None), diffusers' names"),
@@ -196,7 +180,7 @@ def test_names_of_older_diffusers(tiny_models, tmp_path):
     vae = shutil.copytree(tiny_models[0], tmp_path / "vae")
     path = vae / "diffusion_pytorch_model.safetensors"
     weights = safetensors.torch.load_file(path)
-    expected = load_vae(str(vae)).state_dict()
+    expected = load_vae(str(vae))
     assert sum("attentions" in name for name in weights) == 20
     for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
         weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
@@ -207,17 +191,7 @@ def test_names_of_older_diffusers(tiny_models, tmp_path):
         del config[key]  # as old, its config says less
     (vae / "config.json").write_text(json.dumps(config))
     loaded = load_vae(str(vae))
-    assert loaded.config.scaling_factor == 0.18215
-    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
-
-
-def test_shards_and_variants(tmp_path):
-    vae = small_vae()
-    vae.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert same(load_vae(str(tmp_path / "shards")), vae)
-    vae.half().save_pretrained(tmp_path / "half", variant="fp16")
-    assert same(load_vae(str(tmp_path / "half")), vae.float())
+    assert loaded.config.scaling_factor == 0.18215 and same(loaded, expected)
 
 
 @pytest.mark.parametrize(
@@ -239,25 +213,13 @@ def test_other_autoencoders(tmp_path):
     from diffusers import AutoencoderDC, AutoencoderTiny
 
     torch.manual_seed(0)
-    vae = AutoencoderDC(
-        latent_channels=8,
-        encoder_block_out_channels=(16, 32, 32),
-        decoder_block_out_channels=(16, 32, 32),
-        encoder_layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
-        scaling_factor=0.41,
-    ).eval()
+    sizes = dict(block_out_channels=(16, 32, 32), layers_per_block=(1,) * 3, qkv_multiscales=((),) * 3)
+    sizes["block_types"] = "ResBlock"
+    both = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()}
+    vae = AutoencoderDC(latent_channels=8, scaling_factor=0.41, **both).eval()
     vae.save_pretrained(tmp_path / "dc")
     loaded = load_vae(str(tmp_path / "dc"))
-    assert (
-        same(loaded, vae)
-        and loaded.said
-        == "diffusers' names, AutoencoderDC of 8 channels, 4 pixels per latent cell, scaling factor 0.41"
-    )
+    assert same(loaded, vae) and loaded.said.endswith("DC of 8 channels, 4 pixels per latent cell, scaling factor 0.41")
     assert downsampling_factor(str(tmp_path / "dc")) == 4 and latent_shape(loaded, 32) == (8, 8, 8)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.inference_mode():
@@ -267,11 +229,7 @@ def test_other_autoencoders(tmp_path):
         assert mean.shape == (2, 8, 4, 4) and not std.any()
         crops = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
         assert PixelEncoder(loaded, None, torch.device("cpu")).moments(crops, 1).shape == (1, 16, 4, 4)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    ).save_pretrained(tmp_path / "tiny")
+    sizes = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
+    AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
     refusal(load_vae, str(tmp_path / "tiny"), words="is not a VAE: no tensor in it has a name that is known")
     refusal(load_vae, str(tmp_path / "nothing.safetensors"), words="does not exist: it is no file or folder")
