@@ -139,12 +139,12 @@ class CodeFolder(ResumableFolder):
                 return False
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
-        shards = part.share(range(self.shards(record.num)), self.block)
-        missing = [shard for shard in shards if not is_whole(shard)]
+        shards = range(self.shards(record.num))
+        missing = [shard for shard in shards if not is_whole(shard)]  # of all parts: a digest is of all
         there = CodesRecord.read(self.record_path) if self.record_path.is_file() else record
         if missing or there.num != record.num or there.codes_sha256 in (None, digest_of(self.rows(record.num))):
-            return missing
-        return shards  # some were zeroed, or changed places: nothing says which
+            return part.share(missing, self.block)
+        return part.share(shards, self.block)  # some were zeroed, or changed places: nothing says which
 
     def write(self, shard: int, codes: np.ndarray, V: int) -> None:
         """Write a shard, codes (n, L), whole or not at all. Raises OSError, naming the file, if the disk fails."""
