@@ -31,6 +31,7 @@ def test_what_is_held_out_is_measured_and_not_trained_on(features, tmp_path):
 
     train("parts", 2)
     train("parts", 4)
+    assert "1 held out" in train("one", 2, 1, "--holdout", 0.05)
     said = train("whole", 4)
     assert same_run(tmp_path / "whole", tmp_path / "parts", 4)
     assert "data: 10 rows" in said and "4 held out" in said and "held-out loss: lowest at step" in said
