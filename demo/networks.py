@@ -35,6 +35,7 @@ from dlc.machine.records import differences
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, save_encoder, tokens
 from dlc.nets.vae import decode, encode, pixels_per_cell
+from dlc.weights.foreign.safe import load_tensors
 from dlc.weights.networks import load_vae
 from evaluation.similarity import psnr
 from evaluation.tokens import token_agreement
@@ -171,7 +172,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     parts, first = dict(modules=modules, optimizer=optimizer, schedule=schedule), 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = load_tensors(state_path)
         for key, part in parts.items():
             part.load_state_dict(state[key])
         generator.set_state(state["generator"])

@@ -62,6 +62,10 @@ def test_networks_of_a_folder(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             build(folder, tmp_path / "whole", *more)
         assert message in capsys.readouterr().err
+    (tmp_path / "stopped/vae.training.pt").write_bytes(b"garbage")
+    with pytest.raises(SystemExit):
+        build(folder, tmp_path / "stopped")
+    assert "vae.training.pt cannot be read as weights" in capsys.readouterr().err
     (folder / "cat/broken.png").write_bytes(b"")
     assert len(networks.load_images(str(folder), 16, "--data-path")[0]) == 8
     assert "1 of 9 images cannot be read, as cat/broken.png (" in capsys.readouterr().out
