@@ -151,6 +151,12 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.register("type", None, path_or_name)
 
+    def add_subparsers(self, **kwargs) -> argparse.Action:
+        """As argparse; the words after a command have the types that its own flags say."""
+        commands = super().add_subparsers(**kwargs)
+        commands.type = str
+        return commands
+
     def error(self, message: object) -> NoReturn:
         rank = os.environ.get("RANK", "0")
         if rank != "0":

@@ -217,7 +217,7 @@ def check_apart(output: str | Path, flag: str, inputs: Iterable[str | Path | Non
 
 def check_outside(output: str | Path, flag: str, data_path: str | Path) -> None:
     """Raise ValueError, naming the flag of an output, where it lies in the folder of images --data-path."""
-    images, path = Path(data_path).resolve(), Path(output).resolve()
+    images, path = (Path(os.path.realpath(one)) for one in (data_path, output))
     if images in (path, *path.parents):
         raise ValueError(
             f"{flag} {output} lies in --data-path {data_path}, whose folders are the classes: give another"
@@ -313,7 +313,11 @@ class DirectoryLock:
 
     def attempt(self) -> bool:
         """Take the lock as `acquire` does, unless another launch has it. Returns whether it is taken."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            where = f"the folder {self.path.parent} (it is a file, a link to nowhere, or in one of these?)"
+            raise failed(f"cannot make {where}", error) from error
         try:
             file = open(self.path, "ab")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,7 +328,7 @@ class DirectoryLock:
             return False
         except OSError as error:
             if error.errno not in UNSUPPORTED:
-                raise
+                raise failed(f"cannot lock {self.path}", error) from error
             warn_once(
                 "locks",
                 f"the disk of {self.path.parent} has no locks ({error.strerror}): make sure that only one launch, "

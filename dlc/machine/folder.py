@@ -24,6 +24,8 @@ HOLDS = {
     "progress/settings.json": "features",
     "samples.json": "samples",
     "codes.json": "a prior's codes",
+    "args.json": "a run of training",
+    "config.json": "weights",
 }
 
 

@@ -142,7 +142,7 @@ class Run(contextlib.ExitStack):
     def _take_folder(self):
         sources = ("features_path", "data_path", "heldout_path", "condition_path")
         check_apart(self.folder, "--results-dir", [vars(self.args).get(name) for name in sources])
-        refuse_other_kind(self.folder)
+        refuse_other_kind(self.folder, WRITTEN[0])
         # a shell that writes what is printed to log.txt there has just made it, empty
         places = [self.folder / name for name in WRITTEN]
         foreign = [one.name for one in places if (one.stat().st_size if one.is_file() else folder_names(one))]

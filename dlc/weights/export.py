@@ -24,7 +24,7 @@ from dlc.nets.vae import same_vae
 from dlc.weights.card import model_card
 from dlc.weights.foreign.dits import to_diffusers, uses_diffusers_function
 from dlc.weights.load import describe, load_model, process_of
-from dlc.weights.meta import ModelConfig, RunMeta, config_of
+from dlc.weights.meta import ModelConfig, RunMeta, config_of, run_checkpoints
 from dlc.weights.networks import load_vae
 from models import DiT, DiTSEM
 
@@ -55,10 +55,7 @@ class Export:
 def export(args: argparse.Namespace) -> list[str]:
     """Write args.out, and say what it is. Raises ValueError or OSError for a user's mistake, writing nothing then."""
     out = Path(args.out)
-    if os.path.lexists(out):
-        raise ValueError(f"{out} exists: give a path that does not")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out.absolute().parent}, the folder to write {out.name} in, does not exist")
+    check_new(out)
     model, name, meta = load_model(args.checkpoint, args.ema, diffusers_time=args.diffusers_time)
     job = Export(model, name, meta, args.checkpoint, args.format, args.license or "unknown")
     if args.format != "safetensors":
@@ -68,6 +65,17 @@ def export(args: argparse.Namespace) -> list[str]:
         raise ValueError("--vae goes with the formats of diffusers: .safetensors hold the model alone")
     write_folder(out, lambda folder: write(folder, job))
     return [f"{out}: {name} ({describe(meta)}) as {args.format}, licence {job.license}"]
+
+
+def check_new(out: Path) -> None:
+    """Raise ValueError where a folder to write is there, has no folder to lie in, or would be read as a checkpoint."""
+    parent = out.absolute().parent
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: give a path that does not")
+    if not parent.is_dir():
+        raise ValueError(f"{parent}, the folder to write {out.name} in, does not exist")
+    if run_checkpoints(parent.parent, parent.name):
+        raise ValueError(f"{out} would be read as a checkpoint of the run {parent.parent}: give a path elsewhere")
 
 
 def add_vae(job: Export, name: str | None) -> None:

@@ -41,9 +41,14 @@ def test_a_folder_of_somebody_else(extract_error, tmp_path):
     assert f"the picture {tmp_path}/preview.png exists, and is no" in extract_error("--features-path", tmp_path)
     assert (tmp_path / "preview.png").read_bytes() == before
     (tmp_path / "preview.png").unlink()
-    (tmp_path / "codes.json").write_text("{}")
-    assert f"{tmp_path} holds a prior's codes (codes.json): name another" in extract_error("--features-path", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["codes.json"]
+    holds = {"codes.json": "a prior's codes", "args.json": "a run of training", "config.json": "weights"}
+    for name, what in holds.items():
+        (tmp_path / name).write_text("{}")
+        assert f"{tmp_path} holds {what} ({name}): name another" in extract_error("--features-path", tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()
+    (tmp_path / "loop").symlink_to("loop")
+    assert f"cannot make the folder {tmp_path}/loop (it is a" in extract_error("--features-path", tmp_path / "loop")
 
 
 def test_extraction_flags(extract_error, tmp_path):

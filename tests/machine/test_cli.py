@@ -132,6 +132,12 @@ def test_values_that_are_taken(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--path="])
     assert "--path: is empty: give a value (is a shell variable unset?)" in capsys.readouterr().err
+    tools = ArgumentParser("", prog="tool")
+    tools.add_subparsers(dest="command", metavar="one|two").add_parser("one", doc="").add_argument("--path")
+    assert tools.parse_args(["one", "--path", "~/x"]).path == "/home/of/mine/x"
+    with pytest.raises(SystemExit):
+        tools.parse_args(["one", "--path", ""])
+    assert "tool one: error: argument --path: is empty" in capsys.readouterr().err
     assert path_or_name("~/x") == "/home/of/mine/x"
     assert path_or_name("a/~b") == "a/~b" and path_or_name("./~x") == "./~x"
 

@@ -31,6 +31,15 @@ def test_a_disk_that_does_not_do_what_is_needed(name, number, when, words, monke
     assert [path.name for path in (tmp_path / "results").iterdir()] == [".lock"]
 
 
+def test_a_lock_that_the_disk_refuses_is_named(monkeypatch, tmp_path):
+    def failing(*arguments):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("fcntl.flock", failing)
+    with pytest.raises(OSError, match=f"cannot lock {tmp_path}/.lock .Operation not permitted"):
+        DirectoryLock(tmp_path).acquire()
+
+
 @pytest.mark.parametrize("name, read", [("x.json", read_json), ("x.csv", lambda path: read_labels(path, ["a"]))])
 def test_a_pipe_is_no_file(name, read, tmp_path):
     """To open one would wait for ever for what is never written."""

@@ -189,9 +189,11 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
     for name, model in dict(cont=tiny("DiTCONT-Ti/4", in_dim=6), dit=tiny(), mlp=mlp).items():
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
     (tmp_path / "there").mkdir()
+    (tmp_path / "checkpoints/0000007").mkdir(parents=True)
     for checkpoint, format, flags, name, message in (
         ("dit.pt", "safetensors", (), "there", "there exists: give a path that does not"),
         ("dit.pt", "safetensors", (), "nowhere/out", "does not exist"),
+        ("dit.pt", "safetensors", (), "checkpoints/0000008", "would be read as a checkpoint of the run"),
         ("dit.pt", "safetensors", ("--vae", tiny_models[0]), "out", "--vae goes with the formats of diffusers"),
         ("cont.pt", "diffusers", ("--vae", tiny_models[0]), "out", "is for the published DiT and DiTSEM"),
         ("mlp.pt", "diffusers", ("--vae", tiny_models[0]), "out", "has an MLP that is not 4 times as wide"),
@@ -203,7 +205,7 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
             export_to(tmp_path / checkpoint, format, *flags, name=name)
         line = capsys.readouterr().err
         assert stopped.value.code == 2 and message in line and line.count("\n") == 1, line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cont.pt", "dit.pt", "mlp.pt", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "cont.pt", "dit.pt", "mlp.pt", "there"]
 
 
 def test_whole_or_not_at_all(tmp_path):
