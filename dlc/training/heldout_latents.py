@@ -38,6 +38,8 @@ class Split:
 def split_features(args: Namespace, features: "Features | Images", inputs: Inputs) -> Split:
     """What --holdout and --heldout-path hold out. Raises ValueError for other features that do not fit these."""
     settle_heldout(args, 0.0)
+    if args.eval_samples == 1:
+        raise ValueError("--eval-samples 1: a Frechet distance needs at least 2 samples")
     for flag in ("holdout", "heldout_path", "eval_samples"):
         if args.data_path and getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is for features: it does not go with --data-path")

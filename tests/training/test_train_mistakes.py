@@ -41,6 +41,7 @@ def mistake(error_of, features, tmp_path):
         ("--time-scale 1000", "--time-scale 1000.0 goes with --objective flow, not ddpm"),
         ("--ema-snapshot-every 9", "--ema-snapshot-every stores the averages of --ema-lengths: give both"),
         ("--holdout 0.1 --heldout-path .", "--heldout-path other features: give one of them"),
+        ("--eval-samples 1", "--eval-samples 1: a Frechet distance needs at least 2 samples"),
         ("--eval-every 5", "--eval-every measures on what is held out, but --holdout is 0"),
         ("--train-only head", "give --intermediate-head and --pretrained-path"),
         ("--intermediate-head 6", "an intermediate head lies after block 1 to 5, not 6"),
