@@ -86,6 +86,8 @@ class Run(contextlib.ExitStack):
         first_step, first_index: steps done before, and the global sample index of the next step; 0 for a new run.
     """
 
+    measured: Iterable["Measurement"] = ()  # as of `steps`
+
     def __init__(self, parser: ArgumentParser, args: argparse.Namespace):
         """Read the launcher's settings and join the processes. Contradictory flags end the program with one line."""
         super().__init__()
