@@ -74,12 +74,8 @@ class HeldOutLatents(HeldOut):
 
     def __init__(self, run: "Run", split: Split, process: Process, losses: Callable):
         super().__init__(run, len(split.rows))
-        self.inputs, self.rows, self.process, self.losses = (
-            split.inputs,
-            split.rows[self.places.numpy()],
-            process,
-            losses,
-        )
+        self.inputs, self.rows = split.inputs, split.rows[self.places.numpy()]
+        self.process, self.losses = process, losses
         share = dict(seed=SEED, global_batch=1)
         self.batches = TrainingBatches(split.features, self.inputs.arrays, self.inputs.limits, **share)
 

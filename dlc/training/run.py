@@ -179,7 +179,8 @@ class Run(contextlib.ExitStack):
         assert model.config == self.config.built or plain(model.config, "the model's") == self.config.built
         with self.parser.one_line_errors():
             if args.pretrained_path and not self.resumed:
-                self.pretrained = load_pretrained(args.pretrained_path, model, self.config.process)
+                train_only = vars(args).get("train_only")
+                self.pretrained = load_pretrained(args.pretrained_path, model, self.config.process, train_only)
                 self.ema_start = 0.0
         model.set_grad_checkpointing(args.checkpoint_activations)
         self.ema = deepcopy(model).requires_grad_(False).eval()

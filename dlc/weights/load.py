@@ -220,12 +220,16 @@ def warn_of_young_ema(path: str | Path, meta: RunMeta) -> None:
         )
 
 
-def load_pretrained(named: object, model: torch.nn.Module, process: dict | None = None) -> str:
+def load_pretrained(
+    named: object, model: torch.nn.Module, process: dict | None = None, train_only: str | None = None
+) -> str:
     """Load into a model to train those tensors of a checkpoint that fit. Returns a line that says what was taken.
 
-    process: what the model is trained on, as `Process.config`, which is compared.
+    Args:
+        process: what the model is trained on, as `Process.config`, which is compared.
+        train_only: the part that is trained; all others are to come from the checkpoint. None: they need not.
 
-    Raises ValueError if there are no weights, or none that fit, or not all of those that are frozen.
+    Raises ValueError if there are no weights, or none that fit, or with train_only not all.
     """
     kind = "model" if isinstance(model, DiT) else "prior"
     at = locate(named, kind, "--pretrained-path")
@@ -241,12 +245,12 @@ def load_pretrained(named: object, model: torch.nn.Module, process: dict | None 
         raise ValueError(f"--pretrained-path {named} has no tensor that fits the model")
     before = process_of(meta).config if process and (kind == "model" or meta.process) else None
     other = differences(predicted_by(before), predicted_by(process)) if before else ""
-    frozen = [key for key, one in model.named_parameters() if not one.requires_grad]
-    lacking = [f"no {key} of this shape" for key in frozen if key not in fit] or ([other] if other else [])
-    if frozen and lacking:
+    lacking = [key for key, one in model.named_parameters() if not one.requires_grad and key not in fit]
+    if train_only and (lacking or other):
         raise ValueError(
-            f"--pretrained-path {named} does not fit this --model and --objective ({lacking[0]}), and --train-only "
-            "would leave it so: leave out --train-only"
+            f"--pretrained-path {named} does not fit this --model and --objective "
+            f"({f'no {lacking[0]} of this shape' if lacking else other}), and --train-only {train_only} would leave it "
+            "so: leave out --train-only"
         )
     model.load_state_dict(fit, strict=False)
     said = [f"{len(fit)} of {len(wanted)} tensors from {named} ({describe(meta)})"]

@@ -60,12 +60,13 @@ def test_a_head_is_optional(tmp_path):
     # a trunk that is to stay as it is has to be all there
     frozen = with_head().requires_grad_(False)
     frozen.intermediate_layer.requires_grad_(True)
-    assert "new: intermediate_layer" in load_pretrained(old, frozen, create_process("gaussian").config)
+    assert "new: intermediate_layer" in load_pretrained(old, frozen, create_process("gaussian").config, "head")
     with pytest.raises(ValueError, match="process 'gaussian' there, 'flow' here.*leave out --train-only"):
-        load_pretrained(old, frozen, create_process("flow").config)
+        load_pretrained(old, frozen, create_process("flow").config, "head")
+    assert "learned anew" in load_pretrained(old, frozen, create_process("flow").config)  # frozen by its own code
     labels = save_checkpoint(tmp_path / "labels", "DiT-Ti/4", dict(num_classes=5))
     with pytest.raises(ValueError, match="no sem_embedder.embedding_table of this shape"):
-        load_pretrained(labels, frozen, create_process("gaussian").config)
+        load_pretrained(labels, frozen, create_process("gaussian").config, "head")
     model = with_head()
     model.drop_head()
     assert model.state_dict().keys() == plain.state_dict().keys() and model.config == plain.config
