@@ -19,7 +19,7 @@ DEVICES = {
     **{name: BOTH for name in ("train_options", "loading", "extraction-fp32", "extraction-bf16", "sampling")},
     **{name: BOTH for name in ("steps", "prior")},
     "gpu": ("gpu",),
-    **{name: ("cpu",) for name in ("steps-bf16", "sampling-fp32", "memory", "roofline", "sources")},  # two are computed
+    **{name: ("cpu",) for name in ("steps-bf16", "memory", "roofline", "sources")},  # two are computed
 }
 PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1
 NOT_VERSIONS = ("gpu", "cpu", "cores", "memory_gib", "commit")  # keys of a result's machine

@@ -1,7 +1,6 @@
 """Images per second of sampling: a baseline, then sample_ddp_computed_dlc.py with one option after the other.
 
     python -m benchmarks.sampling
-    python -m benchmarks.sampling --precision fp32      # on a CPU that has no products of 16 bits
 
 The baseline does as the reference scripts do: eager float32, the doubled batch at every step, each batch decoded and
 written before the next begins. It uses the diffusion's own loop with the samples' own noise, so that its images can be
@@ -154,21 +153,19 @@ def main() -> None:
     add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="a DiTSEM [%(default)s here]")
     add("--L", type=int, default=512, help="code positions [%(default)s]")
     add("--V", type=int, default=256, help="tokens per position [%(default)s]")
-    add("--precision", choices=PRECISIONS, help="measure the rows of this precision alone [all rows]")
     add("--batch", type=int, default=64 if ON_GPU else 4, help="images at once [%(default)s here]")
     add("--batches", type=int, default=3 if ON_GPU else 2, help="batches per row, see above [%(default)s here]")
     args = parser.parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling
-    precisions = [args.precision] if args.precision else list(PRECISIONS)
-    peaks = {name: peak_flops(name, 8192 if ON_GPU else 4096) for name in precisions}
+    peaks = {name: peak_flops(name, 8192 if ON_GPU else 4096) for name in PRECISIONS}
     flops = forward_flops(DiT_models[args.model](L=args.L, V=args.V), 32)
     table, folders = [], {}
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         prepare(root, args)
         for name, precision, given, reference in [(BASELINE, "fp32", [], None), *ROWS]:
-            if "--cuda-graphs" in given and not ON_GPU or precision not in precisions:
+            if "--cuda-graphs" in given and not ON_GPU:
                 continue
             folder = root / f"{len(table)}"
             if name == BASELINE:
@@ -192,8 +189,7 @@ def main() -> None:
             table.append(row)
             print(row, flush=True)
     tflops = {key: peak / 1e12 for key, peak in peaks.items()}
-    name = "-".join(filter(None, ["sampling", args.precision]))
-    record(name, table, **vars(args), cfg_scale=CFG_SCALE, forward_gflops=flops / 1e9, peak_tflops=tflops)
+    record("sampling", table, **vars(args), cfg_scale=CFG_SCALE, forward_gflops=flops / 1e9, peak_tflops=tflops)
 
 
 if __name__ == "__main__":
