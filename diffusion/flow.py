@@ -43,6 +43,8 @@ class Flow:
         if not (math.isfinite(time_mean) and 0 < time_std < math.inf and time_scale >= 1 and time_scale % 1 == 0):
             raise ValueError(f"time mean {time_mean}, std {time_std} and scale {time_scale}: the mean is finite, std "
                              "above 0, and the scale a whole number")
+        if time_distribution == "uniform" and (time_mean, time_std) != (0, 1):
+            raise ValueError(f"time mean {time_mean} and std {time_std} go with the time distribution lognormal")
         self.time_distribution, self.time_mean, self.time_std = time_distribution, time_mean, time_std
         self.time_scale = time_scale
 

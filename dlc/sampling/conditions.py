@@ -191,7 +191,7 @@ class PriorCodes(Conditions):
 
     def __init__(self, args: Namespace, options: PriorOptions, model: DiT, meta: RunMeta):
         settings = dict(seed=args.global_seed, precision=args.precision, tf32=args.tf32)
-        self.draw, self.compiled = PriorDraw(args.prior, True, options, **settings), args.compile
+        self.draw, self.compiled = PriorDraw(args.prior, args.ema, options, **settings), args.compile
         self.notes = compare_with_model(self.draw.spec, model, meta)
         self.record = self.draw.record(args.num_fid_samples)
         self.recorded = dict(kind="codes", source=self.record.checkpoint, prior=self.record.settings())
