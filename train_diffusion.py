@@ -247,6 +247,13 @@ def data_settings(args: argparse.Namespace, features: Features | Images, inputs:
     )
 
 
+def data_notes(args: argparse.Namespace, source: dict) -> dict:
+    """Where the data lies, and the names of its networks: recorded and not compared."""
+    on_images = dict(data_path=args.data_path, labels=args.labels)
+    paths = on_images if args.data_path else dict(features_path=args.features_path)
+    return {**{key: recorded_id(path) for key, path in paths.items() if path}, **{key: source[key] for key in NOTED}}
+
+
 def draws(
     seed: int, indices: torch.Tensor, x: torch.Tensor, process: Process, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -366,18 +373,9 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
                 f"{spec.patch_size}"
             )
-        source, path_key = features.source(), "data_path" if args.data_path else "features_path"
-        run.claim(
-            args.model,
-            build,
-            process,
-            settings=dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings),
-            notes={
-                path_key: recorded_id(data_path),
-                **({"labels": recorded_id(args.labels)} if args.labels else {}),
-                **{key: source[key] for key in NOTED},
-            },
-        )
+        source = features.source()
+        settings = dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings)
+        run.claim(args.model, build, process, settings, data_notes(args, source))
         if run.state.is_main_process:
             features.validate()
             if args.condition_path:
