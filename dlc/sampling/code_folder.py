@@ -140,7 +140,7 @@ class CodeFolder(ResumableFolder):
             return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
 
         shards = range(self.shards(record.num))
-        missing = [shard for shard in shards if not is_whole(shard)]  # of all parts: a digest is of all
+        missing = [shard for shard in shards if not is_whole(shard)]  # those of other parts, too: the digest covers all
         there = CodesRecord.read(self.record_path) if self.record_path.is_file() else record
         if missing or there.num != record.num or there.codes_sha256 in (None, digest_of(self.rows(record.num))):
             return part.share(missing, self.block)
