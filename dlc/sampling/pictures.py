@@ -41,12 +41,12 @@ def missing_indices(folder: Path, wanted: Sequence[int]) -> list[int]:
 def save_grid(
     path: Path, folder: Path, count: int, words: Callable[[np.ndarray], list[str]], asked: dict[int, np.ndarray]
 ) -> None:
-    """Write a contact sheet of those of the first images of 0..count-1 that exist, as a PNG.
+    """Write a contact sheet of those of the first images of 0..count-1 that are whole, as a PNG.
 
     words, asked: what samples are drawn for, by their indices: in words, and as images, if there are any.
     """
     paths = {index: png_path(folder, index) for index in range(min(count, GRID_PAIRS if asked else GRID_IMAGES))}
-    images = {index: read_png(one) for index, one in paths.items() if one.is_file()}
+    images = {index: read_png(one) for index, one in paths.items() if one.is_file() and is_whole(one)}
     if images:
         save_sheet(path, contact_sheet(images, words(np.array([*images])), asked))
 

@@ -10,7 +10,7 @@ from conftest import refusal
 from grids import grid_cells
 
 from dlc.data.images import save_png
-from dlc.sampling.pictures import check_npz, npz_rows, png_path, write_npz
+from dlc.sampling.pictures import check_npz, npz_rows, png_path, save_grid, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,14 @@ def test_check_of_what_is_no_whole_file(folder, tmp_path, call):
     assert code == 1 and "wrong: 3 images of one colour" in said
     path.unlink()
     assert command()[0] == 2
+
+
+def test_a_contact_sheet_waits_for_no_image(tmp_path):
+    """It is drawn after the first batch, when images of a later one may still be broken."""
+    (tmp_path / "images").mkdir()
+    save_png(png_path(tmp_path / "images", 0), np.zeros((64, 64, 3), np.uint8))
+    png_path(tmp_path / "images", 1).write_bytes(b"")
+    save_grid(tmp_path / "one.png", tmp_path / "images", 3, lambda indices: [""] * len(indices), {})
+    png_path(tmp_path / "images", 1).unlink()
+    save_grid(tmp_path / "other.png", tmp_path / "images", 3, lambda indices: [""] * len(indices), {})
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
