@@ -240,7 +240,6 @@ def data_settings(args: argparse.Namespace, features: Features | Images, inputs:
         features_count=features.count,
         latents=features.latent_kind,
         **{key: value for key, value in features.source().items() if key not in NOTED},
-        train_only=args.train_only,
         holdout=args.holdout or None,
         heldout_path=args.heldout_path and recorded_id(args.heldout_path),
         first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest(),

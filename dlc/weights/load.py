@@ -27,6 +27,7 @@ from dlc.weights.meta import (
     RunMeta,
     newest_of_run,
     only_run,
+    plain,
     read_config,
     read_meta,
     run_checkpoints,
@@ -233,9 +234,10 @@ def load_pretrained(
     """
     kind = "model" if isinstance(model, DiT) else "prior"
     at = locate(named, kind, "--pretrained-path")
-    own, wanted = read_own(named, at), model.state_dict()
+    own, wanted, built = read_own(named, at), model.state_dict(), ""
     if own is not None:
-        weights, _, meta = own
+        weights, config, meta = own
+        built = differences(config.completed().arguments, plain(model.config["arguments"], "argument"))
     else:
         file = open_weights(named, at, kind)
         weights, row = names_of(file)
@@ -261,6 +263,8 @@ def load_pretrained(
         )
     elif other:
         said.append(f"it was trained on the same process, but for {other}")
+    if built:
+        said.append(f"its model was built with {built}")
     others = sorted(weights.keys() & wanted.keys() - fit.keys(), key=lambda key: ("embedding_table" not in key, key))
     for key in others[:5]:
         said.append(f"{key} not taken: {tuple(weights[key].shape)} there, {tuple(wanted[key].shape)} here")

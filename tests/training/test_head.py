@@ -57,6 +57,8 @@ def test_a_head_is_optional(tmp_path):
     assert "new: intermediate_layer.adaLN_modulation.1.bias" in load_pretrained(old, with_head())
     plain = tiny("DiTSEM-Ti/4", **CODES)
     assert "left out: intermediate_layer.adaLN_modulation.1.bias" in load_pretrained(new, plain)
+    moved = tiny("DiTSEM-Ti/4", intermediate_head=4, **CODES)
+    assert "its model was built with intermediate_head 2 there, 4 here" in load_pretrained(new, moved)
     # a trunk that is to stay as it is has to be all there
     frozen = with_head().requires_grad_(False)
     frozen.intermediate_layer.requires_grad_(True)
