@@ -23,7 +23,7 @@ from PIL import Image
 
 from dlc.data import Features, code_dtype, read_manifest
 from dlc.data.codes import CodeSpec, compare
-from dlc.data.images import WHITE, add_background_flag, center_crop, is_transparent, load_image
+from dlc.data.images import SOURCES, WHITE, add_background_flag, center_crop, is_transparent, load_image
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.exact import in_batches
 from dlc.machine.files import check_output, errno_of, reading, write_new
@@ -99,6 +99,9 @@ def check_sources(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} is for images, and --rows are of codes: leave it out")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp applies to --mode sem only")
+    for name in args.images:
+        if Path(name).exists() and any(kind.takes(name) for kind in SOURCES):
+            raise ValueError(f"{name} holds images: name them one by one, such as {name.rstrip('/')}/cat/0.png")
     if Path(args.out).suffix != ".npy":
         raise ValueError(f"--out {args.out}: wanted a .npy")
     check_output(args.out, "--out", args.images)

@@ -246,11 +246,13 @@ def data_settings(args: argparse.Namespace, features: Features | Images, inputs:
     )
 
 
-def data_notes(args: argparse.Namespace, source: dict) -> dict:
-    """Where the data lies, and the names of its networks: recorded and not compared."""
+def data_notes(args: argparse.Namespace, features: Features | Images) -> dict:
+    """Where the data lies, what its classes are called, and the names of its networks: recorded and not compared."""
+    source, known = features.source(), features.manifest
     on_images = dict(data_path=args.data_path, labels=args.labels)
     paths = on_images if args.data_path else dict(features_path=args.features_path)
-    return {**{key: recorded_id(path) for key, path in paths.items() if path}, **{key: source[key] for key in NOTED}}
+    paths = {key: recorded_id(path) for key, path in paths.items() if path}
+    return dict(paths, classes=known and known.classes, **{key: source[key] for key in NOTED})
 
 
 def draws(
@@ -374,7 +376,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             )
         source = features.source()
         settings = dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings)
-        run.claim(args.model, build, process, settings, data_notes(args, source))
+        run.claim(args.model, build, process, settings, data_notes(args, features))
         if run.state.is_main_process:
             features.validate()
             if args.condition_path:

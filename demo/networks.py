@@ -172,7 +172,10 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     parts, first = dict(modules=modules, optimizer=optimizer, schedule=schedule), 0
     if state_path.exists():
-        state = load_tensors(state_path)
+        try:
+            state = load_tensors(state_path)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to train the {name} from the beginning") from None
         for key, part in parts.items():
             part.load_state_dict(state[key])
         generator.set_state(state["generator"])

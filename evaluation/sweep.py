@@ -7,8 +7,8 @@ In: the values of each swept flag, of which all combinations are tried; flags of
 after --, flags of the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the
 table) and OUT/sweep.png (the plot), and OUT/ema-{length}-at-{images}/, the EMAs of --ema-length. The same command run
 again continues; no finished setting is repeated, so values may be added. Settings without guidance (--cfg-scale 1,
---guide-scale 1) differ by no interval of it: they are drawn once. Table and plot have means over --seeds, with their
-standard errors.
+--guide-scale 1) differ by no interval of it: they are drawn once. Settings that --guide-scale and another scale would
+guide are left out. Table and plot have means over --seeds, with their standard errors.
 """
 
 import itertools
@@ -26,6 +26,7 @@ from diffusion.process_table import LATENT_SAMPLERS
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.files import DirectoryLock, check_apart, check_output, read_json, write_bytes, write_json, write_whole
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
+from dlc.sampling.guide import settle_guidance
 from dlc.sampling.opening import find_checkpoint
 from dlc.sampling.sampling_flags import STEPS, TIME, sampling_parser
 from dlc.weights.load import newest_in
@@ -54,7 +55,7 @@ SWEPT = {
     "sampler": str,
     SEEDS: SEED,
 }
-# the interval of each guidance, which makes no difference where its scale is 1
+# the interval of each kind of guidance, by the flag of its scale
 OF_GUIDE = ("guide-t-min", "guide-t-max")
 INTERVALS = {"cfg-scale": ("t-min", "t-max"), "guide-scale": OF_GUIDE, "internal-scale": OF_GUIDE}
 Setting = dict  # a value of each swept flag
@@ -66,24 +67,39 @@ def sampling_flag(flag: str) -> str:
     return "global-seed" if flag == SEEDS else flag
 
 
+def sampling_flags(setting: Setting) -> list[str]:
+    """A setting's words on the sampling script's command line. An EMA is rebuilt, and has no flag there."""
+    given = {sampling_flag(flag): value for flag, value in setting.items() if flag != "ema-length"}
+    return [text for flag, value in given.items() for text in (f"--{flag}", str(value))]
+
+
 #################################################################################
 #                                   Settings                                    #
 #################################################################################
 
 
+def guides(setting: Setting, scale: str) -> bool:
+    return setting.get(scale, 1) > 1
+
+
 def all_settings(values: dict[str, list]) -> list[Setting]:
-    """The combinations of values by flag, in order, each once."""
+    """The combinations of values by flag, in order, each once; none by --guide-scale and another scale, too."""
     settings = []
     for combination in itertools.product(*values.values()):
         setting = dict(zip(values, combination))
-        if setting not in settings:
+        twice = guides(setting, "guide-scale") and (guides(setting, "cfg-scale") or guides(setting, "internal-scale"))
+        if setting not in settings and not twice:
             settings.append(setting)
     return settings
 
 
 def drawn_as(setting: Setting) -> Setting:
-    """The setting whose samples a setting uses: without guidance, that without an interval of it."""
-    unused = {flag for scale, interval in INTERVALS.items() if setting.get(scale) == 1 for flag in interval}
+    """The setting whose samples a setting uses: one without what makes no difference where a scale is 1."""
+    off = {scale for scale in INTERVALS if setting.get(scale) == 1}
+    unused = {flag for scale in off for flag in INTERVALS[scale]}
+    unused -= {flag for scale in INTERVALS if guides(setting, scale) for flag in INTERVALS[scale]}
+    if "cfg-scale" in setting:  # else it has another default beside a guide
+        unused |= off - {"cfg-scale"} | ({"guide-ckpt"} if "guide-scale" in off else set())
     return {flag: value for flag, value in setting.items() if flag not in unused}
 
 
@@ -340,12 +356,10 @@ def rebuilt(args: Namespace, length: float) -> Path:
 def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Setting) -> dict:
     """Draw the samples of a setting into its folder and evaluate them. Returns an entry of a sweep.json's `results`."""
     what, folder, evaluate = words_of(setting), Path(args.out) / folder_of(setting), ROOT / "evaluate.py"
-    sampling, swept = handed["sampling"], {sampling_flag(flag): value for flag, value in setting.items()}
-    if "ema-length" in swept:
-        swept["ckpt"] = rebuilt(args, swept.pop("ema-length"))
-        sampling = without(sampling, "--ckpt")
-    flags = [*sampling, *(text for flag, value in swept.items() for text in (f"--{flag}", str(value)))]
-    flags += ["--sample-dir", str(folder), "--part", "0/1"]
+    sampling = handed["sampling"]
+    if "ema-length" in setting:
+        sampling = [*without(sampling, "--ckpt"), "--ckpt", str(rebuilt(args, setting["ema-length"]))]
+    flags = [*sampling, *sampling_flags(setting), "--sample-dir", str(folder), "--part", "0/1"]
     launch(args.processes, ROOT / args.script, flags, f"sampling with {what}")
     sets = sorted(folder.glob("*.npz"))
     if len(sets) != 1:
@@ -377,6 +391,8 @@ def main(argv: list[str] | None = None) -> None:
     out, shared = Path(args.out), dict(sampling=handed["sampling"], evaluation=[])
     with parser.one_line_errors():
         settings = check_flags(args, handed)
+        for setting in map(drawn_as, settings):  # one that is refused ends it here, too
+            settle_guidance(drawing.parse_args([*handed["sampling"], *sampling_flags(setting)]))
         shared["evaluation"] += ["--reference", args.reference] if args.reference else []
         shared["evaluation"] += handed["evaluation"]
         shared["evaluation"] += ["--agreement", *handed["agreement"]] if args.agreement else []

@@ -12,8 +12,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dlc.data.codes import SHARD, CodeSpec, compare
-from dlc.data.images import open_source
-from dlc.data.manifest import read_manifest
 from dlc.data.rows import NpyRows, check_finite, open_vectors
 from dlc.machine.cli import NotHere
 from dlc.machine.files import recorded_id
@@ -287,7 +285,7 @@ class ClassLabels(Conditions):
             "--class",
             dest="classes",
             nargs="+",
-            help="draw these classes in turn, each by its number or, where the model's features say them, by its name "
+            help="draw these classes in turn, each by its number or, where the model's run recorded them, by its name "
             "[any class]",
         )
 
@@ -297,7 +295,8 @@ class ClassLabels(Conditions):
         if asked and order:
             raise ValueError("--class says which classes to draw, --label-sampling draws all: give one of them")
         count = model.y_embedder.num_classes
-        given, names = class_numbers(asked or (), count, meta), class_names(count, meta)
+        names = class_names(count, meta)
+        given = class_numbers(asked or (), count, names or ())
         return cls(model, "given" if asked else order or "random", args.global_seed, given, names)
 
     def __init__(
@@ -333,23 +332,20 @@ class ClassLabels(Conditions):
 
 
 def class_names(num_classes: int, meta: RunMeta) -> list[str] | None:
-    """The names of the classes of the features that a model was trained on; None where these are not there any more."""
-    if not meta.features_path or not (Path(meta.features_path) / "manifest.json").is_file():
-        return None
-    names = read_manifest(meta.features_path).classes
-    return names if len(names) == num_classes else None
+    """The names of a model's classes, as its run recorded them; None if it did not."""
+    names = meta.noted.get("classes")
+    return names if isinstance(names, list) and len(names) == num_classes else None
 
 
-def class_numbers(asked: Sequence[str], num_classes: int, meta: RunMeta) -> list[int]:
-    """The numbers of classes that a user names by number, or as the features or images that a model was trained on do.
+def class_numbers(asked: Sequence[str], num_classes: int, names: Sequence[str]) -> list[int]:
+    """The numbers of classes that a user names by number or by name.
+
+    Args:
+        asked, names: what the user says, and what all classes are called; () where that is not known.
 
     Raises ValueError for what is neither.
     """
-    names, numbers = [], []
-    if not all(one.isdecimal() and int(one) < num_classes for one in asked):
-        names = class_names(num_classes, meta) or []
-        if not names and meta.data_path and Path(meta.data_path).exists():
-            names = open_source(meta.data_path, meta.noted.get("labels")).classes
+    numbers = []
     for one in asked:
         if one.isdecimal() and int(one) < num_classes:
             numbers.append(int(one))

@@ -1,5 +1,6 @@
 """The model card, README.md, beside exported weights."""
 
+import json
 from typing import TYPE_CHECKING
 
 from dlc.machine.cli import one_line
@@ -19,7 +20,7 @@ CONDITIONS = {"labels": "class labels", "codes": "discrete latent codes"}
 def model_card(job: "Export") -> str:
     """The text of README.md for an `Export`: what it is, how to draw from it, how it was trained, its licence."""
     model = job.model
-    front = ["---", f"license: {job.license}", "pipeline_tag: unconditional-image-generation"]
+    front = ["---", f"license: {json.dumps(job.license)}", "pipeline_tag: unconditional-image-generation"]
     front += ["library_name: diffusers"] if job.format != "safetensors" else []
     front += ["tags: [diffusion-transformer, image-generation]", "---"]
     height, width = model.x_embedder.img_size

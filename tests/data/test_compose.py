@@ -112,6 +112,7 @@ def test_what_it_refuses(images, features, tiny_models, tmp_path, tmp_path_facto
         ((cat, *rows), "name the sources"),
         (rows[:2], "name the sources"),
         ((cat,), "two or more sources"),
+        ((cat, images), f"{images} holds images: name them one by one, such as {images}/cat/0.png"),
         ((*two, "--weights", 1), "--weights: give one for each of the 2 sources"),
         ((*two, "--weights", 0, 0), "not all 0"),
         ((*two, "--temp", 1), "--temp applies to --mode sem only"),

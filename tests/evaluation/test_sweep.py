@@ -85,6 +85,16 @@ def test_settings():
     unguided = {"cfg-scale": 1.0, "sampler": "heun"}
     assert drawn_as({"cfg-scale": 1.0, "t-min": 3, "sampler": "heun"}) == unguided
     assert drawn_as({"t-max": 400}) == {"t-max": 400}  # guided by the script's default
+    scales = {"cfg-scale": [1.0, 1.5], "guide-ckpt": ["a"], "guide-scale": [1.0, 2.0], "internal-scale": [1.0, 3.0]}
+    drawn = [drawn_as(setting) for setting in all_settings({**scales, "guide-t-max": [5]})]
+    assert drawn == [
+        {"cfg-scale": 1.0},
+        {"cfg-scale": 1.0, "internal-scale": 3.0, "guide-t-max": 5},
+        {"cfg-scale": 1.0, "guide-ckpt": "a", "guide-scale": 2.0, "guide-t-max": 5},
+        {"cfg-scale": 1.5},
+        {"cfg-scale": 1.5, "internal-scale": 3.0, "guide-t-max": 5},
+    ]
+    assert drawn_as({"guide-ckpt": "a", "guide-scale": 1.0}) == {"guide-ckpt": "a", "guide-scale": 1.0}
     assert folder_of({"cfg-scale": 1.5, "sampler": "dpmsolver++"}) == "cfg-scale-1.5_sampler-dpmsolverpp"
     assert folder_of({"guide-ckpt": "runs/small"}) == "guide-ckpt-runs-small"
 
@@ -189,6 +199,8 @@ def test_a_program_that_fails(tmp_path):
         ("--cfg-scale 1 --agreement --vae ema", "--vae sets up the ceiling, which needs images"),
         ("--cfg-scale 1 --agreement -- --cfg-scale 2", "--cfg-scale after -- is swept: give its values before --"),
         ("--cfg-scale 1 --seeds 0 1 --agreement -- --global-seed 2", "values before --, with --seeds"),
+        ("--cfg-scale 1 1.5 --agreement -- --guide-ckpt x --guide-scale 2", "in the place of --cfg-scale: give one of"),
+        ("--guide-scale 1.5 --agreement", "--guide-scale goes with --guide-ckpt"),
         ("--seeds 0 1 --agreement", "nothing to sweep: give values of one or more of --ema-length"),
         ("--cfg-scale 1 --agreement -- --sample-dir=x", "--sample-dir after -- is for sweep to choose"),
         ("--ema-length 0.07 --agreement -- --no-ema", "--no-ema after -- asks for the raw weights, and --ema-length"),

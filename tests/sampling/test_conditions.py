@@ -12,11 +12,9 @@ from conftest import L, V, refusal, save_checkpoint
 from tiny_prior import save_prior
 
 from dlc.data.images import save_png
-from dlc.data.manifest import Manifest
 from dlc.machine.cli import WARNED
-from dlc.machine.files import write_json
 from dlc.sampling.code_folder import open_codes
-from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors, class_numbers
+from dlc.sampling.conditions import CONDITIONINGS, ClassLabels, ComputedCodes, ComputedVectors
 from dlc.sampling.opening import open_model
 from dlc.sampling.pictures import npz_rows, png_path
 from dlc.sampling.prior_draw import PriorDraw
@@ -303,31 +301,23 @@ def test_an_ema_that_is_still_the_start_is_warned_of(share, warned, tmp_path, ca
     assert ("97% of the EMA weights" in capsys.readouterr().err) == warned
 
 
-def test_classes_that_are_asked_for(tmp_path):
+def test_classes_that_are_asked_for():
     names = ["1", "cat", "dog"]  # class 0 is called 1, which stays the number 1
-    record = Manifest(image_size=8, latents="mean", dtype="float16", L=None, V=None, classes=names, images=1)
-    write_json(tmp_path / "manifest.json", replace(record, count=1).to_json())
     model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=3))
 
-    def drawn(*flags, features=tmp_path):
+    def drawn(*flags, names=names):
         args = sampling_parser("", ClassLabels.script, "").parse_args(flags)
-        return ClassLabels.open(args, model, RunMeta(features_path=features and str(features)))
+        return ClassLabels.open(args, model, RunMeta(noted=dict(classes=names)))
 
     asked = drawn("--class", "dog", "1")
     assert asked.values(np.arange(5)).tolist() == [2, 1, 2, 1, 2]
     assert asked.words(np.arange(2)) == ["dog", "cat"]  # on the contact sheet
-    assert drawn("--class", "2", features=None).words(np.arange(1)) == ["class 2"]
+    assert drawn("--class", "2", names=["of another", "run"]).words(np.arange(1)) == ["class 2"]
     assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2, 1 of 3 classes"
     assert "given" not in drawn("--label-sampling", "equal").recorded
-    (tmp_path / "images").mkdir()  # of a model that was trained on images with --labels
-    for index in range(3):
-        save_png(tmp_path / f"images/{index}.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "labels.csv").write_text("name,label\n0.png,dog\n1.png,cat\n2.png,ant\n")
-    meta = RunMeta(data_path=str(tmp_path / "images"), noted=dict(labels=str(tmp_path / "labels.csv")))
-    assert class_numbers(["dog", "2"], 3, meta) == [2, 2]
-    for flags, features, words in (
-        (("--class", "3"), tmp_path, "--class 3: the model's classes are 0 to 2, or names such as 1"),
+    for flags, known, words in (
+        (("--class", "3"), names, "--class 3: the model's classes are 0 to 2, or names such as 1"),
         (("--class", "0", "cat"), None, "--class cat: .* and their names are not known"),
         (("--class", "0", "--label-sampling", "equal"), None, "give one of them"),
     ):
-        refusal(drawn, *flags, features=features, words=words)
+        refusal(drawn, *flags, names=known, words=words)

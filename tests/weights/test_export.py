@@ -91,13 +91,13 @@ def test_safetensors(name, export_to, tmp_path):
     assert_same(load_model(folder / "model.safetensors")[0], ema)
     assert "as safetensors, licence unknown" in said
     card = (folder / "README.md").read_text()
-    assert all(words in card for words in ("license: unknown", "| lr | 0.0001 |", "| step | 7 |", "| depth | 6 |"))
+    assert all(words in card for words in ('license: "unknown"', "| lr | 0.0001 |", "| step | 7 |", "| depth | 6 |"))
     assert "somewhere" not in card
     raw, _ = export_to(path, "safetensors", "--no-ema", "--license", "cc-by-nc-4.0", name="raw")
     assert_same(load_model(raw, ema=False)[0], model)
     with pytest.raises(ValueError, match="out has no raw weights: leave out --no-ema"):
         load_model(folder, ema=False)
-    assert "raw weights" in describe(load_model(raw)[2]) and "license: cc-by-nc-4.0" in (raw / "README.md").read_text()
+    assert "raw weights" in describe(load_model(raw)[2]) and '"cc-by-nc-4.0"' in (raw / "README.md").read_text()
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "meta.json", "model.safetensors"]
 
 
