@@ -18,7 +18,16 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dlc.data.archives import Members
-from dlc.data.listing import Tree, classes_of, is_hidden, is_image, list_images, listing_sha256, read_labels
+from dlc.data.listing import (
+    Tree,
+    classes_of,
+    empty_classes,
+    is_hidden,
+    is_image,
+    list_images,
+    listing_sha256,
+    read_labels,
+)
 from dlc.data.tables import ImageTable, is_dataset
 from dlc.machine.files import SHEET, errno_of, is_pointer, reading, write_whole
 
@@ -337,7 +346,9 @@ class Table(Source):
         self.table = table = ImageTable(path, needs_labels=labels is None and names is None)
         classes, numbers = classes_of(read_labels(labels, table.names)) if labels else (table.classes, table.labels)
         marks = [f"{label} {size}" for label, size in zip(numbers.tolist(), table.sizes)]
-        super().__init__(path, table.names, classes, numbers, [] if labels else table.remarks, marks)
+        remarks, empty = [] if labels else table.remarks, empty_classes(classes, numbers)
+        remarks = [*remarks, *([f"{path}: {empty}"] if empty else [])]
+        super().__init__(path, table.names, classes, numbers, remarks, marks)
         self.rows = np.arange(len(self))
         if names is not None:
             missing = next((name for name in names if name not in self.indices), None)

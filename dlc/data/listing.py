@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -251,26 +252,26 @@ def list_images(
     root = os.fspath(data_path) if paths is not None else folder_of(data_path, flag)
     found, outside = sort_out(paths_below(root, left_out) if paths is None else paths, left_out)
     if labels_of:
-        paths, said = sorted([*outside, *itertools.chain(*found.values())], key=by_folder), str(left_out)
+        paths = sorted([*outside, *itertools.chain(*found.values())], key=by_folder)
         if not paths:
-            raise ValueError(f"{flag} {root} has no images: {said or advice}")
-        remarks = [one_line(f"{flag} {root}: {said}", LONGEST_REMARK)] if said else []
+            raise ValueError(f"{flag} {root} has no images: {str(left_out) or advice}")
         classes, labels = classes_of(labels_of(paths))
-        return classes, paths, labels, remarks
+        said = "; ".join(filter(None, (str(left_out), empty_classes(classes, labels))))
+        return classes, paths, labels, [one_line(f"{flag} {root}: {said}", LONGEST_REMARK)] if said else []
     is_flat = bool(outside) and not any(found.values())
     if is_flat:
         found, outside = {ONE_CLASS: outside}, []
     for name in outside:
         left_out.note("images outside the class folders", name)
-    paths, empty = [path for paths in found.values() for path in paths], [name for name in found if not found[name]]
-    parts = [str(left_out), f"{len(empty):,} empty classes ({example(empty[0], len(empty))})" if empty else ""]
-    remark = "; ".join(part for part in parts if part)
+    paths = [path for paths in found.values() for path in paths]
+    labels = np.repeat(np.arange(len(found)), np.array([*map(len, found.values())], np.int64))
+    remark = "; ".join(filter(None, (str(left_out), empty_classes([*found], labels))))
     if not paths:
+        advice = "save images of other kinds as one of these" if left_out.endings else advice
         for place in (os.path.dirname(left_out.examples.get(ending, "")) for ending in HOLDERS):
             advice = f"give the folder of its archives, such as {os.path.join(root, place)}" if place else advice
         what = f"images in its class folders ({' '.join(ENDINGS)})" if found else f"images ({' '.join(ENDINGS)})"
         raise ValueError(one_line(f"{flag} {root} has no {what}: {advice}{f'; {remark}' if remark else ''}"))
-    labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(paths) for paths in found.values()])
     remarks = [unlabelled("class folders")] if is_flat else doubts(root, found, flag)
     remarks = [f"{flag} {root}: {one}" for one in [*remarks, *([remark] if remark else [])]]
     return list(found), paths, labels, [one_line(one, LONGEST_REMARK) for one in remarks]
@@ -281,6 +282,12 @@ def folder_of(path: str | os.PathLike, flag: str) -> str:
     if not os.path.isdir(path):
         raise ValueError(f"{flag} {os.fspath(path)} is not a folder")
     return os.fspath(path)
+
+
+def empty_classes(classes: Sequence[str], labels: np.ndarray) -> str:
+    """Words on the classes without images; "" where there are none."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    return f"{len(empty):,} empty classes ({example(classes[empty[0]], len(empty))})" if len(empty) else ""
 
 
 def unlabelled(what: str) -> str:
@@ -321,19 +328,29 @@ def label_in(content: bytes, name: str) -> str | None:
 def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
     """The label of each image of these names, from the columns `name` and `label` of a .csv file.
 
+    Spaces around a label are none of it. Names are compared as Unicode composes them: a Mac writes é as two letters.
+
     Raises ValueError, naming file and name, where it is no such table, or where a name is missing, unknown or double.
     """
+    rows, label = [], ""
     with reading(path), open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
             table = csv.DictReader(file, strict=True)
-            lacking = {"name", "label"} - {*(table.fieldnames or ())}
-            if lacking:
-                raise ValueError(
-                    f"its first line names no column {min(lacking)!r}, but {one_line(table.fieldnames, 60)}"
-                )
-            rows = [(row["name"], row["label"]) for row in table if row["name"] or row["label"]]
+            columns = table.fieldnames or ()
+            if sorted(name for name in columns if name in ("name", "label")) != ["label", "name"]:
+                raise ValueError(f"its first line names the columns {one_line(list(columns), 60)}")
+            for row in table:
+                name, label = row["name"] or "", (row["label"] or "").strip()
+                if any(row.get(None, ())):
+                    raise ValueError(f"line {table.line_num} has a comma too many: text with commas goes in quotes")
+                label.encode()  # raises for bytes that are no UTF-8
+                rows += [(unicodedata.normalize("NFC", name), label)] if name or label else []
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"--labels {path}: {error}: wanted the columns name and label") from None
+            what = f"label {one_line(ascii(label), 60)}" if isinstance(error, UnicodeEncodeError) else error
+            raise ValueError(
+                f"--labels {path}: {what}: wanted the columns name and label, separated by commas, in UTF-8"
+            ) from None
+    names = [unicodedata.normalize("NFC", name) for name in names]
     labels, wanted, faults = dict(rows), {*names}, []
     counts = Counter(name for name, _ in rows)
     for what, wrong in (

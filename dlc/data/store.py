@@ -113,10 +113,6 @@ class FeatureWriter(ResumableFolder):
             return []
         return [shard for shard in part.share(range(record.num_shards)) if not self.is_done(shard)]
 
-    def difference(self, record: Manifest, earlier: Manifest) -> str:
-        different = super().difference(record, earlier)
-        return f"{different} (the names of the images)" if "listing_sha256" in different else different
-
     def write_record(self, record: Manifest) -> None:
         self.progress.mkdir(exist_ok=True)
         super().write_record(record)

@@ -162,6 +162,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if rank != "0":
             # A launcher stops all ranks when the first one ends: if rank 0 finds the same mistake, only it prints it.
             time.sleep(10)
+        if str(message).endswith(("expected one argument", "expected at least one argument")):
+            message = f"{message} (of a value that begins with -, write --flag=-value)"
         where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
         self.exit(2, f"{where}: error: {shortened(message)}\n")
 

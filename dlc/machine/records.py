@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of every record
 LONGEST_VALUE = 48  # characters that an error shows of a value
+DIGEST_OF = {"listing_sha256": " (the names of the images)"}  # said of a key that differs
 
 #################################################################################
 #                                Kinds of values                                #
@@ -97,11 +98,11 @@ def differences(there: Mapping, here: Mapping, outer: str = "") -> str:
     """
     found = {}
     for name, value in here.items():
-        other, name = there.get(name), outer + name
+        other, of, name = there.get(name), DIGEST_OF.get(name, ""), outer + name
         if isinstance(value, dict) and isinstance(other, dict):
             found[name] = differences(other, value, f"{name}.")
         elif other != value:
-            found[name] = "{} {} there, {} here".format(name, *told_apart(other, value))
+            found[name] = "{} {} there, {} here{}".format(name, *told_apart(other, value), of)
     found = {name: words for name, words in found.items() if words}
     names = list(found)[4:] if len(found) > 5 else []
     shown = [words for name, words in found.items() if name not in names]

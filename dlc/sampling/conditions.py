@@ -310,7 +310,8 @@ class ClassLabels(Conditions):
 
     def describe(self) -> str:
         """See `Conditions`."""
-        which = f"class {', '.join(map(str, self.given.tolist()))}" if len(self.given) else f"{self.sampling} labels"
+        given = [f"{one} {self.names[one]!r}" if self.names else str(one) for one in self.given.tolist()]
+        which = f"class {', '.join(given)}" if given else f"{self.sampling} labels"
         return f"{which} of {self.num_classes} classes"
 
     def values(self, indices: np.ndarray) -> np.ndarray:

@@ -42,7 +42,9 @@ def split_rows(count: int, share: float, copies: int = 1) -> tuple[np.ndarray, n
     images = count // copies
     held = max(1, round(share * images)) if share else 0
     if held >= images:
-        raise ValueError(f"holding out {held:,} of {images:,} codes leaves none to train on: lower --holdout")
+        raise ValueError(
+            f"holding out {held:,} of {images:,} images leaves none to train on: lower --holdout; 0 holds none out"
+        )
     order = permutation(0, Stream.HOLDOUT, 0, images)  # not by the run's seed: runs compare on the same codes
     train, heldout = (
         (np.sort(part)[:, None] * copies + np.arange(copies)).reshape(-1) for part in (order[held:], order[:held])

@@ -162,6 +162,7 @@ def test_nothing_to_list(tmp_path):
     assert said.endswith("there are no class folders: all images are one class, 'all'") and "1 hidden" in left_out
     other = make(tmp_path / "other", "cat/1.gif", "cat/2.gif", "cat/3.avif", "dog/")
     assert "has no images in its class folders (.jpg " in refusal(list_images, other)
+    assert "): save images of other kinds as one of these; left" in refusal(list_images, other)
     assert refusal(list_images, other).endswith("; left out 2 .gif, 1 .avif; 2 empty classes (cat, …)")
     shards = make(tmp_path / "shards", "train/0.tar", "val/0.tar")
     words = f"give the folder of its archives, such as {shards}/train; left out 2 .tar"

@@ -131,15 +131,30 @@ def test_a_flat_folder_and_its_labels(place, tmp_path):
     assert source.sha256() != labelled("name,label\n" + "".join(f"{name},a\n" for name in rows)).sha256()
     floats = labelled("name,label\n,\n" + "".join(f"{name},{number}.0\n" for number, name in enumerate(rows, 8)))
     numbers = labelled("name,label\n" + "".join(f"{name},{number}\n" for number, name in enumerate(rows, 8)))
+    assert "8 empty classes (0, …)" in numbers.remarks[0]
     assert len(numbers.classes) == 12 and numbers.labels.tolist() == floats.labels.tolist() == [9, 10, 8, 11]
     for text, message in (
-        ("file,label\n", "its first line names no column 'name'"),
-        ("", "its first line names no column"),
+        ("file,label\n", r"its first line names the columns \['file', 'label'\]: wanted the columns name and label"),
+        ("name,label,label\n", "its first line names the columns"),
+        ("", "its first line names the columns"),
+        ("name,label\n0.png,tench, Tinca tinca\n", "line 2 has a comma too many: text with commas goes in quotes"),
         ("name,label\n0.png,a\nflat/1.png,b\n", "for '1.png' .one of 3.; .* not there, such as 'flat/1.png'"),
         ("name,label\n" + "".join(f"{name},a\n" for name in rows) + "x.png,b\n", "that are not there, such as 'x.png'"),
         ("name,label\n" + 2 * "0.png,a\n", "names twice '0.png'"),
     ):
         refusal(labelled, text, words=f"--labels {table}:? .*{message}")
+    table.write_bytes(b"name,label\n0.png,k\xe4se\n")
+    refusal(open_source, flat, labels=str(table), words=r"label 'k.udce4se': .* separated by commas, in UTF-8")
+
+
+def test_labels_as_people_write_them(tmp_path):
+    """With spaces after commas, empty columns at the end, and names of a Mac, which parts é into two letters."""
+    for name in ("a", "b", "\u00e9"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    table = tmp_path / "labels.csv"
+    table.write_text("name,label\na.png, 10,,\nb.png,2 ,,\ne\u0301.png,2,,\n", encoding="utf-8")
+    source = open_source(tmp_path, labels=str(table))
+    assert source.labels.tolist() == [10, 2, 2] and len(source.classes) == 11
 
 
 def test_members_that_cannot_be_read(tmp_path):
@@ -321,9 +336,10 @@ def test_datasets_are_the_folder(place, tables, tmp_path):
     pixels = np.asarray(load_image(place / "images/cat/2.png"))
     np.testing.assert_array_equal(np.asarray(load_image(str(tables / "saved/cat/2.png"))), pixels)
     np.testing.assert_array_equal(np.asarray(plain.load(2)), pixels)
-    (tmp_path / "labels.csv").write_text("name,label\n" + "".join(f"{row:07d},{row % 2}\n" for row in range(6)))
+    (tmp_path / "labels.csv").write_text("name,label\n" + "".join(f"{row:07d},{row % 2 * 2}\n" for row in range(6)))
     named = open_source(tables / "unlabelled.parquet", labels=str(tmp_path / "labels.csv"))
-    assert named.labels.tolist() == [0, 1] * 3 and open_source(tables / "unlabelled.parquet", names=["0000003"]).load(0)
+    assert named.labels.tolist() == [0, 2] * 3 and named.remarks[0].endswith("unlabelled.parquet: 1 empty classes (1)")
+    assert open_source(tables / "unlabelled.parquet", names=["0000003"]).load(0)
 
 
 def test_a_table_beside_images_is_none(place, tables, tmp_path):

@@ -231,6 +231,10 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
     shutil.copytree(features, lone)
     change_json(lone / "manifest.json", encoder=None, L=None, V=None)
     shutil.rmtree(lone / f"imagenet{IMAGE_SIZE}_sem")
+    one = shutil.copytree(features, tmp_path / "one")
+    change_json(one / "manifest.json", count=1, shards=[dict(name="000000", rows=1)])
+    for file in one.glob("imagenet*/000000.npy"):
+        np.save(file, np.load(file)[:1])
     for path, flags, words in (
         (tmp_path / "x", "", "does not exist: make it with extract_features_withdlc.py"),
         (features, "--features none encoder", "--features none goes with no other"),
@@ -240,5 +244,6 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
         (features, "", "no weights of inception (HF_HUB_OFFLINE is set)"),
         (features, "--dinov2 x", "--dinov2: no features of dinov2 are wanted"),
         (lone, "--encoder x", "--encoder x: features"),
+        (one, "--features encoder", "are of 1 image, and a Frechet distance needs 2: --features none"),
     ):
         assert words in error_of("evaluate", "reconstruction", path, "--data-path", images, *flags.split())

@@ -124,6 +124,16 @@ def test_values_that_are_refused(text):
         path_or_name(text)
 
 
+@pytest.mark.parametrize("nargs", [None, "+"])
+def test_a_value_that_begins_with_a_dash(nargs, capsys):
+    parser = ArgumentParser("", prog="script")
+    parser.add_argument("--class", nargs=nargs)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--class", "-cat"])
+    assert "argument (of a value that begins with -, write --flag=-value)" in capsys.readouterr().err
+    assert "-cat" in vars(parser.parse_args(["--class=-cat"]))["class"]
+
+
 def test_values_that_are_taken(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/of/mine")
     parser = ArgumentParser("", prog="script")

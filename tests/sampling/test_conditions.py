@@ -313,7 +313,7 @@ def test_classes_that_are_asked_for():
     assert asked.values(np.arange(5)).tolist() == [2, 1, 2, 1, 2]
     assert asked.words(np.arange(2)) == ["dog", "cat"]  # on the contact sheet
     assert drawn("--class", "2", names=["of another", "run"]).words(np.arange(1)) == ["class 2"]
-    assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2, 1 of 3 classes"
+    assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2 'dog', 1 'cat' of 3 classes"
     assert "given" not in drawn("--label-sampling", "equal").recorded
     for flags, known, words in (
         (("--class", "3"), names, "--class 3: the model's classes are 0 to 2, or names such as 1"),

@@ -142,7 +142,10 @@ def test_a_checkpoint_says_what_it_was_trained_on(train, flags_of, error_of, fol
     shutil.copytree(folder, tmp_path / "others")
     (tmp_path / "others/cat/3.png").rename(tmp_path / "others/cat/3b.png")
     line = error_of("train_diffusion", *flags_of("codes", "--max-steps", 2, data=tmp_path / "others"))
-    assert "listing_sha256" in line and "give another --results-dir, or --allow-change" in line
+    assert (
+        "listing_sha256" in line
+        and "here (the names of the images); give another --results-dir, or --allow-change" in line
+    )
     line = error_of("train_diffusion", *flags_of("codes", "--flip", "none", "--max-steps", 2))
     assert "flip 'random' there, 'none' here" in line
     assert "steps 1 to 2" in train("codes", "--max-steps", 2, "--allow-change", data=tmp_path / "others")
