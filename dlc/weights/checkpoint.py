@@ -173,7 +173,7 @@ def load_checkpoint(
         if there != here:
             raise ValueError(
                 f"checkpoint {path} holds the state of {' and '.join(there)}, but this program trains with "
-                f"{' and '.join(here)}: give another --results-dir, or the same optimizer"
+                f"{' and '.join(here)}: give another --results-dir, or train the same parameters by the same optimizer"
             )
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             load_optimizer(optimizer, saved)
