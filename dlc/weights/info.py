@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from diffusion.process_table import describe_process
+from dlc.machine.cli import one_line
 from dlc.weights.foreign.layouts import OtherKind
 from dlc.weights.load import describe, describe_prior, load_model, load_prior, process_of
 from dlc.weights.meta import RunMeta
@@ -48,7 +49,7 @@ def about(path: str | Path, name: str, model: torch.nn.Module, sizes: str, meta:
     known = {key: value for key, value in recorded.items() if value is not None and not key.endswith("_sha256")}
     lines.append(f"predicts as the {describe_process(process_of(meta))}{'' if meta.process else ', not recorded'}")
     for words, keys in (("trained on", on), ("with", [key for key in known if key not in on])):
-        said = ", ".join(f"{key} {known[key]}" for key in keys if key in known)
+        said = ", ".join(f"{key} {one_line(known[key], 200)}" for key in keys if key in known)  # classes may be many
         if said:
             lines.append(f"{words}: {said}")
     if versions:

@@ -16,8 +16,9 @@ from tiny_weights import assert_same, tiny
 from diffusion.samplers import DPMSolver
 from dlc.nets.digest import weights_sha256
 from dlc.weights.foreign.dits import to_diffusers
-from dlc.weights.info import info
+from dlc.weights.info import about, info
 from dlc.weights.load import describe, load_model, load_pretrained
+from dlc.weights.meta import RunMeta
 from models import DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -96,6 +97,9 @@ def test_training_files(tmp_path):
     assert (meta.image_size, meta.vae, meta.noted) == (64, "mse", known)
     assert_same(load_model(path, ema=False)[0], model)
     assert "trained on: image_size 64, vae mse" in info(path)
+    many = RunMeta(noted=dict(classes=[f"n{number:08}" for number in range(1000)]))
+    (line,) = (line for line in about(path, "", model, "", many) if "n00000000" in line)
+    assert len(line) < 250
     torch.save(dict(model=model.state_dict(), ema=None, args=arguments), path)
     loaded, _, meta = load_model(path)
     assert_same(loaded, model)
