@@ -1,10 +1,11 @@
 """What an evaluation prints and writes: the table, SAMPLES.metrics.json, and the line for a paper."""
 
+import contextlib
 import datetime
 import sys
 from pathlib import Path
 
-from dlc.machine.files import read_json, recorded_id, write_json
+from dlc.machine.files import DirectoryLock, read_json, recorded_id, wait_for_lock, write_json
 from dlc.machine.processes import versions
 from dlc.sampling.samples_record import guidance_of
 from evaluation.comparison import Comparison, Result
@@ -137,8 +138,12 @@ def write_metrics(path: Path, samples: ImageSet, measured: Measured, content: di
         equal_images=len(measured.twins),
         settings=settings or None,
     )
-    earlier = read_json(path) if path.is_file() else {}
-    before = earlier.get("samples")
-    same = isinstance(before, dict) and before.get("sha256") == about["sha256"]
-    write_json(path, {**(earlier if same else {}), "format_version": FORMAT, "samples": about, **content})
+    with contextlib.ExitStack() as stack:  # another evaluation of the same samples may end at the same moment
+        lock = DirectoryLock(path.parent, f".{path.name}.lock")
+        wait_for_lock(path.parent, lock.attempt)
+        stack.callback(lock.release)
+        earlier = read_json(path) if path.is_file() else {}
+        before = earlier.get("samples")
+        same = isinstance(before, dict) and before.get("sha256") == about["sha256"]
+        write_json(path, {**(earlier if same else {}), "format_version": FORMAT, "samples": about, **content})
     return f"written to {path}" + ("; its numbers of other images are gone" if earlier and not same else "")

@@ -1,9 +1,12 @@
 """evaluate.py: numbers, inputs, references, processes. A small network is in Inception's place."""
 
+import contextlib
 import json
 import re
 import zipfile
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from PIL import Image
 from tiny_networks import pixels, record_of, save_folder, tiny_dinov2
 
 from dlc.data.images import center_crop
+from dlc.machine.files import read_json
 from dlc.sampling.pictures import write_npz
+from evaluation import report
 from evaluation.feature_networks import NETWORKS
 from evaluation.metrics import METRICS, FeatureStatistics, Metric, frechet_distance, inception_score, precision_recall
+from evaluation.report import write_metrics
 from evaluation.sets import open_images
 
 NUMBER = r"-?[\d.]+"
@@ -228,3 +234,24 @@ def test_stored_statistics_of_the_samples_are_not_believed(evaluate, evaluation_
     said = [evaluate(name, "--reference", "reference.npz", "--metrics", "fid") for name in ("samples.npz", "more.npz")]
     assert numbers_in("more.metrics.json") == numbers_in()
     assert "more.npz: not used: mu, sigma; the numbers are those of arr_0" in said[1]
+
+
+def test_two_evaluations_that_end_at_once_keep_both_numbers(tmp_path, monkeypatch):
+    samples = SimpleNamespace(record=None, path=tmp_path / "samples.npz", count=2, size=(8, 8))
+    measured, path, both = SimpleNamespace(digest="0", twins=()), tmp_path / "samples.metrics.json", Barrier(2)
+    write_metrics(path, samples, measured, {})
+
+    def slow_read(path):
+        values = read_json(path)
+        with contextlib.suppress(BrokenBarrierError):
+            both.wait(0.2)  # both have read, if they can
+        return values
+
+    monkeypatch.setattr(report, "read_json", slow_read)
+    writers = [Thread(target=write_metrics, args=(path, samples, measured, {name: 1})) for name in ("fid", "agreement")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert content_of(path).keys() >= {"fid", "agreement"}
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]  # and no lock
