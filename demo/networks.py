@@ -30,7 +30,7 @@ from diffusers import AutoencoderKL
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, open_source, to_uint8
 from dlc.data.views import Views
 from dlc.machine.cli import SEED, ArgumentParser, number, progress
-from dlc.machine.files import DirectoryLock, check_outside, read_json, write_json, write_whole
+from dlc.machine.files import DirectoryLock, check_outside, read_json, write_folder, write_json, write_whole
 from dlc.machine.records import differences
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, save_encoder, tokens
@@ -342,9 +342,9 @@ def main(argv: list[str] | None = None) -> None:
         with parser.kept_on_error("what is trained is kept", "--vae-batch or --sem-batch"):
             if not args.vae:
                 vae = build_vae(args, images, device, out / "vae.training.pt")
-                vae.save_pretrained(out / "vae")
+                write_folder(out / "vae", vae.save_pretrained, temporary=out / ".vae.tmp")
             encoder = build_encoder(args, images, device, out / "sem.training.pt")
-            save_encoder(encoder, out / "sem")
+            write_folder(out / "sem", lambda folder: save_encoder(encoder, folder), temporary=out / ".sem.tmp")
             numbers = quality(vae, encoder, heldout, device)
             write_json(out / "quality.json", numbers)
     finally:

@@ -1,6 +1,7 @@
 """Describe features in words, and list what is wrong with them: the commands info and check."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -162,6 +163,9 @@ def print_codes(features: Features) -> None:
         f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "
         f"image{'s have' if duplicates != 1 else ' has'} the code of one before"
     )
+    if not os.access(features.root, os.W_OK):
+        print(f"token usage: no picture, since {features.root} is not yours to write into")
+        return
     picture = features.root / "codes.png"
     check_output(picture, "the picture", own=[SHEET])
     save_sheet(picture, usage_picture(counts))

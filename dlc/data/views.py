@@ -58,7 +58,7 @@ class Views:
             return self.crops(image, index), code_view, is_transparent(image), None
         except Exception as error:  # Pillow's readers raise many types
             path = self.source.path(index)
-            reason = re.sub(OPENED, "", f"{type(error).__name__}: {error}".replace(f" {path!r}", ""))
+            reason = re.sub(f":? {re.escape(repr(path))}|{OPENED}", "", f"{type(error).__name__}: {error}")
             crops = np.zeros((len(self.flips[index]), self.image_size, self.image_size, 3), np.uint8)
             code_view = np.zeros((self.code_size, self.code_size, 3), np.uint8) if self.code_size else None
             return crops, code_view, False, (index, reason, is_broken(path, error))

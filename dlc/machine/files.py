@@ -167,6 +167,9 @@ def write_folder(path: Path, write: Callable[[Path], object], what: str = "", te
         temporary.mkdir(parents=True)
         write(temporary)
         for inner in (*temporary.rglob("*"), temporary):
+            if inner.is_file():  # safetensors lets nobody else read its files, whatever the umask
+                with contextlib.suppress(OSError):
+                    inner.chmod(inner.stat().st_mode | temporary.stat().st_mode & 0o666)
             sync(inner)
         if replaces:
             shutil.rmtree(path, ignore_errors=True)

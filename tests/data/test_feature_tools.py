@@ -49,7 +49,7 @@ def lone_files(root, count=30, side=8, codes=True):
 
 
 @pytest.mark.slow
-def test_info_and_check_say_what_is_there(features, tool):
+def test_info_and_check_say_what_is_there(features, tool, monkeypatch):
     status, out, _ = tool("info", features)
     assert status == 0 and "14 rows of 15 images at 64x64 in 4 shards, 1 images skipped" in out
     assert "skipped 'dog/1_broken.jpg': UnidentifiedImageError" in out
@@ -58,6 +58,10 @@ def test_info_and_check_say_what_is_there(features, tool):
     status, out, _ = tool("check", features)
     said = f"{features}: nothing wrong with its 14 rows; 1 of 15 images were skipped, the first 'dog/1_broken.jpg' ("
     assert status == 0 and out.startswith(said)
+    (features / "codes.png").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: path != features)  # as those of somebody else
+    status, out, _ = tool("info", features)
+    assert status == 0 and f"no picture, since {features} is not yours" in out and not (features / "codes.png").exists()
 
 
 def test_statistics_are_those_of_the_whole(tmp_path, tool):

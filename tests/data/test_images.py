@@ -169,7 +169,7 @@ def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "self.jpg").symlink_to("self.jpg")
     assert read(tmp_path / "text.jpg")[1] and read(tmp_path / "link.jpg")[1] and read(tmp_path / "self.jpg")[1]
-    assert not read(tmp_path / "gone.jpg")[1]
+    assert read(tmp_path / "gone.jpg") == ["FileNotFoundError: [Errno 2] No such file or directory", False]
 
     def fails(error):
         def open(path):

@@ -5,10 +5,12 @@ import os
 import types
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import fails, refusal
 
 from dlc.data.listing import read_labels
-from dlc.machine.files import DirectoryLock, failed, read_json, write_bytes
+from dlc.machine.files import DirectoryLock, failed, read_json, write_bytes, write_folder
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,18 @@ def test_a_lock_that_the_disk_refuses_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("fcntl.flock", failing)
     with pytest.raises(OSError, match=f"cannot lock {tmp_path}/.lock .Operation not permitted"):
         DirectoryLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_weights_as_the_umask_says(umask, mode, tmp_path):
+    """A group shares a disk, and safetensors makes files that their owner alone reads."""
+    before = os.umask(umask)
+    try:
+        save = safetensors.torch.save_file
+        write_folder(tmp_path / "new", lambda folder: save(dict(x=torch.zeros(1)), folder / "x.safetensors"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new/x.safetensors").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("name, read", [("x.json", read_json), ("x.csv", lambda path: read_labels(path, ["a"]))])
