@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from diffusion.likelihoods import mean_flat
-from diffusion.options import default_of
-from diffusion.process_table import OBJECTIVES, PROCESSES, Process, create_process, describe_process
+from diffusion.process_table import OBJECTIVE_OPTIONS, OBJECTIVES, PROCESSES, Process, create_process, describe_process
 from dlc.data import Features
 from dlc.data.convert import fetch_features
 from dlc.data.images import WHITE, add_background_flag, add_source_flags
@@ -41,11 +40,11 @@ from dlc.training.heldout import add_heldout_flags
 from dlc.training.heldout_latents import HeldOutLatents, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.losses import Losses
-from dlc.training.preview import rows_to_show, save_preview
+from dlc.training.preview import preview_sampler, rows_to_show, save_preview
 from dlc.training.run import Run
-from dlc.training.run_flags import add_run_flags
+from dlc.training.run_flags import add_run_flags, warmup
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
-from models import CODE_INITS, Condition, DiT, DiT_models
+from models import CODE_INITS, Condition, DiT, DiT_models, DiTCONT, DiTSEM
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -84,9 +83,8 @@ def argument_parser(**defaults) -> ArgumentParser:
     rows = {objective: PROCESSES[name] for objective, name in OBJECTIVES.items()}
     about = "; ".join(f"{objective}: {row.about}" for objective, row in rows.items())
     add("--objective", choices=OBJECTIVES, default="ddpm", help=f"what the model is trained on; {about}")
-    for objective, row in rows.items():
-        for name, option in row.options.items():
-            add_option(add, name, option, default_of(row.build, name), f"--objective {objective} only: ")
+    for name, uses in OBJECTIVE_OPTIONS.items():
+        add_option(add, name, uses, "--objective {} only: ")
 
     add_alignment_flags(parser.add_argument_group("alignment").add_argument)
 
@@ -154,7 +152,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         raise ValueError("--hf-dataset is of features; a dataset of images goes to --data-path")
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
-    on_codes = DiT_models[args.model].conditioning == "codes"
+    on_codes = issubclass(DiT_models[args.model].family, DiTSEM)
     if on_codes and not args.encoder:
         raise ValueError(
             f"{args.model} is trained on codes: with --data-path it needs an --encoder, such as {DEFAULT_ENCODER}"
@@ -178,21 +176,21 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
 
 def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs:
     """What the model is conditioned on, `Inputs`. Raises ValueError if the features lack it, or flags do not fit it."""
-    conditioning = DiT_models[args.model].conditioning
-    if args.condition_path and conditioning != "vectors":
+    family = DiT_models[args.model].family
+    if args.condition_path and not issubclass(family, DiTCONT):
         raise ValueError(f"--condition-path is for DiTCONT models, not {args.model}")
     if args.train_only and not (args.intermediate_head and args.pretrained_path):
         raise ValueError(
             "--train-only head adds a head to a trained model: give --intermediate-head and --pretrained-path"
         )
-    if args.code_init != "unit" and conditioning != "codes":
+    if args.code_init != "unit" and not issubclass(family, DiTSEM):
         raise ValueError(f"--code-init {args.code_init} is for DiTSEM models, not {args.model}")
-    return INPUTS[conditioning](features, args)
+    return INPUTS[family.conditioning](features, args)
 
 
 def model_arguments(args: argparse.Namespace) -> dict:
     """The arguments of the model's constructor that flags decide: to add one, add a line here and its flag."""
-    given = dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}
+    given = dict(code_init=args.code_init) if issubclass(DiT_models[args.model].family, DiTSEM) else {}
     return dict(given, intermediate_head=args.intermediate_head) if args.intermediate_head else given
 
 
@@ -206,22 +204,19 @@ def frozen(args: argparse.Namespace, model: DiT) -> DiT:
 
 def open_process(args: argparse.Namespace) -> Process:
     """What the flags ask to train on. Raises ValueError for an option that --objective does not have."""
-    given = {}
-    for objective, process in OBJECTIVES.items():
-        for name in PROCESSES[process].options:
-            if getattr(args, name) is None:
-                continue
-            if objective != args.objective:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise ValueError(f"{flag} goes with --objective {objective}, not {args.objective}")
-            given[name] = getattr(args, name)
+    given = {name: getattr(args, name) for name in OBJECTIVE_OPTIONS if getattr(args, name) is not None}
+    for name in given.keys() - PROCESSES[OBJECTIVES[args.objective]].options.keys():
+        have = " or ".join(one for had in OBJECTIVE_OPTIONS[name].values() for one in had)
+        flag = f"--{name.replace('_', '-')} {given[name]}"
+        raise ValueError(f"{flag} goes with --objective {have}, not {args.objective}")
     return create_process(OBJECTIVES[args.objective], **given)
 
 
 def build_optimizer(
     args: argparse.Namespace, model: torch.nn.Module, projector: torch.nn.Module | None = None
 ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
-    """The optimizer, or a list of them. --warmup-steps raises each group's own learning rate."""
+    """The optimizer, or a list of them. A schedule, which is given to `Run.optimize`, scales each group's own learning
+    rate."""
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
     weights = [*model.parameters(), *(projector.parameters() if projector else ())]
     trained = [weight for weight in weights if weight.requires_grad]
@@ -308,7 +303,7 @@ def losses_of(
     terms = process.training_losses(network, x, t, dict(y=y, drop=drop), noise)
     terms.setdefault("mse", terms["loss"])  # what is added to the loss is not of the process
     if head:
-        terms["head"] = mean_flat((inner["head"].float() - process.target(x, noise)) ** 2)
+        terms["head"] = mean_flat((inner["head"].float() - process.target(x, noise, t)) ** 2)
         terms["loss"] = terms["loss"] + HEAD_WEIGHT * terms["head"]
     if alignment:
         terms["align"] = alignment(inner["tokens"], targets) if aligned else torch.zeros_like(terms["loss"])
@@ -325,18 +320,26 @@ def logged_losses(process: Process, head: bool = False, align: bool = False) -> 
 
 
 def preview_vae(
-    args: argparse.Namespace, run: Run, name: str, encode: PixelEncoder | None, channels: int, source: dict
+    args: argparse.Namespace,
+    run: Run,
+    process: Process,
+    name: str,
+    encode: PixelEncoder | None,
+    channels: int,
+    source: dict,
 ) -> torch.nn.Module | None:
-    """The VAE that decodes previews, in rank 0. If it cannot be had and no flag asks for it, there are no previews."""
+    """The VAE that decodes previews, in rank 0. If it cannot be had, or no sampler draws them, there are none, unless a
+    flag asks for them."""
     vae = None
     if args.sample_every != 0 and run.state.is_main_process:
         try:
+            preview_sampler(process)
             vae = encode.vae if encode else load_vae(name, run.device)
             check_decodes(vae, name, channels, source, "the features")
         except (ValueError, OSError) as error:
             if args.sample_every or args.vae:
                 raise
-            warn_once("previews", f"there will be no previews, for which --vae names a VAE ({error})")
+            warn_once("previews", f"there will be no previews ({error})")
             vae, args.sample_every = None, 0
     args.sample_every = from_rank_0(args.sample_every)
     return vae
@@ -383,7 +386,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 inputs.arrays["vectors"].check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
         vae_name = args.vae or source["vae"] or "ema"
-        vae = preview_vae(args, run, vae_name, encode, channels, source)
+        vae = preview_vae(args, run, process, vae_name, encode, channels, source)
         draw_latents = features.latent_kind in ("moments", "images")
 
         # ---------------------------------------------------------------------- model
@@ -393,7 +396,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         alignment.begin(run, model)
     kept = dict(seed=args.global_seed, dropout=model.class_dropout_prob, head=bool(args.intermediate_head))
     optimizers = build_optimizer(args, model, alignment and alignment.projector)
-    run.optimize(optimizers, logged_losses(process, kept["head"], bool(alignment)))
+    run.optimize(optimizers, logged_losses(process, kept["head"], bool(alignment)), warmup)
 
     # ---------------------------------------------------------------------- run
     kind = ImageBatches if encode else TrainingBatches

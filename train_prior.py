@@ -28,7 +28,7 @@ from dlc.training.heldout import HeldOutCodes, add_heldout_flags, settle_heldout
 from dlc.training.losses import Losses
 from dlc.training.preview import CodePreview, preview_codes
 from dlc.training.run import Run
-from dlc.training.run_flags import add_run_flags
+from dlc.training.run_flags import add_run_flags, warmup
 from prior import DLCPrior_models
 
 LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")
@@ -173,7 +173,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         model = run.adopt(build())
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
     adamw = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    run.optimize(adamw, LOSSES)
+    run.optimize(adamw, LOSSES, warmup)
 
     # ---------------------------------------------------------------------- run
     batches = CodeBatches(codes, **run.share)

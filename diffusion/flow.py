@@ -64,8 +64,8 @@ class Flow:
         t = t.view(-1, *[1] * (x_start.ndim - 1))
         return (1 - t) * x_start + t * noise
 
-    def target(self, x_start: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What the model is to give, of x_start's shape."""
+    def target(self, x_start: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the model is to give at times t (N,), of x_start's shape."""
         return noise - x_start
 
     def training_losses(self, model: Callable, x_start: torch.Tensor, t: torch.Tensor,
@@ -81,7 +81,7 @@ class Flow:
         noise = torch.randn_like(x_start) if noise is None else noise
         v = model(self.q_sample(x_start, t, noise), self.told(t), **(model_kwargs or {})).float()
         assert v.shape == x_start.shape, f"model output {tuple(v.shape)} for x {tuple(x_start.shape)}"
-        return dict(loss=mean_flat((v - self.target(x_start, noise)) ** 2))
+        return dict(loss=mean_flat((v - self.target(x_start, noise, t)) ** 2))
 
 
 def score(x: torch.Tensor, t: float | torch.Tensor, v: torch.Tensor) -> torch.Tensor:

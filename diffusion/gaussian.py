@@ -98,8 +98,8 @@ class GaussianDiffusion:
         """Steps t (N,) int64, evenly distributed, from uniforms u (N,) float64 in [0, 1)."""
         return (u * self.num_timesteps).long()
 
-    def target(self, x_start: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What the model's first C channels are to be, of x_start's shape."""
+    def target(self, x_start: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the model's first C channels are to be at steps t (N,), of x_start's shape."""
         return x_start if self.predict == "x_start" else noise
 
     # ------------------------------------------------------------------ forward process
@@ -295,7 +295,7 @@ class GaussianDiffusion:
             terms["vb"], _ = self._variational_bound_terms(frozen_mean, x_start, x_t, t)
             if self.loss == "rescaled_mse":
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
-        terms["mse"] = mean_flat((self.target(x_start, noise) - prediction) ** 2)
+        terms["mse"] = mean_flat((self.target(x_start, noise, t) - prediction) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 

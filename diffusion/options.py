@@ -1,7 +1,7 @@
 """What a user may choose of a process or a sampler, beside a number of steps: the scripts make a flag of each."""
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -16,5 +16,19 @@ class Option:
 
 
 def default_of(build: Callable, name: str) -> object:
-    """The default of an argument."""
-    return inspect.signature(build).parameters[name].default
+    """The default of an argument, of a class also one that its constructor passes on to a base."""
+    signatures = map(inspect.signature, getattr(build, "__mro__", [build]))
+    return next(one.parameters[name].default for one in signatures if name in one.parameters)
+
+
+def uses_of(owners: Iterable[tuple[str, Callable, Mapping[str, Option]]]) -> dict[str, dict]:
+    """Who has which options, {name: {(Option, default): [owner, ...]}}.
+
+    owners: a name, what it builds, and its options; a name may come twice.
+    """
+    uses = {}
+    for owner, build, options in owners:
+        for name, option in options.items():
+            had = uses.setdefault(name, {}).setdefault((option, default_of(build, name)), [])
+            had += [owner] if owner not in had else []
+    return uses

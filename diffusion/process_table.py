@@ -8,7 +8,7 @@ To add one, write its class in a file beside this one and give it a row in PROCE
     training_times(u)                       # (N,) uniforms in [0, 1), float64, to times t (N,)
     training_losses(model, x_start, t, model_kwargs, noise)     # dict of (N,)
     loss_names                              # its keys, "loss" first, then its main part
-    target(x_start, noise)                  # what its models' first C channels are to be
+    target(x_start, noise, t)               # what its models' first C channels are to be
     num_timesteps, last_time                # t is below the one in training, and up to the other in its samplers
     model_arguments                         # dict, of the constructor of its models
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from . import GaussianDiffusion, create_diffusion
 from .flow import FLOW_OPTIONS, FLOW_SAMPLERS, Flow
 from .masked import MaskedDiffusion
-from .options import Option, default_of
+from .options import Option, uses_of
 from .samplers import SAMPLERS, SamplerSpec
 
 Process = GaussianDiffusion | Flow | MaskedDiffusion
@@ -41,11 +41,12 @@ PROCESSES = {
     "masked": ProcessRow(MaskedDiffusion),
 }
 OBJECTIVES = {row.objective: name for name, row in PROCESSES.items() if row.objective}
-# the samplers of all of them by name, of which two may have the same; and the options of these, with their defaults
+# the samplers of all of them by name, of which two may have the same; and the options of objectives and of samplers
 LATENT_SAMPLERS = {name: [row.samplers[name] for row in PROCESSES.values() if name in row.samplers]
                    for name in dict.fromkeys(name for row in PROCESSES.values() for name in row.samplers)}
-SAMPLER_OPTIONS = {name: (option, default_of(spec.build, name)) for specs in LATENT_SAMPLERS.values()
-                   for spec in specs for name, option in spec.options.items()}
+OBJECTIVE_OPTIONS = uses_of((row.objective, row.build, row.options) for row in PROCESSES.values() if row.objective)
+SAMPLER_OPTIONS = uses_of((name, spec.build, spec.options) for name, specs in LATENT_SAMPLERS.items()
+                          for spec in specs)
 
 
 def create_process(name: str, **arguments) -> Process:
@@ -57,15 +58,12 @@ def create_process(name: str, **arguments) -> Process:
         raise ValueError(f"there is no process called {name!r}: {', '.join(PROCESSES)}")
     build = PROCESSES[name].build
     try:
-        bound = inspect.signature(build).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"process {name}: {error}") from None
-    bound.apply_defaults()
-    try:
         process = build(**arguments)
-    except TypeError as error:      # a value of another type, as from an edited config.json
+    except TypeError as error:      # other arguments, or a value of another type, as from an edited config.json
         raise ValueError(f"process {name}: {error}") from None
-    process.config = dict(process=name, arguments=dict(bound.arguments))
+    own = inspect.signature(build).parameters.values()      # what **kwargs passes on to a base is in arguments
+    defaults = {one.name: one.default for one in own if one.kind is not one.VAR_KEYWORD}
+    process.config = dict(process=name, arguments=defaults | arguments)
     return process
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 from diffusion.process_table import Process
 from dlc.data.codes import CodeSet, compare
@@ -20,11 +19,11 @@ from dlc.data.images import to_uint8
 from dlc.machine.cli import warn_once
 from dlc.machine.processes import done_by_rank_0
 from dlc.nets.vae import check_decodes, decode
-from dlc.sampling.latents import create_sampler, sample_latents
+from dlc.sampling.latents import sample_latents
 from dlc.training.batches import TrainingBatches
 from dlc.training.heldout import SEED, Measurement
 from dlc.training.heldout_latents import Split
-from dlc.training.preview import PREVIEW_STEPS
+from dlc.training.preview import preview_sampler
 from dlc.weights.networks import load_encoder, load_vae
 from evaluation.feature_networks import NETWORKS, feature_networks, weights_here
 from evaluation.metrics import FeatureStatistics, frechet_distance
@@ -55,6 +54,7 @@ class SampleMetrics(Measurement):
         rows = split.rows if len(split.rows) else np.arange(features.count) if split.only is None else split.only
         self.rows, self.shape = rows[self.places.numpy() % len(rows)], features.latent_shape
         self.batches = TrainingBatches(features, self.inputs.arrays, self.inputs.limits, seed=SEED, global_batch=1)
+        preview_sampler(process)  # raises, before the work, if there is none
         self.vae, self.reference = load_vae(vae, run.device), None
         check_decodes(self.vae, vae, self.shape[0], features.source(), "the features")
         encoder = None
@@ -103,13 +103,13 @@ class SampleMetrics(Measurement):
         """Latents, conditions, and unless the reference has them the rows' own latents, by micro-batches, on the
         CPU."""
         run, samples, real, wanted = self.run, [], [], []
-        sampler = create_sampler(None, PREVIEW_STEPS, self.process, ema.out_channels > ema.in_channels)
+        sampler = preview_sampler(self.process, ema.out_channels > ema.in_channels)
         for part in self.parts():
             batch = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
-            y = tree_map(lambda one: one if one.is_floating_point() else one.long(), self.inputs.of(batch))
+            y = self.inputs.of(batch)
             drawing = dict(y=y, seed=SEED, indices=self.places[part].to(run.device), on_step=run.go_on)
             samples.append(sample_latents(ema, sampler, latent_shape=self.shape, **drawing).cpu())
-            wanted += [y.cpu()] if self.reader else []
+            wanted += [batch["codes"].cpu()] if self.reader else []
             real += [] if self.reference else [batch["latents"][:, : self.shape[0]].cpu()]
         return samples, wanted, real
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -103,10 +103,17 @@ def whole_or_float(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
-def add_option(add: Callable, name: str, option: "Option", default: object, words: str = "") -> None:
-    """Add the flag of an `Option`, None where it is not given. words: before its help."""
-    taken = dict(choices=option.choices) if option.choices else dict(type=number(float, option.low, option.high))
-    add(f"--{name.replace('_', '-')}", help=f"{words}{option.about} [{default}]", **taken)
+def add_option(add: Callable, name: str, uses: "Mapping[tuple[Option, object], list[str]]", words: str) -> None:
+    """Add the flag of an `Option`, None where it is not given.
+
+    uses: who has it, by the option and its default: several may have one of this name, and the flag takes what one of
+        them does. words: before its help, with {} for who has it.
+    """
+    about = "; ".join(f"{words.format(', '.join(had))}{one.about} [{default}]" for (one, default), had in uses.items())
+    choices = [choice for option, _ in uses for choice in option.choices]
+    lowest, highest = min(option.low for option, _ in uses), max(option.high for option, _ in uses)
+    taken = dict(choices=[*dict.fromkeys(choices)]) if choices else dict(type=number(float, lowest, highest))
+    add(f"--{name.replace('_', '-')}", help=about, **taken)
 
 
 SEED = number(int, 0, 2**63 - 1)  # the argparse type of --global-seed

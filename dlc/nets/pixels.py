@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_map
 
 from dlc.data.images import normalize
 from dlc.machine.exact import in_batches
@@ -76,19 +77,28 @@ class PixelEncoder:
 
         return in_batches(network, views.to(self.device, non_blocking=True), batch_size or even_size(len(views)))
 
-    def __call__(self, crops: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, crops: torch.Tensor, condition: torch.Tensor | dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
         """Turn a batch of images into the (moments, conditions) that a batch of features with moments would hold.
 
-        Crops (n, S, S, 3) become moments (n, 2C, S/f, S/f). A condition that is views (n, s, s, 3) becomes codes
-        (n, L); another is returned as it is. Where the encoder's logits are not finite, the moments are NaN.
+        Crops (n, S, S, 3) become moments (n, 2C, S/f, S/f). In a condition, or a dict of several, views (n, s, s, 3)
+        become codes (n, L); all else is returned as it is. Where the encoder's logits are not finite, the moments are
+        NaN.
         """
         size = even_size(len(crops))
         moments = self.moments(crops, size)
-        if isinstance(condition, torch.Tensor) and condition.ndim == 4:
-            condition = self.codes(condition, size)
+
+        def coded(values):
+            nonlocal moments
+            if values.ndim != 4:
+                return values
+            codes = self.codes(values, size)
             # there is no code: NaN latents make the loss NaN, whose check ends the run
-            moments = moments.masked_fill((condition < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
-            condition = condition.clamp(min=0)
+            moments = moments.masked_fill((codes < 0).any(dim=1).view(-1, 1, 1, 1), math.nan)
+            return codes.clamp(min=0)
+
+        condition = tree_map(coded, condition)
         return moments, condition
 
 

@@ -81,6 +81,7 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
     if args.cuda_graphs and state.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a GPU")
     vae, known_of_vae, notes = open_vae(args, meta, model, state)
+    own, options = SamplesRecord.keys(), dict.fromkeys(SAMPLER_OPTIONS) | sampler.options
     record = SamplesRecord(
         **{name: getattr(args, name) for name in FLAGS},
         checkpoint=recorded_id(str(path)),
@@ -91,7 +92,8 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
         **known_of_vae,
         sampler=sampler.name,
         num_sampling_steps=sampler.num_steps,
-        **{option: sampler.options.get(option) for option in SAMPLER_OPTIONS},
+        **{option: value for option, value in options.items() if option in own},
+        sampler_options={option: value for option, value in sampler.options.items() if option not in own},
         cfg_channels=guided_channels(args.cfg_channels, model),
         guide=known_of_guide,
         runs=[],

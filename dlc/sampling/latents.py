@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from diffusion.options import default_of
 from diffusion.process_table import LATENT_SAMPLERS, Process, create_process, describe_process, samplers_of
@@ -38,10 +38,9 @@ def create_sampler(
     fitting = samplers_of(process)
     name = name or next(iter(fitting), None)
     if name not in fitting:
-        raise ValueError(
-            f"--sampler {name} does not draw from a model that was trained on the {describe_process(process)}: "
-            f"{' or '.join(fitting) or 'no sampler'} does"
-        )
+        said = f"--sampler {name} does not draw" if name else "no sampler draws"
+        others = f": {' or '.join(fitting)} does" if fitting else ""
+        raise ValueError(f"{said} from a model that was trained on the {describe_process(process)}{others}")
     spec, given = fitting[name], {option: value for option, value in options.items() if value is not None}
     for option in given.keys() - spec.options.keys():
         have = [other for other, specs in LATENT_SAMPLERS.items() if any(option in one.options for one in specs)]
@@ -60,13 +59,21 @@ def check_conditions(y: Condition, null: Condition) -> None:
 
     Only what is on the CPU is looked at: it would wait for a GPU.
     """
-    for given, bound in zip(tree_leaves(y), tree_leaves(null)):
-        if given.device.type == bound.device.type == "cpu" and not given.is_floating_point():
+
+    def check(given, bound):
+        if given.device.type == bound.device.type == "cpu" and are_numbers(given) and are_numbers(bound):
             outside = given[(given < 0) | (given >= bound)]
-            if len(outside) and not bound.is_floating_point():
+            if len(outside):
                 raise ValueError(
                     f"condition {int(outside[0])} is outside 0..{int(bound.max()) - 1}, those of the model"
                 )
+
+    tree_map(check, y, null)  # by name, whatever the order of two dicts
+
+
+def are_numbers(values: torch.Tensor) -> bool:
+    """Whether a condition's values are numbers of classes or tokens, and neither floats nor a mask."""
+    return not values.is_floating_point() and values.dtype != torch.bool
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Prediction:
     """
 
     def __init__(self, model: DiT, y: Condition, n: int, sampler: Sampler, device: torch.device):
+        y = tree_map(lambda one: one.long() if are_numbers(one) else one, y)  # 8 bits would not hold a null token
         check_conditions(y, model.null_condition(1))
         self.condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
         null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
@@ -217,8 +225,11 @@ class CudaGraphs:
 
 
 def lower_precision(model: torch.nn.Module, precision: str) -> None:
-    """Cast the weights that autocast would cast at every step, once: the same results with less memory traffic."""
+    """Cast the weights that autocast would cast at every step, once: the same results with less memory traffic.
+
+    A subclass of these layers, such as one that turns autocast off for itself, stays as it is.
+    """
     for part in (model.x_embedder, model.blocks, *model.output_layers):
         for layer in part.modules():
-            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            if type(layer) in (torch.nn.Linear, torch.nn.Conv2d):
                 layer.to(PRECISIONS[precision])

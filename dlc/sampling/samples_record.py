@@ -39,7 +39,8 @@ COUNT, SIZE = whole_number(0), whole_number(1)
 HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)  # noqa: E731
 CONDITIONS = HAS_KIND, "an object with a kind of conditions"
 NAMED = 64  # samples whose conditions are in the folder's name
-LATER = ("time_shift", "guide")  # keys that older files lack: folders of sets for which they are null keep their names
+# keys that older files lack: folders of sets for which they are null or empty keep their names
+LATER = ("time_shift", "sampler_options", "guide")
 SAID = ("source", "encoder_sha256", "sha256")  # keys of `conditions` on which no sample depends
 GUIDE_SAID = ("checkpoint", "step", "weights")  # and of `guide`
 
@@ -66,6 +67,7 @@ class SamplesRecord(Record):
     num_sampling_steps: int = key(SIZE)
     eta: float | None = key(or_null(real_number(0, 1)))  # null: the sampler has none; so, and below
     time_shift: float | None = key(or_null(real_number(0)), None)
+    sampler_options: dict = key(OBJECT, {})  # all of its options that have no key of their own
     cfg_scale: float = key(real_number(1))
     cfg_channels: int = key(SIZE)
     t_min: float = key(real_number(0))
@@ -91,7 +93,9 @@ def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
 
     It does not depend on the number of samples, so that a set may grow.
     """
-    settings = {name: value for name, value in record.settings().items() if value is not None or name not in LATER}
+    settings = {
+        name: value for name, value in record.settings().items() if name not in LATER or value not in (None, {})
+    }
     decides = settings, conditions.digest(NAMED)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -71,9 +71,8 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         type=STEPS,
         help=f"sampling steps, up to 1000 [{of_objectives(lambda name, spec: f'{name}: {spec.default_steps}')}]",
     )
-    for name, (option, default) in SAMPLER_OPTIONS.items():
-        have = [sampler for sampler, specs in LATENT_SAMPLERS.items() if any(name in one.options for one in specs)]
-        add_option(add, name, option, default, f"of --sampler {', '.join(have)}: ")
+    for name, uses in SAMPLER_OPTIONS.items():
+        add_option(add, name, uses, "of --sampler {}: ")
     add(
         "--cfg-scale",
         type=number(float, 1),

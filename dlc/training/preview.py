@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import create_sampler as create_code_sampler
 from diffusion.process_table import Process, samplers_of
+from diffusion.samplers import Sampler
 from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.nets.vae import check_decodes, decode
@@ -33,6 +33,12 @@ def rows_to_show(batches: TrainingBatches, device: torch.device) -> dict[str, to
     return {name: tensor.to(device) for name, tensor in batches.gather(rows).items()}
 
 
+def preview_sampler(process: Process, learn_sigma: bool = True) -> Sampler:
+    """The first sampler of a process, with as many of PREVIEW_STEPS as it has. Raises ValueError if there is none."""
+    most = [spec.most_steps for spec in samplers_of(process).values()]
+    return create_sampler(None, min([PREVIEW_STEPS, *most[:1]]), process, learn_sigma)
+
+
 def save_preview(
     path: Path,
     ema: torch.nn.Module,
@@ -50,10 +56,9 @@ def save_preview(
     If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
-    y = tree_map(lambda value: value if value.is_floating_point() else value.long(), y)
     samples = sample_latents(
         ema,
-        create_sampler(None, PREVIEW_STEPS, process, ema.out_channels > ema.in_channels),
+        preview_sampler(process, ema.out_channels > ema.in_channels),
         y=y,
         seed=seed,
         indices=indices,

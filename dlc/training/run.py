@@ -6,7 +6,7 @@ A trainer calls `Run` and is never called by it; its loop stays its own, and rea
         run.claim(name, build, process, settings, notes)    # the results folder; refuses another run
         run.start()                                 # log, accelerator, seed
         model = run.adopt(build())                  # EMA, compiling, sharding
-        run.optimize(optimizers, losses)            # resumes
+        run.optimize(optimizers, losses, warmup)    # resumes
         for step, batch in run.steps(batches, measured):     # what is measured as training goes, see `Measurement`
             for part in run.micro_batches(batch):   # a dict of tensors (n, ...)
                 terms = ...                         # dict of (n,), from run.model
@@ -52,7 +52,7 @@ from dlc.training.log import announce, write_line
 from dlc.training.losses import Losses
 from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
 from dlc.training.power_averages import PowerAverages, trim_snapshots, write_snapshot
-from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run, warmup
+from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run
 from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
 from dlc.training.stop import Stopped, StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
@@ -212,12 +212,15 @@ class Run(contextlib.ExitStack):
     def _callable(self, module):
         return with_autocast(self.accelerator, module) if self.sharded else self.accelerator.prepare(module)
 
-    def optimize(self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses) -> None:
-        """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times the factor of
-        --warmup-steps."""
+    def optimize(
+        self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses, schedule: Callable
+    ) -> None:
+        """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times
+        schedule(args, step), which depends on nothing else: a resumed run goes on with it."""
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         for optimizer in self.optimizers:
             begin_groups(optimizer)
+        self.schedule, self.rates = schedule, []  # those of the last step
         self.losses, self.sums = losses, losses.zeros(self.device)  # of this process, since the last line of the log
         self.skips = SkippedSteps(self.optimizers, self.accelerator.scaler, self.device, self.skipped)
         with self.parser.one_line_errors():
@@ -361,8 +364,14 @@ class Run(contextlib.ExitStack):
         args, scaler = self.args, self.accelerator.scaler
         if step == self.first_step + 1:
             self._refuse_unreached()
+        if self.rates and self.rates != [group["lr"] for group in self._groups()]:
+            self.parser.error(
+                "something else than the run, such as a scheduler of torch, changed a learning rate, and a resumed run "
+                "would not: give Run.optimize the schedule, a function of the step"
+            )
         for group in self._groups():
-            group["lr"] = group["initial_lr"] * warmup(args, step)
+            group["lr"] = group["initial_lr"] * float(self.schedule(args, step))
+        self.rates = [group["lr"] for group in self._groups()]
         self.grad_norm = torch.tensor(math.nan)  # not computed unless it is used
         if args.grad_clip or step % args.log_every == 0 or step == self.last_step:
             if scaler:

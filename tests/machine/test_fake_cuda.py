@@ -32,6 +32,7 @@ from dlc.sampling.prior_engine import sample_codes
 from dlc.training.alignment import ALIGNMENTS, Alignment
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
+from dlc.training.run_flags import warmup
 from dlc.training.sharding import with_autocast
 from evaluation import distances
 from evaluation import feature_networks as networks
@@ -99,7 +100,7 @@ def launched_run(model, losses, parser, precision, flags, device, alignment=None
     if alignment:
         projector = real(ALIGNMENTS[alignment.kind].projector, model.pos_embed.shape[2], alignment.shape[1])
         alignment.projector, alignment.project = run.adopt_beside("projector", projector)
-    run.optimize(build_optimizer(run.args, model, alignment and alignment.projector), losses)
+    run.optimize(build_optimizer(run.args, model, alignment and alignment.projector), losses, warmup)
     return run
 
 

@@ -1,13 +1,16 @@
 """Flow matching: against REPA's and SiT's own code, and against closed forms."""
 
+import argparse
 import math
 
 import pytest
 import torch
 from conftest import golden, refusal
 
-from diffusion.flow import EulerSampler, Flow, HeunFlowSampler, SDESampler, score
-from diffusion.process_table import create_process
+from diffusion.flow import FLOW_OPTIONS, EulerSampler, Flow, HeunFlowSampler, SDESampler, score
+from diffusion.options import Option, uses_of
+from diffusion.process_table import PROCESSES, ProcessRow, create_process
+from dlc.machine.cli import add_option
 from dlc.sampling.latents import create_sampler
 from models import DiT
 
@@ -164,3 +167,32 @@ def test_arguments_that_do_not_exist():
         refusal(create_process, "flow", **arguments, words=message)
     with pytest.raises(ValueError, match="--num-sampling-steps 1001: --sampler euler has 1 to 1000"):
         create_sampler("euler", 1001, create_process("flow"))
+
+
+class Own(Flow):
+    """A process of a researcher's, which passes its base's arguments on."""
+
+    def __init__(self, gamma=2.0, time_std=0.5, **kwargs):
+        super().__init__("lognormal", time_std=time_std, **kwargs)
+
+
+def test_a_process_that_passes_arguments_on_is_built_from_its_record(monkeypatch):
+    monkeypatch.setitem(PROCESSES, "own", ProcessRow(Own))
+    process = create_process("own", time_scale=1000.0)
+    assert process.config == dict(process="own", arguments=dict(gamma=2.0, time_std=0.5, time_scale=1000.0))
+    again = create_process("own", **process.config["arguments"])
+    assert again.config == process.config and again.time_scale == 1000
+    refusal(create_process, "own", shift=1, words="process own: .*'shift'")
+
+
+def test_an_option_that_two_processes_have_is_one_flag(capsys):
+    own = dict(time_std=Option("of sigma", high=99), time_scale=FLOW_OPTIONS["time_scale"])
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
+    for name, uses in uses_of([("flow", Flow, FLOW_OPTIONS), ("own", Own, own)]).items():
+        add_option(parser.add_argument, name, uses, "of {}: ")
+    assert parser.parse_args(["--time-std", "50"]).time_std == 50
+    said = parser.format_help()
+    assert "of flow: standard deviation of that normal [1.0]; of own: of sigma [0.5]" in said
+    assert "of flow, own: the model is told" in said and said.count("--time-scale TIME_SCALE") == 2
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--time-std", "100"])

@@ -13,7 +13,7 @@ from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS
 from dlc.sampling.decoder import Decoder
-from dlc.sampling.latents import CudaGraphs, create_sampler, lower_precision, sample_latents
+from dlc.sampling.latents import CudaGraphs, check_conditions, create_sampler, lower_precision, sample_latents
 from dlc.weights.networks import load_vae
 from models import DiT, DiTCONT, DiTSEM
 
@@ -83,6 +83,18 @@ def test_conditions_that_mean_none_are_refused(kind, value):
     model, y = random_model(*MODELS[kind])
     y.flatten()[1] = value
     refusal(draw, model, create_sampler("ddim", 2), y, words=rf"condition {value} is outside 0\.\.{(V, 9)[kind] - 1}")
+
+
+def test_conditions_of_any_type_and_order():
+    """A mask has no range, labels are told apart from codes by name, and 8 bits hold no null token of 256."""
+    null = dict(codes=torch.full((1, L), V), labels=torch.tensor([9]), mask=torch.zeros(1, L, dtype=torch.bool))
+    y = dict(mask=torch.ones(2, L, dtype=torch.bool), labels=torch.tensor([8, 0]), codes=torch.full((2, L), V - 1))
+    check_conditions(y, null)
+    refusal(check_conditions, dict(y, labels=torch.tensor([9, 0])), null, words=r"condition 9 is outside 0\.\.8")
+    model, y = random_model(DiTSEM, dict(L=L, V=256))
+    y = y.clamp(max=255)
+    drawn = (draw(model, create_sampler("ddim", 2), one, cfg_scale=1.5) for one in (y, y.to(torch.uint8)))
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
@@ -231,7 +243,13 @@ def test_a_model_without_sigma():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_in_16_bits_give_what_autocast_gives(precision):
+    class Float32(torch.nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
     model, y = random_model()
+    model.blocks[1].mlp.fc2.__class__ = Float32
 
     def sample():
         with torch.autocast("cpu", PRECISIONS[precision]):
@@ -241,7 +259,8 @@ def test_weights_in_16_bits_give_what_autocast_gives(precision):
     autocast = sample()
     lower_precision(model, precision)
     assert torch.equal(sample(), autocast)
-    assert {parameter.dtype for parameter in model.blocks.parameters()} == {PRECISIONS[precision]}
+    assert {parameter.dtype for parameter in model.blocks[0].parameters()} == {PRECISIONS[precision]}
+    assert model.blocks[1].mlp.fc2.weight.dtype == torch.float32
     assert {parameter.dtype for parameter in model.sem_embedder.parameters()} == {torch.float32}
     assert 0 < (exact - autocast).abs().mean() < 0.1 * exact.std()
 

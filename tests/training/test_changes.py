@@ -4,6 +4,7 @@ Each change touches no more files than CONTRIBUTING.md's table says. It trains, 
 the export samples again.
 """
 
+import json
 import shutil
 
 import numpy as np
@@ -78,7 +79,7 @@ class FinalLayer(nn.Module):''',
             '    group = parser.add_argument_group("data")',
         ),
         (
-            'given = dict(code_init=args.code_init) if DiT_models[args.model].conditioning == "codes" else {}',
+            "given = dict(code_init=args.code_init) if issubclass(DiT_models[args.model].family, DiTSEM) else {}",
             "given = dict(code_init=args.code_init, modern=args.modern)",
         ),
     ],
@@ -122,7 +123,11 @@ HEAD = {
 ADAMW = "return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)"
 SGD = {
     "train_diffusion.py": [
-        (ADAMW, "return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)")
+        (ADAMW, "return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)"),
+        (
+            "bool(alignment)), warmup)",
+            "bool(alignment)), lambda args, step: warmup(args, step) * np.float64(0.5) ** step)",
+        ),
     ]
 }
 MUON = {
@@ -220,6 +225,51 @@ CONDITIONINGS = {"codes and text": CodesAndText, ''',
     ],
 }
 
+# (e) a process that shares its base's options, with a sampler of few steps, which previews take too
+PROCESS = {
+    "diffusion/prediction.py": [
+        (
+            None,
+            '''from .flow import FLOW_OPTIONS, SHIFT, EulerSampler, Flow
+from .likelihoods import mean_flat
+from .options import Option
+from .samplers import SamplerSpec
+
+
+class Prediction(Flow):
+    """A flow whose model predicts x_0."""
+
+    def __init__(self, least_time=0.05, **kwargs):
+        super().__init__(**kwargs)
+        self.least_time = least_time
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        out = model(self.q_sample(x_start, t, noise), self.told(t), **model_kwargs).float()
+        return dict(loss=mean_flat((out - x_start) ** 2) / t.clamp(min=self.least_time) ** 2)
+
+
+class PredictionSampler(EulerSampler):
+    def __init__(self, steps, process, learn_sigma=False, gain=1.0, **more):
+        super().__init__(steps, process, **more)
+        self.gain = gain
+
+    def __call__(self, predict, x, noise):
+        return super().__call__(lambda x, t: self.gain * (x - predict(x, t)) / t, x, noise)
+
+
+LEAST = dict(least_time=Option("bound of the times in the loss", low=0.001, training_only=True))
+GAIN = dict(SHIFT["options"], gain=Option("of each step", low=0, high=2))
+ROW = (Prediction, "prediction", "predict x_0", FLOW_OPTIONS | LEAST,
+       {"short": SamplerSpec("Euler's method", PredictionSampler, 2, 1, 4, GAIN)})
+''',
+        )
+    ],
+    "diffusion/process_table.py": [
+        ("from .samplers import", "from .prediction import ROW\nfrom .samplers import"),
+        ('    "masked": ', '    "prediction": ProcessRow(*ROW),\n    "masked": '),
+    ],
+}
+
 # name: patch, model, flags of training, folders that the table of CONTRIBUTING.md allows beside the top level
 CHANGES = {
     "blocks": (BLOCKS, "DiTSEM-Ti/4", ["--modern"], 2),
@@ -227,6 +277,7 @@ CHANGES = {
     "sgd": (SGD, "DiTSEM-Ti/4", ["--lr", "0.01", "--warmup-steps", "3"], 1),
     "muon": (MUON, "DiTSEM-Ti/4", ["--precision", "bf16"], 1),
     "text": (TEXT, "DiTText-Ti/4", [], 4),
+    "process": (PROCESS, "DiTSEM-Ti/4", "--objective prediction --time-scale 1000 --sample-every 2".split(), 2),
 }
 
 
@@ -266,10 +317,11 @@ def test_a_change_trains_resumes_samples_and_is_exported(name, described_feature
     patch, model, flags, files = CHANGES[name]
     assert len(patch) <= files
     root = patched_copy(tmp_path / "copy", patch)
-    train = ["train_diffusion", "--model", model, "--features-path", described_features, *flags]
+    train = ["train_diffusion", "--model", model, "--features-path", described_features]
     train += ["--global-batch-size", 4, "--num-workers", 0, "--log-every", 1, "--no-compile", "--sample-every", 0]
+    train += flags
     sample = ["sample_ddp_computed_dlc", "--vae", tiny_models[0], "--num-fid-samples", 3, "--num-sampling-steps", 2]
-    sample += ["--sampler", "dpmsolver++", "--no-compile"]
+    sample += ["--no-compile", *(["--gain", 0.9] if name == "process" else ["--sampler", "dpmsolver++"])]
     outputs = []
     for number, (script, *words) in enumerate(
         (
@@ -286,6 +338,9 @@ def test_a_change_trains_resumes_samples_and_is_exported(name, described_feature
         assert run.wait(), run.said()
         outputs.append(run.said())
     assert "continued from results/checkpoints/0000002" in outputs[1]
+    if name == "sgd":  # half the learning rate at each step, beside the warm-up
+        lines = map(json.loads, (root / "results/metrics.jsonl").read_text().splitlines())
+        assert [line["lr"] for line in lines] == pytest.approx([0.01 / 6, 0.01 / 6, 0.01 / 8])
     for file in ("model.safetensors", "ema.safetensors"):
         resumed, straight = ((root / run / "checkpoints/0000003" / file).read_bytes() for run in ("results", "whole"))
         assert resumed == straight
@@ -294,3 +349,18 @@ def test_a_change_trains_resumes_samples_and_is_exported(name, described_feature
     first, again = (sorted((root / folder).glob("*.npz")) for folder in ("samples", "again"))
     assert np.array_equal(np.load(first[0])["arr_0"], np.load(again[0])["arr_0"])
     assert model in outputs[-1]
+
+
+def test_a_scheduler_that_the_run_would_overwrite_is_refused(features, tmp_path):
+    loop = "        run.update(step)\n"
+    patch = [
+        (loop, f"{loop}        schedule.step()\n"),
+        (
+            "    run.optimize(",
+            "    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizers, 0.9)\n    run.optimize(",
+        ),
+    ]
+    root = patched_copy(tmp_path / "copy", {"train_diffusion.py": patch})
+    words = ["--model", "DiTSEM-Ti/4", "--features-path", features, "--global-batch-size", 4, "--max-steps", 3]
+    run = Run("train_diffusion", [*words, "--sample-every", 0], tmp_path / "said.txt", cwd=root, copy=root)
+    assert not run.wait() and "error: something else than the run, such as a scheduler of torch" in run.said()

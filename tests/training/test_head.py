@@ -41,7 +41,7 @@ def test_output_and_loss(process, learn_sigma):
         settings = dict(seed=0, dropout=0.5, draw_latents=False)
         terms, _ = losses_of(model, process, indices, x, y, head=True, **settings)
         usual, _ = losses_of(model, process, indices, x, y, **settings)
-        head = short(process.q_sample(x, t, noise), t, y, drop) - process.target(x, noise)
+        head = short(process.q_sample(x, t, noise), t, y, drop) - process.target(x, noise, t)
     head = head.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms["head"], head)
     torch.testing.assert_close(terms["loss"], usual["loss"] + HEAD_WEIGHT * head)

@@ -67,7 +67,7 @@ def test_a_vae_that_cannot_be_loaded(features, error_of, tmp_path):
     command = list(train_command(1, copy, tmp_path / "run", *flags[:2]))
     at = command.index("--sample-every")
     said = launch(command[:at] + command[at + 2 :], tmp_path).stdout
-    assert "warning: there will be no previews, for which --vae names a VAE" in said and "nowhere/vae" in said
+    assert "warning: there will be no previews (--vae nowhere/vae" in said
     assert (tmp_path / "run/checkpoints/0000001").is_dir() and not (tmp_path / "run/previews").exists()
 
 

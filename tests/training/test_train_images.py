@@ -106,6 +106,8 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     moments, codes = encode(crops, views)
     assert moments.shape == (8, 8, 8, 8) and codes.shape == (8, 6) and not moments.requires_grad
     assert_codes(codes, logits)
+    both = encode(crops, dict(labels=places, codes=views))[1]
+    assert torch.equal(both["codes"], codes) and both["labels"] is places
     monkeypatch.setattr("dlc.nets.pixels.ENCODED_AT_ONCE", 3)
     sizes, encode_batch = [], encode.vae.encode
     monkeypatch.setattr(encode.vae, "encode", lambda batch: sizes.append(len(batch)) or encode_batch(batch))

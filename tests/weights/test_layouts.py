@@ -15,11 +15,12 @@ from tiny_weights import assert_same, tiny
 
 from diffusion.samplers import DPMSolver
 from dlc.nets.digest import weights_sha256
+from dlc.weights.foreign import dits
 from dlc.weights.foreign.dits import to_diffusers
 from dlc.weights.info import about, info
 from dlc.weights.load import describe, load_model, load_pretrained
 from dlc.weights.meta import RunMeta
-from models import DiT
+from models import DiT, DiTSEM, Recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -65,6 +66,17 @@ def test_bare_files(name, sizes, suffix, tmp_path):
     )
     assert load_model(path, process="gaussian")[2].process["process"] == "gaussian"
     assert "M parameters, latents 4 x 8 x 8" in info(path)[0]
+
+
+def test_a_family_of_ones_own_does_not_claim_others_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recorded, "families", dict(Recorded.families))
+
+    class Mine(DiTSEM):
+        pass
+
+    monkeypatch.setattr(dits, "FAMILIES", (*dits.FAMILIES, Mine))
+    torch.save(tiny("DiTSEM-Ti/4", L=3, V=4).state_dict(), tmp_path / "model.pt")
+    assert load_model(tmp_path / "model.pt")[1] == "DiTSEM-Ti/4"
 
 
 def test_without_positions(tmp_path):

@@ -193,7 +193,8 @@ def config_of(
     words, of_diffusers = [], any(name.endswith(ANCHOR) for name in file.tensors)
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     # from the last: a DiTCONT's linear layer is called as a DiT's table
-    family = next((family for family in reversed(FAMILIES) if family.table in tensors), FAMILIES[0])
+    own = [family for family in reversed(FAMILIES) if "table" in vars(family)]  # a researcher's subclass has none
+    family = next((family for family in own if family.table in tensors), FAMILIES[0])
     # not by the highest number, which may be any
     depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     arguments = dict(
