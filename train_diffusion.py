@@ -188,6 +188,18 @@ def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs
     return INPUTS[family.conditioning](features, args)
 
 
+def check_patch(name: str, latent_size: int, data_path: str) -> None:
+    """Raise ValueError, naming the models that would fit, where a model's patch does not divide latents so wide."""
+    patch, size = DiT_models[name].patch_size, name.rpartition("/")[0]
+    if latent_size % patch:
+        sizes = {one: spec.patch_size for one, spec in DiT_models.items() if one.startswith(f"{size}/")}
+        fitting = [one for one in sizes if not latent_size % sizes[one]]
+        raise ValueError(
+            f"latents of {data_path} are {latent_size} wide, not a multiple of {name}'s patch {patch}: take "
+            f"{' or '.join([*fitting, 'another --image-size'])}"
+        )
+
+
 def model_arguments(args: argparse.Namespace) -> dict:
     """The arguments of the model's constructor that flags decide: to add one, add a line here and its flag."""
     given = dict(code_init=args.code_init) if issubclass(DiT_models[args.model].family, DiTSEM) else {}
@@ -372,11 +384,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         alignment = open_alignment(args, features, spec.depth)
         sizes = {**inputs.sizes, **model_arguments(args), **process.model_arguments}
         build = partial(spec, input_size=latent_size, in_channels=channels, **sizes)
-        if latent_size % spec.patch_size:
-            raise ValueError(
-                f"latents of {data_path} are {latent_size} wide, not a multiple of {args.model}'s patch "
-                f"{spec.patch_size}"
-            )
+        check_patch(args.model, latent_size, data_path)
         source = features.source()
         settings = dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings)
         run.claim(args.model, build, process, settings, data_notes(args, features))

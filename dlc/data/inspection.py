@@ -134,10 +134,12 @@ def print_latents(features: Features) -> None:
     )
     if not np.isfinite(std).all():
         print("warning: there are latents that are not finite: check says where")
-    for channel in np.flatnonzero((std <= 0.5) | (std >= 2)):
+    odd = np.flatnonzero((std <= 0.5) | (std >= 2))
+    if len(odd):
         print(
-            f"warning: channel {channel} of the latents has std {std[channel]:.3g}, outside 0.5 to 2: were they "
-            "multiplied by the VAE's scaling factor, once?"
+            f"warning: {len(odd)} of {len(std)} channels of the latents have a std outside 0.5 to 2, as channel "
+            f"{odd[0]} ({std[odd[0]]:.3g}): were they multiplied by the VAE's scaling factor, once, and does it suit "
+            "these images?"
         )
 
 

@@ -177,7 +177,12 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
         ("DiT-Ti/4", ("--encoder", "x"), "--encoder is for DiTSEM models and for --align, not DiT-Ti/4"),
         ("DiTCONT-Ti/4", (), "DiTCONT-Ti/4 is trained on vectors"),
         ("DiTSEM-Ti/4", ("--image-size", 60), "--image-size 60 is not a multiple of 8"),
-        ("DiTSEM-Ti/4", ("--image-size", 56), "latents of"),
+        (
+            "DiTSEM-Ti/4",
+            ("--image-size", 48),
+            "are 6 wide, not a multiple of DiTSEM-Ti/4's patch 4: take DiTSEM-Ti/2 or a",
+        ),
+        ("DiTSEM-Ti/4", ("--image-size", 56), "are 7 wide, not a multiple of DiTSEM-Ti/4's patch 4: take another --im"),
         ("DiTSEM-Ti/4", ("--L", 7), "L 6 there, 7 here; leave out the flag"),
         ("DiT-Ti/4", ("--L", 7), "--encoder-backbone say what an --encoder is"),
         ("DiTSEM-Ti/4", ("--num-classes", 3), "--num-classes does not go with --data-path"),
