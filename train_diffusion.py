@@ -190,10 +190,10 @@ def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs
 
 def check_patch(name: str, latent_size: int, data_path: str) -> None:
     """Raise ValueError, naming the models that would fit, where a model's patch does not divide latents so wide."""
-    patch, size = DiT_models[name].patch_size, name.rpartition("/")[0]
+    patch = DiT_models[name].patch_size
     if latent_size % patch:
-        sizes = {one: spec.patch_size for one, spec in DiT_models.items() if one.startswith(f"{size}/")}
-        fitting = [one for one in sizes if not latent_size % sizes[one]]
+        alike = (one for one in DiT_models if one.startswith(f"{name.rpartition('/')[0]}/"))
+        fitting = [one for one in alike if latent_size % DiT_models[one].patch_size == 0]
         raise ValueError(
             f"latents of {data_path} are {latent_size} wide, not a multiple of {name}'s patch {patch}: take "
             f"{' or '.join([*fitting, 'another --image-size'])}"
