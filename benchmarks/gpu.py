@@ -101,6 +101,8 @@ def training_on_several(how: str, bench: Bench) -> dict:
 
 def drawing(precision: str, given: str, bench: Bench) -> dict:
     """Images per second of the sampling script, or if `given` is None of the ancestors' loop."""
+    if not ON_GPU and "--cuda-graphs" in (given or []):
+        raise Unavailable("CUDA graphs need a GPU")
     args, root = bench.args, bench.root / "sampling"
     shape = dict(batch=args.sampling_batch, batches=3 if ON_GPU else 2, L=L, V=V)
     sizes, folder = argparse.Namespace(**{**vars(args), **shape}), root / f"images {len(bench.rows)}"

@@ -17,7 +17,8 @@ from dlc.machine.files import write_json
 from dlc.machine.processes import PRECISIONS, versions
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
+OWN_RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", OWN_RESULTS))
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 

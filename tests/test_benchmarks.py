@@ -52,6 +52,13 @@ def test_rows_go_on_where_they_stopped(rows_of, monkeypatch, capsys):
     assert len(rows_of(gpu, "--minutes", 0)) == len(rows) and "go" in capsys.readouterr().out.split("put off")[1]
 
 
+def test_what_a_cpu_and_another_folder_leave_out(monkeypatch, tmp_path):
+    with pytest.raises(gpu.Unavailable, match="CUDA graphs need a GPU"):
+        gpu.drawing("bf16", ["--cuda-graphs"], gpu.Bench(None, tmp_path))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)  # as BENCHMARK_RESULTS does; most results are not there
+    assert readme.write_pages() == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gpu.CHECKS)
 def test_checks(name):

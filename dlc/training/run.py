@@ -159,7 +159,7 @@ class Run(contextlib.ExitStack):
         Raises ValueError as `create_accelerator` does.
         """
         args = self.args
-        if self.state.is_main_process:
+        if self.state.is_main_process and not self.resumed:
             write_json(self.folder / "args.json", vars(args))
         self.logger = create_logger(self.state, self.folder / "log.txt")
         self.accelerator, self.precision, sharded = create_accelerator(
@@ -254,7 +254,8 @@ class Run(contextlib.ExitStack):
             self.sums += saved.sum(dim=0).to(self.device)
 
     def _trim(self):
-        """Remove what was written after the time from which the run resumes."""
+        """Remove what was written after the time from which the run resumes, and record how it goes on."""
+        write_json(self.folder / "args.json", vars(self.args))
         trim_metrics(self.folder / "metrics.jsonl", self.first_step)
         if self.lengths.averages:
             trim_snapshots(self.folder, self.ema_images)

@@ -93,6 +93,11 @@ def test_a_head_on_a_frozen_trunk(features, tmp_path):
         assert all(torch.equal(after[key], value) for key, value in before.items())
         assert after.keys() - before.keys() and after["intermediate_layer.linear.weight"].any()
     assert all(line["head"] > 0 for line in metrics(whole))
+    # without --train-only more is trained: refused, whatever is allowed, and the record of the run stays
+    record = (whole / "args.json").read_bytes()
+    command = train_command(1, features, whole, "--intermediate-head", 2, "--allow-change", "--max-steps", 6)
+    words = launch(command, tmp_path, check=False).stdout
+    assert "holds the state of AdamW of 4 parameters" in words and (whole / "args.json").read_bytes() == record
     two = train("two", 4, processes=2)
     for one, other in zip(metrics(whole), metrics(two)):
         assert one["head"] == pytest.approx(other["head"], rel=1e-4)
