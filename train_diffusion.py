@@ -39,7 +39,6 @@ from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.heldout import add_heldout_flags
 from dlc.training.heldout_latents import HeldOutLatents, split_features
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
-from dlc.training.losses import Losses
 from dlc.training.preview import preview_sampler, rows_to_show, save_preview
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags, warmup
@@ -313,7 +312,8 @@ def losses_of(
         return out
 
     terms = process.training_losses(network, x, t, dict(y=y, drop=drop), noise)
-    terms.setdefault("mse", terms["loss"])  # what is added to the loss is not of the process
+    if head or alignment:  # what they add is not part of the process's own loss, which is logged, too
+        terms.setdefault("mse", terms["loss"])
     if head:
         terms["head"] = mean_flat((inner["head"].float() - process.target(x, noise, t)) ** 2)
         terms["loss"] = terms["loss"] + HEAD_WEIGHT * terms["head"]
@@ -321,14 +321,6 @@ def losses_of(
         terms["align"] = alignment(inner["tokens"], targets) if aligned else torch.zeros_like(terms["loss"])
         terms["loss"] = terms["loss"] + alignment.weight * terms["align"]
     return terms, t
-
-
-def logged_losses(process: Process, head: bool = False, align: bool = False) -> Losses:
-    """All losses of a process, and those that are added; by quarter of t the second, which is the first's main part, or
-    the only one."""
-    more = ("head",) * head + ("align",) * align
-    own = process.loss_names if process.loss_names[1:] or not more else ("loss", "mse")
-    return Losses(own + more, by_quarter=own[:2][-1])
 
 
 def preview_vae(
@@ -404,7 +396,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         alignment.begin(run, model)
     kept = dict(seed=args.global_seed, dropout=model.class_dropout_prob, head=bool(args.intermediate_head))
     optimizers = build_optimizer(args, model, alignment and alignment.projector)
-    run.optimize(optimizers, logged_losses(process, kept["head"], bool(alignment)), warmup)
+    run.optimize(optimizers, warmup)
 
     # ---------------------------------------------------------------------- run
     kind = ImageBatches if encode else TrainingBatches

@@ -25,13 +25,11 @@ from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, seed_torch
 from dlc.training.code_batches import CodeBatches, Codes, draws
 from dlc.training.heldout import HeldOutCodes, add_heldout_flags, settle_heldout
-from dlc.training.losses import Losses
 from dlc.training.preview import CodePreview, preview_codes
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags, warmup
 from prior import DLCPrior_models
 
-LOSSES = Losses(("loss", "nats"), by_quarter="nats", unit="codes")
 HOLDOUT = 0.01  # the default of --holdout
 MASKING = "counted"  # the same mean loss as independent masks, and less variance
 
@@ -173,7 +171,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         model = run.adopt(build())
     # fused: it skips a step on the device, where the fp16 scaler would wait to find out
     adamw = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    run.optimize(adamw, LOSSES, warmup)
+    run.optimize(adamw, warmup, unit="codes")
 
     # ---------------------------------------------------------------------- run
     batches = CodeBatches(codes, **run.share)

@@ -34,7 +34,7 @@ class Flow:
         time_scale: the model is told time_scale * t: 1, as in SiT and REPA, or 1000, the range of DDPM's times.
     """
     num_timesteps = last_time = 1               # the length of its time
-    model_arguments, loss_names = dict(learn_sigma=False), ("loss",)
+    model_arguments = dict(learn_sigma=False)
 
     def __init__(self, time_distribution: str = "uniform", time_mean: float = 0.0, time_std: float = 1.0,
                  time_scale: float = 1.0):

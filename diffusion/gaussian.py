@@ -85,11 +85,6 @@ class GaussianDiffusion:
         return {} if self.variance == "learned_range" else dict(learn_sigma=False)
 
     @property
-    def loss_names(self) -> tuple[str, ...]:
-        """The keys of what `training_losses` returns, "loss" first."""
-        return ("loss", "mse", "vb")[:1 if "kl" in self.loss else 3 if self.variance == "learned_range" else 2]
-
-    @property
     def last_time(self) -> int:
         """The largest time that the model is told."""
         return self.timestep_map[-1]
@@ -287,17 +282,16 @@ class GaussianDiffusion:
             bound, _ = self._variational_bound_terms(output, x_start, x_t, t)
             return dict(loss=bound * (self.num_timesteps if self.loss == "rescaled_kl" else 1))
 
-        terms = {}
-        prediction = output
-        if self.variance == "learned_range":
-            prediction, fraction = output.chunk(2, dim=1)
-            frozen_mean = torch.cat([prediction.detach(), fraction], dim=1)
-            terms["vb"], _ = self._variational_bound_terms(frozen_mean, x_start, x_t, t)
-            if self.loss == "rescaled_mse":
-                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
-        terms["mse"] = mean_flat((self.target(x_start, noise, t) - prediction) ** 2)
-        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
-        return terms
+        learned = self.variance == "learned_range"
+        prediction, *fraction = output.chunk(2, dim=1) if learned else [output]
+        mse = mean_flat((self.target(x_start, noise, t) - prediction) ** 2)
+        if not learned:
+            return dict(loss=mse, mse=mse)
+        frozen_mean = torch.cat([prediction.detach(), *fraction], dim=1)
+        vb, _ = self._variational_bound_terms(frozen_mean, x_start, x_t, t)
+        if self.loss == "rescaled_mse":
+            vb = vb * (self.num_timesteps / 1000)
+        return dict(loss=mse + vb, mse=mse, vb=vb)
 
     @torch.no_grad()
     def calc_bpd_loop(self, model: Callable, x_start: torch.Tensor, clip_denoised: bool = True,

@@ -6,8 +6,7 @@
 
 To add one, write its class in a file beside this one and give it a row in PROCESSES. A process of latents has
     training_times(u)                       # (N,) uniforms in [0, 1), float64, to times t (N,)
-    training_losses(model, x_start, t, model_kwargs, noise)     # dict of (N,)
-    loss_names                              # its keys, "loss" first, then its main part
+    training_losses(model, x_start, t, model_kwargs, noise)     # dict of (N,): "loss", then its main part, if any
     target(x_start, noise, t)               # what its models' first C channels are to be
     num_timesteps, last_time                # t is below the one in training, and up to the other in its samplers
     model_arguments                         # dict, of the constructor of its models

@@ -17,7 +17,7 @@ from dlc.machine.processes import cores_per_process
 from evaluation import notes
 from evaluation.feature_networks import add_network_flags, check_weights_flags
 from evaluation.measuring import Measured, Output, measure
-from evaluation.metrics import METRICS, Pair
+from evaluation.metrics import ALONE, METRICS, Pair
 from evaluation.reference import STORED, Reference
 from evaluation.sets import ImageSet
 
@@ -69,7 +69,7 @@ def networks_of(metrics: Iterable[str], features: str) -> list[str]:
 
 def needs_reference(metrics: Iterable[str]) -> bool:
     """Whether some of the metrics compare samples with a reference."""
-    return any(METRICS[name].needs != "probabilities" for name in metrics)
+    return any(METRICS[name].needs not in ALONE for name in metrics)
 
 
 def check_reference(reference: Reference, metrics: Iterable[str], features: str) -> None:
@@ -78,7 +78,7 @@ def check_reference(reference: Reference, metrics: Iterable[str], features: str)
     for name in metrics:
         row = METRICS[name]
         stored = row.needs == "statistics" and reference.stored(row.network or features, row.output) is not None
-        if stored or reference.images is not None or row.needs == "probabilities":
+        if stored or reference.images is not None or row.needs in ALONE:
             there.append(name)
     if lacking := [name for name in metrics if name not in there]:
         arrays = ", ".join(array for output in reference.statistics for array in STORED[output])
@@ -181,7 +181,7 @@ class Comparison:
         else:
             reference = Measured(0)
         reference.statistics.update({key: one for key, one in stored.items() if one is not None})
-        kept = self.needed("features", "probabilities")
+        kept = self.needed("features", *ALONE)
         measured = self._measure(samples, self.distances(), kept, "samples")
         if not self.state.is_main_process:
             return Result()
@@ -219,6 +219,8 @@ class Comparison:
         key = network, "pool"
         if key in self.needed("features"):
             pair.features = tuple(one.rows[key].to(self.state.device) for one in (reference, samples))
+        if key in self.needed("samples"):
+            pair.samples = samples.rows[key].to(self.state.device)
         if key in self.needed("probabilities"):
             pair.probabilities = self.networks[network].probabilities(samples.rows[key])
         return pair

@@ -346,6 +346,7 @@ def kernel_distance(
 #################################################################################
 
 SPLIT_SIZE = 5000  # rows of a split of the Inception Score, in the order of the samples: ADM's
+ALONE = ("samples", "probabilities")  # what a metric needs that compares with no reference
 K_PRECISION, K_DENSITY = 3, 5  # nearest neighbours, of ADM and of the paper on density and coverage
 
 
@@ -356,12 +357,14 @@ class Pair:
     Attributes:
         statistics: {output of the network: (the reference's, the samples')}, of the outputs that a wanted metric names.
         features: `pool` (N, D) of the reference and (M, D) of the samples, on the device, if a wanted metric needs it.
+        samples: `pool` (M, D) of the samples, on the device, if a wanted metric needs it alone.
         probabilities: of the samples' classes (M, classes), if a wanted metric needs them.
         pr_precision: see `precision_recall`. seed: of whatever a metric draws.
     """
 
     statistics: dict[str, tuple[FeatureStatistics, FeatureStatistics]] = field(default_factory=dict)
     features: tuple[torch.Tensor, torch.Tensor] | None = None
+    samples: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
     pr_precision: str = "adm"
     seed: int = 0
@@ -381,7 +384,8 @@ class Metric:
 
     Attributes:
         label, digits: its name in tables, and digits after the point in the line for a paper.
-        needs: the attribute of a Pair that it is computed from: "statistics", "features" or "probabilities".
+        needs: the attribute of a Pair that it is computed from: "statistics", "features", "samples" or
+            "probabilities".
         function: of a Pair: the number; or {key: number}, where another number belongs to it.
         network: whose features; None: the network that --features names.
         output: the network's output that "statistics" are of.

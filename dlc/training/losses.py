@@ -1,32 +1,46 @@
-"""The losses that a trainer logs: their sums, by name and by quarter of the time, and the means of these."""
+"""The losses that a run logs: their sums, by name and by quarter of the time, and the means of these."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 QUARTERS = 4  # of the time t; losses differ much between them
 
 
-@dataclass(frozen=True)
 class Losses:
-    """Which losses a trainer logs: means over the samples since the last line, summed up without a device sync.
+    """Sums of a loss's terms over the samples since the last line of the log, without a device sync.
+
+    The terms are those of the loss function, "loss" first; the one after it, which is its main part, is also logged by
+    quarter of t.
 
     Attributes:
-        names: keys of the dict that the loss function returns, "loss" first.
-        by_quarter: the one that is also logged by quarter of t.
         unit: what a sample is, in the plural, for rates.
+        names: of the terms; () before the first batch.
+        values: (len(names) + 2 * QUARTERS,) sums of this process: of the terms, then of the quarters, then counts.
     """
 
-    names: tuple[str, ...]
-    by_quarter: str
-    unit: str = "images"
+    def __init__(self, unit: str):
+        self.unit, self.names, self.values = unit, (), torch.zeros(0)
 
-    def zeros(self, device: torch.device) -> torch.Tensor:
-        return torch.zeros(len(self.names) + 2 * QUARTERS, device=device)
+    @property
+    def by_quarter(self) -> str:
+        return self.names[:2][-1]
 
-    def sums(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-        """What a batch adds to the sums, (len(names) + 2 * QUARTERS,).
+    def resume(self, names: list[str], values: torch.Tensor) -> None:
+        """Go on from sums that a checkpoint holds."""
+        self.names, self.values = tuple(names), values
+
+    def begin(self, terms: dict[str, torch.Tensor]) -> tuple[str, ...]:
+        """Make room for these terms, unless it is there. Returns the names of other terms, whose sums it drops."""
+        names = ("loss", *(name for name in terms if name != "loss"))
+        if names == self.names and len(self.values) == len(names) + 2 * QUARTERS:
+            return ()
+        dropped, self.names = self.names, names
+        self.values = torch.zeros(len(names) + 2 * QUARTERS, device=terms["loss"].device)
+        return dropped
+
+    def of_batch(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+        """What a batch adds to the values.
 
         Args:
             terms: (n,) values by name.
@@ -41,9 +55,9 @@ class Losses:
             ]
         )
 
-    def means(self, sums: torch.Tensor) -> dict:
+    def means(self, values: torch.Tensor) -> dict:
         """The means by name, and a list of those by quarter; NaN for a quarter without samples."""
-        totals, quarters = sums.tolist()[: len(self.names)], sums.tolist()[len(self.names) :]
+        totals, quarters = values.tolist()[: len(self.names)], values.tolist()[len(self.names) :]
         counts = quarters[QUARTERS:]
         n = sum(counts) or math.nan
         return {

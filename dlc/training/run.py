@@ -6,7 +6,7 @@ A trainer calls `Run` and is never called by it; its loop stays its own, and rea
         run.claim(name, build, process, settings, notes)    # the results folder; refuses another run
         run.start()                                 # log, accelerator, seed
         model = run.adopt(build())                  # EMA, compiling, sharding
-        run.optimize(optimizers, losses, warmup)    # resumes
+        run.optimize(optimizers, warmup)            # resumes
         for step, batch in run.steps(batches, measured):     # what is measured as training goes, see `Measurement`
             for part in run.micro_batches(batch):   # a dict of tensors (n, ...)
                 terms = ...                         # dict of (n,), from run.model
@@ -213,15 +213,21 @@ class Run(contextlib.ExitStack):
         return with_autocast(self.accelerator, module) if self.sharded else self.accelerator.prepare(module)
 
     def optimize(
-        self, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer], losses: Losses, schedule: Callable
+        self,
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        schedule: Callable,
+        unit: str = "images",
     ) -> None:
         """Train with this optimizer, or these; then resume. Each group keeps its own learning rate, times
-        schedule(args, step), which depends on nothing else: a resumed run goes on with it."""
+        schedule(args, step), which depends on nothing else: a resumed run goes on with it.
+
+        unit: what a sample is, in the plural.
+        """
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         for optimizer in self.optimizers:
             begin_groups(optimizer)
         self.schedule, self.rates = schedule, []  # those of the last step
-        self.losses, self.sums = losses, losses.zeros(self.device)  # of this process, since the last line of the log
+        self.losses = Losses(unit)
         self.skips = SkippedSteps(self.optimizers, self.accelerator.scaler, self.device, self.skipped)
         with self.parser.one_line_errors():
             if self.resumed:
@@ -247,11 +253,11 @@ class Run(contextlib.ExitStack):
             average.copy_(value)
 
     def _load(self):
-        saved = load_checkpoint(self.resumed, **self._trained(), sums_shape=self.sums.shape)
-        if len(saved) == self.state.num_processes:
-            self.sums += saved[self.state.process_index].to(self.device)
-        elif self.state.is_main_process:
-            self.sums += saved.sum(dim=0).to(self.device)
+        sums, names = load_checkpoint(self.resumed, **self._trained())
+        rank = self.state.process_index
+        if len(sums) != self.state.num_processes:  # then process 0 has those of all
+            sums = torch.stack([sums.sum(dim=0), *[torch.zeros_like(sums[0])] * rank])
+        self.losses.resume(names, sums[rank].to(self.device))
 
     def _trim(self):
         """Remove what was written after the time from which the run resumes, and record how it goes on."""
@@ -341,7 +347,7 @@ class Run(contextlib.ExitStack):
 
     def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """The --grad-accum parts of a batch, on the device. Gradients are all-reduced only after the last one."""
-        self.step_sums = 0
+        self.step_sums = None
         parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch.values())))
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -353,9 +359,16 @@ class Run(contextlib.ExitStack):
                 yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(batch, part)}
 
     def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> None:
-        """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log: see `Losses.sums`."""
+        """Accumulate the gradients of a micro-batch's mean loss, and its sums for the log: see `Losses`."""
         self.accelerator.backward(terms["loss"].mean() / self.args.grad_accum)
-        self.step_sums = self.step_sums + self.losses.sums(terms, t, num_timesteps)
+        dropped = self.losses.begin(terms)
+        if dropped:
+            changed = f"the loss has the terms {', '.join(self.losses.names)}, no longer {', '.join(dropped)}"
+            if self.rates or self.step_sums is not None:
+                self.parser.error(f"{changed}: let it return each of them at every step")
+            self.logger.info(f"{changed}: the next line of the log covers only the steps from here")
+        sums = self.losses.of_batch(terms, t, num_timesteps)
+        self.step_sums = sums if self.step_sums is None else self.step_sums + sums
 
     def update(self, step: int) -> None:
         """Clip the gradients, take the optimizers' step and update the EMA, unless the fp16 scaler skips the step.
@@ -390,7 +403,8 @@ class Run(contextlib.ExitStack):
         update_ema(local_shards(self.averages), local_shards(self.weights), decay, self.skips.last)
         self.ema_start *= decay
         self.lengths.update(local_shards(self.weights), args.global_batch_size, self.skips.last)
-        self.sums += self.step_sums if self.skips.last is None else self.step_sums.masked_fill(self.skips.last, 0)
+        skipped = self.skips.last
+        self.losses.values += self.step_sums if skipped is None else self.step_sums.masked_fill(skipped, 0)
         self.bar.update()
 
     def _refuse_unreached(self):
@@ -428,12 +442,12 @@ class Run(contextlib.ExitStack):
         checkpoint_due = (checkpoint_wanted and not self.postponed) or ending
         means = failure = None
         if log_due or checkpoint_due:
-            means = self.losses.means(self.accelerator.reduce(self.sums, "sum"))
+            means = self.losses.means(self.accelerator.reduce(self.losses.values, "sum"))
             failure = self._not_finite(step, means, checkpoint_due)
         if log_due or step == self.last_step or failure:
             write_line(self, step, means, log_due, failure)
         if log_due:  # even after a stop, so that a resumed run has the same lines
-            self.sums.zero_()
+            self.losses.values.zero_()
             self.skips.begin_line()
             self.last_line, self.logged, self.skipped = (time.time(), step), step, 0
         if longest >= args.max_nonfinite:
@@ -499,10 +513,16 @@ class Run(contextlib.ExitStack):
 
     def _save(self, step):
         args, meta = self.args, self.meta(step)
-        sums = self.accelerator.gather(self.sums.unsqueeze(0)).cpu()  # (processes, len(sums))
+        sums = self.accelerator.gather(self.losses.values.unsqueeze(0)).cpu()  # (processes, …)
         try:
             path = save_checkpoint(
-                self.folder, self.config, meta, sums=sums, write=self.state.is_main_process, **self._trained()
+                self.folder,
+                self.config,
+                meta,
+                sums=sums,
+                losses=self.losses.names,
+                write=self.state.is_main_process,
+                **self._trained(),
             )
         except OSError as error:
             self.parser.error(f"{error}; run the same command again; the last whole checkpoint is kept")

@@ -37,6 +37,7 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler | None = None,
     more: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     sums: torch.Tensor | None = None,
+    losses: Sequence[str] = (),
     write: bool = True,
 ) -> Path | None:
     """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
@@ -45,6 +46,7 @@ def save_checkpoint(
         model, ema, optimizers: if they are sharded, every process must call this, since gathering them is collective.
         more: further tensors, by the name of their file and by their own: averages of --ema-lengths, a projector.
         sums: a tensor (processes, …): what each process has summed for the log since the last line.
+        losses: the names of the terms that were summed.
         write: whether this process writes; True in one process only.
 
     Raises OSError, naming the checkpoint, if the disk does not take it.
@@ -55,6 +57,7 @@ def save_checkpoint(
     if not write:
         return None
     rest = dict(optimizers=states, scaler=scaler.state_dict() if scaler else None, sums=sums)
+    rest["losses"] = list(losses)
     return _write(Path(run_dir) / "checkpoints", config, meta, weights, rest)
 
 
@@ -135,13 +138,11 @@ def load_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None = None,
     more: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
-    sums_shape: tuple[int, ...] | None = None,
-) -> torch.Tensor | None:
-    """Load a checkpoint into the objects that it was saved from. Returns its sums.
+) -> tuple[torch.Tensor | None, list[str]]:
+    """Load a checkpoint into the objects that it was saved from. Returns its sums and the losses' names.
 
     Args:
         more: as of `save_checkpoint`; they are changed in place.
-        sums_shape: the shape of each process's sums; None: they may be anything.
 
     Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
     other optimizers; OSError if it cannot be read.
@@ -167,7 +168,7 @@ def load_checkpoint(
                     value.copy_(weights[key])
             else:
                 (model if name == "model" else ema).load_state_dict(weights)
-        state = _checked_state(path / "optimizer.pt", sums_shape)
+        state = _checked_state(path / "optimizer.pt")
         there = [_outline(one) for one in state["optimizers"]]
         here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]
         if there != here:
@@ -184,10 +185,10 @@ def load_checkpoint(
         ) from None
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    return state["sums"]
+    return state["sums"], state["losses"]
 
 
-def _checked_state(file: Path, sums_shape) -> dict:
+def _checked_state(file: Path) -> dict:
     """What optimizer.pt holds. Raises ValueError for anything but what `save_checkpoint` wrote."""
     state = read_torch(file, "an optimizer's state")
     try:
@@ -198,12 +199,13 @@ def _checked_state(file: Path, sums_shape) -> dict:
                     if fault:
                         raise ValueError(f"{name} of parameter {index} {fault}")
             _outline(saved)
-        sums = state["sums"]
-        if sums_shape is not None:
-            fault = tensor_fault(sums)
-            if fault or sums.ndim != 1 + len(sums_shape) or not len(sums) or sums.shape[1:] != sums_shape:
-                raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
-        return dict(state, scaler=state["scaler"])
+        sums, names = state["sums"], state.get("losses", [])
+        fault = None if sums is None else tensor_fault(sums)
+        if fault or sums is not None and (sums.ndim != 2 or not len(sums)):
+            raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("its losses are no names")
+        return dict(state, scaler=state["scaler"], losses=names)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
         raise Damaged(f"{file} is no optimizer's state ({one_line(repr(error), 100)})") from None
 

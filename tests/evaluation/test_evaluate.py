@@ -104,9 +104,9 @@ class Colours:
 
 def test_a_metric_is_a_row_and_so_is_a_network(evaluate, evaluation_place, monkeypatch):
     def largest(pair):
-        return dict(largest=float(pair.features[1].max()), largest_std=0.25)
+        return dict(largest=float(pair.samples.max()), largest_std=0.25)
 
-    monkeypatch.setitem(METRICS, "largest", Metric("largest feature", 2, "features", largest, paper="Nobody 2026"))
+    monkeypatch.setitem(METRICS, "largest", Metric("largest feature", 2, "samples", largest, paper="Nobody 2026"))
     monkeypatch.setitem(NETWORKS, "colours", Colours)
     (evaluation_place / "reference.npz").rename("other.npz")
     (evaluation_place / "weights.bin").write_bytes(b"")
@@ -120,6 +120,8 @@ def test_a_metric_is_a_row_and_so_is_a_network(evaluate, evaluation_place, monke
     said = evaluate("samples.npz", "--reference", "other.npz", *flags, "fid")  # of Inception, whatever --features says
     assert "largest feature as in Nobody 2026, precision and largest feature of colours's features; " in said
     assert numbers_in().keys() == {"fid", "precision", "largest", "largest_std"}
+    evaluate("samples.npz", *flags[:-1])  # of the samples alone: it needs no reference
+    assert numbers_in() == dict(largest=pytest.approx(wanted, rel=1e-5), largest_std=0.25)
 
 
 def test_dinov2_beside_inception_and_alone(evaluate, evaluation_place):

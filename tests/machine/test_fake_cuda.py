@@ -43,7 +43,7 @@ from evaluation.metrics import FeatureStatistics, density_coverage, kernel_dista
 from evaluation.similarity import psnr, ssim
 from models import DiT, DiTCONT, DiTSEM
 from prior import DLCPrior
-from train_diffusion import argument_parser, build_optimizer, logged_losses, losses_of
+from train_diffusion import argument_parser, build_optimizer, losses_of
 
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
@@ -85,7 +85,7 @@ class Launched:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
 
-def launched_run(model, losses, parser, precision, flags, device, alignment=None):
+def launched_run(model, parser, precision, flags, device, alignment=None):
     """A `Run` without launcher and folder, of that model."""
     run = Run.__new__(Run)
     run.parser, run.args = parser, parser.parse_args(["--log-every", "100", *flags])
@@ -100,7 +100,7 @@ def launched_run(model, losses, parser, precision, flags, device, alignment=None
     if alignment:
         projector = real(ALIGNMENTS[alignment.kind].projector, model.pos_embed.shape[2], alignment.shape[1])
         alignment.projector, alignment.project = run.adopt_beside("projector", projector)
-    run.optimize(build_optimizer(run.args, model, alignment and alignment.projector), losses, warmup)
+    run.optimize(build_optimizer(run.args, model, alignment and alignment.projector), warmup)
     return run
 
 
@@ -117,7 +117,7 @@ def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
         run.update(number)
         run.report(number)
         state = [list(values.values()) for one in run.optimizers for values in one.state.values()]
-        assert_on(run.device, terms, t, run.sums, run.skips.counts, run.weights, run.averages, state)
+        assert_on(run.device, terms, t, run.losses.values, run.skips.counts, run.weights, run.averages, state)
         if run.accelerator.scaler:
             assert_on(run.device, run.skips.last, run.accelerator.scaler._scale)
         if run.args.grad_clip:
@@ -133,8 +133,7 @@ def training(family, precision, *flags, moments=False, device=CUDA, steps=2, pro
     model = real(build, **process.model_arguments).to(device)
     head = model.intermediate_head is not None
     alignment = align and Alignment(align, 1, 0.5, None, (16, 5), None)  # of another grid than the model's
-    losses = logged_losses(process, head, bool(align))
-    run = launched_run(model, losses, argument_parser(), precision, flags, device, alignment)
+    run = launched_run(model, argument_parser(), precision, flags, device, alignment)
     settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments, head=head, alignment=alignment)
 
     def batch():
@@ -151,7 +150,7 @@ def prior_training(classes, shared, precision, *flags, entropy=False, device=CUD
     """Steps of train_prior.py."""
     sizes = dict(hidden_size=16, depth=depth, num_heads=2, num_classes=classes, shared_embedding=shared)
     model = real(DLCPrior, L, V, scale_by_sigma=entropy, **sizes).to(device)
-    run = launched_run(model, train_prior.LOSSES, train_prior.argument_parser(), precision, flags, device)
+    run = launched_run(model, train_prior.argument_parser(), precision, flags, device)
     diffusion = MaskedDiffusion(V, masking="counted", time_conditioning=entropy, score_entropy=entropy)
 
     def losses(indices, x, y):

@@ -21,9 +21,10 @@ from dlc.data.images import center_crop, load_rgb
 from dlc.data.inspection import problems
 from dlc.training.alignment import ALIGNMENTS, Alignment, resized
 from dlc.training.image_batches import ImageBatches, Images
+from dlc.training.losses import Losses
 from dlc.weights.load import load_model
 from dlc.weights.networks import load_encoder
-from train_diffusion import draws, logged_losses, losses_of
+from train_diffusion import draws, losses_of
 
 ALIGN = ("--align", "repa", "--align-block", 2)
 
@@ -80,9 +81,9 @@ def test_loss_of_a_step(process):
     assert terms.keys() == {*usual, "align"} and torch.equal(terms["head"], usual["head"])
     # the process's own loss is logged, too
     own, _ = losses_of(model, process, indices, x, y, **{**kept, "head": False})
-    logged = logged_losses(process, True, True)
-    assert torch.equal(terms["mse"] + terms.get("vb", 0), own["loss"]) and logged.by_quarter == "mse"
-    assert {*logged.names} == terms.keys()
+    logged = Losses("images")
+    assert not logged.begin(terms) and logged.by_quarter == "mse" and {*logged.names} == terms.keys()
+    assert torch.equal(terms["mse"] + terms.get("vb", 0), own["loss"])
     without, _ = losses_of(model, process, indices, x, y, **kept, alignment=alignment)
     assert torch.equal(without["loss"], usual["loss"]) and not without["align"].any()
 

@@ -113,7 +113,8 @@ HEAD = {
         ("import numpy as np\n", "import numpy as np\nfrom diffusion.distillation import distillation\n"),
         (
             "            run.backward(terms, t, process.num_timesteps)",
-            '            terms["loss"] = terms["loss"] + 0.5 * distillation(model)\n'
+            '            terms["distillation"] = distillation(model)\n'
+            '            terms["loss"] = terms["loss"] + 0.5 * terms["distillation"]\n'
             "            run.backward(terms, t, process.num_timesteps)",
         ),
     ],
@@ -124,10 +125,7 @@ ADAMW = "return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_
 SGD = {
     "train_diffusion.py": [
         (ADAMW, "return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)"),
-        (
-            "bool(alignment)), warmup)",
-            "bool(alignment)), lambda args, step: warmup(args, step) * np.float64(0.5) ** step)",
-        ),
+        ("(optimizers, warmup)", "(optimizers, lambda args, step: warmup(args, step) * np.float64(0.5) ** step)"),
     ]
 }
 MUON = {
@@ -338,8 +336,11 @@ def test_a_change_trains_resumes_samples_and_is_exported(name, described_feature
         assert run.wait(), run.said()
         outputs.append(run.said())
     assert "continued from results/checkpoints/0000002" in outputs[1]
+    lines = list(map(json.loads, (root / "results/metrics.jsonl").read_text().splitlines()))
+    if name == "head":
+        added = [line["loss"] - line["mse"] - line["vb"] for line in lines]
+        assert added == pytest.approx([0.5 * line["distillation"] for line in lines], rel=1e-4)
     if name == "sgd":  # half the learning rate at each step, beside the warm-up
-        lines = map(json.loads, (root / "results/metrics.jsonl").read_text().splitlines())
         assert [line["lr"] for line in lines] == pytest.approx([0.01 / 6, 0.01 / 6, 0.01 / 8])
     for file in ("model.safetensors", "ema.safetensors"):
         resumed, straight = ((root / run / "checkpoints/0000003" / file).read_bytes() for run in ("results", "whole"))
