@@ -124,7 +124,7 @@ def same_bytes(bench: Bench) -> dict:
     """Shards that differ when extraction is compiled again, with an empty cache of kernels."""
     root, found = bench.root / "compiled twice", []
     root.mkdir()
-    how = dict(precision="bf16", compile=ON_GPU, batch_size=min(32, bench.args.images))
+    how = dict(precision="bf16" if ON_GPU else "fp32", compile=ON_GPU, batch_size=min(32, bench.args.images))
     sizes = argparse.Namespace(**{**vars(bench.args), **how, "images": 2 * how["batch_size"]})
     extraction.prepare(root, sizes)
     for cache in ("A", "B"):
@@ -136,7 +136,8 @@ def same_bytes(bench: Bench) -> dict:
 
 def stage(command: str, tiny: str, bench: Bench) -> dict:
     """A benchmark of a stage as a whole, whose rows come into its own file, and on a GPU into its own table."""
-    name, *words = f"{command} {'' if ON_GPU else tiny}".split()
+    command += "" if ON_GPU else f" {tiny}"
+    name, *words = command.split()
     kept = {} if ON_GPU else {"BENCHMARK_RESULTS": bench.root}
     run_script("-m", f"benchmarks.{name}", *words, **kept)
     return {"said": f"measured by python -m benchmarks.{command}: see its own table"}
@@ -173,7 +174,7 @@ ROWS = [  # part, name, minutes on an H100 with what it prepares, its function a
       ("DDP", "FSDP", ALONE)),
     ("extraction", "compiled twice", 2.0, same_bytes, ()),
     *((command.split()[0], f"benchmarks.{command}", minutes, stage, (command, tiny)) for command, minutes, tiny in (
-        ("extraction --precision bf16", 5.0, "--images 4 --batch-size 2"),
+        ("extraction --precision bf16", 5.0, "--images 4 --batch-size 2 --precision fp32"),
         ("extraction --batch-size 1 --images 64", 3.0, "--images 2"),
         ("prior", 4.0, "--model DLCPrior-Ti --L 16 --repeats 1"))),
     ("sampling", f"{ANCESTORS}: the same, fp32, eager", 2.5, drawing, ("fp32", None)),
