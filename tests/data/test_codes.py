@@ -5,7 +5,7 @@ import json
 import numpy as np
 from conftest import refusal
 
-from dlc.data.codes import CodeSpec, compare, perplexity, token_counts
+from dlc.data.codes import CodeSpec, compare
 from dlc.sampling.code_folder import open_codes
 
 
@@ -39,9 +39,3 @@ def test_what_a_set_says(tmp_path):
     for change, message in ((dict(num=300), "1 shards of codes, by codes.json 2"), (dict(codes_sha256=None), "yet")):
         (tmp_path / "codes.json").write_text(json.dumps({**record, **change}))
         refusal(open_codes, tmp_path, words=message)
-
-
-def test_counts():
-    counts = token_counts(np.array([[0, 1], [0, 2], [0, 1], [0, 2]], np.uint8), 4)
-    assert counts.tolist() == [[4, 0, 0, 0], [0, 2, 2, 0]]
-    np.testing.assert_allclose(perplexity(counts), [1, 2])

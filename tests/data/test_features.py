@@ -2,15 +2,14 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, fails, refusal
+from conftest import fails, refusal
 
 from dlc.data import KINDS, Features, FeatureWriter, Manifest, NpyRows, kind_dir
 from dlc.data.inspection import problems
@@ -61,33 +60,6 @@ def test_round_trip(written):
     assert not (root / "progress").exists()
 
 
-def lone_files(root, **arrays):
-    """A directory of the reference scripts: arrays by kind, whose samples have a leading 1 or not."""
-    for kind, array in arrays.items():
-        kind_dir(root, 64, kind).mkdir(parents=True)
-        for index in range(len(array)):
-            lone = array[index] if kind == "features" and index % 2 else array[index : index + 1]
-            np.save(kind_dir(root, 64, kind) / f"{index}.npy", lone)
-
-
-def test_directory_of_the_reference_scripts(tmp_path):
-    latents = RANDOM.normal(size=(12, 4, 8, 8)).astype(np.float32)
-    codes, labels = RANDOM.integers(0, 9, (12, 3)), RANDOM.integers(0, 1000, 12)
-    lone_files(tmp_path, features=latents, sem=codes, labels=labels)
-    for kind in ("features", "sem"):
-        (kind_dir(tmp_path, 64, kind) / "._0.npy").write_bytes(b"a Mac's")
-    features = Features(tmp_path, V=9)
-    rows = np.array([11, 2, 10])  # 2.npy comes before 10.npy
-    np.testing.assert_array_equal(features.latents.gather(rows), latents[rows])
-    np.testing.assert_array_equal(features.codes.gather(rows), codes[rows])
-    np.testing.assert_array_equal(features.labels.gather(rows), labels[rows])
-    assert (features.count, features.L, features.num_classes) == (12, 3, 1000)
-    with pytest.raises(ValueError, match=r"imagenet64_sem.*\.npy, row 0: value \d outside 0\.\.3"):
-        Features(tmp_path).codes.gather(np.arange(12), limit=4)
-    (kind_dir(tmp_path, 64, "labels") / "7.npy").unlink()
-    refusal(Features, tmp_path, words="7.npy is not in both")
-
-
 def test_one_launch_at_a_time(tmp_path, monkeypatch):
     first, second = FeatureWriter(tmp_path, MANIFEST), FeatureWriter(tmp_path, MANIFEST)
     assert first.start()
@@ -110,18 +82,6 @@ def test_one_launch_at_a_time(tmp_path, monkeypatch):
     left = kind_dir(tmp_path, 64, "sem") / ".000001.npy.0123456789abcdef0123456789abcdef.tmp"
     left.write_bytes(b"half")
     assert FeatureWriter(tmp_path, MANIFEST).start() and not left.exists()
-
-
-def test_what_others_wrote_is_left_alone(tmp_path):
-    (tmp_path / "imagenet64_features").mkdir()
-    np.save(tmp_path / "imagenet64_features/0.npy", np.zeros(3))
-    refusal(FeatureWriter(tmp_path, MANIFEST).start, words="holds .npy files but no manifest.json to say what they are")
-    (tmp_path / "imagenet64_features/0.npy").unlink()
-    others = [tmp_path / ".other.tmp", tmp_path / "elsewhere/.000001.npy.0123456789abcdef0123456789abcdef.tmp"]
-    for path in others:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("")
-    assert FeatureWriter(tmp_path, MANIFEST).start() and all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("call, number", [("fcntl.flock", errno.ENOLCK), ("os.fsync", errno.ENOTSUP)])
@@ -179,102 +139,27 @@ def test_a_file_that_goes_away_or_cannot_be_read(written, monkeypatch):
     refusal(Features, written[0], words="000001.npy is missing")
 
 
-def test_values_out_of_range_are_named(written):
-    root, arrays = written
-    for kind, name, place, value, message in (
-        ("sem", "000001.npy", (2, 1), 5, r"sem/000001.npy, row 2: value 5 outside 0..4"),
-        ("labels", "000003.npy", 1, -1, r"labels/000003.npy, row 1: value -1 outside"),
-    ):
-        path = kind_dir(root, 64, kind) / name
-        before, array = path.read_bytes(), np.load(path)
-        array[place] = value
-        np.save(path, array)
-        for read in (Features(root).validate, lambda kind=kind: Features(root).gather(kind, np.array([9, 5]))):
-            refusal(read, words=f"imagenet64_{message}")
-        np.save(path, array.astype(float))
-        refusal(Features(root).validate, words="wanted integers")
-        path.write_bytes(before)
-
-
-def test_nothing_half_written_passes_for_whole(written, tmp_path_factory):
-    root, _ = written
-    refusal(Features, root / "nowhere", words="does not exist")
-    refusal(Features, tmp_path_factory.mktemp("empty"), words="has no features")
-    half = tmp_path_factory.mktemp("half")
-    writer = FeatureWriter(half, MANIFEST)
-    writer.start()
-    writer.write(0, shard(3), [])
-    refusal(Features, half, words="half-written")
-    (kind_dir(root, 64, "features") / "000001.npy").unlink()
-    refusal(Features, root, words="000001.npy is missing")
-
-
-def test_a_shard_of_another_width_is_refused(written):
-    """NumPy would spread a row of one value over the whole row."""
-    root, arrays = written
-    np.save(kind_dir(root, 64, "sem") / "000001.npy", arrays["sem"][3:8, :1])
-    with pytest.raises(ValueError, match=r"000001.npy has rows of shape \(1,\), .*000000.npy of \(3,\)"):
-        Features(root).codes.gather(np.arange(10))
-    np.save(kind_dir(root, 64, "features") / "000003.npy", np.zeros((2, 4, 4, 4), np.float16))
-    refusal(Features(root).validate, words=r"000003.npy has rows of shape \(4, 4, 4\)")
-
-
-def test_other_settings_are_refused(written):
-    root, _ = written
-    assert not FeatureWriter(root, MANIFEST).start()  # complete
-    refusal(FeatureWriter(root, replace(MANIFEST, vae_sha256="y")).start, words="vae_sha256 'x' there, 'y' here")
-    assert not FeatureWriter(root, replace(MANIFEST, vae="elsewhere")).start()  # where it lies does not count
-    refusal(Features, root, V=6, words="--V 6: .* says 5")
-
-
-def test_settings_without_shards_do_not_count(tmp_path):
-    assert FeatureWriter(tmp_path, replace(MANIFEST, V=6)).start()
-    classes = [f"n{i:08d}" for i in range(1000)]
-    writer = FeatureWriter(tmp_path, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))
-    assert writer.start()
-    writer.write(0, shard(3), [])
-    with pytest.raises(ValueError, match=r"classes \['n00000000.{1,40}… there, \['a', 'b.*'\] here.*\(the names of"):
-        FeatureWriter(tmp_path, replace(MANIFEST, listing_sha256="1" * 64)).start()
-
-
-IMAGENET = 1_281_167  # images of its training set
-
-
-def sparse_features(root, count, per_shard=1024):
-    """Features of which each file is a header and a hole, and takes no room on the disk."""
-    writer = FeatureWriter(root, replace(MANIFEST, image_size=256, images=0, L=512, V=256))
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """ImageNet's 1,281,167 rows are read from. Each file is a header and a hole, which takes no room on the disk."""
+    count, per_shard = 1_281_167, 16_384
+    writer = FeatureWriter(tmp_path, replace(MANIFEST, image_size=256, images=0, L=512, V=256))
     writer.start()
     shards = range(-(-count // per_shard))
     kinds = dict(features=((4, 32, 32), "<f2"), sem=((512,), "|u1"), labels=((), "<i8"), path=((), "<U40"))
     for number in shards:
         rows = min(per_shard, count - number * per_shard)
         for kind, (shape, dtype) in kinds.items():
-            with open(kind_dir(root, 256, kind) / f"{number:06d}.npy", "wb") as file:
+            with open(kind_dir(tmp_path, 256, kind) / f"{number:06d}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=(rows, *shape)))
                 file.truncate(file.tell() + rows * int(np.prod(shape)) * np.dtype(dtype).itemsize)
         writer.shard_record(number).write_text(json.dumps(dict(rows=rows, skipped=[])))
     writer.finish(len(shards))
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """ImageNet's 1,281,167 rows, opened and read from, take no more than 10,000 do."""
-    script = """if True:
-        import resource, sys
-        import numpy as np
-        from dlc.data import Features
-        Features(sys.argv[1]).latents.gather(np.arange(256))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        features = Features(sys.argv[2])
-        features.latents.gather(np.linspace(0, features.count - 1, 256).astype(int))
-        print(features.count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """
-    sparse_features(tmp_path / "small", 10_000)
-    sparse_features(tmp_path / "large", IMAGENET)
-    command = [sys.executable, "-c", script, tmp_path / "small", tmp_path / "large"]
-    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    count, grown_kib = map(int, out.split())
-    assert count == IMAGENET and grown_kib < 32 * 1024, grown_kib  # the rows are 11 GB
+    tracemalloc.start()
+    features = Features(tmp_path)
+    features.latents.gather(np.linspace(0, features.count - 1, 256).astype(int))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert features.count == count and peak < 2**23, peak  # the rows are 11 GB
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -291,7 +176,6 @@ def test_a_skip_is_not_final(complete, tmp_path):
     again = FeatureWriter(tmp_path, manifest)
     assert again.start(lambda path: path == "y")
     assert [again.is_done(number) for number in range(3)] == [True, True, False]
-    refusal(Features, tmp_path, words="half-written")
     again.write(2, shard(3), [])
     last = again.finish(3)
     assert (last.count, last.skipped, last.transparent) == (8, [["x", "no image"]], 1)
@@ -299,36 +183,97 @@ def test_a_skip_is_not_final(complete, tmp_path):
     assert not list(problems(tmp_path)) and not again.start(lambda path: path == "y")
 
 
-def test_another_kind_of_array(written, tmp_path, monkeypatch):
+def lone_files(root, **arrays):
+    """A directory of the reference scripts: arrays by kind, whose samples have a leading 1 or not."""
+    for kind, array in arrays.items():
+        kind_dir(root, 64, kind).mkdir(parents=True)
+        for index in range(len(array)):
+            lone = array[index] if kind == "features" and index % 2 else array[index : index + 1]
+            np.save(kind_dir(root, 64, kind) / f"{index}.npy", lone)
+
+
+def test_directory_of_the_reference_scripts(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "text", ArrayKind(2, "f"))
+    latents, text = RANDOM.normal(size=(12, 4, 8, 8)).astype(np.float32), RANDOM.normal(size=(12, 7, 16))
+    codes, labels = RANDOM.integers(0, 9, (12, 3)), RANDOM.integers(0, 1000, 12)
+    lone_files(tmp_path, features=latents, sem=codes, labels=labels, text=text)
+    for kind in ("features", "sem"):
+        (kind_dir(tmp_path, 64, kind) / "._0.npy").write_bytes(b"a Mac's")
+    features = Features(tmp_path, V=9)
+    rows = np.array([11, 2, 10])  # 2.npy comes before 10.npy
+    for kind, array in dict(features=latents, sem=codes, labels=labels, text=text).items():
+        np.testing.assert_array_equal(features.gather(kind, rows), array[rows])
+    assert (features.count, features.L, features.num_classes) == (12, 3, 1000)
+    with pytest.raises(ValueError, match=r"imagenet64_sem.*\.npy, row 0: value \d outside 0\.\.3"):
+        Features(tmp_path).codes.gather(np.arange(12), limit=4)
+    (kind_dir(tmp_path, 64, "labels") / "7.npy").unlink()
+    refusal(Features, tmp_path, words="7.npy is not in both")
+
+
+def test_another_kind_of_array(written, monkeypatch):
     monkeypatch.setitem(KINDS, "text", ArrayKind(2, "f"))
     root, arrays = written
-    text = RANDOM.normal(size=(10, 7, 16)).astype(np.float16)
+    text, rows = RANDOM.normal(size=(10, 7, 16)).astype(np.float16), np.array([9, 0, 4])
     refusal(Features(root).gather, "text", np.arange(2), words="has no imagenet64_text")
     kind_dir(root, 64, "text").mkdir()
     for number, part in enumerate(np.split(text, [3, 8, 8])):
         np.save(kind_dir(root, 64, "text") / f"{number:06d}.npy", part)
-    features, rows = Features(root), np.array([9, 0, 4])
-    features.validate()
-    np.testing.assert_array_equal(features.gather("text", rows), text[rows])
-    np.testing.assert_array_equal(features.gather("sem", rows), arrays["sem"][rows])
+    np.testing.assert_array_equal(Features(root).gather("text", rows), text[rows])
     assert not list(problems(root))
     np.save(kind_dir(root, 64, "text") / "000003.npy", text[:1])
     assert "000003.npy has shape" in " ".join(problems(root))
-    lone = tmp_path / "lone"
-    lone_files(lone, features=np.zeros((10, 4, 8, 8)), labels=np.zeros(10, int), text=text)
-    np.testing.assert_array_equal(Features(lone).gather("text", rows), text[rows])
 
 
-def test_a_shard_whose_files_went_is_not_done(tmp_path):
-    writer = FeatureWriter(tmp_path, MANIFEST)
-    writer.start()
+@pytest.mark.parametrize(
+    "kind, shard, change, words",
+    [
+        ("sem", 1, lambda array: array + 5 * (np.arange(5)[:, None] == 2), "row 2: value [5-9] outside 0..4"),
+        ("labels", 3, lambda array: np.array([0, -1]), "row 1: value -1 outside"),
+        ("sem", 1, lambda array: array.astype(float), "wanted integers"),
+        # NumPy would spread a row of one value over the whole row
+        ("sem", 1, lambda array: array[:, :1], r"has rows of shape \(1,\), .*000000.npy of \(3,\)"),
+        ("features", 3, lambda array: array[:, :, :4, :4], r"has rows of shape \(4, 4, 4\)"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(kind, shard, change, words, written):
+    path = kind_dir(written[0], 64, kind) / f"{shard:06d}.npy"
+    np.save(path, change(np.load(path)))
+    for read in (Features(written[0]).validate, lambda: Features(written[0]).gather(kind, np.array([9, 5]))):
+        refusal(read, words=f"imagenet64_{kind}/{path.name}.*{words}")
+
+
+def test_whose_shards_they_are(written, tmp_path_factory):
+    root, _ = written
+    assert not FeatureWriter(root, MANIFEST).start()  # complete
+    refusal(FeatureWriter(root, replace(MANIFEST, vae_sha256="y")).start, words="vae_sha256 'x' there, 'y' here")
+    assert not FeatureWriter(root, replace(MANIFEST, vae="elsewhere")).start()  # where it lies does not count
+    refusal(Features, root, V=6, words="--V 6: .* says 5")
+    refusal(Features, root / "nowhere", words="does not exist")
+
+    begun = tmp_path_factory.mktemp("begun")
+    refusal(Features, begun, words="has no features")
+    (begun / "imagenet64_features").mkdir()
+    np.save(begun / "imagenet64_features/0.npy", np.zeros(3))
+    refusal(FeatureWriter(begun, MANIFEST).start, words="holds .npy files but no manifest.json to say what they are")
+    (begun / "imagenet64_features/0.npy").unlink()
+    others = [begun / ".other.tmp", begun / "elsewhere/.000001.npy.0123456789abcdef0123456789abcdef.tmp"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    assert FeatureWriter(begun, replace(MANIFEST, V=6)).start()  # without shards its settings do not count
+    classes = [f"n{i:08d}" for i in range(1000)]
+    writer = FeatureWriter(begun, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))
+    assert writer.start() and all(path.exists() for path in others)
     writer.write(0, shard(3), [])
-    assert writer.is_done(0) and not writer.is_done(1)
-    path = kind_dir(tmp_path, 64, "labels") / "000000.npy"
+    refusal(Features, begun, words="half-written")
+    with pytest.raises(ValueError, match=r"classes \['n00000000.{1,40}… there, \['a', 'b.*'\] here.*\(the names of"):
+        FeatureWriter(begun, replace(MANIFEST, listing_sha256="1" * 64)).start()
+    path = kind_dir(begun, 64, "labels") / "000000.npy"
     content = path.read_bytes()
+    assert writer.is_done(0) and not writer.is_done(1)
     path.unlink()
     assert not writer.is_done(0)
     path.write_bytes(content)
     writer.finish(1)
     path.unlink()
-    refusal(FeatureWriter(tmp_path, MANIFEST).start, words="labels/000000.npy is missing, though the manifest lists it")
+    refusal(FeatureWriter(begun, writer.manifest).start, words="labels/000000.npy is missing, though the manifest")

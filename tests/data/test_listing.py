@@ -7,12 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from accelerate import PartialState
-from conftest import IMAGE_SIZE, extract_command, fails, launch, refusal, save_images
+from conftest import IMAGE_SIZE, fails, refusal, save_images
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dlc.data import Features
 from dlc.data.listing import ENDINGS, list_images, listing_sha256
 from dlc.machine import cli
 from dlc.training.image_batches import Images
@@ -81,31 +80,21 @@ def test_links_are_followed(tmp_path):
 # ---------------------------------------------------------------------- what is left out
 
 
-@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir"])
-def test_hidden_and_system_folders_are_no_classes(name, tmp_path):
-    make(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png", f"dog/{name}/2.png", f"dog/deep/{name}/3.png")
-    make(tmp_path, "dog/deep/1.png")
-    classes, paths, labels, _ = list_images(tmp_path)
-    assert (classes, paths) == (["cat", "dog"], ["cat/1.png", "dog/1.png", "dog/deep/1.png"])
-    assert labels.tolist() == [0, 1, 1]
-    line = only_line(tmp_path)
-    assert f"left out 3 hidden or system files and folders ({name}, …)" in line
-
-
-def test_other_endings_are_counted(tmp_path):
-    make(tmp_path, "cat/1.png", "README.md", "dog/1.avif", "dog/README", "dog/LICENSE", "dog/dot.", "dog/1.png")
+def test_what_is_left_out_is_counted(tmp_path):
+    """Hidden and system folders are no classes; empty classes stay classes."""
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        root = make(tmp_path / name[1:], "ant/", "cat/1.png", "dog/sub/", "dog/deep/1.png", "dog/1.png", "eel/x/")
+        make(root, f"{name}/1.png", f"dog/{name}/2.png", f"dog/deep/{name}/3.png")
+        classes, paths, labels, _ = list_images(root)
+        assert (classes, paths) == (["ant", "cat", "dog", "eel"], ["cat/1.png", "dog/1.png", "dog/deep/1.png"])
+        assert labels.tolist() == [1, 2, 2]
+        left = f"left out 3 hidden or system files and folders ({name}, …); 2 empty classes (ant, …)"
+        assert only_line(root).endswith(left)
+    root = make(tmp_path / "endings", "cat/1.png", "README.md", "dog/1.avif", "dog/README", "dog/LICENSE", "dog/dot.")
     counts = dict(GIF=("cat", 12), jfif=("dog/sub", 3), txt=("dog", 20))
-    make(tmp_path, *(f"{folder}/{i}.{ending}" for ending, (folder, n) in counts.items() for i in range(n)))
-    assert only_line(tmp_path).endswith("1 of other endings")
-    assert list_images(tmp_path)[1] == ["cat/1.png", "dog/1.png"]
-    assert "left out 20 .txt, 12 .gif, " in only_line(tmp_path)
-
-
-def test_empty_classes_stay_classes(tmp_path):
-    make(tmp_path, "ant/", "bee/notes.txt", "cat/1.png", "dog/sub/", "eel/")
-    same_as_torchvisions(tmp_path)
-    assert list_images(tmp_path)[2].tolist() == [2]
-    assert "left out 1 .txt; 4 empty classes (ant, …)" in only_line(tmp_path)
+    make(root, *(f"{folder}/{i}.{ending}" for ending, (folder, n) in counts.items() for i in range(n)))
+    assert list_images(root)[1] == ["cat/1.png"]
+    assert "left out 20 .txt, 12 .gif, " in only_line(root) and "1 of other endings; 1 empty" in only_line(root)
 
 
 def test_folders_that_link_back(tmp_path):
@@ -119,17 +108,12 @@ def test_folders_that_link_back(tmp_path):
     shutil.rmtree(root / "dog")
     (root / "cat/dog").unlink()
     (root / "cat/above").symlink_to(tmp_path, target_is_directory=True)
+    (root / "cat/sub").symlink_to("nowhere")
+    (root / "cat/loop").symlink_to("loop")
+    os.mkfifo(root / "cat/pipe.png")  # opened, it would never end
     classes, paths, _, _ = list_images(root)
     assert classes == ["cat"] and paths == ["cat/1.png", "cat/deep/2.png"]
-
-
-def test_links_to_nowhere_and_what_is_no_file(tmp_path):
-    make(tmp_path, "cat/1.png")
-    (tmp_path / "cat/sub").symlink_to("nowhere")
-    (tmp_path / "cat/loop").symlink_to("loop")
-    os.mkfifo(tmp_path / "cat/pipe.png")  # opened, it would never end
-    assert list_images(tmp_path)[1] == ["cat/1.png"]
-    assert "left out 3 links to nowhere and special files (cat/loop, …)" in only_line(tmp_path)
+    assert "3 links to nowhere and special files (cat/loop, …)" in only_line(root)
 
 
 # ---------------------------------------------------------------------- what stops a listing
@@ -143,14 +127,13 @@ def test_a_folder_that_the_disk_does_not_give(code, folder, tmp_path, monkeypatc
     refusal(list_images, tmp_path, words=words, error=OSError)
 
 
-@pytest.mark.parametrize(
-    "target, reason", [("nowhere", "No such file"), ("cat", "Too many levels"), ("dog/1.png/x", "Not a directory")]
-)
-def test_a_class_that_is_a_link_to_nowhere(target, reason, tmp_path):
+def test_a_class_that_is_a_link_to_nowhere(tmp_path):
     """As where the disk that holds it is not mounted: without it, every label after it would shift."""
     make(tmp_path, "ant/1.png", "dog/1.png")
-    (tmp_path / "cat").symlink_to(target)
-    refusal(list_images, tmp_path, words=f"cannot list '{tmp_path}/cat' \\({reason}", error=OSError)
+    for target, reason in (("nowhere", "No such file"), ("cat", "Too many levels"), ("dog/1.png/x", "Not a dir")):
+        (tmp_path / "cat").unlink(missing_ok=True)
+        (tmp_path / "cat").symlink_to(target)
+        refusal(list_images, tmp_path, words=f"cannot list '{tmp_path}/cat' \\({reason}", error=OSError)
 
 
 def test_nothing_to_list(tmp_path):
@@ -169,66 +152,38 @@ def test_nothing_to_list(tmp_path):
     assert words in refusal(list_images, shards)
 
 
-@pytest.mark.parametrize(
-    "names, better",
-    [
-        ("train/cat/1.png train/dog/2.png val/cat/3.png val/dog/4.png", "train"),
-        ("test/1.png train/n01/2.png train/n02/3.png val/4.png", "train"),  # ImageNet's: two of the parts are flat
-        ("archive/cat/1.png archive/dog/2.png labels/", "archive"),
-        ("images/00000/1.png labels.csv", "images"),
-        ("a/data/cat/1.png b/data/dog/2.png", "a/data"),
-    ],
-)
-def test_folders_that_are_no_classes(names, better, tmp_path):
-    make(tmp_path, *names.split())
-    words = f"are no classes, since images lie deeper, as .* such as {tmp_path}/{better}$"
-    refusal(list_images, tmp_path, words=words)
+def test_folders_that_are_no_classes(tmp_path):
+    for number, (names, better) in enumerate(
+        (
+            ("train/cat/1.png train/dog/2.png val/cat/3.png val/dog/4.png", "train"),
+            ("test/1.png train/n01/2.png train/n02/3.png val/4.png", "train"),  # ImageNet's: two of the parts are flat
+            ("archive/cat/1.png archive/dog/2.png labels/", "archive"),
+            ("images/00000/1.png labels.csv", "images"),
+            ("a/data/cat/1.png b/data/dog/2.png", "a/data"),
+        )
+    ):
+        root = make(tmp_path / f"{number}", *names.split())
+        refusal(list_images, root, words=f"are no classes, since images lie deeper, as .* such as {root}/{better}$")
+    for number, (names, remark) in enumerate(
+        (
+            ("train/1.png val/2.png", "its classes train, val look like the parts of a data set: is one of them meant"),
+            ("images/1.png labels.csv", "there is one class, 'images': images of several go into a folder"),
+            ("n01/images/1.png n02/images/2.png", "no image lies directly in 2 of the class folders, as 'n01/images/1"),
+        )
+    ):
+        root = make(tmp_path / f"remark {number}", *names.split())
+        assert remark in list_images(root)[3][0] and same_as_torchvisions(root)
 
 
-@pytest.mark.parametrize(
-    "names, remark",
-    [
-        ("train/1.png val/2.png", "its classes train, val look like the parts of a data set: is one of them meant"),
-        ("images/1.png images/2.png labels.csv", "there is one class, 'images': images of several go into a folder"),
-        ("n01/images/1.png n02/images/2.png", "no image lies directly in 2 of the class folders, as 'n01/images/1"),
-        ("images/1.png masks/deep/1.png", "no image lies directly in 1 of the class folders, as 'masks/deep/1.png'"),
-    ],
-)
-def test_folders_that_may_be_no_classes(names, remark, tmp_path):
-    make(tmp_path, *names.split())
-    assert remark in list_images(tmp_path)[3][0] and same_as_torchvisions(tmp_path)
-
-
-# ---------------------------------------------------------------------- through the scripts
-
-
-@pytest.fixture(scope="module")
-def messy(tmp_path_factory):
-    """Two classes of two images, and what lies among them."""
-    root = tmp_path_factory.mktemp("data") / "messy"
-    save_images(root, per_class=2)
-    make(root, ".ipynb_checkpoints/0-checkpoint.png", "bee/", "cat/._0.png", "cat/anim.gif")
-    return root
-
-
-SAID = "left out 1 .gif, 2 hidden or system files and folders (.ipynb_checkpoints, …); 1 empty classes (bee)"
-
-
-@pytest.mark.slow
-def test_extraction_says_it_once(messy, tiny_models, tmp_path):
-    result = launch(extract_command("forked", 2, messy, tmp_path / "features", tiny_models), tmp_path)
-    assert result.stdout.count(SAID) == 1 and "warning: --data-path" in result.stdout
-    features = Features(tmp_path / "features")
-    assert features.manifest.classes == ["bee", "cat", "dog"] and not features.manifest.skipped
-    assert features.paths.gather(np.arange(4)).tolist() == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
-    assert features.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
-
-
-def test_training_on_images_has_the_same_listing(messy, tiny_models, monkeypatch, capsys):
+def test_training_on_images_has_the_same_listing(tiny_models, tmp_path, monkeypatch, capsys):
+    save_images(tmp_path, per_class=2)
+    make(tmp_path, ".ipynb_checkpoints/0-checkpoint.png", "bee/", "cat/._0.png", "cat/anim.gif")
     monkeypatch.setattr(cli, "WARNED", set())
     for path in ("cat/0.png", "dog/1.png"):
-        Image.new("RGBA", (70, 70), (9, 9, 9, 99)).save(messy / path)
-    images = Images(PartialState(cpu=True), messy, image_size=IMAGE_SIZE, vae=tiny_models[0])
+        Image.new("RGBA", (70, 70), (9, 9, 9, 99)).save(tmp_path / path)
+    images = Images(PartialState(cpu=True), tmp_path, image_size=IMAGE_SIZE, vae=tiny_models[0])
     assert images.num_classes == 3 and images.labels.gather(np.arange(4)).tolist() == [1, 1, 2, 2]
     said = capsys.readouterr().err
-    assert said.count(SAID) == 1 and "2 of 4 images that were looked at are transparent: they are blended on" in said
+    assert "2 of 4 images that were looked at are transparent: they are blended on" in said
+    left = "left out 1 .gif, 2 hidden or system files and folders (.ipynb_checkpoints, …); 1 empty classes (bee)"
+    assert said.count(left) == 1
