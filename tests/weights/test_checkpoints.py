@@ -1,30 +1,38 @@
+"""Checkpoints: which is the newest whole one, what it records, and what comes back of a changed model or optimizer."""
+
 import contextlib
 import errno
 import json
+import math
 import os
+import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
-from conftest import change_json, fails, refusal
+from conftest import fails, refusal
 
 from diffusion.process_table import create_process
 from dlc.sampling.opening import open_sampler
-from dlc.weights.checkpoint import load_checkpoint, save_checkpoint
+from dlc.weights.checkpoint import begin_groups, load_checkpoint, save_checkpoint, unrecordable
 from dlc.weights.info import info
-from dlc.weights.load import load_model, load_pretrained, newest_in
+from dlc.weights.load import filled, load_model, load_pretrained, newest_in, read_own
 from dlc.weights.meta import (
     RunMeta,
     config_of,
     newest_checkpoint,
     newest_of_run,
+    plain,
     read_config,
     read_meta,
     resume_point,
     run_checkpoints,
 )
-from models import DiT_models
+from models import DiT_models, DiTSEM, Recorded, build_model
+
+SIZES = dict(input_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=2, L=4, V=8)
 
 
 def tiny(name="DiTSEM-Ti/8", seed=0, **sizes):
@@ -91,35 +99,33 @@ def test_names_that_are_no_utf8(tmp_path):
 
 def test_several_runs_of_a_model_are_listed(tmp_path):
     """The last written is not taken for the one that is meant: a trial of few steps may be."""
-    for run, step in ((".", 7), ("a", 4000), ("b", 3)):
+    for run, step in ((".", 7), ("a", 4000), ("b", 3), ("in/c", 5), ("in/d", 6)):
         save(tmp_path / run, tiny(), step)
     runs = rf"{tmp_path} \(step 7\), {tmp_path}/a \(step 4,000\), {tmp_path}/b \(step 3\); name one of them"
     with pytest.raises(ValueError, match=f"3 runs under {tmp_path} have a checkpoint of DiTSEM-Ti/8: {runs}"):
         newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
     assert newest_checkpoint(tmp_path / "a", "DiTSEM-Ti/8").name == "0004000"
-    runs = [tmp_path / name for name in ("in/a", "in/b", "one/c")]
-    for step, run in enumerate(runs, 5):
-        save(run, tiny(), step)
-    both = rf"2 runs under {tmp_path}/in have a checkpoint: {runs[0]} \(step 5\), {runs[1]} \(step 6\); name one"
+    words = f"2 runs under {tmp_path}/in have a checkpoint: {tmp_path}/in/c .step 5., {tmp_path}/in/d .step 6.; name"
     for load in (load_model, info, lambda path: load_pretrained(path, tiny())):
-        refusal(load, tmp_path / "in", words=both)
-    assert load_model(tmp_path / "one")[2].step == 7 == load_model(tmp_path)[2].step
-    assert newest_in(tmp_path / "one", ["config.json"]) == runs[2] / "checkpoints/0000007"
-    assert newest_in("owner/name", ["config.json"]) == "owner/name"
+        refusal(load, tmp_path / "in", words=words)
+    shutil.rmtree(tmp_path / "in/d")
+    assert load_model(tmp_path / "in")[2].step == 5 and load_model(tmp_path)[2].step == 7
+    assert newest_in(tmp_path / "in", ["config.json"]) == tmp_path / "in/c/checkpoints/0000005"
 
 
-@pytest.mark.parametrize("closed", ["a", "a/checkpoints", "a/best"])
-def test_a_folder_that_cannot_be_listed_is_not_empty(closed, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_listed_is_not_empty(monkeypatch, tmp_path):
     """Nobody is told to train anew, nor is another run taken, because a run may not be read."""
     for run in "ab":
         save(tmp_path / run, tiny())
     (tmp_path / "a/best").mkdir()
     (tmp_path / "lost+found").mkdir()
-    beginnings = (str(tmp_path / closed), str(tmp_path / "lost+found"))
-    fails(monkeypatch, "os.listdir", errno.EACCES, lambda path=".": str(path).startswith(beginnings))
-    with pytest.raises(OSError, match=rf"cannot list {tmp_path}/{closed}.* \(Permission denied\)"):
-        newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
-    assert newest_checkpoint(tmp_path / "b", "DiTSEM-Ti/8").name == "0000001"
+    for closed in ("a", "a/checkpoints", "a/best"):
+        beginnings = (str(tmp_path / closed), str(tmp_path / "lost+found"))
+        with monkeypatch.context() as patch:
+            fails(patch, "os.listdir", errno.EACCES, lambda path=".", closed=beginnings: str(path).startswith(closed))
+            with pytest.raises(OSError, match=rf"cannot list {tmp_path}/{closed}.* \(Permission denied\)"):
+                newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
+            assert newest_checkpoint(tmp_path / "b", "DiTSEM-Ti/8").name == "0000001"
 
 
 def test_records_are_readable_and_read_back(tmp_path):
@@ -131,35 +137,18 @@ def test_records_are_readable_and_read_back(tmp_path):
     described = json.loads((path / "config.json").read_text())
     assert described["family"] == "DiTSEM" and described["arguments"]["L"] == 3
     assert described["process"]["process"] == "gaussian" and read_config(path) == config(tiny())
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
+    for change, words in (
         (dict(family="Nobody"), "there is no family of models called 'Nobody'"),
         (dict(arguments=dict(wings=2)), "cannot be built from its config.json: .*wings"),
         (dict(arguments=dict(L=3, V=4, depth=10**9)), "tensors for 1000000000 blocks"),
         (dict(arguments=dict(L=3, V=4, depth=1, input_size=2**19)), "does not fit the DiTSEM-Ti/8"),
-        (dict(arguments=dict(L=3, V=4, hidden_size="wide")), "cannot be built from its config.json"),
         (dict(family=3), "config.json: family is 3, wanted text"),
         (dict(arguments=[]), "config.json: arguments is"),
-        (dict(process="x"), "config.json: process is"),
-    ],
-)
-def test_configs_that_do_not_describe_the_weights(tmp_path, change, message):
-    path = save(tmp_path, tiny())
-    change_json(path / "config.json", **change)
-    refusal(load_model, path, words=message)
-
-
-def test_what_cannot_be_recorded_is_named():
-    model = tiny()
-    model.config["arguments"]["act"] = torch.nn.GELU
-    refusal(config, model, words="DiTSEM-Ti/8's argument act is a type, which a checkpoint cannot record")
-    refusal(RunMeta.of_run, dict(when=1j), {}, words="the setting when is a complex")
-    model = tiny()
-    model.config["arguments"]["depth"] = 2
-    refusal(config, model, words="is not what its recorded arguments build")
+        *((dict(process=value), "config.json: process is") for value in ("x", {}, dict(process="gaussian"))),
+        *((dict(process=dict(value, arguments={})), "config.json: process is") for value in ({}, dict(process=3))),
+    ):
+        (path / "config.json").write_text(json.dumps({**described, **change}))
+        refusal(load_model, path, words=words)
 
 
 def test_resume_point(tmp_path):
@@ -177,16 +166,122 @@ def test_resume_point(tmp_path):
 
 
 def test_samplers_draw_from_the_process_that_was_trained():
-    for arguments, fits in (
-        (dict(), True),
-        (dict(use_kl=True), True),
-        (dict(noise_schedule="squaredcos_cap_v2"), False),
-    ):
+    names = "num_sampling_steps eta time_shift t_min t_max progressive".split()
+    args = types.SimpleNamespace(**dict.fromkeys(names), sampler="ddim", model="DiTSEM-Ti/8")
+    args.num_sampling_steps = 3
+    for arguments, fits in ((dict(use_kl=True), True), (dict(noise_schedule="squaredcos_cap_v2"), False)):
         process = create_process("gaussian", timestep_respacing="", **arguments)
-        args = types.SimpleNamespace(
-            **dict(sampler="ddim", num_sampling_steps=3, eta=None, time_shift=None, t_min=None, t_max=None),
-            **dict(progressive=None, model="DiTSEM-Ti/8"),
-        )
         meta = RunMeta(process=config_of("DiTSEM-Ti/8", tiny(), process).process)
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--sampler ddim does not draw from"):
             assert open_sampler(args, tiny(), meta).num_steps == 3
+
+
+# ---------------------------------------------------------------------- changed models and optimizers
+
+
+@pytest.fixture(autouse=True)
+def _families(monkeypatch):
+    monkeypatch.setattr(Recorded, "families", dict(Recorded.families))
+
+
+def changed(code=lambda model: None):
+    class Changed(DiTSEM):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            code(self)
+
+    return Changed(**SIZES)
+
+
+def test_a_model_that_fixes_its_bases_arguments_is_built_from_its_own():
+    class Middle(DiTSEM):
+        def __init__(self, depth, L=4):
+            super().__init__(input_size=8, hidden_size=16, depth=2 * depth, num_heads=2, L=L, V=8)
+
+    class Outer(Middle):
+        def __init__(self, scale=2.0, **kwargs):
+            super().__init__(**kwargs)
+
+    model = Outer(depth=1)
+    assert model.config == dict(family="Outer", arguments=dict(scale=2.0, depth=1, L=4))
+    assert len(build_model(model.config).blocks) == 2
+    config_of("outer", model)
+
+
+def test_what_cannot_be_recorded_is_named():
+    for value in ({1: "rope"}, {"a": [{2: 3}]}, {1, 2}, math.nan, torch.bfloat16):
+        refusal(plain, dict(plan=value), "the argument", words="^the argument plan is a ")
+    assert plain(dict(plan=(1, (2, 3))), "the argument") == dict(plan=[1, [2, 3]])
+    for value in (torch.tensor([0, -math.inf]), torch.ones(2) * 1j):
+        model = changed(lambda model, value=value: model.register_buffer("mask", value))
+        refusal(config_of, "changed", model, words="mask .* register it with persistent=False")
+    refusal(RunMeta.of_run, dict(when=1j), {}, words="the setting when is a complex")
+    model = changed()
+    model.config["arguments"]["depth"] = 2
+    refusal(config_of, "changed", model, words="is not what its recorded arguments build")
+    model.config["arguments"]["act"] = torch.nn.GELU
+    refusal(config_of, "changed", model, words="changed's argument act is a type, which a checkpoint cannot record")
+    assert unrecordable(dict(state={0: dict(step=torch.ones(1), old=[torch.ones(2, dtype=torch.int64)])})) == ""
+    assert "float64" in unrecordable(dict(state={0: dict(step=np.float64(1))}))
+    assert "function" in unrecordable(dict(groups=[dict(rule=lambda: 0)]))
+
+
+def hold_everything(model):
+    model.one, model.other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    model.other.weight = model.one.weight  # tied
+    model.register_buffer("count", torch.arange(3))
+    model.register_buffer("mask", torch.ones(2, 3, dtype=torch.bool).t())
+    model.turned = torch.nn.Parameter(torch.randn(2, 3).t())
+    scale = model.one.weight.std().item()  # reads a weight, which the meta device does not have
+    model.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+
+def test_tied_turned_and_whole_number_tensors_come_back(tmp_path):
+    model = changed(hold_everything)
+    config = config_of("changed", model, create_process("gaussian", timestep_respacing=""))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = dict(optimizers=[optimizer])
+    path = save_checkpoint(tmp_path, config, RunMeta(step=1), model=model, ema=model, **parts)
+    other = changed(hold_everything)
+    load_checkpoint(path, model=other, ema=changed(hold_everything), **parts)
+    loaded = filled(config, read_own(path, path)[0], path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]) and torch.equal(value, loaded.state_dict()[name])
+    assert other.other.weight is other.one.weight and not loaded.scale.is_meta
+
+
+def test_a_run_of_before_an_argument_with_a_default_is_the_same_run():
+    now = config_of("changed", DiTSEM(**SIZES), create_process("gaussian", timestep_respacing=""))
+    before = {name: value for name, value in now.arguments.items() if name != "code_init"}
+    before = type(now)(model="changed", family="DiTSEM", arguments=before, process=now.process)
+    assert before.completed().differences(now) == ""
+    other = config_of("changed", DiTSEM(**SIZES, code_init="dlc"), create_process("gaussian", timestep_respacing=""))
+    assert "code_init 'unit' there, 'dlc' here" in before.completed().differences(other)
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps what it needs in its groups, in a state of no parameter, and in whole numbers, as some hand-written do."""
+
+    def __init__(self, parameters, lr, decay=0.0):
+        super().__init__(parameters, dict(lr=lr, decay=decay, k=0))
+
+    def step(self):
+        self.state["all"] = self.state.get("all", 0) + 1
+        for group in self.param_groups:
+            group["k"] += 1
+            for one in group["params"]:
+                self.state[one]["order"] = torch.arange(3)
+
+
+def test_what_an_optimizer_changes_of_its_groups_comes_back_and_other_values_are_of_this_launch(tmp_path):
+    model = changed()
+    config = config_of("changed", model)
+    optimizer, other = Counting(model.parameters(), 0.1), Counting(model.parameters(), 0.2, decay=0.5)
+    begin_groups(optimizer)
+    begin_groups(other)
+    optimizer.step()
+    optimizer.step()
+    path = save_checkpoint(tmp_path, config, RunMeta(step=2), model=model, ema=model, optimizers=[optimizer])
+    load_checkpoint(path, model=model, ema=model, optimizers=[other])
+    assert other.state["all"] == 2 and other.state[next(model.parameters())]["order"].tolist() == [0, 1, 2]
+    assert {name: other.param_groups[0][name] for name in ("lr", "decay", "k")} == dict(lr=0.2, decay=0.5, k=2)

@@ -1,4 +1,3 @@
-import itertools
 import json
 from pathlib import Path
 
@@ -82,24 +81,13 @@ def names_of_5(weights):
     return weights
 
 
-def dinov2_names(weights, prefix=""):
-    """By hand, for this test: the names of DINOv2 for transformers' weights."""
-    renamed, head = {}, {key: value for key, value in weights.items() if key.startswith("sem_")}
-    for index, kind in itertools.product((0, 1), ("weight", "bias")):
-        layer, block = f"encoder.layer.{index}.", f"blocks.{index}."
-        attention = [weights[f"{layer}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-        renamed[f"{block}attn.qkv.{kind}"] = torch.cat(attention)
-        renamed[f"{block}attn.proj.{kind}"] = weights[f"{layer}attention.output.dense.{kind}"]
-        for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-            renamed[f"{block}{part}.{kind}"] = weights[f"{layer}{part}.{kind}"]
-        renamed[f"patch_embed.proj.{kind}"] = weights[f"embeddings.patch_embeddings.projection.{kind}"]
-        renamed[f"norm.{kind}"] = weights[f"layernorm.{kind}"]
-        for part in ("1", "2"):
-            renamed[f"{block}ls{part}.gamma"] = weights[f"{layer}layer_scale{part}.lambda1"]
-    for name in ("cls_token", "mask_token", "register_tokens"):
-        renamed[name] = weights[f"embeddings.{name}"]
-    renamed["pos_embed"] = weights["embeddings.position_embeddings"]
-    return {**{prefix + key: value for key, value in renamed.items()}, **head}
+def dinov2_names(weights, encoder, prefix=""):
+    """The names of DINOv2 for transformers' weights, which are an encoder's by now; they are all but timm's."""
+    named = {name.removeprefix("backbone."): value for name, value in encoder.state_dict().items()}
+    named["register_tokens"], named["pos_embed"] = named.pop("reg_token"), weights["embeddings.position_embeddings"]
+    named |= {name: weights[f"embeddings.{name}"] for name in ("cls_token", "mask_token")}
+    named |= {f"norm.{kind}": weights[f"layernorm.{kind}"] for kind in ("weight", "bias")}
+    return {name if name.startswith("sem_") else prefix + name: value for name, value in named.items()}
 
 
 @pytest.mark.parametrize(
@@ -130,18 +118,21 @@ def test_transformers(published, tmp_path, prefix, rename, file):
 
 def test_dinov2s_and_timms_names(published, tmp_path):
     values, config, weights = published
-    teacher = dinov2_names(weights, "module.backbone._orig_mod.")
+    encoder = load_encoder(save_published(tmp_path / "folder", config, weights, "pytorch_model.bin"))
+    timm_names = {key.removeprefix("backbone."): value for key, value in encoder.state_dict().items()}
+    teacher = dinov2_names(weights, encoder, "module.backbone._orig_mod.")
     in_chunks = {key.replace("blocks.", "blocks.0."): value for key, value in teacher.items()}
     for layout, named in (
-        ("DINOv2's names", dinov2_names(weights)),
-        ("DINOv2's names", {"teacher": dinov2_names(weights, "backbone.")}),
+        ("DINOv2's names", dinov2_names(weights, encoder)),
+        ("DINOv2's names", {"teacher": dinov2_names(weights, encoder, "backbone.")}),
         ("DINOv2's names", {"teacher": {**in_chunks, "dino_head.mlp.0.weight": torch.zeros(1)}}),
+        ("timm's names, ViT of width 16", timm_names),
     ):
-        encoder = load_encoder(save_published(tmp_path / "folder", config, named, "pytorch_model.bin"))
-        assert agrees(encoder, values) and encoder.said.startswith(layout)
-    timm_names = {key.removeprefix("backbone."): value for key, value in encoder.state_dict().items()}
-    encoder = load_encoder(save_published(tmp_path / "folder", config, timm_names, "pytorch_model.bin"))
-    assert agrees(encoder, values) and encoder.said.startswith("timm's names, ViT of width 16")
+        loaded = load_encoder(save_published(tmp_path / "folder", config, named, "pytorch_model.bin"))
+        assert agrees(loaded, values) and loaded.said.startswith(layout)
+    bare = {key: value for key, value in dinov2_names(weights, encoder).items() if not key.startswith("sem_")}
+    save_published(tmp_path / "folder", config, bare, "pytorch_model.bin")
+    refusal(load_encoder, tmp_path / "folder", words="has a backbone, but no SEM head")
 
 
 def test_timm(tmp_path):
@@ -149,7 +140,8 @@ def test_timm(tmp_path):
 
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=518, depth=2)
-    weights = {**vit.state_dict(), **small_head(384)}
+    head = {"sem_embed.weight": torch.randn(12, 5 * 384), "sem_norm.weight": torch.ones(12)}
+    weights = {**vit.state_dict(), **head, "sem_norm.bias": torch.zeros(12)}
     assert vit.pos_embed.shape[1] == 37**2
     torch.save(weights, tmp_path / "timm.pth")
     encoder = load_encoder(tmp_path / "timm.pth", L=4)
@@ -163,54 +155,24 @@ def test_timm(tmp_path):
     assert all(torch.equal(unfolded[key], value) for key, value in encoder.state_dict().items() if key in unfolded)
 
 
-def small_head(width, tokens=5):
-    return {
-        "sem_embed.weight": torch.randn(12, tokens * width),
-        "sem_norm.weight": torch.ones(12),
-        "sem_norm.bias": torch.zeros(12),
-    }
-
-
 def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
     import timm
 
+    monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
+    (tmp_path / "x.pth").touch()
     for size, width, depth, registers in (("large", 1024, 24, 4), ("giant", 1536, 40, 4), ("base", 768, 12, 0)):
         with torch.device("meta"):
             name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
             vit = timm.create_model(name, num_classes=0, img_size=518)
             weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
-            weights |= {"sem_norm.weight": torch.zeros(512 * 256), "sem_norm.bias": torch.zeros(512 * 256)}
+            weights |= {f"sem_norm.{kind}": torch.zeros(512 * 256) for kind in ("weight", "bias")}
         monkeypatch.setattr("dlc.weights.foreign.layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
-        monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
-        (tmp_path / "x.pth").touch()
         found = read_foreign("x.pth", tmp_path / "x.pth", "encoder", given={})
         assert found.config == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
         assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in found.said
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(L=7), "has other shapes: sem_embed.weight"),
-        (dict(L=7, V=None), "has a head of 64 numbers, no multiple of L 7"),
-        (dict(L=None, V=None), "does not say how its head's 64 numbers are L times V: give --L"),
-        (dict(L="8"), "says L '8' in its config.json, wanted a whole number"),
-        (dict(temp=0), "temperature is 0, wanted a number from 1e-06"),
-        (dict(hidden_act="relu"), "config.json: hidden_act is 'relu', wanted gelu"),
-        (dict(hidden_size=32), "config.json: hidden_size is 32, wanted 16"),
-        (dict(num_attention_heads=None), "has width 16, none of DINOv2's, and no config.json that says its number"),
-        (dict(num_attention_heads=3), "timm cannot build"),
-        ({"preprocessor": dict(crop_size=dict(height=10**9))}, "image_size is 1000000000"),
-        ({"preprocessor": dict(crop_size=225)}, "no multiple of its patch"),
-    ],
-)
-def test_configurations_of_transformers(published, tmp_path, change, message):
-    _, config, weights = published
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change.get("preprocessor", {})))
-    refusal(load_encoder, save_published(tmp_path, {**config, **change}, weights), words=message)
-
-
-def test_what_configurations_say(published, tmp_path):
+def test_configurations(published, tmp_path):
     values, config, weights = published
     nested = dict(model_type="sem", backbone_config={**config, "L": None, "V": None}, L=8, temp=0.5)
     encoder = load_encoder(save_published(tmp_path, nested, weights))
@@ -220,10 +182,30 @@ def test_what_configurations_say(published, tmp_path):
     refusal(load_encoder, tmp_path, L=4, words="has L 8, the flag says 4: leave out the flag")
     encoder = load_encoder(save_published(tmp_path, config, {**weights, "temp": torch.tensor(0.25)}))
     assert encoder.temperature == 0.25
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(crop_size=dict(height=28, width=28))))
-    assert load_encoder(tmp_path).image_size == 28
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3)))
-    refusal(load_encoder, tmp_path, words="image_mean is .*, wanted ImageNet's")
+    for change, message in (
+        (dict(L=7), "has other shapes: sem_embed.weight"),
+        (dict(L=7, V=None), "has a head of 64 numbers, no multiple of L 7"),
+        (dict(L=None, V=None), "does not say how its head's 64 numbers are L times V: give --L"),
+        (dict(L="8"), "says L '8' in its config.json, wanted a whole number"),
+        (dict(temp=0), "temperature is 0, wanted a number from 1e-06"),
+        (dict(hidden_act="relu"), "config.json: hidden_act is 'relu', wanted gelu"),
+        (dict(hidden_size=32), "config.json: hidden_size is 32, wanted 16"),
+        (dict(num_attention_heads=None), "has width 16, none of DINOv2's, and no config.json that says its number"),
+        (dict(num_attention_heads=3), "timm cannot build"),
+    ):
+        refusal(load_encoder, save_published(tmp_path, {**config, **change}, weights), words=message)
+    save_published(tmp_path, config, weights)
+    for processor, message in (
+        (dict(crop_size=dict(height=28, width=28)), ""),
+        (dict(image_mean=[0.5] * 3), "image_mean is .*, wanted ImageNet's"),
+        (dict(crop_size=dict(height=10**9)), "image_size is 1000000000"),
+        (dict(crop_size=225), "no multiple of its patch"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        if message:
+            refusal(load_encoder, tmp_path, words=message)
+        else:
+            assert load_encoder(tmp_path).image_size == 28
 
 
 def test_what_is_no_sem_encoder(published, tmp_path):
@@ -232,15 +214,13 @@ def test_what_is_no_sem_encoder(published, tmp_path):
     head = {key: value for key, value in weights.items() if key.startswith("sem_")}
     for tensors, message in (
         (bare, r"has a backbone, but no SEM head \(sem_embed, sem_norm\), which DINOv2 alone does not have"),
-        (dinov2_names(bare), "has a backbone, but no SEM head"),
         (head, "has no ViT backbone .*: wanted the weights of a SEM encoder"),
         ({"x": torch.zeros(1)}, "is not an encoder of images: no tensor in it has a name that is known"),
         ({**weights, "sem_embed.weight": torch.zeros(64)}, "has no sem_embed.weight of 2 dimensions"),
-        ({**weights, "embeddings.cls_token": torch.zeros(16)}, "has no cls_token of 3 dimensions"),
         ({**weights, "embeddings.position_embeddings": torch.zeros(1, 12, 16)}, "has other shapes: backbone.pos_embed"),
         (
             {**weights, "encoder.layer.0.mlp.fc1.weight": torch.zeros(70, 16)},
-            "has width 16 and a gated MLP, other than DINOv2's",
+            "has width 16 and a gated MLP, other than",
         ),
     ):
         refusal(load_encoder, save_published(tmp_path, config, tensors, "pytorch_model.bin"), words=message)

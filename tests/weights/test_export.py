@@ -16,9 +16,8 @@ from dlc.machine.files import write_folder
 from dlc.nets.vae import decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.weights.checkpoint import save_checkpoint
-from dlc.weights.export import Export, add_vae
 from dlc.weights.info import info
-from dlc.weights.load import describe, load_model, load_pretrained
+from dlc.weights.load import describe, load_model
 from dlc.weights.meta import config_of
 from dlc.weights.networks import load_vae
 from models import DiT
@@ -77,9 +76,8 @@ def images_of(pipe, guidance, steps, **condition):
     return pipe(**condition, **how, generator=torch.Generator().manual_seed(5)).images
 
 
-@pytest.mark.parametrize("name", ["DiT-Ti/4", "DiTSEM-Ti/4", "DiTCONT-Ti/4"])
-def test_safetensors(name, export_to, tmp_path):
-    sizes = {"DiT-Ti/4": dict(num_classes=5), "DiTSEM-Ti/4": dict(L=3, V=4), "DiTCONT-Ti/4": dict(in_dim=6)}[name]
+@pytest.mark.parametrize("name, sizes", [("DiT-Ti/4", dict(num_classes=5)), ("DiTCONT-Ti/4", dict(in_dim=6))])
+def test_safetensors(name, sizes, export_to, tmp_path):
     model = tiny(name, **sizes)
     path, ema = checkpoint_of(tmp_path, model, name, **sizes)
     folder, said = export_to(path, "safetensors")
@@ -95,36 +93,9 @@ def test_safetensors(name, export_to, tmp_path):
     assert "somewhere" not in card
     raw, _ = export_to(path, "safetensors", "--no-ema", "--license", "cc-by-nc-4.0", name="raw")
     assert_same(load_model(raw, ema=False)[0], model)
-    with pytest.raises(ValueError, match="out has no raw weights: leave out --no-ema"):
-        load_model(folder, ema=False)
+    refusal(load_model, folder, ema=False, words="out has no raw weights: leave out --no-ema")
     assert "raw weights" in describe(load_model(raw)[2]) and '"cc-by-nc-4.0"' in (raw / "README.md").read_text()
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "meta.json", "model.safetensors"]
-
-
-class Variant(DiT):
-    """A researcher's own family, whose condition and argument nothing here knows."""
-
-    conditioning = "weather"
-
-    def __init__(self, *, gain=1.0, **kwargs):
-        super().__init__(**kwargs)
-        self.gain = torch.nn.Parameter(torch.tensor(gain))
-
-
-def test_any_model(export_to, tmp_path):
-    model = Variant(input_size=8, patch_size=4, hidden_size=64, depth=1, num_heads=1, num_classes=3, gain=2.0)
-    record = config(model, "Variant-1"), meta_of(7)
-    saved = save_checkpoint(tmp_path, *record, model=model, ema=model, optimizers=[])
-    folder, _ = export_to(saved, "safetensors")
-    loaded, name, meta = load_model(folder)
-    assert_same(loaded, model)
-    assert name == "Variant-1" and type(loaded) is Variant and loaded.config["arguments"]["gain"] == 2.0
-    assert meta.process["process"] == "gaussian"
-    card = (folder / "README.md").read_text()
-    assert "A Variant, a diffusion transformer (Peebles" in card and "conditioned on weather" in card
-    assert "Variant-1, 0.1 M parameters" in info(folder)[0] and "gain 2.0" in info(folder)[0]
-    with pytest.raises(ValueError, match="is for the published DiT and DiTSEM: .* is a Variant with the argument gain"):
-        add_vae(Export(loaded, name, meta, "x", "diffusers", "mit"), None)
 
 
 def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
@@ -142,10 +113,6 @@ def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
         pipe = kind.from_pretrained(folder, trust_remote_code=True)
         assert np.abs(draw(pipe) - ours).max() < 1e-5
     assert np.abs(draw(pipe, 1.0, 9) - our_images(ema, tiny_models[0], [1, 4], 1.0, 9)).max() < 1e-5
-    try:  # diffusers 0.33 takes a folder's code without asking
-        assert np.abs(draw(DiTPipeline.from_pretrained(folder)) - ours).max() < 1e-5
-    except ValueError as error:
-        assert "trust_remote_code" in str(error)
     loaded, name, meta = load_model(folder)
     assert_same(loaded, ema)
     assert name == "DiT-Ti/4" and "of DiT (as recorded)" in describe(meta)
@@ -164,8 +131,6 @@ def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
     drawn = draw(DiTPipeline.from_pretrained(stock, trust_remote_code=True))
     assert np.abs(drawn - ours).max() > 1e-5 and "of diffusers (as recorded)" in describe(load_model(stock)[2])
     assert np.abs(drawn - our_images(load_model(stock)[0], tiny_models[0], [1, 4], 1.5, 6)).max() < 1e-5
-    again, _ = export_to(stock, "safetensors", name="again")
-    assert_same(load_model(again)[0], load_model(stock)[0])
 
 
 def test_a_pipeline_of_a_ditsem(export_to, tmp_path, tiny_models):
@@ -241,12 +206,3 @@ def test_a_pipeline_of_a_flow(name, time_scale, export_to, tmp_path, tiny_models
         assert meta.process == process.config
     assert f"time_scale {time_scale}" in "\n".join(info(folder))
     assert "--sampler euler --num-sampling-steps 25" in (folder / "README.md").read_text()
-
-
-def test_what_a_flow_takes_from_a_model_of_another_process(tmp_path):
-    before, model = tiny(num_classes=5), tiny(seed=1, num_classes=5, learn_sigma=False)
-    torch.save(before.state_dict(), tmp_path / "dit.pt")
-    said = load_pretrained(tmp_path / "dit.pt", model, process=create_process("flow").config)
-    assert "it was trained on the process gaussian, this run is on flow: its blocks are a start" in said
-    assert "final_layer.linear.bias not taken: (128,) there, (64,) here" in said
-    assert torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)

