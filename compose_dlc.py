@@ -64,9 +64,22 @@ def compose(sources: torch.Tensor, weights: torch.Tensor, num: int, seed: int) -
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("images", nargs="*", help="two or more image files, also in an archive: images.zip/cat/0.png")
-    add("--features-path", "--feature-path", help="features, for --rows or for the encoder that made them [features]")
-    add("--rows", type=number(int, 0), nargs="+", help="in place of images: rows of the features, counted from 0")
+    add(
+        "images",
+        nargs="*",
+        help="compose codes of these image files, two or more, also in an archive: images.zip/cat/0.png",
+    )
+    add(
+        "--features-path",
+        "--feature-path",
+        help="read --rows or the name of the encoder from these features [features]",
+    )
+    add(
+        "--rows",
+        type=number(int, 0),
+        nargs="+",
+        help="take these rows of the features, counted from 0, instead of images",
+    )
     add_background_flag(add, None)
     add_encoder_flags(add, None, f" [that of the features, or {DEFAULT_ENCODER}]")
     add(
@@ -75,10 +88,19 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         default="tokens",
         help="take the sources' tokens, or, for images, draw from their SEM distributions [%(default)s]",
     )
-    add("--weights", type=number(float, 0), nargs="+", help="relative frequency of each source [equal]")
-    add("--temp", type=number(float, 1e-6), help="--mode sem: temperature of the distributions [the encoder's]")
-    add("--num", type=number(int, 1), default=16, help="number of codes to compose [%(default)s]")
-    add("--global-seed", type=SEED, default=0, help="seed of all draws [%(default)s]")
+    add(
+        "--weights",
+        type=number(float, 0),
+        nargs="+",
+        help="take tokens from the sources with these relative frequencies [equal]",
+    )
+    add(
+        "--temp",
+        type=number(float, 1e-6),
+        help="with --mode sem: set the temperature of the distributions [the encoder's]",
+    )
+    add("--num", type=number(int, 1), default=16, help="compose this many codes [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="seed all draws [%(default)s]")
     add("--out", default="composed.npy", help="write the codes (num, L) to this .npy [%(default)s]")
     return parser, parser.parse_args()
 

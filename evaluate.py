@@ -43,8 +43,8 @@ COMMANDS = {
 def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("samples", metavar="SAMPLES", help="samples: an .npz with arr_0, or a folder of images")
-    add("--reference", help="compare with this: an .npz of ADM's or make-reference's, or a folder of images")
+    add("samples", metavar="SAMPLES", help="evaluate these samples: an .npz with arr_0, or a folder of images")
+    add("--reference", help="compare with this: an .npz from ADM or make-reference, or a folder of images")
     add_comparison_flags(add)
     add("--output", help="write the numbers to this JSON file [SAMPLES.metrics.json, beside SAMPLES]")
     return parser, parser.parse_args(argv)

@@ -59,25 +59,33 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     add = parser.add_argument
     add_source_flags(add, required=True)
     add(
-        "--features-path", "--feature-path", default="features", help="directory to write the features to [%(default)s]"
+        "--features-path",
+        "--feature-path",
+        default="features",
+        help="write the features into this directory [%(default)s]",
     )
     add(
         "--model",
         default="DiTSEM-XL/2",
         choices=DiT_models,
         metavar="MODEL",
-        help="warn if latents of this size do not suit the patch of this model [%(default)s]",
+        help="warn if this model's patch size does not divide the latents [%(default)s]",
     )
-    add("--image-size", type=number(int, 1), default=256, help="height and width of the crop, pixels [%(default)s]")
+    add(
+        "--image-size",
+        type=number(int, 1),
+        default=256,
+        help="crop images to this height and width, pixels [%(default)s]",
+    )
     add("--vae", default="ema", help=f"{VAE_HELP} [%(default)s]")
     add_encoder_flags(add, more="; none: store latents and labels only")
     add(
         "--store-tokens",
         action="store_true",
-        help="also store the encoder's patch tokens of each row, in 16 bits, which train_diffusion.py --align trains "
-        "with; the log says first how much disk they take",
+        help="also store the encoder's patch tokens of each row, in 16 bits, for train_diffusion.py --align; the log "
+        "first says how much disk they take",
     )
-    add("--dino-cfg", action=NotHere, help="leave it out: --encoder says L and V, or --L and --V do")
+    add("--dino-cfg", action=NotHere, help="leave it out: L and V come from --encoder, or from --L and --V")
     add(
         "--flip",
         choices=["random", "none", "both"],
@@ -88,15 +96,15 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         "--posterior",
         choices=LATENTS,
         default="sample",
-        help="what to store of the VAE's posterior; moments: mean and std, from which training draws a fresh sample "
-        "in each epoch [%(default)s]",
+        help="store this of the VAE's posterior; moments: mean and std, from which training draws a fresh sample in "
+        "each epoch [%(default)s]",
     )
-    add("--dtype", choices=DTYPES, default="float16", help="type of the stored latents [%(default)s]")
+    add("--dtype", choices=DTYPES, default="float16", help="store latents in this type [%(default)s]")
     add(
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="precision of weights and activations of both networks; TF32 is never used [%(default)s]",
+        help="set the precision of both networks' weights and activations; TF32 is never used [%(default)s]",
     )
     add(
         "--compile",
@@ -108,19 +116,19 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         "--batch-size",
         type=number(int, 1),
         default=32 if ON_GPU else 4,
-        help="images per batch; on a CPU each core encodes a batch [32 on GPUs, 4 on CPUs]",
+        help="encode this many images per batch; on a CPU each core encodes a batch [32 on GPUs, 4 on CPUs]",
     )
     add_part_flag(add, "shards")
-    add("--shard-size", type=number(int, 1), default=1024, help="images per shard [%(default)s]")
+    add("--shard-size", type=number(int, 1), default=1024, help="store this many images per shard [%(default)s]")
     add(
         "--num-workers",
         type=number(int, 0),
         default=default_num_workers(),
-        help="data readers per process [%(default)s here]",
+        help="use this many data readers per process [%(default)s here]",
     )
     add("--strict", action="store_true", help="stop at the first broken image instead of skipping it")
     add_background_flag(add)
-    add("--global-seed", type=SEED, default=0, help="seed of flips and posterior draws [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="seed flips and posterior draws [%(default)s]")
     return parser, parser.parse_args()
 
 

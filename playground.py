@@ -57,7 +57,7 @@ DRAWN = SOURCES  # in the place of a source's number: a prior drew the token, or
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, help="the DiTSEM to draw from, as sample_ddp_computed_dlc.py takes it")
+    add("--ckpt", required=True, help="draw from this DiTSEM, as sample_ddp_computed_dlc.py takes it")
     add_encoder_flags(add, None, f" of its codes [that of the features or of --ckpt, or {DEFAULT_ENCODER}]")
     add("--features-path", help="offer the codes of these features by row [those that the model was trained on]")
     add("--prior", metavar="CKPT", help="draw new codes and variations from this prior [none]")

@@ -44,18 +44,23 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     add = parser.add_argument_group("prior").add_argument
     add(
         "--ckpt",
-        help="the prior: a checkpoint directory, a file or a hub id [under --results-dir, the weights of the lowest "
-        "held-out bound, or the newest]",
+        help="draw from this prior: a checkpoint directory, a file or a hub id [under --results-dir, the weights of "
+        "the lowest held-out bound, or the newest]",
     )
     add("--results-dir", default=RESULTS, help="look for the prior here")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add_prior_flags(parser.add_argument_group("codes").add_argument)
     add = parser.add_argument_group("run").add_argument
     # torchrun takes --num for the start of its own --numa-binding and gives up; it has no such trouble with --num-codes
-    add("--num-codes", "--num", dest="num", type=number(int, 1), default=50000, help="number of codes to draw")
+    add("--num-codes", "--num", dest="num", type=number(int, 1), default=50000, help="draw this many codes")
     add("--out", default="prior_codes", help="write the codes into this folder")
     add_part_flag(add, "shards of codes")
-    add("--batch-size", type=number(int, 1, SHARD), default=BATCH, help="codes per batch; rounding depends on it")
+    add(
+        "--batch-size",
+        type=number(int, 1, SHARD),
+        default=BATCH,
+        help="draw this many codes at once; rounding depends on it",
+    )
     add(
         "--features-path",
         "--feature-path",
@@ -65,11 +70,11 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
         "--usage",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="say in the end how the codes use their tokens [%(default)s]",
+        help="print at the end how the codes use their tokens [%(default)s]",
     )
-    add("--precision", choices=PRECISIONS, default="fp32", help="precision of the network")
+    add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of the network")
     add_speed_flags(add)
-    add("--global-seed", type=SEED, default=0, help="seed of all draws")
+    add("--global-seed", type=SEED, default=0, help="seed all draws")
     return parser, parser.parse_args()
 
 

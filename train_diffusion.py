@@ -56,13 +56,13 @@ def argument_parser(**defaults) -> ArgumentParser:
     """The flags. The files of train_options/ state other defaults."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL", help="name in DiT_models")
+    add("--model", default="DiTSEM-XL/2", choices=DiT_models, metavar="MODEL", help="build this model of DiT_models")
     add(
         "--code-init",
         choices=CODE_INITS,
         default="unit",
-        help="DiTSEM only: start of the code table. unit: N(0, 1). dlc: N(0, 1/D) for width D and one null row for all "
-        "positions, as the DLC project does",
+        help="DiTSEM only: initialise the code table. unit: from N(0, 1). dlc: from N(0, 1/D) for width D, with one "
+        "null row for all positions, as the DLC project does",
     )
 
     add(
@@ -70,18 +70,18 @@ def argument_parser(**defaults) -> ArgumentParser:
         type=number(int, 1),
         metavar="K",
         help="add a second output layer after block K, by which the model can guide itself (--internal-scale in "
-        f"sampling); its loss counts {HEAD_WEIGHT} [none]",
+        f"sampling); its loss has weight {HEAD_WEIGHT} [none]",
     )
     add(
         "--train-only",
         choices=["head"],
-        help="train the intermediate head alone, and leave what --pretrained-path gives as it is [train everything]",
+        help="train the intermediate head alone, and freeze the weights of --pretrained-path [train everything]",
     )
 
     add = parser.add_argument_group("objective").add_argument
     rows = {objective: PROCESSES[name] for objective, name in OBJECTIVES.items()}
     about = "; ".join(f"{objective}: {row.about}" for objective, row in rows.items())
-    add("--objective", choices=OBJECTIVES, default="ddpm", help=f"what the model is trained on; {about}")
+    add("--objective", choices=OBJECTIVES, default="ddpm", help=f"train on this objective; {about}")
     for name, uses in OBJECTIVE_OPTIONS.items():
         add_option(add, name, uses, "--objective {} only: ")
 
@@ -92,13 +92,16 @@ def argument_parser(**defaults) -> ArgumentParser:
     source.add_argument("--features-path", "--feature-path", default="features", help="train on these features")
     add_source_flags(add, source.add_argument, "train on images instead: ")
     add("--hf-dataset", help="first import features from the hub into --features-path, as import-hf does [none]")
-    add("--image-size", type=number(int, 1), help="with --data-path: height and width of the crop, pixels [256]")
-    add("--flip", choices=FLIPS, help="with --data-path: horizontal flips, drawn anew in each epoch [random]")
+    add(
+        "--image-size", type=number(int, 1), help="with --data-path: crop images to this height and width, pixels [256]"
+    )
+    add("--flip", choices=FLIPS, help="with --data-path: flip images horizontally, drawn anew in each epoch [random]")
     add_background_flag(add, None, "with --data-path: ")
     add_encoder_flags(add, None, ", with --data-path, that makes a DiTSEM's codes and the targets of --align")
     add(
         "--condition-path",
-        help="DiTCONT only: .npy files (n, in_dim), a folder or one, rows aligned with the features [none]",
+        help="DiTCONT only: condition on the vectors of this .npy (n, in_dim) or folder of them, one row per row of "
+        "the features [none]",
     )
     add(
         "--vae",
@@ -110,12 +113,16 @@ def argument_parser(**defaults) -> ArgumentParser:
         "--eval-samples",
         type=number(int, 0),
         default=0,
-        help="also draw so many samples every --eval-every steps, and log their Frechet distance and code agreement; 0 "
-        "draws none",
+        help="also draw this many samples every --eval-every steps, and log their Frechet distance and code "
+        "agreement; 0 draws none",
     )
-    add("--num-classes", type=number(int, 1), help="classes, for features without a manifest [1000]")
-    add("--dino-cfg", action=NotHere, help="leave it out: the features say L and V, or for theirs --V does")
-    add("--sem-dir", action=NotHere, help="leave it out: the codes lie in the folder of --features-path")
+    add("--num-classes", type=number(int, 1), help="number of classes, for features without a manifest [1000]")
+    add(
+        "--dino-cfg",
+        action=NotHere,
+        help="leave it out: L and V come from the features, or from --V for the reference layout",
+    )
+    add("--sem-dir", action=NotHere, help="leave it out: the codes lie in --features-path")
 
     add_run_flags(parser, epochs=1400)
     parser.set_defaults(**defaults)

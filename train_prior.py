@@ -37,15 +37,21 @@ MASKING = "counted"  # the same mean loss as independent masks, and less varianc
 def argument_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="DLCPrior-M", choices=DLCPrior_models, metavar="MODEL", help="name in DLCPrior_models")
+    add(
+        "--model",
+        default="DLCPrior-M",
+        choices=DLCPrior_models,
+        metavar="MODEL",
+        help="build this model of DLCPrior_models",
+    )
     add(
         "--shared-embedding",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="use one table of tokens and one output layer for all positions, as the published prior does, not one for "
-        "each [%(default)s]",
+        help="use one table of tokens and one output layer for all positions, as the published prior does, instead of "
+        "one per position [%(default)s]",
     )
-    add("--dropout", type=number(float, 0, 0.9), default=0.1, help="share of the blocks' updates dropped in training")
+    add("--dropout", type=number(float, 0, 0.9), default=0.1, help="drop this share of the blocks' updates in training")
     add(
         "--class-conditional",
         action="store_true",
@@ -54,14 +60,14 @@ def argument_parser() -> ArgumentParser:
     add(
         "--label-dropout",
         type=number(float, 0, 1),
-        help="with --class-conditional: share of samples whose class is hidden [0.1]",
+        help="with --class-conditional: hide the class of this share of the samples [0.1]",
     )
     add(
         "--score-entropy",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="train on SEDD's loss in full, which also normalises the score: for weights that SEDD's own samplers are "
-        "to use; without it, on the bound [%(default)s]",
+        help="train on SEDD's loss in full, which also normalises the score, for weights that SEDD's own samplers "
+        "will use; the default loss is the bound [%(default)s]",
     )
 
     add = parser.add_argument_group("data").add_argument
@@ -73,10 +79,13 @@ def argument_parser() -> ArgumentParser:
     add(
         "--eval-levels",
         type=number(int, 1),
-        help="how many numbers of masked tokens each held-out code is measured at; L measures at all of them [8]",
+        help="measure each held-out code at this many numbers of masked tokens; L measures at all of them [8]",
     )
-    add("--preview-ckpt", help="a DiTSEM's checkpoint, which draws the previews' codes as pictures [no previews]")
-    add("--vae", help="ema, mse, a directory or a hub id: decodes the previews [that of --preview-ckpt, or ema]")
+    add("--preview-ckpt", help="draw the previews' codes as pictures with this DiTSEM checkpoint [no previews]")
+    add(
+        "--vae",
+        help="decode the previews with this VAE: ema, mse, a directory or a hub id [that of --preview-ckpt, or ema]",
+    )
     parser.set_defaults(global_batch_size=512, lr=3e-4, warmup_steps=2500, grad_clip=1.0, results_dir="results_prior")
     return parser
 

@@ -57,11 +57,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
     add("--data-path", required=True, help="train on these images: a folder, archive or dataset")
     add("--heldout-path", help="measure the networks on these images [those of --data-path]")
     add("--out", required=True, help="write vae/, sem/ and quality.json into this folder")
-    add("--image-size", type=number(int, 8), default=64, help="height and width of the crop, pixels")
-    add("--seed", type=SEED, default=0, help="seed of the weights and of what is drawn in training")
+    add("--image-size", type=number(int, 8), default=64, help="crop images to this height and width, pixels")
+    add("--seed", type=SEED, default=0, help="seed the weights and all draws in training")
     group = parser.add_argument_group("VAE")
     add = group.add_argument
-    add("--vae", help="take this VAE, as extraction takes it, and train the encoder alone [train one]")
+    add("--vae", help="use this VAE, as extraction takes it, and train the encoder alone [train one]")
     add("--factor", type=int, choices=(2, 4, 8, 16), default=8, help="pixels per latent cell along each axis")
     add("--latent-channels", type=count, default=4, help="channels of the latents")
     add("--vae-width", type=number(int, 4), default=16, help="channels of the finer half of the layers, a multiple of "
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
     add("--patch", type=count, default=16, help="side of the Vision Transformer's patches, pixels")
     add("--sem-width", type=count, default=96, help="width of the Vision Transformer, a multiple of 3")
     add("--sem-depth", type=count, default=3, help="blocks of the Vision Transformer")
-    add("--thumbnail", type=count, default=8, help="side of the thumbnail that the code must tell, pixels")
+    add("--thumbnail", type=count, default=8, help="side of the thumbnail that must be found in the code, pixels")
     add("--sem-steps", type=number(int, 20), default=2000, help="training steps")
     add("--sem-batch", type=number(int, 2), default=64, help="images per step, of two views each")
     add("--sem-lr", type=number(float, 0), default=2e-3, help="highest learning rate")

@@ -177,7 +177,8 @@ def velocity(predict: Callable, x: torch.Tensor, *time: float) -> torch.Tensor:
 #################################################################################
 
 SHIFT = dict(fewest_steps=1, options=dict(time_shift=Option(
-    "a: move the times towards the noise, as large latents need: t becomes a t / (1 + (a - 1) t)", low=0.01, high=100)))
+    "move the times to a t / (1 + (a - 1) t) with this a, towards the noise, as large latents need",
+    low=0.01, high=100)))
 FLOW_SAMPLERS = {
     "euler": SamplerSpec("Euler's method", EulerSampler, 25, **SHIFT, scheduler=lambda process: (
         "scheduler_flow", "FlowScheduler", dict(num_train_timesteps=int(process.time_scale)))),
@@ -185,9 +186,9 @@ FLOW_SAMPLERS = {
     "sde": SamplerSpec("Euler and Maruyama's method on the SDE, which adds noise", SDESampler, 250, **SHIFT),
 }
 FLOW_OPTIONS = dict(
-    time_distribution=Option("of the times in training; lognormal: the sigmoid of a normal, which prefers the middle",
+    time_distribution=Option("draw times from this; lognormal: the sigmoid of a normal, which prefers the middle",
                              choices=TIME_DISTRIBUTIONS, training_only=True),
-    time_mean=Option("mean of that normal", low=-10, high=10, training_only=True),
-    time_std=Option("standard deviation of that normal", low=0.01, high=10, training_only=True),
-    time_scale=Option("the model is told this times t: 1, as SiT and REPA do, or 1000, DDPM's range", low=1, high=1000),
+    time_mean=Option("set the mean of that normal", low=-10, high=10, training_only=True),
+    time_std=Option("set the standard deviation of that normal", low=0.01, high=10, training_only=True),
+    time_scale=Option("give the model this times t: 1, as SiT and REPA do, or 1000, DDPM's range", low=1, high=1000),
 )

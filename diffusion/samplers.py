@@ -155,7 +155,7 @@ SAMPLERS = {
     "ddim": SamplerSpec(
         "DDIM",
         lambda steps, process, learn_sigma, eta=0.0: AncestralSampler(steps, eta, learn_sigma), 50, assumed=LINEAR,
-        options=dict(eta=Option("0 adds no noise, 1 as much as DDPM", low=0, high=1))),
+        options=dict(eta=Option("add DDPM's noise times this; 0 adds none", low=0, high=1))),
     "dpmsolver++": SamplerSpec(
         "DPM-Solver++ of second order",
         lambda steps, process, learn_sigma: DPMSolver(steps), 25, most_steps=FULL_STEPS - 1, assumed=LINEAR,

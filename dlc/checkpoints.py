@@ -19,18 +19,18 @@ def main() -> None:
     def tool(name, function, help):
         added = tools.add_parser(name, doc=help, help=help)
         added.set_defaults(function=function)
-        added.add_argument("checkpoint", help="file, folder or hub id, in any layout of docs/weights.md")
+        added.add_argument("checkpoint", help="read this file, folder or hub id, in any layout of docs/weights.md")
         added.add_argument(
             "--diffusers-time",
             choices=DIFFUSERS_TIMES,
-            help="for weights in diffusers' layout: take them as converted from DiT, or as trained in diffusers "
+            help="with weights in diffusers' layout: treat them as converted from DiT, or as trained in diffusers "
             "[what the folder says, else dit]",
         )
         return added
 
-    tool("info", lambda args: info(args.checkpoint, args.diffusers_time), "say what weights are")
+    tool("info", lambda args: info(args.checkpoint, args.diffusers_time), "describe weights in words")
     add = tool("export", export, "write weights and a model card to a new folder").add_argument
-    add("out", help="folder to write; must not exist")
+    add("out", help="write this folder, which must not exist")
     add(
         "--format",
         choices=FORMATS,
@@ -46,12 +46,15 @@ def main() -> None:
     averages = tools.add_parser("ema", doc="rebuild an EMA of another length", help="rebuild an EMA of another length")
     averages.set_defaults(function=rebuild)
     add = averages.add_argument
-    add("run", help="the results folder of a run that was trained with --ema-lengths")
-    add("--length", type=LENGTH, required=True, help="length of the EMA, a share of the training")
+    add("run", help="read the results folder of this run, which was trained with --ema-lengths")
+    add("--length", type=LENGTH, required=True, help="make an EMA of this length, a share of the training")
     add(
-        "--at", type=number(int, 1), metavar="IMAGES", help="as of the last snapshot until this image [the last of all]"
+        "--at",
+        type=number(int, 1),
+        metavar="IMAGES",
+        help="take the EMA at the last snapshot up to this image [the last of all]",
     )
-    add("--out", required=True, help="folder to write, for --ckpt; must not exist")
+    add("--out", required=True, help="write this folder, for --ckpt; it must not exist")
     args = parser.parse_args()
     with parser.one_line_errors():
         print("\n".join(one_line(line, 2000) for line in args.function(args)))

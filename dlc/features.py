@@ -20,33 +20,41 @@ def main() -> None:
         added = tools.add_parser(name, doc=help, help=help)
         added.set_defaults(function=function)
         added.add_argument(
-            "--V", type=number(int, 2, 65536), help="tokens per code position, if there are codes but no manifest"
+            "--V", type=number(int, 2, 65536), help="set the tokens per code position, for codes without a manifest"
         )
-        added.add_argument("--num-classes", type=number(int, 1), help="classes, if there is no manifest [1000]")
+        added.add_argument(
+            "--num-classes", type=number(int, 1), help="set the number of classes, if there is no manifest [1000]"
+        )
         return added
 
     tool(
         "info", print_info, "describe features, and draw how their codes use the tokens as FEATURES/codes.png"
     ).add_argument("path", help="features directory")
-    tool("check", print_problems, "look at every shard and value; exit 1 with a list of what is wrong").add_argument(
+    tool("check", print_problems, "check every shard and value; exit 1 with a list of problems").add_argument(
         "path", help="features directory"
     )
     packing = tool("pack", pack, "convert one .npy per image, as the reference scripts write them, to shards")
-    packing.add_argument("old", help="features directory of one .npy per image")
+    packing.add_argument("old", help="read this features directory of one .npy per image")
     importing = tool(
         "import-hf",
         import_hf,
         "convert a Hugging Face dataset with the columns features (latents) and labels (codes, or classes) to shards",
     )
     importing.add_argument(
-        "dataset", help="hub id[@revision], folder that Dataset.save_to_disk wrote, or folder or file of .parquet"
+        "dataset",
+        help="read this dataset: hub id[@revision], folder that Dataset.save_to_disk wrote, or folder or "
+        "file of .parquet",
     )
-    importing.add_argument("--split", default="train", help="split to take, if there are several [%(default)s]")
-    importing.add_argument("--factor", type=number(int, 1), default=8, help="pixels per latent cell [%(default)s]")
+    importing.add_argument("--split", default="train", help="take this split, if there are several [%(default)s]")
+    importing.add_argument(
+        "--factor", type=number(int, 1), default=8, help="assume this many pixels per latent cell [%(default)s]"
+    )
     for converting, dtype in ((packing, "as they are"), (importing, "float32")):
-        converting.add_argument("new", help="features directory to write")
-        converting.add_argument("--shard-size", type=number(int, 1), default=1024, help="rows per shard [%(default)s]")
-        converting.add_argument("--dtype", choices=["float16", "float32"], help=f"type of the stored latents [{dtype}]")
+        converting.add_argument("new", help="write this features directory")
+        converting.add_argument(
+            "--shard-size", type=number(int, 1), default=1024, help="store this many rows per shard [%(default)s]"
+        )
+        converting.add_argument("--dtype", choices=["float16", "float32"], help=f"store latents in this type [{dtype}]")
     args = parser.parse_args()
     with parser.one_line_errors():
         if "new" in args:

@@ -121,11 +121,18 @@ def line_of(result: dict) -> str:
 def add_agreement_flags(add: Callable) -> None:
     """Add all but the samples; evaluate.py sweep hands them on."""
     add_encoder_flags(add, None, " that made the codes; default: the one that the features or the checkpoint name")
-    add("--dlc-dir", help="codes that the samples were drawn for, if they have moved [those that samples.json names]")
-    add("--data-path", help="also measure the ceiling on these images, which the features were extracted from [none]")
-    add("--features-path", help="with --data-path: the features that say which images [those that the codes are of]")
-    add("--vae", help="with --data-path: ema, mse, a directory or a hub id [that of the features]")
-    add("--num-images", type=number(int, 1), help="with --data-path: images to use, spread over all [one per sample]")
+    add("--dlc-dir", help="compare with these codes, if the samples' codes have moved [those that samples.json names]")
+    add("--data-path", help="also measure the ceiling on these images, from which the features were extracted [none]")
+    add("--features-path", help="with --data-path: take the images of these features [the features of the codes]")
+    add(
+        "--vae",
+        help="with --data-path: reconstruct with this VAE: ema, mse, a directory or a hub id [that of the features]",
+    )
+    add(
+        "--num-images",
+        type=number(int, 1),
+        help="with --data-path: use this many images, spread over all [one per sample]",
+    )
 
 
 def check_agreement_flags(args: Namespace) -> None:
@@ -137,7 +144,7 @@ def check_agreement_flags(args: Namespace) -> None:
 
 def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__, prog="evaluate.py agreement")
-    parser.add_argument("samples", help="folder of samples of a DiTSEM, or its .npz")
+    parser.add_argument("samples", help="measure this folder of samples of a DiTSEM, or its .npz")
     add_agreement_flags(parser.add_argument)
     return parser, parser.parse_args(argv)
 

@@ -28,7 +28,13 @@ from evaluation.sets import ImageSet
 
 def add_comparison_flags(add: Callable) -> None:
     """Add the flags of a comparison but for the samples, the reference and the output; sweep hands these on."""
-    add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"{', '.join(METRICS)} [those of the features]")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        metavar="METRIC",
+        help=f"compute these: {', '.join(METRICS)} [those of the features]",
+    )
     add_network_flags(add)
     add("--crop", type=number(int, 1), help="crop the images of folders to this size as ADM does, pixels")
     add("--resize", type=number(int, 1), help="resize the images of folders to this size squared, bicubic, pixels")
@@ -36,9 +42,9 @@ def add_comparison_flags(add: Callable) -> None:
         "--pr-precision",
         choices=["adm", "float32"],
         default="adm",
-        help="round the distances of precision and recall; adm: to float16, as in published numbers",
+        help="round the distances of precision and recall to this precision; adm: float16, as in published numbers",
     )
-    add("--global-seed", type=SEED, default=0, help="seed of KID's subsets")
+    add("--global-seed", type=SEED, default=0, help="seed KID's subsets")
 
 
 def wanted_metrics(args: Namespace) -> tuple[str, ...]:

@@ -105,12 +105,13 @@ def add_weights_flags(add: Callable) -> None:
 
 def add_network_flags(add: Callable) -> None:
     """Add the flags that choose the network and its weights."""
-    add("--features", choices=NETWORKS, default="inception", help="compare features of this network")
+    add("--features", choices=NETWORKS, default="inception", help="compare the features of this network")
     add_weights_flags(add)
     add(
         "--batch-size",
         type=number(int, 1),
-        help="images per batch, on a CPU per core; another size changes the last digits [64 on GPUs, 8 on CPUs]",
+        help="run this many images at once, on a CPU per core; another size changes the last digits [64 on GPUs, 8 on "
+        "CPUs]",
     )
 
 

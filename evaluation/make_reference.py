@@ -26,14 +26,18 @@ from evaluation.sets import open_images
 def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__, prog="evaluate.py make-reference")
     add = parser.add_argument
-    add("images", metavar="FOLDER", help="images: a folder, an ImageFolder-style folder, or an .npz with arr_0")
-    add("output", metavar="OUT.npz", help="the .npz to write")
+    add(
+        "images",
+        metavar="FOLDER",
+        help="read these images: a folder, an ImageFolder-style folder, or an .npz with arr_0",
+    )
+    add("output", metavar="OUT.npz", help="write this .npz")
     add("--image-size", type=number(int, 1), required=True, help="crop a folder's images to this size, pixels")
     add(
         "--num-images",
         type=number(int, 0),
         default=PUBLISHED_REFERENCE,
-        help="store so many images as arr_0, at most all; 0: statistics alone",
+        help="store at most this many images as arr_0; 0 stores the statistics alone",
     )
     add_network_flags(add)
     return parser, parser.parse_args(argv)

@@ -37,21 +37,22 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     parser = ArgumentParser(__doc__, prog="evaluate.py reconstruction")
     add = parser.add_argument
-    add("features", help="FEATURES/, with a manifest.json")
-    add("--data-path", required=True, help="folder of the images that the features were extracted from")
-    add("--vae", help="VAE to reconstruct with: ema, mse, a directory or a hub id [that of the features]")
-    add("--num-images", type=number(int, 2), help="use so many images, spread evenly over the features [all]")
+    add("features", help="measure the VAE on the images of these features, with a manifest.json")
+    add("--data-path", required=True, help="read the images that the features were extracted from in this folder")
+    add("--vae", help="reconstruct with this VAE: ema, mse, a directory or a hub id [that of the features]")
+    add("--num-images", type=number(int, 2), help="use this many images, spread evenly over the features [all]")
     add(
         "--features",
         dest="networks",
         nargs="+",
         choices=[*NETWORKS, "encoder", "none"],
         default=["inception"],
-        help="features of the Frechet distance; encoder: the SEM encoder's class and register tokens [inception]",
+        help="compute the Frechet distance of these features; encoder: the SEM encoder's class and register tokens "
+        "[inception]",
     )
     add_weights_flags(add)
     add_encoder_flags(add, None, " that made the codes; none: leave codes out; default: the one that the features name")
-    add("--precision", choices=PRECISIONS, default="fp32", help="precision of the VAE")
+    add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of the VAE")
     add("--out", help="write the numbers to this .json [FEATURES/reconstruction.json]")
     return parser, parser.parse_args(argv)
 

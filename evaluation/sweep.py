@@ -235,20 +235,20 @@ def add_sweep_flags(add: Callable) -> None:
             type=kind,
             nargs="+",
             choices=choices,
-            help="lengths of EMAs to draw from, rebuilt of the run of --ckpt, which was trained with --ema-lengths "
-            "[the checkpoint's EMA]"
+            help="draw from EMAs of these lengths, rebuilt from the run of --ckpt, which was trained with "
+            "--ema-lengths [the checkpoint's EMA]"
             if flag == "ema-length"
-            else f"values of the sampling script's --{sampling_flag(flag)} [its own]",
+            else f"try these values of the sampling script's --{sampling_flag(flag)} [its default]",
         )
     add("--reference", help="compare with this, as evaluate.py does [none]")
-    add("--agreement", action="store_true", help="measure code agreement too, as evaluate.py agreement does")
+    add("--agreement", action="store_true", help="measure code agreement, too, as evaluate.py agreement does")
     add("--out", default="sweep", help="write samples, results, table and plot here")
     add("--script", choices=SCRIPTS, default=ComputedCodes.script, help="draw with this script")
-    add("--processes", type=number(int, 1), default=1, help="start so many processes per launch, such as one per GPU")
+    add("--processes", type=number(int, 1), default=1, help="start this many processes per launch, such as one per GPU")
     add(
         "--discard",
         action="store_true",
-        help="remove the samples of a setting once it is evaluated, and the EMAs at the end",
+        help="remove the samples of a setting after its evaluation, and the EMAs at the end",
     )
 
 

@@ -55,8 +55,8 @@ def add_part_flag(add: Callable, what: str) -> None:
         "--part",
         type=_part,
         metavar="I/N",
-        help=f"make part I, from 0, of N of the {what}; other launches make the others into the same folder, at once "
-        "or later, and the one that finds all of them completes it [all, or in a SLURM job array its task's part]",
+        help=f"make part I (from 0) of N parts of the {what}; other launches make the other parts in the same folder, "
+        "at once or later, and the last one completes it [all, or in a SLURM job array the task's part]",
     )
     add("--task-id", "--total-num", action=NotHere, help="give --part I/N, with I from 0, or leave it out under SLURM")
 

@@ -11,7 +11,7 @@ def main() -> None:
     parser = ArgumentParser(about, prog="python -m dlc.sampling")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("path", help="the .npz")
-    parser.add_argument("--grid", action="store_true", help="write a contact sheet of its first images beside it")
+    parser.add_argument("--grid", action="store_true", help="write a contact sheet of the first images beside the .npz")
     args = parser.parse_args()
     with parser.one_line_errors():
         lines, wrong = check_npz(args.path, args.grid, progress=True)

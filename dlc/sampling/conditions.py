@@ -124,15 +124,15 @@ class ComputedCodes(RowConditions):
         add(
             "--dlc-dir",
             "--sem-dir",
-            help="DiTSEM only: codes, as a features directory, a folder of .npy or of .pt files (n, L) or (n, k, L), "
-            "or one such file [the features it was trained on]",
+            help="DiTSEM only: draw for these codes: a features directory, a folder of .npy or of .pt files (n, L) or "
+            "(n, k, L), or one such file [the features that the checkpoint was trained on]",
         )
-        add("--dino-cfg", action=NotHere, help="leave it out: the checkpoint says L and V")
+        add("--dino-cfg", action=NotHere, help="leave it out: L and V come from the checkpoint")
         add(
             "--dlc-order",
             "--condition-order",
             choices=["random", "sequential"],
-            help="row of sample i: entry i of a seeded permutation, or row i; cycling [random]",
+            help="draw sample i for entry i of a seeded permutation of the rows, or for row i, cycling [random]",
         )
         add(
             "--prior",
@@ -235,8 +235,8 @@ class ComputedVectors(RowConditions):
     def add_flags(add: Callable) -> None:
         add(
             "--condition-path",
-            help="DiTCONT only: a folder of .npy files of vectors (n, in_dim), or one such file; "
-            "sample i gets a row as --dlc-order says [none]",
+            help="DiTCONT only: draw for these vectors: a folder of .npy files (n, in_dim), or one such file; "
+            "--dlc-order sets the row of sample i [none]",
         )
 
     @classmethod
@@ -278,15 +278,15 @@ class ClassLabels(Conditions):
         add(
             "--label-sampling",
             choices=["random", "equal"],
-            help="class of sample i: drawn uniformly, or i modulo the classes, so that each is drawn equally often "
-            "[random]",
+            help="draw the class of sample i uniformly, or take i modulo the number of classes, each class equally "
+            "often [random]",
         )
         add(
             "--class",
             dest="classes",
             nargs="+",
-            help="draw these classes in turn, each by its number or, where the model's run recorded them, by its name "
-            "[any class]",
+            help="draw these classes in turn, given by number or, if the model's run recorded the names, by name [any "
+            "class]",
         )
 
     @classmethod

@@ -29,18 +29,26 @@ def add_guide_flags(add: Callable) -> None:
     add(
         "--guide-ckpt",
         metavar="CKPT",
-        help="guide by this weaker model in the place of the null condition (autoguidance): an earlier checkpoint or a "
+        help="guide by this weaker model instead of the null condition (autoguidance): an earlier checkpoint or a "
         "smaller model for the same latents and conditions, as --ckpt takes it [none]",
     )
-    add("--guide-scale", type=number(float, 1), help="guidance scale of --guide-ckpt; 1 disables it [none]")
+    add("--guide-scale", type=number(float, 1), help="set the guidance scale of --guide-ckpt; 1 disables it [none]")
     add(
         "--internal-scale",
         type=number(float, 1),
         help="guide by the model's own intermediate head (--intermediate-head in training) with this scale, in one "
         "pass; 1 disables it; --cfg-scale acts after it [none]",
     )
-    add("--guide-t-min", type=TIME, help="guide by either of these from this diffusion time on [from the first]")
-    add("--guide-t-max", type=TIME, help="guide by either of these up to this diffusion time [to the last]")
+    add(
+        "--guide-t-min",
+        type=TIME,
+        help="guide by --guide-ckpt or --internal-scale from this diffusion time on [the first]",
+    )
+    add(
+        "--guide-t-max",
+        type=TIME,
+        help="guide by --guide-ckpt or --internal-scale up to this diffusion time [the last]",
+    )
 
 
 def settle_guidance(args: Namespace) -> None:

@@ -48,46 +48,47 @@ class PriorOptions:
     sampler: str = option("first-hitting", SAMPLERS_HELP, choices=SAMPLERS)
     steps: int | None = option(
         None,
-        "calls of the network per code, or steps in time of the analytic sampler and the corrector, which call it only "
-        f"where a token changes [{STEPS_HELP}]",
+        "call the network this many times per code; for the analytic sampler and the corrector: take this many steps "
+        f"in time, which call it only where a token changes [{STEPS_HELP}]",
         *("steps", "calls"),
         type=number(int, 1),
     )
     temperature: float = option(1.0, "divide the logits by this; 0 takes the likeliest", type=number(float, 0))
     top_p: float = option(1.0, "draw from the likeliest tokens of this share", type=number(float, 1e-6, 1))
     eta: float | None = option(
-        None, "probability per step that the corrector masks a token again [0.01]", type=number(float, 0, 1)
+        None, "set the probability per step that the corrector masks a token again [0.01]", type=number(float, 0, 1)
     )
     classes: list | None = option(
         None,
-        "of a prior with classes: class of sample i, by number, cycling through those given; all: every class in turn "
-        "[none]",
+        "with a class-conditional prior: draw codes of these classes in turn, by number; all: of every class [none]",
         "class",
         type=_class,
         nargs="+",
     )
-    cfg_scale: float = option(1.0, "guidance scale of --{prefix}class; 1 disables guidance", type=number(float, 1))
+    cfg_scale: float = option(
+        1.0, "set the guidance scale of --{prefix}class; 1 disables guidance", type=number(float, 1)
+    )
     guide_ckpt: str | None = option(
         None,
-        "guide by this weaker prior over the same codes, an earlier checkpoint or a smaller model, in the place of "
+        "guide by this weaker prior over the same codes, an earlier checkpoint or a smaller model, instead of "
         "--{prefix}cfg-scale [none]",
         metavar="CKPT",
     )
     guide_scale: float | None = option(
-        None, "guidance scale of --{prefix}guide-ckpt; 1 disables it [none]", type=number(float, 1)
+        None, "set the guidance scale of --{prefix}guide-ckpt; 1 disables it [none]", type=number(float, 1)
     )
     given: str | None = option(
         None,
-        "keep tokens of these codes and draw the others: a source as --dlc-dir takes it; sample i keeps some of row i, "
+        "keep tokens of these codes and draw the others; takes what --dlc-dir takes; sample i keeps tokens of row i, "
         "cycling [none]",
         metavar="CODES",
     )
     given_rows: list | None = option(
-        None, "use these rows of them [all]", type=number(int, 0), nargs="+", metavar="ROW"
+        None, "use these rows of the given codes [all]", type=number(int, 0), nargs="+", metavar="ROW"
     )
     keep_tokens: int | None = option(
         None,
-        "keep so many tokens of the --{prefix}given code, at places drawn for each sample [none]",
+        "keep this many tokens of the --{prefix}given code, at places drawn for each sample [none]",
         type=number(int, 0),
         metavar="N",
     )

@@ -32,34 +32,37 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         "--model",
         choices=DiT_models,
         metavar="MODEL",
-        help=f"name in DiT_models; must be the checkpoint's [that of --ckpt, or without it {model}]",
+        help=f"draw from this model of DiT_models, the checkpoint's [that of --ckpt, or without it {model}]",
     )
     add(
         "--ckpt",
-        help="weights to draw from, in any layout of docs/weights.md: a file, a folder or a hub id [the newest of the "
-        "model's run under --results-dir; if there is none, for DiT-XL/2, the published weights]",
+        help="draw from these weights, in any layout of docs/weights.md: a file, a folder or a hub id [the newest of "
+        "the model's run under --results-dir; if there is none, for DiT-XL/2, the published weights]",
     )
     add("--results-dir", default=RESULTS, help="look for the run of the model here [%(default)s]")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add(
         "--diffusers-time",
         choices=DIFFUSERS_TIMES,
-        help="with weights in diffusers' layout: compute DiT's function, which those converted from DiT have, or "
-        "diffusers', which those trained there have [what the folder says, else dit]",
+        help="with weights in diffusers' layout: compute DiT's function, for weights converted from DiT, or "
+        "diffusers', for weights trained in diffusers [what the folder says, else dit]",
     )
     add(
         "--objective",
         choices=OBJECTIVES,
-        help="with weights of others, whose files do not say it: what they were trained on [ddpm]",
+        help="with others' weights, if their files do not say it: assume that they were trained on this [ddpm]",
     )
     for conditioning in CONDITIONINGS.values():
         if conditioning.script == script and "add_flags" in vars(conditioning):  # one's own, not those of its base
             conditioning.add_flags(add)
     add("--sample-dir", default="samples", help="write the folder of PNGs and the .npz here [%(default)s]")
-    add("--num-fid-samples", type=number(int, 1), default=50000, help="number of images to draw [%(default)s]")
+    add("--num-fid-samples", type=number(int, 1), default=50000, help="draw this many images [%(default)s]")
     add_part_flag(add, "batches of images")
     add(
-        "--per-proc-batch-size", type=number(int, 1), default=32, help="largest batch per process, images [%(default)s]"
+        "--per-proc-batch-size",
+        type=number(int, 1),
+        default=32,
+        help="draw at most this many images at once per process [%(default)s]",
     )
     add(
         "--sampler",
@@ -69,27 +72,39 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
     add(
         "--num-sampling-steps",
         type=STEPS,
-        help=f"sampling steps, up to 1000 [{of_objectives(lambda name, spec: f'{name}: {spec.default_steps}')}]",
+        help="take this many sampling steps, up to 1000 "
+        f"[{of_objectives(lambda name, spec: f'{name}: {spec.default_steps}')}]",
     )
     for name, uses in SAMPLER_OPTIONS.items():
-        add_option(add, name, uses, "of --sampler {}: ")
+        add_option(add, name, uses, "with --sampler {}: ")
     add(
         "--cfg-scale",
         type=number(float, 1),
-        help=f"classifier-free guidance scale; 1 disables guidance [{CFG_SCALE}, with --guide-ckpt 1]",
+        help=f"set the scale of classifier-free guidance; 1 disables it [{CFG_SCALE}, with --guide-ckpt 1]",
     )
     add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
-    add("--t-min", type=TIME, help="guide from this time on; those of ddpm are 0 to 999 [0]")
+    add("--t-min", type=TIME, help="guide from this time on; ddpm has times 0 to 999, flow 0 to 1 [0]")
     add(
         "--t-max",
         type=TIME,
-        help="guide up to this time; outside the interval the null half is not computed [the last]",
+        help="guide up to this time; outside the interval the unconditional pass is not computed [the last]",
     )
     add_guide_flags(add)
-    add("--image-size", type=number(int, 1), help="image size, pixels; must be the checkpoint's [the checkpoint's]")
+    add(
+        "--image-size",
+        type=number(int, 1),
+        help="check that the checkpoint has this image size, pixels [the checkpoint's]",
+    )
     add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
-    add("--precision", choices=PRECISIONS, default="fp32", help="precision of the denoising steps [%(default)s]")
-    add("--vae-precision", choices=PRECISIONS, default="fp32", help="precision of the VAE's decoder [%(default)s]")
+    add(
+        "--precision", choices=PRECISIONS, default="fp32", help="set the precision of the denoising steps [%(default)s]"
+    )
+    add(
+        "--vae-precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="set the precision of the VAE's decoder [%(default)s]",
+    )
     add_speed_flags(add)
     add(
         "--cuda-graphs",
@@ -100,7 +115,7 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         "--progressive",
         type=number(int, 2),
         metavar="K",
-        help="save a strip of K pictures of how sample 0 is denoised [none]",
+        help="save a strip of K pictures that shows how sample 0 is denoised [none]",
     )
-    add("--global-seed", type=SEED, default=0, help="seed of the noise, the labels and the order of rows [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="seed the noise, the labels and the order of rows [%(default)s]")
     return parser

@@ -148,10 +148,10 @@ def add_alignment_flags(add: Callable) -> None:
         "--align",
         choices=ALIGNMENTS,
         help="also pull hidden tokens to the encoder's patch tokens of the image, through a projector that is thrown "
-        "away: of features by --store-tokens, or by --encoder with --data-path [none]",
+        "away; the patch tokens come from features with --store-tokens, or from --encoder with --data-path [none]",
     )
     weights = ", ".join(f"{kind.weight} of {name}" for name, kind in ALIGNMENTS.items())
-    add("--align-weight", type=number(float, 0), help=f"weight of its loss [{weights}]")
+    add("--align-weight", type=number(float, 0), help=f"multiply the alignment's loss by this [{weights}]")
     add("--align-block", type=number(int, 1), metavar="K", help="align the tokens after block K [8]")
     add("--align-until", type=number(int, 1), metavar="STEP", help="end the alignment after this step [never]")
 

@@ -59,13 +59,16 @@ def add_heldout_flags(add: Callable, what: str, measured: str, default: float) -
     add(
         "--holdout",
         type=number(float, 0, 0.9),
-        help=f"share of the {what} to hold out, to measure the {measured} on; 0 holds none out [{default}]",
+        help=f"hold out this share of the {what}, to measure the {measured} on them; 0 holds none out [{default}]",
     )
-    add("--heldout-path", help=f"hold out the {what} of these features instead, and train on all of the others [none]")
+    add(
+        "--heldout-path",
+        help=f"measure on the {what} of these features instead, and train on all of --features-path [none]",
+    )
     add(
         "--eval-every",
         type=number(int, 1),
-        help=f"steps between measurements of the {measured} on the held-out {what} [those between checkpoints, at most "
+        help=f"measure the {measured} on the held-out {what} every this many steps [those between checkpoints, at most "
         "10,000]",
     )
 

@@ -62,23 +62,24 @@ def add_run_flags(parser: argparse.ArgumentParser, epochs: int) -> Callable:
         "--stop-after",
         type=number(float, 0),
         metavar="HOURS",
-        help="stop this launch after so many hours, with a checkpoint and exit status 0; the same command, as in the "
-        "next job of a chain, continues [no limit]",
+        help="stop this launch after this many hours, with a checkpoint and exit status 0; the same command, as in "
+        "the next job of a chain, continues [no limit]",
     )
-    add("--global-seed", type=SEED, default=0, help="seed of everything random")
-    add("--log-every", type=number(int, 1), default=100, help="steps between log lines")
+    add("--global-seed", type=SEED, default=0, help="seed everything random")
+    add("--log-every", type=number(int, 1), default=100, help="write a log line every this many steps")
     add("--report-to", choices=["tensorboard", "wandb"], help="also write the metrics there [nowhere]")
     add(
         "--ckpt-every",
         type=number(int, 1),
-        help="steps between checkpoints; there is one at the end, too [the first at step "
+        help="write a checkpoint every this many steps, and at the end [the first at step "
         f"{FIRST_CHECKPOINT}, then one per tenth of the run, rounded, or per 50,000 steps]",
     )
     add("--ckpt-total-limit", type=number(int, 1), help="keep only this many checkpoints, the newest ones [all]")
     add(
         "--sample-every",
         type=number(int, 0),
-        help="steps between preview pictures; there is one at the end, too; 0 disables them [one with each checkpoint]",
+        help="draw a preview picture every this many steps, and at the end; 0 disables previews [one with each "
+        "checkpoint]",
     )
     return add
 
@@ -94,21 +95,26 @@ def _add_optimisation(parser, epochs):
     add(
         "--max-steps", type=number(int, 1), help="stop after this many optimizer steps, even before --epochs [no limit]"
     )
-    add("--global-batch-size", type=number(int, 1), default=256, help="samples per step over all processes")
+    add(
+        "--global-batch-size",
+        type=number(int, 1),
+        default=256,
+        help="train on this many samples per step, over all processes",
+    )
     add(
         "--grad-accum",
         type=number(int, 1),
         default=1,
         help="split each process's batch into this many micro-batches, one after the other, to save memory",
     )
-    add("--lr", type=number(float, 0), default=1e-4, help="learning rate, constant after --warmup-steps")
+    add("--lr", type=number(float, 0), default=1e-4, help="set the learning rate, constant after --warmup-steps")
     add(
         "--warmup-steps",
         type=number(int, 0),
         default=0,
         help="raise the learning rate linearly from 0 over this many steps; 0 disables the warm-up",
     )
-    add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's weight decay")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="set AdamW's weight decay")
     add(
         "--grad-clip",
         type=number(float, 0),
@@ -122,7 +128,7 @@ def _add_optimisation(parser, epochs):
         help="stop after this many fp16 steps in a row without a finite gradient; checked at each log line "
         "and checkpoint",
     )
-    add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="EMA decay per step")
+    add("--ema-decay", type=number(float, 0, 1), default=0.9999, help="set the EMA's decay per step")
     add(
         "--ema-warmup",
         action=argparse.BooleanOptionalAction,
@@ -136,13 +142,13 @@ def _add_optimisation(parser, epochs):
         nargs="+",
         metavar="SHARE",
         help="also track power-function EMAs of these lengths, shares of the training such as 0.05 0.1, from which "
-        "`python -m dlc.weights ema` makes one of any length [none]",
+        "`python -m dlc.weights ema` makes an EMA of any length [none]",
     )
     add(
         "--ema-snapshot-every",
         type=number(int, 1),
         metavar="IMAGES",
-        help="images between 16-bit snapshots of them; there is one at the end, too [a 32nd of the run]",
+        help="store a 16-bit snapshot of them every this many images, and at the end [a 32nd of the run]",
     )
 
 
@@ -151,7 +157,7 @@ def _add_speed(parser):
     add(
         "--precision",
         choices=[*PRECISIONS, "amp"],
-        help="autocast precision; amp = the launcher's fp16 or bf16, or bf16 if it sets none [the launcher's "
+        help="set the autocast precision; amp = the launcher's fp16 or bf16, or bf16 if it sets none [the launcher's "
         "--mixed_precision]",
     )
     add_speed_flags(add)
@@ -165,5 +171,5 @@ def _add_speed(parser):
         "--num-workers",
         type=number(int, 0),
         default=default_num_workers(),
-        help="data readers per process [%(default)s on this machine]",
+        help="use this many data readers per process [%(default)s on this machine]",
     )

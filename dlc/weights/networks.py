@@ -36,12 +36,12 @@ def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
     stated = "" if more.endswith("]") else f" [{default or 'none'}]"
     add("--encoder", default=default, help=f"SEM encoder: folder, file, or hub id[@revision][:file]{more}{stated}")
-    add("--encoder-backbone", help="timm model that an --encoder file is of [read off its shapes]")
-    add("--L", type=number(int, 1), help="code positions, if the --encoder does not say them [512]")
+    add("--encoder-backbone", help="build the backbone of an --encoder file as this timm model [read off its shapes]")
+    add("--L", type=number(int, 1), help="number of code positions, if the --encoder does not give it [512]")
     add(
         "--V",
         type=number(int, 2, 65536),
-        help="tokens per code position, if the --encoder does not say them [256] or the features have no manifest",
+        help="tokens per code position, if the --encoder does not give them [256] or the features have no manifest",
     )
 
 

@@ -207,10 +207,10 @@ def test_values_that_differ_are_told_apart(one, other):
 @pytest.mark.parametrize(
     "script, flag, words",
     [
-        ("train_diffusion", "--dino-cfg", "the features say L and V"),
+        ("train_diffusion", "--dino-cfg", "L and V come from the features"),
         ("train_diffusion", "--sem-dir", "--features-path"),
-        ("sample_ddp_computed_dlc", "--dino-cfg", "the checkpoint says L and V"),
-        ("extract_features_withdlc", "--dino-cfg", "--encoder says L and V"),
+        ("sample_ddp_computed_dlc", "--dino-cfg", "L and V come from the checkpoint"),
+        ("extract_features_withdlc", "--dino-cfg", "L and V come from --encoder"),
         ("sample_prior", "--total-num", "give --part I/N"),
     ],
 )

@@ -192,7 +192,7 @@ def test_an_option_that_two_processes_have_is_one_flag(capsys):
         add_option(parser.add_argument, name, uses, "of {}: ")
     assert parser.parse_args(["--time-std", "50"]).time_std == 50
     said = parser.format_help()
-    assert "of flow: standard deviation of that normal [1.0]; of own: of sigma [0.5]" in said
-    assert "of flow, own: the model is told" in said and said.count("--time-scale TIME_SCALE") == 2
+    assert "of flow: set the standard deviation of that normal [1.0]; of own: of sigma [0.5]" in said
+    assert "of flow, own: give the model" in said and said.count("--time-scale TIME_SCALE") == 2
     with pytest.raises(SystemExit):
         parser.parse_args(["--time-std", "100"])
