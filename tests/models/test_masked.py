@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from conftest import golden, refusal
@@ -31,34 +32,28 @@ def toy_network(sedd):
     return model
 
 
-def test_noise_is_sedds(sedd):
+def test_noise_and_losses_are_sedds(sedd):
+    """Its score entropy is the cross-entropy where the score sums to 1 / (e^sigma - 1), and larger for another score by
+    (r - 1 - log r) / t per place."""
     diffusion, t = MaskedDiffusion(5), sedd["t"]
     assert (diffusion.sigma(t) - sedd["sigma"]).abs().max() < 1e-12
     assert (diffusion.mask_probability(t) - sedd["mask_prob"]).abs().max() < 1e-12
     assert torch.equal(diffusion.corrupt(sedd["x0"], t, sedd["u"]), sedd["xt"])
     assert torch.equal(diffusion.told(t), sedd["sigma"].float())
     assert torch.equal(MaskedDiffusion(5, time_conditioning=False).told(t), torch.zeros(5))
-
-
-def test_loss_is_the_score_entropy_of_a_normalised_score(sedd):
-    terms = MaskedDiffusion(5).training_losses(toy_network(sedd), sedd["x0"], sedd["t"], sedd["xt"])
+    terms = diffusion.training_losses(toy_network(sedd), sedd["x0"], t, sedd["xt"])
     for name in ("loss_masked", "loss_sedd"):
         assert (terms["loss"] - sedd[name]).abs().max() < 1e-12 * 40
     assert torch.allclose(terms["nats"], terms["loss"] / 4)
 
+    def raw(x_t, sigma, places):
+        return (sedd["raw"] - sedd["sigma"].expm1().log().view(-1, 1, 1))[places]
 
-def test_loss_of_a_score_that_is_not_normalised(sedd):
-    """SEDD's loss is larger by (r - 1 - log r) / t per place: 0 only where the score sums to 1 / (e^sigma - 1)."""
-    log_score = sedd["raw"] - sedd["sigma"].expm1().log().view(-1, 1, 1)
-
-    def model(x_t, sigma, places):
-        return log_score[places]
-
-    full = MaskedDiffusion(5, score_entropy=True).training_losses(model, sedd["x0"], sedd["t"], sedd["xt"])
+    of_both = sedd["x0"], t, sedd["xt"]
+    full = MaskedDiffusion(5, score_entropy=True).training_losses(raw, *of_both)
     assert (full["loss"] - sedd["loss_sedd_raw"]).abs().max() < 1e-12 * 50
-    masked = MaskedDiffusion(5).training_losses(model, sedd["x0"], sedd["t"], sedd["xt"])
-    r = sedd["raw"].exp().sum(dim=2)
-    excess = ((r - 1 - r.log()) * (sedd["xt"] == 5)).sum(dim=1) / sedd["t"]
+    masked, r = diffusion.training_losses(raw, *of_both), sedd["raw"].exp().sum(dim=2)
+    excess = ((r - 1 - r.log()) * (sedd["xt"] == 5)).sum(dim=1) / t
     assert (full["loss"] - masked["loss"] - excess).abs().max() < 1e-12 * 50 and excess.min() > 0
     assert torch.equal(full["nats"], masked["nats"])
 
@@ -118,21 +113,15 @@ def test_bound_of_few_levels_is_unbiased(sedd):
     assert abs(found.nats - sedd["bound_nats"][0].item() / 4) < 4 * found.error
 
 
-def test_independent_masking_has_the_same_mean_loss(sedd):
-    diffusion, model, n = MaskedDiffusion(5, eps=1e-9), toy_network(sedd), 40_000
-    torch.manual_seed(0)
-    x0, t = sedd["x0"][0].expand(n, 4), stratified_times(torch.rand(()), torch.arange(n), n, low=1e-6).double()
-    loss = diffusion.training_losses(model, x0, t)["loss"]
-    assert abs(loss.mean() - sedd["bound_nats"][0]) < 4 * loss.std() / n**0.5
-
-
 def test_counted_masking_masks_so_many():
     diffusion = MaskedDiffusion(9, masking="counted")
     x_t = diffusion.corrupt(torch.zeros(3, 8, dtype=torch.long), torch.tensor([1e-3, 0.5, 1.0]), torch.rand(3, 8))
     assert (x_t == 9).sum(dim=1).tolist() == [1, 4, 8]
+    times = stratified_times(torch.tensor(0.3), torch.arange(8), 8)  # one of each 8th
+    assert sorted((8 * times).long().tolist()) == list(range(8)) and times.min() >= 1e-3
     refusal(MaskedDiffusion, 9, masking="x", words="masking x: is one of independent, counted")
-    with pytest.raises(ValueError, match="needs a model that is told the noise level"):
-        MaskedDiffusion(9, time_conditioning=False, score_entropy=True)
+    untold = dict(time_conditioning=False, score_entropy=True)
+    refusal(MaskedDiffusion, 9, **untold, words="needs a model that is told the noise level")
 
 
 # ---------------------------------------------------------------------- samplers: an enumerated distribution
@@ -196,31 +185,6 @@ def test_sampled_distribution_is_the_enumerated_one(name, options, exact):
         assert p_value(calls[-1]) < 1e-9
 
 
-def test_bound_is_above_the_negative_log_likelihood():
-    """Of the distribution that one token a call gives: equal for true conditionals, above for others."""
-    codes = torch.tensor(list(itertools.product(range(V), repeat=L)))
-    orders = all_orders(L)
-    torch.manual_seed(0)
-    for noise, gap in ((0.0, 0.0), (0.7, 1e-3)):
-        table = (CONDITIONALS + noise * torch.randn(64, L, V)).log_softmax(dim=2)
-
-        def model(x_t, sigma, places, table=table):
-            return table[x_t @ torch.tensor([16, 4, 1])][places]
-
-        pairs = codes.repeat_interleave(6, dim=0), orders.repeat(27, 1)
-        bounds = MaskedDiffusion(V).code_bounds(model, *pairs).view(27, 6).mean(dim=1)
-        likelihood = torch.zeros(27, dtype=torch.float64)
-        for order in itertools.permutations(range(L)):
-            left, logp = torch.full((27, L), V), 0
-            for place in order:
-                logp = logp + table[left @ torch.tensor([16, 4, 1])][torch.arange(27), place, codes[:, place]]
-                left[:, place] = codes[:, place]
-            likelihood += logp.exp() / 6
-        assert likelihood.sum() == pytest.approx(1)
-        above = bounds + likelihood.log()
-        assert (above > -1e-12).all() and above.max() >= gap
-
-
 def test_analytic_sampler_in_many_steps_is_first_hitting():
     """To the code: both reveal a token when its own uniform time has come."""
     indices = torch.arange(1000)
@@ -243,7 +207,7 @@ def test_tokens_stay(name):
 # ---------------------------------------------------------------------- tokens
 
 
-def test_tokens_are_drawn_by_temperature_and_top_p():
+def test_tokens_are_drawn_by_temperature_and_top_p(monkeypatch):
     logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
     u = (torch.arange(4000) + 0.5) / 4000
     shares = {
@@ -256,13 +220,8 @@ def test_tokens_are_drawn_by_temperature_and_top_p():
     assert shares[0.0, 1.0] == shares[1.0, 0.0] == [1, 0, 0, 0]
     tokens, logp = TokenDraw()(logits, u)
     assert torch.allclose(logp.exp(), torch.tensor([0.5, 0.3, 0.2, 0.0]).double()[tokens], atol=1e-7)
-
-
-def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
-    logits, u = torch.randn(100, 5), torch.rand(100)
-    whole = TokenDraw(0.9, 0.8)(logits, u)
-    monkeypatch.setattr("diffusion.masked_samplers.AT_ONCE", 35)
-    assert all(map(torch.equal, whole, TokenDraw(0.9, 0.8)(logits, u)))
+    monkeypatch.setattr("diffusion.masked_samplers.AT_ONCE", 35)  # not all at once
+    assert all(map(torch.equal, (tokens, logp), TokenDraw()(logits, u)))
 
 
 # ---------------------------------------------------------------------- the engine
@@ -296,22 +255,19 @@ def test_guidance_is_of_log_probabilities():
     counts = torch.bincount(codes[:, 2], minlength=V)
     assert chisquare(counts.numpy(), wanted.numpy() * N).pvalue > 1e-3
     given["y"][5] = 1  # the null class
-    with pytest.raises(ValueError, match=r"condition 1 is outside 0\.\.0"):
-        sample_codes(Table(), MaskedDiffusion(V), create_sampler("first-hitting", V), **given)
+    sampler = create_sampler("first-hitting", V)
+    refusal(sample_codes, Table(), MaskedDiffusion(V), sampler, **given, words=r"condition 1 is outside 0\.\.0")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_codes_belong_to_samples(name):
-    def codes(indices, seed=0):
-        sampler = create_sampler(name, V, steps=8)
+    def codes(*indices, seed=0):
+        sampler, indices = create_sampler(name, V, steps=8), torch.tensor(indices)
         return sample_codes(Table(), MaskedDiffusion(V), sampler, seed=seed, indices=indices)
 
-    whole = codes(torch.arange(40))
-    assert torch.equal(whole, torch.cat([codes(part) for part in torch.arange(40).split(7)]))
-    assert torch.equal(whole.flip(0), codes(torch.arange(40).flip(0)))
-    assert torch.equal(whole[[3, 30]], codes(torch.tensor([3, 30]))) and not torch.equal(
-        whole, codes(torch.arange(40), 1)
-    )
+    whole = codes(*range(40))
+    assert torch.equal(whole, torch.cat([codes(*part) for part in np.array_split(range(40), 6)]))
+    assert torch.equal(whole[[30, 3]], codes(30, 3)) and not torch.equal(whole, codes(*range(40), seed=1))
 
 
 @pytest.mark.parametrize("masking, entropy", [("independent", False), ("counted", True)])
@@ -337,18 +293,16 @@ def test_computed_at_all_places(masking, entropy, monkeypatch):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_drawn_at_all_places(name, monkeypatch):
     """The codes of a sampler that asks the model for all places, as on GPUs: those that it draws at places alone."""
+    sampler, asked, found = create_sampler(name, V, steps=8), [], []
     given = torch.randint(V + 1, (200, L), generator=torch.Generator().manual_seed(1))
-    sampler, asked = create_sampler(name, V, steps=8), []
 
     def whole(codes, t, places):
-        asked.append(places)
+        asked.append(places is None)
         return CONDITIONALS[codes @ torch.tensor([16, 4, 1])] if places is None else predict(codes, t, places)
 
-    def calls():
-        return draw(sampler, codes=given, indices=torch.arange(200), predict=whole)
-
-    at_places = calls()
-    assert not any(places is None for places in asked)
-    monkeypatch.setattr("diffusion.masked_samplers.at_all_places", lambda device: True)
-    asked.clear()
-    assert torch.equal(calls(), at_places) and all(places is None for places in asked)
+    for everywhere in (False, True):
+        monkeypatch.setattr("diffusion.masked_samplers.at_all_places", lambda device, all=everywhere: all)
+        found.append(draw(sampler, codes=given, indices=torch.arange(200), predict=whole))
+        assert {*asked} == {everywhere}
+        asked.clear()
+    assert torch.equal(*found)

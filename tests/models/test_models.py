@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import golden, refusal
 
-from models import DiT, DiT_models, DiTCONT, DiTSEM, SEMEmbedder, modulate
+import models
+from models import DiT, DiT_models, DiTCONT, DiTSEM, modulate
 
 SMALL = dict(input_size=8, hidden_size=32, depth=2, num_heads=2)
 
@@ -53,36 +54,21 @@ def test_output_is_exactly_zero_at_initialisation(family):
     assert out.shape == (3, 8, 8, 8) and (out == 0).all()
 
 
-def test_guidance_at_scale_1_is_the_conditional_pass(family):
-    model, conditions = family
-    scrambled(model)
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), conditions(2)
-    doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, model.null_condition(2).to(y.dtype)])
-    with torch.no_grad():
-        plain = model(x, t, y)
-        torch.testing.assert_close(model.forward_with_cfg(*doubled, 1.0)[:2], plain, atol=1e-5, rtol=1e-5)
-        # and beyond t_max at any scale, here the second sample only
-        partly = model.forward_with_cfg(*doubled, 4.0, t_max=500)[:2]
-    torch.testing.assert_close(partly[1], plain[1], atol=1e-5, rtol=1e-5)
-    assert (partly[0] - plain[0]).abs().max() > 1e-2
-
-
 def test_guided_channels():
-    x, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([5, 5])
+    """DiT guides three of four by default, DiTSEM all; no sample beyond t_max is guided."""
+    x, t = torch.randn(2, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([5, 700]).repeat(2)
     for model, y, guided in (
-        (DiT(num_classes=7, **SMALL), torch.tensor([1, 7]), 3),
-        (DiTSEM(L=2, V=3, **SMALL), torch.tensor([[0, 1], [3, 3]]), 4),
+        (DiT(num_classes=7, **SMALL), torch.tensor([1, 2, 7, 7]), 3),
+        (DiTSEM(L=2, V=3, **SMALL), torch.tensor([[0, 1], [2, 0], [3, 3], [3, 3]]), 4),
     ):
         scrambled(model)
         with torch.no_grad():
             conditional, null = model(x, t, y).chunk(2)
             for channels in (None, 3, 4):
-                out = model.forward_with_cfg(x, t, y, 3.0, channels=channels)[:1]
-                count = channels or guided
-                torch.testing.assert_close(
-                    out[:, :count], (null + 3 * (conditional - null))[:, :count], atol=1e-4, rtol=1e-4
-                )
-                torch.testing.assert_close(out[:, count:], conditional[:, count:], atol=1e-4, rtol=1e-4)
+                out = model.forward_with_cfg(x, t, y, 3.0, channels=channels, t_max=500)[:2]
+                wanted, count = conditional.clone(), channels or guided
+                wanted[0, :count] = (null + 3 * (conditional - null))[0, :count]
+                torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_condition_dropout_at_0_and_1(family):
@@ -105,31 +91,6 @@ def test_condition_dropout_at_0_and_1(family):
         torch.testing.assert_close(model(x, t, y), conditional)
 
 
-@pytest.mark.parametrize("L, V", [(512, 256), (128, 1024), (32, 4096), (1, 1)])
-def test_code_embedding_is_the_mean_of_table_rows(L, V):
-    torch.manual_seed(0)
-    embedder = SEMEmbedder(L, V, hidden_size=3)
-    torch.nn.init.normal_(embedder.embedding_table)
-    codes = torch.randint(0, V, (4, L))
-    drop = torch.tensor([False, True, False, False])
-    table = embedder.embedding_table.detach().double()
-    rows = torch.where(drop.unsqueeze(1), V, codes)
-    expected = torch.stack([sum(table[i, token] for i, token in enumerate(row)) / L for row in rows.tolist()]).float()
-    torch.testing.assert_close(embedder(codes, drop), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(embedder(codes.to(torch.int32), drop), expected, atol=1e-5, rtol=1e-5)
-    one_hot = torch.nn.functional.one_hot(codes, V).float()
-    torch.testing.assert_close(embedder(one_hot, drop), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_residual_stream_is_contiguous():
-    """As the patch embedding gives it, it would stay channel-first through all blocks, and slow each LayerNorm."""
-    model, strides = DiTSEM(L=3, V=4, **SMALL), []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].is_contiguous()))
-    model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)))
-    assert strides == [True] * len(model.blocks)
-
-
 def test_what_stays_float32_under_autocast():
     """Norms, the residual stream, the sum of timestep and code embedding; products alone are in 16 bits."""
     model, dtypes = scrambled(DiTSEM(L=3, V=4, **SMALL)), {}
@@ -140,8 +101,10 @@ def test_what_stays_float32_under_autocast():
 
         return hook
 
+    strides = []
     for block in model.blocks:
         block.register_forward_hook(watch("residual stream"))
+        block.register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].is_contiguous()))
         block.adaLN_modulation[0].register_forward_hook(watch("condition"))
         block.norm1.register_forward_hook(watch("norm"))
         block.attn.qkv.register_forward_hook(watch("products"))
@@ -152,47 +115,40 @@ def test_what_stays_float32_under_autocast():
     assert torch.bfloat16 in dtypes.pop("products")
     assert dtypes.keys() == {"residual stream", "condition", "norm", "time"}
     assert all(seen == {torch.float32} for seen in dtypes.values()), dtypes
+    # as the patch embedding gives it, the stream would stay channel-first, and slow each LayerNorm
+    assert strides == [True] * len(model.blocks)
     x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 8).bfloat16(), 1e-3 * torch.randn(2, 8).bfloat16()
     exact = x * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)
     assert torch.equal(modulate(x, shift, scale), exact)  # in bfloat16, 1 + scale would be 1
 
 
 def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
-    import models
-
-    calls = []
-    recompute = models.checkpoint
+    calls, gradients, recompute = [], [], models.checkpoint
     monkeypatch.setattr(models, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
     model = scrambled(DiTSEM(L=3, V=4, **SMALL)).train()
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3))
-    drop = torch.zeros(2, dtype=bool)
-    gradients = []
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)), torch.zeros(2, dtype=bool)
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
-        model(x, t, y, drop).square().mean().backward()
+        model(*inputs).square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert len(calls) == len(model.blocks)  # off by default, then once a block
-    for plain, recomputed in zip(*gradients):
-        torch.testing.assert_close(plain, recomputed)
-    model.eval()(x, t, y)
+    torch.testing.assert_close(*gradients)
+    model.eval()(*inputs)
     assert len(calls) == len(model.blocks)  # never in eval
 
 
 @pytest.mark.slow
-def test_every_name_builds():
+def test_names_and_sizes():
     assert len(DiT_models) == 45
+    refusal(DiT, input_size=9, patch_size=2, words="not a multiple of the patch size")
     papers = {"DiT-XL/2": 675, "DiT-L/2": 458, "DiT-B/2": 130, "DiT-S/2": 33}  # millions
-    for name, build in DiT_models.items():
+    for name in (*papers, *(name for name in DiT_models if "-Ti/" in name or name.endswith("XL/2"))):
         with torch.device("meta"):
-            model = build(input_size=32)
+            model = DiT_models[name](input_size=32)
         assert model.x_embedder.num_patches == (32 // int(name.split("/")[1])) ** 2
         count = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
         assert papers.get(name, count) == count
-
-
-def test_latent_must_fit_the_patch():
-    refusal(DiT, input_size=9, patch_size=2, words="not a multiple of the patch size")
 
 
 def test_starts_of_the_code_table():

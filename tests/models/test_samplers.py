@@ -50,10 +50,7 @@ def full_computation(model, y, loop, draws, **cfg):
     )[:3]
 
 
-TINY = dict(input_size=8, patch_size=4, hidden_size=24, depth=2, num_heads=2, L=L, V=V)
-
-
-@pytest.mark.parametrize("kind, channels", [(0, None), (0, 3), (1, None), (1, 4), (2, None)])
+@pytest.mark.parametrize("kind, channels", [(0, 3), (1, None), (2, None)])
 def test_guidance_only_where_it_acts(kind, channels):
     """At times outside t_min..t_max, and always at scale 1, the conditional half alone runs; the result is the same."""
     model, y = random_model(*MODELS[kind])
@@ -77,14 +74,6 @@ def test_guidance_only_where_it_acts(kind, channels):
     torch.testing.assert_close(sample(cfg_scale=1 + 1e-6), plain, **CLOSE)
 
 
-@pytest.mark.parametrize("kind, value", [(0, V), (0, -1), (1, 9), (1, 100)])
-def test_conditions_that_mean_none_are_refused(kind, value):
-    """A label or token one beyond the model's is its null row: the image would be an unconditional one."""
-    model, y = random_model(*MODELS[kind])
-    y.flatten()[1] = value
-    refusal(draw, model, create_sampler("ddim", 2), y, words=rf"condition {value} is outside 0\.\.{(V, 9)[kind] - 1}")
-
-
 def test_conditions_of_any_type_and_order():
     """A mask has no range, labels are told apart from codes by name, and 8 bits hold no null token of 256."""
     null = dict(codes=torch.full((1, L), V), labels=torch.tensor([9]), mask=torch.zeros(1, L, dtype=torch.bool))
@@ -95,11 +84,14 @@ def test_conditions_of_any_type_and_order():
     y = y.clamp(max=255)
     drawn = (draw(model, create_sampler("ddim", 2), one, cfg_scale=1.5) for one in (y, y.to(torch.uint8)))
     assert torch.equal(*drawn)
+    # a label or token one beyond the model's is its null row: the image would be an unconditional one
+    for value in (256, -1):
+        y[1, 0] = value
+        refusal(draw, model, create_sampler("ddim", 2), y, words=rf"condition {value} is outside 0\.\.255")
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_ddim_is_the_diffusions(eta):
-    model, y = random_model()
+def test_ddim_is_the_diffusions():
+    eta, (model, y) = 0.7, random_model()
     diffusion = create_diffusion("7")
     ours = draw(model, create_sampler("ddim", 7, eta=eta), y, cfg_scale=1.5)
     loop = partial(diffusion.ddim_sample_loop, eta=eta)
@@ -110,10 +102,13 @@ def test_ddim_is_the_diffusions(eta):
 LOG_SIGMA = np.log((1 / create_diffusion("").alphas_cumprod - 1).numpy()) / 2  # at the whole times
 
 
-def solve(sampler, x, std):
-    """From x to samples of N(0, std^2), whose eps is known at every time, whole or fractional."""
-    generator = torch.Generator().manual_seed(0)
-    asked, expected = [], []
+@pytest.mark.parametrize(
+    "name, steps, error", [("ddpm", 250, 0.03), ("ddim", 250, 0.02), ("dpmsolver++", 25, 0.03), ("heun", 40, 0.02)]
+)
+def test_samplers_on_a_distribution_that_is_known(name, steps, error):
+    """N(0, std^2), whose eps is known at every time, whole or fractional; each is asked for the times that it says."""
+    std, generator, sampler = 0.5, torch.Generator().manual_seed(1), create_sampler(name, steps)
+    asked, expected, number = [], [], 0
 
     def predict(x, time):
         alpha = 1 / (1 + math.exp(2 * np.interp(time, np.arange(1000), LOG_SIGMA)))
@@ -122,31 +117,14 @@ def solve(sampler, x, std):
         expected.append(math.sqrt(alpha) * std**2 / variance * x)  # E[x_0 | x_t]
         return torch.cat([math.sqrt(1 - alpha) / variance * x, torch.zeros_like(x)], dim=1)
 
-    steps, before = 0, 0
-    for sample, x_start in sampler(predict, x, lambda step: torch.randn(x.shape, generator=generator)):
-        assert sample.shape == x.shape
-        torch.testing.assert_close(x_start, expected[before], atol=1e-3, rtol=1e-3)  # of the step's first evaluation
-        steps, before = steps + 1, len(expected)
-    assert asked == sampler.times and steps == sampler.num_steps
-    return sample
-
-
-def test_samplers_on_a_distribution_that_is_known():
-    """The deterministic ones follow the probability flow, which scales x; the ancestral one has the right variance."""
-    std = 0.5
-    x = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
-    error = {
-        (name, steps): float(((solve(create_sampler(name, steps), x, std) / (std * x)) - 1).abs().median())
-        for name, all_steps in (("ddim", (250, 25, 49)), ("dpmsolver++", (25, 10)), ("heun", (25, 20, 40, 80)))
-        for steps in all_steps
-    }
-    assert error["dpmsolver++", 25] < 0.03 and error["ddim", 250] < 0.02
-    assert error["dpmsolver++", 25] < error["ddim", 25] / 3
-    assert error["dpmsolver++", 25] < error["dpmsolver++", 10] / 5  # second order: by 2.5 squared
-    # Heun's, too: by 2 squared each time, and of as many evaluations more exact than DDIM's first order
-    assert 3.5 < error["heun", 20] / error["heun", 40] < 5 and 3.5 < error["heun", 40] / error["heun", 80] < 5
-    assert error["heun", 25] < 0.035 < error["ddim", 49]
-    assert abs(solve(create_sampler("ddpm", 250), x, std).std() / std - 1) < 0.03
+    x = torch.randn(1, 4, 64, 64, generator=generator)
+    for drawn, x_start in sampler(predict, x, lambda step: torch.randn(x.shape, generator=generator)):
+        assert drawn.shape == x.shape
+        torch.testing.assert_close(x_start, expected[number], atol=1e-3, rtol=1e-3)  # of the step's first evaluation
+        number = len(expected)
+    assert asked == sampler.times == sorted(asked, reverse=True) and sampler.num_steps == steps
+    assert abs(drawn.std() / std - 1) < error
+    assert name == "ddpm" or ((drawn / (std * x)) - 1).abs().median() < error  # the flow of probability scales x
 
 
 def nonlinear(x, time):
@@ -154,7 +132,7 @@ def nonlinear(x, time):
     return torch.cat([torch.tanh(1.3 * x) * (1 + 1e-3 * time) + 0.1 * torch.sin(3 * x), x], dim=1)
 
 
-@pytest.mark.parametrize("steps", [2, 14, 15, 999])
+@pytest.mark.parametrize("steps", [2, 15, 99])
 def test_dpm_solver_is_that_of_diffusers(steps):
     """x and x_0 after each step. Theirs computes the schedule's part in float32, ours in float64."""
     from diffusers import DPMSolverMultistepScheduler
@@ -193,34 +171,22 @@ def test_heun_is_algorithm_1_of_edm():
     assert sampler.times[:3:2] == [999, sampler.times[1]] and sampler.times[-2:] == [0, 0] and len(sampler.times) == 11
 
 
-def test_a_solver_may_choose_its_times_as_it_goes():
-    model, y = random_model()
-
-    class Unannounced(HeunSampler):
-        times = ()
-
-        def __init__(self, steps):
-            announced = HeunSampler(steps)
-            self.num_steps, self.sigmas, self.step_times = steps, announced.sigmas, announced.step_times
-
-    torch.testing.assert_close(
-        draw(model, Unannounced(4), y, cfg_scale=1.5), draw(model, HeunSampler(4), y, cfg_scale=1.5), **CLOSE
-    )
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_belongs_to_its_index(name):
-    """Drawn in another batch, after another, or with all steps seen: the same; and each sampler ends near x_0."""
+    """Drawn in another batch, after another, with all steps seen, or with times that are not announced: the same."""
     model, y = random_model()
     sampler, seen = create_sampler(name, 6), []
     both = draw(model, sampler, y, cfg_scale=1.5)
+    sampler.times = [] if name == "heun" else sampler.times  # a solver may choose them as it goes
     options = dict(indices=INDICES[1:2], cfg_scale=1.5, on_step=lambda number, x, x_start: seen.append(x_start))
     alone = draw(model, sampler, y[1:2], **options)
     torch.testing.assert_close(both[1:2], alone, **CLOSE)
     assert len(seen) == sampler.num_steps == 6
-    assert sampler.times == sorted(sampler.times, reverse=True) and sampler.times[0] == 999
     if name != "ddpm":
         torch.testing.assert_close(seen[-1], alone, atol=0.2, rtol=0.1)
+    model = DiTSEM(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2, L=L, V=V, learn_sigma=False).eval()
+    x = draw(model, create_sampler(name, 4, learn_sigma=False), y, cfg_scale=2.0)
+    assert x.shape == (3, *SHAPE) and x.isfinite().all()
 
 
 def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
@@ -230,15 +196,6 @@ def test_samples_that_are_not_finite_are_not_written(tiny_models, tmp_path):
     latents[1, 0, 0, 0] = math.nan
     refusal(decoder, [0, 1, 2], latents, words="not finite numbers: try --precision bf16 or fp32")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_model_without_sigma():
-    torch.manual_seed(0)
-    model = DiTSEM(**TINY, learn_sigma=False).eval()
-    for name in SAMPLERS:
-        sampler = create_sampler(name, 4, learn_sigma=False)
-        x = draw(model, sampler, torch.zeros(3, L, dtype=torch.long), cfg_scale=2.0)
-        assert x.shape == (3, *SHAPE) and x.isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
