@@ -12,6 +12,7 @@ from evaluation import notes, sets
 from evaluation.measuring import Measured
 from evaluation.reference import Reference
 
+COMPARE, MAKE = "samples.npz --reference reference.npz", "make-reference reference.npz"
 STORED, LONE = Reference("r.npz", statistics=dict(pool=None)), Reference("r.npz")
 
 
@@ -21,8 +22,6 @@ STORED, LONE = Reference("r.npz", statistics=dict(pool=None)), Reference("r.npz"
         (50_000, 2048, STORED, 10_000, ("fid", "precision"), ""),
         (1000, 2048, STORED, 10_000, ("fid",), "1,000 samples are too few for a Frechet distance: the covariance of"),
         (10_000, 2048, STORED, 10_000, ("fid",), "10,000 samples: published numbers use 50,000, and fewer give a"),
-        (1000, 0, STORED, 10_000, ("is",), "1,000 samples: published numbers use 50,000$"),
-        (50_000, 0, LONE, 10_000, ("kid",), ""),
         (50_000, 2048, LONE, 10_000, ("fid",), "the reference is 10,000 images of r.npz and the samples are 50,000"),
         (50_000, 2048, STORED, 1000, ("fid", "recall"), "recall: 1,000 reference images; published numbers use 10,000"),
     ],
@@ -45,7 +44,6 @@ def test_a_set_compared_with_itself():
         (dict(), ""),
         (dict(cfg_channels=3), "guidance covers 3 latent channels.*DiTSEM-XL/2 guide all of them"),
         (dict(model="DiT-XL/2"), r"guidance covers 4 latent channels.*DiT-XL/2 guide 3 \(--cfg-channels 3\)"),
-        (dict(model="DiT-XL/2", cfg_channels=3), ""),
         (dict(model="DiT-XL/2", cfg_scale=1), ""),
         (dict(weights="raw"), "the samples were drawn from the raw weights: published ones from the EMA weights"),
         (dict(weights="as in the file"), "samples.json does not say whether the weights are the EMA weights"),
@@ -72,7 +70,7 @@ def test_warnings_of_images(evaluate, evaluation_place):
     said = evaluate("jpegs", "--reference", "reference.npz", "--metrics", "fid", "--crop", 16)
     assert "JPEG" not in said and "the reference has" not in said
     warnings = json.loads((evaluation_place / "jpegs.metrics.json").read_text())["warnings"]
-    assert all(f"warning: {line}" in said for line in warnings) and len(warnings) >= 2
+    assert all(f"warning: {line}" in said for line in warnings)
     assert "the samples were brought to 16 x 16 pixels before they were compared" in warnings
 
 
@@ -83,43 +81,30 @@ def mistake(evaluation_place, error_of):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "command, words",
     [
         ("--reference reference.npz", "the following arguments are required: SAMPLES"),
         ("samples.npz", "--reference is missing"),
         ("nowhere/x.npz --reference reference.npz", "nowhere/x.npz does not exist"),
         ("tiny.bin --reference reference.npz", "SAMPLES tiny.bin is not a folder, an archive (.zip, .tar)"),
         ("empty --reference reference.npz", "SAMPLES empty has no images (.jpg"),
-        ("make-reference reference.npz out.txt --image-size 16", "reference: error: out.txt does not end in .npz\n"),
-        ("make-reference reference.npz out.npz --image-size 8", "has images of 16 x 16 pixels, not --image-size"),
-        ("make-reference reference.npz no/out.npz --image-size 16", "no/out.npz: there is no such folder"),
-        ("make-reference reference.npz empty.npz --image-size 16", "empty.npz is a folder: name a file"),
-        ("make-reference reference.npz o.npz --image-size 16 --dinov2 x", "--dinov2: no features of dinov2"),
+        (f"{MAKE} out.txt --image-size 16", "reference: error: out.txt does not end in .npz\n"),
+        (f"{MAKE} out.npz --image-size 8", "has images of 16 x 16 pixels, not --image-size"),
+        (f"{MAKE} no/out.npz --image-size 16", "no/out.npz: there is no such folder"),
+        (f"{MAKE} empty.npz --image-size 16", "empty.npz is a folder: name a file"),
+        (f"{COMPARE} --metrics psnr", "invalid choice: 'psnr'"),
+        (f"{COMPARE} --crop 8 --resize 8", "--crop and --resize exclude each other"),
+        (f"{COMPARE} --crop 8", "--crop and --resize are not for .npz"),
+        (f"{COMPARE} --dinov2 vit.pth", "--dinov2: no features of dinov2 are wanted: leave it out, or ask for some"),
+        (f"{COMPARE} --metrics fid --pr-precision float32", "--pr-precision float32 applies to precision and recall"),
+        (f"{COMPARE} --inception nowhere.pth", "--inception nowhere.pth does not exist"),
+        (f"{COMPARE} --features dinov2", "no weights of dinov2 (HF_HUB_OFFLINE is set): fetch https://"),
     ],
 )
-def test_mistaken_sets(mistake, evaluation_place, flags, words):
+def test_mistaken_commands(mistake, evaluation_place, command, words):
     for name in ("empty", "empty.npz"):
         (evaluation_place / name).mkdir()
-    assert words in mistake(flags) and not list(evaluation_place.glob("o*"))
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--metrics psnr", "invalid choice: 'psnr'"),
-        ("--crop 8 --resize 8", "--crop and --resize exclude each other"),
-        ("--crop 8", "--crop and --resize are not for .npz"),
-        ("--output no/where.json", "--output no/where.json: there is no such folder"),
-        ("--dinov2 vit.pth", "--dinov2: no features of dinov2 are wanted: leave it out, or ask for some"),
-        ("--inception tiny.bin --metrics fd_dinov2", "--inception: no features of inception are wanted"),
-        ("--metrics fid --pr-precision float32", "--pr-precision float32 applies to precision and recall"),
-        ("--inception nowhere.pth", "--inception nowhere.pth does not exist"),
-        ("--features dinov2", "no weights of dinov2 (HF_HUB_OFFLINE is set): fetch https://"),
-        ("--features dinov2", "with --dinov2; agreement and reconstruction --features none need none\n"),
-    ],
-)
-def test_mistaken_flags(mistake, flags, words):
-    assert words in mistake(f"samples.npz --reference reference.npz {flags}")
+    assert words in mistake(command) and not list(evaluation_place.glob("o*"))
 
 
 POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
@@ -128,14 +113,11 @@ POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
 @pytest.mark.parametrize(
     "arrays, flags, words",
     [
-        (dict(images=pixels(3)), None, "bad.npz has no arr_0, which holds the images: its keys are images"),
         (dict(arr_0=pixels(3).transpose(0, 3, 1, 2)), "", "has its channels first, shape (3, 3, 16, 16), wanted"),
         (dict(arr_0=pixels(3) / np.float32(255)), "", "arr_0 is float32, shape"),
         (dict(arr_0=pixels(3)[..., 0]), "", "arr_0 is grey, shape (3, 16, 16), wanted"),
         (dict(arr_0=pixels(3)[:0]), "", "arr_0 is empty, shape (0, 16, 16, 3)"),
         (dict(arr_0=np.array([{}], object)), "", "bad.npz: arr_0 is of pickled objects"),
-        (dict(arr_0=np.zeros(5, np.uint8)), "", "arr_0 has another shape, shape (5,)"),
-        (dict(arr_0=pixels(3)), "", "--metrics precision needs at least 4 images in each set, and there are 3"),
         (dict(arr_0=pixels(1)), "--metrics fid", "--metrics fid needs at least 2 images in each set, and there are 1"),
         # of references alone
         (dict(other=np.zeros(3)), "", "bad.npz has neither arr_0 nor mu and sigma: its keys are other"),
@@ -143,11 +125,8 @@ POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
         (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=pixels(9)), "", "of 64 features, and inception's pool features"),
         (dict(POOL, mu=np.full(12, np.nan)), "", "mu, sigma: the mean or the covariance holds values that are NaN"),
         (dict(POOL, mu=np.zeros(12, complex)), "", "mu has type complex128, wanted real numbers"),
-        (dict(POOL, count=np.zeros(2)), "", "count has shape (2,), wanted ()"),
-        (dict(POOL, network=np.zeros(2)), "", "network is no text"),
         (dict(POOL, network_sha256="0" * 64), "--metrics fid", "was made with other weights of inception (00000000…)"),
         (POOL, "", "mu, sigma of inception alone, too little for sfid, precision, recall: give --metrics fid is, or"),
-        (POOL, "--metrics kid", "too little for kid: give a reference with arr_0"),
         (POOL, "--metrics fid fd_dinov2", "too little for fd_dinov2: give --metrics fid, or a reference with arr_0"),
         (dict(POOL, mu=np.zeros(2**24)), "", "mu inflates from"),
     ],
@@ -155,10 +134,9 @@ POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
 )
 def test_arrays_that_are_none(mistake, arrays, flags, words):
     np.savez_compressed("bad.npz", **arrays)
-    if flags is None or "arr_0" in arrays and "mu" not in arrays:
-        assert words in mistake(f"bad.npz --reference reference.npz {flags or ''}")
-    if flags is not None:
-        assert words in mistake(f"samples.npz --reference bad.npz {flags}")
+    if "arr_0" in arrays and "mu" not in arrays:
+        assert words in mistake(f"bad.npz --reference reference.npz {flags}")
+    assert words in mistake(f"samples.npz --reference bad.npz {flags}")
 
 
 def test_damaged_files(mistake, evaluation_place):

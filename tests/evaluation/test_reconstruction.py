@@ -31,6 +31,7 @@ from evaluation.similarity import psnr, ssim
 from evaluation.tokens import CodeReader, EncoderNetwork, encoder_of, token_agreement
 
 CPU = torch.device("cpu")
+SIZES = "vit_tiny_patch16_224", 32, dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
 
 
 def noise(*shape, seed=0, low=0, high=256):
@@ -49,8 +50,7 @@ def test_psnr_of_a_known_error():
 def direct_ssim(a, b):
     """The formula of Wang et al. by two-dimensional windows, in float64, of one image (H, W, 3)."""
     weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
-    window = np.outer(weights, weights) / weights.sum() ** 2
-    values = []
+    window, values = np.outer(weights, weights) / weights.sum() ** 2, []
     for x, y in zip(a.transpose(2, 0, 1).astype(float), b.transpose(2, 0, 1).astype(float)):
         mx, my, xx, yy, xy = (convolve2d(z, window, mode="valid") for z in (x, y, x * x, y * y, x * y))
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -66,11 +66,7 @@ def test_ssim_is_the_formula():
     b[1, 8, 8] = 251
     assert ssim(a, b).tolist() == pytest.approx([direct_ssim(*pair) for pair in zip(a.numpy(), b.numpy())], rel=1e-9)
     assert ssim(a, a).tolist() == pytest.approx([1, 1])
-
-
-def test_pairs_that_cannot_be_compared():
     refusal(ssim, noise(1, 10, 20, 3), noise(1, 10, 20, 3), words="11 x 11 pixels or more, these have")
-    refusal(psnr, noise(1, 16, 16, 3), noise(1, 16, 12, 3), words="wanted uint8 alike")
 
 
 def test_agreement_of_known_codes():
@@ -90,8 +86,7 @@ def test_agreement_of_known_codes():
 def test_images_of_features(workplace, images, tmp_path):
     features = Features(workplace / "features")
     of_features = FeatureImages(features, images)
-    assert of_features.count == 14 and (of_features.rows == np.arange(14)).all()
-    assert of_features.source.name(13) == "dog/6.png"
+    assert (of_features.rows == np.arange(14)).all() and of_features.source.name(13) == "dog/6.png"
     (crops,) = of_features.batches(0, 14, 14)
     wanted = np.array(center_crop(load_rgb(images / "dog/6.png"), IMAGE_SIZE))
     assert crops.shape == (14, IMAGE_SIZE, IMAGE_SIZE, 3) and (crops[13] == wanted).all()
@@ -146,38 +141,32 @@ def samples(workplace, tmp_path):
 
 @pytest.mark.slow
 def test_agreement_command(samples, workplace, images, tiny_models, evaluate):
-    metrics = samples.with_name(samples.name + ".metrics.json")
+    metrics, features = samples.with_name(samples.name + ".metrics.json"), Features(workplace / "features")
     said = evaluate("agreement", samples, "--data-path", images)
     result = json.loads(metrics.read_text())["code_agreement"]
-    record = json.loads((samples / "samples.json").read_text())
+    rows = np.array(json.loads((samples / "samples.json").read_text())["code_rows"])
     pictures = np.stack([np.array(Image.open(samples / f"{index:06d}.png")) for index in range(21)])
     found = CodeReader(load_encoder(tiny_models[1]), CPU)(torch.from_numpy(pictures))["codes"].numpy()
-    wanted = Features(workplace / "features").codes.gather(np.array(record["code_rows"]))
-    assert {key: value for key, value in result.items() if key != "ceiling"} == token_agreement(wanted, found, V)
+    agreed = token_agreement(features.codes.gather(rows), found, V)
+    assert {key: value for key, value in result.items() if key != "ceiling"} == agreed
     evaluate("reconstruction", workplace / "features", "--data-path", images, "--features", "none")
     reconstructed = json.loads((workplace / "features/reconstruction.json").read_text())
     (workplace / "features/reconstruction.json").unlink()
     assert result["ceiling"] == reconstructed["code_agreement"] and result["ceiling"]["images"] == 14
     assert f"code agreement {result['share']:.3f} +- " in said and "VAE reconstructions of 14 images" in said
+    # numbers of two commands lie beside each other, while the images are the same
     evaluate(samples, "--metrics", "is")
-    score, agreed = (json.loads(metrics.read_text())[key] for key in ("metrics", "code_agreement"))
-    assert agreed == result
+    score = json.loads(metrics.read_text())["metrics"]
+    assert json.loads(metrics.read_text())["code_agreement"] == result
     evaluate("agreement", samples)
     assert json.loads(metrics.read_text())["metrics"] == score
-    shutil.copy(samples / "000001.png", samples / "000000.png")
-    assert "; its numbers of other images are gone" in evaluate(samples, "--metrics", "is")
-    assert "code_agreement" not in json.loads(metrics.read_text())
-
-
-@pytest.mark.slow
-def test_agreement_of_what_it_should_be(samples, images, evaluate, workplace):
-    record = json.loads((samples / "samples.json").read_text())
-    source = FeatureImages(Features(workplace / "features"), images).source
-    for index, row in enumerate(record["code_rows"]):
+    # samples that are what their codes were made of
+    source = FeatureImages(features, images).source
+    for index, row in enumerate(rows):
         center_crop(source.load(int(row)), 32).save(samples / f"{index:06d}.png")
-    evaluate("agreement", samples)
-    numbers = json.loads(samples.with_name(samples.name + ".metrics.json").read_text())["code_agreement"]
-    assert numbers["share"] == numbers["whole_codes"] == 1 > numbers["chance"]
+    assert "; its numbers of other images are gone" in evaluate("agreement", samples)
+    numbers = json.loads(metrics.read_text())
+    assert "metrics" not in numbers and numbers["code_agreement"]["share"] == 1 > numbers["code_agreement"]["chance"]
 
 
 @pytest.mark.slow
@@ -185,20 +174,23 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     codes = Features(workplace / "features").codes.gather(np.arange(14))
     np.save(tmp_path / "right.npy", codes)
     np.save(tmp_path / "wrong.npy", codes[::-1])
+    for positions in (L, L - 1):
+        save_encoder(SEMEncoder(*SIZES[:2], positions, V, backbone_args=SIZES[2]), tmp_path / f"sem{positions}")
     for path, flags, words in (
         (tmp_path / "x.npz", "", "samples.json, which says what the samples were drawn for: name a folder, or"),
         (samples, "--vae ema", "--vae sets up the ceiling, which needs images: add --data-path"),
         (samples, "--dlc-dir nowhere", "nowhere does not exist; name the codes that"),
         (samples, "--dlc-dir wrong.npy", "by the digest in samples.json: name them with --dlc-dir"),
         (samples, f"--dlc-dir right.npy --encoder {tiny_models[1]} --data-path {images}", "is no features directory"),
+        (samples, f"--encoder sem{L}", "come from another encoder than"),
+        (samples, f"--encoder sem{L - 1}", f"have L={L}, but those of"),
     ):
         assert words in error_of("evaluate", "agreement", path, *flags.split())
     (samples / "000003.png").unlink()
     said = error_of("evaluate", "agreement", samples)
     assert "has 20 images, and its samples.json says 21: run the sampling command again" in said
-    record = SamplesRecord.read(samples / "samples.json")
-    with pytest.raises(ValueError, match="drawn for labels, not for codes"):
-        agreement.DrawnCodes(samples, dataclasses.replace(record, conditions=dict(kind="labels")))
+    labels = dataclasses.replace(SamplesRecord.read(samples / "samples.json"), conditions=dict(kind="labels"))
+    refusal(agreement.DrawnCodes, samples, labels, words="drawn for labels, not for codes")
 
 
 def test_encoder_that_the_checkpoint_names(tmp_path, monkeypatch):
@@ -215,17 +207,6 @@ def test_encoder_that_the_checkpoint_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "positions, words", [(L, "come from another encoder than"), (L - 1, f"have L={L}, but those of")]
-)
-def test_encoder_of_the_codes(samples, tmp_path, error_of, positions, words):
-    arguments = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
-    save_encoder(SEMEncoder("vit_tiny_patch16_224", 32, positions, V, backbone_args=arguments), tmp_path / "sem")
-    error = error_of("evaluate", "agreement", samples, "--encoder", "sem")
-    assert words in error and error.endswith("name the one that made them with --encoder\n")
-
-
-@pytest.mark.slow
 def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, tiny_models):
     features, lone = workplace / "features", tmp_path / "lone"
     shutil.copytree(features, lone)
@@ -239,10 +220,7 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
         (tmp_path / "x", "", "does not exist: make it with extract_features_withdlc.py"),
         (features, "--features none encoder", "--features none goes with no other"),
         (features, "--features encoder --encoder none", "there are none, or it is left out"),
-        (features, "--out missing/x.json", "--out missing/x.json: there is no such folder"),
         (features, f"--out {features}/manifest.json", "manifest.json exists, and is no file of this command"),
-        (features, "", "no weights of inception (HF_HUB_OFFLINE is set)"),
-        (features, "--dinov2 x", "--dinov2: no features of dinov2 are wanted"),
         (lone, "--encoder x", "--encoder x: features"),
         (one, "--features encoder", "are of 1 image, and a Frechet distance needs 2: --features none"),
     ):
