@@ -42,12 +42,12 @@ def test_image_folder_is_the_split(splits, tmp_path):
 
 @pytest.mark.slow
 def test_vae_keeps_the_digits_legible(splits):
-    images, labels = splits[1]
+    images, labels = (values[:90] for values in splits[1])
     vae = load_vae(str(ROOT / "assets/digits-vae"))
     with torch.inference_mode():
         latents = encode(vae, normalize(torch.from_numpy(images)))
         reconstructions = to_uint8(decode(vae, latents)).numpy()
-    assert latents.shape == (360, 4, 8, 8)
+    assert latents.shape == (90, 4, 8, 8)
     assert 0.8 < latents.std() < 1.2
     read = DigitReader()
     assert (read(images) == labels).mean() > 0.98

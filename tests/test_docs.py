@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,9 +12,15 @@ from conftest import ROOT, save_images
 from forked import Run
 from tiny_networks import pixels
 
+from diffusion.process_table import PROCESSES, SAMPLER_OPTIONS
 from diffusion.schedules import named_betas
+from dlc.machine.cli import NotHere
+from dlc.sampling.command import FLAGS
+from dlc.sampling.prior_options import PriorOptions, flags_of
+from evaluation.sweep import SEEDS
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
+SOURCES = [path for place in ("*.py", "dlc/**/*.py", "evaluation/*.py", "demo/*.py") for path in ROOT.glob(place)]
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
     compose_dlc playground evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction
     evaluation.sweep dlc.features dlc.checkpoints dlc.sampling.__main__ demo.networks""".split()
@@ -53,7 +60,7 @@ def options(parser):
                 yield from options(one)
 
 
-def test_flags_exist(monkeypatch):
+def test_flags_exist_have_help_and_are_read(monkeypatch):
     parsers = []
 
     def parse_args(parser, args=None):
@@ -68,12 +75,23 @@ def test_flags_exist(monkeypatch):
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text()))
         assert named <= known, (page.name, named - known)
+    read = {
+        node.attr
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    read |= {f"prior_{flags_of(one)[0].replace('-', '_')}" for one in fields(PriorOptions)} | {*FLAGS}  # read in a loop
+    read |= {*SAMPLER_OPTIONS, SEEDS} | {name for row in PROCESSES.values() for name in row.options}
+    actions = [action for parser in parsers for action in parser._actions if action.dest not in ("help", "command")]
+    unread = {action.dest for action in actions if not isinstance(action, NotHere)} - read
+    assert len(actions) > 200 and all(action.help for action in actions) and not unread, unread
 
 
 def test_messages_are_quoted_as_they_are():
     """What two pages quote as a symptom is in the sources, but for values, for which … stands."""
     texts = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("dlc/**/*.py"), *ROOT.glob("evaluation/*.py")]:
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))

@@ -10,8 +10,6 @@ What mixes devices raises torch's own error, and so does whatever needs a value:
 """
 
 import contextlib
-import math
-from collections import defaultdict
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -109,36 +107,12 @@ def apply(module, function, recurse=True):
 
 
 def backward(loss):
-    """loss.backward() by a walk over the graph: torch's engine asks the driver for the streams of CUDA tensors."""
-    root, waiting, seen = loss.grad_fn, defaultdict(int), set()
-    nodes = [root]
-    while nodes:  # how many gradients each node waits for
+    """loss.backward() by gradients of 0: torch's engine asks the driver for the streams of CUDA tensors."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
         node = nodes.pop()
         if node not in seen:
             seen.add(node)
-            following = [other for other, _ in node.next_functions if other is not None]
-            nodes += following
-            for other in following:
-                waiting[other] += 1
-    received = defaultdict(dict, {root: {0: torch.ones_like(loss)}})
-    ready = [root]
-    with torch.no_grad():
-        while ready:
-            node = ready.pop()
-            metadata, own = node._input_metadata, received.pop(node, {})
-            inputs = [own.get(number) for number in range(max(len(metadata), 1))]
-            for number, (grad, wanted) in enumerate(zip(inputs, metadata)):
-                if grad is not None:  # as the engine does it
-                    assert math.prod(wanted.shape) <= grad.numel() and grad.device == wanted.device
-                    inputs[number] = grad.sum_to_size(wanted.shape).to(wanted.dtype)
-            outputs = node(*inputs) if own else None
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,) * max(1, len(node.next_functions))
-            for (other, number), grad in zip(node.next_functions, outputs):
-                if other is None:
-                    continue
-                if grad is not None:
-                    before = received[other].get(number)
-                    received[other][number] = grad if before is None else before + grad
-                waiting[other] -= 1
-                if not waiting[other]:
-                    ready.append(other)
+            nodes += [other for other, _ in node.next_functions if other is not None]
+            if hasattr(node, "variable"):  # a weight that the loss depends on
+                node.variable.grad = torch.zeros_like(node.variable)

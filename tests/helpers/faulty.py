@@ -6,6 +6,7 @@ called at the end.
 """
 
 import importlib
+import itertools
 import math
 import os
 import resource
@@ -45,13 +46,11 @@ def signalled(name, part, number, rank="0"):
     """
     if name.startswith("readers:"):
         small_pipes()  # with all of it in a pipe, nobody would miss the reader
-    replace, seen = os.replace, []
+    replace, calls = os.replace, itertools.count(1)
 
     def replaced(source, target):
-        if part in str(target) and os.environ.get("RANK", "0") == rank:
-            seen.append(target)
-            if len(seen) == int(number):
-                send(name)
+        if part in str(target) and os.environ.get("RANK", "0") == rank and next(calls) == int(number):
+            send(name)
         replace(source, target)
 
     os.replace = replaced
@@ -83,11 +82,10 @@ def signalled_looking(name, number, rank="0"):
     """At the Nth look for a request to stop within a measurement or a preview, as `signalled`."""
     from dlc.training.run import Run
 
-    go_on, seen = Run.go_on, []
+    go_on, calls = Run.go_on, itertools.count(1)
 
     def looking(self, *values, **kwargs):
-        seen.append(values)
-        if len(seen) == int(number) and self.state.process_index == int(rank):
+        if next(calls) == int(number) and self.state.process_index == int(rank):
             send(name)
         go_on(self, *values, **kwargs)
 
@@ -96,14 +94,12 @@ def signalled_looking(name, number, rank="0"):
 
 def killed_syncing(name, number):
     """SIGKILL after the Nth time that a file or folder of this name was synced."""
-    fsync, seen = os.fsync, []
+    fsync, calls = os.fsync, itertools.count(1)
 
     def synced(descriptor):
         fsync(descriptor)
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}"):
-            seen.append(name)
-            if len(seen) == int(number):
-                send("group:SIGKILL")
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}") and next(calls) == int(number):
+            send("group:SIGKILL")
 
     os.fsync = synced
 
@@ -112,12 +108,11 @@ def killed_in_a_line(number):
     """SIGKILL when the Nth line of metrics.jsonl is written but for its end."""
     from dlc.training import log
 
-    append, seen = log.append_metrics, []
+    append, calls = log.append_metrics, itertools.count(1)
 
     def cut_short(path, line):
         append(path, line)
-        seen.append(line)
-        if len(seen) == int(number):
+        if next(calls) == int(number):
             os.truncate(path, path.stat().st_size - 9)
             send("group:SIGKILL")
 
@@ -126,11 +121,10 @@ def killed_in_a_line(number):
 
 def nan_gradients(step):
     """At this step, though its loss is finite."""
-    backward, seen = Accelerator.backward, []
+    backward, calls = Accelerator.backward, itertools.count(1)
 
     def broken(self, loss, **kwargs):
-        seen.append(loss)
-        backward(self, loss * (math.nan if len(seen) == int(step) else 1), **kwargs)
+        backward(self, loss * (math.nan if next(calls) == int(step) else 1), **kwargs)
 
     Accelerator.backward = broken
 

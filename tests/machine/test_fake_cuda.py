@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import tiny_vae
-from fake_cuda import CUDA, Waits, assert_on, backward, fake_cuda, no_waiting, real
+from fake_cuda import CUDA, Waits, assert_on, fake_cuda, no_waiting, real
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import train_prior
-from diffusion import create_diffusion, masked_samplers, samplers
+from diffusion import masked_samplers, samplers
 from diffusion.masked import MaskedDiffusion
 from diffusion.process_table import PROCESSES, create_process
 from dlc.data.images import to_uint8
@@ -48,18 +48,17 @@ from train_diffusion import argument_parser, build_optimizer, losses_of
 N, L, V = 4, 3, 5
 SIZES = dict(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2)
 PER_CHANNEL = dict(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
-FAMILIES = {  # what builds a small one, and n conditions for it
-    "DiTSEM": (
-        lambda **sizes: DiTSEM(**SIZES, **sizes, L=L, V=V),
-        lambda n: torch.randint(V, (n, L), dtype=torch.uint8),
-    ),
-    "DiTSEM with a head": (
-        lambda **sizes: DiTSEM(**{**SIZES, "depth": 2}, **sizes, intermediate_head=1, L=L, V=V),
-        lambda n: torch.randint(V, (n, L), dtype=torch.uint8),
-    ),
-    "DiT": (lambda **sizes: DiT(**SIZES, **sizes, num_classes=7), lambda n: torch.randint(7, (n,))),
-    "DiTCONT": (lambda **sizes: DiTCONT(**SIZES, **sizes, in_dim=6), lambda n: torch.randn(n, 6).half()),
+FAMILIES = {  # a class, its arguments, and n conditions for it
+    "DiTSEM": (DiTSEM, dict(L=L, V=V), lambda n: torch.randint(V, (n, L), dtype=torch.uint8)),
+    "DiT": (DiT, dict(num_classes=7), lambda n: torch.randint(7, (n,))),
+    "DiTCONT": (DiTCONT, dict(in_dim=6), lambda n: torch.randn(n, 6).half()),
 }
+HEAD = dict(depth=2, intermediate_head=1)
+
+
+def build(family, **more):
+    model, arguments, conditions = FAMILIES[family]
+    return real(model, **{**SIZES, **arguments, **more}), conditions
 
 
 class Launched:
@@ -105,9 +104,9 @@ def launched_run(model, parser, precision, flags, device, alignment=None):
 
 
 def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
-    """The loop of a trainer, step by step; losses_of_a_part(indices, x, y) gives losses by name and times.
+    """The loop of a trainer, step by step; losses_of_a_part(indices, x, y, …) gives losses by name and times.
 
-    batch() gives these three of a whole batch, and what else that function takes.
+    batch() gives what that function takes, of a whole batch.
     """
 
     def step(number):
@@ -118,22 +117,19 @@ def steps_of(run, batch, losses_of_a_part, num_timesteps, steps):
         run.report(number)
         state = [list(values.values()) for one in run.optimizers for values in one.state.values()]
         assert_on(run.device, terms, t, run.losses.values, run.skips.counts, run.weights, run.averages, state)
-        if run.accelerator.scaler:
-            assert_on(run.device, run.skips.last, run.accelerator.scaler._scale)
         if run.args.grad_clip:
             assert_on(run.device, run.grad_norm)
 
     yield from (partial(step, number) for number in range(1, steps + 1))
 
 
-def training(family, precision, *flags, moments=False, device=CUDA, steps=2, process="gaussian", align=None):
+def training(family, precision, *flags, moments=False, device=CUDA, steps=2, process="gaussian", align=None, **more):
     """Steps of train_diffusion.py."""
-    build, conditions = FAMILIES[family]
     process = create_process(process)
-    model = real(build, **process.model_arguments).to(device)
-    head = model.intermediate_head is not None
+    model, conditions = build(family, **process.model_arguments, **more)
+    head = "intermediate_head" in more
     alignment = align and Alignment(align, 1, 0.5, None, (16, 5), None)  # of another grid than the model's
-    run = launched_run(model, argument_parser(), precision, flags, device, alignment)
+    run = launched_run(model.to(device), argument_parser(), precision, flags, device, alignment)
     settings = dict(seed=0, dropout=model.class_dropout_prob, draw_latents=moments, head=head, alignment=alignment)
 
     def batch():
@@ -161,14 +157,13 @@ def prior_training(classes, shared, precision, *flags, entropy=False, device=CUD
     return steps_of(run, batch, losses, 1, steps)
 
 
-def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gaussian"):
+def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gaussian", **more):
     """Each step of the sampler: its model's calls, guidance by the null condition, and by a weaker model or a head."""
-    build, conditions = FAMILIES[family]
-    model, weak = real(build).eval(), real(build).eval()
+    (model, conditions), (weak, _) = (build(family, **more) for _ in range(2))
     create = partial(real, create_sampler) if process == "flow" else create_sampler  # whose times are read as numbers
     sampler = create(name, 5, create_process(process))
     for one in (model, weak):
-        lower_precision(one, precision)
+        lower_precision(one.eval(), precision)
         one.to(CUDA)
 
     def draw(guard):
@@ -176,7 +171,7 @@ def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gau
             assert_on(CUDA, x, x_start)
             guard.__exit__(None, None, None) if step == sampler.num_steps - 1 else step or guard.__enter__()
 
-        guide = Guide(None if model.intermediate_head else weak, guide_scale, *bounds)
+        guide = Guide(None if more else weak, guide_scale, *bounds)
         where = dict(indices=torch.arange(N, device=CUDA), latent_shape=(4, 8, 8), seed=0, on_step=on_step)
         how = dict(cfg_scale=scale, t_min=bounds[0], t_max=bounds[1], guide=guide)
         with autocast(CUDA, precision):
@@ -228,114 +223,75 @@ def bound(classes):
 
 
 def extraction(precision, **vae):
-    """Networks that are moved to the GPU as extraction moves them, on crops and views that are still on the CPU."""
+    """Networks that are moved to the GPU as extraction moves them, on crops and views that are still on the CPU; and
+    what the decoder's thread does before it takes the pixels to the CPU."""
     sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
     encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval()
-    encode = PixelEncoder(real(tiny_vae, **vae), encoder, CUDA, precision)
+    vae = real(tiny_vae, **vae)
+    encode = PixelEncoder(vae, encoder, CUDA, precision)
 
     def step():
         crops, views = (torch.randint(255, (N, size, size, 3), dtype=torch.uint8) for size in (16, 32))
         assert_on(CUDA, encode.moments(crops.unsqueeze(1), 3), encode.codes(views, 3), encode(crops, views))
         assert_on(CUDA, encode.patch_tokens(views))
-
-    yield from [step] * 2
-
-
-def decoding(precision, **vae):
-    """What the decoder's thread does before it takes the pixels to the CPU."""
-    vae = real(tiny_vae, **vae).to(CUDA, memory_format=torch.channels_last)
-
-    def step():
         with torch.inference_mode(), autocast(CUDA, precision):
             assert_on(CUDA, to_uint8(decode(vae, torch.randn(N, 4, 8, 8, device=CUDA)).float()))
 
     yield from [step] * 2
 
 
-def inception():
-    """FID's network, on images as they are decoded; and the radii of precision and recall."""
-    network = InceptionNetwork.__new__(InceptionNetwork)
-    network.device, network.module = CUDA, real(InceptionV3).to(CUDA)
-
-    def step():
-        features = network(torch.randint(255, (N, 20, 20, 3), dtype=torch.uint8))
-        assert_on(CUDA, features, squared_radii(features["pool"], 2, half=False))
-
-    yield from [step] * 2
-
-
-def features():
-    """FD-DINOv2's network and the SEM encoder, on images that Pillow has resized; and the statistics of features."""
+def evaluation():
+    """Networks, on images as they are decoded or as Pillow has resized them, and what is computed of their features."""
+    inception, dinov2 = (kind.__new__(kind) for kind in (InceptionNetwork, DINOv2Network))
     sizes = dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
     encoder = real(SEMEncoder, "vit_tiny_patch16_224", 32, L, V, backbone_args=sizes).eval().to(CUDA)
-    network, statistics = DINOv2Network.__new__(DINOv2Network), FeatureStatistics(24 * 3)
-    network.module, network.device = encoder.backbone, CUDA
+    inception.module, dinov2.module = InceptionV3().to(CUDA), encoder.backbone
+    inception.device = dinov2.device = CUDA
+    statistics = FeatureStatistics(24 * 3)
 
     def step():
-        images = torch.zeros(N, 32, 32, 3, dtype=torch.uint8)
+        images = torch.randint(255, (N, 32, 32, 3), dtype=torch.uint8)
         with mock.patch.object(networks, "preprocess", lambda images: torch.randn(N, 3, 32, 32)):
-            assert_on(CUDA, network(images))
+            assert_on(CUDA, dinov2(images))
         images = images.to(CUDA, non_blocking=True)
-        found = encoder.prefix_tokens(images)
-        assert_on(CUDA, found, tokens(encoder.encode_pixels(images)))
-        statistics.update(found)
+        prefix = encoder.prefix_tokens(images)
+        statistics.update(prefix)
+        assert_on(CUDA, prefix, tokens(encoder.encode_pixels(images)), psnr(images, images), ssim(images, images))
 
+    with no_waiting():  # it has no tables to fill
+        found = inception(torch.randint(255, (N, 20, 20, 3), dtype=torch.uint8))
+        assert_on(CUDA, found, squared_radii(found["pool"], 2, half=False))
     yield from [step] * 2
 
 
-def similarity():
-    def step():
-        pair = torch.randint(255, (2, N, 16, 16, 3), dtype=torch.uint8, device=CUDA)
-        assert_on(CUDA, psnr(*pair), ssim(*pair))
-
-    yield from [step] * 2
-
-
+ALL_OPTIONS = ("--grad-accum", "2", "--grad-clip", "1", "--ema-warmup", "--checkpoint-activations")
 PATHS = {
-    "training in bf16, all options": partial(
-        training,
-        "DiTSEM",
-        "bf16",
-        *("--grad-accum", "2", "--grad-clip", "1", "--ema-warmup", "--checkpoint-activations"),
-        moments=True,
-    ),
-    "training in fp16": partial(training, "DiT", "fp16", "--ema-lengths", "0.05", "0.1"),
-    "training in fp16, all options": partial(
-        training, "DiTCONT", "fp16", "--grad-accum", "2", "--grad-clip", "1", moments=True
-    ),
-    "training on flow matching": partial(training, "DiTSEM", "bf16", process="flow"),
+    "training in bf16, all options": partial(training, "DiTSEM", "bf16", *ALL_OPTIONS, moments=True),
+    "training in fp16": partial(training, "DiT", "fp16", *ALL_OPTIONS[:4], "--ema-lengths", "0.05", "0.1"),
+    "training on flow matching": partial(training, "DiTCONT", "bf16", moments=True, process="flow"),
+    "training with REPA in fp16": partial(training, "DiTSEM", "fp16", "--grad-clip", "1", align="repa", **HEAD),
+    "training with iREPA in bf16": partial(training, "DiTSEM", "bf16", align="irepa", depth=2),
     **{
         f"sampling {process} by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999), 1, process)
         for process, row in PROCESSES.items()
         for name in row.samplers
     },
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
-    "training with REPA in fp16": partial(training, "DiTSEM with a head", "fp16", "--grad-clip", "1", align="repa"),
-    "training with iREPA in bf16": partial(training, "DiTSEM with a head", "bf16", align="irepa"),
-    "training with a head in bf16": partial(training, "DiTSEM with a head", "bf16"),
-    "sampling guided by a head": partial(sampling, "DiTSEM with a head", "bf16", "ddpm", 1.5, (250, 749), 2),
-    "flow sampling guided by a weaker model": partial(
-        sampling, "DiTSEM", "bf16", "heun", 1, (0.2, 0.7), 2, process="flow"
-    ),
-    "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "ddpm", 1, (250, 749), 2),
+    "sampling guided by a head": partial(sampling, "DiTSEM", "bf16", "ddpm", 1.5, (250, 749), 2, **HEAD),
+    "sampling guided by a weaker model": partial(sampling, "DiTSEM", "bf16", "heun", 1, (0.2, 0.7), 2, process="flow"),
     "sampling without guidance": partial(sampling, "DiTCONT", "fp16", "ddpm", 1, (0, 999)),
-    "extraction with mean and std per channel": partial(extraction, "fp32", **PER_CHANNEL),
+    "extraction and decoding": partial(extraction, "bf16", **PER_CHANNEL),
     "training a prior in bf16": partial(prior_training, None, True, "bf16"),
     "training a prior with classes in fp16": partial(
         prior_training, 7, False, "fp16", *("--warmup-steps", "9", "--grad-accum", "2"), entropy=True
     ),
     "drawing codes by first-hitting": partial(drawing_codes, "first-hitting", None, 3),
-    "drawing codes by first-hitting, guided": partial(drawing_codes, "first-hitting", 7, 3),
     "drawing codes by analytic steps": partial(drawing_codes, "analytic", None, 3, copies=3),
     # the corrector's first round masks some again, and its second none
-    "drawing codes by the corrector": partial(drawing_codes, "corrector", None, True, False, 5, copies=3),
     "drawing codes by the corrector, guided": partial(drawing_codes, "corrector", 7, True, False, 5, copies=3),
     "drawing codes by confidence, guided": partial(drawing_codes, "confidence", 7, 3),
     "the bound of a prior with classes": partial(bound, 7),
-    "Inception": inception,
-    "DINOv2, the encoder's tokens, statistics": features,
-    "PSNR and SSIM": similarity,
-    "decoding with mean and std per channel": partial(decoding, "bf16", **PER_CHANNEL),
+    "evaluation": evaluation,
 }
 
 
@@ -392,28 +348,3 @@ def test_a_step_that_waits_is_seen(monkeypatch):
                 wait()
         with pytest.raises(RuntimeError, match="on the same device"):
             x + torch.ones(6)
-    with fake_cuda(monkeypatch):
-        with no_waiting(3, copies=1):
-            assert int(x.sum()) == 3 and not x.cpu().is_cuda
-        for reads, copies in (((1,), 0), ((), 1)):
-            with pytest.raises(Waits, match="not read"), no_waiting(*reads, copies=copies):
-                x + 1
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_walk_is_the_engine(recompute):
-    """The gradients of the backward pass that stands in for torch's, on the CPU, where both run."""
-    torch.manual_seed(0)
-    model, diffusion = FAMILIES["DiTSEM"][0]().train(), create_diffusion("")
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    model.set_grad_checkpointing(recompute)
-    x, y, indices = torch.randn(N, 4, 8, 8), FAMILIES["DiTSEM"][1](N), torch.arange(N)
-    grads = []
-    for walk in (torch.Tensor.backward, backward):
-        with torch.autocast("cpu", torch.bfloat16):
-            terms, _ = losses_of(model, diffusion, indices, x, y, seed=0, dropout=0.5, draw_latents=False)
-        walk(terms["loss"].mean())
-        grads.append([weight.grad for weight in model.parameters()])
-        model.zero_grad()
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)

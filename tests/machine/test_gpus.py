@@ -21,15 +21,16 @@ def cuda(monkeypatch):
     for variable in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(variable, raising=False)
 
-    def say(available=True, count=1, capability=(9, 0)):
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"u{device.index}")
-        )
+    def say(available=True, count=1, capability=(9, 0), version="13.0"):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        for name, value in dict(
+            is_available=available,
+            device_count=count,
+            get_device_capability=capability,
+            get_device_name="Tesla T4",
+            get_device_properties=SimpleNamespace(uuid="u"),
+        ).items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
     return say
 
@@ -45,86 +46,68 @@ def joined(monkeypatch):
     return join
 
 
-def test_driver_that_is_too_old(cuda, monkeypatch):
-    cuda(available=False, count=8)
-    refusal(start_processes, words=r"8 GPUs, but torch .* for CUDA 13.0 .*driver.*older CUDA.*ACCELERATE_USE_CPU=1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    assert start_processes().device.type == "cpu"
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    cuda(available=False, count=0)
-    assert start_processes().device.type == "cpu"
+TOO_OLD, NONE = dict(available=False, count=8), dict(available=False, count=0)
+VISIBLE, USE_CPU = "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"
 
 
-@pytest.mark.parametrize("asked, refused", [("7", True), ("abc", True), ("", False), ("-1", False), (None, False)])
-def test_gpus_that_are_not_there(asked, refused, cuda, monkeypatch):
-    """CUDA_VISIBLE_DEVICES that names no GPU is a mistake; empty or -1 it hides them on purpose."""
-    cuda(available=False, count=0)
-    if asked is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
-    if refused:
-        refusal(start_processes, words=f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: .*_USE_CPU=1")
-    else:
-        assert start_processes().device.type == "cpu"
-
-
-def test_torch_without_cuda_on_a_node_with_gpus(cuda, monkeypatch):
-    cuda(available=False, count=0)
-    monkeypatch.setattr(torch.version, "cuda", None)
+@pytest.mark.parametrize(
+    "says, environment, words",
+    [
+        (TOO_OLD, {}, r"8 GPUs, but torch .* for CUDA 13.0 .*driver.*older CUDA.*ACCELERATE_USE_CPU=1"),
+        (TOO_OLD, {USE_CPU: "1"}, None),
+        (NONE, {}, None),
+        (NONE, {VISIBLE: "7"}, "CUDA_VISIBLE_DEVICES=7 names no GPU of this node: .*_USE_CPU=1"),
+        (NONE, {VISIBLE: ""}, None),  # hides them on purpose
+        (NONE, {VISIBLE: "-1"}, None),
+        (dict(NONE, version=None), {}, r"this node has NVIDIA GPUs, but torch .* is built without CUDA"),
+        (dict(NONE, version=None), {VISIBLE: ""}, None),
+        ({}, {USE_CPU: "true"}, None),
+    ],
+)
+def test_gpus_that_are_not_used(says, environment, words, cuda, monkeypatch):
+    cuda(**says)
+    assert on_gpus() == (not says)
     monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: iter([folder / "nvidia0"]))
-    refusal(start_processes, words=r"this node has NVIDIA GPUs, but torch .* is built without CUDA")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert start_processes().device.type == "cpu"
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    if words:
+        refusal(start_processes, words=words)
+    else:
+        assert start_processes().device.type == "cpu" and not on_gpus()
 
 
-def test_cpu_by_choice_on_a_node_with_gpus(cuda, monkeypatch):
-    """What looks at the machine for a default looks at the choice, too."""
-    cuda()
-    assert on_gpus()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert not on_gpus() and start_processes().device.type == "cpu"
-
-
-def test_compilers_of_a_node_share_its_cores(cuda, joined, monkeypatch):
+def test_processes_of_a_node_share_its_cores(cuda, joined, monkeypatch, capsys):
+    """Compilers beside a GPU; and more processes than cores, as `accelerate launch` starts by a config of another."""
     cuda()
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
     del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
     monkeypatch.setattr(processes, "cores", lambda: 24)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    joined("cuda")
-    start_processes()
-    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
-
-
-def test_more_processes_than_cores(joined, monkeypatch, capsys):
-    """As `accelerate launch` starts them by a config of eight GPUs on a small machine."""
     monkeypatch.setattr("dlc.machine.cli.WARNED", set())
-    monkeypatch.setattr(processes, "cores", lambda: 2)
+    joined("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    start_processes()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3" and not capsys.readouterr().err
+    cuda(**NONE)
     joined("cpu")
-    for count, words in ((2, ""), (8, "warning: 8 processes share 2 cores: start fewer (--num_processes)\n")):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
-        start_processes()
-        assert capsys.readouterr().err == words
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    start_processes()
+    assert capsys.readouterr().err == "warning: 8 processes share 2 cores: start fewer (--num_processes)\n"
 
 
 def test_one_visible_gpu_per_process(cuda, joined):
     """accelerate gives DDP and barriers local_process_index as the GPU's number: LOCAL_RANK is not it here."""
-    cuda()
-    joined("cuda:0", local_process_index=3)
-    assert start_processes().local_process_index == 0
-
-
-def test_bf16_where_it_is_emulated(cuda, joined):
     cuda(capability=(7, 5))
-    joined("cuda")
-    with pytest.raises(ValueError, match=r"Tesla T4 \(compute capability 7.5\) has no bf16: take fp16"):
-        start_processes(precisions=["fp32", "bf16"])
-    assert start_processes(precisions=["fp16"]).device == torch.device("cuda:0")
+    joined("cuda", local_process_index=3)
+    state = start_processes(precisions=["fp16"])
+    assert state.local_process_index == 0 and state.device == torch.device("cuda:0")
+    words = r"Tesla T4 \(compute capability 7.5\) has no bf16: take fp16"
+    refusal(start_processes, precisions=["fp32", "bf16"], words=words)  # which it emulates
 
 
 def test_processes_that_share_a_gpu():
     refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0")])
-    with pytest.raises(ValueError, match="ranks 0, 2 have the same GPU of a: start as many processes on a node"):
-        refuse_shared_gpus([("a", "0"), ("a", "1"), ("a", "0")])
+    words = "ranks 0, 2 have the same GPU of a: start as many processes on a node"
+    refusal(refuse_shared_gpus, [("a", "0"), ("a", "1"), ("a", "0")], words=words)
 
 
 def test_network_that_does_not_connect_the_nodes(monkeypatch):

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 
 CODE = """
@@ -21,25 +20,17 @@ print("on", flush=True)
 
 def said(*words, ignored=()):
     """What a process says that sends itself these signals, with pauses in seconds between them, and how it ends."""
-
-    def ignore():
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
-
     code = CODE.format(words=repr(words))
+    ignore = lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored]  # noqa: E731
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, preexec_fn=ignore)
     return (ended.stdout + ended.stderr).split("\n")[:-1], ended.returncode
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"])
-def test_a_signal_is_a_request(name):
-    """Repeated at once, it is the same request."""
-    assert said(name, name) == ([name, "on"], 0)
-
-
-def test_a_second_signal_ends_at_once():
-    assert said("SIGTERM", 0.4, "SIGTERM", 9) == (["SIGTERM", "ended at once by a second SIGTERM"], 143)
-    assert said("SIGUSR1", 0.4, "SIGUSR1", "SIGTERM") == (["SIGUSR1", "SIGTERM", "on"], 0)
+def test_a_signal_is_a_request():
+    """Repeated at once, it is the same request; a second SIGTERM, as a second SIGINT, later ends at once."""
+    names = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
+    twice = [name for name in names for _ in range(2)]
+    assert said(*twice, 0.4, *names[2:], "SIGTERM", 9) == ([*names, "ended at once by a second SIGTERM"], 143)
 
 
 def test_nohup():
