@@ -110,7 +110,7 @@ def draw_losses(metrics: list[dict], path: Path) -> None:
     axes.legend()
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    cut = f" ({sum(loss > high for loss in losses):,} higher losses are cut off)" if max(losses) > high > low else ""
+    cut = f" (higher losses cut off: {sum(loss > high for loss in losses):,})" if max(losses) > high > low else ""
     axes.set(xlabel="step", ylabel="loss", title=f"loss, last {losses[-1]:.4f}{cut}")
     for panel in below:
         for words, found in bounds.items():
