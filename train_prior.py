@@ -214,9 +214,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             with run.whole_ema() as ema:
                 if ema is not None:
                     drawn = preview_codes(ema, diffusion, args.global_seed, run.device, run.go_on)
-                if preview:
-                    alone = partial(run.go_on, alone=True)
-                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", drawn, alone)
+                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", drawn, run.go_on)
     heldout.conclude()
 
 

@@ -103,7 +103,7 @@ class Measurement(ABC):
         lines = read_metrics(run.folder / "metrics.jsonl") if size and run.state.is_main_process else []
         self.earlier = from_rank_0([line for line in lines if self.key in line])
         self.done = {line["step"] for line in self.earlier}
-        # as many for each process, some twice: a sharded EMA is gathered at every call
+        # as many for each process, some twice: all ask equally often whether to stop
         processes = run.state.num_processes
         places = torch.arange(-(-size // processes)) * processes + run.state.process_index
         self.counted, self.places = (places < size).to(run.device), places % max(1, size)

@@ -45,7 +45,7 @@ def save_preview(
     process: Process,
     latents: torch.Tensor,
     y: Condition,
-    vae: torch.nn.Module | None,
+    vae: torch.nn.Module,
     seed: int,
     classes: Sequence[str] = (),
     on_step: Callable | None = None,
@@ -53,7 +53,6 @@ def save_preview(
     """Write a picture: latents decoded, above EMA samples for their conditions y, from the same noise every time.
 
     classes: the names of labels y, which are written below. on_step: see `sample_latents`.
-    If the EMA is sharded, every process calls this; the one with a VAE draws the picture.
     """
     indices = torch.arange(len(latents), device=latents.device)
     samples = sample_latents(
@@ -66,8 +65,6 @@ def save_preview(
         cfg_scale=PREVIEW_CFG,
         on_step=on_step,
     )
-    if vae is None:
-        return
     with torch.inference_mode():
         images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
     path.parent.mkdir(exist_ok=True)
@@ -79,10 +76,7 @@ def save_preview(
 def preview_codes(
     prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device, on_call: Callable | None = None
 ) -> torch.Tensor:
-    """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, from the same noise every time. on_call: see `sample_codes`.
-
-    If the prior is sharded, every process calls this.
-    """
+    """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, always from the same noise. on_call: see `sample_codes`."""
     sampler = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
     indices = torch.arange(2 * PREVIEW_SAMPLES, device=device)
     return sample_codes(prior, diffusion, sampler, seed=seed, indices=indices, on_call=on_call)

@@ -553,25 +553,28 @@ class Run(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def whole_ema(self, everywhere: bool = False) -> Iterator[torch.nn.Module | None]:
-        """The EMA, to look at: in rank 0, and if it is sharded or wanted `everywhere` in every process; else None.
+        """The EMA, to look at: in rank 0, and if wanted `everywhere` in every process; else None.
+
+        Every process calls this: a sharded EMA is gathered as a whole, and given back. torch alone would keep what the
+        network used, and use these old weights the next time.
 
         `go_on` ends the block where a stop is asked for: what it makes is to be written at its end, or not at all.
         """
         self._share_buffers()
-        self.together = self.sharded or everywhere
-        if self.sharded:  # FSDP would keep its outermost module unsharded until the next preview
-            self.ema.unshard()
+        self.together, sharded = everywhere, [part for part in self.ema.modules() if hasattr(part, "unshard")]
+        for part in sharded:
+            part.unshard()
         try:
-            yield self.ema if self.state.is_main_process or self.together else None
+            yield self.ema if self.state.is_main_process or everywhere else None
         except Stopped:
             pass
         finally:
-            if self.sharded:
-                self.ema.reshard()
+            for part in sharded:
+                part.reshard()
 
-    def go_on(self, *_, alone: bool = False) -> None:
+    def go_on(self, *_) -> None:
         """Raise Stopped where a stop is asked for. Called between the batches of a block of `whole_ema`, by all
-        processes that have the EMA; alone: by one of them only."""
+        processes that have the EMA."""
         request = self.stop_request
-        if request.agreed() if self.together and not alone else request.here():
+        if request.agreed() if self.together else request.here():
             raise Stopped

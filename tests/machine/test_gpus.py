@@ -1,7 +1,8 @@
 """What GPUs need: those that torch cannot use, or that two processes share, end a program before its work; one graph a
-block inside DDP. torch.cuda is made up here."""
+block inside DDP; the sharded EMA. torch.cuda is made up here."""
 
 import os
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from dlc.machine import processes
 from dlc.machine.gpus import refuse_shared_gpus
 from dlc.machine.processes import compile_blocks, on_gpus, start_processes
 from dlc.nets.pixels import PixelEncoder
+from dlc.training.run import Run
+from dlc.training.sharding import fully_shard_blocks, local_shards
 from models import DiTSEM
 
 
@@ -120,19 +123,43 @@ def test_network_that_does_not_connect_the_nodes(monkeypatch):
     refusal(start_processes, words=r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
 
 
-def test_block_is_one_graph_inside_ddp(tmp_path):
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+SMALL = dict(L=3, V=4, input_size=8, hidden_size=32, depth=2, num_heads=2)
+INPUTS = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 3, dtype=torch.int64)
+
+
+def test_block_is_one_graph_inside_ddp(group):
     """DDP would have each block cut at its buckets of gradients: three graphs for a block of DiT-XL."""
-    model, counters = DiTSEM(L=3, V=4, input_size=8, hidden_size=32, depth=2, num_heads=2), torch._dynamo.utils.counters
+    model, counters = DiTSEM(**SMALL), torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        compile_blocks(model, torch.device("cpu"), backend="aot_eager")
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
-        wrapped(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3))).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    compile_blocks(model, torch.device("cpu"), backend="aot_eager")
+    torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)(*INPUTS).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.current_stream(), "record_event"), reason="no FSDP on the CPU")
+def test_sharded_average_is_the_one_of_now(group):
+    """A preview draws in inference mode, a measurement does not; neither leaves gathered weights to the next one."""
+    run, whole = Run.__new__(Run), DiTSEM(**SMALL).requires_grad_(False).eval()
+    for weight in whole.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    run.module = run.ema = deepcopy(whole)
+    run.state = SimpleNamespace(is_main_process=True)
+    fully_shard_blocks(run.ema, torch.device("cpu"))
+    weights = list(run.ema.parameters())
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with run.whole_ema() as ema, mode():
+            torch.testing.assert_close(ema(*INPUTS), whole(*INPUTS))
+        for part in (local_shards(weights), whole.parameters()):
+            torch._foreach_mul_(list(part), 0.5)
 
 
 def test_extraction_compiles_without_timing_kernels(monkeypatch):
