@@ -207,8 +207,10 @@ def measured_before(args: argparse.Namespace) -> list[dict]:
 
 
 def judge(row: dict, bench: Bench) -> list[str]:
-    """What there is to say of a row's value beside its bar, which it gets, and what was expected."""
+    """What there is to say of a row's value, if it has one, beside its bar, which it gets, and what was expected."""
     said = []
+    if row["value"] is None:  # the memory was full, for example
+        return said
     if bench.card and (row["part"], row[""]) in BARS:
         least, share = BARS[row["part"], row[""]]
         least *= bench.card.flops / CARDS["H100"].flops

@@ -104,7 +104,7 @@ def main() -> None:
             per_image, steps = (3, 1) if work == "training" else (2, 250)
             how = f"{gpus} x {name}" + (", FSDP" if sharded else ", DDP" if gpus > 1 else "")
             rows.append({
-                "on": how, "": f"{work}, {n} images per GPU", **dict.fromkeys(roofline.training(1)),
+                "cards": how, "": f"{work}, {n} images per GPU", **dict.fromkeys(roofline.training(1)),
                 **{part: 1e3 * value for part, value in parts.items()}, "ms": 1e3 * seconds,
                 "images/s per GPU": n / seconds / steps, "of the data sheet": roofline.share(per_image * n / seconds),
                 "weights GiB": roofline.gigabytes() if work == "training" else None,

@@ -55,6 +55,10 @@ def test_rows_go_on_where_they_stopped(rows_of, monkeypatch, capsys):
 def test_what_a_cpu_and_another_folder_leave_out(monkeypatch, tmp_path):
     with pytest.raises(gpu.Unavailable, match="CUDA graphs need a GPU"):
         gpu.drawing("bf16", ["--cuda-graphs"], gpu.Bench(None, tmp_path))
+    bench = gpu.Bench(None, tmp_path)
+    bench.card = roofline.CARDS["H100"]
+    full = gpu.measure(bench, *gpu.TRAINED, lambda bench: {"said": "out of memory"}, ())
+    assert full["said"] == "out of memory"
     monkeypatch.setattr(readme, "RESULTS", tmp_path)  # as BENCHMARK_RESULTS does; most results are not there
     assert readme.write_pages() == []
 
