@@ -293,6 +293,14 @@ def compile_blocks(model: torch.nn.Module, device: torch.device, **kwargs) -> No
         block.compile(**kwargs)
 
 
+def same_kernels() -> dict[str, bool] | None:
+    """torch.compile's options for choosing kernels without timing them, since another choice rounds otherwise: the
+    choice could differ after an interruption. None where torch has no such option."""
+    from torch._inductor import config
+
+    return {"deterministic": True} if hasattr(config, "deterministic") else None
+
+
 def add_speed_flags(add: Callable) -> None:
     """The flags --tf32 and --compile; `add` is the add_argument of a parser or a group."""
     add(

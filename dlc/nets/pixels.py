@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dlc.data.images import normalize
 from dlc.machine.exact import in_batches
-from dlc.machine.processes import PRECISIONS
+from dlc.machine.processes import PRECISIONS, same_kernels
 from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.nets.vae import posterior
 
@@ -45,12 +45,8 @@ class PixelEncoder:
         if encoder:
             encoder.backbone.to(dtype)
         if compile:
-            from torch._inductor import config as inductor
-
-            # choose kernels without timing them, where torch has that: another choice rounds otherwise
-            options = {"deterministic": True} if hasattr(inductor, "deterministic") else None
             for part in (vae.encoder, *(encoder.backbone.blocks if encoder else ())):
-                part.compile(options=options)
+                part.compile(options=same_kernels())
 
     @torch.no_grad()
     def moments(self, crops: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from dlc.machine.processes import (
     compile_blocks,
     create_logger,
     done_by_rank_0,
+    same_kernels,
     set_numerics,
     start_processes,
     wait_for_all,
@@ -154,7 +155,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
         lower_precision(model, args.precision)
         model.to(state.device)
         if args.compile if args.compile is not None else state.device.type == "cuda":
-            compile_blocks(model, state.device, dynamic=False)
+            compile_blocks(model, state.device, dynamic=False, options=same_kernels())
     plain = [job.model.denoise, *([job.guide.network(job.model)] if job.guide else [])]
     networks = [CudaGraphs(network) if args.cuda_graphs else network for network in plain]
     sheet = partial(folder.draw_sheet, count) if state.is_main_process else None

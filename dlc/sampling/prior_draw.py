@@ -16,7 +16,7 @@ from diffusion.masked_samplers import SAMPLERS, create_sampler
 from dlc.data.codes import SHARD, CodeSpec, compare
 from dlc.machine.cli import BAR, progress
 from dlc.machine.files import recorded_id
-from dlc.machine.processes import compile_blocks, set_numerics
+from dlc.machine.processes import compile_blocks, same_kernels, set_numerics
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
 from dlc.sampling.prior_engine import sample_codes
@@ -137,7 +137,7 @@ class PriorDraw:
         for model in (self.model, *(self.guide or ())[:1]):
             model.to(device)
             if compiled if compiled is not None else device.type == "cuda":
-                compile_blocks(model, device)
+                compile_blocks(model, device, options=same_kernels())
         return self
 
     def draw(self, indices: np.ndarray, batch: int = BATCH, on_call: Callable | None = None) -> np.ndarray:

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import refusal, tiny_vae
+from drawing import draw, tiny_model
 
 from dlc.machine import processes
 from dlc.machine.gpus import refuse_shared_gpus
 from dlc.machine.processes import compile_blocks, on_gpus, start_processes
 from dlc.nets.pixels import PixelEncoder
+from dlc.sampling import command, prior_draw
 from dlc.training.run import Run
 from dlc.training.sharding import fully_shard_blocks, local_shards
 from models import DiTSEM
@@ -162,9 +164,15 @@ def test_sharded_average_is_the_one_of_now(group):
             torch._foreach_mul_(list(part), 0.5)
 
 
-def test_extraction_compiles_without_timing_kernels(monkeypatch):
+def test_kernels_are_chosen_without_timing_them(monkeypatch, tmp_path):
     """A kernel that is chosen by its time may sum in another order on another day: the bytes would differ."""
-    options = []
+    has, cpu, options = hasattr(torch._inductor.config, "deterministic"), torch.device("cpu"), []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: options.append(given["options"]))
-    PixelEncoder(tiny_vae(), None, torch.device("cpu"), compile=True)
-    assert options == [{"deterministic": True} if hasattr(torch._inductor.config, "deterministic") else None]
+    PixelEncoder(tiny_vae(), None, cpu, compile=True)
+    for module in (command, prior_draw):
+        monkeypatch.setattr(module, "compile_blocks", lambda model, on, **given: options.append(given["options"]))
+    draw(tmp_path, tiny_model(), tiny_vae(), compile=True)
+    prior = prior_draw.PriorDraw.__new__(prior_draw.PriorDraw)
+    prior.tf32, prior.guide, prior.model = True, None, tiny_model()
+    prior.to(cpu, compiled=True)
+    assert options == [{"deterministic": True} if has else None] * 3
