@@ -118,7 +118,7 @@ def check_sources(args: argparse.Namespace) -> None:
         raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
     for flag in ("encoder", "encoder_backbone", "L", "background"):
         if getattr(args, flag) is not None and args.rows:
-            raise ValueError(f"--{flag.replace('_', '-')} is for images, and --rows are of codes: leave it out")
+            raise ValueError(f"--{flag.replace('_', '-')} is for images, and --rows are codes: leave it out")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp applies to --mode sem only")
     for name in args.images:

@@ -56,7 +56,7 @@ def check_flags(args: Namespace) -> None:
     if args.reference is None and needs_reference(wanted_metrics(args)):
         raise ValueError("--reference is missing: name an .npz or a folder of images to compare with")
     if (args.crop or args.resize) and all(one is None or is_npz(one) for one in (args.samples, args.reference)):
-        raise ValueError("--crop and --resize are not for .npz, as SAMPLES and --reference are")
+        raise ValueError("--crop and --resize do not apply to .npz, which SAMPLES and --reference are")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -97,7 +97,7 @@ def build_model(config: dict) -> nn.Module:
     Raises ValueError for a family that does not exist, or arguments that it does not take.
     """
     if config["family"] not in Recorded.families:
-        raise ValueError(f"there is no family of models called {config['family']!r}: models.py is to import its file")
+        raise ValueError(f"there is no family of models called {config['family']!r}: models.py must import its file")
     try:
         return Recorded.families[config["family"]](**config["arguments"])
     except TypeError as error:

@@ -155,7 +155,7 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         return Features(args.features_path, args.V, args.num_classes)
     check_outside(args.results_dir, "--results-dir", args.data_path)
     if args.hf_dataset:
-        raise ValueError("--hf-dataset is of features; a dataset of images goes to --data-path")
+        raise ValueError("--hf-dataset takes features; give a dataset of images to --data-path")
     if args.num_classes:
         raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
     on_codes = issubclass(DiT_models[args.model].family, DiTSEM)

@@ -39,7 +39,7 @@ class Flow:
     def __init__(self, time_distribution: str = "uniform", time_mean: float = 0.0, time_std: float = 1.0,
                  time_scale: float = 1.0):
         if time_distribution not in TIME_DISTRIBUTIONS:
-            raise ValueError(f"time distribution {time_distribution}: is one of {', '.join(TIME_DISTRIBUTIONS)}")
+            raise ValueError(f"time distribution {time_distribution}: must be one of {', '.join(TIME_DISTRIBUTIONS)}")
         if not (math.isfinite(time_mean) and 0 < time_std < math.inf and time_scale >= 1 and time_scale % 1 == 0):
             raise ValueError(f"time mean {time_mean}, std {time_std} and scale {time_scale}: the mean is finite, std "
                              "above 0, and the scale a whole number")

@@ -55,7 +55,7 @@ class MaskedDiffusion:
     def __init__(self, V: int, eps: float = 1e-3, masking: str = "independent", time_conditioning: bool = True,
                  score_entropy: bool = False):
         if masking not in MASKINGS:
-            raise ValueError(f"masking {masking}: is one of {', '.join(MASKINGS)}")
+            raise ValueError(f"masking {masking}: must be one of {', '.join(MASKINGS)}")
         if score_entropy and not time_conditioning:
             raise ValueError("the score entropy needs a model that is told the noise level")
         self.V, self.eps, self.mask, self.masking = V, eps, V, masking

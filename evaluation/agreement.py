@@ -58,7 +58,7 @@ def open_samples(path: str | Path) -> tuple[Path, ImageSet, SamplesRecord]:
         )
     images, record = open_images(path, "SAMPLES"), SamplesRecord.read(about)
     if images.count != record.num_fid_samples:
-        raise ValueError(f"{path} has {images.count:,} images, and {about.name} is of {record.num_fid_samples:,}")
+        raise ValueError(f"{path} has {images.count:,} images, and {about.name} says {record.num_fid_samples:,}")
     return folder, images, record
 
 

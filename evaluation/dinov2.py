@@ -50,12 +50,14 @@ def load_dinov2(path: str | Path) -> nn.Module:
     weights.pop("mask_token", None)  # of training
     positions, token = weights.get("pos_embed"), weights.get("cls_token")
     if positions is None or positions.ndim != 3 or token is None or "register_tokens" in weights:
-        raise ValueError(f"{path} is no DINOv2 without registers: it has no pos_embed and cls_token, or has registers")
+        raise ValueError(
+            f"{path} is not a DINOv2 without registers: it has no pos_embed and cls_token, or has registers"
+        )
     if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1 or positions.shape[1] < 2:
-        raise ValueError(f"{path}: pos_embed, {tuple(positions.shape)}, is no class token and square grid")
+        raise ValueError(f"{path}: pos_embed, {tuple(positions.shape)}, is not a class token and a square grid")
     width, depth = positions.shape[2], len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     if width % HEAD or not 1 <= depth <= 64 or width > 4096:
-        raise ValueError(f"{path} has width {width} and depth {depth}, as no DINOv2")
+        raise ValueError(f"{path} has width {width} and depth {depth}, unlike any DINOv2")
     weights["pos_embed"] = resample_positions(positions)
     from timm.models.vision_transformer import VisionTransformer
 

@@ -219,7 +219,7 @@ def load_inception(path: str | Path) -> InceptionV3:
     names = network.state_dict()
     different = differences_from({key: value for key, value in names.items() if not key.endswith(UNREAD)}, weights)
     if different:
-        raise ValueError(f"{path} is not of the 2015 Inception network of FID: it {different}")
+        raise ValueError(f"{path} does not hold the 2015 Inception network of FID: it {different}")
     values = {key: torch.tensor(0) if key.endswith(UNREAD) else weights[key].float().contiguous() for key in names}
     network.load_state_dict(values, assign=True)
     return network.eval().requires_grad_(False)

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         images = FeatureImages(features, args.data_path, args.num_images)
         if images.count < 2 and args.networks != ["none"]:
             raise ValueError(
-                f"features {args.features} are of 1 image, and a Frechet distance needs 2: --features none"
+                f"features {args.features} come from 1 image, and a Frechet distance needs 2: --features none"
             )
         out = Path(args.out) if args.out else features.root / "reconstruction.json"
         check_output(out, "--out", own=("listing_sha256", "psnr", "ssim"))

@@ -93,7 +93,7 @@ def text(path: Path, names: list[str], name: str) -> str | None:
         return None
     array = read_array(path, name)
     if array.dtype.kind != "U" or array.ndim:
-        raise ValueError(f"{path}: {name} is no text")
+        raise ValueError(f"{path}: {name} is not text")
     return str(array)
 
 

@@ -182,7 +182,7 @@ def open_files(path: Path, flag: str, crop: int | None = None, resize: int | Non
         folders = sum(is_folder for _, is_folder in seen)
     sets = [name for name, is_folder in seen if is_folder and (path / name / "samples.json").is_file()]
     if sets:
-        raise ValueError(f"{flag} {path} is a folder of sets of samples: name one of them, as {path / min(sets)}")
+        raise ValueError(f"{flag} {path} is a folder of sets of samples: name one of them, such as {path / min(sets)}")
     source = open_source(path, names=names or None, flag=flag)
     notes = list(source.remarks)
     if names and folders:

@@ -96,7 +96,7 @@ def tar_members(path: str, bar, left_out: LeftOut) -> Iterator[Member]:
         file.seek(at)
         end = file.read(TAIL)
     if not end or end.strip(b"\0"):
-        raise ValueError("after its last whole member there is no end of a tar: it is cut off, or two in one file")
+        raise ValueError("it has no end of a tar after its last whole member: it is cut off, or two in one file")
 
 
 class Members:

@@ -117,7 +117,7 @@ def _colour(text):
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: no colour, such as white or #ff8000") from None
+        raise argparse.ArgumentTypeError(f"{text}: not a colour, such as white or #ff8000") from None
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> torch.Tensor:
@@ -211,7 +211,7 @@ def read_png(path: str | os.PathLike) -> np.ndarray:
         if errno_of(error) not in (None, errno.ENOENT):
             raise
         raise ValueError(
-            f"{path} is missing or no whole PNG ({error}): delete it and run the same command again to draw it"
+            f"{path} is missing or not a whole PNG ({error}): delete it and run the same command again to draw it"
         ) from None
 
 

@@ -31,7 +31,7 @@ def blocks(rows: NpyRows, what: str) -> Iterator[np.ndarray]:
 
 def needs_V(V: int | None, has_codes: bool) -> None:
     if has_codes and V is None:
-        raise ValueError("there are codes, and no manifest.json to say V: give --V, the tokens a position can have")
+        raise ValueError("there are codes, and no manifest.json to say V: give --V, the tokens per position")
 
 
 #################################################################################

@@ -380,7 +380,7 @@ def doubts(root: str, found: dict[str, list[str]], flag: str) -> list[str]:
         path = next(iter(deep.values()))
         better = os.path.join(root, os.path.dirname(os.path.dirname(path)))
         raise ValueError(
-            f"{flag} {root}: its folders {one_line(', '.join(found), 60)} are no classes, since images lie "
+            f"{flag} {root}: its folders {one_line(', '.join(found), 60)} are not classes, since images lie "
             f"deeper, as {one_line(path, 60)}: give the folder whose folders are the classes, such as {better}"
         )
     words = []

@@ -70,7 +70,7 @@ def open_array(archive: zipfile.ZipFile, name: str = "arr_0") -> tuple[IO[bytes]
         raise ValueError(f"{where} is {'in Fortran order' if fortran_order else 'of pickled objects'}, wanted rows")
     row, there = math.prod(shape[1:]) * dtype.itemsize, entry.file_size - stream.tell()
     if row > LARGEST_IMAGE or math.prod(shape) * dtype.itemsize > there:
-        raise ValueError(f"{where} claims shape {one_line(shape, 60)}, more than it has or than images are")
+        raise ValueError(f"{where} claims shape {one_line(shape, 60)}, more than it has or than images have")
     return stream, shape, dtype
 
 

@@ -56,7 +56,7 @@ class StoredArray:
         except OSError as error:
             raise failed(f"cannot read {self.path}", error) from error
         if count < out.nbytes:
-            raise ValueError(f"{self.path} was cut since it was opened: it ends before row {row + max(len(out), 1)}")
+            raise ValueError(f"{self.path} was cut after it was opened: it ends before row {row + max(len(out), 1)}")
         return out
 
 
@@ -322,7 +322,7 @@ def open_vectors(source: str | Path, count: int | None = None, ndim: int = 1) ->
     if not len(vectors):
         raise ValueError(f"--condition-path {source} has no {'rows' if files else '.npy files'}")
     if 0 in vectors.array(0).shape:
-        raise ValueError(f"{vectors.paths[0]} has vectors of no numbers, wanted (n, in_dim)")
+        raise ValueError(f"{vectors.paths[0]} has empty vectors, wanted (n, in_dim)")
     if count not in (None, len(vectors)):
         raise ValueError(f"--condition-path {source} has {len(vectors)} rows, the data {count}")
     return vectors

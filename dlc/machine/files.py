@@ -87,7 +87,7 @@ def reading(path: str | Path) -> Iterator[None]:
     with contextlib.suppress(OSError):  # which the reader raises, in its own words
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ValueError(f"{path} is a pipe or a device, no file")
+            raise ValueError(f"{path} is a pipe or a device, not a file")
     try:
         yield
     except Exception as error:
@@ -174,7 +174,7 @@ def write_folder(path: Path, write: Callable[[Path], object], what: str = "", te
         if replaces:
             shutil.rmtree(path, ignore_errors=True)
         elif os.path.lexists(path):
-            raise ValueError(f"{path} exists by now: give a path that does not")
+            raise ValueError(f"{path} exists now: give another path")
         os.replace(temporary, path)
         sync(parent)
     except BaseException as error:
@@ -245,7 +245,7 @@ def check_output(path: str | Path, flag: str, inputs: Iterable = (), own: Iterab
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: there is no such folder")
     if path.exists() and not (path.is_file() and (own is None or {*own} <= names_in(path))):
-        raise ValueError(f"{flag} {path} exists, and is no file of this command: name another file, or move it")
+        raise ValueError(f"{flag} {path} exists, and was not written by this command: name another file, or move it")
     try:
         try_disk(folder)
     except OSError as error:

@@ -153,7 +153,7 @@ class Record:
         check_values(where, values, dict(format_version=whole_number(1)))
         version = values.get("format_version", FORMAT)
         if version > FORMAT:
-            raise ValueError(f"{where} is of format {version}, this program knows format {FORMAT}: update it")
+            raise ValueError(f"{where} has format {version}, this program reads format {FORMAT}: update it")
         keys = cls.keys()
         needed = {name for name, one in keys.items() if one.default is one.default_factory is MISSING}
         check_values(where, values, {name: one.metadata["kind"] for name, one in keys.items()}, needed | {*also_needed})

@@ -88,7 +88,7 @@ class SEMEncoder(nn.Module):
         patch = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None) or (1, 1)
         if image_size % patch[0] or image_size % patch[1]:
             raise ValueError(
-                f"{backbone!r} cannot read images of {image_size} pixels: no multiple of its patch, {patch[0]}"
+                f"{backbone!r} cannot read images of {image_size} pixels: not a multiple of its patch, {patch[0]}"
             )
         self.backbone.norm = nn.Identity()
         self.image_size, self.L, self.V, self.temperature = image_size, L, V, temperature

@@ -147,7 +147,7 @@ class ComputedCodes(RowConditions):
         options = PriorOptions.of(args, "prior-")
         if args.prior:
             if args.dlc_dir:
-                raise ValueError("--prior draws codes, --dlc-dir names codes that are there: give one of them")
+                raise ValueError("--prior draws codes, --dlc-dir names existing codes: give one of them")
             if args.dlc_order == "random":
                 raise ValueError("--dlc-order random: with --prior, sample i gets code i: leave it out")
             return PriorCodes(args, options, model, meta)

@@ -58,7 +58,7 @@ def settle_guidance(args: Namespace) -> None:
     for flag in ("t_min", "t_max", "cfg_channels"):
         if args.guide_ckpt and getattr(args, flag) is not None:
             other = "it guides all channels" if flag == "cfg_channels" else f"give --guide-{flag.replace('_', '-')}"
-            raise ValueError(f"--{flag.replace('_', '-')} is that of --cfg-scale, not of --guide-ckpt: {other}")
+            raise ValueError(f"--{flag.replace('_', '-')} belongs to --cfg-scale, not to --guide-ckpt: {other}")
     if args.guide_ckpt and args.guide_scale is None:
         raise ValueError("--guide-ckpt names a model to guide by: say how strongly with --guide-scale, such as 1.5")
     if args.guide_scale is not None and not args.guide_ckpt:
@@ -70,7 +70,7 @@ def settle_guidance(args: Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} goes with --guide-ckpt or --internal-scale")
     low, high = args.guide_t_min, args.guide_t_max
     if low is not None and high is not None and low > high:
-        raise ValueError(f"--guide-t-min {low} is above --guide-t-max {high}: scale 1 is no guidance")
+        raise ValueError(f"--guide-t-min {low} is above --guide-t-max {high}: scale 1 turns guidance off")
     if args.cfg_scale is None:
         args.cfg_scale = 1.0 if args.guide_ckpt else CFG_SCALE
 
@@ -94,7 +94,7 @@ def open_guide(args: Namespace, path: Path, model: DiT, meta: RunMeta) -> tuple[
     """
     if args.internal_scale is not None and model.intermediate_head is None:
         raise ValueError(
-            f"--internal-scale {args.internal_scale}: {path} has no intermediate head: train it one with "
+            f"--internal-scale {args.internal_scale}: {path} has no intermediate head: train one with "
             "--intermediate-head K --train-only head"
         )
     low, high, scale = args.guide_t_min, args.guide_t_max, args.internal_scale or args.guide_scale

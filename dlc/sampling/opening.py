@@ -62,7 +62,7 @@ def open_model(args: Namespace, script: str, default: str) -> tuple[Path, DiT, R
         input_size=args.image_size and args.image_size // 8,  # pixels per cell of DiT's VAEs
     )
     if args.model not in (None, name):
-        raise ValueError(f"checkpoint {path} is of model {name}, not {args.model}")
+        raise ValueError(f"checkpoint {path} holds a {name}, not a {args.model}")
     args.model = name
     refuse_model(args, script, model.conditioning)
     warn_of_young_ema(path, meta)
@@ -97,7 +97,7 @@ def open_sampler(args: Namespace, model: DiT, meta: RunMeta) -> Sampler:
                 f"{process.config['process']}, whose times are 0 to {process.last_time}"
             )
     if args.t_min > args.t_max:
-        raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 is no guidance")
+        raise ValueError(f"--t-min {args.t_min} is above --t-max {args.t_max}: --cfg-scale 1 turns guidance off")
     if (args.progressive or 0) > sampler.num_steps:
         raise ValueError(f"--progressive {args.progressive}: there are {sampler.num_steps} steps to show")
     return sampler

@@ -88,7 +88,7 @@ class PriorDraw:
             if model.num_classes is None:
                 raise ValueError(f"--class: the prior {path} has no classes: train one with --class-conditional")
             if "all" in classes and len(classes) > 1:
-                raise ValueError("--class all already is every class: leave the others out")
+                raise ValueError("--class all draws every class: leave the others out")
             classes = list(range(model.num_classes)) if "all" in classes else classes
             if max(classes) >= model.num_classes:
                 raise ValueError(f"--class {max(classes)}: the prior's classes are 0 to {model.num_classes - 1}")

@@ -71,7 +71,7 @@ def check_new(out: Path) -> None:
     """Raise ValueError where a folder to write is there, has no folder to lie in, or would be read as a checkpoint."""
     parent = out.absolute().parent
     if os.path.lexists(out):
-        raise ValueError(f"{out} exists: give a path that does not")
+        raise ValueError(f"{out} exists: give another path")
     if not parent.is_dir():
         raise ValueError(f"{parent}, the folder to write {out.name} in, does not exist")
     if run_checkpoints(parent.parent, parent.name):

@@ -80,7 +80,7 @@ def locate(name: object, kind: str, flag: str = "checkpoint") -> Path:
     said, key = f"{flag} {one_line(str(name)[:1000], 100)}".strip(), (str(name), kind)
     if not is_id(name):
         raise ValueError(
-            f"{said} does not exist: it is no file or folder, nor a hub id (owner/name or owner/name@revision)"
+            f"{said} does not exist: it is neither a file or folder nor a hub id (owner/name or owner/name@revision)"
         )
     if key not in FETCHED:
         try:

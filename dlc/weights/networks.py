@@ -174,7 +174,7 @@ def open_networks(image_size: int, vae: str, encoder: str | None, **given) -> tu
     what is given of no encoder.
     """
     if not encoder and any(given.values()):
-        raise ValueError("--L, --V and --encoder-backbone say what an --encoder is, and there is none")
+        raise ValueError("--L, --V and --encoder-backbone describe an --encoder, and there is none")
     factor = downsampling_factor(vae)
     if image_size % factor:
         raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")

@@ -96,7 +96,7 @@ def rebuild(args: argparse.Namespace) -> list[str]:
     if not snapshots:
         raise ValueError(f"{run} has no snapshots of EMAs until image {args.at:,}: the first is of {there[0].images:,}")
     if out.exists():
-        raise ValueError(f"{out} exists: give a path that does not")
+        raise ValueError(f"{out} exists: give another path")
     newest = newest_of_run(run, ["config.json", "meta.json"])
     if newest is None:
         raise ValueError(f"{run} has no checkpoint to say what its model is")

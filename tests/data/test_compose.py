@@ -115,7 +115,7 @@ def test_what_it_refuses(images, features, tiny_models, tmp_path, error_of):
         (two, "--encoder lavoies/SEM_dinov2_L512: no such local path, and the hub's cache"),
         ((*two, *rows[:2], "--encoder", "other"), f"codes of features {features} come from another encoder than"),
         ((*two, "--encoder", "infinite"), f"the encoder's logits of {cat} are not finite numbers"),
-        ((*two, "--background", "blu"), "--background: blu: no colour, such as white or #ff8000"),
+        ((*two, "--background", "blu"), "--background: blu: not a colour, such as white or #ff8000"),
         ((*rows, 99), f"--rows 99: features {features} have rows 0 to 13"),
         ((*rows, "--mode", "sem"), "--mode sem needs images"),
         ((*rows, "--L", 9), "--L is for images"),

@@ -128,7 +128,7 @@ def test_a_file_that_goes_away_or_cannot_be_read(written, monkeypatch):
 
     content = path.read_bytes()
     os.truncate(path, 200)
-    assert all("was cut since it was opened" in str(error) for error in errors_of(features))
+    assert all("was cut after it was opened" in str(error) for error in errors_of(features))
     path.write_bytes(content)
     with monkeypatch.context() as patched:
         fails(patched, "os.preadv", errno.EIO, lambda file, *_: os.path.samestat(os.fstat(file), os.stat(path)))

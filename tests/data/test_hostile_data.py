@@ -100,8 +100,8 @@ def test_npz(tmp_path, compression):
     path = tmp_path / "bad.npz"
     for content, message in (
         *((content, "bad.npz: arr_0 ") for content, _ in IN_ANY),
-        (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images are"),
-        (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images are"),
+        (npy(described("(1, 20000, 20000, 3)"), bytes(2**21)), "more than it has or than images have"),
+        (npy(described("(1000000000000, 8, 8, 3)"), bytes(8 * 8 * 3)), "more than it has or than images have"),
         (npy(described("()"), bytes(8)), "wanted uint8"),
         (npy(described("(2, 8, 8, 3)"), bytes(2 * 8 * 8 * 3 + 1)), "there is more"),
     ):

@@ -163,7 +163,7 @@ def test_folders_that_are_no_classes(tmp_path):
         )
     ):
         root = make(tmp_path / f"{number}", *names.split())
-        refusal(list_images, root, words=f"are no classes, since images lie deeper, as .* such as {root}/{better}$")
+        refusal(list_images, root, words=f"are not classes, since images lie deeper, as .* such as {root}/{better}$")
     for number, (names, remark) in enumerate(
         (
             ("train/1.png val/2.png", "its classes train, val look like the parts of a data set: is one of them meant"),

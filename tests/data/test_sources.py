@@ -217,7 +217,7 @@ def test_what_is_refused(place, tmp_path):
         (zipped(here / "lzma.zip", "a/1.png", compression=zipfile.ZIP_LZMA), "'a/1.png' is neither stored nor deflat"),
         (
             zipped(here / "deep.zip", "train/cat/1.png", "val/cat/3.png"),
-            "train, val are no classes.* such as .*/train$",
+            "train, val are not classes.* such as .*/train$",
         ),
         (here / "twice", "holds './cat/1.png' twice"),
         (here / "pointer.tar", "pointer.tar is a git-lfs pointer"),

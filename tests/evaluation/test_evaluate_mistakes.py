@@ -94,7 +94,7 @@ def mistake(evaluation_place, error_of):
         (f"{MAKE} empty.npz --image-size 16", "empty.npz is a folder: name a file"),
         (f"{COMPARE} --metrics psnr", "invalid choice: 'psnr'"),
         (f"{COMPARE} --crop 8 --resize 8", "--crop and --resize exclude each other"),
-        (f"{COMPARE} --crop 8", "--crop and --resize are not for .npz"),
+        (f"{COMPARE} --crop 8", "--crop and --resize do not apply to .npz"),
         (f"{COMPARE} --dinov2 vit.pth", "--dinov2: no features of dinov2 are wanted: leave it out, or ask for some"),
         (f"{COMPARE} --metrics fid --pr-precision float32", "--pr-precision float32 applies to precision and recall"),
         (f"{COMPARE} --inception nowhere.pth", "--inception nowhere.pth does not exist"),
@@ -153,7 +153,9 @@ def test_damaged_folders(mistake, evaluation_place, monkeypatch):
     folder, flags = save_folder(evaluation_place / "set", pixels(5)), "set --reference reference.npz"
     (folder / "samples.json").write_text(json.dumps(record_of(6)))
     assert "set has 5 images, and its samples.json says 6: run the sampling command again" in mistake(flags)
-    assert "SAMPLES . is a folder of sets of samples: name one of them, as set" in mistake(flags.replace("set", "."))
+    assert "SAMPLES . is a folder of sets of samples: name one of them, such as set" in mistake(
+        flags.replace("set", ".")
+    )
     (folder / "samples.json").unlink()
     monkeypatch.setattr(sets, "CHECKED_FIRST", 2)
     Image.fromarray(pixels(1, 20)[0]).save(folder / "000002.png")

@@ -145,7 +145,7 @@ def test_files_that_are_no_dinov2(tmp_path, inception_file):
     weights = tiny_dinov2(tmp_path / "tiny.pth")
     for change, words in (
         (dict(register_tokens=torch.zeros(1, 4, 64)), "has registers"),
-        (dict(pos_embed=torch.zeros(1, 7, 64)), "no class token and square grid"),
+        (dict(pos_embed=torch.zeros(1, 7, 64)), "not a class token and a square grid"),
         (dict(other=torch.zeros(3)), "has unknown other"),
         ({"norm.bias": torch.full((64,), torch.nan)}, "norm.bias has values that are NaN"),
     ):

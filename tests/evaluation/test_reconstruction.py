@@ -220,8 +220,8 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
         (tmp_path / "x", "", "does not exist: make it with extract_features_withdlc.py"),
         (features, "--features none encoder", "--features none goes with no other"),
         (features, "--features encoder --encoder none", "there are none, or it is left out"),
-        (features, f"--out {features}/manifest.json", "manifest.json exists, and is no file of this command"),
+        (features, f"--out {features}/manifest.json", "manifest.json exists, and was not written by this command"),
         (lone, "--encoder x", "--encoder x: features"),
-        (one, "--features encoder", "are of 1 image, and a Frechet distance needs 2: --features none"),
+        (one, "--features encoder", "come from 1 image, and a Frechet distance needs 2: --features none"),
     ):
         assert words in error_of("evaluate", "reconstruction", path, "--data-path", images, *flags.split())

@@ -54,7 +54,7 @@ def test_others_may_read_weights_as_the_umask_says(umask, mode, tmp_path):
 def test_a_pipe_is_no_file(name, read, tmp_path):
     """To open one would wait for ever for what is never written."""
     os.mkfifo(tmp_path / name)
-    refusal(read, tmp_path / name, words=f"{tmp_path}/{name} is a pipe or a device, no file")
+    refusal(read, tmp_path / name, words=f"{tmp_path}/{name} is a pipe or a device, not a file")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def place(tmp_path, monkeypatch):
     assert content() == before
 
 
-READ, OTHER = "is read by this command", "exists, and is no file of this command: name another file, or move it"
+READ, OTHER = "is read by this command", "exists, and was not written by this command: name another file, or move it"
 MAKE = "evaluate make-reference {} {} --image-size 16 --num-images 0"
 
 

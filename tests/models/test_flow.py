@@ -152,7 +152,7 @@ def test_training_times():
 
 def test_arguments_that_do_not_exist():
     for arguments, message in (
-        (dict(time_distribution="cosine"), "time distribution cosine: is one of uniform, lognormal"),
+        (dict(time_distribution="cosine"), "time distribution cosine: must be one of uniform, lognormal"),
         (dict(time_std=0.0), "time mean 0.0, std 0.0 and scale 1.0: the mean is finite, std above 0"),
         (dict(time_std=2.0), "time mean 0.0 and std 2.0 go with the time distribution lognormal"),
         (dict(time_scale="1"), "process flow: "),

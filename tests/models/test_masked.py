@@ -119,7 +119,7 @@ def test_counted_masking_masks_so_many():
     assert (x_t == 9).sum(dim=1).tolist() == [1, 4, 8]
     times = stratified_times(torch.tensor(0.3), torch.arange(8), 8)  # one of each 8th
     assert sorted((8 * times).long().tolist()) == list(range(8)) and times.min() >= 1e-3
-    refusal(MaskedDiffusion, 9, masking="x", words="masking x: is one of independent, counted")
+    refusal(MaskedDiffusion, 9, masking="x", words="masking x: must be one of independent, counted")
     untold = dict(time_conditioning=False, score_entropy=True)
     refusal(MaskedDiffusion, 9, **untold, words="needs a model that is told the noise level")
 

@@ -138,8 +138,8 @@ def test_what_is_recorded_of_a_guide(opened, tmp_path):
         (dict(flags=()), "say how strongly with --guide-scale"),
         (dict(flags=("--guide-scale", "2", "--cfg-scale", "1.5")), "in the place of --cfg-scale: give one of them"),
         (dict(flags=("--guide-scale", "2", "--guide-t-min", "9", "--guide-t-max", "8")), "9 is above"),
-        (dict(flags=("--guide-scale", "2", "--t-max", "430")), "that of --cfg-scale, .*: give --guide-t-max"),
-        (dict(flags=("--guide-scale", "2", "--cfg-channels", "3")), "not of --guide-ckpt: it guides all channels"),
+        (dict(flags=("--guide-scale", "2", "--t-max", "430")), "belongs to --cfg-scale, .*: give --guide-t-max"),
+        (dict(flags=("--guide-scale", "2", "--cfg-channels", "3")), "not to --guide-ckpt: it guides all channels"),
     ],
 )
 def test_guides_that_are_refused(opened, change, message):

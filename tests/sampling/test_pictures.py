@@ -67,9 +67,9 @@ def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path):
     save_png(path, np.zeros((8, 9, 3), np.uint8))
     refused(r"has shape \(8, 9, 3\), wanted \(8, 8, 3\)")
     path.write_bytes(path.read_bytes()[:20])
-    refused("is missing or no whole PNG")
+    refused("is missing or not a whole PNG")
     path.unlink()
-    refused("is missing or no whole PNG")
+    refused("is missing or not a whole PNG")
 
 
 def test_check(folder, tmp_path):

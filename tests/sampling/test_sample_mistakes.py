@@ -63,9 +63,9 @@ def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path, tiny_model
     assert "--ckpt nowhere.pt does not exist" in sample_error(ckpt="nowhere.pt")
     other = sample_error(script="sample_ddp")
     assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
-    assert "is of model DiTSEM-Ti/4, not DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
+    assert "holds a DiTSEM-Ti/4, not a DiTSEM-Ti/2" in sample_error("--model", "DiTSEM-Ti/2")
     label_model = save_checkpoint(tmp_path / "dit", "DiT-Ti/4", dict(num_classes=3))
-    assert "is of model DiT-Ti/4, not DiTSEM-Ti/4" in sample_error(ckpt=label_model)
+    assert "holds a DiT-Ti/4, not a DiTSEM-Ti/4" in sample_error(ckpt=label_model)
     assert "(there are some of DiTSEM-Ti/4)" in error_of("sample_ddp_computed_dlc", "--model", "DiTSEM-S/2")
     shutil.rmtree(tmp_path / "results")
     assert "no checkpoint of DiTSEM-XL/2 under --results-dir results" in error_of("sample_ddp_computed_dlc")

@@ -184,7 +184,7 @@ def test_an_image_that_cannot_be_read(train, images, tmp_path):
         ),
         ("DiTSEM-Ti/4", ("--image-size", 56), "are 7 wide, not a multiple of DiTSEM-Ti/4's patch 4: take another --im"),
         ("DiTSEM-Ti/4", ("--L", 7), "L 6 there, 7 here; leave out the flag"),
-        ("DiT-Ti/4", ("--L", 7), "--encoder-backbone say what an --encoder is"),
+        ("DiT-Ti/4", ("--L", 7), "--encoder-backbone describe an --encoder"),
         ("DiTSEM-Ti/4", ("--num-classes", 3), "--num-classes does not go with --data-path"),
         ("DiTSEM-Ti/4", ("--features-path", "other"), "not allowed with argument"),
     ],

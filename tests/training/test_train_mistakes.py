@@ -88,7 +88,7 @@ def test_features_that_are_not_whole_or_do_not_fit(mistake, features, tmp_path):
     "vectors, message",
     [
         (np.where(np.arange(14)[:, None] == 9, np.nan, np.zeros((14, 3))), r"0.npy, row 9: values that are not finite"),
-        (np.zeros((14, 0)), "0.npy has vectors of no numbers"),
+        (np.zeros((14, 0)), "0.npy has empty vectors"),
         (np.zeros((14, 3), int), "0.npy has values of type int64, wanted floats"),
         (np.zeros((13, 3)), "has 13 rows, the data 14"),
     ],

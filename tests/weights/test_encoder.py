@@ -199,7 +199,7 @@ def test_configurations(published, tmp_path):
         (dict(crop_size=dict(height=28, width=28)), ""),
         (dict(image_mean=[0.5] * 3), "image_mean is .*, wanted ImageNet's"),
         (dict(crop_size=dict(height=10**9)), "image_size is 1000000000"),
-        (dict(crop_size=225), "no multiple of its patch"),
+        (dict(crop_size=225), "not a multiple of its patch"),
     ):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
         if message:

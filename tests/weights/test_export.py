@@ -156,7 +156,7 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "checkpoints/0000007").mkdir(parents=True)
     for checkpoint, format, flags, name, message in (
-        ("dit.pt", "safetensors", (), "there", "there exists: give a path that does not"),
+        ("dit.pt", "safetensors", (), "there", "there exists: give another path"),
         ("dit.pt", "safetensors", (), "nowhere/out", "does not exist"),
         ("dit.pt", "safetensors", (), "checkpoints/0000008", "would be read as a checkpoint of the run"),
         ("dit.pt", "safetensors", ("--vae", tiny_models[0]), "out", "--vae goes with the formats of diffusers"),

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(tmp_path):
             newest_of_run(tmp_path, files)
     assert newest_of_run(tmp_path, files) == path
     (path / "config.json").write_text(json.dumps({**OURS, "format_version": 9}))
-    assert "remove" not in refusal(newest_of_run, tmp_path, files, words="is of format 9, this program knows")
+    assert "remove" not in refusal(newest_of_run, tmp_path, files, words="has format 9, this program reads")
 
 
 # ---------------------------------------------------------------------- tensors
@@ -298,7 +298,7 @@ def test_meta(tmp_path, call):
         ('{"step": -1}', "meta.json: step is -1"),
         ('{"vae": ["\\u001b[31m' + "x" * 5000 + '"]}', "meta.json: vae is"),
         ('{"scaling_factor": Infinity}', "scaling_factor is inf"),
-        ('{"format_version": 9}', "is of format 9"),
+        ('{"format_version": 9}', "has format 9"),
         ("[" * 100_000, "not readable JSON"),
         (POINTER.decode(), "not readable JSON .a git-lfs pointer: run git lfs pull"),
         ('{"step": ' + "9" * 5000 + "}", "meta.json"),

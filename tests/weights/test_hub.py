@@ -208,7 +208,9 @@ def test_names(hub, tmp_path):
     assert not any(map(is_id, [*others, "a/b c", ""]))
     assert locate("owner/here", "model").is_dir() and not hub.requests
     for name in ("a/b.pth", "\x1b[31m", "x" * 3000, "nobody/nothing\0", "http://localhost/x"):
-        refusal(locate, name, "vae", "--vae", words="^--vae .*does not exist: it is no file or folder, nor a hub id")
+        refusal(
+            locate, name, "vae", "--vae", words="^--vae .*does not exist: it is neither a file or folder nor a hub id"
+        )
 
 
 # ---------------------------------------------------------------------- DiT's published weights

@@ -340,8 +340,8 @@ def test_broken_diffusers_folders(reference, tmp_path):
         ({name: weights[name] + 1e-6}, {}, copies),
         ({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}, {}, "has to_q, to_k and to_v of different shapes"),
         ({"more": torch.zeros(1)}, {}, "has unknown more"),
-        ({}, dict(activation_fn="gelu"), "is no DiT: activation_fn in its config.json"),
-        ({}, dict(norm_elementwise_affine=True), "is no DiT: norm_elementwise_affine in its config.json"),
+        ({}, dict(activation_fn="gelu"), "is not a DiT: activation_fn in its config.json"),
+        ({}, dict(norm_elementwise_affine=True), "is not a DiT: norm_elementwise_affine in its config.json"),
         ({}, dict(num_attention_heads=3), "transformer"),
         ({}, dict(sample_size="8"), "transformer"),
     ):

@@ -210,7 +210,7 @@ def test_files_that_are_no_vae(tmp_path):
     ):
         torch.save(tensors, tmp_path / "vae.pt")
         refusal(load_vae, str(tmp_path / "vae.pt"), words=message)
-    refusal(load_vae, str(tmp_path / "nothing.safetensors"), words="does not exist: it is no file or folder")
+    refusal(load_vae, str(tmp_path / "nothing.safetensors"), words="does not exist: it is neither a file or folder")
 
 
 def test_other_autoencoders(tmp_path):

@@ -61,7 +61,7 @@ def from_diffusers(file: File, tensors: dict) -> dict:
     """
     for key, wanted in FIXED.items():
         if file.config.get(key) not in (wanted, None):
-            file.refuse(f"is no DiT: {key} in its config.json is {str(file.config[key])[:40]!r}, wanted {wanted!r}")
+            file.refuse(f"is not a DiT: {key} in its config.json is {str(file.config[key])[:40]!r}, wanted {wanted!r}")
     named, thirds = {}, {}
     ours = {theirs: ours for names in (TOP, BLOCK, EMBEDDERS) for ours, theirs in names.items()}
     for key, value in check_tensors(tensors, file.path).items():
@@ -243,7 +243,7 @@ def trained_process(file: File, asked: str | None = None) -> dict | None:
     try:
         config = create_process(recorded["process"], **recorded["arguments"]).config
     except (TypeError, KeyError, ValueError):
-        file.refuse(f"says _process {shown(recorded)} in its config.json, which is none of this program")
+        file.refuse(f"says _process {shown(recorded)} in its config.json, which this program does not know")
     file.process = config["process"]
     return config
 
