@@ -161,7 +161,7 @@ def test_vectors_by_their_rows(vectors):
         (lambda folder: np.save(folder / "10.npy", np.zeros((3, 6))), "10.npy has rows of shape|10.npy has shape"),
         (lambda folder: [np.save(file, np.zeros((3, 4))) for file in folder.iterdir()], "in_dim=4, the checkpoint's"),
         (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
-        (lambda folder: [np.save(file, np.zeros((3, 0))) for file in folder.iterdir()], "vectors of no numbers"),
+        (lambda folder: [np.save(file, np.zeros((3, 0))) for file in folder.iterdir()], "has empty vectors"),
         (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "--condition-path .*vectors does not exist"),
         (lambda folder: np.save(folder / "1.npy", np.array([[None] * 5])), "1.npy .*holds pickled objects"),
