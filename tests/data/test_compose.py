@@ -1,6 +1,5 @@
 """compose_dlc.py: each token from one source, in the asked-for shares, and what it does not take."""
 
-import argparse
 import re
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 from conftest import L, V, assert_codes, encoder_logits, launch
 
-import compose_dlc
 from compose_dlc import choose, compose
 from dlc.data import Features
 from dlc.nets.encoder import save_encoder
@@ -80,16 +78,6 @@ def test_the_script(images, features, tiny_models, tmp_path, monkeypatch, said_b
         sem, _ = run(*files, "--encoder", tiny_models[1], "--mode", "sem", "--temp", temp, out=f"{temp}.npy")
         assert sem.shape == (30, L) and sem.max() < V
         assert ((sem == codes[0]) | (sem == codes[1])).all() == own
-
-
-def test_a_source_does_not_depend_on_the_others(images, tiny_models):
-    def read(*names):
-        flags = dict.fromkeys(("encoder_backbone", "L", "V", "temp", "features_path", "background"))
-        flags |= dict(images=[images / name for name in names], encoder=tiny_models[1], mode="sem")
-        return compose_dlc.read_images(argparse.Namespace(**flags))[0]
-
-    two, three = read("cat/0.png", "dog/3.png"), read("dog/3.png", "cat/1.png", "cat/0.png")
-    assert torch.equal(two[0], three[2]) and torch.equal(two[1], three[0])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dlc.data import Features, FeatureWriter, Manifest, kind_dir
 from dlc.data.convert import fetch_features
+from dlc.data.images import open_source
 from dlc.data.inspection import code_usage, latent_statistics
 
 RANDOM = np.random.default_rng(0)
@@ -298,37 +299,57 @@ def test_what_import_refuses(sources, tmp_path, tool):
         assert message in said and "again" not in said, said
 
 
-IMPORTS = """
+HUB = """
 import contextlib, sys
 from pathlib import Path
+from dlc.data.images import open_source
 from dlc.features import main
+from dlc.machine.cli import ArgumentParser
 root, *names = sys.argv[1:]
 for name in names:
-    sys.argv[1:] = ["import-hf", name, f"{root}/{name}", "--V", "300", "--shard-size", "8"]
     with contextlib.suppress(SystemExit):
-        main()
-    print("Parquet" if any(Path(root, "home").rglob("*.parquet")) else "no Parquet")
+        if "images" in name:
+            with ArgumentParser("").one_line_errors():
+                print(open_source(name).sha256(), open_source(name).load(0).size)
+        else:
+            sys.argv[1:] = ["import-hf", name, f"{root}/{name}", "--V", "300", "--shard-size", "8"]
+            main()
+            print("Parquet" if any(Path(root, "home").rglob("*.parquet")) else "no Parquet")
 """
 
 
 @pytest.mark.slow
-def test_import_from_the_hub(sources, tmp_path, hub):
-    """By id and revision; Parquet is streamed, and the commit recorded. In a process of its own: datasets reads the
-    hub's address when it is imported."""
+def test_datasets_of_the_hub(sources, tmp_path, hub):
+    """By id and revision; Parquet is streamed, and the commit recorded; images are fetched, and then there without the
+    hub. In processes of their own: datasets reads the hub's address when it is imported."""
     files = {path.relative_to(sources).as_posix(): path.read_bytes() for path in sources.glob("data/train*")}
     commit = hub.add("owner/codes", dict(files, **{"README.md": b"x"}), revision="v1", kind="dataset")
     saved = {path.relative_to(sources / "lists"): path for path in (sources / "lists").rglob("*") if path.is_file()}
     hub.add("owner/saved", {str(name): path.read_bytes() for name, path in saved.items()}, kind="dataset")
-    env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
+    Image.new("RGB", (9, 7)).save(tmp_path / "x.png")
+    columns = dict(image=2 * [(tmp_path / "x.png").read_bytes()], label=[1, 0])
+    path = save_parquet(tmp_path / "x.parquet", slice(2), features=None, labels=None, **columns)
+    hub.add("owner/images", {"test-00000-of-00001.parquet": path.read_bytes()}, revision="v1", kind="dataset")
+
+    def said(*names, offline="0"):
+        env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE=offline, HF_HOME=str(tmp_path / "home"))
+        command = [sys.executable, "-c", HUB, tmp_path, *names]
+        result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=env)
+        assert "Traceback" not in result.stderr, result.stderr
+        return result.stdout.splitlines(), [line for line in result.stderr.splitlines() if "error: " in line]
+
+    images = f"{open_source(path).sha256()} (9, 7)"
     names = ("owner/codes@v1", "owner/codes", "owner/nothing", "owner/saved")
-    command = [sys.executable, "-c", IMPORTS, tmp_path, *names]
-    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=env)
+    printed, errors = said(*names, "owner/images@v1:test", "owner/images@v1", "owner/no_images")
+    assert "no Parquet" in printed and "Parquet" not in printed and printed[-1] == images
+    for line, words in zip(
+        errors, ("RevisionNotFound", "RepositoryNotFound", 'Unknown split "train"', "no file or fo")
+    ):
+        assert words in line
+    assert len(errors) == 4 and said("owner/images@v1:test", offline="1") == ([images], [])
     manifest = assert_imported(tmp_path / "owner/codes@v1").manifest
     assert manifest.converted_from == f"owner/codes@{commit}, split train"
     assert_imported(tmp_path / "owner/saved")
-    first, second = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert "RevisionNotFound" in first and "RepositoryNotFound" in second and "Traceback" not in result.stderr
-    assert "no Parquet" in result.stdout
 
 
 def test_features_are_fetched_once(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -309,31 +308,3 @@ def test_datasets_that_are_refused(tables, monkeypatch):
         refusal(open_source, f"{tables}/{name}", words=message)
     monkeypatch.setitem(sys.modules, "datasets", None)
     refusal(open_source, "owner/name", words="owner/name needs the package datasets: pip install datasets$")
-
-
-OPEN = """
-import contextlib, sys
-from dlc.data.images import open_source
-from dlc.machine.cli import ArgumentParser
-for name in sys.argv[1:]:
-    with contextlib.suppress(SystemExit), ArgumentParser("").one_line_errors():
-        source = open_source(name)
-        print(source.name(4), source.classes, source.load(0).size, source.sha256())
-"""
-
-
-@pytest.mark.slow
-def test_a_dataset_of_the_hub(tables, tmp_path, hub):
-    """Fetched, and then, as on the nodes of a cluster, without the hub. datasets reads its address at its import."""
-    content = (tables / "a.parquet").read_bytes()
-    hub.add("owner/images", {"data/test-00000-of-00001.parquet": content}, revision="v1", kind="dataset")
-    line = f"dog/1.png ['cat', 'dog'] (150, 70) {open_source(tables / 'a.parquet').sha256()}\n"
-    for offline, others in (("0", ("owner/images@v1", "owner/nowhere")), ("1", ())):
-        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-c", OPEN, "owner/images@v1:test", *others]
-        found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=env)
-        assert found.stdout == line, found.stderr
-        if others:
-            first, second = found.stderr.splitlines()[-2:]
-            assert 'Unknown split "train"' in first and "no file or folder here" in second, found.stderr
-            assert found.stderr.count("error: ") == 2 and "Traceback" not in found.stderr

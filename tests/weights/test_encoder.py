@@ -160,7 +160,7 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
     (tmp_path / "x.pth").touch()
-    for size, width, depth, registers in (("large", 1024, 24, 4), ("giant", 1536, 40, 4), ("base", 768, 12, 0)):
+    for size, width, depth, registers in (("giant", 1536, 40, 4), ("base", 768, 12, 0)):
         with torch.device("meta"):
             name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
             vit = timm.create_model(name, num_classes=0, img_size=518)

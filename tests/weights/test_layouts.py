@@ -215,12 +215,12 @@ def test_dlc_accelerate(tmp_path):
     flags = dict(model="DiTSEM-Ti/4", image_size=64, global_batch_size=256, vae="ema", global_seed="x")
     metadata = tmp_path / "RESULTS/checkpoints/metadata.json"
     metadata.write_text(json.dumps(dict(current_epoch=3, args=flags)))
-    for where in (last, tmp_path / "RESULTS", tmp_path / "RESULTS/checkpoints", folder):
-        for kind in ("raw", "ema"):
-            model, name, meta = load_model(where, ema=kind == "ema")
-            assert name == "DiTSEM-Ti/4" and meta.weights == kind and meta.step is None
-            for key, value in model.state_dict().items():
-                assert torch.equal(value, sets[kind][f"_orig_mod.{key}"])
+    others = ("RESULTS", "RESULTS/checkpoints", "RESULTS/checkpoints/checkpoints")
+    for where, kind in ((last, "raw"), (last, "ema"), *((tmp_path / other, "ema") for other in others)):
+        model, name, meta = load_model(where, ema=kind == "ema")
+        assert name == "DiTSEM-Ti/4" and meta.weights == kind and meta.step is None
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, sets[kind][f"_orig_mod.{key}"])
     assert said(tmp_path / "RESULTS") == (
         "newest checkpoint of a DLC run, checkpoint_10, accelerate checkpoint of the DLC project, DiT's names; "
         "EMA weights, step unknown"
@@ -504,8 +504,7 @@ def test_other_kinds(weights, tmp_path, tiny_models):
     path = tmp_path / "lone.pt"
     for name, words in OTHER_KINDS.items():
         torch.save({**(weights[0] if "blocks are" in words else {}), name: torch.zeros(1)}, path)
-        assert words in refusal(load_model, path) == refusal(load_pretrained, path, tiny())
-        assert path.name in refusal(info, path)
+        assert words in refusal(load_model, path) and path.name in refusal(info, path)
     for path, flag, words in zip(tiny_models, ("--vae", "--encoder"), ("AutoencoderKL of 4 channels", "L 6, V 300")):
         refusal(load_model, path, words=f"{flag} takes")
         (line,) = info(path)

@@ -289,22 +289,19 @@ def test_extracted(deep_features, deep_vae, normal_vae, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mean", "moments"])
-def test_trained_on_and_sampled(kind, deep_features, tiny_models, tmp_path, error_of):
+def test_trained_on_and_sampled(deep_features, tiny_models, tmp_path, error_of):
     model, other = ("--model", "DiTSEM-Ti/4"), ("--vae", tiny_models[0])
-    train = (*model, "--features-path", deep_features[kind], "--max-steps", 2, "--global-batch-size", 4)
-    train += ("--num-workers", 0, "--sample-every", 2 if kind == "mean" else 0)
+    train = (*model, "--features-path", deep_features["mean"], "--max-steps", 2, "--global-batch-size", 4)
+    train += ("--num-workers", 0, "--sample-every", 2)
     launch(("forked", 1, "train_diffusion.py", *train), tmp_path)
     meta = json.loads((tmp_path / "results/checkpoints/0000002/meta.json").read_text())
-    assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT if kind == "mean" else 0, SCALE)
-    assert {key: meta.get(key) for key in NORMAL} == (dict.fromkeys(NORMAL) if kind == "mean" else NORMAL)
-    sample = (*model, "--dlc-dir", deep_features[kind], "--num-fid-samples", 2, "--num-sampling-steps", 2)
+    assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT, SCALE)
+    assert (tmp_path / "results/previews/0000002.png").is_file()
+    sample = (*model, "--dlc-dir", deep_features["mean"], "--num-fid-samples", 2, "--num-sampling-steps", 2)
+    launch(("forked", 1, "sample_ddp_computed_dlc.py", *sample), tmp_path)
+    assert Image.open(sample_folder(tmp_path / "samples") / "000001.png").size == (IMAGE_SIZE, IMAGE_SIZE)
     assert "has 4 latent channels, the " in error_of("sample_ddp_computed_dlc", *sample, *other)
-    if kind == "mean":
-        assert (tmp_path / "results/previews/0000002.png").is_file()
-        launch(("forked", 1, "sample_ddp_computed_dlc.py", *sample), tmp_path)
-        assert Image.open(sample_folder(tmp_path / "samples") / "000001.png").size == (IMAGE_SIZE, IMAGE_SIZE)
-        assert "has 4 latent channels, the " in error_of("train_diffusion", *train, *other, "--results-dir", "other")
+    assert "has 4 latent channels, the " in error_of("train_diffusion", *train, *other, "--results-dir", "other")
 
 
 def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
