@@ -19,6 +19,8 @@
 set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+# a task is bound to cores of its own, of which it would take an eighth to compile, as if the node's tasks shared them
+export TORCHINDUCTOR_COMPILE_THREADS=$SLURM_CPUS_PER_TASK
 # srun does not inherit --cpus-per-task from sbatch; without --kill-on-bad-exit the other tasks wait for a failed one
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' task \

@@ -200,10 +200,10 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
 @pytest.mark.slow
 def test_slurm_gives_each_task_its_place(tmp_path):
     """Of two tasks, as a stand-in for srun starts them: the variables by which processes form a group."""
-    variables = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
+    names = "MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_WORLD_SIZE TORCHINDUCTOR_COMPILE_THREADS RANK LOCAL_RANK"
     stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
     stand_in(tmp_path, "srun", 'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
-    stand_in(tmp_path, "python", f"echo {' '.join(f'${name}' for name in variables)}")
+    stand_in(tmp_path, "python", f"echo {' '.join(f'${name}' for name in names.split())}")
     result = run_recipe("slurm_multinode.sh", tmp_path, MASTER_PORT="1234")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"127.0.0.1 1234 2 2 {rank} {rank}" for rank in (0, 1)]
+    assert result.stdout.splitlines() == [f"127.0.0.1 1234 2 2 1 {rank} {rank}" for rank in (0, 1)]
