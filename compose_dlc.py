@@ -8,8 +8,8 @@ In: images and a SEM encoder, or rows of a features directory. Out: codes (num, 
 how many tokens come from each source. At each position a source is drawn by --weights, and a token is taken from it:
 with --mode tokens, the source's own token at that position (Lavoie et al. 2025, arXiv 2507.12318); with --mode sem, a
 draw from the source's SEM distribution there, so that the token is a draw from the weighted mean of the distributions.
-For example, of a dog and a fern with --weights 3 1, three in four tokens are the dog's. Code i is a function of
-(seed, i).
+For example, with a dog, a fern and --weights 3 1, three in four tokens are the dog's. Code i is a
+function of (seed, i).
 """
 
 import argparse

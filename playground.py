@@ -4,9 +4,9 @@
     python playground.py --ckpt results --encoder lavoies/SEM_dinov2_L512
     bash playground.sh                                  # what demo.sh trained; it runs demo.sh if that was not run
 
-In: a DiTSEM, the encoder of its codes, and if there is one a prior. The page shows pictures as they are denoised, how
-much of its code each gives back, and the command that draws the same: it draws by the functions that
-sample_ddp_computed_dlc.py draws by. It listens on this machine alone, takes no path from the page, asks no network.
+In: a DiTSEM, the encoder of its codes, and optionally a prior. The page shows pictures while they are denoised, the
+share of each code that comes back, and the command that draws the same pictures: it calls the functions of
+sample_ddp_computed_dlc.py. It listens on this machine alone, takes no path from the browser and uses no network.
 """
 
 import argparse

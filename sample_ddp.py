@@ -2,7 +2,7 @@
 
     torchrun --nnodes=1 --nproc_per_node=N sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000
 
-In: weights in any layout of docs/weights.md [the newest of the run under results/; if there is none of a DiT-XL/2, its
+In: weights in any layout of docs/weights.md [the newest of the run under results/; for DiT-XL/2 without a run, the
 published weights, which are fetched]. Out: SAMPLES/, see dlc/sampling/. The same command run again draws what is
 missing; the images do not depend on the number of processes.
 """

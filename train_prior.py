@@ -3,7 +3,7 @@
     accelerate launch --quiet --mixed_precision bf16 train_prior.py --model DLCPrior-M --features-path /path/to/features
     accelerate launch --multi_gpu --num_processes N --mixed_precision bf16 train_prior.py --model DLCPrior-M ...
 
-In: the codes of FEATURES/, of which a share is held out. Out: RESULTS/ as train_diffusion.py writes it, with the bound
+In: the codes of FEATURES/; a share of them is held out. Out: RESULTS/ as train_diffusion.py writes it, with the bound
 on the held-out codes in metrics.jsonl and log.txt, and the weights of its lowest value in best/{step:07d}/. The same
 command, run again, resumes from the newest checkpoint. Ctrl-C or a scheduler's signal ends the run after the current
 step, with a checkpoint.

@@ -3,9 +3,9 @@
     python -m benchmarks.prior
 
 The published way is SEDD's, as the DLC project runs it, on the same network: eager, the score entropy of all places,
-and a call for all places at each step. Ours calls the network only when a token is due, for the places that are. What
-samplers do between the calls is not counted, of neither. Rows take turns; the shortest time counts. Calls per code are
-counted by drawing whole timetables. On a CPU seconds are CPU seconds of the process.
+and a call for all places at each step. Ours calls the network only when a token is due, for the places that are. Work
+between the calls is not counted in either. Rows take turns; the shortest time counts. Calls per code are counted by
+drawing whole timetables. On a CPU seconds are CPU seconds of the process.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The pictures of demo.sh, and how long its stages took. The table of numbers is demo.table's.
+"""Draw the pictures of demo.sh, and print how long its stages took. demo.table makes the table of numbers.
 
     python -m demo.report demo_output --sources DIGIT.png DIGIT.png
 
 demo.png shows held-out images, their VAE reconstructions, and samples: sample i was drawn from the code of held-out row
 i. composed.png shows samples from composed codes between the two images they are composed of. The emoji's prior.png
-shows samples for a prior's codes; the digits' is demo.prior's.
+shows samples for a prior's codes; demo.prior draws the digits'.
 """
 
 import argparse

@@ -10,10 +10,11 @@ skipped.
 Frechet distance: to the training images, in features that did not make the codes, because samples for the codes would
 have an advantage there. The digits: in the 20 directions in which the train digits vary most as 8x8 scans. The emoji:
 in the last hidden layer of a small classifier of their groups (demo.groups), and in the 20 directions in which the
-training pictures vary most at 16x16 pixels. The row of real held-out images is the floor that so few images leave.
-Code agreement: the share of tokens that encoding an image gives back of the code that it was drawn for, beside the
-share if images and codes were paired at random. Its ceiling is the row of reconstructions. Read as asked: by a
-classifier of real images. Sharpness: the mean difference of horizontal neighbours, in grey levels.
+training pictures vary most at 16x16 pixels. The row of real held-out images is the floor for so few images. Code
+agreement: the share of tokens that encoding an image gives back of the code that it was drawn for, beside the share if
+images and codes were paired at random. Its ceiling is the row of reconstructions. Read as asked: the share that a
+classifier of real images reads as the class asked for. Sharpness: the mean difference of horizontal neighbours, in grey
+levels.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a user may choose of a process or a sampler, beside a number of steps: the scripts make a flag of each."""
+"""Options of a process or a sampler that a user may set, beside the number of steps: each is a flag of the scripts."""
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping

@@ -5,8 +5,8 @@
 
 In: a folder of samples of a DiTSEM, whose samples.json says which code each was drawn for, and the SEM encoder that
 makes such codes. Out: a line, and in FOLDER.metrics.json the share of tokens that come back, in all and for each
-position; the level of chance; and, given the images of the features that the codes are of, the ceiling: the same share
-for the VAE's reconstructions of images, since no sample that this VAE decodes can be expected to keep more.
+position; the level of chance; and, given the images of the codes' features, the ceiling: the same share for the VAE's
+reconstructions of these images, since no sample that this VAE decodes can be expected to keep more.
 """
 
 from argparse import Namespace

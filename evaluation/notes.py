@@ -1,4 +1,4 @@
-"""Warnings that prevent the wrong numbers people are known to publish, as lines."""
+"""Warnings of known mistakes that lead to wrong published numbers, as lines."""
 
 from collections.abc import Iterable
 

@@ -6,9 +6,9 @@
 In: the values of each swept flag, of which all combinations are tried; flags of evaluate.py and of its agreement; and,
 after --, flags of the sampling script. Out: OUT/{setting}/ with the samples of each, OUT/sweep.json, OUT/sweep.txt (the
 table) and OUT/sweep.png (the plot), and OUT/ema-{length}-at-{images}/, the EMAs of --ema-length. The same command run
-again continues; no finished setting is repeated, so values may be added. Settings without guidance (--cfg-scale 1,
---guide-scale 1) differ by no interval of it: they are drawn once. Settings that --guide-scale and another scale would
-guide are left out. Table and plot have means over --seeds, with their standard errors.
+again continues; no finished setting is repeated, so values may be added. Without guidance (--cfg-scale 1, --guide-scale
+1) its interval makes no difference: such settings are drawn once. Settings that would guide by --guide-scale and
+another scale are left out. Table and plot have means over --seeds, with their standard errors.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Sets of codes (n, L), integers in 0..V-1: open one wherever it lies, compare it with what wants it, count its tokens.
+"""Sets of codes (n, L), integers in 0..V-1: open them in any form, compare them with a model's L, V and encoder, count.
 
 codes = open_codes("prior_codes")    # of dlc.sampling.code_folder: a features directory, a folder of .npy, a file
 notes = compare(codes, CodeSpec("the model", L=512, V=256, encoder_sha256=None))      # ValueError where they differ

@@ -1,7 +1,7 @@
 """List the images of a folder or archive: classes, order, labels, and a remark on what is left out.
 
-Of an ordinary folder with one subfolder per class, classes, order and labels are those of torchvision's ImageFolder.
-But ImageFolder silently skips folders that the disk fails to list, and it takes a notebook's .ipynb_checkpoints for a
+For an ordinary folder with one subfolder per class, classes, order and labels equal torchvision's ImageFolder. But
+ImageFolder silently skips folders that the disk fails to list, and it takes a notebook's .ipynb_checkpoints for a
 class, which shifts all later labels by one, an error that then stays in the features. Here an error of the disk stops
 the listing, hidden and system folders and files are left out, and the remark counts what was left out.
 """

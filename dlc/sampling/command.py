@@ -1,4 +1,4 @@
-"""The command that both sampling scripts are: flags, checks, drawing, and the .npz for FID.
+"""The command behind both sampling scripts: flags, checks, drawing, and the .npz for FID.
 
 Sample i's noise, and the code, label or vector it is drawn for, are functions of (global seed, i). A run that was
 killed draws the batches that have a missing index, with every sample at the same position in its batch, and so ends

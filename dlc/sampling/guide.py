@@ -1,8 +1,8 @@
 """What guides beside the null condition: the weaker model of --guide-ckpt, whose training is compared with that of the
 model, or the model's own intermediate head (--internal-scale).
 
-A guide is an earlier or a smaller model: its errors are those of the model that it guides, and larger, so that a step
-away from its prediction is a step away from these errors.
+A guide is an earlier or a smaller model: it makes the errors of the model that it guides, but larger ones, so that a
+step away from its prediction is a step away from these errors.
 """
 
 import math

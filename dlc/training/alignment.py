@@ -4,7 +4,7 @@ alignment = open_alignment(args, features, depth=28)              # None without
 alignment.begin(run, model)                                       # makes the projector, which training throws away
 loss = alignment(tokens, alignment.targets(batch, step, encode))  # (N,), of tokens (N, T, D) after alignment.block
 
-REPA: Yu et al. 2024, arXiv 2410.06940. iREPA, of which only the encoder's spatial structure counts: Singh et al. 2025,
+REPA: Yu et al. 2024, arXiv 2410.06940. iREPA, which keeps only the encoder's spatial structure: Singh et al. 2025,
 arXiv 2512.10794. Targets are the encoder's patch tokens after its final norm, of the image flipped as the latents are:
 those that extraction stored, or made as training goes.
 """

@@ -1,4 +1,4 @@
-"""The loss on what is not trained on, as training goes: logged, and the best weights kept. Here a prior's bound."""
+"""The loss on held-out rows during training: it is logged, and the best weights are kept. Here, a prior's bound."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""The loss of a diffusion model on features that it is not trained on: always for the same times and noise."""
+"""The loss of a diffusion model on held-out features, always with the same times and noise."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping

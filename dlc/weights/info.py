@@ -1,4 +1,4 @@
-"""What `python -m dlc.checkpoints info` says of weights, in any layout."""
+"""What `python -m dlc.checkpoints info` says about weights, in any layout."""
 
 from pathlib import Path
 

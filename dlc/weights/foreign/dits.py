@@ -1,9 +1,9 @@
 """Diffusion transformers of others: DiT's names, which are ours, and those of diffusers' DiTTransformer2DModel.
 
-diffusers' network and DiT are one but for two constants. diffusers spaces the 128 frequencies of the time embedding
-over 127 steps, DiT over 128; and its blocks' second norm has the eps of the configuration, 1e-5 by default, where DiT
-has 1e-6. Weights that were trained in DiT and converted are right under DiT's constants, weights that were trained in
-diffusers under its own; nothing in a folder tells which.
+diffusers' network and DiT differ only in two constants. diffusers spaces the 128 frequencies of the time embedding over
+127 steps, DiT over 128; and its blocks' second norm has the eps of the configuration, 1e-5 by default, where DiT has
+1e-6. Weights that were trained in DiT and converted are right under DiT's constants, weights that were trained in
+diffusers under its own; a folder of diffusers does not record which.
 """
 
 import math

@@ -1,6 +1,6 @@
 """SEM encoders of others: the names of transformers, timm and DINOv2 to those of `SEMEncoder`, and its arguments.
 
-The tensors' shapes tell width, depth, patch and registers. What they do not tell, a config.json says, or a flag.
+The tensors' shapes tell width, depth, patch and registers. A config.json or a flag gives the rest.
 """
 
 import math
