@@ -161,7 +161,7 @@ class Comparison:
         return self.needed("statistics")
 
     def warnings_of(self, samples: ImageSet) -> list[str]:
-        """What is to be warned of before any work. Raises ValueError for fewer images than a metric needs."""
+        """Warnings before any work. Raises ValueError for fewer images than a metric needs."""
         there = self.reference.images and self.reference.images.count
         for name in self.metrics:
             fewest = max(2, METRICS[name].neighbours + 1)

@@ -98,8 +98,8 @@ class FileImages(ImageSet):
 
     Args:
         source: where they lie.
-        crop: ADM's crop to so many pixels, as extraction does; or None.
-        resize: resize to so many pixels squared, bicubic and antialiased, whatever the aspect; or None.
+        crop: ADM's crop to this many pixels, as extraction does; or None.
+        resize: resize to this many pixels squared, bicubic and antialiased, whatever the aspect; or None.
         background: what transparent images are blended on.
 
     Raises ValueError where images have different sizes that neither changes.

@@ -329,7 +329,7 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
 
 
 def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
-    """Run a script of this repository by so many processes. Raises ValueError where it fails; it has then said why."""
+    """Run a script of this repository in this many processes. Raises ValueError if it fails, after its own message."""
     prefix = [sys.executable]
     if processes > 1:
         prefix += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

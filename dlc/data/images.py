@@ -135,7 +135,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def image_grid(
     images: Sequence[np.ndarray | None], columns: int, rows: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Lay out images (H, W, 3) uint8 NumPy of one size in rows of so many columns, as a PIL image.
+    """Lay out images (H, W, 3) uint8 NumPy of one size in this many columns, as a PIL image.
 
     Args:
         images: None leaves a place empty. Those narrower than LEAST_SHOWN are enlarged by a whole factor.

@@ -34,7 +34,7 @@ def in_batches(network: Callable, rows: torch.Tensor, size: int) -> torch.Tensor
 
 
 def side_by_side(function: Callable, items: Iterable, device: torch.device, threads: int | None = None) -> Iterator:
-    """function(item) of each item, in order, computed by threads that run so many items ahead.
+    """function(item) of each item, in order, computed by `threads` threads, which run as many items ahead.
 
     Args:
         threads: how many [one per core, or two on a GPU, so that it always has work queued].

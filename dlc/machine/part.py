@@ -24,7 +24,7 @@ class Part:
         return f"{self.index}/{self.count}"
 
     def share(self, numbers: Iterable[int], block: int = 1) -> list[int]:
-        """Those of the numbers that are of this part. block: consecutive numbers that belong together."""
+        """The numbers that belong to this part. block: consecutive numbers that belong together."""
         return [number for number in numbers if number // block % self.count == self.index]
 
     def said(self, what: str) -> list[str]:

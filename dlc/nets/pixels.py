@@ -99,5 +99,5 @@ class PixelEncoder:
 
 
 def even_size(count: int) -> int:
-    """The size of batches of so many images: below ENCODED_AT_ONCE, and such that little of the last one is padding."""
+    """The batch size for this many images: below ENCODED_AT_ONCE, and such that little of the last one is padding."""
     return -(-count // -(-count // ENCODED_AT_ONCE))

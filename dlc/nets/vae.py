@@ -85,7 +85,7 @@ def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 def check_decodes(vae: nn.Module, name: str, channels: int, source: dict, whose: str) -> None:
-    """Raise ValueError if a VAE cannot decode latents of so many channels, or of another scale or shift than its own.
+    """Raise ValueError if a VAE cannot decode latents with this number of channels, or with another scale or shift.
 
     Args:
         name: the value of --vae, for the error.

@@ -96,7 +96,7 @@ class CodeFolder(ResumableFolder):
     """OUT/ for writing. Shard k holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them.
 
     Args:
-        part, block: what this launch draws of all, in blocks of so many shards.
+        part, block: what this launch draws of all, in blocks of this many shards.
     """
 
     record_type, record_name, holds, files = CodesRecord, "codes.json", "codes", ("*.npy", "*.pt")

@@ -93,7 +93,7 @@ class Alignment:
 
     Attributes:
         kind: a key of ALIGNMENTS.
-        block: the tokens after so many blocks are aligned.
+        block: the tokens after this many blocks are aligned.
         weight: of the loss.
         until: the last step with alignment; None: all steps.
         shape: of an image's targets, (T, width).

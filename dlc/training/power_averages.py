@@ -37,7 +37,7 @@ class PowerAverages:
 
     @torch.no_grad()
     def update(self, weights: list[torch.Tensor], images: int, skipped: torch.Tensor | None = None) -> None:
-        """After a step on so many images. Nothing moves if `skipped`, a bool (), is set."""
+        """Update the averages after a step on this many images. Nothing moves if `skipped`, a bool (), is set."""
         if not self.averages:
             return
         step = torch.full_like(self.images, images)

@@ -238,5 +238,5 @@ def final_norm_of(tensors: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def is_square(number: int) -> bool:
-    """Whether so many patches make a square grid."""
+    """Whether this many patches make a square grid."""
     return number > 0 and math.isqrt(number) ** 2 == number
