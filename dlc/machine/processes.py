@@ -176,7 +176,7 @@ def start_processes(grad_accum: int | None = None, precisions: Collection[str] =
         network = "; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that reaches the other nodes"
         raise ValueError(
             "cannot start the process group from WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
-            f"ACCELERATE_…: {one_line(error, 150)}{network if 'gloo' in str(error).lower() else ''}"
+            f"ACCELERATE_…: {one_line(error, 250)}{network if 'gloo' in str(error).lower() else ''}"
         ) from None
     finally:
         waiting.cancel()

@@ -1,12 +1,16 @@
 """What GPUs need: those that torch cannot use, or that two processes share, end a program before its work; one graph a
 block inside DDP; the sharded EMA. torch.cuda is made up here."""
 
+import datetime
 import os
 from copy import deepcopy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import accelerate
 import pytest
 import torch
+import torch._functorch.config
 from conftest import refusal, tiny_vae
 from drawing import draw, tiny_model
 
@@ -123,6 +127,38 @@ def test_network_that_does_not_connect_the_nodes(monkeypatch):
 
     monkeypatch.setattr(processes, "files_group", fail)
     refusal(start_processes, words=r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+
+
+def test_what_accelerate_asks_for_is_said(monkeypatch):
+    """With two RTX 40 cards and an old driver. Its middle names the variables."""
+    text = "Using RTX 4000 series doesn't support faster communication broadband via P2P or IB. Please set "
+    text += (
+        '`NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1" or use `accelerate launch` which will do this automatically.'
+    )
+    monkeypatch.setattr("accelerate.PartialState", Mock(side_effect=NotImplementedError(text)))
+    refusal(start_processes, words='NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1"')
+
+
+def test_gpus_are_not_waited_for_as_long_as_files(cuda, joined, monkeypatch):
+    cuda()
+    joined("cuda")
+    joining = Mock(side_effect=accelerate.PartialState)
+    monkeypatch.setattr("accelerate.PartialState", joining)
+    start_processes()
+    assert joining.call_args.kwargs == dict(cpu=False, timeout=datetime.timedelta(hours=1))
+    group = dict(is_initialized=lambda: True, get_backend=lambda: "nccl", new_group=lambda backend, timeout: timeout)
+    for name, answer in group.items():
+        monkeypatch.setattr(torch.distributed, name, answer)
+    assert processes.files_group.__wrapped__() == datetime.timedelta(hours=12)
+
+
+def test_blocks_on_a_gpu_keep_fewer_activations(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", Mock())
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    compile_blocks(tiny_model(), torch.device("cpu"))
+    assert torch._functorch.config.activation_memory_budget == 1
+    compile_blocks(tiny_model(), torch.device("cuda"))
+    assert torch._functorch.config.activation_memory_budget == processes.ACTIVATION_BUDGET
 
 
 @pytest.fixture
