@@ -16,7 +16,6 @@ import sys
 import torch
 from accelerate import Accelerator
 
-import dlc.machine.files
 import dlc.machine.processes
 import dlc.machine.readers
 
@@ -24,15 +23,6 @@ import dlc.machine.readers
 def limited(kind, most):
     """The disk takes so many bytes of one file (FSIZE), or a process may open so many files (NOFILE)."""
     resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (int(most), int(most)))
-
-
-def impatient():
-    dlc.machine.files.LOCK_PATIENCE = 1
-
-
-def small_pipes():
-    """Readers are not far ahead."""
-    dlc.machine.readers.PIPE_BYTES = 4096
 
 
 def said_soon():
@@ -45,7 +35,7 @@ def signalled(name, part, number, rank="0"):
     By a name such as readers:SIGKILL its data readers do instead, by group:SIGKILL it and they.
     """
     if name.startswith("readers:"):
-        small_pipes()  # with all of it in a pipe, nobody would miss the reader
+        dlc.machine.readers.PIPE_BYTES = 4096  # with all of it in a pipe, nobody would miss the reader
     replace, calls = os.replace, itertools.count(1)
 
     def replaced(source, target):
@@ -62,20 +52,6 @@ def send(name):
     readers = list(dlc.machine.readers.running)
     for pid in {"": [os.getpid()], "readers": readers, "group": [0]}[to]:
         os.kill(pid, signal.Signals[name])
-
-
-def signalled_at_step(name, step, rank):
-    """Of this rank alone: at this step's end, as `signalled`."""
-    from dlc.training.run import Run
-
-    report = Run.report
-
-    def reporting(self, number):
-        if number == int(step) and self.state.process_index == int(rank):
-            send(name)
-        report(self, number)
-
-    Run.report = reporting
 
 
 def signalled_looking(name, number, rank="0"):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import L, V, launch, refusal, save_checkpoint
+from conftest import L, V, refusal, save_checkpoint
 from safetensors.torch import load_file
 from tiny_weights import tiny
-from training_runs import metrics, same_run, train_command
+from training_runs import metrics
 
 from diffusion.process_table import create_process
 from dlc.weights.load import load_model, load_pretrained
@@ -25,20 +25,14 @@ def test_output_and_loss(process, learn_sigma):
     model, process = with_head(learn_sigma=learn_sigma), create_process(process)
     x, y, indices = torch.randn(3, 4, 8, 8), torch.randint(V, (3, L)), torch.arange(3)
     t, noise, drop = draws(0, indices, x, process, 0.5)
+    short = DiTSEM(input_size=8, patch_size=4, hidden_size=192, depth=2, num_heads=3, learn_sigma=False, **CODES).eval()
+    weights = {name.replace("intermediate_", "last_"): value for name, value in model.state_dict().items()}
+    short.load_state_dict({name: weights[name.replace("final_", "last_")] for name in short.state_dict()})
+    settings = dict(seed=0, dropout=0.5, draw_latents=False)
     with torch.no_grad():
         both, plain = (model(x, t * 1.0, y, head=head) for head in (True, False))
         assert torch.equal(both[:, :-4], plain)
-        short = DiTSEM(
-            input_size=8, patch_size=4, hidden_size=192, depth=2, num_heads=3, learn_sigma=False, **CODES
-        ).eval()
-        weights = {
-            name.replace("intermediate_layer", "final_layer"): value
-            for name, value in model.state_dict().items()
-            if not name.startswith("final_layer")
-        }
-        short.load_state_dict({name: weights[name] for name in short.state_dict()})
         torch.testing.assert_close(both[:, -4:], short(x, t * 1.0, y))
-        settings = dict(seed=0, dropout=0.5, draw_latents=False)
         terms, _ = losses_of(model, process, indices, x, y, head=True, **settings)
         usual, _ = losses_of(model, process, indices, x, y, **settings)
         head = short(process.q_sample(x, t, noise), t, y, drop) - process.target(x, noise, t)
@@ -46,8 +40,7 @@ def test_output_and_loss(process, learn_sigma):
     torch.testing.assert_close(terms["head"], head)
     torch.testing.assert_close(terms["loss"], usual["loss"] + HEAD_WEIGHT * head)
     assert terms.keys() == {*usual, "head"}
-    for number in (0, 6):
-        refusal(tiny, "DiTSEM-Ti/4", intermediate_head=number, **CODES, words=f"after block 1 to 5, not {number}")
+    refusal(tiny, "DiTSEM-Ti/4", intermediate_head=6, **CODES, words="after block 1 to 5, not 6")
 
 
 def test_a_head_is_optional(tmp_path):
@@ -75,29 +68,23 @@ def test_a_head_is_optional(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_head_on_a_frozen_trunk(features, tmp_path):
-    trunk = save_checkpoint(tmp_path / "trunk", features_path=features)
-    flags = ("--pretrained-path", trunk, "--intermediate-head", 2, "--train-only", "head", "--ckpt-every", 2)
-
-    def train(results, steps, processes=1):
-        command = train_command(processes, features, tmp_path / results, *flags)
-        launch((*command, "--max-steps", steps), tmp_path)
-        return tmp_path / results
-
-    train("stopped", 2)
-    stopped, whole = train("stopped", 4), train("whole", 4)
-    assert same_run(stopped, whole, 4)
+def test_a_head_on_a_frozen_trunk(trained, refused, features, tmp_path):
+    """Continued, and by two processes."""
+    trunk, run = save_checkpoint(tmp_path / "trunk", features_path=features), tmp_path / "run"
+    head = ("--intermediate-head", 2, "--max-steps", 4)
+    flags = (*head, "--pretrained-path", trunk, "--train-only", "head")
+    trained("run", *flags, "--max-steps", 2)
+    trained("run", *flags)
+    trained("two", *flags, processes=2)
     before = load_file(trunk / "ema.safetensors")
     for name in ("model", "ema"):
-        after = load_file(whole / f"checkpoints/0000004/{name}.safetensors")
+        after = load_file(run / f"checkpoints/0000004/{name}.safetensors")
         assert all(torch.equal(after[key], value) for key, value in before.items())
         assert after.keys() - before.keys() and after["intermediate_layer.linear.weight"].any()
-    assert all(line["head"] > 0 for line in metrics(whole))
+    one, two = ([line["head"] for line in metrics(tmp_path / name)] for name in ("run", "two"))
+    assert len(one) == 4 and min(one) > 0 and one == pytest.approx(two, rel=1e-4)
     # without --train-only more is trained: refused, whatever is allowed, and the record of the run stays
-    record = (whole / "args.json").read_bytes()
-    command = train_command(1, features, whole, "--intermediate-head", 2, "--allow-change", "--max-steps", 6)
-    words = launch(command, tmp_path, check=False).stdout
-    assert "holds the state of AdamW of 4 parameters" in words and (whole / "args.json").read_bytes() == record
-    two = train("two", 4, processes=2)
-    for one, other in zip(metrics(whole), metrics(two)):
-        assert one["head"] == pytest.approx(other["head"], rel=1e-4)
+    record = (run / "args.json").read_bytes()
+    words = "holds the state of AdamW of 4 parameters"
+    assert words in refused("run", *head, "--allow-change", "--max-steps", 6)
+    assert (run / "args.json").read_bytes() == record

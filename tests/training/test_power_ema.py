@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 import torch
-from conftest import golden, launch
+from conftest import golden, refusal
 from safetensors.torch import load_file
-from training_runs import train_command
 
 from dlc.training.power_averages import PowerAverages
 from dlc.weights.load import describe, load_model
@@ -40,63 +39,46 @@ def test_agrees_with_edm2():
 
 
 @pytest.mark.slow
-def test_a_run_with_lengths(features, tmp_path):
+def test_a_run_with_lengths(trained, refused, tmp_path):
     """Stopped and resumed it has the same averages and snapshots, to the bit; another length is rebuilt of them."""
-    flags = ("--ema-lengths", 0.05, 0.1, "--ema-snapshot-every", 16, "--ckpt-every", 3)
-
-    def train(results, steps, *more, **options):
-        command = train_command(1, features, tmp_path / results, *flags, launcher="forked")
-        return launch((*command, "--max-steps", steps, *more), tmp_path, **options)
-
-    train("parts", 3)
-    train("parts", 6)
-    train("whole", 6)
-    snapshots = {one.path.name: one.path.read_bytes() for one in snapshots_of(tmp_path / "whole")}
+    flags = ("--ema-lengths", 0.05, 0.1, "--ema-snapshot-every", 16, "--ckpt-every", 3, "--max-steps")
+    for name, steps in (("parts", 3), ("parts", 6), ("whole", 6)):
+        trained(name, *flags, steps)
+    parts, whole, newest = tmp_path / "parts", tmp_path / "whole", "checkpoints/0000006"
+    snapshots = {one.path.name: one.path.read_bytes() for one in snapshots_of(whole)}
     assert [name[9:12] for name in snapshots] == ["016", "016", "032", "032", "048", "048"]
     for name, content in snapshots.items():
-        assert (tmp_path / "parts/ema" / name).read_bytes() == content
+        assert (parts / "ema" / name).read_bytes() == content
     for name in ("ema-0.05", "ema-0.1"):
-        one, other = (tmp_path / run / f"checkpoints/0000006/{name}.safetensors" for run in ("parts", "whole"))
+        one, other = (run / newest / f"{name}.safetensors" for run in (parts, whole))
         assert one.read_bytes() == other.read_bytes()
-    args = argparse.Namespace(run=tmp_path / "whole", out=tmp_path / "out", length=0.1, at=None)
-    (line,) = rebuild(args)
+
+    def rebuilt(out, run=whole, at=None):
+        return rebuild(argparse.Namespace(run=run, out=tmp_path / out, length=0.1, at=at))
+
+    (line,) = rebuilt("out")
     assert "EMA of length 0.1 at 48 images, step 6, of 6 snapshots" in line
     model, _, meta = load_model(tmp_path / "out")
     assert "EMA weights, step 6" in describe(meta) and meta.noted["ema_length"] == 0.1
-    tracked = load_file(tmp_path / "whole/checkpoints/0000006/ema-0.1.safetensors")
-    for name, value in tracked.items():  # which is stored in 16 bits
+    for name, value in load_file(whole / newest / "ema-0.1.safetensors").items():  # which is stored in 16 bits
         torch.testing.assert_close(model.state_dict()[name], value, atol=2e-3, rtol=2e-3)
     # and is the sum of the snapshots in float64, to float32's last bit
-    (stored := snapshots_of(tmp_path / "whole")).sort(key=lambda one: one.path.name)
+    (stored := snapshots_of(whole)).sort(key=lambda one: one.path.name)
     share = coefficients([one.images for one in stored], [one.length for one in stored], 48, 0.1)
     total = sum(load_file(one.path)["x_embedder.proj.weight"].double() * c for one, c in zip(stored, share))
     assert torch.equal(model.state_dict()["x_embedder.proj.weight"], total.float())
-    with pytest.raises(ValueError, match="out exists"):
-        rebuild(args)
-    args.out, args.at = tmp_path / "early", 15
-    with pytest.raises(ValueError, match="no snapshots of EMAs until image 15: the first is of 16"):
-        rebuild(args)
-    args.at = 40
-    rebuild(args)
+    refusal(rebuilt, "out", words="out exists")
+    refusal(rebuilt, "early", at=15, words="no snapshots of EMAs until image 15: the first is of 16")
+    refusal(rebuilt, "none", run=whole / newest, words="0000006 has no snapshots of EMAs: name the folder of a run")
+    rebuilt("early", at=40)
     meta = load_model(tmp_path / "early")[2]
     assert (meta.step, meta.ema_images) == (4, 32)
-    args.run = tmp_path / "whole/checkpoints/0000006"
-    with pytest.raises(ValueError, match="0000006 has no snapshots of EMAs: name the folder of a run"):
-        rebuild(argparse.Namespace(**{**vars(args), "out": tmp_path / "none"}))
     # a run that is refused loses nothing, and one that stops to track says so
-    said = train("parts", 7, "--ema-lengths", 0.2, check=False).stdout
-    assert "has no ema-0.2.safetensors: an average of --ema-lengths" in said
-    (tmp_path / "parts/checkpoints/0000006/ema-0.1.safetensors").unlink()
-    (tmp_path / "parts/metrics.jsonl").open("a").write('{"step": 9}\n')
-    assert "has no ema-0.1.safetensors" in train("parts", 7, check=False).stdout
-    assert '"step": 9' in (tmp_path / "parts/metrics.jsonl").read_text()
-    command = train_command(1, features, tmp_path / "parts", "--max-steps", 7, "--ckpt-every", 7, launcher="forked")
-    assert "changed since: ema_lengths [0.05, 0.1] there, None here" in launch(command, tmp_path).stdout
-    assert "has no ema-0.05.safetensors" in train("parts", 8, check=False).stdout
-    assert {one.path.name for one in snapshots_of(tmp_path / "parts")} >= snapshots.keys()
-    said = launch(
-        (*train_command(1, features, tmp_path / "x", launcher="forked"), "--ema-snapshot-every", 9),
-        tmp_path,
-        check=False,
-    ).stdout
-    assert "--ema-snapshot-every stores the averages of --ema-lengths: give both" in said
+    assert "has no ema-0.2.safetensors: an average of --ema-lengths" in refused("parts", *flags, 7, *flags[:1], 0.2)
+    (parts / newest / "ema-0.1.safetensors").unlink()
+    (parts / "metrics.jsonl").open("a").write('{"step": 9}\n')
+    assert "has no ema-0.1.safetensors" in refused("parts", *flags, 7)
+    assert '"step": 9' in (parts / "metrics.jsonl").read_text()
+    assert "changed since: ema_lengths [0.05, 0.1] there, None here" in trained("parts", "--max-steps", 7)
+    assert {one.path.name for one in snapshots_of(parts)} >= snapshots.keys()
+    assert "--ema-snapshot-every stores the averages of --ema-lengths" in refused("x", "--ema-snapshot-every", 9)

@@ -1,6 +1,5 @@
 """Mistakes at training: one line on standard error that names them, and exit status 2, before any work."""
 
-import re
 import shutil
 
 import numpy as np
@@ -17,7 +16,6 @@ def mistake(error_of, features, tmp_path):
     """mistake(flags…, path=…): the line by which a run on features is refused, of which nothing is left."""
 
     def call(*flags, path=features):
-        (tmp_path / "file").touch()
         error = error_of("train_diffusion", "--model", "DiTSEM-Ti/4", "--features-path", path, *flags)
         assert not (tmp_path / "results/checkpoints").exists()
         return error
@@ -28,18 +26,13 @@ def mistake(error_of, features, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--model DiTSEM-XXL/2", "invalid choice: 'DiTSEM-XXL/2'"),
         ("--model DiTCONT-S/2", "DiTCONT-S/2 is trained on vectors: give --condition-path"),
         ("--global-batch-size 0", "argument --global-batch-size: 0: must be at least 1"),
-        ("--lr -1", "argument --lr: -1: must be at least 0"),
-        ("--results-dir file", "file"),
-        ("--V 7", "--V 7"),
         ("--vae ema --sample-every 0", "--vae decodes previews"),
         ("--features-path nowhere", "features path nowhere does not exist"),
         ("--features-path .", "has no features"),
         ("--model DiT-Ti/4 --code-init dlc", "--code-init dlc is for DiTSEM models, not DiT-Ti/4"),
         ("--time-scale 1000", "--time-scale 1000.0 goes with --objective flow, not ddpm"),
-        ("--ema-snapshot-every 9", "--ema-snapshot-every stores the averages of --ema-lengths: give both"),
         ("--holdout 0.1 --heldout-path .", "--heldout-path other features: give one of them"),
         ("--eval-samples 1", "--eval-samples 1: a Frechet distance needs at least 2 samples"),
         ("--eval-every 5", "--eval-every measures on what is held out, but --holdout is 0"),
@@ -60,47 +53,34 @@ def test_flags(mistake, flags, message):
     assert message in mistake(*flags.split())
 
 
-@pytest.mark.parametrize(
-    "model, kind, value, message",
-    [
-        ("DiTSEM-Ti/2", "sem", V, rf"imagenet64_sem/000002.npy, row 1: value {V} outside 0..{V - 1}"),
-        ("DiT-Ti/2", "labels", 2, r"imagenet64_labels/000002.npy, row 1: value 2 outside 0..1"),
-    ],
-)
-def test_values_outside_their_range(mistake, features, tmp_path, model, kind, value, message):
-    copy = shutil.copytree(features, tmp_path / "copy")
-    path = kind_dir(copy, IMAGE_SIZE, kind) / "000002.npy"
-    array = np.load(path)
-    array[1] = value
-    np.save(path, array)
-    assert re.search(message, mistake("--model", model, path=copy))
-
-
 def test_features_that_are_not_whole_or_do_not_fit(mistake, features, tmp_path):
     copy = shutil.copytree(features, tmp_path / "copy")
+    for model, kind, value in (("DiTSEM-Ti/2", "sem", V), ("DiT-Ti/2", "labels", 2)):
+        path = kind_dir(copy, IMAGE_SIZE, kind) / "000002.npy"
+        array = np.load(path)
+        array[1] = value
+        np.save(path, array)
+        message = f"imagenet64_{kind}/000002.npy, row 1: value {value} outside 0..{value - 1}"
+        assert message in mistake("--model", model, path=copy)
     change_json(copy / "manifest.json", vae_sha256="f" * 64)
     assert "does not fit --features-path: vae_sha256" in mistake("--heldout-path", copy)
     (copy / "manifest.json").unlink()
     assert "half-written" in mistake(path=copy)
 
 
-@pytest.mark.parametrize(
-    "vectors, message",
-    [
-        (np.where(np.arange(14)[:, None] == 9, np.nan, np.zeros((14, 3))), r"0.npy, row 9: values that are not finite"),
-        (np.zeros((14, 0)), "0.npy has empty vectors"),
+def test_vectors_to_train_on(mistake, tmp_path):
+    (tmp_path / "vectors").mkdir()
+    with_nan = np.where(np.arange(14)[:, None] == 9, np.nan, np.zeros((14, 3)))
+    for vectors, message in (
+        (with_nan, "0.npy, row 9: values that are not finite"),
         (np.zeros((14, 3), int), "0.npy has values of type int64, wanted floats"),
         (np.zeros((13, 3)), "has 13 rows, the data 14"),
-    ],
-    ids=["NaN", "no width", "integers", "rows"],
-)
-def test_vectors_to_train_on(mistake, tmp_path, vectors, message):
-    (tmp_path / "vectors").mkdir()
-    np.save(tmp_path / "vectors/0.npy", vectors)
-    assert re.search(message, mistake("--model", "DiTCONT-Ti/2", "--condition-path", tmp_path / "vectors"))
+    ):
+        np.save(tmp_path / "vectors/0.npy", vectors)
+        assert message in mistake("--model", "DiTCONT-Ti/2", "--condition-path", tmp_path / "vectors")
 
 
-@pytest.mark.parametrize("name", ["args.json", "log.txt", "loss.png", "best/mine/kept", "previews/0000001.png"])
+@pytest.mark.parametrize("name", ["args.json", "log.txt", "best/mine/kept"])
 def test_results_of_another_program(name, mistake, tmp_path):
     file = tmp_path / "results" / name
     file.parent.mkdir(parents=True)

@@ -12,7 +12,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import IMAGE_SIZE, ROOT, launch, refusal
 from forked import Run
-from training_runs import metrics, train_command
+from training_runs import metrics, train_flags
 
 import train_prior
 from dlc.machine.processes import asked_precision
@@ -27,14 +27,13 @@ def flags_of(both_data, tiny_models):
     """flags_of(variant, results): what a variant is launched with, on images or on features."""
 
     def flags(variant, results, *more):
-        command = list(train_command(1, both_data / "features", results, "--max-steps", 2, *more)[3:])
-        if "images" in options(variant)["reads"]:
-            at = command.index("--features-path")
-            networks = ("--vae", tiny_models[0], "--encoder", tiny_models[1], "--flip", "none")
-            command[at : at + 2] = ["--data-path", both_data / "images", "--image-size", IMAGE_SIZE, *networks]
-        if options(variant)["align"]:
-            command += ["--align-block", 2]  # of 6
-        return list(map(str, command))
+        asked, images = options(variant), ("--data-path", both_data / "images", "--image-size", IMAGE_SIZE)
+        if asked["reads"] == "images":
+            more += (*images, "--vae", tiny_models[0], "--encoder", tiny_models[1], "--flip", "none")
+        if asked["align"]:
+            more += ("--align-block", 2)  # of 6
+        features = both_data / "features" if asked["reads"] == "features" else None
+        return train_flags(features, results, "--max-steps", 2, *more)
 
     return flags
 
@@ -61,125 +60,91 @@ def test_each_variant_differs_in_one_option():
         assert one.keys() == two.keys() and {key for key in one if one[key] != two[key]} == changed
 
 
-@pytest.fixture(scope="module")
-def runs(flags_of, tmp_path_factory):
-    """Each variant's few steps: what it said, and its losses."""
-    root = tmp_path_factory.mktemp("runs")
-    said, losses = {}, {}
-    for name in VARIANTS:
-        run = Run(f"train_options.{name}", flags_of(name, root / name), root / f"{name}.txt")
-        assert run.wait(), run.said()
-        lines = metrics(root / name)
-        said[name], losses[name] = run.said(), [line["loss"] - 0.5 * line.get("align", 0) for line in lines]
-        written = json.loads((root / name / "args.json").read_text())
-        assert all(written[key] == options(name)[key] for key in ("precision", "tf32", "checkpoint_activations"))
-    return said, losses
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains_alike(name, runs):
+def test_variants_train_alike(flags_of, monkeypatch, tmp_path):
     """The losses are those of the first, to what 16 bits are worth, and the rounding of images in other batches."""
-    said, losses = runs
-    precision = {"train_amp": "bf16", "train_fast": "bf16", "train_repa": "bf16"}.get(name, "fp32")
-    assert f"precision: {precision}" in said[name]
-    assert ("14 images" if options(name)["reads"] == "images" else "14 rows") in said[name]
-    np.testing.assert_allclose(losses[name], losses["train_original"], rtol=1e-2 if precision == "bf16" else 1e-4)
+    losses = {}
+    for name, precision in (("original", "fp32"), ("repa", "bf16"), ("tf32_disabled", "fp32"), ("amp", "bf16")):
+        flags, root = flags_of(f"train_{name}", tmp_path / name), tmp_path / name
+        if name == "amp":  # by its path
+            monkeypatch.delenv("PYTHONPATH")
+            said = launch(("python", 1, f"train_options/train_{name}.py", *flags), tmp_path).stdout
+        else:
+            run = Run(f"train_options.train_{name}", flags, tmp_path / f"{name}.txt")
+            assert run.wait(), run.said()
+            said = run.said()
+        losses[name] = [line["loss"] - 0.5 * line.get("align", 0) for line in metrics(root)]
+        asked, written = options(f"train_{name}"), json.loads((root / "args.json").read_text())
+        assert all(written[key] == asked[key] for key in ("precision", "tf32", "checkpoint_activations"))
+        assert f"precision: {precision}" in said
+        assert ("14 images" if asked["reads"] == "images" else "14 rows") in said
+        bound = 1e-2 if precision == "bf16" else 1e-4
+        np.testing.assert_allclose(losses[name], losses["original"], rtol=bound)
 
 
 @pytest.mark.slow
-def test_flags_reach_what_they_are_of(flags_of, tmp_path):
-    for flags, said in (
-        ((), "compiled: 0 blocks; checkpointing: False; TF32: True, True"),
-        (
-            ("--compile", "--checkpoint-activations", "--no-tf32"),
-            "compiled: 6 blocks; checkpointing: True; TF32: False, False",
-        ),
-    ):
-        flags = ["spying", "train_diffusion", *flags_of("train_fast", tmp_path / str(len(flags)), *flags)]
-        run = Run("faulty", flags, tmp_path / "said.txt")
-        assert run.wait() and said in run.said(), run.said()
-
-
-@pytest.mark.slow
-def test_launched_by_path(flags_of, monkeypatch, tmp_path):
-    monkeypatch.delenv("PYTHONPATH")
-    command = ("python", 1, "train_options/train_amp.py", *flags_of("train_amp", tmp_path / "run"))
-    result = launch(command, tmp_path)
-    assert "precision: bf16" in result.stdout and len(metrics(tmp_path / "run")) == 2
+@pytest.mark.parametrize(
+    "flags, environment, said",
+    [
+        ("", "", "compiled: 0 blocks; checkpointing: False; TF32: True, True"),
+        ("--compile --checkpoint-activations --no-tf32", "", "6 blocks; checkpointing: True; TF32: False, False"),
+        ("", "ACCELERATE_DYNAMO_BACKEND", "compiled: 6 blocks"),  # no flag says otherwise
+        ("--no-compile", "ACCELERATE_DYNAMO_BACKEND FSDP_ACTIVATION_CHECKPOINTING", "0 blocks; checkpointing: False"),
+    ],
+)
+def test_flags_reach_what_they_are_of(flags, environment, said, flags_of, tmp_path):
+    """And the launcher's environment never overrides one."""
+    variables = {name: "inductor" if "DYNAMO" in name else "true" for name in environment.split()}
+    if environment:
+        variables |= dict(ACCELERATE_USE_FSDP="true", ACCELERATE_USE_CPU="true")
+    flags = flags_of("train_fast", tmp_path / "run", *flags.split())
+    run = Run("train_diffusion", flags, tmp_path / "said.txt", environment=variables, fault="spying")
+    assert run.wait() and said in run.said(), run.said()
 
 
 def test_precisions(monkeypatch):
-    for launchers, flag, wanted in (
-        ("no", None, "fp32"),
-        ("no", "fp32", "fp32"),
-        ("no", "amp", "bf16"),
-        ("no", "fp16", "fp16"),
-        ("fp16", None, "fp16"),
-        ("fp16", "amp", "fp16"),
-        ("bf16", "bf16", "bf16"),
-    ):
+    assert asked_precision("amp") == "bf16" and asked_precision() == "fp32"
+    by_launcher = dict(no={None: "fp32", "fp32": "fp32", "amp": "bf16", "fp16": "fp16"}, bf16={"bf16": "bf16"})
+    for launchers, wanted in dict(by_launcher, fp16={None: "fp16", "amp": "fp16"}).items():
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
-        assert asked_precision(flag) == wanted
+        assert {flag: asked_precision(flag) for flag in wanted} == wanted
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     refusal(asked_precision, "amp", words="--mixed_precision fp8: this trains in fp16, bf16")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert asked_precision("amp") == "bf16" and asked_precision() == "fp32"
 
 
-@pytest.mark.parametrize(
-    "variant, launchers, message",
-    [
+def test_what_contradicts_a_variant(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    for variant, launchers, message in (
         ("train_baseline", "fp16", "the launcher's --mixed_precision fp16 contradicts --precision fp32"),
         ("train_amp", "no", "this trains on images: give --data-path"),
-    ],
-)
-def test_what_contradicts_a_variant(variant, launchers, message, tmp_path, monkeypatch, call):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
-    monkeypatch.chdir(tmp_path)
-    status, _, error = call(f"train_options.{variant}")
-    assert status == 2 and message in error and error.count("\n") == 1 and not any(tmp_path.iterdir())
+    ):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+        status, _, error = call(f"train_options.{variant}")
+        assert status == 2 and message in error and error.count("\n") == 1 and not any(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------- recipes
 
 
-def stand_in(folder, name, text):
-    """A program of that name."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-    (folder / name).chmod(0o755)
-
-
-def run_recipe(name, programs, *flags, **variables):
-    """Run a recipe with these programs before all others, from the root."""
-    path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def said_by_recipe(name, folder, stand_ins, *flags, **variables):
+    """What a recipe prints where these programs, a script of bash each, are found before all others."""
+    for program, text in dict(stand_ins, scontrol="echo 127.0.0.1").items():
+        (folder / program).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / program).chmod(0o755)
+    path = f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     slurm = dict(SLURM_JOB_NODELIST="here", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="1")
-    return subprocess.run(
-        ["bash", ROOT / "train_options" / name, *map(str, flags)],
-        cwd=ROOT,
-        text=True,
-        timeout=300,
-        env={**os.environ, **slurm, "PATH": path, **variables},
-        capture_output=True,
-    )
+    command = ["bash", ROOT / "train_options" / name, *map(str, flags)]
+    environment = {**os.environ, **slurm, "PATH": path, **variables}
+    return subprocess.run(command, cwd=ROOT, text=True, env=environment, stdout=subprocess.PIPE, check=True).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_give_flags_that_exist(name, tmp_path):
-    text = (ROOT / "train_options" / name).read_text()
-    assert subprocess.run(["bash", "-n", ROOT / "train_options" / name]).returncode == 0
-    assert "What it should reach: " in text
-    assert "Source: " in text and "In how long: " in text or "as dlc512_4gpu.sh" in text
-    stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
     asked = '[ "$1 $2" = "--cpus-per-task=1 --kill-on-bad-exit=1" ] && shift 2'
-    stand_in(tmp_path, "srun", f'{asked}\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"')
-    for program in ("accelerate", "python"):
-        stand_in(tmp_path, program, 'printf "%s\\n" "$@"')
-    result = run_recipe(name, tmp_path, "--max-steps", 5)
-    assert result.returncode == 0, result.stderr
-    words = result.stdout.splitlines()
+    programs = dict.fromkeys(("accelerate", "python"), 'printf "%s\\n" "$@"')
+    programs["srun"] = f'{asked}\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"'
+    words = said_by_recipe(name, tmp_path, programs, "--max-steps", 5).splitlines()
     if words[0] == "launch":
         launched = launch_command_parser().parse_args(words[1:])
         sharded = (launched.config_file or "").endswith("train_options/fsdp.yaml")
@@ -201,9 +166,7 @@ def test_recipes_give_flags_that_exist(name, tmp_path):
 def test_slurm_gives_each_task_its_place(tmp_path):
     """Of two tasks, as a stand-in for srun starts them: the variables by which processes form a group."""
     names = "MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_WORLD_SIZE TORCHINDUCTOR_COMPILE_THREADS RANK LOCAL_RANK"
-    stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
-    stand_in(tmp_path, "srun", 'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
-    stand_in(tmp_path, "python", f"echo {' '.join(f'${name}' for name in names.split())}")
-    result = run_recipe("slurm_multinode.sh", tmp_path, MASTER_PORT="1234")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"127.0.0.1 1234 2 2 1 {rank} {rank}" for rank in (0, 1)]
+    programs = dict(srun='shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
+    programs["python"] = f"echo {' '.join(f'${name}' for name in names.split())}"
+    said = said_by_recipe("slurm_multinode.sh", tmp_path, programs, MASTER_PORT="1234")
+    assert said.splitlines() == [f"127.0.0.1 1234 2 2 1 {rank} {rank}" for rank in (0, 1)]
