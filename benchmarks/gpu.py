@@ -124,7 +124,7 @@ def same_bytes(bench: Bench) -> dict:
     """Shards that differ when extraction is compiled again, with an empty cache of kernels."""
     root, found = bench.root / "compiled twice", []
     root.mkdir()
-    how = dict(precision="bf16" if ON_GPU else "fp32", compile=ON_GPU, batch_size=min(32, bench.args.images))
+    how = dict(precision="bf16" if ON_GPU else "fp32", compile=ON_GPU, batch_size=min(32, bench.args.images // 2))
     sizes = argparse.Namespace(**{**vars(bench.args), **how, "images": 2 * how["batch_size"]})
     extraction.prepare(root, sizes)
     for cache in ("A", "B"):
