@@ -304,7 +304,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
                 f"rgb{args.background}"
             )
         if skipped > 0.01 * len(source):
-            logger.warning(f"warning: {skipped / len(source):.0%} is lacking{without(manifest)}")
+            logger.warning(f"warning: {skipped / len(source):.0%} of the images are missing{without(manifest)}")
     state.destroy_process_group()
 
 

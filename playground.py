@@ -85,7 +85,7 @@ class Studio:
         path, self.model, self.meta = open_model(drawn, ComputedCodes.script, "")
         self.named = ["--ckpt", str(path), *flags]  # of a run that goes on, what is the newest now
         if self.model.conditioning != "codes":
-            raise ValueError(f"--ckpt {args.ckpt} is of {drawn.model}, which takes no codes: name a DiTSEM")
+            raise ValueError(f"--ckpt {args.ckpt} holds a {drawn.model}, which takes no codes: name a DiTSEM")
         self.vae, _, _ = open_vae(drawn, self.meta, self.model, self.state)
         theirs = self.meta.features_path
         known = args.features_path or (theirs if theirs and Path(theirs).is_dir() else None)

@@ -82,7 +82,9 @@ class DrawnSet(Record):
             )
         there, wanted = len(array_files(Path(folder))), -(-record.num // SHARD)
         if there != wanted:
-            raise ValueError(f"{folder} has {there} shards of codes, by codes.json {wanted}: draw the codes anew")
+            raise ValueError(
+                f"{folder} has {there} shards of codes, but codes.json says {wanted}: draw the codes again"
+            )
         return record
 
 

@@ -163,10 +163,10 @@ def print_codes(features: Features) -> None:
     )
     print(
         f"       dead tokens: {dead:,} of {counts.size:,} ({dead / counts.size:.1%}); duplicates: {duplicates:,} "
-        f"image{'s have' if duplicates != 1 else ' has'} the code of one before"
+        f"image{'s have' if duplicates != 1 else ' has'} the code of an earlier one"
     )
     if not os.access(features.root, os.W_OK):
-        print(f"token usage: no picture, since {features.root} is not yours to write into")
+        print(f"token usage: no picture, since {features.root} may not be written into")
         return
     picture = features.root / "codes.png"
     check_output(picture, "the picture", own=[SHEET])

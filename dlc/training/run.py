@@ -471,7 +471,7 @@ class Run(contextlib.ExitStack):
             if one.is_due(step):
                 one.measure(step)
                 if one.is_due(step):
-                    self.logger.info(f"step {step:,}: a stop cut a measurement off; the same command begins with it")
+                    self.logger.info(f"step {step:,}: a stop cut off a measurement; the same command makes it first")
                     return False
         return True
 

@@ -36,6 +36,9 @@ def test_what_a_set_says(tmp_path):
     (tmp_path / "codes.json").write_text(json.dumps(record))
     (tmp_path / "._000000.npy").write_bytes(b"a Mac's")
     assert compare(open_codes(tmp_path), spec()) == []
-    for change, message in ((dict(num=300), "1 shards of codes, by codes.json 2"), (dict(codes_sha256=None), "yet")):
+    for change, message in (
+        (dict(num=300), "1 shards of codes, but codes.json says 2"),
+        (dict(codes_sha256=None), "yet"),
+    ):
         (tmp_path / "codes.json").write_text(json.dumps({**record, **change}))
         refusal(open_codes, tmp_path, words=message)

@@ -78,7 +78,7 @@ def test_a_stop_cuts_a_measurement_off(processes, look, left, trained, tmp_path,
     fault = f"signalled_looking,group:SIGUSR2,{look},{processes - 1}"
     said = trained("parts", *flags, processes=processes, fault=fault)
     assert (
-        "step 2: a stop cut a measurement off" in said
+        "step 2: a stop cut off a measurement" in said
         and "stopped by SIGUSR2 after step 2; the same command continues" in said
     )
     assert {key for line in metrics(tmp_path / "parts") for key in ("heldout_loss", "samples") if key in line} == left
