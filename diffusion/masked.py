@@ -108,19 +108,13 @@ class MaskedDiffusion:
         places, L, dense = x_t == self.mask, x0.shape[1], at_all_places(x0.device)
         log_score, terms, owner = self._of_places(model, x0, x_t, t, places, model_kwargs)                  # (M, …)
         weight = L / self.masked_count(t, L).to(terms) if self.masking == "counted" else 1 / t.to(terms)    # (N,)
-
-        def per_code(values):
-            if dense:
-                return weight * values.view_as(x0).sum(dim=1)
-            return weight * values.new_zeros(len(x0)).index_add(0, owner, values)
-
-        nats = per_code(terms)
+        nats = weight * per_code(terms, owner, x0)
         loss = nats
         if self.score_entropy:
             log_r = log_score.logsumexp(dim=1) + self.sigma(t).expm1().log().to(log_score)[owner]
             if dense:       # beforehand: the gradient of an expm1 that overflows is not finite, though its weight is 0
                 log_r = log_r.where(places.flatten(), 0)
-            loss = loss + per_code(log_r.expm1() - log_r)
+            loss = loss + weight * per_code(log_r.expm1() - log_r, owner, x0)
         return dict(loss=loss, nats=nats.detach() / L)
 
     def _of_places(self, model, x0, x_t, t, places, model_kwargs):
@@ -161,7 +155,7 @@ class MaskedDiffusion:
             t = times.gather(1, k.unsqueeze(1) - 1).squeeze(1)
             x_t = torch.where(places, self.mask, x0)
             _, terms, owner = self._of_places(model, x0, x_t, t, places, model_kwargs)
-            total.index_add_(0, owner, terms.double() / k[owner])
+            total += per_code(terms.double() / k[owner], owner, x0)
         return total * (L / levels)
 
     def bound(self, model: Callable, x0: torch.Tensor, u: torch.Tensor | None = None, levels: int | None = None,
@@ -202,6 +196,13 @@ def at_all_places(device: torch.device) -> bool:
     Only the device knows how many places are wanted, so the CPU would have to wait. On a CPU only those are computed.
     """
     return device.type != "cpu"
+
+
+def per_code(values: torch.Tensor, owner: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+    """Sums (N,) of values (M,) over the places that belong to each of the codes x0 (N, L), the rows owner (M,)."""
+    if at_all_places(x0.device):        # in one order, which index_add on a GPU has not
+        return values.view_as(x0).sum(dim=1)
+    return values.new_zeros(len(x0)).index_add(0, owner, values)
 
 
 def rank(u: torch.Tensor) -> torch.Tensor:

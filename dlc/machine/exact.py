@@ -15,7 +15,7 @@ def set_exact_numerics() -> None:
     The sums in a convolution depend on how many threads share it. One thread per operation makes them reproducible,
     and batches side by side, a thread each, are faster than threads that share one batch.
     """
-    torch.set_num_threads(1)  # also on GPUs: the pinning thread does so, and a change would recompile
+    torch.set_num_threads(1)
     set_numerics(tf32=False, deterministic=True)
 
 
