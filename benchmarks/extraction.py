@@ -112,10 +112,15 @@ def rate_of_the_whole(root: Path, args: argparse.Namespace, **environment) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=int, default=4096 if ON_GPU else 96, help="images [%(default)s here]")
-    add("--batch-size", type=int, default=32 if ON_GPU else 4, help="images per batch [%(default)s here]")
-    add("--num-workers", type=int, default=default_num_workers(), help="data readers [%(default)s here]")
-    add("--precision", choices=PRECISIONS, default="fp32", help="precision of both networks [%(default)s]")
+    add("--images", type=int, default=4096 if ON_GPU else 96, help="extract this many images [%(default)s here]")
+    add(
+        "--batch-size",
+        type=int,
+        default=32 if ON_GPU else 4,
+        help="encode this many images per batch [%(default)s here]",
+    )
+    add("--num-workers", type=int, default=default_num_workers(), help="use this many data readers [%(default)s here]")
+    add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of both networks [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU, help="compile both networks [on GPUs]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:

@@ -254,15 +254,25 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--minutes", type=number(float, 0), default=9.0, help="start no row that would end after them [%(default)s]")
-    add("--only", nargs="+", choices=PARTS_OF_ALL, default=PARTS_OF_ALL, help="parts to measure [all]")
-    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-Ti/8", help="a DiTSEM [%(default)s here]")
-    add("--batch", type=int, default=256 if ON_GPU else 8, help="images of a training step [%(default)s here]")
-    add("--steps", type=int, default=20 if ON_GPU else 2, help="measured steps, after as many [%(default)s here]")
-    add("--rows", type=int, default=2048 if ON_GPU else 64, help="rows of the features [%(default)s here]")
-    add("--sampling-batch", type=int, default=32 if ON_GPU else 2, help="images drawn at once [%(default)s here]")
-    add("--images", type=int, default=2048 if ON_GPU else 4, help="images to extract [%(default)s here]")
-    add("--num-workers", type=int, default=default_num_workers(), help="data readers [%(default)s here]")
-    add("--dir", help="folder for temporary files, 40 GB for DiTSEM-XL/2 [the system's]")
+    add("--only", nargs="+", choices=PARTS_OF_ALL, default=PARTS_OF_ALL, help="measure these parts [all]")
+    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-Ti/8", help="measure this DiTSEM [%(default)s here]")
+    add("--batch", type=int, default=256 if ON_GPU else 8, help="train on this many images per step [%(default)s here]")
+    add(
+        "--steps",
+        type=int,
+        default=20 if ON_GPU else 2,
+        help="measure this many steps, after as many [%(default)s here]",
+    )
+    add("--rows", type=int, default=2048 if ON_GPU else 64, help="make features of this many rows [%(default)s here]")
+    add(
+        "--sampling-batch",
+        type=int,
+        default=32 if ON_GPU else 2,
+        help="draw this many images at once [%(default)s here]",
+    )
+    add("--images", type=int, default=2048 if ON_GPU else 4, help="extract this many images [%(default)s here]")
+    add("--num-workers", type=int, default=default_num_workers(), help="use this many data readers [%(default)s here]")
+    add("--dir", help="write temporary files here, 40 GB for DiTSEM-XL/2 [the system's]")
     return parser
 
 

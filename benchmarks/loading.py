@@ -100,9 +100,9 @@ def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32_768, help="rows of the features that are timed [%(default)s]")
-    parser.add_argument("--batch", type=int, default=256, help="rows per batch [%(default)s]")
-    parser.add_argument("--dir", help="folder for the temporary features [the system's]")
+    parser.add_argument("--rows", type=int, default=32_768, help="time this many rows of features [%(default)s]")
+    parser.add_argument("--batch", type=int, default=256, help="read this many rows per batch [%(default)s]")
+    parser.add_argument("--dir", help="write the temporary features here [the system's]")
     args, table, rates = parser.parse_args(), [], {}
 
     def add(layout, cache, rate, read):

@@ -102,8 +102,13 @@ class Memory:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--models", nargs="+", default=[f"DiTSEM-{size}/2" for size in "S B L XL".split()], help="[S, B, L, XL]")
-    add("--batch", type=int, default=256, help="images per GPU and step, a power of 2 [%(default)s]")
+    add(
+        "--models",
+        nargs="+",
+        default=[f"DiTSEM-{size}/2" for size in "S B L XL".split()],
+        help="compute these models [S, B, L, XL]",
+    )
+    add("--batch", type=int, default=256, help="hold this many images per GPU and step, a power of 2 [%(default)s]")
     args = parser.parse_args()
     partitioner.activation_memory_budget, rows = ACTIVATION_BUDGET, []
     for model in args.models:

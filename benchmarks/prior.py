@@ -108,12 +108,13 @@ def seconds_of_calls(args: argparse.Namespace) -> dict[bool, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models, help="[%(default)s here]")
-    add("--L", type=int, default=512, help="code positions [%(default)s]")
-    add("--V", type=int, default=256, help="tokens per position [%(default)s]")
-    add("--batch", type=int, default=64 if ON_GPU else 1, help="codes drawn, or trained on, at once [%(default)s here]")
-    add("--precision", default="bf16" if ON_GPU else "fp32", help="of the network [%(default)s here]")
-    add("--repeats", type=int, default=5 if ON_GPU else 3, help="times that the rows take turns [%(default)s here]")
+    add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models,
+        help="measure this prior [%(default)s here]")
+    add("--L", type=int, default=512, help="take this many code positions [%(default)s]")
+    add("--V", type=int, default=256, help="take this many tokens per position [%(default)s]")
+    add("--batch", type=int, default=64 if ON_GPU else 1, help="take this many codes at once [%(default)s here]")
+    add("--precision", default="bf16" if ON_GPU else "fp32", help="set the network's precision [%(default)s here]")
+    add("--repeats", type=int, default=5 if ON_GPU else 3, help="let the rows take this many turns [%(default)s here]")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled training, too")
     args = parser.parse_args()
     set_numerics(tf32=True)  # as in training and sampling

@@ -150,11 +150,16 @@ def sampler_of(given: list[str]) -> tuple:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="a DiTSEM [%(default)s here]")
-    add("--L", type=int, default=512, help="code positions [%(default)s]")
-    add("--V", type=int, default=256, help="tokens per position [%(default)s]")
-    add("--batch", type=int, default=64 if ON_GPU else 4, help="images at once [%(default)s here]")
-    add("--batches", type=int, default=3 if ON_GPU else 2, help="batches per row, see above [%(default)s here]")
+    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="measure this DiTSEM [%(default)s here]")
+    add("--L", type=int, default=512, help="take this many code positions [%(default)s]")
+    add("--V", type=int, default=256, help="take this many tokens per position [%(default)s]")
+    add("--batch", type=int, default=64 if ON_GPU else 4, help="draw this many images at once [%(default)s here]")
+    add(
+        "--batches",
+        type=int,
+        default=3 if ON_GPU else 2,
+        help="draw this many batches per row, see above [%(default)s here]",
+    )
     args = parser.parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling

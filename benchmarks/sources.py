@@ -60,7 +60,9 @@ def rate(read: Callable, source: Source) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200, help="photographs of 500 x 375 pixels [%(default)s]")
+    parser.add_argument(
+        "--images", type=int, default=200, help="read this many photographs of 500 x 375 pixels [%(default)s]"
+    )
     args, table = parser.parse_args(), []
     with tempfile.TemporaryDirectory() as root:
         write_photographs(Path(root) / "images", args.images)

@@ -140,11 +140,16 @@ def measure(steps: Steps, rows: list[tuple], turns: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="a DiTSEM [%(default)s here]")
-    add("--batch", type=int, default=64 if ON_GPU else 8, help="latents in a pass [%(default)s here]")
-    add("--precision", choices=PRECISIONS, default="bf16" if ON_GPU else "fp32", help="of products [%(default)s here]")
-    add("--turns", type=int, default=20 if ON_GPU else 7, help="times that the rows take turns [%(default)s here]")
-    add("--threads", type=int, default=cores(), help="threads of torch on a CPU [%(default)s here]")
+    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="measure this DiTSEM [%(default)s here]")
+    add("--batch", type=int, default=64 if ON_GPU else 8, help="pass this many latents at once [%(default)s here]")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="bf16" if ON_GPU else "fp32",
+        help="set the precision of products [%(default)s here]",
+    )
+    add("--turns", type=int, default=20 if ON_GPU else 7, help="let the rows take this many turns [%(default)s here]")
+    add("--threads", type=int, default=cores(), help="use this many threads of torch on a CPU [%(default)s here]")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     set_numerics(tf32=True)

@@ -106,13 +106,25 @@ def main() -> None:
     add = parser.add_argument
     models = ["DiT-XL/2", "DiTSEM-XL/2"] if ON_GPU else ["DiTSEM-S/2"]
     batches = [128, 256] if ON_GPU else [8]
-    add("--model", nargs="+", default=models, choices=DiT_models, metavar="DIT", help="a DiT's name [%(default)s here]")
-    add("--batch", nargs="+", type=int, default=batches, help="images per step [%(default)s here]")
-    add("--rows", nargs="+", default=ROWS, help="variants, each with its flags in quotes [all of them]")
-    add("--steps", type=int, default=30 if ON_GPU else 6, help="measured steps, after as many [%(default)s here]")
-    add("--images", type=int, default=2048 if ON_GPU else 64, help="synthetic images [%(default)s here]")
-    add("--image-size", type=int, default=256, help="pixels [%(default)s]")
-    add("--num-workers", type=int, default=default_num_workers(), help="data readers [%(default)s here]")
+    add(
+        "--model",
+        nargs="+",
+        default=models,
+        choices=DiT_models,
+        metavar="DIT",
+        help="train these models [%(default)s here]",
+    )
+    add("--batch", nargs="+", type=int, default=batches, help="train on this many images per step [%(default)s here]")
+    add("--rows", nargs="+", default=ROWS, help="measure these variants, each with its flags in quotes [all]")
+    add(
+        "--steps",
+        type=int,
+        default=30 if ON_GPU else 6,
+        help="measure this many steps, after as many [%(default)s here]",
+    )
+    add("--images", type=int, default=2048 if ON_GPU else 64, help="make this many synthetic images [%(default)s here]")
+    add("--image-size", type=int, default=256, help="make images of this size, pixels [%(default)s]")
+    add("--num-workers", type=int, default=default_num_workers(), help="use this many data readers [%(default)s here]")
     args = parser.parse_args()
     peaks = {}  # FLOPs per second that the device reaches
     for chosen in map(options, args.rows):

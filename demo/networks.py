@@ -62,24 +62,30 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
     group = parser.add_argument_group("VAE")
     add = group.add_argument
     add("--vae", help="use this VAE, as extraction takes it, and train the encoder alone [train one]")
-    add("--factor", type=int, choices=(2, 4, 8, 16), default=8, help="pixels per latent cell along each axis")
-    add("--latent-channels", type=count, default=4, help="channels of the latents")
+    add(
+        "--factor",
+        type=int,
+        choices=(2, 4, 8, 16),
+        default=8,
+        help="make latent cells of this many pixels along each axis",
+    )
+    add("--latent-channels", type=count, default=4, help="give the latents this many channels")
     add("--vae-width", type=number(int, 4), default=16, help="channels of the finer half of the layers, a multiple of "
         "4; the others have twice as many")  # fmt: skip
-    add("--vae-steps", type=number(int, 20), default=500, help="training steps")
-    add("--vae-batch", type=count, default=32, help="images per step")
-    add("--vae-lr", type=number(float, 0), default=3e-3, help="highest learning rate")
+    add("--vae-steps", type=number(int, 20), default=500, help="train for this many steps")
+    add("--vae-batch", type=count, default=32, help="train on this many images per step")
+    add("--vae-lr", type=number(float, 0), default=3e-3, help="set the highest learning rate")
     group = parser.add_argument_group("SEM encoder")
     add = group.add_argument
-    add("--L", type=count, default=32, help="code positions")
-    add("--V", type=number(int, 2, 65536), default=16, help="tokens to choose from at each position")
+    add("--L", type=count, default=32, help="make codes of this many positions")
+    add("--V", type=number(int, 2, 65536), default=16, help="choose from this many tokens at each position")
     add("--patch", type=count, default=16, help="side of the Vision Transformer's patches, pixels")
     add("--sem-width", type=count, default=96, help="width of the Vision Transformer, a multiple of 3")
     add("--sem-depth", type=count, default=3, help="blocks of the Vision Transformer")
     add("--thumbnail", type=count, default=8, help="side of the thumbnail that must be found in the code, pixels")
-    add("--sem-steps", type=number(int, 20), default=2000, help="training steps")
+    add("--sem-steps", type=number(int, 20), default=2000, help="train for this many steps")
     add("--sem-batch", type=number(int, 2), default=64, help="images per step, of two views each")
-    add("--sem-lr", type=number(float, 0), default=2e-3, help="highest learning rate")
+    add("--sem-lr", type=number(float, 0), default=2e-3, help="set the highest learning rate")
     return parser, parser.parse_args(argv)
 
 
