@@ -75,8 +75,9 @@ sys.stderr.isatty()
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
-def test_streams_that_take_nothing_any_more(number, monkeypatch, capsys, tmp_path):
+def test_streams_that_take_nothing_any_more(monkeypatch, capsys, tmp_path):
+    number = errno.EPIPE
+
     class Lost(io.StringIO):
         def write(self, text):
             raise OSError(number, os.strerror(number))
@@ -91,7 +92,7 @@ def test_streams_that_take_nothing_any_more(number, monkeypatch, capsys, tmp_pat
     assert capsys.readouterr().err == said
     monkeypatch.setattr(sys, "stderr", Lost())
     assert list(progress(range(3))) == [0, 1, 2]
-    warn_once(f"lost {number}", "nobody reads this")
+    warn_once("lost", "nobody reads this")
     logger.info("second")
     assert [line[22:] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
     assert len(dropped) == 2
@@ -110,9 +111,8 @@ def test_values_of_flags(monkeypatch, capsys):
     for each in (parser, one):
         each.add_argument("--path")  # as every flag without a type
         each.add_argument("--class", nargs="+")
-    assert (
-        parser.parse_args(["--path=~/x"]).path == tools.parse_args(["one", "--path", "~/x"]).path == "/home/of/mine/x"
-    )
+    for parsed in (parser.parse_args(["--path=~/x"]), tools.parse_args(["one", "--path", "~/x"])):
+        assert parsed.path == "/home/of/mine/x"
     assert [path_or_name(text) for text in ("a/~b", "./~x")] == ["a/~b", "./~x"]
     assert vars(parser.parse_args(["--class=-cat"]))["class"] == ["-cat"]
     for words, said in (
@@ -132,7 +132,6 @@ def test_values_of_flags(monkeypatch, capsys):
 NO_COMPILER = (
     "Failed to find C compiler. Please specify via CC environment variable.",
     "Command '['/usr/bin/gcc', 'main.c', …]' returned non-zero exit status 1.",
-    "C++ compile error … fatal error: Python.h: No such file or directory",
     "No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
 )
 
@@ -142,7 +141,6 @@ NO_COMPILER = (
     [
         (OSError(28, "No space left on device"), 2, "on device; what is done is kept: run the same command again"),
         (KeyboardInterrupt(), 130, "stopped; what is done is kept: run the same command again"),
-        (MemoryError(), 2, "the memory is full: lower --batch-size; what is done is kept"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "the memory is full: lower --batch-size"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), 2, "another process failed, see"),
         *((RuntimeError(said), 2, "or give --no-compile; what is done is kept") for said in NO_COMPILER),
@@ -155,18 +153,14 @@ def test_what_ends_the_work(error, status, said, capsys):
     ):
         raise error
     assert stopped.value.code == status and said in capsys.readouterr().err
-
-
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="shape"), ArgumentParser("").kept_on_error("", ""):
-        raise RuntimeError("a shape is wrong")
+    with pytest.raises(ZeroDivisionError), ArgumentParser("").kept_on_error("", ""):  # a bug keeps its traceback
+        _ = 1 / 0
 
 
 @pytest.mark.parametrize(
     "one, other",
     [
         ("/data/" + "a/" * 40 + "one/end", "/data/" + "a/" * 40 + "two/end"),
-        ("0" * 64, "1" + "0" * 63),
         (list(range(99)), [*range(50), 0, *range(51, 99)]),
         (None, dict(model="DLCPrior")),
         ("short", "s" * 99),
@@ -182,9 +176,7 @@ def test_values_that_differ_are_told_apart(one, other):
 @pytest.mark.parametrize(
     "script, flag, words",
     [
-        ("train_diffusion", "--dino-cfg", "L and V come from the features"),
         ("train_diffusion", "--sem-dir", "--features-path"),
-        ("sample_ddp_computed_dlc", "--dino-cfg", "L and V come from the checkpoint"),
         ("extract_features_withdlc", "--dino-cfg", "L and V come from --encoder"),
         ("sample_prior", "--total-num", "give --part I/N"),
     ],

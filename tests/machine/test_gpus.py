@@ -115,8 +115,8 @@ def test_one_visible_gpu_per_process(cuda, joined):
 
 def test_processes_that_share_a_gpu():
     refuse_shared_gpus([("a", "0"), ("a", "1"), ("b", "0")])
-    words = "ranks 0, 2 have the same GPU of a: start as many processes on a node"
-    refusal(refuse_shared_gpus, [("a", "0"), ("a", "1"), ("a", "0")], words=words)
+    shared, words = [("a", "0"), ("a", "1"), ("a", "0")], "ranks 0, 2 have the same GPU of a: start as many processes"
+    refusal(refuse_shared_gpus, shared, words=words)
 
 
 def test_network_that_does_not_connect_the_nodes(monkeypatch):

@@ -77,12 +77,9 @@ def test_other_outputs_that_are_refused(place, tool):
     shutil.rmtree("new")
 
 
-@pytest.mark.parametrize(
-    "name, number", [("builtins.open", errno.EROFS), ("os.fsync", errno.EIO), ("os.replace", errno.EPERM)]
-)
-def test_the_disk_is_tried_before_the_work(name, number, monkeypatch, tmp_path):
-    fails(monkeypatch, name, number)
-    words = f"--output {tmp_path}/x.json cannot be written: a trial in {tmp_path} failed: .*{os.strerror(number)}"
+def test_the_disk_is_tried_before_the_work(monkeypatch, tmp_path):
+    fails(monkeypatch, "builtins.open", errno.EROFS)
+    words = f"--output {tmp_path}/x.json cannot be written: a trial in {tmp_path} failed: .*{os.strerror(errno.EROFS)}"
     refusal(check_output, tmp_path / "x.json", "--output", words=words)
     assert not list(tmp_path.iterdir())
 
