@@ -24,10 +24,8 @@ def of_objectives(words: Callable) -> str:
     )
 
 
-def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
-    """The flags of a sampling script, those of the conditionings that it draws for included."""
-    parser = ArgumentParser(doc)
-    add = parser.add_argument
+def _add_weights(add: Callable, model: str) -> None:
+    """The flags that name the weights and say how to read them."""
     add(
         "--model",
         choices=DiT_models,
@@ -52,6 +50,13 @@ def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
         choices=OBJECTIVES,
         help="with others' weights, if their files do not say it: assume that they were trained on this [ddpm]",
     )
+
+
+def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
+    """The flags of a sampling script, those of the conditionings that it draws for included."""
+    parser = ArgumentParser(doc)
+    add = parser.add_argument
+    _add_weights(add, model)
     for conditioning in CONDITIONINGS.values():
         if conditioning.script == script and "add_flags" in vars(conditioning):  # one's own, not those of its base
             conditioning.add_flags(add)
