@@ -14,7 +14,7 @@ from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes, refuse_chan
 from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.samples_record import SamplesRecord
-from dlc.sampling.usage import nearest, usage
+from dlc.sampling.usage import usage
 from evaluation.agreement import DrawnCodes
 
 NUM = 2 * SHARD + 30
@@ -48,57 +48,50 @@ def read(folder):
 # ---------------------------------------------------------------------- the same codes
 
 
+def arrays(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
 @pytest.mark.slow
-def test_processes_do_not_matter(codes, prior, tmp_path):
+def test_processes_and_kills_do_not_matter(codes, prior, tmp_path):
     folder, said = codes
     assert f"{NUM} codes into codes, 3 of 3 shards to draw, on 1 x cpu; sampler first-hitting, steps 6, " in said
     assert "these codes" in said and "no comparison" not in said
     assert [np.load(path).shape for path in sorted(folder.glob("*.npy"))] == [(SHARD, L), (SHARD, L), (30, L)]
-    launch(("forked", 3, "sample_prior.py", "--ckpt", prior, "--num", NUM, "--out", "three", "--no-usage"), tmp_path)
-    for path in folder.glob("*.npy"):
-        assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes()
-    one, other = (CodesRecord.read(where / "codes.json") for where in (folder, tmp_path / "three"))
-    assert one.codes_sha256 == other.codes_sha256 and not one.difference(other)
     assert len(np.unique(read(folder), axis=0)) > 0.99 * NUM
-
-
-@pytest.mark.slow
-def test_the_same_command_again(codes, prior, run, tmp_path):
-    def contents(folder):
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "codes.json"}
-
-    whole = contents(codes[0])
-    command = ("--ckpt", prior, "--out", "again", "--no-usage", "--num")
-    run(*command, 40)
-    assert np.array_equal(read("again"), read(codes[0])[:40])
-    assert "3 of 3 shards" in run(*command, NUM)
-    assert contents(tmp_path / "again") == whole
-    (tmp_path / "again/000001.npy").write_bytes(whole["000001.npy"][:-1])
-    (tmp_path / "again/000002.npy").unlink()
-    (tmp_path / f"again/.000002.npy.{'0' * 32}.tmp").write_text("of a process that was killed")
-    assert "2 of 3 shards" in run(*command, NUM) and contents(tmp_path / "again") == whole
-    written = (tmp_path / "again/000001.npy").stat().st_mtime_ns
-    assert "0 of 3 shards" in run(*command, NUM)
-    assert (tmp_path / "again/000001.npy").stat().st_mtime_ns == written
-    (tmp_path / "again/000000.npy").write_bytes(whole["000001.npy"])  # whole, but another one
-    with pytest.raises(ValueError, match="codes of again are not those that were drawn, by the digest in its codes"):
-        refuse_changed("again", open_codes("again").rows)
-    assert "3 of 3 shards" in run(*command, NUM) and contents(tmp_path / "again") == whole
-    record = CodesRecord.read(tmp_path / "again/codes.json")
-    assert [one["shards"] for one in record.runs] == [1, 3, 2, 3]
-    assert record.codes_sha256 == CodesRecord.read(codes[0] / "codes.json").codes_sha256
-
-
-@pytest.mark.slow
-def test_killed(prior, codes, tmp_path):
     flags = ("--ckpt", prior, "--num", NUM, "--out", tmp_path / "killed", "--no-usage")
     for point in ("codes.json,1", "000000.npy,1", "000002.npy,1", "codes.json,2"):
         Run("sample_prior", flags, tmp_path / f"{point}.txt", fault=f"signalled,SIGKILL,{point}").dies()
     refusal(open_codes, tmp_path / "killed", words="does not have all of its 542 codes yet")
-    assert launch(("forked", 1, "sample_prior.py", *flags), tmp_path).returncode == 0
-    for path in codes[0].glob("*.npy"):
-        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
-    assert len(list((tmp_path / "killed").iterdir())) == 4
+    for number in (1, 2):
+        (tmp_path / f"killed/00000{number}.npy").unlink()
+    launch(("forked", 3, "sample_prior.py", *flags), tmp_path)
+    assert arrays(tmp_path / "killed") == arrays(folder) and len(list((tmp_path / "killed").iterdir())) == 4
+    one, other = (CodesRecord.read(where / "codes.json") for where in (folder, tmp_path / "killed"))
+    assert one.codes_sha256 == other.codes_sha256 and not one.difference(other)
+
+
+@pytest.mark.slow
+def test_the_same_command_again(codes, prior, run, tmp_path):
+    whole, again = arrays(codes[0]), tmp_path / "again"
+    command = ("--ckpt", prior, "--out", "again", "--no-usage", "--num")
+    run(*command, 40)
+    assert np.array_equal(read("again"), read(codes[0])[:40])
+    assert "3 of 3 shards" in run(*command, NUM)
+    assert arrays(again) == whole
+    (again / "000001.npy").write_bytes(whole["000001.npy"][:-1])
+    (again / "000002.npy").unlink()
+    (again / f".000002.npy.{'0' * 32}.tmp").write_text("of a process that was killed")
+    assert "2 of 3 shards" in run(*command, NUM) and arrays(again) == whole and not list(again.glob(".*"))
+    written = (again / "000001.npy").stat().st_mtime_ns
+    assert "0 of 3 shards" in run(*command, NUM) and (again / "000001.npy").stat().st_mtime_ns == written
+    (again / "000000.npy").write_bytes(whole["000001.npy"])  # whole, but another one
+    words = "codes of again are not those that were drawn, by the digest in its codes"
+    refusal(refuse_changed, "again", open_codes("again").rows, words=words)
+    assert "3 of 3 shards" in run(*command, NUM) and arrays(again) == whole
+    record = CodesRecord.read(again / "codes.json")
+    assert [one["shards"] for one in record.runs] == [1, 3, 2, 3]
+    assert record.codes_sha256 == CodesRecord.read(codes[0] / "codes.json").codes_sha256
 
 
 # ---------------------------------------------------------------------- what is drawn how
@@ -187,9 +180,7 @@ def test_usage_by_hand():
     shares = [np.bincount(column, minlength=3) / 12 for column in new.T]
     expected = [np.exp(-sum(p * np.log(p) for p in one if p)) for one in shares]
     np.testing.assert_allclose(found["samples"]["perplexity"], expected, atol=1e-3)
-    assert nearest(new, train, 3).shape == (3,)
     assert usage(new, 3)["samples"].keys().isdisjoint({"copies", "nearest_mean"})
-    assert usage(np.ones((9, 2), int), 300)["samples"]["perplexity"] == [1, 1]
 
 
 def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):
@@ -208,17 +199,22 @@ def test_compared_with_the_codes_it_was_trained_on(tmp_path, run):
 
 # ---------------------------------------------------------------------- images of its codes
 
-DRAW = ("sample_ddp_computed_dlc.py", "--model", "DiTSEM-Ti/4", "--num-sampling-steps", 2, "--cfg-scale", 1)
+DRAW = ("sample_ddp_computed_dlc", "--model", "DiTSEM-Ti/4", "--num-sampling-steps", 2, "--cfg-scale", 1)
 
 
 @pytest.mark.slow
-def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
-    command = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "one")
-    launch(("forked", 1, *command, "--num-fid-samples", 3), workplace)
-    said = launch(("forked", 1, *command, "--num-fid-samples", 5), workplace).stdout
+def test_images_for_a_priors_codes(workplace, prior, codes, said_by, monkeypatch, tmp_path):
+    monkeypatch.chdir(workplace)
+
+    def draw(name, *flags):
+        return said_by(DRAW[0], *DRAW[1:], "--sample-dir", tmp_path / name, *flags)
+
+    draw("one", "--prior", prior, "--num-fid-samples", 3)
+    said = draw("one", "--prior", prior, "--num-fid-samples", 5)
     assert f"codes drawn from DLCPrior-Ti of {prior}: first-hitting, 6 steps; 2 of 5 images" in said
-    two = (*DRAW, "--prior", prior, "--sample-dir", tmp_path / "two", "--per-proc-batch-size", 2)
-    launch(("forked", 2, *two, "--num-fid-samples", 5), workplace)
+    draw("one", "--prior", prior, "--num-fid-samples", 5, "--progressive", 2)  # only a strip to draw
+    flags = ("--prior", prior, "--num-fid-samples", 5, "--per-proc-batch-size", 2, "--sample-dir", tmp_path / "two")
+    launch(("forked", 2, f"{DRAW[0]}.py", *DRAW[1:], *flags), workplace)
     for name in ("one", "two"):
         (folder,) = (tmp_path / name).glob("*.codes")
         assert np.array_equal(read(folder), read(codes[0])[:5])
@@ -228,81 +224,59 @@ def test_images_for_a_priors_codes(workplace, prior, codes, tmp_path):
     assert drawn["options"]["sampler"] == "first-hitting" and drawn["weights_sha256"]
     assert json.loads((folder / "samples.json").read_text())["code_rows"] == list(range(5))
     assert torch.equal(DrawnCodes(folder, record)(np.arange(5)), torch.from_numpy(read(codes[0])[:5]))
-    launch(("forked", 1, *command, "--num-fid-samples", 5, "--progressive", 2), workplace)  # only a strip to draw
-    listed = (*DRAW, "--dlc-dir", codes[0], "--dlc-order", "sequential", "--sample-dir", tmp_path / "listed")
-    listed = launch(("forked", 1, *listed, "--num-fid-samples", 5), workplace).stdout
-    assert f"{NUM} codes of {codes[0]} in sequential order" in listed
+    said = draw("listed", "--dlc-dir", codes[0], "--dlc-order", "sequential", "--num-fid-samples", 5)
+    assert f"{NUM} codes of {codes[0]} in sequential order" in said
     images = [np.load(next((tmp_path / name).glob("*.npz")))["arr_0"].astype(int) for name in ("one", "two", "listed")]
     assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
-
-
-@pytest.mark.slow
-def test_a_prior_that_fills_the_memory(error_of, workplace, prior, monkeypatch):
-    """The line names the flag that helps. Before that, its weights are hashed once."""
-    hashed = []
-
-    def full(*args, **kwargs):
-        raise RuntimeError("CUDA out of memory")
-
-    monkeypatch.setattr("dlc.sampling.conditions.draw_into", full)
-    monkeypatch.setattr("dlc.sampling.prior_draw.weights_sha256", lambda model: hashed.append(model) or "0" * 64)
-    flags = (*DRAW[1:], "--results-dir", workplace / "results", "--prior", prior, "--num-fid-samples", 2)
-    error = error_of("sample_ddp_computed_dlc", *flags)
-    assert "the memory is full: lower --batch-size of sample_prior.py" in error and len(hashed) == 1
 
 
 # ---------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.slow
-def test_mistakes_are_one_line(error_of, prior, codes, tmp_path, monkeypatch):
-    plain = save_prior(tmp_path / "plain")
-    np.save(tmp_path / "short.npy", np.zeros((2, L - 1), int))
-    np.save(tmp_path / "given.npy", np.zeros((2, L), int))
-    np.save(tmp_path / "far.npy", np.full((2, L), V))
-    other = write_features(tmp_path / "other", np.zeros((5, 6), int), V=3)
+def test_mistakes_are_one_line(error_of, prior, codes, tmp_path):
+    for name, values in (("short", np.zeros((2, L - 1))), ("given", np.zeros((2, L))), ("far", np.full((2, L), V))):
+        np.save(tmp_path / f"{name}.npy", values.astype(int))
+    write_features(tmp_path / "other", np.zeros((5, 6), int), V=3)
     (tmp_path / "foreign").mkdir()
     np.save(tmp_path / "foreign/0.npy", np.zeros((2, L), int))
-    given = ("--given", "given.npy")
+    (tmp_path / "drawn").symlink_to(codes[0])
+    (tmp_path / "prior").symlink_to(prior)
+    save_prior(tmp_path / "plain")
     for flags, message in (
-        (("--ckpt", "nowhere.pt"), "nowhere.pt"),
-        (("--results-dir", "nowhere"), "no prior under --results-dir nowhere: train one with train_prior.py"),
-        (("--results-dir", "x", "--ckpt", prior), "--ckpt names one: give one of them"),
-        (("--features-path", other, "--no-usage"), "leave out --no-usage"),
-        (("--out", "given.npy"), "is a file: name a folder"),
-        (("--out", "foreign"), "holds codes but no codes.json"),
-        (("--eta", 0.1), "--eta 0.1: --sampler first-hitting masks no token again"),
-        (("--cfg-scale", 2), "guidance needs a --class"),
-        (("--class", "cat"), "argument --class: invalid class value"),
-        (("--class", 3), "the prior's classes are 0 to 2"),
-        (("--class", "all", 1), "leave the others out"),
-        (("--ckpt", plain, "--class", 1), "has no classes"),
-        (("--keep-tokens", 2), "name the codes with --given"),
-        (given, "say what to keep of it"),
-        ((*given, "--keep-tokens", 2, "--keep-places", 1), "say what to keep of it"),
-        ((*given, "--keep-tokens", L + 1), f"cannot keep {L + 1} tokens of codes of {L} tokens"),
-        ((*given, "--keep-places", L), f"cannot keep the token at {L} of codes of {L} tokens"),
-        ((*given, "--keep-places", "3-1"), "invalid position or range value"),
-        ((*given, "--keep-tokens", 1, "--given-rows", 2), "has rows 0 to 1"),
-        (("--given", "short.npy", "--keep-tokens", 1), f"have L={L - 1}, but those of the prior have L={L}"),
-        (("--given", "far.npy", "--keep-tokens", 1), f"outside 0..{V - 1}"),
-        (("--given", other, "--keep-tokens", 1), f"V=3, but those of the prior have V={V}"),
-        (("--features-path", other), "--V"),
-        (("--out", codes[0], "--num", 5), "is a set of 542 codes, more than 5"),
-        (("--out", codes[0], "--num", NUM, "--steps", 2), "options.steps 6 there, 2 here"),
-        (("--out", codes[0], "--num", NUM, "--ckpt", plain), "weights_sha256"),
+        ("--results-dir nowhere", "no prior under --results-dir nowhere: train one with train_prior.py"),
+        ("--results-dir x --ckpt prior", "--ckpt names one: give one of them"),
+        ("--features-path other --no-usage", "leave out --no-usage"),
+        ("--out given.npy", "is a file: name a folder"),
+        ("--out foreign", "holds codes but no codes.json"),
+        ("--eta 0.1", "--eta 0.1: --sampler first-hitting masks no token again"),
+        ("--cfg-scale 2", "guidance needs a --class"),
+        ("--class 3", "the prior's classes are 0 to 2"),
+        ("--class all 1", "leave the others out"),
+        ("--ckpt plain --class 1", "has no classes"),
+        ("--keep-tokens 2", "name the codes with --given"),
+        ("--given given.npy", "say what to keep of it"),
+        ("--given given.npy --keep-tokens 2 --keep-places 1", "say what to keep of it"),
+        (f"--given given.npy --keep-tokens {L + 1}", f"cannot keep {L + 1} tokens of codes of {L} tokens"),
+        (f"--given given.npy --keep-places {L}", f"cannot keep the token at {L} of codes of {L} tokens"),
+        ("--given given.npy --keep-tokens 1 --given-rows 2", "has rows 0 to 1"),
+        ("--given short.npy --keep-tokens 1", f"have L={L - 1}, but those of the prior have L={L}"),
+        ("--given far.npy --keep-tokens 1", f"outside 0..{V - 1}"),
+        ("--given other --keep-tokens 1", f"V=3, but those of the prior have V={V}"),
+        ("--out drawn --num 5", "is a set of 542 codes, more than 5"),
+        (f"--out drawn --num {NUM} --steps 2", "options.steps 6 there, 2 here"),
+        (f"--out drawn --num {NUM} --ckpt plain", "weights_sha256"),
     ):
-        flags = flags if {"--ckpt", "--results-dir"} & set(flags) else ("--ckpt", prior, *flags)
-        assert message in error_of("sample_prior", *flags), flags
+        flags = flags if "--ckpt" in flags or "--results-dir" in flags else f"--ckpt prior {flags}"
+        assert message in error_of("sample_prior", *flags.split()), flags
     save_checkpoint(tmp_path / "results/checkpoints/0000001")
+    save_prior(tmp_path / "six", V=6)
     for flags, message in (
-        (("--prior-steps", 2), "name it with --prior"),
-        (("--prior", prior, "--dlc-dir", codes[0]), "give one of them"),
-        (("--prior", prior, "--dlc-order", "random"), "with --prior, sample i gets code i"),
-        (("--prior", "nowhere"), "nowhere"),
-        (("--prior", save_prior(tmp_path / "six", V=6)), f"V=6, but those of the checkpoint's model have V={V}"),
-        (("--model", "DiT-Ti/4", "--prior", prior), "not conditioned on codes"),
+        ("--prior-steps 2", "name it with --prior"),
+        ("--prior prior --dlc-dir drawn", "give one of them"),
+        ("--prior prior --dlc-order random", "with --prior, sample i gets code i"),
+        ("--prior nowhere", "nowhere"),
+        ("--prior six", f"V=6, but those of the checkpoint's model have V={V}"),
+        ("--model DiT-Ti/4 --prior prior", "not conditioned on codes"),
     ):
-        flags = ("--results-dir", "results", *flags)
-        flags = flags if "--model" in flags else ("--model", "DiTSEM-Ti/4", *flags)
-        assert message in error_of("sample_ddp_computed_dlc", *flags), flags
+        assert message in error_of(DRAW[0], "--model", "DiTSEM-Ti/4", "--results-dir", "results", *flags.split()), flags
