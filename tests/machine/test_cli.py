@@ -70,8 +70,9 @@ with contextlib.suppress(OSError):
 drop_at_exit(sys.stdout)
 sys.stderr.isatty()
 """
-    command, environment = f"'{sys.executable}' -c '{code}' {streams}", {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # what is buffered fails at the end
+    command = ["bash", "-c", f"'{sys.executable}' -c '{code}' {streams}"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 0
     assert (tmp_path / "file").read_text() == ""
 
 
