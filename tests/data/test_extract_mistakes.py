@@ -37,7 +37,7 @@ def test_folders(extract_error, images, tmp_path):
         assert "--features-path" in extract_error("--features-path", path) and not (images / "features").exists()
     save_png(tmp_path / "preview.png", np.zeros((4, 4, 3), np.uint8))
     before = (tmp_path / "preview.png").read_bytes()
-    assert f"the picture {tmp_path}/preview.png exists, and is no" in extract_error("--features-path", tmp_path)
+    assert f"the picture {tmp_path}/preview.png exists, and was not" in extract_error("--features-path", tmp_path)
     assert (tmp_path / "preview.png").read_bytes() == before
     (tmp_path / "preview.png").unlink()
     holds = {"codes.json": "a prior's codes", "args.json": "a run of training", "config.json": "weights"}
@@ -53,7 +53,7 @@ def test_folders(extract_error, images, tmp_path):
 def test_flags(extract_error, tmp_path):
     cache = ": no such local path, and the hub's cache"
     for flags, message in (
-        (("--encoder", "none", "--L", 6), "--L, --V and --encoder-backbone say what"),
+        (("--encoder", "none", "--L", 6), "--L, --V and --encoder-backbone describe an --encoder"),
         (("--image-size", 100), "--image-size 100 is not a multiple of 8"),
         (("--model", "DiT-XXL/2"), "argument --model: invalid choice: 'DiT-XXL/2'"),
         (("--encoder", "nowhere"), "encoder nowhere does not exist"),

@@ -1,5 +1,7 @@
 """Images of every kind a folder of them holds: each becomes the right row, or is skipped with the reason."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from conftest import refusal
@@ -130,28 +132,24 @@ def test_thin_images(tmp_path, shape):
 def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     """A file that is broken is skipped; one that the disk does not give would be there at the next try."""
 
-    def read(path):
-        crops, view, _, (index, *what) = views_of(path, 32, None)[0]
+    def read(name):
+        crops, view, _, (index, *what) = views_of(tmp_path / f"{name}.jpg", 32, None)[0]
         assert (index, crops.any(), view) == (0, False, None)  # black
         return what
 
     (tmp_path / "text.jpg").write_text("text")
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "self.jpg").symlink_to("self.jpg")
-    assert read(tmp_path / "text.jpg")[1] and read(tmp_path / "link.jpg")[1] and read(tmp_path / "self.jpg")[1]
-    assert read(tmp_path / "gone.jpg") == ["FileNotFoundError: [Errno 2] No such file or directory", False]
-
-    def fails(error):
-        def open(path):
-            raise error
-
-        monkeypatch.setattr(Image, "open", open)
-        return read(tmp_path / "text.jpg")
-
-    assert fails(OSError(5, "Input/output error")) == ["OSError: [Errno 5] Input/output error", False]
-    assert not fails(MemoryError())[1]
-    assert fails(OSError(22, "Invalid argument"))[1]  # a seek to where a broken file says
-    assert fails(KeyError("tag"))[1]  # Pillow's plugins raise such, too
+    assert all(read(name)[1] for name in ("text", "link", "self"))
+    assert read("gone") == ["FileNotFoundError: [Errno 2] No such file or directory", False]
+    for error, is_broken in (
+        (OSError(5, "Input/output error"), False),
+        (MemoryError(), False),
+        (OSError(22, "Invalid argument"), True),  # a seek to where a broken file says
+        (KeyError("tag"), True),  # Pillow's plugins raise such, too
+    ):
+        monkeypatch.setattr(Image, "open", mock.Mock(side_effect=error))
+        assert read("text") == [f"{type(error).__name__}: {error}", is_broken]
 
 
 def test_grid_has_words_and_gaps(tmp_path):
