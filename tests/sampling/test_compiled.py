@@ -3,6 +3,8 @@
 Dynamo's part is the same for every backend, so that of these tests only counts the graphs it is given.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -45,30 +47,18 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family, precision, flags",
-    [
-        ("DiTSEM", "bf16", ("--checkpoint-activations", "--grad-accum", "2", "--grad-clip", "1")),
-        ("DiT", "bf16", ()),
-        ("DiTCONT", "fp32", ("--grad-accum", "2")),
-    ],
-)
-def test_training(graphs, family, precision, flags):
-    for step in training(family, precision, "--compile", *flags, device=CPU, steps=3):
+@pytest.mark.parametrize("prior", [False, True])
+def test_training(graphs, prior):
+    flags, options = ("--compile", "--grad-accum", "2"), dict(device=CPU, steps=3)
+    more = ("--checkpoint-activations", "--grad-clip", "1")
+    dit = partial(training, "DiTSEM", "bf16", *flags, *more, **options)
+    for step in prior_training(7, False, "bf16", *flags, **options, depth=10) if prior else dit():
         step()
         assert graphs() == 1
 
 
 @pytest.mark.slow
-def test_training_a_prior(graphs):
-    for step in prior_training(7, False, "bf16", "--compile", "--grad-accum", "2", device=CPU, steps=3, depth=10):
-        step()
-        assert graphs() == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["ddpm", "heun"])  # of one call a step, and of two
-def test_sampling(graphs, sampler, monkeypatch, tmp_path):
+def test_sampling(graphs, monkeypatch, tmp_path):
     """A graph for a batch with its null half and one for a batch without it, both made in the first batch."""
     draw_batch, made = command.draw_batch, []
 
@@ -78,14 +68,13 @@ def test_sampling(graphs, sampler, monkeypatch, tmp_path):
         return latents
 
     monkeypatch.setattr(command, "draw_batch", counted)
-    draw(tmp_path, tiny_model(), tiny_vae(), compile=True, interval=(300, 700), sampler=sampler)
+    draw(tmp_path, tiny_model(), tiny_vae(), compile=True, interval=(300, 700), sampler="heun")
     assert made == [2, 2, 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["first-hitting", "corrector"])  # which reveals tokens, and masks some again
-def test_sampling_codes(graphs, sampler, tmp_path):
-    options = PriorOptions(sampler=sampler, steps=4, classes=[0, 2], cfg_scale=2.0)
+def test_sampling_codes(graphs, tmp_path):
+    options = PriorOptions(sampler="corrector", steps=4, classes=[0, 2], cfg_scale=2.0)
     draw = PriorDraw(save_prior(tmp_path / "prior", num_classes=3), True, options, seed=0).to(CPU, compiled=True)
     for wanted in (range(4), range(4, 6), range(9, 13)):
         assert draw.draw(np.array(wanted), batch=4).shape[0] == len(wanted) and graphs() == 1

@@ -24,6 +24,7 @@ from dlc.sampling.sampling_flags import sampling_parser
 from dlc.weights.meta import RunMeta
 
 MODEL = types.SimpleNamespace(sem_embedder=types.SimpleNamespace(L=L, V=V))
+LABELS = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
 CODES = np.random.default_rng(0).integers(0, V, (24, L))
 
 
@@ -34,22 +35,18 @@ def of(source, order="sequential", seed=0):
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
 def test_codes_from_every_kind_of_source(tmp_path, suffix):
     def save(path, codes):
-        if suffix == ".npy":
-            np.save(path, codes)
-        else:
-            torch.save(torch.from_numpy(codes), path)
+        np.save(path, codes) if suffix == ".npy" else torch.save(torch.from_numpy(codes), path)
 
     save(tmp_path / f"one{suffix}", CODES)
-    save(tmp_path / f"several_an_image{suffix}", CODES.reshape(6, 4, L))
+    # SEDD names batches by UUID: they come in the order of names
     for name, parts in (("parts", np.split(CODES, [10])), ("lone", CODES), ("of_several", CODES.reshape(2, 3, 4, L))):
         (tmp_path / name).mkdir()
         for number, part in enumerate(parts):
-            save(tmp_path / name / f"{number}{suffix}", part)
+            save(tmp_path / name / (f"{number}f1c-b{suffix}" if name == "parts" else f"{number}{suffix}"), part)
     indices = np.array([0, 23, 24, 5, 47])
-    for name in (f"one{suffix}", f"several_an_image{suffix}", "parts", "lone", "of_several"):
-        codes = of(tmp_path / name)
+    for name in (f"one{suffix}", "parts", "lone", "of_several"):
+        codes, random = of(tmp_path / name), of(tmp_path / name, "random", seed=3)
         np.testing.assert_array_equal(codes(indices), CODES[indices % 24], err_msg=name)
-        random = of(tmp_path / name, "random", seed=3)
         rows = random.values(np.arange(48))
         assert sorted(rows[:24]) == list(range(24)) and (rows[:24] == rows[24:]).all()
         np.testing.assert_array_equal(random(np.arange(24)), CODES[rows[:24]])
@@ -65,15 +62,12 @@ class Evil:
 @pytest.mark.parametrize(
     "value, message",
     [
-        (torch.full((3, L), V), f"codes.pt, row 0: value {V} outside 0..{V - 1}"),
         # of the text-to-code model, whose ids less an offset nothing clips
         (torch.tensor([[0] * L, [V + 3] + [-2] * (L - 1)]), rf"row 1: value {V + 3} outside .*, the first of {L} such"),
         (torch.zeros(3, L), "codes.pt has values of type torch.float32, .*wanted integers"),
-        (torch.zeros(3, 2, 0, dtype=torch.int64), r"codes.pt has shape \(3, 2, 0\), wanted"),
         ([torch.zeros(3, L)], "codes.pt holds a list, wanted a tensor"),
         (torch.zeros(3, L + 1, dtype=torch.int64), f"have L={L + 1}, but those of the checkpoint's model have L={L}"),
         (torch.zeros(0, L, dtype=torch.int64), "has no rows"),
-        (torch.zeros(2, 2, 2, L, dtype=torch.int64), "codes.pt has shape"),
         (Evil(), "codes.pt cannot be read as a tensor"),
     ],
 )
@@ -83,37 +77,18 @@ def test_codes_that_are_refused(tmp_path, value, message, capsys):
         with pytest.raises(ValueError, match=message):
             of(source)(np.arange(3))
     assert "this was run" not in capsys.readouterr().out
-
-
-def test_codes_as_other_programs_save_them(tmp_path):
-    """SEDD's folder of batches named by UUID; a tensor with torch's negative bit, whose values are what counts."""
-    (tmp_path / "diffused_SEMs").mkdir()
-    for name, part in (("9f1c-b", CODES[:16]), ("0a77-c", CODES[16:])):
-        torch.save(torch.from_numpy(part.astype(np.int64)), tmp_path / f"diffused_SEMs/{name}.pt")
-    codes = of(tmp_path / "diffused_SEMs")(np.arange(24))
-    np.testing.assert_array_equal(codes, np.concatenate([CODES[16:], CODES[:16]]))  # in the order of names
-    negative = torch._neg_view(-torch.from_numpy(CODES.astype(np.int64)))
-    assert negative.is_neg()
-    torch.save(negative, tmp_path / "negative.pt")
-    np.testing.assert_array_equal(of(tmp_path / "negative.pt")(np.arange(24)), CODES)
-
-
-def test_sources_that_are_none(tmp_path):
-    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04")
-    refusal(open_codes, tmp_path / "broken.pt", words="broken.pt cannot be read as a tensor")
     np.save(tmp_path / "codes.npy", CODES)
     refusal(open_codes, tmp_path, words="both .npy and .pt")
 
 
 def test_labels():
-    model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
     indices = np.arange(5000)
-    equal, random = (ClassLabels(model, sampling, 0) for sampling in ("equal", "random"))
+    equal, random = (ClassLabels(LABELS, sampling, 0) for sampling in ("equal", "random"))
     assert np.bincount(equal.values(indices)).tolist() == [500] * 10
     counts = np.bincount(random.values(indices), minlength=10)
     assert len(counts) == 10 and counts.std() > 5 and counts.min() > 400
     assert (random.values(indices)[[7, 4000]] == random.values(np.array([7, 4000]))).all()
-    assert (random.values(indices) != ClassLabels(model, "random", 1).values(indices)).any()
+    assert (random.values(indices) != ClassLabels(LABELS, "random", 1).values(indices)).any()
 
 
 # ---------------------------------------------------------------------- vectors
@@ -140,37 +115,21 @@ def test_vectors_by_their_rows(vectors):
     assert sequential(indices).dtype == torch.float32
     np.testing.assert_array_equal(sequential(indices), stored[indices % 7])
     one, other = (ComputedVectors(vectors, CONT, "random", seed) for seed in (3, 4))
-    rows = one.values(np.arange(14))
-    assert sorted(rows[:7]) == list(range(7)) and (rows[:7] == rows[7:]).all()
-    assert (rows != other.values(np.arange(14))).any()
-    np.testing.assert_array_equal(one(np.arange(14)), stored[rows])
+    np.testing.assert_array_equal(one(np.arange(14)), stored[one.values(np.arange(14))])
     assert one.describe() == f"7 vectors of {vectors} in random order" and one.describe() != sequential.describe()
     digest = one.digest(9)
     assert digest == one.digest(9) != other.digest(9)
     np.save(vectors / "10.npy", VECTORS[4:] + 1)
     assert ComputedVectors(vectors, CONT, "random", 3).digest(9) != digest
-    np.testing.assert_array_equal(ComputedVectors(vectors / "2.npy", CONT, "random", 0)(indices)[0], stored[3])
-
-
-@pytest.mark.parametrize(
-    "harm, message",
-    [
-        (lambda folder: np.save(folder / "10.npy", np.full((3, 5), np.nan)), "10.npy, row 0: .*not finite"),
-        (lambda folder: np.save(folder / "2.npy", np.array([[0, 0, 0, 0, 1e39]])), "2.npy, row 0: .*not finite"),
-        (lambda folder: np.save(folder / "1.npy", np.zeros((3, 5), int)), "values of type int64, wanted floats"),
-        (lambda folder: np.save(folder / "10.npy", np.zeros((3, 6))), "10.npy has rows of shape|10.npy has shape"),
-        (lambda folder: [np.save(file, np.zeros((3, 4))) for file in folder.iterdir()], "in_dim=4, the checkpoint's"),
-        (lambda folder: [np.save(file, np.zeros((0, 5))) for file in folder.iterdir()], "has no rows"),
-        (lambda folder: [np.save(file, np.zeros((3, 0))) for file in folder.iterdir()], "has empty vectors"),
-        (lambda folder: [file.unlink() for file in folder.iterdir()], "has no .npy files"),
-        (lambda folder: folder.rename(folder.with_name("elsewhere")), "--condition-path .*vectors does not exist"),
-        (lambda folder: np.save(folder / "1.npy", np.array([[None] * 5])), "1.npy .*holds pickled objects"),
-    ],
-)
-def test_vectors_that_are_refused(vectors, harm, message):
-    harm(vectors)
-    with pytest.raises(ValueError, match=message):
-        ComputedVectors(vectors, CONT, "sequential", 0).digest(7)
+    lone = vectors / "2.npy"
+    np.testing.assert_array_equal(ComputedVectors(lone, CONT, "random", 0)(indices)[0], stored[3])
+    for value, words in (
+        (np.zeros((3, 4)), "in_dim=4, the checkpoint's"),
+        (np.array([[0, 0, 0, 0, 1e39]]), "row 0: .*not finite"),
+        (np.array([[None] * 5]), "holds pickled objects"),
+    ):
+        np.save(lone, value)
+        refusal(lambda: ComputedVectors(lone, CONT, "random", 0).digest(7), words=words)
 
 
 # ---------------------------------------------------------------------- samples.json
@@ -185,16 +144,13 @@ RECORD = SamplesRecord(
 )
 
 
-def write_record(path, **changes):
-    values = {**RECORD.to_json(), **changes}
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
-    return path
-
-
 def test_record_of_samples(tmp_path):
-    path = tmp_path / "samples.json"
-    assert SamplesRecord.read(write_record(path)) == RECORD
-    assert SamplesRecord.read(write_record(path, labels=[1, 2], other=None)) == RECORD
+    def read(**changes):
+        values = {name: value for name, value in {**RECORD.to_json(), **changes}.items() if value is not ...}
+        (tmp_path / "samples.json").write_text(json.dumps(values))
+        return SamplesRecord.read(tmp_path / "samples.json")
+
+    assert read() == RECORD == read(labels=[1, 2], other=None)
     moved = replace(RECORD, checkpoint="/b", vae="/c", weights="model", num_fid_samples=3, runs=[])
     assert RECORD.difference(moved) == ""
     assert replace(RECORD, t_max=998).difference(RECORD) == "t_max 999 there, 998 here"
@@ -204,76 +160,69 @@ def test_record_of_samples(tmp_path):
         *(("runs", [1]), ("eta", 2), ("format_version", 99)),
     ):
         with pytest.raises(ValueError, match=rf"samples.json\S* (has |is of )?{name.removesuffix('_version')}"):
-            SamplesRecord.read(write_record(path, **{name: value}))
-
-
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, conditioning):
-    np.save(tmp_path / "codes.npy", CODES)
-    model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
-    conditions = dict(
-        labels=ClassLabels(model, "equal", 0),
-        vectors=ComputedVectors(vectors, CONT, "sequential", 0),
-        codes=of(tmp_path / "codes.npy"),
-    )[conditioning]
-
-    def recorded(count):
-        return {**conditions.recorded, "sha256": conditions.digest(count)}
-
-    record = replace(RECORD, num_fid_samples=4, conditions=recorded(4), runs=[])
-    folder = SampleFolder(tmp_path / "samples", conditions)
-    assert folder.open(record, dict(date="now")) == [0, 1, 2, 3]
-    folder.lock.release()
-    values = json.loads((folder.path / "samples.json").read_text())
-    assert values[conditions.key] == [0, 1, 2, 3] and values["runs"] == [dict(date="now", images=4)]
-    assert values["format_version"] == 1 and list(values)[-1] == conditions.key
-    more = replace(record, num_fid_samples=6, conditions=recorded(6))
-    assert folder.open(more, dict(date="later")) == [0, 1, 2, 3, 4, 5]
-    folder.lock.release()
-    assert [run["images"] for run in SamplesRecord.read(folder.path / "samples.json").runs] == [4, 6]
-    save_png(png_path(folder.path, 0), np.zeros((8, 8, 3), np.uint8))
-    for changes, message in (
-        (dict(conditions={**recorded(6), "sha256": "3" * 64}), "conditions.sha256 "),
-        (dict(conditions={**recorded(6), "order": "other"}), "conditions.order '(equal|sequential)' there, 'other'"),
-        (dict(t_min=1), "t_min 0 there, 1 here"),
-        (dict(num_fid_samples=5), "is a set of 6 samples"),
-    ):
-        refusal(folder.open, replace(more, **changes), {}, words=message)
-        assert not (folder.path / ".lock").exists()
+            read(**{name: value})
 
 
 @pytest.fixture
-def label_set(tmp_path):
-    """label_set(count, PNGs to write, changes…): the folder and record of so many samples for labels, opened."""
-    model = types.SimpleNamespace(y_embedder=types.SimpleNamespace(num_classes=10))
-    labels = ClassLabels(model, "equal", 0)
+def sample_set(tmp_path):
+    """sample_set(conditions, count, changes…): the folder of so many samples, opened, and those that are missing."""
 
-    def start(count, **changes):
-        conditions = {**labels.recorded, "sha256": labels.digest(count)}
-        record = replace(RECORD, num_fid_samples=count, conditions=conditions, runs=[], **changes)
-        folder = SampleFolder(tmp_path / "samples/set", labels)
-        missing = folder.open(record, dict(date="now"))
-        for index in missing:
-            save_png(png_path(folder.path, index), np.full((8, 8, 3), index, np.uint8))
-        return folder, missing
+    def start(conditions, count, changes=(), of_conditions=()):
+        recorded = {**conditions.recorded, "sha256": conditions.digest(count), **dict(of_conditions)}
+        record = replace(RECORD, num_fid_samples=count, conditions=recorded, runs=[], **dict(changes))
+        folder = SampleFolder(tmp_path / "samples/set", conditions)
+        return folder, folder.open(record, dict(date="now"))
 
     return start
 
 
-def test_an_npz_outlives_its_pngs(label_set):
-    folder, _ = label_set(4)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_folder_lists_what_its_samples_are_drawn_for(tmp_path, vectors, sample_set, conditioning):
+    np.save(tmp_path / "codes.npy", CODES)
+    conditions = dict(
+        labels=ClassLabels(LABELS, "equal", 0),
+        vectors=ComputedVectors(vectors, CONT, "sequential", 0),
+        codes=of(tmp_path / "codes.npy"),
+    )[conditioning]
+    for count, runs in ((4, [4]), (6, [4, 6])):
+        folder, missing = sample_set(conditions, count)
+        folder.lock.release()
+        values = json.loads((folder.path / "samples.json").read_text())
+        assert values[conditions.key] == missing == list(range(count)) and list(values)[-1] == conditions.key
+        assert values["runs"] == [dict(date="now", images=images) for images in runs] and values["format_version"] == 1
+    save_png(png_path(folder.path, 0), np.zeros((8, 8, 3), np.uint8))
+    for count, changes, of_conditions, message in (
+        (6, {}, dict(sha256="3" * 64), "conditions.sha256 "),
+        (6, {}, dict(order="other"), "conditions.order '(equal|sequential)' there, 'other'"),
+        (6, dict(t_min=1), {}, "t_min 0 there, 1 here"),
+        (5, {}, {}, "is a set of 6 samples"),
+    ):
+        refusal(sample_set, conditions, count, changes, of_conditions, words=message)
+        assert not (folder.path / ".lock").exists()
+
+
+def test_an_npz_outlives_its_pngs(sample_set):
+    labels = ClassLabels(LABELS, "equal", 0)
+
+    def drawn(count):
+        folder, missing = sample_set(labels, count)
+        for index in missing:
+            save_png(png_path(folder.path, index), np.full((8, 8, 3), index, np.uint8))
+        return folder, missing
+
+    folder, _ = drawn(4)
     folder.finish(4)
     assert SamplesRecord.read(folder.about).num_fid_samples == 4 and npz_rows(folder.npz) == 4
     first = folder.npz.read_bytes()
     for remove in (lambda: shutil.rmtree(folder.path), lambda: [path.unlink() for path in folder.path.glob("*.png")]):
         remove()
-        again, missing = label_set(4)
+        again, missing = drawn(4)
         again.finish(4)
         assert missing == [] and folder.npz.read_bytes() == first and not list(folder.path.glob("*.png"))
-    more, missing = label_set(6)
+    more, missing = drawn(6)
     assert len(missing) == 6 and folder.npz.read_bytes() == first and SamplesRecord.read(folder.about).runs[0]
     more.lock.release()  # killed here, and nothing is missing but the .npz
-    more, missing = label_set(6)
+    more, missing = drawn(6)
     more.finish(6)
     assert missing == [] and npz_rows(folder.npz) == 6
     shutil.rmtree(folder.path)
@@ -284,7 +233,7 @@ def test_an_npz_outlives_its_pngs(label_set):
     ):
         if "no set.json" in message:
             folder.about.unlink()
-        refusal(label_set, count, **changes, words=message)
+        refusal(sample_set, labels, count, changes, words=message)
         assert npz_rows(folder.npz) == 6 and not folder.path.exists()
 
 
@@ -316,8 +265,8 @@ def test_classes_that_are_asked_for():
     assert asked.recorded["given"] == [2, 1] and asked.describe() == "class 2 'dog', 1 'cat' of 3 classes"
     assert "given" not in drawn("--label-sampling", "equal").recorded
     for flags, known, words in (
-        (("--class", "3"), names, "--class 3: the model's classes are 0 to 2, or names such as 1"),
-        (("--class", "0", "cat"), None, "--class cat: .* and their names are not known"),
-        (("--class", "0", "--label-sampling", "equal"), None, "give one of them"),
+        ("--class 3", names, "--class 3: the model's classes are 0 to 2, or names such as 1"),
+        ("--class 0 cat", None, "--class cat: .* and their names are not known"),
+        ("--class 0 --label-sampling equal", None, "give one of them"),
     ):
-        refusal(drawn, *flags, names=known, words=words)
+        refusal(drawn, *flags.split(), names=known, words=words)

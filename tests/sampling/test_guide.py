@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE_FLAGS, L, V, launch, refusal, sample_folder, save_checkpoint
+from conftest import SAMPLE_FLAGS, L, V, change_json, refusal, sample_folder, save_checkpoint
 from tiny_prior import save_prior
 from tiny_weights import tiny
 
@@ -42,63 +44,40 @@ def asked(times, x, y, **options):
     return predictions
 
 
-@pytest.mark.parametrize("learn_sigma", [True, False])
-def test_a_guide_acts_at_its_times_in_all_channels(learn_sigma):
-    """The variance is the model's, whether the guide has one or not; with cfg_scale each half is guided first."""
-    model = tiny("DiTSEM-Ti/4", **CODES)
-    weak = DiTSEM(input_size=8, patch_size=2, hidden_size=24, depth=1, num_heads=2, learn_sigma=learn_sigma, **CODES)
-    for parameter in weak.eval().parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["with a variance", "without", "head"])
+def test_a_guide_acts_at_its_times_in_all_channels(kind):
+    """A weaker model, or the model's own early prediction. The variance is the model's; with cfg_scale each half is
+    guided first; a head costs no call of its own."""
+    model, weak = tiny("DiTSEM-Ti/4", intermediate_head=2 if kind == "head" else None, **CODES), None
+    if kind != "head":
+        sizes = dict(input_size=8, patch_size=2, hidden_size=24, depth=1, num_heads=2, learn_sigma=kind != "without")
+        weak = DiTSEM(**sizes, **CODES).eval()
+        for parameter in weak.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
     x, y = torch.randn(3, 4, 8, 8), torch.randint(V, (3, L))
-    guide, times = Guide(weak, 2.5, 200, 600), [100, 400, 800]
-
-    def strong(time, y, model=model):
-        with torch.no_grad():
-            return model(x, torch.full((3,), time), y)
+    guide, times, calls, denoise = Guide(weak, 2.5, 200, 600), [100, 400, 800], [], model.denoise
 
     def expected(time, y):
-        out = strong(time, y)
+        t = torch.full((3,), time)
+        out = model(x, t, y, **dict(head=True) if kind == "head" else {})
+        early = weak(x, t, y)[:, :4] if weak else out[:, 8:]
         if time == 400:
-            weaker = strong(time, y, weak)[:, :4]
-            out[:, :4] = weaker + 2.5 * (out[:, :4] - weaker)
-        return out
+            out[:, :4] = early + 2.5 * (out[:, :4] - early)
+        return out[:, :8]
 
-    for time, found in asked(times, x, y, model=model, guide=guide).items():
-        torch.testing.assert_close(found, expected(time, y), atol=1e-5, rtol=1e-5)
-    null = torch.full_like(y, V)
+    model.denoise = lambda *args, **kwargs: calls.append(kwargs) or denoise(*args, **kwargs)
+    found = asked(times, x, y, model=model, guide=guide)
+    assert calls == [{}, dict(head=True) if kind == "head" else {}, {}]
+    for time in times:
+        torch.testing.assert_close(found[time], expected(time, y), atol=1e-5, rtol=1e-5)
     for time, found in asked(times, x, y, model=model, guide=guide, cfg_scale=1.5, t_max=500).items():
-        one, other = expected(time, y), expected(time, null)
+        one, other = expected(time, y), expected(time, torch.full_like(y, V))
         if time <= 500:
             one[:, :4] = other[:, :4] + 1.5 * (one[:, :4] - other[:, :4])
         torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
-
-    def none(*args):
-        raise AssertionError("the guide was called")
-
-    unused = Guide(weak, 1.0, -math.inf, math.inf, denoise=none)
+    unused = Guide(weak, 1.0, -math.inf, math.inf, denoise=lambda *_: pytest.fail("the guide was called"))
     assert torch.equal(asked(times, x, y, model=model, guide=unused)[400], asked(times, x, y, model=model)[400])
-
-
-def test_a_head_guides_in_one_pass():
-    """By the model's own early prediction, before the null condition does, if both do."""
-    model = tiny("DiTSEM-Ti/4", intermediate_head=2, **CODES)
-    x, y = torch.randn(3, 4, 8, 8), torch.randint(V, (3, L))
-
-    def expected(y):
-        with torch.no_grad():
-            out, early = model(x, torch.full((3,), 400), y, head=True).split([8, 4], dim=1)
-        return torch.cat([early + 2.5 * (out[:, :4] - early), out[:, 4:]], dim=1)
-
-    calls, denoise = [], model.denoise
-    model.denoise = lambda *args, **kwargs: calls.append(kwargs) or denoise(*args, **kwargs)
-    guide = Guide(None, 2.5, 200, 600)
-    found = asked([400, 800], x, y, model=model, guide=guide)
-    assert calls == [dict(head=True), {}]
-    torch.testing.assert_close(found[400], expected(y), atol=1e-5, rtol=1e-5)
-    found = asked([400], x, y, model=model, guide=guide, cfg_scale=1.5)[400]
-    one, other = expected(y), expected(torch.full_like(y, V))
-    one[:, :4] = other[:, :4] + 1.5 * (one[:, :4] - other[:, :4])
-    torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -107,67 +86,47 @@ def opened(tmp_path):
     known = dict(encoder_sha256="e", vae_sha256="v")
     checkpoint = save_checkpoint(tmp_path / "run/checkpoints/0000001", **known)
 
-    def call(name="DiTSEM-Ti/2", sizes=CODES, flags=("--guide-scale", "2"), **changes):
+    def call(name="DiTSEM-Ti/2", sizes=CODES, flags="--guide-scale 2", processes=(None, None), **changes):
+        shutil.rmtree(tmp_path / "guide", ignore_errors=True)
         guide = save_checkpoint(tmp_path / "guide", name, sizes, **{**known, **changes})
-        args = sampling_parser("", SCRIPT, "DiTSEM-XL/2").parse_args(["--guide-ckpt", str(guide), *flags])
+        for path, process in zip((checkpoint, guide), processes):
+            if process:
+                change_json(path / "config.json", process=process.config)
+        args = sampling_parser("", SCRIPT, "").parse_args(["--guide-ckpt", str(guide), *flags.split()])
         args.ckpt = str(checkpoint)
         settle_guidance(args)
-        path, model, meta = open_model(args, SCRIPT, "DiTSEM-XL/2")
-        return args, open_guide(args, path, model, meta)
+        return args, open_guide(args, *open_model(args, SCRIPT, ""))
 
     return call
 
 
 def test_what_is_recorded_of_a_guide(opened, tmp_path):
-    args, (guide, recorded, notes) = opened(flags=("--guide-scale", "2", "--guide-t-max", "600"))
+    args, (guide, recorded, notes) = opened(flags="--guide-scale 2 --guide-t-max 600")
     assert args.cfg_scale == 1 and not notes and guide.model.patch_size == 2
     assert (guide.acts(0), guide.acts(600), guide.acts(601)) == (True, True, False)
     known = dict(checkpoint=str(tmp_path / "guide"), model="DiTSEM-Ti/2", step=1, weights="ema")
     known |= dict(scale=2.0, t_min=None, t_max=600.0)
     assert known.items() <= recorded.items() and len(recorded["weights_sha256"]) == 64
+    # its times in training may have been drawn otherwise
+    other = create_process("flow", time_distribution="lognormal", time_std=2.0)
+    assert opened(processes=(create_process("flow"), other))[1][0].scale == 2
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
+def test_guides_that_are_refused(opened):
+    for change, message in (
         (dict(sizes=dict(L=L, V=V - 1)), f"was not trained for the samples of .*: V {V - 1} there, {V} here"),
         (dict(name="DiT-Ti/4", sizes=dict(num_classes=3)), "conditioning 'labels' there, 'codes' here"),
         (dict(sizes=dict(in_channels=3, **CODES)), r"latents \[3, 8, 8\] there, \[4, 8, 8\] here"),
         (dict(vae_sha256="w"), "vae_sha256 'w' there, 'v' here"),
         (dict(encoder_sha256="f"), "encoder_sha256 'f' there, 'e' here"),
-        (dict(flags=()), "say how strongly with --guide-scale"),
-        (dict(flags=("--guide-scale", "2", "--cfg-scale", "1.5")), "in the place of --cfg-scale: give one of them"),
-        (dict(flags=("--guide-scale", "2", "--guide-t-min", "9", "--guide-t-max", "8")), "9 is above"),
-        (dict(flags=("--guide-scale", "2", "--t-max", "430")), "belongs to --cfg-scale, .*: give --guide-t-max"),
-        (dict(flags=("--guide-scale", "2", "--cfg-channels", "3")), "not to --guide-ckpt: it guides all channels"),
-    ],
-)
-def test_guides_that_are_refused(opened, change, message):
-    refusal(opened, **change, words=message)
-
-
-def test_a_guide_of_another_process_is_refused(opened, tmp_path):
-    """But for how its times were drawn in training."""
-    opened()
-
-    def change(folder, process):
-        config = json.loads((tmp_path / folder / "config.json").read_text())
-        (tmp_path / folder / "config.json").write_text(json.dumps({**config, "process": process.config}))
-
-    def open_it():
-        flags = ["--guide-ckpt", str(tmp_path / "guide"), "--guide-scale", "2"]
-        args = sampling_parser("", SCRIPT, "").parse_args([*flags, "--ckpt", str(tmp_path / "run")])
-        return open_guide(args, *open_model(args, SCRIPT, ""))
-
-    change("guide", create_process("gaussian", predict_xstart=True))
-    with pytest.raises(ValueError, match="process.arguments.predict_xstart True there, False here"):
-        open_it()
-    change("run/checkpoints/0000001", create_process("flow"))
-    change("guide", create_process("flow", time_scale=1000.0))
-    with pytest.raises(ValueError, match="process.arguments.time_scale 1000.0 there, 1.0 here"):
-        open_it()
-    change("guide", create_process("flow", time_distribution="lognormal", time_std=2.0))
-    assert open_it()[0].scale == 2
+        (dict(flags=""), "say how strongly with --guide-scale"),
+        (dict(flags="--guide-scale 2 --cfg-scale 1.5"), "in the place of --cfg-scale: give one of them"),
+        (dict(flags="--guide-scale 2 --guide-t-min 9 --guide-t-max 8"), "9 is above"),
+        (dict(flags="--guide-scale 2 --t-max 430"), "belongs to --cfg-scale, .*: give --guide-t-max"),
+        (dict(flags="--guide-scale 2 --cfg-channels 3"), "not to --guide-ckpt: it guides all channels"),
+        (dict(processes=(None, create_process("gaussian", predict_xstart=True))), "predict_xstart True there, False"),
+    ):
+        refusal(opened, **change, words=message)
 
 
 def test_whether_there_is_a_head(tmp_path):
@@ -186,21 +145,21 @@ def test_whether_there_is_a_head(tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_of_a_guided_model(workplace, tmp_path):
-    command = ("forked", 1, SCRIPT, "--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", tmp_path / "samples")
-    flags = ("--guide-ckpt", workplace / "results/checkpoints/0000003/model.safetensors", "--guide-scale", 2)
-    assert "cfg 1.0, guide" in launch((*command, *flags), workplace).stdout
+def test_samples_of_a_guided_model(workplace, said_by, monkeypatch, tmp_path):
+    monkeypatch.chdir(workplace)
+    run = workplace / "results/checkpoints/0000003"
+    flags = ("--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", tmp_path / "samples", "--guide-scale", 2)
+    script = SCRIPT.removesuffix(".py")
+    assert "cfg 1.0, guide" in said_by(script, *flags, "--guide-ckpt", run / "model.safetensors")
     folder = sample_folder(tmp_path / "samples")
     assert "-cfg-1.0-guide-2.0-seed-0-" in folder.name
     record = json.loads((folder / "samples.json").read_text())
     assert (record["cfg_scale"], record["guide"]["scale"], record["guide"]["weights"]) == (1.0, 2.0, "raw")
-    (tmp_path / "moved").mkdir()
-    for name in ("model.safetensors", "config.json", "meta.json"):
-        (tmp_path / "moved" / name).write_bytes((workplace / "results/checkpoints/0000003" / name).read_bytes())
-    again = ("--guide-ckpt", tmp_path / "moved/model.safetensors", "--guide-scale", 2)
-    assert "0 of 21 images to draw" in launch((*command, *again), workplace).stdout
+    moved = shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("ema*", "optimizer*"))
+    assert "0 of 21 images to draw" in said_by(script, *flags, "--guide-ckpt", moved / "model.safetensors")
 
 
+@torch.no_grad()
 def test_a_prior_that_guides(tmp_path):
     """log p_weak + W (log p - log p_weak), up to a constant per place; and what PriorDraw makes of the flags."""
     torch.manual_seed(0)
@@ -217,19 +176,18 @@ def test_a_prior_that_guides(tmp_path):
         yield codes
 
     sample_codes(strong, told, ask, seed=0, indices=torch.arange(2), guide=(weak, untold, 1.7))
-    with torch.no_grad():
-        log_p, log_weak = (
-            one(masked, process.told(t))[..., :5].log_softmax(-1) for one, process in ((strong, told), (weak, untold))
-        )
+    pairs = ((strong, told), (weak, untold))
+    log_p, log_weak = (one(masked, process.told(t))[..., :5].log_softmax(-1) for one, process in pairs)
     torch.testing.assert_close(found[0], (log_weak + 1.7 * (log_p - log_weak)).log_softmax(-1), atol=1e-5, rtol=1e-5)
 
     main, other = save_prior(tmp_path / "main"), save_prior(tmp_path / "other", spread=0.2)
-    options = PriorOptions(guide_ckpt=str(other), guide_scale=2.0, steps=2)
-    record = PriorDraw(main, True, options, seed=0).record(4)
+    guided, plain = (
+        PriorDraw(main, True, PriorOptions(steps=2, **options), seed=0)
+        for options in (dict(guide_ckpt=str(other), guide_scale=2.0), {})
+    )
+    record = guided.record(4)
     assert record.guide == str(other) and len(record.options["guide_ckpt"]) == 64
-    plain = PriorDraw(main, True, PriorOptions(steps=2), seed=0)
     assert plain.record(4).options["guide_ckpt"] is plain.record(4).options["guide_scale"] is None
-    assert (plain.draw(torch.arange(4).numpy()) != PriorDraw(main, True, options, seed=0).draw(range(4))).any()
-    small = save_prior(tmp_path / "small", V=V - 1)
-    with pytest.raises(ValueError, match=f"have V={V - 1}, but those of the prior"):
-        PriorDraw(main, True, PriorOptions(guide_ckpt=str(small), guide_scale=2.0), seed=0)
+    assert (plain.draw(np.arange(4)) != guided.draw(np.arange(4))).any()
+    options = PriorOptions(guide_ckpt=str(save_prior(tmp_path / "small", V=V - 1)), guide_scale=2.0)
+    refusal(PriorDraw, main, True, options, seed=0, words=f"have V={V - 1}, but those of the prior")
