@@ -12,6 +12,7 @@ import torch
 
 from dlc.machine.files import write_whole
 from dlc.training.sharding import local_shards
+from dlc.training.update import move_towards
 from dlc.weights.power_ema import decay, exponent, snapshot_path, snapshots_of
 
 
@@ -44,8 +45,8 @@ class PowerAverages:
         step = step if skipped is None else step.masked_fill(skipped, 0)
         self.images += step
         for length, averages in self.averages.items():
-            averages, weight = local_shards(averages), 1 - decay(step, self.images.clamp(min=1), self.gammas[length])
-            torch._foreach_lerp_(averages, weights, [weight.to(averages[0].dtype)] * len(averages))
+            share = 1 - decay(step, self.images.clamp(min=1), self.gammas[length])
+            move_towards(local_shards(averages), weights, share.float())
 
     def named(self, length: float) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self.averages[length]))

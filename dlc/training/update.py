@@ -26,9 +26,25 @@ def update_ema(
     """averages = decay * averages + (1 - decay) * weights, in place; unchanged if `skipped`, a bool (), is set."""
     if skipped is None:
         get_ema_multi_avg_fn(decay)(averages, weights, None)
-    else:  # the same formula, whose weight is 0 in a skipped step
-        weight = torch.full((), 1 - decay, device=skipped.device).masked_fill(skipped, 0)
-        torch._foreach_lerp_(averages, weights, [weight] * len(averages))
+    else:
+        move_towards(averages, weights, 1 - decay, skipped)
+
+
+def move_towards(
+    averages: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    share: float | torch.Tensor,
+    skipped: torch.Tensor | None = None,
+) -> None:
+    """averages += share * (weights - averages), in place; unchanged if `skipped`, a bool (), is set.
+
+    This is a step of SGD on (averages - weights)^2 / 2: torch's fused SGD reads a flag and a share () on the device,
+    for all tensors in one kernel; its lerp would take a kernel for each tensor.
+    """
+    torch._fused_sgd_(
+        averages, weights, [], weight_decay=1.0, momentum=0.0, lr=share, dampening=0.0, nesterov=False, maximize=True,
+        is_first_step=False, found_inf=None if skipped is None else skipped.float(),
+    )  # fmt: skip
 
 
 class SkippedSteps:
