@@ -26,10 +26,10 @@ from train_diffusion import draws
 
 FORWARD, TRAINING, SAMPLING = "forward pass", "training step", "2 guided steps of sampling"
 EAGER, COMPILED = "eager", "compiled"
-THEIRS, RECOMPUTED = "the DLC project's way", "eager, before, recomputed"
+THEIRS = "the DLC project's way"
 WAYS = [(work, f"{how}{when}") for work in (FORWARD, TRAINING, SAMPLING) for how in (EAGER, COMPILED)
         for when in (", before", "")]  # fmt: skip
-ROWS = [(TRAINING, THEIRS), (TRAINING, RECOMPUTED), *WAYS]
+ROWS = [(TRAINING, THEIRS), *WAYS]
 
 
 def channels_first(model: DiT, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Steps:
     def __call__(self, work: str, way: str) -> list[torch.Tensor]:
         """Do it once. Returns what it computes, or nothing for a training step, which leaves it in the gradients."""
         model = self.drawing if work == SAMPLING else self.model
-        model.train(work == TRAINING).set_grad_checkpointing(way in (THEIRS, RECOMPUTED))
+        model.train(work == TRAINING).set_grad_checkpointing(way == THEIRS)
         model.denoise = partial(
             channels_first if way.endswith("before") or way == THEIRS else type(model).denoise, model
         )
