@@ -16,9 +16,8 @@ from benchmarks.checks import Unavailable, difference
 from benchmarks.record import DEVICE, ON_GPU, median_seconds
 from benchmarks.roofline import ATTENTION, MEMORY
 from dlc.machine.processes import autocast
-from dlc.sampling.latents import CudaGraphs
+from dlc.sampling.latents import CudaGraphs, fuse_gelu
 from dlc.training.update import update_ema
-from models import DiT
 from train_diffusion import draws
 
 REPEATS = 20 if ON_GPU else 1
@@ -117,17 +116,6 @@ def part_of_a_step(what: str, bench) -> dict:
     return row(1e3 * median_seconds(work, REPEATS), "ms", bench.card and 1e3 * expected)
 
 
-def gelu_in_epilogue(model: DiT) -> None:
-    """Compute fc1 and GELU by one product of cuBLASLt, by an operator that torch keeps to itself."""
-    for block in model.blocks:
-        fc1, block.mlp.act = block.mlp.fc1, torch.nn.Identity()
-        fc1.forward = partial(
-            lambda fc1, x: torch._addmm_activation(
-                fc1.bias, x.to(fc1.weight.dtype).flatten(0, -2), fc1.weight.t(), use_gelu=True
-            ).unflatten(0, x.shape[:-1]), fc1
-        )  # fmt: skip
-
-
 def denoising(images: int, how: str, bench) -> dict:
     """Images per second of 250 guided steps of the network alone, compiled, by CUDA graphs, or with GELU's epilogue."""
     if how == "CUDA graphs" and not ON_GPU:
@@ -138,7 +126,7 @@ def denoising(images: int, how: str, bench) -> dict:
         wanted, denoise = made.drawing.denoise(*inputs), made.drawing.denoise
         if how == "GELU in the epilogue":
             torch._dynamo.reset()
-            gelu_in_epilogue(made.drawing)
+            fuse_gelu(made.drawing)
         elif how == "CUDA graphs":
             denoise = CudaGraphs(denoise)
         differs = difference([denoise(*inputs)], [wanted])

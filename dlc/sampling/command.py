@@ -35,7 +35,7 @@ from dlc.nets.digest import weights_sha256
 from dlc.sampling.conditions import CONDITIONINGS, Conditions
 from dlc.sampling.decoder import Decoder, save_strip
 from dlc.sampling.guide import open_guide, settle_guidance
-from dlc.sampling.latents import CudaGraphs, Guide, check_conditions, lower_precision, sample_latents
+from dlc.sampling.latents import CudaGraphs, Guide, check_conditions, fuse_gelu, lower_precision, sample_latents
 from dlc.sampling.opening import folder_name, guided_channels, open_model, open_sampler, open_vae
 from dlc.sampling.pictures import GRID_PAIRS, png_path
 from dlc.sampling.samples_record import SampleFolder, SamplesRecord, guidance_of, this_launch
@@ -154,6 +154,8 @@ def draw_missing(job: Job, args: Namespace) -> None:
             continue
         lower_precision(model, args.precision)
         model.to(state.device)
+        if state.device.type == "cuda" and args.precision != "fp32":
+            fuse_gelu(model)
         if args.compile if args.compile is not None else state.device.type == "cuda":
             compile_blocks(model, state.device, dynamic=False, options=same_kernels())
     plain = [job.model.denoise, *([job.guide.network(job.model)] if job.guide else [])]

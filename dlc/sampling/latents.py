@@ -233,3 +233,21 @@ def lower_precision(model: torch.nn.Module, precision: str) -> None:
         for layer in part.modules():
             if type(layer) in (torch.nn.Linear, torch.nn.Conv2d):
                 layer.to(PRECISIONS[precision])
+
+
+class LinearGELU(torch.nn.Linear):
+    """A linear layer and the GELU after it, of tanh, as one product: cuBLASLt computes the GELU in its epilogue."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features), in any precision, to (..., out_features) in that of the weights."""
+        rows = x.flatten(0, -2).to(self.weight.dtype)
+        return torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+
+
+def fuse_gelu(model: torch.nn.Module) -> None:
+    """Make the first layer and the GELU of each block's MLP one `LinearGELU`, where they are as in DiT: for GPUs."""
+    for mlp in (getattr(block, "mlp", None) for block in model.blocks):
+        act, fc1 = getattr(mlp, "act", None), getattr(mlp, "fc1", None)
+        tanh = type(act) is torch.nn.GELU and act.approximate == "tanh"
+        if tanh and type(fc1) is torch.nn.Linear and fc1.bias is not None:
+            fc1.__class__, mlp.act = LinearGELU, torch.nn.Identity()

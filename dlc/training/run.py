@@ -159,6 +159,7 @@ class Run(contextlib.ExitStack):
         Raises ValueError as `create_accelerator` does.
         """
         args = self.args
+        wait_for_all()  # rank 0 may have fetched networks of previews, for longer than NCCL waits
         if self.state.is_main_process and not self.resumed:
             write_json(self.folder / "args.json", vars(args))
         self.logger = create_logger(self.state, self.folder / "log.txt")

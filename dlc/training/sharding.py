@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def fully_shard_blocks(model: torch.nn.Module, device: torch.device, precision: str = "fp32") -> None:
     """Shard a model's parameters over all processes, in place: block by block, if it has any, then what lies outside.
 
-    Blocks are gathered in this precision, to which autocast would cast them, and once per step: their gradients are
+    Blocks are gathered in this precision, their LayerNorms' weights as well, and once per step: their gradients are
     summed in float32. What lies outside, such as the code table, stays float32.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -27,7 +27,7 @@ from dlc.machine.processes import autocast
 from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
-from dlc.sampling.latents import Guide, create_sampler, lower_precision, sample_latents
+from dlc.sampling.latents import Guide, create_sampler, fuse_gelu, lower_precision, sample_latents
 from dlc.sampling.prior_engine import sample_codes
 from dlc.training.alignment import ALIGNMENTS, Alignment
 from dlc.training.heldout import heldout_bounds
@@ -165,6 +165,7 @@ def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gau
     for one in (model, weak):
         lower_precision(one.eval(), precision)
         one.to(CUDA)
+        fuse_gelu(one)
 
     def draw(guard):
         def on_step(step, x, x_start):

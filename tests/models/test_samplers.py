@@ -13,7 +13,15 @@ from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS
 from dlc.sampling.decoder import Decoder
-from dlc.sampling.latents import CudaGraphs, check_conditions, create_sampler, lower_precision, sample_latents
+from dlc.sampling.latents import (
+    CudaGraphs,
+    LinearGELU,
+    check_conditions,
+    create_sampler,
+    fuse_gelu,
+    lower_precision,
+    sample_latents,
+)
 from dlc.weights.networks import load_vae
 from models import DiT, DiTCONT, DiTSEM
 
@@ -220,6 +228,9 @@ def test_weights_in_16_bits_give_what_autocast_gives(precision):
     assert model.blocks[1].mlp.fc2.weight.dtype == torch.float32
     assert {parameter.dtype for parameter in model.sem_embedder.parameters()} == {torch.float32}
     assert 0 < (exact - autocast).abs().mean() < 0.1 * exact.std()
+    fuse_gelu(model)  # as on a GPU
+    assert all(type(block.mlp.fc1) is LinearGELU for block in model.blocks)
+    assert (sample() - autocast).abs().mean() < (exact - autocast).abs().mean()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
