@@ -46,7 +46,7 @@ class PowerAverages:
         self.images += step
         for length, averages in self.averages.items():
             share = 1 - decay(step, self.images.clamp(min=1), self.gammas[length])
-            move_towards(local_shards(averages), weights, share.float())
+            move_towards(local_shards(averages), weights, share.to(weights[0].dtype))
 
     def named(self, length: float) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self.averages[length]))

@@ -39,7 +39,7 @@ def test_output_and_loss(process, learn_sigma):
     head = head.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms["head"], head)
     torch.testing.assert_close(terms["loss"], usual["loss"] + HEAD_WEIGHT * head)
-    assert terms.keys() == {*usual, "head"}
+    assert terms.keys() == {*usual, "mse", "head"}
     refusal(tiny, "DiTSEM-Ti/4", intermediate_head=6, **CODES, words="after block 1 to 5, not 6")
 
 
