@@ -124,7 +124,7 @@ def same_bytes(bench: Bench) -> dict:
     """Shards that differ when extraction is compiled again, with an empty cache of kernels."""
     root, found = bench.root / "compiled twice", []
     root.mkdir()
-    how = dict(precision="bf16" if ON_GPU else "fp32", compile=ON_GPU, batch_size=min(32, bench.args.images // 2))
+    how = dict(precision=EXTRACTED, compile=ON_GPU, batch_size=min(32, bench.args.images // 2))
     sizes = argparse.Namespace(**{**vars(bench.args), **how, "images": 2 * how["batch_size"]})
     extraction.prepare(root, sizes)
     for cache in ("A", "B"):
@@ -144,6 +144,7 @@ def stage(command: str, tiny: str, bench: Bench) -> dict:
 
 
 BF16, TF32 = torch.bfloat16, torch.float32
+EXTRACTED = "bf16" if ON_GPU else "fp32"  # without 16-bit products a CPU takes half an hour for both networks
 AUTOTUNE = dict(mode="max-autotune-no-cudagraphs") if ON_GPU else {}
 TRAINED, DRAWN = ("training", "bf16, compiled"), ("sampling", "250 steps, guided, bf16")
 # fmt: off
@@ -174,7 +175,7 @@ ROWS = [  # part, name, minutes on an H100 with what it prepares, its function a
       ("DDP", "FSDP", ALONE)),
     ("extraction", "compiled twice", 2.0, same_bytes, ()),
     *((command.split()[0], f"benchmarks.{command}", minutes, stage, (command, tiny)) for command, minutes, tiny in (
-        ("extraction --precision bf16", 5.0, "--images 4 --batch-size 2 --precision fp32"),
+        (f"extraction --precision {EXTRACTED}", 5.0, "--images 4 --batch-size 2"),
         ("extraction --batch-size 1 --images 64", 3.0, "--images 2"),
         ("prior", 4.0, "--model DLCPrior-Ti --L 16 --repeats 1"))),
     ("sampling", f"{ANCESTORS}: the same, fp32, eager", 2.5, drawing, ("fp32", None)),

@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ArgumentParser, argparse.
     add("--patch", type=count, default=16, help="side of the Vision Transformer's patches, pixels")
     add("--sem-width", type=count, default=96, help="width of the Vision Transformer, a multiple of 3")
     add("--sem-depth", type=count, default=3, help="blocks of the Vision Transformer")
-    add("--thumbnail", type=count, default=8, help="side of the thumbnail that must be found in the code, pixels")
+    add("--thumbnail", type=count, default=8, help="train codes to give back a thumbnail of this side, pixels")
     add("--sem-steps", type=number(int, 20), default=2000, help="train for this many steps")
     add("--sem-batch", type=number(int, 2), default=64, help="images per step, of two views each")
     add("--sem-lr", type=number(float, 0), default=2e-3, help="set the highest learning rate")

@@ -288,7 +288,7 @@ def compile_blocks(model: torch.nn.Module, device: torch.device, **kwargs) -> No
     if device.type == "cuda":
         partitioner.activation_memory_budget = ACTIVATION_BUDGET
     elif hasattr(config.cpp, "use_decompose_tanh") and "backend" not in kwargs:
-        kwargs["options"] = {"cpp.use_decompose_tanh": True}
+        kwargs["options"] = {**(kwargs.get("options") or {}), "cpp.use_decompose_tanh": True}
     for block in model.blocks:
         block.compile(**kwargs)
 

@@ -256,6 +256,8 @@ class Run(contextlib.ExitStack):
     def _load(self):
         sums, names = load_checkpoint(self.resumed, **self._trained())
         rank = self.state.process_index
+        if sums is None:
+            return
         if len(sums) != self.state.num_processes:  # then process 0 has those of all
             sums = torch.stack([sums.sum(dim=0), *[torch.zeros_like(sums[0])] * rank])
         self.losses.resume(names, sums[rank].to(self.device))

@@ -12,12 +12,13 @@ What mixes devices raises torch's own error, and so does whatever needs a value:
 import contextlib
 
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda", 0)
-NOWHERE = torch.library.Library("aten", "IMPL", "Meta")  # torch has this operator for values alone
+NOWHERE = library.Library("aten", "IMPL", "Meta")  # torch has this operator for values alone
 for overload in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
     NOWHERE.impl(overload, lambda *inputs, **options: None)
 

@@ -155,7 +155,8 @@ def test_gpus_are_not_waited_for_as_long_as_files(cuda, joined, monkeypatch):
 def test_blocks_on_a_gpu_keep_fewer_activations(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", Mock())
     with torch._functorch.config.patch(activation_memory_budget=1.0):
-        compile_blocks(tiny_model(), torch.device("cpu"))
+        compile_blocks(tiny_model(), torch.device("cpu"), options={"deterministic": True})
+        assert torch.nn.Module.compile.call_args.kwargs["options"]["deterministic"]
         assert torch._functorch.config.activation_memory_budget == 1
         compile_blocks(tiny_model(), torch.device("cuda"))
         assert torch._functorch.config.activation_memory_budget == processes.ACTIVATION_BUDGET
