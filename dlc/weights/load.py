@@ -122,9 +122,9 @@ def read_weights(
         if options.get("process") not in (None, (own[1].process or {}).get("process")):
             raise ValueError(f"{named} records the process that it was trained on: leave out --objective")
         return own
-    found = read_foreign(named, at, kind, ema, **options)
-    config = ModelConfig(model=name_of(**found.config["arguments"], family=found.config["family"]), **found.config)
-    return found.tensors, config, meta_of(found.file, model=config.model, process=config.process, layout=found.said)
+    tensors, build, file = read_foreign(named, at, kind, ema, **options)
+    config = ModelConfig(model=name_of(**build["arguments"], family=build["family"]), **build)
+    return tensors, config, meta_of(file, model=config.model, process=config.process)
 
 
 def meta_of(file: File, **more) -> RunMeta:
@@ -142,6 +142,7 @@ def meta_of(file: File, **more) -> RunMeta:
         noted={**said, **file.noted},
         step=file.step,
         weights=file.weights,
+        layout=file.said,
         **more,
     )
 
@@ -240,8 +241,8 @@ def load_pretrained(
         built = differences(config.completed().arguments, plain(model.config["arguments"], "argument"))
     else:
         file = open_weights(named, at, kind)
-        weights, row = names_of(file)
-        meta = meta_of(file, layout=", ".join([*file.words, row.name]), process=trained_process(file))
+        weights = names_of(file)
+        meta = meta_of(file, process=trained_process(file))
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {named} has no tensor that fits the model")

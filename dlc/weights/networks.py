@@ -19,7 +19,7 @@ from dlc.nets.encoder import SEMEncoder, check_config
 from dlc.nets.vae import latent_settings, pixels_per_cell
 from dlc.weights.foreign import encoders, vaes
 from dlc.weights.foreign.names import read_foreign
-from dlc.weights.foreign.safe import check_tensors, fill, read_file, weights_in
+from dlc.weights.foreign.safe import check_tensors, fill, load_tensors
 from dlc.weights.hub import is_id, locate, parts_of
 
 DEFAULT_ENCODER = "lavoies/SEM_dinov2_L512"
@@ -64,11 +64,11 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
     given = {key: value for key, value in given.items() if value is not None}
     if "backbone" in given:
         check_config(f"{flag}-backbone", dict(backbone=given["backbone"]))
-    path, found, said = locate(name, "encoder", flag), None, "a folder of this program"
+    path, file, said = locate(name, "encoder", flag), None, "a folder of this program"
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "backbone" not in config or {"model_type", "architectures"} & config.keys():
-        found = read_foreign(name, path, "encoder", given=given)
-        path, config, said = found.file.path, found.config, found.said
+        tensors, config, file = read_foreign(name, path, "encoder", given=given)
+        path, said = file.path, file.said
     different = differences(config, given)
     if different:
         raise ValueError(f"encoder {name}: {different}; leave out the flag")
@@ -78,18 +78,14 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
             encoder = SEMEncoder(**config)
     except ValueError as error:
         raise ValueError(f"encoder {name}: {error}") from None
-    if found:
-        weights = encoders.state_dict_of(found.tensors, encoder.backbone)
-        final_norm = encoders.final_norm_of(found.tensors)
+    if file:
+        weights = encoders.state_dict_of(tensors, encoder.backbone)
     else:
-        file = weights_in(entry.name for entry in path.iterdir())
-        if file is None:
-            raise ValueError(f"encoder {name} has no model.safetensors")
-        weights, final_norm = check_tensors(read_file(path / file)[0], path / file), None
-    sizes = f" (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})"
-    fill(encoder, weights, f"encoder {name}", sizes)
-    if final_norm:
-        encoder.norm_scale, encoder.norm_shift = (one.to(torch.float32, copy=True) for one in final_norm)
+        tensors = weights = check_tensors(load_tensors(path / "model.safetensors"), path / "model.safetensors")
+    fill(encoder, weights, f"encoder {name}", f" (backbone {encoder.config['backbone']}, L={encoder.L}, V={encoder.V})")
+    if {"norm.weight", "norm.bias"} <= tensors.keys():
+        encoder.norm_scale = tensors["norm.weight"].to(torch.float32, copy=True)
+        encoder.norm_shift = tensors["norm.bias"].to(torch.float32, copy=True)
     encoder.said = said
     return encoder
 
@@ -119,7 +115,7 @@ def downsampling_factor(name: str) -> int:
     for file in (path / "vae/config.json", path / "config.json"):
         if file.is_file():
             return pixels_per_cell(vaes.checked_config(file, f"--vae {name}")["arguments"])
-    return pixels_per_cell(read_foreign(name, path, "vae").config["arguments"])
+    return pixels_per_cell(read_foreign(name, path, "vae")[1]["arguments"])
 
 
 def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
@@ -129,9 +125,9 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
 
     Raises ValueError, naming what is missing or wrong, if it cannot be loaded.
     """
-    found = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae"), "vae")
-    vae = vaes.build(found.config, found.tensors, f"--vae {name}: {found.file.path.name}")
-    vae.said = found.said
+    tensors, config, file = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae"), "vae")
+    vae = vaes.build(config, tensors, f"--vae {name}: {file.path.name}")
+    vae.said = file.said
     return vae.to(device).requires_grad_(False)
 
 

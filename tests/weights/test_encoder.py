@@ -21,7 +21,7 @@ def test_agrees_with_reference():
     encoder = SEMEncoder("vit_small_patch14_reg4_dinov2", 224, L=3, V=4, backbone_args=SMALL).eval()
     file = File("x", Path("x"), "encoder", tensors=weights)
     unpack(file)
-    encoder.load_state_dict(state_dict_of(names_of(file)[0], encoder.backbone))
+    encoder.load_state_dict(state_dict_of(names_of(file), encoder.backbone))
     with torch.no_grad():
         images = values["x"].float()
         torch.testing.assert_close(encoder(images), values["sem"], atol=1e-5, rtol=1e-5)
@@ -42,7 +42,7 @@ def test_save_and_load(tmp_path):
     refusal(load_encoder, tmp_path, words="has other shapes")
     refusal(load_encoder, tmp_path, L=512, words="L 6 there, 512 here")
     (tmp_path / "model.safetensors").unlink()
-    refusal(load_encoder, tmp_path, words="has no model.safetensors")
+    refusal(load_encoder, tmp_path, words="model.safetensors does not exist")
 
 
 # ---------------------------------------------------------------------- published layouts
@@ -158,7 +158,8 @@ def test_timm(tmp_path):
 def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
     import timm
 
-    monkeypatch.setattr("dlc.weights.foreign.encoders.check_tensors", lambda tensors, path: tensors)
+    for module in ("encoders", "names"):
+        monkeypatch.setattr(f"dlc.weights.foreign.{module}.check_tensors", lambda tensors, path: tensors)
     (tmp_path / "x.pth").touch()
     for size, width, depth, registers in (("giant", 1536, 40, 4), ("base", 768, 12, 0)):
         with torch.device("meta"):
@@ -167,9 +168,9 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
             weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
             weights |= {f"sem_norm.{kind}": torch.zeros(512 * 256) for kind in ("weight", "bias")}
         monkeypatch.setattr("dlc.weights.foreign.layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
-        found = read_foreign("x.pth", tmp_path / "x.pth", "encoder", given={})
-        assert found.config == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
-        assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in found.said
+        _, found, file = read_foreign("x.pth", tmp_path / "x.pth", "encoder", given={})
+        assert found == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
+        assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in file.said
 
 
 def test_configurations(published, tmp_path):
@@ -179,7 +180,7 @@ def test_configurations(published, tmp_path):
     assert (encoder.L, encoder.V, encoder.temperature) == (8, 8, 0.5)
     encoder.temperature = 1.0
     assert agrees(encoder, values)
-    refusal(load_encoder, tmp_path, L=4, words="has L 8, the flag says 4: leave out the flag")
+    refusal(load_encoder, tmp_path, L=4, words="L 8 there, 4 here; leave out the flag")
     encoder = load_encoder(save_published(tmp_path, config, {**weights, "temp": torch.tensor(0.25)}))
     assert encoder.temperature == 0.25
     for change, message in (

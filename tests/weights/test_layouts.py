@@ -483,7 +483,7 @@ def test_velocities_that_are_refused(tmp_path):
     for left_out, change, words in (
         ("", dict(prediction="noise"), "of prediction 'noise': only a velocity one is read"),
         ("", dict(path_type="VP"), "SiT model of path_type 'VP': only a linear one"),
-        ("final_layer.linear.bias", {}, "first or last layers are missing"),
+        ("final_layer.linear.bias", {}, "it has no final_layer.linear.bias of 1 dimensions"),
     ):
         harmed = {key: value for key, value in tensors.items() if key != left_out}
         refusal(load_model, saved(tmp_path / "a.pt", harmed, **{**SIT, **change}), words=words)

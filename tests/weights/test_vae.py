@@ -145,13 +145,13 @@ def test_published_single_files(name, channels, attention, scale, tmp_path, monk
     with torch.device("meta"):
         vae = AutoencoderKL(**wanted)
     assert config_of_shapes(File("x", Path("x"), "vae"), vae.state_dict()) == wanted
-    monkeypatch.setattr("dlc.weights.foreign.vaes.check_tensors", lambda tensors, path: tensors)
+    monkeypatch.setattr("dlc.weights.foreign.names.check_tensors", lambda tensors, path: tensors)
     path = tmp_path / f"{name}.ckpt"
     torch.save(ldm_names(vae), path)
     if scale is None:
         refusal(read_foreign, name, path, "vae", words=f"a VAE of {channels} channels, which does not say its scaling")
     else:
-        assert read_foreign(name, path, "vae").config["arguments"]["scaling_factor"] == scale
+        assert read_foreign(name, path, "vae")[1]["arguments"]["scaling_factor"] == scale
         assert downsampling_factor(str(path)) == 8
 
 
@@ -206,7 +206,7 @@ def test_files_that_are_no_vae(tmp_path):
     for tensors, message in (
         ({"x": torch.zeros(1)}, "is not a VAE: no tensor in it has a name that is known"),
         ({"encoder.down.0.block.0.conv1.weight": torch.full((3, 3, 1, 1), torch.nan)}, "NaN or infinite"),
-        ({"encoder.conv_out.weight": torch.zeros(3)}, "holds no whole AutoencoderKL"),
+        ({"encoder.conv_out.weight": torch.zeros(3)}, "is not a VAE: it has no encoder"),
     ):
         torch.save(tensors, tmp_path / "vae.pt")
         refusal(load_vae, str(tmp_path / "vae.pt"), words=message)

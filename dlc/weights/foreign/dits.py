@@ -8,13 +8,14 @@ diffusers under its own; a folder of diffusers does not record which.
 
 import math
 import re
+from functools import partial
 
 import torch
 
 from diffusion.process_table import create_process
 from dlc.weights.foreign import sits
-from dlc.weights.foreign.layouts import File
-from dlc.weights.foreign.safe import check_tensors, shown
+from dlc.weights.foreign.layouts import File, blocks_in
+from dlc.weights.foreign.safe import shown
 from models import FAMILIES, SIZES, DiT, TimestepEmbedder, sincos_position_embedding
 
 DEEPEST, WIDEST = 256, 2**16  # blocks; of every other size that a file asks for
@@ -64,7 +65,7 @@ def from_diffusers(file: File, tensors: dict) -> dict:
             file.refuse(f"is not a DiT: {key} in its config.json is {str(file.config[key])[:40]!r}, wanted {wanted!r}")
     named, thirds = {}, {}
     ours = {theirs: ours for names in (TOP, BLOCK, EMBEDDERS) for ours, theirs in names.items()}
-    for key, value in check_tensors(tensors, file.path).items():
+    for key, value in tensors.items():
         inner = re.fullmatch(r"transformer_blocks\.(0|[1-9]\d{0,3})\.(.+)", key, re.ASCII)
         module, _, kind = (inner[2] if inner else key).rpartition(".")
         if inner and kind == "embedding_table":  # a parameter of its own, as of a code table
@@ -154,7 +155,7 @@ def under_our_names(file: File, tensors: dict) -> dict:
     for name, pattern in (("LightningDiT", r"\.mlp\.w12\.|(^| )feat_rope\."), ("DDT", r"(^| )decoder_blocks\.")):
         if re.search(pattern, names):
             file.refuse(f"is a {name} model, whose blocks are not DiT's: it is not read")
-    tensors, whose = dict(check_tensors(tensors, file.path)), sits.recognised(file, tensors)
+    whose = sits.recognised(file, tensors)
     if whose:
         file.words.append(sits.as_flow(file, tensors, whose))
     return tensors
@@ -166,20 +167,15 @@ def config_of(
     input_size: int | None = None,
     diffusers_time: str | None = None,
     process: str | None = None,
-) -> tuple[dict, str]:
-    """What to build for a DiT's tensors, {"family", "arguments", "process"}, and words. Adds a missing pos_embed.
+) -> dict:
+    """What to build for a DiT's tensors, {"family", "arguments", "process"}. Adds a missing pos_embed.
 
     Args:
         input_size, diffusers_time, process: as `dlc.weights.load.load_model` takes them.
 
     Raises ValueError if the tensors are not those of a DiT, DiTSEM or DiTCONT.
     """
-
-    def shape(name, ndim):
-        if name not in tensors or tensors[name].ndim != ndim:
-            file.refuse(f"is not a DiT, DiTSEM or DiTCONT (no {name} of {ndim} dimensions)")
-        return tuple(tensors[name].shape)
-
+    shape = partial(file.shape, tensors)
     trained_on = trained_process(file, process)
     if process == sits.PROCESS and file.process is None:
         file.words.append(f"taken to predict a {sits.as_flow(file, tensors, None)} (--objective)")
@@ -190,13 +186,11 @@ def config_of(
         file.words.append("its projectors left out")
         for name in extra:
             del tensors[name]
-    words, of_diffusers = [], any(name.endswith(ANCHOR) for name in file.tensors)
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     # from the last: a DiTCONT's linear layer is called as a DiT's table
     own = [family for family in reversed(FAMILIES) if "table" in vars(family)]  # a researcher's subclass has none
     family = next((family for family in own if family.table in tensors), FAMILIES[0])
-    # not by the highest number, which may be any
-    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    depth = blocks_in(tensors)
     arguments = dict(
         family.sizes_of(shape(family.table, family.table_ndim)),
         in_channels=in_channels,
@@ -208,7 +202,7 @@ def config_of(
         learn_sigma=shape("final_layer.linear.bias", 1)[0] == 2 * in_channels * patch_size**2,
     )
     if family is DiT:
-        words.append(check_classes(file, arguments["num_classes"]))
+        file.words.append(check_classes(file, arguments["num_classes"]))
     if "pos_embed" in tensors:
         arguments["input_size"] = patch_size * math.isqrt(shape("pos_embed", 3)[1])
     else:
@@ -217,17 +211,17 @@ def config_of(
         told = [file.config.get("input_size"), file.config.get("sample_size"), recorded, input_size]
         arguments["input_size"] = next((size for size in told if size), DEFAULT_INPUT)
         if not any(told):
-            words.append(f"no pos_embed: taken to be of latents of {DEFAULT_INPUT} x {DEFAULT_INPUT} cells")
+            file.words.append(f"no pos_embed: taken to be of latents of {DEFAULT_INPUT} x {DEFAULT_INPUT} cells")
     check_sizes(file, family.__name__, arguments)
     if "pos_embed" not in tensors:
         tensors["pos_embed"] = sincos_position_embedding(hidden_size, arguments["input_size"] // patch_size)[None]
-    if of_diffusers:
-        words.append(function_of(file, diffusers_time))
+    if any(name.endswith(ANCHOR) for name in file.tensors):
+        file.words.append(function_of(file, diffusers_time))
     elif diffusers_time == "diffusers":
         file.refuse("is not in diffusers' layout: --diffusers-time diffusers is for those that were trained there")
     elif process is None and file.process is None and file.weights == "as in the file" and not file.arguments:
-        words.append("taken to predict noise (--objective says another)")
-    return dict(family=family.__name__, arguments=arguments, process=trained_on), ", ".join(filter(None, words))
+        file.words.append("taken to predict noise (--objective says another)")
+    return dict(family=family.__name__, arguments=arguments, process=trained_on)
 
 
 def trained_process(file: File, asked: str | None = None) -> dict | None:

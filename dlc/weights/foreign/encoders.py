@@ -3,9 +3,9 @@
 The tensors' shapes tell width, depth, patch and registers. A config.json or a flag gives the rest.
 """
 
-import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dlc.machine.cli import one_line
 from dlc.machine.files import read_json
-from dlc.weights.foreign.layouts import File
+from dlc.weights.foreign.layouts import File, blocks_in
 from dlc.weights.foreign.safe import check_tensors, shown
 from dlc.weights.hub import is_id, parts_of
 
@@ -65,7 +65,7 @@ def under_our_names(file: File, tensors: dict) -> dict:
     if not head:
         file.refuse("has a backbone, but no SEM head (sem_embed, sem_norm), which DINOv2 alone does not have")
     backbone, parts = {}, {}
-    for key, value in check_tensors({key: one for key, one in tensors.items() if is_wanted(key)}, file.path).items():
+    for key, value in tensors.items():
         for pattern, name in NAMES:
             key = re.sub(pattern, name, key)
         part = re.fullmatch(r"(.*\.(?:qkv|fc1))\.(\d)(\.\w+)", key)
@@ -86,8 +86,8 @@ def is_wanted(key: str) -> bool:
     return part not in TRAINING_ONLY and not HEAD.fullmatch(key)
 
 
-def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
-    """The arguments of SEMEncoder for tensors under timm's names, and words for them.
+def config_of(file: File, tensors: dict, given: dict) -> dict:
+    """The arguments of SEMEncoder for tensors under timm's names.
 
     Args:
         given: the flags' backbone, L and V, without those that were not given.
@@ -95,24 +95,20 @@ def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
     Raises ValueError for sizes that neither tensors nor config nor flags tell, and where two of them disagree.
     """
     config, where = file.config, file.path.with_name("config.json")
-
-    def size(key, dimension, ndim):
-        if key not in tensors or tensors[key].ndim != ndim:
-            file.refuse(f"has no {key} of {ndim} dimensions")
-        return tensors[key].shape[dimension]
-
-    width, patch = size("cls_token", 2, 3), size("patch_embed.proj.weight", 3, 4)
-    registers = size("reg_token", 1, 3) if "reg_token" in tensors else 0
-    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
-    hidden = size("blocks.0.mlp.fc1.weight", 0, 2)
-    gated = hidden != size("blocks.0.mlp.fc2.weight", 1, 2)
+    shape, depth = partial(file.shape, tensors), blocks_in(tensors)
+    width, patch = shape("cls_token", 3)[2], shape("patch_embed.proj.weight", 4)[3]
+    registers = shape("reg_token", 3)[1] if "reg_token" in tensors else 0
+    hidden = shape("blocks.0.mlp.fc1.weight", 2)[0]
+    gated = hidden != shape("blocks.0.mlp.fc2.weight", 2)[1]
+    for name in ("norm.weight", "norm.bias"):  # of the final norm, which a file may leave out: codes do without it
+        if name in tensors and shape(name, 1) != (width,):
+            file.refuse(f"has {name} of {len(tensors[name])} numbers, wanted {width}")
     fitting = dict(hidden_size=width, num_hidden_layers=depth, patch_size=patch, **SAME_FUNCTION)
     for key, wanted in fitting.items():
         said = lookup(config, [key])
         if said not in (None, wanted) and (key, said) != ("patch_size", [patch, patch]):
             raise ValueError(f"{where}: {key} is {shown(repr(said))}, wanted {wanted}")
-    arguments = dict(L=given.get("L"), V=given.get("V"))
-    source = code_size(file, arguments, size("sem_embed.weight", 0, 2))
+    arguments, source = code_size(file, given, shape("sem_embed.weight", 2)[0])
     own, temperature = tensors.pop("temperature", None), lookup(config, TEMPERATURE_NAMES)
     if temperature is None and own is not None and own.numel() == 1:
         temperature = float(own)
@@ -124,10 +120,11 @@ def config_of(file: File, tensors: dict, given: dict) -> tuple[dict, str]:
         found = dict(embed_dim=width, depth=depth, num_heads=lookup(config, ["num_attention_heads"]), patch_size=patch)
         arguments |= backbone_of(file, dict(found, reg_tokens=registers, mlp_ratio=hidden / width), gated)
     arguments["image_size"] = image_size(file.path.with_name("preprocessor_config.json"))
-    return arguments, (
+    file.words.append(
         f"ViT of width {width} with {depth} blocks and {registers} registers, L={arguments['L']}, "
         f"V={arguments['V']} ({source}), {arguments['image_size']}x{arguments['image_size']} pixels"
     )
+    return arguments
 
 
 def lookup(config: dict, names: Iterable[str]) -> object:
@@ -136,31 +133,28 @@ def lookup(config: dict, names: Iterable[str]) -> object:
     return next((level[name] for level in levels for name in names if level.get(name) is not None), None)
 
 
-def code_size(file: File, arguments: dict, numbers: int) -> str:
-    """Fill in L and V, whose product is the head's number of outputs. Returns words for where they are from."""
-    source = "by the flags"
-    for key, names in (("L", L_NAMES), ("V", V_NAMES)):
-        value = lookup(file.config, names)
-        if None not in (value, arguments[key]) and value != arguments[key]:
-            file.refuse(f"has {key} {shown(value)}, the flag says {arguments[key]}: leave out the flag")
-        if arguments[key] is None and value is not None:
-            if type(value) is not int or value < 1:
-                file.refuse(f"says {key} {shown(repr(value))} in its config.json, wanted a whole number from 1 on")
-            arguments[key], source = value, "by its config.json"
-    if arguments["L"] is arguments["V"] is None:
+def code_size(file: File, given: dict, numbers: int) -> tuple[dict, str]:
+    """L and V, whose product is the head's number of outputs; and words for where they are from."""
+    said = dict(L=lookup(file.config, L_NAMES), V=lookup(file.config, V_NAMES))
+    source = "by the flags" if said["L"] is said["V"] is None else "by its config.json"
+    said = {key: given.get(key) if value is None else value for key, value in said.items()}
+    for key, value in said.items():
+        if value is not None and (type(value) is not int or value < 1):
+            file.refuse(f"says {key} {shown(repr(value))} in its config.json, wanted a whole number from 1 on")
+    if said["L"] is said["V"] is None:
         in_name = re.search(r"[-_]L(\d{1,5})$", parts_of(file.named)[0]) if is_id(file.named) else None
         if in_name:
-            arguments["L"], source = int(in_name[1]), "by its name"
+            said["L"], source = int(in_name[1]), "by its name"
         elif numbers == DEFAULT_L * DEFAULT_V:
-            arguments["L"], source = DEFAULT_L, "the published size, as it does not say L"
+            said["L"], source = DEFAULT_L, "the published size, as it does not say L"
         else:
             file.refuse(f"does not say how its head's {numbers:,} numbers are L times V: give --L")
     for one, other in (("L", "V"), ("V", "L")):
-        if arguments[one] is None:
-            if not arguments[other] or numbers % arguments[other]:
-                file.refuse(f"has a head of {numbers:,} numbers, no multiple of {other} {arguments[other]}")
-            arguments[one] = numbers // arguments[other]
-    return source
+        if said[one] is None:
+            if not said[other] or numbers % said[other]:
+                file.refuse(f"has a head of {numbers:,} numbers, no multiple of {other} {said[other]}")
+            said[one] = numbers // said[other]
+    return said, source
 
 
 def backbone_of(file: File, found: dict, gated: bool) -> dict:
@@ -214,29 +208,12 @@ def state_dict_of(tensors: dict, backbone: torch.nn.Module) -> dict:
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
     if grid and positions is not None and positions.ndim == 3 and len(positions) == 1 and positions.numel():
         wanted = backbone.pos_embed.shape[1] - grid[0] * grid[1]  # of tokens that are no patches
-        prefix = next(filter(lambda n: is_square(positions.shape[1] - n), (wanted, 1, 0)), None)
+        sides = {prefix: max(0, positions.shape[1] - prefix) ** 0.5 for prefix in (wanted, 1, 0)}
+        prefix = next((prefix for prefix, side in sides.items() if side and side.is_integer()), None)
         if prefix == 1 and wanted == 0 and token is not None and token.shape == positions[:, :1].shape:
             tensors["cls_token"] = token + positions[:, :1]
             positions, prefix = positions[:, 1:], 0
         if prefix == wanted:
             tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("norm.")}  # see `final_norm_of`
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("norm.")}  # no part of it
     return {key if key.startswith("sem_") else f"backbone.{key}": value for key, value in tensors.items()}
-
-
-def final_norm_of(tensors: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Scale and shift (width,) of the backbone's final norm, which a file may leave out: codes do without it.
-
-    Raises ValueError where they are not of the backbone's width.
-    """
-    found = [tensors.get(f"norm.{name}") for name in ("weight", "bias")]
-    if any(one is None for one in found):
-        return None
-    if any(one.shape != tensors["cls_token"].shape[2:] for one in found):
-        raise ValueError(f"norm.weight and norm.bias have shapes {', '.join(str(tuple(one.shape)) for one in found)}")
-    return tuple(found)
-
-
-def is_square(number: int) -> bool:
-    """Whether this many patches make a square grid."""
-    return number > 0 and math.isqrt(number) ** 2 == number

@@ -77,9 +77,20 @@ class File:
     process: str | None = None  # what the model was trained on, in diffusion.process_table, where it is known
     noted: dict = field(default_factory=dict)  # what else is known of the weights, for their meta
 
+    @property
+    def said(self) -> str:
+        """What was recognised, in one line."""
+        return ", ".join(filter(None, self.words))
+
     def refuse(self, fault: str, error: type = ValueError, *more) -> NoReturn:
         """Raise an error, a ValueError, with the name and a fault."""
         raise error(f"{self.named} {fault}", *more)
+
+    def shape(self, tensors: dict, name: str, *ndims: int) -> tuple[int, ...]:
+        """The shape of a tensor, which is refused if it is missing or has another number of dimensions."""
+        if name not in tensors or tensors[name].ndim not in ndims:
+            self.refuse(f"is not {KINDS[self.kind]}: it has no {name} of {' or '.join(map(str, ndims))} dimensions")
+        return tuple(tensors[name].shape)
 
     def under(self, anchor: str) -> dict | None:
         """The tensors of the module that has a tensor of this name, without the names of what it is an attribute of.
@@ -129,6 +140,11 @@ class File:
             if "ema" not in self.tensors:
                 self.refuse("has no ema weights, only 'model': give --no-ema to sample from those")
             self.words.append("whose 'ema' is empty")
+
+
+def blocks_in(tensors: dict) -> int:
+    """The number of blocks: not the highest in a name, which may be any."""
+    return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
 def is_averaged(name: str) -> bool:

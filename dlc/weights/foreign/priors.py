@@ -1,12 +1,12 @@
 """Priors over codes of others: SEDD's names, which are ours, and its training files, whose EMA is a list."""
 
-import re
+from functools import partial
 
 import torch
 
 from diffusion.process_table import create_process
 from dlc.weights.foreign.dits import check_classes, check_sizes
-from dlc.weights.foreign.layouts import OF_SEDD, SHADOW, File
+from dlc.weights.foreign.layouts import OF_SEDD, SHADOW, File, blocks_in
 from dlc.weights.foreign.safe import check_tensors, differences_from
 from prior import DLCPrior, DLCPrior_models, Rotary
 
@@ -18,7 +18,7 @@ PROCESS = {("graph", "type"): "absorb", ("noise", "type"): "loglinear"}
 
 def under_our_names(file: File, tensors: dict) -> dict:
     """Tensors of SEDD's names; of its training files, the parameters that the list of EMA weights is of."""
-    tensors, ema = check_tensors(tensors, file.path), file.tensors.get(SHADOW)
+    ema = file.tensors.get(SHADOW)
     if OF_SEDD in file.words:
         file.weights = "ema" if file.ema else "raw"
     if OF_SEDD not in file.words or not file.ema:
@@ -34,8 +34,8 @@ def under_our_names(file: File, tensors: dict) -> dict:
     return {**tensors, **ema}
 
 
-def config_of(file: File, tensors: dict) -> tuple[dict, str]:
-    """What to build for a prior's tensors, {"family", "arguments", "process"}, and words. Adds constant frequencies.
+def config_of(file: File, tensors: dict) -> dict:
+    """What to build for a prior's tensors, {"family", "arguments", "process"}. Adds constant frequencies.
 
     Raises ValueError for tensors of no such prior, and for a config that says another size or process.
     """
@@ -45,23 +45,18 @@ def config_of(file: File, tensors: dict) -> tuple[dict, str]:
             file.refuse(f"says {outer}.{key} {str(said[key])[:40]!r}: only priors of the process {wanted!r} are read")
     arguments = arguments_of(file, tensors)
     tensors.setdefault(FREQUENCIES, Rotary(arguments["hidden_size"] // arguments["num_heads"]).inv_freq)
-    said = "" if file.config else "taken to be told the noise level, as SEDD's priors are"
+    if not file.config:
+        file.words.append("taken to be told the noise level, as SEDD's priors are")
     process = create_process("masked", V=arguments["V"]).config
-    return dict(family="DLCPrior", arguments=arguments, process=process), said
+    return dict(family="DLCPrior", arguments=arguments, process=process)
 
 
 def arguments_of(file: File, tensors: dict) -> dict:
     """DLCPrior's arguments, read off tensors' shapes; the number of heads may be in nothing but the config."""
-
-    def shape(name, *dims):
-        if name not in tensors or tensors[name].ndim not in dims:
-            file.refuse(f"is not a prior over codes: it has no {name} of {' or '.join(map(str, dims))} dimensions")
-        return tuple(tensors[name].shape)
-
+    shape = partial(file.shape, tensors)
     said = file.config.get("model") if isinstance(file.config.get("model"), dict) else {}
     tokens, (L, hidden_size) = shape(TOKENS, 2, 3), shape("pos_embed", 2)
-    # not by the highest number, which may be any
-    depth = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d", name)})
+    depth = blocks_in(tensors)
     found = dict(L=L, V=tokens[-2] - 1, hidden_size=hidden_size, depth=depth)
     found["cond_dim"] = shape("sigma_map.mlp.2.bias", 1)[0]
     pairs = shape(FREQUENCIES, 1)[0] if FREQUENCIES in tensors else None

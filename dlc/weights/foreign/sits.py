@@ -6,6 +6,7 @@ cosines and sines of t, which are linear in those of 1 - t, and the last layer i
 that its loss leaves out goes.
 """
 
+import math
 import re
 
 import torch
@@ -47,15 +48,13 @@ def as_flow(file: File, tensors: dict, whose: str | None) -> str:
 
     Returns words for it. Raises ValueError where the tensors are no such model's.
     """
-    patches, weight, bias = (tensors.get(name) for name in ("x_embedder.proj.weight", f"{LAST}.weight", f"{LAST}.bias"))
-    time = tensors.get(TIME)
-    for value, ndim in ((patches, 4), (weight, 2), (bias, 1), (time, 2)):
-        if value is None or value.ndim != ndim or not value.numel() or not value.is_floating_point():
-            file.refuse("is no model of SiT's or REPA's: its first or last layers are missing or of another shape")
-    if time.shape[1] % 2:
-        file.refuse(f"is no model of SiT's or REPA's: {TIME} has {time.shape[1]} columns, wanted cosines and sines")
-    channels, cells = patches.shape[1], patches.shape[2] * patches.shape[3]
-    doubled = len(weight) == len(bias) == 2 * channels * cells
+    _, channels, *patch = file.shape(tensors, "x_embedder.proj.weight", 4)
+    outputs = {file.shape(tensors, f"{LAST}.{kind}", ndim)[0] for kind, ndim in (("weight", 2), ("bias", 1))}
+    _, columns = file.shape(tensors, TIME, 2)
+    if columns % 2:
+        file.refuse(f"is no model of SiT's or REPA's: {TIME} has {columns} columns, wanted cosines and sines")
+    weight, bias, time, cells = tensors[f"{LAST}.weight"], tensors[f"{LAST}.bias"], tensors[TIME], math.prod(patch)
+    doubled = channels * cells > 0 and outputs == {2 * channels * cells}
     file.process = PROCESS
     if whose == "REPA" or whose != "SiT" and not doubled:
         return "velocity, in REPA's time"
@@ -64,7 +63,7 @@ def as_flow(file: File, tensors: dict, whose: str | None) -> str:
             value.unflatten(0, (cells, 2 * channels))[:, :channels].flatten(0, 1) for value in (weight, bias)
         )
     tensors[f"{LAST}.weight"], tensors[f"{LAST}.bias"] = -weight, -bias
-    cosine, sine = TimestepEmbedder.timestep_embedding(torch.ones(1), time.shape[1])[0].double().chunk(2)
+    cosine, sine = TimestepEmbedder.timestep_embedding(torch.ones(1), columns)[0].double().chunk(2)
     of_cosines, of_sines = time.double().chunk(2, dim=1)  # weights; cos(w - wt) = cos w cos wt + sin w sin wt
     turned = torch.cat([of_cosines * cosine + of_sines * sine, of_cosines * sine - of_sines * cosine], dim=1)
     tensors[TIME] = turned.float()

@@ -86,8 +86,8 @@ def check_scale(path: Path, said: object, config: dict) -> None:
 #################################################################################
 
 
-def config_of(file: File, tensors: dict) -> tuple[dict, str]:
-    """What to build for tensors, {"family", "arguments"}, by the config.json beside them or their shapes; and words.
+def config_of(file: File, tensors: dict) -> dict:
+    """What to build for tensors, {"family", "arguments"}, by the config.json beside them or their shapes.
 
     Raises ValueError where neither says the scale of the latents.
     """
@@ -99,23 +99,21 @@ def config_of(file: File, tensors: dict) -> tuple[dict, str]:
         check_scale(file.path, file.named, arguments | scale)
         config = dict(family="AutoencoderKL", arguments=arguments | scale)
     values = config["arguments"]
-    words = [
-        f"{values.get('latent_channels', 4)} channels",
+    file.words += [
+        f"{config['family']} of {values.get('latent_channels', 4)} channels",
         f"{pixels_per_cell(values)} pixels per latent cell",
-        f"scaling factor {values.get('scaling_factor', 0.18215)}",
+        f"scaling factor {values.get('scaling_factor', 0.18215)}{whose and f' ({whose})'}",
         values.get("shift_factor") and f"shift {values['shift_factor']}",
         values.get("latents_mean") is not None and "mean and standard deviation per channel",
     ]
-    return config, f"{config['family']} of {', '.join(filter(None, words))}{whose and f' ({whose})'}"
+    return config
 
 
 def config_of_shapes(file: File, tensors: dict) -> dict:
     """The arguments of AutoencoderKL, but for the scale, of tensors under diffusers' names."""
 
     def width(name, dimension=0):
-        if name not in tensors or tensors[name].ndim != 4:
-            file.refuse(f"holds no whole AutoencoderKL: it has no convolution {name}")
-        return tensors[name].shape[dimension]
+        return file.shape(tensors, name, 4)[dimension]
 
     def count(pattern):
         return len({match[1] for key in tensors if (match := re.match(pattern, key))})
@@ -182,7 +180,6 @@ def from_diffusers(file: File, tensors: dict) -> dict:
     """Names of diffusers since 0.17 for those and for older ones, which Stability AI's files have."""
     new = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
     old = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
-    tensors = check_tensors(tensors, file.path)
     return {old.sub(lambda found: new[found[1]], key): value for key, value in tensors.items()}
 
 
@@ -205,9 +202,13 @@ FROM_LDM = [
 ]
 
 
+def is_part(key: str) -> bool:
+    """Whether a tensor belongs to the autoencoder, rather than to the model around it."""
+    return key.split(".")[0] in PARTS
+
+
 def from_ldm(file: File, tensors: dict) -> dict:
     """An autoencoder's tensors under diffusers' names. Attention layers are 1x1 convolutions in LDM, linear there."""
-    tensors = check_tensors({key: value for key, value in tensors.items() if key.split(".")[0] in PARTS}, file.path)
     levels = len({match[1] for key in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", key))})
     renamed = {}
     for key, value in tensors.items():
