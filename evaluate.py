@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     parser, args = parse_args(argv)
     unwritten = "nothing was written"
-    with parser.kept_on_error(unwritten, "--batch-size", ()), parser.one_line_errors(unwritten):
+    with parser.one_line_errors(unwritten, "--batch-size", ()), parser.one_line_errors(unwritten):
         run(args)
 
 

@@ -141,7 +141,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser, args = parse_args()
-    with parser.kept_on_error("what is done is kept", "--batch-size", (OSError,)):
+    with parser.one_line_errors("what is done is kept", "--batch-size", (OSError,)):
         run(parser, args)
 
 

@@ -107,7 +107,7 @@ def count_usage(folder: CodeFolder, num: int, V: int, codes: Codes | None) -> di
 
 def main() -> None:
     parser, args = parse_args()
-    with parser.kept_on_error("what is drawn is kept", "--batch-size", ()):
+    with parser.one_line_errors("what is drawn is kept", "--batch-size", ()):
         run(parser, args)
 
 
@@ -145,13 +145,13 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         logger.info(line)
 
     # ---------------------------------------------------------------------- codes
-    with parser.kept_on_error("what is drawn is kept", "--batch-size"):
+    with parser.one_line_errors("what is drawn is kept", "--batch-size"):
         draw_into(folder, missing, prior, args.num, state, args.batch_size, args.compile)
         wait_for_all()
 
     # ---------------------------------------------------------------------- what they are
     if state.is_main_process:
-        with parser.kept_on_error("what is drawn is kept", "--num-codes"):
+        with parser.one_line_errors("what is drawn is kept", "--num-codes"):
             # without a usage, what an earlier launch found stays
             find = lambda: dict(usage=count_usage(folder, args.num, record.V, training)) if args.usage else {}  # noqa: E731
             folder.finish(find)

@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out {out} holds networks made with other settings: {other}; give another folder")
         write_json(out / "networks.json", settings)
     try:
-        with parser.kept_on_error("what is trained is kept", "--vae-batch or --sem-batch"):
+        with parser.one_line_errors("what is trained is kept", "--vae-batch or --sem-batch"):
             if not args.vae:
                 vae = build_vae(args, images, device, out / "vae.training.pt")
                 write_folder(out / "vae", vae.save_pretrained, temporary=out / ".vae.tmp")

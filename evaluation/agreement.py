@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     logger = create_logger(state)
     for note in [*notes, *(ceiling[3] if ceiling else [])]:
         logger.info(f"note: {note}")
-    with parser.kept_on_error("nothing was written", "the number of other programs", (ValueError, OSError)):
+    with parser.one_line_errors("nothing was written", "the number of other programs", (ValueError, OSError)):
         read = CodeReader(encoder, state.device)
         result, measured = agreement_of(samples, wanted, read, encoder.V, state, "encoding samples")
         if ceiling:

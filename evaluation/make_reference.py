@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     unwritten = "nothing was written"
-    with parser.kept_on_error(unwritten, "--batch-size", ()), parser.one_line_errors(unwritten):
+    with parser.one_line_errors(unwritten, "--batch-size", ()), parser.one_line_errors(unwritten):
         run(args)
 
 

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     logger = create_logger(state)
     for note in [*notes, *more, *(note for one in networks for note in one.notes)]:
         logger.info(f"note: {note}")
-    with parser.kept_on_error("nothing was written", "--precision", (ValueError, OSError)):
+    with parser.one_line_errors("nothing was written", "--precision", (ValueError, OSError)):
         read = CodeReader(encoder, state.device) if encoder else None
         network = Reconstruction(vae, state.device, args.precision, networks, read)
         result = numbers_of(images, network, state, features.codes if encoder else None)

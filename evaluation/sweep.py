@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
             handed["sampling"] = [*without(named, "--ckpt"), "--ckpt", args.ckpt]
         lock = DirectoryLock(out)
         lock.acquire()
-    with parser.kept_on_error("finished settings are kept", "--processes", (ValueError, OSError)):
+    with parser.one_line_errors("finished settings are kept", "--processes", (ValueError, OSError)):
         for place, setting in enumerate(settings, 1):
             if metrics_of(results, setting) is None:
                 print(f"setting {place} of {len(settings)}: {words_of(drawn_as(setting))}", flush=True)

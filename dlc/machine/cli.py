@@ -21,6 +21,8 @@ LONGEST_LINE = 500  # characters of an error
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # of fractions
 PLAIN_SECONDS = 30  # between two lines of progress where standard error is no terminal
 WARNED = set()  # subjects that this process has warned of
+# what torch's and Triton's errors say where a kernel cannot be built
+NO_COMPILER = r"C(\+\+)? compiler|C\+\+ compile error|Python\.h|\bgcc\b"
 
 
 def printable(text: object) -> str:
@@ -174,58 +176,45 @@ class ArgumentParser(argparse.ArgumentParser):
         where = self.prog if rank == "0" else f"{self.prog}, rank {rank}"
         self.exit(2, f"{where}: error: {shortened(message)}\n")
 
-    def interrupted(self, kept: str) -> NoReturn:
-        """End after Ctrl-C, with one line that says what is kept."""
-        if os.environ.get("RANK", "0") == "0":
-            say(f"stopped; {kept}")
-        self.exit(130)
-
     @contextlib.contextmanager
-    def one_line_errors(self, kept: str = "nothing was begun") -> Iterator[None]:
-        """Report a user's mistake, raised within as ValueError or OSError, by `error`. For checks before the work.
-
-        kept: what Ctrl-C prints after "stopped".
-        """
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(error)
-        except KeyboardInterrupt:
-            self.interrupted(kept)
-
-    @contextlib.contextmanager
-    def kept_on_error(
-        self, kept: str, lower: str, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
+    def one_line_errors(
+        self,
+        kept: str = "nothing was begun",
+        lower: str = "",
+        mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
     ) -> Iterator[None]:
-        """Report what ends the work itself in one line that says what is kept: a full disk or memory, Ctrl-C.
+        """Report what ends the work within in one line that says what is kept: a mistake, full disk or memory, Ctrl-C.
 
         Args:
             kept: what that is, as "what is drawn is kept".
-            lower: the flag that makes the work need less memory.
+            lower: the flag that makes the work need less memory; without it, these are the checks before the work.
             mistakes: exceptions whose own message is the line.
         """
-        again = f"{kept}: run the same command again"
+        again = f"; {kept}: run the same command again" if lower else ""
         try:
             yield
         except KeyboardInterrupt:
-            self.interrupted(again)
+            if os.environ.get("RANK", "0") == "0":
+                say(f"stopped{again or f'; {kept}'}")
+            self.exit(130)
         except (*mistakes, RuntimeError, MemoryError) as error:
+            text = str(error)
             if isinstance(error, mistakes):
-                self.error(f"{error}; {again}")
-            if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-                self.error(f"the memory is full: lower {lower}; {again}")
-            if isinstance(error, RuntimeError) and re.search(NO_COMPILER, str(error)):
-                self.error(
-                    f"torch.compile needs a C and C++ compiler and Python.h ({one_line(error, 200)}): install gcc, g++ "
-                    f"and python3-dev, or give --no-compile; {again}"
+                message = text
+            elif not lower:
+                raise
+            elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+                message = f"the memory is full: lower {lower}"
+            elif re.search(NO_COMPILER, text):
+                message = (
+                    f"torch.compile needs a C and C++ compiler and Python.h ({one_line(text, 200)}): install gcc, "
                 )
-            if "by peer" in str(error):  # gloo's message when a process is gone
-                self.error(f"another process failed, see its message; {again}")
-            raise
-
-
-# what torch's and Triton's errors say where a kernel cannot be built
-NO_COMPILER = r"C(\+\+)? compiler|C\+\+ compile error|Python\.h|\bgcc\b"
+                message += "g++ and python3-dev, or give --no-compile"
+            elif "by peer" in text:  # gloo's message when a process is gone
+                message = "another process failed, see its message"
+            else:
+                raise
+            self.error(message + again)
 
 
 #################################################################################

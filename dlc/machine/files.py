@@ -125,64 +125,53 @@ def sync(path: str | Path) -> None:
         )
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a temporary file, then rename it to path, so that readers see the whole file or none.
-
-    If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the file, if the disk fails.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise failed(f"cannot write {path}", error, path.parent) from error
-        raise
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes as `write_whole` does."""
-    write_whole(path, lambda file: file.write(content))
-
-
-def write_folder(path: Path, write: Callable[[Path], object], what: str = "", temporary: Path | None = None) -> None:
-    """Let write(folder) fill a temporary folder, then rename it to path.
+@contextlib.contextmanager
+def replacing(path: Path, what: str = "", folder: Path | None = None) -> Iterator[Path]:
+    """Give a path to write a file or folder to, then sync it and rename it to path: readers see the whole or none.
 
     Args:
         what: words before the path in an error.
-        temporary: the folder to fill; one that is there is replaced, and so is `path` [a new one; `path` is kept].
+        folder: the path to give, of a folder that is to replace the one at path [a new one; a folder at path is kept].
 
-    If write raises, or is interrupted, nothing is left behind. Raises OSError, naming the path, if the disk fails, and
-    ValueError if it is there.
+    If that raises, or is interrupted, nothing is left behind. Raises OSError, naming the path, if the disk fails.
     """
-    replaces, parent = temporary is not None, path.absolute().parent
-    temporary = temporary or parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    parent = path.absolute().parent
+    temporary = folder or parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
-        if replaces:
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for inner in (*temporary.rglob("*"), temporary):
-            if inner.is_file():  # safetensors lets nobody else read its files, whatever the umask
-                with contextlib.suppress(OSError):
-                    inner.chmod(inner.stat().st_mode | temporary.stat().st_mode & 0o666)
-            sync(inner)
-        if replaces:
+        yield temporary
+        for one in (*temporary.rglob("*"), temporary):
+            sync(one)
+        if folder:
             shutil.rmtree(path, ignore_errors=True)
-        elif os.path.lexists(path):
-            raise ValueError(f"{path} exists now: give another path")
         os.replace(temporary, path)
         sync(parent)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         # whatever the writers raise on a full disk
         if isinstance(error, (OSError, RuntimeError)) or isinstance(error, Exception) and errno_of(error):
             raise failed(f"cannot write {what}{path}", error, parent) from error
         raise
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let write(file) fill a file, see `replacing`."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    write_whole(path, lambda file: file.write(content))
+
+
+def write_folder(path: Path, write: Callable[[Path], object], what: str = "", temporary: Path | None = None) -> None:
+    """Let write(folder) fill a folder, see `replacing`. One that a killed process left at `temporary` is removed."""
+    with replacing(path, what, temporary) as folder:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write(folder)
+        for file in filter(Path.is_file, folder.rglob("*")):  # safetensors lets nobody else read its files
+            with contextlib.suppress(OSError):
+                file.chmod(file.stat().st_mode | folder.stat().st_mode & 0o666)
 
 
 def folder_names(folder: str | Path) -> list[str]:

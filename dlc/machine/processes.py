@@ -73,8 +73,6 @@ def refuse_launcher(grad_accum: int | None = None) -> None:
     for variable, what in REFUSED.items():
         if is_on(variable):
             raise ValueError(f"accelerate's configuration ({variable}) asks for {what}")
-    if environment("ACCELERATE_FP8_BACKEND", "no") != "no":
-        raise ValueError("accelerate's configuration (ACCELERATE_FP8_BACKEND) asks for 8-bit training: leave it out")
     steps = environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if grad_accum and steps not in ("1", str(grad_accum)):
         raise ValueError(
@@ -336,15 +334,12 @@ def create_logger(state: "PartialState", log_file: Path | None = None) -> loggin
     """A logger to standard output and, if given, to the end of log_file; silent on all ranks but 0."""
     logger = logging.getLogger("dlc")
     logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.handlers = []
-    if not state.is_main_process:
-        logger.addHandler(logging.NullHandler())
-        return logger
-    for handler in [logging.StreamHandler(sys.stdout)] + ([logging.FileHandler(log_file)] if log_file else []):
+    logger.propagate, logger.handlers = False, [logging.NullHandler()]
+    if state.is_main_process:
+        logger.handlers = [logging.StreamHandler(sys.stdout), *([logging.FileHandler(log_file)] if log_file else [])]
+    for handler in logger.handlers:
         handler.handleError = functools.partial(_not_written, handler)
         handler.setFormatter(PrintableFormatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
     return logger
 
 

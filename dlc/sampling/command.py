@@ -195,7 +195,7 @@ def sample(doc: str, script: str, model: str) -> None:
     """
     parser = sampling_parser(doc, script, model)
     args = parser.parse_args()
-    with parser.kept_on_error(KEPT, "--per-proc-batch-size", ()):
+    with parser.one_line_errors(KEPT, "--per-proc-batch-size", ()):
         with parser.one_line_errors("nothing was drawn; what was there is kept"):
             job = prepare(args, script, model)
         run(parser, args, job)
@@ -209,9 +209,9 @@ def run(parser: ArgumentParser, args: Namespace, job: Job) -> None:
         logger.info(line)
     if len(job.missing) or args.progressive:
         lower = "--batch-size of sample_prior.py, whose codes --dlc-dir takes in the place of --prior"
-        with parser.kept_on_error(KEPT, lower):
+        with parser.one_line_errors(KEPT, lower):
             job.conditions.prepare(folder, state, this_launch(state, args.per_proc_batch_size, folder.part))
-    with parser.kept_on_error(KEPT, "--per-proc-batch-size"):
+    with parser.one_line_errors(KEPT, "--per-proc-batch-size"):
         draw_missing(job, args)
         wait_for_all()
         if state.is_main_process:

@@ -96,7 +96,7 @@ class Run(contextlib.ExitStack):
         self.deadline = math.inf if args.stop_after is None else time.monotonic() + 3600 * args.stop_after
         self.callback(self.lock.release)
         less_memory = "--global-batch-size, or raise --grad-accum"
-        self.enter_context(parser.kept_on_error("what is done is kept", less_memory, (OSError,)))
+        self.enter_context(parser.one_line_errors("what is done is kept", less_memory, (OSError,)))
         with parser.one_line_errors():
             self.precision = asked_precision(args.precision)
             self.state = start_processes(args.grad_accum, [self.precision])

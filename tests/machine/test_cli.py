@@ -150,11 +150,11 @@ NO_COMPILER = (
 def test_what_ends_the_work(error, status, said, capsys):
     with (
         pytest.raises(SystemExit) as stopped,
-        ArgumentParser("", prog="script").kept_on_error("what is done is kept", "--batch-size"),
+        ArgumentParser("", prog="script").one_line_errors("what is done is kept", "--batch-size"),
     ):
         raise error
     assert stopped.value.code == status and said in capsys.readouterr().err
-    with pytest.raises(ZeroDivisionError), ArgumentParser("").kept_on_error("", ""):  # a bug keeps its traceback
+    with pytest.raises(ZeroDivisionError), ArgumentParser("").one_line_errors("", ""):  # a bug keeps its traceback
         _ = 1 / 0
 
 

@@ -172,7 +172,6 @@ def test_a_process_that_waits_says_where(train):
         ("ACCELERATE_USE_MEGATRON_LM=true", "asks for Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG=true", "asks for other parallelism: use --multi_gpu"),
         ("FSDP_OFFLOAD_PARAMS=true", "leave out fsdp_offload_params"),
-        ("ACCELERATE_FP8_BACKEND=TE", "(ACCELERATE_FP8_BACKEND) asks for 8-bit training"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4", "4 gradient accumulation steps, --grad-accum for 1"),
         ("WORLD_SIZE=x", "cannot start the process group from WORLD_SIZE"),
         ("ACCELERATE_DYNAMO_BACKEND=cudagraphs", "the dynamo backend cudagraphs"),
