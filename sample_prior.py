@@ -34,7 +34,7 @@ from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
 from dlc.sampling.prior_options import PriorOptions, add_prior_flags
 from dlc.sampling.samples_record import this_launch
 from dlc.sampling.usage import usage, usage_lines
-from dlc.training.code_batches import Codes
+from dlc.training.split import Split, copies_of, split_codes
 
 RESULTS = "results_prior"  # the default of --results-dir
 
@@ -78,8 +78,8 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
-def open_training_codes(args: argparse.Namespace, prior: PriorDraw) -> tuple[Codes | None, str | None]:
-    """The `Codes` to compare with, or None with a reason. Raises ValueError if those of --features-path do not fit."""
+def open_training_codes(args: argparse.Namespace, prior: PriorDraw) -> tuple[Split | None, str | None]:
+    """The codes to compare with, or None with a reason. Raises ValueError if those of --features-path do not fit."""
     path = args.features_path or prior.meta.features_path
     if not args.usage or path is None:
         return None, args.usage and "the prior does not say its training codes: name them with --features-path"
@@ -87,21 +87,21 @@ def open_training_codes(args: argparse.Namespace, prior: PriorDraw) -> tuple[Cod
     if heldout and not Path(heldout).exists():
         heldout, note = None, f"no comparison with the held-out codes: {heldout} is not there"
     try:
-        codes = Codes(path, prior.model.V, prior.meta.holdout or 0.0, heldout)
-        compare(CodeSet.of_features(codes.features), prior.spec)
+        split = split_codes(path, prior.model.V, prior.meta.holdout or 0.0, heldout)
+        compare(CodeSet.of_features(split.features), prior.spec)
     except ValueError as error:
         if args.features_path:
             raise
         return None, f"no comparison with the training codes: {error}"
-    return codes, note
+    return split, note
 
 
-def count_usage(folder: CodeFolder, num: int, V: int, codes: Codes | None) -> dict:
+def count_usage(folder: CodeFolder, num: int, V: int, split: Split | None) -> dict:
     """See `usage`, of a folder of codes and those that the prior was trained on."""
     training = heldout = None
-    if codes is not None:
-        training = codes.features.codes.gather(codes.rows[:: codes.copies], limit=V)
-        heldout = codes.heldout_features.codes.gather(codes.heldout_rows, limit=V)
+    if split is not None:
+        training = split.features.codes.gather(split.rows[:: copies_of(split.features)])
+        heldout = split.other.codes.gather(split.heldout)
     return usage(folder.rows(num).gather(np.arange(num)), V, training, heldout)
 
 

@@ -28,7 +28,7 @@ from dlc.data import Features
 from dlc.data.convert import fetch_features
 from dlc.data.images import WHITE, add_background_flag, add_source_flags
 from dlc.data.inputs import INPUTS, Inputs
-from dlc.machine.cli import ArgumentParser, NotHere, add_option, number, warn_once
+from dlc.machine.cli import ArgumentParser, NotHere, add_option, excludes, flag, needs, number, warn_once
 from dlc.machine.files import check_outside, recorded_id
 from dlc.machine.noise import Stream, as_normals, in_unit_interval, words_for, words_of_streams
 from dlc.machine.processes import done_by_rank_0, from_rank_0
@@ -36,12 +36,12 @@ from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.alignment import Alignment, add_alignment_flags, open_alignment
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.heldout import add_heldout_flags
-from dlc.training.heldout_latents import HeldOutLatents, split_features
+from dlc.training.heldout_latents import HeldOutLatents, open_heldout
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
-from dlc.training.preview import preview_sampler, rows_to_show, save_preview
+from dlc.training.preview import PREVIEW_SAMPLES, preview_sampler, save_preview
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags, warmup
+from dlc.training.split import Split, add_heldout_flags, settle_heldout
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
 from models import CODE_INITS, Condition, DiT, DiT_models, DiTCONT, DiTSEM
 
@@ -133,20 +133,11 @@ def argument_parser(**defaults) -> ArgumentParser:
 
 def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Images:
     """The `Features` or `Images` to train on. Raises ValueError if they cannot be read or flags do not fit them."""
+    needs(args, "data_path", "labels", "image_size", "flip", "background", "encoder", "encoder_backbone", "L")
+    excludes(args, "data_path", "hf_dataset", "num_classes", "holdout", "heldout_path", "eval_samples")
     if not args.data_path:
         if args.features_path is None:
             raise ValueError("this trains on images: give --data-path")
-        for flag, given in (
-            ("labels", args.labels),
-            ("image-size", args.image_size),
-            ("flip", args.flip),
-            ("background", args.background),
-            ("encoder", args.encoder),
-            ("encoder-backbone", args.encoder_backbone),
-            ("L", args.L),
-        ):
-            if given is not None:
-                raise ValueError(f"--{flag} goes with --data-path; features have theirs from extraction")
         if args.vae and args.sample_every == 0 and not args.eval_samples:
             raise ValueError("--vae decodes previews, and features have their latents: leave out --sample-every 0")
         if args.hf_dataset:
@@ -154,10 +145,6 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
             done_by_rank_0(state, fetch)
         return Features(args.features_path, args.V, args.num_classes)
     check_outside(args.results_dir, "--results-dir", args.data_path)
-    if args.hf_dataset:
-        raise ValueError("--hf-dataset takes features; give a dataset of images to --data-path")
-    if args.num_classes:
-        raise ValueError("--num-classes does not go with --data-path, whose folders are the classes")
     on_codes = issubclass(DiT_models[args.model].family, DiTSEM)
     if on_codes and not args.encoder:
         raise ValueError(
@@ -180,15 +167,22 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
     )
 
 
+def split_features(args: argparse.Namespace, features: Features | Images) -> Split:
+    """What --holdout and --heldout-path hold out. Raises ValueError for other features that do not fit these."""
+    settle_heldout(args, 0.0)
+    if args.eval_samples == 1:
+        raise ValueError("--eval-samples 1: a Frechet distance needs at least 2 samples")
+    excludes(args, "condition_path", "heldout_path")  # whose rows have no vectors
+    return Split.of(features, args.holdout, open_heldout(args, features) if args.heldout_path else None)
+
+
 def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs:
     """What the model is conditioned on, `Inputs`. Raises ValueError if the features lack it, or flags do not fit it."""
     family = DiT_models[args.model].family
     if args.condition_path and not issubclass(family, DiTCONT):
         raise ValueError(f"--condition-path is for DiTCONT models, not {args.model}")
-    if args.train_only and not (args.intermediate_head and args.pretrained_path):
-        raise ValueError(
-            "--train-only head adds a head to a trained model: give --intermediate-head and --pretrained-path"
-        )
+    needs(args, "intermediate_head", "train_only")
+    needs(args, "pretrained_path", "train_only")
     if args.code_init != "unit" and not issubclass(family, DiTSEM):
         raise ValueError(f"--code-init {args.code_init} is for DiTSEM models, not {args.model}")
     return INPUTS[family.conditioning](features, args)
@@ -225,8 +219,7 @@ def open_process(args: argparse.Namespace) -> Process:
     given = {name: getattr(args, name) for name in OBJECTIVE_OPTIONS if getattr(args, name) is not None}
     for name in given.keys() - PROCESSES[OBJECTIVES[args.objective]].options.keys():
         have = " or ".join(one for had in OBJECTIVE_OPTIONS[name].values() for one in had)
-        flag = f"--{name.replace('_', '-')} {given[name]}"
-        raise ValueError(f"{flag} goes with --objective {have}, not {args.objective}")
+        raise ValueError(f"{flag(name)} {given[name]} goes with --objective {have}, not {args.objective}")
     return create_process(OBJECTIVES[args.objective], **given)
 
 
@@ -356,14 +349,6 @@ def preview_vae(
     return vae
 
 
-def log_networks(run: Run, images: Images | None, encoder: str | None, vae_name: str, vae: torch.nn.Module | None):
-    """Say what was recognised of the encoder and of the VAE of images, or of previews."""
-    networks = (("VAE", vae_name, images.vae if images else vae), ("encoder", encoder, images and images.encoder))
-    for what, name, network in networks:
-        if network is not None:
-            run.logger.info(f"{what} {name}: {network.said}")
-
-
 def main(**defaults) -> None:
     # ---------------------------------------------------------------------- flags
     parser = argument_parser(**defaults)
@@ -378,7 +363,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         # ---------------------------------------------------------------------- data
         features, data_path = open_data(args, run.state), args.data_path or args.features_path
         inputs, (channels, latent_size, _) = open_inputs(args, features), features.latent_shape
-        split = split_features(args, features, inputs)
+        split = split_features(args, features)
+        measured_on = inputs if split.other is features else open_inputs(args, split.other)
         spec, process = DiT_models[args.model], open_process(args)
         alignment = open_alignment(args, features, spec.depth)
         sizes = {**inputs.sizes, **model_arguments(args), **process.model_arguments}
@@ -388,7 +374,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         settings = dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings)
         run.claim(args.model, build, process, settings, data_notes(args, features))
         if run.state.is_main_process:
-            features.validate()
+            split.validate()
             if args.condition_path:
                 inputs.arrays["vectors"].check_finite()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
@@ -406,17 +392,19 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     run.optimize(optimizers, warmup)
 
     # ---------------------------------------------------------------------- run
-    kind = ImageBatches if encode else TrainingBatches
     arrays = {**inputs.arrays, "tokens": alignment.stored} if alignment else inputs.arrays
-    batches = kind(features, arrays, inputs.limits, only=split.only, **run.share)
+    if encode:
+        batches = ImageBatches(features, arrays, **run.share)
+    else:
+        batches = TrainingBatches(features, dict(arrays, latents=features.latents), only=split.rows, **run.share)
     losses = partial(losses_of, draw_latents=draw_latents)
-    heldout = HeldOutLatents(run, split, process, losses)
+    heldout = HeldOutLatents(run, split, measured_on, process, losses)
     measured = [heldout]
     if args.eval_samples:
         from evaluation.in_training import SampleMetrics  # whose networks no other run needs
 
         with parser.one_line_errors():
-            measured.append(SampleMetrics(run, split, process, vae_name))
+            measured.append(SampleMetrics(run, split, measured_on, process, vae_name))
     parameters = sum(weight.numel() for weight in model.parameters())
     run.logger.info(
         f"model: {args.model}, {parameters / 1e6:.1f} M parameters, image size {features.image_size}, "
@@ -427,7 +415,10 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         f"data: {batches.rows_per_epoch:,} {'images' if encode else 'rows'} of {data_path}, "
         f"{batches.rows_per_epoch / args.global_batch_size:.1f} steps per epoch, {heldout.size:,} held out"
     )
-    log_networks(run, features if encode else None, args.encoder, vae_name, vae)
+    networks = (("VAE", vae_name, encode.vae if encode else vae), ("encoder", args.encoder, encode and encode.encoder))
+    for what, name, network in networks:
+        if network is not None:
+            run.logger.info(f"{what} {name}: {network.said}")
 
     def seen(batch):
         """Latents or moments, and conditions, of a batch."""
@@ -448,7 +439,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
             with run.whole_ema() as ema:
                 if ema is not None:
                     with parser.one_line_errors():
-                        batch = rows_to_show(batches, run.device)
+                        batch = batches.shown(PREVIEW_SAMPLES, run.device)
                     latents, y = seen(batch)
                     path = run.folder / f"previews/{step:07d}.png"
                     shown, classes = latents[:, :channels].float(), features.manifest and features.manifest.classes

@@ -18,20 +18,22 @@ from functools import partial
 
 import torch
 
-from diffusion.masked import MaskedDiffusion
+from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.process_table import create_process
-from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.cli import ArgumentParser, needs, number
 from dlc.machine.files import recorded_id
-from dlc.machine.noise import Stream, seed_torch
-from dlc.training.code_batches import CodeBatches, Codes, draws
-from dlc.training.heldout import HeldOutCodes, add_heldout_flags, settle_heldout
+from dlc.machine.noise import Stream, seed_torch, uniform, uniforms
+from dlc.training.batches import TrainingBatches
+from dlc.training.heldout import HeldOutCodes
 from dlc.training.preview import CodePreview, preview_codes
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags, warmup
+from dlc.training.split import add_heldout_flags, settle_heldout, split_codes
 from prior import DLCPrior_models
 
 HOLDOUT = 0.01  # the default of --holdout
 MASKING = "counted"  # the same mean loss as independent masks, and less variance
+STRATA = 64  # consecutive samples that share the range of times evenly
 
 
 def argument_parser() -> ArgumentParser:
@@ -92,18 +94,32 @@ def argument_parser() -> ArgumentParser:
 
 def settle_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that would have no effect; give the others that were left out their values."""
-    if args.vae and not args.preview_ckpt:
-        raise ValueError("--vae decodes previews: give a --preview-ckpt as well")
+    needs(args, "preview_ckpt", "vae")
+    needs(args, "class_conditional", "label_dropout")
     if args.sample_every and not args.preview_ckpt:
         raise ValueError("previews need the --preview-ckpt of a DiTSEM beside --sample-every")
     args.sample_every = args.sample_every if args.preview_ckpt else 0
-    if args.label_dropout is not None and not args.class_conditional:
-        raise ValueError("--label-dropout hides classes: give --class-conditional as well")
     settle_heldout(args, HOLDOUT)
     if args.eval_levels is not None and not (args.holdout or args.heldout_path):
         raise ValueError("--eval-levels needs held-out codes, but --holdout is 0")
     default = dict(label_dropout=0.1 if args.class_conditional else 0.0, eval_levels=8)
     vars(args).update({name: value for name, value in default.items() if getattr(args, name) is None})
+
+
+def draws(
+    seed: int, indices: torch.Tensor, L: int, label_dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The randomness of training samples with these indices (n,).
+
+    In every STRATA consecutive samples the times are spread evenly, so that the mean loss of a batch varies less.
+
+    Returns times t (n,) in (0, 1]; uniform numbers (n, L) in [0, 1), by which tokens are masked; and whether to drop
+    the label (n,) bool.
+    """
+    offset = uniform(seed, Stream.TRAIN_TIMESTEP, indices // STRATA)
+    t = stratified_times(offset, indices % STRATA, STRATA)
+    u = uniforms(seed, Stream.TRAIN_MASK, indices, L)
+    return t, u, uniform(seed, Stream.TRAIN_DROP, indices) < label_dropout
 
 
 def losses_of(
@@ -141,39 +157,43 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     with parser.one_line_errors():
         # ---------------------------------------------------------------------- data
         settle_flags(args)
-        codes = Codes(args.features_path, args.V, args.holdout, args.heldout_path)
-        source = codes.features.source()
+        split = split_codes(args.features_path, args.V, args.holdout, args.heldout_path)
+        features, source, count = split.features, split.features.source(), len(split.rows)
         sizes = dict(
-            L=codes.L,
-            V=codes.V,
-            num_classes=codes.num_classes if args.class_conditional else None,
+            L=features.L,
+            V=features.V,
+            num_classes=features.num_classes if args.class_conditional else None,
             shared_embedding=args.shared_embedding,
             scale_by_sigma=args.score_entropy,
         )
         build = partial(DLCPrior_models[args.model], **sizes, dropout=args.dropout)
         diffusion = create_process(
-            "masked", V=codes.V, masking=MASKING, time_conditioning=args.score_entropy, score_entropy=args.score_entropy
+            "masked",
+            V=features.V,
+            masking=MASKING,
+            time_conditioning=args.score_entropy,
+            score_entropy=args.score_entropy,
         )
         run.claim(
             args.model,
             build,
             diffusion,
             settings=dict(
-                features_count=codes.count,
+                features_count=count,
                 latents="codes",
                 holdout=args.holdout,
                 heldout_path=args.heldout_path and recorded_id(args.heldout_path),
-                eval_levels=args.eval_levels if len(codes.heldout_rows) else None,
+                eval_levels=args.eval_levels if len(split.heldout) else None,
                 label_dropout=args.label_dropout if args.class_conditional else None,
                 **{key: source[key] for key in ("encoder_sha256", "listing_sha256", "flip")},
             ),
             notes=dict(features_path=recorded_id(args.features_path), encoder=source["encoder"]),
         )
         if run.state.is_main_process:
-            codes.validate()
+            split.validate()
         preview = None
         if args.preview_ckpt and run.state.is_main_process:
-            preview = CodePreview(args.preview_ckpt, args.vae, codes, run.device, args.global_seed)
+            preview = CodePreview(args.preview_ckpt, args.vae, split, run.device, args.global_seed)
 
         # ---------------------------------------------------------------------- model
         run.start()
@@ -183,16 +203,16 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     run.optimize(adamw, warmup, unit="codes")
 
     # ---------------------------------------------------------------------- run
-    batches = CodeBatches(codes, **run.share)
+    arrays = dict(codes=features.codes, **(dict(labels=features.labels) if args.class_conditional else {}))
+    batches = TrainingBatches(features, arrays, only=split.rows, **run.share)
     run.logger.info(
         f"model: {args.model}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, "
         + ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)
     )
     run.logger.info(
-        f"data: {codes.count:,} codes of {args.features_path}, {codes.count / args.global_batch_size:.1f} steps per "
-        "epoch"
+        f"data: {count:,} codes of {args.features_path}, {count / args.global_batch_size:.1f} steps per epoch"
     )
-    heldout = HeldOutCodes(run, codes, diffusion)
+    heldout = HeldOutCodes(run, split, diffusion)
 
     # ---------------------------------------------------------------------- loop
     for step, batch in run.steps(batches, [heldout]):
@@ -202,8 +222,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                 run.model,
                 diffusion,
                 part["indices"],
-                part["codes"],
-                part["labels"] if args.class_conditional else None,
+                part["codes"].long(),
+                part["labels"].long() if args.class_conditional else None,
                 seed=args.global_seed,
                 label_dropout=args.label_dropout,
             )

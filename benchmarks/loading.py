@@ -88,7 +88,7 @@ def best_rate(layout: str, cache: str, root: Path, batches: Sequence[np.ndarray]
 def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
     """Samples per second out of training's loader."""
     features = Features(root / "shards")
-    data = TrainingBatches(features, dict(codes=features.codes), dict(codes=features.V), seed=0, global_batch=batch)
+    data = TrainingBatches(features, dict(latents=features.latents, codes=features.codes), seed=0, global_batch=batch)
     loader = read_ahead(data.__getitem__, range(10 * count), workers)
     for _ in range(20):
         next(loader)

@@ -10,20 +10,20 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from diffusion.process_table import Process
 from dlc.data.codes import CodeSet, compare
 from dlc.data.images import to_uint8
+from dlc.data.inputs import Inputs
 from dlc.machine.cli import warn_once
 from dlc.machine.processes import done_by_rank_0
 from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import sample_latents
-from dlc.training.batches import TrainingBatches
+from dlc.training.batches import gather
 from dlc.training.heldout import SEED, Measurement
-from dlc.training.heldout_latents import Split
 from dlc.training.preview import preview_sampler
+from dlc.training.split import Split
 from dlc.weights.networks import load_encoder, load_vae
 from evaluation.feature_networks import NETWORKS, feature_networks, weights_here
 from evaluation.metrics import FeatureStatistics, frechet_distance
@@ -39,6 +39,7 @@ class SampleMetrics(Measurement):
     Args:
         run: the `Run`.
         split: the rows that are held out and those that are not.
+        inputs: what the model is conditioned on there.
         process: what the model is trained on.
         vae: the name of the VAE of the latents.
 
@@ -48,12 +49,12 @@ class SampleMetrics(Measurement):
 
     key = "frechet_distance"
 
-    def __init__(self, run: "Run", split: Split, process: Process, vae: str):
+    def __init__(self, run: "Run", split: Split, inputs: Inputs, process: Process, vae: str):
         super().__init__(run, run.args.eval_samples)
-        features, self.inputs, self.process = split.features, split.inputs, process
-        rows = split.rows if len(split.rows) else np.arange(features.count) if split.only is None else split.only
+        features, self.inputs, self.process = split.other, inputs, process
+        rows = split.heldout if len(split.heldout) else split.rows
         self.rows, self.shape = rows[self.places.numpy() % len(rows)], features.latent_shape
-        self.batches = TrainingBatches(features, self.inputs.arrays, self.inputs.limits, seed=SEED, global_batch=1)
+        self.arrays = dict(inputs.arrays, latents=features.latents)
         preview_sampler(process)  # raises, before the work, if there is none
         self.vae, self.reference = load_vae(vae, run.device), None
         check_decodes(self.vae, vae, self.shape[0], features.source(), "the features")
@@ -105,7 +106,7 @@ class SampleMetrics(Measurement):
         run, samples, real, wanted = self.run, [], [], []
         sampler = preview_sampler(self.process, ema.out_channels > ema.in_channels)
         for part in self.parts():
-            batch = {name: one.to(run.device) for name, one in self.batches.gather(self.rows[part]).items()}
+            batch = {name: one.to(run.device) for name, one in gather(self.arrays, self.rows[part]).items()}
             y = self.inputs.of(batch)
             drawing = dict(y=y, seed=SEED, indices=self.places[part].to(run.device), on_step=run.go_on)
             samples.append(sample_latents(ema, sampler, latent_shape=self.shape, **drawing).cpu())

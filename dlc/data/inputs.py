@@ -9,7 +9,7 @@ drawn for.
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -24,12 +24,10 @@ class Inputs:
     arrays: rows by name, aligned with the latents, as a batch has them; None for codes that are made from images as
         training goes.
     sizes: arguments of the model's constructor that the data decide.
-    limits: by name, the number above all values of an array, for labels and codes.
     """
 
     arrays: Mapping[str, object]
     sizes: dict
-    limits: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """The condition y in a batch, as the model takes it: one array is a tensor, several are a dict of them."""
@@ -39,17 +37,22 @@ class Inputs:
 
 def labels(features: Features, args: argparse.Namespace) -> Inputs:
     """Class labels (n,)."""
-    count = features.num_classes
-    return Inputs(dict(labels=features.labels), dict(num_classes=count), dict(labels=count))
+    return Inputs(dict(labels=features.labels), dict(num_classes=features.num_classes))
+
+
+def check_codes(features: Features, model: str) -> None:
+    """Raise ValueError, naming the model, if features to train it on hold no codes, or do not say V."""
+    if features.codes is None:
+        raise ValueError(f"features path {features.root} holds no codes, which {model} is trained on")
+    if features.V is None:
+        raise ValueError(f"{features.root} has no manifest.json to say V: give --V")
 
 
 def codes(features: Features, args: argparse.Namespace) -> Inputs:
     """Codes (n, L). Raises ValueError if the features hold none, or do not say V."""
-    if features.codes is None and not args.encoder:
-        raise ValueError(f"features path {args.features_path} holds no codes, which {args.model} is trained on")
-    if features.V is None:
-        raise ValueError(f"{args.features_path} has no manifest.json to say V: give --V")
-    return Inputs(dict(codes=features.codes), dict(L=features.L, V=features.V), dict(codes=features.V))
+    if not args.data_path:
+        check_codes(features, args.model)
+    return Inputs(dict(codes=features.codes), dict(L=features.L, V=features.V))
 
 
 def vectors(features: Features, args: argparse.Namespace) -> Inputs:

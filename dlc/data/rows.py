@@ -174,7 +174,11 @@ class NpyRows:
         sample_ndim: number of dimensions of one row.
         lone: whether each file holds one sample, with or without a leading dimension of 1.
         load: a function load(path, whole) as `load_array`.
+
+    Attributes: limit, below which values must lie; None: anywhere.
     """
+
+    limit: int | None = None
 
     def __init__(
         self,
@@ -232,7 +236,7 @@ class NpyRows:
 
     def gather(self, rows: np.ndarray, limit: int | None = None) -> np.ndarray:
         """Rows (n,) as one array (n, ...), read in ascending order. With a limit, values must lie in 0..limit-1."""
-        rows = np.asarray(rows)
+        rows, limit = np.asarray(rows), limit or self.limit
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
         out, current = None, None

@@ -291,6 +291,8 @@ class Features:
             rows = self._open_lone_files()
             self.V, self.num_classes = V, num_classes or 1000
         self.arrays, self.limits = rows, dict(labels=self.num_classes, sem=self.V)
+        for kind in self.limits.keys() & rows.keys():
+            rows[kind].limit = self.limits[kind]
         self.latents, self.labels = rows["features"], rows["labels"]
         self.codes, self.paths = rows.get("sem"), rows.get("path")
         self.count = len(self.latents)
@@ -313,7 +315,7 @@ class Features:
         """
         if kind not in self.arrays:
             raise ValueError(f"features path {self.root} has no {kind_dir(self.root, self.image_size, kind).name}")
-        return self.arrays[kind].gather(rows, limit=self.limits.get(kind))
+        return self.arrays[kind].gather(rows)
 
     def source(self) -> dict:
         """What a training run records of its data, see `Manifest.source`; of a reference directory nothing is known."""

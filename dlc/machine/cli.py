@@ -118,6 +118,25 @@ def add_option(add: Callable, name: str, uses: "Mapping[tuple[Option, object], l
     add(f"--{name.replace('_', '-')}", help=about, **taken)
 
 
+def needs(args: argparse.Namespace, other: str, *names: str) -> None:
+    """Raise ValueError for the first of these flags that is given without the other one, with which it goes."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, other):
+            raise ValueError(f"{flag(name)} goes with {flag(other)}: give that as well, or leave it out")
+
+
+def excludes(args: argparse.Namespace, other: str, *names: str) -> None:
+    """Raise ValueError for the first of these flags that is given, and not 0, beside the other one."""
+    for name in names:
+        if getattr(args, name) and getattr(args, other):
+            raise ValueError(f"{flag(name)} does not go with {flag(other)}: leave one of them out")
+
+
+def flag(name: str) -> str:
+    """The flag of a name in parsed arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
 SEED = number(int, 0, 2**63 - 1)  # the argparse type of --global-seed
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dlc.machine.cli import number
+from dlc.machine.cli import needs, number
 
 if TYPE_CHECKING:
     from dlc.data import Features
@@ -158,9 +158,7 @@ def add_alignment_flags(add: Callable) -> None:
 
 def open_alignment(args: argparse.Namespace, features: "Features | Images", depth: int) -> Alignment | None:
     """What the flags ask for; None without --align. Raises ValueError for flags and features that do not go with it."""
-    for flag in ("weight", "block", "until"):
-        if not args.align and getattr(args, f"align_{flag}") is not None:
-            raise ValueError(f"--align-{flag} goes with --align")
+    needs(args, "align", "align_weight", "align_block", "align_until")
     if not args.align:
         return None
     block = args.align_block or 8

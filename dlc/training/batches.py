@@ -7,7 +7,6 @@ function of (seed, index), so neither a restart nor the number of processes chan
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,18 +14,24 @@ import torch
 from torch.utils.data import Dataset
 
 from dlc.machine.noise import Stream, normal, permutation
-from dlc.machine.readers import ReaderFailed, read_ahead
+from dlc.machine.readers import read_ahead
 from dlc.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from dlc.data import Features
+    from dlc.training.image_batches import Images
+
+Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """In the place of a batch: which of its files cannot be read, or how its reader failed, and what to do."""
-
-    message: str
+def gather(arrays: Mapping[str, object], rows: np.ndarray) -> Batch:
+    """Rows (n,) of arrays, such as `NpyRows`, by name; of those that are not None."""
+    found = {name: array.gather(rows) for name, array in arrays.items() if array is not None}
+    # uint16 codes become int32: torch has few operations on uint16
+    return {
+        name: torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
+        for name, values in found.items()
+    }
 
 
 class TrainingBatches(Dataset):
@@ -35,18 +40,16 @@ class TrainingBatches(Dataset):
     Step s covers global_batch sample indices from first_of(s) on, of which each process takes an equal run.
 
     Args:
-        features: a `Features`.
-        arrays: what else a batch holds, by name: rows aligned with the latents.
-        limits: by name, the number above all values of an array.
+        data: what has the rows: a `Features`, for example.
+        arrays: what a batch holds, by name: aligned with the rows.
         only: the rows to train on, (n,) int64 [all].
         first_step, first_index: where the run resumes: this step begins with this sample index.
     """
 
     def __init__(
         self,
-        features: "Features",
+        data: "Features | Images",
         arrays: Mapping[str, object],
-        limits: Mapping[str, int] | None = None,
         *,
         only: np.ndarray | None = None,
         seed: int,
@@ -56,8 +59,8 @@ class TrainingBatches(Dataset):
         first_step: int = 0,
         first_index: int = 0,
     ):
-        self.features, self.arrays, self.limits, self.seed = features, arrays, limits or {}, seed
-        self.only, self.rows_per_epoch = only, features.count if only is None else len(only)
+        self.data, self.arrays, self.seed = data, arrays, seed
+        self.only, self.rows_per_epoch = only, data.count if only is None else len(only)
         self.global_batch, self.local_batch, self.rank = global_batch, global_batch // world_size, rank
         self.first_step, self.first_index = first_step, first_index
         self.orders = {}  # only the current epoch's
@@ -81,27 +84,25 @@ class TrainingBatches(Dataset):
             rows[epochs == epoch] = self.orders[epoch][offsets[epochs == epoch]]
         return rows if self.only is None else self.only[rows]
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Unreadable:
-        """indices (n,) of the samples, latents as stored (n, C or 2C, S/f, S/f), and the arrays (n, ...) by name."""
+    def __getitem__(self, step: int) -> Batch | OSError:
+        """indices (n,) of the samples, and the arrays (n, ...) by name; or why they cannot be read, as a value: readers
+        are other processes."""
         first = self.first_of(step) + self.rank * self.local_batch
         indices = np.arange(first, first + self.local_batch)
         try:
             return dict(indices=torch.from_numpy(indices), **self.gather(self.rows(indices)))
         except (ValueError, OSError) as error:
-            return Unreadable(f"step {step + 1:,}: {error}")
+            return OSError(f"step {step + 1:,}: {error}")
 
-    def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """Latents and the arrays of feature rows."""
-        return dict(latents=torch.from_numpy(self.features.latents.gather(rows)), **self.gather_arrays(rows))
+    def gather(self, rows: np.ndarray) -> Batch:
+        """The arrays of these rows of the data."""
+        return gather(self.arrays, rows)
 
-    def gather_arrays(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        there = {name: array for name, array in self.arrays.items() if array is not None}
-        found = {name: array.gather(rows, limit=self.limits.get(name)) for name, array in there.items()}
-        # uint16 codes become int32: torch has few operations on uint16
-        return {
-            name: torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
-            for name, values in found.items()
-        }
+    def shown(self, count: int, device: torch.device) -> Batch:
+        """The arrays of at most `count` rows that are trained on, evenly spaced: rows often go class by class."""
+        rows = np.unique(np.linspace(0, self.rows_per_epoch - 1, count).astype(int))
+        found = self.gather(rows if self.only is None else self.only[rows])
+        return {name: tensor.to(device) for name, tensor in found.items()}
 
 
 def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> torch.Tensor:
@@ -112,24 +113,20 @@ def draw_posterior(moments: torch.Tensor, seed: int, indices: torch.Tensor) -> t
 
 def load_batches(
     batches: Dataset, steps: range, stop_request: StopRequest, num_workers: int, pin_memory: bool
-) -> Iterator[dict[str, torch.Tensor] | Unreadable]:
+) -> Iterator[Batch | OSError]:
     """The batch of each of these steps, read as many steps ahead as the processes need to agree on a stop.
 
-    So all of them stop with a checkpoint before an `Unreadable` batch has its turn, unless it is one of the first.
+    So all of them stop with a checkpoint before one that cannot be read has its turn, unless it is one of the first.
     """
     ahead = deque()
-    for batch in _read(batches, steps, num_workers, pin_memory):
-        ahead.append(batch)
-        if isinstance(batch, Unreadable):
-            stop_request.ask(batch.message)
-            break
-        if len(ahead) > stop_request.steps:
-            yield ahead.popleft()
-    yield from ahead
-
-
-def _read(batches, steps, num_workers, pin_memory):
     try:
-        yield from read_ahead(batches.__getitem__, steps, num_workers, pin_memory)
-    except ReaderFailed as error:
-        yield Unreadable(str(error))
+        for batch in read_ahead(batches.__getitem__, steps, num_workers, pin_memory):
+            if isinstance(batch, OSError):
+                raise batch
+            ahead.append(batch)
+            if len(ahead) > stop_request.steps:
+                yield ahead.popleft()
+    except OSError as error:
+        stop_request.ask(str(error))
+        ahead.append(error)
+    yield from ahead

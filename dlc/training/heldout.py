@@ -2,18 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from diffusion.masked import MaskedDiffusion
-from dlc.machine.cli import number
+from dlc.data.codes import token_counts
 from dlc.machine.noise import Stream, random_words
 from dlc.machine.processes import from_rank_0
-from dlc.training.code_batches import Codes
+from dlc.training.batches import gather
 from dlc.training.metrics_file import append_metrics, read_metrics
+from dlc.training.split import Split
 from dlc.weights.checkpoint import save_best
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SEED = 0  # of the masks: the same in all runs, so that they compare
 ROWS_AT_ONCE = 256
+COUNTED = 200_000  # rows whose tokens are counted, at most, for the bound of independent positions
 
 
 @torch.no_grad()
@@ -49,40 +51,16 @@ def heldout_bounds(
     return torch.cat(bounds) if bounds else torch.zeros(0, dtype=torch.float64, device=codes.device)
 
 
-def add_heldout_flags(add: Callable, what: str, measured: str, default: float) -> None:
-    """Add --holdout, --heldout-path and --eval-every.
+def independent_nats(split: Split) -> float:
+    """Nats per token of the held-out codes under each token's frequency at each position in the training codes.
 
-    Args:
-        what, measured: what is held out, in the plural, and what is measured on it, in words.
-        default: of --holdout, where nothing else is held out.
+    Frequencies are those of at most COUNTED rows, plus one of each token.
     """
-    add(
-        "--holdout",
-        type=number(float, 0, 0.9),
-        help=f"hold out this share of the {what}, to measure the {measured} on them; 0 holds none out [{default}]",
-    )
-    add(
-        "--heldout-path",
-        help=f"measure on the {what} of these features instead, and train on all of --features-path [none]",
-    )
-    add(
-        "--eval-every",
-        type=number(int, 1),
-        help=f"measure the {measured} on the held-out {what} every this many steps [those between checkpoints, at most "
-        "10,000]",
-    )
-
-
-def settle_heldout(args: Namespace, default: float) -> None:
-    """Give --holdout its default. Raises ValueError for flags that do not go together."""
-    if args.holdout is not None and args.heldout_path:
-        raise ValueError(
-            "--holdout holds out a share of --features-path, --heldout-path other features: give one of them"
-        )
-    if args.holdout is None:
-        args.holdout = 0.0 if args.heldout_path else default
-    if args.eval_every and not (args.holdout or args.heldout_path or getattr(args, "eval_samples", 0)):
-        raise ValueError("--eval-every measures on what is held out, but --holdout is 0")
+    codes, V = split.features.codes, split.features.V
+    rows = split.rows[:: math.ceil(len(split.rows) / COUNTED)]
+    counts = 1 + sum(token_counts(codes.gather(part), V) for part in np.array_split(rows, 1 + len(rows) // 4096))
+    log_p = np.log(counts / counts.sum(axis=1, keepdims=True))  # (L, V)
+    return -float(log_p[np.arange(len(log_p)), split.other.codes.gather(split.heldout)].mean())
 
 
 class Measurement(ABC):
@@ -186,25 +164,27 @@ class HeldOut(Measurement):
 
 
 class HeldOutCodes(HeldOut):
-    """The bound of a prior on the held-out `Codes`, in nats per token.
+    """The bound of a prior on held-out codes, in nats per token.
 
     diffusion: the `MaskedDiffusion` that is trained.
     """
 
     unit, what = "nats", "bound"
 
-    def __init__(self, run: "Run", codes: Codes, diffusion: MaskedDiffusion):
-        size, self.L, self.diffusion = len(codes.heldout_rows), codes.L, diffusion
-        if not size:
-            super().__init__(run, size)
-            return
-        super().__init__(run, size, uniform_nats=math.log(codes.V), independent_nats=codes.independent_nats())
-        self.tokens, self.labels = (values[self.places].to(run.device) for values in codes.heldout)
-        self.indices = self.places.to(run.device)
-        run.logger.info(
-            f"held out: {size:,} codes; nats per token of uniform tokens (ln V) {self.beside['uniform_nats']:.4f}, of "
-            f"independent positions {self.beside['independent_nats']:.4f}"
-        )
+    def __init__(self, run: "Run", split: Split, diffusion: MaskedDiffusion):
+        size, self.L, self.diffusion, beside = len(split.heldout), split.features.L, diffusion, {}
+        if size:
+            beside = dict(uniform_nats=math.log(split.features.V), independent_nats=independent_nats(split))
+            run.logger.info(
+                f"held out: {size:,} codes; nats per token of uniform tokens (ln V) {beside['uniform_nats']:.4f}, of "
+                f"independent positions {beside['independent_nats']:.4f}"
+            )
+        super().__init__(run, size, **beside)
+        if size:
+            arrays = dict(codes=split.other.codes, labels=split.other.labels)
+            found = gather(arrays, split.heldout[self.places.numpy()])
+            self.tokens, self.labels = (found[name].long().to(run.device) for name in arrays)
+            self.indices = self.places.to(run.device)
 
     def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """See `HeldOut`. The prior without a class comes second: it is trained on fewer samples."""

@@ -6,6 +6,7 @@ and codes equal those of extraction but for rounding (on GPUs that of TF32, whic
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from dlc.machine.cli import warn_once
 from dlc.machine.noise import Stream, integers
 from dlc.machine.processes import done_by_rank_0
 from dlc.nets.vae import latent_shape
-from dlc.training.batches import TrainingBatches, Unreadable
+from dlc.training.batches import Batch, TrainingBatches
 from dlc.weights.networks import data_settings, open_networks
 
 if TYPE_CHECKING:
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 32  # images that are opened before the work
 FLIPS = ("random", "none")
-
-
-class Column:
-    """Values in memory, one per row, with the interface of a `NpyRows`.
-
-    No range check: the labels come from open_source.
-    """
-
-    def __init__(self, values: np.ndarray):
-        self.values = values
-
-    def gather(self, rows: np.ndarray, limit: int | None = None) -> np.ndarray:
-        return self.values[rows]
 
 
 class Images:
@@ -83,7 +71,7 @@ class Images:
         for remark in source.remarks:
             warn_once(remark, remark)
         self.count, self.num_classes = len(source), len(source.classes)
-        self.labels, self.codes = Column(source.labels), None
+        self.labels, self.codes = SimpleNamespace(gather=source.labels.__getitem__), None  # as an `NpyRows`
         self.L, self.V = (self.encoder.L, self.encoder.V) if encoder else (None, None)
         self.latent_shape = latent_shape(self.vae, image_size)
         flips, code_size = flips_of("none", self.count, 0), self.encoder.image_size if encoder else None
@@ -112,24 +100,23 @@ class Images:
 
 
 class ImageBatches(TrainingBatches):
-    """`TrainingBatches` of Images: crops instead of latents and, in the place of an array None, views for the encoder.
+    """`TrainingBatches` of Images: also crops, and in the place of an array None the encoder's views.
 
-    Views for patch tokens are flipped as the crops are, those for codes never. An item is `Unreadable`, instead of
-    tensors, if an image cannot be read.
+    Views for patch tokens are flipped as the crops are, those for codes never.
     """
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor] | Unreadable:
+    def __getitem__(self, step: int) -> Batch | OSError:
         """indices (n,), images (n, S, S, 3) uint8, and arrays (n, ...) or the encoder's views (n, s, s, 3) uint8."""
         batch = super().__getitem__(step)
-        if not isinstance(batch, Unreadable) and self.features.flip == "random":
+        if isinstance(batch, dict) and self.data.flip == "random":
             flipped = integers(self.seed, Stream.TRAIN_FLIP, batch["indices"], 2).bool().view(-1, 1, 1, 1)
             for name in {"images", "tokens"} & batch.keys():
                 batch[name] = torch.where(flipped, batch[name].flip(2), batch[name])
         return batch
 
-    def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def gather(self, rows: np.ndarray) -> Batch:
         """Crops, and arrays or views, of images, none flipped. Raises OSError, naming those that cannot be read."""
-        views = self.features.views
+        views = self.data.views
         crops, code_views, _, unreadable = collate([views[row] for row in rows.tolist()])
         if unreadable:
             what = "; ".join(f"{views.source.path(index)!r} ({error})" for index, error, _ in unreadable)
@@ -138,4 +125,4 @@ class ImageBatches(TrainingBatches):
                 "extraction leaves such images out by itself)"
             )
         views_of = {name: code_views for name, array in self.arrays.items() if array is None}
-        return dict(images=crops.squeeze(1), **views_of, **self.gather_arrays(rows))
+        return dict(images=crops.squeeze(1), **views_of, **super().gather(rows))

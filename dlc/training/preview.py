@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from diffusion.masked import MaskedDiffusion
 from diffusion.masked_samplers import create_sampler as create_code_sampler
@@ -15,8 +16,7 @@ from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.sampling.prior_engine import sample_codes
-from dlc.training.batches import TrainingBatches
-from dlc.training.code_batches import Codes
+from dlc.training.split import Split
 from dlc.weights.load import load_model, process_of
 from dlc.weights.networks import load_vae
 from models import Condition
@@ -26,17 +26,38 @@ PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most
 
 
-def rows_to_show(batches: TrainingBatches, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a batch holds, of some rows that are trained on, on the device: rows often go class by class."""
-    rows = np.unique(np.linspace(0, batches.rows_per_epoch - 1, PREVIEW_SAMPLES).astype(int))
-    rows = rows if batches.only is None else batches.only[rows]
-    return {name: tensor.to(device) for name, tensor in batches.gather(rows).items()}
-
-
 def preview_sampler(process: Process, learn_sigma: bool = True) -> Sampler:
     """The first sampler of a process, with as many of PREVIEW_STEPS as it has. Raises ValueError if there is none."""
     most = [spec.most_steps for spec in samplers_of(process).values()]
     return create_sampler(None, min([PREVIEW_STEPS, *most[:1]]), process, learn_sigma)
+
+
+def save_picture(
+    path: Path,
+    model: torch.nn.Module,
+    sampler: Sampler,
+    y: Condition,
+    vae: torch.nn.Module,
+    seed: int,
+    above: torch.Tensor,
+    columns: int,
+    rows: Sequence[str],
+    captions: Sequence[str] = (),
+    on_step: Callable | None = None,
+) -> None:
+    """Write a picture: latents `above` (k, C, h, w), decoded, and below them a model's samples for conditions y, from
+    the same noise every time.
+
+    columns, rows, captions: see `image_grid`. on_step: see `sample_latents`.
+    """
+    indices = torch.arange(len(tree_leaves(y)[0]), device=above.device)
+    shape = dict(indices=indices, latent_shape=above.shape[1:])
+    samples = sample_latents(model, sampler, y=y, seed=seed, **shape, cfg_scale=PREVIEW_CFG, on_step=on_step)
+    with torch.inference_mode():
+        parts = torch.cat([above, samples]).split(PREVIEW_SAMPLES)
+        images = torch.cat([to_uint8(decode(vae, part)) for part in parts]).cpu().numpy()
+    path.parent.mkdir(exist_ok=True)
+    save_png(path, image_grid(images, columns, rows, captions=captions))
 
 
 def save_preview(
@@ -50,27 +71,14 @@ def save_preview(
     classes: Sequence[str] = (),
     on_step: Callable | None = None,
 ) -> None:
-    """Write a picture: latents decoded, above EMA samples for their conditions y, from the same noise every time.
+    """Write a picture of latents, and of the EMA's samples for their conditions y.
 
-    classes: the names of labels y, which are written below. on_step: see `sample_latents`.
+    classes: the names of labels y, which are written below.
     """
-    indices = torch.arange(len(latents), device=latents.device)
-    samples = sample_latents(
-        ema,
-        preview_sampler(process, ema.out_channels > ema.in_channels),
-        y=y,
-        seed=seed,
-        indices=indices,
-        latent_shape=latents.shape[1:],
-        cfg_scale=PREVIEW_CFG,
-        on_step=on_step,
-    )
-    with torch.inference_mode():
-        images = to_uint8(decode(vae, torch.cat([latents, samples]))).cpu().numpy()
-    path.parent.mkdir(exist_ok=True)
+    sampler = preview_sampler(process, ema.out_channels > ema.in_channels)
     named = [classes[label] for label in y.tolist()] if classes and ema.conditioning == "labels" else []
     rows = ("training", f"samples, cfg {PREVIEW_CFG}")
-    save_png(path, image_grid(images, len(latents), rows, captions=[*named, *named]))
+    save_picture(path, ema, sampler, y, vae, seed, latents, len(latents), rows, [*named, *named], on_step)
 
 
 def preview_codes(
@@ -88,44 +96,32 @@ class CodePreview:
     Args:
         checkpoint: the DiTSEM's.
         vae: as --vae takes it [the checkpoint's].
-        codes: the `Codes` that the prior is trained on.
+        split: the codes that the prior is trained on.
 
     Raises ValueError if there is no such model, if it was trained on other codes, or if its VAE cannot be loaded.
     """
 
-    def __init__(self, checkpoint: str | Path, vae: str | None, codes: Codes, device: torch.device, seed: int):
+    def __init__(self, checkpoint: str | Path, vae: str | None, split: Split, device: torch.device, seed: int):
         self.model, name, meta = load_model(checkpoint, flag="--preview-ckpt")
         if self.model.conditioning != "codes":
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
         process = process_of(meta)
         fastest = min(samplers_of(process).items(), key=lambda item: item[1].default_steps, default=[None])[0]
         self.sampler = create_sampler(fastest, None, process, self.model.out_channels > self.model.in_channels)
-        theirs, embedder = CodeSet.of_features(codes.features), self.model.sem_embedder
+        theirs, embedder = CodeSet.of_features(split.features), self.model.sem_embedder
         owner = f"--preview-ckpt {checkpoint}"
         compare(CodeSpec(owner=owner, L=embedder.L, V=embedder.V, encoder_sha256=meta.encoder_sha256), theirs)
         vae = vae or meta.vae or "ema"
-        self.vae, self.device, self.seed = load_vae(vae, device), device, seed
+        self.vae, self.seed = load_vae(vae, device), seed
         check_decodes(self.vae, vae, self.model.in_channels, vars(meta), f"the latents of {checkpoint}")
         self.model.to(device)
-        shown = np.linspace(0, codes.count - 1, PREVIEW_SAMPLES).round().astype(int)
-        self.trained = codes.gather(codes.rows[shown])[0].to(device)  # rows often go class by class
+        self.none = torch.empty(0, self.model.in_channels, *self.model.x_embedder.img_size, device=device)
+        shown = split.rows[np.linspace(0, len(split.rows) - 1, PREVIEW_SAMPLES).round().astype(int)]
+        self.trained = torch.from_numpy(theirs.gather(shown)).to(device)  # rows often go class by class
 
     def save(self, path: Path, drawn: torch.Tensor, on_step: Callable | None = None) -> None:
         """Write a picture: a row for training codes, two for the codes of `preview_codes`. on_step: see
         `sample_latents`."""
-        y = torch.cat([self.trained, drawn])
-        latents = sample_latents(
-            self.model,
-            self.sampler,
-            y=y,
-            seed=self.seed,
-            indices=torch.arange(len(y), device=self.device),
-            latent_shape=(self.model.in_channels, *self.model.x_embedder.img_size),
-            cfg_scale=PREVIEW_CFG,
-            on_step=on_step,
-        )
-        with torch.inference_mode():
-            images = torch.cat([to_uint8(decode(self.vae, part)) for part in latents.split(PREVIEW_SAMPLES)])
-        path.parent.mkdir(exist_ok=True)
-        rows = ("training codes", "the prior's codes", "the prior's codes")
-        save_png(path, image_grid(images.cpu().numpy(), PREVIEW_SAMPLES, rows))
+        y, rows = torch.cat([self.trained, drawn]), ("training codes", "the prior's codes", "the prior's codes")
+        how = (self.sampler, y, self.vae, self.seed, self.none, PREVIEW_SAMPLES, rows)
+        save_picture(path, self.model, *how, on_step=on_step)

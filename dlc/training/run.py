@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import Dataset
 
 from diffusion.process_table import Process
-from dlc.machine.cli import ArgumentParser, warn_once
+from dlc.machine.cli import ArgumentParser, needs, warn_once
 from dlc.machine.files import DirectoryLock, check_apart, folder_names, names_in, write_json
 from dlc.machine.folder import refuse_other_kind
 from dlc.machine.processes import (
@@ -47,13 +47,13 @@ from dlc.machine.processes import (
     versions,
     wait_for_all,
 )
-from dlc.training.batches import Unreadable, load_batches
+from dlc.training.batches import Batch, load_batches
 from dlc.training.log import announce, write_line
 from dlc.training.losses import Losses
 from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
 from dlc.training.power_averages import PowerAverages, trim_snapshots, write_snapshot
 from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run
-from dlc.training.sharding import fully_shard_blocks, local_shards, with_autocast
+from dlc.training.sharding import fully_shard_blocks, local_shards
 from dlc.training.stop import Stopped, StopRequest
 from dlc.training.update import SkippedSteps, clip_gradients, update_ema
 from dlc.weights.checkpoint import (
@@ -66,7 +66,7 @@ from dlc.weights.checkpoint import (
     unrecordable,
 )
 from dlc.weights.load import load_pretrained
-from dlc.weights.meta import RunMeta, config_of, newest_of_run, plain, resume_point, run_checkpoints, without_memory
+from dlc.weights.meta import RunMeta, config_of, plain, resume_point, run_checkpoints, without_memory
 
 if TYPE_CHECKING:
     from dlc.training.heldout import Measurement
@@ -119,6 +119,7 @@ class Run(contextlib.ExitStack):
         the model or a setting cannot be recorded.
         """
         args, processes = self.args, self.state.num_processes
+        needs(args, "ema_lengths", "ema_snapshot_every")
         settings = dict(settings, global_batch_size=args.global_batch_size, global_seed=args.global_seed)
         optimisation = {name: getattr(args, name) for name in OPTIMISATION}
         self.config = config_of(name, without_memory(build), process)
@@ -137,8 +138,6 @@ class Run(contextlib.ExitStack):
         self.first_step, self.first_index = meta.step, meta.place
         self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
         self.ema_start, self.ema_images = meta.ema_start or 0.0, meta.ema_images or 0
-        if args.ema_snapshot_every and not args.ema_lengths:
-            raise ValueError("--ema-snapshot-every stores the averages of --ema-lengths: give both")
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
 
     def _take_folder(self):
@@ -175,7 +174,7 @@ class Run(contextlib.ExitStack):
 
         It has `blocks`, which are compiled and sharded one by one, and set_grad_checkpointing(bool).
         """
-        args, self.pretrained = self.args, None
+        args, self.pretrained, self.beside, self.called = self.args, None, {}, []
         self.module = model.to(self.device)
         assert model.config == self.config.built or plain(model.config, "the model's") == self.config.built
         with self.parser.one_line_errors():
@@ -188,13 +187,10 @@ class Run(contextlib.ExitStack):
         if self.compiled:
             compile_blocks(model, self.device)
         if self.sharded:
-            fully_shard_blocks(model, self.device, self.precision)
             fully_shard_blocks(self.ema, self.device)
+        self.model = self._to_call(model)
         self.weights, self.averages = list(model.parameters()), list(self.ema.parameters())
         self.lengths = PowerAverages(args.ema_lengths or (), dict(self.ema.named_parameters()), self.ema_images)
-        model.train()
-        self.model, self.beside = self._callable(model), {}
-        self.synced = [self.model]
         return model
 
     def adopt_beside(self, name: str, module: torch.nn.Module) -> tuple[torch.nn.Module, Callable]:
@@ -204,14 +200,16 @@ class Run(contextlib.ExitStack):
         nothing but the run itself reads that. Gradients are clipped apart from the model's, which so do not depend on
         it. Returns the module, on the device, and what to call.
         """
-        self.beside[name] = module.to(self.device).train()
+        self.beside[name] = module.to(self.device)
+        return module, self._to_call(module)
+
+    def _to_call(self, module):
         if self.sharded:
             fully_shard_blocks(module, self.device, self.precision)
-        self.synced.append(self._callable(module))
-        return module, self.synced[-1]
-
-    def _callable(self, module):
-        return with_autocast(self.accelerator, module) if self.sharded else self.accelerator.prepare(module)
+        # sharded by us, it has only its autocast from accelerate, as a module for evaluation
+        prepared = self.accelerator.prepare_model(module.train(), device_placement=False, evaluation_mode=self.sharded)
+        self.called.append(prepared)
+        return prepared
 
     def optimize(
         self,
@@ -239,6 +237,9 @@ class Run(contextlib.ExitStack):
 
     def _groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _all_weights(self):
+        return [*self.weights, *(weight for module in self.beside.values() for weight in module.parameters())]
 
     def _trained(self):
         """What a checkpoint saves."""
@@ -284,61 +285,50 @@ class Run(contextlib.ExitStack):
 
     # ---------------------------------------------------------------------- the loop
 
-    def steps(
-        self, batches: Dataset, measured: Iterable["Measurement"] = ()
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def steps(self, batches: Dataset, measured: Iterable["Measurement"] = ()) -> Iterator[tuple[int, Batch]]:
         """Each step's number, from 1, and this process's batch. Ends after the last step, or after a request to stop.
 
         Args:
-            batches: a Dataset: batches[step] is a dict of tensors (n, ...) with n the same in all of them, or
-                `Unreadable`; first_of(step) is the sample index at which the step begins; last_step(epochs) is the last
+            batches: a Dataset: batches[step] is a dict of tensors (n, ...) with n the same in all of them, or an
+                OSError; first_of(step) is the sample index at which the step begins; last_step(epochs) is the last
                 one's number; rows_per_epoch.
             measured: what is measured as training goes.
+
+        Raises OSError, with a checkpoint if there was a step, for what made a process ask for the stop.
         """
-        args, self.batches, self.measured = self.args, batches, measured
-        self.last_step = max(steps_of_run(args, batches), self.first_step)
+        args, step, self.batches, self.measured = self.args, self.first_step, batches, measured
+        self.last_step = max(steps_of_run(args, batches), step)
         self.checkpoints, self.saved = checkpoint_steps(args, self.last_step), None  # the last one's step
-        if self.first_step < self.last_step:
+        if step < self.last_step:
             self._check_room()
         self.bar = announce(self)
+        self.callback(self.bar.close)
         self.stop_request = StopRequest(self.deadline)
         self.postponed, self.stopped_by = False, None
-        stopped_after, end = None, self.last_step
-        if self.first_step and not self._measure(self.first_step):
-            self.stopped_by, stopped_after, end = self.stop_request.agreed(), self.first_step, self.first_step
-        self.last_line = time.time(), self.first_step
-        loaded = load_batches(
-            batches,
-            range(self.first_step, end),
-            self.stop_request,
-            args.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        for step, batch in enumerate(loaded, self.first_step + 1):
-            if isinstance(batch, Unreadable):  # one of the first: there was no step to stop after
-                self.bar.close()
-                self.parser.error(batch.message)
+        if step and not self._measure(step):
+            self.stopped_by = self.stop_request.agreed()
+        self.last_line = time.time(), step
+        steps, pin = range(step, step if self.stopped_by else self.last_step), self.device.type == "cuda"
+        for batch in load_batches(batches, steps, self.stop_request, args.num_workers, pin):
+            if isinstance(batch, OSError):  # one of the first: there was no step to stop after
+                raise batch
+            step += 1
             yield step, batch
-            if self.stopped_by and step < self.last_step:
-                stopped_after = step
+            if self.stopped_by:
                 break
-        if stopped_after is not None and not self.stop_request.reason:
-            self.logger.info(f"stopped by {self.stopped_by} after step {stopped_after:,}; the same command continues")
         self.bar.close()
         self.accelerator.end_training()
         if self.stop_request.reason:
-            self.parser.error(
-                f"{self.stop_request.reason}; run the same command again; what is done is kept: "
-                f"{newest_of_run(self.folder)}"
-            )
+            raise OSError(self.stop_request.reason)
+        if self.stopped_by and step < self.last_step:
+            self.logger.info(f"stopped by {self.stopped_by} after step {step:,}; the same command continues")
 
     def _check_room(self):
         """End the program with one line where the disk cannot hold a checkpoint."""
-        moments = sum("betas" in group and 2 or bool(group.get("momentum")) for group in self._groups())
-        numbers = sum(weight.numel() for weight in self.weights)
-        beside = sum(weight.numel() for module in self.beside.values() for weight in module.parameters())
-        averages, moments = 1 + len(self.lengths.averages), moments / len(self._groups())
-        size = 4 * (numbers * averages + (numbers + beside) * (1 + moments))
+        moments = [2 if "betas" in group else bool(group.get("momentum")) for group in self._groups()]
+        averages = (1 + len(self.lengths.averages)) * sum(weight.numel() for weight in self.weights)
+        trained = sum(weight.numel() for weight in self._all_weights())
+        size = 4 * (averages + trained * (1 + sum(moments) / len(moments)))
         disk = os.statvfs(self.folder)
         free = disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf  # 0: it does not say
         inodes = disk.f_favail if disk.f_files else INODES
@@ -348,17 +338,18 @@ class Run(contextlib.ExitStack):
                 f"disk has {free / 1e9:.2g} GB and {inodes:,} inodes: make room, or give a folder on another disk"
             )
 
-    def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """The --grad-accum parts of a batch, on the device. Gradients are all-reduced only after the last one."""
         self.step_sums = None
         parts = list(zip(*(tensor.split(self.micro_batch_size) for tensor in batch.values())))
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with contextlib.ExitStack() as unsynced:
-                for module in (self.module, *self.beside.values()) if self.sharded else ():
-                    module.set_requires_gradient_sync(last)
-                for module in self.synced if not (last or self.sharded) else ():
-                    unsynced.enter_context(self.accelerator.no_sync(module))
+                for module in self.called:
+                    if self.sharded:
+                        module.set_requires_gradient_sync(last)
+                    elif not last:
+                        unsynced.enter_context(self.accelerator.no_sync(module))
                 yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in zip(batch, part)}
 
     def backward(self, terms: dict[str, torch.Tensor], t: torch.Tensor, num_timesteps: int) -> None:
@@ -502,8 +493,7 @@ class Run(contextlib.ExitStack):
         if not math.isfinite(means["loss"]) and self.skipped < step - self.logged:
             return f"step {step}: the loss is {means['loss']}"
         if checkpoint_due:  # a gradient may be infinite though the loss is finite
-            beside = [weight for module in self.beside.values() for weight in module.parameters()]
-            norms = torch.stack(torch._foreach_norm(local_shards([*self.weights, *beside])))
+            norms = torch.stack(torch._foreach_norm(local_shards(self._all_weights())))
             if self.accelerator.reduce((~norms.isfinite()).sum(), "sum").item():
                 return f"step {step}: there are weights that are not finite"
 
@@ -517,18 +507,8 @@ class Run(contextlib.ExitStack):
     def _save(self, step):
         args, meta = self.args, self.meta(step)
         sums = self.accelerator.gather(self.losses.values.unsqueeze(0)).cpu()  # (processes, …)
-        try:
-            path = save_checkpoint(
-                self.folder,
-                self.config,
-                meta,
-                sums=sums,
-                losses=self.losses.names,
-                write=self.state.is_main_process,
-                **self._trained(),
-            )
-        except OSError as error:
-            self.parser.error(f"{error}; run the same command again; the last whole checkpoint is kept")
+        state = dict(self._trained(), sums=sums, losses=self.losses.names)
+        path = save_checkpoint(self.folder, self.config, meta, **state, write=self.state.is_main_process)
         if self.state.is_main_process:
             self.logger.info(f"checkpoint {path}")
             if args.ckpt_total_limit:

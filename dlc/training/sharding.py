@@ -1,16 +1,12 @@
 """Parameters sharded over the processes (FSDP2, torch's fully_shard), and the shards that lie in this one."""
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
 from dlc.machine.processes import PRECISIONS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def fully_shard_blocks(model: torch.nn.Module, device: torch.device, precision: str = "fp32") -> None:
@@ -35,13 +31,3 @@ def fully_shard_blocks(model: torch.nn.Module, device: torch.device, precision: 
 def local_shards(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """This process's shard of each parameter; the whole parameter if it is not sharded."""
     return [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
-
-
-def with_autocast(accelerator: "Accelerator", model: torch.nn.Module) -> Callable:
-    """A function that calls the model under autocast, as accelerate's prepare does for a model that is not sharded."""
-
-    def call(*args, **kwargs):
-        with accelerator.autocast():
-            return model(*args, **kwargs)
-
-    return call

@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from conftest import tiny_vae
 from fake_cuda import CUDA, Waits, assert_on, fake_cuda, no_waiting, real
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
@@ -33,7 +32,6 @@ from dlc.training.alignment import ALIGNMENTS, Alignment
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
 from dlc.training.run_flags import warmup
-from dlc.training.sharding import with_autocast
 from evaluation import distances
 from evaluation import feature_networks as networks
 from evaluation import similarity as similarities
@@ -75,10 +73,12 @@ class Launched:
     def no_sync(self, model):
         return contextlib.nullcontext()
 
-    def prepare(self, thing):
-        if isinstance(thing, torch.optim.Optimizer):
-            return AcceleratedOptimizer(thing, device_placement=False, scaler=self.scaler)
-        return with_autocast(self, thing)
+    def prepare_model(self, model, **_):
+        def call(*args, **kwargs):
+            with self.autocast():
+                return model(*args, **kwargs)
+
+        return call
 
     def backward(self, loss):
         (self.scaler.scale(loss) if self.scaler else loss).backward()

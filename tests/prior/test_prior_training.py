@@ -16,10 +16,12 @@ from training_runs import metrics, same_run, tensors
 
 from diffusion.masked import MaskedDiffusion
 from dlc.data import Features, FeatureWriter, Manifest
-from dlc.training.code_batches import STRATA, CodeBatches, Codes, draws, split_rows
-from dlc.training.heldout import heldout_bounds
+from dlc.training.batches import TrainingBatches, gather
+from dlc.training.heldout import heldout_bounds, independent_nats
+from dlc.training.split import split_codes, split_rows
 from dlc.weights.load import load_prior, process_of
 from dlc.weights.meta import run_checkpoints
+from train_prior import STRATA, draws
 
 
 def write_features(path, codes, labels=None, V=4, flip="none", encoder="e" * 64):
@@ -85,20 +87,24 @@ def test_draws_belong_to_samples():
 
 
 def test_batches_are_the_training_codes(code_features):
-    codes = Codes(code_features, holdout=0.25)
-    batches = [CodeBatches(codes, seed=0, global_batch=24)[step] for step in range(3)]
+    split = split_codes(code_features, None, 0.25)
+    arrays = dict(codes=split.features.codes, labels=split.features.labels)
+    batches = TrainingBatches(split.features, arrays, only=split.rows, seed=0, global_batch=24)
+    batches = [batches[step] for step in range(3)]
     indices, seen, seen_labels = (torch.cat([one[name] for one in batches]) for name in ("indices", "codes", "labels"))
     assert torch.equal(indices, torch.arange(72))
-    all_rows, labels = codes.gather(codes.rows)
+    all_rows = gather(arrays, split.rows)["codes"]
     assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, all_rows.tolist()))
-    assert torch.equal(seen_labels, seen[:, 0] % 2) and labels.max() == 1
-    assert seen.dtype == seen_labels.dtype == torch.int64
+    assert torch.equal(seen_labels, seen[:, 0] % 2) and seen_labels.max() == 1
 
 
 def test_bounds_of_models_that_are_known(code_features):
     """A uniform model's is ln V, that of frequencies `independent_nats`, whatever part of the codes a process has."""
-    codes = Codes(code_features, holdout=0.25)
-    tokens, diffusion = codes.heldout[0], MaskedDiffusion(4, time_conditioning=False)
+    split = split_codes(code_features, None, 0.25)
+    trained, tokens = (
+        gather(dict(codes=split.features.codes), one)["codes"].long() for one in (split.rows, split.heldout)
+    )
+    diffusion = MaskedDiffusion(4, time_conditioning=False)
     indices = torch.arange(len(tokens))
 
     def uniform(x, sigma, places):
@@ -106,7 +112,7 @@ def test_bounds_of_models_that_are_known(code_features):
 
     bounds = heldout_bounds(uniform, diffusion, tokens, indices, 3)
     np.testing.assert_allclose(bounds, 6 * np.log(4), rtol=1e-6)
-    counts = 1 + torch.stack([(codes.gather(codes.rows)[0] == value).sum(dim=0) for value in range(4)], dim=1)  # (L, V)
+    counts = 1 + torch.stack([(trained == value).sum(dim=0) for value in range(4)], dim=1)  # (L, V)
     log_p = (counts / counts.sum(dim=1, keepdim=True)).log()
 
     def frequencies(x, sigma, places):
@@ -114,7 +120,7 @@ def test_bounds_of_models_that_are_known(code_features):
 
     tokens, indices = tokens.repeat(200, 1), torch.arange(200 * len(tokens))  # each code with many masks
     bounds = heldout_bounds(frequencies, diffusion, tokens, indices, 6)
-    assert bounds.mean().item() / 6 == pytest.approx(codes.independent_nats(), rel=3e-3)
+    assert bounds.mean().item() / 6 == pytest.approx(independent_nats(split), rel=3e-3)
     parts = [heldout_bounds(frequencies, diffusion, tokens[i::2], indices[i::2], 6) for i in range(2)]
     assert torch.equal(torch.stack(parts, dim=1).flatten(), bounds)
 
@@ -209,8 +215,8 @@ def test_mistakes_are_one_line(error_of, code_features, tmp_path):
         ("--V 5", "--V 5: "),
         ("--holdout 0.999", "must be 0 to 0.9"),
         ("--heldout-path nowhere", "nowhere does not exist"),
-        ("--heldout-path other --holdout 0.01", "--heldout-path other features: give one of them"),
-        ("--label-dropout 0.1", "--label-dropout hides classes: give --class-conditional"),
+        ("--heldout-path other --holdout 0.01", "--holdout does not go with --heldout-path"),
+        ("--label-dropout 0.1", "--label-dropout goes with --class-conditional"),
         ("--holdout 0 --eval-levels 8", "--eval-levels needs held-out codes, but --holdout is 0"),
         ("--heldout-path other", "have V=3, but those of"),
         ("--heldout-path foreign", "another encoder"),

@@ -175,7 +175,7 @@ TEXT = {
     inputs, text = codes(features, args), features.arrays["text"]
     T, D = text.array(0).shape[1:]
     arrays = dict(inputs.arrays, text=text)
-    return Inputs(arrays, dict(inputs.sizes, text_dim=D, text_length=T), inputs.limits)
+    return Inputs(arrays, dict(inputs.sizes, text_dim=D, text_length=T))
 
 
 INPUTS = {"codes and text": codes_and_text, """,

@@ -9,10 +9,9 @@ from training_runs import metrics, same_run
 from diffusion.process_table import create_process
 from dlc.data import Features
 from dlc.training.batches import TrainingBatches
-from dlc.training.code_batches import split_rows
 from dlc.training.heldout import SEED
 from dlc.training.heldout_latents import TIMES
-from dlc.training.preview import rows_to_show
+from dlc.training.split import split_rows
 from dlc.weights.load import load_model
 from train_diffusion import losses_of
 
@@ -43,9 +42,9 @@ def test_what_is_held_out_is_measured_and_not_trained_on(trained, features, tmp_
             indices = torch.arange(4) * TIMES + time
             losses.append(losses_of(model, create_process("gaussian"), indices, latents, codes, **settings)[0]["loss"])
     assert torch.stack(losses).mean().item() == pytest.approx(lowest["heldout_loss"], rel=1e-4)
-    batches = TrainingBatches(data, {}, only=only, seed=0, global_batch=10)
+    batches = TrainingBatches(data, dict(latents=data.latents), only=only, seed=0, global_batch=10)
     assert sorted(batches.rows(np.arange(10, 20))) == only.tolist() and batches.rows_per_epoch == 10
-    shown = rows_to_show(batches, torch.device("cpu"))["latents"].numpy()  # spread over those that are trained on
+    shown = batches.shown(8, torch.device("cpu"))["latents"].numpy()  # spread over those that are trained on
     np.testing.assert_array_equal(shown, data.latents.gather(only[[0, 1, 2, 3, 5, 6, 7, 9]]))
 
 

@@ -130,7 +130,7 @@ def test_a_flow_from_training_to_samples(features, tmp_path, error_of, said_by):
 @pytest.mark.slow
 def test_every_row_once_an_epoch(features):
     rows, streams = Features(features), []
-    settings = dict(arrays=dict(codes=rows.codes), seed=0, global_batch=8)
+    settings = dict(arrays=dict(latents=rows.latents, codes=rows.codes), seed=0, global_batch=8)
     for world_size in (1, 2, 4):
         parts = [TrainingBatches(rows, **settings, rank=rank, world_size=world_size) for rank in range(world_size)]
         streams.append([])

@@ -88,7 +88,7 @@ def test_first_step_by_hand(trained, features, tmp_path):
     torch.manual_seed(0)
     model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
     rows = Features(features)
-    batch = TrainingBatches(rows, dict(codes=rows.codes), seed=0, global_batch=8)[0]
+    batch = TrainingBatches(rows, dict(latents=rows.latents, codes=rows.codes), seed=0, global_batch=8)[0]
     places, x, y = batch["indices"], batch["latents"], batch["codes"]
     t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
     condition = dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1)
