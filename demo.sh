@@ -29,7 +29,7 @@ model=DiTSEM-Ti/4
 extract=(torchrun --standalone --nproc_per_node=1 extract_features_withdlc.py --model $model --image-size 64 --flip none
          --vae assets/digits-vae --encoder assets/digits-sem)
 
-stage "write the digits" python -m demo.digits "$out/digits"
+stage "write the digits" python -m demo.pictures digits "$out/digits"
 stage "extract: train" "${extract[@]}" --data-path "$out/digits/train" --features-path "$out/features_train"
 stage "extract: held out" "${extract[@]}" --data-path "$out/digits/heldout" --features-path "$out/features_heldout"
 stage "train" accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -51,7 +51,7 @@ stage "sample: composed" "${sample[@]}" --sample-dir "$out/composed" --dlc-dir "
 
 # for the table: samples for codes that no digit has, and a class-conditional DiT of the same size and steps, at half
 # the batch to save a minute
-python -m demo.shuffled "$out/features_heldout" "$out/shuffled_codes.npy"
+python -m demo.codes "$out"
 stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffled" \
     --dlc-dir "$out/shuffled_codes.npy" --num-fid-samples 360
 stage "train: DiT on classes" python train.py --model DiT-Ti/4 --features-path "$out/features_train" \
@@ -77,10 +77,8 @@ stage "sample: prior" "${sample[@]}" --sample-dir "$out/samples_prior" --prior "
     --num-fid-samples 360
 stage "sample: prior by class" "${sample[@]}" --sample-dir "$out/samples_prior_class" \
     --prior "$out/results_prior" --prior-class all --num-fid-samples 360
-python -m demo.prior codes "$out"
 stage "sample: simpler models' codes" "${sample[@]}" --sample-dir "$out/samples_simple" \
     --dlc-dir "$out/simple_codes" --num-fid-samples 720
 
 python -m demo.report "$out" --sources "${sources[@]}"
 python -m demo.table "$out"
-python -m demo.prior report "$out"

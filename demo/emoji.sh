@@ -1,5 +1,5 @@
 # Sourced by `bash demo.sh emoji`: trains a VAE and an encoder, a DiTSEM and a prior on 1,363 emoji, and draws.
-stage "write the emoji" python -m demo.emoji "$out/emoji"
+stage "write the emoji" python -m demo.pictures emoji "$out/emoji"
 stage "networks" python -m demo.networks --data-path "$out/emoji/train" --heldout-path "$out/emoji/heldout" \
     --image-size 64 --out "$out/networks" --factor 4 --vae-steps 1000 --vae-batch 16 \
     --L 64 --patch 8 --thumbnail 16 --sem-steps 1200
@@ -23,7 +23,7 @@ for seed in 0 1 2; do
 done
 stage "sample: training codes" "${sample[@]}" --sample-dir "$out/samples_train" --dlc-dir "$out/features_train" \
     --dlc-order random --num-fid-samples 195
-[ -f "$out/shuffled_codes.npy" ] || python -m demo.shuffled "$out/features_heldout" "$out/shuffled_codes.npy"
+python -m demo.codes "$out"
 stage "sample: shuffled codes" "${sample[@]}" --sample-dir "$out/samples_shuffled" \
     --dlc-dir "$out/shuffled_codes.npy" --dlc-order sequential --num-fid-samples 195
 

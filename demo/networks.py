@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from diffusers import AutoencoderKL
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, open_source, to_uint8
@@ -121,12 +122,6 @@ def load_images(data_path: str, image_size: int, flag: str) -> tuple[torch.Tenso
 def pixels_of(images: torch.Tensor) -> torch.Tensor:
     """Images (n, S, S, 3) uint8 to (n, 3, S, S) float32 in 0..1."""
     return images.permute(0, 3, 1, 2).float() / 255
-
-
-def to_encoder(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in 0..1 as the encoder takes them."""
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
 
 
 class Distortion:
@@ -266,7 +261,7 @@ def build_encoder(args: argparse.Namespace, images: torch.Tensor, device: torch.
 
     def loss_of(pixels):
         views = torch.cat([distort(pixels, generator), distort(pixels, generator)])
-        embedding = encoder(to_encoder(views))  # (2n, L, V)
+        embedding = encoder(TF.normalize(views, IMAGENET_MEAN, IMAGENET_STD))  # (2n, L, V)
         usage = embedding.mean(dim=0)  # (L, V)
         unused = np.log(args.V) + (usage * (usage + 1e-8).log()).sum(dim=1).mean()  # 0: all tokens share equally
         thumbnails = F.adaptive_avg_pool2d(pixels, args.thumbnail).flatten(1).repeat(2, 1)

@@ -1,22 +1,32 @@
-"""Draw the pictures of demo.sh, and print how long its stages took. demo.table makes the table of numbers.
+"""Print how long demo.sh's stages took, draw its pictures, and compare the prior. demo.table compares the images.
 
     python -m demo.report demo_output --sources DIGIT.png DIGIT.png
 
 demo.png shows held-out images, their VAE reconstructions, and samples: sample i was drawn from the code of held-out row
-i. composed.png shows samples from composed codes between the two images they are composed of. The emoji's prior.png
-shows samples for a prior's codes; demo.prior draws the digits'.
+i. composed.png shows samples from composed codes between the two images they are composed of. prior.png shows samples
+for a prior's codes, for the digits above a row for codes whose positions are independent. prior.txt and prior.json
+compare bounds on the digits' held-out codes.
 """
 
 import argparse
+import json
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from demo.codes import NUM, simple_models
 from demo.table import Demo, read_samples
+from diffusion.masked import mean_bound
 from dlc.data.images import image_grid, read_png, save_png
+from dlc.machine.files import write_bytes
+from dlc.sampling.prior_draw import newest_prior
+from dlc.training.heldout import heldout_bounds
+from dlc.weights.load import load_prior, process_of
 
 COLUMNS = 10  # of every picture
-DRAWN_ROWS = 4  # of prior.png
+DRAWN_ROWS = 4  # of prior.png, for codes that the prior drew
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +47,7 @@ def draw_heldout(demo: Demo, path: Path) -> None:
     kinds = {
         "held out": demo.images,
         "by the VAE": demo.reconstructions(),
-        "from its code": read_samples(demo.seeds("samples")[0]),
+        "from its code": read_samples(demo.sets("samples")[0]),
     }
     shown = np.linspace(0, len(demo.images) - 1, 2 * COLUMNS).astype(int)
     images = np.concatenate([images[some] for some in (shown[::2], shown[1::2]) for images in kinds.values()])
@@ -58,6 +68,41 @@ def draw_composed(samples: np.ndarray, pairs: list[list[Path]], path: Path) -> N
     save_png(path, image_grid(images, COLUMNS, captions=captions))
 
 
+def draw_prior(demo: Demo, path: Path) -> None:
+    """Samples for codes that the prior drew; of the digits, a row for codes of independent positions below."""
+    images, words = demo.samples("samples_prior")[: DRAWN_ROWS * COLUMNS], []
+    if demo.what == "digits":
+        images = np.concatenate([images, demo.samples("samples_simple")[-NUM:][:COLUMNS]])
+        words = ["the prior's codes"] * DRAWN_ROWS + ["independent positions"]
+    save_png(path, image_grid(images, COLUMNS, words))
+
+
+def prior_bound(demo: Demo, **condition) -> tuple[float, float]:
+    """The prior's bound on held-out codes, at every number of masked tokens, and its standard error, nats per token."""
+    model, meta = load_prior(newest_prior(demo.folder / "results_prior"))
+    codes = torch.from_numpy(demo.codes)
+    bounds = heldout_bounds(model, process_of(meta), codes, torch.arange(len(codes)), model.L, condition)
+    return tuple(mean_bound(bounds, model.L))
+
+
+def compare_priors(demo: Demo) -> None:
+    """Write the table of bounds on held-out codes, and print it."""
+    simple = {name: float(model.nats(demo.codes).mean()) for name, model in simple_models(demo).items()}
+    bounds = {
+        "uniform tokens": (math.log(demo.features.V), None),
+        "independent positions": (simple["independent"], None),
+        "a mixture of 320 products": (simple["mixture"], None),
+        "the prior, at most": prior_bound(demo),
+        "the prior, told the class, at most": prior_bound(demo, y=torch.from_numpy(demo.labels.astype(np.int64))),
+    }
+    lines = ["held-out codes, nats per token"]
+    for name, (nats, error) in bounds.items():
+        lines.append(f"{name:36}{nats:7.3f}" + (f" +- {error:.3f}" if error else ""))
+    write_bytes(demo.folder / "prior.txt", ("\n".join(lines) + "\n").encode())
+    write_bytes(demo.folder / "prior.json", (json.dumps(bounds, indent=1) + "\n").encode())
+    print("", *lines, sep="\n")
+
+
 def main() -> None:
     args = parse_args()
     demo = Demo(args.folder)
@@ -72,9 +117,9 @@ def main() -> None:
     pairs = [args.sources[i : i + 2] for i in range(0, len(args.sources), 2)]
     pairs = pairs if len(pairs) == files else pairs * files
     draw_composed(demo.samples("composed"), pairs, args.folder / "composed.png")
-    if demo.what == "emoji":
-        drawn = demo.samples("samples_prior")[: DRAWN_ROWS * COLUMNS]
-        save_png(args.folder / "prior.png", image_grid(drawn, COLUMNS))
+    draw_prior(demo, args.folder / "prior.png")
+    if demo.what == "digits":
+        compare_priors(demo)
     print(f"\nlook at {', '.join(map(str, sorted(args.folder.glob('*.png'))))}")
 
 

@@ -8,8 +8,8 @@ the means over the sets and their standard errors. To add a row, list it in ROWS
 skipped.
 
 Frechet distance: to the training images, in features that did not make the codes, because samples for the codes would
-have an advantage there. The digits: in the 20 directions in which the train digits vary most as 8x8 scans. The emoji:
-in the last hidden layer of a small classifier of their groups (demo.groups), and in the 20 directions in which the
+have an advantage there (demo.judges). The digits: in the 20 directions in which the train digits vary most as 8x8
+scans. The emoji: in the last hidden layer of a small classifier of their groups, and in the 20 directions in which the
 training pictures vary most at 16x16 pixels. The row of real held-out images is the floor for so few images. Code
 agreement: the share of tokens that encoding an image gives back of the code that it was drawn for, beside the share if
 images and codes were paired at random. Its ceiling is the row of reconstructions. Read as asked: the share that a
@@ -24,18 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demo.digits import DigitReader, MainDirections, load_split
-from demo.groups import GroupReader
+from demo.judges import Judge
 from dlc.data import Features
 from dlc.data.images import read_png, to_uint8
 from dlc.machine.files import read_json, write_bytes
 from dlc.nets.vae import decode
 from dlc.sampling.code_folder import open_codes
-from dlc.weights.networks import load_encoder, load_vae
-from evaluation.metrics import FeatureStatistics, frechet_distance
-from evaluation.tokens import CodeReader, token_agreement
-
-CPU = torch.device("cpu")
+from dlc.weights.networks import load_vae
 
 
 def read_codes(source: str | Path) -> np.ndarray:
@@ -67,31 +62,28 @@ class Demo:
         codes = features.codes.gather(rows).astype(np.int64)
         return np.stack([read_png(path) for path in paths]), codes, features.labels.gather(rows)
 
-    def samples(self, name: str) -> np.ndarray:
-        """The samples in a --sample-dir of the demo. Raises FileNotFoundError where there are none."""
-        return read_samples(self.only(name, "*.npz"))
-
-    def seeds(self, name: str) -> list[Path]:
-        """The sets in a --sample-dir, by seed. Raises FileNotFoundError where there are none."""
-        found = sorted((self.folder / name).glob("*.npz"))
+    def sets(self, name: str, pattern: str = "*.npz") -> list[Path]:
+        """What matches in a --sample-dir, by seed. Raises FileNotFoundError where nothing does."""
+        found = sorted((self.folder / name).glob(pattern))
         if not found:
             raise FileNotFoundError(self.folder / name)
         return found
 
-    def prior_codes(self, name: str) -> np.ndarray:
-        """The codes (n, L) that a prior drew for such samples. Raises FileNotFoundError where there are none."""
-        return read_codes(self.only(name, "*.codes"))
-
-    def only(self, name: str, pattern: str) -> Path:
-        """What matches in a --sample-dir. Raises FileNotFoundError where nothing does, ValueError where several do."""
-        found = sorted((self.folder / name).glob(pattern))
-        if not found:
-            raise FileNotFoundError(self.folder / name)
+    def only(self, name: str, pattern: str = "*.npz") -> Path:
+        """As `sets`, of one set. Raises ValueError where several match."""
+        found = self.sets(name, pattern)
         if len(found) > 1:
-            raise ValueError(
-                f"{self.folder / name} has {len(found)} sets of samples: keep one of {', '.join(map(str, found))}"
-            )
+            several = f"{self.folder / name} has {len(found)} sets of samples"
+            raise ValueError(f"{several}: keep one of {', '.join(map(str, found))}")
         return found[0]
+
+    def samples(self, name: str) -> np.ndarray:
+        """The samples (n, 64, 64, 3) uint8 in a --sample-dir of one set."""
+        return read_samples(self.only(name))
+
+    def prior_codes(self, name: str) -> np.ndarray:
+        """The codes (n, L) that a prior drew for such samples."""
+        return read_codes(self.only(name, "*.codes"))
 
     def reconstructions(self) -> np.ndarray:
         """What the VAE makes of the images, (n, 64, 64, 3) uint8."""
@@ -112,20 +104,20 @@ def samples_by_class(demo: Demo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def simple_samples(demo: Demo, name: str, part: int) -> tuple[np.ndarray, np.ndarray, None]:
-    """Samples for codes of a simpler model than a prior (demo.prior), which are this part of samples_simple."""
+    """Samples for codes of a simpler model than a prior (demo.codes), which are this part of samples_simple."""
     return np.split(demo.samples("samples_simple"), 2)[part], read_codes(demo.folder / f"simple_codes/{name}.npy"), None
 
 
 def samples_of_training_codes(demo: Demo) -> list[tuple]:
     """Samples for the codes of training images, which samples.json names."""
     _, codes, labels = demo.real("train")
-    rows = [(path, np.array(read_json(path.with_suffix(".json"))["code_rows"])) for path in demo.seeds("samples_train")]
+    rows = [(path, np.array(read_json(path.with_suffix(".json"))["code_rows"])) for path in demo.sets("samples_train")]
     return [(read_samples(path), codes[some], labels[some]) for path, some in rows]
 
 
 def samples_of_heldout_codes(demo: Demo, name: str) -> list[tuple]:
     """Samples for the held-out codes in their order, of each seed."""
-    return [(read_samples(path), demo.codes, demo.labels) for path in demo.seeds(name)]
+    return [(read_samples(path), demo.codes, demo.labels) for path in demo.sets(name)]
 
 
 REAL = {
@@ -167,53 +159,10 @@ def rows_of(demo: Demo) -> dict:
     }
 
 
-def digit_judges(demo: Demo) -> tuple:
-    """What reads the digit on images, and what gives the features in which they are compared, by the column's name."""
-    directions = MainDirections(DigitReader.scans(load_split("train")[0]))
-    return DigitReader(), dict(frechet_distance=lambda images: directions(DigitReader.scans(images)))
-
-
-def emoji_judges(demo: Demo) -> tuple:
-    """What reads the group of emoji, and what gives the features in which they are compared, by the column's name."""
-    images, _, labels = demo.real("train")
-    reader, directions = GroupReader(images, labels, demo.folder / "judge.pt"), MainDirections(thumbnails(images))
-    spaces = dict(frechet_distance=reader.features, pca_distance=lambda images: directions(thumbnails(images)))
-    return reader, spaces
-
-
-def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Images (n, 64, 64, 3) uint8 to (n, 768) in 0..1: averages over 4x4 pixels."""
-    return images.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4)).reshape(len(images), -1) / 255
-
-
-class Judge:
-    """Gives the numbers of a set of images."""
-
-    def __init__(self, demo: Demo):
-        self.V, self.read_code = demo.features.V, CodeReader(load_encoder(demo.features.manifest.encoder), CPU)
-        judges = dict(digits=digit_judges, emoji=emoji_judges)[demo.what]
-        self.read, self.spaces = judges(demo)
-        train = load_split("train")[0] if demo.what == "digits" else demo.real("train")[0]
-        self.train = {name: FeatureStatistics.of(space(train)) for name, space in self.spaces.items()}
-
-    def __call__(self, name: str, images: np.ndarray, codes: np.ndarray | None, labels: np.ndarray | None) -> dict:
-        numbers = dict(name=name, images=len(images))
-        for space, features in self.spaces.items():
-            numbers[space] = frechet_distance(self.train[space], FeatureStatistics.of(features(images)))
-        if codes is not None:
-            found = self.read_code(torch.from_numpy(images))["codes"].numpy()
-            agreement = token_agreement(codes.astype(np.int64), found, self.V)
-            numbers.update(code_agreement=agreement["share"], chance=agreement["chance"])
-        if labels is not None:
-            numbers["read_as_asked"] = float((self.read(images) == labels).mean())
-        numbers["sharpness"] = float(np.abs(np.diff(images.astype(np.int16), axis=2)).mean())
-        return numbers
-
-
 def mean_of(sets: list[dict]) -> dict:
     """The numbers of a row from those of its sets: means over the sets and, of several sets, their standard errors."""
     row = dict(sets[0], sets=len(sets))
-    for key in sets[0].keys() & COLUMNS.keys() - {"images"}:
+    for key in [key for key in COLUMNS if key in sets[0] and key != "images"]:
         values = np.array([one[key] for one in sets])
         row[key] = round(float(values.mean()), 4)
         if len(sets) > 1:

@@ -16,9 +16,9 @@ from scipy.stats import chisquare
 from sklearn.neighbors import KNeighborsClassifier
 
 from demo import table
-from demo.digits import DigitReader, load_split, write_image_folder
-from demo.prior import Mixture
-from demo.shuffled import shuffle
+from demo.codes import Mixture, shuffle
+from demo.judges import DigitReader, Judge, scans
+from demo.pictures import load_digits, load_emoji, write_image_folder
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize, to_uint8
 from dlc.nets.vae import decode, encode
 from dlc.weights.networks import load_encoder, load_vae
@@ -26,18 +26,27 @@ from dlc.weights.networks import load_encoder, load_vae
 
 @pytest.fixture(scope="module")
 def splits():
-    return load_split("train"), load_split("heldout")
+    images, _, labels, heldout = load_digits()
+    return [(images[some], np.array(labels, int)[some]) for some in (~heldout, heldout)]
 
 
 @pytest.mark.slow
 def test_image_folder_is_the_split(splits, tmp_path):
-    write_image_folder(tmp_path)
+    assert write_image_folder(tmp_path, "digits") == 1797
     paths = {name: sorted((tmp_path / name).glob("*/*.png")) for name in ("train", "heldout")}
     assert [len(paths[name]) for name in ("train", "heldout")] == [1437, 360]
     assert not {path.name for path in paths["train"]} & {path.name for path in paths["heldout"]}
     for digit in range(10):
         folder = np.stack([np.array(Image.open(path)) for path in paths["heldout"] if path.parent.name == str(digit)])
         np.testing.assert_array_equal(folder, splits[1][0][splits[1][1] == digit])
+
+
+def test_emoji_are_whole():
+    images, names, groups, heldout = load_emoji()
+    assert images.shape == (1558, 64, 64, 3) and len(set(names)) == len({image.tobytes() for image in images}) == 1558
+    assert sum(path.stat().st_size for path in (ROOT / "assets/emoji").iterdir()) < 2.6e6
+    assert (images[:, [0, -1]] > 250).mean() > 0.8
+    assert heldout.sum() == 195 and {*np.array(groups)[heldout]} == {*groups} and len({*groups}) == 8
 
 
 @pytest.mark.slow
@@ -49,7 +58,7 @@ def test_vae_keeps_the_digits_legible(splits):
         reconstructions = to_uint8(decode(vae, latents)).numpy()
     assert latents.shape == (90, 4, 8, 8)
     assert 0.8 < latents.std() < 1.2
-    read = DigitReader()
+    read = DigitReader(*splits[0])
     assert (read(images) == labels).mean() > 0.98
     assert (read(reconstructions) == labels).mean() > 0.97
 
@@ -115,14 +124,15 @@ def test_rows_whose_files_are_missing(monkeypatch, capsys):
 
 def test_judge(splits):
     manifest = SimpleNamespace(encoder=ROOT / "assets/digits-sem")
-    judge = table.Judge(SimpleNamespace(what="digits", features=SimpleNamespace(V=16, manifest=manifest)))
+    real = {"train": (splits[0][0], None, splits[0][1])}.get
+    judge = Judge(SimpleNamespace(what="digits", features=SimpleNamespace(V=16, manifest=manifest), real=real))
     images, labels = splits[1]
     codes = judge.read_code(torch.from_numpy(images[:40]))["codes"].numpy()
     numbers = judge("some", images[:40], codes, labels[:40])
     assert numbers["code_agreement"] == 1 and numbers["read_as_asked"] > 0.9 and numbers["images"] == 40
-    train = DigitReader.scans(splits[0][0])
+    train = scans(splits[0][0])
     values, vectors = np.linalg.eigh(np.cov(train, rowvar=False))
-    a, b = ((scans - train.mean(axis=0)) @ vectors[:, -20:] for scans in (train, DigitReader.scans(images[:40])))
+    a, b = ((rows - train.mean(axis=0)) @ vectors[:, -20:] for rows in (train, scans(images[:40])))
     root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
     distance = np.square(b.mean(axis=0)).sum() + np.trace(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root)
     assert numbers["frechet_distance"] == pytest.approx(distance, abs=1e-4)

@@ -7,7 +7,6 @@ import torch
 from conftest import save_images
 
 from demo import networks
-from demo.emoji import SHEET, is_heldout, load_emoji
 from dlc.weights.networks import load_encoder, load_vae
 
 FLAGS = """--image-size 16 --factor 2 --vae-width 4 --vae-steps 20 --vae-batch 4 --L 3 --V 4 --patch 8 --sem-width 6
@@ -79,12 +78,3 @@ def test_what_moves_into_a_picture_has_its_edges_colour():
     distort = networks.Distortion(torch.full((3, 16, 16, 3), 255, dtype=torch.uint8))
     moved = distort(torch.ones(8, 3, 16, 16), torch.Generator().manual_seed(0))
     assert (moved.flatten(1).max(dim=1).values - moved.flatten(1).min(dim=1).values).max() < 1e-5
-
-
-def test_emoji_are_whole():
-    images, names, groups = load_emoji()
-    assert images.shape == (1558, 64, 64, 3) and len(set(names)) == len({image.tobytes() for image in images}) == 1558
-    assert sum(path.stat().st_size for path in SHEET.iterdir()) < 2.6e6
-    assert (images[:, [0, -1]] > 250).mean() > 0.8
-    held_out = [is_heldout(index) for index in range(1558)]
-    assert sum(held_out) == 195 and len({group for group, out in zip(groups, held_out) if out}) == len(set(groups)) == 8

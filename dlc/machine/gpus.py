@@ -15,30 +15,27 @@ def refuse_unusable_gpus() -> None:
 
     CUDA_VISIBLE_DEVICES that is empty, -1, or SLURM's NoDevFiles hides them on purpose.
     """
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    asked, fault = os.environ.get("CUDA_VISIBLE_DEVICES"), ""
     if torch.cuda.is_available() or asked in ("", "-1", "NoDevFiles"):
         return
-    take_cpu = "ACCELERATE_USE_CPU=1 takes the CPU"
     if torch.version.cuda is None:
         if torch.version.hip is None and list(Path("/dev").glob("nvidia[0-9]*")):
-            raise ValueError(
-                f"this node has NVIDIA GPUs, but torch {torch.__version__} is built without CUDA: install one with it; "
-                f"{take_cpu}"
+            fault = (
+                f"this node has NVIDIA GPUs, but torch {torch.__version__} is built without CUDA: install one with it"
             )
-        return
-    count = torch.cuda.device_count()  # the driver's management library answers, whatever the driver's version
-    if count:
+    elif count := torch.cuda.device_count():  # the driver's management library answers, whatever the driver's version
+        fault = (
+            f"this node has {count} GPUs, but torch {torch.__version__} for CUDA {torch.version.cuda} cannot use them"
+        )
         try:
             torch.cuda.init()
-            reason = "no reason given"
         except RuntimeError as error:
-            reason = one_line(error, 150)
-        raise ValueError(
-            f"this node has {count} GPUs, but torch {torch.__version__} for CUDA {torch.version.cuda} cannot use them: "
-            f"update the NVIDIA driver, or install a torch for an older CUDA; {take_cpu} ({reason})"
-        )
-    if asked:
-        raise ValueError(f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: correct it, or unset it; {take_cpu}")
+            fault += f" ({one_line(error, 150)})"
+        fault += ": update the NVIDIA driver, or install a torch for an older CUDA"
+    elif asked:
+        fault = f"CUDA_VISIBLE_DEVICES={asked} names no GPU of this node: correct it, or unset it"
+    if fault:
+        raise ValueError(f"{fault}; ACCELERATE_USE_CPU=1 takes the CPU")
 
 
 def refuse_old_gpu(device: torch.device, precisions: Collection[str]) -> None:
@@ -58,8 +55,8 @@ def identity(device: torch.device) -> tuple[str, str]:
 def refuse_shared_gpus(gpus: list[tuple[str, str]]) -> None:
     """Raise ValueError if two processes have the same GPU. gpus: the `identity` of each process's."""
     for gpu in gpus:
-        if gpus.count(gpu) > 1:
-            ranks = [rank for rank, other in enumerate(gpus) if other == gpu]
+        ranks = [rank for rank, other in enumerate(gpus) if other == gpu]
+        if len(ranks) > 1:
             raise ValueError(
                 f"ranks {', '.join(map(str, ranks))} have the same GPU of {gpu[0]}: start as many processes on a node "
                 "as it has GPUs (--nproc_per_node, --num_processes)"

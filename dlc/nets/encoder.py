@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from dlc.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dlc.machine.cli import one_line
-from dlc.machine.records import SWITCH, TEXT, check_values, or_null, real_number, whole_number
+from dlc.machine.records import OBJECT, SWITCH, TEXT, check_values, or_null, real_number, whole_number
 
 DEFAULT_BACKBONE = "vit_large_patch14_reg4_dinov2"
 # The keys that a configuration may have, with their bounds. None of them makes timm open a file, ask a hub or import.
@@ -43,7 +43,7 @@ CONFIG = dict(
     L=whole_number(1, 65536),
     V=whole_number(2, 65536),
     temperature=real_number(1e-6),
-    backbone_args=or_null(((lambda value: isinstance(value, dict)), "an object")),
+    backbone_args=or_null(OBJECT),
 )
 
 
@@ -153,12 +153,11 @@ def tokens(logits: torch.Tensor) -> torch.Tensor:
 def check_config(path: str | Path, config: dict) -> None:
     """Raise ValueError, naming path and key, for a configuration with unknown keys or values out of bounds."""
     backbone, more = config.get("backbone", DEFAULT_BACKBONE), config.get("backbone_args") or {}
-    check_values(path, config, CONFIG)  # first, since what follows relies on the types
+    # in this order: the second relies on what the first one checks
     for where, values, kinds in ((path, config, CONFIG), (f"{path}, backbone_args", more, BACKBONE_ARGS)):
-        unknown = sorted(values.keys() - kinds.keys())
-        if unknown:
+        check_values(where, values, kinds)
+        if unknown := sorted(values.keys() - kinds.keys()):
             raise ValueError(f"{where}: a SEM encoder has no key {one_line(unknown[0], 80)}, only {', '.join(kinds)}")
-    check_values(f"{path}, backbone_args", more, BACKBONE_ARGS)
     import timm
 
     if not re.fullmatch(r"\w+(\.\w+)?", backbone) or not timm.is_model(backbone):
