@@ -26,7 +26,7 @@ from dlc.data.codes import CodeSpec, compare
 from dlc.data.images import SOURCES, WHITE, add_background_flag, center_crop, is_transparent, load_image
 from dlc.machine.cli import SEED, ArgumentParser, number
 from dlc.machine.exact import in_batches
-from dlc.machine.files import check_output, errno_of, reading, write_new
+from dlc.machine.files import check_output, reading_whole, write_new
 from dlc.machine.noise import Stream, random_words
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder
@@ -131,13 +131,8 @@ def check_sources(args: argparse.Namespace) -> None:
 
 def view_of(path: str, size: int, background: tuple[int, int, int]) -> Image.Image:
     """What the encoder sees of an image, size pixels squared. Raises ValueError, naming it, if it cannot be read."""
-    with reading(path):
-        try:
-            image = load_image(path, background)
-        except Exception as error:  # Pillow's readers raise all kinds
-            if errno_of(error) is not None:
-                raise
-            raise ValueError(f"cannot read the image {path} ({type(error).__name__}: {error})") from None
+    with reading_whole(path, "cannot be read as an image"):
+        image = load_image(path, background)
     if is_transparent(image):
         print(f"{path} is transparent: it is blended on --background")
     return center_crop(image, size)
@@ -187,7 +182,7 @@ def read_rows(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
         raise ValueError(f"features {args.features_path} do not say V, the tokens per position: give --V")
     if max(args.rows) >= features.count:
         raise ValueError(f"--rows {max(args.rows)}: features {args.features_path} have rows 0 to {features.count - 1}")
-    return torch.from_numpy(features.codes.gather(args.rows, limit=features.V).astype(np.int64)), features.V
+    return torch.from_numpy(features.codes.gather(args.rows).astype(np.int64)), features.V
 
 
 def main() -> None:

@@ -376,7 +376,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         if run.state.is_main_process:
             split.validate()
             if args.condition_path:
-                inputs.arrays["vectors"].check_finite()
+                inputs.arrays["vectors"].check()
         encode = PixelEncoder(features.vae, features.encoder, run.device) if args.data_path else None
         vae_name = args.vae or source["vae"] or "ema"
         vae = preview_vae(args, run, process, vae_name, encode, channels, source)

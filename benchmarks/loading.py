@@ -53,7 +53,7 @@ def reader(layout: str, root: Path) -> Callable:
     """gather(rows) of a layout: latents (n, 4, 32, 32) and codes (n, 512)."""
     if layout == SHARDS:
         features = Features(root / "shards")
-        return lambda rows: (features.latents.gather(rows), features.codes.gather(rows, limit=256))
+        return lambda rows: (features.latents.gather(rows), features.codes.gather(rows))
     folders = [kind_dir(root / "files", 256, kind) for kind in ("features", "sem")]
     return lambda rows: tuple(np.concatenate([np.load(folder / f"{row}.npy") for row in rows]) for folder in folders)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.extraction import write_photographs
 from benchmarks.record import record
-from dlc.data.images import Source, center_crop, open_source
+from dlc.data.images import Source, center_crop, load_rgb, open_source
 
 
 def pack(root: Path) -> list[str]:
@@ -44,7 +44,7 @@ def bytes_alone(source: Source, index: int) -> bytes:
 
 
 def decoded(source: Source, index: int) -> np.ndarray:
-    return np.array(center_crop(source.load(index), 256))
+    return np.array(center_crop(load_rgb(source.open(index)), 256))
 
 
 def rate(read: Callable, source: Source) -> float:

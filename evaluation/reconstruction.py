@@ -107,7 +107,7 @@ def numbers_of(
     }
     if codes is not None:
         V = network.read.encoder.V
-        wanted = codes.gather(images.rows, limit=V).astype(np.int64)
+        wanted = codes.gather(images.rows).astype(np.int64)
         result["code_agreement"] = token_agreement(wanted, measured.rows[name, "codes"].numpy(), V)
     return result
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dlc.data.images import WHITE, Source, center_crop, is_transparent, open_source
+from dlc.data.images import WHITE, Source, center_crop, is_transparent, load_rgb, open_source
 from dlc.data.listing import is_image
 from dlc.data.npz import array_names, image_shape, read_images
 from dlc.data.rows import file_order
 from dlc.machine.cli import one_line
 from dlc.machine.exact import side_by_side
-from dlc.machine.files import errno_of, read_json, reading
+from dlc.machine.files import read_json, reading_whole
 from dlc.machine.processes import default_num_workers
 
 JPEG = (".jpg", ".jpeg")
@@ -128,14 +128,8 @@ class FileImages(ImageSet):
         self.size = next(iter(sizes))
 
     def _load(self, index):
-        path = self.source.path(index)
-        try:
-            with reading(path):
-                return self.source.load(index, self.background)
-        except Exception as error:  # Pillow's readers raise many types
-            if errno_of(error) is not None:
-                raise
-            raise ValueError(f"{path} cannot be read ({one_line(error, 100)})") from None
+        with reading_whole(self.source.path(index), "cannot be read"):
+            return load_rgb(self.source.open(index), self.background)
 
     def _named(self, index):
         image = self._load(index)

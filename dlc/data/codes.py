@@ -11,15 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.data.rows import Files, NpyRows, StoredArray, array_files
+from dlc.data.rows import NpyRows, StoredArray, array_files, open_rows
 from dlc.data.store import Features
 from dlc.machine.records import TEXT, Record, key, or_null, whole_number
 
 SHARD = 256  # codes per file of a folder that a prior fills
-
-#################################################################################
-#                                   Comparison                                  #
-#################################################################################
+ENDINGS = (".npy", ".pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +35,16 @@ class CodeSpec:
 def compare(one: CodeSpec, other: CodeSpec) -> list[str]:
     """Raise ValueError where two things do not have the same kind of codes. Returns notes on what is not known."""
     for name in ("L", "V"):
-        ours, theirs = getattr(one, name), getattr(other, name)
-        if None not in (ours, theirs) and ours != theirs:
-            raise ValueError(
-                f"codes of {one.owner} have {name}={ours}, but those of {other.owner} have {name}={theirs}"
-            )
+        values = getattr(one, name), getattr(other, name)
+        if None not in values and values[0] != values[1]:
+            said = "codes of {} have {}={}, but those of {} have {}={}"
+            raise ValueError(said.format(one.owner, name, values[0], other.owner, name, values[1]))
     for spec in (one, other):
         if spec.encoder_sha256 is None:
             return [f"the codes of {spec.owner} do not say which encoder made them: it was not compared"]
     if one.encoder_sha256 != other.encoder_sha256:
         raise ValueError(f"codes of {one.owner} come from another encoder than those of {other.owner}")
     return []
-
-
-#################################################################################
-#                                      Sets                                     #
-#################################################################################
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +79,8 @@ class DrawnSet(Record):
         return record
 
 
-def as_codes(array: np.ndarray | StoredArray, path: Path) -> np.ndarray | StoredArray:
-    """The codes of a file: (n, L), or (L,) as it is. Several codes per image, (n, k, L), become n * k rows.
-
-    Raises ValueError, naming the path, for another shape.
-    """
-    if array.ndim not in (1, 2, 3) or not array.shape[-1]:
-        raise ValueError(f"{path} has shape {array.shape}, wanted (n, L) or (n, k, L)")
+def as_codes(array: np.ndarray | StoredArray) -> np.ndarray | StoredArray:
+    """The codes of a file: several per image, (n, k, L), become n * k rows; others stay as they are."""
     return array.reshape(array.shape[0] * array.shape[1], array.shape[2]) if array.ndim == 3 else array
 
 
@@ -111,37 +97,20 @@ class CodeSet(CodeSpec):
 
         Raises ValueError where there are none, or where a prior has not drawn all of them yet.
         """
-        path = Path(source)
-        if path.is_file():
-            return cls._of_rows(source, NpyRows([path], sample_ndim=1, load=load))
-        if not path.is_dir():
-            raise ValueError(f"code source {source} does not exist")
-        drawn = DrawnSet.finished(path)
-        names = array_files(path, (".npy", ".pt"))
-        if not names:
+        drawn, path = DrawnSet.finished(source), Path(source)
+        if path.is_dir() and not array_files(path, ENDINGS):
             return cls.of_features(Features(path))
-        if len({name.endswith(".pt") for name in names}) > 1:
-            raise ValueError(f"code source {source} holds both .npy and .pt files: keep one kind, or name one file")
-        files = Files(path, names)
-        # there may be a million files of one code each: opening the first and the last tells
-        lone = all(load(file).shape[:-1] in ((), (1,)) for file in (files[0], files[-1]))
-        rows = NpyRows(files, sample_ndim=1, lone=lone, load=load)
-        return cls._of_rows(source, rows, drawn and drawn.V, drawn and drawn.encoder_sha256)
+        rows = open_rows("code source", source, 1, "ui", ENDINGS, load)
+        known = dict(V=drawn.V, encoder_sha256=drawn.encoder_sha256) if drawn else {}
+        return cls(owner=str(source), L=rows.array(0).shape[1], rows=rows, **known)
 
     @classmethod
     def of_features(cls, features: Features) -> "CodeSet":
         """The codes of features. Raises ValueError if they hold none."""
         if features.codes is None:
             raise ValueError(f"features {features.root} hold no codes")
-        encoder = features.source()["encoder_sha256"]
-        return cls._of_rows(features.root, features.codes, features.V, encoder, features)
-
-    @classmethod
-    def _of_rows(cls, source, rows, V=None, encoder_sha256=None, features=None):
-        if not len(rows):
-            raise ValueError(f"code source {source} has no rows")
-        L = rows.array(0).shape[1]
-        return cls(owner=str(source), L=L, V=V, encoder_sha256=encoder_sha256, rows=rows, features=features)
+        known = dict(L=features.L, V=features.V, encoder_sha256=features.source()["encoder_sha256"])
+        return cls(owner=str(features.root), rows=features.codes, features=features, **known)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -149,12 +118,8 @@ class CodeSet(CodeSpec):
     def gather(self, rows: np.ndarray, V: int | None = None) -> np.ndarray:
         """The codes (n, L) int64 of rows (n,); V where the set does not say it. Raises ValueError, naming file and row,
         for a value outside 0..V-1."""
-        return self.rows.gather(rows, limit=V or self.V).astype(np.int64)
-
-
-#################################################################################
-#                                     Counts                                    #
-#################################################################################
+        self.rows.limit = V or self.V
+        return self.rows.gather(rows).astype(np.int64)
 
 
 def token_counts(codes: np.ndarray, V: int) -> np.ndarray:

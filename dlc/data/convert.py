@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import itertools
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,20 @@ import numpy as np
 from dlc.data.inspection import needs_V
 from dlc.data.listing import listing_sha256
 from dlc.data.manifest import Manifest, read_manifest
-from dlc.data.rows import check_range
+from dlc.data.rows import check_values
 from dlc.data.store import Features, FeatureWriter, as_stored
-from dlc.data.tables import open_table
+from dlc.data.tables import FeatureTable
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
 
 
 def write_shards(
-    new: str, source: str, latent_shape: tuple[int, ...], names: list[str], read: Callable[[range], dict], **keys
+    new: str,
+    source: str,
+    latent_shape: Sequence[int],
+    names: list[str],
+    read: Callable[[int, int], Generator[dict[str, np.ndarray], None, None]],
+    **keys,
 ) -> None:
     """Write rows as shards to the features directory `new`.
 
@@ -27,7 +34,7 @@ def write_shards(
         source: the id of what is converted.
         latent_shape: (C, h, w).
         names: the names by which the source's rows are told apart.
-        read: a function read(rows) of an index range that returns the arrays by kind.
+        read: read(start, size) yields arrays by kind: `size` rows at once, from row `start` on.
         keys: the other keys of the `Manifest` that are known; the latents are cast to its dtype.
 
     Raises ValueError if latents are not square, or not finite in that type.
@@ -37,29 +44,22 @@ def write_shards(
             f"{source} has latents of shape {tuple(latent_shape)}, wanted (channels, height, width) with "
             "height and width alike"
         )
-    manifest = Manifest(
-        latents="sample",
-        latent_channels=int(latent_shape[0]),
-        converted_from=source,
-        listing_sha256=listing_sha256(names),
-        **keys,
-    )
-    writer = FeatureWriter(new, manifest)
+    known = dict(converted_from=source, listing_sha256=listing_sha256(names), latent_channels=latent_shape[0])
+    manifest = Manifest(latents="sample", **known, **keys)
+    writer, size, count = FeatureWriter(new, manifest), manifest.shard_size, manifest.num_shards
     if not writer.start():
         print(f"{new} is complete; nothing to do")
         return
-    count, shard_size = manifest.images, manifest.shard_size
-    shards = range(-(-count // shard_size))
-    for shard in progress(shards, desc="packing", unit="shard", delay=2):
-        if not writer.is_done(shard):
-            rows = range(shard * shard_size, min((shard + 1) * shard_size, count))
-            arrays = read(rows)
-            where, advice = lambda row, rows=rows: f"{source}, row {rows[row]}", "fix that row, or take it out"
-            arrays["features"] = as_stored(arrays["features"], manifest.dtype, where, advice)
-            arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
-            writer.write(shard, arrays, [])
-    writer.finish(len(shards))
-    print(f"done: {count:,} rows in {len(shards):,} shards at {new}")
+    shards = range(next((shard for shard in range(count) if not writer.is_done(shard)), count), count)
+    with contextlib.closing(read(shards.start * size, size)) as blocks:
+        for shard, arrays in zip(progress(shards, desc="packing", unit="shard", delay=2), blocks):
+            if not writer.is_done(shard):
+                name, advice = lambda i, at=shard * size: f"latents of {source}, row {at + i}", "fix it, or take it out"
+                arrays["features"] = as_stored(arrays["features"], manifest.dtype, name, advice)
+                arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
+                writer.write(shard, arrays, [])
+    writer.finish(count)
+    print(f"done: {manifest.images:,} rows in {count:,} shards at {new}")
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -68,23 +68,19 @@ def pack(args: argparse.Namespace) -> None:
     if old.manifest is not None:
         raise ValueError(f"{args.old} has a manifest.json: it is packed already")
     needs_V(args.V, old.codes is not None)
-    names = [path.name for path in old.latents.paths]
+    names = np.array([os.fsdecode(name) for name in old.latents.names])
+    kinds = [kind for kind in ("features", "labels", "sem") if kind in old.arrays]
 
-    def read(rows):
-        arrays = dict(
-            features=old.latents.gather(rows),
-            path=np.array([names[row] for row in rows]),
-            labels=old.labels.gather(rows, limit=old.num_classes),
-        )
-        if old.codes is not None:
-            arrays["sem"] = old.codes.gather(rows, limit=old.V)
-        return arrays
+    def read(start, size):
+        for at in range(start, old.count, size):
+            rows = np.arange(at, min(at + size, old.count))
+            yield dict({kind: old.gather(kind, rows) for kind in kinds}, path=names[rows])
 
     write_shards(
         args.new,
         recorded_id(args.old),
         old.latent_shape,
-        names,
+        names.tolist(),
         read,
         shard_size=args.shard_size,
         images=old.count,
@@ -98,27 +94,9 @@ def pack(args: argparse.Namespace) -> None:
 
 def import_hf(args: argparse.Namespace) -> None:
     """The command import-hf: a Hugging Face dataset, saved to disk, in Parquet files or on the hub, to shards."""
-    with contextlib.closing(open_table(args.dataset, args.split)) as table:
-        _import_table(args, table)
-
-
-def fetch_features(dataset: str, path: str, V: int | None, num_classes: int | None) -> None:
-    """Import a dataset as import-hf does by default, unless it is at that path already, which asks no hub.
-
-    Raises ValueError, and where the path holds other features.
-    """
-    if not (Path(path) / "manifest.json").is_file():
-        given = dict(dataset=dataset, new=path, V=V, num_classes=num_classes)
-        return import_hf(argparse.Namespace(**given, split="train", factor=8, shard_size=1024, dtype=None))
-    there, name = read_manifest(path).converted_from, recorded_id(dataset)
-    name = name if Path(dataset).exists() else name.partition("@")[0]  # of the hub, at any revision
-    if not re.match(rf"{re.escape(name)}(@|, split |$)", there or ""):
-        holds = f"other features ({there or 'that were extracted'})"
-        raise ValueError(f"--hf-dataset {dataset}: {path} holds {holds}: give another --features-path")
-
-
-def _import_table(args, table):
-    first = table.read(0, 1)
+    table = FeatureTable(args.dataset, args.split)
+    with contextlib.closing(table.read(0, 1)) as rows:
+        first = next(rows)
     latent_shape = first["features"].shape[-3:]
     if first["features"].size != np.prod(latent_shape) or len(latent_shape) != 3:
         raise ValueError(
@@ -127,23 +105,20 @@ def _import_table(args, table):
         )
     L = first["labels"].size if first["labels"].ndim > 1 else None  # one number per row is a class, not a code
     needs_V(args.V, L is not None)
-    num_classes = 1 if L else args.num_classes or 1000
+    num_classes, column = 1 if L else args.num_classes or 1000, f"{args.dataset}, column 'labels'"
 
-    def read(rows):
-        block = table.read(rows.start, rows.stop)
-        try:
-            latents = block["features"].reshape(len(rows), *latent_shape)
-            values = block["labels"].reshape(len(rows), *([L] if L else []))
-        except ValueError:
-            raise ValueError(
-                f"{args.dataset}, rows {rows.start} to {rows.stop - 1}: not all have latents "
-                f"{latent_shape} and {f'{L} tokens' if L else 'one label'}"
-            ) from None
-        arrays = dict(features=latents, path=np.array([str(row) for row in rows]))
-        check_range(values, args.V if L else num_classes, lambda i: (f"{args.dataset}, column 'labels'", rows[i]))
-        if L:
-            return dict(arrays, sem=values, labels=np.zeros(len(rows)))
-        return dict(arrays, labels=values)
+    def read(start, size):
+        with contextlib.closing(table.read(start, size)) as blocks:
+            for at, block in zip(itertools.count(start, size), blocks):
+                rows = np.arange(at, at + len(block["labels"]))
+                for name, array in block.items():
+                    if array.shape[1:] != first[name].shape[1:]:
+                        shapes = f"{array.shape[1:]} from row {at} on, and first {first[name].shape[1:]}"
+                        raise ValueError(f"{args.dataset}: column {name!r} has rows of shape {shapes}")
+                values = block["labels"].reshape(len(rows), *([L] if L else []))
+                check_values(values, args.V if L else num_classes, lambda i, at=at: f"{column}, row {at + i}")
+                coded = dict(sem=values, labels=np.zeros(len(rows))) if L else dict(labels=values)
+                yield dict(coded, features=block["features"].reshape(-1, *latent_shape), path=rows.astype(str))
 
     write_shards(
         args.new,
@@ -159,3 +134,18 @@ def _import_table(args, table):
         V=args.V if L else None,
         classes=["all"] if L else [str(i) for i in range(num_classes)],
     )
+
+
+def fetch_features(dataset: str, path: str, V: int | None, num_classes: int | None) -> None:
+    """Import a dataset as import-hf does by default, unless it is at that path already, which asks no hub.
+
+    Raises ValueError, and where the path holds other features.
+    """
+    if not (Path(path) / "manifest.json").is_file():
+        given = dict(dataset=dataset, new=path, V=V, num_classes=num_classes)
+        return import_hf(argparse.Namespace(**given, split="train", factor=8, shard_size=1024, dtype=None))
+    there, name = read_manifest(path).converted_from, recorded_id(dataset)
+    name = name if Path(dataset).exists() else name.partition("@")[0]  # of the hub, at any revision
+    if not re.match(rf"{re.escape(name)}(@|, split |$)", there or ""):
+        holds = f"other features ({there or 'that were extracted'})"
+        raise ValueError(f"--hf-dataset {dataset}: {path} holds {holds}: give another --features-path")

@@ -73,8 +73,12 @@ class BatchEncoder:
         good = np.array([index not in skipped for index in batch])
         names = np.array([self.views.source.name(index) for index in batch])[good]
         latents = self._latents(batch, crops)[torch.from_numpy(good)].flatten(0, 1)  # (n * k, C or 2C, S/f, S/f)
+
+        def stored(what, values, dtype):
+            return as_stored(values, dtype, lambda row: f"{what} of {str(names[row // copies])!r}", HELP)
+
         rows = dict(
-            features=as_stored(latents.numpy(), self.manifest.dtype, lambda row: repr(str(names[row // copies])), HELP),
+            features=stored("latents", latents.numpy(), self.manifest.dtype),
             labels=self.labels[batch][good].repeat(copies),
             path=names.repeat(copies),
         )
@@ -86,11 +90,7 @@ class BatchEncoder:
             rows["sem"] = codes.astype(self.manifest.dtypes["sem"]).repeat(copies, axis=0)
         if self.manifest.tokens:
             tokens = self._tokens(batch, code_views)[good]  # (n, k, T, width)
-            rows["tokens"] = tokens.reshape(-1, *tokens.shape[2:])
-            bad = ~np.isfinite(rows["tokens"]).all(axis=(1, 2))
-            if bad.any():
-                name = str(names[bad.argmax() // copies])
-                raise NotFinite(f"the encoder's patch tokens of {name!r} are not finite in float16: {HELP}")
+            rows["tokens"] = stored("the encoder's patch tokens", tokens.reshape(-1, *tokens.shape[2:]), np.float16)
         return batch, rows, [[self.views.source.name(index), error] for index, error, _ in unreadable], transparent
 
     def _tokens(self, batch: list[int], code_views: torch.Tensor) -> np.ndarray:

@@ -2,12 +2,9 @@
 
 import argparse
 import contextlib
-import errno
-import functools
-import io
 import os
+import textwrap
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -17,28 +14,18 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from dlc.data.archives import Members
-from dlc.data.listing import (
-    Tree,
-    classes_of,
-    empty_classes,
-    is_hidden,
-    is_image,
-    list_images,
-    listing_sha256,
-    read_labels,
-)
-from dlc.data.tables import ImageTable, is_dataset
-from dlc.machine.files import SHEET, errno_of, is_pointer, reading, write_whole
+from dlc.data.archives import Archive
+from dlc.data.listing import LeftOut, Source, list_images, paths_below
+from dlc.data.tables import Table
+from dlc.machine.cli import printable
+from dlc.machine.files import SHEET, is_pointer, reading_whole, write_whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 WHITE = (255, 255, 255)
-ARCHIVES = (".zip", ".tar")
-COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")  # what is said to be no archive of ours
 PNG_END = b"IEND\xaeB`\x82"
 # of grids: black and white images stand out from the grey, and the grey from dark and light pages
-GRID_GREY, GAP, LINE, FONT_SIZE = (96, 96, 96), 2, 14, 11  # the lengths in pixels
+GRID_GREY, GAP, LINE, FONT_SIZE = (96, 96, 96), 2, 14, 10  # the lengths in pixels
 LEAST_SHOWN, MOST_LINES = 64, 3  # pixels to which smaller images are enlarged; lines of a caption
 
 
@@ -144,16 +131,14 @@ def image_grid(
     """
     from matplotlib import get_data_path  # slow to import
 
-    # names may hold bytes that are no UTF-8, and ends of lines
-    rows, captions = (
-        ["".join(c if c.isprintable() else "?" for c in one) for one in words] for words in (rows, captions)
-    )
-    font = ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
+    font = ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
+    rows, captions = (list(map(printable, words)) for words in (rows, captions))
     height, width = next(image.shape[:2] for image in images if image is not None)
     factor = -(-LEAST_SHOWN // width)
     height, width = factor * height, factor * width
     left = GAP + max((int(font.getlength(row)) + 2 * GAP for row in rows), default=0)
-    lines = [_in_lines(words, font, width) for words in captions]
+    fit = dict(width=int(width / font.getlength("0")), max_lines=MOST_LINES, placeholder="…")
+    lines = [textwrap.wrap(words, **fit) or [""] for words in captions]
     starts = range(0, len(images), columns)
     deep = [LINE * max(map(len, lines[start : start + columns]), default=0) for start in starts]
     tops = np.cumsum([GAP, *(height + GAP + one for one in deep)]).tolist()
@@ -168,19 +153,6 @@ def image_grid(
         for number, words in enumerate(lines[place] if place < len(lines) else ()):
             draw.text((x + width // 2, y + height + LINE * number + LINE // 2), words, anchor="mm", font=font)
     return grid
-
-
-def _in_lines(words, font, width):
-    """Words as lines that are not wider, broken after what parts names where that is not too early."""
-    lines = [""]
-    while words:
-        fits = next((n for n in range(len(words), 1, -1) if font.getlength(words[:n]) <= width), 1)
-        if len(lines) == MOST_LINES and fits < len(words):
-            return [*lines[1:], words[: fits - 1] + "…"]
-        parted = fits < len(words) and max(words.rfind(sign, 0, fits) for sign in " -_.") + 1
-        fits = parted if parted > fits // 3 else fits
-        lines, words = [*lines, words[:fits].strip()], words[fits:]
-    return lines[1:] or [""]
 
 
 #################################################################################
@@ -202,17 +174,11 @@ def save_sheet(path: Path, image: Image.Image) -> None:
 
 
 def read_png(path: str | os.PathLike) -> np.ndarray:
-    """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it is missing or not whole,
-    and OSError if it cannot be read."""
-    try:
-        with reading(path):
-            return np.array(load_rgb(path))
-    except (OSError, SyntaxError, ValueError) as error:
-        if errno_of(error) not in (None, errno.ENOENT):
-            raise
-        raise ValueError(
-            f"{path} is missing or not a whole PNG ({error}): delete it and run the same command again to draw it"
-        ) from None
+    """The image (H, W, 3) uint8 in a PNG. Raises ValueError, naming the file, if it is not whole, and OSError if it is
+    missing or cannot be read."""
+    remedy = "is not a whole PNG: delete it and run the same command again to draw it"
+    with reading_whole(path, remedy):
+        return np.array(load_rgb(path))
 
 
 def is_whole(path: str | os.PathLike) -> bool:
@@ -227,153 +193,23 @@ def is_whole(path: str | os.PathLike) -> bool:
 #################################################################################
 
 
-class Source(ABC):
-    """Images in an order that stays, wherever they lie. Another way is another class, and its place in SOURCES.
-
-    Args:
-        root: by what errors call them.
-        names: of all images: paths relative to the root.
-        classes, labels: names, and the class of each image, (n,) int64; None where nobody asks for them.
-        remarks: a line each, for the user.
-        marks: what else tells each image from another set's, for `sha256`.
-
-    A subclass has `takes(path)` and a constructor of (path, flag, labels, names), see `open_source`.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        names: Sequence[str],
-        classes: Sequence[str] = (),
-        labels: np.ndarray | None = None,
-        remarks: Sequence[str] = (),
-        marks: Sequence[str] | None = None,
-    ):
-        self.root, self.classes, self.labels, self.remarks, self.marks = root, list(classes), labels, remarks, marks
-        # one array, because reference counts would make each worker copy a list of a million strings
-        self.names = np.array([os.fsencode(name) for name in names])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(self.names[index])
-
-    def path(self, index: int) -> str:
-        """Where an image lies, for errors."""
-        return os.path.join(self.root, self.name(index))
-
-    @functools.cached_property
-    def indices(self) -> dict[str, int]:
-        """The images' places by their names."""
-        return {self.name(index): index for index in range(len(self))}
-
-    @abstractmethod
-    def open(self, index: int) -> str | BinaryIO:
-        """The path of an image file, or one that is open. Called by forked processes and by threads."""
-
-    def load(self, index: int, background: Sequence[int] = WHITE) -> Image.Image:
-        """An image, and errors, as of `load_rgb`."""
-        return load_rgb(self.open(index), background)
-
-    def sha256(self) -> str:
-        """A digest of the set, which changes when images are added, removed or renamed."""
-        names = map(os.fsdecode, self.names)
-        return listing_sha256(map("{}\t{}".format, names, self.marks) if self.marks else names)
-
-
 class Folder(Source):
     """Files in class folders, or in one folder."""
 
-    @staticmethod
-    def takes(path: str) -> bool:
-        return os.path.isdir(path)
+    takes = staticmethod(os.path.isdir)
 
     def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
-        if names is not None:
-            return super().__init__(path, names)
-        super().__init__(path, *_listing(path, None, flag, labels))
+        left_out = LeftOut()
+        listed = (
+            (names,) if names is not None else list_images(path, paths_below(path, left_out), left_out, flag, labels)
+        )
+        super().__init__(path, *listed)
 
     def open(self, index: int) -> str:
         return self.path(index)
 
 
-class Archive(Source):
-    """Members of a .zip, or of a .tar or a folder of them, such as WebDataset's shards."""
-
-    @staticmethod
-    def takes(path: str) -> bool:
-        return bool(Archive.files_of(path)[0])
-
-    @staticmethod
-    def files_of(path: str) -> tuple[list[str], str]:
-        """The archives at a path, and the folder in the archive that the path goes on to, or ""."""
-        if os.path.isdir(path):
-            with contextlib.suppress(OSError), os.scandir(path) as entries:
-                shown = [entry for entry in entries if not is_hidden(entry.name)]
-                if not any(entry.is_dir() or is_image(entry.name) for entry in shown):
-                    files = sorted(entry.path for entry in shown)
-                    ours = [one for one in files if one.lower().endswith(ARCHIVES)]
-                    return ours or [one for one in files if one.lower().endswith(COMPRESSED)], ""
-            return [], ""
-        file = next((one for one in (Path(path), *Path(path).parents) if one.is_file()), None)
-        if not file or not file.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
-            return [], ""
-        inner = os.path.relpath(path, file)
-        return [str(file)], "" if inner == "." else inner
-
-    def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
-        files, inner = self.files_of(path)
-        self.members = Members(files)
-        tree = Tree(files[0] if inner else path.rstrip("/"), self.members.names, inner)
-        if names is None:
-            own = tree.labels(self.members.read)
-            super().__init__(tree.root, *_listing(tree.root, tree.paths, flag, labels, own, self.members.left_out))
-        else:
-            super().__init__(tree.root, names)
-        self.places = np.array([tree.index(self.name(index)) for index in range(len(self))])
-
-    def open(self, index: int) -> BinaryIO:
-        return io.BytesIO(self.members.read(self.places[index]))
-
-
-class Table(Source):
-    """Rows of a dataset with a column of images, saved to disk, in .parquet files, or on the hub."""
-
-    takes = staticmethod(is_dataset)
-
-    def __init__(self, path: str, flag: str, labels: str | None = None, names: Sequence[str] | None = None):
-        self.table = table = ImageTable(path, needs_labels=labels is None and names is None)
-        classes, numbers = classes_of(read_labels(labels, table.names)) if labels else (table.classes, table.labels)
-        marks = [f"{label} {size}" for label, size in zip(numbers.tolist(), table.sizes)]
-        remarks, empty = [] if labels else table.remarks, empty_classes(classes, numbers)
-        remarks = [*remarks, *([f"{path}: {empty}"] if empty else [])]
-        super().__init__(path, table.names, classes, numbers, remarks, marks)
-        self.rows = np.arange(len(self))
-        if names is not None:
-            missing = next((name for name in names if name not in self.indices), None)
-            if missing is not None:
-                raise ValueError(f"{path} has no {missing}")
-            self.rows = np.array([self.indices[name] for name in names])
-            super().__init__(path, names)
-
-    def open(self, index: int) -> BinaryIO:
-        return io.BytesIO(self.table.read(int(self.rows[index])))
-
-
 SOURCES = (Table, Archive, Folder)  # the first that takes a path
-
-
-def _listing(root, paths, flag, labels, own=(), left_out=None):
-    """What a Source takes: names, classes, labels, remarks, marks.
-
-    labels: a .csv, or None. own: labels by name, of files beside the images.
-    """
-    labels_of = functools.partial(read_labels, labels) if labels else None
-    if own and not labels:
-        labels_of = functools.partial(map, own.get)
-    classes, names, numbers, remarks = list_images(root, paths, flag, labels_of, left_out)
-    return names, classes, numbers, remarks, list(map(str, numbers)) if labels_of else None
 
 
 def open_source(
@@ -419,4 +255,4 @@ def load_image(path: str, background: Sequence[int] = WHITE) -> Image.Image:
     holder = next((one for one in Path(path).parents if one.exists()), None)
     if os.path.lexists(path) or holder is None or not (Table.takes(str(holder)) or holder.is_file()):
         return load_rgb(path, background)
-    return open_source(holder, names=[os.path.relpath(path, holder)]).load(0, background)
+    return load_rgb(open_source(holder, names=[os.path.relpath(path, holder)]).open(0), background)

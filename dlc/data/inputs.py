@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dlc.data.rows import open_vectors
+from dlc.data.rows import open_rows
 from dlc.data.store import Features
 
 
@@ -59,7 +59,9 @@ def vectors(features: Features, args: argparse.Namespace) -> Inputs:
     """Vectors (n, in_dim), of --condition-path. Raises ValueError if there is none, or it does not fit the features."""
     if not args.condition_path:
         raise ValueError(f"{args.model} is trained on vectors: give --condition-path")
-    rows = open_vectors(args.condition_path, features.count)
+    rows = open_rows("--condition-path", args.condition_path, 1, "f")
+    if len(rows) != features.count:
+        raise ValueError(f"--condition-path {args.condition_path} has {len(rows)} rows, the data {features.count}")
     return Inputs(dict(vectors=rows), dict(in_dim=rows.array(0).shape[1]))
 
 

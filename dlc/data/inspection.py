@@ -8,22 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from dlc.data.codes import perplexity, token_counts
-from dlc.data.images import save_sheet
+from dlc.data.images import image_grid, save_sheet
 from dlc.data.manifest import Manifest, read_manifest
-from dlc.data.rows import NpyRows, array_files, check_finite, check_range
+from dlc.data.rows import BLOCK, NpyRows, array_files
 from dlc.data.store import Features, shard_rows
 from dlc.machine.cli import one_line, progress
 from dlc.machine.files import SHEET, check_output, sha256_of
 
-BLOCK = 4096  # rows in memory at a time, so that no file need fit in memory
-
 
 def blocks(rows: NpyRows, what: str) -> Iterator[np.ndarray]:
     """The arrays of the files of some NpyRows, in blocks, with a progress bar."""
-    for index in progress(range(len(rows.paths)), desc=what, unit="file", delay=2):
+    for index in progress(range(len(rows.names)), desc=what, unit="file", delay=2):
         array = rows.array(index)
         for start in range(0, len(array), BLOCK):
             yield array[start : start + BLOCK]
@@ -77,14 +75,9 @@ def usage_picture(counts: np.ndarray) -> Image.Image:
     bright = np.clip(np.log2(np.maximum(relative, 1e-9)) / 8 + 0.5, 0, 1)
     pixels = np.repeat((30 + 225 * bright[..., None]).astype(np.uint8), 3, axis=2)
     pixels[counts == 0] = (170, 20, 20)
-    height, width = (max(1, 512 // side) for side in (L, V))
-    pixels = pixels.repeat(height, axis=0).repeat(width, axis=1)
-    caption = [f"{L} positions (down) x {V} tokens (across)", "black: 1/16 of even use; white: 16 times; red: never"]
-    picture = Image.new("RGB", (max(pixels.shape[1], 340), pixels.shape[0] + 34), "white")
-    picture.paste(Image.fromarray(pixels), (0, 34))
-    for line, text in enumerate(caption):
-        ImageDraw.Draw(picture).text((4, 3 + 14 * line), text, fill="black")
-    return picture
+    pixels = pixels.repeat(max(1, 512 // L), axis=0).repeat(max(1, 512 // V), axis=1)
+    words = f"{L} positions (down) x {V} tokens (across); black: 1/16 of even use, white: 16 times, red: never"
+    return image_grid([pixels], 1, captions=[words])
 
 
 def print_info(args: argparse.Namespace) -> None:
@@ -105,25 +98,24 @@ def print_info(args: argparse.Namespace) -> None:
 
 
 def print_origin(features: Features) -> None:
-    manifest, size = features.manifest, features.image_size
+    manifest, rows = features.manifest, f"{features.root}: {features.count:,} rows"
+    size = f"at {features.image_size}x{features.image_size}"
     if manifest is None:
-        print(f"{features.root}: {features.count:,} rows at {size}x{size}, one .npy each (no manifest.json)")
+        print(f"{rows} {size}, one .npy each (no manifest.json)")
         return
     print(
-        f"{features.root}: {features.count:,} rows of {manifest.images:,} images at {size}x{size} in "
-        f"{len(manifest.shards):,} shards, {len(manifest.skipped):,} images skipped, {manifest.transparent:,} blended"
+        f"{rows} of {manifest.images:,} images {size} in {len(manifest.shards):,} shards, {len(manifest.skipped):,} "
+        f"images skipped, {manifest.transparent:,} blended"
     )
     for path, reason in manifest.skipped[:10]:
         print("  " + one_line(f"skipped {path!r}: {reason}"))
-    known = [
-        f"{name} {getattr(manifest, name)}"
-        for name in ("vae", "scaling_factor", "encoder", "precision", "flip", "seed")
-        if getattr(manifest, name) is not None
-    ]
-    if manifest.shift_factor:
-        known.append(f"shift_factor {manifest.shift_factor}")
-    if known:
-        print(one_line("made with: " + ", ".join(known), 2000))
+    known = {
+        name: getattr(manifest, name) for name in ("vae", "scaling_factor", "encoder", "precision", "flip", "seed")
+    }
+    known["shift_factor"] = manifest.shift_factor or None
+    said = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+    if said:
+        print(one_line(f"made with: {said}", 2000))
 
 
 def print_latents(features: Features) -> None:
@@ -144,7 +136,7 @@ def print_latents(features: Features) -> None:
 
 
 def print_labels(features: Features) -> None:
-    features.labels.check_range(features.num_classes)
+    features.labels.check()
     counts = np.bincount(np.concatenate([block.astype(np.int64) for block in blocks(features.labels, "labels")]))
     print(
         f"labels: {features.num_classes} classes, {np.count_nonzero(counts)} of them with rows, "
@@ -154,7 +146,7 @@ def print_labels(features: Features) -> None:
 
 def print_codes(features: Features) -> None:
     """Say how codes use their tokens, and draw it as FEATURES/codes.png."""
-    features.codes.check_range(features.V)
+    features.codes.check()
     counts, duplicates = code_usage(features)
     used, dead = perplexity(counts), (counts == 0).sum()
     print(
@@ -181,18 +173,15 @@ def print_codes(features: Features) -> None:
 
 def problems(root: str | Path, V: int | None = None, num_classes: int | None = None) -> Iterator[str]:
     """Lines on what is wrong with FEATURES/: files, shapes, types, values, and what the manifest says of them."""
-    manifest, dtypes, widths = None, {}, {}
+    manifest = None
     try:
         if (Path(root) / "manifest.json").is_file():
             manifest = read_manifest(root)
-            kinds, dtypes = shard_rows(root, manifest), manifest.dtypes
-            patches = manifest.tokens and manifest.tokens[0]
-            widths = dict(features=manifest.stored_channels, sem=manifest.L, tokens=patches)
-            limits = dict(labels=len(manifest.classes), sem=manifest.V)
+            kinds = shard_rows(root, manifest)
         else:
             features = Features(root, V, num_classes)
             needs_V(V, features.codes is not None)
-            kinds, limits = features.arrays, features.limits
+            kinds = features.arrays
     except ValueError as error:
         yield str(error)
         return
@@ -201,64 +190,31 @@ def problems(root: str | Path, V: int | None = None, num_classes: int | None = N
         if not listed or listed != manifest.count:
             yield f"{Path(root) / 'manifest.json'} counts {manifest.count} rows, its shards {listed}"
     for kind, rows in kinds.items():
-        known = {path.name for path in rows.paths}
-        for name in array_files(rows.paths.folder):
-            if name not in known:
-                yield f"{rows.paths.folder / name} is not in the manifest"
-        shapes, width = {}, widths.get(kind)
-        for index in progress(range(len(rows.paths)), desc=kind, unit="file", delay=2):
-            found = list(file_problems(kind, rows, index, shapes, dtypes.get(kind), width, limits.get(kind)))
+        known, shapes = set(rows.names.tolist()), {}
+        for name in array_files(rows.folder):
+            if os.fsencode(name) not in known:
+                yield f"{rows.folder / name} is not in the manifest"
+        for index in progress(range(len(rows.names)), desc=kind, unit="file", delay=2):
+            path = rows.path(index)
+            try:
+                # on its own, because NpyRows hold every file against the first
+                one = NpyRows(
+                    rows.folder, [path.name], rows.ndim, rows.dtype, ends=[rows.rows(index)], limit=rows.limit
+                )
+                array = one.array(0)
+                shapes[path] = array.shape[1:]
+                if rows.dtype != "U":
+                    one.check_values(array, range(len(array)))
+            except (ValueError, OSError) as error:
+                yield str(error)
+                continue
             digest = manifest and manifest.shards[index].get("sha256", {}).get(kind)
-            if digest and not found and sha256_of(rows.paths[index]) != digest:
-                found = [f"{rows.paths[index]} is not what was written: its digest is another one in manifest.json"]
-            yield from found
+            if digest and sha256_of(path) != digest:
+                yield f"{path} is not what was written: its digest is another one in manifest.json"
         usual = Counter(shapes.values()).most_common(1)
-        for path, shape in shapes.items():  # beside those whose width is wrong already
-            if shape != usual[0][0] and width in (None, shape[0]):
+        for path, shape in shapes.items():
+            if shape != usual[0][0]:
                 yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"
-
-
-def file_problems(
-    kind: str,
-    rows: NpyRows,
-    index: int,
-    shapes: dict[Path, tuple],
-    dtype: np.dtype | None,
-    width: int | None,
-    limit: int | None,
-) -> Iterator[str]:
-    """What is wrong with one file of some rows.
-
-    Args:
-        shapes: the shape of its rows is added to it, by path, if it can be read.
-        dtype, width: its type, and channels of latents or L of codes, by the manifest; None where nothing says.
-        limit: values are in 0..limit-1.
-    """
-    path = rows.paths[index]
-    if not path.is_file():
-        yield f"{path} is missing"
-        return
-    try:
-        # on its own, because NpyRows hold every file against the first
-        array = NpyRows([path], [rows.rows(index)], rows.sample_ndim, rows.lone).array(0)
-        shapes[path] = array.shape[1:]
-        if limit is not None:
-            check_range(array, limit, lambda row: (path, row))
-    except (ValueError, OSError) as error:
-        yield str(error)
-        return
-    if dtype is not None and array.dtype != dtype:
-        yield f"{path} has values of type {array.dtype}, the manifest says {dtype}"
-    if width is not None and array.shape[1] != width:
-        yield f"{path} has rows of shape {array.shape[1:]}, by the manifest the first is {width}"
-    wanted = dict(path=("U", "unicode"), features=("f", "floats"), tokens=("f", "floats")).get(kind)
-    if wanted and array.dtype.kind != wanted[0]:
-        yield f"{path} has values of type {array.dtype}, wanted {wanted[1]}"
-    elif wanted and wanted[0] == "f":
-        try:
-            check_finite(array, lambda row: (path, row))
-        except ValueError as error:
-            yield str(error)
 
 
 def print_problems(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""List the images of a folder or archive: classes, order, labels, and a remark on what is left out.
+"""Sources of images: what all have in common, and how paths become images in their order, classes and labels.
 
 For an ordinary folder with one subfolder per class, classes, order and labels equal torchvision's ImageFolder. But
 ImageFolder silently skips folders that the disk fails to list, and it takes a notebook's .ipynb_checkpoints for a
@@ -8,14 +8,16 @@ the listing, hidden and system folders and files are left out, and the remark co
 
 import csv
 import errno
+import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -31,12 +33,68 @@ SYSTEM = {
 }
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}  # parts of a data set
 DANGLING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link: its target is missing, or is the link itself
-LONGEST_REMARK, LONGEST_NAME = 220, 24  # characters
-MOST_ENDINGS = 5  # counted separately
-HOLDERS = (".zip", ".parquet", ".tar")  # hold images, in a folder of them alone
-LABEL_ENDINGS = ("cls", "json")  # of WebDataset, the first one first
+LONGEST_REMARK, LONGEST_NAME = 280, 24  # characters
+MOST_REASONS = 5  # counted separately
+HIDDEN = "hidden or system files and folders"  # why they are left out
 ONE_CLASS = "all"  # the class of images that have none
 MOST_CLASSES = 2**16  # whole numbers below this are classes by themselves, and others names of classes
+
+
+class Source(ABC):
+    """Images in an order that stays, wherever they lie. A subclass has a place in `SOURCES` of dlc/data/images.py.
+
+    It has `takes(path)`, whether it reads what lies there, and a constructor of (path, flag, labels, names), see
+    `open_source`.
+
+    Args:
+        root: by what errors call them.
+        names: of all images: paths relative to the root.
+        classes, labels: names, and the class of each image, (n,) int64; None where nobody asks for them.
+        remarks: a line each, for the user.
+        marks: what else tells each image from another set's, for `sha256`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        names: Sequence[str],
+        classes: Sequence[str] = (),
+        labels: np.ndarray | None = None,
+        remarks: Sequence[str] = (),
+        marks: Iterable[object] | None = None,
+    ):
+        self.root, self.classes, self.labels, self.remarks, self.marks = root, list(classes), labels, remarks, marks
+        # one array, because reference counts would make each worker copy a list of a million strings
+        self.names = np.array([os.fsencode(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def path(self, index: int) -> str:
+        """Where an image lies, for errors."""
+        return os.path.join(self.root, self.name(index))
+
+    @functools.cached_property
+    def indices(self) -> dict[str, int]:
+        """The images' places by their names."""
+        return {self.name(index): index for index in range(len(self))}
+
+    @abstractmethod
+    def open(self, index: int) -> str | BinaryIO:
+        """The path of an image file, or one that is open. Called by forked processes and by threads."""
+
+    def sha256(self) -> str:
+        """A digest of the set, which changes when images are added, removed or renamed."""
+        names = map(os.fsdecode, self.names)
+        return listing_sha256(names if self.marks is None else map("{}\t{}".format, names, self.marks))
+
+
+def listing_sha256(paths: Iterable[str]) -> str:
+    """A digest of paths in their order."""
+    return hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def is_image(name: str) -> bool:
@@ -47,30 +105,45 @@ def is_hidden(name: str) -> bool:
     return name[:1] == "." or name.lower() in SYSTEM
 
 
-class LeftOut:
-    """What a listing leaves out: files by their endings, and paths by the reason."""
+def shown(path: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the other files in a folder, without hidden ones; none if it is none."""
+    try:
+        with os.scandir(path) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name)]
+    except OSError:  # which the listing raises, in its own words
+        return [], []
+    return [name for name, is_folder in found if is_folder], [name for name, is_folder in found if not is_folder]
+
+
+class LeftOut(Counter):
+    """How many paths a listing leaves out, by the reason; files of other kinds by their ending."""
 
     def __init__(self):
-        self.endings, self.others, self.examples = Counter(), Counter(), {}
+        super().__init__()
+        self.examples = {}
 
     def note(self, reason: str, path: str) -> None:
-        self.others[reason] += 1
+        self[reason] += 1
         self.examples[reason] = min(path, self.examples.get(reason, path))
 
     def __str__(self) -> str:
         """In words; "" for nothing."""
-        kinds = self.endings.most_common()
-        kinds = [*kinds[:MOST_ENDINGS], ("of other endings", sum(count for _, count in kinds[MOST_ENDINGS:]))]
-        parts = [f"{count:,} {one_line(ending, 20)}" for ending, count in kinds if count]
-        parts += [
-            f"{count:,} {reason} ({example(self.examples[reason], count)})" for reason, count in self.others.items()
+        kinds = self.most_common(MOST_REASONS)
+        parts = [
+            f"{count:,} {one_line(reason, 60)} ({example(self.examples[reason], count)})" for reason, count in kinds
         ]
+        others = self.total() - sum(count for _, count in kinds)
+        parts += [f"{others:,} of other endings"] if others else []
         return f"left out {', '.join(parts)}" if parts else ""
 
 
+def example(name: str, count: int) -> str:
+    return one_line(name, LONGEST_NAME) + (", …" if count > 1 else "")
+
+
 def paths_below(root: str, left_out: LeftOut) -> Iterator[str]:
-    """The paths of all files and, with a "/" at the end, folders below a root. Links are followed, but not into a
-    folder that they lie in; hidden folders are not entered.
+    """The paths of all files and, with a "/" at the end, folders below a root, but for hidden ones. Links are followed,
+    but not into a folder that they lie in.
 
     Raises OSError, naming what cannot be listed.
     """
@@ -93,10 +166,11 @@ def paths_below(root: str, left_out: LeftOut) -> Iterator[str]:
                         if error.errno not in DANGLING:
                             raise
                     is_dangling = not (is_folder or is_file) and entry.is_symlink() and not os.path.exists(entry.path)
-                    if is_folder and not is_hidden(entry.name):
+                    if is_hidden(entry.name):
+                        left_out.note(HIDDEN, path)
+                    elif is_folder:
                         todo.append((f"{path}/", [*above, own]))
-                    # reading a link to nowhere says so, and is noted
-                    elif is_file or is_hidden(entry.name) or is_dangling and is_image(entry.name):
+                    elif is_file or is_dangling and is_image(entry.name):  # to read such a link says so, and is noted
                         yield path
                     elif is_dangling and not folder:
                         os.stat(entry.path)  # raises: perhaps a class on a disk that is not mounted
@@ -110,178 +184,91 @@ def paths_below(root: str, left_out: LeftOut) -> Iterator[str]:
             ) from None
 
 
-def sort_out(paths: Iterable[str], left_out: LeftOut) -> tuple[dict[str, list[str]], list[str]]:
-    """The images among paths, by the folder at the top that they lie in; and those that lie in none."""
-    found, outside, hidden = {}, [], set()
-    for path in paths:
-        *folders, name = parts = path.split("/")  # a folder's name is ""
-        first = next((place for place, part in enumerate(parts) if is_hidden(part)), None)
-        if ".." in parts:
-            left_out.note("names that lead out of the archive", path)
-        elif first is not None:
-            hidden.add("/".join(parts[: first + 1]))
-        else:
-            images = found.setdefault(folders[0], []) if folders else outside
-            if is_image(name):
-                images.append(path)
-            elif name:
-                ending = os.path.splitext(name)[1].lower().rstrip(".") or "without an ending"
-                left_out.endings[ending] += 1
-                left_out.examples[ending] = min(path, left_out.examples.get(ending, path))
-    for path in hidden:
-        left_out.note("hidden or system files and folders", path)
-    return {name: sorted(found[name], key=by_folder) for name in sorted(found)}, sorted(outside)
-
-
 def by_folder(path: str) -> tuple[str, str]:
     """The sorting key of images: the folder's path, then the name."""
     folder, _, name = path.rpartition("/")
     return folder, name
 
 
-class Tree:
-    """The members of an archive, by their paths: `paths` are those below its root.
-
-    One folder that all members lie in is the root: `prefix` is its path in the archive, "" or with a "/" at the end.
-
-    Args:
-        root: what the archive is called.
-        names: of the members, in the archive's order; those of folders end in "/".
-        inner: path of a folder in the archive to take for all of it.
-
-    Raises ValueError where there is no such folder, and for two files of one name.
-    """
-
-    def __init__(self, root: str, names: Sequence[str], inner: str = ""):
-        self.places = {}  # among the names, by path
-        for index, name in enumerate(names):
-            path = "/".join(part for part in name.split("/") if part not in ("", ".")) + "/" * name.endswith("/")
-            if self.places.setdefault(path, index) != index and path[-1:] != "/":
-                raise ValueError(f"{root} holds {name!r} twice")
-        self.prefix, self.paths = "", [path for path in self.places if path != "/"]
-        folder = inner.strip("/") or self._only_folder()
-        while folder:
-            self.prefix, self.paths = f"{self.prefix}{folder}/", self._within(folder)
-            folder = self._only_folder()
-        if not self.paths and inner:
-            raise ValueError(f"{root} has no folder {inner!r}")
-        self.root = os.path.join(root, self.prefix[:-1]).rstrip("/")
-
-    def _within(self, folder):
-        return [path.removeprefix(f"{folder}/") for path in self.paths if path.startswith(f"{folder}/")]
-
-    def _only_folder(self):
-        """The one that all paths lie in, if there are folders in it and no images; or ""."""
-        tops = {top for path in self.paths if not is_hidden(top := path.partition("/")[0])}
-        paths = self._within(only := tops.pop()) if len(tops) == 1 else []
-        has_images = any("/" not in path and is_image(path) for path in paths)
-        return only if any("/" in path for path in paths) and not has_images else ""
-
-    def labels(self, read: Callable[[int], bytes]) -> dict[str, str]:
-        """The labels that lie beside images as WebDataset has them, by image: 0.cls or 0.json, "label" or "cls" in it.
-        Their files are taken from the paths.
-
-        Args:
-            read: gives a member's bytes by its place among the names.
-
-        Raises ValueError, naming the file, where there are labels, but not one for each image.
-        """
-        images, labels, beside, keys = [], {}, set(), {}
-        for path in self.paths:
-            folder, slash, name = path.rpartition("/")
-            if name and not is_hidden(name):  # by the name up to its first dot, the key of WebDataset
-                keys.setdefault(f"{folder}{slash}{name.partition('.')[0]}", []).append(path)
-        for key, paths in keys.items():
-            found = [f"{key}.{ending}" for ending in LABEL_ENDINGS if f"{key}.{ending}" in paths]
-            paths = [path for path in paths if is_image(path)]
-            contents = [read(self.index(path)) for path in found] if paths else []
-            values = [value for content, path in zip(contents, found) if (value := label_in(content, path)) is not None]
-            images += paths
-            if values:
-                labels[paths[0]] = values[0]
-                beside.update(found)
-                if len(paths) > 1:
-                    raise ValueError(f"{self.root} has one label for several images, as {paths[0]} and {paths[1]}")
-        if labels and len(labels) < len(images):
-            lacking = next(path for path in images if path not in labels)
-            raise ValueError(f"{self.root} has labels (.cls, .json) for {len(labels):,} images, but none for {lacking}")
-        self.paths = [path for path in self.paths if path not in beside]  # they are not left out
-        return labels
-
-    def index(self, path: str) -> int:
-        """The place of a file, by its path below the root or in the archive, among the members' names.
-
-        Raises ValueError where there is none.
-        """
-        index = self.places.get(f"{self.prefix}{path}", self.places.get(path))
-        if index is None:
-            raise ValueError(f"{self.root} has no {path}")
-        return index
-
-
-def example(name: str, count: int) -> str:
-    return one_line(name, LONGEST_NAME) + (", …" if count > 1 else "")
-
-
 def list_images(
-    data_path: str | os.PathLike,
-    paths: Iterable[str] | None = None,
-    flag: str = "--data-path",
-    labels_of: Callable[[list[str]], Iterable[str]] | None = None,
-    left_out: LeftOut | None = None,
-) -> tuple[list[str], list[str], np.ndarray, list[str]]:
-    """Returns classes, the images' paths relative to data_path, labels (n,) int64, and remarks, a line each.
+    root: str,
+    paths: Iterable[str],
+    left_out: LeftOut,
+    flag: str,
+    labels: str | None = None,
+    own: Mapping[str, str] | None = None,
+) -> tuple[list[str], list[str], np.ndarray, list[str], list[int] | None]:
+    """What a `Source` takes after its root: names, classes, labels, remarks and marks.
 
-    As in torchvision's ImageFolder, the classes are the folders in data_path, sorted by name; the images of a class are
-    the files in and below its folder whose names end in one of ENDINGS; links are followed; empty classes count. Where
-    no folder has images, those in data_path itself are one class.
-
-    Hidden and system folders and files (a leading dot, or SYSTEM) are left out, and so are links to a folder that they
-    lie in. A remark counts what was left out, and the classes that are empty; others say what may be a mistake.
+    As in torchvision's ImageFolder, the classes are the folders in the root, sorted by name; the images of a class are
+    the files in and below its folder whose names end in one of ENDINGS; empty classes count. Where no folder has
+    images, those in the root itself are one class. A remark counts what was left out, and the classes that are empty;
+    another says what may be a mistake.
 
     Args:
-        paths: of all that is to be listed, see `paths_below`, as of an archive; None: what is in the folder data_path.
-        flag: by which errors and remarks call data_path.
-        labels_of: labels by the images' paths, of all images below data_path; None: the folders are the classes.
+        paths: of all that lies below the root, see `paths_below`.
         left_out: what is already known to be.
+        flag: by which errors and remarks call the root.
+        labels: .csv file of the labels of all images, instead of the folders.
+        own: labels by path, of files beside the images, if there are any.
 
     Raises ValueError if there is nothing to list, or where the folders are no classes, as a data set's train and val;
-    OSError if the disk fails to list a folder.
+    and OSError as the paths do.
     """
-    left_out, advice = left_out or LeftOut(), "put the images of each class into a folder of its own"
-    root = os.fspath(data_path) if paths is not None else folder_of(data_path, flag)
-    found, outside = sort_out(paths_below(root, left_out) if paths is None else paths, left_out)
-    if labels_of:
-        paths = sorted([*outside, *itertools.chain(*found.values())], key=by_folder)
-        if not paths:
-            raise ValueError(f"{flag} {root} has no images: {str(left_out) or advice}")
-        classes, labels = classes_of(labels_of(paths))
-        said = "; ".join(filter(None, (str(left_out), empty_classes(classes, labels))))
-        return classes, paths, labels, [one_line(f"{flag} {root}: {said}", LONGEST_REMARK)] if said else []
-    is_flat = bool(outside) and not any(found.values())
-    if is_flat:
-        found, outside = {ONE_CLASS: outside}, []
-    for name in outside:
-        left_out.note("images outside the class folders", name)
-    paths = [path for paths in found.values() for path in paths]
-    labels = np.repeat(np.arange(len(found)), np.array([*map(len, found.values())], np.int64))
-    remark = "; ".join(filter(None, (str(left_out), empty_classes([*found], labels))))
-    if not paths:
-        advice = "save images of other kinds as one of these" if left_out.endings else advice
-        for place in (os.path.dirname(left_out.examples.get(ending, "")) for ending in HOLDERS):
-            advice = f"give the folder of its archives, such as {os.path.join(root, place)}" if place else advice
-        what = f"images in its class folders ({' '.join(ENDINGS)})" if found else f"images ({' '.join(ENDINGS)})"
-        raise ValueError(one_line(f"{flag} {root} has no {what}: {advice}{f'; {remark}' if remark else ''}"))
-    remarks = [unlabelled("class folders")] if is_flat else doubts(root, found, flag)
-    remarks = [f"{flag} {root}: {one}" for one in [*remarks, *([remark] if remark else [])]]
-    return list(found), paths, labels, [one_line(one, LONGEST_REMARK) for one in remarks]
+    found, outside = {}, []  # the images by the folder at the top that they lie in, and those that lie in none
+    for path in paths:
+        top, slash, _ = path.partition("/")
+        images = found.setdefault(top, []) if slash else outside
+        if is_image(path):
+            images.append(path)
+        elif path and path[-1] != "/":  # no folder
+            left_out.note(os.path.splitext(path)[1].lower().rstrip(".") or "without an ending", path)
+    found, outside = {name: sorted(found[name], key=by_folder) for name in sorted(found)}, sorted(outside)
+    names, remarks, marks = [*outside, *itertools.chain(*found.values())], [], None
+    if not names:
+        advice = "give a folder with a folder of such files for each class, or one of archives alone"
+        raise ValueError(
+            f"{flag} {root} has no images ({' '.join(ENDINGS)}): {'; '.join(filter(None, (advice, str(left_out))))}"
+        )
+    if labels or own:
+        names.sort(key=by_folder)
+        classes, numbers = classes_of(read_labels(labels, names) if labels else map(own.get, names))
+        marks = numbers.tolist()
+    else:
+        if any(found.values()):
+            remarks = doubts(root, found, flag)
+            for name in outside:
+                left_out.note("images outside the class folders", name)
+        else:
+            found, remarks = {ONE_CLASS: outside}, [unlabelled("class folders")]
+        classes, names = list(found), [*itertools.chain(*found.values())]
+        numbers = np.repeat(np.arange(len(found)), [*map(len, found.values())])
+    said = "; ".join(filter(None, (str(left_out), empty_classes(classes, numbers))))
+    remarks = [one_line(f"{flag} {root}: {one}", LONGEST_REMARK) for one in (*remarks, said) if one]
+    return names, classes, numbers, remarks, marks
 
 
-def folder_of(path: str | os.PathLike, flag: str) -> str:
-    """The path as text. Raises ValueError where there is no folder."""
-    if not os.path.isdir(path):
-        raise ValueError(f"{flag} {os.fspath(path)} is not a folder")
-    return os.fspath(path)
+def doubts(root: str, found: dict[str, list[str]], flag: str) -> list[str]:
+    """What speaks against the folders' being classes, in words. found: the images' paths by class.
+
+    Raises ValueError where the images lie deeper than in class folders. In one folder of the same name in each class,
+    as Tiny ImageNet has them, they may.
+    """
+    found = {name: paths for name, paths in found.items() if paths}
+    deep = [paths[0] for paths in found.values() if all(path.count("/") > 1 for path in paths)]
+    inner = {os.path.dirname(path).partition("/")[2] for paths in found.values() for path in paths}
+    are_splits, is_one = len(found) > 1 and {name.lower() for name in found} <= SPLITS, len(found) == 1
+    if not (deep or are_splits or is_one):
+        return []
+    path, advice = (deep or next(iter(found.values())))[0], "give the folder whose folders are the classes"
+    folders = f"its folders {one_line(', '.join(found), 60)}"
+    if deep and (are_splits or len(deep) == len(found) and (len(inner) > 1 or is_one)):
+        better = os.path.join(root, os.path.dirname(os.path.dirname(path)))
+        raise ValueError(
+            f"{flag} {root}: {folders} are not classes, since images lie deeper, as {one_line(path, 60)}: {advice}, "
+            f"such as {better}"
+        )
+    return [f"{folders} are taken for classes, with images such as {one_line(path, 60)}: if they are none, {advice}"]
 
 
 def empty_classes(classes: Sequence[str], labels: np.ndarray) -> str:
@@ -292,11 +279,6 @@ def empty_classes(classes: Sequence[str], labels: np.ndarray) -> str:
 
 def unlabelled(what: str) -> str:
     return f"there are no {what}: all images are one class, {ONE_CLASS!r}"
-
-
-#################################################################################
-#                         Labels that folders do not say                        #
-#################################################################################
 
 
 def classes_of(values: Iterable[str | int]) -> tuple[list[str], np.ndarray]:
@@ -314,17 +296,6 @@ def classes_of(values: Iterable[str | int]) -> tuple[list[str], np.ndarray]:
     return classes.tolist(), labels.astype(np.int64)
 
 
-def label_in(content: bytes, name: str) -> str | None:
-    """The label in a file of LABEL_ENDINGS; None where there is none, as in a .json of captions."""
-    try:
-        value = json.loads(content) if name.endswith(".json") else content.decode().strip()
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(value, dict):
-        value = value.get("label", value.get("cls"))
-    return str(value) if isinstance(value, (str, int, float)) and value != "" and value == value else None
-
-
 def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
     """The label of each image of these names, from the columns `name` and `label` of a .csv file.
 
@@ -336,9 +307,9 @@ def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
     with reading(path), open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
             table = csv.DictReader(file, strict=True)
-            columns = table.fieldnames or ()
-            if sorted(name for name in columns if name in ("name", "label")) != ["label", "name"]:
-                raise ValueError(f"its first line names the columns {one_line(list(columns), 60)}")
+            columns = table.fieldnames or []
+            if (columns.count("name"), columns.count("label")) != (1, 1):
+                raise ValueError(f"its first line names the columns {one_line(columns, 60)}")
             for row in table:
                 name, label = row["name"] or "", (row["label"] or "").strip()
                 if any(row.get(None, ())):
@@ -351,48 +322,17 @@ def read_labels(path: str | os.PathLike, names: Sequence[str]) -> list[str]:
                 f"--labels {path}: {what}: wanted the columns name and label, separated by commas, in UTF-8"
             ) from None
     names = [unicodedata.normalize("NFC", name) for name in names]
-    labels, wanted, faults = dict(rows), {*names}, []
-    counts = Counter(name for name, _ in rows)
-    for what, wrong in (
-        ("names twice", [name for name in counts if counts[name] > 1]),
-        ("has no label for", [name for name in names if not labels.get(name)]),
-        ("names images that are not there, such as", [name for name in labels if name not in wanted]),
-    ):
-        if wrong:
-            count = f" (one of {len(wrong):,})" if len(wrong) > 1 else ""
-            faults.append(f"{what} {one_line(repr(wrong[0]), 80)}{count}")
-    if faults:
-        raise ValueError(f"--labels {path} {'; '.join(faults)}")
+    labels, counts, wanted = dict(rows), Counter(name for name, _ in rows), {*names}
+    faults = {
+        "names twice": [name for name in counts if counts[name] > 1],
+        "has no label for": [name for name in names if not labels.get(name)],
+        "names images that are not there, such as": [name for name in labels if name not in wanted],
+    }
+    said = [
+        f"{what} {one_line(repr(wrong[0]), 80)}" + (f" (one of {len(wrong):,})" if len(wrong) > 1 else "")
+        for what, wrong in faults.items()
+        if wrong
+    ]
+    if said:
+        raise ValueError(f"--labels {path} {'; '.join(said)}")
     return [labels[name] for name in names]
-
-
-def doubts(root: str, found: dict[str, list[str]], flag: str) -> list[str]:
-    """What speaks against the folders' being classes, in words. found: the images' paths by class.
-
-    Raises ValueError where the images lie deeper than in class folders. In one folder of the same name in each class,
-    as Tiny ImageNet has them, they may.
-    """
-    found = {name: paths for name, paths in found.items() if paths}
-    deep = {name: paths[0] for name, paths in found.items() if all(path.count(os.sep) > 1 for path in paths)}
-    inner = {os.path.dirname(path).partition(os.sep)[2] for paths in found.values() for path in paths}
-    are_splits = len(found) > 1 and {name.lower() for name in found} <= SPLITS
-    if deep and (are_splits or len(deep) == len(found) and (len(inner) > 1 or len(found) == 1)):
-        path = next(iter(deep.values()))
-        better = os.path.join(root, os.path.dirname(os.path.dirname(path)))
-        raise ValueError(
-            f"{flag} {root}: its folders {one_line(', '.join(found), 60)} are not classes, since images lie "
-            f"deeper, as {one_line(path, 60)}: give the folder whose folders are the classes, such as {better}"
-        )
-    words = []
-    if are_splits:
-        words.append(f"its classes {', '.join(found)} look like the parts of a data set: is one of them meant?")
-    elif len(found) == 1:
-        words.append(f"there is one class, {next(iter(found))!r}: images of several go into a folder for each class")
-    if deep:
-        words.append(f"no image lies directly in {len(deep):,} of the class folders, as {next(iter(deep.values()))!r}")
-    return words
-
-
-def listing_sha256(paths: Iterable[str]) -> str:
-    """A digest of a listing, which changes when images are added, removed or renamed."""
-    return hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()

@@ -112,7 +112,7 @@ class Manifest(Record):
     @property
     def kinds(self) -> list[str]:
         """The kinds of arrays that extraction writes for each shard."""
-        return ["features", *(["sem"] if self.V else []), *(["tokens"] if self.tokens else []), "labels", "path"]
+        return [*self.dtypes, "path"]
 
     @property
     def stored_channels(self) -> int:
@@ -122,12 +122,9 @@ class Manifest(Record):
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """The types of the stored arrays, by kind; paths are unicode of any length."""
-        return dict(
-            features=np.dtype(self.dtype),
-            labels=np.dtype(np.int64),
-            **({"sem": np.dtype(code_dtype(self.V))} if self.V else {}),
-            **({"tokens": np.dtype(np.float16)} if self.tokens else {}),
-        )
+        found = dict(features=self.dtype, labels=np.int64, sem=self.V and code_dtype(self.V))
+        found["tokens"] = self.tokens and np.float16
+        return {kind: np.dtype(dtype) for kind, dtype in found.items() if dtype}
 
 
 def code_dtype(V: int) -> type:

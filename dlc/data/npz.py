@@ -22,7 +22,7 @@ import numpy as np
 
 from dlc.data.rows import read_npy_header
 from dlc.machine.cli import one_line
-from dlc.machine.files import errno_of, is_pointer, reading, write_whole
+from dlc.machine.files import reading_whole, write_whole
 
 # what readers of a damaged zip raise
 BROKEN = (OSError, EOFError, KeyError, RuntimeError, UnicodeError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -36,14 +36,8 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     path = Path(path)
     if not path.is_file():  # opening a pipe would block forever
         raise ValueError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
-    try:
-        with reading(path), zipfile.ZipFile(path) as archive:
-            yield archive
-    except BROKEN as error:
-        if errno_of(error) is not None:
-            raise
-        what = "a git-lfs pointer: run git lfs pull" if is_pointer(path) else one_line(error, 100)
-        raise ValueError(f"{path} is not a whole .npz: cut off or damaged ({what})") from None
+    with reading_whole(path, "is not a whole .npz: cut off or damaged", BROKEN), zipfile.ZipFile(path) as archive:
+        yield archive
 
 
 def array_names(path: Path) -> list[str]:
@@ -66,8 +60,8 @@ def open_array(archive: zipfile.ZipFile, name: str = "arr_0") -> tuple[IO[bytes]
         shape, fortran_order, dtype = read_npy_header(stream)
     except ValueError as error:
         raise ValueError(f"{where} is not a whole .npy ({error})") from None
-    if fortran_order or dtype.hasobject:
-        raise ValueError(f"{where} is {'in Fortran order' if fortran_order else 'of pickled objects'}, wanted rows")
+    if fortran_order:
+        raise ValueError(f"{where} is in Fortran order, wanted rows")
     row, there = math.prod(shape[1:]) * dtype.itemsize, entry.file_size - stream.tell()
     if row > LARGEST_IMAGE or math.prod(shape) * dtype.itemsize > there:
         raise ValueError(f"{where} claims shape {one_line(shape, 60)}, more than it has or than images have")
@@ -87,29 +81,16 @@ def read_array(path: Path, name: str) -> np.ndarray:
         return np.frombuffer(data, dtype).reshape(shape)
 
 
-#################################################################################
-#                                    Images                                     #
-#################################################################################
-
-
 def image_shape(path: Path) -> tuple[int, int, int, int]:
     """The shape (N, H, W, 3) of the images in arr_0. Raises ValueError, saying what to do, if it holds no images."""
-    names = array_names(path)
-    if "arr_0" not in names:
-        keys = one_line(", ".join(names), 100) or "none"
-        raise ValueError(f"{path} has no arr_0, which holds the images: its keys are {keys}")
     with opened(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            keys = one_line(", ".join(array_names(path)), 100) or "none"
+            raise ValueError(f"{path} has no arr_0, which holds the images: its keys are {keys}")
         _, shape, dtype = open_array(archive)
-    is_4d = len(shape) == 4
-    for is_wrong, fault, advice in (
-        (is_4d and shape[3] != 3 and shape[1] == 3, "has its channels first", ": transpose it by (0, 2, 3, 1)"),
-        (len(shape) == 3 or is_4d and shape[3] == 1, "is grey", ": repeat the channel"),
-        (not is_4d or shape[3] != 3, "has another shape", ""),
-        (dtype != np.uint8, f"is {dtype}", ", values 0 to 255: round and convert it"),
-        (0 in shape, "is empty", ""),
-    ):
-        if is_wrong:
-            raise ValueError(f"{path}: arr_0 {fault}, shape {shape}, wanted uint8 (N, H, W, 3){advice}")
+    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape:
+        advice = "channels go last, grey is repeated, and values 0 to 255 are rounded"
+        raise ValueError(f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3): {advice}")
     return shape
 
 

@@ -6,18 +6,20 @@ import io
 import math
 import os
 import resource
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
 
 from dlc.machine.cli import one_line, progress
-from dlc.machine.files import failed, is_pointer, reading
+from dlc.machine.files import failed, reading_whole
 
 LONGEST_HEADER = 10_000  # bytes of a .npy's header, of which NumPy writes 118; NumPy's own limit
 MAX_OPEN = 8192  # files that NpyRows keep open, where the system lets them
 BLOCK = 4096  # rows looked at together, so that a file need not fit in memory
+TYPES = {"f": "floats of 16, 32 or 64 bits", "ui": "integers", "U": "text"}  # by NumPy's letters
+NOT_FINITE = "values that are not finite numbers in float32"
 
 
 class StoredArray:
@@ -68,14 +70,12 @@ def load_array(path: str | Path, whole: bool = False) -> np.ndarray | StoredArra
 
     Raises ValueError, naming the file, and OSError as `reading`.
     """
-    try:
+    with reading_whole(path, "is not a readable .npy"):
         if not os.path.isfile(path):  # opening a pipe would block forever
             raise ValueError("it is no file" if os.path.exists(path) else "it does not exist")
-        with reading(path), contextlib.ExitStack() as closing:
+        with contextlib.ExitStack() as closing:
             file = closing.enter_context(open(path, "rb", buffering=0))
             shape, fortran_order, dtype = read_npy_header(file)
-            if dtype.hasobject:
-                raise ValueError("it holds pickled objects")
             count, offset = math.prod(shape), file.tell()
             there = os.fstat(file.fileno()).st_size - offset
             if count * dtype.itemsize > there:
@@ -85,18 +85,6 @@ def load_array(path: str | Path, whole: bool = False) -> np.ndarray | StoredArra
                 return array[:].reshape(shape, order="F" if fortran_order else "C")
             closing.pop_all()
             return array.reshape(*shape)
-    except (ValueError, EOFError, RuntimeError) as error:
-        is_lfs = os.path.isfile(path) and is_pointer(path)
-        why = "a git-lfs pointer, not the file: run git lfs pull" if is_lfs else one_line(error, 120)
-        raise ValueError(f"{path} is not a readable .npy ({why})") from None
-
-
-def load_floats(path: str | Path, whole: bool = False) -> np.ndarray | StoredArray:
-    """The same, of floats that torch knows."""
-    array = load_array(path, whole)
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise ValueError(f"{path} has values of type {array.dtype}, wanted floats of 16, 32 or 64 bits")
-    return array
 
 
 def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -122,7 +110,7 @@ def _parsed_header(version, header):
     shape, fortran_order, dtype = read(io.BytesIO(header))
     if not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
         raise ValueError(f"shape {one_line(shape, 60)}")
-    if dtype.kind not in "biufcUO" or not dtype.itemsize:
+    if dtype.kind not in "biufcU" or not dtype.itemsize:
         raise ValueError(f"values of type {one_line(dtype, 60)}")
     return shape, fortran_order, dtype
 
@@ -141,19 +129,6 @@ def array_files(folder: Path, endings: tuple[str, ...] = (".npy",)) -> list[str]
     return sorted((name for name in names if name.endswith(endings) and name[0] != "."), key=file_order)
 
 
-class Files(Sequence):
-    """The files of a folder with some names, as Paths that are made when asked for: a million take 0.25 GB."""
-
-    def __init__(self, folder: Path, names: Iterable[str]):
-        self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Path:
-        return self.folder / os.fsdecode(self.names[index])
-
-
 @functools.cache
 def most_open() -> int:
     """How many files each `NpyRows` may keep open: an eighth of what this process may, which is asked for first."""
@@ -169,36 +144,44 @@ class NpyRows:
     """The rows of many `.npy` files as one array.
 
     Args:
-        paths: the files, each of shape (n, ...).
-        ends: (len(paths),) cumulative row counts; None reads them from the files.
-        sample_ndim: number of dimensions of one row.
+        folder, names: the files, each of shape (n, ...).
+        ndim: number of dimensions of one row.
+        dtype: NumPy's letters for the types that the values may have, a key of TYPES.
+        ends: (len(names),) cumulative row counts; None reads them from the files.
         lone: whether each file holds one sample, with or without a leading dimension of 1.
+        limit: values must lie in 0..limit-1; None: anywhere.
         load: a function load(path, whole) as `load_array`.
-
-    Attributes: limit, below which values must lie; None: anywhere.
     """
-
-    limit: int | None = None
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        folder: str | Path,
+        names: Sequence[str],
+        ndim: int,
+        dtype: str = "ui",
+        *,
         ends: Sequence[int] | None = None,
-        sample_ndim: int = 0,
         lone: bool = False,
+        limit: int | None = None,
         load: Callable[..., np.ndarray | StoredArray] = load_array,
     ):
-        self.paths, self.sample_ndim, self.lone, self.ends, self.load = paths, sample_ndim, lone, None, load
-        self._open, self._first_opened = {}, None
+        # names as one array, of which a million take 0.25 GB
+        self.folder, self.names = Path(folder), np.array([os.fsencode(name) for name in names])
+        self.ndim, self.dtype, self.lone, self.limit, self.load = ndim, dtype, lone, limit, load
+        self.ends, self._open, self._first_opened = None, {}, None
         if lone:
-            ends = np.arange(1, len(paths) + 1)
+            ends = np.arange(1, len(names) + 1)
         elif ends is None:
-            ends = np.cumsum([len(self.array(index)) for index in range(len(paths))])
+            ends = np.cumsum([len(self.array(index)) for index in range(len(names))])
         self.ends = np.asarray(ends)
         self._starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)  # the first row of each file
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def path(self, index: int) -> Path:
+        """File number `index`."""
+        return self.folder / os.fsdecode(self.names[index])
 
     def array(self, index: int) -> np.ndarray | StoredArray:
         """File number `index` as an array (n, ...): kept open, or, if it holds one sample, read.
@@ -207,18 +190,18 @@ class NpyRows:
         """
         if index in self._open:
             return self._open[index]
-        array = self.load(self.paths[index], whole=self.lone)
-        if array.ndim == self.sample_ndim:
+        path = self.path(index)
+        array = self.load(path, whole=self.lone)
+        if array.ndim == self.ndim:
             array = array.reshape(1, *array.shape)
-        rows = len(array) if self.ends is None else self.rows(index)
-        if array.ndim != self.sample_ndim + 1 or len(array) != rows:
-            raise ValueError(
-                f"{self.paths[index]} has shape {array.shape}, wanted {rows} row(s) of {self.sample_ndim} dimensions"
-            )
-        self._first_opened = self._first_opened or (self.paths[index], array.shape[1:])
-        first, shape = self._first_opened
+        rows = "" if self.ends is None else self.rows(index)
+        if array.ndim != self.ndim + 1 or rows not in ("", len(array)):
+            raise ValueError(f"{path} has shape {array.shape}, wanted {rows} row(s) of {self.ndim} dimension(s)")
+        if array.dtype.kind not in self.dtype or array.dtype.char == "g":  # torch knows no floats of 128 bits
+            raise ValueError(f"{path} has values of type {array.dtype}, wanted {TYPES[self.dtype]}")
+        first, shape = self._first_opened = self._first_opened or (path, array.shape[1:])
         if array.shape[1:] != shape:
-            raise ValueError(f"{self.paths[index]} has rows of shape {array.shape[1:]}, {first} of {shape}")
+            raise ValueError(f"{path} has rows of shape {array.shape[1:]}, {first} of {shape}")
         if not self.lone:
             if len(self._open) >= most_open():
                 self._open.clear()
@@ -229,14 +212,9 @@ class NpyRows:
         """The number of rows in file number `index`."""
         return int(self.ends[index] - self._starts[index])
 
-    def locate(self, row: int) -> tuple[Path, int]:
-        """The file that holds a row, and the index of the row within the file."""
-        index = int(np.searchsorted(self.ends, row, side="right"))
-        return self.paths[index], int(row - self._starts[index])
-
-    def gather(self, rows: np.ndarray, limit: int | None = None) -> np.ndarray:
-        """Rows (n,) as one array (n, ...), read in ascending order. With a limit, values must lie in 0..limit-1."""
-        rows, limit = np.asarray(rows), limit or self.limit
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (n,) as one array (n, ...), read in ascending order. Raises ValueError for values beyond the limit."""
+        rows = np.asarray(rows)
         order = np.argsort(rows, kind="stable")
         files = np.searchsorted(self.ends, rows[order], side="right")
         out, current = None, None
@@ -251,82 +229,71 @@ class NpyRows:
                 array.fill(out[i : i + 1], row)
             else:
                 out[i] = array[row]
-        if limit is not None:
-            try:
-                check_range(out, limit, lambda i: self.locate(rows[i]))
-            except ValueError:  # say how many there are in the file, and where the first is
-                for index in np.unique(files).tolist():
-                    check_range(self.array(index), limit, lambda i, index=index: (self.paths[index], i))
-                raise
+        if self.limit is not None:
+            self.check_values(out, rows)
         return out
 
-    def check_range(self, limit: int) -> None:
-        """Raise ValueError, naming file and row, for the first value outside 0..limit-1."""
-        for array, locate in self._files():
-            check_range(array, limit, locate)
+    def check(self) -> None:
+        """Raise ValueError, naming file and row, for the first value beyond the limit or, without a limit, the first
+        row that is not finite in float32."""
+        for index in progress(range(len(self.names)), desc="checking", unit="file", delay=2):
+            self.check_values(self.array(index), range(self._starts[index], self.ends[index]))
 
-    def check_finite(self) -> None:
-        """Raise ValueError, naming file and row, for the first row that is not finite in float32."""
-        for array, locate in self._files():
-            check_finite(array, locate)
+    def check_values(self, array: np.ndarray | StoredArray, rows: Sequence[int]) -> None:
+        """The same for values of these rows."""
 
-    def _files(self):
-        for index, path in enumerate(progress(self.paths, desc="checking", unit="file", delay=2)):
-            yield self.array(index), lambda i, path=path: (path, i)
+        def name(i):
+            index = int(np.searchsorted(self.ends, rows[i], side="right"))
+            return f"{self.path(index)}, row {rows[i] - self._starts[index]}"
 
-
-Locate = Callable[[int], tuple[object, int]]  # the file that holds row i of an array, and the row within the file
+        check_values(array, self.limit, name)
 
 
-def check_range(array: np.ndarray, limit: int, locate: Locate) -> None:
-    """Raise ValueError for the first value outside 0..limit-1, and their count."""
-    if array.dtype.kind not in "ui":
-        raise ValueError(f"{locate(0)[0]} has values of type {array.dtype}, wanted integers")
-    if array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
+def check_values(array: np.ndarray | StoredArray, limit: int | None, name: Callable[[int], str]) -> None:
+    """Raise ValueError for the first row with values outside 0..limit-1 or, without a limit, values that are not finite
+    in float32. name(i) is row i in words."""
+    if limit is not None and array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:
         return  # no value of this type is out of range
-    first, count = None, 0
+    said, count = "", 0
     for start in range(0, len(array), BLOCK):
         part = array[start : start + BLOCK]
-        bad = (part < 0) | (part >= limit)
-        if bad.any():
-            count += int(bad.sum())
-            i = int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
-            first = first or (start + i, int(part[i][bad[i]].flat[0]))
-    if first:
-        path, row = locate(first[0])
-        more = f", the first of {count:,} such values" if count > 1 else ""
-        raise ValueError(f"{path}, row {row}: value {first[1]} outside 0..{limit - 1}{more}")
-
-
-def check_finite(array: np.ndarray, locate: Locate) -> None:
-    """Raise ValueError for the first row that is not finite in float32."""
-    for start in range(0, len(array), BLOCK):
         with np.errstate(over="ignore"):  # of float64, becoming infinite
-            part = array[start : start + BLOCK].astype(np.float32)
-        finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
-        if not finite.all():
-            path, row = locate(start + int(finite.argmin()))
-            raise ValueError(f"{path}, row {row}: values that are not finite numbers in float32")
+            bad = ~np.isfinite(part.astype(np.float32)) if limit is None else (part < 0) | (part >= limit)
+        if bad.any() and not said:
+            i = int(bad.reshape(len(part), -1).any(axis=1).argmax())
+            value = f"value {part[i][bad[i]].flat[0]} outside 0..{limit - 1}" if limit is not None else NOT_FINITE
+            said = f"{name(start + i)}: {value}"
+        count += int(bad.sum())
+    if said:
+        raise ValueError(said + (f", the first of {count:,} such values" if count > 1 else ""))
 
 
-def open_vectors(source: str | Path, count: int | None = None, ndim: int = 1) -> NpyRows:
-    """The rows (n, in_dim) of vectors at source, a folder of `.npy` files of floats or one such file.
+def open_rows(
+    what: str,
+    source: str | Path,
+    ndim: int,
+    dtype: str,
+    endings: tuple[str, ...] = (".npy",),
+    load: Callable[..., np.ndarray | StoredArray] = load_array,
+) -> NpyRows:
+    """The rows at source, a folder of files of one kind or one such file. Raises ValueError where there are none.
 
     Args:
-        count: how many rows there must be; None: any.
-        ndim: dimensions of a row: 2 for (n, T, D), for example.
-
-    Raises ValueError where there are none, or another number of them.
+        what: what errors say before the source.
+        endings: of the files in a folder, of which it has to have one kind.
+        ndim, dtype, load: see `NpyRows`.
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"--condition-path {source} does not exist")
-    files = [path] if path.is_file() else Files(path, array_files(path))
-    vectors = NpyRows(files, sample_ndim=ndim, load=load_floats)
-    if not len(vectors):
-        raise ValueError(f"--condition-path {source} has no {'rows' if files else '.npy files'}")
-    if 0 in vectors.array(0).shape:
-        raise ValueError(f"{vectors.paths[0]} has empty vectors, wanted (n, in_dim)")
-    if count not in (None, len(vectors)):
-        raise ValueError(f"--condition-path {source} has {len(vectors)} rows, the data {count}")
-    return vectors
+        raise ValueError(f"{what} {source} does not exist")
+    folder, names = (path.parent, [path.name]) if path.is_file() else (path, array_files(path, endings))
+    if len({Path(name).suffix for name in names}) > 1:
+        raise ValueError(f"{what} {source} holds both {' and '.join(endings)} files: keep one kind, or name one file")
+    # there may be a million files of one row each: opening three tells
+    lone = len(names) > 1 and all(
+        load(folder / name).shape[:-ndim] in ((), (1,)) for name in (names[0], names[len(names) // 2], names[-1])
+    )
+    rows = NpyRows(folder, names, ndim, dtype, lone=lone, load=load)
+    if not len(rows) or 0 in rows.array(0).shape:
+        raise ValueError(f"{what} {source} has no {'rows' if names else f'{endings[0]} files'}")
+    return rows

@@ -6,14 +6,14 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dlc.data.manifest import KINDS, Manifest, kind_dir, read_manifest
-from dlc.data.rows import Files, NpyRows, array_files, load_array, load_floats
+from dlc.data.rows import NpyRows, array_files, load_array
 from dlc.machine.files import read_json, remove_temporaries, write_bytes, write_json
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.part import WHOLE, Part
@@ -23,25 +23,23 @@ class NotFinite(ValueError):
     """Latents or codes that training cannot use: NaN, infinite, or too large for the type they are stored in."""
 
 
-def as_stored(
-    latents: np.ndarray, dtype: str | np.dtype, locate: Callable[[int], object] | None, advice: str
-) -> np.ndarray:
-    """Latents (n, ...) cast to the type they are stored in.
+def as_stored(values: np.ndarray, dtype: str | np.dtype, name: Callable[[int], str], advice: str) -> np.ndarray:
+    """Values (n, ...) cast to the type they are stored in.
 
     Args:
-        locate: locate(row) names a row in an error.
-        advice: what to do about a latent that is NaN or infinite before the cast, for the error.
+        name: name(i) is row i in words.
+        advice: what to do about a value that is NaN or infinite before the cast.
 
     Raises NotFinite for the first row that is not finite in that type.
     """
     with np.errstate(over="ignore"):
-        stored = latents.astype(dtype)
-    finite = np.isfinite(stored)
-    if not finite.all():
-        row = int(np.argmin(finite.reshape(len(stored), -1).all(axis=1)))
-        if np.isfinite(latents[row].astype(np.float64)).all():
-            raise NotFinite(f"latents of {locate(row)} are too large for {dtype}: give --dtype float32")
-        raise NotFinite(f"latents of {locate(row)} are not finite numbers: {advice}")
+        stored = values.astype(dtype)
+    bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        if np.isfinite(values[row].astype(np.float64)).all():
+            raise NotFinite(f"{name(row)} are too large for {dtype}: give --dtype float32")
+        raise NotFinite(f"{name(row)} are not finite numbers: {advice}")
     return stored
 
 
@@ -233,28 +231,35 @@ class FeatureWriter(ResumableFolder):
 def shard_rows(root: str | Path, manifest: Manifest) -> dict[str, NpyRows]:
     """The `NpyRows` of each kind of array that extraction wrote or that lies beside, by kind. No file is opened yet."""
     ends = np.cumsum([shard["rows"] for shard in manifest.shards], dtype=np.int64)
-    names = [f"{shard['name']}.npy" for shard in manifest.shards]
-    folders = {kind: kind_dir(root, manifest.image_size, kind) for kind in KINDS}
+    names, size = [f"{shard['name']}.npy" for shard in manifest.shards], manifest.image_size
+    there = [kind for kind in KINDS if kind != "sem" and array_files(kind_dir(root, size, kind))]  # codes need V
+    return _rows_of(root, size, {*manifest.kinds, *there}, names, len(manifest.classes), manifest.V, ends)
+
+
+def _rows_of(root, size, kinds, names, num_classes, V, ends=None):
+    limits = dict(labels=num_classes, sem=V)
     return {
-        kind: _rows_of(kind, Files(folder, names), ends)
-        for kind, folder in folders.items()
-        if kind in manifest.kinds or kind != "sem" and array_files(folder)  # codes need V
+        kind: NpyRows(
+            kind_dir(root, size, kind),
+            names,
+            array.ndim,
+            array.dtype,
+            ends=ends,
+            lone=ends is None,
+            limit=limits.get(kind),
+        )
+        for kind, array in KINDS.items()
+        if kind in kinds
     }
-
-
-def _rows_of(kind: str, files: Files, ends: Sequence[int] | None = None, lone: bool = False) -> NpyRows:
-    load = load_floats if KINDS[kind].dtype == "f" else load_array
-    return NpyRows(files, ends, KINDS[kind].ndim, lone, load)
 
 
 def refuse_missing_files(rows_by_kind: dict[str, NpyRows]) -> None:
     """Raise ValueError for the first file of some `NpyRows` that is not there."""
     for rows in rows_by_kind.values():
-        folder = rows.paths.folder
-        there = set(os.listdir(os.fsencode(folder))) if folder.is_dir() else set()
-        for index, name in enumerate(rows.paths.names.tolist()):
+        there = set(os.listdir(os.fsencode(rows.folder))) if rows.folder.is_dir() else set()
+        for index, name in enumerate(rows.names.tolist()):
             if name not in there:
-                raise ValueError(f"{rows.paths[index]} is missing, though the manifest lists it")
+                raise ValueError(f"{rows.path(index)} is missing, though the manifest lists it")
 
 
 class Features:
@@ -267,7 +272,6 @@ class Features:
     Attributes:
         arrays: the `NpyRows` of each kind of array that is there, a key of KINDS.
         latents, codes, labels, paths: four of them; codes are None if there are none, paths in a reference directory.
-        limits: by kind, values are in 0..limit-1.
         count: number of rows.
         image_size: pixels.
         L, V: None without codes.
@@ -288,11 +292,9 @@ class Features:
         elif (self.root / "progress").exists():
             raise ValueError(self._half_written())
         else:
-            rows = self._open_lone_files()
             self.V, self.num_classes = V, num_classes or 1000
-        self.arrays, self.limits = rows, dict(labels=self.num_classes, sem=self.V)
-        for kind in self.limits.keys() & rows.keys():
-            rows[kind].limit = self.limits[kind]
+            rows = self._open_lone_files()
+        self.arrays = rows
         self.latents, self.labels = rows["features"], rows["labels"]
         self.codes, self.paths = rows.get("sem"), rows.get("path")
         self.count = len(self.latents)
@@ -358,7 +360,7 @@ class Features:
         in_order = names["features"]
         if load_array(folders["features"] / in_order[0]).shape[:-3] not in ((), (1,)):
             raise ValueError(self._half_written())
-        return {kind: _rows_of(kind, Files(folders[kind], in_order), lone=True) for kind in names}
+        return _rows_of(self.root, self.image_size, names, in_order, self.num_classes, self.V)
 
     def validate(self) -> None:
         """Check the shapes of all shards, every label, and every code whose type can hold a value outside 0..V-1.
@@ -366,8 +368,8 @@ class Features:
         Raises ValueError naming file and row.
         """
         for kind, rows in self.arrays.items():
-            if self.limits.get(kind) is not None:
-                rows.check_range(self.limits[kind])
+            if rows.limit is not None:
+                rows.check()
             elif self.manifest is not None and kind != "path":
-                for index in range(len(rows.paths)):
+                for index in range(len(rows.names)):
                     rows.array(index)  # opening a file checks its shape

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from dlc.data.images import WHITE, Source, center_crop, is_transparent
+from dlc.data.images import WHITE, Source, center_crop, is_transparent, load_rgb
 from dlc.machine.noise import Stream, integers
 
 OPENED = r" <_io\.BytesIO object at 0x\w+>"  # how Pillow calls a file without a name
@@ -41,7 +41,7 @@ class Views:
     background: Sequence[int] = WHITE  # what transparent images are blended on, (r, g, b)
 
     def load(self, index: int) -> Image.Image:
-        return self.source.load(index, self.background)
+        return load_rgb(self.source.open(index), self.background)
 
     def crops(self, image: Image.Image, index: int) -> np.ndarray:
         crop = center_crop(image, self.image_size)

@@ -96,6 +96,25 @@ def reading(path: str | Path) -> Iterator[None]:
         raise failed(f"cannot read {path}", error) from error
 
 
+@contextlib.contextmanager
+def reading_whole(
+    path: str | Path, otherwise: str, broken: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """As `reading`; what the reader raises of a damaged file becomes a ValueError of one line: PATH otherwise (why).
+
+    broken: the exceptions that it raises then; many readers raise any.
+    """
+    try:
+        with reading(path):
+            yield
+    except broken as error:
+        if errno_of(error) is not None:
+            raise
+        is_lfs = os.path.isfile(path) and is_pointer(path)
+        why = "a git-lfs pointer, not the file: run git lfs pull" if is_lfs else one_line(error, 120)
+        raise ValueError(f"{path} {otherwise} ({why})") from None
+
+
 #################################################################################
 #                                  Whole files                                  #
 #################################################################################

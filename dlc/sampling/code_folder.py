@@ -32,14 +32,14 @@ def load_codes(path: Path, whole: bool = False) -> np.ndarray | StoredArray:
     Raises ValueError naming the file.
     """
     if path.suffix != ".pt":
-        return as_codes(load_array(path, whole), path)
+        return as_codes(load_array(path, whole))
     tensor = read_torch(path, "a tensor")
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor (n, L) or (n, k, L)")
     fault = storage_fault(tensor)
     if fault or tensor.dtype not in INTEGERS:
         raise ValueError(f"{path} has values of type {tensor.dtype}, {fault or 'wanted integers'}")
-    return as_codes(tensor.resolve_neg().numpy(), path)  # a file may keep a minus sign apart
+    return as_codes(tensor.resolve_neg().numpy())  # a file may keep a minus sign apart
 
 
 def open_codes(source: str | Path) -> CodeSet:
@@ -121,7 +121,7 @@ class CodeFolder(ResumableFolder):
 
     def rows(self, num: int) -> NpyRows:
         """All `num` codes, once they are drawn."""
-        return NpyRows([self.shard_path(shard) for shard in range(self.shards(num))], sample_ndim=1)
+        return NpyRows(self.path, [self.shard_path(shard).name for shard in range(self.shards(num))], 1)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """The codes (n, L) of samples that are drawn."""

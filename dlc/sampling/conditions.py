@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dlc.data.codes import SHARD, CodeSpec, compare
-from dlc.data.rows import NpyRows, check_finite, open_vectors
+from dlc.data.rows import NpyRows, open_rows
 from dlc.machine.cli import NotHere
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, integers, permutation
@@ -163,12 +163,13 @@ class ComputedCodes(RowConditions):
         refuse_changed(source, codes.rows)
         self.features = codes.features
         self.V, self.notes = model.sem_embedder.V, compare_with_model(codes, model, meta)
+        codes.rows.limit = self.V
         known = dict(L=codes.L, V=self.V, encoder_sha256=codes.encoder_sha256)
         super().__init__("codes", source, codes.rows, order, seed, **known)
 
     def __call__(self, indices: np.ndarray) -> torch.Tensor:
         """Codes (N, L) int64 of the samples. Raises ValueError, naming file and row, for a value outside 0..V-1."""
-        return torch.from_numpy(self.rows.gather(self.values(indices), limit=self.V).astype(np.int64))
+        return torch.from_numpy(self.rows.gather(self.values(indices)).astype(np.int64))
 
     def latents(self, indices: np.ndarray, vae_sha256: str) -> torch.Tensor | None:
         """See `Conditions`: those of the features."""
@@ -246,7 +247,7 @@ class ComputedVectors(RowConditions):
         return cls(args.condition_path, model, args.dlc_order or "random", args.global_seed)
 
     def __init__(self, source: str | Path, model: DiT, order: str, seed: int):
-        rows = open_vectors(source)
+        rows = open_rows("--condition-path", source, 1, "f")
         width, wanted = rows.array(0).shape[1], model.y_embedder.embedding_table.in_features
         super().__init__("vectors", source, rows, order, seed, in_dim=width)
         if width != wanted:
@@ -257,7 +258,7 @@ class ComputedVectors(RowConditions):
         rows = self.values(indices)
         with np.errstate(over="ignore"):  # of float64, becoming infinite: refused next
             vectors = self.rows.gather(rows).astype(np.float32)
-        check_finite(vectors, lambda i: self.rows.locate(rows[i]))
+        self.rows.check_values(vectors, rows)
         return torch.from_numpy(vectors)
 
 

@@ -99,7 +99,7 @@ def test_what_it_refuses(images, features, tiny_models, tmp_path, error_of):
         ((*two, "--temp", 1), "--temp applies to --mode sem only"),
         ((*two, "--out", "codes.txt"), "--out codes.txt: wanted a .npy"),
         ((*two, "--out", "no/codes.npy"), "--out no/codes.npy: there is no such folder"),
-        ((cat, broken, "--encoder", tiny_models[1]), f"cannot read the image {broken}"),
+        ((cat, broken, "--encoder", tiny_models[1]), f"{broken} cannot be read as an image (cannot identify"),
         (two, "--encoder lavoies/SEM_dinov2_L512: no such local path, and the hub's cache"),
         ((*two, *rows[:2], "--encoder", "other"), f"codes of features {features} come from another encoder than"),
         ((*two, "--encoder", "infinite"), f"the encoder's logits of {cat} are not finite numbers"),

@@ -53,7 +53,7 @@ IN_ANY = [  # wherever a .npy lies
     (npy(described("(1099511627776, 6)")), "its header claims 6,597,069,766,656 bytes, 60 follow"),
     (npy(described("(10,)", "'<U250000000'")), "claims 10,000,000,000 bytes"),
     (npy(described("(-1,)")), "shape"),
-    (npy(described("(1,)", "'|O'")), "holds pickled objects"),
+    (npy(described("(1,)", "'|O'")), "values of type object"),
     (npy(b"{}", b"", version=(2, 0), length=2**32 - 1), "header of 4,294,967,295 bytes"),
     (b"", "not a readable"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer, not the file: run git lfs pull"),
@@ -112,16 +112,17 @@ def test_npz(tmp_path, compression):
         assert npz_rows(path) in (0, 2)
 
 
-def test_npz_that_inflates_without_end(tmp_path):
-    for head in (npy(described("(1, 3000, 3000, 3)"), b""), npy(b"{}", b"", version=(2, 0), length=2**27)):
-        with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("arr_0.npy", head + bytes(27 * 10**6))
-        tracemalloc.start()
-        refusal(check_npz, tmp_path / "bomb.npz")
-        assert npz_rows(tmp_path / "bomb.npz") == 0
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 2**22
+@pytest.mark.parametrize("claim, length", [(described("(1, 3000, 3000, 3)"), None), ("{}", 2**27)])
+def test_npz_that_inflates_without_end(claim, length, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        head = npy(claim, b"", version=(2, 0) if length else (1, 0), length=length)
+        archive.writestr("arr_0.npy", head + bytes(27 * 10**6))
+    tracemalloc.start()
+    refusal(check_npz, tmp_path / "bomb.npz")
+    assert npz_rows(tmp_path / "bomb.npz") == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_datasets(tmp_path, tool, monkeypatch):
@@ -132,20 +133,18 @@ def test_datasets(tmp_path, tool, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     data = datasets.Dataset.from_dict(dict(features=[str(tmp_path / "x.png")], labels=[1]))
     data.cast_column("features", datasets.Image()).save_to_disk(tmp_path / "images")
-    features = json.loads((tmp_path / "saved/dataset_info.json").read_text())["features"]
-    for number, (file, changes) in enumerate(
-        (
-            ("state.json", dict(_data_files=[dict(filename="/etc/passwd")])),
-            ("state.json", dict(_data_files=[dict(filename=3)])),
-            ("dataset_info.json", dict(features={**features, "features": {"_type": "Image"}})),
-            ("dataset_info.json", dict(features={**features, "more": {"_type": "\x1b[31mpopen" + "x" * 999}})),
-            ("dataset_info.json", dict(features="x")),
-        )
-    ):
-        change_json(shutil.copytree(tmp_path / "saved", tmp_path / f"{number}") / file, **changes)
+    kinds = json.loads((tmp_path / "saved/dataset_info.json").read_text())["features"]
+    changes = (
+        ("state.json", dict(_data_files=[dict(filename="/etc/passwd")])),
+        ("dataset_info.json", dict(features={**kinds, "features": {"_type": "Image"}})),
+        ("dataset_info.json", dict(features={**kinds, "more": {"_type": "\x1b[31mpopen" + "x" * 999}})),
+        ("dataset_info.json", dict(features="x")),
+    )
+    for number, (file, values) in enumerate(changes):
+        change_json(shutil.copytree(tmp_path / "saved", tmp_path / f"{number}") / file, **values)
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened"))
     for source, words in (
-        *((tmp_path / f"{number}", f"{tmp_path}/{number}") for number in range(5)),
+        *((tmp_path / f"{number}", f"{tmp_path}/{number}") for number in range(len(changes))),
         (tmp_path / "images", "values of type struct|values are missing"),
         *((place, "no such file or folder") for place in ("hf://datasets/x", "http://localhost/x", "s3://x")),
     ):
@@ -158,4 +157,4 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "endless.npz").symlink_to("/dev/zero")
     for read, name in ((load_array, "pipe.npy"), (check_npz, "pipe.npy"), (check_npz, "endless.npz"), (open_codes, "")):
-        assert "is no file" in refusal(read, tmp_path / name)
+        assert re.search("is no file|not a file", refusal(read, tmp_path / name))

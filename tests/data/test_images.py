@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from conftest import refusal
 from grids import grid_cells
-from PIL import Image, ImageFont
+from PIL import Image
 
 import compose_dlc
 from dlc.data.images import (
     GAP,
     GRID_GREY,
     LINE,
-    _in_lines,
     center_crop,
     image_grid,
     is_transparent,
@@ -36,6 +35,10 @@ def saved(path, image, **kwargs):
 
 def rgb(path, *background):
     return np.array(load_rgb(path, *background))
+
+
+def views_of(path, size, code_size):
+    return Views(open_source(path.parent, names=[path.name]), np.zeros((1, 1), bool), size, code_size)[0]
 
 
 def three(grey):
@@ -74,10 +77,6 @@ def test_modes(tmp_path):
             np.testing.assert_allclose(rgb(path, background), expected, atol=alpha is not None, err_msg=str(number))
 
 
-def views_of(path, size, code_size):
-    return Views(open_source(path.parent, names=[path.name]), np.zeros((1, 1), bool), size, code_size)
-
-
 def test_all_doors_read_an_image_in_one_way(tmp_path):
     """A phone's photo is upright, and what is transparent is white, wherever an image file comes in."""
     exif = Image.Exif()
@@ -88,8 +87,8 @@ def test_all_doors_read_an_image_in_one_way(tmp_path):
     for name, wanted in (("photo.png", np.array(upright)), ("clear.png", 255)):
         path = tmp_path / name
         for read in (
-            views_of(path, 64, None)[0][0][0],  # extraction and training
-            views_of(path, 8, 64)[0][1],  # the encoder
+            views_of(path, 64, None)[0][0],  # extraction and training
+            views_of(path, 8, 64)[1],  # the encoder
             np.array(compose_dlc.view_of(path, 64, (255, 255, 255))),
             np.array(center_crop(Image.fromarray(read_png(path)), 64)),  # samples
             next(FileImages(open_source(tmp_path, names=[name]), crop=64).batches(0, 1, 1))[0],  # evaluation
@@ -133,7 +132,7 @@ def test_the_disks_errors_are_not_the_images(tmp_path, monkeypatch):
     """A file that is broken is skipped; one that the disk does not give would be there at the next try."""
 
     def read(name):
-        crops, view, _, (index, *what) = views_of(tmp_path / f"{name}.jpg", 32, None)[0]
+        crops, view, _, (index, *what) = views_of(tmp_path / f"{name}.jpg", 32, None)
         assert (index, crops.any(), view) == (0, False, None)  # black
         return what
 
@@ -161,6 +160,3 @@ def test_grid_has_words_and_gaps(tmp_path):
     assert (cells.reshape(4, 20, 20, 3)[[0, 2, 3]] == images).all() and (cells[0, 1] == GRID_GREY).all()
     grid, wide = np.array(Image.open(tmp_path / "words.png")), 2 * (80 + GAP)
     assert (grid[:, : -wide - GAP] > 200).any() and (grid[GAP + 80 : GAP + 80 + LINE, -wide:] > 200).any()
-    font = ImageFont.load_default(11)
-    assert _in_lines("0123-face-with-cold-sweat", font, 64) == ["0123-face-", "with-cold-", "sweat"]
-    assert _in_lines("", font, 64) == [""] and _in_lines("Wide", font, 1) == ["W", "i", "…"]

@@ -113,11 +113,11 @@ POOL = dict(mu=np.zeros(12), sigma=np.eye(12))
 @pytest.mark.parametrize(
     "arrays, flags, words",
     [
-        (dict(arr_0=pixels(3).transpose(0, 3, 1, 2)), "", "has its channels first, shape (3, 3, 16, 16), wanted"),
-        (dict(arr_0=pixels(3) / np.float32(255)), "", "arr_0 is float32, shape"),
-        (dict(arr_0=pixels(3)[..., 0]), "", "arr_0 is grey, shape (3, 16, 16), wanted"),
-        (dict(arr_0=pixels(3)[:0]), "", "arr_0 is empty, shape (0, 16, 16, 3)"),
-        (dict(arr_0=np.array([{}], object)), "", "bad.npz: arr_0 is of pickled objects"),
+        (dict(arr_0=pixels(3).transpose(0, 3, 1, 2)), "", "arr_0 is uint8 (3, 3, 16, 16), wanted"),
+        (dict(arr_0=pixels(3) / np.float32(255)), "", "arr_0 is float32 (3, 16, 16, 3), wanted uint8"),
+        (dict(arr_0=pixels(3)[..., 0]), "", "arr_0 is uint8 (3, 16, 16), wanted"),
+        (dict(arr_0=pixels(3)[:0]), "", "arr_0 is uint8 (0, 16, 16, 3), wanted"),
+        (dict(arr_0=np.array([{}], object)), "", "bad.npz: arr_0 is not a whole .npy (values of type object)"),
         (dict(arr_0=pixels(1)), "--metrics fid", "--metrics fid needs at least 2 images in each set, and there are 1"),
         # of references alone
         (dict(other=np.zeros(3)), "", "bad.npz has neither arr_0 nor mu and sigma: its keys are other"),

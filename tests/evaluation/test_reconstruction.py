@@ -163,7 +163,7 @@ def test_agreement_command(samples, workplace, images, tiny_models, evaluate):
     # samples that are what their codes were made of
     source = FeatureImages(features, images).source
     for index, row in enumerate(rows):
-        center_crop(source.load(int(row)), 32).save(samples / f"{index:06d}.png")
+        center_crop(load_rgb(source.open(int(row))), 32).save(samples / f"{index:06d}.png")
     assert "; its numbers of other images are gone" in evaluate("agreement", samples)
     numbers = json.loads(metrics.read_text())
     assert "metrics" not in numbers and numbers["code_agreement"]["share"] == 1 > numbers["code_agreement"]["chance"]

@@ -41,8 +41,8 @@ def run(said_by, monkeypatch, tmp_path):
 
 
 def read(folder):
-    rows = open_codes(folder).rows
-    return rows.gather(np.arange(len(rows)), limit=V).astype(int)
+    codes = open_codes(folder)
+    return codes.gather(np.arange(len(codes)), V)
 
 
 # ---------------------------------------------------------------------- the same codes

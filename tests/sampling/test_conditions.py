@@ -126,7 +126,7 @@ def test_vectors_by_their_rows(vectors):
     for value, words in (
         (np.zeros((3, 4)), "in_dim=4, the checkpoint's"),
         (np.array([[0, 0, 0, 0, 1e39]]), "row 0: .*not finite"),
-        (np.array([[None] * 5]), "holds pickled objects"),
+        (np.array([[None] * 5]), "values of type object"),
     ):
         np.save(lone, value)
         refusal(lambda: ComputedVectors(lone, CONT, "random", 0).digest(7), words=words)

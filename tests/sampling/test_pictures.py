@@ -44,7 +44,7 @@ def test_npz_is_the_images_in_order(folder, tmp_path):
 def test_npz_is_refused_for_a_missing_or_odd_image(folder, tmp_path):
     path, odd = png_path(folder[0], 123), r"has shape \(8, 9, 3\), wanted \(8, 8, 3\)"
     save_png(path, np.zeros((8, 9, 3), np.uint8))
-    for content, message in ((path.read_bytes(), odd), (path.read_bytes()[:20], "is missing or not a whole PNG")):
+    for content, message in ((path.read_bytes(), odd), (path.read_bytes()[:20], "is not a whole PNG: delete it")):
         path.write_bytes(content)
         refusal(write_npz, tmp_path / "images.npz", folder[0], 300, words=f"000123.png {message}")
         assert [one.name for one in tmp_path.iterdir()] == ["images"] and npz_rows(tmp_path / "images.npz") == 0
@@ -73,7 +73,7 @@ def test_check(folder, tmp_path, call):
     assert code == 1 and "wrong: 1 images of one colour: 5" in said and "wrong: 1 images twice: 17 = 299" in said
     assert "arr_0" in said and "more" in said
     np.savez(path, np.zeros((2048, 8, 8, 3)))
-    refusal(check_npz, path, words="is float64, .*wanted uint8")
+    refusal(check_npz, path, words="is float64 .*wanted uint8")
     np.savez(path, other=folder[1])
     refusal(check_npz, path, words="has no arr_0, which holds the images: its keys are other")
     np.savez(path, np.tile(folder[1], (7, 1, 1, 1))[:2048])
