@@ -36,12 +36,12 @@ from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes
 from dlc.training.alignment import Alignment, add_alignment_flags, open_alignment
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.heldout_latents import HeldOutLatents, open_heldout
+from dlc.training.heldout import HeldOutLatents
 from dlc.training.image_batches import FLIPS, ImageBatches, Images
 from dlc.training.preview import PREVIEW_SAMPLES, preview_sampler, save_preview
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags, warmup
-from dlc.training.split import Split, add_heldout_flags, settle_heldout
+from dlc.training.split import add_heldout_flags, split_features
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags, load_vae
 from models import CODE_INITS, Condition, DiT, DiT_models, DiTCONT, DiTSEM
 
@@ -135,6 +135,8 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
     """The `Features` or `Images` to train on. Raises ValueError if they cannot be read or flags do not fit them."""
     needs(args, "data_path", "labels", "image_size", "flip", "background", "encoder", "encoder_backbone", "L")
     excludes(args, "data_path", "hf_dataset", "num_classes", "holdout", "heldout_path", "eval_samples")
+    if args.eval_samples == 1:
+        raise ValueError("--eval-samples 1: a Frechet distance needs at least 2 samples")
     if not args.data_path:
         if args.features_path is None:
             raise ValueError("this trains on images: give --data-path")
@@ -165,15 +167,6 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         background=args.background or WHITE,
         labels=args.labels,
     )
-
-
-def split_features(args: argparse.Namespace, features: Features | Images) -> Split:
-    """What --holdout and --heldout-path hold out. Raises ValueError for other features that do not fit these."""
-    settle_heldout(args, 0.0)
-    if args.eval_samples == 1:
-        raise ValueError("--eval-samples 1: a Frechet distance needs at least 2 samples")
-    excludes(args, "condition_path", "heldout_path")  # whose rows have no vectors
-    return Split.of(features, args.holdout, open_heldout(args, features) if args.heldout_path else None)
 
 
 def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs:
@@ -237,28 +230,24 @@ def build_optimizer(
 NOTED = ("vae", "encoder")  # of `Features.source`, which a run may resume without
 
 
-def data_settings(args: argparse.Namespace, features: Features | Images, inputs: Inputs) -> dict:
-    """What the features are, as RunMeta records and compares it."""
-    first = np.arange(min(64, features.count))
+def data_record(args: argparse.Namespace, features: Features | Images, inputs: Inputs) -> tuple[dict, dict]:
+    """What the features are, as RunMeta records and compares it; and what it only notes: where the data lies, what its
+    classes are called, and the names of its networks."""
+    source, known, first = features.source(), features.manifest, np.arange(min(64, features.count))
     vectors = inputs.arrays["vectors"].gather(first) if args.condition_path else None
-    return dict(
+    compared = dict(
         image_size=features.image_size,
         features_count=features.count,
         latents=features.latent_kind,
-        **{key: value for key, value in features.source().items() if key not in NOTED},
+        **{key: value for key, value in source.items() if key not in NOTED},
         holdout=args.holdout or None,
         heldout_path=args.heldout_path and recorded_id(args.heldout_path),
         first_vectors_sha256=None if vectors is None else hashlib.sha256(vectors.tobytes()).hexdigest(),
     )
-
-
-def data_notes(args: argparse.Namespace, features: Features | Images) -> dict:
-    """Where the data lies, what its classes are called, and the names of its networks: recorded and not compared."""
-    source, known = features.source(), features.manifest
     on_images = dict(data_path=args.data_path, labels=args.labels)
     paths = on_images if args.data_path else dict(features_path=args.features_path)
     paths = {key: recorded_id(path) for key, path in paths.items() if path}
-    return dict(paths, classes=known and known.classes, **{key: source[key] for key in NOTED})
+    return compared, dict(paths, classes=known and known.classes, **{key: source[key] for key in NOTED})
 
 
 def draws(
@@ -371,8 +360,8 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         build = partial(spec, input_size=latent_size, in_channels=channels, **sizes)
         check_patch(args.model, latent_size, data_path)
         source = features.source()
-        settings = dict(data_settings(args, features, inputs), alignment=alignment and alignment.settings)
-        run.claim(args.model, build, process, settings, data_notes(args, features))
+        settings, notes = data_record(args, features, inputs)
+        run.claim(args.model, build, process, dict(settings, alignment=alignment and alignment.settings), notes)
         if run.state.is_main_process:
             split.validate()
             if args.condition_path:
@@ -398,8 +387,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     else:
         batches = TrainingBatches(features, dict(arrays, latents=features.latents), only=split.rows, **run.share)
     losses = partial(losses_of, draw_latents=draw_latents)
-    heldout = HeldOutLatents(run, split, measured_on, process, losses)
-    measured = [heldout]
+    measured = [HeldOutLatents(run, split, measured_on, process, losses)] if len(split.heldout) else []
     if args.eval_samples:
         from evaluation.in_training import SampleMetrics  # whose networks no other run needs
 
@@ -413,7 +401,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     run.logger.info(f"objective: {args.objective}, {describe_process(process)}")
     run.logger.info(
         f"data: {batches.rows_per_epoch:,} {'images' if encode else 'rows'} of {data_path}, "
-        f"{batches.rows_per_epoch / args.global_batch_size:.1f} steps per epoch, {heldout.size:,} held out"
+        f"{batches.rows_per_epoch / args.global_batch_size:.1f} steps per epoch, {len(split.heldout):,} held out"
     )
     networks = (("VAE", vae_name, encode.vae if encode else vae), ("encoder", args.encoder, encode and encode.encoder))
     for what, name, network in networks:
@@ -445,7 +433,6 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
                     shown, classes = latents[:, :channels].float(), features.manifest and features.manifest.classes
                     drawn = (ema, process, shown, y, vae, args.global_seed, classes or (), run.go_on)
                     run.record(save_preview, path, *drawn)
-    heldout.conclude()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, seed_torch, uniform, uniforms
 from dlc.training.batches import TrainingBatches
 from dlc.training.heldout import HeldOutCodes
-from dlc.training.preview import CodePreview, preview_codes
+from dlc.training.preview import CodePreview
 from dlc.training.run import Run
 from dlc.training.run_flags import add_run_flags, warmup
 from dlc.training.split import add_heldout_flags, settle_heldout, split_codes
@@ -212,10 +212,10 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
     run.logger.info(
         f"data: {count:,} codes of {args.features_path}, {count / args.global_batch_size:.1f} steps per epoch"
     )
-    heldout = HeldOutCodes(run, split, diffusion)
+    measured = [HeldOutCodes(run, split, diffusion)] if len(split.heldout) else []
 
     # ---------------------------------------------------------------------- loop
-    for step, batch in run.steps(batches, [heldout]):
+    for step, batch in run.steps(batches, measured):
         seed_torch(args.global_seed, Stream.TRAIN_DROPOUT, step, run.state.process_index)
         for part in run.micro_batches(batch):
             terms, t = losses_of(
@@ -233,9 +233,7 @@ def train(parser: ArgumentParser, args: argparse.Namespace, run: Run) -> None:
         if run.preview_due(step):
             with run.whole_ema() as ema:
                 if ema is not None:
-                    drawn = preview_codes(ema, diffusion, args.global_seed, run.device, run.go_on)
-                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", drawn, run.go_on)
-    heldout.conclude()
+                    run.record(preview.save, run.folder / f"previews/{step:07d}.png", ema, diffusion, run.go_on)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -74,8 +74,7 @@ def resized(targets: torch.Tensor, count: int) -> torch.Tensor:
     return as_tokens(F.interpolate(as_grid(targets), size=size, mode="bilinear", antialias=True))
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """projector(hidden_size, width) builds a module; prepared(targets) is what it is compared with; weight: of the
     loss, as published."""
 

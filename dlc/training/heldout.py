@@ -1,4 +1,5 @@
-"""The loss on held-out rows during training: it is logged, and the best weights are kept. Here, a prior's bound."""
+"""The loss on held-out rows during training, always with the same times, noise and masks: it is logged, and the best
+weights are kept."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,18 +10,21 @@ import numpy as np
 import torch
 
 from diffusion.masked import MaskedDiffusion
+from diffusion.process_table import Process
 from dlc.data.codes import token_counts
+from dlc.data.inputs import Inputs
 from dlc.machine.noise import Stream, random_words
 from dlc.machine.processes import from_rank_0
 from dlc.training.batches import gather
-from dlc.training.metrics_file import append_metrics, read_metrics
+from dlc.training.metrics_file import read_metrics
 from dlc.training.split import Split
 from dlc.weights.checkpoint import save_best
 
 if TYPE_CHECKING:
     from dlc.training.run import Run
 
-SEED = 0  # of the masks: the same in all runs, so that they compare
+SEED = 0  # of times, noise and masks: the same in all runs, so that they compare
+TIMES = 8  # of each held-out row of latents
 ROWS_AT_ONCE = 256
 COUNTED = 200_000  # rows whose tokens are counted, at most, for the bound of independent positions
 
@@ -68,7 +72,7 @@ class Measurement(ABC):
 
     Args:
         run: the `Run`.
-        size: how many rows; nothing is measured if there are none.
+        size: how many rows, at least 1.
 
     Attributes: places of this process's rows among them, (n,) int64, and whether each counts; earlier: the lines of
     metrics.jsonl that have the key which a subclass gives; done: the steps that were measured.
@@ -78,17 +82,17 @@ class Measurement(ABC):
 
     def __init__(self, run: "Run", size: int):
         self.run, self.size = run, size
-        lines = read_metrics(run.folder / "metrics.jsonl") if size and run.state.is_main_process else []
+        lines = read_metrics(run.folder / "metrics.jsonl") if run.state.is_main_process else []
         self.earlier = from_rank_0([line for line in lines if self.key in line])
         self.done = {line["step"] for line in self.earlier}
         # as many for each process, some twice: all ask equally often whether to stop
         processes = run.state.num_processes
         places = torch.arange(-(-size // processes)) * processes + run.state.process_index
-        self.counted, self.places = (places < size).to(run.device), places % max(1, size)
+        self.counted, self.places = (places < size).to(run.device), places % size
 
     def is_due(self, step: int) -> bool:
         every = self.run.args.eval_every or min(10_000, self.run.checkpoints[1])
-        return bool(self.size) and step not in self.done and (step % every == 0 or step == self.run.last_step)
+        return step not in self.done and (step % every == 0 or step == self.run.last_step)
 
     @abstractmethod
     def measure(self, step: int) -> None:
@@ -96,13 +100,12 @@ class Measurement(ABC):
 
     def note(self, step: int, line: dict, words: str) -> None:
         """Write a line to metrics.jsonl, its numbers to the tracker, and words to the log."""
-        run = self.run
         self.done.add(step)
-        if run.state.is_main_process:
-            run.record(append_metrics, run.folder / "metrics.jsonl", dict(step=step, **line))
-        if run.args.report_to:
-            run.accelerator.log({name: value for name, value in line.items() if isinstance(value, float)}, step)
-        run.logger.info(f"step {step:,}: {words}")
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        self.run.note(dict(step=step, **line), words, numbers)
+
+    def conclude(self) -> None:  # noqa: B027
+        """Called when the steps are done."""
 
 
 class HeldOut(Measurement):
@@ -123,12 +126,6 @@ class HeldOut(Measurement):
         self.key, self.beside = f"heldout_{self.unit}", beside
         super().__init__(run, size)
         self.found = [(line["step"], line[self.key]) for line in self.earlier if isinstance(line[self.key], float)]
-
-    @abstractmethod
-    def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]: ...
-
-    @abstractmethod
-    def words(self, found: dict) -> str: ...
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
@@ -163,6 +160,42 @@ class HeldOut(Measurement):
         )
 
 
+class HeldOutLatents(HeldOut):
+    """The loss on held-out rows, each at TIMES times.
+
+    inputs: what the model is conditioned on there.
+    process: what the model is trained on.
+    losses: train_diffusion.losses_of, but for what it is given here.
+    """
+
+    unit = what = "loss"
+
+    def __init__(self, run: "Run", split: Split, inputs: Inputs, process: Process, losses: Callable):
+        super().__init__(run, len(split.heldout))
+        self.inputs, self.process, self.losses = inputs, process, losses
+        self.features, self.rows = split.other, split.heldout[self.places.numpy()]
+
+    def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `HeldOut`. Time and noise of a row belong to its place, and not to the process that has it."""
+        run, means, arrays = self.run, [], dict(self.inputs.arrays, latents=self.features.latents)
+        for start in range(0, len(self.rows), run.micro_batch_size):
+            part = slice(start, start + run.micro_batch_size)
+            batch = {name: one.to(run.device) for name, one in gather(arrays, self.rows[part]).items()}
+            places, y, total = self.places[part].to(run.device), self.inputs.of(batch), 0
+            for time in range(TIMES):
+                run.go_on()
+                with run.accelerator.autocast():
+                    indices = places * TIMES + time
+                    terms, _ = self.losses(ema, self.process, indices, batch["latents"], y, seed=SEED, dropout=0.0)
+                total = total + terms["loss"].double()
+            means.append(total / TIMES)
+        yield "heldout", torch.cat(means)
+
+    def words(self, found: dict) -> str:
+        """See `HeldOut`."""
+        return f"held-out loss {found['heldout_loss']:.5f} +- {found['heldout_error']:.5f}"
+
+
 class HeldOutCodes(HeldOut):
     """The bound of a prior on held-out codes, in nats per token.
 
@@ -172,19 +205,16 @@ class HeldOutCodes(HeldOut):
     unit, what = "nats", "bound"
 
     def __init__(self, run: "Run", split: Split, diffusion: MaskedDiffusion):
-        size, self.L, self.diffusion, beside = len(split.heldout), split.features.L, diffusion, {}
-        if size:
-            beside = dict(uniform_nats=math.log(split.features.V), independent_nats=independent_nats(split))
-            run.logger.info(
-                f"held out: {size:,} codes; nats per token of uniform tokens (ln V) {beside['uniform_nats']:.4f}, of "
-                f"independent positions {beside['independent_nats']:.4f}"
-            )
-        super().__init__(run, size, **beside)
-        if size:
-            arrays = dict(codes=split.other.codes, labels=split.other.labels)
-            found = gather(arrays, split.heldout[self.places.numpy()])
-            self.tokens, self.labels = (found[name].long().to(run.device) for name in arrays)
-            self.indices = self.places.to(run.device)
+        self.L, self.diffusion, size = split.features.L, diffusion, len(split.heldout)
+        uniform, independent = math.log(split.features.V), independent_nats(split)
+        super().__init__(run, size, uniform_nats=uniform, independent_nats=independent)
+        found = gather(dict(x=split.other.codes, y=split.other.labels), split.heldout[self.places.numpy()])
+        self.tokens, self.labels = found["x"].long().to(run.device), found["y"].long().to(run.device)
+        self.indices = self.places.to(run.device)
+        run.logger.info(
+            f"held out: {size:,} codes; nats per token of uniform tokens (ln V) {uniform:.4f}, of independent "
+            f"positions {independent:.4f}"
+        )
 
     def evaluate(self, ema: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """See `HeldOut`. The prior without a class comes second: it is trained on fewer samples."""

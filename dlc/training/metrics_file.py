@@ -22,13 +22,7 @@ def append_metrics(path: Path, line: dict) -> None:
 
     Raises OSError, naming the file, if the disk does not take the line; no part of it is left then.
     """
-
-    def known(value):
-        if isinstance(value, list):
-            return [known(item) for item in value]
-        return value if not isinstance(value, float) or math.isfinite(value) else None
-
-    text = json.dumps({key: known(value) for key, value in line.items()}) + "\n"
+    text = json.dumps(json.loads(json.dumps(line), parse_constant=lambda name: None)) + "\n"
     try:
         with open(path, "ab", buffering=0) as file:
             before = file.tell()
@@ -84,23 +78,22 @@ def draw_losses(metrics: list[dict], path: Path) -> None:
     loss is left out, because it is not measured on held-out rows.
     """
 
-    def own(line):
-        return dict(line, loss=line["mse"] + (line.get("vb") or 0)) if isinstance(line.get("mse"), float) else line
-
-    metrics = [own(line) for line in metrics]
+    own = [
+        dict(line, loss=line["mse"] + (line.get("vb") or 0)) if isinstance(line.get("mse"), float) else line
+        for line in metrics
+    ]
 
     def points_of(key):
-        return sorted((line["step"], line[key]) for line in metrics if isinstance(line.get(key), float))
+        return sorted((line["step"], line[key]) for line in own if isinstance(line.get(key), float))
 
-    points, bounds = points_of("loss"), {words: points_of(key) for key, words in BOUNDS.items()}
-    bounds = {words: found for words, found in bounds.items() if found}
+    points, heldout = points_of("loss"), points_of("heldout_loss")
+    bounds = {words: found for key, words in BOUNDS.items() if (found := points_of(key))}
     if not points:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import; no pyplot, which keeps all figures
     from matplotlib.figure import Figure
 
     steps, losses = zip(*points)
-    heldout = [(line["step"], line["heldout_loss"]) for line in metrics if isinstance(line.get("heldout_loss"), float)]
     low, high = min(losses), sorted(losses)[int(0.98 * (len(losses) - 1))]
     figure = Figure(figsize=(8, 8 if bounds else 4), dpi=100, layout="constrained")
     axes, *below = figure.subplots(2 if bounds else 1, sharex=True, squeeze=False).ravel()

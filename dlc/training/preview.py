@@ -81,15 +81,6 @@ def save_preview(
     save_picture(path, ema, sampler, y, vae, seed, latents, len(latents), rows, [*named, *named], on_step)
 
 
-def preview_codes(
-    prior: DLCPrior, diffusion: MaskedDiffusion, seed: int, device: torch.device, on_call: Callable | None = None
-) -> torch.Tensor:
-    """Codes (2 * PREVIEW_SAMPLES, L) that a prior draws, always from the same noise. on_call: see `sample_codes`."""
-    sampler = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
-    indices = torch.arange(2 * PREVIEW_SAMPLES, device=device)
-    return sample_codes(prior, diffusion, sampler, seed=seed, indices=indices, on_call=on_call)
-
-
 class CodePreview:
     """Pictures of codes that a prior in training draws, made by a DiTSEM: under those of training codes.
 
@@ -119,9 +110,14 @@ class CodePreview:
         shown = split.rows[np.linspace(0, len(split.rows) - 1, PREVIEW_SAMPLES).round().astype(int)]
         self.trained = torch.from_numpy(theirs.gather(shown)).to(device)  # rows often go class by class
 
-    def save(self, path: Path, drawn: torch.Tensor, on_step: Callable | None = None) -> None:
-        """Write a picture: a row for training codes, two for the codes of `preview_codes`. on_step: see
-        `sample_latents`."""
+    def save(self, path: Path, prior: DLCPrior, diffusion: MaskedDiffusion, go_on: Callable) -> None:
+        """Write a picture: a row for training codes, two for codes that the prior draws, always from the same noise.
+
+        go_on: called at each step, see `Run.go_on`.
+        """
+        drawing = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
+        indices = torch.arange(2 * PREVIEW_SAMPLES, device=self.none.device)
+        drawn = sample_codes(prior, diffusion, drawing, seed=self.seed, indices=indices, on_call=go_on)
         y, rows = torch.cat([self.trained, drawn]), ("training codes", "the prior's codes", "the prior's codes")
         how = (self.sampler, y, self.vae, self.seed, self.none, PREVIEW_SAMPLES, rows)
-        save_picture(path, self.model, *how, on_step=on_step)
+        save_picture(path, self.model, *how, on_step=go_on)

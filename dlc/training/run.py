@@ -22,7 +22,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,9 +48,8 @@ from dlc.machine.processes import (
     wait_for_all,
 )
 from dlc.training.batches import Batch, load_batches
-from dlc.training.log import announce, write_line
-from dlc.training.losses import Losses
-from dlc.training.metrics_file import draw_losses, read_metrics, trim_metrics
+from dlc.training.log import Losses, announce, write_line
+from dlc.training.metrics_file import append_metrics, draw_losses, read_metrics, trim_metrics
 from dlc.training.power_averages import PowerAverages, trim_snapshots, write_snapshot
 from dlc.training.run_flags import OPTIMISATION, checkpoint_steps, ema_decay, steps_of_run
 from dlc.training.sharding import fully_shard_blocks, local_shards
@@ -83,7 +82,7 @@ class Run(contextlib.ExitStack):
         state: from `start_processes`: num_processes, process_index, is_main_process.
         device: where this process trains.
         model: what a trainer calls: the module, wrapped for autocast, and for DDP or sharded.
-        first_step, first_index: steps done before, and the global sample index of the next step; 0 for a new run.
+        first_step: steps done before; 0 for a new run.
     """
 
     measured: Iterable["Measurement"] = ()  # as of `steps`
@@ -135,7 +134,10 @@ class Run(contextlib.ExitStack):
                 f"--global-batch-size {args.global_batch_size} is not a multiple of {processes} processes "
                 f"x {args.grad_accum} micro-batches (--grad-accum)"
             )
-        self.first_step, self.first_index = meta.step, meta.place
+        # the arguments of `TrainingBatches` that give this process its share of the steps that are left
+        self.share = dict(seed=args.global_seed, global_batch=args.global_batch_size, rank=self.state.process_index)
+        self.share.update(world_size=processes, first_step=meta.step, first_index=meta.place)
+        self.first_step = meta.step
         self.logged, self.skipped = meta.logged, meta.skipped  # the last line's step; steps skipped since
         self.ema_start, self.ema_images = meta.ema_start or 0.0, meta.ema_images or 0
         self.micro_batch_size = args.global_batch_size // processes // args.grad_accum
@@ -256,12 +258,11 @@ class Run(contextlib.ExitStack):
 
     def _load(self):
         sums, names = load_checkpoint(self.resumed, **self._trained())
-        rank = self.state.process_index
         if sums is None:
             return
         if len(sums) != self.state.num_processes:  # then process 0 has those of all
-            sums = torch.stack([sums.sum(dim=0), *[torch.zeros_like(sums[0])] * rank])
-        self.losses.resume(names, sums[rank].to(self.device))
+            sums = torch.stack([sums.sum(dim=0), *[torch.zeros_like(sums[0])] * self.state.process_index])
+        self.losses.names, self.losses.values = tuple(names), sums[self.state.process_index].to(self.device)
 
     def _trim(self):
         """Remove what was written after the time from which the run resumes, and record how it goes on."""
@@ -270,18 +271,6 @@ class Run(contextlib.ExitStack):
         if self.lengths.averages:
             trim_snapshots(self.folder, self.ema_images)
         remove_unfinished(self.folder)
-
-    @property
-    def share(self) -> dict:
-        """The arguments of `TrainingBatches` that give this process its share of the steps that are left."""
-        return dict(
-            seed=self.args.global_seed,
-            global_batch=self.args.global_batch_size,
-            rank=self.state.process_index,
-            world_size=self.state.num_processes,
-            first_step=self.first_step,
-            first_index=self.first_index,
-        )
 
     # ---------------------------------------------------------------------- the loop
 
@@ -322,6 +311,8 @@ class Run(contextlib.ExitStack):
             raise OSError(self.stop_request.reason)
         if self.stopped_by and step < self.last_step:
             self.logger.info(f"stopped by {self.stopped_by} after step {step:,}; the same command continues")
+        for one in self.measured:
+            one.conclude()
 
     def _check_room(self):
         """End the program with one line where the disk cannot hold a checkpoint."""
@@ -526,6 +517,14 @@ class Run(contextlib.ExitStack):
             warn_once(f"memory of {write.__name__}", f"{write.__name__} is left out: the GPU's memory is full")
         except OSError as error:
             self.stop_request.ask(str(error))
+
+    def note(self, line: dict, words: str, tracked: Mapping[str, float] | None = None, kept: bool = True) -> None:
+        """Write a line to metrics.jsonl, if it is `kept`, what is `tracked` to the tracker, and words to the log."""
+        if self.state.is_main_process and kept:
+            self.record(append_metrics, self.folder / "metrics.jsonl", line)
+        if self.args.report_to and tracked:
+            self.accelerator.log(tracked, line["step"])
+        self.logger.info(f"step {line['step']:,}: {words}")
 
     def preview_due(self, step: int) -> bool:
         """Whether to draw a preview after this step: by --sample-every, and at the end; not in the hurry of a stop."""

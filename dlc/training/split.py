@@ -13,6 +13,8 @@ from dlc.data.codes import CodeSet, compare
 from dlc.data.inputs import check_codes
 from dlc.machine.cli import excludes, number
 from dlc.machine.noise import Stream, permutation
+from dlc.machine.records import differences
+from dlc.weights.meta import SAME_LATENTS
 
 if TYPE_CHECKING:
     from dlc.training.image_batches import Images
@@ -100,6 +102,24 @@ class Split:
         """Raise ValueError, naming file and row, for a label or code that is out of range."""
         for features in {id(one): one for one in (self.features, self.other)}.values():
             features.validate()
+
+
+def split_features(args: Namespace, features: "Features | Images") -> Split:
+    """What --holdout and --heldout-path hold out. Raises ValueError for other features that do not fit these."""
+    settle_heldout(args, 0.0)
+    if not args.heldout_path:
+        return Split.of(features, args.holdout)
+    excludes(args, "condition_path", "heldout_path")  # whose rows have no vectors
+    other = Features(args.heldout_path, args.V, args.num_classes)
+    here, there = (
+        {name: one.source().get(name) for name in SAME_LATENTS}
+        | dict(latents=list(one.latent_shape), L=one.L, V=one.V, num_classes=one.num_classes, kind=one.latent_kind)
+        for one in (features, other)
+    )
+    different = differences(there, here)
+    if different:
+        raise ValueError(f"--heldout-path {args.heldout_path} does not fit --features-path: {different}")
+    return Split.of(features, 0.0, other)
 
 
 def split_codes(path: str | Path, V: int | None, holdout: float, heldout_path: str | Path | None = None) -> Split:

@@ -67,34 +67,20 @@ class SkippedSteps:
         device: torch.device,
         since_line: int = 0,
     ):
-        self.optimizers, self.scaler, self.device, self.last = optimizers, scaler, device, None
+        self.optimizers, self.scaler, self.last = optimizers, scaler, None
         self.counts = torch.tensor([since_line, 0, 0], device=device)
-        for optimizer in optimizers if scaler else ():
-            optimizer.register_step_post_hook(self._stepped)
-
-    def _stepped(self, optimizer, args, kwargs):
-        found_inf = getattr(optimizer, "found_inf", None)  # which the scaler lends to a fused one during the step
-        self.found = self._flag(False) if found_inf is None else found_inf > 0
-
-    def _flag(self, value):
-        return torch.full((), value, device=self.device)  # filled on the device; torch.tensor would copy and wait
 
     def step(self) -> None:
         """Take a step with all optimizers. The scaler looks at each one's gradients, and skips by each one's own."""
-        if self.scaler is None:
-            for optimizer in self.optimizers:
-                optimizer.step()
-            return
-        skipped = []
         for optimizer in self.optimizers:
-            self.found = None
-            self.scaler.step(optimizer)
-            skipped.append(self._flag(True) if self.found is None else self.found)
-        self.scaler.update()
-        self.last = torch.stack(skipped).any()
-        since_line, in_a_row, longest = self.counts.unbind()
-        in_a_row = (in_a_row + 1) * self.last
-        self.counts = torch.stack([since_line + self.last, in_a_row, torch.maximum(longest, in_a_row)])
+            self.scaler.step(optimizer) if self.scaler else optimizer.step()
+        if self.scaler:
+            found = [self.scaler._found_inf_per_device(optimizer).values() for optimizer in self.optimizers]
+            self.last = torch.stack([flag for flags in found for flag in flags]).any()
+            self.scaler.update()
+            since_line, in_a_row, longest = self.counts.unbind()
+            in_a_row = (in_a_row + 1) * self.last
+            self.counts = torch.stack([since_line + self.last, in_a_row, torch.maximum(longest, in_a_row)])
 
     def read(self) -> tuple[int, int, int]:
         """Skipped since the log's last line, in a row until now, and the longest such streak. Waits for the device."""

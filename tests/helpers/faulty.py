@@ -82,9 +82,9 @@ def killed_syncing(name, number):
 
 def killed_in_a_line(number):
     """SIGKILL when the Nth line of metrics.jsonl is written but for its end."""
-    from dlc.training import log
+    from dlc.training import run
 
-    append, calls = log.append_metrics, itertools.count(1)
+    append, calls = run.append_metrics, itertools.count(1)
 
     def cut_short(path, line):
         append(path, line)
@@ -92,7 +92,7 @@ def killed_in_a_line(number):
             os.truncate(path, path.stat().st_size - 9)
             send("group:SIGKILL")
 
-    log.append_metrics = cut_short
+    run.append_metrics = cut_short
 
 
 def nan_gradients(step):

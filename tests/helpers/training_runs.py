@@ -46,10 +46,6 @@ def alike(one, two):
     return all((one[key] - two[key]).norm() <= 1e-3 * two[key].norm() for key in two)
 
 
-def metrics_lines(run):
-    return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").is_file() else 0
-
-
 def same_run(one, two, step):
     """Whether two runs are the same to the bit: weights, EMA, optimizer state and metrics, but for the rates, and for
     the order of a step's lines, in which a measurement that was cut off comes last."""

@@ -9,8 +9,7 @@ from training_runs import metrics, same_run
 from diffusion.process_table import create_process
 from dlc.data import Features
 from dlc.training.batches import TrainingBatches
-from dlc.training.heldout import SEED
-from dlc.training.heldout_latents import TIMES
+from dlc.training.heldout import SEED, TIMES
 from dlc.training.split import split_rows
 from dlc.weights.load import load_model
 from train_diffusion import losses_of

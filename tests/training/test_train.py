@@ -1,6 +1,5 @@
 """train_diffusion.py and train.py through their launchers."""
 
-import itertools
 import json
 import math
 import re
@@ -16,22 +15,26 @@ from grids import grid_cells
 from PIL import Image
 from training_runs import metrics, tensors, train_command
 
+from diffusion.process_table import create_process
 from dlc.data import Features
 from dlc.machine.cli import ArgumentParser
-from dlc.machine.noise import Stream, normal
+from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches, draw_posterior
-from dlc.training.losses import Losses
+from dlc.training.log import Losses
 from dlc.training.metrics_file import draw_losses, read_metrics
 from dlc.training.run import Run
 from dlc.training.run_flags import checkpoint_steps, steps_of_run
 from dlc.training.update import SkippedSteps
 from dlc.weights.meta import run_checkpoints
+from models import DiT_models
 from train_diffusion import argument_parser
 
 
 @pytest.mark.slow
 def test_what_a_run_leaves(features, tmp_path):
+    """Its first step and its EMA are computed by hand."""
     results, flags = tmp_path / "results", ("--max-steps", 3, "--ckpt-every", 1, "--sample-every", 2)
+    flags += ("--grad-clip", 0.5, "--grad-accum", 2)
     result = launch(train_command(1, features, results, *flags, launcher="accelerate"), tmp_path)
     assert result.stdout.count("warning: fp16 needs a GPU; this run uses float32") == 1
     assert json.loads((results / "args.json").read_text())["max_steps"] == 3
@@ -44,11 +47,28 @@ def test_what_a_run_leaves(features, tmp_path):
     meta, config = (json.loads((checkpoints[-1] / f"{name}.json").read_text()) for name in ("meta", "config"))
     assert (meta["step"], meta["features_path"], config["model"]) == (3, str(features), "DiTSEM-Ti/4")
     assert (config["arguments"]["L"], config["arguments"]["V"], config["process"]["process"]) == (6, 300, "gaussian")
-    two, three = map(tensors, checkpoints[1:])  # the EMA is its closed form
+    one, two, three = map(tensors, checkpoints)
     for key in ("blocks.0.attn.qkv.weight", "sem_embedder.embedding_table", "t_embedder.mlp.0.bias"):
         ema, weight = three[f"ema/{key}"], three[f"model/{key}"]
         torch.testing.assert_close(ema, 0.9 * two[f"ema/{key}"] + 0.1 * weight, atol=1e-6, rtol=1e-5)
         assert ema.dtype == torch.float32 and not torch.equal(ema, weight)
+
+    torch.manual_seed(0)
+    model, rows = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300), Features(features)
+    batch = TrainingBatches(rows, dict(latents=rows.latents, codes=rows.codes), seed=0, global_batch=8)[0]
+    places, x, t = batch["indices"], batch["latents"].float(), integers(0, Stream.TRAIN_TIMESTEP, torch.arange(8), 1000)
+    condition = dict(y=batch["codes"], drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1)
+    noise = normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8))
+    terms = create_process("gaussian").training_losses(model, x, t, condition, noise)
+    terms["loss"].mean().backward()
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
+    assert lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert lines[0]["skipped_steps"] == 0 and lines[0]["scaler_scale"] is None
+    for quarter, mse in enumerate(lines[0]["mse_by_quarter_of_t"]):
+        of_quarter = terms["mse"][(t >= 250 * quarter) & (t < 250 * (quarter + 1))]
+        assert mse == (pytest.approx(of_quarter.mean().item(), rel=1e-5) if len(of_quarter) else None)
+    moments = torch.stack([value.norm() for key, value in one.items() if key.endswith("exp_avg")]).norm().item()
+    assert moments == pytest.approx(0.1 * min(norm, 0.5), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -92,9 +112,9 @@ def test_a_disk_without_room_for_a_checkpoint(refused, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flow_from_training_to_samples(features, tmp_path, error_of, said_by):
+def test_a_flow_from_training_to_samples(trained, refused, tmp_path, features, error_of, said_by):
     run, flags = tmp_path / "run", ("--objective", "flow", "--time-distribution", "lognormal", "--max-steps", 4)
-    launch(train_command(1, features, run, *flags, "--sample-every", 4), tmp_path)
+    trained("run", *flags, "--sample-every", 4)
     config = json.loads((run / "checkpoints/0000004/config.json").read_text())
     arguments = dict(time_distribution="lognormal", time_mean=0.0, time_std=1.0, time_scale=1.0)
     assert config["process"] == dict(process="flow", arguments=arguments)
@@ -102,13 +122,9 @@ def test_a_flow_from_training_to_samples(features, tmp_path, error_of, said_by):
     assert len(grid_cells(run / "previews/0000004.png", IMAGE_SIZE, 8)) == 2
     line = metrics(run)[-1]
     assert "mse" not in line and len(line["loss_by_quarter_of_t"]) == 4 and 1 < line["loss"] < 4
-
-    common = ("--features-path", features, "--model", "DiTSEM-Ti/4", "--results-dir", run, "--global-batch-size", 8)
-    for changed, message in (
-        (("--objective", "ddpm"), "process 'flow' there, 'gaussian' here"),
-        (("--objective", "flow"), "process time_distribution 'lognormal' there, 'uniform' here"),
-    ):
-        assert message in error_of("train_diffusion", *common, *changed)
+    assert "process 'flow' there, 'gaussian' here" in refused("run", "--objective", "ddpm")
+    words = "process time_distribution 'lognormal' there, 'uniform' here"
+    assert words in refused("run", "--objective", "flow")
 
     sampling = ("--ckpt", run, "--no-ema", "--dlc-dir", features, "--num-fid-samples", 3, "--sample-dir", "samples")
     for flags, message in (
@@ -117,8 +133,7 @@ def test_a_flow_from_training_to_samples(features, tmp_path, error_of, said_by):
         (("--t-max", 430), "--t-max 430: DiTSEM-Ti/4 was trained on the process flow, whose times are 0 to 1"),
     ):
         assert re.search(message, error_of("sample_ddp_computed_dlc", *sampling, *flags))
-    flags = ("--num-sampling-steps", 3, "--time-shift", 2, "--t-max", 0.7)
-    said_by("sample_ddp_computed_dlc", *sampling, *flags)
+    said_by("sample_ddp_computed_dlc", *sampling, "--num-sampling-steps", 3, "--time-shift", 2, "--t-max", 0.7)
     record = json.loads((sample_folder(tmp_path / "samples") / "samples.json").read_text())
     known = dict(sampler="euler", num_sampling_steps=3, time_shift=2.0, eta=None, t_min=0, t_max=0.7)
     assert {name: record[name] for name in known} == known
@@ -127,23 +142,16 @@ def test_a_flow_from_training_to_samples(features, tmp_path, error_of, said_by):
 # ---------------------------------------------------------------------- batches
 
 
-@pytest.mark.slow
-def test_every_row_once_an_epoch(features):
-    rows, streams = Features(features), []
-    settings = dict(arrays=dict(latents=rows.latents, codes=rows.codes), seed=0, global_batch=8)
+def test_every_row_once_an_epoch():
+    rows = SimpleNamespace(count=14, gather=lambda rows: 100 + rows)
+    settings, streams = dict(arrays=dict(codes=rows), seed=0, global_batch=8), []
     for world_size in (1, 2, 4):
         parts = [TrainingBatches(rows, **settings, rank=rank, world_size=world_size) for rank in range(world_size)]
-        streams.append([])
-        for step, part in itertools.product(range(7), parts):
-            streams[-1] += list(part.rows(np.arange(part.local_batch) + step * 8 + part.rank * part.local_batch))
+        streams.append([row - 100 for step in range(7) for part in parts for row in part[step]["codes"].tolist()])
     assert streams[0] == streams[1] == streams[2] and len(streams[0]) == 4 * 14
     for epoch in range(4):
         assert sorted(streams[0][epoch * 14 : (epoch + 1) * 14]) == list(range(14))
-    # a batch in the middle, without those before it
-    batch = TrainingBatches(rows, **settings, rank=1, world_size=4)[3]
-    assert batch["indices"].tolist() == [26, 27]
-    np.testing.assert_array_equal(batch["latents"], rows.latents.gather(np.array(streams[0][26:28])))
-    np.testing.assert_array_equal(batch["codes"], rows.codes.gather(np.array(streams[0][26:28])))
+    assert parts[1][3]["indices"].tolist() == [26, 27]  # in the middle, without those before it
 
 
 def test_moments_are_drawn_anew_in_each_epoch():
@@ -181,7 +189,7 @@ def test_a_loss_may_get_another_term_between_launches_but_not_within_one(capsys)
     run.parser, run.args = ArgumentParser(""), SimpleNamespace(grad_accum=1)
     run.logger, run.accelerator = (SimpleNamespace(info=said.append), SimpleNamespace(backward=lambda loss: None))
     run.losses, run.step_sums, run.rates = Losses("images"), None, []
-    run.losses.resume(["loss", "mse"], torch.full((10,), 7.0))
+    run.losses.names, run.losses.values = ("loss", "mse"), torch.full((10,), 7.0)
     terms = {name: torch.tensor(values) for name, values in dict(mse=[1.0, 3], loss=[5.0, 5], more=[4.0, 4]).items()}
     run.backward(terms, torch.arange(2), 8)
     assert "the terms loss, mse, more, no longer loss, mse: the next line" in said[0]

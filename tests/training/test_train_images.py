@@ -39,12 +39,9 @@ def flags_of(folder, tiny_models, tmp_path):
 @pytest.fixture
 def train(flags_of, tmp_path):
     """train(…, processes=N): such a run, ended; gives what it said."""
-
-    def run(name, *flags, processes=1, check=True, **options):
-        command = ("forked", processes, "train_diffusion.py", *flags_of(name, *flags, **options))
-        return launch(command, tmp_path, check).stdout
-
-    return run
+    return lambda name, *flags, processes=1, check=True, **options: (
+        launch(("forked", processes, "train_diffusion.py", *flags_of(name, *flags, **options)), tmp_path, check).stdout
+    )
 
 
 @pytest.mark.slow
@@ -70,20 +67,22 @@ def test_same_losses_as_on_features(model, train, flags_of, error_of, both_data,
 
 
 def test_flips_are_drawn_anew_in_each_epoch(folder, tiny_models):
-    images = Images(PartialState(cpu=True), folder, image_size=IMAGE_SIZE, vae=tiny_models[0])
-    labels = dict(labels=images.labels)
-    batches = ImageBatches(images, labels, seed=0, global_batch=14)
-    parts = [ImageBatches(images, labels, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)]
-    seen = {}
+    """Of crops and of the views for patch tokens alike, never of those for codes; whatever the processes."""
+    images = Images(PartialState(cpu=True), folder, image_size=32, vae=tiny_models[0], encoder=tiny_models[1])
+    arrays, seen = dict(labels=images.labels, codes=None, tokens=None), {}
+    batches = ImageBatches(images, arrays, seed=0, global_batch=14)
+    parts = [ImageBatches(images, arrays, seed=0, global_batch=14, rank=rank, world_size=2) for rank in (0, 1)]
     for epoch in range(4):
         batch, halves = batches[epoch], [part[epoch] for part in parts]
         for name, whole in batch.items():
             assert torch.equal(whole, torch.cat([half[name] for half in halves])), name
+        assert torch.equal(batch["tokens"], batch["images"])  # of one size here
         flips = integers(0, Stream.TRAIN_FLIP, batch["indices"], 2).tolist()
         rows = batches.rows(batch["indices"].numpy())
-        for row, crop, label, flip in zip(rows, batch["images"], batch["labels"], flips):
-            there = np.array(center_crop(load_rgb(images.views.source.path(row)), IMAGE_SIZE))
+        for row, crop, view, label, flip in zip(rows, batch["images"], batch["codes"], batch["labels"], flips):
+            there = np.array(center_crop(load_rgb(images.views.source.path(row)), 32))
             np.testing.assert_array_equal(crop, there[:, ::-1] if flip else there)
+            np.testing.assert_array_equal(view, there)
             assert label == row // 7
             seen.setdefault(row, set()).add(flip)
     assert sum(flips == {0, 1} for flips in seen.values()) > 7
@@ -96,16 +95,13 @@ def test_encoded_in_parts(folder, tiny_models, monkeypatch):
     places, crops, views = (batches[0][name] for name in ("indices", "images", "codes"))
     logits = encoder_logits(tiny_models[1], [images.views.source.path(row) for row in batches.rows(places.numpy())])
     encode = PixelEncoder(images.vae, images.encoder, torch.device("cpu"))
-    moments, both = encode(crops, dict(labels=places, codes=views))
-    assert moments.shape == (8, 8, 8, 8) and not moments.requires_grad and both["labels"] is places
-    assert_codes(both["codes"], logits)
+    whole, both = encode(crops, dict(labels=places, codes=views))
+    assert whole.shape == (8, 8, 8, 8) and not whole.requires_grad and both["labels"] is places
     monkeypatch.setattr("dlc.nets.pixels.ENCODED_AT_ONCE", 3)
-    sizes, encode_batch = [], encode.vae.encode
-    monkeypatch.setattr(encode.vae, "encode", lambda batch: sizes.append(len(batch)) or encode_batch(batch))
     in_parts, codes = encode(crops, views)
-    torch.testing.assert_close(in_parts, moments, atol=1e-5, rtol=1e-5)
-    assert_codes(codes, logits)
-    assert sizes == [3, 3, 3]  # of 8 images
+    torch.testing.assert_close(in_parts, whole, atol=1e-5, rtol=1e-5)
+    for found in (both["codes"], codes):
+        assert_codes(found, logits)
     for one, two in zip(encode(crops[:7], views[:7]), (in_parts, codes)):  # which share the parts' size, and the bits
         assert torch.equal(one, two[:7])
 

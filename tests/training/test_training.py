@@ -1,6 +1,5 @@
 """Training resumed, killed, asked to stop, changed: in processes forked from one that has everything imported."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,9 +12,7 @@ from conftest import ROOT, V, launch
 from PIL import Image
 from training_runs import alike, metrics, same_run, tensors, train_command
 
-from diffusion import create_diffusion
 from dlc.data import Features, FeatureWriter, Manifest
-from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.training.batches import TrainingBatches
 from dlc.weights.meta import read_meta, run_checkpoints
 from models import DiT_models
@@ -60,7 +57,8 @@ def test_killed_at_named_points(processes, kills, trained, train, tmp_path):
 def test_a_disk_that_is_full(trained, train, tmp_path):
     run = train("run", "--max-steps", 1, fault="limited,FSIZE,1000000")
     assert not run.wait() and run.ranks[0].exitcode == 2 and "Traceback" not in run.said()
-    assert re.search(r"cannot write checkpoint .*0000001 \(File too large\): .*; run the same command", run.said())
+    words = r"cannot write checkpoint .*0000001 \(File too large\): .*; what is done is kept: run the same command"
+    assert re.search(words, run.said())
     assert not run_checkpoints(tmp_path / "run")
     assert "steps 0 to 1" in trained("run", "--max-steps", 1)
 
@@ -81,30 +79,6 @@ def test_changes_are_refused_unless_allowed(trained, refused, features, tmp_path
     batches = TrainingBatches(Features(features), {}, seed=1, global_batch=4, first_step=3, first_index=24)
     assert batches[4]["indices"].tolist() == [28, 29, 30, 31]
     assert "code_init 'dlc' there, 'unit' here; give another --results-dir" in refused("run", "--allow-change")
-
-
-def test_first_step_by_hand(trained, features, tmp_path):
-    trained("run", "--max-steps", 1, "--grad-clip", 0.5, "--grad-accum", 2)
-    torch.manual_seed(0)
-    model = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300)
-    rows = Features(features)
-    batch = TrainingBatches(rows, dict(latents=rows.latents, codes=rows.codes), seed=0, global_batch=8)[0]
-    places, x, y = batch["indices"], batch["latents"], batch["codes"]
-    t = integers(0, Stream.TRAIN_TIMESTEP, places, 1000)
-    condition = dict(y=y, drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1)
-    noise = normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8))
-    terms = create_diffusion("").training_losses(model, x.float(), t, condition, noise)
-    terms["loss"].mean().backward()
-    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
-    line = metrics(tmp_path / "run")[0]
-    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert line["skipped_steps"] == 0 and line["scaler_scale"] is None
-    for quarter, mse in enumerate(line["mse_by_quarter_of_t"]):
-        of_quarter = terms["mse"][(t >= 250 * quarter) & (t < 250 * (quarter + 1))]
-        assert mse == (pytest.approx(of_quarter.mean().item(), rel=1e-5) if len(of_quarter) else None)
-    state = tensors(tmp_path / "run/checkpoints/0000001")
-    moments = torch.stack([value.norm() for key, value in state.items() if key.endswith("exp_avg")]).norm().item()
-    assert moments == pytest.approx(0.1 * min(norm, 0.5), rel=1e-4)
 
 
 def test_ema_warms_up(trained, tmp_path):
@@ -135,8 +109,7 @@ def test_begun_with_other_weights(trained, refused, tmp_path):
     ours = tensors(tmp_path / "run/checkpoints/0000001")
     for key in other.keys() - {"extra", "sem_embedder.embedding_table"}:
         assert torch.equal(ours[f"model/{key}"], other[key]) and torch.equal(ours[f"ema/{key}"], other[key]), key
-    (tmp_path / "junk.pt").write_bytes(b"junk")
-    assert "junk.pt cannot be read as weights" in refused("fourth", "--pretrained-path", tmp_path / "junk.pt")
+    assert "nowhere does not exist" in refused("other", "--pretrained-path", "nowhere")
 
 
 def test_steps_that_the_scaler_skips(train, tmp_path):
@@ -211,13 +184,11 @@ def test_tensorboard(trained, tmp_path):
 
 
 def test_wandb_that_does_not_start(refused, monkeypatch, tmp_path):
-    if not importlib.util.find_spec("wandb"):
-        assert "--report-to wandb needs its package: pip install wandb" in refused("run", "--report-to", "wandb")
     (tmp_path / "wandb.py").write_text("def init(**_):\n    raise RuntimeError('No API key configured.')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
-    error = refused("run", "--report-to", "wandb")
-    assert "wandb does not start (No API key configured.); run wandb login, or set WANDB_MODE=offline" in error
+    words = "wandb does not start (No API key configured.); run wandb login, or set WANDB_MODE=offline"
+    assert words in refused("run", "--report-to", "wandb")
 
 
 def test_sharded(trained, features, tmp_path):
