@@ -26,7 +26,7 @@ from diffusion.likelihoods import mean_flat
 from diffusion.process_table import OBJECTIVE_OPTIONS, OBJECTIVES, PROCESSES, Process, create_process, describe_process
 from dlc.data import Features
 from dlc.data.convert import fetch_features
-from dlc.data.images import WHITE, add_background_flag, add_source_flags
+from dlc.data.images import add_background_flag, add_source_flags
 from dlc.data.inputs import INPUTS, Inputs
 from dlc.machine.cli import ArgumentParser, NotHere, add_option, excludes, flag, needs, number, warn_once
 from dlc.machine.files import check_outside, recorded_id
@@ -154,19 +154,9 @@ def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Ima
         )
     if args.encoder and not (on_codes or args.align):
         raise ValueError(f"--encoder is for DiTSEM models and for --align, not {args.model}")
-    return Images(
-        state,
-        args.data_path,
-        image_size=args.image_size or 256,
-        vae=args.vae or "ema",
-        encoder=args.encoder,
-        L=args.L,
-        V=args.V,
-        backbone=args.encoder_backbone,
-        flip=args.flip or "random",
-        background=args.background or WHITE,
-        labels=args.labels,
-    )
+    names = ("image_size", "flip", "background", "encoder", "L", "V", "labels")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return Images(state, args.data_path, vae=args.vae or "ema", backbone=args.encoder_backbone, **given)
 
 
 def open_inputs(args: argparse.Namespace, features: Features | Images) -> Inputs:

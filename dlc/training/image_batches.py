@@ -38,8 +38,8 @@ class Images:
     Args:
         state: from `start_processes`; rank 0 lists the images for all.
         data_path, labels: as `open_source` takes them.
-        image_size: height and width of the crop, pixels.
         vae: as --vae takes it.
+        image_size: height and width of the crop, pixels.
         encoder: as --encoder takes it, with L, V and backbone where it does not say them; None for neither codes nor
             patch tokens.
         flip: one of FLIPS; random: drawn anew at each sample index.
@@ -55,8 +55,8 @@ class Images:
         state: "PartialState",
         data_path: str | Path,
         *,
-        image_size: int,
         vae: str,
+        image_size: int = 256,
         encoder: str | None = None,
         L: int | None = None,
         V: int | None = None,

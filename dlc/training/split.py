@@ -77,7 +77,7 @@ def split_rows(count: int, share: float, copies: int = 1) -> tuple[np.ndarray, n
 
 def copies_of(features: "Features | Images") -> int:
     """Rows of each image, which follow each other: 2 where extraction stored both flips."""
-    return 2 if features.manifest is not None and features.manifest.flip == "both" else 1
+    return 2 if getattr(features.manifest, "flip", None) == "both" else 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Split:
 
     def validate(self) -> None:
         """Raise ValueError, naming file and row, for a label or code that is out of range."""
-        for features in {id(one): one for one in (self.features, self.other)}.values():
+        for features in dict.fromkeys((self.features, self.other)):
             features.validate()
 
 
