@@ -81,4 +81,4 @@ def test_a_run_with_lengths(trained, refused, tmp_path):
     assert '"step": 9' in (parts / "metrics.jsonl").read_text()
     assert "changed since: ema_lengths [0.05, 0.1] there, None here" in trained("parts", "--max-steps", 7)
     assert {one.path.name for one in snapshots_of(parts)} >= snapshots.keys()
-    assert "--ema-snapshot-every stores the averages of --ema-lengths" in refused("x", "--ema-snapshot-every", 9)
+    assert "--ema-snapshot-every goes with --ema-lengths" in refused("x", "--ema-snapshot-every", 9)
