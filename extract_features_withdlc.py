@@ -42,8 +42,8 @@ from dlc.machine.processes import (
 )
 from dlc.machine.readers import read_ahead
 from dlc.nets.pixels import PixelEncoder
-from dlc.nets.vae import decode
-from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, downsampling_factor, open_networks
+from dlc.nets.vae import decode, latent_shape
+from dlc.weights.networks import VAE_HELP, add_encoder_flags, data_settings, open_networks
 from evaluation.similarity import psnr
 from models import DiT_models
 
@@ -232,7 +232,7 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         writer = FeatureWriter(args.features_path, manifest, part)
         preview = Path(args.features_path) / "preview.png"
         incomplete = done_by_rank_0(state, lambda: begin(writer, preview, mended_by(views, args.strict)))
-    patch, side = DiT_models[args.model].patch_size, args.image_size // downsampling_factor(args.vae)
+    patch, side = DiT_models[args.model].patch_size, latent_shape(vae, args.image_size)[1]
     if side % patch:
         logger.warning(
             f"warning: latents of --image-size {args.image_size} are {side} wide, not a multiple of "

@@ -114,7 +114,7 @@ def tiny_vae(blocks=2, **config):
 
     kinds = dict(down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks)
     sizes = dict(block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=4, layers_per_block=1)
-    return AutoencoderKL(**kinds, **{**sizes, **config}).eval()
+    return AutoencoderKL(**{**kinds, **sizes, **config}).eval()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from dlc.machine.processes import from_rank_0
 from dlc.training.batches import gather
 from dlc.training.metrics_file import read_metrics
 from dlc.training.split import Split
-from dlc.weights.checkpoint import save_best
+from dlc.weights.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
     from dlc.training.run import Run
@@ -146,7 +146,8 @@ class HeldOut(Measurement):
             self.note(step, found, f"{self.words(found)}{', the lowest so far' if best else ''}")
 
     def _keep(self, step, ema):
-        save_best(self.run.folder, self.run.config, self.run.meta(step), ema=ema, write=self.run.state.is_main_process)
+        run = self.run
+        save_checkpoint(run.folder, run.config, run.meta(step), ema=ema, write=run.state.is_main_process)
 
     def conclude(self) -> None:
         """Say in the log at which step it was lowest, and whether it has risen since."""

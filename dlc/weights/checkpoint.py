@@ -1,13 +1,10 @@
 """A run's checkpoints: written whole, and loaded.
 
 A checkpoint is a directory `checkpoints/{step:07d}/` of model.safetensors (the raw model), ema.safetensors (float32),
-optimizer.pt, config.json (what the model is) and meta.json (how far the run is, and on what). It is written under a
-temporary name and renamed, so one that has its final name is whole. There is no RNG state, since everything random in
-training is a function of (seed, global sample index): meta.json has the step and that index. optimizer.pt also holds
-the sums of the log's next line.
+optimizer.pt (with the sums of the log's next line), and the records of `dlc.weights.meta`. There is no RNG state, since
+everything random in training is a function of (seed, global sample index): meta.json has the step and that index.
 """
 
-import json
 import os
 import shutil
 from collections import OrderedDict
@@ -21,8 +18,8 @@ import safetensors.torch
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import Damaged, write_folder
-from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch, tensor_fault
+from dlc.machine.files import Damaged, write_folder, write_json
+from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch
 from dlc.weights.meta import ModelConfig, RunMeta, run_checkpoints
 
 
@@ -31,9 +28,9 @@ def save_checkpoint(
     config: ModelConfig,
     meta: RunMeta,
     *,
-    model: torch.nn.Module,
     ema: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    model: torch.nn.Module | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
     scaler: torch.amp.GradScaler | None = None,
     more: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     sums: torch.Tensor | None = None,
@@ -43,69 +40,52 @@ def save_checkpoint(
     """Write RESULTS/checkpoints/{meta.step:07d}/ whole or not at all. Returns its path, None if write is False.
 
     Args:
+        model: None: nothing but the EMA weights and what they are is written, to RESULTS/best/, in the place of an
+            earlier best.
         model, ema, optimizers: if they are sharded, every process must call this, since gathering them is collective.
         more: further tensors, by the name of their file and by their own: averages of --ema-lengths, a projector.
         sums: a tensor (processes, …): what each process has summed for the log since the last line.
         losses: the names of the terms that were summed.
         write: whether this process writes; True in one process only.
 
-    Raises OSError, naming the checkpoint, if the disk does not take it.
+    Raises OSError, naming the checkpoint, if the disk does not take it; nothing is left of it then.
     """
-    states = dict(model=model.state_dict(), ema=ema.state_dict(), **more)
+    states = dict(ema=ema.state_dict(), **more) | ({} if model is None else dict(model=model.state_dict()))
     weights = {name: gather_full(state, write) for name, state in states.items()}
     states = [dict(gather_full(one.state_dict(), write), kind=type(one).__name__) for one in optimizers]
     if not write:
         return None
-    rest = dict(optimizers=states, scaler=scaler.state_dict() if scaler else None, sums=sums)
-    rest["losses"] = list(losses)
-    return _write(Path(run_dir) / "checkpoints", config, meta, weights, rest)
+    rest = dict(optimizers=states, scaler=scaler.state_dict() if scaler else None, sums=sums, losses=list(losses))
 
+    def fill(temporary):
+        write_files(temporary, config, meta, weights)
+        if model is not None:
+            with open(temporary / "optimizer.pt", "wb") as file:  # of Python's, whose error says why it failed
+                torch.save(rest, file)
 
-def save_best(
-    run_dir: str | Path, config: ModelConfig, meta: RunMeta, *, ema: torch.nn.Module, write: bool = True
-) -> Path | None:
-    """Write RESULTS/best/{meta.step:07d}/, the EMA weights and what they are, in the place of an earlier best.
-
-    Arguments, result and errors are those of `save_checkpoint`.
-    """
-    state = gather_full(ema.state_dict(), write)
-    if not write:
-        return None
-    path = _write(Path(run_dir) / "best", config, meta, dict(ema=state))
-    for other in run_checkpoints(run_dir, "best"):
+    path = Path(run_dir) / ("best" if model is None else "checkpoints") / f"{meta.step:07d}"
+    # one that is there was left by a run that was killed after this step
+    write_folder(path, fill, "checkpoint ", path.with_name(f"{path.name}.tmp"))
+    for other in run_checkpoints(run_dir, "best") if model is None else ():
         if other != path:
             shutil.rmtree(other, ignore_errors=True)
     return path
 
 
-def _write(folder: Path, config, meta, weights: dict[str, dict], rest: dict | None = None) -> Path:
-    """Write FOLDER/{meta.step:07d}/, with {name}.safetensors of weights and optimizer.pt of the rest. Returns its path.
+def write_files(folder: Path, config: ModelConfig, meta: RunMeta, weights: Mapping[str, dict]) -> None:
+    """Write {name}.safetensors of the weights, config.json and meta.json into a folder.
 
-    Raises OSError, naming it, if the disk does not take it; nothing is left then.
+    safetensors wants tensors contiguous and each in memory of its own: tied ones are copied.
     """
-
-    def fill(temporary):
-        for name, state in weights.items():
-            safetensors.torch.save_file(apart(state), temporary / f"{name}.safetensors")
-        if rest is not None:
-            with open(temporary / "optimizer.pt", "wb") as file:  # of Python's, whose error says why it failed
-                torch.save(rest, file)
-        for name, record in (("config", config), ("meta", meta)):
-            (temporary / f"{name}.json").write_text(json.dumps(record.to_json(), indent=1) + "\n")
-
-    path = folder / f"{meta.step:07d}"  # one that is there was left by a run that was killed after this step
-    write_folder(path, fill, "checkpoint ", path.with_name(f"{path.name}.tmp"))
-    return path
-
-
-def apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, each contiguous and in memory of its own, as safetensors wants them: tied ones are copied."""
-    taken, result = set(), {}
-    for name, tensor in state.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone(memory_format=torch.contiguous_format) if place in taken else tensor.contiguous()
-        taken.add(place)
-    return result
+    for file, state in weights.items():
+        apart, taken = {}, set()
+        for name, tensor in state.items():
+            place = tensor.untyped_storage().data_ptr()
+            apart[name] = tensor.clone(memory_format=torch.contiguous_format) if place in taken else tensor.contiguous()
+            taken.add(place)
+        safetensors.torch.save_file(apart, folder / f"{file}.safetensors", metadata=dict(format="pt"))
+    write_json(folder / "config.json", config.to_json())
+    write_json(folder / "meta.json", meta.to_json())
 
 
 def gather_full(state: Any, keep: bool = True) -> Any:
@@ -139,10 +119,7 @@ def load_checkpoint(
     scaler: torch.amp.GradScaler | None = None,
     more: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
 ) -> tuple[torch.Tensor | None, list[str]]:
-    """Load a checkpoint into the objects that it was saved from. Returns its sums and the losses' names.
-
-    Args:
-        more: as of `save_checkpoint`; they are changed in place.
+    """Load a checkpoint into the objects that it was saved from, `more` too. Returns its sums and the losses' names.
 
     Raises ValueError, naming the checkpoint and the file, if it is damaged, or holds the state of another model or of
     other optimizers; OSError if it cannot be read.
@@ -162,12 +139,8 @@ def load_checkpoint(
                     f"checkpoint {path} belongs to another model: {file.name} {different}. The model's code has "
                     "changed since: give another --results-dir to train this one from the start"
                 )
-            weights = {key: distribute_like(weights[key], value) for key, value in ours.items()}
-            if name in more:
-                for key, value in ours.items():
-                    value.copy_(weights[key])
-            else:
-                (model if name == "model" else ema).load_state_dict(weights)
+            for key, value in ours.items():
+                value.copy_(distribute_like(weights[key], value))
         state = _checked_state(path / "optimizer.pt")
         there = [_outline(one) for one in state["optimizers"]]
         here = [_outline(dict(one.state_dict(), kind=type(one).__name__)) for one in optimizers]
@@ -193,19 +166,17 @@ def _checked_state(file: Path) -> dict:
     state = read_torch(file, "an optimizer's state")
     try:
         for saved in state["optimizers"]:
-            for index, values in saved["state"].items():
-                for name, value in values.items() if isinstance(values, dict) else ():
-                    fault = isinstance(value, torch.Tensor) and tensor_fault(value, RECORDABLE)
-                    if fault:
-                        raise ValueError(f"{name} of parameter {index} {fault}")
+            for values in saved["state"].values():
+                own = values.items() if isinstance(values, dict) else ()
+                check_tensors({str(name): value for name, value in own if torch.is_tensor(value)}, file, RECORDABLE)
             _outline(saved)
-        sums, names = state["sums"], state.get("losses", [])
-        fault = None if sums is None else tensor_fault(sums)
-        if fault or sums is not None and (sums.ndim != 2 or not len(sums)):
-            raise ValueError(f"its sums {fault or f'have shape {one_line(tuple(sums.shape), 60)}'}")
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("its losses are no names")
-        return dict(state, scaler=state["scaler"], losses=names)
+        sums, losses = state["sums"], state.get("losses", [])  # which older files lack
+        check_tensors({} if sums is None else dict(sums=sums), file)
+        if sums is not None and (sums.ndim != 2 or not len(sums)):
+            raise ValueError(f"its sums have shape {one_line(tuple(sums.shape), 60)}")
+        return dict(state, scaler=state["scaler"], losses=[*map(str, losses)])
+    except Damaged:
+        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # whatever the file holds
         raise Damaged(f"{file} is no optimizer's state ({one_line(repr(error), 100)})") from None
 

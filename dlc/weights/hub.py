@@ -11,9 +11,9 @@ the token (`hf auth login` or HF_TOKEN). Only the files asked for are fetched; n
 
 import contextlib
 import fnmatch
+import functools
 import glob
 import http.client
-import json
 import os
 import re
 import socket
@@ -36,7 +36,6 @@ DLC_EMA, DLC_STATE = "custom_checkpoint_0.pkl", "random_states_0.pkl"  # of acce
 IN_PIPELINES = dict(model="transformer", vae="vae", prior="", encoder="")  # the folder of such weights
 # What is fetched beside weights: small files, and the EMA of our checkpoints and of the DLC project's.
 BESIDE = ("*.json", "*/*.json", "ema.safetensors", DLC_EMA, DLC_STATE)
-FETCHED = {}  # what this process has fetched: all parts of a program see one commit
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 NO_ANSWER = 30  # seconds after which an address counts as out of reach
 
@@ -68,30 +67,28 @@ def locate(name: object, kind: str, flag: str = "checkpoint") -> Path:
     A repository is asked for once per process; the library's locks let one process of a node fetch a file.
 
     Args:
-        name: a local path, which comes back unread, or a hub id.
         kind: of network that is wanted, a key of IN_PIPELINES, which says what files are.
-        flag: the flag that the name was given to, for errors.
+        flag: that the name was given to, for errors.
 
     Raises ValueError, one line with the remedy, if there is no such path, repository or file of weights, and if the hub
     refuses access or is out of reach.
     """
     if os.path.exists(name):
         return Path(name)
-    said, key = f"{flag} {one_line(str(name)[:1000], 100)}".strip(), (str(name), kind)
+    said = f"{flag} {one_line(str(name)[:1000], 100)}".strip()
     if not is_id(name):
         raise ValueError(
             f"{said} does not exist: it is neither a file or folder nor a hub id (owner/name or owner/name@revision)"
         )
-    if key not in FETCHED:
-        try:
-            FETCHED[key] = _fetch(*key)
-        except ValueError as error:
-            raise ValueError(f"{said}: {error}") from None
-    return FETCHED[key]
+    try:
+        return fetched(str(name), kind)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from None
 
 
-def _fetch(name: str, kind: str) -> Path:
-    """The path of a hub id, see `locate`. Raises ValueError saying what is wrong, without the name."""
+@functools.cache  # all parts of a program see one commit
+def fetched(name: str, kind: str) -> Path:
+    """The path of a hub id. Raises ValueError saying what is wrong, without the name."""
     from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 
     repository, revision, inside = parts_of(name)
@@ -105,15 +102,16 @@ def _fetch(name: str, kind: str) -> Path:
         except Exception as error:  # the hub's client and its transport raise many types
             refusal = refusal_of(error, revision)
     # the library refuses a snapshot that lacks a file of any pattern, though other alternatives may be there
-    folder, wanted = snapshot(cache, revision), []
-    if folder:
+    reference, wanted = cache / "refs" / revision, []
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder, there = cache / "snapshots" / commit, sorted(path.name for path in cache.glob("snapshots/*"))
+    if commit in there:
         with contextlib.suppress(LookupError):
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             wanted = wanted_files(files, kind, inside)
     remedy = "fetch it once where the hub is in reach, or give a local path"
     if not wanted:
-        there = [] if folder else sorted(path.name for path in cache.glob("snapshots/*"))
-        has = f"; the cache has {repository}@{there[0]}" if there else ""
+        has = f"; the cache has {repository}@{there[0]}" if there and commit not in there else ""
         offline = ", while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         lacks = f"no such local path, and the hub's cache {constants.HF_HUB_CACHE} does not have all of it{offline}"
         raise ValueError((refusal or f"{lacks}: {remedy}") + has)
@@ -180,11 +178,8 @@ def refusal_of(error: Exception, revision: str) -> str:
             f"the hub's cache {constants.HF_HUB_CACHE} cannot be written ({os.strerror(error.errno)}): "
             f"{'free the disk, or ' if error.errno in FULL else ''}set HF_HOME"
         )
-    what = f"status {status}" if status else type(error).__name__
-    if isinstance(error, json.JSONDecodeError):
-        what = "its answer is not a hub's, but perhaps a login page's"
-    if isinstance(error, ImportError):
-        what = one_line(error, 100)  # the package that a SOCKS proxy takes
+    # other errors' own words, such as which package a SOCKS proxy takes, or that the answer is no JSON but a login page
+    what = f"status {status}" if status else f"{type(error).__name__}: {one_line(error, 100)}"
     (scheme, _, host), proxies = constants.ENDPOINT.partition("://"), urllib.request.getproxies()
     proxy = next((name for name in (scheme, "all") if name in proxies), None)
     if proxy and not urllib.request.proxy_bypass(host):
@@ -204,8 +199,7 @@ def refusal_of(error: Exception, revision: str) -> str:
 def wanted_files(files: Iterable[str], kind: str, inside: str = "") -> list[str]:
     """Of a repository's files, the weights of a kind and what is read beside them.
 
-    Args:
-        inside: a file or a folder of it, which the user named [""].
+    inside: a file or a folder of it, which the user named.
 
     Raises LookupError, saying what there is, without one file of weights, or one set of shards.
     """
@@ -239,14 +233,6 @@ def config_beside(file: str) -> str | None:
     return f"{file.rpartition('/')[0]}/config.json".lstrip("/") if file.endswith(WEIGHTS_SUFFIXES) else None
 
 
-def snapshot(cache: Path, revision: str) -> Path | None:
-    """The folder of a revision in the cache of a repository, whether all files are there or not, or None."""
-    reference = cache / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    folder = cache / "snapshots" / commit
-    return folder if is_plain_name(commit) and folder.is_dir() else None
-
-
 #################################################################################
 #                               Public addresses                                #
 #################################################################################
@@ -268,10 +254,7 @@ def is_offline() -> bool:
 
 
 def published_dit(model: str, image_size: int) -> str | Path:
-    """The hub id or the local file of DiT's published weights; either is fetched if it is not there yet.
-
-    Args:
-        model, image_size: a key of PUBLISHED.
+    """The hub id or the local file of the published weights of a key of PUBLISHED, fetched if it is not there yet.
 
     Raises ValueError, saying where to put the file, if neither the hub nor the address gives it.
     """
@@ -307,10 +290,8 @@ def published_dit(model: str, image_size: int) -> str | Path:
 def fetch_file(url: str, path: Path, check: Callable[[Path], None]) -> Path:
     """The file at path, fetched from url if it is not there yet: by the first process that gets to it.
 
-    Args:
-        check: raises ValueError if a file is not the wanted one, or not whole; nothing is kept then.
-
-    Raises ValueError if url is out of reach or refuses, and what check raises.
+    Raises ValueError if url is out of reach or refuses, and what `check` raises of a file that is not the wanted one;
+    nothing is kept of it then.
     """
     import filelock
 

@@ -46,10 +46,9 @@ def newest_in(
     fits: Callable[[Path], bool] = lambda path: True,
     what: str = "checkpoint",
 ) -> str | Path:
-    """choose(run, files) of the run of ours that is a folder, or the only one in it by `only_run`; any other path as it
-    is.
+    """choose(run, files) of the run of ours that is a folder, or the only one in it; any other path as it is.
 
-    Raises ValueError, which lists them, for a folder of several runs, and what choose raises.
+    Raises ValueError as `only_run` does, which gets `fits` and `what`, and as choose does.
     """
     if Path(at).is_dir() and not (Path(at) / "config.json").is_file():
         with contextlib.suppress(NoCheckpoint):  # others' weights
@@ -61,11 +60,7 @@ def newest_in(
 def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConfig, RunMeta] | None:
     """The tensors, config and meta of a run, a checkpoint or an export of ours, or of a file in one; else None.
 
-    Args:
-        named, at: what the user called it, for errors, and where it is.
-        ema: the EMA weights rather than the raw ones, if there are both.
-
-    Raises ValueError, naming the file, for what is damaged, and if only EMA weights are there but raw ones are wanted.
+    named, at: a path or hub id, and where `locate` found it. Raises ValueError as `load_model` does.
     """
     words, given = "checkpoint of this program", at
     at = Path(newest_in(given, ("config.json", "meta.json", OWN_FILES[0 if ema else 1])))
@@ -87,10 +82,7 @@ def read_own(named: object, at: Path, ema: bool = True) -> tuple[dict, ModelConf
 
 
 def filled(config: ModelConfig, tensors: dict, named: object) -> torch.nn.Module:
-    """The model of a config, in eval mode and float32, with these tensors, which must be all of its own and no others.
-
-    Raises ValueError, naming `named`, if they are not.
-    """
+    """The model of a config, in eval mode and float32, with these tensors, or ValueError if they are not its own."""
     if config.arguments.get("depth", 0) > len(tensors):  # before so many blocks are built
         raise ValueError(f"{named} has {len(tensors)} tensors for {config.arguments['depth']} blocks")
     said, outline = f"{named} does not fit the {config.model}: it", {}
@@ -102,36 +94,25 @@ def filled(config: ModelConfig, tensors: dict, named: object) -> torch.nn.Module
     return fill(config.build(), tensors, said)
 
 
-def read_weights(
-    named: object, at: Path, kind: str = "model", ema: bool = True, **options
-) -> tuple[dict, ModelConfig, RunMeta]:
-    """A model's tensors under our names, what to build for them, and what is recorded of them.
-
-    Args:
-        named, at: a path or hub id, in any layout of docs/weights.md, and where `locate` found it.
-        kind: "model" or "prior".
-        ema: the EMA weights rather than the raw ones, if there are both.
-        options: for weights without a record of ours, see `load_model`.
-
-    Raises ValueError, naming the path, for what is damaged or of no layout; OtherKind for another kind of network.
-    """
+def opened(named: object, kind: str, ema: bool, flag: str, **options) -> tuple[torch.nn.Module, ModelConfig, RunMeta]:
+    """A model, what it was built from, and what is recorded of it; see `load_model`. kind: "model" or "prior"."""
+    at = locate(named, kind, flag)
     own = read_own(named, at, ema)
     if own is not None:
+        tensors, config, meta = own
         if options.get("diffusers_time") == "diffusers":
             raise ValueError(f"{named} is not in diffusers' layout: --diffusers-time diffusers is for those")
-        if options.get("process") not in (None, (own[1].process or {}).get("process")):
+        if options.get("process") not in (None, (config.process or {}).get("process")):
             raise ValueError(f"{named} records the process that it was trained on: leave out --objective")
-        return own
-    tensors, build, file = read_foreign(named, at, kind, ema, **options)
-    config = ModelConfig(model=name_of(**build["arguments"], family=build["family"]), **build)
-    return tensors, config, meta_of(file, model=config.model, process=config.process)
+    else:
+        tensors, build, file = read_foreign(named, at, kind, ema, **options)
+        config = ModelConfig(model=name_of(**build["arguments"], family=build["family"]), **build)
+        meta = meta_of(file, model=config.model, process=config.process)
+    return filled(config, tensors, named), config, meta
 
 
 def meta_of(file: File, **more) -> RunMeta:
-    """What is known of foreign weights: the arguments of DiT's and fast-DiT's training scripts, where a file has them.
-
-    Values of another kind than ours are left out.
-    """
+    """What is known of foreign weights, and of DiT's training script's arguments those of the kind of ours."""
     size, keys = file.arguments.get("image_size"), ("model", "num_classes", "global_batch_size", "global_seed")
     said = {key: file.arguments[key] for key in keys if type(file.arguments.get(key)) in (int, str)}
     # their VAEs are Stability AI's two, by these names; a file must not name another to load
@@ -163,16 +144,14 @@ def load_model(named: object, ema: bool = True, *, flag: str = "checkpoint", **o
         ema: the EMA weights rather than the raw ones, if there are both.
         flag: that it was given to, for errors.
         options: for weights without a record of ours:
-            diffusers_time: of diffusers' layout, whose function to compute, "dit" or "diffusers" [what the folder says,
-                else "dit"].
+            diffusers_time: whose function to compute, "dit" or "diffusers" [what the folder says, else "dit"].
             input_size: height and width of the latents, for weights that do not tell [32].
-            process: what they were trained on, a name in `diffusion.process_table` [what the file says, else
-                "gaussian", to predict noise].
+            process: a name in `diffusion.process_table` [what the file says, else "gaussian", to predict noise].
 
-    Raises ValueError, naming the path, for what is no such model, or is damaged; OtherKind if it is another network.
+    Raises ValueError, naming the path, for what is damaged, of no layout, or has EMA weights alone where raw ones are
+    wanted; OtherKind for another kind of network.
     """
-    tensors, config, meta = read_weights(named, locate(named, "model", flag), "model", ema, **options)
-    model = filled(config, tensors, named)
+    model, config, meta = opened(named, "model", ema, flag, **options)
     if not isinstance(model, DiT):
         raise OtherKind(f"{named} is a {config.model}, a prior over codes, no diffusion transformer", "prior")
     if meta.noted.get("trained_with") == "diffusers":
@@ -181,12 +160,8 @@ def load_model(named: object, ema: bool = True, *, flag: str = "checkpoint", **o
 
 
 def load_prior(named: object, ema: bool = True, flag: str = "checkpoint") -> tuple[DLCPrior, RunMeta]:
-    """The prior over codes that a path or hub id holds, in eval mode, and its RunMeta, whose process is known.
-
-    Arguments and errors are as of `load_model`.
-    """
-    tensors, config, meta = read_weights(named, locate(named, "prior", flag), "prior", ema)
-    model = filled(config, tensors, named)
+    """The prior over codes that a path or hub id holds, and its RunMeta, whose process is known; as `load_model`."""
+    model, config, meta = opened(named, "prior", ema, flag)
     if not isinstance(model, DLCPrior):
         raise OtherKind(f"{named} is not a prior over codes, but a {config.model}", "model")
     return model, meta
@@ -196,14 +171,6 @@ def process_of(meta: RunMeta) -> Process:
     """The process that a model was trained on, by its meta; that of DiT's weights if nothing says one."""
     config = meta.process or dict(process="gaussian", arguments={})
     return create_process(config["process"], **config["arguments"])
-
-
-def describe_prior(model: DLCPrior, meta: RunMeta) -> str:
-    """What a prior is, in words, beside its name."""
-    tables = "one table for all positions" if model.shared_embedding else "a table per position"
-    classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
-    told = "told" if meta.process["arguments"]["time_conditioning"] else "not told"
-    return f"prior over codes of L {model.L}, V {model.V}, {tables}, {classes}, {told} the noise level"
 
 
 def describe(meta: RunMeta) -> str:
@@ -235,14 +202,12 @@ def load_pretrained(
     """
     kind = "model" if isinstance(model, DiT) else "prior"
     at = locate(named, kind, "--pretrained-path")
-    own, wanted, built = read_own(named, at), model.state_dict(), ""
-    if own is not None:
-        weights, config, meta = own
-        built = differences(config.completed().arguments, plain(model.config["arguments"], "argument"))
-    else:
+    own, wanted = read_own(named, at), model.state_dict()
+    if own is None:
         file = open_weights(named, at, kind)
-        weights = names_of(file)
-        meta = meta_of(file, process=trained_process(file))
+        own = names_of(file), None, meta_of(file, process=trained_process(file))
+    weights, config, meta = own
+    built = config and differences(config.completed().arguments, plain(model.config["arguments"], "argument"))
     fit = {key: value for key, value in weights.items() if key in wanted and value.shape == wanted[key].shape}
     if not fit:
         raise ValueError(f"--pretrained-path {named} has no tensor that fits the model")

@@ -4,25 +4,22 @@ config.json: the model's name, family and constructor arguments, and the process
 rebuilt from these alone, so a new argument of a model needs no line here. meta.json: how far the run is, what a reader
 of the weights must know about the latents and codes, and whatever else the trainer recorded.
 
-`dlc.weights.checkpoint` writes checkpoints `checkpoints/{step:07d}/`, under a temporary name that is then changed, so
-that one with its final name is whole.
+A checkpoint is written under a temporary name that is then changed, so that one with its final name is whole.
 """
 
 import contextlib
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from diffusion.process_table import Process, create_process
 from dlc.data.listing import is_hidden
-from dlc.machine.files import Damaged, folder_names, read_json, reading
+from dlc.machine.files import Damaged, folder_names, read_json
 from dlc.machine.records import (
     OBJECT,
     TEXT,
@@ -35,7 +32,7 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
-from dlc.weights.foreign.safe import RECORDABLE, differences_from, in_words, tensor_fault, utf8_path
+from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors
 from models import Recorded, build_model
 from prior import DLCPrior
 
@@ -125,14 +122,9 @@ def without_memory(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
 
 def config_of(name: str, model: torch.nn.Module, process: Process | None = None) -> ModelConfig:
-    """What config.json says of a model, checked: the same model can be built from it.
+    """What config.json says of a `Recorded` model, and the name that it has for people.
 
-    Args:
-        name: the model's, for people.
-        model: a `Recorded`.
-        process: as `diffusion.process_table.create_process` makes it.
-
-    Raises ValueError, naming the argument, for one that JSON does not hold, or if the arguments do not build the model.
+    Raises ValueError, naming the argument, for one that JSON does not hold, and if they do not build the same model.
     """
     config = ModelConfig(
         model=name,
@@ -140,17 +132,14 @@ def config_of(name: str, model: torch.nn.Module, process: Process | None = None)
         arguments=plain(model.config["arguments"], f"{name}'s argument"),
         process=process and plain(process.config, f"{name}'s process:"),
     )
-    for tensor, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            fault = f"is {in_words(value)}"
-        elif value.is_meta:
-            fault = None if value.dtype in RECORDABLE else f"is of type {value.dtype}"
-        else:
-            fault = tensor_fault(value.detach().cpu().contiguous(), RECORDABLE)
-        if fault:
-            raise ValueError(
-                f"{name}'s {tensor} {fault}, which a checkpoint cannot hold: register it with persistent=False"
-            )
+    values = dict(model.state_dict())
+    for tensor, one in values.items():
+        if torch.is_tensor(one):
+            values[tensor] = torch.empty(0, dtype=one.dtype) if one.is_meta else one.detach().cpu().contiguous()
+    try:
+        check_tensors(values, name, RECORDABLE)
+    except ValueError as error:
+        raise ValueError(f"{error}, which a checkpoint cannot hold: register it with persistent=False") from None
     different = differences_from(model.state_dict(), config.build().state_dict())
     if different:
         raise ValueError(f"{name} is not what its recorded arguments build: what they build {different}")
@@ -263,10 +252,6 @@ class RunMeta(Record):
         there = self.recorded()
         return differences({name: there.get(name) for name in settings}, plain(settings, "the setting"))
 
-    def missing(self) -> str | None:
-        """The first key that a run cannot continue without and that is not recorded."""
-        return next((name for name in RESUMED if getattr(self, name) is None), None)
-
 
 def read_meta(path: str | Path) -> RunMeta:
     """A checkpoint's meta.json. Raises ValueError, naming file and key, for one that `RunMeta.from_json` refuses."""
@@ -291,9 +276,9 @@ def run_checkpoints(run_dir: str | Path, inside: str = "checkpoints") -> list[Pa
 def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
     """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
 
-    A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that, so
-    no tensor is read. Raises OSError for what cannot be read, and ValueError for a record that another program wrote:
-    neither is damage.
+    A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that: no
+    tensor is read. Raises OSError for what cannot be read, and ValueError for what another program wrote: neither is
+    damage.
 
     Args:
         files: the files that the caller needs; a checkpoint may have been stripped of the others.
@@ -303,23 +288,18 @@ def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
             os.stat(path / name)
             if name == "meta.json":
                 meta = read_meta(path)
-                if "optimizer.pt" in files and meta.missing():
-                    return f"meta.json does not say {meta.missing()}"
+                lacking = [key for key in RESUMED if getattr(meta, key) is None]
+                if "optimizer.pt" in files and lacking:
+                    return f"meta.json does not say {lacking[0]}"
             elif name == "config.json":
                 if read_config(path) is None:
                     return "config.json was written by another program"
             else:
-                with reading(path / name), utf8_path(path / name) as (file, _):
-                    # the one compares the header with the file's size, of the other the directory is at the end
-                    safe = name.endswith(".safetensors")
-                    with safe_open(file, framework="pt") if safe else zipfile.ZipFile(file):
-                        pass
+                load_tensors(path / name)
         except FileNotFoundError:
             return f"{name} is missing"
         except Damaged as error:
             return str(error).replace(f"{path}{os.sep}", "")
-        except (SafetensorError, zipfile.BadZipFile) as error:
-            return f"{name} is cut short or overwritten: {error}"
     return ""
 
 
@@ -342,13 +322,8 @@ def newest_of_run(run_dir: str | Path, files: Sequence[str] = CHECKPOINT_FILES) 
 def resume_point(
     run_dir: str | Path, config: ModelConfig, settings: dict, allow_change: bool
 ) -> tuple[Path | None, RunMeta, str]:
-    """The checkpoint to resume a run from, its meta, and which settings changed since, in words.
-
-    Without checkpoints that is None, the meta of step 0, and "".
-
-    Args:
-        config: the model's; a run with another one is another run.
-        settings: what may differ if allow_change is set.
+    """The checkpoint to resume a run from, its meta, and which settings, which may differ if allow_change is set, have
+    changed since, in words. Without checkpoints that is None, the meta of step 0, and "".
 
     Raises ValueError if the folder holds another run, or if its newest checkpoint is damaged.
     """

@@ -27,11 +27,6 @@ VAE_HELP = "VAE: ema, mse, a folder, a file, or hub id[@revision][:file]"
 VAE_ALIASES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
-#################################################################################
-#                                    Encoders                                   #
-#################################################################################
-
-
 def add_encoder_flags(add: Callable, default: str | None = DEFAULT_ENCODER, more: str = "") -> None:
     """Add the flags that name a SEM encoder. more: words to add to the help of --encoder."""
     stated = "" if more.endswith("]") else f" [{default or 'none'}]"
@@ -56,10 +51,9 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
     Args:
         name: a folder that `save_encoder` wrote, or a folder, file or hub id in a layout of docs/weights.md.
         flag: that the name was given to, for errors.
-        given: backbone, L and V, for weights that do not say them; None stands for what is read off them.
+        given: backbone, L and V, for weights that do not say them [None: what is read off them].
 
-    Raises ValueError if weights are missing, left over or of other shapes, so that no weight stays random, and if a
-    config contradicts what is given.
+    Raises ValueError if weights are missing, left over or of other shapes, and if a config contradicts what is given.
     """
     given = {key: value for key, value in given.items() if value is not None}
     if "backbone" in given:
@@ -90,11 +84,6 @@ def load_encoder(name: str | Path, flag: str = "--encoder", **given) -> SEMEncod
     return encoder
 
 
-#################################################################################
-#                                      VAEs                                     #
-#################################################################################
-
-
 def vae_id(name: str) -> str:
     """The directory or hub id that a value of --vae stands for."""
     return VAE_ALIASES.get(name, name)
@@ -106,24 +95,10 @@ def vae_label(name: str) -> str:
     return aliases.get(vae_id(name)) or Path(parts_of(name)[0] if is_id(name) else name).name
 
 
-def downsampling_factor(name: str) -> int:
-    """Pixels per latent cell along each axis of the VAE that --vae names, which is not built for it."""
-    name = vae_id(name)
-    if name in VAE_ALIASES.values():
-        return 8  # known without asking the hub
-    path = locate(name, "vae", "--vae")
-    for file in (path / "vae/config.json", path / "config.json"):
-        if file.is_file():
-            return pixels_per_cell(vaes.checked_config(file, f"--vae {name}")["arguments"])
-    return pixels_per_cell(read_foreign(name, path, "vae")[1]["arguments"])
-
-
 def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
     """The VAE that --vae names, in eval mode, float32. Its `said` is what was recognised.
 
-    name: "ema" or "mse" (Stability AI's fine-tuned decoders), or a path or hub id in a layout of docs/weights.md.
-
-    Raises ValueError, naming what is missing or wrong, if it cannot be loaded.
+    name: "ema", "mse", or a path or hub id in a layout of docs/weights.md. Raises ValueError if it cannot be loaded.
     """
     tensors, config, file = read_foreign(vae_id(name), locate(vae_id(name), "vae", "--vae"), "vae")
     vae = vaes.build(config, tensors, f"--vae {name}: {file.path.name}")
@@ -131,20 +106,12 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> torch.nn.Module:
     return vae.to(device).requires_grad_(False)
 
 
-#################################################################################
-#                                      Both                                     #
-#################################################################################
-
-
 def data_settings(
     vae_name: str, vae: torch.nn.Module, encoder_name: str, encoder: SEMEncoder | None, source: Source
 ) -> dict:
     """The keys of a `Manifest` that say of which images, and with which networks, latents and codes are made.
 
-    Args:
-        vae_name, vae: the value of --vae, and what `load_vae` made of it.
-        encoder_name, encoder: the value of --encoder, and its SEMEncoder or None.
-        source: the images.
+    The names are the values of --vae and --encoder; without an encoder, encoder is None.
     """
     return dict(
         vae=recorded_id(vae_id(vae_name)),
@@ -160,19 +127,15 @@ def data_settings(
 
 
 def open_networks(image_size: int, vae: str, encoder: str | None, **given) -> tuple[torch.nn.Module, SEMEncoder | None]:
-    """The VAE and the encoder, or None for no encoder, on the CPU.
+    """The VAE and the encoder, or None for no encoder, on the CPU, by the values of --vae and --encoder.
 
-    Args:
-        vae, encoder: as --vae and --encoder take them.
-        given: the encoder's backbone, L and V, see `load_encoder`.
-
-    Raises ValueError if one of them cannot be loaded, if the image size is no multiple of the VAE's factor, and for
-    what is given of no encoder.
+    given: as of `load_encoder`. Raises ValueError as that does, for what is given of no encoder, and for an image size
+    that is no multiple of the VAE's factor.
     """
     if not encoder and any(given.values()):
         raise ValueError("--L, --V and --encoder-backbone describe an --encoder, and there is none")
-    factor = downsampling_factor(vae)
+    loaded = load_vae(vae)
+    factor = pixels_per_cell(loaded.config)
     if image_size % factor:
         raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
-    loaded = load_encoder(encoder, **given) if encoder else None
-    return load_vae(vae), loaded
+    return loaded, load_encoder(encoder, **given) if encoder else None

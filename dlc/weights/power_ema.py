@@ -10,17 +10,18 @@ of another length is a sum of these snapshots, whose coefficients come from the 
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from dlc.machine.cli import number
-from dlc.machine.files import Damaged, folder_names, reading, write_folder
-from dlc.weights.export import write_own
-from dlc.weights.foreign.safe import check_tensors, load_tensors, utf8_path
+from dlc.machine.files import folder_names, write_folder
+from dlc.weights.checkpoint import write_files
+from dlc.weights.foreign.safe import RECORDABLE, check_tensors, load_tensors, utf8_path
 from dlc.weights.meta import newest_of_run, read_config, read_meta
 
 LENGTH = number(float, 0.005, 0.28)  # the argparse type of a length
@@ -55,14 +56,12 @@ def coefficients(times: Sequence[float], lengths: Sequence[float], time: float, 
     return solved / solved.sum()
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A stored average: its file, images until then, length, and optimizer step."""
+class Snapshot(NamedTuple):
+    """A stored average: its file, the images until then, its length."""
 
     path: Path
     images: int
     length: float
-    step: int
 
 
 def snapshot_path(run: Path, images: int, length: float) -> Path:
@@ -70,20 +69,10 @@ def snapshot_path(run: Path, images: int, length: float) -> Path:
 
 
 def snapshots_of(run: Path) -> list[Snapshot]:
-    """The snapshots of a run by time, oldest first. Raises ValueError, naming the file, for one that is damaged."""
-    found = []
-    for name in folder_names(run / "ema"):
-        match, path = re.fullmatch(r"(\d{12,18})-(0\.\d{1,9})\.safetensors", name, re.ASCII), run / "ema" / name
-        if not match:
-            continue
-        with reading(path), utf8_path(path) as (file, _):
-            try:
-                with safe_open(file, framework="pt") as file:
-                    step = int((file.metadata() or {})["step"])
-            except (SafetensorError, KeyError, ValueError) as error:
-                raise Damaged(f"{path} is no whole snapshot of an EMA ({error})") from None
-        found.append(Snapshot(path, int(match[1]), float(match[2]), step))
-    return found
+    """The snapshots of a run by time, oldest first."""
+    pattern = r"(\d{12,18})-(0\.\d{1,9})\.safetensors"
+    found = filter(None, (re.fullmatch(pattern, name, re.ASCII) for name in folder_names(run / "ema")))
+    return [Snapshot(run / "ema" / one[0], int(one[1]), float(one[2])) for one in found]
 
 
 def rebuild(args: argparse.Namespace) -> list[str]:
@@ -104,16 +93,17 @@ def rebuild(args: argparse.Namespace) -> list[str]:
     share = coefficients([one.images for one in snapshots], [one.length for one in snapshots], last.images, args.length)
     total = {}
     for snapshot, coefficient in zip(snapshots, share):
-        for name, value in check_tensors(load_tensors(snapshot.path), snapshot.path).items():
-            whole = value if not value.is_floating_point() else value.double() * coefficient
-            total[name] = whole if name not in total or not value.is_floating_point() else total[name] + whole
+        for name, value in check_tensors(load_tensors(snapshot.path), snapshot.path, RECORDABLE).items():
+            total[name] = total.get(name, 0) + value.double() * coefficient if value.is_floating_point() else value
+    with utf8_path(last.path) as (file, _), safe_open(file, framework="pt") as opened:
+        step = int((opened.metadata() or {}).get("step", 0))
     weights = {name: value.float() if value.is_floating_point() else value for name, value in total.items()}
     noted = dict(read_meta(newest).noted, weights="ema", ema_length=args.length)
-    meta = replace(read_meta(newest), step=last.step, ema_start=0.0, ema_images=last.images, noted=noted)
-    write_folder(out, lambda folder: write_own(folder, weights, read_config(newest), meta))
+    meta = replace(read_meta(newest), step=step, ema_start=0.0, ema_images=last.images, noted=noted)
+    write_folder(out, lambda folder: write_files(folder, read_config(newest), meta, dict(model=weights)))
     largest = np.abs(share).max()
     return [
-        f"{out}: EMA of length {args.length:g} at {last.images:,} images, step {last.step:,}, of {len(snapshots)} "
+        f"{out}: EMA of length {args.length:g} at {last.images:,} images, step {step:,}, of {len(snapshots)} "
         f"snapshots of {run} (lengths {', '.join(sorted({f'{one.length:g}' for one in snapshots}))}; the largest "
         f"coefficient is {largest:.2f})"
     ]

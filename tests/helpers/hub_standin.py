@@ -150,11 +150,11 @@ def point_at(url, monkeypatch, cache, offline=False):
     """Let huggingface_hub, which reads the environment at its import, use another hub and cache, as a new process."""
     from huggingface_hub import constants
 
-    from dlc.weights.hub import FETCHED
+    from dlc.weights.hub import fetched
 
     values = dict(ENDPOINT=url, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE=offline)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in dict(values, HUGGINGFACE_CO_URL_TEMPLATE=template).items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    FETCHED.clear()
+    fetched.cache_clear()

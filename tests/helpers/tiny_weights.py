@@ -1,11 +1,12 @@
 """Small models whose outputs are not the zeros of a model before training, and ways to harm files of weights."""
 
+import json
 import struct
 import zipfile
 
+import safetensors.torch
 import torch
 
-from dlc.nets.digest import weights_sha256
 from models import DiT_models
 
 
@@ -18,7 +19,27 @@ def tiny(name="DiT-Ti/4", seed=0, **sizes):
 
 
 def assert_same(model, expected):
-    assert weights_sha256(model) == weights_sha256(expected) and not model.training
+    """A model, in eval mode, has exactly the tensors of another model or of a dict, which may have more."""
+    expected = expected if isinstance(expected, dict) else expected.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items()) and not model.training
+
+
+def save(tensors, path):
+    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+    return path
+
+
+def save_folder(folder, config, tensors, file="model.safetensors"):
+    """A folder of a config.json and a file of weights; gives the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save(tensors, folder / file)
+    return folder
+
+
+def contents(folder):
+    """Bytes by path, as the stand-in of the hub takes them."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Call:

@@ -4,10 +4,10 @@ import argparse
 
 import pytest
 import torch
-from conftest import golden, refusal
+from conftest import golden, refusal, save_checkpoint
 from safetensors.torch import load_file
 
-from dlc.training.power_averages import PowerAverages
+from dlc.training.power_averages import PowerAverages, write_snapshot
 from dlc.weights.load import describe, load_model
 from dlc.weights.power_ema import coefficients, decay, exponent, rebuild, snapshots_of
 
@@ -36,6 +36,17 @@ def test_agrees_with_edm2():
         found = torch.from_numpy(coefficients(times, of, 64 * batch, length))
         torch.testing.assert_close(found, VALUES["coefficients"][:, place], **EXACT)
         torch.testing.assert_close(found @ tracked, VALUES["reconstructed"][place], **EXACT)
+
+
+def test_a_buffer_of_whole_numbers_is_that_of_the_last_snapshot(tmp_path):
+    save_checkpoint(tmp_path / "run/checkpoints/0000001")
+    for images in (8, 16):
+        for length in (0.05, 0.1):
+            tensors = dict(weight=torch.ones(2), count=torch.tensor([images]))
+            write_snapshot(tmp_path / "run", images, length, 1, tensors)
+    rebuild(argparse.Namespace(run=tmp_path / "run", out=tmp_path / "out", length=0.07, at=None))
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found["count"].tolist() == [16] and torch.allclose(found["weight"], torch.ones(2))
 
 
 @pytest.mark.slow

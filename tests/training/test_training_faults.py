@@ -71,19 +71,19 @@ def test_a_damaged_newest_checkpoint(trained, refused, error_of, tmp_path):
     trained("run", "--max-steps", 3, "--ckpt-every", 1)
     *others, three = run_checkpoints(tmp_path / "run")
     for file, harm, reason in (
-        ("model.safetensors", cut_short, "model.safetensors is cut short"),
-        ("optimizer.pt", cut_short, "optimizer.pt is cut short"),
+        ("model.safetensors", cut_short, "model.safetensors cannot be read .* cut off"),
+        ("optimizer.pt", cut_short, "optimizer.pt cannot be read .* cut off"),
         ("meta.json", lambda path: path.write_bytes(b"\0" * 500), "meta.json is not readable JSON"),
         ("config.json", lambda path: path.unlink(), "config.json is missing"),
         ("ema.safetensors", with_nan, "NaN"),
-        ("optimizer.pt", with_infinite_moment, "of parameter 0"),
+        ("optimizer.pt", with_infinite_moment, "tensor exp_avg has"),
         ("optimizer.pt", without_groups, "optimizer.pt"),
     ):
         content = (three / file).read_bytes()
         harm(three / file)
         line = refused("run", "--max-steps", 4)
         assert re.search(rf"checkpoint {three} is damaged \(.*{reason}.*\): remove it", line), line
-        assert "is cut short" not in reason or line.endswith("the newest whole one before it is 0000002\n")
+        assert "cut off" not in reason or line.endswith("the newest whole one before it is 0000002\n")
         (three / file).write_bytes(content)
     for path in (*others, three):
         (path / "optimizer.pt").unlink()

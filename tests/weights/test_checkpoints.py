@@ -8,11 +8,13 @@ import os
 import shutil
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import fails, refusal
+from tiny_weights import assert_same
 
 from diffusion.process_table import create_process
 from dlc.sampling.opening import open_sampler
@@ -35,13 +37,15 @@ from models import DiT_models, DiTSEM, Recorded, build_model
 SIZES = dict(input_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=2, L=4, V=8)
 
 
-def tiny(name="DiTSEM-Ti/8", seed=0, **sizes):
-    torch.manual_seed(seed)
+GAUSSIAN = create_process("gaussian", timestep_respacing="")
+
+
+def tiny(name="DiTSEM-Ti/8", **sizes):
     return DiT_models[name](input_size=8, **(sizes or dict(L=3, V=4)))
 
 
 def config(model, name="DiTSEM-Ti/8"):
-    return config_of(name, model, create_process("gaussian", timestep_respacing=""))
+    return config_of(name, model, GAUSSIAN)
 
 
 def meta_of(step, **values):
@@ -51,11 +55,9 @@ def meta_of(step, **values):
     return RunMeta.of_run({**settings, **values}, notes, step=step, place=8 * step, logged=step, skipped=0)
 
 
-def save(run_dir, model, step=1, name="DiTSEM-Ti/8", ema=None, optimizers=(), **values):
-    meta = meta_of(step, **values)
-    return save_checkpoint(
-        run_dir, config(model, name), meta, model=model, ema=ema or model, optimizers=list(optimizers)
-    )
+def save(run_dir, model, step=1, name="DiTSEM-Ti/8", optimizers=(), **values):
+    parts = dict(model=model, ema=model, optimizers=optimizers)
+    return save_checkpoint(run_dir, config(model, name), meta_of(step, **values), **parts)
 
 
 def adamw(model):
@@ -77,7 +79,6 @@ def test_only_whole_checkpoints_count(tmp_path):
     for step in (1, 2):
         save(tmp_path / "a", model, step)
     (tmp_path / "a/checkpoints/0000003.tmp").mkdir()
-    (tmp_path / "a/checkpoints/0000003.tmp/meta.json").write_text("{}")
     assert [path.name for path in run_checkpoints(tmp_path / "a")] == ["0000001", "0000002"]
     assert newest_checkpoint(tmp_path / "a", "DiTSEM-Ti/8").name == "0000002"
     save(tmp_path / "b", tiny("DiT-Ti/8", num_classes=3), name="DiT-Ti/8")
@@ -102,8 +103,8 @@ def test_several_runs_of_a_model_are_listed(tmp_path):
     for run, step in ((".", 7), ("a", 4000), ("b", 3), ("in/c", 5), ("in/d", 6)):
         save(tmp_path / run, tiny(), step)
     runs = rf"{tmp_path} \(step 7\), {tmp_path}/a \(step 4,000\), {tmp_path}/b \(step 3\); name one of them"
-    with pytest.raises(ValueError, match=f"3 runs under {tmp_path} have a checkpoint of DiTSEM-Ti/8: {runs}"):
-        newest_checkpoint(tmp_path, "DiTSEM-Ti/8")
+    words = f"3 runs under {tmp_path} have a checkpoint of DiTSEM-Ti/8: {runs}"
+    refusal(newest_checkpoint, tmp_path, "DiTSEM-Ti/8", words=words)
     assert newest_checkpoint(tmp_path / "a", "DiTSEM-Ti/8").name == "0004000"
     words = f"2 runs under {tmp_path}/in have a checkpoint: {tmp_path}/in/c .step 5., {tmp_path}/in/d .step 6.; name"
     for load in (load_model, info, lambda path: load_pretrained(path, tiny())):
@@ -157,12 +158,13 @@ def test_resume_point(tmp_path):
     assert resume_point(tmp_path, config(model), settings, False) == (None, begin, "")
     path = save(tmp_path, model, 2)
     assert resume_point(tmp_path, config(model), settings, False) == (path, meta_of(2), "")
-    with pytest.raises(ValueError, match="another run: L 3 there, 5 here; give another"):
-        resume_point(tmp_path, config(tiny(L=5, V=4)), settings, True)
-    with pytest.raises(ValueError, match="another run: global_seed 0 there, 1 here; .*--allow-change"):
-        resume_point(tmp_path, config(model), dict(global_seed=1), False)
+    for other, given, allowed, words in (
+        (tiny(L=5, V=4), settings, True, "another run: L 3 there, 5 here; give another"),
+        (model, dict(global_seed=1), False, "another run: global_seed 0 there, 1 here; .*--allow-change"),
+        (model, dict(new=3), False, "another run: new None there, 3 here"),
+    ):
+        refusal(resume_point, tmp_path, config(other), given, allowed, words=words)
     assert resume_point(tmp_path, config(model), dict(global_seed=1), True)[2] == "global_seed 0 there, 1 here"
-    refusal(resume_point, tmp_path, config(model), dict(new=3), False, words="another run: new None there, 3 here")
 
 
 def test_samplers_draw_from_the_process_that_was_trained():
@@ -170,8 +172,7 @@ def test_samplers_draw_from_the_process_that_was_trained():
     args = types.SimpleNamespace(**dict.fromkeys(names), sampler="ddim", model="DiTSEM-Ti/8")
     args.num_sampling_steps = 3
     for arguments, fits in ((dict(use_kl=True), True), (dict(noise_schedule="squaredcos_cap_v2"), False)):
-        process = create_process("gaussian", timestep_respacing="", **arguments)
-        meta = RunMeta(process=config_of("DiTSEM-Ti/8", tiny(), process).process)
+        meta = RunMeta(process=create_process("gaussian", timestep_respacing="", **arguments).config)
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--sampler ddim does not draw from"):
             assert open_sampler(args, tiny(), meta).num_steps == 3
 
@@ -237,25 +238,20 @@ def hold_everything(model):
 
 
 def test_tied_turned_and_whole_number_tensors_come_back(tmp_path):
-    model = changed(hold_everything)
-    config = config_of("changed", model, create_process("gaussian", timestep_respacing=""))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    parts = dict(optimizers=[optimizer])
-    path = save_checkpoint(tmp_path, config, RunMeta(step=1), model=model, ema=model, **parts)
-    other = changed(hold_everything)
-    load_checkpoint(path, model=other, ema=changed(hold_everything), **parts)
-    loaded = filled(config, read_own(path, path)[0], path)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]) and torch.equal(value, loaded.state_dict()[name])
+    model, other = changed(hold_everything), changed(hold_everything)
+    path = save(tmp_path, model, name="changed")
+    load_checkpoint(path, model=other, ema=changed(hold_everything), optimizers=[])
+    loaded = filled(config(model), read_own(path, path)[0], path)
+    assert_same(other.eval(), model)
+    assert_same(loaded, model)
     assert other.other.weight is other.one.weight and not loaded.scale.is_meta
 
 
 def test_a_run_of_before_an_argument_with_a_default_is_the_same_run():
-    now = config_of("changed", DiTSEM(**SIZES), create_process("gaussian", timestep_respacing=""))
+    now, other = config(DiTSEM(**SIZES)), config(DiTSEM(**SIZES, code_init="dlc"))
     before = {name: value for name, value in now.arguments.items() if name != "code_init"}
-    before = type(now)(model="changed", family="DiTSEM", arguments=before, process=now.process)
+    before = replace(now, arguments=before)
     assert before.completed().differences(now) == ""
-    other = config_of("changed", DiTSEM(**SIZES, code_init="dlc"), create_process("gaussian", timestep_respacing=""))
     assert "code_init 'unit' there, 'dlc' here" in before.completed().differences(other)
 
 
@@ -275,13 +271,12 @@ class Counting(torch.optim.Optimizer):
 
 def test_what_an_optimizer_changes_of_its_groups_comes_back_and_other_values_are_of_this_launch(tmp_path):
     model = changed()
-    config = config_of("changed", model)
     optimizer, other = Counting(model.parameters(), 0.1), Counting(model.parameters(), 0.2, decay=0.5)
     begin_groups(optimizer)
     begin_groups(other)
     optimizer.step()
     optimizer.step()
-    path = save_checkpoint(tmp_path, config, RunMeta(step=2), model=model, ema=model, optimizers=[optimizer])
+    path = save(tmp_path, model, optimizers=[optimizer])
     load_checkpoint(path, model=model, ema=model, optimizers=[other])
     assert other.state["all"] == 2 and other.state[next(model.parameters())]["order"].tolist() == [0, 1, 2]
     assert {name: other.param_groups[0][name] for name in ("lr", "decay", "k")} == dict(lr=0.2, decay=0.5, k=2)

@@ -1,10 +1,11 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import change_json, golden, refusal
+from tiny_weights import contents, save, save_folder
 
 from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder, save_encoder
@@ -55,30 +56,28 @@ def published():
     return values, values["config"], weights
 
 
-def agrees(encoder, values):
+def check(encoder, values):
+    """It computes the published embeddings and codes, in float32."""
+    assert {(one.dtype, one.is_meta) for one in encoder.parameters()} == {(torch.float32, False)}
     with torch.inference_mode():
         torch.testing.assert_close(encoder(values["pixel_values"]), values["sem"], atol=1e-5, rtol=1e-7)
-        return torch.equal(encoder.codes(values["pixel_values"]), values["dlc"])
+        assert torch.equal(encoder.codes(values["pixel_values"]), values["dlc"])
 
 
-def save_published(folder, config, weights, file="model.safetensors"):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save = safetensors.torch.save_file if file.endswith("safetensors") else torch.save
-    save(weights, folder / file)
-    return folder
+def renamed(weights, prefix="", *changes):
+    """The backbone's tensors under other names, the head's under their own."""
+
+    def name(key):
+        for old, new in changes:
+            key = re.sub(old, new, key)
+        return prefix + key
+
+    return {key if key.startswith("sem_") else name(key): value for key, value in weights.items()}
 
 
-def names_of_5(weights):
-    """The names of the modules of transformers 5, which `torch.save(model.state_dict())` writes."""
-    for old, new in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output.dense", "o_proj")):
-        weights = {
-            key.replace(f"attention.attention.{old}", f"attention.{new}").replace(
-                f"attention.{old}", f"attention.{new}"
-            ): value
-            for key, value in weights.items()
-        }
-    return weights
+# the modules of transformers 5, which `torch.save(model.state_dict())` writes
+OF_5 = [(r"(attention\.)+([qkv])(uery|ey|alue)", r"attention.\2_proj")]
+OF_5 += [(r"attention\.output\.dense", "attention.o_proj")]
 
 
 def dinov2_names(weights, encoder, prefix=""):
@@ -87,38 +86,35 @@ def dinov2_names(weights, encoder, prefix=""):
     named["register_tokens"], named["pos_embed"] = named.pop("reg_token"), weights["embeddings.position_embeddings"]
     named |= {name: weights[f"embeddings.{name}"] for name in ("cls_token", "mask_token")}
     named |= {f"norm.{kind}": weights[f"layernorm.{kind}"] for kind in ("weight", "bias")}
-    return {name if name.startswith("sem_") else prefix + name: value for name, value in named.items()}
+    return renamed(named, prefix)
 
 
 @pytest.mark.parametrize(
-    "prefix, rename, file",
+    "prefix, changes, file",
     [
-        ("", dict, "model.safetensors"),
-        ("", names_of_5, "pytorch_model.bin"),
-        ("backbone.", dict, "pytorch_model.bin"),
-        ("model.dinov2_with_registers.", names_of_5, "model.safetensors"),
+        ("", [], "model.safetensors"),
+        ("", OF_5, "pytorch_model.bin"),
+        ("backbone.", [], "pytorch_model.bin"),
+        ("model.dinov2_with_registers.", OF_5, "model.safetensors"),
     ],
 )
-def test_transformers(published, tmp_path, prefix, rename, file):
+def test_transformers(published, tmp_path, prefix, changes, file):
     values, config, weights = published
-    weights = {key if key.startswith("sem_") else prefix + key: value for key, value in rename(weights).items()}
-    assert len(weights) == len(published[2])
-    encoder = load_encoder(save_published(tmp_path, config, weights, file))
-    assert agrees(encoder, values)
+    encoder = load_encoder(save_folder(tmp_path, config, renamed(weights, prefix, *changes), file))
+    check(encoder, values)
     assert (encoder.L, encoder.V, encoder.temperature, encoder.image_size) == (8, 8, 1.0, 224)
     assert encoder.said == (
         "transformers' names, ViT of width 16 with 2 blocks and 4 registers, L=8, V=8 (by its config.json), "
         "224x224 pixels"
     )
-    assert all(parameter.dtype == torch.float32 and not parameter.is_meta for parameter in encoder.parameters())
-    assert agrees(load_encoder(tmp_path / file), values)  # the file of the folder
+    check(load_encoder(tmp_path / file), values)  # the file of the folder
     save_encoder(encoder, tmp_path / "ours")
-    assert agrees(load_encoder(tmp_path / "ours"), values)
+    check(load_encoder(tmp_path / "ours"), values)
 
 
 def test_dinov2s_and_timms_names(published, tmp_path):
     values, config, weights = published
-    encoder = load_encoder(save_published(tmp_path / "folder", config, weights, "pytorch_model.bin"))
+    encoder = load_encoder(save_folder(tmp_path / "folder", config, weights, "pytorch_model.bin"))
     timm_names = {key.removeprefix("backbone."): value for key, value in encoder.state_dict().items()}
     teacher = dinov2_names(weights, encoder, "module.backbone._orig_mod.")
     in_chunks = {key.replace("blocks.", "blocks.0."): value for key, value in teacher.items()}
@@ -128,11 +124,9 @@ def test_dinov2s_and_timms_names(published, tmp_path):
         ("DINOv2's names", {"teacher": {**in_chunks, "dino_head.mlp.0.weight": torch.zeros(1)}}),
         ("timm's names, ViT of width 16", timm_names),
     ):
-        loaded = load_encoder(save_published(tmp_path / "folder", config, named, "pytorch_model.bin"))
-        assert agrees(loaded, values) and loaded.said.startswith(layout)
-    bare = {key: value for key, value in dinov2_names(weights, encoder).items() if not key.startswith("sem_")}
-    save_published(tmp_path / "folder", config, bare, "pytorch_model.bin")
-    refusal(load_encoder, tmp_path / "folder", words="has a backbone, but no SEM head")
+        loaded = load_encoder(save_folder(tmp_path / "folder", config, named, "pytorch_model.bin"))
+        check(loaded, values)
+        assert loaded.said.startswith(layout)
 
 
 def test_timm(tmp_path):
@@ -143,14 +137,12 @@ def test_timm(tmp_path):
     head = {"sem_embed.weight": torch.randn(12, 5 * 384), "sem_norm.weight": torch.ones(12)}
     weights = {**vit.state_dict(), **head, "sem_norm.bias": torch.zeros(12)}
     assert vit.pos_embed.shape[1] == 37**2
-    torch.save(weights, tmp_path / "timm.pth")
-    encoder = load_encoder(tmp_path / "timm.pth", L=4)
+    encoder = load_encoder(save(weights, tmp_path / "timm.pth"), L=4)
     assert encoder.config["backbone"] == "vit_small_patch14_reg4_dinov2"
     assert encoder.config["backbone_args"] == dict(depth=2) and (encoder.L, encoder.V) == (4, 3)
     assert encoder.backbone.pos_embed.shape[1] == 16**2
     weights["pos_embed"] = torch.cat([torch.ones(1, 1, 384), weights["pos_embed"]], dim=1)  # not folded in
-    torch.save(weights, tmp_path / "timm.pth")
-    unfolded = load_encoder(tmp_path / "timm.pth", L=4).state_dict()
+    unfolded = load_encoder(save(weights, tmp_path / "timm.pth"), L=4).state_dict()
     torch.testing.assert_close(unfolded.pop("backbone.cls_token"), vit.cls_token + 1)
     assert all(torch.equal(unfolded[key], value) for key, value in encoder.state_dict().items() if key in unfolded)
 
@@ -167,7 +159,7 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
             vit = timm.create_model(name, num_classes=0, img_size=518)
             weights = {**vit.state_dict(), "sem_embed.weight": torch.zeros(512 * 256, (1 + registers) * width)}
             weights |= {f"sem_norm.{kind}": torch.zeros(512 * 256) for kind in ("weight", "bias")}
-        monkeypatch.setattr("dlc.weights.foreign.layouts.read_file", lambda path, weights=weights: (dict(weights), ""))
+        monkeypatch.setattr("dlc.weights.foreign.layouts.load_tensors", lambda path, weights=weights: dict(weights))
         _, found, file = read_foreign("x.pth", tmp_path / "x.pth", "encoder", given={})
         assert found == dict(L=512, V=256, backbone=name, backbone_args={}, image_size=224)
         assert f"ViT of width {width} with {depth} blocks and {registers} registers, L=512, V=256 (the" in file.said
@@ -176,13 +168,13 @@ def test_sizes_are_read_before_anything_is_built(tmp_path, monkeypatch):
 def test_configurations(published, tmp_path):
     values, config, weights = published
     nested = dict(model_type="sem", backbone_config={**config, "L": None, "V": None}, L=8, temp=0.5)
-    encoder = load_encoder(save_published(tmp_path, nested, weights))
+    encoder = load_encoder(save_folder(tmp_path, nested, weights))
     assert (encoder.L, encoder.V, encoder.temperature) == (8, 8, 0.5)
     encoder.temperature = 1.0
-    assert agrees(encoder, values)
+    check(encoder, values)
     refusal(load_encoder, tmp_path, L=4, words="L 8 there, 4 here; leave out the flag")
-    encoder = load_encoder(save_published(tmp_path, config, {**weights, "temp": torch.tensor(0.25)}))
-    assert encoder.temperature == 0.25
+    tempered = save_folder(tmp_path, config, {**weights, "temp": torch.tensor(0.25)})
+    assert load_encoder(tempered).temperature == 0.25
     for change, message in (
         (dict(L=7), "has other shapes: sem_embed.weight"),
         (dict(L=7, V=None), "has a head of 64 numbers, no multiple of L 7"),
@@ -194,8 +186,8 @@ def test_configurations(published, tmp_path):
         (dict(num_attention_heads=None), "has width 16, none of DINOv2's, and no config.json that says its number"),
         (dict(num_attention_heads=3), "timm cannot build"),
     ):
-        refusal(load_encoder, save_published(tmp_path, {**config, **change}, weights), words=message)
-    save_published(tmp_path, config, weights)
+        refusal(load_encoder, save_folder(tmp_path, {**config, **change}, weights), words=message)
+    save_folder(tmp_path, config, weights)
     for processor, message in (
         (dict(crop_size=dict(height=28, width=28)), ""),
         (dict(image_mean=[0.5] * 3), "image_mean is .*, wanted ImageNet's"),
@@ -224,27 +216,24 @@ def test_what_is_no_sem_encoder(published, tmp_path):
             "has width 16 and a gated MLP, other than",
         ),
     ):
-        refusal(load_encoder, save_published(tmp_path, config, tensors, "pytorch_model.bin"), words=message)
+        refusal(load_encoder, save_folder(tmp_path, config, tensors, "pytorch_model.bin"), words=message)
 
 
 def test_from_the_hub(published, hub):
     values, config, weights = published
-    files = {"model.safetensors": safetensors.torch.save(weights), "modeling_sem.py": b"raise SystemExit"}
-    hub.add("lavoies/SEM_dinov2_L8", {**files, "config.json": json.dumps({**config, "L": None, "V": None}).encode()})
+    folder = save_folder(Path("sem"), {**config, "L": None, "V": None}, weights)
+    hub.add("lavoies/SEM_dinov2_L8", {**contents(folder), "modeling_sem.py": b"raise SystemExit"})
     encoder = load_encoder("lavoies/SEM_dinov2_L8")
-    assert agrees(encoder, values)
+    check(encoder, values)
     assert encoder.said.startswith("from the hub, transformers' names") and "L=8, V=8 (by its name)" in encoder.said
-    refusal(load_encoder, "owner/sem", words="--encoder owner/sem: no such local path, and the hub has no such rep")
 
 
 def test_the_final_norm_of_published_weights(published, tmp_path):
     """Where a file has its scale and shift they are used, and neither codes nor the digest depend on them."""
     _, config, weights = published
-    save_published(tmp_path / "with", config, weights)
     plain = {key: value for key, value in weights.items() if "layernorm" not in key}
-    save_published(tmp_path / "without", config, plain)
     norm = [weights[f"layernorm.{name}"] for name in ("weight", "bias")]
-    learned, plain = (load_encoder(tmp_path / name) for name in ("with", "without"))
+    learned, plain = (load_encoder(save_folder(tmp_path, config, tensors)) for tensors in (weights, plain))
     pixels = torch.randint(255, (2, 224, 224, 3), dtype=torch.uint8)
     with torch.no_grad():
         expected = plain.patch_tokens(pixels) * norm[0] + norm[1]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import refusal
-from test_checkpoints import config, meta_of
-from tiny_weights import assert_same, tiny
+from test_checkpoints import meta_of
+from tiny_weights import assert_same, save, tiny
 
 from diffusion.process_table import create_process
 from dlc import checkpoints as tool
@@ -50,20 +50,19 @@ def export_to(tmp_path, tiny_models):
     return call
 
 
-def checkpoint_of(tmp_path, model, name, **sizes):
-    ema = tiny(name, seed=1, **sizes)
+def checkpoint_of(tmp_path, name, process=None, **sizes):
+    """A checkpoint of a tiny model, which is its own EMA."""
+    model, process = tiny(name, **sizes), process or create_process("gaussian", timestep_respacing="")
     meta = meta_of(7, vae="ema", scaling_factor=0.18215, shift_factor=0.0, features_path="/somewhere")
-    optimizers = [torch.optim.AdamW(model.parameters())]
-    return save_checkpoint(tmp_path, config(model, name), meta, model=model, ema=ema, optimizers=optimizers), ema
+    return save_checkpoint(tmp_path, config_of(name, model, process), meta, model=model, ema=model), model
 
 
-def our_images(model, vae, y, guidance, steps, sampler=None):
+def our_images(model, vae, y, guidance, sampler):
     """Two images in [0, 1] by our sampler, from diffusers' noise of seed 5."""
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlc.sampling.latents.normal", lambda *_: noise)
         draws = dict(seed=0, indices=torch.arange(2), latent_shape=(4, 8, 8), channels=model.in_channels)
-        sampler = sampler or create_sampler("dpmsolver++", steps)
         latents = sample_latents(model, sampler, y=torch.tensor(y), cfg_scale=guidance, **draws)
         with torch.inference_mode():
             return (decode(load_vae(str(vae)), latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -78,71 +77,82 @@ def images_of(pipe, guidance, steps, **condition):
 
 @pytest.mark.parametrize("name, sizes", [("DiT-Ti/4", dict(num_classes=5)), ("DiTCONT-Ti/4", dict(in_dim=6))])
 def test_safetensors(name, sizes, export_to, tmp_path):
-    model = tiny(name, **sizes)
-    path, ema = checkpoint_of(tmp_path, model, name, **sizes)
+    raw = tiny(name, seed=1, **sizes)
+    path, model = checkpoint_of(tmp_path, name, **sizes)
+    save(raw.state_dict(), path / "model.safetensors")
     folder, said = export_to(path, "safetensors")
     loaded, found, meta = load_model(folder)
-    assert_same(loaded, ema)
+    assert_same(loaded, model)
     known = found, meta.step, meta.noted["lr"], meta.weights, meta.scaling_factor
     assert known == (name, 7, 1e-4, "ema", 0.18215)
     assert describe(meta) == "exported by this program; EMA weights, step 7"
-    assert_same(load_model(folder / "model.safetensors")[0], ema)
+    assert_same(load_model(folder / "model.safetensors")[0], model)
     assert "as safetensors, licence unknown" in said
     card = (folder / "README.md").read_text()
     assert all(words in card for words in ('license: "unknown"', "| lr | 0.0001 |", "| step | 7 |", "| depth | 6 |"))
     assert "somewhere" not in card
-    raw, _ = export_to(path, "safetensors", "--no-ema", "--license", "cc-by-nc-4.0", name="raw")
-    assert_same(load_model(raw, ema=False)[0], model)
     refusal(load_model, folder, ema=False, words="out has no raw weights: leave out --no-ema")
-    assert "raw weights" in describe(load_model(raw)[2]) and '"cc-by-nc-4.0"' in (raw / "README.md").read_text()
+    folder, _ = export_to(path, "safetensors", "--no-ema", "--license", "cc-by-nc-4.0", name="raw")
+    assert_same(load_model(folder, ema=False)[0], raw)
+    assert "raw weights" in describe(load_model(folder)[2]) and '"cc-by-nc-4.0"' in (folder / "README.md").read_text()
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "meta.json", "model.safetensors"]
 
 
-def test_a_pipeline_of_a_dit(export_to, tmp_path, tiny_models):
-    """diffusers' pipeline with our file of code draws our images; its own class, those of weights trained there."""
-    from diffusers import DiffusionPipeline, DiTPipeline
-
-    path, ema = checkpoint_of(tmp_path, tiny(), "DiT-Ti/4", num_classes=5)
-    folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
-
-    def difference(pipe, model, guidance=1.5, steps=4):
-        ours = our_images(model, tiny_models[0], [1, 4], guidance, steps)
-        return np.abs(images_of(pipe, guidance, steps, class_labels=[1, 4]) - ours).max()
-
-    assert difference(DiTPipeline.from_pretrained(folder, trust_remote_code=True), ema) < 1e-5
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    assert difference(pipe, ema, 1.0, 3) < 1e-5
-    for label in (5, 999, 1000, -1):
-        refusal(pipe, class_labels=[label], num_inference_steps=2, words=f"class_labels: {label} is no class, wanted 0")
-    pipe.save_pretrained(tmp_path / "saved")
-    assert difference(DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True), ema) < 1e-5
-    for exported in (folder, tmp_path / "saved"):
-        loaded, name, meta = load_model(exported)
-        assert_same(loaded, ema)
-    assert name == "DiT-Ti/4" and "of DiT (as recorded)" in describe(meta)
-    card = (folder / "README.md").read_text()
-    assert "trust_remote_code=True" in card and "--cfg-channels all" in card and "| global_batch_size | 8 |" in card
-
-    stock, _ = export_to(folder, "diffusers", "--diffusers-time", "diffusers", "--vae", tiny_models[0], name="stock")
-    loaded, _, meta = load_model(stock)
-    theirs = DiTPipeline.from_pretrained(stock, trust_remote_code=True)
-    assert difference(theirs, loaded) < 1e-5 < difference(theirs, ema) and "of diffusers (as rec" in describe(meta)
+CODES = [[0, 1, 2], [3, 3, 0]]
+GAUSSIAN, FLOW = create_process("gaussian", timestep_respacing=""), create_process("flow", time_scale=1000.0)
 
 
-def test_a_pipeline_of_a_ditsem(export_to, tmp_path, tiny_models):
+@pytest.mark.parametrize(
+    "name, sizes, process, argument, y",
+    [
+        ("DiT-Ti/4", dict(num_classes=5), GAUSSIAN, "class_labels", [1, 4]),
+        ("DiTSEM-Ti/4", dict(L=3, V=4), GAUSSIAN, "dlcs", CODES),
+        ("DiT-Ti/4", dict(num_classes=5, learn_sigma=False), create_process("flow"), "class_labels", [1, 4]),
+        ("DiTSEM-Ti/4", dict(L=3, V=4, learn_sigma=False), FLOW, "dlcs", CODES),
+    ],
+)
+def test_pipelines(name, sizes, process, argument, y, export_to, tmp_path, tiny_models):
+    """A pipeline of diffusers with our files of code draws our images, also where it was saved again."""
     from diffusers import DiffusionPipeline
 
-    path, ema = checkpoint_of(tmp_path, tiny("DiTSEM-Ti/4", L=3, V=4), "DiTSEM-Ti/4", L=3, V=4)
+    sampler, learns = ("euler", False) if process.config["process"] == "flow" else ("dpmsolver++", True)
+    path, model = checkpoint_of(tmp_path, name, process, **sizes)
     folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    codes = [[0, 1, 2], [3, 3, 0]]
-    for guidance, steps in ((1.5, 4), (1.0, 3)):
-        theirs = images_of(pipe, guidance, steps, dlcs=torch.tensor(codes))
-        assert np.abs(theirs - our_images(ema, tiny_models[0], codes, guidance, steps)).max() < 1e-5
-    assert len(pipe(dlcs=codes, num_inference_steps=2).images) == 2
-    for token in (4, -1, 1.5):
-        refusal(pipe, dlcs=[[0, 1, token]], words=r"wanted codes \(N, 3\) of tokens from 0 to 3")
-    assert_same(load_model(folder)[0], ema)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    for drawing, guidance, steps in ((pipe, 1.5, 4), (again, 1.0, 3)):
+        ours = our_images(model, tiny_models[0], y, guidance, create_sampler(sampler, steps, process, learns))
+        assert np.abs(images_of(drawing, guidance, steps, **{argument: y}) - ours).max() < 1e-5
+    for exported in (folder, tmp_path / "saved"):
+        loaded, found, meta = load_model(exported)
+        assert_same(loaded, model)
+        assert found == name and meta.process == process.config
+    assert argument == "dlcs" or "of DiT (as recorded)" in describe(meta)
+    card, said = (folder / "README.md").read_text(), "\n".join(info(folder))
+    assert f"--sampler {sampler} --num-sampling-steps 25" in card and "trust_remote_code=True" in card
+    assert "| global_batch_size | 8 |" in card and ("time_scale 1000" in said) == (process is FLOW)
+    for wrong in (4, -1, 1.5) if argument == "dlcs" else (5, 999, 1000, -1):
+        given = dict(dlcs=[[0, 1, wrong]]) if argument == "dlcs" else dict(class_labels=[wrong])
+        words = r"wanted codes \(N, 3\) of tokens from 0 to 3|class_labels: .* is no class, wanted 0"
+        refusal(pipe, **given, num_inference_steps=2, words=words)
+
+
+def test_a_pipeline_of_weights_trained_in_diffusers(export_to, tmp_path, tiny_models):
+    """diffusers' own class draws the same images, which are not those of DiT's function."""
+    from diffusers import DiTPipeline
+
+    path, model = checkpoint_of(tmp_path, "DiT-Ti/4", num_classes=5)
+    folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
+    stock, _ = export_to(folder, "diffusers", "--diffusers-time", "diffusers", "--vae", tiny_models[0], name="stock")
+    loaded, _, meta = load_model(stock)
+    assert "of diffusers (as recorded)" in describe(meta)
+    theirs = images_of(DiTPipeline.from_pretrained(stock, trust_remote_code=True), 1.5, 4, class_labels=[1, 4])
+    sampler = create_sampler("dpmsolver++", 4)
+    own, dits = (
+        np.abs(theirs - our_images(one, tiny_models[0], [1, 4], 1.5, sampler)).max() for one in (loaded, model)
+    )
+    assert own < 1e-5 < dits
 
 
 def test_mistakes(export_to, tmp_path, tiny_models, capsys):
@@ -156,7 +166,7 @@ def test_mistakes(export_to, tmp_path, tiny_models, capsys):
         ("dit.pt", "safetensors", (), "nowhere/out", "does not exist"),
         ("dit.pt", "safetensors", (), "checkpoints/0000008", "would be read as a checkpoint of the run"),
         ("dit.pt", "safetensors", ("--vae", tiny_models[0]), "out", "--vae goes with the formats of diffusers"),
-        ("cont.pt", "diffusers", ("--vae", tiny_models[0]), "out", "is for the published DiT and DiTSEM"),
+        ("cont.pt", "diffusers", ("--vae", tiny_models[0]), "out", "pipelines are for the published DiT and DiTSEM"),
         ("mlp.pt", "diffusers", ("--vae", tiny_models[0]), "out", "has an MLP that is not 4 times as wide"),
         ("gone.pt", "diffusers", (), "out", "gone.pt does not exist"),
         ("dit.pt", "diffusers", ("--vae", "nowhere"), "out", "nowhere"),
@@ -176,29 +186,3 @@ def test_whole_or_not_at_all(tmp_path):
 
     refusal(write_folder, tmp_path / "out", cut_off, words="cannot write .*out", error=OSError)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name, time_scale", [("DiT-Ti/4", 1.0), ("DiTSEM-Ti/4", 1000.0)])
-def test_a_pipeline_of_a_flow(name, time_scale, export_to, tmp_path, tiny_models):
-    from diffusers import DiffusionPipeline
-
-    process = create_process("flow", time_scale=time_scale)
-    sizes, argument, y = dict(num_classes=5), "class_labels", [1, 4]
-    if name.startswith("DiTSEM"):
-        sizes, argument, y = dict(L=3, V=4), "dlcs", [[0, 1, 2], [3, 3, 0]]
-    model = tiny(name, learn_sigma=False, **sizes)
-    path = save_checkpoint(tmp_path, config_of(name, model, process), meta_of(7), model=model, ema=model, optimizers=[])
-    folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipe.save_pretrained(tmp_path / "saved")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    for drawing, guidance, steps in ((pipe, 1.5, 4), (again, 1.0, 3)):
-        sampler = create_sampler("euler", steps, process, learn_sigma=False)
-        ours = our_images(model, tiny_models[0], y, guidance, steps, sampler)
-        assert np.abs(images_of(drawing, guidance, steps, **{argument: y}) - ours).max() < 1e-5
-    for exported in (folder, tmp_path / "saved"):
-        loaded, _, meta = load_model(exported)
-        assert_same(loaded, model)
-        assert meta.process == process.config
-    assert f"time_scale {time_scale}" in "\n".join(info(folder))
-    assert "--sampler euler --num-sampling-steps 25" in (folder / "README.md").read_text()

@@ -11,12 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, golden, refusal
-from tiny_weights import assert_same, tiny
+from tiny_weights import assert_same, contents, save, save_folder, tiny
 
-from diffusion.samplers import DPMSolver
-from dlc.nets.digest import weights_sha256
 from dlc.weights.foreign.dits import to_diffusers
-from dlc.weights.info import about, info
+from dlc.weights.info import info, recorded_of
 from dlc.weights.load import describe, load_model, load_pretrained
 from dlc.weights.meta import RunMeta
 from models import DiT
@@ -34,6 +32,9 @@ def said(path, **options):
     return describe(load_model(path, **options)[2])
 
 
+TRANSFORMER = "diffusion_pytorch_model.safetensors"
+
+
 # ---------------------------------------------------------------------- DiT's, DLC's
 
 
@@ -47,8 +48,8 @@ def said(path, **options):
     ],
 )
 def test_bare_files(name, sizes, suffix, tmp_path):
-    model, path = tiny(name, **sizes), tmp_path / f"model{suffix}"
-    safetensors.torch.save_file(model.state_dict(), path) if "s" in suffix else torch.save(model.state_dict(), path)
+    model = tiny(name, **sizes)
+    path = save(model.state_dict(), tmp_path / f"model{suffix}")
     loaded, found, meta = load_model(path)
     assert_same(loaded, model)
     assert (found, meta.step, meta.process, loaded.training) == (name, None, None, False)
@@ -91,7 +92,7 @@ def test_training_files(tmp_path):
     assert_same(load_model(path, ema=False)[0], model)
     assert "trained on: image_size 64, vae mse" in info(path)
     many = RunMeta(noted=dict(classes=[f"n{number:08}" for number in range(1000)]))
-    (line,) = (line for line in about(path, "", model, "", many) if "n00000000" in line)
+    (line,) = (line for line in recorded_of(many) if "n00000000" in line)
     assert len(line) < 250
     torch.save(dict(model=model.state_dict(), ema=None, args=arguments), path)
     loaded, _, meta = load_model(path)
@@ -114,53 +115,46 @@ def named(prefix, weights):
     return {f"{prefix}{key}": value for key, value in weights.items()}
 
 
+FILES = {  # what training scripts save, by raw and averaged weights
+    "timm": lambda raw, ema: dict(state_dict=raw, state_dict_ema=ema, epoch=3),
+    "ema.module": lambda raw, ema: dict(model=raw, ema=dict(module=ema, decay=0.999)),
+    "ema_pytorch": lambda raw, ema: dict(model=raw, ema={**named("online_model.", raw), **named("ema_model.", ema)}),
+    "AveragedModel": lambda raw, ema: dict(model=raw, swa_model={**named("module.", ema), "n_averaged": ONE}),
+    "Lightning": lambda raw, ema: dict(state_dict={**named("model.", raw), **named("ema_model.", ema)}),
+    "its callback": lambda raw, ema: dict(state_dict=named("model.", raw), callbacks={"EMA{}": dict(ema_weights=ema)}),
+    "its WeightAveraging": lambda raw, ema: dict(current_model_state=raw, state_dict=ema),
+    "an optimizer": lambda raw, ema: dict(model=raw, optimizer=dict(exp_avg=raw, ema_params=ema)),
+    "a list": lambda raw, ema: dict(state_dict=raw, ema=dict(shadow_params=list(ema.values()))),
+    "NeMo": lambda raw, ema: dict(state_dict=raw, optimizer_states=[dict(ema=tuple(ema.values()))]),
+    "no dots": lambda raw, ema: dict(
+        state_dict={**named("model.", raw), **{f"model_ema.{key.replace('.', '')}": ema[key] for key in ema}}
+    ),
+    "two averages": lambda raw, ema: dict(model=raw, ema_0_999=ema, ema_0_9999=ema),
+    "target": lambda raw, ema: dict(online=raw, target=ema),
+    "slow": lambda raw, ema: dict(fast=raw, slow=ema),
+    "evaluated": lambda raw, ema: dict(model=raw, eval_model=ema),
+}
 LIST = "keeps EMA weights as .*: save them .*, or give --no-ema"
 SEVERAL = r"holds several models, {}\.\*, {}\.\*: save the state dict"
-FILES = {  # what training scripts save, by raw and averaged weights; and how the averaged and the raw are refused
-    "timm": (lambda raw, ema: dict(state_dict=raw, state_dict_ema=ema, epoch=3), "", ""),
-    "ema.module": (lambda raw, ema: dict(model=raw, ema=dict(module=ema, decay=0.999)), "", ""),
-    "ema_pytorch": (
-        lambda raw, ema: dict(model=raw, ema={**named("online_model.", raw), **named("ema_model.", ema)}),
-        *("", ""),
-    ),
-    "AveragedModel": (lambda raw, ema: dict(model=raw, swa_model={**named("module.", ema), "n_averaged": ONE}), "", ""),
-    "Lightning": (lambda raw, ema: dict(state_dict={**named("model.", raw), **named("ema_model.", ema)}), "", ""),
-    "Lightning's callback": (
-        lambda raw, ema: dict(state_dict=named("model.", raw), callbacks={"EMA{}": dict(ema_weights=ema)}),
-        *("", ""),
-    ),
-    "its WeightAveraging": (lambda raw, ema: dict(current_model_state=raw, state_dict=ema), "", ""),
-    "an optimizer": (lambda raw, ema: dict(model=raw, optimizer=dict(exp_avg=raw, ema_params=ema)), "", ""),
-    "a list": (lambda raw, ema: dict(state_dict=raw, ema=dict(shadow_params=list(ema.values()))), LIST, ""),
-    "NeMo": (lambda raw, ema: dict(state_dict=raw, optimizer_states=[dict(ema=tuple(ema.values()))]), LIST, ""),
-    "no dots": (
-        lambda raw, ema: dict(
-            state_dict={**named("model.", raw), **{f"model_ema.{key.replace('.', '')}": ema[key] for key in ema}}
-        ),
-        *(LIST, ""),
-    ),
-    "two averages": (
-        lambda raw, ema: dict(model=raw, ema_0_999=ema, ema_0_9999=ema),
-        *(SEVERAL.format("ema_0_999", "ema_0_9999"), ""),
-    ),
-    "target": (lambda raw, ema: dict(online=raw, target=ema), SEVERAL.format("online", "target"), None),
-    "slow": (lambda raw, ema: dict(fast=raw, slow=ema), None, SEVERAL.format("fast", "slow")),
-    "evaluated": (lambda raw, ema: dict(model=raw, eval_model=ema), None, ""),
+REFUSED = {  # how the averaged and the raw ones are refused; None: not looked at
+    **{name: (LIST, "") for name in ("a list", "NeMo", "no dots")},
+    "two averages": (SEVERAL.format("ema_0_999", "ema_0_9999"), ""),
+    "target": (SEVERAL.format("online", "target"), None),
+    "slow": (None, SEVERAL.format("fast", "slow")),
+    "evaluated": (None, ""),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_averaged_weights_by_any_name(name, weights, tmp_path):
     """They are taken, and the raw ones with --no-ema; never the raw ones, or the first of several, in silence."""
-    content, *refused = FILES[name]
-    torch.save(content(*weights), tmp_path / "last.ckpt")
+    path, refused = save(FILES[name](*weights), tmp_path / "last.ckpt"), REFUSED.get(name, ("", ""))
     for averaged, words in zip((True, False), refused):
         if words:
-            refusal(load_model, tmp_path / "last.ckpt", ema=averaged, words=words)
+            refusal(load_model, path, ema=averaged, words=words)
         elif words == "":
-            model, _, meta = load_model(tmp_path / "last.ckpt", ema=averaged)
-            wanted = weights[averaged]["final_layer.linear.weight"]
-            assert torch.equal(model.final_layer.linear.weight, wanted)
+            model, _, meta = load_model(path, ema=averaged)
+            assert_same(model, weights[averaged])
             assert meta.weights == ("ema" if averaged else "raw") or not averaged and refused[0] != ""
 
 
@@ -168,49 +162,41 @@ def test_averaged_weights_by_any_name(name, weights, tmp_path):
 def test_ema_in_a_file_beside(name, weights, tmp_path):
     """Of a folder without a record of ours; diffusers' variant non_ema is not taken for EMA weights."""
     for file, tensors in (("model.safetensors", weights[0]), (name, weights[1])):
-        (torch.save if file.endswith("pt") else safetensors.torch.save_file)(tensors, tmp_path / file)
+        save(tensors, tmp_path / file)
     for ema in (True, False):
         model, _, meta = load_model(tmp_path, ema=ema)
-        wanted = weights[ema]["final_layer.linear.weight"]
-        assert torch.equal(model.final_layer.linear.weight, wanted) and meta.weights == ("ema" if ema else "raw")
+        assert_same(model, weights[ema])
+        assert meta.weights == ("ema" if ema else "raw")
     (tmp_path / name).rename(tmp_path / "model.non_ema.safetensors")
     assert load_model(tmp_path)[2].weights == "as in the file"
 
 
 def test_a_label_table_without_a_null_row(weights, tmp_path):
     """The last class is never taken for the null label, where the file's arguments or its config say the classes."""
-    (tmp_path / "bare").mkdir()
-    safetensors.torch.save_file(weights[0], tmp_path / "bare/model.safetensors")
     for classes, said in ((5, ""), (4, "says 4 classes, .* 6 rows$"), (6, "trained without a null")):
         file = dict(model=weights[0], ema=weights[0], args=argparse.Namespace(num_classes=classes))
         torch.save(file, tmp_path / "0000001.pt")
-        (tmp_path / "bare/config.json").write_text(json.dumps(dict(num_classes=classes)))
-        for path in (tmp_path / "0000001.pt", tmp_path / "bare"):
+        bare = save_folder(tmp_path / "bare", dict(num_classes=classes), weights[0])
+        for path in (tmp_path / "0000001.pt", bare):
             if said:
                 refusal(load_model, path, words=said)
             else:
                 assert load_model(path)[0].y_embedder.num_classes == 5
 
 
-def dlc_accelerate():
-    """Shapes by name of what the DLC project's training saves, as listed from the original."""
-    lines = (ROOT / "tests/goldens/dlc_accelerate.txt").read_text().splitlines()
-    found = [re.fullmatch(r"(_orig_mod\.\S+) (\(.*\)) float32", line) for line in lines]
-    return {one[1]: tuple(map(int, one[2].strip("()").rstrip(",").split(", "))) for one in found if one}
-
-
 def test_dlc_accelerate(tmp_path):
-    shapes = dlc_accelerate()
+    """Names and shapes of what the DLC project's training saves, as listed from the original."""
+    lines = (ROOT / "tests/goldens/dlc_accelerate.txt").read_text().splitlines()
+    found = filter(None, (re.fullmatch(r"(_orig_mod\.\S+) (\(.*\)) float32", line) for line in lines))
+    shapes = {one[1]: tuple(map(int, re.findall(r"\d+", one[2]))) for one in found}
     assert len(shapes) == 72
-    torch.manual_seed(0)
     sets = {kind: {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()} for kind in ("raw", "ema")}
-    folder = tmp_path / "RESULTS/checkpoints/checkpoints"
     for number in (2, 10):
-        (folder / f"checkpoint_{number}").mkdir(parents=True)
-    last = folder / "checkpoint_10"
-    safetensors.torch.save_file(sets["raw"], last / "model.safetensors", metadata=dict(format="pt"))
-    torch.save(sets["ema"], last / "custom_checkpoint_0.pkl")
-    torch.save(dict(state={}), last / "optimizer.bin")
+        (tmp_path / f"RESULTS/checkpoints/checkpoints/checkpoint_{number}").mkdir(parents=True)
+    last = tmp_path / "RESULTS/checkpoints/checkpoints/checkpoint_10"
+    save(sets["raw"], last / "model.safetensors")
+    save(sets["ema"], last / "custom_checkpoint_0.pkl")
+    save(dict(state={}), last / "optimizer.bin")
     (last / "random_states_0.pkl").write_bytes(b"\x80\x02cposix\nsystem\n")
     flags = dict(model="DiTSEM-Ti/4", image_size=64, global_batch_size=256, vae="ema", global_seed="x")
     metadata = tmp_path / "RESULTS/checkpoints/metadata.json"
@@ -219,8 +205,7 @@ def test_dlc_accelerate(tmp_path):
     for where, kind in ((last, "raw"), (last, "ema"), *((tmp_path / other, "ema") for other in others)):
         model, name, meta = load_model(where, ema=kind == "ema")
         assert name == "DiTSEM-Ti/4" and meta.weights == kind and meta.step is None
-        for key, value in model.state_dict().items():
-            assert torch.equal(value, sets[kind][f"_orig_mod.{key}"])
+        assert_same(model, {key.removeprefix("_orig_mod."): value for key, value in sets[kind].items()})
     assert said(tmp_path / "RESULTS") == (
         "newest checkpoint of a DLC run, checkpoint_10, accelerate checkpoint of the DLC project, DiT's names; "
         "EMA weights, step unknown"
@@ -248,32 +233,15 @@ def reference():
     return values, weights, ours, values["config"]
 
 
-def save_transformer(folder, weights, config):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
-    return folder
-
-
 def test_diffusers_golden(reference, tmp_path):
     values, weights, ours, config = reference
-    folder = save_transformer(tmp_path / "transformer", weights, config)
-    for time, out, run in (("dit", "out_dit", "run_dit"), ("diffusers", "out", "run")):
+    folder = save_folder(tmp_path / "transformer", config, weights, TRANSFORMER)
+    for time, out in (("dit", "out_dit"), ("diffusers", "out")):
         model, name, meta = load_model(folder, diffusers_time=time)
         assert name == "DiT-2x16/2" and model.blocks[0].attn.num_heads == 2
-        assert all(torch.equal(value, ours[key]) for key, value in model.state_dict().items())
+        assert_same(model, ours)
         with torch.inference_mode():
             torch.testing.assert_close(model(values["x"], values["t"], values["y"]), values[out], rtol=0, atol=1e-5)
-            y = torch.cat([values["labels"], model.null_condition(6)])
-
-            def predict(x, time, model=model, y=y):
-                t = torch.full((12,), time)
-                return model.forward_with_cfg(torch.cat([x, x]), t, y, float(values["guidance"]), channels=4)[:6]
-
-            sampler = DPMSolver(int(values["steps"]))
-            assert sampler.times == values["times"].tolist()
-            *_, (x, _) = sampler(predict, values["z"], None)
-            assert (x - values[run]).abs().max() < 1e-5 * values[run].abs().max()
         words = "DiT" if time == "dit" else "diffusers"
         assert f"DiT under diffusers' names, with the time frequencies and eps of {words} (as asked)" in describe(meta)
     assert "eps of DiT (--diffusers-time gives the other)" in said(folder)
@@ -281,55 +249,58 @@ def test_diffusers_golden(reference, tmp_path):
     model, _, _ = load_model(folder, diffusers_time="diffusers")
     with torch.inference_mode():
         torch.testing.assert_close(model(values["x"], values["t"], values["y"]), values["out_eps6"], rtol=0, atol=1e-5)
-    bare = tmp_path / "dit.pt"
-    torch.save({**tiny().state_dict()}, bare)
-    assert "is not in diffusers' layout" in refusal(load_model, bare, diffusers_time="diffusers")
+    bare = save(tiny().state_dict(), tmp_path / "dit.pt")
+    refusal(load_model, bare, diffusers_time="diffusers", words="is not in diffusers' layout")
     assert to_diffusers(ours).keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in to_diffusers(ours).items())
 
 
 def shard(folder, kind, variant=""):
     """Cut the weights of a transformer folder in two shards and an index."""
-    whole = folder / "diffusion_pytorch_model.safetensors"
-    weights = safetensors.torch.load_file(whole)
-    names, save = sorted(weights), torch.save if kind == "bin" else safetensors.torch.save_file
-    placed = {}
+    weights, placed = safetensors.torch.load_file(folder / TRANSFORMER), {}
+    names = sorted(weights)
     for number, part in enumerate((names[:20], names[20:]), 1):
         file = f"diffusion_pytorch_model{variant}-0000{number}-of-00002.{kind}"
         save({name: weights[name] for name in part}, folder / file)
         placed.update(dict.fromkeys(part, file))
-    whole.unlink()
+    (folder / TRANSFORMER).unlink()
     index = folder / f"diffusion_pytorch_model.{kind}.index{variant}.json"
     index.write_text(json.dumps(dict(metadata={}, weight_map=placed)))
     return index
 
 
-def test_diffusers_folders(reference, tmp_path):
+def test_diffusers_folders(reference, hub, tmp_path):
     _, weights, ours, config = reference
-    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
-    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline")))
-    expected = weights_sha256(load_model(folder)[0])
+    folder = save_folder(tmp_path / "pipe/transformer", config, weights, TRANSFORMER)
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline", vae=["diffusers", "x"])))
 
     def check(path, words):
         model, _, meta = load_model(path)
-        assert weights_sha256(model) == expected and words in describe(meta), describe(meta)
+        assert_same(model, ours)
+        assert "owner" not in str(path) or meta.vae == path
+        assert words in describe(meta), describe(meta)
         assert "DiT-2x16/2" in info(path)[0] and "num_heads 2, num_classes 7" in info(path)[0]
 
     check(tmp_path / "pipe", "diffusers pipeline (DiTPipeline), DiT under diffusers' names")
-    check(folder / "diffusion_pytorch_model.safetensors", "DiT under diffusers' names")
+    check(folder / TRANSFORMER, "DiT under diffusers' names")
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
     for kind in ("safetensors", "bin"):
         copy = shutil.copytree(tmp_path / "pipe", tmp_path / kind)
         index = shard(copy / "transformer", kind)
         check(copy, "2 shards")
         check(index, "2 shards")
+    hub.add("owner/pipe", {**contents(tmp_path / "pipe"), "vae/diffusion_pytorch_model.safetensors": b"x"})
+    hub.add("owner/pipe", contents(copy), revision="v2")
+    check("owner/pipe", "from the hub, diffusers pipeline")
+    check("owner/pipe@v2", "2 shards, DiT under")
+    assert not any("vae/" in path for _, path, _ in hub.requests if "resolve" in path)
+    refusal(load_pretrained, "owner/gone", tiny(), words="owner/gone")
     half = {key: value.half() for key, value in weights.items()}
-    copy = save_transformer(tmp_path / "half", half, config)
-    (copy / "diffusion_pytorch_model.safetensors").rename(copy / "diffusion_pytorch_model.fp16.safetensors")
-    model, _, meta = load_model(copy)
+    model, _, meta = load_model(
+        save_folder(tmp_path / "half", config, half, "diffusion_pytorch_model.fp16.safetensors")
+    )
     assert "fp16 variant" in describe(meta)
-    assert torch.equal(model.pos_embed, ours["pos_embed"]) and model.pos_embed.dtype == torch.float32
-    assert torch.equal(model.x_embedder.proj.weight, ours["x_embedder.proj.weight"].half().float())
+    assert_same(model, {key: value if key == "pos_embed" else value.half().float() for key, value in ours.items()})
 
 
 def test_broken_diffusers_folders(reference, tmp_path):
@@ -345,11 +316,10 @@ def test_broken_diffusers_folders(reference, tmp_path):
         ({}, dict(num_attention_heads=3), "transformer"),
         ({}, dict(sample_size="8"), "transformer"),
     ):
-        shutil.rmtree(folder, ignore_errors=True)
-        save_transformer(folder, {**weights, **tensors}, {**config, **changes})
-        assert words in refusal(load_model, folder)
-    shutil.rmtree(folder)
-    index = shard(save_transformer(folder, weights, config), "safetensors")
+        refusal(
+            load_model, save_folder(folder, {**config, **changes}, {**weights, **tensors}, TRANSFORMER), words=words
+        )
+    index = shard(save_folder(folder, config, weights, TRANSFORMER), "safetensors")
     for broken in ({"a": "/etc/passwd"}, [], {"a": "gone.safetensors"}):
         index.write_text(json.dumps(dict(weight_map=broken)))
         line = refusal(load_model, folder)
@@ -371,7 +341,7 @@ def test_dlc_pipelines(generation, tmp_path):
         config = dict(sample_size=8, in_channels=4, out_channels=8, dlc_l=3, dlc_v=4)
     else:
         weights, config = model.state_dict(), dict(input_size=8, in_channels=4, L=3, V=4)
-    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
+    folder = save_folder(tmp_path / "pipe/transformer", config, weights, TRANSFORMER)
     index = dict(_class_name=["pipeline_dlc_dit", "DLCDiTPipeline"])
     (tmp_path / "pipe/model_index.json").write_text(json.dumps(index))
     for path in (tmp_path / "pipe", folder):
@@ -381,39 +351,14 @@ def test_dlc_pipelines(generation, tmp_path):
     assert "diffusers pipeline (DLCDiTPipeline)" in said(tmp_path / "pipe")
 
 
-def contents(folder):
-    """Bytes by path, as the stand-in of the hub takes them."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def test_hub_ids(hub, reference, tmp_path):
-    _, weights, ours, config = reference
-    folder = save_transformer(tmp_path / "pipe/transformer", weights, config)
-    (tmp_path / "pipe/model_index.json").write_text(json.dumps(dict(_class_name="DiTPipeline", vae=["diffusers", "x"])))
-    pipeline = contents(tmp_path / "pipe")
-    hub.add("owner/pipe", {**pipeline, "vae/diffusion_pytorch_model.safetensors": b"x", "text.md": b"x"})
-    shard(folder, "safetensors")
-    hub.add("owner/pipe", contents(tmp_path / "pipe"), revision="v2")
-    for name, words in (("owner/pipe", "from the hub, diffusers pipeline"), ("owner/pipe@v2", "2 shards, DiT under")):
-        loaded, _, meta = load_model(name)
-        assert torch.equal(loaded.pos_embed, ours["pos_embed"]) and words in describe(meta) and meta.vae == name
-    assert not any("vae/" in path for _, path, _ in hub.requests if "resolve" in path)
-    assert "owner/pipe" in info("owner/pipe")[0]
-    assert "owner/gone" in refusal(load_pretrained, "owner/gone", tiny())
-
-
 # ---------------------------------------------------------------------- other sizes
 
 
 def test_sizes_without_a_name(tmp_path):
-    torch.manual_seed(0)
     model = DiT(input_size=8, patch_size=2, hidden_size=96, depth=2, num_heads=4, num_classes=3, mlp_ratio=2.3).eval()
-    path = tmp_path / "96.pt"
-    torch.save(model.state_dict(), path)
-    assert f'does not tell its heads: write {{"num_heads": N}} to {tmp_path / "config.json"}' in refusal(
-        load_model, path
-    )
+    path = save(model.state_dict(), tmp_path / "96.pt")
+    words = f'does not tell its heads: write {{"num_heads": N}} to {tmp_path / "config.json"}'
+    refusal(load_model, path, words=re.escape(words))
     (tmp_path / "config.json").write_text(json.dumps(dict(num_heads=4)))
     loaded, name, _ = load_model(path)
     assert_same(loaded, model)
@@ -474,18 +419,17 @@ def test_velocities(whose, name, arguments, told, words, tmp_path):
         refusal(load_model, path, process="gaussian", words="the process flow: leave out --objective")
         ours = DiT(8, 2, hidden_size=32, depth=len(model.blocks), num_heads=2, num_classes=7, learn_sigma=False)
         assert words.partition(",")[0] in load_pretrained(path, ours)
-        for key, value in model.state_dict().items():
-            assert torch.equal(ours.state_dict()[key], value), key
+        assert_same(ours.eval(), model)
 
 
 def test_velocities_that_are_refused(tmp_path):
     tensors, _ = of_others("sit")
-    for left_out, change, words in (
-        ("", dict(prediction="noise"), "of prediction 'noise': only a velocity one is read"),
-        ("", dict(path_type="VP"), "SiT model of path_type 'VP': only a linear one"),
-        ("final_layer.linear.bias", {}, "it has no final_layer.linear.bias of 1 dimensions"),
+    for change, words in (
+        (dict(prediction="noise"), "of prediction 'noise': only a velocity one is read"),
+        (dict(path_type="VP"), "SiT model of path_type 'VP': only a linear one"),
+        ({}, "it has no final_layer.linear.bias of 1 dimensions"),
     ):
-        harmed = {key: value for key, value in tensors.items() if key != left_out}
+        harmed = tensors if change else {key: value for key, value in tensors.items() if "linear.bias" not in key}
         refusal(load_model, saved(tmp_path / "a.pt", harmed, **{**SIT, **change}), words=words)
 
 

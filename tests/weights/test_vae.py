@@ -12,16 +12,16 @@ import safetensors.torch
 import torch
 from conftest import IMAGE_SIZE, change_json, extract_command, launch, refusal, sample_folder, tiny_vae
 from PIL import Image
+from tiny_weights import assert_same, contents
 
 from dlc.data import Features
 from dlc.data.images import center_crop, normalize
-from dlc.nets.digest import weights_sha256
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import check_decodes, decode, latent_settings, latent_shape, posterior
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.names import read_foreign
 from dlc.weights.foreign.vaes import config_of_shapes
-from dlc.weights.networks import downsampling_factor, load_vae
+from dlc.weights.networks import load_vae
 
 CHANNELS, SCALE, SHIFT = 16, 1.5305, 0.0609  # the latter two are those of Stable Diffusion 3
 NORMAL = dict(latents_mean=[0.1 * i for i in range(CHANNELS)], latents_std=[0.5 + 0.1 * i for i in range(CHANNELS)])
@@ -30,14 +30,11 @@ MEAN, STD = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 4.0]
 
 
 def small_vae(attention=False, **config):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks = [f"{'Attn' * one}{{}}Block2D" for one in (False, attention)]
-    sizes = dict(block_out_channels=(32, 64), latent_channels=4, layers_per_block=1)
-    sizes["down_block_types"] = [block.format("DownEncoder") for block in blocks]
-    sizes["up_block_types"] = [block.format("UpDecoder") for block in reversed(blocks)]
-    return AutoencoderKL(**{**sizes, **config}).eval()
+    """As a file that is alone is taken to be: of 32 groups."""
+    if attention:
+        config["down_block_types"] = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+        config["up_block_types"] = ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+    return tiny_vae(block_out_channels=(32, 64), norm_num_groups=32, **config)
 
 
 def ldm_names(vae):
@@ -58,10 +55,6 @@ def ldm_names(vae):
                 value = value[:, :, None, None].contiguous()
         renamed[key.replace("conv_norm_out", "norm_out")] = value
     return renamed
-
-
-def same(loaded, vae):
-    return weights_sha256(loaded) == weights_sha256(vae)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.25])
@@ -99,7 +92,7 @@ def test_single_files_of_ldm(tmp_path, attention):
         theirs = AutoencoderKL.from_single_file(
             str(tmp_path / "vae.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
         )
-        assert same(theirs, vae)
+        assert_same(theirs.eval(), vae)
     whole = {f"first_stage_model.{key}": value for key, value in names.items()}
     whole |= {"first_stage_model.loss.logvar": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)}
     for value, scale, said in (
@@ -108,15 +101,18 @@ def test_single_files_of_ldm(tmp_path, attention):
     ):
         torch.save(value, tmp_path / "whole.ckpt")
         loaded = load_vae(str(tmp_path / "whole.ckpt"))
-        assert same(loaded, vae) and loaded.config.scaling_factor == scale and said in loaded.said
+        assert_same(loaded, vae)
+        assert loaded.config.scaling_factor == scale and said in loaded.said
         assert "first_stage_model.*, LDM's names" in loaded.said
     refusal(load_vae, str(tmp_path / "vae.safetensors"), words="of 4 channels, which does not say its scaling factor")
     torch.save({"mean": torch.tensor(MEAN).view(1, 4, 1, 1), "std": torch.tensor(STD)}, tmp_path / "latents_stats.pt")
     loaded = load_vae(str(tmp_path / "vae.safetensors"))
-    assert same(loaded, vae) and loaded.config.latents_mean == MEAN and loaded.config.scaling_factor == 1.0
+    assert_same(loaded, vae)
+    assert loaded.config.latents_mean == MEAN and loaded.config.scaling_factor == 1.0
     shutil.copy(tmp_path / "folder/config.json", tmp_path)
     loaded = load_vae(str(tmp_path / "vae.safetensors"))
-    assert same(loaded, vae) and loaded.config.scaling_factor == 0.7
+    assert_same(loaded, vae)
+    assert loaded.config.scaling_factor == 0.7
 
 
 @pytest.mark.parametrize(
@@ -152,7 +148,6 @@ def test_published_single_files(name, channels, attention, scale, tmp_path, monk
         refusal(read_foreign, name, path, "vae", words=f"a VAE of {channels} channels, which does not say its scaling")
     else:
         assert read_foreign(name, path, "vae")[1]["arguments"]["scaling_factor"] == scale
-        assert downsampling_factor(str(path)) == 8
 
 
 def test_pipelines_and_hub_ids(tmp_path, hub):
@@ -160,22 +155,21 @@ def test_pipelines_and_hub_ids(tmp_path, hub):
     vae.save_pretrained(tmp_path / "pipeline/vae")
     (tmp_path / "pipeline/model_index.json").write_text("{}")
     loaded = load_vae(str(tmp_path / "pipeline"))
-    assert same(loaded, vae) and "AutoencoderKL of 4 channels, 2 pixels per latent cell" in loaded.said
+    assert_same(loaded, vae)
+    assert "AutoencoderKL of 4 channels, 2 pixels per latent cell" in loaded.said
     folder = tmp_path / "pipeline/vae"
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    hub.add("owner/vae", files)
-    inside = {f"vae/{name}": text for name, text in files.items()}
-    hub.add("owner/pipeline", {"model_index.json": b"{}", **inside}, "v1")
-    lone = {"vae.safetensors": safetensors.torch.save(ldm_names(vae)), "config.json": files["config.json"]}
-    hub.add("owner/file", lone)
+    hub.add("owner/vae", contents(folder))
+    hub.add("owner/pipeline", contents(tmp_path / "pipeline"), "v1")
+    config = (folder / "config.json").read_bytes()
+    hub.add("owner/file", {"vae.safetensors": safetensors.torch.save(ldm_names(vae)), "config.json": config})
     for name, said in (
         ("owner/vae", "from the hub, diffusers' names, AutoencoderKL"),
         ("owner/pipeline@v1", "from the hub, diffusers pipeline (None), diffusers' names"),
         ("owner/file", "from the hub, LDM's names"),
     ):
         loaded = load_vae(name)
-        assert same(loaded, vae) and loaded.said.startswith(said) and loaded.config.scaling_factor == 0.3
-        assert downsampling_factor(name) == 2
+        assert_same(loaded, vae)
+        assert loaded.said.startswith(said) and loaded.config.scaling_factor == 0.3
     refusal(load_vae, "owner/pipeline", words="--vae owner/pipeline: the hub has no revision 'main' of it")
     (folder / "config.json").unlink()
     refusal(load_vae, str(folder), words="does not say its scaling factor: put a config.json")
@@ -194,12 +188,12 @@ def test_names_of_older_diffusers(tiny_models, tmp_path):
         weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
     path.unlink()
     torch.save(weights, vae / "diffusion_pytorch_model.bin")
-    config = json.loads((vae / "config.json").read_text())
-    for key in ("scaling_factor", "force_upcast", "shift_factor", "latents_mean", "use_quant_conv"):
-        del config[key]  # as old, its config says less
-    (vae / "config.json").write_text(json.dumps(config))
+    new = ("scaling_factor", "force_upcast", "shift_factor", "latents_mean", "use_quant_conv")
+    config = json.loads((vae / "config.json").read_text())  # an old one says less
+    (vae / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in new}))
     loaded = load_vae(str(vae))
-    assert loaded.config.scaling_factor == 0.18215 and same(loaded, expected)
+    assert loaded.config.scaling_factor == 0.18215
+    assert_same(loaded, expected)
 
 
 def test_files_that_are_no_vae(tmp_path):
@@ -224,8 +218,9 @@ def test_other_autoencoders(tmp_path):
     vae = AutoencoderDC(latent_channels=8, scaling_factor=0.41, **both).eval()
     vae.save_pretrained(tmp_path / "dc")
     loaded = load_vae(str(tmp_path / "dc"))
-    assert same(loaded, vae) and loaded.said.endswith("DC of 8 channels, 4 pixels per latent cell, scaling factor 0.41")
-    assert downsampling_factor(str(tmp_path / "dc")) == 4 and latent_shape(loaded, 32) == (8, 8, 8)
+    assert_same(loaded, vae)
+    assert loaded.said.endswith("DC of 8 channels, 4 pixels per latent cell, scaling factor 0.41")
+    assert latent_shape(loaded, 32) == (8, 8, 8)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.inference_mode():
         mean, std = posterior(loaded, images)
@@ -243,69 +238,50 @@ def test_other_autoencoders(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def deep_vae(tmp_path_factory):
-    """A tiny VAE like Stable Diffusion 3's: 16 channels, 4 pixels per cell, no 1x1 convolutions."""
-    path = tmp_path_factory.mktemp("deep_vae")
+def deep_vaes(tmp_path_factory):
+    """A tiny VAE like Stable Diffusion 3's, of 16 channels, 4 pixels per cell and no 1x1 convolutions; and the same,
+    whose config says mean and standard deviation of each channel in place of a shift."""
+    root = tmp_path_factory.mktemp("deep")
     torch.manual_seed(1)
     config = dict(scaling_factor=SCALE, shift_factor=SHIFT, use_quant_conv=False, use_post_quant_conv=False)
-    tiny_vae(3, **config, latent_channels=CHANNELS).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def normal_vae(deep_vae, tmp_path_factory):
-    """The same VAE, but that its config says mean and standard deviation of each channel, in place of a shift."""
-    path = shutil.copytree(deep_vae, tmp_path_factory.mktemp("normal_vae") / "vae")
-    change_json(path / "config.json", **NORMAL, shift_factor=None)
-    return path
-
-
-@pytest.fixture(scope="module")
-def deep_features(deep_vae, normal_vae, tiny_models, images, tmp_path_factory):
-    """deep_features[kind of latents]: features of the images, float32; means by the first VAE, moments by the other."""
-    root = tmp_path_factory.mktemp("deep_features")
-    for kind, vae in (("mean", deep_vae), ("moments", normal_vae)):
-        flags = ("--posterior", kind, "--dtype", "float32", "--flip", "none")
-        launch(extract_command("forked", 1, images, root / kind, (vae, tiny_models[1]), *flags), root)
-    return {kind: root / kind for kind in ("mean", "moments")}
+    tiny_vae(3, **config, latent_channels=CHANNELS).save_pretrained(root / "mean")
+    shutil.copytree(root / "mean", root / "moments")
+    change_json(root / "moments/config.json", **NORMAL, shift_factor=None)
+    return root
 
 
 @pytest.mark.slow
-def test_extracted(deep_features, deep_vae, normal_vae, images):
-    crop = center_crop(Image.open(images / PATH), IMAGE_SIZE)
-    pixels = normalize(torch.from_numpy(np.array(crop))[None])
-    with torch.inference_mode():
-        mean = (load_vae(str(deep_vae)).encode(pixels).latent_dist.mean - SHIFT) * SCALE
-        moments = torch.cat(posterior(load_vae(str(normal_vae)), pixels), dim=1)
-    for kind, expected in (("mean", mean), ("moments", moments)):
-        features = Features(deep_features[kind])
+def test_from_extraction_to_samples(deep_vaes, tiny_models, images, tmp_path, error_of):
+    pixels = normalize(torch.from_numpy(np.array(center_crop(Image.open(images / PATH), IMAGE_SIZE)))[None])
+    for kind in ("mean", "moments"):
+        vae = load_vae(str(deep_vaes / kind))
+        flags = ("--posterior", kind, "--dtype", "float32", "--flip", "none")
+        command = extract_command("forked", 1, images, tmp_path / kind, (deep_vaes / kind, tiny_models[1]), *flags)
+        launch(command, tmp_path)
+        features = Features(tmp_path / kind)
         features.validate()
         names = features.paths.gather(np.arange(features.count)).tolist()
+        with torch.inference_mode():
+            expected = torch.cat(posterior(vae, pixels), dim=1)[:, : CHANNELS if kind == "mean" else None]
         np.testing.assert_allclose(features.latents.gather([names.index(PATH)]), expected, atol=1e-4)
-        assert features.latent_shape == (CHANNELS, 16, 16) and features.manifest.latent_channels == CHANNELS
-        assert features.manifest.shift_factor == (SHIFT if kind == "mean" else 0)
-        record = {key: getattr(features.manifest, key) for key in NORMAL}
-        assert record == (dict.fromkeys(NORMAL) if kind == "mean" else NORMAL)
-
-
-@pytest.mark.slow
-def test_trained_on_and_sampled(deep_features, tiny_models, tmp_path, error_of):
+        assert features.latent_shape == (CHANNELS, 16, 16)
+        assert {**vars(features.manifest), **latent_settings(vae)} == vars(features.manifest)
     model, other = ("--model", "DiTSEM-Ti/4"), ("--vae", tiny_models[0])
-    train = (*model, "--features-path", deep_features["mean"], "--max-steps", 2, "--global-batch-size", 4)
+    train = (*model, "--features-path", tmp_path / "mean", "--max-steps", 2, "--global-batch-size", 4)
     train += ("--num-workers", 0, "--sample-every", 2)
     launch(("forked", 1, "train_diffusion.py", *train), tmp_path)
     meta = json.loads((tmp_path / "results/checkpoints/0000002/meta.json").read_text())
     assert (meta["shift_factor"], meta["scaling_factor"]) == (SHIFT, SCALE)
     assert (tmp_path / "results/previews/0000002.png").is_file()
-    sample = (*model, "--dlc-dir", deep_features["mean"], "--num-fid-samples", 2, "--num-sampling-steps", 2)
+    sample = (*model, "--dlc-dir", tmp_path / "mean", "--num-fid-samples", 2, "--num-sampling-steps", 2)
     launch(("forked", 1, "sample_ddp_computed_dlc.py", *sample), tmp_path)
     assert Image.open(sample_folder(tmp_path / "samples") / "000001.png").size == (IMAGE_SIZE, IMAGE_SIZE)
     assert "has 4 latent channels, the " in error_of("sample_ddp_computed_dlc", *sample, *other)
     assert "has 4 latent channels, the " in error_of("train_diffusion", *train, *other, "--results-dir", "other")
 
 
-def test_what_a_vae_cannot_decode(deep_vae, tiny_models):
-    vae = load_vae(str(deep_vae))
+def test_what_a_vae_cannot_decode(deep_vaes, tiny_models):
+    vae = load_vae(str(deep_vaes / "mean"))
     settings = latent_settings(vae)
     check_decodes(vae, "x", CHANNELS, settings, "the latents")
     check_decodes(vae, "x", CHANNELS, dict(scaling_factor=None), "the latents")  # nothing is known

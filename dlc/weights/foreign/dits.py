@@ -16,7 +16,7 @@ from diffusion.process_table import create_process
 from dlc.weights.foreign import sits
 from dlc.weights.foreign.layouts import File, blocks_in
 from dlc.weights.foreign.safe import shown
-from models import FAMILIES, SIZES, DiT, TimestepEmbedder, sincos_position_embedding
+from models import FAMILIES, SIZES, DiT, sincos_position_embedding
 
 DEEPEST, WIDEST = 256, 2**16  # blocks; of every other size that a file asks for
 DEFAULT_INPUT = 32  # cells of a latent's side where nothing tells: 256 pixels at 8 pixels per cell
@@ -48,7 +48,7 @@ FIXED = dict(
     only_cross_attention=False,
     double_self_attention=False,
 )
-THIRDS = ("to_q", "to_k", "to_v")  # of attn.qkv
+THIRDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # of attn.qkv
 
 
 def from_diffusers(file: File, tensors: dict) -> dict:
@@ -63,7 +63,7 @@ def from_diffusers(file: File, tensors: dict) -> dict:
     for key, wanted in FIXED.items():
         if file.config.get(key) not in (wanted, None):
             file.refuse(f"is not a DiT: {key} in its config.json is {str(file.config[key])[:40]!r}, wanted {wanted!r}")
-    named, thirds = {}, {}
+    named = {}
     ours = {theirs: ours for names in (TOP, BLOCK, EMBEDDERS) for ours, theirs in names.items()}
     for key, value in tensors.items():
         inner = re.fullmatch(r"transformer_blocks\.(0|[1-9]\d{0,3})\.(.+)", key, re.ASCII)
@@ -80,14 +80,13 @@ def from_diffusers(file: File, tensors: dict) -> dict:
                     f"has different copies of the time and label embedders in its blocks ({shown(key)}), as training "
                     "in diffusers makes them; DiT has one for all blocks, and cannot compute this model"
                 )
-        elif module.removeprefix("attn1.") in THIRDS:
-            thirds.setdefault(f"blocks.{inner[1]}.attn.qkv.{kind}", {})[module.removeprefix("attn1.")] = value
-        else:
+        elif module == THIRDS[0]:
+            parts = [tensors.get(key.replace(module, third)) for third in THIRDS]
+            if any(part is None or part.shape != value.shape for part in parts) or not value.ndim:
+                file.refuse(f"has to_q, to_k and to_v of different shapes in block {inner[1]}")
+            named[f"blocks.{inner[1]}.attn.qkv.{kind}"] = torch.cat(parts)
+        elif module not in THIRDS:
             named[f"blocks.{inner[1]}.{name}"] = value
-    for name, parts in thirds.items():
-        if parts.keys() != set(THIRDS) or len({part.shape for part in parts.values()}) > 1 or not parts["to_q"].ndim:
-            file.refuse(f"has to_q, to_k and to_v of different shapes in block {name.split('.')[1]}")
-        named[name] = torch.cat([parts[third] for third in THIRDS])
     table, classes = named.get("y_embedder.embedding_table.weight"), file.config.get("_num_classes")
     if table is not None and table.ndim == 3:
         named["sem_embedder.embedding_table"] = named.pop("y_embedder.embedding_table.weight")
@@ -109,7 +108,7 @@ def to_diffusers(weights: dict) -> dict:
                 named[f"transformer_blocks.{number}.{EMBEDDERS[module]}.{kind}"] = value.clone()
         elif inner and inner[2] == "attn.qkv":
             for third, part in zip(THIRDS, value.chunk(3)):
-                named[f"transformer_blocks.{inner[1]}.attn1.{third}.{kind}"] = part.contiguous()
+                named[f"transformer_blocks.{inner[1]}.{third}.{kind}"] = part.contiguous()
         elif inner:
             named[f"transformer_blocks.{inner[1]}.{BLOCK[inner[2]]}.{kind}"] = value
         else:
@@ -117,22 +116,11 @@ def to_diffusers(weights: dict) -> dict:
     return named
 
 
-class DiffusersTimestepEmbedder(TimestepEmbedder):
-    """DiT's time embedder with diffusers' frequencies: the last of the dim/2 is 1/max_period, not one step before."""
-
-    @staticmethod
-    def timestep_embedding(t: torch.Tensor, dim: int, max_period: int = 10000) -> torch.Tensor:
-        """Cosines then sines of t (N,) at dim/2 geometric frequencies from 1 to 1/max_period, (N, dim) float32."""
-        steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-        angles = t.float().unsqueeze(1) * torch.exp(-math.log(max_period) * steps / (dim // 2 - 1))
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
 def use_diffusers_function(model: DiT, eps: float = DIFFUSERS_EPS) -> DiT:
     """Have a DiT compute what diffusers computes with the same weights. Returns the model."""
-    embedder = model.t_embedder
-    model.t_embedder = DiffusersTimestepEmbedder(embedder.mlp[0].out_features, embedder.mlp[0].in_features)
-    model.t_embedder.mlp = embedder.mlp
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    model.t_embedder.timestep_embedding = partial(get_timestep_embedding, flip_sin_to_cos=True)
     for block in model.blocks:
         block.norm2.eps = eps
     model.function = f"diffusers, eps {eps}"  # for its digest
@@ -144,21 +132,17 @@ def uses_diffusers_function(model: torch.nn.Module) -> bool:
     return getattr(model, "function", "").startswith("diffusers")
 
 
-#################################################################################
-#                                 Names and sizes                               #
-#################################################################################
-
-
 def under_our_names(file: File, tensors: dict) -> dict:
     """Tensors of DiT's names; SiT's and REPA's as `sits.as_flow` makes them. LightningDiT has other blocks: refused."""
-    names = " ".join(map(str, tensors))
-    for name, pattern in (("LightningDiT", r"\.mlp\.w12\.|(^| )feat_rope\."), ("DDT", r"(^| )decoder_blocks\.")):
-        if re.search(pattern, names):
+    for name, pattern in (("LightningDiT", r".*\.mlp\.w12\.|feat_rope\."), ("DDT", r"decoder_blocks\.")):
+        if any(re.match(pattern, key) for key in tensors):
             file.refuse(f"is a {name} model, whose blocks are not DiT's: it is not read")
     whose = sits.recognised(file, tensors)
     if whose:
         file.words.append(sits.as_flow(file, tensors, whose))
-    return tensors
+    kept = {key: value for key, value in tensors.items() if not key.startswith("projectors.")}
+    file.words.append(len(kept) < len(tensors) and "its projectors left out")  # of its training, and of no sample
+    return kept
 
 
 def config_of(
@@ -170,10 +154,7 @@ def config_of(
 ) -> dict:
     """What to build for a DiT's tensors, {"family", "arguments", "process"}. Adds a missing pos_embed.
 
-    Args:
-        input_size, diffusers_time, process: as `dlc.weights.load.load_model` takes them.
-
-    Raises ValueError if the tensors are not those of a DiT, DiTSEM or DiTCONT.
+    The options are those of `dlc.weights.load.load_model`. Raises ValueError if it is no DiT, DiTSEM or DiTCONT.
     """
     shape = partial(file.shape, tensors)
     trained_on = trained_process(file, process)
@@ -181,11 +162,6 @@ def config_of(
         file.words.append(f"taken to predict a {sits.as_flow(file, tensors, None)} (--objective)")
     elif process not in (None, file.process or process):
         file.refuse(f"says what it was trained on, the process {file.process}: leave out --objective")
-    extra = [name for name in tensors if name.startswith("projectors.")]  # of its training, and of no sample
-    if extra:
-        file.words.append("its projectors left out")
-        for name in extra:
-            del tensors[name]
     hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
     # from the last: a DiTCONT's linear layer is called as a DiT's table
     own = [family for family in reversed(FAMILIES) if "table" in vars(family)]  # a researcher's subclass has none
@@ -228,8 +204,6 @@ def trained_process(file: File, asked: str | None = None) -> dict | None:
     """What weights were trained on, as `create_process` describes it; None where nothing says it.
 
     Our export to diffusers records it, which is noted in the file. Else it is what was recognised, or asked for.
-
-    Raises ValueError where the file records none of this program's.
     """
     recorded, name = file.config.get("_process"), file.process or asked
     if recorded is None:
@@ -255,7 +229,7 @@ def check_classes(file: File, classes: int) -> str:
 
 
 def function_of(file: File, diffusers_time: str | None) -> str:
-    """Note in a file of diffusers whose function to compute, which its layout leaves open. Returns words for it."""
+    """Note whose function a file of diffusers computes, which its layout leaves open. Returns words for it."""
     recorded, eps = file.config.get("_trained_with"), file.config.get("norm_eps", DIFFUSERS_EPS)
     chosen = diffusers_time or (recorded if recorded in DIFFUSERS_TIMES else "dit")
     if chosen == "diffusers":

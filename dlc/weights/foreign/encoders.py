@@ -87,10 +87,7 @@ def is_wanted(key: str) -> bool:
 
 
 def config_of(file: File, tensors: dict, given: dict) -> dict:
-    """The arguments of SEMEncoder for tensors under timm's names.
-
-    Args:
-        given: the flags' backbone, L and V, without those that were not given.
+    """The arguments of SEMEncoder for tensors under timm's names. given: those of backbone, L and V that flags say.
 
     Raises ValueError for sizes that neither tensors nor config nor flags tell, and where two of them disagree.
     """

@@ -17,8 +17,8 @@ from typing import NoReturn
 
 import torch
 
-from dlc.machine.files import read_json
-from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, plain_name, read_file, weights_in
+from dlc.machine.files import is_plain_name, read_json
+from dlc.weights.foreign.safe import WEIGHTS_SUFFIXES, load_tensors, weights_in
 from dlc.weights.hub import DLC_EMA, DLC_STATE, IN_PIPELINES
 
 KINDS = {  # of networks
@@ -46,6 +46,7 @@ USUAL = {"", "model.", "state_dict.", "state_dict.model.", "ema.", "ema.ema_mode
 NO_WEIGHTS = re.compile(r"args|config|hyper_parameters|opt|\w*(optim|scheduler|scaler|rng)\w*|loops")
 TRAINING = "training checkpoint"  # the word for {"model", "ema", …}
 OF_SEDD, SHADOW = f"{TRAINING} of SEDD", "ema.shadow_params"  # with a list of EMA weights
+WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch.compile
 COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step", "updates"}  # beside averaged weights
 DEEPEST, MOST = 6, 2**16  # dicts in dicts, and values in all of them
 
@@ -95,9 +96,9 @@ class File:
     def under(self, anchor: str) -> dict | None:
         """The tensors of the module that has a tensor of this name, without the names of what it is an attribute of.
 
-        Of several, the EMA's or a teacher's is taken if EMA weights are wanted, else the raw one. None if there is
-        none. Raises ValueError where the wanted one is not there, and the file says that it had one; and of a model or
-        a prior, which lists them, where several may be meant.
+        Of several, the EMA's or a teacher's is taken if EMA weights are wanted, else the raw one; of more of these the
+        one under a name of USUAL. None if there is none. Raises ValueError where the file says that it has the wanted
+        one, in a form that is not read; and where several models or priors may be meant.
         """
         found = sorted(name[: -len(anchor)] for name in self.tensors if f".{name}".endswith(f".{anchor}"))
         if not found:
@@ -106,7 +107,12 @@ class File:
         raw = [prefix for prefix in found if prefix not in averaged]
         if self.kind in ("model", "prior") and not (averaged if self.ema else raw):
             self.refuse_the_other(found[0])
-        prefix = self._meant((averaged or raw) if self.ema else (raw or averaged))
+        prefixes = (averaged or raw) if self.ema else (raw or averaged)
+        usual = [prefix for prefix in prefixes if prefix in USUAL]
+        if self.kind in ("model", "prior") and len(prefixes) > 1 and len(usual) != 1:
+            names = ", ".join(f"{prefix[:40]}*" for prefix in prefixes[:4])
+            self.refuse(f"holds several models, {names}: save the state dict of the one that is meant alone")
+        prefix = (usual or prefixes)[0]
         if self.weights == "as in the file" and (averaged or TRAINING in self.words):
             self.weights = "ema" if prefix in averaged else "raw"
         if prefix not in ("", "model.", "ema.") and self.kind != "encoder":  # whose backbone is a part of something
@@ -116,14 +122,6 @@ class File:
             for name, value in self.tensors.items()
             if name.startswith(prefix) and not (prefix in averaged and name[len(prefix) :] in COUNTERS)
         }
-
-    def _meant(self, prefixes):
-        """The one of several modules that is under a name of USUAL, or the only one; of other networks the first."""
-        usual = [prefix for prefix in prefixes if prefix in USUAL]
-        if self.kind in ("model", "prior") and len(prefixes) > 1 and len(usual) != 1:
-            names = ", ".join(f"{prefix[:40]}*" for prefix in prefixes[:4])
-            self.refuse(f"holds several models, {names}: save the state dict of the one that is meant alone")
-        return (usual or prefixes)[0]
 
     def refuse_the_other(self, prefix: str) -> None:
         """Refuse a file that has EMA weights alone, or raw ones beside EMA weights that are not read, or raw ones alone
@@ -168,8 +166,16 @@ def open_weights(named: object, path: Path, kind: str, ema: bool = True) -> File
     beside = file.path.with_name("config.json")
     # a file that is alone may lie beside a config.json of anything
     file.config = read_json(beside) if beside.is_file() else {}
-    file.tensors, words = read_file(file.path)
-    file.words += filter(None, [words])
+    shards = [file.path.name]
+    if file.path.suffix == ".json":
+        places = read_json(file.path).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(map(is_plain_name, places.values())):
+            raise ValueError(f"{file.path} is no index of shards: its weight_map is not of names of files beside it")
+        shards = sorted(set(places.values()))
+        file.words.append(f"{len(shards)} shards")
+    file.words.append(".fp16." in file.path.name and "fp16 variant")
+    for name in shards:
+        file.tensors |= load_tensors(file.path.with_name(name))
     unpack(file)
     return file
 
@@ -217,8 +223,8 @@ def enter(file: File) -> None:
 
 
 def entries_of(folder: Path) -> set[str]:
-    """The names in a folder, but for that of statistics of latents."""
-    return {entry.name for entry in folder.iterdir()} - {"latents_stats.pt"}  # which VA-VAE has beside its weights
+    """The names in a folder, but for VA-VAE's statistics of latents."""
+    return {entry.name for entry in folder.iterdir()} - {"latents_stats.pt"}
 
 
 def dlc_checkpoints(folder: Path) -> list[Path]:
@@ -232,10 +238,9 @@ def dlc_checkpoints(folder: Path) -> list[Path]:
 def unpack(file: File) -> None:
     """Go from a training script's file to the values in it by name; its arguments and step are noted."""
     values = file.tensors
-    for key in ("args", "config", "hyper_parameters"):
-        if isinstance(values.get(key), argparse.Namespace | dict):
-            file.arguments = values[key] if isinstance(values[key], dict) else vars(values[key])
-            break
+    kept = [values.get(key) for key in ("args", "config", "hyper_parameters")]
+    kept = [vars(one) if isinstance(one, argparse.Namespace) else one for one in kept]
+    file.arguments = next((one for one in kept if isinstance(one, dict)), file.arguments)
     for key in ("step", "global_step"):
         if type(values.get(key)) is int and values[key] >= 0:
             file.step = values[key]
@@ -260,7 +265,7 @@ def flattened(values: dict, depth: int = 0) -> Iterator[tuple[str, object]]:
         if not isinstance(value, torch.Tensor) and NO_WEIGHTS.fullmatch(str(key)):
             value = averaged_in(value)
         inner = flattened(value, depth + 1) if isinstance(value, dict) and depth < DEEPEST else [("", value)]
-        yield from ((plain_name(f"{key}.{name}".rstrip(".")), one) for name, one in inner)
+        yield from ((WRAPPERS.sub("", f"{key}.{name}".rstrip(".")), one) for name, one in inner)
 
 
 def averaged_in(state: object) -> dict:

@@ -50,9 +50,8 @@ def read_foreign(named: object, path: Path, kind: str, ema: bool = True, **optio
 
     Args:
         named, path: what the user called them, for errors, and where they are, by `dlc.weights.hub.locate`.
-        kind: "model", "prior", "encoder" or "vae".
+        kind, options: a key of CONFIGS, and options of its function.
         ema: the EMA weights rather than the raw ones, where there are both.
-        options: of the kind's function in CONFIGS.
 
     Raises ValueError, naming path and tensor or key; OtherKind for another kind of network.
     """

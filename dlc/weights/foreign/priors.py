@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from diffusion.process_table import create_process
+from dlc.machine.records import differences
 from dlc.weights.foreign.dits import check_classes, check_sizes
 from dlc.weights.foreign.layouts import OF_SEDD, SHADOW, File, blocks_in
 from dlc.weights.foreign.safe import check_tensors, differences_from
@@ -55,39 +56,28 @@ def arguments_of(file: File, tensors: dict) -> dict:
     """DLCPrior's arguments, read off tensors' shapes; the number of heads may be in nothing but the config."""
     shape = partial(file.shape, tensors)
     said = file.config.get("model") if isinstance(file.config.get("model"), dict) else {}
-    tokens, (L, hidden_size) = shape(TOKENS, 2, 3), shape("pos_embed", 2)
-    depth = blocks_in(tensors)
+    tokens, (L, hidden_size), depth = shape(TOKENS, 2, 3), shape("pos_embed", 2), blocks_in(tensors)
     found = dict(L=L, V=tokens[-2] - 1, hidden_size=hidden_size, depth=depth)
     found["cond_dim"] = shape("sigma_map.mlp.2.bias", 1)[0]
-    pairs = shape(FREQUENCIES, 1)[0] if FREQUENCIES in tensors else None
-    found["num_heads"] = heads_of(file, said, depth, hidden_size, pairs)
+    if FREQUENCIES in tensors:  # one per pair of a head's channels
+        pairs = shape(FREQUENCIES, 1)[0]
+        found["num_heads"], rest = divmod(hidden_size, 2 * pairs) if pairs else (0, 1)
+        if rest:
+            file.refuse(f"is not a prior over codes: {FREQUENCIES} of {pairs} values does not fit width {hidden_size}")
+    else:
+        known = {(spec.hidden_size, spec.depth): spec.num_heads for spec in DLCPrior_models.values()}
+        found["num_heads"] = said.get("n_heads") or known.get((hidden_size, depth))
+        if found["num_heads"] is None:
+            file.refuse(f"does not tell its number of heads: it has no {FREQUENCIES}, nor a config.json with n_heads")
     if "y_embedder.embedding_table.weight" in tensors:
         found["num_classes"] = shape("y_embedder.embedding_table.weight", 2)[0] - 1
         check_classes(file, found["num_classes"])
     check_sizes(file, "prior over codes", found)
     found.update(shared_embedding=len(tokens) == 2, scale_by_sigma=said.get("scale_by_sigma", True) is not False)
-    names = dict(length="L", hidden_size="hidden_size", n_blocks="depth", shared_embedding="shared_embedding")
-    for key, value in (*((f"model.{key}", said.get(key)) for key in names), ("tokens", file.config.get("tokens"))):
-        size = found[names.get(key.removeprefix("model."), "V")]
-        if value not in (None, size):
-            file.refuse(f"says {key} {str(value)[:40]} in its config.json, while its tensors are of {size}")
+    names = dict(L="length", hidden_size="hidden_size", depth="n_blocks", num_heads="n_heads")
+    names["shared_embedding"] = "shared_embedding"
+    told = {ours: said.get(theirs) for ours, theirs in names.items()} | dict(V=file.config.get("tokens"))
+    different = differences(told, {key: found[key] for key, value in told.items() if value is not None})
+    if different:
+        file.refuse(f"has a config.json that its tensors contradict: {different}")
     return found
-
-
-def heads_of(file: File, said: dict, depth: int, hidden_size: int, pairs: int | None = None) -> int:
-    """The number of heads: by the rotary frequencies, one per pair of a head's channels; the config; a known size."""
-    heads = said.get("n_heads")
-    if pairs is not None:
-        by_shape = hidden_size // (2 * pairs) if pairs else 0
-        if 2 * pairs * by_shape != hidden_size:
-            file.refuse(f"is not a prior over codes: {FREQUENCIES} of {pairs} values does not fit width {hidden_size}")
-        if heads not in (None, by_shape):
-            file.refuse(f"says {heads} heads in its config, while {FREQUENCIES} is of {by_shape}")
-        return by_shape
-    known = {(spec.hidden_size, spec.depth): spec.num_heads for spec in DLCPrior_models.values()}
-    heads = heads or known.get((hidden_size, depth))
-    if heads is None:
-        file.refuse(
-            f"does not tell its number of heads: it has neither {FREQUENCIES} nor a config.json with model.n_heads"
-        )
-    return heads

@@ -1,7 +1,6 @@
 """Tensors from untrusted files: no code in them is run, and they are given no more memory than they hold.
 
-    values, words = read_file(path)                                # of a file, or of the shards that an index names
-    weights = check_tensors(values, path)
+    weights = check_tensors(load_tensors(path), path)
 
 Every file of torch or safetensors that this program opens goes through here: weights of models, VAEs and encoders, the
 optimizer's state of a resumed run, codes in a `.pt`. Files are recognised by their first bytes, not by their names.
@@ -26,7 +25,7 @@ import safetensors.torch
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import Damaged, errno_of, failed, is_plain_name, is_pointer, read_json, reading
+from dlc.machine.files import Damaged, errno_of, failed, is_pointer, reading
 
 # Of a folder the first of these is read: weights whole before shards, full precision before half.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -58,12 +57,6 @@ PASSED_OVER = re.compile(
     r"_codecs encode|datetime (datetime|date|time|timedelta|timezone)|"
     r"omegaconf(\.\w+)* \w+|typing \w+|__builtin__ (list|dict|int|float|str|bool|object)"
 )
-WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")  # of DDP and of torch.compile
-
-
-def plain_name(name: object) -> str:
-    """A tensor's name without the wrappers of DDP and torch.compile."""
-    return WRAPPERS.sub("", str(name))
 
 
 def weights_in(files: Iterable[str]) -> str | None:
@@ -81,31 +74,11 @@ def weights_in(files: Iterable[str]) -> str | None:
 class PassedOver:
     """Stands where a file has an object that is no tensor and no plain value; takes anything and keeps nothing."""
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
     def __setstate__(self, state):
         pass
-
-
-def read_file(path: Path) -> tuple[dict, str]:
-    """What a file of weights, or an index of shards, holds; and words for shards and variants, or "".
-
-    Raises ValueError as `load_tensors` does, and for an index whose shards are not files beside it.
-    """
-    path, words = Path(path), ["fp16 variant"] if ".fp16." in Path(path).name else []
-    if not path.name.endswith(".json"):
-        return load_tensors(path), "".join(words)
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(map(is_plain_name, places.values())):
-        raise ValueError(f"{path} is no index of shards: its weight_map is not of names of files beside it")
-    values, shards = {}, sorted(set(places.values()))
-    for name in shards:
-        values |= load_tensors(path.with_name(name))
-    return values, ", ".join([f"{len(shards)} shards", *words])
 
 
 @contextlib.contextmanager
@@ -238,9 +211,14 @@ def check_tensors(tensors: dict, path: object, types: tuple[torch.dtype, ...] = 
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
             raise Damaged(f"{path} does not hold a dict of named tensors: {shown(name)} is {in_words(tensor)}")
-        if not storage_fault(tensor):
+        fault = storage_fault(tensor)
+        if tensor.dtype not in types:
+            fault = f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
+        if not fault and tensor.numel():
             page_in(tensor, path)
-        fault = tensor_fault(tensor, types)
+            # as float32, which all of them become: a float64 may hold what is infinite there
+            if not torch.stack(tensor.aminmax()).float().isfinite().all():
+                fault = "has values that are NaN or infinite"
         if fault:
             raise Damaged(f"{path}: tensor {shown(name)} {fault}")
     return tensors
@@ -250,8 +228,6 @@ def page_in(tensor: torch.Tensor, path: object) -> None:
     """Have the system read a mapped tensor's pages, a byte of each into a pipe. Raises OSError where the disk fails or
     the file was cut: to touch such a page from here would end this process."""
     size = tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
-    if not tensor.numel():
-        return
     memory, (out, into) = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())), os.pipe()
     try:
         for start in range(0, size, 1000 * PAGE):  # a call takes 1,024 pieces
@@ -266,19 +242,8 @@ def page_in(tensor: torch.Tensor, path: object) -> None:
         os.close(out), os.close(into)
 
 
-def tensor_fault(tensor: torch.Tensor, types: tuple[torch.dtype, ...] = FLOATS) -> str | None:
-    """Why a tensor cannot be a weight, in words, or None."""
-    if tensor.dtype not in types:
-        return f"is of type {tensor.dtype}, wanted floating point of 16, 32 or 64 bits"
-    fault = storage_fault(tensor)
-    # as float32, which all of them become: a float64 may hold what is infinite there
-    if not fault and tensor.numel() and not torch.stack(tensor.aminmax()).float().isfinite().all():
-        fault = "has values that are NaN or infinite"
-    return fault
-
-
 def storage_fault(tensor: torch.Tensor) -> str | None:
-    """Why a tensor does not have as many values in memory as its shape says, in words, or None."""
+    """Why a tensor has fewer values in memory than its shape says, in words, or None."""
     if tensor.layout != torch.strided:
         return f"is {str(tensor.layout).removeprefix('torch.')}, wanted dense"
     if tensor.device.type != "cpu":
@@ -296,15 +261,13 @@ def differences_from(wanted: dict, weights: dict) -> str:
         if weights[name].shape != wanted[name].shape
     ]
     for what, items in (
-        ("lacks", map(shown, sorted(wanted.keys() - weights.keys()))),
-        ("has unknown", map(shown, sorted(weights.keys() - wanted.keys()))),
+        ("lacks", [*map(shown, sorted(wanted.keys() - weights.keys()))]),
+        ("has unknown", [*map(shown, sorted(weights.keys() - wanted.keys()))]),
         ("has other shapes:", misshapen),
     ):
-        items = list(items)
         if items:
-            return one_line(
-                f"{what} {', '.join(items[:2])}{f' and {len(items) - 2} more' if len(items) > 2 else ''}", 170
-            )
+            more = f" and {len(items) - 2} more" if len(items) > 2 else ""
+            return one_line(f"{what} {', '.join(items[:2])}{more}", 170)
     return ""
 
 

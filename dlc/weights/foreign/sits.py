@@ -43,10 +43,7 @@ def recognised(file: File, tensors: dict) -> str | None:
 def as_flow(file: File, tensors: dict, whose: str | None) -> str:
     """Change tensors under our names, in place, to those of a model of our process, which is noted in the file.
 
-    Args:
-        whose: as by `recognised`; where that does not tell, a model of twice the latents' channels is SiT's.
-
-    Returns words for it. Raises ValueError where the tensors are no such model's.
+    whose: as by `recognised`; where that does not tell, a model of twice the latents' channels is SiT's. Returns words.
     """
     _, channels, *patch = file.shape(tensors, "x_embedder.proj.weight", 4)
     outputs = {file.shape(tensors, f"{LAST}.{kind}", ndim)[0] for kind, ndim in (("weight", 2), ("bias", 1))}

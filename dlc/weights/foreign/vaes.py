@@ -5,12 +5,10 @@ not used: it takes tensors of any type, and asks the hub for the config of a sin
 """
 
 import re
-from pathlib import Path
 
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import read_json
 from dlc.machine.records import check_values, list_of, or_null, real_number
 from dlc.nets.vae import pixels_per_cell
 from dlc.weights.foreign.layouts import File
@@ -37,24 +35,25 @@ WHOLE_MODELS = {
 }
 
 
-#################################################################################
-#                                    Configs                                    #
-#################################################################################
+def config_of(file: File, tensors: dict) -> dict:
+    """What to build for tensors, {"family", "arguments"}, by the config.json beside them or their shapes.
 
-
-def checked_config(path: Path, said: object) -> dict:
-    """What a VAE's config.json says to build, {"family", "arguments"}.
-
-    Args:
-        path, said: of the config.json, and the VAE, for errors.
-
-    Raises ValueError for a class that is not read, and for values that no VAE has.
+    Raises ValueError for a class that is not read, for values that no VAE has, and where nothing says one scale of the
+    latents of an RGB image.
     """
-    config = read_json(path)
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in CLASSES or not WIDTHS & config.keys():
-        raise ValueError(f"{said}: its config.json is that of no {' or '.join(CLASSES)}")
-    check_scale(path, said, config)
+    path, config, whose, name = file.path, file.config, "", file.config.get("_class_name", "AutoencoderKL")
+    if WIDTHS & config.keys() or "_class_name" in config:
+        path = path.with_name("config.json")
+        if name not in CLASSES or not WIDTHS & config.keys():
+            file.refuse(f"has the config.json of no {' or '.join(CLASSES)}")
+    else:
+        config = config_of_shapes(file, tensors)
+        scale, whose = scale_of(file, config)
+        config |= scale
+    check_values(path, config, READ)
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, 3) != 3:
+            file.refuse(f"has {shown(config[key])} {key.replace('_', ' ')}, wanted 3")
     # keys with a leading underscore say where the file came from; null is the default
     config = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
     for key, value in config.items():
@@ -62,51 +61,25 @@ def checked_config(path: Path, said: object) -> dict:
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) > most or any(type(one) is int and one > most for one in numbers):
             raise ValueError(f"{path}: {key} is {one_line(value, 60)}, wanted at most {most}")
-    return dict(family=name, arguments=config)
-
-
-def check_scale(path: Path, said: object, config: dict) -> None:
-    """Raise ValueError where a config does not say one scale of the latents of an RGB image."""
-    check_values(path, config, READ)
-    for key in ("in_channels", "out_channels"):
-        if config.get(key, 3) != 3:
-            raise ValueError(f"{said} has {shown(config[key])} {key.replace('_', ' ')}, wanted 3")
-    given = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
+    channels, given = (
+        config.get("latent_channels", 4),
+        [key for key in ("latents_mean", "latents_std") if key in config],
+    )
     for key in given:
-        if len(config[key]) != config.get("latent_channels", 4):
+        if len(config[key]) != channels:
             raise ValueError(f"{path}: {key} has {len(config[key])} numbers, wanted one per latent channel")
     if len(given) == 1:
         raise ValueError(f"{path} has {given[0]} alone, wanted latents_mean and latents_std")
     if given and config.get("shift_factor"):
         raise ValueError(f"{path} has both latents_mean and shift_factor, which say the same in two ways")
-
-
-#################################################################################
-#                                 What to build                                 #
-#################################################################################
-
-
-def config_of(file: File, tensors: dict) -> dict:
-    """What to build for tensors, {"family", "arguments"}, by the config.json beside them or their shapes.
-
-    Raises ValueError where neither says the scale of the latents.
-    """
-    if WIDTHS & file.config.keys() or "_class_name" in file.config:
-        config, whose = checked_config(file.path.with_name("config.json"), file.named), ""
-    else:
-        arguments = config_of_shapes(file, tensors)
-        scale, whose = scale_of(file, arguments)
-        check_scale(file.path, file.named, arguments | scale)
-        config = dict(family="AutoencoderKL", arguments=arguments | scale)
-    values = config["arguments"]
     file.words += [
-        f"{config['family']} of {values.get('latent_channels', 4)} channels",
-        f"{pixels_per_cell(values)} pixels per latent cell",
-        f"scaling factor {values.get('scaling_factor', 0.18215)}{whose and f' ({whose})'}",
-        values.get("shift_factor") and f"shift {values['shift_factor']}",
-        values.get("latents_mean") is not None and "mean and standard deviation per channel",
+        f"{name} of {channels} channels",
+        f"{pixels_per_cell(config)} pixels per latent cell",
+        f"scaling factor {config.get('scaling_factor', 0.18215)}{whose and f' ({whose})'}",
+        config.get("shift_factor") and f"shift {config['shift_factor']}",
+        "mean and standard deviation per channel" if given else "",
     ]
-    return config
+    return dict(family=name, arguments=config)
 
 
 def config_of_shapes(file: File, tensors: dict) -> dict:
@@ -169,11 +142,6 @@ def build(config: dict, tensors: dict, said: str) -> torch.nn.Module:
     except Exception as error:  # such as channels that are no multiple of the groups
         raise ValueError(f"{said}: diffusers cannot build it from its config ({one_line(error, 100)})") from None
     return fill(vae, tensors, said)
-
-
-#################################################################################
-#                                     Names                                     #
-#################################################################################
 
 
 def from_diffusers(file: File, tensors: dict) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -63,24 +64,17 @@ class DLCDiTPipeline(DiffusionPipeline):
                 conditional, null = eps.chunk(2)
                 eps = null + guidance_scale * (conditional - null)
             x = self.scheduler.step(eps, t, x).prev_sample
-        images = x if output_type == "latent" else self.decoded(x, output_type)
+        images = x if output_type == "latent" else self.decoded(x)
+        images = VaeImageProcessor().postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def decoded(self, x: torch.Tensor, output_type: str) -> object:
-        """Latents to images."""
+    def decoded(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents to images, about in [-1, 1]."""
         config = self.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        x = x / config.scaling_factor
-        if mean and std:
-            x = x * torch.tensor(std).to(x)[:, None, None] + torch.tensor(mean).to(x)[:, None, None]
-        else:
-            x = x + (config.get("shift_factor") or 0.0)
-        images = (self.vae.decode(x.to(self.vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        shift = config.get("latents_mean") or config.get("shift_factor") or 0.0
+        shift, scale = (torch.tensor(one).to(x).view(-1, 1, 1) for one in (shift, config.get("latents_std") or 1.0))
+        return self.vae.decode((x / config.scaling_factor * scale + shift).to(self.vae.dtype)).sample
 
     def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
         """As of DiffusionPipeline, with this file, which model_index.json names."""

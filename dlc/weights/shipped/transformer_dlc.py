@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 
 
 def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -19,79 +20,28 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Ten
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, T, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def modulation(width: int, vectors: int) -> nn.Module:
+    """From the condition to the vectors that shift, scale and gate tokens."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, vectors * width))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    """Attention, then an MLP."""
+
+    def __init__(self, width: int, heads: int, inner: int):
         super().__init__()
-        self.attn, self.mlp = Attention(width, heads), Mlp(width, round(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.heads = heads
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width)))
+        self.adaLN_modulation = modulation(width, 6)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(norm(x, scale1, shift1))
-        return x + gate2[:, None] * self.mlp(norm(x, scale2, shift2))
-
-
-class Patches(nn.Module):
-    def __init__(self, channels: int, patch: int, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
-
-
-class Time(nn.Module):
-    """Cosines and sines of the time at 128 frequencies from 1 down to almost 1/10000, then two linear layers."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        steps = torch.arange(128, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(-math.log(10000) / 128 * steps)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
-
-
-class Codes(nn.Module):
-    """The mean over positions of the rows that a code's tokens name in a table (L, V+1, D); row V is the null token."""
-
-    def __init__(self, L: int, V: int, width: int):
-        super().__init__()
-        self.embedding_table = nn.Parameter(torch.zeros(L, V + 1, width))
-
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        return self.embedding_table[torch.arange(y.shape[1], device=y.device), y].mean(dim=1)  # (N, D)
-
-
-class Final(nn.Module):
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(norm(x, scale, shift))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
+        qkv = self.attn["qkv"](norm(x, scale1, shift1)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D/heads)
+        x = x + gate1[:, None] * self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        inner = F.gelu(self.mlp["fc1"](norm(x, scale2, shift2)), approximate="tanh")
+        return x + gate2[:, None] * self.mlp["fc2"](inner)
 
 
 class DLCDiTTransformer(ModelMixin, ConfigMixin):
@@ -112,20 +62,27 @@ class DLCDiTTransformer(ModelMixin, ConfigMixin):
         V: int = 256,
     ):
         super().__init__()
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.x_embedder = Patches(in_channels, patch_size, hidden_size)
-        self.t_embedder = Time(hidden_size)
-        self.sem_embedder = Codes(L, V, hidden_size)
-        self.register_buffer("pos_embed", torch.zeros(1, (input_size // patch_size) ** 2, hidden_size))
-        self.blocks = nn.ModuleList([Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
-        self.final_layer = Final(hidden_size, patch_size**2 * self.out_channels)
+        self.out_channels, width = in_channels * (2 if learn_sigma else 1), hidden_size
+        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(in_channels, width, patch_size, stride=patch_size)))
+        self.t_embedder = nn.ModuleDict(
+            dict(mlp=nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width)))
+        )
+        self.sem_embedder = nn.ParameterDict(dict(embedding_table=torch.zeros(L, V + 1, width)))  # row V: null
+        self.register_buffer("pos_embed", torch.zeros(1, (input_size // patch_size) ** 2, width))
+        self.blocks = nn.ModuleList([Block(width, num_heads, round(width * mlp_ratio)) for _ in range(depth)])
+        linear = nn.Linear(width, patch_size**2 * self.out_channels)
+        self.final_layer = nn.ModuleDict(dict(linear=linear, adaLN_modulation=modulation(width, 2)))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        c = self.t_embedder(t) + self.sem_embedder(y)
-        x = self.x_embedder(x) + self.pos_embed
+        times = get_timestep_embedding(t.float(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        rows = self.sem_embedder["embedding_table"][torch.arange(y.shape[1], device=y.device), y]  # (N, L, D)
+        c = self.t_embedder["mlp"](times.to(self.dtype)) + rows.mean(dim=1)  # (N, D)
+        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
             x = block(x, c)
-        x, patch, side = self.final_layer(x, c), self.config.patch_size, math.isqrt(x.shape[1])
+        shift, scale = self.final_layer["adaLN_modulation"](c).chunk(2, dim=1)
+        x, patch = self.final_layer["linear"](norm(x, scale, shift)), self.config.patch_size
+        side = math.isqrt(x.shape[1])
         x = x.view(len(x), side, side, patch, patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), self.out_channels, side * patch, side * patch)
 
