@@ -22,15 +22,15 @@ import torch
 from PIL import Image
 
 from dlc.data import Features, code_dtype, read_manifest
-from dlc.data.codes import CodeSpec, compare
+from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import SOURCES, WHITE, add_background_flag, center_crop, is_transparent, load_image
-from dlc.machine.cli import SEED, ArgumentParser, number
+from dlc.machine.cli import SEED, ArgumentParser, excludes, number
 from dlc.machine.exact import in_batches
 from dlc.machine.files import check_output, reading_whole, write_new
 from dlc.machine.noise import Stream, random_words
-from dlc.nets.digest import weights_sha256
 from dlc.nets.encoder import SEMEncoder
 from dlc.weights.networks import DEFAULT_ENCODER, add_encoder_flags, open_encoder
+from evaluation.tokens import codes_of
 
 
 def choose(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -64,44 +64,22 @@ def compose(sources: torch.Tensor, weights: torch.Tensor, num: int, seed: int) -
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add(
-        "images",
-        nargs="*",
-        help="compose codes of these image files, two or more, also in an archive: images.zip/cat/0.png",
-    )
-    add(
-        "--features-path",
-        "--feature-path",
-        help="read --rows or the name of the encoder from these features [features]",
-    )
-    add(
-        "--rows",
-        type=number(int, 0),
-        nargs="+",
-        help="take these rows of the features, counted from 0, instead of images",
-    )
+    add("images", nargs="*", help="compose codes of these images, two or more, also inside archives: images.zip/0.png")
+    add("--features-path", "--feature-path", help="read --rows or the encoder's name from these features [features]")
+    add("--rows", type=number(int, 0), nargs="+", help="take these rows of the features, from 0, instead of images")
     add_background_flag(add, None)
     add_encoder_flags(add, None, f" [that of the features, or {DEFAULT_ENCODER}]")
     add(
         "--mode",
         choices=["tokens", "sem"],
         default="tokens",
-        help="take the sources' tokens, or, for images, draw from their SEM distributions [%(default)s]",
+        help="take the sources' tokens, or, for images, draw from their SEM distributions",
     )
-    add(
-        "--weights",
-        type=number(float, 0),
-        nargs="+",
-        help="take tokens from the sources with these relative frequencies [equal]",
-    )
-    add(
-        "--temp",
-        type=number(float, 1e-6),
-        help="with --mode sem: set the temperature of the distributions [the encoder's]",
-    )
-    add("--num", type=number(int, 1), default=16, help="compose this many codes [%(default)s]")
-    add("--global-seed", type=SEED, default=0, help="seed all draws [%(default)s]")
-    add("--out", default="composed.npy", help="write the codes (num, L) to this .npy [%(default)s]")
+    add("--weights", type=number(float, 0), nargs="+", help="choose sources with these relative frequencies [equal]")
+    add("--temp", type=number(float, 1e-6), help="with --mode sem: set the distributions' temperature [the encoder's]")
+    add("--num", type=number(int, 1), default=16, help="compose this many codes")
+    add("--global-seed", type=SEED, default=0, help="seed all draws")
+    add("--out", default="composed.npy", help="write the codes (num, L) to this .npy")
     return parser, parser.parse_args()
 
 
@@ -116,9 +94,7 @@ def check_sources(args: argparse.Namespace) -> None:
         raise ValueError(f"--weights: give one for each of the {len(names)} sources, not all 0")
     if args.mode == "sem" and args.rows:
         raise ValueError("--mode sem needs images: features hold codes, not SEM distributions")
-    for flag in ("encoder", "encoder_backbone", "L", "background"):
-        if getattr(args, flag) is not None and args.rows:
-            raise ValueError(f"--{flag.replace('_', '-')} is for images, and --rows are codes: leave it out")
+    excludes(args, "rows", "encoder", "encoder_backbone", "L", "background")
     if args.temp and args.mode != "sem":
         raise ValueError("--temp applies to --mode sem only")
     for name in args.images:
@@ -145,10 +121,9 @@ def read_logits(encoder: SEMEncoder, paths: Sequence[str], background: tuple[int
     pixels = torch.from_numpy(np.stack(views)).to(next(encoder.parameters()).device)
     # in batches of 1, so that an image's code does not depend on the other sources
     logits = in_batches(encoder.encode_pixels, pixels, 1).cpu()
-    finite = logits.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        name = paths[int(finite.int().argmin())]
-        raise ValueError(f"the encoder's logits of {name} are not finite numbers: try another --encoder")
+    for path, one in zip(paths, logits):
+        if not one.isfinite().all():
+            raise ValueError(f"the encoder's logits of {path} are not finite numbers: try another --encoder")
     return logits
 
 
@@ -165,8 +140,7 @@ def read_images(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     print(f"encoder {args.encoder}{f', of {features}' if is_theirs else ''}: {encoder.said}")
     if is_theirs or args.features_path:
         theirs = CodeSpec(owner=f"features {features}", L=made.L, V=made.V, encoder_sha256=made.encoder_sha256)
-        owner, digest = f"the encoder {args.encoder}", weights_sha256(encoder)
-        compare(theirs, CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=digest))
+        compare(theirs, codes_of(encoder, f"the encoder {args.encoder}"))
     logits = read_logits(encoder, args.images, args.background or (made and made.background) or WHITE)
     if args.mode == "tokens":
         return logits.argmax(dim=2), encoder.V
@@ -175,14 +149,12 @@ def read_images(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
 
 def read_rows(args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     """The rows' codes (K, L), and V."""
-    features = Features(args.features_path, V=args.V)
-    if features.codes is None:
-        raise ValueError(f"features {args.features_path} hold no codes")
-    if features.V is None:
-        raise ValueError(f"features {args.features_path} do not say V, the tokens per position: give --V")
-    if max(args.rows) >= features.count:
-        raise ValueError(f"--rows {max(args.rows)}: features {args.features_path} have rows 0 to {features.count - 1}")
-    return torch.from_numpy(features.codes.gather(args.rows).astype(np.int64)), features.V
+    codes = CodeSet.of_features(Features(args.features_path, V=args.V))
+    if codes.V is None:
+        raise ValueError(f"features {codes.owner} do not say V, the tokens per position: give --V")
+    if max(args.rows) >= len(codes):
+        raise ValueError(f"--rows {max(args.rows)}: features {codes.owner} have rows 0 to {len(codes) - 1}")
+    return torch.from_numpy(codes.gather(args.rows)), codes.V
 
 
 def main() -> None:

@@ -11,12 +11,9 @@ sample_ddp_computed_dlc.py. It listens on this machine alone, takes no path from
 
 import argparse
 import os
-import queue
 import shlex
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,14 +28,13 @@ from dlc.data.images import WHITE, image_grid, save_png
 from dlc.machine.cli import ArgumentParser, number, one_line
 from dlc.machine.processes import set_numerics, start_processes
 from dlc.sampling.code_folder import open_codes
-from dlc.sampling.command import Job, draw_batch
 from dlc.sampling.conditions import ComputedCodes, compare_with_model
-from dlc.sampling.decoder import Decoder
-from dlc.sampling.guide import settle_guidance
-from dlc.sampling.opening import guided_channels, open_model, open_sampler, open_vae
+from dlc.sampling.latents import guidance, sampling_steps
+from dlc.sampling.opening import open_model, open_sampler, open_vae
+from dlc.sampling.pictures import Decoder
 from dlc.sampling.prior_draw import PriorDraw
 from dlc.sampling.prior_options import Given, PriorOptions
-from dlc.sampling.sampling_flags import sampling_parser
+from dlc.sampling.sampling_flags import sampling_parser, settle_guidance
 from dlc.weights.load import process_of
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags
 from evaluation.tokens import CodeReader, codes_of, encoder_of
@@ -77,9 +73,8 @@ class Studio:
     """What the page draws with. Raises ValueError for networks that do not belong together."""
 
     def __init__(self, args: argparse.Namespace):
-        self.parser = sampling_parser("", ComputedCodes.script, "")
+        self.parser, self.state = sampling_parser("", ComputedCodes.script, ""), start_processes()
         self.parser.error = refuse
-        self.state = start_processes()
         flags = [*(["--vae", args.vae] if args.vae else []), *["--no-ema"] * (not args.ema)]
         drawn = self.parser.parse_args(["--ckpt", args.ckpt, *flags])
         path, self.model, self.meta = open_model(drawn, ComputedCodes.script, "")
@@ -98,16 +93,15 @@ class Studio:
             compare_with_model(self.prior.to(self.state.device).spec, self.model, self.meta)
         set_numerics(drawn.tf32)
         self.model.to(self.state.device)
-        self.decoder = Decoder(self.vae, Path())
+        self.decoder = Decoder(self.vae)
         self.kept = tempfile.TemporaryDirectory(prefix="dlc-playground-")  # until the program ends
 
-    def code_of(self, image: str | None, row: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def code_of(self, image: str | None, row: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The code (L,) of an image file, with its distributions (L, V), or of a row of the features, without."""
         if image is None:
-            count = len(self.rows or ())
-            if not 0 <= row < count:
-                raise ValueError(f"row {row}: the features have rows 0 to {count - 1}")
-            return torch.from_numpy(self.rows.gather(np.array([row]), self.encoder.V))[0], None
+            if not row.isdecimal() or int(row) >= len(self.rows or ()):
+                raise ValueError(f"row {row}: the features have rows 0 to {len(self.rows or ()) - 1}")
+            return torch.from_numpy(self.rows.gather(np.array([int(row)]), self.encoder.V))[0], None
         made = self.rows and self.rows.features and self.rows.features.manifest
         logits = read_logits(self.encoder, [image], (made and made.background) or WHITE)[0]
         return logits.argmax(dim=1), torch.softmax(logits / self.encoder.temperature, dim=1)
@@ -120,9 +114,9 @@ class Studio:
             do: "mix": tokens of the sources by their shares, as compose_dlc.py; "vary": `keep` tokens of the first
                 source, the others drawn around them by the prior or, without one, from the image's own distributions;
                 "new": all drawn by the prior.
-            sources: an image file or None, and a row or None, of each.
+            sources: an image file or None, and what the field of a row says, of each.
         """
-        there = [i for i, source in enumerate(sources) if source != (None, None)]
+        there = [i for i, source in enumerate(sources) if any(source)]
         if do != "new" and len(there) < (2 if do == "mix" else 1):
             raise ValueError("upload images, or name rows: two or more to mix, one to vary")
         read = [self.code_of(*sources[i]) for i in there if do != "new"]
@@ -132,13 +126,12 @@ class Studio:
                 raise ValueError("all sources have the share 0: raise one")
             codes, taken = compose(torch.stack([code for code, _ in read]), weights, num, seed)
             return codes, torch.tensor(there)[taken]
-        given, kept = None, torch.zeros(num, self.encoder.L, dtype=torch.bool)
+        given, taken = None, torch.full((num, self.encoder.L), DRAWN)
         if do == "vary":  # as sample_prior.py --given keeps tokens
-            code, distributions = read[0]
-            file = Path(self.kept.name) / "given.npy"
+            (code, distributions), file = read[0], Path(self.kept.name) / "given.npy"
             np.save(file, code[None].numpy())
             given = Given(PriorOptions(given=str(file), keep_tokens=keep), len(code), self.encoder.V, seed)
-            kept = given(torch.arange(num)) < self.encoder.V
+            taken[given(torch.arange(num)) < self.encoder.V] = there[0]
         if self.prior:
             self.prior.seed, self.prior.given = seed, given
             codes = torch.from_numpy(self.prior.draw(np.arange(num)))
@@ -147,40 +140,44 @@ class Studio:
         elif distributions is None:
             raise ValueError("a row of features can be varied by a prior alone: upload the image, or name a --prior")
         else:
-            codes = torch.where(kept, code, compose(distributions[None], torch.ones(1), num, seed)[0])
-        return codes, torch.where(kept, DRAWN if given is None else there[0], DRAWN)
+            drawn, _ = compose(distributions[None], torch.ones(1), num, seed)
+            codes = torch.where(taken == DRAWN, drawn, code)
+        return codes, taken
 
-    def words(self, num: int, sampler: str, steps: int, cfg_scale: float, seed: int) -> list[str]:
-        """The command line that draws the codes in codes.npy, behind the script's name."""
-        drawn = dict(sampler=sampler, num_sampling_steps=int(steps), cfg_scale=cfg_scale, global_seed=int(seed))
-        flags = [word for name, value in drawn.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        codes = ["--dlc-dir", "codes.npy", "--dlc-order", "sequential", "--num-fid-samples", str(num)]
-        return [*self.named, *codes, *flags]
-
-    def draw(self, codes: torch.Tensor, words: list[str], show: Callable) -> np.ndarray:
-        """The images (N, S, S, 3) uint8 for codes (N, L) that the script draws by this command line.
-
-        show: called at each step, in some with images of what the model sees.
-        """
+    def draw(self, codes: torch.Tensor, words: list[str]) -> Iterator[np.ndarray]:
+        """The images (N, S, S, 3) uint8 that the model sees in some steps, and in the end those for codes (N, L) that
+        the script draws by this command line."""
         args = self.parser.parse_args(words)
         settle_guidance(args)
         sampler = open_sampler(args, self.model, self.meta)
-        args.cfg_channels = guided_channels(args.cfg_channels, self.model)
-        shown = set(np.linspace(0, sampler.num_steps - 1, SHOWN + 1)[:-1].round().astype(int).tolist())
-        job = Job(self.state, self.model, sampler, lambda indices: codes[indices], self.vae, args, None, None, [])
-        job.null = self.model.null_condition(1).cpu()
+        shown = np.linspace(0, sampler.num_steps - 1, SHOWN + 1).round().astype(int).tolist()
+        y, indices = (one.to(self.state.device) for one in (codes, torch.arange(len(codes))))
+        steps = sampling_steps(self.model, sampler, y=y, seed=args.global_seed, indices=indices, **guidance(args))
+        for step, (x, x_start) in enumerate(steps):
+            if step in shown:
+                yield self.decoder.images(x_start if step < shown[-1] else x)
 
-        def on_step(step, x, x_start):
-            show(self.decoder.images(x_start) if step in shown else None)
-
-        return self.decoder.images(draw_batch(job, np.arange(len(codes)), [self.model.denoise], on_step))
-
-    def answer(self, do: str, sources: list, shares: list[float], keep: int, num: int, *settings) -> Iterator[dict]:
+    def answer(
+        self,
+        do: str,
+        sources: list,
+        shares: list,
+        num: int,
+        keep: int,
+        sampler: str,
+        steps: int,
+        scale: float,
+        seed: int,
+    ) -> Iterator[dict]:
         """What the page shows of a request, as it goes: `images`, and in the end all of it."""
-        codes, taken = self.codes(do, sources, shares, keep, num, settings[-1])
-        words, strip = self.words(num, *settings), np.array([*COLOURS.values()], np.uint8)[taken.numpy()]
+        num, keep, steps, seed = map(int, (num, keep, steps, seed))
+        codes, taken = self.codes(do, sources, shares, keep, num, seed)
+        words = [*self.named, "--dlc-dir", "codes.npy", "--dlc-order", "sequential", "--num-fid-samples", str(num)]
+        words += ["--sampler", sampler, "--num-sampling-steps", str(steps)]
+        words += ["--cfg-scale", str(scale), "--global-seed", str(seed)]
+        strip = np.array([*COLOURS.values()], np.uint8)[taken.numpy()]
         strip = strip.repeat(max(1, 512 // strip.shape[1]), axis=1).repeat(12, axis=0)
-        for images in as_it_goes(partial(self.draw, codes, words)):
+        for images in self.draw(codes, words):
             yield dict(images=[(image, "") for image in images], strip=strip)
         back = (self.read(torch.from_numpy(images))["codes"] == codes).float().mean(dim=1).tolist()
         folder = Path(tempfile.mkdtemp(dir=self.kept.name))
@@ -200,34 +197,6 @@ class Studio:
 def refuse(message: object) -> None:
     """In the place of a parser's `error`, which ends the program."""
     raise ValueError(message)
-
-
-def row_of(text: str) -> int | None:
-    """The row that a field of the page names; None where it is empty, which a field for numbers cannot be."""
-    if text.strip() and not text.strip().isdecimal():
-        raise ValueError(f"row {text}: wanted a whole number")
-    return int(text) if text.strip() else None
-
-
-def as_it_goes(work: Callable[[Callable], np.ndarray]) -> Iterator[np.ndarray]:
-    """What work(show) shows while it works, None apart, and in the end what it returns. Its errors are raised here."""
-    items, left = queue.Queue(), threading.Event()
-
-    def show(item):
-        if left.is_set():  # nobody looks any more
-            raise InterruptedError
-        if item is not None:
-            items.put(item)
-
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(work, show)
-        result.add_done_callback(lambda _: items.put(None))
-        try:
-            while (item := items.get()) is not None:
-                yield item
-        finally:
-            left.set()
-    yield result.result()
 
 
 #################################################################################
@@ -283,10 +252,9 @@ def build_page(studio: Studio) -> "gradio.Blocks":
 
         def handler(do, *values):
             files, numbers, shares = (values[i * SOURCES : (i + 1) * SOURCES] for i in range(3))
-            num, keep, *settings = values[3 * SOURCES :]
+            sources = [(file, text.strip()) for file, text in zip(files, numbers)]
             try:
-                sources = [(file, None if file else row_of(text)) for file, text in zip(files, numbers)]
-                for shown in studio.answer(do, sources, [*shares], int(keep), int(num), *settings):
+                for shown in studio.answer(do, sources, [*shares], *values[3 * SOURCES :]):
                     yield [shown.get(name, gr.skip()) for name in outputs]
             except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                 raise gr.Error(one_line(error) or "the memory is full", print_exception=False) from None

@@ -20,23 +20,15 @@ from dlc.data.codes import CodeSet, compare
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.files import check_apart
 from dlc.machine.part import add_part_flag, asked_part
-from dlc.machine.processes import (
-    PRECISIONS,
-    add_speed_flags,
-    agree,
-    create_logger,
-    done_by_rank_0,
-    start_processes,
-    wait_for_all,
-)
+from dlc.machine.processes import PRECISIONS, add_speed_flags, agree, create_logger, done_by_rank_0, start_processes
 from dlc.sampling.code_folder import SHARD, CodeFolder, CodesRecord
 from dlc.sampling.prior_draw import BATCH, PriorDraw, draw_into, newest_prior
-from dlc.sampling.prior_options import PriorOptions, add_prior_flags
+from dlc.sampling.prior_options import PriorOptions, prior_flags
 from dlc.sampling.samples_record import this_launch
 from dlc.sampling.usage import usage, usage_lines
 from dlc.training.split import Split, copies_of, split_codes
 
-RESULTS = "results_prior"  # the default of --results-dir
+RESULTS, KEPT = "results_prior", "what is drawn is kept"  # the default of --results-dir; and after an error
 
 
 def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
@@ -49,29 +41,21 @@ def parse_args() -> tuple[ArgumentParser, argparse.Namespace]:
     )
     add("--results-dir", default=RESULTS, help="look for the prior here")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
-    add_prior_flags(parser.add_argument_group("codes").add_argument)
+    add = parser.add_argument_group("codes").add_argument
+    for flag, argument in prior_flags().items():
+        add(*flag.split(), **argument)
     add = parser.add_argument_group("run").add_argument
     # torchrun takes --num for the start of its own --numa-binding and gives up; it has no such trouble with --num-codes
     add("--num-codes", "--num", dest="num", type=number(int, 1), default=50000, help="draw this many codes")
     add("--out", default="prior_codes", help="write the codes into this folder")
     add_part_flag(add, "shards of codes")
     add(
-        "--batch-size",
-        type=number(int, 1, SHARD),
-        default=BATCH,
-        help="draw this many codes at once; rounding depends on it",
+        "--batch-size", type=number(int, 1, SHARD), default=BATCH, help="draw this many at once; rounding depends on it"
     )
-    add(
-        "--features-path",
-        "--feature-path",
-        help="compare with the codes of these features [those that the prior was trained on, if they are there]",
-    )
-    add(
-        "--usage",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="print at the end how the codes use their tokens [%(default)s]",
-    )
+    text = "compare with the codes of these features [those that the prior was trained on, if they are there]"
+    add("--features-path", "--feature-path", help=text)
+    switch = dict(action=argparse.BooleanOptionalAction, default=True)
+    add("--usage", **switch, help="print at the end how the codes use their tokens [%(default)s]")
     add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of the network")
     add_speed_flags(add)
     add("--global-seed", type=SEED, default=0, help="seed all draws")
@@ -96,18 +80,18 @@ def open_training_codes(args: argparse.Namespace, prior: PriorDraw) -> tuple[Spl
     return split, note
 
 
-def count_usage(folder: CodeFolder, num: int, V: int, split: Split | None) -> dict:
+def count_usage(folder: CodeFolder, V: int, split: Split | None) -> dict:
     """See `usage`, of a folder of codes and those that the prior was trained on."""
     training = heldout = None
     if split is not None:
         training = split.features.codes.gather(split.rows[:: copies_of(split.features)])
         heldout = split.other.codes.gather(split.heldout)
-    return usage(folder.rows(num).gather(np.arange(num)), V, training, heldout)
+    return usage(folder.rows().gather(np.arange(folder.num)), V, training, heldout)
 
 
 def main() -> None:
     parser, args = parse_args()
-    with parser.one_line_errors("what is drawn is kept", "--batch-size", ()):
+    with parser.one_line_errors(KEPT, "--batch-size"):
         run(parser, args)
 
 
@@ -116,13 +100,11 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------------- checks
     with parser.one_line_errors("nothing was drawn; what was there is kept"):
         options, part = PriorOptions.of(args), asked_part(args.part)
-        folder = CodeFolder(args.out, part)
+        folder = CodeFolder(args.out, args.num, part)
         if args.ckpt and args.results_dir != RESULTS:
             raise ValueError("--results-dir is where a prior is looked for, --ckpt names one: give one of them")
         if args.features_path and not args.usage:
             raise ValueError("--features-path names codes to compare the usage of tokens with: leave out --no-usage")
-        if Path(args.out).exists() and not Path(args.out).is_dir():
-            raise ValueError(f"--out {args.out} is a file: name a folder")
         check_apart(args.out, "--out", [args.ckpt, args.results_dir, args.features_path])
         state = start_processes(precisions=[args.precision])
         path = args.ckpt or done_by_rank_0(state, lambda: newest_prior(args.results_dir, args.ema))
@@ -131,30 +113,26 @@ def run(parser: ArgumentParser, args: argparse.Namespace) -> None:
         record = prior.record(args.num)
         agree("prior and codes", record)
         missing = done_by_rank_0(state, lambda: folder.open(record, this_launch(state, args.batch_size, part)))
-    logger = create_logger(state)
+    logger, told = create_logger(state), {name: one for name, one in record.options.items() if one is not None}
     step = "unknown" if record.step is None else f"{record.step:,}"
-    logger.info(
-        f"{record.model}, step {step}, {record.weights} weights of {record.checkpoint}: L={record.L}, V={record.V}"
-    )
-    logger.info(
-        f"{record.num:,} codes into {args.out}, {len(missing)} of {folder.shards(record.num)} shards to draw, "
+    for line in (
+        f"{record.model}, step {step}, {record.weights} weights of {record.checkpoint}: L={record.L}, V={record.V}",
+        f"{args.num:,} codes into {args.out}, {len(missing)} of {len(folder.shards)} shards to draw, "
         f"on {state.num_processes} x {state.device.type}; "
-        + ", ".join(f"{name} {one_line(value, 60)}" for name, value in record.options.items() if value is not None)
-    )
-    for line in (*part.said("codes"), *([f"note: {reason}"] if reason else [])):
+        + ", ".join(f"{name} {one_line(value, 60)}" for name, value in told.items()),
+        *part.said("codes"),
+        *([f"note: {reason}"] if reason else []),
+    ):
         logger.info(line)
 
     # ---------------------------------------------------------------------- codes
-    with parser.one_line_errors("what is drawn is kept", "--batch-size"):
-        draw_into(folder, missing, prior, args.num, state, args.batch_size, args.compile)
-        wait_for_all()
+    draw_into(folder, missing, prior, state, args.batch_size, args.compile)
 
     # ---------------------------------------------------------------------- what they are
     if state.is_main_process:
-        with parser.one_line_errors("what is drawn is kept", "--num-codes"):
+        with parser.one_line_errors(KEPT, "--num-codes"):
             # without a usage, what an earlier launch found stays
-            find = lambda: dict(usage=count_usage(folder, args.num, record.V, training)) if args.usage else {}  # noqa: E731
-            folder.finish(find)
+            folder.finish(lambda: dict(usage=count_usage(folder, record.V, training)) if args.usage else {})
             found = args.usage and not folder.left_over and CodesRecord.read(folder.record_path).usage
         for line in usage_lines(found, record.V) if found else ():
             logger.info(line)

@@ -103,7 +103,7 @@ def drawn(model: DiTSEM, device: torch.device, precision: str) -> torch.Tensor:
     with autocast(device, precision):
         return sample_latents(
             model, create_sampler("ddim", 10), y=torch.arange(N * L, device=device).view(N, L) % V, seed=0,
-            indices=torch.arange(N, device=device), latent_shape=(4, 16, 16), cfg_scale=1.5, t_max=500,
+            indices=torch.arange(N, device=device), cfg_scale=1.5, t_max=500,
         )  # fmt: skip
 
 

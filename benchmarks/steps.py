@@ -116,7 +116,7 @@ class Steps:
                 half = len(self.x) // 2
                 return [sample_latents(
                     model, create_sampler("ddpm", 2), y=self.y[:half], seed=0, indices=self.indices[:half],
-                    latent_shape=(4, 32, 32), cfg_scale=1.5,
+                    cfg_scale=1.5,
                 )]  # fmt: skip
 
 

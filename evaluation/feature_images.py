@@ -12,7 +12,7 @@ from dlc.data import Features
 from dlc.data.images import WHITE, Folder, open_source
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import same_vae
-from dlc.sampling.decoder import Decoder
+from dlc.sampling.pictures import Decoder
 from dlc.weights.networks import load_vae
 from evaluation.sets import FileImages
 from evaluation.similarity import psnr, ssim
@@ -95,7 +95,7 @@ class Reconstruction:
         read: CodeReader | None = None,
     ):
         self.device, self.networks, self.read = device, networks, read
-        self.encoder, self.decoder = PixelEncoder(vae, None, device, precision), Decoder(vae, None, precision)
+        self.encoder, self.decoder = PixelEncoder(vae, None, device, precision), Decoder(vae, precision=precision)
         self.outputs = dict(psnr=1, ssim=1, **(read.outputs if read else {}))
         for one in networks:
             self.outputs.update(

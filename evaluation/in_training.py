@@ -109,7 +109,7 @@ class SampleMetrics(Measurement):
             batch = {name: one.to(run.device) for name, one in gather(self.arrays, self.rows[part]).items()}
             y = self.inputs.of(batch)
             drawing = dict(y=y, seed=SEED, indices=self.places[part].to(run.device), on_step=run.go_on)
-            samples.append(sample_latents(ema, sampler, latent_shape=self.shape, **drawing).cpu())
+            samples.append(sample_latents(ema, sampler, **drawing).cpu())
             wanted += [batch["codes"].cpu()] if self.reader else []
             real += [] if self.reference else [batch["latents"][:, : self.shape[0]].cpu()]
         return samples, wanted, real

@@ -26,9 +26,8 @@ from diffusion.process_table import LATENT_SAMPLERS
 from dlc.machine.cli import SEED, ArgumentParser, number, one_line
 from dlc.machine.files import DirectoryLock, check_apart, check_output, read_json, write_bytes, write_json, write_whole
 from dlc.sampling.conditions import ClassLabels, ComputedCodes
-from dlc.sampling.guide import settle_guidance
 from dlc.sampling.opening import find_checkpoint
-from dlc.sampling.sampling_flags import STEPS, TIME, sampling_parser
+from dlc.sampling.sampling_flags import STEPS, TIME, sampling_parser, settle_guidance
 from dlc.weights.load import newest_in
 from dlc.weights.meta import read_meta
 from dlc.weights.power_ema import LENGTH, rebuild

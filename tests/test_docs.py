@@ -15,8 +15,8 @@ from tiny_networks import pixels
 from diffusion.process_table import PROCESSES, SAMPLER_OPTIONS
 from diffusion.schedules import named_betas
 from dlc.machine.cli import NotHere
-from dlc.sampling.command import FLAGS
-from dlc.sampling.prior_options import PriorOptions, flags_of
+from dlc.sampling.prior_options import PriorOptions
+from dlc.sampling.samples_record import SamplesRecord
 from evaluation.sweep import SEEDS
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
@@ -81,7 +81,8 @@ def test_flags_exist_have_help_and_are_read(monkeypatch):
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
-    read |= {f"prior_{flags_of(one)[0].replace('-', '_')}" for one in fields(PriorOptions)} | {*FLAGS}  # read in a loop
+    options_read = {f"{prefix}{one.name}" for one in fields(PriorOptions) for prefix in ("", "prior_")}
+    read |= options_read | {*SamplesRecord.keys()}  # in a loop
     read |= {*SAMPLER_OPTIONS, SEEDS} | {name for row in PROCESSES.values() for name in row.options}
     actions = [action for parser in parsers for action in parser._actions if action.dest not in ("help", "command")]
     unread = {action.dest for action in actions if not isinstance(action, NotHere)} - read

@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="write a contact sheet of the first images beside the .npz")
     args = parser.parse_args()
     with parser.one_line_errors():
-        lines, wrong = check_npz(args.path, args.grid, progress=True)
+        lines, wrong = check_npz(args.path, args.grid)
     print("\n".join(lines + [f"wrong: {line}" for line in wrong]))
     sys.exit(1 if wrong else 0)
 

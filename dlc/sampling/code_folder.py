@@ -45,27 +45,23 @@ def load_codes(path: Path, whole: bool = False) -> np.ndarray | StoredArray:
 def open_codes(source: str | Path) -> CodeSet:
     """The codes at source: a features directory, a folder of `.npy` or of `.pt` files, or one such file.
 
-    Raises ValueError where there are none, or where a prior has not drawn all of them yet.
+    Raises ValueError where there are none, or where a prior has not drawn all of them yet or drew others.
     """
-    return CodeSet.open(source, load_codes)
-
-
-def digest_of(rows: NpyRows) -> str:
-    """What codes.json says of all codes."""
-    digest = hashlib.sha256()
-    for start in range(0, len(rows), SHARD):
-        digest.update(rows.gather(np.arange(start, min(start + SHARD, len(rows)))).astype("<u2"))
-    return digest.hexdigest()
-
-
-def refuse_changed(source: str | Path, rows: NpyRows) -> None:
-    """Raise ValueError where the rows of a folder that a prior filled are not what was written there."""
-    drawn = DrawnSet.finished(source)
-    if drawn and drawn.codes_sha256 != digest_of(rows):
+    codes, drawn = CodeSet.open(source, load_codes), DrawnSet.finished(source)
+    if drawn and drawn.codes_sha256 != digest_of(codes.gather, np.arange(len(codes))):
         raise ValueError(
             f"the codes of {source} are not those that were drawn, by the digest in its codes.json: run the command "
             "that draws them again"
         )
+    return codes
+
+
+def digest_of(gather: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> str:
+    """A digest of the codes gather(rows) (n, L), some of which are read at once."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), SHARD):
+        digest.update(gather(rows[start : start + SHARD]).astype("<u2"))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +74,7 @@ class CodesRecord(DrawnSet):
     weights_sha256: str = key(TEXT)
     step: int | None = key(or_null(COUNT))  # null: a file of weights, which does not say
     weights: str = key(TEXT, decides=False)  # "ema", "raw", "as in the file"
-    # how codes are drawn from it
-    # of `PriorOptions`; what does not apply is null, and a digest stands for `given` (the rows in use) and `guide_ckpt`
+    # how codes are drawn from it: `PriorOptions`, with digests for `given` (the rows in use) and `guide_ckpt`
     options: dict = key(OBJECT)
     given: str | None = key(or_null(TEXT), decides=False)  # the codes that are kept in part
     guide: str | None = key(or_null(TEXT), None, decides=False)  # the weaker prior
@@ -93,7 +88,7 @@ class CodesRecord(DrawnSet):
 
 
 class CodeFolder(ResumableFolder):
-    """OUT/ for writing. Shard k holds the codes of samples k * SHARD to (k + 1) * SHARD - 1, whatever drew them.
+    """OUT/ for writing `num` codes. Shard k holds those of samples k * SHARD to (k + 1) * SHARD - 1.
 
     Args:
         part, block: what this launch draws of all, in blocks of this many shards.
@@ -102,53 +97,45 @@ class CodeFolder(ResumableFolder):
     record_type, record_name, holds, files = CodesRecord, "codes.json", "codes", ("*.npy", "*.pt")
     count, makes = "num", "shards"
 
-    def __init__(self, path: str | Path, part: Part = WHOLE, block: int = 1):
+    def __init__(self, path: str | Path, num: int, part: Part = WHOLE, block: int = 1):
         super().__init__(path, part)
-        self.block = block
+        self.num, self.block, self.shards = num, block, range(-(-num // SHARD))
 
     def shard_path(self, shard: int) -> Path:
         return self.path / f"{shard:06d}.npy"
 
-    @staticmethod
-    def shards(num: int) -> int:
-        """How many shards `num` codes have."""
-        return -(-num // SHARD)
+    def places(self, shard: int) -> np.ndarray:
+        """The indices of the samples in a shard."""
+        return np.arange(shard * SHARD, min((shard + 1) * SHARD, self.num))
 
-    @staticmethod
-    def places(shard: int, num: int) -> np.ndarray:
-        """The indices of the samples in a shard of `num` in all."""
-        return np.arange(shard * SHARD, min((shard + 1) * SHARD, num))
-
-    def rows(self, num: int) -> NpyRows:
-        """All `num` codes, once they are drawn."""
-        return NpyRows(self.path, [self.shard_path(shard).name for shard in range(self.shards(num))], 1)
-
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """The codes (n, L) of samples that are drawn."""
-        return np.stack([load_array(self.shard_path(i // SHARD))[i % SHARD] for i in indices.tolist()])
+    def rows(self) -> NpyRows:
+        """All codes; each shard is opened when it is needed."""
+        ends = [min((shard + 1) * SHARD, self.num) for shard in self.shards]
+        return NpyRows(self.path, [self.shard_path(shard).name for shard in self.shards], 1, ends=ends)
 
     def missing(self, record: CodesRecord, part: Part = WHOLE) -> list[int]:
-        """The shards that are not there with all rows that they have to have: the last one grows with num. All of them
-        where they are not the codes that were drawn.
-        """
+        """The shards that are not whole: the last one grows with num. All of them if they are not what was drawn."""
 
         def is_whole(shard):
             try:
                 array = load_array(self.shard_path(shard), whole=True)
             except ValueError:  # none, or cut off by a crash of the machine
                 return False
-            return array.shape == (len(self.places(shard, record.num)), record.L) and int(array.max()) < record.V
+            return array.shape == (len(self.places(shard)), record.L) and int(array.max()) < record.V
 
-        shards = range(self.shards(record.num))
-        missing = [shard for shard in shards if not is_whole(shard)]  # those of other parts, too: the digest covers all
+        missing = [shard for shard in self.shards if not is_whole(shard)]  # of other parts, too: the digest covers all
         there = CodesRecord.read(self.record_path) if self.record_path.is_file() else record
-        if missing or there.num != record.num or there.codes_sha256 in (None, digest_of(self.rows(record.num))):
+        if (
+            missing
+            or there.num != self.num
+            or there.codes_sha256 in (None, digest_of(self.rows().gather, np.arange(self.num)))
+        ):
             return part.share(missing, self.block)
-        return part.share(shards, self.block)  # some were zeroed, or changed places: nothing says which
+        return part.share(self.shards, self.block)  # some were zeroed, or changed places: nothing says which
 
     def write(self, shard: int, codes: np.ndarray, V: int) -> None:
         """Write a shard, codes (n, L), whole or not at all. Raises OSError, naming the file, if the disk fails."""
-        content = io.BytesIO()
+        content = io.BytesIO()  # np.save to a file would not say why a disk fails
         np.save(content, codes.astype(code_dtype(V)), allow_pickle=False)
         write_bytes(self.shard_path(shard), content.getbuffer())
 
@@ -159,5 +146,7 @@ class CodeFolder(ResumableFolder):
         """
         with self.leaving() as whole:
             if whole:
-                values, record = find(), CodesRecord.read(self.record_path)
-                self.write_record(replace(record, codes_sha256=digest_of(self.rows(record.num)), **values))
+                found, record = find(), CodesRecord.read(self.record_path)
+                self.write_record(
+                    replace(record, codes_sha256=digest_of(self.rows().gather, np.arange(self.num)), **found)
+                )

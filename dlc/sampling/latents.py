@@ -1,7 +1,8 @@
 """The engine: draw latents for given conditions, with any sampler, guided in an interval of the diffusion times."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,10 +10,10 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from diffusion.options import default_of
-from diffusion.process_table import LATENT_SAMPLERS, Process, create_process, describe_process, samplers_of
+from diffusion.process_table import SAMPLER_OPTIONS, Process, create_process, describe_process, samplers_of
 from diffusion.samplers import Sampler
 from dlc.machine.noise import StepNoise, Stream, normal
-from dlc.machine.processes import PRECISIONS
+from dlc.machine.processes import PRECISIONS, autocast
 from models import Condition, DiT
 
 
@@ -26,8 +27,7 @@ def create_sampler(
     """A sampler. It keeps its `name`, and its `options` with the defaults.
 
     Args:
-        name: None for the process's default.
-        steps: None for the sampler's default.
+        name, steps: None for the process's default, and for the sampler's.
         process: what the model was trained on, from `create_process` [that of DiT].
         learn_sigma: whether the model's output has the variance's channels.
         options: of the sampler; one that is None is left to its default.
@@ -38,14 +38,12 @@ def create_sampler(
     fitting = samplers_of(process)
     name = name or next(iter(fitting), None)
     if name not in fitting:
-        said = f"--sampler {name} does not draw" if name else "no sampler draws"
-        others = f": {' or '.join(fitting)} does" if fitting else ""
-        raise ValueError(f"{said} from a model that was trained on the {describe_process(process)}{others}")
+        trained = f"a model that was trained on the {describe_process(process)}"
+        raise ValueError(f"--sampler {name} does not draw from {trained}: {' or '.join(fitting) or 'none'} does")
     spec, given = fitting[name], {option: value for option, value in options.items() if value is not None}
     for option in given.keys() - spec.options.keys():
-        have = [other for other, specs in LATENT_SAMPLERS.items() if any(option in one.options for one in specs)]
-        flag = f"--{option.replace('_', '-')}"
-        raise ValueError(f"{flag} {given[option]}: --sampler {name} has none, {' and '.join(have)} has")
+        have = " and ".join(owner for owners in SAMPLER_OPTIONS[option].values() for owner in owners)
+        raise ValueError(f"--{option.replace('_', '-')} {given[option]}: --sampler {name} has none, {have} has")
     steps = steps or spec.default_steps
     if not spec.fewest_steps <= steps <= spec.most_steps:
         raise ValueError(f"--num-sampling-steps {steps}: --sampler {name} has {spec.fewest_steps} to {spec.most_steps}")
@@ -62,11 +60,8 @@ def check_conditions(y: Condition, null: Condition) -> None:
 
     def check(given, bound):
         if given.device.type == bound.device.type == "cpu" and are_numbers(given) and are_numbers(bound):
-            outside = given[(given < 0) | (given >= bound)]
-            if len(outside):
-                raise ValueError(
-                    f"condition {int(outside[0])} is outside 0..{int(bound.max()) - 1}, those of the model"
-                )
+            for value in given[(given < 0) | (given >= bound)].tolist():
+                raise ValueError(f"condition {value} is outside 0..{int(bound.max()) - 1}, those of the model")
 
     tree_map(check, y, null)  # by name, whatever the order of two dicts
 
@@ -89,11 +84,6 @@ class Guide:
     scale: float
     t_min: float
     t_max: float
-    denoise: Callable | None = None  # replaces `network`, for example by its CUDA graph
-
-    def network(self, main: DiT) -> Callable:
-        """What a guided step calls beside main.denoise, or with a head in its place."""
-        return self.model.denoise if self.model else partial(main.denoise, head=True)
 
     def acts(self, time: float) -> bool:
         return self.scale != 1 and self.t_min <= time <= self.t_max
@@ -110,16 +100,15 @@ def guided(weak: torch.Tensor, strong: torch.Tensor, scale: float, channels: int
 
 class Prediction:
     """A model at the conditions y of a batch of n: conditions are embedded once, not per step, and times once, not per
-    sample. Called with its `denoise` and x (n, ...); doubled: x (2n, ...), whose second half is for the null condition.
+    sample. Called with x (n, ...), or if doubled (2n, ...), whose second half is for the null condition."""
 
-    Raises ValueError as `check_conditions` does.
-    """
-
-    def __init__(self, model: DiT, y: Condition, n: int, sampler: Sampler, device: torch.device):
+    def __init__(self, model: DiT, y: Condition, n: int, sampler: Sampler, device: torch.device, precision: str | None):
+        self.model, self.autocast = model, partial(autocast, device, precision) if precision else contextlib.nullcontext
         y = tree_map(lambda one: one.long() if are_numbers(one) else one, y)  # 8 bits would not hold a null token
         check_conditions(y, model.null_condition(1))
-        self.condition = model.embed_condition(y)  # (N, D), or a tree of tensors (N, ...)
-        null = model.embed_condition(tree_map(lambda null, given: null.to(given), model.null_condition(1), y))  # (1, D)
+        null = tree_map(lambda null, given: null.to(given), model.null_condition(1), y)
+        with self.autocast():
+            self.condition, null = model.embed_condition(y), model.embed_condition(null)  # (N, D), or trees of (N, ...)
         self.both = tree_map(
             lambda one, null: torch.cat([one, null.expand(n, *null.shape[1:])]), self.condition, null
         )  # (2N, D)
@@ -127,30 +116,35 @@ class Prediction:
         times = list(dict.fromkeys(sampler.times))
         self.times = dict(zip(times, self.embed(times)))  # (D,) each
 
-    def __call__(self, denoise: Callable, x: torch.Tensor, time: float, doubled: bool) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, time: float, doubled: bool, **asked) -> torch.Tensor:
+        """asked: of the model's `denoise`."""
         if time not in self.times:  # a solver may choose times as it goes
             self.times[time] = self.embed([time])[0]
-        return denoise(x, self.times[time], self.both if doubled else self.condition).float()
+        with self.autocast():
+            return self.model.denoise(x, self.times[time], self.both if doubled else self.condition, **asked).float()
+
+
+def guidance(settings: object) -> dict:
+    """Arguments of `sampling_steps` out of a SamplesRecord, or of the flags that it is made of."""
+    return {name: getattr(settings, name) for name in ("cfg_scale", "t_min", "t_max", "cfg_channels", "precision")}
 
 
 @torch.inference_mode()
-def sample_latents(
+def sampling_steps(
     model: DiT,
     sampler: Sampler,
     *,
     y: Condition,
     seed: int,
     indices: torch.Tensor,
-    latent_shape: tuple[int, int, int],
     cfg_scale: float = 1.0,
     t_min: float = 0,
     t_max: float = math.inf,
-    channels: int | None = None,
+    cfg_channels: int | None = None,
     guide: Guide | None = None,
-    denoise: Callable | None = None,
-    on_step: Callable | None = None,
-) -> torch.Tensor:
-    """Draw latents (N, *latent_shape) for the conditions y.
+    precision: str | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw latents (N, C, h, w) for the conditions y: after each step, they and the x_0 that the model saw.
 
     Args:
         model: in eval mode.
@@ -158,26 +152,23 @@ def sample_latents(
         seed, indices: a sample's noise is a function of (seed, its index); indices is (N,) int64 on the same device.
         cfg_scale: guidance; at 1, and at times outside t_min..t_max, the null half is not computed at all.
         t_min, t_max: times of the process, in the sampler's own count.
-        channels: latent channels that guidance covers [the model's own choice, as in DiT.forward_with_cfg].
+        cfg_channels: latent channels that this covers [the model's own choice, as in DiT.forward_with_cfg].
         guide: a weaker model to guide by, at its own times; with cfg_scale it acts on each half before that does.
-        denoise: replaces model.denoise, for example by its CUDA graph.
-        on_step: called after each step with its number, its x and the x_0 that the model saw.
+        precision: of the model, "fp32", "bf16" or "fp16" [that of the caller's autocast].
 
     Raises ValueError as `check_conditions` does.
     """
-    channels = channels or model.guided_channels or model.in_channels
-    batch, denoise = (y, len(indices), sampler, indices.device), denoise or model.denoise
-    main, network = Prediction(model, *batch), guide and (guide.denoise or guide.network(model))
-    weak = Prediction(guide.model, *batch) if guide and guide.model else main
+    cfg_channels = cfg_channels or model.guided_channels or model.in_channels
+    batch = y, len(indices), sampler, indices.device, precision
+    main, weak = Prediction(model, *batch), guide and guide.model and Prediction(guide.model, *batch)
 
     def away_from_weak(x, time, since, doubled=False):
         if guide is None or not guide.acts(since):
-            return main(denoise, x, time, doubled)
-        weaker = weak(network, x, time, doubled)
-        if guide.model is None:  # one pass gave both
-            strong, weaker = weaker.split([model.out_channels, model.in_channels], dim=1)
+            return main(x, time, doubled)
+        if weak is None:  # one pass gives both
+            strong, weaker = main(x, time, doubled, head=True).split([model.out_channels, model.in_channels], dim=1)
         else:
-            strong = main(denoise, x, time, doubled)
+            strong, weaker = main(x, time, doubled), weak(x, time, doubled)
         return guided(weaker, strong, guide.scale, model.in_channels)
 
     def predict(x, time, since=None):
@@ -185,39 +176,48 @@ def sample_latents(
         if cfg_scale == 1 or not t_min <= since <= t_max:
             return away_from_weak(x, time, since)
         conditional, null = away_from_weak(torch.cat([x, x]), time, since, doubled=True).chunk(2)
-        return guided(null, conditional, cfg_scale, channels)
+        return guided(null, conditional, cfg_scale, cfg_channels)
 
-    noise = StepNoise(seed, Stream.SAMPLE_NOISE, indices, latent_shape, sampler.num_steps)
-    start = normal(seed, Stream.SAMPLE_NOISE, indices, latent_shape)  # the same for any number of steps
-    for step, (x, x_start) in enumerate(sampler(predict, start, noise)):
+    shape = model.in_channels, *model.x_embedder.img_size
+    noise = StepNoise(seed, Stream.SAMPLE_NOISE, indices, shape, sampler.num_steps)
+    start = normal(seed, Stream.SAMPLE_NOISE, indices, shape)  # the same for any number of steps
+    yield from sampler(predict, start, noise)
+
+
+def sample_latents(*args, on_step: Callable | None = None, **options) -> torch.Tensor:
+    """The latents (N, C, h, w) after the last of `sampling_steps`. on_step: called after each step with its number, its
+    x and the x_0 that the model saw."""
+    for step, (x, x_start) in enumerate(sampling_steps(*args, **options)):
         if on_step is not None:
             on_step(step, x, x_start)
     return x
 
 
 class CudaGraphs:
-    """A function of CUDA tensors and trees of them: its kernels are recorded once per shapes, then launched as one."""
+    """A function of CUDA tensors and trees of them: its kernels are recorded once per shapes and options, then launched
+    as one."""
 
     def __init__(self, function: Callable):
         self.function, self.recorded = function, {}
 
-    def __call__(self, *inputs) -> torch.Tensor:
+    def __call__(self, *inputs, **options) -> torch.Tensor:
         values, tree = tree_flatten(inputs)
-        shapes = tuple(value.shape for value in values)
-        if shapes not in self.recorded:
+        key = *(value.shape for value in values), *options.items()
+        if key not in self.recorded:
+            function = partial(self.function, **options)
             fixed = [value.clone() for value in values]
             fixed_inputs = tree_unflatten(fixed, tree)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):  # compiles, and chooses kernels
-                    self.function(*fixed_inputs)
+                    function(*fixed_inputs)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self.function(*fixed_inputs)
-            self.recorded[shapes] = fixed, graph, output
-        fixed, graph, output = self.recorded[shapes]
+                output = function(*fixed_inputs)
+            self.recorded[key] = fixed, graph, output
+        fixed, graph, output = self.recorded[key]
         for buffer, value in zip(fixed, values):
             buffer.copy_(value)
         graph.replay()

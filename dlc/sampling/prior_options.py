@@ -1,10 +1,10 @@
 """How codes are drawn from a prior: the flags, and the codes that are kept in part."""
 
-import hashlib
 import re
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ import torch
 
 from diffusion.masked_samplers import SAMPLERS
 from dlc.data.codes import CodeSpec, compare
-from dlc.machine.cli import number
+from dlc.machine.cli import excludes, needs, number
 from dlc.machine.noise import Stream, random_words
-from dlc.sampling.code_folder import open_codes
+from dlc.sampling.code_folder import digest_of, open_codes
 
 
 def _places(text):
@@ -25,15 +25,17 @@ def _places(text):
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-def _class(text):
-    """The argparse type of --class: a class's number, or "all"."""
-    return text if text == "all" else number(int, 0)(text)
+_places.__name__ = "position or range"
 
 
-_places.__name__, _class.__name__ = "position or range", "class"
-
-SAMPLERS_HELP = "; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items())
-STEPS_HELP = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
+def class_number(asked: str | int, count: int, names: Sequence[str] = ()) -> int:
+    """The number of one of `count` classes that a user names by number or by name. Raises ValueError for neither."""
+    if str(asked).isdecimal() and int(asked) < count:
+        return int(asked)
+    if asked in names:
+        return names.index(asked)
+    known = f"or names such as {names[0]}" if names else "and their names are not known"
+    raise ValueError(f"--class {asked}: the model's classes are 0 to {count - 1}, {known}")
 
 
 def option(default: object, help: str, *names: str, **argument) -> Any:
@@ -41,42 +43,40 @@ def option(default: object, help: str, *names: str, **argument) -> Any:
     return field(default=default, metadata=dict(help=help, names=names, argument=argument))
 
 
+COUNT, SHARE, SCALE = number(int, 0), number(float, 0, 1), number(float, 1)
+ABOUT = "; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items())
+STEPS = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
+
+
 @dataclass(frozen=True)
 class PriorOptions:
-    """How codes are drawn from a prior. Each field has a flag, see `add_prior_flags`, and a key in codes.json."""
+    """How codes are drawn from a prior. Each field has a flag, see `prior_flags`, and a key in codes.json."""
 
-    sampler: str = option("first-hitting", SAMPLERS_HELP, choices=SAMPLERS)
+    sampler: str = option("first-hitting", ABOUT, choices=SAMPLERS)
     steps: int | None = option(
         None,
         "call the network this many times per code; for the analytic sampler and the corrector: take this many steps "
-        f"in time, which call it only where a token changes [{STEPS_HELP}]",
+        f"in time, which call it only where a token changes [{STEPS}]",
         *("steps", "calls"),
         type=number(int, 1),
     )
     temperature: float = option(1.0, "divide the logits by this; 0 takes the likeliest", type=number(float, 0))
     top_p: float = option(1.0, "draw from the likeliest tokens of this share", type=number(float, 1e-6, 1))
-    eta: float | None = option(
-        None, "set the probability per step that the corrector masks a token again [0.01]", type=number(float, 0, 1)
-    )
+    eta: float | None = option(None, "let the corrector mask a token again this often per step [0.01]", type=SHARE)
     classes: list | None = option(
         None,
         "with a class-conditional prior: draw codes of these classes in turn, by number; all: of every class [none]",
         "class",
-        type=_class,
         nargs="+",
     )
-    cfg_scale: float = option(
-        1.0, "set the guidance scale of --{prefix}class; 1 disables guidance", type=number(float, 1)
-    )
+    cfg_scale: float = option(1.0, "set the guidance scale of --{prefix}class; 1 disables guidance", type=SCALE)
     guide_ckpt: str | None = option(
         None,
         "guide by this weaker prior over the same codes, an earlier checkpoint or a smaller model, instead of "
         "--{prefix}cfg-scale [none]",
         metavar="CKPT",
     )
-    guide_scale: float | None = option(
-        None, "set the guidance scale of --{prefix}guide-ckpt; 1 disables it [none]", type=number(float, 1)
-    )
+    guide_scale: float | None = option(None, "set the scale of --{prefix}guide-ckpt; 1 disables it [none]", type=SCALE)
     given: str | None = option(
         None,
         "keep tokens of these codes and draw the others; takes what --dlc-dir takes; sample i keeps tokens of row i, "
@@ -84,12 +84,12 @@ class PriorOptions:
         metavar="CODES",
     )
     given_rows: list | None = option(
-        None, "use these rows of the given codes [all]", type=number(int, 0), nargs="+", metavar="ROW"
+        None, "use these rows of the given codes [all]", type=COUNT, nargs="+", metavar="ROW"
     )
     keep_tokens: int | None = option(
         None,
         "keep this many tokens of the --{prefix}given code, at places drawn for each sample [none]",
-        type=number(int, 0),
+        type=COUNT,
         metavar="N",
     )
     keep_places: list | None = option(
@@ -102,42 +102,34 @@ class PriorOptions:
 
     @classmethod
     def of(cls, args: Namespace, prefix: str = "") -> "PriorOptions":
-        """Those of parsed args. Raises ValueError for flags that do not go together."""
-        values = {one.name: getattr(args, f"prior_{flags_of(one)[0].replace('-', '_')}") for one in fields(cls)}
+        """Those of parsed `prior_flags`. Raises ValueError for flags that do not go together."""
+        p = prefix.replace("-", "_")
+        needs(args, p + "guide_ckpt", p + "guide_scale")
+        needs(args, p + "guide_scale", p + "guide_ckpt")
+        needs(args, p + "given", p + "given_rows", p + "keep_tokens", p + "keep_places")
+        excludes(args, p + "keep_places", p + "keep_tokens")
+        values = {one.name: getattr(args, p + one.name) for one in fields(cls)}
         if values["keep_places"]:
             values["keep_places"] = sorted({place for part in values["keep_places"] for place in part})
         options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
+        if options.given and options.keep_tokens is options.keep_places is None:
+            raise ValueError(f"{flag}given: say what to keep of it, by {flag}keep-tokens or {flag}keep-places")
         if options.cfg_scale > 1 and options.classes is None:
             raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")
-        if (options.guide_ckpt is None) != (options.guide_scale is None):
-            raise ValueError(
-                f"{flag}guide-ckpt names a prior to guide by, {flag}guide-scale says how strongly: give both"
-            )
         if options.guide_ckpt and options.cfg_scale > 1:
             raise ValueError(f"{flag}guide-ckpt guides in the place of {flag}cfg-scale: give one of them")
-        kept = [name for name in ("keep_tokens", "keep_places") if values[name] is not None]
-        if options.given and len(kept) != 1:
-            raise ValueError(f"{flag}given: say what to keep of it, by {flag}keep-tokens or {flag}keep-places")
-        if not options.given and (kept or options.given_rows):
-            name = (kept or ["given_rows"])[0].replace("_", "-")
-            raise ValueError(f"{flag}{name} says what to keep of a code: name the codes with {flag}given")
         return options
 
 
-def flags_of(option: Field) -> tuple[str, ...]:
-    """The names of an option's flag, without dashes and prefix."""
-    return option.metadata["names"] or (option.name.replace("_", "-"),)
-
-
-def add_prior_flags(add: Callable, prefix: str = "") -> None:
-    """Add a flag for each field of `PriorOptions`. The parser has no defaults: it gives None for what is not there."""
+def prior_flags(prefix: str = "") -> dict[str, dict]:
+    """A flag for each field of `PriorOptions`: the arguments of `add_argument` by names. Their defaults are None."""
+    flags = {}
     for one in fields(PriorOptions):
-        name, *others = flags_of(one)
-        argument = dict(one.metadata["argument"], dest=f"prior_{name.replace('-', '_')}")
-        if "choices" not in argument:
-            argument.setdefault("metavar", name.upper().replace("-", "_"))
+        names = one.metadata["names"] or [one.name.replace("_", "-")]
         help = one.metadata["help"].format(prefix=prefix) + ("" if one.default is None else f" [{one.default}]")
-        add(*(f"--{prefix}{flag}" for flag in (name, *others)), help=help, **argument)
+        argument = dict(one.metadata["argument"], dest=f"{prefix}{one.name}".replace("-", "_"), help=help)
+        flags[" ".join(f"--{prefix}{name}" for name in names)] = argument
+    return flags
 
 
 class Given:
@@ -157,10 +149,7 @@ class Given:
         if (self.tokens or 0) > L or self.places and self.places[-1] >= L:
             what = f"keep {self.tokens} tokens" if self.places is None else f"keep the token at {self.places[-1]}"
             raise ValueError(f"cannot {what} of codes of {L} tokens, at positions 0 to {L - 1}")
-        digest = hashlib.sha256()
-        for part in np.array_split(self.rows, 1 + len(self.rows) // 4096):
-            digest.update(self.codes.gather(part, V).astype("<u2").tobytes())
-        self.sha256 = digest.hexdigest()
+        self.sha256 = digest_of(partial(codes.gather, V=V), self.rows)
 
     def __call__(self, indices: torch.Tensor) -> torch.Tensor:
         rows = self.rows[indices.numpy() % len(self.rows)]

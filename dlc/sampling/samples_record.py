@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dlc.machine.files import remove_temporaries, write_bytes, write_json
+from dlc.machine.files import recorded_id, remove_temporaries, write_bytes, write_json
 from dlc.machine.folder import ResumableFolder
 from dlc.machine.part import WHOLE, Part
 from dlc.machine.processes import versions
@@ -28,16 +28,17 @@ from dlc.machine.records import (
     real_number,
     whole_number,
 )
-from dlc.sampling.pictures import missing_indices, npz_rows, png_path, save_grid, write_npz
+from dlc.nets.digest import weights_sha256
+from dlc.sampling.pictures import missing_indices, npz_rows, png_path, write_npz
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from dlc.sampling.conditions import Conditions
+    from dlc.weights.meta import RunMeta
 
 COUNT, SIZE = whole_number(0), whole_number(1)
-HAS_KIND = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str)  # noqa: E731
-CONDITIONS = HAS_KIND, "an object with a kind of conditions"
+CONDITIONS = lambda value: isinstance(value, dict) and isinstance(value.get("kind"), str), "an object with a kind"
 NAMED = 64  # samples whose conditions are in the folder's name
 # keys that older files lack: folders of sets for which they are null or empty keep their names
 LATER = ("time_shift", "sampler_options", "guide")
@@ -72,7 +73,7 @@ class SamplesRecord(Record):
     cfg_channels: int = key(SIZE)
     t_min: float = key(real_number(0))
     t_max: float = key(real_number(0))
-    # the weaker model or the head that guides, see `dlc.sampling.guide`; null: none
+    # the weaker model or the head that guides, see `open_guide`; null: none
     guide: dict | None = key(or_null(OBJECT), None)
     precision: str = key(TEXT)
     tf32: bool = key(SWITCH)
@@ -82,10 +83,11 @@ class SamplesRecord(Record):
     runs: list[dict] = key(list_of(OBJECT), decides=False)
 
     def settings(self) -> dict:
-        """See `Record`."""
-        conditions = {name: value for name, value in self.conditions.items() if name not in SAID}
-        guide = self.guide and {name: value for name, value in self.guide.items() if name not in GUIDE_SAID}
-        return {**super().settings(), "conditions": conditions, "guide": guide}
+        def without(values, names):
+            return values and {name: value for name, value in values.items() if name not in names}
+
+        parts = dict(conditions=without(self.conditions, SAID), guide=without(self.guide, GUIDE_SAID))
+        return super().settings() | parts
 
 
 def short_digest(record: SamplesRecord, conditions: "Conditions") -> str:
@@ -108,6 +110,12 @@ def guidance_of(record: dict) -> str:
     return f"{words}, guide {guide.get('checkpoint', 'the intermediate head')} {guide.get('scale')}"
 
 
+def weights_of(path: str | Path, model: torch.nn.Module, meta: "RunMeta") -> dict:
+    """What a record says of weights that were drawn from, by key."""
+    digest = weights_sha256(model)
+    return dict(checkpoint=recorded_id(str(path)), weights_sha256=digest, step=meta.step, weights=meta.weights)
+
+
 def this_launch(state: "PartialState", per_proc_batch_size: int, part: Part = WHOLE) -> dict:
     """The entry of `runs` for this launch, but for the number of images or shards that it draws."""
     return dict(
@@ -122,7 +130,7 @@ def this_launch(state: "PartialState", per_proc_batch_size: int, part: Part = WH
 
 
 class SampleFolder(ResumableFolder):
-    """FOLDER/{index:06d}.png and FOLDER/samples.json; beside it FOLDER.npz, FOLDER.grid.png, FOLDER.progressive.png.
+    """FOLDER/ of {index:06d}.png, and beside it FOLDER.npz, FOLDER.json, FOLDER.grid.png, FOLDER.progressive.png.
 
     FOLDER.json is the samples.json of the images in FOLDER.npz, by which these stay known when the PNGs are removed;
     then nothing is missing. An .npz stays until another of the same set replaces it. FOLDER.codes/: what a prior drew.
@@ -139,14 +147,13 @@ class SampleFolder(ResumableFolder):
         super().__init__(path, part)
         self.conditions, self.batch = conditions, batch
         self.block = -(-batch // conditions.block) * conditions.block
-        self.asked: dict[int, np.ndarray] | None = None  # images that samples are drawn for; None: the sheet is whole
         self.npz, self.about, self.grid, self.strip, self.codes = (
             self.path.with_name(self.path.name + end)
             for end in (".npz", ".json", ".grid.png", ".progressive.png", ".codes")
         )
 
     def compare(self, record: SamplesRecord) -> SamplesRecord | None:
-        """See `ResumableFolder`. The .npz, too, is to hold nothing else."""
+        """As its base; the .npz, too, is to hold nothing else."""
         earlier = super().compare(record)
         if not self.npz.exists():
             return earlier
@@ -158,45 +165,8 @@ class SampleFolder(ResumableFolder):
         self.refuse_others(self.npz, record, there)
         return earlier or there
 
-    def missing(self, record: SamplesRecord, part: Part = WHOLE) -> list[int]:
-        """The indices of the images to draw."""
-        count = record.num_fid_samples
-        share = part.share(range(count), self.block)
-        missing = missing_indices(self.path, share)
-        return [] if len(missing) == len(share) and self.is_finished(count) else missing
-
-    def left(self) -> list[int]:
-        """See `ResumableFolder`. By their names, if some have none: each of many launches asks, on a network disk."""
-        count, there = self.opened.num_fid_samples, {path.name for path in self.path.glob("*.png")}
-        unnamed = [index for index in range(count) if png_path(self.path, index).name not in there]
-        return unnamed if 0 < len(unnamed) < count else super().left()
-
-    def clear(self) -> None:
-        """See `ResumableFolder`."""
-        super().clear()
-        remove_temporaries(self.path.parent, self.path.name + ".")
-
-    def is_finished(self, count: int) -> bool:
-        """Whether the .npz is whole and of all images that were drawn so far, of which no PNG need be left."""
-        if npz_rows(self.npz) != count or not self.about.is_file():
-            return False
-        return not self.record_path.is_file() or self.about.read_bytes() == self.record_path.read_bytes()
-
-    def draw_sheet(self, count: int) -> None:
-        """Write the contact sheet of what is there."""
-        save_grid(self.grid, self.path, count, self.conditions.words, self.asked or {})
-
-    def finish(self, count: int) -> None:
-        """Write the contact sheet and, if all images are there, the .npz, and release the lock."""
-        with self.leaving() as whole:
-            if self.asked is not None:
-                self.draw_sheet(count)
-            if whole and not self.is_finished(count):
-                write_npz(self.npz, self.path, count, progress=True)
-                write_bytes(self.about, self.record_path.read_bytes())
-
     def difference(self, record: SamplesRecord, earlier: SamplesRecord) -> str:
-        """See `ResumableFolder`. Where the settings agree, the conditions of the samples that are there count."""
+        """As its base. Where the settings agree, the conditions of the samples that are there count."""
         different, drawn = record.difference(earlier), earlier.num_fid_samples
         if different or drawn > record.num_fid_samples:
             return different
@@ -204,7 +174,36 @@ class SampleFolder(ResumableFolder):
         there = {"conditions.sha256": earlier.conditions.get("sha256")}
         return differences(there, {"conditions.sha256": digest})
 
+    def missing(self, record: SamplesRecord, part: Part = WHOLE) -> list[int]:
+        """The indices of the images to draw."""
+        share = part.share(range(record.num_fid_samples), self.block)
+        missing = missing_indices(self.path, share)
+        return [] if len(missing) == len(share) and self.is_finished(record.num_fid_samples) else missing
+
+    def is_finished(self, count: int) -> bool:
+        """Whether the .npz is whole and of all images that were drawn so far, of which no PNG need be left."""
+        if npz_rows(self.npz) != count or not self.about.is_file():
+            return False
+        return not self.record_path.is_file() or self.about.read_bytes() == self.record_path.read_bytes()
+
+    def left(self) -> list[int]:
+        """As its base. By their names, if some have none: each of many launches asks, on a network disk."""
+        count, there = self.opened.num_fid_samples, {path.name for path in self.path.glob("*.png")}
+        unnamed = [index for index in range(count) if png_path(self.path, index).name not in there]
+        return unnamed if 0 < len(unnamed) < count else super().left()
+
+    def clear(self) -> None:
+        super().clear()
+        remove_temporaries(self.path.parent, self.path.name + ".")
+
     def write_record(self, record: SamplesRecord) -> None:
         """Write samples.json with the condition of each sample."""
         values = self.conditions.values(np.arange(record.num_fid_samples)).tolist()
         write_json(self.record_path, {**record.to_json(), self.conditions.key: values})
+
+    def finish(self, count: int) -> None:
+        """Write the .npz, if all images are there, and release the lock."""
+        with self.leaving() as whole:
+            if whole and not self.is_finished(count):
+                write_npz(self.npz, self.path, count)
+                write_bytes(self.about, self.record_path.read_bytes())

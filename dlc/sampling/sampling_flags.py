@@ -1,18 +1,19 @@
 """The flags of both sampling scripts."""
 
+from argparse import Namespace
 from collections.abc import Callable
 
 from diffusion.process_table import LATENT_SAMPLERS, OBJECTIVES, PROCESSES, SAMPLER_OPTIONS
-from dlc.machine.cli import SEED, ArgumentParser, add_option, number
+from dlc.machine.cli import SEED, ArgumentParser, add_option, excludes, needs, number, whole_or_float
 from dlc.machine.part import add_part_flag
 from dlc.machine.processes import PRECISIONS, add_speed_flags
 from dlc.sampling.conditions import CONDITIONINGS
-from dlc.sampling.guide import CFG_SCALE, TIME, add_guide_flags
 from dlc.weights.foreign.dits import DIFFUSERS_TIMES
 from dlc.weights.networks import VAE_HELP
 from models import DiT_models
 
-RESULTS = "results"  # the default of --results-dir
+RESULTS, CFG_SCALE = "results", 1.5  # the defaults of --results-dir and --cfg-scale
+TIME = number(whole_or_float, 0)  # the argparse type of a time of the process
 STEPS = number(int, 1, 1000)
 
 
@@ -24,20 +25,40 @@ def of_objectives(words: Callable) -> str:
     )
 
 
-def _add_weights(add: Callable, model: str) -> None:
-    """The flags that name the weights and say how to read them."""
+def _add_guidance(add: Callable) -> None:
+    scale, text = number(float, 1), "guide by --guide-ckpt or --internal-scale"
+    add("--cfg-scale", type=scale, help=f"set the scale of guidance; 1 disables it [{CFG_SCALE}, with --guide-ckpt 1]")
+    add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
+    add("--t-min", type=TIME, help="guide from this time on; ddpm has times 0 to 999, flow 0 to 1 [0]")
+    add("--t-max", type=TIME, help="guide up to this time; no unconditional pass is computed beyond it [the last]")
     add(
-        "--model",
-        choices=DiT_models,
-        metavar="MODEL",
-        help=f"draw from this model of DiT_models, the checkpoint's [that of --ckpt, or without it {model}]",
+        "--guide-ckpt",
+        metavar="CKPT",
+        help="guide by this weaker model instead of the null condition (autoguidance): an earlier checkpoint or a "
+        "smaller model for the same latents and conditions, as --ckpt takes it [none]",
     )
+    add("--guide-scale", type=scale, help="set the guidance scale of --guide-ckpt; 1 disables it [none]")
+    add(
+        "--internal-scale",
+        type=scale,
+        help="guide by the model's own intermediate head (--intermediate-head in training) with this scale, in one "
+        "pass; 1 disables it; --cfg-scale acts after it [none]",
+    )
+    add("--guide-t-min", type=TIME, help=f"{text} from this diffusion time on [the first]")
+    add("--guide-t-max", type=TIME, help=f"{text} up to this diffusion time [the last]")
+
+
+def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
+    """The flags of a sampling script, those of the conditionings that it draws for included."""
+    parser = ArgumentParser(doc)
+    add, count = parser.add_argument, number(int, 1)
+    add("--model", choices=DiT_models, metavar="MODEL", help=f"draw from this model [that of --ckpt, else {model}]")
     add(
         "--ckpt",
         help="draw from these weights, in any layout of docs/weights.md: a file, a folder or a hub id [the newest of "
         "the model's run under --results-dir; if there is none, for DiT-XL/2, the published weights]",
     )
-    add("--results-dir", default=RESULTS, help="look for the run of the model here [%(default)s]")
+    add("--results-dir", default=RESULTS, help="look for the run of the model here")
     add("--no-ema", dest="ema", action="store_false", help="use the raw weights instead of the EMA weights")
     add(
         "--diffusers-time",
@@ -48,79 +69,51 @@ def _add_weights(add: Callable, model: str) -> None:
     add(
         "--objective",
         choices=OBJECTIVES,
-        help="with others' weights, if their files do not say it: assume that they were trained on this [ddpm]",
+        help="if others' weights do not say it: assume they were trained on this [ddpm]",
     )
-
-
-def sampling_parser(doc: str, script: str, model: str) -> ArgumentParser:
-    """The flags of a sampling script, those of the conditionings that it draws for included."""
-    parser = ArgumentParser(doc)
-    add = parser.add_argument
-    _add_weights(add, model)
-    for conditioning in CONDITIONINGS.values():
-        if conditioning.script == script and "add_flags" in vars(conditioning):  # one's own, not those of its base
-            conditioning.add_flags(add)
-    add("--sample-dir", default="samples", help="write the folder of PNGs and the .npz here [%(default)s]")
-    add("--num-fid-samples", type=number(int, 1), default=50000, help="draw this many images [%(default)s]")
+    kinds = [kind.flags for kind in CONDITIONINGS.values() if kind.script == script]
+    for flag, argument in {flag: one for flags in kinds for flag, one in flags.items()}.items():
+        add(*flag.split(), **argument)
+    add("--sample-dir", default="samples", help="write the folder of PNGs and the .npz here")
+    add("--num-fid-samples", type=count, default=50000, help="draw this many images")
     add_part_flag(add, "batches of images")
-    add(
-        "--per-proc-batch-size",
-        type=number(int, 1),
-        default=32,
-        help="draw at most this many images at once per process [%(default)s]",
-    )
-    add(
-        "--sampler",
-        choices=LATENT_SAMPLERS,
-        help=of_objectives(lambda name, spec: f"{name}: {spec.about}") + " [the first for the checkpoint's objective]",
-    )
-    add(
-        "--num-sampling-steps",
-        type=STEPS,
-        help="take this many sampling steps, up to 1000 "
-        f"[{of_objectives(lambda name, spec: f'{name}: {spec.default_steps}')}]",
-    )
+    add("--per-proc-batch-size", type=count, default=32, help="draw at most this many images at once per process")
+    about = of_objectives(lambda name, spec: f"{name}: {spec.about}")
+    add("--sampler", choices=LATENT_SAMPLERS, help=f"{about} [the first for the checkpoint's objective]")
+    steps = of_objectives(lambda name, spec: f"{name}: {spec.default_steps}")
+    add("--num-sampling-steps", type=STEPS, help=f"take this many sampling steps, up to 1000 [{steps}]")
     for name, uses in SAMPLER_OPTIONS.items():
         add_option(add, name, uses, "with --sampler {}: ")
-    add(
-        "--cfg-scale",
-        type=number(float, 1),
-        help=f"set the scale of classifier-free guidance; 1 disables it [{CFG_SCALE}, with --guide-ckpt 1]",
-    )
-    add("--cfg-channels", choices=["3", "all"], help="guide these latent channels [3 for DiT, all for the others]")
-    add("--t-min", type=TIME, help="guide from this time on; ddpm has times 0 to 999, flow 0 to 1 [0]")
-    add(
-        "--t-max",
-        type=TIME,
-        help="guide up to this time; outside the interval the unconditional pass is not computed [the last]",
-    )
-    add_guide_flags(add)
-    add(
-        "--image-size",
-        type=number(int, 1),
-        help="check that the checkpoint has this image size, pixels [the checkpoint's]",
-    )
+    _add_guidance(add)
+    add("--image-size", type=count, help="check that the images have this size, pixels [the checkpoint's]")
     add("--vae", help=f"{VAE_HELP} [that of the checkpoint's features, or ema]")
-    add(
-        "--precision", choices=PRECISIONS, default="fp32", help="set the precision of the denoising steps [%(default)s]"
-    )
-    add(
-        "--vae-precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="set the precision of the VAE's decoder [%(default)s]",
-    )
+    add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of the denoising steps")
+    add("--vae-precision", choices=PRECISIONS, default="fp32", help="set the precision of the VAE's decoder")
     add_speed_flags(add)
     add(
         "--cuda-graphs",
         action="store_true",
-        help="record a step's kernels and launch them as one: for small models and batches on GPUs [no]",
+        help="launch a step's kernels as one: for small models and batches on GPUs",
     )
     add(
         "--progressive",
         type=number(int, 2),
         metavar="K",
-        help="save a strip of K pictures that shows how sample 0 is denoised [none]",
+        help="save a strip of K pictures of sample 0 on its way [none]",
     )
-    add("--global-seed", type=SEED, default=0, help="seed the noise, the labels and the order of rows [%(default)s]")
+    add("--global-seed", type=SEED, default=0, help="seed the noise, the labels and the order of rows")
     return parser
+
+
+def settle_guidance(args: Namespace) -> None:
+    """Give --cfg-scale its default. Raises ValueError for flags of guidance that do not go together."""
+    needs(args, "guide_scale", "guide_ckpt")
+    needs(args, "guide_ckpt", "guide_scale", *([] if args.internal_scale else ["guide_t_min", "guide_t_max"]))
+    excludes(args, "guide_ckpt", "internal_scale", "t_min", "t_max", "cfg_channels")
+    if args.guide_ckpt and (args.cfg_scale or 1) > 1:
+        raise ValueError("--guide-ckpt guides in the place of --cfg-scale: give one of them")
+    for kind, low, high in (("t", args.t_min, args.t_max), ("guide-t", args.guide_t_min, args.guide_t_max)):
+        if None not in (low, high) and low > high:
+            raise ValueError(f"--{kind}-min {low} is above --{kind}-max {high}: scale 1 turns guidance off")
+    if args.cfg_scale is None:
+        args.cfg_scale = 1.0 if args.guide_ckpt else CFG_SCALE

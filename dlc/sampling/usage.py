@@ -16,8 +16,9 @@ COMPARISONS = 3 * 10**10  # of two tokens in that search, at most: half a minute
 
 def digests(codes: np.ndarray) -> Counter:
     """How often each of the codes (n, L) occurs, by a digest of it."""
-    bar = progress(codes, desc="reading codes", unit="code", delay=5)
-    return Counter(hashlib.blake2b(row, digest_size=8).digest() for row in bar)
+    return Counter(
+        hashlib.blake2b(row, digest_size=8).digest() for row in progress(codes, desc="reading codes", delay=5)
+    )
 
 
 def spread(codes: np.ndarray, count: int) -> np.ndarray:
@@ -43,9 +44,7 @@ def nearest(codes: np.ndarray, others: np.ndarray, compared: int) -> np.ndarray:
 
 
 def usage(codes: np.ndarray, V: int, training: np.ndarray | None = None, heldout: np.ndarray | None = None) -> dict:
-    """Statistics of codes (n, L), and where there are training codes those of both beside each other, as JSON has them.
-
-    Held-out codes, never trained on, say what distances to the training codes and what share of copies new codes have.
+    """Statistics of codes (n, L), and of training and held-out codes, which say how far new ones are from the former.
 
     Returns a dict with "samples", and "training" and "heldout" or None, each a dict of
         count;
@@ -54,20 +53,21 @@ def usage(codes: np.ndarray, V: int, training: np.ndarray | None = None, heldout
         copies: the share that are equal to a training code (of the training codes: to another one);
         nearest_mean, nearest_least: tokens by which codes differ from the nearest (other) training code, of `compared`.
     """
-    codes, training, heldout = (  # in one type, for the digests
-        None if one is None else one.astype(code_dtype(V), copy=False) for one in (codes, training, heldout)
-    )
-    result, trained = {}, None if training is None else digests(training)
-    for name, rows in (("samples", codes), ("training", training), ("heldout", heldout)):
-        if rows is None or not len(rows):
+    sets, result = dict(samples=codes, training=training, heldout=heldout), {}
+    for name, rows in sets.items():  # in one type, for the digests
+        sets[name] = None if rows is None or not len(rows) else rows.astype(code_dtype(V), copy=False)
+    training, trained = sets["training"], None if sets["training"] is None else digests(sets["training"])
+    for name, rows in sets.items():
+        if rows is None:
             result[name] = None
             continue
-        count, own, itself = len(rows), trained if rows is training else digests(rows), rows is training
+        count, itself = len(rows), rows is training
+        own = trained if itself else digests(rows)
         values = perplexity(token_counts(rows[spread(rows, min(count, len(codes)))], V))
-        entry = dict(
+        result[name] = entry = dict(
             count=count,
             mean_perplexity=float(values.mean()),
-            perplexity=[round(float(value), 3) for value in values],
+            perplexity=values.round(3).tolist(),
             repeated=1 - len(own) / count,
         )
         if training is not None:
@@ -79,7 +79,6 @@ def usage(codes: np.ndarray, V: int, training: np.ndarray | None = None, heldout
                 nearest_mean=float(least.mean()),
                 nearest_least=int(least.min()),
             )
-        result[name] = entry
     return result
 
 

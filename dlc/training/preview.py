@@ -15,7 +15,7 @@ from dlc.data.codes import CodeSet, CodeSpec, compare
 from dlc.data.images import image_grid, save_png, to_uint8
 from dlc.nets.vae import check_decodes, decode
 from dlc.sampling.latents import create_sampler, sample_latents
-from dlc.sampling.prior_engine import sample_codes
+from dlc.sampling.prior_draw import sample_codes
 from dlc.training.split import Split
 from dlc.weights.load import load_model, process_of
 from dlc.weights.networks import load_vae
@@ -51,8 +51,8 @@ def save_picture(
     columns, rows, captions: see `image_grid`. on_step: see `sample_latents`.
     """
     indices = torch.arange(len(tree_leaves(y)[0]), device=above.device)
-    shape = dict(indices=indices, latent_shape=above.shape[1:])
-    samples = sample_latents(model, sampler, y=y, seed=seed, **shape, cfg_scale=PREVIEW_CFG, on_step=on_step)
+    how = dict(y=y, seed=seed, indices=indices, cfg_scale=PREVIEW_CFG)
+    samples = sample_latents(model, sampler, **how, on_step=on_step)
     with torch.inference_mode():
         parts = torch.cat([above, samples]).split(PREVIEW_SAMPLES)
         images = torch.cat([to_uint8(decode(vae, part)) for part in parts]).cpu().numpy()

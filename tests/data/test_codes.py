@@ -8,7 +8,7 @@ import pytest
 from conftest import refusal
 
 from dlc.data.codes import CodeSpec, compare
-from dlc.sampling.code_folder import open_codes
+from dlc.sampling.code_folder import digest_of, open_codes
 
 MODEL = CodeSpec(owner="the model", L=4, V=8, encoder_sha256="a")
 
@@ -33,9 +33,16 @@ def test_what_a_set_says(tmp_path):
     assert note == f"the codes of {tmp_path}/000000.npy do not say which encoder made them: it was not compared"
     np.testing.assert_array_equal(alone.gather([2, 0], 8), codes[[2, 0]])
     refusal(alone.gather, [1], 4, words="000000.npy, row 1: value 4 outside 0..3")
-    record = dict(format_version=1, L=4, V=8, encoder_sha256="a", num=3, codes_sha256="b")
+    record = dict(
+        format_version=1, L=4, V=8, encoder_sha256="a", num=3, codes_sha256=digest_of(alone.gather, np.arange(3))
+    )
     (tmp_path / "codes.json").write_text(json.dumps(record))
     (tmp_path / "._000000.npy").write_bytes(b"a Mac's")
     assert compare(open_codes(tmp_path), MODEL) == [] and len(open_codes(tmp_path)) == 3
-    (tmp_path / "codes.json").write_text(json.dumps({**record, "num": 300}))
-    refusal(open_codes, tmp_path, words="1 shards of codes, but codes.json says 2")
+    for change, words in (
+        (dict(num=300), "1 shards of codes, but codes.json says 2"),
+        (dict(codes_sha256=None), "yet"),
+        (dict(codes_sha256="b"), "are not those that were drawn"),
+    ):
+        (tmp_path / "codes.json").write_text(json.dumps(record | change))
+        refusal(open_codes, tmp_path, words=words)

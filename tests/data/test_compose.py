@@ -106,7 +106,7 @@ def test_what_it_refuses(images, features, tiny_models, tmp_path, error_of):
         ((*two, "--background", "blu"), "--background: blu: not a colour, such as white or #ff8000"),
         ((*rows, 99), f"--rows 99: features {features} have rows 0 to 13"),
         ((*rows, "--mode", "sem"), "--mode sem needs images"),
-        ((*rows, "--L", 9), "--L is for images"),
+        ((*rows, "--L", 9), "--L does not go with --rows"),
     ):
         assert message in error_of("compose_dlc", *arguments)
     assert not (tmp_path / "composed.npy").exists()

@@ -36,7 +36,6 @@ def draw(folder, model, vae, *, batch=2, batches=3, compile=False, interval=(0, 
         record=record,
         folder=types.SimpleNamespace(path=folder, batch=batch, block=batch, part=WHOLE),
         missing=np.arange(count),
-        latent_shape=(4, 4, 4),
         guide=None,
     )
     args = types.SimpleNamespace(

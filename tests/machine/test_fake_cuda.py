@@ -27,7 +27,7 @@ from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.nets.pixels import PixelEncoder
 from dlc.nets.vae import decode
 from dlc.sampling.latents import Guide, create_sampler, fuse_gelu, lower_precision, sample_latents
-from dlc.sampling.prior_engine import sample_codes
+from dlc.sampling.prior_draw import sample_codes
 from dlc.training.alignment import ALIGNMENTS, Alignment
 from dlc.training.heldout import heldout_bounds
 from dlc.training.run import Run
@@ -173,7 +173,7 @@ def sampling(family, precision, name, scale, bounds, guide_scale=1, process="gau
             guard.__exit__(None, None, None) if step == sampler.num_steps - 1 else step or guard.__enter__()
 
         guide = Guide(None if more else weak, guide_scale, *bounds)
-        where = dict(indices=torch.arange(N, device=CUDA), latent_shape=(4, 8, 8), seed=0, on_step=on_step)
+        where = dict(indices=torch.arange(N, device=CUDA), seed=0, on_step=on_step)
         how = dict(cfg_scale=scale, t_min=bounds[0], t_max=bounds[1], guide=guide)
         with autocast(CUDA, precision):
             latents = sample_latents(model, sampler, y=conditions(N).to(CUDA), **where, **how)

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from diffusion.masked import MaskedDiffusion, mean_bound, stratified_times
 from diffusion.masked_samplers import SAMPLERS, TokenDraw, create_sampler
 from dlc.machine.noise import Stream, uniforms
-from dlc.sampling.prior_engine import sample_codes
+from dlc.sampling.prior_draw import sample_codes
 
 # ---------------------------------------------------------------------- SEDD's values
 

@@ -12,7 +12,6 @@ from diffusion import create_diffusion, named_betas
 from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS
-from dlc.sampling.decoder import Decoder
 from dlc.sampling.latents import (
     CudaGraphs,
     LinearGELU,
@@ -22,6 +21,7 @@ from dlc.sampling.latents import (
     lower_precision,
     sample_latents,
 )
+from dlc.sampling.pictures import Decoder
 from dlc.weights.networks import load_vae
 from models import DiT, DiTCONT, DiTSEM
 
@@ -42,7 +42,7 @@ def random_model(family=DiTSEM, keywords=MODELS[0][1]):
 
 
 def draw(model, sampler, y, indices=INDICES, **options):
-    return sample_latents(model, sampler, y=y, seed=0, indices=indices, latent_shape=SHAPE, **options)
+    return sample_latents(model, sampler, y=y, seed=0, indices=indices, **options)
 
 
 def full_computation(model, y, loop, draws, **cfg):
@@ -67,7 +67,7 @@ def test_guidance_only_where_it_acts(kind, channels):
 
     def sample(**options):
         rows.clear()
-        return draw(model, create_sampler("ddpm", 6), y, channels=channels, **options)
+        return draw(model, create_sampler("ddpm", 6), y, cfg_channels=channels, **options)
 
     guided = sum(200 <= t <= 500 for t in diffusion.timestep_map)
     assert 0 < guided < 6
@@ -239,13 +239,14 @@ def test_cuda_graphs_give_the_same(precision):
     model, y = random_model()
     lower_precision(model, precision)
     model.cuda()
-    graphs = CudaGraphs(model.denoise)
+    plain, graphs = model.denoise, CudaGraphs(model.denoise)
 
     def sample(name, denoise, y):
+        model.denoise = denoise
         with torch.autocast("cuda", PRECISIONS[precision], enabled=precision != "fp32"):
-            options = dict(indices=INDICES.cuda(), cfg_scale=1.5, t_max=500, denoise=denoise)
+            options = dict(indices=INDICES.cuda(), cfg_scale=1.5, t_max=500)
             return draw(model, create_sampler(name, 6), y.cuda(), **options)
 
     for name, codes in (("ddpm", y), ("heun", y.flip(0))):  # Heun's keeps one output while it asks for the next
-        torch.testing.assert_close(sample(name, graphs, codes), sample(name, None, codes), **CLOSE)
+        torch.testing.assert_close(sample(name, graphs, codes), sample(name, plain, codes), **CLOSE)
     assert len(graphs.recorded) == 2

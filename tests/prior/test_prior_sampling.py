@@ -10,7 +10,7 @@ from forked import Run
 from test_prior_training import write_features
 from tiny_prior import save_prior
 
-from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes, refuse_changed
+from dlc.sampling.code_folder import SHARD, CodesRecord, open_codes
 from dlc.sampling.prior_draw import BATCH, PriorDraw, newest_prior, resolved
 from dlc.sampling.prior_options import PriorOptions
 from dlc.sampling.samples_record import SamplesRecord
@@ -87,7 +87,7 @@ def test_the_same_command_again(codes, prior, run, tmp_path):
     assert "0 of 3 shards" in run(*command, NUM) and (again / "000001.npy").stat().st_mtime_ns == written
     (again / "000000.npy").write_bytes(whole["000001.npy"])  # whole, but another one
     words = "codes of again are not those that were drawn, by the digest in its codes"
-    refusal(refuse_changed, "again", open_codes("again").rows, words=words)
+    refusal(open_codes, "again", words=words)
     assert "3 of 3 shards" in run(*command, NUM) and arrays(again) == whole
     record = CodesRecord.read(again / "codes.json")
     assert [one["shards"] for one in record.runs] == [1, 3, 2, 3]
@@ -247,16 +247,16 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path):
         ("--results-dir nowhere", "no prior under --results-dir nowhere: train one with train_prior.py"),
         ("--results-dir x --ckpt prior", "--ckpt names one: give one of them"),
         ("--features-path other --no-usage", "leave out --no-usage"),
-        ("--out given.npy", "is a file: name a folder"),
+        ("--out given.npy", "it is a file"),
         ("--out foreign", "holds codes but no codes.json"),
         ("--eta 0.1", "--eta 0.1: --sampler first-hitting masks no token again"),
         ("--cfg-scale 2", "guidance needs a --class"),
-        ("--class 3", "the prior's classes are 0 to 2"),
-        ("--class all 1", "leave the others out"),
+        ("--class 3", "the model's classes are 0 to 2"),
+        ("--class all 1", "--class all: the model's classes are 0 to 2"),
         ("--ckpt plain --class 1", "has no classes"),
-        ("--keep-tokens 2", "name the codes with --given"),
-        ("--given given.npy", "say what to keep of it"),
-        ("--given given.npy --keep-tokens 2 --keep-places 1", "say what to keep of it"),
+        ("--keep-tokens 2", "--keep-tokens goes with --given: give that as well"),
+        ("--given given.npy", "say what to keep of it, by --keep-tokens or --keep-places"),
+        ("--given given.npy --keep-tokens 2 --keep-places 1", "--keep-tokens does not go with --keep-places"),
         (f"--given given.npy --keep-tokens {L + 1}", f"cannot keep {L + 1} tokens of codes of {L} tokens"),
         (f"--given given.npy --keep-places {L}", f"cannot keep the token at {L} of codes of {L} tokens"),
         ("--given given.npy --keep-tokens 1 --given-rows 2", "has rows 0 to 1"),
@@ -273,7 +273,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path):
     save_prior(tmp_path / "six", V=6)
     for flags, message in (
         ("--prior-steps 2", "name it with --prior"),
-        ("--prior prior --dlc-dir drawn", "give one of them"),
+        ("--prior prior --dlc-dir drawn", "--dlc-dir does not go with --prior"),
         ("--prior prior --dlc-order random", "with --prior, sample i gets code i"),
         ("--prior nowhere", "nowhere"),
         ("--prior six", f"V=6, but those of the checkpoint's model have V={V}"),

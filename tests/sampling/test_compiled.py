@@ -60,14 +60,13 @@ def test_training(graphs, prior):
 @pytest.mark.slow
 def test_sampling(graphs, monkeypatch, tmp_path):
     """A graph for a batch with its null half and one for a batch without it, both made in the first batch."""
-    draw_batch, made = command.draw_batch, []
+    sampling_steps, made = command.sampling_steps, []
 
-    def counted(*args):
-        latents = draw_batch(*args)
+    def counted(*args, **options):
+        yield from sampling_steps(*args, **options)
         made.append(graphs())
-        return latents
 
-    monkeypatch.setattr(command, "draw_batch", counted)
+    monkeypatch.setattr(command, "sampling_steps", counted)
     draw(tmp_path, tiny_model(), tiny_vae(), compile=True, interval=(300, 700), sampler="heun")
     assert made == [2, 2, 2]
 

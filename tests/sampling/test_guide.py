@@ -7,20 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE_FLAGS, L, V, change_json, refusal, sample_folder, save_checkpoint
+from conftest import L, V, change_json, refusal, sample_folder, save_checkpoint
 from tiny_prior import save_prior
 from tiny_weights import tiny
 
 from diffusion.masked import MaskedDiffusion
 from diffusion.process_table import create_process
 from diffusion.samplers import Sampler
-from dlc.sampling.guide import open_guide, settle_guidance
 from dlc.sampling.latents import Guide, sample_latents
-from dlc.sampling.opening import open_model
-from dlc.sampling.prior_draw import PriorDraw
-from dlc.sampling.prior_engine import sample_codes
+from dlc.sampling.opening import open_guide, open_model
+from dlc.sampling.prior_draw import PriorDraw, sample_codes
 from dlc.sampling.prior_options import PriorOptions
-from dlc.sampling.sampling_flags import sampling_parser
+from dlc.sampling.sampling_flags import sampling_parser, settle_guidance
 from models import DiTSEM
 from prior import DLCPrior
 
@@ -40,7 +38,7 @@ def asked(times, x, y, **options):
             yield start, start
 
     Asking.times = times
-    sample_latents(sampler=Asking(), y=y, seed=0, indices=torch.arange(len(x)), latent_shape=x.shape[1:], **options)
+    sample_latents(sampler=Asking(), y=y, seed=0, indices=torch.arange(len(x)), **options)
     return predictions
 
 
@@ -76,7 +74,9 @@ def test_a_guide_acts_at_its_times_in_all_channels(kind):
         if time <= 500:
             one[:, :4] = other[:, :4] + 1.5 * (one[:, :4] - other[:, :4])
         torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
-    unused = Guide(weak, 1.0, -math.inf, math.inf, denoise=lambda *_: pytest.fail("the guide was called"))
+    unused = Guide(weak, 1.0, -math.inf, math.inf)
+    if weak:
+        weak.denoise = lambda *_: pytest.fail("the guide was called")
     assert torch.equal(asked(times, x, y, model=model, guide=unused)[400], asked(times, x, y, model=model)[400])
 
 
@@ -119,11 +119,11 @@ def test_guides_that_are_refused(opened):
         (dict(sizes=dict(in_channels=3, **CODES)), r"latents \[3, 8, 8\] there, \[4, 8, 8\] here"),
         (dict(vae_sha256="w"), "vae_sha256 'w' there, 'v' here"),
         (dict(encoder_sha256="f"), "encoder_sha256 'f' there, 'e' here"),
-        (dict(flags=""), "say how strongly with --guide-scale"),
+        (dict(flags=""), "--guide-ckpt goes with --guide-scale: give that as well"),
         (dict(flags="--guide-scale 2 --cfg-scale 1.5"), "in the place of --cfg-scale: give one of them"),
         (dict(flags="--guide-scale 2 --guide-t-min 9 --guide-t-max 8"), "9 is above"),
-        (dict(flags="--guide-scale 2 --t-max 430"), "belongs to --cfg-scale, .*: give --guide-t-max"),
-        (dict(flags="--guide-scale 2 --cfg-channels 3"), "not to --guide-ckpt: it guides all channels"),
+        (dict(flags="--guide-scale 2 --t-max 430"), "--t-max does not go with --guide-ckpt: leave one of them out"),
+        (dict(flags="--guide-scale 2 --cfg-channels 3"), "--cfg-channels does not go with --guide-ckpt"),
         (dict(processes=(None, create_process("gaussian", predict_xstart=True))), "predict_xstart True there, False"),
     ):
         refusal(opened, **change, words=message)
@@ -141,22 +141,21 @@ def test_whether_there_is_a_head(tmp_path):
     assert recorded == dict(scale=2.0, t_min=300, t_max=None, intermediate_head=2)
     assert guide.model is None and guide.acts(300) and not guide.acts(299)
     args.guide_ckpt, args.guide_scale, args.cfg_scale = args.ckpt, 2.0, None
-    refusal(settle_guidance, args, words="in the place of --internal-scale: give one of them")
+    refusal(settle_guidance, args, words="--internal-scale does not go with --guide-ckpt")
 
 
 @pytest.mark.slow
 def test_samples_of_a_guided_model(workplace, said_by, monkeypatch, tmp_path):
     monkeypatch.chdir(workplace)
-    run = workplace / "results/checkpoints/0000003"
-    flags = ("--model", "DiTSEM-Ti/4", *SAMPLE_FLAGS, "--sample-dir", tmp_path / "samples", "--guide-scale", 2)
-    script = SCRIPT.removesuffix(".py")
-    assert "cfg 1.0, guide" in said_by(script, *flags, "--guide-ckpt", run / "model.safetensors")
+    run, draw = workplace / "results/checkpoints/0000003", ("--num-fid-samples", 2, "--num-sampling-steps", 2)
+    moved = shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("ema*", "optimizer*"))
+    for guide, words in ((run, "cfg 1.0, guide"), (moved, "0 of 2 images to draw")):
+        flags = ("--guide-scale", 2, "--guide-ckpt", guide / "model.safetensors", "--sample-dir", tmp_path / "samples")
+        assert words in said_by(SCRIPT.removesuffix(".py"), "--model", "DiTSEM-Ti/4", *draw, *flags)
     folder = sample_folder(tmp_path / "samples")
     assert "-cfg-1.0-guide-2.0-seed-0-" in folder.name
     record = json.loads((folder / "samples.json").read_text())
     assert (record["cfg_scale"], record["guide"]["scale"], record["guide"]["weights"]) == (1.0, 2.0, "raw")
-    moved = shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("ema*", "optimizer*"))
-    assert "0 of 21 images to draw" in said_by(script, *flags, "--guide-ckpt", moved / "model.safetensors")
 
 
 @torch.no_grad()

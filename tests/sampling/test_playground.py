@@ -33,20 +33,20 @@ def studio(workplace, tmp_path_factory):
 
 
 def rows(*numbers):
-    return [(None, number) for number in numbers] + [(None, None)] * (3 - len(numbers))
+    return [(None, str(number)) for number in numbers] + [(None, "")] * (3 - len(numbers))
 
 
 def last(studio, do, sources, weights=(1.0, 1.0, 1.0), keep=2, num=3, settings=SETTINGS):
-    *shown, end = studio.answer(do, sources, list(weights), keep, num, *settings)
+    *shown, end = studio.answer(do, sources, list(weights), num, keep, *settings)
     assert len(shown) >= playground.SHOWN and not any("files" in one for one in shown)
     return end, np.load(end["files"][1])
 
 
 def test_the_same_as_the_script(studio, images, workplace, said_by, monkeypatch, tmp_path):
     """The same bytes by the command that the page shows; images and rows of the same pictures have the same codes."""
-    files = [(str(images / "cat/3.png"), None), (None, 7), (None, None)]
+    files = [(str(images / "cat/3.png"), ""), *rows(7)[:2]]
     end, codes = last(studio, "mix", files, weights=(1.0, 0.5, 1.0))
-    assert_codes(studio.code_of(None, 3)[0][None], studio.code_of(*files[0])[1].log()[None])
+    assert_codes(studio.code_of(None, "3")[0][None], studio.code_of(*files[0])[1].log()[None])
     sources = torch.stack([studio.code_of(*source)[0] for source in files[:2]])
     np.testing.assert_array_equal(codes, compose(sources, torch.tensor([1.0, 0.5]), 3, 3)[0])
     script, *words = shlex.split(end["command"])[1:]
@@ -59,7 +59,7 @@ def test_the_same_as_the_script(studio, images, workplace, said_by, monkeypatch,
 
 
 def test_new_codes_and_variations(studio):
-    code = studio.code_of(None, 5)[0].numpy()
+    code = studio.code_of(None, "5")[0].numpy()
     end, codes = last(studio, "vary", rows(5), keep=2)
     assert ((codes == code).sum(axis=1) >= 2).all() and codes.max() < V and "drawn 67%" in end["said"]
     assert (last(studio, "vary", rows(5), keep=L)[1] == code).all()
@@ -72,7 +72,7 @@ def test_mistakes_are_told_in_words(studio):
         ("mix", rows(1), {}, "two or more to mix"),
         ("vary", rows(), {}, "one to vary"),
         ("mix", rows(1, 99), {}, "row 99: the features have rows 0 to 13"),
-        ("mix", [("nowhere.png", None), (None, 1)], {}, "cannot read nowhere.png"),
+        ("mix", [("nowhere.png", ""), (None, "1")], {}, "cannot read nowhere.png"),
         ("mix", rows(1, 2), dict(weights=(0.0, 0.0, 1.0)), "raise one"),
         ("new", rows(), dict(settings=("heun", 5000, 1.5, 0)), "--num-sampling-steps: 5000: must be"),
     ):
@@ -116,5 +116,5 @@ def test_in_a_browser(studio, images, tmp_path, monkeypatch):
         browser.close()
     page.close()
     assert not outside
-    code = studio.code_of(str(images / "cat/3.png"), None)[0].numpy()
+    code = studio.code_of(str(images / "cat/3.png"), "")[0].numpy()
     np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), np.tile(code, (4, 1)))

@@ -24,16 +24,18 @@ def sample_error(error_of, features, tiny_models, tmp_path):
     return call
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
+def test_flags(sample_error, tmp_path):
+    vectors = save_checkpoint(tmp_path / "vectors", "DiTCONT-Ti/4", dict(in_dim=3))
+    of_vectors = f"--model DiTCONT-Ti/4 --ckpt {vectors}"
+    for flags, message in (
         ("--num-fid-samples 0", "argument --num-fid-samples: 0: must be at least 1"),
         ("--cfg-scale nan", "argument --cfg-scale: nan: must be at least 1"),
         ("--num-sampling-steps 1001", "argument --num-sampling-steps: 1001: must be 1 to 1000"),
-        ("--eta 0.5", "--eta 0.5: --sampler ddpm has none"),
+        ("--eta 0.5", "--eta 0.5: --sampler ddpm has none, ddim has"),
         ("--results-dir elsewhere", "--ckpt names one: give one of them"),
         ("--sampler dpmsolver++ --num-sampling-steps 1000", "--sampler dpmsolver++ has 2 to 999"),
         ("--t-min 500 --t-max 400", "--t-min 500 is above --t-max 400"),
+        ("--t-max 1000", "--t-max 1000: DiTSEM-Ti/4 was trained on the process gaussian, whose times are 0 to 999"),
         ("--progressive 8 --num-sampling-steps 4", "--progressive 8: there are 4 steps"),
         ("--image-size 256", "--image-size 256: the checkpoint was trained on 64-pixel images"),
         ("--model DiT-S/2", "not conditioned on codes or vectors: draw from it with sample_ddp.py"),
@@ -41,32 +43,15 @@ def sample_error(error_of, features, tiny_models, tmp_path):
         ("--model DiTSEM-Ti/2", "holds a DiTSEM-Ti/4, not a DiTSEM-Ti/2"),
         ("--ckpt nowhere.pt", "--ckpt nowhere.pt does not exist"),
         ("--dlc-dir nowhere", "code source nowhere does not exist"),
-    ],
-)
-def test_sampling_flags(sample_error, flags, message):
-    assert message in sample_error(*flags.split())
-
-
-def test_flags_of_vectors(sample_error, tmp_path):
-    vectors = save_checkpoint(tmp_path / "vectors", "DiTCONT-Ti/4", dict(in_dim=3))
-    for flags, message in (
-        ("", "DiTCONT-Ti/4 is conditioned on vectors: name them with --condition-path"),
-        ("--dlc-dir x", "--dlc-dir is for models conditioned on codes"),
-        ("--prior-class 1", "--prior-class is for models conditioned on codes"),
-        ("--condition-path nowhere", "--condition-path nowhere does not exist"),
+        (of_vectors, "DiTCONT-Ti/4 is conditioned on vectors: name them with --condition-path"),
+        (f"{of_vectors} --dlc-dir x", "--dlc-dir is for models conditioned on codes"),
+        (f"{of_vectors} --prior-class 1", "--prior-class is for models conditioned on codes"),
+        (f"{of_vectors} --condition-path nowhere", "--condition-path nowhere does not exist"),
     ):
-        assert message in sample_error("--model", "DiTCONT-Ti/4", *flags.split(), ckpt=vectors)
+        assert message in sample_error(*flags.split()), flags
 
 
-def test_checkpoint_of_another_kind(sample_error, error_of, tmp_path):
-    other = sample_error(script="sample_ddp")
-    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in other
-    assert "(there are some of DiTSEM-Ti/4)" in error_of("sample_ddp_computed_dlc", "--model", "DiTSEM-S/2")
-    shutil.rmtree(tmp_path / "results")
-    assert "no checkpoint of DiTSEM-XL/2 under --results-dir results" in error_of("sample_ddp_computed_dlc")
-
-
-def test_code_sources(sample_error, features, tiny_models, tmp_path):
+def test_sources(sample_error, error_of, features, tiny_models, tmp_path):
     other = save_checkpoint(tmp_path / "other", sizes=dict(L=L + 1, V=V))
     words = f"have L={L}, but those of the checkpoint's model have L={L + 1}"
     assert words in sample_error("--dlc-dir", features, ckpt=other)
@@ -78,3 +63,8 @@ def test_code_sources(sample_error, features, tiny_models, tmp_path):
     assert "come from another encoder" in sample_error("--dlc-dir", features, ckpt=stranger)
     np.savez(tmp_path / "codes.npz", np.zeros((3, L), int))
     assert "codes.npz is not a readable .npy" in sample_error("--sem-dir", tmp_path / "codes.npz")
+    labels = sample_error(script="sample_ddp")
+    assert "not conditioned on labels: draw from it with sample_ddp_computed_dlc.py" in labels
+    assert "(there are some of DiTSEM-Ti/4)" in error_of("sample_ddp_computed_dlc", "--model", "DiTSEM-S/2")
+    shutil.rmtree(tmp_path / "results")
+    assert "no checkpoint of DiTSEM-XL/2 under --results-dir results" in error_of("sample_ddp_computed_dlc")

@@ -187,9 +187,9 @@ INPUTS = {"codes and text": codes_and_text, """,
             '''class CodesAndText(ComputedCodes):
     """Codes of features, and their text."""
 
-    def __init__(self, source, model, meta, order, seed):
-        super().__init__(source, model, meta, order, seed)
-        self.text = open_codes(source).features.arrays["text"]
+    def __init__(self, args, model, meta):
+        super().__init__(args, model, meta)
+        self.text = self.features.arrays["text"]
 
     def __call__(self, indices):
         text = self.text.gather(self.values(indices)).astype(np.float32)

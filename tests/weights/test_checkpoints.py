@@ -168,7 +168,7 @@ def test_resume_point(tmp_path):
 
 
 def test_samplers_draw_from_the_process_that_was_trained():
-    names = "num_sampling_steps eta time_shift t_min t_max progressive".split()
+    names = "num_sampling_steps eta time_shift t_min t_max guide_t_min guide_t_max cfg_channels progressive".split()
     args = types.SimpleNamespace(**dict.fromkeys(names), sampler="ddim", model="DiTSEM-Ti/8")
     args.num_sampling_steps = 3
     for arguments, fits in ((dict(use_kl=True), True), (dict(noise_schedule="squaredcos_cap_v2"), False)):

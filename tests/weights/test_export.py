@@ -62,7 +62,7 @@ def our_images(model, vae, y, guidance, sampler):
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlc.sampling.latents.normal", lambda *_: noise)
-        draws = dict(seed=0, indices=torch.arange(2), latent_shape=(4, 8, 8), channels=model.in_channels)
+        draws = dict(seed=0, indices=torch.arange(2), cfg_channels=model.in_channels)
         latents = sample_latents(model, sampler, y=torch.tensor(y), cfg_scale=guidance, **draws)
         with torch.inference_mode():
             return (decode(load_vae(str(vae)), latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
