@@ -53,11 +53,10 @@ def write_shards(
     shards = range(next((shard for shard in range(count) if not writer.is_done(shard)), count), count)
     with contextlib.closing(read(shards.start * size, size)) as blocks:
         for shard, arrays in zip(progress(shards, desc="packing", unit="shard", delay=2), blocks):
-            if not writer.is_done(shard):
-                name, advice = lambda i, at=shard * size: f"latents of {source}, row {at + i}", "fix it, or take it out"
-                arrays["features"] = as_stored(arrays["features"], manifest.dtype, name, advice)
-                arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
-                writer.write(shard, arrays, [])
+            name, advice = lambda i, at=shard * size: f"latents of {source}, row {at + i}", "fix it, or take it out"
+            arrays["features"] = as_stored(arrays["features"], manifest.dtype, name, advice)
+            arrays.update({kind: arrays[kind].astype(dtype) for kind, dtype in manifest.dtypes.items()})
+            writer.write(shard, arrays, [])
     writer.finish(count)
     print(f"done: {manifest.images:,} rows in {count:,} shards at {new}")
 

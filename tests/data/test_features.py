@@ -224,8 +224,8 @@ def test_whose_shards_they_are(written, tmp_path_factory):
     classes = [f"n{i:08d}" for i in range(1000)]
     writer = FeatureWriter(begun, replace(MANIFEST, classes=classes, listing_sha256="0" * 64))
     assert writer.start()
-    writer.write(0, shard(3), [])
     refusal(Features, begun, words="half-written")
+    writer.write(0, shard(3), [])
     with pytest.raises(ValueError, match=r"classes \['n00000000.{1,40}… there, \['a', 'b.*'\] here.*\(the names of"):
         FeatureWriter(begun, replace(MANIFEST, listing_sha256="1" * 64)).start()
     path = writer.shard_path("labels", 0)
