@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc.data.listing import HIDDEN, LeftOut, Source, is_hidden, is_image, list_images, shown
+from dlc.data.listing import HIDDEN, LeftOut, Source, entries_of, is_hidden, is_image, list_images
 from dlc.machine.cli import progress
 from dlc.machine.files import Damaged, reading_whole
 
@@ -113,7 +113,7 @@ class Archive(Source):
     @staticmethod
     def files_of(path: str) -> tuple[list[str], str]:
         """The archives at a path, and the folder in the archive that the path goes on to, or ""."""
-        folders, names = shown(path)
+        folders, names = entries_of(path)
         if not folders and not any(map(is_image, names)):
             files = [os.path.join(path, name) for name in sorted(names)]
             for endings in (ARCHIVES, COMPRESSED):

@@ -13,7 +13,7 @@ import numpy as np
 from dlc.data.inspection import needs_V
 from dlc.data.listing import listing_sha256
 from dlc.data.manifest import Manifest, read_manifest
-from dlc.data.rows import check_values
+from dlc.data.rows import check_rows
 from dlc.data.store import Features, FeatureWriter, as_stored
 from dlc.data.tables import FeatureTable
 from dlc.machine.cli import progress
@@ -115,7 +115,7 @@ def import_hf(args: argparse.Namespace) -> None:
                         shapes = f"{array.shape[1:]} from row {at} on, and first {first[name].shape[1:]}"
                         raise ValueError(f"{args.dataset}: column {name!r} has rows of shape {shapes}")
                 values = block["labels"].reshape(len(rows), *([L] if L else []))
-                check_values(values, args.V if L else num_classes, lambda i, at=at: f"{column}, row {at + i}")
+                check_rows(values, args.V if L else num_classes, lambda i, at=at: f"{column}, row {at + i}")
                 coded = dict(sem=values, labels=np.zeros(len(rows))) if L else dict(labels=values)
                 yield dict(coded, features=block["features"].reshape(-1, *latent_shape), path=rows.astype(str))
 

@@ -105,7 +105,7 @@ def is_hidden(name: str) -> bool:
     return name[:1] == "." or name.lower() in SYSTEM
 
 
-def shown(path: str | os.PathLike) -> tuple[list[str], list[str]]:
+def entries_of(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     """The names of the folders and of the other files in a folder, without hidden ones; none if it is none."""
     try:
         with os.scandir(path) as entries:

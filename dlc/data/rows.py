@@ -246,10 +246,10 @@ class NpyRows:
             index = int(np.searchsorted(self.ends, rows[i], side="right"))
             return f"{self.path(index)}, row {rows[i] - self._starts[index]}"
 
-        check_values(array, self.limit, name)
+        check_rows(array, self.limit, name)
 
 
-def check_values(array: np.ndarray | StoredArray, limit: int | None, name: Callable[[int], str]) -> None:
+def check_rows(array: np.ndarray | StoredArray, limit: int | None, name: Callable[[int], str]) -> None:
     """Raise ValueError for the first row with values outside 0..limit-1 or, without a limit, values that are not finite
     in float32. name(i) is row i in words."""
     if limit is not None and array.dtype.kind == "u" and np.iinfo(array.dtype).max < limit:

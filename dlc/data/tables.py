@@ -19,7 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
-from dlc.data.listing import ONE_CLASS, Source, classes_of, empty_classes, is_image, read_labels, shown, unlabelled
+from dlc.data.listing import ONE_CLASS, Source, classes_of, empty_classes, entries_of, is_image, read_labels, unlabelled
 from dlc.machine.cli import one_line
 from dlc.machine.files import is_plain_name, is_pointer, recorded_id
 
@@ -210,10 +210,11 @@ class Table(Source):
         name, _ = split_of(path)
         place = Path(name)
         if place.is_dir():
-            folders, files = shown(place)
-            inner = shown(place / "data")[1] if folders else files  # beside class folders a .parquet is something else,
-            is_parquet = folders in ([], ["data"]) and any(name.endswith(".parquet") for name in inner)
-            is_parquet &= not any(map(is_image, files))  # and beside images, too
+            folders, files = entries_of(place)
+            inner = entries_of(place / "data")[1] if folders else files
+            # beside class folders or images a .parquet is something else
+            is_parquet = folders in ([], ["data"]) and not any(map(is_image, files))
+            is_parquet &= any(name.endswith(".parquet") for name in inner)
             return is_parquet or bool({*SAVED} & {*files})
         if place.exists():
             return place.suffix == ".parquet"
@@ -234,7 +235,7 @@ class Table(Source):
             self.data = data.with_format("arrow")
             files, sizes = self._files()
             classes, numbers = self._labels(datasets, labels is None and names is None)
-        everything = names_of(files, classes, numbers)
+        everything = image_names(files, classes, numbers)
         self.rows = range(len(files))
         if names is not None:
             places = {name: row for row, name in enumerate(everything)}
@@ -299,7 +300,7 @@ def image_column(datasets: ModuleType, data) -> str:
     return "image" if "image" in found else found[0]
 
 
-def names_of(files: Sequence[str], classes: Sequence[str], labels: np.ndarray | None) -> list[str]:
+def image_names(files: Sequence[str], classes: Sequence[str], labels: np.ndarray | None) -> list[str]:
     """The images' names, of the files that they were made of and their classes, or their rows."""
     names = [os.path.join(classes[label], file) for label, file in zip(labels, files)] if classes else files
     is_usable = all(map(is_plain_name, {*files, *filter(None, classes)})) and len({*names}) == len(names)
