@@ -80,6 +80,8 @@ def test_a_stop_cuts_a_measurement_off(processes, look, left, trained, tmp_path,
         and "stopped by SIGUSR2 after step 2; the same command continues" in said
     )
     assert {key for line in metrics(tmp_path / "parts") for key in ("heldout_loss", "samples") if key in line} == left
+    if processes == 1:  # and again where the same command makes it first
+        assert "stopped by SIGUSR2 after step 2; the same" in trained("parts", *flags, fault=fault)
     trained("parts", *flags, processes=processes)
     trained("whole", *flags, processes=processes)
     assert same_run(tmp_path / "whole", tmp_path / "parts", 3)

@@ -62,6 +62,7 @@ def test_features_that_are_not_whole_or_do_not_fit(mistake, features, tmp_path):
         np.save(path, array)
         message = f"imagenet64_{kind}/000002.npy, row 1: value {value} outside 0..{value - 1}"
         assert message in mistake("--model", model, path=copy)
+    assert "000002.npy, row 1: value" in mistake("--heldout-path", copy)
     change_json(copy / "manifest.json", vae_sha256="f" * 64)
     assert "does not fit --features-path: vae_sha256" in mistake("--heldout-path", copy)
     (copy / "manifest.json").unlink()
