@@ -37,7 +37,7 @@ from dlc.sampling.prior_options import Given, PriorOptions
 from dlc.sampling.sampling_flags import sampling_parser, settle_guidance
 from dlc.weights.load import process_of
 from dlc.weights.networks import DEFAULT_ENCODER, VAE_HELP, add_encoder_flags
-from evaluation.tokens import CodeReader, codes_of, encoder_of
+from evaluation.tokens import EncoderNetwork, codes_of, encoder_of
 
 if TYPE_CHECKING:
     import gradio
@@ -87,7 +87,7 @@ class Studio:
         self.rows = open_codes(known) if known else None
         self.encoder, _ = encoder_of(args, self.rows, str(path))
         compare_with_model(codes_of(self.encoder, f"the encoder {args.encoder}"), self.model, self.meta)
-        self.read = CodeReader(self.encoder, self.state.device)
+        self.read = EncoderNetwork(self.encoder, self.state.device)
         self.prior = PriorDraw(args.prior, args.ema, PriorOptions(), seed=0) if args.prior else None
         if self.prior:
             compare_with_model(self.prior.to(self.state.device).spec, self.model, self.meta)

@@ -10,13 +10,15 @@ import argparse
 import re
 import tempfile
 import time
+from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.record import DEVICE, ON_GPU, flags, record, run_script, synchronize
+from benchmarks.record import DEVICE, ON_GPU, flags, flags_of, record, run_script, seconds_of
 from dlc.data import kind_dir
 from dlc.data.images import open_source
 from dlc.data.views import Views, collate, flips_of
@@ -71,10 +73,7 @@ def rates_of_the_parts(root: Path, args: argparse.Namespace) -> dict[str, float]
     load = lambda batch: collate([views[index] for index in batch])  # noqa: E731
     loader = read_ahead(load, (1 + DECODED) * batches, args.num_workers)
     loaded = [next(loader) for _ in batches]
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    rates = {"decoding": DECODED * args.images / (time.perf_counter() - start)}
+    rates = {"decoding": DECODED * args.images / seconds_of(partial(deque, loader, 0), time.perf_counter)}
 
     set_exact_numerics()
     set_numerics(tf32=False, deterministic=True)
@@ -86,11 +85,8 @@ def rates_of_the_parts(root: Path, args: argparse.Namespace) -> dict[str, float]
     }
     for name, work in works.items():
         work(loaded[0])
-        synchronize()
-        start = time.perf_counter()
-        for _ in side_by_side(work, loaded, DEVICE):  # in threads, as in extraction
-            pass
-        rates[name] = args.images / (time.perf_counter() - start)
+        all_of_them = partial(list, side_by_side(work, loaded, DEVICE))  # in threads, as in extraction
+        rates[name] = args.images / seconds_of(all_of_them, time.perf_counter)
     return rates
 
 
@@ -110,18 +106,12 @@ def rate_of_the_whole(root: Path, args: argparse.Namespace, **environment) -> fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--images", type=int, default=4096 if ON_GPU else 96, help="extract this many images [%(default)s here]")
-    add(
-        "--batch-size",
-        type=int,
-        default=32 if ON_GPU else 4,
-        help="encode this many images per batch [%(default)s here]",
-    )
-    add("--num-workers", type=int, default=default_num_workers(), help="use this many data readers [%(default)s here]")
-    add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of both networks [%(default)s]")
-    add("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU, help="compile both networks [on GPUs]")
+    parser, add = flags_of(__doc__)
+    add("--images", "extract this many images", 4096, 96)
+    add("--batch-size", "encode this many images per batch", 32, 4)
+    add("--num-workers", "use this many data readers", default_num_workers())
+    add("--precision", "set the precision of both networks", "fp32", choices=PRECISIONS)
+    add("--compile", "compile both networks [on GPUs]", ON_GPU)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         prepare(Path(root), args)

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import extraction, kernels, loading, readme, sampling, steps, train_options
 from benchmarks.checks import CHECKS, Unavailable
-from benchmarks.record import DEVICE, ON_GPU, flags, machine, result_path, run_script, show, write
+from benchmarks.record import DEVICE, ON_GPU, flags, flags_of, machine, result_path, run_script, show, write
 from benchmarks.roofline import CARDS, Card, L, Roofline, V, card_of
 from dlc.machine.cli import number, one_line
 from dlc.machine.processes import default_num_workers, set_numerics
@@ -251,34 +251,19 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--minutes", type=number(float, 0), default=9.0, help="start no row that would end after them [%(default)s]")
-    add("--only", nargs="+", choices=PARTS_OF_ALL, default=PARTS_OF_ALL, help="measure these parts [all]")
-    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-Ti/8", help="measure this DiTSEM [%(default)s here]")
-    add("--batch", type=int, default=256 if ON_GPU else 8, help="train on this many images per step [%(default)s here]")
-    add(
-        "--steps",
-        type=int,
-        default=20 if ON_GPU else 2,
-        help="measure this many steps, after as many [%(default)s here]",
-    )
-    add("--rows", type=int, default=2048 if ON_GPU else 64, help="make features of this many rows [%(default)s here]")
-    add(
-        "--sampling-batch",
-        type=int,
-        default=32 if ON_GPU else 2,
-        help="draw this many images at once [%(default)s here]",
-    )
-    add("--images", type=int, default=2048 if ON_GPU else 4, help="extract this many images [%(default)s here]")
-    add("--num-workers", type=int, default=default_num_workers(), help="use this many data readers [%(default)s here]")
-    add("--dir", help="write temporary files here, 40 GB for DiTSEM-XL/2 [the system's]")
-    return parser
-
-
 def main() -> None:
-    args, start = argument_parser().parse_args(), time.monotonic()
+    parser, add = flags_of(__doc__)
+    add("--minutes", "start no row that would end after them", 9.0, type=number(float, 0))
+    add("--only", "measure these parts [all]", [*PARTS_OF_ALL], choices=PARTS_OF_ALL)
+    add("--model", "measure this DiTSEM", "DiTSEM-XL/2", "DiTSEM-Ti/8")
+    add("--batch", "train on this many images per step", 256, 8)
+    add("--steps", "measure this many steps, after as many", 20, 2)
+    add("--rows", "make features of this many rows", 2048, 64)
+    add("--sampling-batch", "draw this many images at once", 32, 2)
+    add("--images", "extract this many images", 2048, 4)
+    add("--num-workers", "use this many data readers", default_num_workers())
+    add("--dir", "write temporary files here, 40 GB for DiTSEM-XL/2 [the system's]", None)
+    args, start = parser.parse_args(), time.monotonic()
     rows = measured_before(args)
     done, put_off = {(row["part"], row[""]) for row in rows}, []
     with tempfile.TemporaryDirectory(dir=args.dir) as root:

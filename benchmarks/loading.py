@@ -6,17 +6,19 @@ One file per image is read as in the reference scripts: np.load of each sample, 
 kernel was asked to drop the files' pages; `disk MB` is what was then read from the disk.
 """
 
-import argparse
 import gc
+import itertools
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import record
+from benchmarks.record import flags_of, record, seconds_of
 from dlc.data import Features, FeatureWriter, Manifest, kind_dir
 from dlc.machine.readers import read_ahead
 from dlc.training.batches import TrainingBatches
@@ -62,11 +64,9 @@ def best_rate(layout: str, cache: str, root: Path, batches: Sequence[np.ndarray]
     """The best of three: samples per second, and the MB read from the disk."""
 
     def read():
-        """Seconds of all batches."""
-        gather, start = reader(layout, root), time.perf_counter()
+        gather = reader(layout, root)
         for rows in batches:
             gather(rows)
-        return time.perf_counter() - start
 
     def disk_bytes():
         lines = Path("/proc/self/io").read_text().splitlines()
@@ -81,7 +81,8 @@ def best_rate(layout: str, cache: str, root: Path, batches: Sequence[np.ndarray]
         if cache == "warm":
             read()
         before = disk_bytes()
-        found.append((sum(map(len, batches)) / read(), (disk_bytes() - before) / 1e6))
+        rate = sum(map(len, batches)) / seconds_of(read, time.perf_counter)
+        found.append((rate, (disk_bytes() - before) / 1e6))
     return max(found)
 
 
@@ -90,18 +91,15 @@ def loader_rate(root: Path, batch: int, count: int, workers: int) -> float:
     features = Features(root / "shards")
     data = TrainingBatches(features, dict(latents=features.latents, codes=features.codes), seed=0, global_batch=batch)
     loader = read_ahead(data.__getitem__, range(10 * count), workers)
-    for _ in range(20):
-        next(loader)
-    start = time.perf_counter()
-    for _ in range(5 * count):
-        next(loader)
-    return 5 * count * batch / (time.perf_counter() - start)
+    deque(itertools.islice(loader, 20), 0)
+    some = partial(deque, itertools.islice(loader, 5 * count), 0)
+    return 5 * count * batch / seconds_of(some, time.perf_counter)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32_768, help="time this many rows of features [%(default)s]")
-    parser.add_argument("--batch", type=int, default=256, help="read this many rows per batch [%(default)s]")
+    parser, add_flag = flags_of(__doc__)
+    add_flag("--rows", "time this many rows of features", 32_768)
+    add_flag("--batch", "read this many rows per batch", 256)
     parser.add_argument("--dir", help="write the temporary features here [the system's]")
     args, table, rates = parser.parse_args(), [], {}
 

@@ -6,7 +6,6 @@ A weight takes 16 bytes with AdamW's two moments and the EMA, and 4 more for its
 it. What a block keeps for its backward pass is what torch's partitioner chooses under bf16 autocast.
 """
 
-import argparse
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
-from benchmarks.record import record
+from benchmarks.record import flags_of, record
 from benchmarks.roofline import L, V
 from dlc.machine.processes import ACTIVATION_BUDGET
 from models import DiT_models, ModelSpec
@@ -100,15 +99,9 @@ class Memory:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=[f"DiTSEM-{size}/2" for size in "S B L XL".split()],
-        help="compute these models [S, B, L, XL]",
-    )
-    add("--batch", type=int, default=256, help="hold this many images per GPU and step, a power of 2 [%(default)s]")
+    parser, add = flags_of(__doc__)
+    add("--models", "compute these models", [f"DiTSEM-{size}/2" for size in "S B L XL".split()])
+    add("--batch", "hold this many images per GPU and step, a power of 2", 256)
     args = parser.parse_args()
     partitioner.activation_memory_budget, rows = ACTIVATION_BUDGET, []
     for model in args.models:

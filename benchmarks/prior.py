@@ -2,8 +2,7 @@
 
     python -m benchmarks.prior
 
-The published way is SEDD's, as the DLC project runs it, on the same network: eager, the score entropy of all places,
-and a call for all places at each step. Ours calls the network only when a token is due, for the places that are. Work
+The published way is SEDD's, see benchmarks/README.md; ours calls the network only where a token is due. Work
 between the calls is not counted in either. Rows take turns; the shortest time counts. Calls per code are counted by
 drawing whole timetables. On a CPU seconds are CPU seconds of the process.
 """
@@ -14,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.record import DEVICE, ON_GPU, in_turns, record
+from benchmarks.record import DEVICE, flags_of, in_turns, record
 from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.masked_samplers import create_sampler
 from dlc.machine.noise import Stream, uniforms
@@ -106,16 +105,14 @@ def seconds_of_calls(args: argparse.Namespace) -> dict[bool, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="DLCPrior-M" if ON_GPU else "DLCPrior-S", choices=DLCPrior_models,
-        help="measure this prior [%(default)s here]")
-    add("--L", type=int, default=512, help="take this many code positions [%(default)s]")
-    add("--V", type=int, default=256, help="take this many tokens per position [%(default)s]")
-    add("--batch", type=int, default=64 if ON_GPU else 1, help="take this many codes at once [%(default)s here]")
-    add("--precision", default="bf16" if ON_GPU else "fp32", help="set the network's precision [%(default)s here]")
-    add("--repeats", type=int, default=5 if ON_GPU else 3, help="let the rows take this many turns [%(default)s here]")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled training, too")
+    parser, add = flags_of(__doc__)
+    add("--model", "measure this prior", "DLCPrior-M", "DLCPrior-S", choices=DLCPrior_models)
+    add("--L", "take this many code positions", 512)
+    add("--V", "take this many tokens per position", 256)
+    add("--batch", "take this many codes at once", 64, 1)
+    add("--precision", "set the network's precision", "bf16", "fp32")
+    add("--repeats", "let the rows take this many turns", 5, 3)
+    add("--compile", "measure compiled training, too", True)
     args = parser.parse_args()
     set_numerics(tf32=True)  # as in training and sampling
     table, steps = [], seconds_of_steps(args)

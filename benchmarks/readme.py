@@ -14,13 +14,9 @@ from pathlib import Path
 from benchmarks.record import OWN_RESULTS, RESULTS, ROOT
 
 PAGES = ("README.md", "benchmarks/README.md")
-BOTH = ("cpu", "gpu")
-DEVICES = {
-    **{name: BOTH for name in ("train_options", "loading", "extraction-fp32", "extraction-bf16", "sampling")},
-    **{name: BOTH for name in ("steps", "prior")},
-    "gpu": ("gpu",),
-    **{name: ("cpu",) for name in ("steps-bf16", "memory", "roofline", "sources")},  # two are computed
-}
+BOTH = "train_options loading extraction-fp32 extraction-bf16 sampling steps prior".split()
+ON_A_CPU = "steps-bf16 memory roofline sources".split()  # two are computed
+DEVICES = dict.fromkeys(BOTH, ("cpu", "gpu")) | {"gpu": ("gpu",)} | dict.fromkeys(ON_A_CPU, ("cpu",))
 PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1
 NOT_VERSIONS = ("gpu", "cpu", "cores", "memory_gib", "commit")  # keys of a result's machine
 

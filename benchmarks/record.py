@@ -1,5 +1,6 @@
 """What every benchmark shares: the machine and its peak, and its rows as a table and as a JSON file."""
 
+import argparse
 import datetime
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dlc.machine.cli import ArgumentParser
 from dlc.machine.files import write_json
 from dlc.machine.processes import PRECISIONS, versions
 
@@ -45,6 +47,24 @@ def machine() -> dict:
         **versions(),
         commit=git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
     )
+
+
+def flags_of(doc: str) -> tuple[ArgumentParser, Callable]:
+    """A benchmark's parser, and what adds a flag: add(name, help, default, the default on a CPU, if it is another)."""
+    parser = ArgumentParser(doc)
+
+    def add(flag, about, default, on_cpu=None, **kwargs):
+        if on_cpu is not None:
+            default, about = default if ON_GPU else on_cpu, f"{about} [%(default)s here]"
+        values = default if isinstance(default, list) else [default]
+        kwargs = dict(nargs="+" if values is default else None) | kwargs
+        if isinstance(default, bool):
+            kwargs = dict(action=argparse.BooleanOptionalAction)
+        elif type(values[0]) is int:
+            kwargs["type"] = int
+        parser.add_argument(flag, default=default, help=about, **kwargs)
+
+    return parser, add
 
 
 def result_path(name: str) -> Path:
@@ -101,9 +121,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(function: Callable[[], object]) -> float:
-    """Seconds that function() takes on the GPU; on a CPU, CPU seconds of all threads, less affected by other work."""
-    clock = time.perf_counter if ON_GPU else time.process_time
+def seconds_of(function: Callable[[], object], clock: Callable[[], float] | None = None) -> float:
+    """Seconds that function() takes by a clock of time [the wall's on a GPU; on a CPU, CPU seconds of all threads, less
+    affected by other work]."""
+    clock = clock or (time.perf_counter if ON_GPU else time.process_time)
     synchronize()
     start = clock()
     function()
@@ -126,12 +147,6 @@ def in_turns(functions: dict, turns: int) -> dict[object, list[float]]:
     return seconds
 
 
-def peak_kilobytes() -> int:
-    """This process's own peak of memory: that of getrusage includes the process it was forked from."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if "VmHWM" in line))
-
-
 def forward_flops(model: torch.nn.Module, side: int) -> int:
     """FLOPs of a forward pass on one latent of side x side: two for each multiply-add of each matrix product."""
     D, P = model.pos_embed.shape[2], model.patch_size
@@ -144,11 +159,5 @@ def forward_flops(model: torch.nn.Module, side: int) -> int:
 def peak_flops(precision: str, size: int) -> float:
     """FLOPs per second of a product of two size x size matrices, the best of five; TF32 as torch is set."""
     a, b = (torch.randn(size, size, device=DEVICE, dtype=PRECISIONS[precision]) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        seconds.append(time.perf_counter() - start)
+    seconds = [seconds_of(lambda: a @ b, time.perf_counter) for _ in range(6)]
     return 2 * size**3 / min(seconds[1:])

@@ -6,12 +6,11 @@ benchmarks/README.md explains each part. The rates are assumed: others measured 
 reach 65% of its data sheet, attention 47% of that, and kernels that read and write memory 78%.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.record import forward_flops, record
+from benchmarks.record import flags_of, forward_flops, record
 from models import DiT_models
 
 T, L, V = 256, 512, 256  # tokens of 256 x 256 pixels by patches of 2, code positions, tokens per position
@@ -93,7 +92,7 @@ class Roofline:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    flags_of(__doc__)[0].parse_args()
     rows = []
     one = [(name, 1, False) for name in ("H100", "H200", "A100", "RTX 4090")]
     for name, gpus, sharded in [*one, *(("H100", gpus, sharded) for gpus in (4, 8) for sharded in (False, True))]:

@@ -2,15 +2,10 @@
 
     python -m benchmarks.sampling
 
-The baseline does as the reference scripts do: eager float32, the doubled batch at every step, each batch decoded and
-written before the next begins. It uses the diffusion's own loop with the samples' own noise, so that its images can be
-compared. The script's rate is read off the times at which it wrote its PNGs, without the first batch, which compiles,
-nor, of three and more, the second: the first one's are late, because they are the first that are decoded.
-
-The model is trained for a few steps on random latents, so that what it draws stays within bounds; the VAE has the shape
-of Stable Diffusion's and random weights (a rate does not depend on them). `share of peak`: the FLOPs of the model's
-forward passes, from its shapes, over what a large matrix product reaches on the same device in that precision. `differs
-by`: the mean difference of the PNGs, in grey levels, from those of the row named in `from`.
+benchmarks/README.md says what the baseline does and what the columns are. The script's rate is read off the times at
+which it wrote its PNGs, without the first batch, which compiles, nor, of three and more, the second: the first one's
+are late, because they are the first that are decoded. The model is trained for a few steps on random latents, so that
+what it draws stays within bounds; the VAE has the shape of Stable Diffusion's and random weights.
 """
 
 import argparse
@@ -23,7 +18,17 @@ import safetensors.torch
 import torch
 
 from benchmarks.extraction import write_networks
-from benchmarks.record import DEVICE, ON_GPU, flags, forward_flops, peak_flops, record, run_script, synchronize
+from benchmarks.record import (
+    DEVICE,
+    ON_GPU,
+    flags,
+    flags_of,
+    forward_flops,
+    peak_flops,
+    record,
+    run_script,
+    synchronize,
+)
 from diffusion import create_diffusion
 from diffusion.process_table import OBJECTIVES, create_process
 from dlc.data.images import read_png, save_png, to_uint8
@@ -37,7 +42,7 @@ from dlc.weights.networks import load_vae
 from models import DiT_models
 
 STEPS, CFG_SCALE, INTERVAL = 250, 1.5, (250, 749)  # the interval holds half of the steps
-TRAINING_STEPS = 100
+TRAINING_STEPS, EULER = 100, (5, 10, 25)  # of flow matching, which is drawn without guidance
 
 FULL, HALF, BASELINE = "full guidance", "guidance in half the steps", "baseline"
 HALVED = flags(t_min=INTERVAL[0], t_max=INTERVAL[1])
@@ -48,10 +53,7 @@ ROWS = [  # name, precision, flags, the row whose images these should be
     (f"{FULL}, VAE too", "bf16", ["--vae-precision", "bf16"], (BASELINE, "fp32")),
     (HALF, "fp32", HALVED, None),
     (HALF, "bf16", HALVED, (HALF, "fp32")),
-    *(
-        (f"flow, Euler-{steps}", "fp32", flags(objective="flow", num_sampling_steps=steps, cfg_scale=1), None)
-        for steps in (5, 10, 25)
-    ),  # without guidance
+    *((f"flow, Euler-{n}", "fp32", flags(objective="flow", num_sampling_steps=n, cfg_scale=1), None) for n in EULER),
     ("DDIM-50", "fp32", ["--sampler", "ddim"], None),
     ("DDIM-50", "bf16", ["--sampler", "ddim"], ("DDIM-50", "fp32")),
     ("DPM-Solver++-25", "fp32", ["--sampler", "dpmsolver++"], None),
@@ -148,18 +150,12 @@ def sampler_of(given: list[str]) -> tuple:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="measure this DiTSEM [%(default)s here]")
-    add("--L", type=int, default=512, help="take this many code positions [%(default)s]")
-    add("--V", type=int, default=256, help="take this many tokens per position [%(default)s]")
-    add("--batch", type=int, default=64 if ON_GPU else 4, help="draw this many images at once [%(default)s here]")
-    add(
-        "--batches",
-        type=int,
-        default=3 if ON_GPU else 2,
-        help="draw this many batches per row, see above [%(default)s here]",
-    )
+    parser, add = flags_of(__doc__)
+    add("--model", "measure this DiTSEM", "DiTSEM-XL/2", "DiTSEM-S/2")
+    add("--L", "take this many code positions", 512)
+    add("--V", "take this many tokens per position", 256)
+    add("--batch", "draw this many images at once", 64, 4)
+    add("--batches", "draw this many batches per row, see above", 3, 2)
     args = parser.parse_args()
     if ON_GPU:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in sampling

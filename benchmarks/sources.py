@@ -6,7 +6,6 @@ Images are read in random order from the page cache. Rates are per CPU second of
 not change them; `indexing` is the time until the first image can be read. It needs the package datasets.
 """
 
-import argparse
 import shutil
 import tarfile
 import tempfile
@@ -18,7 +17,7 @@ import datasets
 import numpy as np
 
 from benchmarks.extraction import write_photographs
-from benchmarks.record import record
+from benchmarks.record import flags_of, record, seconds_of
 from dlc.data.images import Source, center_crop, load_rgb, open_source
 
 
@@ -49,20 +48,17 @@ def decoded(source: Source, index: int) -> np.ndarray:
 
 def rate(read: Callable, source: Source) -> float:
     """Images per CPU second in random order, the best of three."""
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
+
+    def read_all():
         for index in np.random.default_rng(0).permutation(len(source)).tolist():
             read(source, index)
-        seconds.append(time.process_time() - start)
-    return len(source) / min(seconds)
+
+    return len(source) / min(seconds_of(read_all, time.process_time) for _ in range(3))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--images", type=int, default=200, help="read this many photographs of 500 x 375 pixels [%(default)s]"
-    )
+    parser, add = flags_of(__doc__)
+    add("--images", "read this many photographs of 500 x 375 pixels", 200)
     args, table = parser.parse_args(), []
     with tempfile.TemporaryDirectory() as root:
         write_photographs(Path(root) / "images", args.images)

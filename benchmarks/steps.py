@@ -7,7 +7,6 @@ of the same work, turn by turn: the median, then the smallest and the largest. `
 difference from that row: of outputs, of latents, or of all gradients. On a CPU seconds are CPU seconds of the process.
 """
 
-import argparse
 from copy import deepcopy
 from functools import cached_property, partial
 from statistics import median
@@ -15,7 +14,7 @@ from statistics import median
 import torch
 
 from benchmarks.checks import difference
-from benchmarks.record import DEVICE, ON_GPU, in_turns, record
+from benchmarks.record import DEVICE, ON_GPU, flags_of, in_turns, record
 from diffusion import GaussianDiffusion, create_diffusion
 from dlc.machine.noise import Stream, integers, normal, uniform
 from dlc.machine.processes import PRECISIONS, autocast, compile_blocks, cores, set_numerics
@@ -138,18 +137,12 @@ def measure(steps: Steps, rows: list[tuple], turns: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="DiTSEM-XL/2" if ON_GPU else "DiTSEM-S/2", help="measure this DiTSEM [%(default)s here]")
-    add("--batch", type=int, default=64 if ON_GPU else 8, help="pass this many latents at once [%(default)s here]")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="bf16" if ON_GPU else "fp32",
-        help="set the precision of products [%(default)s here]",
-    )
-    add("--turns", type=int, default=20 if ON_GPU else 7, help="let the rows take this many turns [%(default)s here]")
-    add("--threads", type=int, default=cores(), help="use this many threads of torch on a CPU [%(default)s here]")
+    parser, add = flags_of(__doc__)
+    add("--model", "measure this DiTSEM", "DiTSEM-XL/2", "DiTSEM-S/2")
+    add("--batch", "pass this many latents at once", 64, 8)
+    add("--precision", "set the precision of products", "bf16", "fp32", choices=PRECISIONS)
+    add("--turns", "let the rows take this many turns", 20, 7)
+    add("--threads", "use this many threads of torch on a CPU", cores())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     set_numerics(tf32=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.extraction import write_networks, write_photographs
-from benchmarks.record import ON_GPU, ROOT, flags, forward_flops, peak_flops, record, run_script
+from benchmarks.record import ON_GPU, ROOT, flags, flags_of, forward_flops, peak_flops, record, run_script
 from dlc.machine.processes import default_num_workers
 from models import DiT_models
 from train_diffusion import argument_parser
@@ -102,29 +102,14 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    models = ["DiT-XL/2", "DiTSEM-XL/2"] if ON_GPU else ["DiTSEM-S/2"]
-    batches = [128, 256] if ON_GPU else [8]
-    add(
-        "--model",
-        nargs="+",
-        default=models,
-        choices=DiT_models,
-        metavar="DIT",
-        help="train these models [%(default)s here]",
-    )
-    add("--batch", nargs="+", type=int, default=batches, help="train on this many images per step [%(default)s here]")
-    add("--rows", nargs="+", default=ROWS, help="measure these variants, each with its flags in quotes [all]")
-    add(
-        "--steps",
-        type=int,
-        default=30 if ON_GPU else 6,
-        help="measure this many steps, after as many [%(default)s here]",
-    )
-    add("--images", type=int, default=2048 if ON_GPU else 64, help="make this many synthetic images [%(default)s here]")
-    add("--image-size", type=int, default=256, help="make images of this size, pixels [%(default)s]")
-    add("--num-workers", type=int, default=default_num_workers(), help="use this many data readers [%(default)s here]")
+    parser, add = flags_of(__doc__)
+    add("--model", "train these models", ["DiT-XL/2", "DiTSEM-XL/2"], ["DiTSEM-S/2"], choices=DiT_models, metavar="DIT")
+    add("--batch", "train on this many images per step", [128, 256], [8])
+    add("--rows", "measure these variants, each with its flags in quotes [all]", ROWS)
+    add("--steps", "measure this many steps, after as many", 30, 6)
+    add("--images", "make this many synthetic images", 2048, 64)
+    add("--image-size", "make images of this size, pixels", 256)
+    add("--num-workers", "use this many data readers", default_num_workers())
     args = parser.parse_args()
     peaks = {}  # FLOPs per second that the device reaches
     for chosen in map(options, args.rows):

@@ -15,7 +15,7 @@ from dlc.machine.cli import progress
 from dlc.machine.files import write_whole
 from dlc.weights.networks import load_encoder
 from evaluation.metrics import FeatureStatistics, frechet_distance
-from evaluation.tokens import CodeReader, token_agreement
+from evaluation.tokens import EncoderNetwork, token_agreement
 
 if TYPE_CHECKING:
     from demo.table import Demo
@@ -109,7 +109,7 @@ class Judge:
 
     def __init__(self, demo: "Demo"):
         self.V = demo.features.V
-        self.read_code = CodeReader(load_encoder(demo.features.manifest.encoder), torch.device("cpu"))
+        self.read_code = EncoderNetwork(load_encoder(demo.features.manifest.encoder), torch.device("cpu"))
         images, _, labels = demo.real("train")
         if demo.what == "digits":
             self.read = DigitReader(images, labels)

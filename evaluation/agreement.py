@@ -19,19 +19,19 @@ import torch
 
 from dlc.data import Features
 from dlc.data.codes import CodeSet, compare
-from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.cli import number
 from dlc.machine.files import check_output
 from dlc.machine.processes import agree, create_logger, start_processes
-from dlc.nets.digest import weights_sha256
-from dlc.nets.encoder import SEMEncoder
 from dlc.sampling.code_folder import CodesRecord, open_codes
 from dlc.sampling.conditions import RowConditions
 from dlc.sampling.samples_record import SamplesRecord
 from dlc.weights.networks import add_encoder_flags
 from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
+from evaluation.measuring import measure
+from evaluation.reconstruction import numbers_of
 from evaluation.report import METRICS_FILE, metrics_path, write_metrics
 from evaluation.sets import ImageSet, open_images
-from evaluation.tokens import CodeReader, agreement_of, codes_of, encoder_of
+from evaluation.tokens import BATCH, EncoderNetwork, codes_of, encoder_of, token_agreement
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -48,18 +48,14 @@ def open_samples(path: str | Path) -> tuple[Path, ImageSet, SamplesRecord]:
     """
     path = Path(path)
     folder = path.with_suffix("") if path.suffix == ".npz" else path
-    about = path.with_suffix(".json") if path.suffix == ".npz" else path / "samples.json"
-    if not about.is_file():  # of an .npz that is not written yet
-        path, about = folder, folder / "samples.json"
-    if not about.is_file():
+    unwritten = folder.is_dir() and not path.exists()  # an .npz
+    images = open_images(folder if unwritten else path, "SAMPLES")
+    if images.record is None:
         raise ValueError(
-            f"{path}: there is no {about}, which says what the samples were drawn for: name a folder, or an .npz, that "
-            "a sampling script wrote"
+            f"{path}: no samples.json says what its {images.count:,} images were drawn for: name a folder, or an .npz, "
+            "that a sampling script wrote"
         )
-    images, record = open_images(path, "SAMPLES"), SamplesRecord.read(about)
-    if images.count != record.num_fid_samples:
-        raise ValueError(f"{path} has {images.count:,} images, and {about.name} says {record.num_fid_samples:,}")
-    return folder, images, record
+    return folder, images, SamplesRecord.from_json(images.record, f"the samples.json of {path}")
 
 
 class DrawnCodes(RowConditions):
@@ -142,15 +138,13 @@ def check_agreement_flags(args: Namespace) -> None:
             raise ValueError(f"--{flag} sets up the ceiling, which needs images: add --data-path")
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
-    parser = ArgumentParser(__doc__, prog="evaluate.py agreement")
-    parser.add_argument("samples", help="measure this folder of samples of a DiTSEM, or its .npz")
-    add_agreement_flags(parser.add_argument)
-    return parser, parser.parse_args(argv)
+def add_flags(add: Callable) -> None:
+    add("samples", help="measure this folder of samples of a DiTSEM, or its .npz")
+    add_agreement_flags(add)
 
 
-def ceiling_of(args: Namespace, drawn: DrawnCodes, encoder: SEMEncoder, count: int, state: "PartialState") -> tuple:
-    """The images to measure the ceiling on, their codes (n, L), the VAE, and notes.
+def open_ceiling(args: Namespace, drawn: DrawnCodes, read: EncoderNetwork, count: int, state: "PartialState") -> tuple:
+    """The images to measure the ceiling on, the network that reconstructs them, their codes (n, L), and notes.
 
     Raises ValueError where there are none whose codes the encoder made.
     """
@@ -160,39 +154,39 @@ def ceiling_of(args: Namespace, drawn: DrawnCodes, encoder: SEMEncoder, count: i
             f"--data-path: {drawn.source} is no features directory; name that of the images with --features-path"
         )
     codes = CodeSet.of_features(features)
-    compare(codes, codes_of(encoder, "the samples"))
+    compare(codes, codes_of(read.encoder, "the samples"))
     images = FeatureImages(features, args.data_path, args.num_images)
     if args.num_images is None and images.count > count:
         images = FeatureImages(features, args.data_path, count)
     vae, _, notes = vae_of(args.vae, features, state)
-    return images, codes.gather(images.rows, encoder.V), vae, notes
+    return images, Reconstruction(vae, state.device, read=read), codes.gather(images.rows, read.encoder.V), notes
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
-    with parser.one_line_errors():
-        check_agreement_flags(args)
-        folder, samples, record = open_samples(args.samples)
-        path, drawn = metrics_path(folder), DrawnCodes(folder, record, args.dlc_dir)
-        check_output(path, "the numbers' file", own=METRICS_FILE)
-        state = start_processes()
-        encoder, notes = encoder_of(args, drawn.codes, record.checkpoint)
-        ceiling = ceiling_of(args, drawn, encoder, samples.count, state) if args.data_path else None
-        wanted = drawn.codes.gather(drawn.values(np.arange(samples.count)), encoder.V)  # (count, L)
-        agree("samples, codes and encoder", (record.conditions, weights_sha256(encoder)))
+def run(args: Namespace) -> None:
+    """Measure, and write the numbers beside the samples."""
+    check_agreement_flags(args)
+    folder, samples, record = open_samples(args.samples)
+    path, drawn = metrics_path(folder), DrawnCodes(folder, record, args.dlc_dir)
+    check_output(path, "the numbers' file", own=METRICS_FILE)
+    state = start_processes()
+    encoder, notes = encoder_of(args, drawn.codes, record.checkpoint)
+    read, ceiling = EncoderNetwork(encoder, state.device), None
+    if args.data_path:
+        images, network, codes, more = open_ceiling(args, drawn, read, samples.count, state)
+        notes += more
+    wanted = drawn.codes.gather(drawn.values(np.arange(samples.count)), encoder.V)  # (count, L)
+    agree("samples, codes and encoder", (record.conditions, read.digest))
     logger = create_logger(state)
-    for note in [*notes, *(ceiling[3] if ceiling else [])]:
+    for note in notes:
         logger.info(f"note: {note}")
-    with parser.one_line_errors("nothing was written", "the number of other programs", (ValueError, OSError)):
-        read = CodeReader(encoder, state.device)
-        result, measured = agreement_of(samples, wanted, read, encoder.V, state, "encoding samples")
+    key = read.name, "codes"
+    measured = measure(samples, [read], state, [], [key], BATCH, "encoding samples")
+    if args.data_path:
+        ceiling = numbers_of(images, network, state, codes)
+    if state.is_main_process:
+        result = token_agreement(wanted, measured.rows[key].numpy(), encoder.V)
         if ceiling:
-            images, codes, vae, _ = ceiling
-            network = Reconstruction(vae, state.device, read=read)
-            found, _ = agreement_of(images, codes, network, encoder.V, state, "encoding reconstructions")
-        if state.is_main_process:
-            if ceiling:
-                result["ceiling"] = found
-            logger.info(line_of(result))
-            logger.info(write_metrics(path, samples, measured, dict(code_agreement=result)))
+            result["ceiling"] = ceiling["code_agreement"]
+        logger.info(line_of(result))
+        logger.info(write_metrics(path, samples, measured, dict(code_agreement=result)))
     state.destroy_process_group()

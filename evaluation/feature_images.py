@@ -16,7 +16,7 @@ from dlc.sampling.pictures import Decoder
 from dlc.weights.networks import load_vae
 from evaluation.sets import FileImages
 from evaluation.similarity import psnr, ssim
-from evaluation.tokens import CodeReader
+from evaluation.tokens import EncoderNetwork
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -80,7 +80,7 @@ class Reconstruction:
     Args:
         precision: of the VAE.
         networks: whose features are wanted of both.
-        read: a CodeReader; None: no codes.
+        read: the `EncoderNetwork` that reads the codes; None: no codes.
     """
 
     name, notes = "reconstruction", ()
@@ -92,15 +92,14 @@ class Reconstruction:
         device: torch.device,
         precision: str = "fp32",
         networks: Iterable = (),
-        read: CodeReader | None = None,
+        read: EncoderNetwork | None = None,
     ):
         self.device, self.networks, self.read = device, networks, read
         self.encoder, self.decoder = PixelEncoder(vae, None, device, precision), Decoder(vae, precision=precision)
-        self.outputs = dict(psnr=1, ssim=1, **(read.outputs if read else {}))
+        self.outputs = dict(psnr=1, ssim=1, **(dict(codes=read.outputs["codes"]) if read else {}))
         for one in networks:
-            self.outputs.update(
-                {f"{one.name}.{which}": one.outputs["pool"] for which in ("originals", "reconstructions")}
-            )
+            width = one.outputs["pool"]
+            self.outputs |= {f"{one.name}.originals": width, f"{one.name}.reconstructions": width}
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """Images (n, S, S, 3) uint8 to their reconstructions, the same shape and type, on the CPU."""
@@ -110,12 +109,11 @@ class Reconstruction:
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         found = self.reconstruct(images)
         originals, reconstructions = images.to(self.device), found.to(self.device)
-        outputs = dict(
-            psnr=psnr(originals, reconstructions)[:, None],
-            ssim=ssim(originals, reconstructions)[:, None],
-            **(self.read(found) if self.read else {}),
-        )
+        outputs = dict(psnr=psnr(originals, reconstructions)[:, None], ssim=ssim(originals, reconstructions)[:, None])
+        of = {one: one(reconstructions) for one in {*self.networks, *([self.read] if self.read else [])}}
+        if self.read:
+            outputs["codes"] = of[self.read]["codes"]
         for one in self.networks:
             outputs[f"{one.name}.originals"] = one(originals)["pool"]
-            outputs[f"{one.name}.reconstructions"] = one(reconstructions)["pool"]
+            outputs[f"{one.name}.reconstructions"] = of[one]["pool"]
         return outputs

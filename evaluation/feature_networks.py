@@ -21,7 +21,6 @@ from dlc.machine.processes import done_by_rank_0
 from dlc.nets.digest import weights_sha256
 from dlc.weights.hub import fetch_file, is_offline
 from evaluation.dinov2 import load_dinov2, preprocess
-from evaluation.inception import load_inception
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -36,6 +35,8 @@ class InceptionNetwork:
     url, sha256_prefix = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{files[0]}", "6726825d"
 
     def __init__(self, path: Path, device: torch.device):
+        from evaluation.inception import load_inception  # --help does not need torchvision
+
         self.path, self.device, self.notes = Path(path), device, []
         found = sha256_of(path)
         if not found.startswith(self.sha256_prefix):

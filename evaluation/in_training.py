@@ -27,7 +27,7 @@ from dlc.training.split import Split
 from dlc.weights.networks import load_encoder, load_vae
 from evaluation.feature_networks import NETWORKS, feature_networks, weights_here
 from evaluation.metrics import FeatureStatistics, frechet_distance
-from evaluation.tokens import BATCH, CodeReader, EncoderNetwork, codes_of
+from evaluation.tokens import BATCH, EncoderNetwork, codes_of
 
 if TYPE_CHECKING:
     from dlc.training.run import Run
@@ -66,22 +66,18 @@ class SampleMetrics(Measurement):
                 encoder = found
             except (ValueError, OSError) as error:
                 warn_once("agreement", f"samples are not compared with their codes: {error}")
-        self.reader = CodeReader(encoder, run.device) if encoder and "codes" in self.inputs.arrays else None
+        reader = EncoderNetwork(encoder, run.device) if encoder else None
+        self.reader = reader if "codes" in self.inputs.arrays else None
         here = done_by_rank_0(run.state, lambda: [name for name in NETWORKS if weights_here(name)])
         if here:
             self.network = feature_networks(Namespace(weights=[]), here[:1], run.state)[here[0]]
-        elif encoder is not None:
-            self.network = EncoderNetwork(encoder, run.device)
+        elif reader is not None:
+            self.network = reader
         else:
             raise ValueError(
                 f"--eval-samples compares by the features of {' or '.join(NETWORKS)}, whose weights are not on this "
                 "machine, or of the encoder of the features' codes: evaluate.py fetches the former"
             )
-
-    def parts(self) -> list[slice]:
-        """Of this process's places, at most a micro-batch each."""
-        size = self.run.micro_batch_size
-        return [slice(start, start + size) for start in range(0, len(self.rows), size)]
 
     def split(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Batches for the networks that compare, unless a stop is asked for."""
@@ -105,7 +101,8 @@ class SampleMetrics(Measurement):
         CPU."""
         run, samples, real, wanted = self.run, [], [], []
         sampler = preview_sampler(self.process, ema.out_channels > ema.in_channels)
-        for part in self.parts():
+        for start in range(0, len(self.rows), run.micro_batch_size):
+            part = slice(start, start + run.micro_batch_size)
             batch = {name: one.to(run.device) for name, one in gather(self.arrays, self.rows[part]).items()}
             y = self.inputs.of(batch)
             drawing = dict(y=y, seed=SEED, indices=self.places[part].to(run.device), on_step=run.go_on)
@@ -124,12 +121,12 @@ class SampleMetrics(Measurement):
             if self.reference is None:
                 self.reference = self.statistics(self.decoded(real))
             distance = frechet_distance(self.statistics(images), self.reference)
+            words = f"{self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name})"
             line = dict(samples=self.size, features=self.network.name, frechet_distance=distance)
             if self.reader:
                 found = torch.cat([self.reader(some)["codes"] for some in self.split(images)])
                 share = (found == torch.cat(wanted)).double().mean(dim=1).to(self.run.device)
                 agreeing = self.run.accelerator.reduce(share[self.counted].sum(), "sum").item()
                 line["code_agreement"] = agreeing / self.size
-            agreement = f", code agreement {line['code_agreement']:.4f}" if self.reader else ""
-            words = f"{self.size:,} samples, Frechet distance {distance:.4f} ({self.network.name}){agreement}"
+                words += f", code agreement {line['code_agreement']:.4f}"
             self.note(step, line, words)

@@ -9,13 +9,12 @@ has 1008 classes, resizes in its own way, its average pools leave the padding ou
 Names are those of the published PyTorch weights, which are torchvision's.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import inception as blocks
 
 from dlc.weights.foreign.safe import check_tensors, differences_from, load_tensors
 
@@ -24,7 +23,6 @@ SIDE = 299  # pixels that the network sees
 SPATIAL_CHANNELS = 7
 PROBS_ROWS = 512  # rows of one softmax, as in ADM
 UNREAD = ".num_batches_tracked"  # of batch norms; some files have it
-Kernel = int | tuple[int, int]
 
 
 def resize_tf1(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
@@ -47,112 +45,36 @@ def resize_tf1(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
 
 
 #################################################################################
-#                                    Blocks                                     #
+#              Blocks of torchvision that pool as the graph does                #
 #################################################################################
-
-
-class BasicConv2d(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
-
-    def __init__(self, channels: int, out_channels: int, kernel_size: Kernel, stride: int = 1, padding: Kernel = 0):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
 
 average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-maximum_halved = partial(F.max_pool2d, kernel_size=3, stride=2)
-ROW, COLUMN, SHORT_ROW, SHORT_COLUMN = (1, 7), (7, 1), (1, 3), (3, 1)  # kernels along one axis
-HALVED = None  # stands for a 3 x 3 kernel with stride 2 and no padding
 
 
-class Mixed(nn.Module):
-    """Branches of convolutions from one input, whose outputs are concatenated; the last branch pools.
-
-    Args:
-        branches: each a list of (name, channels, kernel). Where two begin with the same names, these are shared.
-        pool: what the last branch begins with. pool_channels: of its convolution `branch_pool`; 0: it has none.
-    """
-
-    def __init__(self, channels: int, *branches: list, pool: Callable = average, pool_channels: int = 0):
-        super().__init__()
-        self.pool, self.branches = pool, [[name for name, _, _ in branch] for branch in branches]
-        for branch in branches:
-            width = channels
-            for name, out, kernel in branch:
-                size = kernel if isinstance(kernel, tuple) else (kernel or 3,) * 2
-                shape = (size, 2) if kernel is HALVED else (size, 1, (size[0] // 2, size[1] // 2))
-                self.add_module(name, BasicConv2d(width, out, *shape))
-                width = out
-        self.branch_pool = BasicConv2d(channels, pool_channels, 1) if pool_channels else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = {}
-        for branch in self.branches:
-            y = x
-            for name in branch:
-                y = outputs[name] = outputs[name] if name in outputs else getattr(self, name)(y)
-        last = [outputs[branch[-1]] for branch in self.branches]
-        return torch.cat([*last, self.branch_pool(self.pool(x))], dim=1)
+class BlockA(blocks.InceptionA):
+    def _forward(self, x):
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return [self.branch1x1(x), five, double, self.branch_pool(average(x))]
 
 
-def mixed_a(channels: int, pool_channels: int) -> Mixed:
-    """35 x 35 cells."""
-    return Mixed(
-        channels,
-        [("branch1x1", 64, 1)],
-        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-        pool_channels=pool_channels,
-    )
+class BlockC(blocks.InceptionC):
+    def _forward(self, x):
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return [self.branch1x1(x), seven, double, self.branch_pool(average(x))]
 
 
-def mixed_b(channels: int) -> Mixed:
-    """35 x 35 to 17 x 17 cells."""
-    double = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, HALVED)]
-    return Mixed(channels, [("branch3x3", 384, HALVED)], double, pool=maximum_halved)
+class BlockE(blocks.InceptionE):
+    pool = staticmethod(average)
 
-
-def mixed_c(channels: int, width: int) -> Mixed:
-    """17 x 17 cells; 7 x 7 kernels as pairs of a row and a column."""
-    double = [("branch7x7dbl_1", width, 1), ("branch7x7dbl_2", width, COLUMN), ("branch7x7dbl_3", width, ROW)]
-    return Mixed(
-        channels,
-        [("branch1x1", 192, 1)],
-        [("branch7x7_1", width, 1), ("branch7x7_2", width, ROW), ("branch7x7_3", 192, COLUMN)],
-        [*double, ("branch7x7dbl_4", width, COLUMN), ("branch7x7dbl_5", 192, ROW)],
-        pool_channels=192,
-    )
-
-
-def mixed_d(channels: int) -> Mixed:
-    """17 x 17 to 8 x 8 cells."""
-    seven = [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, ROW), ("branch7x7x3_3", 192, COLUMN)]
-    return Mixed(
-        channels,
-        [("branch3x3_1", 192, 1), ("branch3x3_2", 320, HALVED)],
-        [*seven, ("branch7x7x3_4", 192, HALVED)],
-        pool=maximum_halved,
-    )
-
-
-def mixed_e(channels: int, pool: Callable) -> Mixed:
-    """8 x 8 cells; forks of a row and a column."""
-    double = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3)]
-    return Mixed(
-        channels,
-        [("branch1x1", 320, 1)],
-        [("branch3x3_1", 384, 1), ("branch3x3_2a", 384, SHORT_ROW)],
-        [("branch3x3_1", 384, 1), ("branch3x3_2b", 384, SHORT_COLUMN)],
-        [*double, ("branch3x3dbl_3a", 384, SHORT_ROW)],
-        [*double, ("branch3x3dbl_3b", 384, SHORT_COLUMN)],
-        pool=pool,
-        pool_channels=192,
-    )
+    def _forward(self, x):
+        three, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        threes = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
+        doubles = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return [self.branch1x1(x), *threes, *doubles, self.branch_pool(self.pool(x))]
 
 
 #################################################################################
@@ -160,46 +82,28 @@ def mixed_e(channels: int, pool: Callable) -> Mixed:
 #################################################################################
 
 
-class InceptionV3(nn.Module):
+class InceptionV3(blocks.Inception3):
     """Images to the three outputs of the 2015 graph that ADM reads, in one pass. In eval mode, without gradients."""
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
-        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
-        self.Mixed_5b = mixed_a(192, 32)
-        self.Mixed_5c = mixed_a(256, 64)
-        self.Mixed_5d = mixed_a(288, 64)
-        self.Mixed_6a = mixed_b(288)
-        self.Mixed_6b = mixed_c(768, 128)
-        self.Mixed_6c = mixed_c(768, 160)
-        self.Mixed_6d = mixed_c(768, 160)
-        self.Mixed_6e = mixed_c(768, 192)
-        self.Mixed_7a = mixed_d(768)
-        self.Mixed_7b = mixed_e(1280, average)
-        self.Mixed_7c = mixed_e(2048, maximum)
-        self.fc = nn.Linear(2048, 1008)
+        kinds = [blocks.BasicConv2d, BlockA, blocks.InceptionB, BlockC, blocks.InceptionD, BlockE, None]
+        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=kinds, init_weights=False)
+        self.Mixed_7c.pool = maximum
         self.eval().requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) of values 0 to 255 to `pool` (N, 2048) and `spatial` (N, 2023), both float32.
 
-        pool is TensorFlow's pool_3. spatial is the first 7 channels of mixed_6/conv, flattened with the channel last.
+        pool is TensorFlow's pool_3; spatial is the first 7 channels of mixed_6/conv, flattened with the channel last.
         """
         x = (resize_tf1(images.to(self.fc.weight.dtype)) - 128) / 128  # (N, 3, 299, 299)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (N, 768, 17, 17)
-        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        x = self.Mixed_6e(x)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (N, 2048, 8, 8)
-        return x.mean(dim=(2, 3)).float(), spatial.float()
+        for name, layer in self.named_children():  # in the order in which they act
+            if name == "avgpool":
+                break
+            x = layer(x)
+            if name == "Mixed_6d":  # (N, 768, 17, 17)
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return x.mean(dim=(2, 3)).float(), spatial.float()  # x: (N, 2048, 8, 8)
 
     def probabilities(self, pool: torch.Tensor) -> torch.Tensor:
         """The softmax (N, 1008) of pool (N, 2048) times the last layer's weights: without its bias, as ADM has it."""

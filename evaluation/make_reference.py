@@ -8,12 +8,13 @@ over the folder, for precision and recall), mu and sigma, and, of Inception, mu_
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from dlc.data.npz import write_images
-from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.cli import number
 from dlc.machine.files import check_output
 from dlc.machine.processes import create_logger, start_processes, wait_for_all
 from evaluation.feature_networks import add_network_flags, check_weights_flags, feature_networks
@@ -23,14 +24,8 @@ from evaluation.reference import STORED
 from evaluation.sets import open_images
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
-    parser = ArgumentParser(__doc__, prog="evaluate.py make-reference")
-    add = parser.add_argument
-    add(
-        "images",
-        metavar="FOLDER",
-        help="read these images: a folder, an ImageFolder-style folder, or an .npz with arr_0",
-    )
+def add_flags(add: Callable) -> None:
+    add("images", metavar="FOLDER", help="read these images: a folder, with classes or without, or an .npz with arr_0")
     add("output", metavar="OUT.npz", help="write this .npz")
     add("--image-size", type=number(int, 1), required=True, help="crop a folder's images to this size, pixels")
     add(
@@ -40,14 +35,6 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
         help="store at most this many images as arr_0; 0 stores the statistics alone",
     )
     add_network_flags(add)
-    return parser, parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
-    unwritten = "nothing was written"
-    with parser.one_line_errors(unwritten, "--batch-size", ()), parser.one_line_errors(unwritten):
-        run(args)
 
 
 def run(args: Namespace) -> None:

@@ -8,18 +8,18 @@ equal to the bit on a CPU, and statistics, which are merged, to about 1e-15 rela
 rank 0 from the features in the order of the images.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from dlc.machine.cli import progress
 from dlc.machine.exact import set_exact_numerics, side_by_side
+from dlc.machine.processes import files_group
 from evaluation.metrics import FeatureStatistics
 from evaluation.sets import ImageSet
 
@@ -55,43 +55,31 @@ def share(count: int, batch: int, rank: int, processes: int) -> tuple[int, int]:
     return min(low, count), min(high, count)
 
 
-@contextlib.contextmanager
-def exact_numerics() -> Iterator[None]:
-    """Sums that depend neither on the cores nor on the processes: see `set_exact_numerics`."""
-    threads = torch.get_num_threads()
-    set_exact_numerics()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def measure(
     images: ImageSet,
     networks: Iterable[Callable],
     state: "PartialState",
     statistics: list[Output] | None = None,
-    keep: dict[Output, torch.dtype] | None = None,
+    keep: Iterable[Output] = (),
     batch_size: int | None = None,
     desc: str = "features",
 ) -> Measured:
-    """Run networks over a set of images, in all processes.
+    """Run networks over a set of images, in all processes, by sums that depend neither on them nor on the cores.
 
     Args:
         networks: as those of NETWORKS; may be none, for digests alone.
         state: accelerate's PartialState.
         statistics: the outputs whose statistics are wanted; None: all of all networks.
-        keep: the outputs whose rows are kept, and as which type.
+        keep: the outputs whose rows are kept.
         batch_size: images per batch; another one changes how features round.
 
     Raises ValueError, naming the file, for images that cannot be read, and for features that are not finite.
     """
     widths = {(one.name, output): width for one in networks for output, width in one.outputs.items()}
     sums = {key: FeatureStatistics(widths[key]) for key in (widths if statistics is None else statistics)}
-    kept = {key: [torch.empty(0, widths[key], dtype=dtype)] for key, dtype in (keep or {}).items()}
+    kept = {key: [] for key in keep}
     batch_size = batch_size or BATCH[state.device.type]
-    shares = [share(images.count, batch_size, rank, state.num_processes) for rank in range(state.num_processes)]
-    start, stop = shares[state.process_index]
+    start, stop = share(images.count, batch_size, state.process_index, state.num_processes)
     hashes, blank = [], []
 
     @torch.inference_mode()
@@ -104,10 +92,8 @@ def measure(
         found = {(one.name, name): rows[: len(batch)] for one in networks for name, rows in one(full).items()}
         return digests, one_colour, found
 
-    with (
-        exact_numerics(),
-        progress(total=stop - start, unit="img", desc=desc, disable=not state.is_main_process, delay=1) as bar,
-    ):
+    set_exact_numerics()
+    with progress(total=stop - start, unit="img", desc=desc, disable=not state.is_main_process, delay=1) as bar:
         batches = images.batches(start, stop, batch_size)
         for digests, one_colour, found in side_by_side(run, batches, state.device):
             hashes += digests
@@ -115,53 +101,41 @@ def measure(
             for key, one in sums.items():
                 one.update(found[key])
             for key, rows in kept.items():
-                rows.append(found[key].to(rows[0].dtype).cpu())
+                rows.append(found[key].cpu())
             bar.update(len(digests))
 
     # ---------------------------------------------------------------------- what all processes found, on rank 0
-    counts = [stop - start for start, stop in shares]
-    hashes = torch.frombuffer(bytearray(b"".join([bytes(DIGEST), *hashes])), dtype=torch.uint8).view(-1, DIGEST)[1:]
-    hashes, blank = gathered(hashes, counts, state), gathered(torch.tensor(blank, dtype=torch.uint8), counts, state)
-    rows = {key: gathered(torch.cat(parts), counts, state) for key, parts in kept.items()}
-    sums = {key: merged(one, counts, state) for key, one in sums.items()}
-    if not state.is_main_process:
+    for one in sums.values():
+        one.add_waiting()
+    parts = on_rank_0((hashes, blank, kept, sums), state)
+    if parts is None:
         return Measured(images.count)
-    digest, twins = summary(hashes.numpy(), images.size)
-    return Measured(images.count, sums, rows, digest, twins, blank.nonzero().flatten().tolist())
+    hashes, blank, kept, sums = zip(*parts)
+    digest, twins = summary([*itertools.chain(*hashes)], images.size)
+    return Measured(
+        images.count,
+        {key: FeatureStatistics.merged([one[key] for one in sums]) for key in sums[0]},
+        {key: torch.cat([rows for one in kept for rows in one[key]]) for key in kept[0]},
+        digest,
+        twins,
+        [index for index, one_colour in enumerate(itertools.chain(*blank)) if one_colour],
+    )
 
 
-def gathered(rows: torch.Tensor, counts: list[int], state: "PartialState") -> torch.Tensor | None:
-    """The rows (n, ...) of all processes in the order of the ranks, on rank 0's CPU; None elsewhere."""
+def on_rank_0(value: object, state: "PartialState") -> list | None:
+    """A picklable object of each process, in the order of the ranks, on rank 0; None elsewhere."""
     if state.num_processes == 1:
-        return rows
-    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=state.device)
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts] if state.is_main_process else None
-    dist.gather(padded, parts, dst=0)
-    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts)]) if parts else None
+        return [value]
+    values = [None] * state.num_processes if state.is_main_process else None
+    dist.gather_object(value, values, group=files_group())
+    return values
 
 
-def merged(statistics: FeatureStatistics, counts: list[int], state: "PartialState") -> FeatureStatistics | None:
-    """The statistics of all processes, merged in the order of the ranks, on rank 0; None elsewhere."""
-    if state.num_processes == 1:
-        return statistics
-    packed = torch.cat([statistics.mean[None], statistics.scatter]).to(state.device)
-    parts = [torch.empty_like(packed) for _ in counts] if state.is_main_process else None
-    dist.gather(packed, parts, dst=0)
-    if not parts:
-        return None
-    total = FeatureStatistics(statistics.dim)
-    for count, part in zip(counts, parts):
-        part = part.cpu()
-        total.add_moments(count, part[0], part[1:])
-    return total
-
-
-def summary(hashes: np.ndarray, size: tuple[int, int]) -> tuple[str, list[tuple[int, int]]]:
-    """A digest of all images (N, DIGEST) and their size, and the pairs of equal ones: (an earlier one, the index)."""
-    digest = hashlib.sha256(f"{len(hashes)} x {size[0]} x {size[1]}".encode() + hashes.tobytes()).hexdigest()
+def summary(hashes: list[bytes], size: tuple[int, int]) -> tuple[str, list[tuple[int, int]]]:
+    """A digest of the digests of all images and of their size; and the pairs of equal ones: (an earlier, the index)."""
+    digest = hashlib.sha256(f"{len(hashes)} x {size[0]} x {size[1]}".encode() + b"".join(hashes)).hexdigest()
     seen, twins = {}, []
-    for index, one in enumerate(map(bytes, hashes)):
+    for index, one in enumerate(hashes):
         first = seen.setdefault(one, index)
         if first != index:
             twins.append((first, index))

@@ -11,7 +11,7 @@ To add a metric, write a function of a `Pair` and give it a row in METRICS, at t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,34 +25,29 @@ EPS = torch.finfo(torch.float64).eps
 ROWS_AT_ONCE = 2048  # rows that are added to statistics at once: fewer make sums of D x D a large share
 
 
-def shaped(features: ArrayLike, name: str = "features") -> torch.Tensor:
-    """Features as a tensor (N, D). Raises ValueError for another shape, no rows, or values that are no floats."""
+def checked(features: ArrayLike, name: str = "features", finite: bool = True) -> torch.Tensor:
+    """Features as a tensor (N, D). Raises ValueError for another shape, no rows, values that are no floats, and where
+    they have to be `finite`, for others."""
     features = torch.as_tensor(features)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{name} have shape {tuple(features.shape)}, wanted (N, D)")
     if not features.is_floating_point():
         raise ValueError(f"{name} have type {str(features.dtype).removeprefix('torch.')}, wanted floats")
-    return features
-
-
-def checked(features: ArrayLike, name: str = "features") -> torch.Tensor:
-    """Features as a tensor (N, D). Raises ValueError as `shaped` does, and for values that are not finite."""
-    features = shaped(features, name)
-    if not features.isfinite().all():
+    if finite and not features.isfinite().all():
         raise ValueError(f"{name} hold values that are NaN or infinite")
     return features
 
 
-def checked_pair(reference: ArrayLike, samples: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of both sets, (N, D) and (M, D). Raises ValueError as `checked` does, and where they differ in D."""
+def checked_pair(reference: ArrayLike, samples: ArrayLike, fewest: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of both sets, (N, D) and (M, D). Raises ValueError as `checked` does, where they differ in D, and where
+    one has fewer rows than the fewest that are wanted."""
     reference, samples = checked(reference, "the reference's features"), checked(samples, "the samples' features")
-    same_width(reference.shape[1], samples.shape[1])
+    (N, D), (M, d) = reference.shape, samples.shape
+    if D != d:
+        raise ValueError(f"the features have {D} dimensions in the reference, {d} in the samples")
+    if min(N, M) < fewest:
+        raise ValueError(f"at least {fewest} images are needed in each set, and one has {min(N, M)}")
     return reference, samples
-
-
-def same_width(reference: int, samples: int) -> None:
-    if reference != samples:
-        raise ValueError(f"the features have {reference} dimensions in the reference, {samples} in the samples")
 
 
 #################################################################################
@@ -83,8 +78,17 @@ class FeatureStatistics:
         return statistics
 
     @classmethod
-    def from_moments(cls, mean: ArrayLike, covariance: ArrayLike, count: int | None = None) -> "FeatureStatistics":
-        """Statistics that somebody else computed: mean (D,), covariance (D, D), and the number of rows, if known.
+    def merged(cls, parts: Sequence["FeatureStatistics"]) -> "FeatureStatistics":
+        """Those of the rows of all parts."""
+        total = cls(parts[0].dim)
+        for one in parts:
+            one.add_waiting()
+            total._add(one._count, one._mean, one._scatter)
+        return total
+
+    @classmethod
+    def from_moments(cls, mean: ArrayLike, covariance: ArrayLike) -> "FeatureStatistics":
+        """Statistics that somebody else computed: mean (D,), covariance (D, D).
 
         Raises ValueError where they are no mean and covariance of one set.
         """
@@ -100,7 +104,7 @@ class FeatureStatistics:
         if (covariance - covariance.T).abs().max() > 1e-6 * largest or covariance.diagonal().min() < -1e-6 * largest:
             raise ValueError("the covariance is not symmetric, or has negative variances")
         statistics = cls(len(mean))
-        statistics._mean, statistics._covariance, statistics._count = mean, (covariance + covariance.T) / 2, count
+        statistics._mean, statistics._covariance = mean, (covariance + covariance.T) / 2
         return statistics
 
     def update(self, features: ArrayLike) -> None:
@@ -108,48 +112,32 @@ class FeatureStatistics:
 
         Values that are not finite raise it here or where the statistics are read: rows are looked at in large batches.
         """
-        features = shaped(features)
+        features = checked(features, finite=False)
         if features.shape[1] != self.dim:
             raise ValueError(f"features have {features.shape[1]} dimensions, wanted {self.dim}")
         self._waiting.append(features)
         self._rows += len(features)
         if self._rows >= ROWS_AT_ONCE:
-            self._add_waiting()
-
-    def add_moments(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        """Add `count` rows by their mean (dim,) and their `scatter` (dim, dim), both float64."""
-        self._add_waiting()
-        self._add(count, mean, scatter)
-
-    @property
-    def count(self) -> int | None:
-        """Rows so far; None of moments that do not say."""
-        self._add_waiting()
-        return self._count
+            self.add_waiting()
 
     @property
     def mean(self) -> torch.Tensor:
         """(dim,) float64."""
-        self._add_waiting()
+        self.add_waiting()
         return self._mean
-
-    @property
-    def scatter(self) -> torch.Tensor:
-        """The sum of the outer products of centred rows (dim, dim), float64."""
-        self._add_waiting()
-        return self._scatter
 
     @property
     def covariance(self) -> torch.Tensor:
         """(dim, dim) float64, by N - 1. Raises ValueError for fewer than two rows, which have none."""
-        self._add_waiting()
+        self.add_waiting()
         if self._covariance is not None:
             return self._covariance
         if self._count < 2:
             raise ValueError(f"a covariance needs at least 2 images, and there are {self._count}")
         return self._scatter / (self._count - 1)
 
-    def _add_waiting(self):
+    def add_waiting(self) -> None:
+        """Add the rows of `update` that wait for more, after which all is on the CPU."""
         if not self._waiting:
             return
         rows = torch.cat(self._waiting).to(torch.float64, copy=True)
@@ -184,7 +172,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Raises ValueError where the sets have other dimensions or fewer than two rows.
     """
-    same_width(a.dim, b.dim)
+    if a.dim != b.dim:
+        raise ValueError(f"the statistics are of {a.dim} and of {b.dim} features")
     A, B = a.covariance, b.covariance
     constant = (a.mean - b.mean).square().sum() + A.trace() + B.trace()
     # where a feature is constant in one of the sets, its row and column add nothing to the root
@@ -261,8 +250,7 @@ def precision_recall(
 
     Raises ValueError where a set has fewer than k + 1 rows, or the sets have other dimensions.
     """
-    reference, samples = checked_pair(reference, samples)
-    enough_for(k, reference, samples)
+    reference, samples = checked_pair(reference, samples, k + 1)
     half = precision == "adm"
     radii_reference, radii_samples = squared_radii(reference, k, half), squared_radii(samples, k, half)
     in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
@@ -273,20 +261,13 @@ def precision_recall(
     return float(in_reference.double().mean()), float(in_samples.double().mean())
 
 
-def enough_for(k: int, *sets) -> None:
-    fewest = min(map(len, sets))
-    if fewest < k + 1:
-        raise ValueError(f"neighbourhoods of {k} need at least {k + 1} images in each set, and one has {fewest}")
-
-
 def density_coverage(reference: ArrayLike, samples: ArrayLike, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, arXiv 2002.09797), with distances in float32, strictly within balls.
 
     Density counts, per sample, the reference balls that it lies in, over k; it may exceed 1. Coverage is the share of
     reference images whose ball holds a sample. A ball's radius is the distance to the k-th nearest other one.
     """
-    reference, samples = checked_pair(reference, samples)
-    enough_for(k, reference)
+    reference, samples = checked_pair(reference, samples, k + 1)
     radii = squared_radii(reference, k, half=False)
     covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     balls = 0
@@ -319,8 +300,6 @@ def kernel_distance(
     """
     reference, samples = checked_pair(reference, samples)
     size = min(subset_size, len(reference), len(samples))
-    if size < 2:
-        raise ValueError("the kernel distance needs at least 2 images in each set")
     generator = generator or torch.Generator().manual_seed(0)
 
     def kernel(x, y):

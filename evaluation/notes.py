@@ -18,16 +18,14 @@ def listed(items: list[str]) -> str:
     return f"{', '.join(items[:EXAMPLES])}{', …' if len(items) > EXAMPLES else ''}"
 
 
-def of_counts(
-    samples: int, width: int, reference: Reference, reference_count: int | None, metrics: Iterable[str]
-) -> list[str]:
+def of_counts(samples: int, width: int, reference: Reference, metrics: Iterable[str]) -> list[str]:
     """Warnings of sets that are too small, or of other sizes than in the published protocol.
 
     Args:
-        samples, reference_count: numbers of images.
+        samples: how many.
         width: of the widest features with a Frechet distance, 2048 of Inception; 0 where no distance is wanted.
     """
-    lines = []
+    lines, count = [], reference.images and reference.images.count
     if samples < width:
         lines.append(
             f"{samples:,} samples are too few for a Frechet distance: the covariance of {width:,} features needs as "
@@ -38,16 +36,14 @@ def of_counts(
             f"{samples:,} samples: published numbers use {PUBLISHED_SAMPLES:,}"
             + (", and fewer give a larger distance" if width else "")
         )
-    if width and reference_count is not None and not reference.statistics and reference_count != samples:
+    if width and count is not None and not reference.statistics and count != samples:
         lines.append(
-            f"the reference is {reference_count:,} images of {reference.path} and the samples are {samples:,}: "
+            f"the reference is {count:,} images of {reference.path} and the samples are {samples:,}: "
             "published FIDs compare with the statistics of a whole data set, which ADM's files store as mu and sigma"
         )
     balls = sorted(name for name in metrics if METRICS[name].neighbours)
-    if balls and reference_count is not None and reference_count != PUBLISHED_REFERENCE:
-        lines.append(
-            f"{', '.join(balls)}: {reference_count:,} reference images; published numbers use {PUBLISHED_REFERENCE:,}"
-        )
+    if balls and count is not None and count != PUBLISHED_REFERENCE:
+        lines.append(f"{', '.join(balls)}: {count:,} reference images; published numbers use {PUBLISHED_REFERENCE:,}")
     return lines
 
 
@@ -56,15 +52,11 @@ def of_record(record: dict) -> list[str]:
     lines, spec = [], DiT_models.get(str(record.get("model")))
     channels, scale = record.get("cfg_channels"), record.get("cfg_scale")
     if spec is not None and isinstance(scale, (int, float)) and scale > 1 and isinstance(channels, int):
-        published = spec.family.guided_channels
-        if published is not None and channels != published:
+        published = spec.family.guided_channels  # None: all
+        if channels != published if published else channels == 3:
             lines.append(
                 f"guidance covers {channels} latent channels: the published samples of {record['model']} guide "
-                f"{published} (--cfg-channels {published})"
-            )
-        elif published is None and channels == 3:
-            lines.append(
-                f"guidance covers 3 latent channels: the published samples of {record['model']} guide all of them"
+                f"{published or 'all of them'} (--cfg-channels {published or 'all'})"
             )
     if record.get("weights") in ("raw", "model"):
         lines.append("the samples were drawn from the raw weights: published ones from the EMA weights")

@@ -9,34 +9,29 @@ latents can reach.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dlc.data import Features
 from dlc.data.codes import CodeSet
-from dlc.data.rows import NpyRows
-from dlc.machine.cli import ArgumentParser, number
+from dlc.machine.cli import number
 from dlc.machine.files import check_output, recorded_id, write_json
 from dlc.machine.processes import PRECISIONS, agree, create_logger, start_processes, versions
-from dlc.nets.digest import weights_sha256
-from dlc.nets.encoder import SEMEncoder
 from dlc.weights.networks import add_encoder_flags, vae_id
 from evaluation.feature_images import FeatureImages, Reconstruction, vae_of
 from evaluation.feature_networks import NETWORKS, add_weights_flags, check_weights_flags, feature_networks
 from evaluation.measuring import measure
 from evaluation.metrics import frechet_distance
-from evaluation.tokens import BATCH, CodeReader, EncoderNetwork, encoder_of, token_agreement
+from evaluation.tokens import BATCH, EncoderNetwork, encoder_of, token_agreement
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
-    parser = ArgumentParser(__doc__, prog="evaluate.py reconstruction")
-    add = parser.add_argument
+def add_flags(add: Callable) -> None:
     add("features", help="measure the VAE on the images of these features, with a manifest.json")
     add("--data-path", required=True, help="read the images that the features were extracted from in this folder")
     add("--vae", help="reconstruct with this VAE: ema, mse, a directory or a hub id [that of the features]")
@@ -54,47 +49,44 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace]:
     add_encoder_flags(add, None, " that made the codes; none: leave codes out; default: the one that the features name")
     add("--precision", choices=PRECISIONS, default="fp32", help="set the precision of the VAE")
     add("--out", help="write the numbers to this .json [FEATURES/reconstruction.json]")
-    return parser, parser.parse_args(argv)
 
 
-def chosen_networks(args: Namespace, encoder: SEMEncoder | None, state: "PartialState") -> list:
-    """The networks of --features. Raises ValueError where their weights are not to be had."""
+def chosen_networks(args: Namespace, read: EncoderNetwork | None, state: "PartialState") -> list:
+    """The networks of --features. Raises ValueError where their weights are not to be had.
+
+    read: the encoder of the features' codes.
+    """
     names = [] if args.networks == ["none"] else list(dict.fromkeys(args.networks))
     if "none" in names:
         raise ValueError("--features none goes with no other")
-    if "encoder" in names and encoder is None:
+    if "encoder" in names and read is None:
         raise ValueError(
             "--features encoder needs the encoder of the features' codes: there are none, or it is left out"
         )
     networks = feature_networks(args, [name for name in names if name in NETWORKS], state)
-    return [networks[name] if name in networks else EncoderNetwork(encoder, state.device) for name in names]
+    return [networks.get(name, read) for name in names]
 
 
 def lines_of(result: dict) -> list[str]:
     """The numbers as lines."""
-    rows = [
-        ("images", f"{result['images']:,}"),
-        ("PSNR, dB", f"{result['psnr']:.3f}"),
-        ("SSIM", f"{result['ssim']:.4f}"),
-    ]
+    rows = {"images": f"{result['images']:,}", "PSNR, dB": f"{result['psnr']:.3f}", "SSIM": f"{result['ssim']:.4f}"}
     for name, value in result["frechet_distances"].items():
-        rows.append(("rFID" if name == "inception" else f"FD of {name} features", f"{value:.4f}"))
-    if "code_agreement" in result:
-        rows.append(("tokens kept", f"{result['code_agreement']['share']:.4f}"))
-        rows.append(("tokens kept by chance", f"{result['code_agreement']['chance']:.4f}"))
-    return [f"{name:28}{value:>12}" for name, value in rows]
+        rows["rFID" if name == "inception" else f"FD of {name} features"] = f"{value:.4f}"
+    if agreement := result.get("code_agreement"):
+        rows |= {"tokens kept": f"{agreement['share']:.4f}", "tokens kept by chance": f"{agreement['chance']:.4f}"}
+    return [f"{name:28}{value:>12}" for name, value in rows.items()]
 
 
 def numbers_of(
-    images: FeatureImages, network: Reconstruction, state: "PartialState", codes: NpyRows | None = None
+    images: FeatureImages, network: Reconstruction, state: "PartialState", codes: np.ndarray | None = None
 ) -> dict | None:
     """The numbers of all images, as reconstruction.json holds them, on rank 0; None elsewhere.
 
-    codes: the features' codes, a `NpyRows`; None: they are not compared.
+    codes: (n, L), those of the images; None: they are not compared.
     """
-    name, kinds = network.name, dict(psnr=torch.float64, ssim=torch.float64, codes=torch.int64)
-    keep = {(name, output): kinds[output] for output in network.outputs if output in kinds}
-    statistics = [(name, output) for output in network.outputs if output not in kinds]
+    name, outputs = network.name, [(network.name, output) for output in network.outputs]
+    keep = [key for key in outputs if key[1] in ("psnr", "ssim", "codes")]
+    statistics = [key for key in outputs if key not in keep]
     measured = measure(images, [network], state, statistics, keep, BATCH, "reconstructing")
     if not state.is_main_process:
         return None
@@ -106,62 +98,56 @@ def numbers_of(
         for one in network.networks
     }
     if codes is not None:
-        V = network.read.encoder.V
-        wanted = codes.gather(images.rows).astype(np.int64)
-        result["code_agreement"] = token_agreement(wanted, measured.rows[name, "codes"].numpy(), V)
+        found = measured.rows[name, "codes"].numpy()
+        result["code_agreement"] = token_agreement(codes, found, network.read.encoder.V)
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
-    with parser.one_line_errors():
-        check_weights_flags(args, args.networks)
-        features = Features(args.features)
-        images = FeatureImages(features, args.data_path, args.num_images)
-        if images.count < 2 and args.networks != ["none"]:
-            raise ValueError(
-                f"features {args.features} come from 1 image, and a Frechet distance needs 2: --features none"
-            )
-        out = Path(args.out) if args.out else features.root / "reconstruction.json"
-        check_output(out, "--out", own=("listing_sha256", "psnr", "ssim"))
-        if features.codes is None and args.encoder not in (None, "none"):
-            raise ValueError(f"--encoder {args.encoder}: features {args.features} hold no codes to compare with")
-        state = start_processes(precisions=[args.precision])
-        encoder, notes = None, []
-        if features.codes is not None and args.encoder != "none":
-            encoder, notes = encoder_of(args, CodeSet.of_features(features))
-        vae, digest, more = vae_of(args.vae, features, state)
-        networks = chosen_networks(args, encoder, state)
-        settings = dict(
-            listing_sha256=features.manifest.listing_sha256,
-            image_size=features.image_size,
-            features_count=features.count,
-            num_images=images.count,
-            vae_sha256=digest,
-            precision=args.precision,
-            networks={one.name: one.digest for one in networks},
-            encoder_sha256=weights_sha256(encoder) if encoder else None,
-        )
-        agree("features, VAE and networks", settings)
+def run(args: Namespace) -> None:
+    """Measure, and write the numbers."""
+    check_weights_flags(args, args.networks)
+    features = Features(args.features)
+    images = FeatureImages(features, args.data_path, args.num_images)
+    if images.count < 2 and args.networks != ["none"]:
+        raise ValueError(f"features {args.features} come from 1 image, and a Frechet distance needs 2: --features none")
+    out = Path(args.out) if args.out else features.root / "reconstruction.json"
+    check_output(out, "--out", own=("listing_sha256", "psnr", "ssim"))
+    if features.codes is None and args.encoder not in (None, "none"):
+        raise ValueError(f"--encoder {args.encoder}: features {args.features} hold no codes to compare with")
+    state, read, codes, notes = start_processes(precisions=[args.precision]), None, None, []
+    if features.codes is not None and args.encoder != "none":
+        encoder, notes = encoder_of(args, codes := CodeSet.of_features(features))
+        read, codes = EncoderNetwork(encoder, state.device), codes.gather(images.rows, encoder.V)
+    vae, digest, more = vae_of(args.vae, features, state)
+    networks = chosen_networks(args, read, state)
+    settings = dict(
+        listing_sha256=features.manifest.listing_sha256,
+        image_size=features.image_size,
+        features_count=features.count,
+        num_images=images.count,
+        vae_sha256=digest,
+        precision=args.precision,
+        networks={one.name: one.digest for one in networks},
+        encoder_sha256=read.digest if read else None,
+    )
+    agree("features, VAE and networks", settings)
     logger = create_logger(state)
     for note in [*notes, *more, *(note for one in networks for note in one.notes)]:
         logger.info(f"note: {note}")
-    with parser.one_line_errors("nothing was written", "--precision", (ValueError, OSError)):
-        read = CodeReader(encoder, state.device) if encoder else None
-        network = Reconstruction(vae, state.device, args.precision, networks, read)
-        result = numbers_of(images, network, state, features.codes if encoder else None)
-        if state.is_main_process:
-            record = dict(
-                format_version=1,
-                features=recorded_id(args.features),
-                data_path=recorded_id(args.data_path),
-                vae=recorded_id(vae_id(args.vae or features.manifest.vae)),
-                **settings,
-                **result,
-                versions=versions(),
-            )
-            write_json(out, record)
-            print(f"reconstructions of the images of {args.features} by {record['vae']}")
-            print("\n".join(lines_of(result)))
-            logger.info(f"written to {out}")
+    network = Reconstruction(vae, state.device, args.precision, networks, read)
+    result = numbers_of(images, network, state, codes)
+    if state.is_main_process:
+        record = dict(
+            format_version=1,
+            features=recorded_id(args.features),
+            data_path=recorded_id(args.data_path),
+            vae=recorded_id(vae_id(args.vae or features.manifest.vae)),
+            **settings,
+            **result,
+            versions=versions(),
+        )
+        write_json(out, record)
+        print(f"reconstructions of the images of {args.features} by {record['vae']}")
+        print("\n".join(lines_of(result)))
+        logger.info(f"written to {out}")
     state.destroy_process_group()

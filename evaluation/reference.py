@@ -63,45 +63,34 @@ def open_reference(path: str | Path, crop: int | None = None, resize: int | None
         return Reference(path, open_images(path, "--reference", crop, resize))
     names = array_names(path)
     reference = Reference(path)
-    reference.network = text(path, names, "network") or DEFAULT_NETWORK
-    reference.network_sha256 = text(path, names, "network_sha256")
-    reference.sha256 = text(path, names, "sha256")
-    if "count" in names:
-        reference.count = int(numbers(path, "count", ()))
+    for name, kinds in dict(network="U", network_sha256="U", sha256="U", count="iu").items():
+        if name in names:
+            setattr(reference, name, array(path, name, kinds, ()).item())
     for output, (mean, covariance) in STORED.items():
         if (mean in names) != (covariance in names):
             there, lacking = (mean, covariance) if mean in names else (covariance, mean)
             raise ValueError(f"--reference {path} has {there} but no {lacking}")
         if mean in names:
             try:
-                reference.statistics[output] = FeatureStatistics.from_moments(
-                    numbers(path, mean), numbers(path, covariance), reference.count
-                )
+                moments = array(path, mean), array(path, covariance)
+                reference.statistics[output] = FeatureStatistics.from_moments(*moments)
             except ValueError as error:
                 raise ValueError(f"--reference {path}: {mean}, {covariance}: {error}") from None
     if "arr_0" in names:
         reference.images = open_images(path, "--reference")
+        reference.images.notes = []  # of what else it holds
     if not reference.images and not reference.statistics:
         keys = one_line(", ".join(names), 100) or "none"
         raise ValueError(f"--reference {path} has neither arr_0 nor mu and sigma: its keys are {keys}")
     return reference
 
 
-def text(path: Path, names: list[str], name: str) -> str | None:
-    """A text in an .npz, or None."""
-    if name not in names:
-        return None
-    array = read_array(path, name)
-    if array.dtype.kind != "U" or array.ndim:
-        raise ValueError(f"{path}: {name} is not text")
-    return str(array)
-
-
-def numbers(path: Path, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """An array of real numbers in an .npz as float64. Raises ValueError for another kind, or another given shape."""
-    array = read_array(path, name)
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {name} has type {array.dtype}, wanted real numbers")
-    if shape is not None and array.shape != shape:
-        raise ValueError(f"{path}: {name} has shape {array.shape}, wanted {shape}")
-    return array.astype(np.float64)
+def array(path: Path, name: str, kinds: str = "fiu", shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """An array in an .npz. Raises ValueError for other kinds of types, as NumPy calls them, or another given shape."""
+    found = read_array(path, name)
+    if found.dtype.kind not in kinds:
+        wanted = {"U": "text", "iu": "an integer"}.get(kinds, "real numbers")
+        raise ValueError(f"{path}: {name} has type {found.dtype}, wanted {wanted}")
+    if shape is not None and found.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {found.shape}, wanted {shape}")
+    return found.copy()  # torch warns of arrays that cannot be written

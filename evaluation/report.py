@@ -8,7 +8,7 @@ from pathlib import Path
 from dlc.machine.files import DirectoryLock, read_json, recorded_id, wait_for_lock, write_json
 from dlc.machine.processes import versions
 from dlc.sampling.samples_record import guidance_of
-from evaluation.comparison import Comparison, Result
+from evaluation.comparison import Comparison
 from evaluation.measuring import Measured
 from evaluation.metrics import K_DENSITY, K_PRECISION, METRICS, SPLIT_SIZE, Metric
 from evaluation.sets import ImageSet
@@ -45,43 +45,41 @@ def table(values: dict[str, float]) -> list[str]:
     return lines
 
 
-def compared_with(comparison: Comparison, result: Result) -> str:
+def compared_with(comparison: Comparison) -> str:
     """What the numbers compare the samples with, in words."""
     reference, parts = comparison.reference, []
-    if any(reference.stored(*key) for key in comparison.distances()):
+    if any(reference.stored(*key) for key in comparison.needed("statistics")):
         parts.append("its stored statistics" + (f" of {reference.count:,} images" if reference.count else ""))
-    if result.reference.count:
-        parts.append(f"{result.reference.count:,} images")
+    if comparison.compared.count:
+        parts.append(f"{comparison.compared.count:,} images")
     return " and ".join(parts)
 
 
 def definitions(comparison: Comparison) -> str:
     """Whose definitions the numbers follow: ADM's, but for those that a flag changes or that ADM does not have."""
-    rows = [METRICS[name] for name in comparison.metrics]
+    rows, args = [METRICS[name] for name in comparison.wanted], comparison.args
     parts = [] if all(row.paper for row in rows) else ["ADM's definitions in PyTorch"]
-    if comparison.pr_precision != "adm":
+    if args.pr_precision != "adm":
         parts.append("distances of precision and recall in float32")
     for paper in dict.fromkeys(row.paper for row in rows if row.paper):
         parts.append(f"{' and '.join(row.label for row in rows if row.paper == paper)} as in {paper}")
-    if len(comparison.networks) > 1 and any(row.network is None for row in rows):
-        untied = " and ".join(row.label for row in rows if row.network is None)
-        parts.append(f"{untied} of {comparison.features}'s features")
+    untied = [row.label for row in rows if row.network is None]
+    if len(comparison.networks) > 1 and untied:
+        parts.append(f"{' and '.join(untied)} of {args.features}'s features")
     return ", ".join(parts)
 
 
-def paper_line(result: Result, comparison: Comparison, samples: ImageSet) -> str:
+def paper_line(comparison: Comparison) -> str:
     """One line with the numbers, both sets, the network, and what drew the samples."""
-    numbers = [
-        f"{row.label} {printed(row, result.values[key], row.digits)}" for key, row in metric_rows(result.values).items()
-    ]
-    path, record = comparison.reference.path, samples.record
+    values, samples, path = comparison.values, comparison.samples, comparison.reference.path
+    numbers = [f"{row.label} {printed(row, values[key], row.digits)}" for key, row in metric_rows(values).items()]
     parts = [
         f"{', '.join(numbers)}: {samples.count:,} samples of {samples.size[1]} x {samples.size[0]}"
-        + (f" against {path.name} ({compared_with(comparison, result)})" if path else ""),
+        + (f" against {path.name} ({compared_with(comparison)})" if path else ""),
         definitions(comparison),
         *(f"{one.name} {one.digest[:8]}" for one in comparison.networks.values()),
     ]
-    if record:
+    if record := samples.record:
         parts.append(
             f"{record.get('model')}, step {record.get('step')}, {record.get('weights')} weights, "
             f"{record.get('sampler')} {record.get('num_sampling_steps')} steps, {guidance_of(record)}, "
@@ -90,16 +88,16 @@ def paper_line(result: Result, comparison: Comparison, samples: ImageSet) -> str
     return "; ".join(parts)
 
 
-def metrics_json(result: Result, comparison: Comparison, warnings: list[str]) -> dict:
+def metrics_json(comparison: Comparison, warnings: list[str]) -> dict:
     """What a comparison writes to SAMPLES.metrics.json; see `write_metrics`."""
-    reference, measured = comparison.reference, result.reference
+    reference, compared, args = comparison.reference, comparison.compared, comparison.args
     return dict(
-        metrics=result.values,
+        metrics=comparison.values,
         reference=dict(
             path=recorded_id(str(reference.path)) if reference.path else None,
-            count=measured.count or None,
+            count=compared.count or None,
             size=list(reference.images.size) if reference.images else None,
-            sha256=measured.digest or None,
+            sha256=compared.digest or None,
             statistics_sha256=reference.statistics_sha256(),
             statistics_count=reference.count,
         ),
@@ -110,8 +108,8 @@ def metrics_json(result: Result, comparison: Comparison, warnings: list[str]) ->
             split_size=SPLIT_SIZE,
             k_precision_recall=K_PRECISION,
             k_density_coverage=K_DENSITY,
-            pr_precision=comparison.pr_precision,
-            seed=comparison.seed,
+            pr_precision=args.pr_precision,
+            seed=args.global_seed,
         ),
         warnings=warnings,
         command=sys.argv,

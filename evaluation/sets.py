@@ -112,7 +112,7 @@ class FileImages(ImageSet):
         self.crop, self.resize, self.notes = crop, resize, []
         side = crop or resize
         first = np.unique(np.linspace(0, self.count - 1, CHECKED_FIRST).astype(int)).tolist()
-        images = {source.name(index): self._load(index) for index in reversed(first)}
+        images = {index: self._load(index) for index in reversed(first)}
         blended = sum(map(is_transparent, images.values()))
         if blended:
             what = f"{blended} of {len(images)} images of {source.root} that were looked at"
@@ -121,24 +121,20 @@ class FileImages(ImageSet):
             self.size = side, side
             return
         self.jpeg = sum(source.name(index).lower().endswith(JPEG) for index in range(self.count))
-        sizes = {image.size[::-1]: name for name, image in images.items()}
-        if len(sizes) > 1:
-            (one, name), (other, second) = list(sizes.items())[:2]
-            raise ValueError(self._mixed(name, one, second, other))
-        self.size = next(iter(sizes))
+        (size, one), *others = {image.size: index for index, image in images.items()}.items()
+        if others:
+            raise self._mixed(one, others[0][1])
+        self.size = size[::-1]
 
     def _load(self, index):
         with reading_whole(self.source.path(index), "cannot be read"):
             return load_rgb(self.source.open(index), self.background)
 
-    def _named(self, index):
-        image = self._load(index)
-        return self.source.name(index), (image.height, image.width)
-
-    def _mixed(self, name, size, second, other):
-        return (
-            f"the images of {self.path} have different sizes ({name} {size[1]} x {size[0]}, {second} {other[1]} x "
-            f"{other[0]}): give --crop SIZE or --resize SIZE"
+    def _mixed(self, *indices):
+        sizes = (f"{self.source.name(index)} {' x '.join(map(str, self._load(index).size))}" for index in indices)
+        there = ", ".join(sizes)
+        return ValueError(
+            f"the images of {self.path} have different sizes ({there}): give --crop SIZE or --resize SIZE"
         )
 
     def _read(self, index):
@@ -148,7 +144,7 @@ class FileImages(ImageSet):
         elif self.resize and image.size != (self.resize, self.resize):
             image = image.resize((self.resize, self.resize), Image.Resampling.BICUBIC)
         if (image.height, image.width) != self.size:
-            raise ValueError(self._mixed(*self._named(0), *self._named(index)))
+            raise self._mixed(0, index)
         return np.asarray(image)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
@@ -160,14 +156,23 @@ class FileImages(ImageSet):
         return side_by_side(self._read, indices, torch.device("cpu"), default_num_workers())
 
 
-def open_files(path: Path, flag: str, crop: int | None = None, resize: int | None = None) -> FileImages:
-    """The images in a folder, sorted by name; where it has only folders of them, and of all else, see `open_source`.
+def is_npz(path: str | Path) -> bool:
+    """Whether a path is that of an .npz, rather than what `open_source` takes."""
+    return Path(path).suffix == ".npz" and not Path(path).is_dir()
+
+
+def open_images(path: str | Path, flag: str, crop: int | None = None, resize: int | None = None) -> ImageSet:
+    """The images at path: an .npz; those in a folder, sorted by name; where it has only folders of them, and of all
+    else, see `open_source`.
 
     Args:
         flag: by which errors call the path.
 
     Raises ValueError where there are no images, or fewer than its samples.json says, and for a folder of --sample-dir.
     """
+    path = Path(path)
+    if is_npz(path):
+        return NpzImages(path)
     names, folders, seen = [], 0, []
     if path.is_dir():
         with os.scandir(path) as entries:
@@ -192,18 +197,3 @@ def open_files(path: Path, flag: str, crop: int | None = None, resize: int | Non
     images = FileImages(source, crop, resize)
     images.path, images.record, images.notes = path, record or None, notes + images.notes
     return images
-
-
-def is_npz(path: str | Path) -> bool:
-    """Whether a path is that of an .npz, rather than what `open_source` takes."""
-    return Path(path).suffix == ".npz" and not Path(path).is_dir()
-
-
-def open_images(path: str | Path, flag: str, crop: int | None = None, resize: int | None = None) -> ImageSet:
-    """The images at path, an .npz or what `open_source` takes.
-
-    Raises ValueError in one line that names path or flag.
-    """
-    if is_npz(path):
-        return NpzImages(Path(path))
-    return open_files(Path(path), flag, crop, resize)

@@ -12,7 +12,6 @@ another scale are left out. Table and plot have means over --seeds, with their s
 """
 
 import itertools
-import math
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from dlc.weights.meta import read_meta
 from dlc.weights.power_ema import LENGTH, rebuild
 from evaluation.agreement import add_agreement_flags, check_agreement_flags
 from evaluation.comparison import add_comparison_flags, check_comparison_flags, needs_reference
-from evaluation.metrics import METRICS
+from evaluation.report import metric_rows
 
 FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[1]
@@ -77,17 +76,13 @@ def sampling_flags(setting: Setting) -> list[str]:
 #################################################################################
 
 
-def guides(setting: Setting, scale: str) -> bool:
-    return setting.get(scale, 1) > 1
-
-
 def all_settings(values: dict[str, list]) -> list[Setting]:
     """The combinations of values by flag, in order, each once; none by --guide-scale and another scale, too."""
     settings = []
     for combination in itertools.product(*values.values()):
         setting = dict(zip(values, combination))
-        twice = guides(setting, "guide-scale") and (guides(setting, "cfg-scale") or guides(setting, "internal-scale"))
-        if setting not in settings and not twice:
+        guides = {scale for scale in INTERVALS if setting.get(scale, 1) > 1}
+        if setting not in settings and not (len(guides) > 1 and "guide-scale" in guides):
             settings.append(setting)
     return settings
 
@@ -96,7 +91,7 @@ def drawn_as(setting: Setting) -> Setting:
     """The setting whose samples a setting uses: one without what makes no difference where a scale is 1."""
     off = {scale for scale in INTERVALS if setting.get(scale) == 1}
     unused = {flag for scale in off for flag in INTERVALS[scale]}
-    unused -= {flag for scale in INTERVALS if guides(setting, scale) for flag in INTERVALS[scale]}
+    unused -= {flag for scale in INTERVALS if setting.get(scale, 1) > 1 for flag in INTERVALS[scale]}
     if "cfg-scale" in setting:  # else it has another default beside a guide
         unused |= off - {"cfg-scale"} | ({"guide-ckpt"} if "guide-scale" in off else set())
     return {flag: value for flag, value in setting.items() if flag not in unused}
@@ -141,11 +136,6 @@ def common_of(found: dict) -> dict:
     return {key: drawn.get(key) for key in keys} | {key: found.get(key) for key in ("reference", "networks")}
 
 
-def metrics_of(results: list[dict], setting: Setting) -> dict | None:
-    """The metrics of a setting, by name; None where it is not finished."""
-    return next((one["metrics"] for one in results if one["setting"] == drawn_as(setting)), None)
-
-
 #################################################################################
 #                               Table and plot                                  #
 #################################################################################
@@ -171,8 +161,9 @@ def over_seeds(results: list[tuple[Setting, dict]]) -> list[tuple[Setting, dict]
 
 def labels_of(results: list[tuple[Setting, dict]]) -> dict[str, str]:
     """The metrics that some setting has, those of a table of evaluate.py alone: {name: label}."""
-    labels = {row.key or name: row.label for name, row in METRICS.items()} | {AGREEMENT: "code agreement"}
-    return {name: label for name, label in labels.items() if any(name in metrics for _, metrics in results)}
+    found = {name: None for _, metrics in results for name in metrics}
+    labels = {name: row.label for name, row in metric_rows(found).items()}
+    return {**labels, AGREEMENT: "code agreement"} if AGREEMENT in found else labels
 
 
 def table_of(results: list[tuple[Setting, dict]]) -> str:
@@ -187,8 +178,7 @@ def table_of(results: list[tuple[Setting, dict]]) -> str:
 
 
 def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
-    """Plot each metric of `over_seeds` over the flag that has most values, a line per combination of the others; that
-    of code agreement with the mean level of chance."""
+    """Plot each metric over the flag that has most values, a line per combination of the others."""
     from matplotlib.figure import Figure  # no display, and no state of pyplot
 
     flags, labels = list(results[0][0]), labels_of(results)
@@ -228,17 +218,10 @@ def draw_curves(results: list[tuple[Setting, dict]], path: Path) -> None:
 
 def add_sweep_flags(add: Callable) -> None:
     for flag, kind in SWEPT.items():
-        choices = LATENT_SAMPLERS if flag == "sampler" else None
-        add(
-            f"--{flag}",
-            type=kind,
-            nargs="+",
-            choices=choices,
-            help="draw from EMAs of these lengths, rebuilt from the run of --ckpt, which was trained with "
-            "--ema-lengths [the checkpoint's EMA]"
-            if flag == "ema-length"
-            else f"try these values of the sampling script's --{sampling_flag(flag)} [its default]",
-        )
+        about = f"try these values of the sampling script's --{sampling_flag(flag)} [its default]"
+        if flag == "ema-length":
+            about = "draw from EMAs of these lengths, rebuilt from the run of --ckpt, which has --ema-lengths [its EMA]"
+        add(f"--{flag}", type=kind, nargs="+", choices=LATENT_SAMPLERS if flag == "sampler" else None, help=about)
     add("--reference", help="compare with this, as evaluate.py does [none]")
     add("--agreement", action="store_true", help="measure code agreement, too, as evaluate.py agreement does")
     add("--out", default="sweep", help="write samples, results, table and plot here")
@@ -270,9 +253,10 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, Namespace, dict[
     add_comparison_flags(parser.add_argument_group("handed on to evaluate.py").add_argument)
     add_agreement_flags(parser.add_argument_group("handed on to evaluate.py agreement").add_argument)
     args = parser.parse_args(own)
+    reference = ["--reference", args.reference] if args.reference else []
     handed = dict(
         sampling=sampling,
-        evaluation=left_by(own, add_sweep_flags, add_agreement_flags),
+        evaluation=reference + left_by(own, add_sweep_flags, add_agreement_flags),
         agreement=left_by(own, add_sweep_flags, add_comparison_flags),
     )
     return parser, args, handed
@@ -297,16 +281,12 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
     values = {flag: given for flag, given in values.items() if given is not None}
     if not values.keys() - {SEEDS}:
         raise ValueError(f"nothing to sweep: give values of one or more of --{', --'.join(SWEPT)}, not of seeds alone")
-    after = {text.split("=")[0] for text in handed["sampling"]}
-    for flag in values:
-        if f"--{sampling_flag(flag)}" in after:
-            raise ValueError(f"--{sampling_flag(flag)} after -- is swept: give its values before --, with --{flag}")
-    if "--sample-dir" in after:
-        raise ValueError("--sample-dir after -- is for sweep to choose: give --out")
-    if "--no-ema" in after and args.ema_length:
-        raise ValueError("--no-ema after -- asks for the raw weights, and --ema-length for EMAs: give one of them")
-    if "--part" in after:
-        raise ValueError("--part after --: a sweep draws all samples of each setting")
+    taken = {f"--{sampling_flag(flag)}": f"give its values before --, with --{flag}" for flag in values}
+    taken |= {"--sample-dir": "give --out", "--part": "it draws all samples of each setting"}
+    taken |= {"--no-ema": "--ema-length asks for EMAs"} if args.ema_length else {}
+    for flag in (text.split("=")[0] for text in handed["sampling"]):
+        if flag in taken:
+            raise ValueError(f"{flag} after -- is for sweep to choose: {taken[flag]}")
     for flags, wanted, with_what in (
         (handed["evaluation"], is_compared(args), "--reference: without one only --agreement is measured"),
         (handed["agreement"], args.agreement, "--agreement"),
@@ -319,12 +299,7 @@ def check_flags(args: Namespace, handed: dict[str, list[str]]) -> list[Setting]:
         raise ValueError(f"--reference {args.reference} does not exist")
     if args.agreement and args.script != ComputedCodes.script:
         raise ValueError(f"--agreement needs samples for codes, which {args.script} does not draw")
-    settings = all_settings(values)
-    for setting in settings:
-        for low, high in INTERVALS.values():
-            if setting.get(low, 0) > setting.get(high, math.inf):
-                raise ValueError(f"{low} {setting[low]} is above {high} {setting[high]}: leave one of them out")
-    return settings
+    return all_settings(values)
 
 
 def launch(processes: int, script: Path, flags: list[str], what: str) -> None:
@@ -365,8 +340,7 @@ def draw_and_evaluate(args: Namespace, handed: dict[str, list[str]], setting: Se
         raise ValueError(f"{folder} holds {len(sets)} .npz, wanted the one just drawn: remove the others")
     samples = str(sets[0])
     if is_compared(args):
-        reference = ["--reference", args.reference] if args.reference else []
-        launch(args.processes, evaluate, [samples, *reference, *handed["evaluation"]], f"evaluation with {what}")
+        launch(args.processes, evaluate, [samples, *handed["evaluation"]], f"evaluation with {what}")
     if args.agreement:
         launch(args.processes, evaluate, ["agreement", samples, *handed["agreement"]], f"agreement with {what}")
     found = read_json(sets[0].with_suffix(".metrics.json"))
@@ -387,14 +361,12 @@ def main(argv: list[str] | None = None) -> None:
     drawing = sampling_parser("", args.script, SCRIPTS[args.script])
     drawing.prog = parser.prog
     drawn = drawing.parse_args(handed["sampling"])  # a mistake ends here, before anything is drawn
-    out, shared = Path(args.out), dict(sampling=handed["sampling"], evaluation=[])
+    measured = handed["evaluation"] + (["--agreement", *handed["agreement"]] if args.agreement else [])
+    out, shared = Path(args.out), dict(sampling=handed["sampling"], evaluation=measured)
     with parser.one_line_errors():
         settings = check_flags(args, handed)
         for setting in map(drawn_as, settings):  # one that is refused ends it here, too
             settle_guidance(drawing.parse_args([*handed["sampling"], *sampling_flags(setting)]))
-        shared["evaluation"] += ["--reference", args.reference] if args.reference else []
-        shared["evaluation"] += handed["evaluation"]
-        shared["evaluation"] += ["--agreement", *handed["agreement"]] if args.agreement else []
         results = known_results(out / "sweep.json", shared)
         for name in ("sweep.txt", "sweep.png") if out.is_dir() and not results else ():
             check_output(out / name, "--out", own=["results"])
@@ -408,17 +380,18 @@ def main(argv: list[str] | None = None) -> None:
         lock = DirectoryLock(out)
         lock.acquire()
     with parser.one_line_errors("finished settings are kept", "--processes", (ValueError, OSError)):
-        for place, setting in enumerate(settings, 1):
-            if metrics_of(results, setting) is None:
-                print(f"setting {place} of {len(settings)}: {words_of(drawn_as(setting))}", flush=True)
-                results.append(draw_and_evaluate(args, handed, drawn_as(setting)))
+        for place, setting in enumerate(map(drawn_as, settings), 1):
+            if setting not in [one["setting"] for one in results]:
+                print(f"setting {place} of {len(settings)}: {words_of(setting)}", flush=True)
+                results.append(draw_and_evaluate(args, handed, setting))
                 for key, value in results[-1]["common"].items():
                     seed = results[-1]["setting"].get(SEEDS)  # by which rows and labels are drawn
                     alike = (one for one in results if key != "conditions" or one["setting"].get(SEEDS) == seed)
                     if value != next(alike)["common"][key]:
                         raise ValueError(f"{words_of(setting)} has another {key} than those before: give another --out")
                 write_json(out / "sweep.json", dict(format_version=FORMAT_VERSION, **shared, results=results))
-        rows = over_seeds([(setting, metrics_of(results, setting)) for setting in settings])
+        found = [next(one["metrics"] for one in results if one["setting"] == drawn_as(setting)) for setting in settings]
+        rows = over_seeds([*zip(settings, found)])
         common = results[0]["common"]
         table = f"{table_of(rows)}drawn from {common['checkpoint']}, step {common['step']}\n"
         print(table, end="")

@@ -2,9 +2,8 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,11 +17,6 @@ from dlc.nets.encoder import SEMEncoder, tokens
 from dlc.weights.hub import is_id
 from dlc.weights.meta import read_meta
 from dlc.weights.networks import DEFAULT_ENCODER, open_encoder
-from evaluation.measuring import Measured, measure
-from evaluation.sets import ImageSet
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 BATCH = 32  # images at once; fixed, because a pixel or a token near a tie may depend on it
 
@@ -59,48 +53,32 @@ def token_agreement(wanted: np.ndarray, found: np.ndarray, V: int) -> dict:
 #################################################################################
 
 
-class CodeReader:
-    """A SEM encoder as a network whose output `codes` (n, L) is the code of each image."""
-
-    name, notes = "codes", ()
-
-    def __init__(self, encoder: SEMEncoder, device: torch.device):
-        self.encoder, self.device = encoder.to(device).requires_grad_(False), device
-        self.outputs = dict(codes=encoder.L)
-
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (n, H, W, 3) uint8 to dict(codes=(n, L)) int64 on the CPU.
-
-        Raises ValueError where the encoder's logits are not finite.
-        """
-        pixels = pixels_for(self.encoder, images, self.device)
-        codes = in_batches(lambda some: tokens(self.encoder.encode_pixels(some)), pixels, BATCH).cpu()
-        if (codes < 0).any():
-            raise ValueError("the encoder's logits of an image are not finite numbers: try another --encoder")
-        return dict(codes=codes)
-
-
 class EncoderNetwork:
-    """A SEM encoder as a network whose features are its class and register tokens, from which it reads codes."""
+    """A SEM encoder as a network: `pool` are its class and register tokens, `codes` (n, L) the code of each image."""
 
     name, notes = "encoder", ()
 
     def __init__(self, encoder: SEMEncoder, device: torch.device):
         self.encoder, self.device = encoder.to(device).requires_grad_(False), device
-        self.outputs = dict(pool=encoder.backbone.num_prefix_tokens * encoder.backbone.embed_dim)
-        self.digest = weights_sha256(encoder)
+        self.outputs = dict(pool=encoder.backbone.num_prefix_tokens * encoder.backbone.embed_dim, codes=encoder.L)
 
+    @cached_property
+    def digest(self) -> str:
+        return weights_sha256(self.encoder)
+
+    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (n, H, W, 3) uint8 to dict(pool=(n, D)) float32."""
-        return dict(pool=self.encoder.prefix_tokens(pixels_for(self.encoder, images, self.device)))
+        """Images (n, H, W, 3) uint8 to dict(pool=(n, D) float32, codes=(n, L) int64 on the CPU).
 
-
-def pixels_for(encoder: SEMEncoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Images (n, H, W, 3) uint8 as extraction shows them to an encoder: (n, s, s, 3) uint8 on the device."""
-    images = images.cpu().numpy()
-    views = [np.array(center_crop(Image.fromarray(image), encoder.image_size)) for image in images]
-    return torch.from_numpy(np.stack(views)).to(device)
+        Raises ValueError where the encoder's logits are not finite.
+        """
+        side = self.encoder.image_size
+        views = [np.array(center_crop(Image.fromarray(image), side)) for image in images.cpu().numpy()]  # as extraction
+        pool = in_batches(self.encoder.prefix_tokens, torch.from_numpy(np.stack(views)).to(self.device), BATCH)
+        codes = in_batches(lambda some: tokens(self.encoder.head(some)), pool, BATCH).cpu()
+        if (codes < 0).any():
+            raise ValueError("the encoder's logits of an image are not finite numbers: try another --encoder")
+        return dict(pool=pool, codes=codes)
 
 
 def encoder_of(args: Namespace, codes: CodeSet | None, checkpoint: str = "") -> tuple[SEMEncoder, list[str]]:
@@ -129,15 +107,3 @@ def encoder_of(args: Namespace, codes: CodeSet | None, checkpoint: str = "") -> 
 def codes_of(encoder: SEMEncoder, owner: str) -> CodeSpec:
     """What the codes of an encoder are. owner: the encoder, in words."""
     return CodeSpec(owner=owner, L=encoder.L, V=encoder.V, encoder_sha256=weights_sha256(encoder))
-
-
-def agreement_of(
-    images: ImageSet, wanted: np.ndarray, network: Callable, V: int, state: "PartialState", desc: str
-) -> tuple[dict | None, Measured]:
-    """`token_agreement` of wanted codes (n, L) with a network's output `codes` of n images, and what was measured.
-
-    On other ranks than 0, None and a count.
-    """
-    key = network.name, "codes"
-    measured = measure(images, [network], state, [], {key: torch.int64}, BATCH, desc)
-    return token_agreement(wanted, measured.rows[key].numpy(), V) if state.is_main_process else None, measured

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, save_images
 from forked import Run
 from tiny_networks import pixels
 
+import evaluate
 from diffusion.process_table import PROCESSES, SAMPLER_OPTIONS
 from diffusion.schedules import named_betas
 from dlc.machine.cli import NotHere
@@ -22,15 +24,13 @@ from evaluation.sweep import SEEDS
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
 SOURCES = [path for place in ("*.py", "dlc/**/*.py", "evaluation/*.py", "demo/*.py") for path in ROOT.glob(place)]
 SCRIPTS = """extract_features_withdlc train_diffusion sample_ddp sample_ddp_computed_dlc train_prior sample_prior
-    compose_dlc playground evaluate evaluation.agreement evaluation.make_reference evaluation.reconstruction
-    evaluation.sweep dlc.features dlc.checkpoints dlc.sampling.__main__ demo.networks""".split()
+    compose_dlc playground evaluate dlc.features dlc.checkpoints dlc.sampling.__main__ demo.networks""".split()
 # of torchrun, accelerate launch, docker, pip, hf and the benchmarks
 OTHERS = set(
-    """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision
-    --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file --cpu
-    --batch --check --help --images --local-dir --minutes --numa-binding --only --quiet --pr-rows --precisions
-    --reference-rows --rows --shm-size --threads --array --gpus --gpus-per-task --wrap --parsable
-    --time --dependency --turns --use-sem --in-dim --exit-after-save""".split()
+    """--nnodes --nproc_per_node --rdzv-endpoint --node-rank --master-addr --master-port --mixed_precision --cpu
+    --multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --config_file
+    --batch --help --images --local-dir --minutes --numa-binding --only --quiet --rows --threads --array --gpus
+    --gpus-per-task --wrap --parsable --time --dependency --turns --use-sem --in-dim --exit-after-save""".split()
 )
 
 
@@ -68,9 +68,10 @@ def test_flags_exist_have_help_and_are_read(monkeypatch):
         raise SystemExit
 
     monkeypatch.setattr("dlc.machine.cli.ArgumentParser.parse_args", parse_args)
-    for script in SCRIPTS:
+    mains = [importlib.import_module(script).main for script in SCRIPTS]
+    for main in [*mains, *(partial(evaluate.main, [command]) for command in evaluate.COMMANDS)]:
         with pytest.raises(SystemExit):
-            importlib.import_module(script).main()
+            main()
     known = OTHERS | {option for parser in parsers for option in options(parser)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text()))
@@ -79,7 +80,7 @@ def test_flags_exist_have_help_and_are_read(monkeypatch):
         node.attr
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"(\w+\.)?args", ast.unparse(node.value))
     }
     options_read = {f"{prefix}{one.name}" for one in fields(PriorOptions) for prefix in ("", "prior_")}
     read |= options_read | {*SamplesRecord.keys()}  # in a loop

@@ -106,8 +106,11 @@ class SEMEncoder(nn.Module):
 
         The backbone may have been cast to bfloat16 or float16; the head is always float32.
         """
-        tokens = self._tokens(images)
-        with torch.autocast(images.device.type, enabled=False):
+        return self.head(self._tokens(images))
+
+    def head(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The class and register tokens, as `prefix_tokens` gives them, to logits (N, L, V) float32."""
+        with torch.autocast(tokens.device.type, enabled=False):
             return self.sem_norm(self.sem_embed(tokens)).unflatten(1, (self.L, self.V))
 
     def _tokens(self, images):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,21 +14,27 @@ from evaluation.measuring import Measured
 from evaluation.reference import Reference
 
 COMPARE, MAKE = "samples.npz --reference reference.npz", "make-reference reference.npz"
-STORED, LONE = Reference("r.npz", statistics=dict(pool=None)), Reference("r.npz")
+
+
+def of_images(count, **stored):
+    return Reference("r.npz", SimpleNamespace(count=count), stored)
+
+
+PUBLISHED = of_images(10_000, pool=0)
 
 
 @pytest.mark.parametrize(
-    "samples, width, reference, count, metrics, line",
+    "samples, width, reference, metrics, line",
     [
-        (50_000, 2048, STORED, 10_000, ("fid", "precision"), ""),
-        (1000, 2048, STORED, 10_000, ("fid",), "1,000 samples are too few for a Frechet distance: the covariance of"),
-        (10_000, 2048, STORED, 10_000, ("fid",), "10,000 samples: published numbers use 50,000, and fewer give a"),
-        (50_000, 2048, LONE, 10_000, ("fid",), "the reference is 10,000 images of r.npz and the samples are 50,000"),
-        (50_000, 2048, STORED, 1000, ("fid", "recall"), "recall: 1,000 reference images; published numbers use 10,000"),
+        (50_000, 2048, PUBLISHED, ("fid", "precision"), ""),
+        (1000, 2048, PUBLISHED, ("fid",), "1,000 samples are too few for a Frechet distance: the covariance of"),
+        (10_000, 2048, PUBLISHED, ("fid",), "10,000 samples: published numbers use 50,000, and fewer give a"),
+        (50_000, 2048, of_images(10_000), ("fid",), "the reference is 10,000 images of r.npz and the samples are"),
+        (50_000, 2048, of_images(1000, pool=0), ("fid", "recall"), "recall: 1,000 reference images; published numbers"),
     ],
 )
-def test_warnings_of_counts(samples, width, reference, count, metrics, line):
-    found = notes.of_counts(samples, width, reference, count, metrics)
+def test_warnings_of_counts(samples, width, reference, metrics, line):
+    found = notes.of_counts(samples, width, reference, metrics)
     assert len(found) == bool(line) and all(re.match(line, one) for one in found), found
 
 

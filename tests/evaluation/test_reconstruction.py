@@ -25,10 +25,9 @@ from dlc.weights.meta import RunMeta
 from dlc.weights.networks import DEFAULT_ENCODER, load_encoder, load_vae
 from evaluation import agreement
 from evaluation.feature_images import FeatureImages, Reconstruction
-from evaluation.measuring import exact_numerics
 from evaluation.metrics import FeatureStatistics, frechet_distance
 from evaluation.similarity import psnr, ssim
-from evaluation.tokens import CodeReader, EncoderNetwork, encoder_of, token_agreement
+from evaluation.tokens import EncoderNetwork, encoder_of, token_agreement
 
 CPU = torch.device("cpu")
 SIZES = "vit_tiny_patch16_224", 32, dict(embed_dim=24, depth=1, num_heads=2, reg_tokens=2)
@@ -83,38 +82,19 @@ def test_agreement_of_known_codes():
 
 
 @pytest.mark.slow
-def test_images_of_features(workplace, images, tmp_path):
-    features = Features(workplace / "features")
-    of_features = FeatureImages(features, images)
-    assert (of_features.rows == np.arange(14)).all() and of_features.source.name(13) == "dog/6.png"
-    (crops,) = of_features.batches(0, 14, 14)
-    wanted = np.array(center_crop(load_rgb(images / "dog/6.png"), IMAGE_SIZE))
-    assert crops.shape == (14, IMAGE_SIZE, IMAGE_SIZE, 3) and (crops[13] == wanted).all()
-    assert FeatureImages(features, images, 3).rows.tolist() == [0, 6, 13]
-    for count, path, message in (
-        (15, images, "--num-images 15: features .* were made of 14 images"),
-        (None, tmp_path / "nowhere", "--data-path .*nowhere is not a folder"),
-        (None, tmp_path, "has no cat/0.png: features"),
-    ):
-        refusal(FeatureImages, features, path, count, words=message)
-    shutil.copytree(workplace / "features", tmp_path / "features")
-    path = tmp_path / f"features/imagenet{IMAGE_SIZE}_path/000000.npy"
-    for name in ("/etc/passwd", "../cat/0.png"):
-        np.save(path, np.array([name, *np.load(path)[1:]]))
-        refusal(FeatureImages, Features(tmp_path / "features"), images, words="name an image outside of any folder")
-
-
-@pytest.mark.slow
 def test_reconstruction_command(workplace, images, tiny_models, tmp_path, evaluate):
     out = tmp_path / "numbers.json"
     command = ("reconstruction", workplace / "features", "--data-path", images, "--features", "encoder", "--out", out)
     said = evaluate(*command)
     numbers = json.loads(out.read_text())
     features, encoder = Features(workplace / "features"), load_encoder(tiny_models[1])
-    reconstruction, read = Reconstruction(load_vae(str(tiny_models[0])), CPU), CodeReader(encoder, CPU)
-    with exact_numerics():
-        originals = torch.from_numpy(next(FeatureImages(features, images).batches(0, 14, 14)))
-        found = reconstruction.reconstruct(originals)
+    reconstruction, read = Reconstruction(load_vae(str(tiny_models[0])), CPU), EncoderNetwork(encoder, CPU)
+    of_features = FeatureImages(features, images)
+    assert (of_features.rows == np.arange(14)).all() and FeatureImages(features, images, 3).rows.tolist() == [0, 6, 13]
+    originals = torch.from_numpy(next(of_features.batches(0, 14, 14)))
+    found = reconstruction.reconstruct(originals)
+    crop = np.array(center_crop(load_rgb(images / "dog/6.png"), IMAGE_SIZE))
+    assert originals.shape == (14, IMAGE_SIZE, IMAGE_SIZE, 3) and (originals[13].numpy() == crop).all()
     assert numbers["psnr"] == pytest.approx(psnr(originals, found).mean().item(), rel=1e-6)
     assert numbers["ssim"] == pytest.approx(ssim(originals, found).mean().item(), rel=1e-6)
     codes = features.codes.gather(np.arange(14))
@@ -146,7 +126,7 @@ def test_agreement_command(samples, workplace, images, tiny_models, evaluate):
     result = json.loads(metrics.read_text())["code_agreement"]
     rows = np.array(json.loads((samples / "samples.json").read_text())["code_rows"])
     pictures = np.stack([np.array(Image.open(samples / f"{index:06d}.png")) for index in range(21)])
-    found = CodeReader(load_encoder(tiny_models[1]), CPU)(torch.from_numpy(pictures))["codes"].numpy()
+    found = EncoderNetwork(load_encoder(tiny_models[1]), CPU)(torch.from_numpy(pictures))["codes"].numpy()
     agreed = token_agreement(features.codes.gather(rows), found, V)
     assert {key: value for key, value in result.items() if key != "ceiling"} == agreed
     evaluate("reconstruction", workplace / "features", "--data-path", images, "--features", "none")
@@ -174,10 +154,12 @@ def test_samples_that_cannot_be_compared(samples, workplace, images, tiny_models
     codes = Features(workplace / "features").codes.gather(np.arange(14))
     np.save(tmp_path / "right.npy", codes)
     np.save(tmp_path / "wrong.npy", codes[::-1])
+    unsaid = shutil.copytree(samples, tmp_path / "unsaid", ignore=shutil.ignore_patterns("*.json"))
     for positions in (L, L - 1):
         save_encoder(SEMEncoder(*SIZES[:2], positions, V, backbone_args=SIZES[2]), tmp_path / f"sem{positions}")
     for path, flags, words in (
-        (tmp_path / "x.npz", "", "samples.json, which says what the samples were drawn for: name a folder, or"),
+        (tmp_path / "x.npz", "", "x.npz does not exist"),
+        (unsaid, "", "no samples.json says what its 21 images were drawn for: name a folder, or"),
         (samples, "--vae ema", "--vae sets up the ceiling, which needs images: add --data-path"),
         (samples, "--dlc-dir nowhere", "nowhere does not exist; name the codes that"),
         (samples, "--dlc-dir wrong.npy", "by the digest in samples.json: name them with --dlc-dir"),
@@ -216,8 +198,16 @@ def test_reconstruction_that_is_refused(workplace, images, tmp_path, error_of, t
     change_json(one / "manifest.json", count=1, shards=[dict(name="000000", rows=1)])
     for file in one.glob("imagenet*/000000.npy"):
         np.save(file, np.load(file)[:1])
+    for place, name in (("above", "../cat/0.png"), ("root", "/etc/passwd")):
+        names = shutil.copytree(features, tmp_path / place) / f"imagenet{IMAGE_SIZE}_path/000000.npy"
+        np.save(names, np.array([name, *np.load(names)[1:]]))
     for path, flags, words in (
         (tmp_path / "x", "", "does not exist: make it with extract_features_withdlc.py"),
+        (features, "--num-images 15", "--num-images 15: features"),
+        (features, f"--data-path {tmp_path}/nowhere", "nowhere is not a folder"),
+        (features, f"--data-path {tmp_path}", "has no cat/0.png: features"),
+        (tmp_path / "above", "", "name an image outside of any folder"),
+        (tmp_path / "root", "", "name an image outside of any folder"),
         (features, "--features none encoder", "--features none goes with no other"),
         (features, "--features encoder --encoder none", "there are none, or it is left out"),
         (features, f"--out {features}/manifest.json", "manifest.json exists, and was not written by this command"),

@@ -11,52 +11,75 @@ from PIL import Image
 from evaluation import sweep
 from evaluation.sweep import all_settings, draw_curves, drawn_as, folder_of, over_seeds, table_of
 
-COMMAND = "--cfg-scale 1 1.5 2 --t-max 400 999 --agreement -- --model DiTSEM-Ti/4".split()
+COMMAND = "--cfg-scale 1 1.5 2 --t-max 400 999 --agreement -- --ckpt x --num-fid-samples 8".split()
 
 
-def test_a_stopped_sweep_continues(tmp_path, monkeypatch, capsys):
-    """Finished settings are not repeated, values may be added, and unguided settings are drawn once."""
+def value_of(flags, name):
+    return flags[flags.index(name) + 1] if name in flags else None
+
+
+@pytest.fixture
+def drawn_by(tmp_path, monkeypatch, capsys):
+    """drawn_by(words…): what a sweep launches, as (script, its flags), and what it says. A stand-in for the programs
+    writes what sweep reads of their files; its launch number fail_at ends like a program that failed."""
     monkeypatch.chdir(tmp_path)
 
-    def drawn(command, fail_at=None, reference="one"):
-        """The settings that a stand-in for the programs draws, and what is said; it fails at call number fail_at."""
-        settings = []
+    def run(*words, fail_at=None, reference="one"):
+        launched = []
 
-        def draw_and_evaluate(args, handed, setting):
-            if len(settings) == fail_at:
-                raise ValueError("sampling ended with exit status 1")
-            settings.append((setting.get("cfg-scale"), setting.get("t-max")))
-            fid = round((setting["cfg-scale"] - 1.6) ** 2 + setting.get("t-max", 999) / 1e4, 4)
-            conditions = dict(sha256=f"of seed {setting.get('seeds')}")
-            common = dict(checkpoint="ckpt", step=7, reference=reference, conditions=conditions)
-            return dict(setting=setting, metrics=dict(fid=fid, code_agreement=0.5), common=common)
+        def launch(processes, script, flags, what):
+            if len(launched) == fail_at:
+                raise ValueError(f"{what} ended with exit status 1")
+            launched.append((f"{processes} x {script.name}", flags))
+            if script.name.startswith("sample"):
+                folder = tmp_path / value_of(flags, "--sample-dir")
+                (folder / "set").mkdir(parents=True)
+                (folder / "set.npz").write_bytes(b"")
+                seeded = dict(sha256=f"of seed {value_of(flags, '--global-seed')}")
+                settings = dict(checkpoint=value_of(flags, "--ckpt"), step=7, conditions=seeded)
+                fid = (float(value_of(flags, "--cfg-scale")) - 1.6) ** 2 + int(value_of(flags, "--t-max") or 999) / 1e4
+                values = dict(samples=dict(sha256="0", settings=settings), metrics=dict(fid=round(fid, 4)))
+                agreement = dict(share=0.5, chance=0.1)
+                content = dict(**values, reference=reference, code_agreement=agreement)
+                (folder / "set.metrics.json").write_text(json.dumps(content))
 
-        monkeypatch.setattr(sweep, "draw_and_evaluate", draw_and_evaluate)
-        monkeypatch.setattr(sweep, "find_checkpoint", lambda args: "ckpt")
+        monkeypatch.setattr(sweep, "launch", launch)
+        monkeypatch.setattr(sweep, "find_checkpoint", lambda args: tmp_path / args.results_dir / "newest")
         with contextlib.suppress(SystemExit):
-            sweep.main(command)
-        return settings, "".join(capsys.readouterr())
+            sweep.main([str(word) for word in words])
+        return launched, "".join(capsys.readouterr())
 
-    settings, said = drawn(COMMAND, fail_at=2)
-    assert settings == [(1.0, None), (1.5, 400)]
-    assert "error: sampling ended with exit status 1; finished settings are kept: run the same command again" in said
-    settings, said = drawn(COMMAND)
-    assert settings == [(1.5, 999), (2.0, 400), (2.0, 999)]
+    return run
+
+
+def settings_in(launched):
+    sampled = [flags for name, flags in launched if "sample" in name]
+    return [tuple(value_of(flags, name) for name in ("--cfg-scale", "--t-max")) for flags in sampled]
+
+
+def test_a_stopped_sweep_continues(drawn_by, tmp_path):
+    """Finished settings are not repeated, values may be added, and unguided settings are drawn once."""
+    launched, said = drawn_by(*COMMAND, fail_at=4)  # the first two settings are two programs each
+    assert settings_in(launched) == [("1.0", None), ("1.5", "400")]
+    assert "ended with exit status 1; finished settings are kept: run the same command again" in said
+    launched, said = drawn_by(*COMMAND)
+    assert settings_in(launched) == [("1.5", "999"), ("2.0", "400"), ("2.0", "999")]
     table = (tmp_path / "sweep/sweep.txt").read_text()
     assert table in said and "look at sweep/sweep.png" in said
     lines = [line.split() for line in table.splitlines()]
     assert lines[0] == ["cfg-scale", "t-max", "fid", "code_agreement"] and lines[1][2:] == lines[2][2:]
     assert lines[4] == ["1.5", "999", "0.1099", "0.5"] and len(lines) == 8
-    assert lines[7] == "drawn from ckpt, step 7".split()
+    assert lines[7] == "drawn from x, step 7".split()
     assert Image.open(tmp_path / "sweep/sweep.png").size[0] > 900  # two panels beside each other
-    assert drawn(["--cfg-scale", "1", "3", *COMMAND[4:]])[0] == [(3.0, 400), (3.0, 999)]
+    assert settings_in(drawn_by("--cfg-scale", 1, 3, *COMMAND[4:])[0]) == [("3.0", "400"), ("3.0", "999")]
     assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())["results"]) == 7
-    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.json", "sweep.png", "sweep.txt"]
-    settings, said = drawn(["--cfg-scale", "4", *COMMAND[4:]], reference="another")
+    files = [path.name for path in (tmp_path / "sweep").iterdir() if path.is_file()]
+    assert sorted(files) == ["sweep.json", "sweep.png", "sweep.txt"]
+    launched, said = drawn_by("--cfg-scale", 4, *COMMAND[4:], reference="another")
     assert "cfg-scale 4.0, t-max 400 has another reference than those before: give another --out" in said
-    assert len(drawn(["--cfg-scale", "2", "--seeds", "0", "1", "--out", "seeds", *COMMAND[4:]])[0]) == 4
-    settings, said = drawn([*COMMAND, "--vae", "mse"])
-    assert not settings and "has other flags of sampling: ['--model', 'DiTSEM-Ti/4'] there" in said
+    assert len(settings_in(drawn_by("--cfg-scale", 2, "--seeds", 0, 1, "--out", "seeds", *COMMAND[4:])[0])) == 4
+    launched, said = drawn_by(*COMMAND, "--vae", "mse")
+    assert not launched and "has other flags of sampling: ['--ckpt', 'x', '--num-fid-samples', '8'] there" in said
 
 
 def test_means_over_seeds():
@@ -100,48 +123,26 @@ def test_settings():
     assert folder_of({"guide-ckpt": "runs/small"}) == "guide-ckpt-runs-small"
 
 
-@pytest.fixture
-def launched(tmp_path, monkeypatch):
-    """(processes, script, flags) of each program that is launched; a stand-in writes what sweep reads of its files."""
-    commands = []
-
-    def launch(processes, script, flags, what):
-        commands.append((processes, script.name, flags))
-        if script.name.startswith("sample"):
-            folder = tmp_path / flags[flags.index("--sample-dir") + 1]
-            (folder / "set").mkdir(parents=True)
-            (folder / "set.npz").write_bytes(b"")
-            settings = dict(checkpoint=flags[flags.index("--ckpt") + 1], step=7)
-            values = dict(metrics=dict(fid=2.0), code_agreement=dict(share=0.5, chance=0.1))
-            values["samples"] = dict(sha256="0", settings=settings)
-            (folder / "set.metrics.json").write_text(json.dumps(values))
-
-    monkeypatch.setattr(sweep, "launch", launch)
-    monkeypatch.chdir(tmp_path)
-    return commands
-
-
-def test_commands_of_a_setting(launched, tmp_path, monkeypatch):
+def test_commands_of_a_setting(drawn_by, tmp_path):
     """What is launched: the sampling script with its flags and the setting, then evaluate.py; and what is read."""
-    monkeypatch.setattr(sweep, "find_checkpoint", lambda args: tmp_path / args.results_dir / "newest")
     (tmp_path / "reference.npz").write_bytes(b"")
     own = "--cfg-scale 1.5 --reference reference.npz --agreement --processes 2 --discard --encoder sem --metrics fid is"
-    sweep.main(f"{own} --dlc-dir codes -- --num-fid-samples 8 --results-dir runs".split())
+    launched, _ = drawn_by(*f"{own} --dlc-dir codes -- --num-fid-samples 8 --results-dir runs".split())
     (result,) = json.loads((tmp_path / "sweep/sweep.json").read_text())["results"]
-    assert result["metrics"] == dict(fid=2.0, code_agreement=0.5, code_agreement_by_chance=0.1)
+    assert result["metrics"] == dict(fid=0.1099, code_agreement=0.5, code_agreement_by_chance=0.1)
     assert result["common"]["step"] == 7
     samples = "sweep/cfg-scale-1.5/set.npz"
     flags = ["--num-fid-samples", "8", "--ckpt", str(tmp_path / "runs/newest"), "--cfg-scale", "1.5"]
     flags += ["--sample-dir", "sweep/cfg-scale-1.5", "--part", "0/1"]
     assert launched == [
-        (2, "sample_ddp_computed_dlc.py", flags),
-        (2, "evaluate.py", [samples, "--reference", "reference.npz", "--metrics", "fid", "is"]),
-        (2, "evaluate.py", ["agreement", samples, "--encoder", "sem", "--dlc-dir", "codes"]),
+        ("2 x sample_ddp_computed_dlc.py", flags),
+        ("2 x evaluate.py", [samples, "--reference", "reference.npz", "--metrics", "fid", "is"]),
+        ("2 x evaluate.py", ["agreement", samples, "--encoder", "sem", "--dlc-dir", "codes"]),
     ]
     assert [path.name for path in (tmp_path / "sweep/cfg-scale-1.5").iterdir()] == ["set.metrics.json"]  # --discard
 
 
-def test_an_axis_of_ema_lengths(launched, tmp_path, monkeypatch):
+def test_an_axis_of_ema_lengths(drawn_by, tmp_path, monkeypatch):
     """Each length is rebuilt once, as of the checkpoint, and drawn from; the table names the checkpoint itself, also
     where a run was named, whose newest may be another by the next setting."""
     ckpt, made = tmp_path / "run/checkpoints/0000007", []
@@ -158,13 +159,12 @@ def test_an_axis_of_ema_lengths(launched, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "rebuild", rebuild)
     command = "--ema-length 0.05 0.1 --cfg-scale 1 2 --agreement".split()
     after = ["--", f"--ckpt={tmp_path / 'run'}", "--num-fid-samples", "4"]
-    with pytest.raises(SystemExit):  # there are no snapshots
-        sweep.main([*command, *after])
-    assert not launched
+    launched, said = drawn_by(*command, *after)
+    assert not launched and "is no checkpoint of a run that was trained with --ema-lengths" in said
     (tmp_path / "run/ema").mkdir()
-    sweep.main([*command, "--discard", *after])
+    launched, _ = drawn_by(*command, "--discard", *after)
     assert made == [(tmp_path / "run", 0.05, 56), (tmp_path / "run", 0.1, 56)]
-    drawn = [" ".join(flags) for _, script, flags in launched if script.startswith("sample")]
+    drawn = [" ".join(flags) for name, flags in launched if "sample" in name]
     names = [f"sweep/ema-{length}-at-56" for length in (0.05, 0.1)]
     pairs = [(name, scale) for name in names for scale in ("1.0", "2.0")]
     assert [words.split(" --sample")[0] for words in drawn] == [
@@ -185,17 +185,17 @@ def test_a_program_that_fails(tmp_path):
     "flags, message",
     [
         ("--cfg-scale 1", "nothing to measure: give --reference, --agreement or both"),
-        ("--t-min 500 --t-max 400 --agreement", "t-min 500 is above t-max 400"),
+        ("--t-min 500 --t-max 400 --agreement", "--t-min 500 is above --t-max 400"),
         ("--cfg-scale 1 --agreement --script sample_ddp.py", "which sample_ddp.py does not draw"),
         ("--cfg-scale 1 --agreement --metrics fid", "--metrics goes with --reference"),
         ("--cfg-scale 1 --agreement --vae ema", "--vae sets up the ceiling, which needs images"),
-        ("--cfg-scale 1 --agreement -- --cfg-scale 2", "--cfg-scale after -- is swept: give its values before --"),
+        ("--cfg-scale 1 --agreement -- --cfg-scale 2", "after -- is for sweep to choose: give its values before --"),
         ("--cfg-scale 1 --seeds 0 1 --agreement -- --global-seed 2", "values before --, with --seeds"),
         ("--cfg-scale 1 1.5 --agreement -- --guide-ckpt x --guide-scale 2", "in the place of --cfg-scale: give one of"),
         ("--guide-scale 1.5 --agreement", "--guide-scale goes with --guide-ckpt"),
         ("--seeds 0 1 --agreement", "nothing to sweep: give values of one or more of --ema-length"),
         ("--cfg-scale 1 --agreement -- --sample-dir=x", "--sample-dir after -- is for sweep to choose"),
-        ("--ema-length 0.07 --agreement -- --no-ema", "--no-ema after -- asks for the raw weights, and --ema-length"),
+        ("--ema-length 0.07 --agreement -- --no-ema", "--no-ema after -- is for sweep to choose"),
         ("--cfg-scale 1 --agreement -- --modle x", "unrecognized arguments: --modle x"),
     ],
 )
