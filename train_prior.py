@@ -22,7 +22,7 @@ from diffusion.masked import MaskedDiffusion, stratified_times
 from diffusion.process_table import create_process
 from dlc.machine.cli import ArgumentParser, needs, number
 from dlc.machine.files import recorded_id
-from dlc.machine.noise import Stream, seed_torch, uniform, uniforms
+from dlc.machine.noise import Stream, seed_torch, uniforms
 from dlc.training.batches import TrainingBatches
 from dlc.training.heldout import HeldOutCodes
 from dlc.training.preview import CodePreview
@@ -116,10 +116,10 @@ def draws(
     Returns times t (n,) in (0, 1]; uniform numbers (n, L) in [0, 1), by which tokens are masked; and whether to drop
     the label (n,) bool.
     """
-    offset = uniform(seed, Stream.TRAIN_TIMESTEP, indices // STRATA)
+    offset = uniforms(seed, Stream.TRAIN_TIMESTEP, indices // STRATA, 1)[:, 0]
     t = stratified_times(offset, indices % STRATA, STRATA)
     u = uniforms(seed, Stream.TRAIN_MASK, indices, L)
-    return t, u, uniform(seed, Stream.TRAIN_DROP, indices) < label_dropout
+    return t, u, uniforms(seed, Stream.TRAIN_DROP, indices, 1)[:, 0] < label_dropout
 
 
 def losses_of(

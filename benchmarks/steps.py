@@ -16,7 +16,7 @@ import torch
 from benchmarks.checks import difference
 from benchmarks.record import DEVICE, ON_GPU, flags_of, in_turns, record
 from diffusion import GaussianDiffusion, create_diffusion
-from dlc.machine.noise import Stream, integers, normal, uniform
+from dlc.machine.noise import Stream, integers, normal, uniforms
 from dlc.machine.processes import PRECISIONS, autocast, compile_blocks, cores, set_numerics
 from dlc.sampling.latents import create_sampler, lower_precision, sample_latents
 from dlc.training.update import update_ema
@@ -44,7 +44,7 @@ def three_draws(
 ) -> tuple:
     """train_diffusion.draws with a call of the generator for each."""
     noise = normal(seed, Stream.TRAIN_NOISE, indices, x.shape[1:])
-    drop = uniform(seed, Stream.TRAIN_DROP, indices) < dropout
+    drop = uniforms(seed, Stream.TRAIN_DROP, indices, 1)[:, 0] < dropout
     return integers(seed, Stream.TRAIN_TIMESTEP, indices, diffusion.num_timesteps), noise, drop
 
 

@@ -282,23 +282,30 @@ def both_data(tiny_models, tmp_path_factory):
     return root
 
 
-def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta):
-    """A checkpoint of an untrained model, EMA weights alone, whose meta.json has these keys."""
+def save_untrained(path, name, model, process, settings, notes, weights=("ema",), **counts):
+    """A checkpoint with these files of weights, alike; counts: of its meta.json."""
     from safetensors.torch import save_file
 
-    from diffusion.process_table import create_process
     from dlc.machine.files import write_json
     from dlc.weights.meta import RunMeta, config_of
-    from models import DiT_models
 
     path.mkdir(parents=True)
-    model = DiT_models[name](input_size=IMAGE_SIZE // 8, **(sizes or dict(L=L, V=V)))
-    save_file(model.state_dict(), path / "ema.safetensors")
-    config = config_of(name, model, create_process("gaussian", timestep_respacing=""))
-    write_json(path / "config.json", config.to_json())
-    meta = {key: str(value) for key, value in meta.items()}
-    write_json(path / "meta.json", RunMeta.of_run(settings or {}, meta, step=1, place=4, logged=0, skipped=0).to_json())
+    for one in weights:
+        save_file(model.state_dict(), path / f"{one}.safetensors")
+    write_json(path / "config.json", config_of(name, model, process).to_json())
+    meta = RunMeta.of_run(settings, notes, **dict(step=1, place=4, logged=0, skipped=0) | counts)
+    write_json(path / "meta.json", meta.to_json())
     return path
+
+
+def save_checkpoint(path, name="DiTSEM-Ti/4", sizes=None, settings=None, **meta):
+    """A checkpoint of an untrained model, EMA weights alone, whose meta.json has these keys."""
+    from diffusion.process_table import create_process
+    from models import DiT_models
+
+    model = DiT_models[name](input_size=IMAGE_SIZE // 8, **(sizes or dict(L=L, V=V)))
+    process, notes = create_process("gaussian", timestep_respacing=""), {key: str(value) for key, value in meta.items()}
+    return save_untrained(path, name, model, process, settings or {}, notes)
 
 
 @pytest.fixture

@@ -381,7 +381,6 @@ def read_json(path: str | Path) -> dict:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

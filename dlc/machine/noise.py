@@ -146,15 +146,10 @@ def integers(seed: int, stream: Stream, indices: torch.Tensor, high: int) -> tor
     return random_words(seed, stream, indices, 1).squeeze(1) * high >> 32
 
 
-def uniform(seed: int, stream: Stream, indices: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (N,) float32."""
-    return uniforms(seed, stream, indices, 1).squeeze(1)
-
-
 def uniforms(
     seed: int, stream: Stream, indices: torch.Tensor, count: int, draw: int | torch.Tensor = 0
 ) -> torch.Tensor:
-    """Several uniform numbers in [0, 1) for each sample, (N, count) float32; arguments as in `random_words`."""
+    """Uniform numbers in [0, 1) for each sample, (N, count) float32; arguments as in `random_words`."""
     return in_unit_interval(random_words(seed, stream, indices, count, draw))
 
 

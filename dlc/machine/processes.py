@@ -263,8 +263,7 @@ def cores_per_process() -> int:
 
 
 def default_num_workers() -> int:
-    """How many data readers this process starts: its share of the cores, at most 8; none on a Mac, whose libraries may
-    end a process that was forked."""
+    """How many data readers this process starts; none on a Mac, whose libraries may end a process that was forked."""
     return 0 if sys.platform == "darwin" else min(8, cores_per_process())
 
 
@@ -344,8 +343,6 @@ def create_logger(state: "PartialState", log_file: Path | None = None) -> loggin
 
 
 class PrintableFormatter(logging.Formatter):
-    """Lines without control characters, which names of files and classes may hold."""
-
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 

@@ -29,70 +29,60 @@ def said_soon():
     dlc.machine.processes.SAID_WAITING = 1
 
 
-def signalled(name, part, number, rank="0"):
-    """Of this rank alone: before the Nth file whose path has `part` in it is renamed, the process gets that signal.
+def at_call(owner, name, number, act, when=lambda *_: True, after=False):
+    """act(arguments) before, or after, the Nth call of a function of `owner` for which when(arguments) holds."""
+    function, calls = getattr(owner, name), itertools.count(1)
 
-    By a name such as readers:SIGKILL its data readers do instead, by group:SIGKILL it and they.
-    """
-    if name.startswith("readers:"):
-        dlc.machine.readers.PIPE_BYTES = 4096  # with all of it in a pipe, nobody would miss the reader
-    replace, calls = os.replace, itertools.count(1)
+    def called(*arguments, **options):
+        due = when(*arguments) and next(calls) == int(number)
+        if due and not after:
+            act(*arguments)
+        result = function(*arguments, **options)
+        if due and after:
+            act(*arguments)
+        return result
 
-    def replaced(source, target):
-        if part in str(target) and os.environ.get("RANK", "0") == rank and next(calls) == int(number):
-            send(name)
-        replace(source, target)
-
-    os.replace = replaced
+    setattr(owner, name, called)
 
 
 def send(name):
-    """See `signalled`."""
+    """Send this process a signal; by a name such as readers:SIGKILL its data readers, by group:SIGKILL it and they."""
     to, _, name = name.rpartition(":")
     readers = list(dlc.machine.readers.running)
     for pid in {"": [os.getpid()], "readers": readers, "group": [0]}[to]:
         os.kill(pid, signal.Signals[name])
 
 
+def signalled(name, part, number, rank="0"):
+    """`send` to this rank alone before the Nth file whose path has `part` in it is renamed."""
+    if name.startswith("readers:"):
+        dlc.machine.readers.PIPE_BYTES = 4096  # with all of it in a pipe, nobody would miss the reader
+    here = os.environ.get("RANK", "0") == rank
+    at_call(os, "replace", number, lambda *_: send(name), lambda source, target: here and part in str(target))
+
+
 def signalled_looking(name, number, rank="0"):
-    """At the Nth look for a request to stop within a measurement or a preview, as `signalled`."""
+    """As `signalled`, at the Nth look for a request to stop within a measurement or a preview."""
     from dlc.training.run import Run
 
-    go_on, calls = Run.go_on, itertools.count(1)
-
-    def looking(self, *values, **kwargs):
-        if next(calls) == int(number) and self.state.process_index == int(rank):
-            send(name)
-        go_on(self, *values, **kwargs)
-
-    Run.go_on = looking
+    at_call(Run, "go_on", number, lambda run, *_: run.state.process_index == int(rank) and send(name))
 
 
 def killed_syncing(name, number):
     """SIGKILL after the Nth time that a file or folder of this name was synced."""
-    fsync, calls = os.fsync, itertools.count(1)
-
-    def synced(descriptor):
-        fsync(descriptor)
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}") and next(calls) == int(number):
-            send("group:SIGKILL")
-
-    os.fsync = synced
+    synced = lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}")  # noqa: E731
+    at_call(os, "fsync", number, lambda _: send("group:SIGKILL"), synced, after=True)
 
 
 def killed_in_a_line(number):
     """SIGKILL when the Nth line of metrics.jsonl is written but for its end."""
     from dlc.training import run
 
-    append, calls = run.append_metrics, itertools.count(1)
-
     def cut_short(path, line):
-        append(path, line)
-        if next(calls) == int(number):
-            os.truncate(path, path.stat().st_size - 9)
-            send("group:SIGKILL")
+        os.truncate(path, path.stat().st_size - 9)
+        send("group:SIGKILL")
 
-    run.append_metrics = cut_short
+    at_call(run, "append_metrics", number, cut_short, after=True)
 
 
 def nan_gradients(step):

@@ -119,24 +119,22 @@ def test_processes_that_share_a_gpu():
     refusal(refuse_shared_gpus, shared, words=words)
 
 
-def test_network_that_does_not_connect_the_nodes(monkeypatch):
-    """The variables that help are named where gloo fails: it takes the address to which the host's name resolves."""
-
-    def fail():
-        raise RuntimeError("Gloo connectFullMesh failed with [...] Connection refused, remote=[127.0.1.1]:5")
-
-    monkeypatch.setattr(processes, "files_group", fail)
-    refusal(start_processes, words=r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+RTX = """Using RTX 4000 series doesn't support faster communication broadband via P2P or IB. Please set
+`NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1" or use `accelerate launch` which will do this automatically."""
+REFUSED = "Gloo connectFullMesh failed with [...] Connection refused, remote=[127.0.1.1]:5"
 
 
-def test_what_accelerate_asks_for_is_said(monkeypatch):
-    """With two RTX 40 cards and an old driver. Its middle names the variables."""
-    text = "Using RTX 4000 series doesn't support faster communication broadband via P2P or IB. Please set "
-    text += (
-        '`NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1" or use `accelerate launch` which will do this automatically.'
-    )
-    monkeypatch.setattr("accelerate.PartialState", Mock(side_effect=NotImplementedError(text)))
-    refusal(start_processes, words='NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1"')
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (NotImplementedError(RTX), 'NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1"'),
+        # gloo takes the address to which the host's name resolves
+        (RuntimeError(REFUSED), r"Connection refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"),
+    ],
+)
+def test_what_helps_is_said_where_processes_cannot_be_joined(error, words, monkeypatch):
+    monkeypatch.setattr("accelerate.PartialState", Mock(side_effect=error))
+    refusal(start_processes, words=words)
 
 
 def test_gpus_are_not_waited_for_as_long_as_files(cuda, joined, monkeypatch):

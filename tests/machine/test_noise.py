@@ -2,7 +2,7 @@ import torch
 
 from diffusion.process_table import create_process
 from dlc.machine import noise
-from dlc.machine.noise import LOW, StepNoise, Stream, integers, normal, permutation, random_words, uniform
+from dlc.machine.noise import LOW, StepNoise, Stream, integers, normal, permutation, random_words, uniforms
 from train_diffusion import draws
 
 
@@ -56,7 +56,7 @@ def test_streams_in_one_call_are_what_they_are_alone():
     t, normals, drop = draws(4, indices, x, create_process("gaussian"), 0.5)
     assert torch.equal(t, integers(4, Stream.TRAIN_TIMESTEP, indices, 1000))
     assert torch.equal(normals, normal(4, Stream.TRAIN_NOISE, indices, x.shape[1:]))
-    assert torch.equal(drop, uniform(4, Stream.TRAIN_DROP, indices) < 0.5)
+    assert torch.equal(drop, uniforms(4, Stream.TRAIN_DROP, indices, 1)[:, 0] < 0.5)
 
 
 def test_distributions():
@@ -69,7 +69,7 @@ def test_distributions():
     assert (quantiles - (torch.arange(n) + 0.5) / n).abs().max() < 2 / n**0.5  # Kolmogorov-Smirnov
     counts = integers(3, Stream.TRAIN_TIMESTEP, torch.arange(n), 1000).bincount(minlength=1000)
     assert len(counts) == 1000 and ((counts - n / 1000) ** 2 / (n / 1000)).sum() < 1000 + 5 * 2000**0.5
-    assert abs((uniform(3, Stream.TRAIN_DROP, torch.arange(n)) < 0.1).double().mean() - 0.1) < 5 * (0.09 / n) ** 0.5
+    assert abs((uniforms(3, Stream.TRAIN_DROP, torch.arange(n), 1) < 0.1).double().mean() - 0.1) < 5 * (0.09 / n) ** 0.5
 
 
 def test_uniform_numbers_are_below_1():

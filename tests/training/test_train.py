@@ -18,7 +18,7 @@ from training_runs import metrics, tensors, train_command
 from diffusion.process_table import create_process
 from dlc.data import Features
 from dlc.machine.cli import ArgumentParser
-from dlc.machine.noise import Stream, integers, normal, uniform
+from dlc.machine.noise import Stream, integers, normal, uniforms
 from dlc.training.batches import TrainingBatches, draw_posterior
 from dlc.training.log import Losses
 from dlc.training.metrics_file import draw_losses, read_metrics
@@ -57,7 +57,7 @@ def test_what_a_run_leaves(features, tmp_path):
     model, rows = DiT_models["DiTSEM-Ti/4"](input_size=8, L=6, V=300), Features(features)
     batch = TrainingBatches(rows, dict(latents=rows.latents, codes=rows.codes), seed=0, global_batch=8)[0]
     places, x, t = batch["indices"], batch["latents"].float(), integers(0, Stream.TRAIN_TIMESTEP, torch.arange(8), 1000)
-    condition = dict(y=batch["codes"], drop=uniform(0, Stream.TRAIN_DROP, places) < 0.1)
+    condition = dict(y=batch["codes"], drop=uniforms(0, Stream.TRAIN_DROP, places, 1)[:, 0] < 0.1)
     noise = normal(0, Stream.TRAIN_NOISE, places, (4, 8, 8))
     terms = create_process("gaussian").training_losses(model, x, t, condition, noise)
     terms["loss"].mean().backward()
