@@ -217,6 +217,9 @@ def test_what_is_no_sem_encoder(published, tmp_path):
         ),
     ):
         refusal(load_encoder, save_folder(tmp_path, config, tensors, "pytorch_model.bin"), words=message)
+    none = {key: value for key, value in weights.items() if "layernorm" not in key}
+    none["embeddings.cls_token"] = torch.zeros(1, 1, 0)
+    refusal(load_encoder, save_folder(tmp_path / "none", dict(L=8), none), words="has width 0, none of DINOv2's")
 
 
 def test_from_the_hub(published, hub):

@@ -361,6 +361,10 @@ def test_vae_configs(vae):
         (dict(_class_name="UNet2DModel"), "has the config.json of no"),
         (dict(down_block_types=["os.system"] * 4), "diffusers cannot build"),
         (dict(layers_per_block=10**9), "layers_per_block is"),
+        *(
+            (dict(block_out_channels=value), "block_out_channels is .*, wanted a list")
+            for value in (5, None, [], ["8"])
+        ),
         ({"\x1b[31mkey" * 99: 1}, "diffusers cannot build"),
     ):
         (vae / "config.json").write_text(content)

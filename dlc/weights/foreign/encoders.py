@@ -115,7 +115,7 @@ def config_of(file: File, tensors: dict, given: dict) -> dict:
         arguments["backbone"] = given["backbone"]
     else:
         found = dict(embed_dim=width, depth=depth, num_heads=lookup(config, ["num_attention_heads"]), patch_size=patch)
-        arguments |= backbone_of(file, dict(found, reg_tokens=registers, mlp_ratio=hidden / width), gated)
+        arguments |= backbone_of(file, dict(found, reg_tokens=registers, mlp_ratio=hidden / max(width, 1)), gated)
     arguments["image_size"] = image_size(file.path.with_name("preprocessor_config.json"))
     file.words.append(
         f"ViT of width {width} with {depth} blocks and {registers} registers, L={arguments['L']}, "

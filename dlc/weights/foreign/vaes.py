@@ -9,7 +9,7 @@ import re
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.records import check_values, list_of, or_null, real_number
+from dlc.machine.records import check_values, list_of, or_null, real_number, whole_number
 from dlc.nets.vae import pixels_per_cell
 from dlc.weights.foreign.layouts import File
 from dlc.weights.foreign.safe import check_tensors, fill, load_tensors, shown
@@ -23,6 +23,7 @@ READ = dict(  # of a config, besides the arguments of its class
     shift_factor=or_null(NUMBER),
     latents_mean=or_null(list_of(NUMBER)),
     latents_std=or_null(list_of(SCALE)),
+    **dict.fromkeys(WIDTHS, list_of(whole_number(1), 1, 64)),
 )
 LARGEST = 8192  # of any whole number in a config, such as channels; of layers, 64
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
