@@ -242,6 +242,7 @@ def test_diffusers_golden(reference, tmp_path):
         assert_same(model, ours)
         with torch.inference_mode():
             torch.testing.assert_close(model(values["x"], values["t"], values["y"]), values[out], rtol=0, atol=1e-5)
+        assert {block.norm2.eps for block in model.blocks} == {1e-6 if time == "dit" else config.get("norm_eps", 1e-5)}
         words = "DiT" if time == "dit" else "diffusers"
         assert f"DiT under diffusers' names, with the time frequencies and eps of {words} (as asked)" in describe(meta)
     assert "eps of DiT (--diffusers-time gives the other)" in said(folder)
