@@ -54,6 +54,7 @@ class Recorded(nn.Module):
     and one that fixes them has only its own.
     """
     families = {}
+    grad_checkpointing = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -61,32 +62,33 @@ class Recorded(nn.Module):
         if "__init__" in vars(cls):
             cls.__init__ = recording(cls.__init__)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+        self.grad_checkpointing = enable
+
+    def through(self, block: nn.Module, *inputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """A block's output, whose activations are kept or recomputed."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
 
 def recording(init: Callable) -> Callable:
-    """A constructor that also notes its arguments in self.config."""
+    """A constructor that also notes its arguments in self.config, after those of its base have noted theirs."""
     signature = inspect.signature(init)
+    passes_on = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
 
     @functools.wraps(init)
     def wrapped(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         given = set(bound.arguments)
-        bound.apply_defaults()
-        passed_on = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
-        _, *named = bound.arguments.items()
-        open_so_far = vars(self).get("takes_more", True)    # whether all constructors up to here pass **kwargs on
-        vars(self)["takes_more"] = open_so_far and passed_on is not None
-        own = "config" not in vars(self)
-        if own:                                     # the class's own constructor: note all arguments
-            arguments = {name: value for name, value in named if name != passed_on}
-            vars(self)["config"] = dict(family=type(self).__name__,
-                                        arguments=arguments | bound.arguments.get(passed_on, {}))
-        elif open_so_far:                           # a base's: note those that were left to their defaults
-            for name, value in named:
-                if name not in given and name != passed_on:
-                    self.config["arguments"].setdefault(name, value)
         init(self, *args, **kwargs)
-        if own:
-            vars(self).pop("takes_more")
+        bound.apply_defaults()
+        _, *own = bound.arguments.items()                       # without self
+        own = dict(own)
+        left = getattr(self, "left_to_defaults", {}) if passes_on else {}       # of the bases' arguments
+        self.config = dict(family=type(self).__name__, arguments=left | own.pop(passes_on, {}) | own)
+        self.left_to_defaults = {name: value for name, value in (left | own).items() if name not in given}
 
     return wrapped
 
@@ -272,7 +274,7 @@ class DiT(Recorded):
             raise ValueError(f"an intermediate head lies after block 1 to {depth - 1}, not {intermediate_head}")
         self.intermediate_head = intermediate_head
         self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
-        self.patch_size, self.class_dropout_prob, self.grad_checkpointing = patch_size, class_dropout_prob, False
+        self.patch_size, self.class_dropout_prob = patch_size, class_dropout_prob
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         build = self.build_embedder or partial(LabelEmbedder, num_classes)
@@ -308,10 +310,6 @@ class DiT(Recorded):
         for part in (*(block.adaLN_modulation for block in self.blocks), *self.output_layers):
             for parameter in part.parameters():
                 nn.init.zeros_(parameter)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass: less memory, about a third more work."""
-        self.grad_checkpointing = enable
 
     def drop_head(self) -> None:
         """Remove the intermediate head, if there is one."""
@@ -355,11 +353,11 @@ class DiT(Recorded):
         head: append what the intermediate head predicts, C more channels.
         tap: after how many blocks to look at the tokens: return (output, tokens (N, T, D)).
         """
-        recompute, c = self.grad_checkpointing and self.training, t + condition             # (N, D)
+        c = t + condition                                                                   # (N, D)
         # the convolution's output is channel-first, and would stay so through all blocks, which slows each LayerNorm
         x = (self.x_embedder(x) + self.pos_embed).contiguous()                              # (N, T, D)
         for number, block in enumerate(self.blocks, 1):
-            x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)  # (N, T, D)
+            x = self.through(block, x, c)                                                   # (N, T, D)
             if head and number == self.intermediate_head:
                 early = self.unpatchify(self.intermediate_layer(x, c))                      # (N, C, H, W)
             if number == tap:
@@ -371,8 +369,8 @@ class DiT(Recorded):
     # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
     # dlc/sampling/latents.py, which computes the null half only where guidance acts.
     def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: Condition, cfg_scale: float,
-                         t_max: float | None = None, channels: int | None = None,
-                         t_min: float | None = None) -> torch.Tensor:
+                         t_max: float = math.inf, channels: int | None = None,
+                         t_min: float = -math.inf) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022): null + cfg_scale * (conditional - null), on a doubled batch.
 
         Args:
@@ -380,7 +378,7 @@ class DiT(Recorded):
             t: (2N,) times.
             y: conditions of the first half, then null conditions.
             t_max, t_min: samples with t > t_max or t < t_min keep the conditional prediction (Kynkäänniemi et al.
-                2024, arXiv 2404.07724) [no bounds].
+                2024, arXiv 2404.07724).
             channels: latent channels to guide [guided_channels]; the rest, and the variance, stay each half's own.
 
         Returns (2N, out_channels, H, W), eps of both halves guided alike.
@@ -391,8 +389,7 @@ class DiT(Recorded):
         conditional, null = out[:, :channels].chunk(2)
         guided = null + cfg_scale * (conditional - null)
         t = t.chunk(2)[0].view(-1, 1, 1, 1)
-        low, high = -math.inf if t_min is None else t_min, math.inf if t_max is None else t_max
-        guided = torch.where((t < low) | (t > high), conditional, guided)
+        guided = torch.where((t < t_min) | (t > t_max), conditional, guided)
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
 
 
@@ -431,25 +428,25 @@ class DiTCONT(DiT):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A family and a size, what a name in DiT_models stands for. Called with the data's sizes, it builds the model."""
+    """A family and a size, what a model's name stands for. Called with the data's sizes, it builds the model."""
     family: type
-    patch_size: int
     depth: int
     hidden_size: int
     num_heads: int
+    patch_size: int | None = None       # of a DiT
 
     @property
     def conditioning(self) -> str:
         return self.family.conditioning
 
-    def __call__(self, **sizes) -> DiT:
-        return self.family(patch_size=self.patch_size, depth=self.depth, hidden_size=self.hidden_size,
-                           num_heads=self.num_heads, **sizes)
+    def __call__(self, **sizes) -> Recorded:
+        own = {name: value for name, value in vars(self).items() if name != "family" and value is not None}
+        return self.family(**own, **sizes)
 
 
 # Depth, hidden_size, num_heads. XL, L, B, S: table 1 of the DiT paper. Ti, for laptops: DeiT-Ti at half its depth.
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "Ti": (6, 192, 3)}
 FAMILIES, CODE_INITS = (DiT, DiTSEM, DiTCONT), ("unit", "dlc")
 
-DiT_models = {f"{family.__name__}-{size}/{patch_size}": ModelSpec(family, patch_size, *widths)
+DiT_models = {f"{family.__name__}-{size}/{patch_size}": ModelSpec(family, *widths, patch_size)
               for family in FAMILIES for size, widths in SIZES.items() for patch_size in (2, 4, 8)}

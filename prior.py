@@ -8,17 +8,15 @@ samplers are in diffusion/masked.py and diffusion/masked_samplers.py.
     log_score = model(codes, sigma)                               # (N, L, V+1); token V is the mask
 
 Nothing here knows a file, a rank or a flag. Shapes: N samples, L code positions, V tokens per position, D width,
-H heads, C width of the condition, M places that are asked for.
+H heads, C width of the condition.
 """
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models import LabelEmbedder, Recorded, TimestepEmbedder, modulate
+from models import LabelEmbedder, ModelSpec, Recorded, TimestepEmbedder, modulate
 
 SMALLEST_SIGMA = 1e-9       # sigma = 0 means "not told"; log(e^sigma - 1) of it would be infinite
 
@@ -72,16 +70,8 @@ class PositionLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(L, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(L, out_features))
 
-    def forward(self, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """With places (N, L) bool, x is (M, D), what is there in row-major order, and so is the output (M, out)."""
-        if places is None:
-            return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
-        position = places.nonzero()[:, 1]                                                    # (M,)
-        if len(position) < len(self.weight):     # few: fetch their matrices; many: use all matrices, which are fewer
-            return torch.bmm(x.unsqueeze(1), self.weight[position]).squeeze(1) + self.bias[position]
-        whole = x.new_zeros(*places.shape, x.shape[1])
-        whole[places] = x
-        return self(whole)[places]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
 
 
 class PriorBlock(nn.Module):
@@ -114,7 +104,7 @@ class PriorBlock(nn.Module):
 
 
 class PriorHead(nn.Module):
-    """Vectors (N, L, D) to log scores, at all places or at those asked for, in float32 under any autocast.
+    """Vectors (N, L, D) to log scores (N, L, V+1), in float32 under any autocast.
 
     In bfloat16 a log probability of -8 would be off by up to 0.03.
     """
@@ -125,13 +115,10 @@ class PriorHead(nn.Module):
         self.linear = nn.Linear(hidden_size, V + 1) if shared else PositionLinear(L, hidden_size, V + 1)
         self.adaLN_modulation = nn.Linear(cond_dim, 2 * hidden_size)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.adaLN_modulation(c.float()).chunk(2, dim=1)
-            x = modulate(self.norm_final(x.float()), shift, scale)
-            if places is not None:
-                x = x[places]                                                                # (M, D)
-            return self.linear(x) if isinstance(self.linear, nn.Linear) else self.linear(x, places)
+            return self.linear(modulate(self.norm_final(x.float()), shift, scale))
 
 
 #################################################################################
@@ -158,8 +145,8 @@ class DLCPrior(Recorded):
         super().__init__()
         if hidden_size % (2 * num_heads):
             raise ValueError(f"width {hidden_size} is not a multiple of twice the {num_heads} heads")
-        self.L, self.V, self.num_classes, self.scale_by_sigma = L, V, num_classes, scale_by_sigma
-        self.shared_embedding, self.grad_checkpointing = shared_embedding, False
+        self.L, self.V, self.num_classes = L, V, num_classes
+        self.scale_by_sigma, self.shared_embedding = scale_by_sigma, shared_embedding
         self.vocab_embed = TokenEmbedding(L, V, hidden_size, shared_embedding)
         self.pos_embed = nn.Parameter(torch.empty(L, hidden_size))
         self.sigma_map = TimestepEmbedder(cond_dim)
@@ -181,10 +168,6 @@ class DLCPrior(Recorded):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass: less memory, about a third more work."""
-        self.grad_checkpointing = enable
-
     def null_condition(self, n: int) -> torch.Tensor:
         """n times the class that means "none"."""
         return self.y_embedder.null(n)
@@ -200,7 +183,7 @@ class DLCPrior(Recorded):
         return F.silu(c)
 
     def forward(self, codes: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor | None = None,
-                drop: torch.Tensor | None = None, places: torch.Tensor | None = None) -> torch.Tensor:
+                drop: torch.Tensor | None = None) -> torch.Tensor:
         """Log scores: up to a constant per place, log p(token | the tokens that are not masked).
 
         Args:
@@ -208,36 +191,20 @@ class DLCPrior(Recorded):
             sigma: (N,) float32 noise levels; 0 where the network is not told (see MaskedDiffusion).
             y: (N,) classes [none], for a prior that has some.
             drop: (N,) bool, samples that get the null class.
-            places: (N, L) bool, the M places to compute [all].
 
-        Returns (N, L, V+1) float32, 0 for the token that is there, as SEDD has it; with places (M, V+1), row-major.
+        Returns (N, L, V+1) float32, 0 for the token that is there, as SEDD has it.
         """
-        recompute = self.grad_checkpointing and self.training
         c, rotation = self.condition(sigma, y, drop), self.rotary_emb(codes.shape[1])
         x = self.vocab_embed(codes) + self.pos_embed                                                # (N, L, D)
         for block in self.blocks:
-            x = (checkpoint(block, x, c, rotation, use_reentrant=False) if recompute
-                 else block(x, c, rotation))                                                        # (N, L, D)
-        out = self.output_layer(x, c, places)                                               # (N, L, V+1) or (M, V+1)
+            x = self.through(block, x, c, rotation)                                                 # (N, L, D)
+        out = self.output_layer(x, c)                                                               # (N, L, V+1)
         if self.scale_by_sigma:
             shift = sigma.float().clamp(min=SMALLEST_SIGMA).expm1().log() + math.log(self.V)        # (N,)
-            shift = shift.view(-1, 1).expand(codes.shape)                                           # (N, L)
-            out = out - (shift if places is None else shift[places]).unsqueeze(-1)
-        there = (codes if places is None else codes[places]).unsqueeze(-1)
-        return out.scatter(-1, there, 0)
+            out = out - shift.view(-1, 1, 1)
+        return out.scatter(-1, codes.unsqueeze(-1), 0)
 
 
-@dataclass(frozen=True)
-class PriorSpec:
-    """A size, what a name in DLCPrior_models stands for. Called with the data's sizes, it builds the model."""
-    hidden_size: int
-    depth: int
-    num_heads: int
-
-    def __call__(self, **sizes) -> DLCPrior:
-        return DLCPrior(hidden_size=self.hidden_size, depth=self.depth, num_heads=self.num_heads, **sizes)
-
-
-# hidden_size, depth, num_heads. M: the published prior. S: the DLC project's small one. Ti: for laptops.
-DLCPrior_models = {"DLCPrior-M": PriorSpec(1024, 24, 16), "DLCPrior-S": PriorSpec(768, 12, 12),
-                   "DLCPrior-Ti": PriorSpec(64, 2, 4)}
+# Depth, hidden_size, num_heads. M: the published prior. S: the DLC project's small one. Ti: for laptops.
+DLCPrior_models = {"DLCPrior-M": ModelSpec(DLCPrior, 24, 1024, 16), "DLCPrior-S": ModelSpec(DLCPrior, 12, 768, 12),
+                   "DLCPrior-Ti": ModelSpec(DLCPrior, 2, 64, 4)}

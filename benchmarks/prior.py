@@ -15,9 +15,10 @@ from torch import Tensor
 
 from benchmarks.record import DEVICE, flags_of, in_turns, record
 from diffusion.masked import MaskedDiffusion, stratified_times
-from diffusion.masked_samplers import create_sampler
+from diffusion.process_table import create_process
 from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast, compile_blocks, set_numerics
+from dlc.sampling.latents import create_sampler
 from prior import DLCPrior, DLCPrior_models
 
 PUBLISHED, TIMES = "published way", "times the published way"
@@ -51,7 +52,8 @@ def calls_per_code(row: tuple, args: argparse.Namespace) -> float:
     _, name, steps, eta, published = row
     if published:
         return float(steps + 1)  # one more for what is still masked
-    sampler, indices = create_sampler(name, args.V, steps, eta), torch.arange(COUNTED_ROWS)
+    sampler = create_sampler(name, steps, create_process("masked", V=args.V), eta=eta)
+    indices = torch.arange(COUNTED_ROWS)
     if not hasattr(sampler, "timetable"):
         return float(sampler.most_calls(args.L))
     masked = torch.full((COUNTED_ROWS, args.L), args.V)
@@ -90,18 +92,17 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def seconds_of_calls(args: argparse.Namespace) -> dict[bool, float]:
-    """The shortest call of the network on a batch of masked codes: for all places (True), and for one per code."""
+def seconds_of_call(args: argparse.Namespace) -> float:
+    """The shortest call of the network on a batch of masked codes."""
     model, diffusion = DLCPrior_models[args.model](L=args.L, V=args.V).to(DEVICE).eval(), MaskedDiffusion(args.V)
     codes = torch.full((args.batch, args.L), args.V, device=DEVICE)
-    told, one = diffusion.told(torch.ones(args.batch, device=DEVICE)), torch.zeros_like(codes[:, :1])
+    told = diffusion.told(torch.ones(args.batch, device=DEVICE))
 
-    def call(places):
+    def call():
         with autocast(DEVICE, args.precision):
-            model(codes, told, places=places)
+            model(codes, told)
 
-    calls = {places is None: partial(call, places) for places in (None, one)}
-    return {name: min(seconds) for name, seconds in in_turns(calls, args.repeats).items()}
+    return min(in_turns({"call": call}, args.repeats)["call"])
 
 
 def main() -> None:
@@ -120,14 +121,13 @@ def main() -> None:
     for name, seconds in steps.items():
         row = {"": name, "what": "training", **dict.fromkeys(("steps", "calls", "s per call"))}
         table.append({**row, "codes/s": args.batch / seconds, TIMES: steps[PUBLISHED] / seconds})
-    rows, rates, seconds = sampling_rows(args.L), {}, seconds_of_calls(args)
+    rows, rates, seconds = sampling_rows(args.L), {}, seconds_of_call(args)
     for row in rows:
         calls = calls_per_code(row, args)
-        each = seconds[row[4] or calls < args.L / 2]  # with fewer calls than tokens a call draws many
-        rates[row] = args.batch / (calls * each)
+        rates[row] = args.batch / (calls * seconds)
         # the published row of the same steps, or of the published default
         same = rates[next((one for one in rows if one[4] and one[1:3] == row[1:3]), rows[2])]
-        measured = {"steps": row[2], "calls": calls, "s per call": each, "codes/s": rates[row]}
+        measured = {"steps": row[2], "calls": calls, "s per call": seconds, "codes/s": rates[row]}
         table.append({"": row[0], "what": "sampling", **measured, TIMES: rates[row] / same})
     record("prior", table, **vars(args))
 

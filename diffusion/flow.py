@@ -102,14 +102,14 @@ class EulerSampler(Sampler):
     Args:
         steps: how many.
         flow: the process that the model was trained on.
-        learn_sigma: has no effect: a variance that a model predicts, as SiT's does, is not used.
         time_shift: a: each time t becomes a t / (1 + (a - 1) t); 1 leaves it.
     """
+    evaluations = 1         # of the model, at each time but the first
 
-    def __init__(self, steps: int, flow: Flow, learn_sigma: bool = False, time_shift: float = 1.0):
+    def __init__(self, steps: int, flow: Flow, time_shift: float = 1.0):
         self.num_steps, self.told = steps, flow.told
         self.levels = self.levels_of(steps, time_shift)
-        self.times = self.levels[:-1]
+        self.times = [self.levels[0], *(time for time in self.levels[1:-1] for _ in range(self.evaluations))]
 
     @staticmethod
     def levels_of(steps: int, time_shift: float) -> list[float]:
@@ -117,30 +117,31 @@ class EulerSampler(Sampler):
         return [shifted((steps - step) / steps, time_shift) for step in range(steps + 1)]
 
     def __call__(self, predict: Callable, x: torch.Tensor, noise: Callable) -> Steps:
-        x = x.double()
+        x, channels = x.double(), x.shape[1]
+
+        def velocity(x, *time):
+            return predict(x.float(), *time)[:, :channels].double()
+
         for step, (t, following) in enumerate(zip(self.levels, self.levels[1:])):
-            v = velocity(predict, x, t)
-            x_start, x = x - t * v, self.advance(predict, x, v, t, following, lambda step=step: noise(step))
+            v = velocity(x, t)
+            x_start, x = x - t * v, self.advance(velocity, x, v, t, following, lambda step=step: noise(step))
             yield x.float(), x_start.float()
 
-    def advance(self, predict: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
+    def advance(self, velocity: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
                 noise: Callable) -> torch.Tensor:
-        """x at the time `following` from x with velocity v at t; noise() is a standard normal."""
+        """x at the time `following` from x with v = velocity(x, t); noise() is a standard normal."""
         return x + (following - t) * v
 
 
 class HeunFlowSampler(EulerSampler):
     """Heun's method of second order: two evaluations per step but in the last, which is Euler's."""
+    evaluations = 2
 
-    def __init__(self, steps: int, flow: Flow, learn_sigma: bool = False, time_shift: float = 1.0):
-        super().__init__(steps, flow, learn_sigma, time_shift)
-        self.times = [self.levels[0], *(time for time in self.levels[1:-1] for _ in range(2))]
-
-    def advance(self, predict: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
+    def advance(self, velocity: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
                 noise: Callable) -> torch.Tensor:
         """See `EulerSampler`. Whether a step is guided is decided by its first time, for both its evaluations."""
         euler = x + (following - t) * v
-        return x + (following - t) * (v + velocity(predict, euler, following, t)) / 2 if following else euler
+        return x + (following - t) * (v + velocity(euler, following, t)) / 2 if following else euler
 
 
 class SDESampler(EulerSampler):
@@ -155,7 +156,7 @@ class SDESampler(EulerSampler):
         even = np.linspace(1, shifted(LAST_TIME, 1 / time_shift), steps)
         return [*shifted(even, time_shift).tolist(), 0.0]
 
-    def advance(self, predict: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
+    def advance(self, velocity: Callable, x: torch.Tensor, v: torch.Tensor, t: float, following: float,
                 noise: Callable) -> torch.Tensor:
         """See `EulerSampler`."""
         x = x + (following - t) * (v - t * score(x, t, v))
@@ -165,11 +166,6 @@ class SDESampler(EulerSampler):
 def shifted(t: float | np.ndarray, shift: float) -> float | np.ndarray:
     """Times that are moved towards 1, for a shift above 1, or towards 0; 1 / shift moves them back."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-def velocity(predict: Callable, x: torch.Tensor, *time: float) -> torch.Tensor:
-    """v float64 as predict(x, *time) gives it, for x (N, C, ...) float64."""
-    return predict(x.float(), *time)[:, :x.shape[1]].double()
 
 
 #################################################################################

@@ -3,11 +3,10 @@
     diffusion = MaskedDiffusion(V=256)
     x_t = diffusion.corrupt(x0, t, u)                            # tokens (N, L), of which some are V, the mask
     loss = diffusion.training_losses(model, x0, t, x_t)["loss"]  # (N,) nats per code
-    nats, error = diffusion.bound(model, x0, u)                  # per token
+    nats, error = mean_bound(diffusion.code_bounds(model, x0, u), L)        # per token
 
-`model(x_t, sigma, places=places, **model_kwargs)` gives log scores (M, V+1) of the M masked places, up to a constant
-per place the log probabilities of the clean token there; without places (N, L, V+1), of all. t runs from 0 (clean) to 1
-(all masked).
+`model(x_t, sigma, **model_kwargs)` gives log scores (N, L, V+1), up to a constant per place the log probabilities of
+the clean token there. t runs from 0 (clean) to 1 (all masked).
 
 Score entropy and process: Lou et al. 2024, arXiv 2310.16834 (SEDD). That its score is a distribution over clean tokens
 times a known number: Ou et al. 2024, arXiv 2406.03736 (RADD), theorem 1. The loss as weighted cross-entropy: Sahoo et
@@ -15,18 +14,11 @@ al. 2024, arXiv 2406.07524 (MDLM), and RADD. Samplers are in masked_samplers.py.
 """
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 MASKINGS = ("independent", "counted")
-
-
-class Bound(NamedTuple):
-    """An upper bound on the negative log-likelihood: nats per token and its standard error."""
-    nats: float
-    error: float
 
 
 def stratified_times(u: torch.Tensor, place: torch.Tensor, batch: int, low: float = 1e-3) -> torch.Tensor:
@@ -105,30 +97,26 @@ class MaskedDiffusion:
         Returns (N,) each: loss, in nats per code; nats, the bound alone in nats per token.
         """
         x_t = self.corrupt(x0, t) if x_t is None else x_t
-        places, L, dense = x_t == self.mask, x0.shape[1], at_all_places(x0.device)
-        log_score, terms, owner = self._of_places(model, x0, x_t, t, places, model_kwargs)                  # (M, …)
-        weight = L / self.masked_count(t, L).to(terms) if self.masking == "counted" else 1 / t.to(terms)    # (N,)
-        nats = weight * per_code(terms, owner, x0)
-        loss = nats
+        L = x0.shape[1]
+        log_score, entropy = self.cross_entropy(model, x0, x_t, t, model_kwargs)
+        weight = L / self.masked_count(t, L).to(entropy) if self.masking == "counted" else 1 / t.to(entropy)    # (N,)
+        loss = nats = weight * entropy.sum(dim=1)
         if self.score_entropy:
-            log_r = log_score.logsumexp(dim=1) + self.sigma(t).expm1().log().to(log_score)[owner]
-            if dense:       # beforehand: the gradient of an expm1 that overflows is not finite, though its weight is 0
-                log_r = log_r.where(places.flatten(), 0)
-            loss = loss + weight * per_code(log_r.expm1() - log_r, owner, x0)
+            log_r = log_score.logsumexp(dim=2) + self.sigma(t).expm1().log().to(log_score).unsqueeze(1)         # (N, L)
+            # before expm1: where that overflows, its gradient is not finite, though its weight is 0
+            log_r = log_r.where(x_t == self.mask, 0)
+            loss = loss + weight * (log_r.expm1() - log_r).sum(dim=1)
         return dict(loss=loss, nats=nats.detach() / L)
 
-    def _of_places(self, model, x0, x_t, t, places, model_kwargs):
-        """The model's output at M places: log scores (M, V), the cross-entropy of x0's tokens (M,), the rows (M,).
+    def cross_entropy(self, model: Callable, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
+                      model_kwargs: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's log scores of clean tokens (N, L, V), and the cross-entropy of x0's masked ones (N, L), else 0.
 
-        On GPUs these are all N * L places, with a cross-entropy of 0 where no token is wanted.
+        The model is asked for all places: how many are masked only the device knows, and a CPU would have to wait.
         """
-        kwargs = dict(model_kwargs or {})
-        if not at_all_places(x0.device):
-            log_score = model(x_t, self.told(t), places=places, **kwargs)[:, :self.V]
-            return log_score, F.cross_entropy(log_score, x0[places], reduction="none"), places.nonzero()[:, 0]
-        log_score = model(x_t, self.told(t), **kwargs)[..., :self.V].flatten(0, 1)
-        terms = F.cross_entropy(log_score, x0.flatten(), reduction="none").where(places.flatten(), 0)
-        return log_score, terms, torch.arange(len(x0), device=x0.device).repeat_interleave(x0.shape[1])
+        log_score = model(x_t, self.told(t), **(model_kwargs or {}))[..., :self.V]
+        entropy = F.cross_entropy(log_score.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
+        return log_score, entropy.where(x_t == self.mask, 0)
 
     @torch.no_grad()
     def code_bounds(self, model: Callable, x0: torch.Tensor, u: torch.Tensor, levels: int | None = None,
@@ -151,58 +139,25 @@ class MaskedDiffusion:
         total = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
         for level in range(levels):
             k = ((level + shift) * L / levels).long().clamp(0, L - 1) + 1                                   # (N,)
-            places = ranks < k.unsqueeze(1)
+            x_t = torch.where(ranks < k.unsqueeze(1), self.mask, x0)
             t = times.gather(1, k.unsqueeze(1) - 1).squeeze(1)
-            x_t = torch.where(places, self.mask, x0)
-            _, terms, owner = self._of_places(model, x0, x_t, t, places, model_kwargs)
-            total += per_code(terms.double() / k[owner], owner, x0)
+            _, entropy = self.cross_entropy(model, x0, x_t, t, model_kwargs)
+            total += entropy.double().sum(dim=1) / k
         return total * (L / levels)
-
-    def bound(self, model: Callable, x0: torch.Tensor, u: torch.Tensor | None = None, levels: int | None = None,
-              shift: torch.Tensor | None = None, model_kwargs: dict | None = None) -> Bound:
-        """`code_bounds`, averaged over codes: nats per token, with the standard error of the mean over codes.
-
-        u [torch's generator]; the other arguments are those of `code_bounds`.
-        """
-        u = torch.rand(x0.shape, device=x0.device, dtype=torch.float64) if u is None else u
-        return mean_bound(self.code_bounds(model, x0, u, levels, shift, model_kwargs), x0.shape[1])
 
     # ------------------------------------------------------------------ reverse process
 
     @staticmethod
-    def reveal_weight(t: torch.Tensor, s: torch.Tensor, eta: float | torch.Tensor = 0.0) -> torch.Tensor:
-        """q, the weight of all tokens together for a masked place, between times t and s < t.
+    def reveal_probability(t: torch.Tensor, s: torch.Tensor, eta: float | torch.Tensor = 0.0) -> torch.Tensor:
+        """That a masked token is revealed between times t and s < t.
 
         (t - s) / t without remasking: SEDD's analytic (Tweedie) step and MDLM's posterior. Where revealed tokens become
         masks with probability eta, the step is longer by eta (1 - t), which restores the marginal at s (ReMDM, Wang et
-        al. 2025, arXiv 2503.00307, section 3): q = (t - s + eta (1 - t)) / t, at most 1.
+        al. 2025, arXiv 2503.00307, section 3): q = (t - s + eta (1 - t)) / t, at most 1, is the weight of all tokens
+        together. The DLC project's corrector gives the mask the weight eta + (1 - eta)(1 - q) beside it.
         """
-        return ((t - s + eta * (1 - t)) / t).clamp(max=1)
-
-    @classmethod
-    def reveal_probability(cls, t: torch.Tensor, s: torch.Tensor, eta: float | torch.Tensor = 0.0) -> torch.Tensor:
-        """That a masked token is revealed between times t and s < t.
-
-        The DLC project's corrector gives the mask the weight eta + (1 - eta)(1 - q) beside q for the tokens, which
-        makes it q / (1 + eta q).
-        """
-        q = cls.reveal_weight(t, s, eta)
+        q = ((t - s + eta * (1 - t)) / t).clamp(max=1)
         return q / (1 + eta * q)
-
-
-def at_all_places(device: torch.device) -> bool:
-    """Whether to ask the model for all places, and leave out those that are not wanted afterwards: on GPUs.
-
-    Only the device knows how many places are wanted, so the CPU would have to wait. On a CPU only those are computed.
-    """
-    return device.type != "cpu"
-
-
-def per_code(values: torch.Tensor, owner: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-    """Sums (N,) of values (M,) over the places that belong to each of the codes x0 (N, L), the rows owner (M,)."""
-    if at_all_places(x0.device):        # in one order, which index_add on a GPU has not
-        return values.view_as(x0).sum(dim=1)
-    return values.new_zeros(len(x0)).index_add(0, owner, values)
 
 
 def rank(u: torch.Tensor) -> torch.Tensor:
@@ -210,7 +165,7 @@ def rank(u: torch.Tensor) -> torch.Tensor:
     return u.argsort(dim=1, stable=True).argsort(dim=1)
 
 
-def mean_bound(code_bounds: torch.Tensor, L: int) -> Bound:
-    """Nats per token and the standard error, of bounds (N,) in nats per code."""
+def mean_bound(code_bounds: torch.Tensor, L: int) -> tuple[float, float]:
+    """Nats per token and the standard error of the mean over codes, of bounds (N,) in nats per code."""
     error = code_bounds.std().item() / math.sqrt(len(code_bounds)) if len(code_bounds) > 1 else math.nan
-    return Bound(code_bounds.mean().item() / L, error / L)
+    return code_bounds.mean().item() / L, error / L

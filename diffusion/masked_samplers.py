@@ -1,92 +1,83 @@
-"""Samplers of masked diffusion: from masks to codes, through a model that is asked for the tokens of some places.
+"""Samplers of masked diffusion: from masks to codes, through a model that is asked for the tokens of all places.
 
     for codes in sampler(predict, codes, uniforms):      # one item per call of the model; the last is the sample
         ...
 
-codes (N, L) int64 are tokens in 0..V-1 to keep (infilling) and the mask V where tokens are wanted.
-predict(codes, t, places) gives logits (M, V) of the clean tokens at the M masked places, row-major, for codes (N, L),
-times t (N,) and places (N, L) bool; (N, L, V) of all places, if places is None. It owns guidance, classes and
-precision. uniforms(draw) is (N, L) in [0, 1), the same whenever it is asked for the same draw: randomness belongs to
-samples.
+codes (N, L) int64 are tokens in 0..V-1 to keep (infilling) and the mask V where tokens are wanted. predict(codes, t)
+gives logits (N, L, V) of the clean tokens, for codes (N, L) and times t (N,). It owns guidance, classes and precision.
+uniforms(draw) is (N, L) in [0, 1), the same whenever it is asked for the same draw: randomness belongs to samples.
 
 When each place is revealed does not depend on the tokens (except with the confidence sampler). So the whole timetable
-is drawn first, and the model is only asked when a token is due, on a CPU for these places alone: no call is spent on a
-step in which a code does not change. Rows have their own steps and times. A sampler of thousands of steps calls the
-model at most once per token, plus once per token that was masked again.
+is drawn first, and the model is only asked when a token is due: no call is spent on a step in which a code does not
+change. Rows have their own steps and times. A sampler of thousands of steps calls the model at most once per token,
+plus once per token that was masked again.
 
 The random numbers and the given tokens decide how many calls there are: on a GPU the CPU waits for this number once,
 before the first call, and the corrector once for each round of masking again. It waits for nothing after that.
 
-To add a sampler, write its class here and give it a row in SAMPLERS: the scripts' flags, their help and the tests
+To add a sampler, write its class here and give it a row in CODE_SAMPLERS: the scripts' flags, their help and the tests
 follow the table.
 """
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from .masked import MaskedDiffusion, at_all_places, rank
+from .masked import MaskedDiffusion, rank
+from .options import Option
+from .samplers import SamplerSpec
 
 AT_ONCE = 2**22             # float64 numbers of probabilities that are made at once
 NEARLY_ONE = 1 - 1e-12      # a probability that keeps log(1 - p) finite
 FIRST_TIME, LAST_TIME = 1.0, 1e-5       # of the analytic sampler, as published
+WINDOW = 0.3, 0.55          # times between which the corrector masks tokens again, as published
 
 
-#################################################################################
-#                                Drawing tokens                                 #
-#################################################################################
+class CodeSampler:
+    """The base of all samplers, which are called as above.
 
-@dataclass(frozen=True)
-class TokenDraw:
-    """How tokens are drawn from logits.
-
-    Attributes:
+    Args:
+        steps: calls of the model, or steps in time.
+        process: what the model was trained on.
         temperature: the logits are divided by it; 0 takes the most probable token.
         top_p: keep the most probable tokens that reach this share together (nucleus; Holtzman et al. 2020).
     """
-    temperature: float = 1.0
-    top_p: float = 1.0
 
-    def __call__(self, logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (M,) int64 of logits (M, V), by uniform numbers u (M,), and their log probabilities (M,) float64.
+    def __init__(self, steps: int | None, process: MaskedDiffusion, temperature: float = 1.0, top_p: float = 1.0):
+        self.steps, self.V, self.temperature, self.top_p = steps, process.V, temperature, top_p
 
-        The inverse of the cumulative distribution, in float64, of a bounded number of places at once.
-        """
-        rows = max(1, AT_ONCE // logits.shape[1])
-        parts = [self.draw(*part) for part in zip(logits.split(rows), u.split(rows))]
-        return torch.cat([tokens for tokens, _ in parts]), torch.cat([logp for _, logp in parts])
-
-    def at(self, places: torch.Tensor, u: torch.Tensor, predict: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (N, L) at places (N, L) bool, by u (N, L), and their log probabilities; no meaning elsewhere.
-
-        predict(places) gives the logits there; on GPUs predict(None) those of all places, see `at_all_places`.
-        """
-        if at_all_places(places.device):
-            tokens, logp = self(predict(None).flatten(0, 1), u.flatten())
-            return tokens.view_as(places), logp.view_as(places)
-        tokens, logp = (u.new_zeros(u.shape, dtype=dtype) for dtype in (torch.int64, torch.float64))
-        tokens[places], logp[places] = self(predict(places), u[places])
-        return tokens, logp
+    def most_calls(self, L: int) -> int:
+        """How often the model is called at most, for codes of L tokens."""
+        return min(self.steps or L, L)
 
     def draw(self, logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (N, L) int64 of logits (N, L, V), by uniform numbers u (N, L), and their log probabilities, float64.
+
+        The inverse of the cumulative distribution, in float64, of a bounded number of rows at once.
+        """
+        rows = max(1, AT_ONCE // logits[0].numel())
+        parts = [self.draw_rows(*part) for part in zip(logits.split(rows), u.split(rows))]
+        tokens, logp = map(torch.cat, zip(*parts))
+        return tokens, logp
+
+    def draw_rows(self, logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits.double()
         if self.temperature == 0:
-            tokens = logits.argmax(dim=1)
-            return tokens, logits.log_softmax(dim=1).gather(1, tokens.unsqueeze(1)).squeeze(1)
-        probabilities = (logits / self.temperature).softmax(dim=1)                       # (M, V)
+            logp, tokens = logits.log_softmax(dim=-1).max(dim=-1)
+            return tokens, logp
+        probabilities = (logits / self.temperature).softmax(dim=-1)                      # (n, L, V)
         if self.top_p < 1:
-            ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-            kept = ordered.cumsum(dim=1) - ordered < self.top_p
-            kept[:, 0] = True
-            ordered = ordered * kept
-            probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
-        cumulative = probabilities.cumsum(dim=1)
-        total = cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, u.double().unsqueeze(1) * total, right=True)
-        tokens = tokens.clamp(max=logits.shape[1] - 1)                                   # (M, 1)
-        return tokens.squeeze(1), (probabilities.gather(1, tokens) / total).log().squeeze(1)
+            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            kept = ordered.cumsum(dim=-1) - ordered < self.top_p
+            kept[..., 0] = True
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
+        cumulative = probabilities.cumsum(dim=-1)
+        total = cumulative[..., -1:]
+        tokens = torch.searchsorted(cumulative, u.double().unsqueeze(-1) * total, right=True)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)                                  # (n, L, 1)
+        return tokens.squeeze(-1), (probabilities.gather(-1, tokens) / total).log().squeeze(-1)
 
 
 #################################################################################
@@ -100,7 +91,8 @@ class Timetable:
     Attributes:
         reveal: list of (N, L) int64, in each round the step in which a place is revealed; -1 for tokens that are
             given, `never` for places that have no such round.
-        remask: list of (N, L) int64, in each round the step at whose end the place becomes a mask again, or `never`.
+        remask: the same of the step at whose end the place becomes a mask again; it may lack the last round, whose
+            tokens then stay.
         times: (1 or N, never) float64, the time that the model is asked for in each step.
     """
     reveal: list[torch.Tensor]
@@ -122,7 +114,8 @@ class Timetable:
         """In rows' steps (N,): the places that are masked, (N, L) bool, and in which round a place is due, or -1."""
         steps = steps.unsqueeze(1)
         masked, due = torch.ones_like(self.reveal[0], dtype=torch.bool), torch.full_like(self.reveal[0], -1)
-        for number, (reveal, remask) in enumerate(zip(self.reveal, self.remask)):
+        rounds = itertools.zip_longest(self.reveal, self.remask, fillvalue=self.never)
+        for number, (reveal, remask) in enumerate(rounds):
             masked &= ~((reveal < steps) & (steps <= remask))
             due = torch.where((reveal == steps) & (steps < self.never), number, due)
         return masked, due
@@ -132,11 +125,8 @@ class Timetable:
 REVEAL, TOKEN, REMASK, PER_ROUND = 0, 1, 2, 3
 
 
-class TimetableSampler:
+class TimetableSampler(CodeSampler):
     """A sampler whose timetable(codes, uniforms) is drawn before the model is asked."""
-
-    def __init__(self, V: int, draw: TokenDraw):
-        self.V, self.draw = V, draw
 
     def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
         table = self.timetable(codes, uniforms)
@@ -144,11 +134,11 @@ class TimetableSampler:
         times = torch.nn.functional.pad(table.times, (0, 1), value=1.0).expand(len(codes), -1)  # for rows that are done
         for steps in table.row_steps().unbind(dim=1):
             masked, due = table.at(steps)
-            places, t = due >= 0, times.gather(1, steps.unsqueeze(1)).squeeze(1)
+            t = times.gather(1, steps.unsqueeze(1)).squeeze(1)
             u = u_token.gather(0, due.clamp(min=0).unsqueeze(0))[0]                          # (N, L)
-            left = torch.where(masked, self.V, codes)
-            codes = torch.where(places, self.draw.at(places, u, partial(predict, left, t))[0], codes)
-            yield torch.where(masked & ~places, self.V, codes)
+            tokens, _ = self.draw(predict(torch.where(masked, self.V, codes), t), u)         # (N, L)
+            codes = torch.where(due >= 0, tokens, codes)
+            yield torch.where(masked & (due < 0), self.V, codes)
 
 
 class FirstHittingSampler(TimetableSampler):
@@ -158,16 +148,8 @@ class FirstHittingSampler(TimetableSampler):
     at a random place. That is the analytic sampler of infinitely many steps. With fewer calls, several tokens are drawn
     at once, each as if the others of its call were not there: no longer exact.
 
-    calls: how often to call the model, or None for once per token.
+    steps: how often to call the model, or None for once per token.
     """
-
-    def __init__(self, V: int, calls: int | None, draw: TokenDraw):
-        super().__init__(V, draw)
-        self.calls = calls
-
-    def most_calls(self, L: int) -> int:
-        """How often the model is called at most, for codes of L tokens."""
-        return min(self.calls or L, L)
 
     def timetable(self, codes: torch.Tensor, uniforms: Callable) -> Timetable:
         u, wanted = uniforms(REVEAL), codes == self.V
@@ -181,7 +163,7 @@ class FirstHittingSampler(TimetableSampler):
         step = torch.arange(never, device=codes.device)
         masked = count - -(-step * count // calls.clamp(min=1))                          # (N, never)
         times = u.sort(dim=1).values.gather(1, (masked - 1).clamp(min=0))
-        return Timetable([reveal], [torch.full_like(reveal, never)], times)
+        return Timetable([reveal], [], times)
 
 
 class AnalyticSampler(TimetableSampler):
@@ -192,39 +174,41 @@ class AnalyticSampler(TimetableSampler):
     step, and more are revealed. A step in which several tokens are revealed is not exact.
     """
 
-    def __init__(self, V: int, steps: int, eta: float, draw: TokenDraw, window: tuple[float, float] = (0.3, 0.55)):
-        super().__init__(V, draw)
-        self.steps, self.eta = steps, eta
+    def __init__(self, steps: int, process: MaskedDiffusion, eta: float = 0.0, **draw):
+        super().__init__(steps, process, **draw)
+        self.eta = eta
         self.times = torch.linspace(FIRST_TIME, LAST_TIME, steps + 1, dtype=torch.float64)   # (steps + 1,)
         before = self.times[:-1]
-        self.etas = eta * ((before > window[0]) & (before < window[1])).double()             # (steps,)
-        q = MaskedDiffusion.reveal_probability(before, self.times[1:], self.etas)
-        self.log_masked = log_survival(q, last=-math.inf)
-        self.log_revealed = log_survival(self.etas, last=0.0)
+        etas = eta * ((before > WINDOW[0]) & (before < WINDOW[1])).double()                  # (steps,)
+        q = process.reveal_probability(before, self.times[1:], etas)
+        self.log_masked, self.log_revealed = log_survival(q, last=-math.inf), log_survival(etas, last=0.0)
 
     def most_calls(self, L: int) -> int:
-        """How often the model is called at most, for codes of L tokens; without remasking also at most L times."""
+        """See `CodeSampler`. Without remasking also at most L times."""
         return self.steps + 1 if self.eta else min(self.steps + 1, L)
 
     def timetable(self, codes: torch.Tensor, uniforms: Callable) -> Timetable:
         never, device = len(self.times), codes.device
         log_masked, log_revealed = self.log_masked.to(device), self.log_revealed.to(device)
-        alive = codes == self.V
-        reveal = torch.where(alive, survived(log_masked, torch.zeros_like(codes), uniforms(REVEAL)), -1)
-        table = Timetable([reveal], [], self.times.unsqueeze(0).to(device))
-        while self.eta:
-            number = len(table.remask)
-            remask = survived(log_revealed, (reveal + 1).clamp(max=never), uniforms(PER_ROUND * number + REMASK))
-            remask = torch.where(alive, remask, never)
-            table.remask.append(remask)
-            alive = remask < never
+        table = Timetable([], [], self.times.unsqueeze(0).to(device))
+        alive, step = codes == self.V, torch.zeros_like(codes)          # masked, since the step
+        for first in itertools.count(0, PER_ROUND):
+            reveal = torch.where(alive, survived(log_masked, step, uniforms(first + REVEAL)), never if first else -1)
+            table.reveal.append(reveal)
+            if not self.eta:
+                return table
+            remask = survived(log_revealed, (reveal + 1).clamp(max=never), uniforms(first + REMASK))
+            table.remask.append(torch.where(alive, remask, never))
+            alive, step = table.remask[-1] < never, (table.remask[-1] + 1).clamp(max=never)
             if not alive.any():
                 return table
-            reveal = survived(log_masked, (remask + 1).clamp(max=never), uniforms(PER_ROUND * (number + 1) + REVEAL))
-            reveal = torch.where(alive, reveal, never)
-            table.reveal.append(reveal)
-        table.remask.append(torch.full_like(reveal, never))
-        return table
+
+
+class CorrectorSampler(AnalyticSampler):
+    """The analytic sampler with remasking by default."""
+
+    def __init__(self, steps: int, process: MaskedDiffusion, eta: float = 0.01, **draw):
+        super().__init__(steps, process, eta, **draw)
 
 
 def log_survival(p: torch.Tensor, last: float) -> torch.Tensor:
@@ -244,21 +228,14 @@ def survived(log_survival: torch.Tensor, first: torch.Tensor, u: torch.Tensor) -
     return torch.searchsorted(-log_survival, -(log_survival[first] + u.log())) - 1
 
 
-class ConfidenceSampler:
+class ConfidenceSampler(CodeSampler):
     """Draws all masked tokens at each call and keeps the most probable ones, with noise that fades: for few calls.
 
     MaskGIT (Chang et al. 2022, arXiv 2202.04200). It is not exact for any number of calls: easy tokens come first.
 
-    calls: how often to call the model; as many tokens are kept at each call.
-    noise: scale of the Gumbel noise in the log probabilities that are compared, at the start; it falls linearly to 0.
+    steps: how often to call the model; as many tokens are kept at each call.
     """
-
-    def __init__(self, V: int, calls: int, draw: TokenDraw, noise: float = 4.5):
-        self.V, self.calls, self.draw, self.noise = V, calls, draw, noise
-
-    def most_calls(self, L: int) -> int:
-        """How often the model is called at most, for codes of L tokens."""
-        return min(self.calls, L)
+    noise = 4.5         # scale of the Gumbel noise in the log probabilities, at the start; it falls linearly to 0
 
     def __call__(self, predict: Callable, codes: torch.Tensor, uniforms: Callable) -> Iterator[torch.Tensor]:
         count, L = (codes == self.V).sum(dim=1, keepdim=True), codes.shape[1]                # (N, 1)
@@ -268,7 +245,7 @@ class ConfidenceSampler:
             places = codes == self.V
             k = places.sum(dim=1, keepdim=True)                                              # (N, 1)
             t = u.gather(1, (k - 1).clamp(min=0)).squeeze(1)
-            tokens, logp = self.draw.at(places, uniforms(PER_ROUND * call + TOKEN), partial(predict, codes, t))
+            tokens, logp = self.draw(predict(codes, t), uniforms(PER_ROUND * call + TOKEN))
             gumbel = -(-uniforms(PER_ROUND * call + REMASK).clamp(min=2.0**-33).log()).log()
             noise = self.noise * (1 - (call + 1) / calls)                                    # (N, 1)
             confidence = torch.where(places, logp + noise * gumbel, -math.inf)
@@ -281,45 +258,21 @@ class ConfidenceSampler:
 #                                     Table                                     #
 #################################################################################
 
-@dataclass(frozen=True)
-class SamplerSpec:
-    """What a name in SAMPLERS stands for."""
-    about: str                      # completes "--sampler NAME: …" in the scripts' help
-    build: Callable                 # (V, steps, eta, draw) -> sampler
-    default_steps: int | None       # None: one per token
-    has_eta: bool = False
-    default_eta: float = 0.0
-
-
-SAMPLERS = {
+DRAW = dict(temperature=Option("divide the logits by this; 0 takes the likeliest", low=0),
+            top_p=Option("draw from the likeliest tokens of this share", low=1e-6, high=1))
+ANY_STEPS = dict(fewest_steps=1, most_steps=math.inf, options=DRAW)
+CODE_SAMPLERS = {
     "first-hitting": SamplerSpec(
         "one token per call in random order, which is exact; with fewer calls than tokens, several at once",
-        lambda V, steps, eta, draw: FirstHittingSampler(V, steps, draw), None),
+        FirstHittingSampler, None, **ANY_STEPS),
     "analytic": SamplerSpec(
         "SEDD's analytic steps at evenly spaced times; exact only for many more steps than tokens",
-        lambda V, steps, eta, draw: AnalyticSampler(V, steps, 0.0, draw), 1024),
+        AnalyticSampler, 1024, **ANY_STEPS),
     "corrector": SamplerSpec(
         "the analytic steps, and at times from 0.3 to 0.55 tokens are masked again with probability eta, as published",
-        lambda V, steps, eta, draw: AnalyticSampler(V, steps, eta, draw), 4096, has_eta=True, default_eta=0.01),
+        CorrectorSampler, 4096, **ANY_STEPS | dict(options=DRAW | dict(eta=Option(
+            "let the corrector mask a token again this often per step [0.01]", low=0, high=1)))),
     "confidence": SamplerSpec(
         "the most probable of all drawn tokens first (MaskGIT), for few calls; not exact",
-        lambda V, steps, eta, draw: ConfidenceSampler(V, steps, draw), 16),
+        ConfidenceSampler, 16, **ANY_STEPS),
 }
-
-
-def create_sampler(name: str, V: int, steps: int | None = None, eta: float | None = None, temperature: float = 1.0,
-                   top_p: float = 1.0) -> TimetableSampler | ConfidenceSampler:
-    """The sampler of a name in SAMPLERS.
-
-    Args:
-        steps: calls of the model, or for the analytic sampler and the corrector steps in time [the sampler's default].
-        eta: probability per step that the corrector masks a token again.
-
-    Raises ValueError for an option that the sampler does not have.
-    """
-    spec = SAMPLERS[name]
-    if eta is not None and not spec.has_eta:
-        raise ValueError(f"--eta {eta}: --sampler {name} masks no token again, "
-                         f"{' and '.join(other for other, one in SAMPLERS.items() if one.has_eta)} does")
-    return spec.build(V, steps or spec.default_steps, spec.default_eta if eta is None else eta,
-                      TokenDraw(temperature, top_p))

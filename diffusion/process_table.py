@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from . import GaussianDiffusion, create_diffusion
 from .flow import FLOW_OPTIONS, FLOW_SAMPLERS, Flow
 from .masked import MaskedDiffusion
+from .masked_samplers import CODE_SAMPLERS
 from .options import Option, uses_of
 from .samplers import SAMPLERS, SamplerSpec
 
@@ -37,13 +38,14 @@ class ProcessRow:
 PROCESSES = {
     "gaussian": ProcessRow(create_diffusion, "ddpm", "predict noise and variance", samplers=SAMPLERS),
     "flow": ProcessRow(Flow, "flow", "flow matching, predict a velocity", FLOW_OPTIONS, FLOW_SAMPLERS),
-    "masked": ProcessRow(MaskedDiffusion),
+    "masked": ProcessRow(MaskedDiffusion, samplers=CODE_SAMPLERS),
 }
 OBJECTIVES = {row.objective: name for name, row in PROCESSES.items() if row.objective}
 # the samplers of all of them by name, of which two may have the same; and the options of objectives and of samplers
-LATENT_SAMPLERS = {name: [row.samplers[name] for row in PROCESSES.values() if name in row.samplers]
-                   for name in dict.fromkeys(name for row in PROCESSES.values() for name in row.samplers)}
-OBJECTIVE_OPTIONS = uses_of((row.objective, row.build, row.options) for row in PROCESSES.values() if row.objective)
+OF_LATENTS = [PROCESSES[name] for name in OBJECTIVES.values()]
+LATENT_SAMPLERS = {name: [row.samplers[name] for row in OF_LATENTS if name in row.samplers]
+                   for name in dict.fromkeys(name for row in OF_LATENTS for name in row.samplers)}
+OBJECTIVE_OPTIONS = uses_of((row.objective, row.build, row.options) for row in OF_LATENTS)
 SAMPLER_OPTIONS = uses_of((name, spec.build, spec.options) for name, specs in LATENT_SAMPLERS.items()
                           for spec in specs)
 

@@ -12,6 +12,7 @@ To add one, write its class here and give it a row in SAMPLERS: the scripts' fla
 table. Those of another process are in its own file (see process_table.py).
 """
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,26 +57,30 @@ class Sampler:
 
 
 class AncestralSampler(Sampler):
-    """DDPM's ancestral steps (Ho et al. 2020), or with eta given DDIM's (Song et al. 2020), at evenly spaced times.
+    """DDPM's ancestral steps (Ho et al. 2020), at evenly spaced times; of variance beta, if the model predicts none."""
 
-    learn_sigma: whether the model's output has the variance's channels.
-    """
-
-    def __init__(self, steps: int, eta: float | None = None, learn_sigma: bool = True):
-        self.diffusion = GaussianDiffusion(
-            named_betas("linear", FULL_STEPS), spaced_timesteps(FULL_STEPS, [steps]),
-            variance="learned_range" if learn_sigma else "fixed_large")
-        self.take_step = (self.diffusion.p_sample if eta is None
-                          else functools.partial(self.diffusion.ddim_sample, eta=eta))
+    def __init__(self, steps: int, process: GaussianDiffusion | None = None):
+        self.diffusion = GaussianDiffusion(named_betas("linear", FULL_STEPS), spaced_timesteps(FULL_STEPS, [steps]))
+        self.loop = self.diffusion.p_sample_loop_progressive
         self.num_steps, self.times = steps, self.diffusion.timestep_map[::-1]
 
     def __call__(self, predict: Callable, x: torch.Tensor, noise: Callable) -> Steps:
-        for step, time in enumerate(self.times):
-            t = torch.full((len(x),), self.num_steps - 1 - step, device=x.device)
-            out = self.take_step(lambda x, _, time=time: predict(x, time), x, t, clip_denoised=False,
-                                 randn_like=lambda _, step=step: noise(step))
-            x = out["sample"]
-            yield x, out["pred_xstart"]
+        times, draws = iter(self.times), itertools.count()
+
+        def model(x, _):
+            output = predict(x, next(times))
+            return output if output.shape[1] > x.shape[1] else torch.cat([output, torch.ones_like(output)], dim=1)
+
+        for out in self.loop(model, x.shape, x, clip_denoised=False, randn_like=lambda _: noise(next(draws))):
+            yield out["sample"], out["pred_xstart"]
+
+
+class DDIMSampler(AncestralSampler):
+    """DDIM's steps (Song et al. 2020) with DDPM's noise times eta, at the same times."""
+
+    def __init__(self, steps: int, process: GaussianDiffusion | None = None, eta: float = 0.0):
+        super().__init__(steps)
+        self.loop = functools.partial(self.diffusion.ddim_sample_loop_progressive, eta=eta)
 
 
 class DPMSolver(Sampler):
@@ -84,7 +89,7 @@ class DPMSolver(Sampler):
     The first step, which has no step before it, and the last, to sigma = 0, are of first order.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, process: GaussianDiffusion | None = None):
         self.num_steps = steps
         self.times = np.linspace(0, FULL_STEPS - 1, steps + 1).round()[:0:-1].astype(int).tolist()
         self.sigmas = [*noise_levels()[self.times].tolist(), 0.0]
@@ -113,7 +118,7 @@ class HeunSampler(Sampler):
     """
     rho = 7
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, process: GaussianDiffusion | None = None):
         levels = noise_levels()
         sigmas = np.linspace(levels[-1] ** (1 / self.rho), levels[0] ** (1 / self.rho), steps) ** self.rho
         sigmas[[0, -1]] = levels[[-1, 0]]                       # the power's rounding would make 999 a little less
@@ -137,8 +142,8 @@ class HeunSampler(Sampler):
 class SamplerSpec:
     """What a sampler's name stands for."""
     about: str                      # completes "--sampler NAME: …" in the scripts' help
-    build: Callable                 # (steps, process, learn_sigma, **options) -> sampler
-    default_steps: int
+    build: Callable                 # (steps, process, **options) -> sampler
+    default_steps: int | None       # None: as many as there are tokens
     fewest_steps: int = 2
     most_steps: int = FULL_STEPS
     options: dict[str, Option] = field(default_factory=dict)
@@ -150,17 +155,13 @@ LINEAR = dict(noise_schedule="linear", predict_xstart=False, diffusion_steps=FUL
 DIFFUSERS = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2)
 SAMPLERS = {
     "ddpm": SamplerSpec(
-        "DDPM's ancestral steps",
-        lambda steps, process, learn_sigma: AncestralSampler(steps, None, learn_sigma), 250, assumed=LINEAR),
+        "DDPM's ancestral steps", AncestralSampler, 250, assumed=LINEAR),
     "ddim": SamplerSpec(
-        "DDIM",
-        lambda steps, process, learn_sigma, eta=0.0: AncestralSampler(steps, eta, learn_sigma), 50, assumed=LINEAR,
+        "DDIM", DDIMSampler, 50, assumed=LINEAR,
         options=dict(eta=Option("add DDPM's noise times this; 0 adds none", low=0, high=1))),
     "dpmsolver++": SamplerSpec(
-        "DPM-Solver++ of second order",
-        lambda steps, process, learn_sigma: DPMSolver(steps), 25, most_steps=FULL_STEPS - 1, assumed=LINEAR,
+        "DPM-Solver++ of second order", DPMSolver, 25, most_steps=FULL_STEPS - 1, assumed=LINEAR,
         scheduler=lambda process: ("diffusers", "DPMSolverMultistepScheduler", DIFFUSERS)),
     "heun": SamplerSpec(
-        "Heun's second-order method of EDM, two evaluations per step",
-        lambda steps, process, learn_sigma: HeunSampler(steps), 25, assumed=LINEAR),
+        "Heun's second-order method of EDM, two evaluations per step", HeunSampler, 25, assumed=LINEAR),
 }

@@ -100,7 +100,7 @@ class SampleMetrics(Measurement):
         """Latents, conditions, and unless the reference has them the rows' own latents, by micro-batches, on the
         CPU."""
         run, samples, real, wanted = self.run, [], [], []
-        sampler = preview_sampler(self.process, ema.out_channels > ema.in_channels)
+        sampler = preview_sampler(self.process)
         for start in range(0, len(self.rows), run.micro_batch_size):
             part = slice(start, start + run.micro_batch_size)
             batch = {name: one.to(run.device) for name, one in gather(self.arrays, self.rows[part]).items()}

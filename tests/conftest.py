@@ -237,6 +237,11 @@ def error_of(call, monkeypatch, tmp_path):
     return refused
 
 
+def close(actual, expected, tolerance=1e-5):
+    """Assert that tensors agree, whatever their precision."""
+    torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
 def refusal(function, *args, words=None, error=ValueError, **kwargs):
     """The line by which a call refuses a file, which has these words in it, a pattern."""
     with pytest.raises(error, match=words) as raised:

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from diffusion.masked_samplers import CodeSampler
 from diffusion.options import default_of
-from diffusion.process_table import SAMPLER_OPTIONS, Process, create_process, describe_process, samplers_of
+from diffusion.process_table import Process, create_process, describe_process, samplers_of
 from diffusion.samplers import Sampler
 from dlc.machine.noise import StepNoise, Stream, normal
 from dlc.machine.processes import PRECISIONS, autocast
@@ -18,18 +19,13 @@ from models import Condition, DiT
 
 
 def create_sampler(
-    name: str | None = None,
-    steps: int | None = None,
-    process: Process | None = None,
-    learn_sigma: bool = True,
-    **options,
-) -> Sampler:
-    """A sampler. It keeps its `name`, and its `options` with the defaults.
+    name: str | None = None, steps: int | None = None, process: Process | None = None, **options
+) -> Sampler | CodeSampler:
+    """A sampler, of codes if the process is a masked one. It keeps its `name`, and its `options` with the defaults.
 
     Args:
         name, steps: None for the process's default, and for the sampler's.
         process: what the model was trained on, from `create_process` [that of DiT].
-        learn_sigma: whether the model's output has the variance's channels.
         options: of the sampler; one that is None is left to its default.
 
     Raises ValueError for a sampler that does not draw from such models, and for steps or options that it does not have.
@@ -42,12 +38,13 @@ def create_sampler(
         raise ValueError(f"--sampler {name} does not draw from {trained}: {' or '.join(fitting) or 'none'} does")
     spec, given = fitting[name], {option: value for option, value in options.items() if value is not None}
     for option in given.keys() - spec.options.keys():
-        have = " and ".join(owner for owners in SAMPLER_OPTIONS[option].values() for owner in owners)
-        raise ValueError(f"--{option.replace('_', '-')} {given[option]}: --sampler {name} has none, {have} has")
+        have = " and ".join(other for other, one in fitting.items() if option in one.options)
+        flag, instead = f"--{option.replace('_', '-')}", f", {have} has" if have else ": leave it out"
+        raise ValueError(f"{flag} {given[option]}: --sampler {name} has none{instead}")
     steps = steps or spec.default_steps
-    if not spec.fewest_steps <= steps <= spec.most_steps:
+    if steps is not None and not spec.fewest_steps <= steps <= spec.most_steps:
         raise ValueError(f"--num-sampling-steps {steps}: --sampler {name} has {spec.fewest_steps} to {spec.most_steps}")
-    sampler = spec.build(steps, process, learn_sigma, **given)
+    sampler = spec.build(steps, process, **given)
     sampler.name, sampler.options = name, {option: default_of(spec.build, option) for option in spec.options} | given
     return sampler
 

@@ -92,9 +92,8 @@ def find_checkpoint(args: Namespace) -> Path | str:
 def open_sampler(args: Namespace, model: DiT, meta: RunMeta) -> Sampler:
     """The sampler that the flags ask for. Raises ValueError as `create_sampler` does, and for times of guidance that
     are not the process's; args.t_min, args.t_max and args.cfg_channels get numbers where no flag says them."""
-    process, learn_sigma = process_of(meta), model.out_channels > model.in_channels
-    options = {name: getattr(args, name) for name in SAMPLER_OPTIONS}
-    sampler = create_sampler(args.sampler, args.num_sampling_steps, process, learn_sigma, **options)
+    process, options = process_of(meta), {name: getattr(args, name) for name in SAMPLER_OPTIONS}
+    sampler = create_sampler(args.sampler, args.num_sampling_steps, process, **options)
     args.t_min = 0 if args.t_min is None else args.t_min
     args.t_max = process.last_time if args.t_max is None else args.t_max
     own = model.guided_channels or model.in_channels

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from diffusion.masked import MaskedDiffusion
-from diffusion.masked_samplers import SAMPLERS, create_sampler
 from dlc.data.codes import SHARD, CodeSpec, compare
 from dlc.machine.cli import progress
 from dlc.machine.files import recorded_id
@@ -22,7 +21,7 @@ from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast, compile_blocks, same_kernels, set_numerics, wait_for_all
 from dlc.nets.digest import weights_sha256
 from dlc.sampling.code_folder import CodeFolder, CodesRecord
-from dlc.sampling.latents import check_conditions
+from dlc.sampling.latents import check_conditions, create_sampler
 from dlc.sampling.prior_options import Given, PriorOptions, class_number
 from dlc.sampling.samples_record import weights_of
 from dlc.weights.load import load_prior, newest_in, process_of, warn_of_young_ema
@@ -79,7 +78,7 @@ def sample_codes(
 
     Args:
         model, diffusion: in eval mode, and the process that it was trained on, which says what it is told of the time.
-        sampler: see `create_sampler` in diffusion/masked_samplers.py.
+        sampler: of diffusion/masked_samplers.py, see `create_sampler`.
         seed, indices: a code's random numbers are functions of (seed, its index); (N,) int64 on the model's device.
         y: (N,) classes, if the prior has classes [none].
         cfg_scale: guidance by class (Ho & Salimans 2022) in log probabilities; at 1 the null half is not computed.
@@ -94,21 +93,20 @@ def sample_codes(
     if codes is None:
         codes = torch.full((len(indices), model.L), model.V, device=indices.device)
 
-    def logits(codes, sigma, y, places, model=model):
+    def logits(codes, sigma, y, model=model):
         with autocast(codes.device, precision):
-            return model(codes, sigma, y, places=places)[..., : model.V]  # (M, V), or (N, L, V)
+            return model(codes, sigma, y)[..., : model.V]  # (N, L, V)
 
-    def predict(codes, t, places):
+    def predict(codes, t):
         sigma = diffusion.told(t)
         if guide is not None and guide[2] != 1:
             weak, process, scale = guide
-            weaker = logits(codes, process.told(t), y, places, weak)
-            return weaker + scale * (logits(codes, sigma, y, places) - weaker)
+            weaker = logits(codes, process.told(t), y, weak)
+            return weaker + scale * (logits(codes, sigma, y) - weaker)
         if y is None or cfg_scale == 1:
-            return logits(codes, sigma, y, places)
+            return logits(codes, sigma, y)
         both = torch.cat([y, model.null_condition(len(y)).to(y)])
-        places = None if places is None else places.repeat(2, 1)
-        conditional, null = logits(codes.repeat(2, 1), sigma.repeat(2), both, places).chunk(2)
+        conditional, null = logits(codes.repeat(2, 1), sigma.repeat(2), both).chunk(2)
         return null + cfg_scale * (conditional - null)
 
     drawn = codes
@@ -127,9 +125,9 @@ class PriorDraw:
     def __init__(self, path: str | Path, ema: bool, options: PriorOptions, seed: int, precision="fp32", tf32=True):
         self.seed, self.precision, self.tf32, self.path = seed, precision, tf32, resolved(path, ema)
         self.model, self.meta, self.spec = model, meta, spec = self.open(self.path, ema, "the prior")
-        self.diffusion, kind, classes = process_of(meta), SAMPLERS[options.sampler], options.classes
-        steps = options.steps or kind.default_steps or model.L
-        self.sampler = create_sampler(options.sampler, model.V, steps, options.eta, options.temperature, options.top_p)
+        self.diffusion, classes = process_of(meta), options.classes
+        draw = {name: getattr(options, name) for name in ("eta", "temperature", "top_p")}
+        self.sampler = create_sampler(options.sampler, options.steps, self.diffusion, **draw)
         if classes:
             if model.num_classes is None:
                 raise ValueError(f"--class: the prior {path} has no classes: train one with --class-conditional")
@@ -148,7 +146,7 @@ class PriorDraw:
             self.guide = weak, process_of(known), options.guide_scale
         if options.given:
             self.given = Given(options, model.L, model.V, seed)
-        eta = (kind.default_eta if options.eta is None else options.eta) if kind.has_eta else None
+        steps, eta = self.sampler.steps or model.L, self.sampler.options.get("eta")
         self.options = replace(options, steps=steps, eta=eta, classes=classes)
 
     @staticmethod

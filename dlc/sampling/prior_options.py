@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion.masked_samplers import SAMPLERS
+from diffusion.masked_samplers import CODE_SAMPLERS
 from dlc.data.codes import CodeSpec, compare
 from dlc.machine.cli import excludes, needs, number
 from dlc.machine.noise import Stream, random_words
@@ -44,15 +44,21 @@ def option(default: object, help: str, *names: str, **argument) -> Any:
 
 
 COUNT, SHARE, SCALE = number(int, 0), number(float, 0, 1), number(float, 1)
-ABOUT = "; ".join(f"{name}: {spec.about}" for name, spec in SAMPLERS.items())
-STEPS = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in SAMPLERS.items())
+ABOUT = "; ".join(f"{name}: {spec.about}" for name, spec in CODE_SAMPLERS.items())
+STEPS = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in CODE_SAMPLERS.items())
+
+
+def of_samplers(name: str, default: float | None) -> Any:
+    """The field of an option that samplers have."""
+    one = next(spec.options[name] for spec in CODE_SAMPLERS.values() if name in spec.options)
+    return option(default, one.about, type=number(float, one.low, one.high))
 
 
 @dataclass(frozen=True)
 class PriorOptions:
     """How codes are drawn from a prior. Each field has a flag, see `prior_flags`, and a key in codes.json."""
 
-    sampler: str = option("first-hitting", ABOUT, choices=SAMPLERS)
+    sampler: str = option("first-hitting", ABOUT, choices=CODE_SAMPLERS)
     steps: int | None = option(
         None,
         "call the network this many times per code; for the analytic sampler and the corrector: take this many steps "
@@ -60,9 +66,9 @@ class PriorOptions:
         *("steps", "calls"),
         type=number(int, 1),
     )
-    temperature: float = option(1.0, "divide the logits by this; 0 takes the likeliest", type=number(float, 0))
-    top_p: float = option(1.0, "draw from the likeliest tokens of this share", type=number(float, 1e-6, 1))
-    eta: float | None = option(None, "let the corrector mask a token again this often per step [0.01]", type=SHARE)
+    temperature: float = of_samplers("temperature", 1.0)
+    top_p: float = of_samplers("top_p", 1.0)
+    eta: float | None = of_samplers("eta", None)
     classes: list | None = option(
         None,
         "with a class-conditional prior: draw codes of these classes in turn, by number; all: of every class [none]",

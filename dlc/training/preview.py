@@ -8,7 +8,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from diffusion.masked import MaskedDiffusion
-from diffusion.masked_samplers import create_sampler as create_code_sampler
 from diffusion.process_table import Process, samplers_of
 from diffusion.samplers import Sampler
 from dlc.data.codes import CodeSet, CodeSpec, compare
@@ -26,10 +25,10 @@ PREVIEW_SAMPLES, PREVIEW_STEPS, PREVIEW_CFG = 8, 50, 1.5
 PREVIEW_CALLS = 128  # of a prior, for each code, at most
 
 
-def preview_sampler(process: Process, learn_sigma: bool = True) -> Sampler:
+def preview_sampler(process: Process) -> Sampler:
     """The first sampler of a process, with as many of PREVIEW_STEPS as it has. Raises ValueError if there is none."""
     most = [spec.most_steps for spec in samplers_of(process).values()]
-    return create_sampler(None, min([PREVIEW_STEPS, *most[:1]]), process, learn_sigma)
+    return create_sampler(None, min([PREVIEW_STEPS, *most[:1]]), process)
 
 
 def save_picture(
@@ -75,7 +74,7 @@ def save_preview(
 
     classes: the names of labels y, which are written below.
     """
-    sampler = preview_sampler(process, ema.out_channels > ema.in_channels)
+    sampler = preview_sampler(process)
     named = [classes[label] for label in y.tolist()] if classes and ema.conditioning == "labels" else []
     rows = ("training", f"samples, cfg {PREVIEW_CFG}")
     save_picture(path, ema, sampler, y, vae, seed, latents, len(latents), rows, [*named, *named], on_step)
@@ -98,7 +97,7 @@ class CodePreview:
             raise ValueError(f"--preview-ckpt {checkpoint} is a {name}, which is not conditioned on codes")
         process = process_of(meta)
         fastest = min(samplers_of(process).items(), key=lambda item: item[1].default_steps, default=[None])[0]
-        self.sampler = create_sampler(fastest, None, process, self.model.out_channels > self.model.in_channels)
+        self.sampler = create_sampler(fastest, None, process)
         theirs, embedder = CodeSet.of_features(split.features), self.model.sem_embedder
         owner = f"--preview-ckpt {checkpoint}"
         compare(CodeSpec(owner=owner, L=embedder.L, V=embedder.V, encoder_sha256=meta.encoder_sha256), theirs)
@@ -115,7 +114,7 @@ class CodePreview:
 
         go_on: called at each step, see `Run.go_on`.
         """
-        drawing = create_code_sampler("first-hitting", prior.V, min(prior.L, PREVIEW_CALLS))
+        drawing = create_sampler("first-hitting", min(prior.L, PREVIEW_CALLS), diffusion)
         indices = torch.arange(2 * PREVIEW_SAMPLES, device=self.none.device)
         drawn = sample_codes(prior, diffusion, drawing, seed=self.seed, indices=indices, on_call=go_on)
         y, rows = torch.cat([self.trained, drawn]), ("training codes", "the prior's codes", "the prior's codes")

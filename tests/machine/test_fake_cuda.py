@@ -18,7 +18,7 @@ from fake_cuda import CUDA, Waits, assert_on, fake_cuda, no_waiting, real
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import train_prior
-from diffusion import masked_samplers, samplers
+from diffusion import samplers
 from diffusion.masked import MaskedDiffusion
 from diffusion.process_table import PROCESSES, create_process
 from dlc.data.images import to_uint8
@@ -192,7 +192,7 @@ def drawing_codes(name, classes, *reads, copies=0):
 
     The last number that it reads is how many calls there are.
     """
-    model, sampler, calls = tiny_prior(classes), masked_samplers.create_sampler(name, V, 6), []
+    model, sampler, calls = tiny_prior(classes), create_sampler(name, 6, create_process("masked", V=V)), []
 
     def draw(guard):
         def on_call(codes):
@@ -276,6 +276,7 @@ PATHS = {
         f"sampling {process} by {name}": partial(sampling, "DiTSEM", "fp32", name, 1.5, (0, 999), 1, process)
         for process, row in PROCESSES.items()
         for name in row.samplers
+        if row.objective
     },
     "sampling in an interval": partial(sampling, "DiT", "bf16", "ddpm", 4, (250, 749)),
     "sampling guided by a head": partial(sampling, "DiTSEM", "bf16", "ddpm", 1.5, (250, 749), 2, **HEAD),

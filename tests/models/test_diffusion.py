@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import golden, refusal
+from conftest import close, golden, refusal
 
 from diffusion import GaussianDiffusion, create_diffusion, named_betas, spaced_timesteps
 from models import DiTSEM
@@ -12,10 +12,6 @@ VALUES, _ = golden("diffusion")
 
 def toy_network(x, t):
     return torch.tanh(torch.einsum("oc,nchw->nohw", VALUES["W"], x) + 0.2 * t.view(-1, 1, 1, 1) / 1000)
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 # ---------------------------------------------------------------------- reference values
@@ -136,25 +132,15 @@ def test_predicting_x_start():
     close(out["pred_xstart"], (2 * x_start).clamp(-1, 1))
 
 
-def test_ddim_runs_backwards_along_its_own_path():
-    """Exact network: encoding x_t to x_{t+1} and decoding it again comes back to x_t."""
-    diffusion = create_diffusion("100")
-    x_start = torch.rand(1, 3, 4, 4) * 2 - 1
-    network = exact_network(x_start)
-    x = diffusion.q_sample(x_start, torch.tensor([40]))
-    up = diffusion.ddim_reverse_sample(network, x, torch.tensor([40]))["sample"]
-    close(diffusion.ddim_sample(network, up, torch.tensor([41]))["sample"], x, 1e-4)
-
-
-def test_ddim_at_eta_1_has_the_posterior_variance():
-    diffusion = create_diffusion("50")
-    x, t = torch.randn(1, 3, 4, 4), torch.tensor([30])
-    network = exact_network(torch.zeros(1, 3, 4, 4))
-    steps = [
-        diffusion.ddim_sample(network, x, t, eta=1.0, randn_like=lambda x, value=value: x * 0 + value)["sample"]
-        for value in (0.0, 1.0)
-    ]
-    close((steps[1] - steps[0]).square(), diffusion.p_mean_variance(network, x, t)["variance"])
+def test_ddim_with_an_exact_network():
+    """Encoding x_t to x_{t+1} and decoding it again comes back to x_t; at eta 1 a step has the posterior's variance."""
+    diffusion, x_start, t = create_diffusion("100"), torch.rand(1, 3, 4, 4) * 2 - 1, torch.tensor([40])
+    network, x = exact_network(x_start), diffusion.q_sample(x_start, t)
+    up = diffusion.ddim_reverse_sample(network, x, t)["sample"]
+    close(diffusion.ddim_sample(network, up, t + 1)["sample"], x, 1e-4)
+    noises = torch.zeros_like, torch.ones_like
+    low, high = (diffusion.ddim_sample(network, x, t, eta=1.0, randn_like=one)["sample"] for one in noises)
+    close((high - low).square(), diffusion.p_mean_variance(network, x, t)["variance"])
 
 
 def test_likelihood_of_a_network_that_knows_x_start():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import golden, refusal
+from conftest import close, golden, refusal
 
 from diffusion.flow import FLOW_OPTIONS, EulerSampler, Flow, HeunFlowSampler, SDESampler, score
 from diffusion.options import Option, uses_of
@@ -14,16 +14,11 @@ from dlc.machine.cli import add_option
 from dlc.sampling.latents import create_sampler
 from models import DiT
 
-VALUES = golden("flow")[0]
 TOY, REPA, SIT = (
-    {key.partition("/")[2]: value for key, value in VALUES.items() if key.startswith(whose)}
+    {key.partition("/")[2]: value for key, value in golden("flow")[0].items() if key.startswith(whose)}
     for whose in ("toy/", "repa/", "sit/")
 )
 NULL = 1000
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
 
 
 def toy_network(x, t, y):
@@ -31,22 +26,15 @@ def toy_network(x, t, y):
     return torch.tanh(torch.einsum("oc,nchw->nohw", TOY["W"], x) + 0.2 * t.view(-1, 1, 1, 1) + bias)
 
 
-def model_of(values, depth, learn_sigma):
-    model = DiT(8, 2, hidden_size=32, depth=depth, num_heads=2, num_classes=7, learn_sigma=learn_sigma).eval()
-    weights = {key[2:]: value for key, value in values.items() if key.startswith("w/")}
-    model.load_state_dict({key: value for key, value in weights.items() if "projectors" not in key})
-    return model
-
-
 def drawn(sampler, network, y, z, noise=None, cfg_scale=1.0, low=0.0, high=1.0):
     """The last x of a sampler. network(x, t, y); y None is the null condition."""
 
     def predict(x, time, since=None):
         t = sampler.told(torch.full((len(x),), time))
-        v = network(x, t, y)
+        v = torch.cat([network(x, t, y), x], dim=1)  # of a network that predicts a variance as well
         if cfg_scale == 1 or not low <= (time if since is None else since) <= high:
             return v
-        null = network(x, t, torch.full_like(y, NULL))
+        null = torch.cat([network(x, t, torch.full_like(y, NULL)), x], dim=1)
         return null + cfg_scale * (v - null)
 
     with torch.no_grad():
@@ -79,67 +67,27 @@ def test_samplers_agree_with_reference(name, sampler):
     close(drawn(*args, cfg_scale=1.5, high=0.7, **low), TOY[f"{name}_cfg"])
 
 
-def test_networks_agree_with_reference():
-    repa, sit = model_of(REPA, 3, False), model_of(SIT, 2, True)
+def test_loss_of_repas_network_agrees_with_reference():
+    model = DiT(8, 2, hidden_size=32, depth=3, num_heads=2, num_classes=7, learn_sigma=False).eval()
+    weights = {key[2:]: value for key, value in REPA.items() if key.startswith("w/") and "projectors" not in key}
+    model.load_state_dict(weights)
+    data, noise, t = (REPA[f"loss_{name}"] for name in ("data", "noise", "t"))
     with torch.no_grad():
-        close(repa(REPA["x"], REPA["t"], REPA["y"]), REPA["out"])
-        close(sit(SIT["x"], SIT["t"], SIT["y"])[:, :4], SIT["out"])
-        data, noise, t = (REPA[f"loss_{name}"] for name in ("data", "noise", "t"))
-        losses = Flow().training_losses(repa, data, t, dict(y=REPA["y"]), noise)
+        losses = Flow().training_losses(model, data, t, dict(y=REPA["y"]), noise)
     close(losses["loss"], REPA["denoising_loss"])
-
-
-def test_samples_of_sits_network_agree_with_reference():
-    sit = model_of(SIT, 2, True)
-
-    def network(x, t, y):  # its velocity and time have the other direction
-        return -sit(x, 1 - t, y)[:, :4]
-
-    z, y = SIT["z"], SIT["sample_y"]
-    close(drawn(EulerSampler(10, Flow()), network, y, z), SIT["euler"])
-    # torchdiffeq's Heun evaluates at time 0, too, where REPA's and ours takes Euler's step
-    predict = lambda x, time, since=None: network(x, torch.full((len(x),), time), y)  # noqa: E731
-    with torch.no_grad():
-        *_, (x, _), (euler, _) = HeunFlowSampler(10, Flow())(predict, z, None)
-        close((euler + x - 0.1 * predict(euler, 0.0)) / 2, SIT["heun"])
-    close(drawn(SDESampler(12, Flow()), network, y, z, list(SIT["sde_noise"])), SIT["sde"])
-
-    def guided(x, t, y):  # SiT guides the first three channels, as DiT does; 7 is the null class
-        v, null = network(x, t, y), network(x, t, torch.full_like(y, 7))
-        return torch.cat([(null + 1.5 * (v - null))[:, :3], v[:, 3:]], dim=1)
-
-    close(drawn(EulerSampler(10, Flow()), guided, y, z), SIT["euler_cfg4"])
 
 
 # ---------------------------------------------------------------------- closed forms
 
 
-@pytest.mark.parametrize("name, steps, closeness", [("euler", 400, 0.01), ("heun", 100, 0.01), ("sde", 400, 0.04)])
-def test_samplers_on_a_distribution_that_is_known(name, steps, closeness):
-    """For data N(0, s^2) the velocity is linear in x, and samples have its standard deviation, at any shift of time."""
-    std, generator = 0.5, torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 1, 2, 2, generator=generator)
-    for shift in (1.0, 3.0):
-        sampler = create_sampler(name, steps, create_process("flow", time_scale=1000.0), time_shift=shift)
-        asked = []
-
-        def predict(x, time, since=None, asked=asked):
-            asked.append(time)
-            return x * (time - (1 - time) * std**2) / (time**2 + (1 - time) ** 2 * std**2)
-
-        *states, (last, _) = sampler(predict, x, lambda step: torch.randn(x.shape, generator=generator))
-        assert abs(last.std() / std - 1) < closeness
-        assert asked == sampler.times == sorted(asked, reverse=True) and len(states) + 1 == sampler.num_steps == steps
-        assert asked[0] == 1 and (name == "sde" or asked[-1] == pytest.approx(shift / (steps + shift - 1)))
-        assert sampler.told(torch.tensor(0.5)) == 500
-
-
-def test_one_step_is_the_prediction_of_x_start():
+def test_one_step_is_the_prediction_of_x_start_and_times_are_shifted():
     x, v = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
     for name in ("euler", "heun"):
         ((last, x_start),) = create_sampler(name, 1, create_process("flow"))(lambda x, time: v, x, None)
         assert torch.equal(last, x_start)
         close(last, x - v)
+    shifted = create_sampler("euler", 4, create_process("flow", time_scale=1000.0), time_shift=3.0)
+    assert shifted.times == pytest.approx([1, 0.9, 0.75, 0.5]) and shifted.told(torch.tensor(0.5)) == 500
 
 
 def test_training_times():

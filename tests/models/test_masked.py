@@ -1,6 +1,7 @@
 """Masked diffusion over tokens: SEDD's values, the bound, and samplers against an enumerated distribution."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from conftest import golden, refusal
 from scipy.stats import chisquare
 
 from diffusion.masked import MaskedDiffusion, mean_bound, stratified_times
-from diffusion.masked_samplers import SAMPLERS, TokenDraw, create_sampler
+from diffusion.masked_samplers import CODE_SAMPLERS, CodeSampler
+from diffusion.process_table import create_process
 from dlc.machine.noise import Stream, uniforms
+from dlc.sampling.latents import create_sampler
 from dlc.sampling.prior_draw import sample_codes
 
 # ---------------------------------------------------------------------- SEDD's values
@@ -24,10 +27,9 @@ def sedd():
 def toy_network(sedd):
     """The golden's network: log probabilities, a function of the tokens that are there, in float64."""
 
-    def model(x_t, sigma, places):
+    def model(x_t, sigma):
         there = torch.nn.functional.one_hot(x_t, 6).double()
-        logp = (sedd["b"] + torch.einsum("blv,lvmw->bmw", there, sedd["W"]) / 2).log_softmax(dim=2)
-        return logp[places]
+        return (sedd["b"] + torch.einsum("blv,lvmw->bmw", there, sedd["W"]) / 2).log_softmax(dim=2)
 
     return model
 
@@ -46,12 +48,16 @@ def test_noise_and_losses_are_sedds(sedd):
         assert (terms["loss"] - sedd[name]).abs().max() < 1e-12 * 40
     assert torch.allclose(terms["nats"], terms["loss"] / 4)
 
-    def raw(x_t, sigma, places):
-        return (sedd["raw"] - sedd["sigma"].expm1().log().view(-1, 1, 1))[places]
+    scores = sedd["raw"] - sedd["sigma"].expm1().log().view(-1, 1, 1)
+    scores = torch.where((sedd["xt"] == 5).unsqueeze(2), scores, 1e4).requires_grad_()  # large where nothing is masked
+
+    def raw(x_t, sigma):
+        return scores
 
     of_both = sedd["x0"], t, sedd["xt"]
     full = MaskedDiffusion(5, score_entropy=True).training_losses(raw, *of_both)
     assert (full["loss"] - sedd["loss_sedd_raw"]).abs().max() < 1e-12 * 50
+    assert torch.autograd.grad(full["loss"].sum(), scores)[0].isfinite().all()
     masked, r = diffusion.training_losses(raw, *of_both), sedd["raw"].exp().sum(dim=2)
     excess = ((r - 1 - r.log()) * (sedd["xt"] == 5)).sum(dim=1) / t
     assert (full["loss"] - masked["loss"] - excess).abs().max() < 1e-12 * 50 and excess.min() > 0
@@ -100,17 +106,15 @@ def test_bound_is_the_enumerated_one(sedd):
             for time in times
         ]
         assert abs(torch.stack(losses).mean() - nats) < 1e-12 * 10
-    found = diffusion.bound(model, x0, orders)
-    assert found.nats == pytest.approx(nats.item() / 4) and found == mean_bound(bounds, 4)
-    assert found.error == pytest.approx(bounds.std().item() / 4 / 24**0.5)
+    assert mean_bound(bounds, 4) == pytest.approx((nats.item() / 4, bounds.std().item() / 4 / 24**0.5))
 
 
 def test_bound_of_few_levels_is_unbiased(sedd):
     diffusion, model, n = MaskedDiffusion(5), toy_network(sedd), 4000
     torch.manual_seed(0)
     x0, u, shift = sedd["x0"][0].expand(n, 4), torch.rand(n, 4).double(), torch.rand(n).double()
-    found = diffusion.bound(model, x0, u, levels=2, shift=shift)
-    assert abs(found.nats - sedd["bound_nats"][0].item() / 4) < 4 * found.error
+    nats, error = mean_bound(diffusion.code_bounds(model, x0, u, levels=2, shift=shift), 4)
+    assert abs(nats - sedd["bound_nats"][0].item() / 4) < 4 * error
 
 
 def test_counted_masking_masks_so_many():
@@ -147,23 +151,17 @@ def enumerated(seed=0):
 P, CONDITIONALS = enumerated()
 
 
-def predict(codes, t, places):
-    return CONDITIONALS[codes @ torch.tensor([16, 4, 1])][places]
+PROCESS = create_process("masked", V=V)
 
 
-def draw(sampler, seed=0, codes=None, indices=None, predict=predict):
-    """All items of a sampler: (calls, N, L)."""
-    indices = torch.arange(N) if indices is None else indices
-    codes = torch.full((len(indices), L), V) if codes is None else codes
-    return torch.stack(
-        list(sampler(predict, codes, lambda number: uniforms(seed, Stream.SAMPLE_CODE, indices, L, number)))
-    )
+def predict(codes, t):
+    return CONDITIONALS[codes @ torch.tensor([16, 4, 1])]
 
 
-def p_value(codes, p=P):
-    """That codes (N, L) are drawn from the distribution p, by the chi-square test over its 27 outcomes."""
-    counts = torch.bincount(codes @ torch.tensor([9, 3, 1]), minlength=27)
-    return chisquare(counts.numpy(), p.flatten().numpy() * len(codes)).pvalue
+def draw(sampler, codes):
+    """All items of a sampler: (calls, n, L)."""
+    noise = partial(uniforms, 0, Stream.SAMPLE_CODE, torch.arange(len(codes)), L)
+    return torch.stack([*sampler(predict, codes, noise)])
 
 
 @pytest.mark.parametrize(
@@ -178,26 +176,27 @@ def p_value(codes, p=P):
     ],
 )
 def test_sampled_distribution_is_the_enumerated_one(name, options, exact):
-    calls = draw(create_sampler(name, V, **options))
-    assert len(calls) <= create_sampler(name, V, **options).most_calls(L)
-    assert (p_value(calls[-1]) > 1e-3) == exact
-    if not exact:
-        assert p_value(calls[-1]) < 1e-9
+    sampler = create_sampler(name, process=PROCESS, **options)
+    calls = draw(sampler, torch.full((N, L), V))
+    assert len(calls) <= sampler.most_calls(L)
+    counts = torch.bincount(calls[-1] @ torch.tensor([9, 3, 1]), minlength=V**L)
+    p_value = chisquare(counts.numpy(), P.flatten().numpy() * N).pvalue
+    assert p_value > 1e-3 if exact else p_value < 1e-9
 
 
 def test_analytic_sampler_in_many_steps_is_first_hitting():
     """To the code: both reveal a token when its own uniform time has come."""
-    indices = torch.arange(1000)
-    few, many = (draw(create_sampler(*one), indices=indices) for one in (("first-hitting", V), ("analytic", V, 2**16)))
+    samplers = (create_sampler(name, steps, PROCESS) for name, steps in (("first-hitting", None), ("analytic", 2**16)))
+    few, many = (draw(sampler, torch.full((1000, L), V)) for sampler in samplers)
     assert torch.equal(few[-1], many[-1]) and len(few) == len(many) == L
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", CODE_SAMPLERS)
 def test_tokens_stay(name):
     """Given ones to the bit; drawn ones until they are masked again, which only the corrector does."""
     given = torch.randint(V + 1, (500, L), generator=torch.Generator().manual_seed(1))
     given[:9] = torch.tensor([[0, 1, 2]] * 9)  # rows with nothing to draw
-    calls = draw(create_sampler(name, V, steps=64), codes=given, indices=torch.arange(500))
+    calls = draw(create_sampler(name, 64, PROCESS), given)
     known = given < V
     assert (calls[:, known] == given[known]).all() and calls[-1].max() < V and calls.min() >= 0
     changed = (calls[1:] != calls[:-1]) & (calls[:-1] != V)
@@ -208,20 +207,24 @@ def test_tokens_stay(name):
 
 
 def test_tokens_are_drawn_by_temperature_and_top_p(monkeypatch):
-    logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
-    u = (torch.arange(4000) + 0.5) / 4000
+    logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(2000, 2, 4)
+    u = (torch.arange(4000).view(2000, 2) + 0.5) / 4000
+
+    def draw(*options):
+        return CodeSampler(None, PROCESS, *options).draw(logits, u)
+
     shares = {
-        options: (torch.bincount(TokenDraw(*options)(logits, u)[0], minlength=4) / 4000).tolist()
+        options: (torch.bincount(draw(*options)[0].flatten(), minlength=4) / 4000).tolist()
         for options in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (0.0, 1.0), (1.0, 0.0))
     }
     assert shares[1.0, 1.0] == pytest.approx([0.5, 0.3, 0.2, 0], abs=1e-3)
     assert shares[0.5, 1.0] == pytest.approx([0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38, 0], abs=1e-3)
     assert shares[1.0, 0.6] == pytest.approx([0.625, 0.375, 0, 0], abs=1e-3)  # the two that reach 0.6 together
     assert shares[0.0, 1.0] == shares[1.0, 0.0] == [1, 0, 0, 0]
-    tokens, logp = TokenDraw()(logits, u)
+    tokens, logp = draw()
     assert torch.allclose(logp.exp(), torch.tensor([0.5, 0.3, 0.2, 0.0]).double()[tokens], atol=1e-7)
     monkeypatch.setattr("diffusion.masked_samplers.AT_ONCE", 35)  # not all at once
-    assert all(map(torch.equal, (tokens, logp), TokenDraw()(logits, u)))
+    assert all(map(torch.equal, (tokens, logp), draw()))
 
 
 # ---------------------------------------------------------------------- the engine
@@ -239,70 +242,32 @@ class Table(torch.nn.Module):
     def null_condition(self, n):
         return torch.ones(n, dtype=torch.long)
 
-    def forward(self, codes, sigma, y=None, places=None):
+    def forward(self, codes, sigma, y=None):
         y = self.null_condition(len(codes)) if y is None else y
-        out = self.tables[y, codes @ torch.tensor([16, 4, 1])][places]
+        out = self.tables[y, codes @ torch.tensor([16, 4, 1])]
         return torch.nn.functional.pad(out, (0, 1), value=9.0)  # the mask's own score, which must not count
 
 
 def test_guidance_is_of_log_probabilities():
     """The last of three tokens, with the others given: p0^(1 - w) p_y^w."""
-    given, scale = torch.tensor([1, 2, V]).expand(N, L), 2.0
-    logp = [enumerated(seed)[1][1 * 16 + 2 * 4 + 3, 2] for seed in (1, 0)]
-    wanted = (logp[1] + scale * (logp[0] - logp[1])).softmax(dim=0)
-    given = dict(seed=0, indices=torch.arange(N), y=torch.zeros(N, dtype=torch.long), cfg_scale=scale, codes=given)
-    codes = sample_codes(Table(), MaskedDiffusion(V), create_sampler("first-hitting", V), **given)
+    given = dict(seed=0, indices=torch.arange(N), y=torch.zeros(N, dtype=torch.long), cfg_scale=2.0)
+    given["codes"] = torch.tensor([1, 2, V]).expand(N, L)
+    of_class, of_none = (table[1 * 16 + 2 * 4 + 3, 2] for table in Table().tables)
+    wanted = (of_none + 2 * (of_class - of_none)).softmax(dim=0)
+    drawing = Table(), PROCESS, create_sampler(process=PROCESS)
+    codes = sample_codes(*drawing, **given)
     counts = torch.bincount(codes[:, 2], minlength=V)
     assert chisquare(counts.numpy(), wanted.numpy() * N).pvalue > 1e-3
     given["y"][5] = 1  # the null class
-    sampler = create_sampler("first-hitting", V)
-    refusal(sample_codes, Table(), MaskedDiffusion(V), sampler, **given, words=r"condition 1 is outside 0\.\.0")
+    refusal(sample_codes, *drawing, **given, words=r"condition 1 is outside 0\.\.0")
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", CODE_SAMPLERS)
 def test_codes_belong_to_samples(name):
     def codes(*indices, seed=0):
-        sampler, indices = create_sampler(name, V, steps=8), torch.tensor(indices)
-        return sample_codes(Table(), MaskedDiffusion(V), sampler, seed=seed, indices=indices)
+        sampler, indices = create_sampler(name, 8, PROCESS), torch.tensor(indices)
+        return sample_codes(Table(), PROCESS, sampler, seed=seed, indices=indices)
 
     whole = codes(*range(40))
     assert torch.equal(whole, torch.cat([codes(*part) for part in np.array_split(range(40), 6)]))
     assert torch.equal(whole[[30, 3]], codes(30, 3)) and not torch.equal(whole, codes(*range(40), seed=1))
-
-
-@pytest.mark.parametrize("masking, entropy", [("independent", False), ("counted", True)])
-def test_computed_at_all_places(masking, entropy, monkeypatch):
-    """The losses and bounds that leave out what is not masked afterwards, as on GPUs, and their gradients."""
-    torch.manual_seed(0)
-    table = torch.randn(4, 6, 5, requires_grad=True)
-    diffusion = MaskedDiffusion(4, masking=masking, score_entropy=entropy)
-    x0, t = torch.randint(4, (4, 6)), torch.rand(4)
-    x_t, u, shift, found = diffusion.corrupt(x0, t), torch.rand(4, 6), torch.rand(4), []
-
-    def model(x, sigma, places=None):
-        return table if places is None else table[places]
-
-    for dense in (False, True):
-        monkeypatch.setattr("diffusion.masked.at_all_places", lambda device, dense=dense: dense)
-        terms = diffusion.training_losses(model, x0, t, x_t)
-        bounds = diffusion.code_bounds(model, x0, u, levels=2, shift=shift)
-        found.append([terms["loss"], terms["nats"], bounds, *torch.autograd.grad(terms["loss"].sum(), table)])
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_drawn_at_all_places(name, monkeypatch):
-    """The codes of a sampler that asks the model for all places, as on GPUs: those that it draws at places alone."""
-    sampler, asked, found = create_sampler(name, V, steps=8), [], []
-    given = torch.randint(V + 1, (200, L), generator=torch.Generator().manual_seed(1))
-
-    def whole(codes, t, places):
-        asked.append(places is None)
-        return CONDITIONALS[codes @ torch.tensor([16, 4, 1])] if places is None else predict(codes, t, places)
-
-    for everywhere in (False, True):
-        monkeypatch.setattr("diffusion.masked_samplers.at_all_places", lambda device, all=everywhere: all)
-        found.append(draw(sampler, codes=given, indices=torch.arange(200), predict=whole))
-        assert {*asked} == {everywhere}
-        asked.clear()
-    assert torch.equal(*found)

@@ -4,6 +4,7 @@ from conftest import golden, refusal
 
 import models
 from models import DiT, DiT_models, DiTCONT, DiTSEM, modulate
+from prior import DLCPrior
 
 SMALL = dict(input_size=8, hidden_size=32, depth=2, num_heads=2)
 
@@ -122,14 +123,18 @@ def test_what_stays_float32_under_autocast():
     assert torch.equal(modulate(x, shift, scale), exact)  # in bfloat16, 1 + scale would be 1
 
 
-def test_activation_checkpointing_changes_memory_not_results(monkeypatch):
-    calls, gradients, recompute = [], [], models.checkpoint
+@pytest.mark.parametrize("name", ["DiTSEM", "DLCPrior"])
+def test_activation_checkpointing_changes_memory_not_results(name, monkeypatch):
+    calls, gradients, recompute, codes = [], [], models.checkpoint, torch.randint(0, 4, (2, 3))
     monkeypatch.setattr(models, "checkpoint", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
-    model = scrambled(DiTSEM(L=3, V=4, **SMALL)).train()
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randint(0, 4, (2, 3)), torch.zeros(2, dtype=bool)
+    model, inputs = DiTSEM(L=3, V=4, **SMALL), (torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), codes, codes[:, 0] < 0)
+    if name == "DLCPrior":
+        model, inputs = DLCPrior(3, 4, 16, 2, 2, dropout=0.3), (codes, torch.tensor([0.1, 0.2]))
+    scrambled(model).train()
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
+        torch.manual_seed(1)  # of the dropout
         model(*inputs).square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert len(calls) == len(model.blocks)  # off by default, then once a block

@@ -9,6 +9,7 @@ import torch
 from conftest import L, V, refusal
 
 from diffusion import create_diffusion, named_betas
+from diffusion.process_table import create_process
 from diffusion.samplers import SAMPLERS, DPMSolver, HeunSampler
 from dlc.machine.noise import Stream, normal
 from dlc.machine.processes import PRECISIONS
@@ -98,41 +99,52 @@ def test_conditions_of_any_type_and_order():
         refusal(draw, model, create_sampler("ddim", 2), y, words=rf"condition {value} is outside 0\.\.255")
 
 
-def test_ddim_is_the_diffusions():
-    eta, (model, y) = 0.7, random_model()
-    diffusion = create_diffusion("7")
-    ours = draw(model, create_sampler("ddim", 7, eta=eta), y, cfg_scale=1.5)
-    loop = partial(diffusion.ddim_sample_loop, eta=eta)
+@pytest.mark.parametrize("name, learn_sigma", [("ddim", True), ("ddpm", False)])
+def test_steps_are_the_diffusions(name, learn_sigma):
+    model, y = random_model(DiTSEM, dict(L=L, V=V, learn_sigma=learn_sigma))
+    diffusion, eta = create_diffusion("7", learn_sigma=learn_sigma), {"eta": 0.7} if name == "ddim" else {}
+    loop = partial(diffusion.ddim_sample_loop, **eta) if eta else diffusion.p_sample_loop
     full = full_computation(model, y, loop, [0, *range(7, 0, -1)], cfg_scale=1.5)
-    torch.testing.assert_close(ours, full, **CLOSE)
+    torch.testing.assert_close(draw(model, create_sampler(name, 7, **eta), y, cfg_scale=1.5), full, **CLOSE)
 
 
 LOG_SIGMA = np.log((1 / create_diffusion("").alphas_cumprod - 1).numpy()) / 2  # at the whole times
 
 
 @pytest.mark.parametrize(
-    "name, steps, error", [("ddpm", 250, 0.03), ("ddim", 250, 0.02), ("dpmsolver++", 25, 0.03), ("heun", 40, 0.02)]
+    "process, name, steps, error",
+    [
+        *(("gaussian", *row) for row in (("ddpm", 250, 0.03), ("ddim", 250, 0.02), ("dpmsolver++", 25, 0.03))),
+        *(("gaussian", "heun", 40, 0.02), ("flow", "euler", 400, 0.01), ("flow", "heun", 100, 0.01)),
+        ("flow", "sde", 400, 0.04),
+    ],
 )
-def test_samplers_on_a_distribution_that_is_known(name, steps, error):
-    """N(0, std^2), whose eps is known at every time, whole or fractional; each is asked for the times that it says."""
-    std, generator, sampler = 0.5, torch.Generator().manual_seed(1), create_sampler(name, steps)
+def test_samplers_on_a_distribution_that_is_known(process, name, steps, error):
+    """N(0, std^2), whose noise and x_0 are known at every time; each sampler asks for the times that it says."""
+    std, generator, sampler = (
+        0.5,
+        torch.Generator().manual_seed(1),
+        create_sampler(name, steps, create_process(process)),
+    )
     asked, expected, number = [], [], 0
 
-    def predict(x, time):
+    def predict(x, time, since=None):
         alpha = 1 / (1 + math.exp(2 * np.interp(time, np.arange(1000), LOG_SIGMA)))
-        variance = alpha * std**2 + 1 - alpha
+        signal, noise = (1 - time, time) if process == "flow" else (math.sqrt(alpha), math.sqrt(1 - alpha))
+        variance = signal**2 * std**2 + noise**2
         asked.append(time)
-        expected.append(math.sqrt(alpha) * std**2 / variance * x)  # E[x_0 | x_t]
-        return torch.cat([math.sqrt(1 - alpha) / variance * x, torch.zeros_like(x)], dim=1)
+        expected.append(signal * std**2 / variance * x)  # E[x_0 | x_t]
+        eps = noise / variance * x
+        return eps - expected[-1] if process == "flow" else torch.cat([eps, torch.zeros_like(x)], dim=1)
 
     x = torch.randn(1, 4, 64, 64, generator=generator)
     for drawn, x_start in sampler(predict, x, lambda step: torch.randn(x.shape, generator=generator)):
         assert drawn.shape == x.shape
-        torch.testing.assert_close(x_start, expected[number], atol=1e-3, rtol=1e-3)  # of the step's first evaluation
+        torch.testing.assert_close(x_start, expected[number].float(), atol=1e-3, rtol=1e-3)  # of its first evaluation
         number = len(expected)
     assert asked == sampler.times == sorted(asked, reverse=True) and sampler.num_steps == steps
     assert abs(drawn.std() / std - 1) < error
-    assert name == "ddpm" or ((drawn / (std * x)) - 1).abs().median() < error  # the flow of probability scales x
+    assert name in ("ddpm", "sde") or ((drawn / (std * x)) - 1).abs().median() < error  # the flow of probability
 
 
 def nonlinear(x, time):
@@ -193,7 +205,7 @@ def test_a_sample_belongs_to_its_index(name):
     if name != "ddpm":
         torch.testing.assert_close(seen[-1], alone, atol=0.2, rtol=0.1)
     model = DiTSEM(input_size=8, patch_size=4, hidden_size=24, depth=1, num_heads=2, L=L, V=V, learn_sigma=False).eval()
-    x = draw(model, create_sampler(name, 4, learn_sigma=False), y, cfg_scale=2.0)
+    x = draw(model, create_sampler(name, 4), y, cfg_scale=2.0)
     assert x.shape == (3, *SHAPE) and x.isfinite().all()
 
 

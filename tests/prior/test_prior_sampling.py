@@ -249,7 +249,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path):
         ("--features-path other --no-usage", "leave out --no-usage"),
         ("--out given.npy", "it is a file"),
         ("--out foreign", "holds codes but no codes.json"),
-        ("--eta 0.1", "--eta 0.1: --sampler first-hitting masks no token again"),
+        ("--eta 0.1", "--eta 0.1: --sampler first-hitting has none, corrector has"),
         ("--cfg-scale 2", "guidance needs a --class"),
         ("--class 3", "the model's classes are 0 to 2"),
         ("--class all 1", "--class all: the model's classes are 0 to 2"),

@@ -171,7 +171,7 @@ def test_a_prior_that_guides(tmp_path):
     masked, t, found = torch.full((2, 3), 5), torch.tensor([0.4, 0.8]), []
 
     def ask(predict, codes, uniforms):
-        found.append(predict(masked, t, None).log_softmax(-1))
+        found.append(predict(masked, t).log_softmax(-1))
         yield codes
 
     sample_codes(strong, told, ask, seed=0, indices=torch.arange(2), guide=(weak, untold, 1.7))

@@ -115,14 +115,14 @@ def test_pipelines(name, sizes, process, argument, y, export_to, tmp_path, tiny_
     """A pipeline of diffusers with our files of code draws our images, also where it was saved again."""
     from diffusers import DiffusionPipeline
 
-    sampler, learns = ("euler", False) if process.config["process"] == "flow" else ("dpmsolver++", True)
+    sampler = "euler" if process.config["process"] == "flow" else "dpmsolver++"
     path, model = checkpoint_of(tmp_path, name, process, **sizes)
     folder, _ = export_to(path, "diffusers", "--vae", tiny_models[0])
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.save_pretrained(tmp_path / "saved")
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     for drawing, guidance, steps in ((pipe, 1.5, 4), (again, 1.0, 3)):
-        ours = our_images(model, tiny_models[0], y, guidance, create_sampler(sampler, steps, process, learns))
+        ours = our_images(model, tiny_models[0], y, guidance, create_sampler(sampler, steps, process))
         assert np.abs(images_of(drawing, guidance, steps, **{argument: y}) - ours).max() < 1e-5
     for exported in (folder, tmp_path / "saved"):
         loaded, found, meta = load_model(exported)
