@@ -43,7 +43,7 @@ def option(default: object, help: str, *names: str, **argument) -> Any:
     return field(default=default, metadata=dict(help=help, names=names, argument=argument))
 
 
-COUNT, SHARE, SCALE = number(int, 0), number(float, 0, 1), number(float, 1)
+COUNT, SCALE = number(int, 0), number(float, 1)
 ABOUT = "; ".join(f"{name}: {spec.about}" for name, spec in CODE_SAMPLERS.items())
 STEPS = ", ".join(f"{name}: {spec.default_steps or 'L'}" for name, spec in CODE_SAMPLERS.items())
 
