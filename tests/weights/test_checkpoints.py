@@ -203,6 +203,17 @@ def test_a_model_that_fixes_its_bases_arguments_is_built_from_its_own():
         def __init__(self, scale=2.0, **kwargs):
             super().__init__(**kwargs)
 
+    class Fixing(DiTSEM):  # one of its base's arguments, and passes the others on
+        def __init__(self, **kwargs):
+            super().__init__(depth=1, **kwargs)
+
+    class FixingMore(Fixing):
+        def __init__(self, **kwargs):
+            super().__init__(L=3, **kwargs)
+
+    for one in (Fixing, FixingMore):
+        model = one(input_size=8, hidden_size=16, num_heads=2, V=8)
+        assert "depth" not in model.config["arguments"] and build_model(model.config).config == model.config
     model = Outer(depth=1)
     assert model.config == dict(family="Outer", arguments=dict(scale=2.0, depth=1, L=4))
     assert len(build_model(model.config).blocks) == 2
