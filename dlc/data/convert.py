@@ -67,19 +67,19 @@ def pack(args: argparse.Namespace) -> None:
     if old.manifest is not None:
         raise ValueError(f"{args.old} has a manifest.json: it is packed already")
     needs_V(args.V, old.codes is not None)
-    names = np.array([os.fsdecode(name) for name in old.latents.names])
+    names = [os.fsdecode(name) for name in old.latents.names]
     kinds = [kind for kind in ("features", "labels", "sem") if kind in old.arrays]
 
     def read(start, size):
         for at in range(start, old.count, size):
             rows = np.arange(at, min(at + size, old.count))
-            yield dict({kind: old.gather(kind, rows) for kind in kinds}, path=names[rows])
+            yield dict({kind: old.gather(kind, rows) for kind in kinds}, path=np.array(names[at : at + size]))
 
     write_shards(
         args.new,
         recorded_id(args.old),
         old.latent_shape,
-        names.tolist(),
+        names,
         read,
         shard_size=args.shard_size,
         images=old.count,
@@ -117,7 +117,9 @@ def import_hf(args: argparse.Namespace) -> None:
                 values = block["labels"].reshape(len(rows), *([L] if L else []))
                 check_rows(values, args.V if L else num_classes, lambda i, at=at: f"{column}, row {at + i}")
                 coded = dict(sem=values, labels=np.zeros(len(rows))) if L else dict(labels=values)
-                yield dict(coded, features=block["features"].reshape(-1, *latent_shape), path=rows.astype(str))
+                yield dict(
+                    coded, features=block["features"].reshape(-1, *latent_shape), path=np.array([*map(str, rows)])
+                )
 
     write_shards(
         args.new,

@@ -34,7 +34,7 @@ def as_stored(values: np.ndarray, dtype: str | np.dtype, name: Callable[[int], s
     """
     with np.errstate(over="ignore"):
         stored = values.astype(dtype)
-    bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+    bad = ~np.isfinite(stored).all(axis=tuple(range(1, stored.ndim)))  # there may be no rows
     if bad.any():
         row = int(bad.argmax())
         if np.isfinite(values[row].astype(np.float64)).all():

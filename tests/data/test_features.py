@@ -13,6 +13,7 @@ from conftest import fails, refusal
 from dlc.data import KINDS, Features, FeatureWriter, Manifest, NpyRows, kind_dir
 from dlc.data.inspection import problems
 from dlc.data.manifest import ArrayKind
+from dlc.data.store import as_stored
 
 MANIFEST = Manifest(
     latents="sample", dtype="float16", image_size=64, L=3, V=5, classes=["a", "b\udcff"], images=10, vae_sha256="x"
@@ -236,3 +237,7 @@ def test_whose_shards_they_are(written, tmp_path_factory):
     writer.finish(1)
     path.unlink()
     refusal(FeatureWriter(begun, writer.manifest).start, words="labels/000000.npy is missing, though the manifest")
+
+
+def test_a_batch_of_broken_images_alone_has_no_rows():
+    assert as_stored(np.zeros((0, 4, 2, 2)), "float16", str, "").shape == (0, 4, 2, 2)
