@@ -79,7 +79,8 @@ class DINOv2Network:
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         views = preprocess(images).to(self.device, self.module.pos_embed.dtype, non_blocking=True)
-        return dict(pool=self.module.forward_features(views)[:, 0].float())
+        tokens = self.module.forward_features(views)
+        return dict(pool=tokens[:, 0].float().clone())  # a view would keep all tokens in memory
 
 
 NETWORKS = {network.name: network for network in (InceptionNetwork, DINOv2Network)}

@@ -1,6 +1,6 @@
 """One pass over a set of images: statistics of networks' outputs, and, where a metric needs them, the outputs.
 
-    measured = measure(images, [network], state, keep={("inception", "pool"): torch.float32})
+    measured = measure(images, [network], state, keep=[("inception", "pool")])
     measured.statistics["inception", "pool"], measured.rows["inception", "pool"]          # on rank 0
 
 Every process takes a range of batches. A batch is the same images whatever the number of processes, so features are
@@ -107,6 +107,8 @@ def measure(
     # ---------------------------------------------------------------------- what all processes found, on rank 0
     for one in sums.values():
         one.add_waiting()
+    # one tensor each: many small ones travel slowly, and views would travel with all that they are views of
+    kept = {key: [torch.cat(rows)] if rows else [] for key, rows in kept.items()}
     parts = on_rank_0((hashes, blank, kept, sums), state)
     if parts is None:
         return Measured(images.count)

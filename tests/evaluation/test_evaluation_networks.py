@@ -137,6 +137,7 @@ def test_dinov2_class_token(tmp_path):
     with torch.inference_mode():
         found, wanted = network(torch.from_numpy(images))["pool"], network.module(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert found.untyped_storage().nbytes() == found.nbytes  # the other tokens are not kept
     assert network.module.norm.eps == 1e-6 and "no ViT-L/14" in network.notes[0]
 
 

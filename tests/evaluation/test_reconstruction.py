@@ -111,6 +111,13 @@ def test_reconstruction_command(workplace, images, tiny_models, tmp_path, evalua
     assert all(two[key] == numbers[key] for key in ("psnr", "ssim", "code_agreement"))
 
 
+def test_logits_that_are_not_finite_are_no_codes(tiny_models):
+    encoder = load_encoder(tiny_models[1])
+    encoder.sem_embed.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="logits of an image are not finite numbers: try another --encoder"):
+        EncoderNetwork(encoder, CPU)(noise(2, 32, 32, 3))
+
+
 @pytest.fixture
 def samples(workplace, tmp_path):
     """A copy of samples of a DiTSEM for the codes of workplace's features."""
