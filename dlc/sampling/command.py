@@ -31,7 +31,15 @@ from dlc.machine.processes import (
     wait_for_all,
 )
 from dlc.sampling.conditions import Conditions, open_conditions
-from dlc.sampling.latents import CudaGraphs, Guide, fuse_gelu, guidance, lower_precision, sampling_steps
+from dlc.sampling.latents import (
+    CudaGraphs,
+    Guide,
+    check_conditions,
+    fuse_gelu,
+    guidance,
+    lower_precision,
+    sampling_steps,
+)
 from dlc.sampling.opening import folder_name, open_guide, open_model, open_sampler, open_vae
 from dlc.sampling.pictures import GRID_PAIRS, Decoder, png_path, save_grid, save_strip
 from dlc.sampling.samples_record import SampleFolder, SamplesRecord, guidance_of, this_launch, weights_of
@@ -115,6 +123,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
     parts = np.split(missing, firsts[1:])  # the indices to draw, by batch
 
     set_numerics(args.tf32)
+    null = job.model.null_condition(1)
     models = [one for one in (job.model, job.guide and job.guide.model) if one is not None]
     for model in models:
         lower_precision(model, args.precision)
@@ -130,10 +139,12 @@ def draw_missing(job: Job, args: Namespace) -> None:
         sheet = decoder.after_first = partial(save_grid, folder.grid, folder.path, count, job.conditions.words, asked)
 
     def draw(indices):
+        y = job.conditions(indices)
+        check_conditions(y, null)  # before they are on a GPU
         return sampling_steps(
             job.model,
             job.sampler,
-            y=tree_map(lambda value: value.to(state.device), job.conditions(indices)),
+            y=tree_map(lambda value: value.to(state.device), y),
             seed=job.record.global_seed,
             indices=torch.from_numpy(indices).to(state.device),
             guide=job.guide,

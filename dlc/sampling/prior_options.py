@@ -12,7 +12,7 @@ import torch
 
 from diffusion.masked_samplers import CODE_SAMPLERS
 from dlc.data.codes import CodeSpec, compare
-from dlc.machine.cli import excludes, needs, number
+from dlc.machine.cli import needs, number
 from dlc.machine.noise import Stream, random_words
 from dlc.sampling.code_folder import digest_of, open_codes
 
@@ -113,12 +113,11 @@ class PriorOptions:
         needs(args, p + "guide_ckpt", p + "guide_scale")
         needs(args, p + "guide_scale", p + "guide_ckpt")
         needs(args, p + "given", p + "given_rows", p + "keep_tokens", p + "keep_places")
-        excludes(args, p + "keep_places", p + "keep_tokens")
         values = {one.name: getattr(args, p + one.name) for one in fields(cls)}
         if values["keep_places"]:
             values["keep_places"] = sorted({place for part in values["keep_places"] for place in part})
         options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
-        if options.given and options.keep_tokens is options.keep_places is None:
+        if options.given and (options.keep_tokens is None) == (options.keep_places is None):
             raise ValueError(f"{flag}given: say what to keep of it, by {flag}keep-tokens or {flag}keep-places")
         if options.cfg_scale > 1 and options.classes is None:
             raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")
