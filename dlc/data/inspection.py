@@ -173,11 +173,12 @@ def print_codes(features: Features) -> None:
 
 def problems(root: str | Path, V: int | None = None, num_classes: int | None = None) -> Iterator[str]:
     """Lines on what is wrong with FEATURES/: files, shapes, types, values, and what the manifest says of them."""
-    manifest = None
+    manifest, dtypes, widths = None, {}, {}
     try:
         if (Path(root) / "manifest.json").is_file():
             manifest = read_manifest(root)
-            kinds = shard_rows(root, manifest)
+            kinds, dtypes, patches = shard_rows(root, manifest), manifest.dtypes, (manifest.tokens or [None])[0]
+            widths = dict(features=manifest.stored_channels, sem=manifest.L, tokens=patches)
         else:
             features = Features(root, V, num_classes)
             needs_V(V, features.codes is not None)
@@ -208,10 +209,14 @@ def problems(root: str | Path, V: int | None = None, num_classes: int | None = N
             except (ValueError, OSError) as error:
                 yield str(error)
                 continue
+            if array.dtype != dtypes.get(kind, array.dtype):
+                yield f"{path} has values of type {array.dtype}, the manifest says {dtypes[kind]}"
             digest = manifest and manifest.shards[index].get("sha256", {}).get(kind)
             if digest and sha256_of(path) != digest:
                 yield f"{path} is not what was written: its digest is another one in manifest.json"
         usual = Counter(shapes.values()).most_common(1)
+        if usual and widths.get(kind) and usual[0][0][0] != widths[kind]:
+            yield f"{rows.folder} has rows of shape {usual[0][0]}, by the manifest the first is {widths[kind]}"
         for path, shape in shapes.items():
             if shape != usual[0][0]:
                 yield f"{path} has rows of shape {shape}, most files {usual[0][0]}"

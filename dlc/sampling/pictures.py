@@ -141,7 +141,8 @@ def save_strip(path: Path, pictures: int, seen: list[torch.Tensor], decoder: Dec
 def write_npz(path: Path, folder: Path, count: int) -> None:
     """Stream PNGs 0..count-1 into path as arr_0 (count, S, S, 3) uint8, in index order, a few hundred at a time.
 
-    Raises ValueError, naming the image, where one is missing, broken or of another size; path is then not written.
+    Raises ValueError, naming the image, where one is broken or of another size, and OSError where one is missing; path
+    is then not written.
     """
     shape = (count, *read_png(png_path(folder, 0)).shape)
 

@@ -134,6 +134,14 @@ def test_check_lists_all_that_is_wrong(tmp_path, tool):
     assert "not readable JSON" in tool("check", tmp_path)[1]
 
 
+def test_check_holds_the_files_against_the_manifest(tmp_path, tool):
+    packed(tmp_path, RANDOM.integers(0, 5, (20, 3)))
+    change_json(tmp_path / "manifest.json", L=4, dtype="float16")
+    out = tool("check", tmp_path)[1]
+    assert "features/000000.npy has values of type float32, the manifest says float16" in out
+    assert "sem has rows of shape (3,), by the manifest the first is 4" in out and len(out.splitlines()) == 2
+
+
 def refused(tool, *arguments):
     """The one line by which the tool refuses."""
     status, _, err = tool(*arguments)
