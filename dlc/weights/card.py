@@ -66,10 +66,9 @@ def model_card(model: DiT, name: str, meta: RunMeta, licence: str, sampler: str 
         for key, value in {**arguments, **recorded}.items()
         if value not in (None, "") and not key.endswith(("_path", "_sha256"))  # of no use on another machine
     ]
-    script, codes, argument = "sample_ddp_computed_dlc.py", "", "class_labels=[0]"
-    if model.conditioning == "labels":
-        script = "sample_ddp.py"
-    elif model.conditioning == "codes":
+    script = "sample_ddp.py" if model.conditioning == "labels" else "sample_ddp_computed_dlc.py"
+    codes, argument = "", "class_labels=[0]"
+    if sampler and model.conditioning == "codes":  # a DiTSEM, whose L and V are arguments
         codes, argument = f"codes = torch.randint({arguments['V']}, (1, {arguments['L']}))", "dlcs=codes"
         codes += "  # for real images, use their codes\n"
     command = f"torchrun --nnodes=1 --nproc_per_node=1 {script} --ckpt THIS_FOLDER"

@@ -20,7 +20,7 @@ from dlc.weights.info import info
 from dlc.weights.load import describe, load_model
 from dlc.weights.meta import config_of
 from dlc.weights.networks import load_vae
-from models import DiT
+from models import DiT, DiTSEM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -98,6 +98,20 @@ def test_safetensors(name, sizes, export_to, tmp_path):
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "meta.json", "model.safetensors"]
 
 
+class FixedCodes(DiTSEM):
+    """A model of one size of codes, which its constructor does not take."""
+
+    def __init__(self, depth: int = 1):
+        super().__init__(L=3, V=4, input_size=8, patch_size=4, hidden_size=24, num_heads=2, depth=depth)
+
+
+def test_a_model_whose_arguments_do_not_say_its_codes(export_to, tmp_path):
+    model = FixedCodes().eval()
+    config = config_of("FixedCodes", model, create_process("gaussian", timestep_respacing=""))
+    folder, _ = export_to(save_checkpoint(tmp_path, config, meta_of(7), model=model, ema=model), "safetensors")
+    assert_same(load_model(folder)[0], model)
+
+
 CODES = [[0, 1, 2], [3, 3, 0]]
 GAUSSIAN, FLOW = create_process("gaussian", timestep_respacing=""), create_process("flow", time_scale=1000.0)
 
@@ -113,6 +127,7 @@ GAUSSIAN, FLOW = create_process("gaussian", timestep_respacing=""), create_proce
 )
 def test_pipelines(name, sizes, process, argument, y, export_to, tmp_path, tiny_models):
     """A pipeline of diffusers with our files of code draws our images, also where it was saved again."""
+    from accelerate import cpu_offload
     from diffusers import DiffusionPipeline
 
     sampler = "euler" if process.config["process"] == "flow" else "dpmsolver++"
@@ -124,6 +139,8 @@ def test_pipelines(name, sizes, process, argument, y, export_to, tmp_path, tiny_
     for drawing, guidance, steps in ((pipe, 1.5, 4), (again, 1.0, 3)):
         ours = our_images(model, tiny_models[0], y, guidance, create_sampler(sampler, steps, process))
         assert np.abs(images_of(drawing, guidance, steps, **{argument: y}) - ours).max() < 1e-5
+    cpu_offload(again.transformer, execution_device="cpu")  # as of enable_sequential_cpu_offload
+    assert np.abs(images_of(again, guidance, steps, **{argument: y}) - ours).max() < 1e-5
     for exported in (folder, tmp_path / "saved"):
         loaded, found, meta = load_model(exported)
         assert_same(loaded, model)

@@ -44,6 +44,20 @@ class Block(nn.Module):
         return x + gate2[:, None] * self.mlp["fc2"](inner)
 
 
+class Codes(nn.Module):
+    """The mean over positions of the rows that a code's tokens name in a table (L, V+1, D); row V is the null token.
+
+    A module that is called, since diffusers' offloading brings weights to the GPU when their module is called.
+    """
+
+    def __init__(self, L: int, V: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Parameter(torch.zeros(L, V + 1, width))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table[torch.arange(y.shape[1], device=y.device), y].mean(dim=1)  # (N, D)
+
+
 class DLCDiTTransformer(ModelMixin, ConfigMixin):
     """Predicts the noise in x (N, C, h, w), and with learn_sigma the variance, at times t (N,) for codes y (N, L)."""
 
@@ -67,7 +81,7 @@ class DLCDiTTransformer(ModelMixin, ConfigMixin):
         self.t_embedder = nn.ModuleDict(
             dict(mlp=nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width)))
         )
-        self.sem_embedder = nn.ParameterDict(dict(embedding_table=torch.zeros(L, V + 1, width)))  # row V: null
+        self.sem_embedder = Codes(L, V, width)
         self.register_buffer("pos_embed", torch.zeros(1, (input_size // patch_size) ** 2, width))
         self.blocks = nn.ModuleList([Block(width, num_heads, round(width * mlp_ratio)) for _ in range(depth)])
         linear = nn.Linear(width, patch_size**2 * self.out_channels)
@@ -75,8 +89,7 @@ class DLCDiTTransformer(ModelMixin, ConfigMixin):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         times = get_timestep_embedding(t.float(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        rows = self.sem_embedder["embedding_table"][torch.arange(y.shape[1], device=y.device), y]  # (N, L, D)
-        c = self.t_embedder["mlp"](times.to(self.dtype)) + rows.mean(dim=1)  # (N, D)
+        c = self.t_embedder["mlp"](times.to(self.dtype)) + self.sem_embedder(y)  # (N, D)
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
             x = block(x, c)
