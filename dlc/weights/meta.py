@@ -277,8 +277,8 @@ def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
     """What is wrong with a checkpoint that was whole once, in words; "" if nothing is.
 
     A crash of the machine, or a copy that was cut off, leaves files short or missing. Headers and sizes show that: no
-    tensor is read. Raises OSError for what cannot be read, and ValueError for what another program wrote: neither is
-    damage.
+    tensor is read. Raises OSError for what cannot be read, and ValueError for a record that another program wrote:
+    neither is damage.
 
     Args:
         files: the files that the caller needs; a checkpoint may have been stripped of the others.
@@ -298,7 +298,9 @@ def damage(path: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str:
                 load_tensors(path / name)
         except FileNotFoundError:
             return f"{name} is missing"
-        except Damaged as error:
+        except ValueError as error:  # of weights and states, also one that is empty, or zeros from its first byte on
+            if name.endswith(".json") and not isinstance(error, Damaged):
+                raise
             return str(error).replace(f"{path}{os.sep}", "")
     return ""
 

@@ -167,6 +167,15 @@ def test_resume_point(tmp_path):
     assert resume_point(tmp_path, config(model), dict(global_seed=1), True)[2] == "global_seed 0 there, 1 here"
 
 
+def test_a_state_that_a_crash_left_empty_or_zero_is_damage(tmp_path):
+    save(tmp_path, tiny(), 1)
+    path = save(tmp_path, tiny(), 2)
+    for content in (b"", bytes(1000)):
+        (path / "optimizer.pt").write_bytes(content)
+        words = r"0000002 is damaged \(optimizer.pt cannot be .*remove it; the newest whole one before it is 0000001"
+        refusal(resume_point, tmp_path, config(tiny()), {}, True, words=words)
+
+
 def test_samplers_draw_from_the_process_that_was_trained():
     names = "num_sampling_steps eta time_shift t_min t_max guide_t_min guide_t_max cfg_channels progressive".split()
     args = types.SimpleNamespace(**dict.fromkeys(names), sampler="ddim", model="DiTSEM-Ti/8")
