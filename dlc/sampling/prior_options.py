@@ -117,7 +117,10 @@ class PriorOptions:
         if values["keep_places"]:
             values["keep_places"] = sorted({place for part in values["keep_places"] for place in part})
         options, flag = cls(**{name: value for name, value in values.items() if value is not None}), f"--{prefix}"
-        if options.given and (options.keep_tokens is None) == (options.keep_places is None):
+        kept = [name for name in ("tokens", "places") if values[f"keep_{name}"] is not None]
+        if len(kept) > 1:  # also of 0 tokens
+            raise ValueError(f"{flag}keep-tokens does not go with {flag}keep-places: leave one of them out")
+        if options.given and not kept:
             raise ValueError(f"{flag}given: say what to keep of it, by {flag}keep-tokens or {flag}keep-places")
         if options.cfg_scale > 1 and options.classes is None:
             raise ValueError(f"{flag}cfg-scale {options.cfg_scale}: guidance needs a {flag}class")

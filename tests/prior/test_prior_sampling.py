@@ -257,6 +257,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path):
         ("--keep-tokens 2", "--keep-tokens goes with --given: give that as well"),
         ("--given given.npy", "say what to keep of it, by --keep-tokens or --keep-places"),
         ("--given given.npy --keep-tokens 2 --keep-places 1", "--keep-tokens does not go with --keep-places"),
+        ("--given given.npy --keep-tokens 0 --keep-places 1", "--keep-tokens does not go with --keep-places"),
         (f"--given given.npy --keep-tokens {L + 1}", f"cannot keep {L + 1} tokens of codes of {L} tokens"),
         (f"--given given.npy --keep-places {L}", f"cannot keep the token at {L} of codes of {L} tokens"),
         ("--given given.npy --keep-tokens 1 --given-rows 2", "has rows 0 to 1"),
