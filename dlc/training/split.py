@@ -109,7 +109,8 @@ def split_features(args: Namespace, features: "Features | Images") -> Split:
     settle_heldout(args, 0.0)
     if not args.heldout_path:
         return Split.of(features, args.holdout)
-    excludes(args, "condition_path", "heldout_path")  # whose rows have no vectors
+    if args.condition_path:
+        raise ValueError("--heldout-path has no vectors, which --condition-path gives --features-path: give --holdout")
     other = Features(args.heldout_path, args.V, args.num_classes)
     here, there = (
         {name: one.source().get(name) for name in SAME_LATENTS}
