@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.record import OWN_RESULTS, RESULTS, ROOT
 
 PAGES = ("README.md", "benchmarks/README.md")
-BOTH = "train_options loading extraction-fp32 extraction-bf16 sampling steps prior".split()
+BOTH = "train_options loading extraction-fp32 extraction-bf16 sampling steps prior evaluation growth".split()
 ON_A_CPU = "steps-bf16 memory roofline sources".split()  # two are computed
 DEVICES = dict.fromkeys(BOTH, ("cpu", "gpu")) | {"gpu": ("gpu",)} | dict.fromkeys(ON_A_CPU, ("cpu",))
 PERCENT = ("MFU", "share of peak", "of the data sheet", "within 1")  # columns with shares of 1

@@ -1,6 +1,7 @@
 """Benchmarks at tiny sizes: they run, they start scripts with flags that exist, and the pages show their results."""
 
 import json
+import math
 import re
 import sys
 import time
@@ -11,7 +12,21 @@ import torch
 from conftest import ROOT
 from forked import Run
 
-from benchmarks import extraction, gpu, loading, memory, prior, readme, record, roofline, sampling, steps, train_options
+from benchmarks import (
+    evaluation,
+    extraction,
+    gpu,
+    growth,
+    loading,
+    memory,
+    prior,
+    readme,
+    record,
+    roofline,
+    sampling,
+    steps,
+    train_options,
+)
 
 
 @pytest.fixture
@@ -74,6 +89,7 @@ def test_checks(name):
 @pytest.mark.parametrize(
     "module, flags, rate",
     [
+        (evaluation, "--rows 200 --dim 8 --images 2 --turns 1", "seconds"),
         (loading, "--rows 16 --batch 4", "samples/s"),
         (memory, "--models DiTSEM-Ti/8 --batch 2", "images at once"),
         (prior, "--model DLCPrior-Ti --L 4 --V 8 --repeats 1 --no-compile", "codes/s"),
@@ -81,6 +97,13 @@ def test_checks(name):
 )
 def test_benchmarks_run(module, flags, rate, rows_of):
     assert all(row[rate] > 0 for row in rows_of(module, *flags.split()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", growth.ROWS, ids=lambda row: f"{row.name}, {row.grows}")
+def test_growth(row, tmp_path):
+    found = growth.table_row(row, [growth.measure(row, tmp_path, size) for size in (row.tiny, 2 * row.tiny)])
+    assert math.isfinite(found["exponent"])
 
 
 @pytest.mark.slow
