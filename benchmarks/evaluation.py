@@ -8,7 +8,6 @@ difference between the results. Inception runs with random weights on images of 
 seconds of all threads, less affected by other work; on a GPU they are seconds.
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from benchmarks.record import ON_GPU, in_turns, record
+from benchmarks.record import flags_of, in_turns, record
 from dlc.machine.processes import start_processes
 from evaluation.feature_networks import InceptionNetwork
 from evaluation.inception import InceptionV3
@@ -63,12 +62,11 @@ def inception_seconds(count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", type=int, default=50_000, help="draw features of this many samples [%(default)s]")
-    add("--dim", type=int, default=2048, help="give features this many dimensions [%(default)s]")
-    add("--images", type=int, default=4096 if ON_GPU else 48, help="run Inception on N images [%(default)s here]")
-    add("--turns", type=int, default=3, help="measure each part this many times [%(default)s]")
+    parser, add = flags_of(__doc__)
+    add("--rows", "draw features of this many samples", 50_000)
+    add("--dim", "give features this many dimensions", 2048)
+    add("--images", "run Inception on this many images", 4096, on_cpu=48)
+    add("--turns", "measure each part this many times", 3)
     args = parser.parse_args()
     seconds, missing = inception_seconds(args.images), {"times ADM's way": None, "differs by": None}
     row = {"": "Inception pass", "size": f"{args.images} images", "seconds": seconds, "images/s": args.images / seconds}

@@ -22,17 +22,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.record import peak_kilobytes, record, run_script, seconds_of
+from benchmarks.record import record, run_script, seconds_of
 from diffusion import create_diffusion
-from diffusion.masked import MaskedDiffusion
-from diffusion.masked_samplers import create_sampler as create_code_sampler
+from diffusion.process_table import create_process
 from dlc.data import Features, FeatureWriter, Manifest
-from dlc.data.images import save_png
+from dlc.data.images import open_source, save_png
 from dlc.data.inspection import problems
-from dlc.data.listing import list_images
 from dlc.sampling.latents import create_sampler, sample_latents
 from dlc.sampling.pictures import write_npz
-from dlc.sampling.prior_engine import sample_codes
+from dlc.sampling.prior_draw import sample_codes
 from evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 from models import DiT_models
 from prior import DLCPrior_models
@@ -105,19 +103,20 @@ def diffusion_step(batch: int, side: int) -> Callable:
 
 def sampling(count: int, steps: int) -> Callable:
     model, indices = DiT_models["DiTSEM-Ti/4"](input_size=16, L=L, V=V).eval(), torch.arange(count)
-    options = dict(y=torch.zeros(count, L, dtype=torch.long), seed=0, latent_shape=(4, 16, 16), cfg_scale=1.5)
+    options = dict(y=torch.zeros(count, L, dtype=torch.long), seed=0, cfg_scale=1.5)
     return lambda: sample_latents(model, create_sampler("ddpm", steps), indices=indices, **options)
 
 
 def drawing_codes(folder: Path, size: int) -> Callable:
-    model, sampler = DLCPrior_models["DLCPrior-Ti"](L=size, V=V).eval(), create_code_sampler("first-hitting", V, None)
-    return lambda: sample_codes(model, MaskedDiffusion(V), sampler, seed=0, indices=torch.arange(4))
+    model, process = DLCPrior_models["DLCPrior-Ti"](L=size, V=V).eval(), create_process("masked", V=V)
+    sampler = create_sampler("first-hitting", process=process)
+    return lambda: sample_codes(model, process, sampler, seed=0, indices=torch.arange(4))
 
 
 # fmt: off
 ROWS = [
     Row("listing a folder of images", "files", (10_000, 100_000, IMAGENET), 100, class_folders,
-        lambda folder, _: partial(list_images, folder)),
+        lambda folder, _: partial(open_source, folder)),
     Row("opening features", "rows", IMAGE_ROWS, 100, features, lambda folder, _: partial(Features, folder)),
     Row("checking features before training", "rows", IMAGE_ROWS, 100, features,
         lambda folder, _: Features(folder).validate),
@@ -141,6 +140,12 @@ ROWS = [
         "each image is compared with every one: N^2; the tiles of distances have one size"),
 ]
 # fmt: on
+
+
+def peak_kilobytes() -> int:
+    """This process's own peak of memory: that of getrusage includes the process it was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if "VmHWM" in line))
 
 
 def measure(row: Row, root: Path, size: int) -> tuple[float, float]:
