@@ -369,8 +369,8 @@ class DiT(Recorded):
     # The references' interface, for users' own code, tests and benchmarks. The sampling scripts guide in
     # dlc/sampling/latents.py, which computes the null half only where guidance acts.
     def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: Condition, cfg_scale: float,
-                         t_max: float = math.inf, channels: int | None = None,
-                         t_min: float = -math.inf) -> torch.Tensor:
+                         t_max: float | None = None, channels: int | None = None,
+                         t_min: float | None = None) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022): null + cfg_scale * (conditional - null), on a doubled batch.
 
         Args:
@@ -389,7 +389,10 @@ class DiT(Recorded):
         conditional, null = out[:, :channels].chunk(2)
         guided = null + cfg_scale * (conditional - null)
         t = t.chunk(2)[0].view(-1, 1, 1, 1)
-        guided = torch.where((t < t_min) | (t > t_max), conditional, guided)
+        if t_max is not None:
+            guided = torch.where(t > t_max, conditional, guided)
+        if t_min is not None:
+            guided = torch.where(t < t_min, conditional, guided)
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
 
 

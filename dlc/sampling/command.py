@@ -6,6 +6,7 @@ with the bytes of an uninterrupted run.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,8 +114,8 @@ def prepare(args: Namespace, script: str, default: str) -> Job:
     return Job(state, model, sampler, guide, conditions, vae, record, folder, missing, said)
 
 
-def draw_missing(job: Job, args: Namespace) -> None:
-    """Denoise, decode and write this process's share of the missing images."""
+def draw_missing(job: Job, args: Namespace) -> Callable | None:
+    """Denoise, decode and write this process's share of the missing images. Returns what draws their contact sheet."""
     state, folder, missing, count = job.state, job.folder, job.missing, job.record.num_fid_samples
     # Batches with a missing sample are drawn whole: the rounding of a sample then does not depend on which others are
     # missing, now or in a resumed run, and nothing is compiled twice.
@@ -169,8 +170,7 @@ def draw_missing(job: Job, args: Namespace) -> None:
         decoder.wait()
         bar.update(share - bar.n)  # what adding fractions left
     wait_for_all()
-    if sheet:
-        sheet()  # of all images
+    return sheet
 
 
 def sample(doc: str, script: str, model: str) -> None:
@@ -194,9 +194,9 @@ def sample(doc: str, script: str, model: str) -> None:
             lower = "--batch-size of sample_prior.py, whose codes --dlc-dir takes in the place of --prior"
             with parser.one_line_errors(KEPT, lower):
                 job.conditions.prepare(folder, state, this_launch(state, args.per_proc_batch_size, folder.part))
-        draw_missing(job, args)
+        sheet = draw_missing(job, args)
         if state.is_main_process:
-            folder.finish(record.num_fid_samples)
+            folder.finish(record.num_fid_samples, sheet)
         if folder.left_over:
             return logger.info(folder.part.said_left(folder.left_over, "images"))
         there = png_path(folder.path, 0).exists()

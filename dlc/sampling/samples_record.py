@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,9 +202,11 @@ class SampleFolder(ResumableFolder):
         values = self.conditions.values(np.arange(record.num_fid_samples)).tolist()
         write_json(self.record_path, {**record.to_json(), self.conditions.key: values})
 
-    def finish(self, count: int) -> None:
-        """Write the .npz, if all images are there, and release the lock."""
+    def finish(self, count: int, sheet: Callable | None) -> None:
+        """Draw the contact sheet, write the .npz if all images are there, and release the lock."""
         with self.leaving() as whole:
+            if sheet:
+                sheet()
             if whole and not self.is_finished(count):
                 write_npz(self.npz, self.path, count)
                 write_bytes(self.about, self.record_path.read_bytes())

@@ -5,6 +5,7 @@ optimizer.pt (with the sums of the log's next line), and the records of `dlc.wei
 everything random in training is a function of (seed, global sample index): meta.json has the step and that index.
 """
 
+import json
 import os
 import shutil
 from collections import OrderedDict
@@ -18,7 +19,7 @@ import safetensors.torch
 import torch
 
 from dlc.machine.cli import one_line
-from dlc.machine.files import Damaged, write_folder, write_json
+from dlc.machine.files import Damaged, write_folder
 from dlc.weights.foreign.safe import RECORDABLE, check_tensors, differences_from, load_tensors, read_torch
 from dlc.weights.meta import ModelConfig, RunMeta, run_checkpoints
 
@@ -73,7 +74,7 @@ def save_checkpoint(
 
 
 def write_files(folder: Path, config: ModelConfig, meta: RunMeta, weights: Mapping[str, dict]) -> None:
-    """Write {name}.safetensors of the weights, config.json and meta.json into a folder.
+    """Write {name}.safetensors of the weights, config.json and meta.json into a folder that is not yet whole.
 
     safetensors wants tensors contiguous and each in memory of its own: tied ones are copied.
     """
@@ -84,8 +85,8 @@ def write_files(folder: Path, config: ModelConfig, meta: RunMeta, weights: Mappi
             apart[name] = tensor.clone(memory_format=torch.contiguous_format) if place in taken else tensor.contiguous()
             taken.add(place)
         safetensors.torch.save_file(apart, folder / f"{file}.safetensors", metadata=dict(format="pt"))
-    write_json(folder / "config.json", config.to_json())
-    write_json(folder / "meta.json", meta.to_json())
+    for name, record in (("config", config), ("meta", meta)):
+        (folder / f"{name}.json").write_text(json.dumps(record.to_json(), indent=1) + "\n")
 
 
 def gather_full(state: Any, keep: bool = True) -> Any:
