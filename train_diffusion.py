@@ -134,7 +134,7 @@ def argument_parser(**defaults) -> ArgumentParser:
 def open_data(args: argparse.Namespace, state: "PartialState") -> Features | Images:
     """The `Features` or `Images` to train on. Raises ValueError if they cannot be read or flags do not fit them."""
     needs(args, "data_path", "labels", "image_size", "flip", "background", "encoder", "encoder_backbone", "L")
-    excludes(args, "data_path", "hf_dataset", "num_classes", "holdout", "heldout_path", "eval_samples")
+    excludes(args, "data_path", "hf_dataset", "num_classes", "holdout", "heldout_path", "eval_samples", free=(None, 0))
     if args.eval_samples == 1:
         raise ValueError("--eval-samples 1: a Frechet distance needs at least 2 samples")
     if not args.data_path:

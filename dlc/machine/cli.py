@@ -125,10 +125,10 @@ def needs(args: argparse.Namespace, other: str, *names: str) -> None:
             raise ValueError(f"{flag(name)} goes with {flag(other)}: give that as well, or leave it out")
 
 
-def excludes(args: argparse.Namespace, other: str, *names: str) -> None:
-    """Raise ValueError for the first of these flags that is given, and not 0, beside the other one."""
+def excludes(args: argparse.Namespace, other: str, *names: str, free: tuple = (None,)) -> None:
+    """Raise ValueError for the first of these flags that is given beside the other one, but as one of `free`."""
     for name in names:
-        if getattr(args, name) and getattr(args, other):
+        if getattr(args, name) not in free and getattr(args, other):
             raise ValueError(f"{flag(name)} does not go with {flag(other)}: leave one of them out")
 
 

@@ -46,7 +46,7 @@ def add_heldout_flags(add: Callable, what: str, measured: str, default: float) -
 
 def settle_heldout(args: Namespace, default: float) -> None:
     """Give --holdout its default. Raises ValueError for flags that do not go together."""
-    excludes(args, "heldout_path", "holdout")
+    excludes(args, "heldout_path", "holdout", free=(None, 0))
     if args.holdout is None:
         args.holdout = 0.0 if args.heldout_path else default
     if args.eval_every and not (args.holdout or args.heldout_path or getattr(args, "eval_samples", 0)):
