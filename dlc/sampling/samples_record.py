@@ -202,7 +202,7 @@ class SampleFolder(ResumableFolder):
         values = self.conditions.values(np.arange(record.num_fid_samples)).tolist()
         write_json(self.record_path, {**record.to_json(), self.conditions.key: values})
 
-    def finish(self, count: int, sheet: Callable | None) -> None:
+    def finish(self, count: int, sheet: Callable | None = None) -> None:
         """Draw the contact sheet, write the .npz if all images are there, and release the lock."""
         with self.leaving() as whole:
             if sheet:

@@ -134,8 +134,13 @@ def open_networks(image_size: int, vae: str, encoder: str | None, **given) -> tu
     """
     if not encoder and any(given.values()):
         raise ValueError("--L, --V and --encoder-backbone describe an --encoder, and there is none")
+
+    def check(factor):
+        if image_size % factor:
+            raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+
+    if vae_id(vae) in VAE_ALIASES.values():
+        check(8)  # known without asking the hub
     loaded = load_vae(vae)
-    factor = pixels_per_cell(loaded.config)
-    if image_size % factor:
-        raise ValueError(f"--image-size {image_size} is not a multiple of {factor}, the VAE's factor")
+    check(pixels_per_cell(loaded.config))
     return loaded, load_encoder(encoder, **given) if encoder else None

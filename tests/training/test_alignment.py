@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, L, V, extract_command, launch
 from safetensors.torch import load_file
-from test_flow import REPA, close, model_of
+from test_flow import REPA, close
 from tiny_weights import tiny
 from torch import nn
 from training_runs import metrics, same_run, tensors, train_command
@@ -21,6 +21,7 @@ from dlc.data.inspection import problems
 from dlc.training.alignment import ALIGNMENTS, Alignment, resized
 from dlc.weights.load import load_model, load_pretrained
 from dlc.weights.networks import load_encoder
+from models import DiT
 from train_diffusion import draws, losses_of
 
 ALIGN = ("--align", "repa", "--align-block", 2)
@@ -37,7 +38,9 @@ def alignment_of(kind="repa", weight=0.5, shape=(16, 16), block=2, **more):
 @torch.no_grad()
 def test_agrees_with_repa():
     """Its network, and the projector of its tokens after block 2, of another width than ours."""
-    model = model_of(REPA, 3, False)
+    model = DiT(8, 2, hidden_size=32, depth=3, num_heads=2, num_classes=7, learn_sigma=False).eval()
+    weights = {key[2:]: value for key, value in REPA.items() if key.startswith("w/") and "projectors" not in key}
+    model.load_state_dict(weights)
     projector = nn.Sequential(nn.Linear(32, 24), nn.SiLU(), nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 16))
     assert [*ALIGNMENTS["repa"].projector(32, 16).state_dict()] == [*projector.state_dict()]
     projector.load_state_dict({key: REPA[f"w/projectors.0.{key}"] for key in projector.state_dict()})
