@@ -378,7 +378,7 @@ class DiT(Recorded):
             t: (2N,) times.
             y: conditions of the first half, then null conditions.
             t_max, t_min: samples with t > t_max or t < t_min keep the conditional prediction (Kynkäänniemi et al.
-                2024, arXiv 2404.07724).
+                2024, arXiv 2404.07724) [no bounds].
             channels: latent channels to guide [guided_channels]; the rest, and the variance, stay each half's own.
 
         Returns (2N, out_channels, H, W), eps of both halves guided alike.

@@ -271,7 +271,7 @@ CODE_SAMPLERS = {
     "corrector": SamplerSpec(
         "the analytic steps, and at times from 0.3 to 0.55 tokens are masked again with probability eta, as published",
         CorrectorSampler, 4096, **ANY_STEPS | dict(options=DRAW | dict(eta=Option(
-            "let the corrector mask a token again this often per step [0.01]", low=0, high=1)))),
+            "set the probability per step that the corrector masks a token again [0.01]", low=0, high=1)))),
     "confidence": SamplerSpec(
         "the most probable of all drawn tokens first (MaskGIT), for few calls; not exact",
         ConfidenceSampler, 16, **ANY_STEPS),

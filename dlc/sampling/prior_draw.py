@@ -15,7 +15,7 @@ import torch
 
 from diffusion.masked import MaskedDiffusion
 from dlc.data.codes import SHARD, CodeSpec, compare
-from dlc.machine.cli import progress
+from dlc.machine.cli import BAR, progress
 from dlc.machine.files import recorded_id
 from dlc.machine.noise import Stream, uniforms
 from dlc.machine.processes import autocast, compile_blocks, same_kernels, set_numerics, wait_for_all
@@ -131,6 +131,8 @@ class PriorDraw:
         if classes:
             if model.num_classes is None:
                 raise ValueError(f"--class: the prior {path} has no classes: train one with --class-conditional")
+            if "all" in classes and len(classes) > 1:
+                raise ValueError("--class all draws every class: leave the others out")
             every = range(model.num_classes)
             classes = [class_number(one, len(every)) for one in (every if classes == ["all"] else classes)]
         self.guide = self.given = None
@@ -188,6 +190,12 @@ class PriorDraw:
         batch: codes at once. How a network rounds depends on it, so that of very many codes some differ.
         """
         device, parts, classes = next(self.model.parameters()).device, [], self.options.classes
+        begun, calls = bar.n if bar is not None else 0, self.sampler.most_calls(self.model.L)
+
+        def on_call(_):
+            if bar is not None:  # a large network takes minutes for a batch
+                bar.update(min(batch / calls, begun + len(indices) - bar.n))
+
         for first in range(int(indices[0]) // batch * batch, int(indices[-1]) + 1, batch):
             own = torch.arange(first, first + batch)  # always whole, so that each sample keeps its place
             codes = sample_codes(
@@ -201,10 +209,11 @@ class PriorDraw:
                 guide=self.guide,
                 codes=None if self.given is None else self.given(own).to(device),
                 precision=self.precision,
+                on_call=on_call,
             )
             parts.append(codes.cpu().numpy()[np.isin(own.numpy(), indices)])
-            if bar is not None:
-                bar.update(len(parts[-1]))
+        if bar is not None:
+            bar.update(begun + len(indices) - bar.n)
         return np.concatenate(parts)
 
 
@@ -220,7 +229,8 @@ def draw_into(
     draw.to(state.device, compiled)
     own = [folder.places(shard) for shard in missing[state.process_index :: state.num_processes]]
     share = f" (of {state.num_processes} processes, this one)" if state.num_processes > 1 else ""
-    with progress(total=sum(map(len, own)), unit="code", desc=f"drawing codes{share}", delay=2) as bar:
+    total, desc = sum(map(len, own)), f"drawing codes{share}"
+    with progress(total=total, unit="code", desc=desc, delay=2, bar_format=BAR) as bar:
         for indices in own:
             folder.write(int(indices[0]) // SHARD, draw.draw(indices, batch, bar), draw.model.V)
     wait_for_all()

@@ -62,10 +62,8 @@ def config_of(file: File, tensors: dict) -> dict:
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) > most or any(type(one) is int and one > most for one in numbers):
             raise ValueError(f"{path}: {key} is {one_line(value, 60)}, wanted at most {most}")
-    channels, given = (
-        config.get("latent_channels", 4),
-        [key for key in ("latents_mean", "latents_std") if key in config],
-    )
+    channels = config.get("latent_channels", 4)
+    given = [key for key in ("latents_mean", "latents_std") if key in config]
     for key in given:
         if len(config[key]) != channels:
             raise ValueError(f"{path}: {key} has {len(config[key])} numbers, wanted one per latent channel")
