@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(error_of, prior, codes, tmp_path):
         ("--eta 0.1", "--eta 0.1: --sampler first-hitting has none, corrector has"),
         ("--cfg-scale 2", "guidance needs a --class"),
         ("--class 3", "the model's classes are 0 to 2"),
-        ("--class all 1", "--class all: the model's classes are 0 to 2"),
+        ("--class all 1", "--class all draws every class: leave the others out"),
         ("--ckpt plain --class 1", "has no classes"),
         ("--keep-tokens 2", "--keep-tokens goes with --given: give that as well"),
         ("--given given.npy", "say what to keep of it, by --keep-tokens or --keep-places"),
