@@ -270,7 +270,8 @@ class GaussianDiffusion:
         return dict(loss=mse + vb, mse=mse, vb=vb)
 
     @torch.no_grad()
-    def calc_bpd_loop(self, model: Callable, x_start: torch.Tensor, *, randn_like: Callable = torch.randn_like,
+    def calc_bpd_loop(self, model: Callable, x_start: torch.Tensor, clip_denoised: bool = True,
+                      model_kwargs: dict | None = None, *, randn_like: Callable = torch.randn_like,
                       **options) -> dict[str, torch.Tensor]:
         """The variational bound on -log p(x_0), term by term, in bits per dimension.
 
@@ -282,7 +283,8 @@ class GaussianDiffusion:
             t = torch.full((x_start.shape[0],), i, device=x_start.device)
             noise = randn_like(x_start)
             x_t = self.q_sample(x_start, t, noise)
-            bound, pred_xstart = self._variational_bound_terms(model, x_start, x_t, t, **options)
+            bound, pred_xstart = self._variational_bound_terms(model, x_start, x_t, t, clip_denoised=clip_denoised,
+                                                               model_kwargs=model_kwargs, **options)
             vb.append(bound)
             xstart_mse.append(mean_flat((pred_xstart - x_start) ** 2))
             mse.append(mean_flat((self._eps_from_x_start(x_t, t, pred_xstart) - noise) ** 2))
